@@ -1,0 +1,269 @@
+"""Every size and knob, as frozen dataclasses; the named presets; YAML in and out. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from export3d_cli.core.errors import ConfigError
+
+BETA_DIM = 64
+CAMERA_DIM = 25
+POINTS = 478  # MediaPipe's face mesh with irises
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The size of the network. Kept inside the weights file and rebuilt from it."""
+
+    image_size: int = 256  # H = W of source and result
+    expression_space: Literal["arkit64", "bfm64"] = "arkit64"  # what the 64 numbers of beta mean
+    # LeBS (sec. 3.1)
+    basis: int = 10  # n, number of basis vectors
+    code_dim: int = 96  # d, dimension of beta'
+    code_hidden: int = 64  # width between the two fully connected layers of f_e
+    # generator (sec. 3.2)
+    width: int = 384  # h, dimension of a token
+    heads: int = 4
+    ffn_ratio: int = 2  # Mix-FFN widening
+    eadaln_blocks: int = 7  # ViT blocks with EAdaLN at H/16
+    plain_blocks: int = 1  # ViT blocks without it, at H/8
+    stem: tuple[int, int, int] = (32, 64, 96)  # channels of the source features at H/2, H/4, H/8
+    plane_channels: int = 32
+    plane_size: int = 64  # P, side of a plane
+    plane_width: int = 64  # channels of the convolutions that make the planes
+    plane_ema: float = 0.998  # delta of eq. 12; 0 turns the online EMA off
+    lowpass: bool = True  # Gaussian filter after each pixel shuffle
+    # renderer (sec. 3.3)
+    decoder_hidden: int = 64
+    raw_size: int = 64  # h = w of the raw render
+    raw_channels: int = 32  # feature channels of the raw render, RGB first
+    coarse_samples: int = 16
+    fine_samples: int = 16
+    # super-resolution
+    superres: tuple[int, int] = (48, 24)  # channels at H/2 and H
+    # beyond the paper; each off in the `paper` preset (docs of export3d_cli.core.model.flow and source_view)
+    source_skip: bool = True  # stem features join the upsampled tokens
+    source_plane: bool = True  # fourth feature plane in the source camera
+    head_prior: bool = True  # densities start as a head-shaped ellipsoid
+    flow: bool = True  # basis flow and photo detail in super-resolution
+    flow_size: int = 64  # side at which flow and depth are made
+    flow_width: int = 32  # channels of the network that blends the candidate flows
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        image_size=64, code_dim=16, code_hidden=32, width=32, heads=2, eadaln_blocks=1, stem=(8, 8, 16),
+        plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
+        coarse_samples=4, fine_samples=4, superres=(8, 8), flow_size=32, flow_width=8,
+    ),
+    "compact": ModelConfig(),
+    "paper": ModelConfig(
+        code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
+        plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64, raw_channels=32,
+        coarse_samples=48, fine_samples=48, superres=(128, 64),
+        source_skip=False, source_plane=False, head_prior=False, flow=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which frames are trained on, and how pairs are drawn."""
+
+    path: tuple[str, ...] = ()  # data set folders written by `preprocess`
+    weight: tuple[float, ...] = ()  # sampling share of each folder; empty: equal
+    cache: str = ""  # folder of the decode-once cache; empty: `<data set>/cache-<size>`
+    cache_stride: int = 1  # keep every k-th frame of a clip in the cache
+    spread: float = 0.5  # share of pairs whose driver is picked for a different pose or expression
+    flip: bool = True  # mirror images, beta and camera together
+    jitter: float = 0.2  # colour and gamma changes, the same on both frames; 0: none
+    stills: float = 0.2  # how often a person known from stills only is drawn, against 1 for people on video
+    cross: float = 0.0  # share of pairs driven by another head, where clips `<head>_tNN` share the track NN
+
+
+@dataclass(frozen=True)
+class ClebsConfig:
+    """Contrastive pre-training (sec. 3.1, 6.2)."""
+
+    steps: int = 60_000
+    negatives: int = 32  # other frames of the same clip
+    temperature: float = 0.07
+    lr: float = 1e-4
+    denominator: Literal["printed", "infonce"] = "infonce"  # eq. 1 leaves the positive out of the sum; InfoNCE keeps it
+    image_size: int = 128  # side of the crops f_I sees
+    encoder_width: int = 64  # first width of ResNet-SE-18
+    geometry: float = 0.0  # weight of reading landmark motion linearly from lambda (beyond the paper)
+    warm: int = 0  # steps at first that learn geometry alone, without pictures
+    pairs: int = 256  # pairs of frames a step reads geometry from
+    ridge: float = 1.0  # strength of the ridge regression of the basis flow, in pairs
+    ridge_pairs: int = 20_000  # pairs the basis flow is fitted to
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms of eq. 13 and 14 and of those beyond the paper."""
+
+    l2: float = 1.0
+    l1: float = 0.0
+    perceptual: float = 1.0
+    raw: float = 1.0  # factor on the raw image's terms
+    backbone: str = ""  # safetensors of VGG16 or MobileNetV2 features; empty: no perceptual term
+    mask: float = 0.0  # eyes and mouth, PlaneDict's mask loss
+    adversarial: float = 0.01
+    offset: float = 0.0  # penalty on the residual flow
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: stages in order, schedule, bookkeeping."""
+
+    run: str = "runs/compact"  # run folder
+    preset: str = "compact"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clebs: ClebsConfig = field(default_factory=ClebsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    stages: tuple[str, ...] = ("clebs", "reconstruction")
+    init: str = ""  # weights file to start from
+    expression: str = ""  # weights file whose expression code and flow basis are taken instead of the stage clebs
+    steps: int = 300_000  # of the reconstruction stage
+    batch: int = 8
+    lr: float = 1e-4
+    warmup: int = 0  # steps of linear warm-up
+    decay: bool = False  # cosine to a tenth over `steps`
+    decay_by_time: bool = False  # the cosine follows the clock to `max_minutes` instead (such a run does not repeat exactly)
+    ema: float = 0.999
+    clip_grad: float = 1.0  # 0: off
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int = 0  # 0: torch's default
+    raw_start: int = 0  # side of the raw render at first; 0: model.raw_size at once
+    raw_grow: int = 0  # step at which the raw render takes its full side
+    checkpoint_every: int = 500
+    keep: int = 2
+    sample_every: int = 500
+    log_every: int = 10
+    max_minutes: float = 0.0  # stop (and save) after this many minutes; 0: no limit
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain YAML-able data (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def model_from_dict(data: dict[str, Any]) -> ModelConfig:
+    """The inverse of `to_dict` for a `ModelConfig`; raises `ConfigError` on unknown keys or wrong types."""
+    return _build(ModelConfig, data, "model")
+
+
+def train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """Dataclass defaults < preset < `data` (parsed YAML) < `key=value` overrides; then the cross-field rules."""
+    data = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep:
+            raise ConfigError(f"override {item!r} is not of the form key=value")
+        *parents, leaf = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {key!r}: {parent!r} is not a section")
+        node[leaf] = yaml.safe_load(value)
+    preset = data.get("preset", "compact")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    model = data.get("model") or {}
+    if not isinstance(model, dict):
+        raise ConfigError("model must be a section of the configuration")
+    data["model"] = {**to_dict(PRESETS[preset]), **model}
+    config = _build(TrainConfig, data, "")
+    _check(config)
+    return config
+
+
+def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """Read a YAML file with `yaml.safe_load`; see `train_config`."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read configuration {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"configuration {path} is not a mapping of keys to values")
+    return train_config(data, overrides)
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Write a resolved config so that `load_train_config` reads the same."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _build(cls: type, data: dict[str, Any], where: str) -> Any:
+    """Dataclass `cls` from plain data: nested, tuples restored, unknown keys and wrong types refused."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown key {name!r} in the configuration{hint}")
+        default = fields[key].default
+        if default is dataclasses.MISSING:
+            default = fields[key].default_factory()  # type: ignore[misc]
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} must be a section, got {value!r}")
+            values[key] = _build(type(default), value, name)
+        else:
+            values[key] = _coerce(value, default, name)
+    return cls(**values)
+
+
+def _coerce(value: Any, default: Any, name: str) -> Any:
+    if isinstance(default, tuple):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if default:
+            return tuple(_coerce(v, default[0], name) for v in items)
+        return tuple(items)
+    if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, float) and isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if type(value) is not type(default):
+        raise ConfigError(f"{name} must be {type(default).__name__}, got {value!r}")
+    return value
+
+
+def _check(config: TrainConfig) -> None:
+    """Cross-field rules, before any data or device is touched."""
+    model = config.model
+    if model.image_size % 16:
+        raise ConfigError(f"model.image_size must be a multiple of 16, got {model.image_size}")
+    if model.width % model.heads:
+        raise ConfigError(f"model.width ({model.width}) must be divisible by model.heads ({model.heads})")
+    if model.basis > model.code_dim:
+        raise ConfigError(f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})")
+    if config.batch < 1 or config.steps < 0:
+        raise ConfigError(f"batch must be positive and steps not negative, got {config.batch} and {config.steps}")
+    unknown = set(config.stages) - {"clebs", "reconstruction"}
+    if unknown:
+        raise ConfigError(f"unknown stage {sorted(unknown)[0]!r}: choose from clebs, reconstruction")
+    if config.data.weight and len(config.data.weight) != len(config.data.path):
+        raise ConfigError("data.weight needs one number per data.path")

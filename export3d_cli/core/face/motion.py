@@ -1,0 +1,280 @@
+"""Landmarks -> beta (64) and camera (25); the fixed clip crop; the Motion file.
+
+beta is 52 ARKit blendshape coefficients (`ARKIT_NAMES`), then the 12 `MEASURES`, taken in the head frame and divided by
+the inter-ocular distance. The camera is EG3D's intrinsics and the cam2world found by PnP of the canonical face's rigid
+points. "Crop units" are positions divided by the crop's side: x, y in [0, 1] inside it, z at the same scale.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export3d_cli import __version__
+from export3d_cli.core.camera import FOCAL, default_intrinsics
+from export3d_cli.core.errors import InputError, NoFaceError
+from export3d_cli.core.face import mesh
+from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face, Landmarker
+from export3d_cli.core.files import write_atomic
+
+MEASURES = (
+    "lipGapLeft", "lipGapCentre", "lipGapRight", "mouthWidth", "mouthCornerHeightLeft", "mouthCornerHeightRight",
+    "eyeOpeningLeft", "eyeOpeningRight", "irisXLeft", "irisYLeft", "irisXRight", "irisYRight",
+)  # fmt: skip
+BETA_NAMES = ARKIT_NAMES + MEASURES
+RIGID_MEAN = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
+Z_SCALE = 1.1  # the tracker flattens faces: with this, turning heads read their true angle
+CROP_SCALE = (2.1, 1.6)  # crop side in face boxes: wanted, and the least to fall back to before borders are replicated
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What a face does over T frames. A driver needs only `beta` and `camera`."""
+
+    beta: np.ndarray  # (T, 64) float32
+    camera: np.ndarray  # (T, 25) float32, head frame
+    landmarks: np.ndarray  # (T, 478, 3) float32, crop units
+    found: np.ndarray  # (T,) bool; the other rows of a frame without a face repeat the last one found
+    fps: Fraction
+    crop: tuple[float, float, float]  # x0, y0, side in pixels of the frames; may reach outside them
+    size: tuple[int, int]  # width, height of the frames
+
+    def __len__(self) -> int:
+        return len(self.beta)
+
+    def save(self, path: Path) -> None:
+        """Write a `.motion.npz`, atomically."""
+        arrays = {
+            "beta": self.beta, "camera": self.camera, "landmarks": self.landmarks, "found": self.found,
+            "fps": np.array([self.fps.numerator, self.fps.denominator], dtype=np.int64),
+            "crop": np.array(self.crop, dtype=np.float64), "size": np.array(self.size, dtype=np.int64),
+            "version": np.array(__version__),
+        }  # fmt: skip
+        with write_atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Motion:
+        """Read a `.motion.npz`; raises `InputError` for a file that is not one."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                n, d = (int(v) for v in data["fps"])
+                motion = cls(
+                    beta=data["beta"].astype(np.float32), camera=data["camera"].astype(np.float32),
+                    landmarks=data["landmarks"].astype(np.float32), found=data["found"].astype(bool),
+                    fps=Fraction(n, d), crop=tuple(float(v) for v in data["crop"]),  # type: ignore[arg-type]
+                    size=tuple(int(v) for v in data["size"]),  # type: ignore[arg-type]
+                )  # fmt: skip
+        except (OSError, KeyError, ValueError, ZeroDivisionError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
+        T = len(motion.beta)
+        shapes = (motion.beta.shape, motion.camera.shape, motion.landmarks.shape, motion.found.shape)
+        if T == 0 or shapes != ((T, 64), (T, 25), (T, mesh.POINTS, 3), (T,)):
+            raise InputError(f"{path} is a motion file of shapes {shapes}: expected (T, 64), (T, 25), (T, 478, 3), (T,)")
+        finite = all(np.isfinite(a).all() for a in (motion.beta, motion.camera, motion.landmarks))
+        if not finite or motion.fps <= 0:
+            raise InputError(f"{path} holds numbers that are not finite or a rate that is not positive")
+        return motion
+
+
+class Tracker:
+    """A landmarker, the canonical face that goes with it, and the way from its faces to `Motion`."""
+
+    def __init__(self, bundle: Path, *, threads: int = 1) -> None:
+        self.landmarker = Landmarker(bundle, threads=threads)
+        self.canonical = mesh.canonical_face(bundle)
+
+    def follow(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
+        """Track the face through frames, uint8 (H, W, 3) RGB, taken one at a time."""
+        self.landmarker.reset()
+        return [self.landmarker.track(frame) for frame in frames]
+
+    def motion(
+        self,
+        faces: Sequence[Face | None],
+        fps: Fraction,
+        size: tuple[int, int],
+        *,
+        crop: tuple[float, float, float] | None = None,
+        scale: tuple[float, float] = CROP_SCALE,
+    ) -> Motion:
+        """Faces of one clip, in pixels of frames of `size` (width, height) -> Motion in one fixed crop.
+
+        Raises `NoFaceError` when no frame has a face.
+        """
+        found = np.array([face is not None for face in faces], dtype=bool)
+        if not found.any():
+            raise NoFaceError("no face was found in any frame")
+        present = [face for face in faces if face is not None]
+        held = np.maximum.accumulate(np.where(found, np.cumsum(found) - 1, 0))  # each frame's row in `present`
+        pixels = np.stack([face.landmarks for face in present]).astype(np.float64)  # (F, 478, 3)
+        x0, y0, side = crop if crop is not None else clip_crop(pixels, size, scale)
+        landmarks = (pixels - [x0, y0, 0]) / side
+        cameras = fit_cameras(landmarks, self.canonical.points)
+        shapes = np.stack([face.blendshapes for face in present])
+        points = head_points(landmarks, cameras)
+        beta = np.concatenate([shapes, measures(points)], axis=1).astype(np.float32)
+        return Motion(
+            beta[held], cameras[held], landmarks.astype(np.float32)[held], found, fps, (x0, y0, side), size
+        )
+
+
+def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
+    """Camera of each frame: the rigid motion that lays the canonical face's rigid points on the landmarks.
+
+    A weighted similarity fit in three dimensions (Umeyama 1991), the scale being taken out by moving the camera, a few
+    times over because perspective depends on the distance. Against exact labels of synthetic heads it reads pitch
+    truer than PnP of the image positions alone (slope 0.95 against 0.71).
+
+    Args:
+        landmarks: (F, 478, 3), crop units. canonical: (478, 3), head frame.
+
+    Returns:
+        (F, 25) float32.
+    """
+    weights = np.array(list(mesh.RIGID_WEIGHTS.values()))
+    weights /= weights.sum()
+    model = canonical[list(mesh.RIGID)]
+    model_mean = weights @ model
+    centred = model - model_mean
+    spread = float((weights * (centred**2).sum(-1)).sum())
+    seen = landmarks[:, list(mesh.RIGID)].astype(np.float64)
+    depth = np.full(len(seen), 2.7)
+    for _ in range(4):
+        cloud = _unproject(seen, depth, weights)  # (F, K, 3), camera frame
+        cloud_mean = np.einsum("k,fki->fi", weights, cloud)
+        cross = np.einsum("k,fki,kj->fij", weights, cloud - cloud_mean[:, None], centred)
+        u, s, vt = np.linalg.svd(cross)
+        sign = np.ones_like(s)
+        sign[:, 2] = np.sign(np.linalg.det(u @ vt))
+        scale = (s * sign).sum(-1) / spread
+        depth = depth / scale
+    rotation = (u * sign[:, None]) @ vt
+    pose = np.tile(np.eye(4), (len(seen), 1, 1))
+    pose[:, :3, :3] = rotation
+    pose[:, :3, 3] = cloud_mean / scale[:, None] - rotation @ model_mean
+    cam2world = np.linalg.inv(pose).reshape(-1, 16)
+    intrinsics = np.tile(default_intrinsics().ravel(), (len(seen), 1))
+    return np.concatenate([cam2world, intrinsics], axis=1).astype(np.float32)
+
+
+def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Crop units (F, K, 3) -> camera frame (F, K, 3), the weighted mean of z laid at `depth` (F,)."""
+    z = points[..., 2] - (points[..., 2] @ weights)[:, None]
+    depths = depth[:, None] * (1 + Z_SCALE * z / FOCAL)
+    rays = np.concatenate([(points[..., :2] - 0.5) / FOCAL, np.ones_like(z)[..., None]], axis=-1)
+    return rays * depths[..., None]
+
+
+def clip_crop(pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> tuple[float, float, float]:
+    """One square for a clip: the median nose at its centre, its side the wanted number of face boxes.
+
+    Where the frames are cut tighter than wanted the square shrinks to stay inside them, down to the least scale.
+    """
+    nose = np.median(pixels[:, 1, :2], axis=0)
+    extent = pixels[..., :2].max(1) - pixels[..., :2].min(1)  # (F, 2)
+    box = float(np.median(extent.max(-1)))
+    room = 2 * min(nose[0], nose[1], size[0] - nose[0], size[1] - nose[1])
+    side = float(np.clip(room, scale[1] * box, scale[0] * box))
+    return float(nose[0] - side / 2), float(nose[1] - side / 2), side
+
+
+def crop_image(image: np.ndarray, crop: tuple[float, float, float], size: int) -> np.ndarray:
+    """Cut the square out of an image (H, W, 3) and resize it to (size, size, 3), uint8; borders replicated."""
+    x0, y0, side = crop
+    step = side / size
+    if step > 1.5:  # warpAffine does not filter: shrink by area first
+        height, width = image.shape[:2]
+        image = cv2.resize(image, (round(width / step), round(height / step)), interpolation=cv2.INTER_AREA)
+        fx, fy = image.shape[1] / width, image.shape[0] / height
+    else:
+        fx = fy = 1.0
+    # output pixel centre (u + 0.5) maps to x0 + (u + 0.5) * step, minus 0.5 for the index of a pixel
+    matrix = np.array([[step * fx, 0, (x0 + 0.5 * step) * fx - 0.5], [0, step * fy, (y0 + 0.5 * step) * fy - 0.5]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def head_points(landmarks: np.ndarray, camera: np.ndarray) -> np.ndarray:
+    """Landmarks (T, 478, 3) in crop units, seen by cameras (T, 25) -> (T, 478, 3) float32 in the head frame.
+
+    Each point stays on its ray; its depth is the tracker's z, at the scale of the camera's distance, with the rigid
+    points' mean depth laid on the canonical face's. So projecting with the same camera gives the landmarks back.
+    """
+    landmarks = np.asarray(landmarks, dtype=np.float64)
+    cam2world = np.asarray(camera, dtype=np.float64)[:, :16].reshape(-1, 4, 4)
+    R, t = cam2world[:, :3, :3], cam2world[:, :3, 3]
+    depth = np.einsum("tji,tj->ti", R, RIGID_MEAN - t)[:, 2]  # of the rigid points' mean, in the camera frame
+    weights = np.zeros(mesh.POINTS)
+    weights[list(mesh.RIGID)] = list(mesh.RIGID_WEIGHTS.values())
+    cloud = _unproject(landmarks, depth, weights / weights.sum())
+    return (np.einsum("tij,tnj->tni", R, cloud) + t[:, None]).astype(np.float32)
+
+
+def measures(points: np.ndarray) -> np.ndarray:
+    """The 12 `MEASURES` of head-frame points (T, 478, 3) -> (T, 12), in inter-ocular distances; x right, heights up."""
+
+    def eye(corners: tuple[int, int]) -> np.ndarray:
+        return points[:, list(corners)].mean(1)
+
+    left, right = eye((362, 263)), eye((33, 133))
+    unit = np.linalg.norm(left - right, axis=-1)
+
+    def gap(upper: Sequence[int], lower: Sequence[int]) -> np.ndarray:
+        return (points[:, list(lower), 1].mean(1) - points[:, list(upper), 1].mean(1)) / unit
+
+    base = points[:, 2, 1]  # under the nose: still while the mouth moves
+    columns = [
+        gap([311], [402]), gap([13], [14]), gap([81], [178]),
+        np.linalg.norm(points[:, 291] - points[:, 61], axis=-1) / unit,
+        (base - points[:, 291, 1]) / unit, (base - points[:, 61, 1]) / unit,
+        gap([385, 386, 387], [380, 374, 373]), gap([160, 159, 158], [144, 145, 153]),
+        *((points[:, 473] - left)[:, :2] / unit[:, None]).T, *((points[:, 468] - right)[:, :2] / unit[:, None]).T,
+    ]  # fmt: skip
+    return np.stack(columns, axis=1)
+
+
+def _mirror_table() -> tuple[np.ndarray, np.ndarray]:
+    """For each entry of beta, the entry it becomes in the mirror, and its sign."""
+
+    def other(name: str) -> str:
+        for a, b in (("Left", "Right"), ("Right", "Left")):
+            if name.endswith(a):
+                return name[: -len(a)] + b
+        return name
+
+    index = {name: i for i, name in enumerate(BETA_NAMES)}
+    swap = {"jawLeft": "jawRight", "jawRight": "jawLeft", "mouthLeft": "mouthRight", "mouthRight": "mouthLeft"}
+    order = np.array([index[swap.get(name, other(name))] for name in BETA_NAMES])
+    sign = np.array([-1.0 if name.startswith("irisX") else 1.0 for name in BETA_NAMES], dtype=np.float32)
+    return order, sign
+
+
+_MIRROR_ORDER, _MIRROR_SIGN = _mirror_table()
+
+
+def mirror_beta(beta: np.ndarray) -> np.ndarray:
+    """beta (..., 64) of the mirrored face."""
+    return beta[..., _MIRROR_ORDER] * _MIRROR_SIGN
+
+
+def mirror_camera(camera: np.ndarray) -> np.ndarray:
+    """Camera (..., 25) that sees the mirrored head in the mirrored image."""
+    m = np.array([-1.0, 1.0, 1.0, 1.0], dtype=np.float32)
+    out = camera.copy()
+    pose = camera[..., :16].reshape(*camera.shape[:-1], 4, 4)
+    out[..., :16] = (pose * m[:, None] * m).reshape(*camera.shape[:-1], 16)
+    return out
+
+
+def mirror_landmarks(landmarks: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Landmarks (..., 478, 3) in crop units of the mirrored image; `order` is `CanonicalFace.mirror`."""
+    out = landmarks[..., order, :].copy()
+    out[..., 0] = 1 - out[..., 0]
+    return out

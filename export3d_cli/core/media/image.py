@@ -1,0 +1,127 @@
+"""Images: files <-> uint8 RGB arrays, and the only conversion between those and float tensors in [-1, 1]."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export3d_cli.core.errors import InputError, MediaError
+from export3d_cli.core.files import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 64_000_000  # of one image or frame; more is refused before it is decoded
+MAX_BYTES = 512 * 2**20  # of an image file
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is that of a still image."""
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A still image as uint8 (H, W, 3) RGB; EXIF orientation applied, alpha composited on white."""
+    import cv2
+
+    path = Path(path)
+    data = _read_bytes(path)
+    check_size(*(_declared_size(data) or (0, 0)), path)
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    try:
+        image = None
+        if not data.startswith(b"\xff\xd8"):  # JPEG has no alpha; and only IMREAD_COLOR applies EXIF
+            image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
+        if image is not None and image.ndim == 3 and image.shape[2] == 4:
+            image = _on_white(image)
+        else:
+            image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise InputError(f"{path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
+    if image is None:
+        raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
+    check_size(image.shape[1], image.shape[0], path)
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) RGB; the format follows the suffix, JPEG at quality 95."""
+    import cv2
+
+    path = Path(path)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    if not is_image(path):
+        raise InputError(f"cannot write images of type {path.suffix!r}: use .png, .jpg or .webp")
+    ok, data = cv2.imencode(path.suffix.lower(), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    if not ok:
+        raise MediaError(f"{path} could not be encoded")
+    with write_atomic(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """uint8 (..., H, W, 3) in 0..255 -> float32 (..., 3, H, W) in [-1, 1]."""
+    import torch
+
+    if image.dtype != np.uint8 or image.ndim < 3 or image.shape[-1] != 3:
+        raise InputError(f"an image is uint8 (..., H, W, 3), got {image.dtype} {image.shape}")
+    planar = np.ascontiguousarray(np.moveaxis(image, -1, -3))
+    return torch.from_numpy(planar).float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(tensor: torch.Tensor) -> np.ndarray:
+    """float (..., 3, H, W) in [-1, 1] (clamped) -> uint8 (..., H, W, 3), rounded; the inverse of `to_tensor`."""
+    scaled = tensor.detach().float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
+    return np.ascontiguousarray(np.moveaxis(scaled.byte().cpu().numpy(), -3, -1))
+
+
+def check_size(width: int, height: int, path: Path) -> None:
+    """Refuse pictures that would not fit into memory."""
+    if width * height > MAX_PIXELS:
+        limit = MAX_PIXELS // 1_000_000
+        raise InputError(f"{path} is {width}x{height}, more than {limit} megapixels: make it smaller first")
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give an image file")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES // 2**20} MiB: make it smaller first")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if not data:
+        raise InputError(f"{path} is empty")
+    return data
+
+
+def _declared_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from a PNG or JPEG header, so that a decompression bomb is never decoded."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
+        return struct.unpack(">II", data[16:24])
+    if data.startswith(b"\xff\xd8"):
+        at = 2
+        while at + 9 <= len(data) and data[at] == 0xFF:
+            marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+                height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+                return width, height
+            at += 2 + length
+    return None
+
+
+def _on_white(image: np.ndarray) -> np.ndarray:
+    """BGRA of 8 or 16 bits -> uint8 BGR over white."""
+    top = float(np.iinfo(image.dtype).max)
+    alpha = image[..., 3:].astype(np.float32) / top
+    colour = image[..., :3].astype(np.float32) * (255.0 / top)
+    mixed: np.ndarray = np.rint(colour * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
+    return mixed

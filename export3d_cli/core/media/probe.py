@@ -1,0 +1,160 @@
+"""What a video file holds, told by ffmpeg itself: there is no ffprobe beside imageio-ffmpeg's binary."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+from export3d_cli.core.errors import InputError, MediaError
+from export3d_cli.core.media.image import check_size
+
+_SCAN_SECONDS = 30  # of timestamps looked at to tell constant from variable rate
+_NO_TIME = str(-(2**63))  # AV_NOPTS_VALUE
+_VFR_MAX = 60  # frames/s given to a video of variable rate at most
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is, as it will be seen: after rotation and with square pixels."""
+
+    width: int
+    height: int
+    fps: Fraction  # exact; of a variable-rate video, the constant rate it is resampled to
+    frames: int  # estimate at `fps`; 0 when the file does not say
+    duration: float  # seconds; 0 when the file does not say
+    has_audio: bool
+    rotation: int = 0  # degrees of the display matrix, already applied to width and height
+    vfr: bool = False  # timestamps are not evenly spaced
+
+
+def ffmpeg() -> str:
+    """The ffmpeg binary (the environment variable IMAGEIO_FFMPEG_EXE names another one)."""
+    import imageio_ffmpeg
+
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError as error:
+        raise MediaError("no ffmpeg found: `pip install --force-reinstall imageio-ffmpeg` brings one") from error
+
+
+def probe(path: Path) -> VideoInfo:
+    """What the file holds; `InputError` if it is missing, is no video, or has sound only."""
+    path = _existing(path)
+    stat = path.stat()
+    return _probe(path.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+def audio_codec(path: Path) -> str | None:
+    """The codec of the first sound track ("aac", ...), or None."""
+    found = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _header(_existing(path)))
+    return found.group(1) if found else None
+
+
+@lru_cache(maxsize=64)
+def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
+    header = _header(path)
+    stream = re.search(r"Stream #0:\d+.*?: Video: (.*)", header)
+    has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
+    if stream is None and has_audio:
+        raise InputError(f"{path} has sound but no picture: give a video")
+    shape = stream and re.search(r", ([1-9]\d*)x([1-9]\d*)\b", stream.group(1))
+    if stream is None or shape is None:
+        raise InputError(f"{path} is not a video that can be read: give a video file such as .mp4")
+    width, height = int(shape.group(1)), int(shape.group(2))
+    aspect = re.search(r"SAR (\d+):(\d+)", stream.group(1))
+    if aspect and int(aspect.group(1)) and int(aspect.group(2)):
+        width = max(1, round(width * int(aspect.group(1)) / int(aspect.group(2))))
+    turn = re.search(r"rotation of (-?[\d.]+) degrees", header)
+    rotation = round(float(turn.group(1))) if turn else 0
+    if rotation % 180 == 90:
+        width, height = height, width
+    check_size(width, height, path)
+    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
+    duration = int(clock.group(1)) * 3600 + int(clock.group(2)) * 60 + float(clock.group(3)) if clock else 0.0
+    if "_pipe" in header.partition(" from ")[0] or "Input #0, image2" in header:  # a still image
+        return VideoInfo(width, height, Fraction(25), 1, 0.0, has_audio, rotation)
+    tick, times = _timestamps(path)
+    fps, vfr = _rate(tick, times, _number(stream.group(1), "fps"), _number(stream.group(1), "tbr"))
+    if len(times) > 2 and (not duration or duration < _SCAN_SECONDS / 2):  # all was seen: exact, not to 10 ms
+        duration = float(times[-1] - times[0] + 1 / fps)
+    return VideoInfo(width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr)
+
+
+def _rate(tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None) -> tuple[Fraction, bool]:
+    """Frame rate and whether it varies, from the first timestamps and ffmpeg's "fps" and "tbr"."""
+    steps = [b - a for a, b in itertools.pairwise(times) if b > a]
+    if not steps:
+        return mean or base or Fraction(25), False
+    average = (times[-1] - times[0]) / len(steps)
+    told = [rate for rate in (mean, base) if rate]
+    if min(steps) == max(steps) and tick < Fraction(1, 1000):
+        return _standard(1 / average), False
+    spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
+    rounding = max(2 * tick, Fraction(2, 1000))  # containers that count milliseconds (or GIF's hundredths)
+    if spread < rounding and spread < average / 2:  # constant, but for that
+        near = [rate for rate in told if abs(rate * average - 1) < rounding / (average * len(steps))]
+        return near[0] if near else _standard(1 / average), False
+    common = 1 / sorted(steps)[len(steps) // 2]
+    near = [rate for rate in reversed(told) if abs(rate / common - 1) < Fraction(1, 10)]
+    return min(near[0] if near else _standard(common), Fraction(_VFR_MAX)), True
+
+
+def _standard(rate: Fraction) -> Fraction:
+    """The usual rate nearest to a measured or rounded one (29.97 -> 30000/1001), or the value itself."""
+    whole = round(rate)
+    usual = [Fraction(whole), Fraction(whole * 1000, 1001), Fraction(round(rate * 2), 2)]
+    nearest = min(usual, key=lambda r: abs(r - rate))
+    if nearest > 0 and abs(nearest / rate - 1) < Fraction(3, 10_000):
+        return nearest
+    return rate.limit_denominator(100_000)
+
+
+def _number(text: str, unit: str) -> Fraction | None:
+    found = re.search(rf"([\d.]+)(k?) {unit}\b", text)
+    if not found:
+        return None
+    return _standard(Fraction(found.group(1)) * (1000 if found.group(2) else 1)) if float(found.group(1)) else None
+
+
+def _timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
+    """The container's tick and the first presentation times of the picture, in seconds; nothing is decoded."""
+    command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
+    command += ["-i", file_url(path), "-map", "0:v:0", "-c", "copy", "-t", str(_SCAN_SECONDS)]
+    command += ["-f", "framecrc", "pipe:1"]
+    text = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout.decode()
+    base = re.search(r"#tb 0: (\d+)/(\d+)", text)
+    packets = re.findall(r"^0,\s*[^,]+,\s*([^,]+),", text, flags=re.MULTILINE)
+    if not base or _NO_TIME in packets:
+        return Fraction(0), []  # AVI and raw streams keep no presentation times
+    tick = Fraction(int(base.group(1)), int(base.group(2)))
+    times = sorted(int(stamp) * tick for stamp in packets)
+    if times and times[-1] - times[0] > _SCAN_SECONDS * 0.8:
+        del times[-16:]  # the cut may have fallen between frames stored out of order
+    return tick, times
+
+
+def _header(path: Path) -> str:
+    command = [ffmpeg(), "-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", file_url(path)]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return run.stderr.decode("utf-8", "replace")
+
+
+def _existing(path: Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a video file")
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty")
+    return path
+
+
+def file_url(path: Path) -> str:
+    """A name that ffmpeg takes for a file whatever it looks like (`-x.mp4`, `http:.mp4`)."""
+    return f"file:{path}"

@@ -1,0 +1,336 @@
+"""Video files as streams of uint8 (H, W, 3) RGB frames, through the ffmpeg binary that imageio-ffmpeg brings.
+
+Frame rates are exact fractions; variable rates are resampled to a constant one; rotation metadata and non-square pixels
+are applied. Nothing holds more than a frame at a time. Files are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from export3d_cli.core.errors import InputError, MediaError
+from export3d_cli.core.files import write_atomic
+from export3d_cli.core.media.image import check_size
+from export3d_cli.core.media.probe import VideoInfo, audio_codec, ffmpeg, file_url, probe
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
+SYNTHETIC = "synthetic media: generated with export3d (AI), not a recording"
+__all__ = ["VIDEO_SUFFIXES", "VideoInfo", "VideoReader", "VideoWriter", "probe"]
+_COPIED_AUDIO = {  # codecs each container takes as they are; anything else is encoded anew
+    ".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus"},
+    ".mov": {"aac", "mp3", "ac3", "alac", "pcm_s16le", "pcm_s24le"},
+    ".mkv": {"aac", "mp3", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "pcm_s24le"},
+    ".webm": {"opus", "vorbis"},
+}
+
+
+class VideoReader:
+    """Iterate over the frames of a video, uint8 (H, W, 3) RGB, at a constant rate. A context manager; one pass.
+
+    Args:
+        path: any video (or still image: one frame) that ffmpeg reads.
+        fps: resample to this rate; None keeps the video's own.
+        start: seconds to skip.
+        duration: seconds to read; None reads to the end.
+        size: (width, height) to scale to; None keeps the video's own.
+
+    `info` describes what will be read: its rate, size and expected number of frames.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fps: Fraction | None = None,
+        start: float = 0.0,
+        duration: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        info = probe(self.path)
+        if fps is not None and fps <= 0:
+            raise InputError(f"the frame rate must be positive, got {fps}")
+        if start < 0 or (duration is not None and duration <= 0):
+            raise InputError(f"start must not be negative and duration positive, got {start} and {duration}")
+        if info.duration and start >= info.duration:
+            raise InputError(f"start {start} s lies behind the end of {path} ({info.duration:.2f} s)")
+        rate = fps or info.fps
+        width, height = size or (info.width, info.height)
+        check_size(width, height, self.path)
+        seconds = max(0.0, info.duration - start)
+        if duration is not None:
+            seconds = min(seconds, duration) if info.duration else duration
+        frames = max(1, round(seconds * rate)) if seconds else info.frames
+        self.info = replace(info, fps=rate, width=width, height=height, frames=frames, duration=seconds)
+        self._start, self._duration = start, duration
+        self._process: _Process | None = None
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self.close()
+        width, height = self.info.width, self.info.height
+        self._process = process = _Process(self._command(), stdout=True)
+        count = 0
+        try:
+            while True:
+                frame = np.empty((height, width, 3), dtype=np.uint8)
+                got = _read_into(process.stdout, frame.data.cast("B"))
+                if got < frame.nbytes:
+                    break
+                count += 1
+                yield frame
+            code = process.wait()
+            if count == 0:
+                raise InputError(f"no frame of {self.path} could be decoded: {process.last_lines()}")
+            if code or got:
+                raise MediaError(f"reading {self.path} stopped after {count} frames: {process.last_lines()}")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop ffmpeg if it is still running."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def _command(self) -> list[str]:
+        command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
+        if self._start:
+            command += ["-ss", repr(self._start)]
+        if self._duration is not None:
+            command += ["-t", repr(self._duration)]
+        # start_time=0 repeats the first frame where the picture starts later than the sound: they stay in step
+        filters = f"fps={self.info.fps}:start_time=0,scale={self.info.width}:{self.info.height}"
+        filters += ":flags=bicubic+accurate_rnd+full_chroma_int"
+        return [
+            *command, "-i", file_url(self.path), "-map", "0:v:0", "-vf", filters, "-fps_mode", "passthrough",
+            "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1",
+        ]  # fmt: skip
+
+
+class VideoWriter:
+    """Write uint8 (H, W, 3) RGB frames to .mp4, .mov, .mkv (H.264), .webm (VP9) or .gif. A context manager.
+
+    The file appears under its name only when the block ends without an exception. H.264 wants even sizes: the last
+    column or row of an odd one is left out.
+
+    Args:
+        path: the target; its suffix is the container.
+        size: (width, height) of the frames.
+        fps: exact frame rate.
+        crf: constant rate factor of x264, 0 (lossless) to 51; 18 is visually transparent.
+        audio: a file whose sound joins the video, cut to its length; copied as it is when the container takes it.
+        audio_start: seconds of that sound to skip.
+        metadata: more tags beside the comment that the video is synthetic.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        size: tuple[int, int],
+        fps: Fraction,
+        crf: int = 18,
+        audio: Path | None = None,
+        audio_start: float = 0.0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.suffix = self.path.suffix.lower()
+        if self.suffix not in VIDEO_SUFFIXES:
+            raise InputError(f"cannot write videos of type {self.suffix!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
+        if self.path.is_dir():
+            raise InputError(f"{path} is a folder: give the name of a video file")
+        if fps <= 0 or min(size) < 2 or not 0 <= crf <= 51:
+            raise InputError(f"a video needs a positive rate, sides of 2 or more, crf 0..51; got {fps}, {size}, {crf}")
+        self.size, self.fps, self.crf = size, Fraction(fps), crf
+        self.audio_start = audio_start
+        self.metadata = {"comment": SYNTHETIC, **(metadata or {})}
+        self._codec = audio_codec(audio) if audio is not None and self.suffix != ".gif" else None
+        self.audio = Path(audio) if audio is not None and self._codec else None
+        self.frames = 0
+        self._process: _Process | None = None
+
+    def __enter__(self) -> VideoWriter:
+        with contextlib.ExitStack() as stack:
+            self._temporary = self._picture = stack.enter_context(write_atomic(self.path))
+            if self.audio:  # the picture alone, to which the sound is added at the end
+                self._picture = self._temporary.with_stem(self._temporary.stem + "-picture")
+                stack.callback(self._picture.unlink, missing_ok=True)
+            self._process = _Process(self._encode_command(), stdin=True)
+            stack.callback(self._process.kill)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._open.__exit__(kind, value, trace)
+            return
+        with self._open:
+            self._finish()
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one frame, uint8 (H, W, 3) RGB of the writer's size."""
+        width, height = self.size
+        if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
+            raise InputError(f"the writer takes uint8 {(height, width, 3)} frames, got {frame.dtype} {frame.shape}")
+        if self._process is None:
+            raise MediaError("the video writer is not open: use it in a `with` block")
+        try:
+            self._process.stdin.write(np.ascontiguousarray(frame).data.cast("B"))
+        except OSError as error:
+            self._process.wait()
+            raise MediaError(f"encoding {self.path} failed: {self._process.last_lines()}") from error
+        self.frames += 1
+
+    def _finish(self) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        if process.wait() or not self.frames:
+            reason = process.last_lines() if self.frames else "no frame was written"
+            raise MediaError(f"encoding {self.path} failed: {reason}")
+        if self.audio:
+            muxer = _Process(self._mux_command())
+            try:
+                if muxer.wait():
+                    raise MediaError(f"adding the sound of {self.audio} to {self.path} failed: {muxer.last_lines()}")
+            finally:
+                muxer.kill()
+        if self.suffix == ".gif":
+            _comment_gif(self._temporary, "; ".join(self.metadata.values()))
+
+    def _encode_command(self) -> list[str]:
+        width, height = self.size
+        command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y", "-f", "rawvideo"]
+        command += ["-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(self.fps)]
+        command += ["-i", "pipe:0"]
+        if self.suffix == ".gif":  # one palette per frame: a palette of the whole clip would need all of it in memory
+            palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
+            return [*command, "-filter_complex", palette, *self._tags(), file_url(self._picture)]
+        command += ["-vf", (
+            f"crop={width // 2 * 2}:{height // 2 * 2}:0:0,"
+            "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
+            "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+        )]  # fmt: skip
+        if self.suffix == ".webm":  # VP9's scale of crf runs to 63
+            command += ["-c:v", "libvpx-vp9", "-crf", str(round(self.crf * 63 / 51)), "-b:v", "0", "-row-mt", "1"]
+            command += ["-deadline", "good", "-cpu-used", "4"]
+        else:
+            command += ["-c:v", "libx264", "-preset", "medium", "-crf", str(self.crf)]
+        return [*command, *self._tags(), file_url(self._picture)]
+
+    def _mux_command(self) -> list[str]:
+        """Picture and sound into one file, the sound cut to the picture; the frames are not encoded again."""
+        assert self.audio is not None
+        if self._codec in _COPIED_AUDIO[self.suffix]:  # PCM packets are long: cut to the sample by "encoding" them
+            encoder = [self._codec if self._codec.startswith("pcm_") else "copy"]
+        else:
+            encoder = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
+        command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y", "-protocol_whitelist", "file,pipe"]
+        command += ["-i", file_url(self._picture)]
+        if self.audio_start:
+            command += ["-ss", repr(self.audio_start)]
+        command += ["-t", f"{float(self.frames / self.fps):.6f}", "-protocol_whitelist", "file,pipe"]
+        command += ["-i", file_url(self.audio), "-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy"]
+        command += ["-map_metadata", "-1", "-map_chapters", "-1", "-c:a", *encoder]
+        return [*command, *self._tags(), file_url(self._temporary)]
+
+    def _tags(self) -> list[str]:
+        tags = [part for key, text in self.metadata.items() for part in ("-metadata", f"{key}={text}")]
+        if self.suffix in (".mp4", ".mov"):
+            tags += ["-movflags", "+faststart"]
+        return [*tags, "-fflags", "+bitexact"]  # no random identifiers: same frames, same bytes
+
+
+class _Process:
+    """One ffmpeg run; its messages are drained by a thread so that neither side ever waits for the other."""
+
+    def __init__(self, command: list[str], *, stdin: bool = False, stdout: bool = False) -> None:
+        self._run = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if stdout else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        self._lines: deque[str] = deque(maxlen=20)
+        self._drain = threading.Thread(target=self._read_messages, daemon=True)
+        self._drain.start()
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        assert self._run.stdin is not None
+        return self._run.stdin
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self._run.stdout is not None
+        return self._run.stdout
+
+    def wait(self) -> int:
+        """The exit status, once ffmpeg and its messages have ended."""
+        code = self._run.wait()
+        self._drain.join()
+        return code
+
+    def kill(self) -> None:
+        """Leave no process and no open pipe behind; harmless after `wait`."""
+        if self._run.poll() is None:
+            self._run.kill()
+        self.wait()
+        for pipe in (self._run.stdin, self._run.stdout, self._run.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was still in a write buffer has nowhere to go
+                    pipe.close()
+
+    def last_lines(self) -> str:
+        """The end of what ffmpeg said, on one line."""
+        return "; ".join(list(self._lines)[-3:]) or "ffmpeg gave no reason"
+
+    def _read_messages(self) -> None:
+        assert self._run.stderr is not None
+        for line in self._run.stderr:
+            text = line.decode("utf-8", "replace").strip()
+            if text:
+                self._lines.append(text[:300])
+
+
+def _comment_gif(path: Path, text: str) -> None:
+    """Put a comment block before the trailer: ffmpeg writes no metadata into GIFs."""
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        data = text.encode("ascii", "replace")
+        parts = [data[i : i + 255] for i in range(0, len(data), 255)]
+        blocks = b"".join(bytes([len(part)]) + part for part in parts)
+        file.write(b"\x21\xfe" + blocks + b"\x00\x3b")
+
+
+def _read_into(pipe: IO[bytes], view: memoryview) -> int:
+    """Fill `view` from the pipe; the number of bytes that came before the end."""
+    got = 0
+    while got < len(view):
+        count = pipe.readinto(view[got:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        got += count
+    return got

@@ -1,0 +1,190 @@
+"""Export3D, figure 1 of the paper: `D_hat = SR(render(G(S, beta'_D), p_D))`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
+from export3d_cli.core.model import render
+from export3d_cli.core.model.expression import LeBS
+from export3d_cli.core.model.flow import BasisFlow, FlowBlend, MeshFlow, rigid_flow
+from export3d_cli.core.model.generator import Generator
+from export3d_cli.core.model.source_view import SourceView, sample_source
+from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
+from export3d_cli.core.model.triplane import Decoder, sample_planes
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that depends on the photo alone; made once, driven often."""
+
+    image: Tensor  # (B, 3, H, W) in [-1, 1]
+    camera: Tensor  # (B, 25), head frame
+    points: Tensor  # (B, 478, 3) landmarks in the head frame
+    lam: Tensor  # (B, n) its own expression
+    stem: list[Tensor]  # features at H/2, H/4, H/8
+    tokens: Tensor  # (B, N, h)
+    view: Tensor | None  # (B, C, H/4, W/4) source-view plane
+    still: Tensor | None  # (B, C', H/4, W/4) background
+    half: Tensor | None  # (B, 16, H/2, W/2) and
+    quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
+
+    def expand(self, batch: int) -> Source:
+        """The same single source for a batch of drivers; no memory is copied."""
+
+        def grow(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.expand(batch, *value.shape[1:])
+
+        values = {k: grow(v) for k, v in vars(self).items() if k != "stem"}
+        return Source(stem=[f.expand(batch, *f.shape[1:]) for f in self.stem], **values)  # type: ignore[arg-type]
+
+
+class Output(NamedTuple):
+    """One result; B images."""
+
+    image: Tensor  # (B, 3, H, W), about [-1, 1]
+    raw: Tensor  # (B, 3, h, w) the volume rendering before super-resolution
+    depth: Tensor  # (B, 1, h, w) distance along the camera's axis, head-frame units
+    opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
+    offset: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
+    weights: Tensor | None  # (B, 3, s, s) shares of mesh, rigid and still flow
+
+
+class Export3D(nn.Module):
+    """Wires the boxes. Images are RGB in [-1, 1], cameras and points in the head frame."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.expression = LeBS(config)
+        self.generator = Generator(config)
+        self.decoder = Decoder(config)
+        self.source_view = SourceView(config) if config.source_plane else None
+        self.flow = BasisFlow(config) if config.flow else None
+        self.flow_blend = FlowBlend(config) if config.flow else None
+        self.superres = SuperResolution(config)
+
+    def encode_source(self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor) -> Source:
+        """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs."""
+        B, H = image.shape[0], self.config.image_size
+        for name, value, shape in (
+            ("image", image, (B, 3, H, H)), ("beta", beta, (B, BETA_DIM)), ("camera", camera, (B, CAMERA_DIM)),
+            ("points", points, (B, POINTS, 3)),
+        ):  # fmt: skip
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
+        stem, tokens = self.generator.encode(image)
+        sv, sr = self.source_view, self.superres
+        return Source(
+            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), stem=stem, tokens=tokens,
+            view=sv.plane(stem) if sv is not None else None, still=sv.still(stem) if sv is not None else None,
+            half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
+        )  # fmt: skip
+
+    def planes(self, source: Source, lam: Tensor) -> Tensor:
+        """Coefficients lambda (B, n) on the source -> tri-plane (B, 3, C, P, P)."""
+        return self.generator(source.stem, source.tokens, self.expression.code(lam))
+
+    def drive(
+        self,
+        source: Source,
+        beta: Tensor | None,
+        camera: Tensor,
+        *,
+        lam: Tensor | None = None,
+        planes: Tensor | None = None,
+        raw_size: int | None = None,
+    ) -> Output:
+        """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25)."""
+        if lam is None:
+            if beta is None:
+                raise ValueError("drive needs beta or lam")
+            lam = self.expression.coefficients(beta)
+        planes = self.planes(source, lam) if planes is None else planes
+        features, depth, opacity = self.render(source, planes, camera, raw_size or self.config.raw_size)
+        detail, weights = None, None
+        if self.flow is not None:
+            detail = self._photo_detail(source, lam, camera, depth, opacity)
+            weights = detail.weights
+        quarter = self.config.image_size // 4
+        full = features if features.shape[-1] == quarter else F.interpolate(features, (quarter, quarter), mode="bilinear")
+        image, offset = self.superres(full, full[:, :3], detail)
+        return Output(image, features[:, :3], depth, opacity, offset, weights)
+
+    def forward(
+        self,
+        source_image: Tensor,
+        source_beta: Tensor,
+        source_camera: Tensor,
+        source_points: Tensor,
+        driver_beta: Tensor,
+        driver_camera: Tensor,
+        raw_size: int | None = None,
+    ) -> Output:
+        """Encode and drive at once, for training."""
+        source = self.encode_source(source_image, source_beta, source_camera, source_points)
+        return self.drive(source, driver_beta, driver_camera, raw_size=raw_size)
+
+    def render(self, source: Source, planes: Tensor, camera: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32."""
+        cfg, B = self.config, camera.shape[0]
+        origin, directions = render.rays(camera, size)
+        depths = render.coarse_depths(camera, size * size, cfg.coarse_samples, jitter=self.training)
+        colours, densities = self._decode(source, planes, origin, directions, depths)
+        if cfg.fine_samples:
+            with torch.no_grad():
+                weights, _ = render.ray_weights(densities, depths)
+                padded = F.pad(weights, (0, 1))  # one weight a sample
+                fine = render.importance_depths(depths, padded, cfg.fine_samples, jitter=self.training)
+            more_colours, more_densities = self._decode(source, planes, origin, directions, fine)
+            depths, order = torch.sort(torch.cat([depths, fine], dim=-1), dim=-1)
+            densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
+            colours = torch.cat([colours, more_colours], dim=-2)
+            colours = colours.gather(-2, order[..., None].expand_as(colours))
+        features, depth, opacity = render.composite(colours, densities, depths)
+
+        def picture(x: Tensor) -> Tensor:
+            return x.view(B, size, size, -1).permute(0, 3, 1, 2)
+
+        features, depth, opacity = picture(features), picture(depth), picture(opacity)
+        if source.still is not None:  # the background stands still in the image instead of turning with the head
+            still = F.interpolate(source.still.float(), (size, size), mode="bilinear", align_corners=False)
+            features = features + (1 - opacity) * still
+        return features, depth, opacity
+
+    def _decode(
+        self, source: Source, planes: Tensor, origin: Tensor, directions: Tensor, depths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Colours (B, R, S, C') and densities (B, R, S) at the depths of the rays."""
+        B, R, S = depths.shape
+        points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
+        features = sample_planes(planes, points)  # (B, R*S, C)
+        if source.view is not None:
+            features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
+        colours, densities = self.decoder(features, points)
+        return colours.view(B, R, S, -1), densities.view(B, R, S)
+
+    def _photo_detail(self, source: Source, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor) -> PhotoDetail:
+        assert self.flow is not None and self.flow_blend is not None
+        assert source.half is not None and source.quarter is not None
+        s = self.config.flow_size
+        with torch.no_grad():
+            mesh: MeshFlow = self.mesh_flow(source, lam, camera)
+        if depth.shape[-1] != s:
+            depth = F.interpolate(depth, (s, s), mode="bilinear", align_corners=False)
+            opacity = F.interpolate(opacity, (s, s), mode="bilinear", align_corners=False)
+        origin, directions = render.rays(camera, s)
+        rigid = rigid_flow(depth, directions, origin, source.camera)
+        uv, weights = self.flow_blend(source.image, mesh, rigid, opacity)
+        return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh)
+
+    def mesh_flow(self, source: Source, lam: Tensor, camera: Tensor, size: int | None = None) -> MeshFlow:
+        """The basis flow of the face alone, needing no trained weights beyond lambda and b_i."""
+        assert self.flow is not None
+        target = self.flow.moved(source.points, lam - source.lam)
+        return self.flow(source.points, source.camera, target, camera, size)

@@ -1,0 +1,139 @@
+"""CLeBS, contrastive learned basis scaling (sec. 3.1): what an expression is, freed of whose face it is on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export3d_cli.core.config import BETA_DIM, ModelConfig
+
+
+class LeBS(nn.Module):
+    """Learned basis scaling f_e (eq. 2, 3): `beta' = f_e(beta) = sum_i lambda_i(beta) v_i`.
+
+    `beta` is standardised with `beta_mean` and `beta_std` (buffers, measured on the training data, kept in the weights).
+    """
+
+    beta_mean: Tensor
+    beta_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(BETA_DIM, config.code_hidden)
+        self.fc2 = nn.Linear(config.code_hidden, config.basis)
+        self.weight = nn.Parameter(torch.randn(config.code_dim, config.basis))  # W (d, n) of eq. 3
+        self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
+        self.register_buffer("beta_std", torch.ones(BETA_DIM))
+
+    def coefficients(self, beta: Tensor) -> Tensor:
+        """Expression `beta` (B, 64) -> basis coefficients lambda (B, n), unbounded and possibly negative."""
+        if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
+            raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
+        with torch.autocast(beta.device.type, enabled=False):
+            x = (beta.float() - self.beta_mean) / self.beta_std  # (B, 64)
+            x = F.leaky_relu(self.fc1(x), 0.2)  # (B, hidden)
+            return self.fc2(x)  # (B, n)
+
+    def basis(self) -> Tensor:
+        """V = QR(W) as n orthonormal rows v_i, (n, d), float32."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            q, r = torch.linalg.qr(self.weight.float())  # (d, n), (n, n)
+            # QR leaves the sign of each column open; a positive diagonal of R makes v_i a continuous function of W
+            sign = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
+            return (q * sign).T
+
+    def code(self, lam: Tensor) -> Tensor:
+        """Coefficients lambda (B, n) -> beta' (B, d), eq. 2."""
+        with torch.autocast(lam.device.type, enabled=False):
+            return lam.float() @ self.basis()
+
+    def forward(self, beta: Tensor) -> Tensor:
+        """Expression `beta` (B, 64) -> beta' (B, d)."""
+        return self.code(self.coefficients(beta))
+
+
+class _SEBlock(nn.Module):
+    """Basic residual block of ResNet-18 with squeeze-and-excitation."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.norm1 = _norm(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm2 = _norm(outside)
+        squeezed = max(outside // 16, 4)
+        self.squeeze, self.excite = nn.Linear(outside, squeezed), nn.Linear(squeezed, outside)
+        self.short: nn.Module = nn.Identity()
+        if stride != 1 or inside != outside:
+            self.short = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), _norm(outside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3))))))  # (B, C)
+        return F.relu(self.short(x) + y * scale[:, :, None, None])
+
+
+def _norm(channels: int) -> nn.Module:
+    # Always the statistics of the batch: a batch is frames of ONE clip, so normalising over it takes away what those
+    # frames share (who, where, which light) and leaves what differs. No running averages: f_I is never evaluated alone.
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+class ImageEncoder(nn.Module):
+    """f_I of eq. 1: ResNet-SE-18 and one linear layer. Only used to train f_e, and dropped afterwards."""
+
+    def __init__(self, code_dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.norm = _norm(width)
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(
+            *(
+                _SEBlock(widths[i] if k == 0 else widths[i + 1], widths[i + 1], 2 if k == 0 and i > 0 else 1)
+                for i in range(4)
+                for k in range(2)
+            )
+        )
+        self.head = nn.Linear(widths[-1], code_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Frames of one clip (N, 3, H, W) in [-1, 1] -> codes (N, d)."""
+        x = F.relu(self.norm(self.conv(image)))  # (N, C, H/2, W/2)
+        x = F.max_pool2d(x, 3, 2, 1)  # (N, C, H/4, W/4)
+        x = self.blocks(x)  # (N, 8C, H/32, W/32)
+        return self.head(x.mean((2, 3)))
+
+
+def contrastive_loss(
+    image_code: Tensor,
+    code: Tensor,
+    temperature: float,
+    denominator: Literal["printed", "infonce"] = "infonce",
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1 over one group of frames of one clip, every frame in turn being the positive.
+
+    Args:
+        image_code: f_I(X_j), (N, d).
+        code: f_e(beta_k), (N, d).
+        temperature: tau.
+        denominator: "printed" sums over the negatives only, as eq. 1 prints it; "infonce" adds the positive.
+
+    Returns:
+        The mean loss, and the share of frames k whose own picture is the most similar one; both scalars.
+    """
+    if image_code.shape != code.shape or code.ndim != 2 or len(code) < 2:
+        raise ValueError(f"codes must be two (N >= 2, d) tensors, got {tuple(image_code.shape)}, {tuple(code.shape)}")
+    pictures, codes = F.normalize(image_code.float(), dim=1), F.normalize(code.float(), dim=1)
+    logits = codes @ pictures.T / temperature  # (N, N): row k is the expression, column j the picture
+    positive = logits.diagonal()
+    if denominator == "printed":
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        total = logits.masked_fill(own, -torch.inf).logsumexp(1)
+    else:
+        total = logits.logsumexp(1)
+    right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)
+    return (total - positive).mean(), right.float().mean()

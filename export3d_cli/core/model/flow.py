@@ -1,0 +1,219 @@
+"""Basis flow: lambda -> moved face mesh -> dense backward flow (design beyond the paper; off in the `paper` preset).
+
+Each basis vector v_i owns a displacement field b_i (478 landmarks, head frame). The source's landmarks move by
+`sum_i (lambda_i(D) - lambda_i(S)) b_i`, the driver's camera projects them, and the rasterised mesh says, for each pixel of
+the result, where in the photo it comes from. Two rings of points around the face, moving rigidly with the head, carry
+hair, ears and neck. Elsewhere the flow is rigid, from the rendered depth, or none at all (what stands still). A small
+network blends the three. Positions are in image sizes, (0, 0) the top left corner.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export3d_cli.core.config import POINTS, ModelConfig
+from export3d_cli.core.model.generator import ResBlock, leaky
+from export3d_cli.core.model.render import pixel_grid, project
+
+TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's inside, 2 eye
+# The face's outline, clockwise from the forehead (as in MediaPipe's mesh).
+OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
+        150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
+RINGS = ((1.3, 0.05, 1.0), (2.0, 0.12, 0.0))  # widening of the outline, depth added, weight of the mesh's flow there
+
+
+class MeshFlow(NamedTuple):
+    """The mesh as the driver's camera sees it; each (B, ., s, s)."""
+
+    uv: Tensor  # (B, 2): where in the photo the pixel comes from; its own place outside the mesh
+    weight: Tensor  # (B, 1): 1 in the face, falling to 0 at the outer ring
+    valid: Tensor  # (B, 1): 1 where the photo shows this piece of skin (0: hidden there, or inside the mouth)
+    stretch: Tensor  # (B, 1): log2 of how much larger the piece is in the result than in the photo
+    mouth: Tensor  # (B, 1): 1 inside the mouth
+
+
+class Raster(NamedTuple):
+    """Which triangle covers each pixel; P = size * size, row by row."""
+
+    index: Tensor  # (B, P) int64, -1 where none does
+    corners: Tensor  # (B, P, 3) barycentric coordinates
+
+
+def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int) -> Raster:
+    """Nearest front-facing triangle at each pixel centre, batched, no loop over triangles.
+
+    Every triangle is tested on a window as large as the largest one needs; a scatter keeps the nearest.
+
+    Args:
+        uv: (B, V, 2) positions in image sizes. depth: (B, V). triangles: (T, 3) int64. size: pixels a side.
+    """
+    B, T = uv.shape[0], triangles.shape[0]
+    pixel = uv.float() * size - 0.5  # integers are pixel centres
+    corner = pixel[:, triangles]  # (B, T, 3, 2)
+    low = corner.amin(2).ceil()  # first pixel centre inside the bounding box
+    reach = int((corner.amax(2) - low).amax().clamp(0, size).item()) + 1
+    step = torch.arange(reach, device=uv.device, dtype=torch.float32)
+    window = torch.stack(torch.meshgrid(step, step, indexing="xy"), dim=-1).view(-1, 2)  # (W, 2)
+    at = low[:, :, None] + window  # (B, T, W, 2)
+    bary, area = _barycentric(corner[:, :, None], at)
+    inside = (bary >= -1e-4).all(-1) & (area > 1e-8) & (at >= 0).all(-1) & (at < size).all(-1)
+    z = (bary * depth.float()[:, triangles][:, :, None]).sum(-1)  # (B, T, W)
+    cell = (at[..., 1].clamp(0, size - 1) * size + at[..., 0].clamp(0, size - 1)).long().view(B, -1)
+    z = torch.where(inside, z, torch.inf).view(B, -1)
+    nearest = torch.full((B, size * size), torch.inf, device=uv.device).scatter_reduce(1, cell, z, "amin")
+    wins = inside.view(B, -1) & (z <= nearest.gather(1, cell))
+    order = torch.arange(T, device=uv.device)[:, None].expand(T, window.shape[0]).reshape(1, -1)
+    index = torch.full((B, size * size), -1, dtype=torch.int64, device=uv.device)
+    index = index.scatter_reduce(1, cell, torch.where(wins, order, -1), "amax")
+    mine = _pick(corner.view(B, T, 6), index).view(B, -1, 3, 2)
+    bary, _ = _barycentric(mine, pixel_grid(size, uv.device) * size - 0.5)
+    return Raster(index, bary)
+
+
+def _barycentric(corner: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Triangles (..., 3, 2), points (..., 2) -> barycentric coordinates (..., 3) and twice the signed area."""
+    a, b, c = corner.unbind(-2)
+    area = _cross(b - a, c - a)
+    safe = torch.where(area.abs() < 1e-12, 1e-12, area)
+    wb, wc = _cross(at - a, c - a) / safe, _cross(b - a, at - a) / safe
+    return torch.stack([1 - wb - wc, wb, wc], dim=-1), area
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (B, T, K), index (B, P) with -1 for none -> (B, P, K)."""
+    index = index.clamp_min(0)[..., None].expand(-1, -1, rows.shape[-1])
+    return rows.gather(1, index)
+
+
+def with_rings(points: Tensor) -> Tensor:
+    """Landmarks (B, 478, 3) in the head frame -> (B, 478 + 72, 3): the outline widened twice and set back."""
+    oval = points[:, list(OVAL)]
+    centre = oval.mean(1, keepdim=True)
+    rings = [points]
+    for widen, back, _ in RINGS:
+        ring = centre + (oval - centre) * widen
+        rings.append(torch.cat([ring[..., :2], oval[..., 2:] + back], dim=-1))
+    return torch.cat(rings, dim=1)
+
+
+def ring_triangles() -> Tensor:
+    """Triangles between outline and rings, (144, 4), wound as the face's."""
+    n = len(OVAL)
+    loops = [list(OVAL), *([POINTS + r * n + k for k in range(n)] for r in range(len(RINGS)))]
+    rows = []
+    for inner, outer in zip(loops[:-1], loops[1:], strict=True):
+        for k in range(n):
+            j = (k + 1) % n
+            rows += [[inner[k], outer[k], outer[j], 0], [inner[k], outer[j], inner[j], 0]]
+    return torch.tensor(rows)
+
+
+class BasisFlow(nn.Module):
+    """The fields b_i and the mesh they move."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.size = config.flow_size
+        self.register_buffer("basis", torch.zeros(config.basis, POINTS, 3))  # b_i, head frame
+        self.register_buffer("triangles", torch.zeros(TRIANGLES, 4, dtype=torch.int32))
+        self.register_buffer("rings", ring_triangles(), persistent=False)
+        self.basis: Tensor
+        self.triangles: Tensor
+        self.rings: Tensor
+
+    def moved(self, points: Tensor, lam_change: Tensor) -> Tensor:
+        """Source landmarks (B, 478, 3), lambda(D) - lambda(S) (B, n) -> the driver's expression on them, (B, 478, 3)."""
+        return points.float() + (lam_change.float()[:, :, None, None] * self.basis.float()).sum(1)
+
+    def forward(
+        self, points: Tensor, source_camera: Tensor, target: Tensor, camera: Tensor, size: int | None = None
+    ) -> MeshFlow:
+        """Landmarks of the source and those moved, (B, 478, 3) each, and both cameras (B, 25) -> flow at `size`."""
+        B, s = points.shape[0], size or self.size
+        triangles = torch.cat([self.triangles.long(), self.rings])
+        kind, triangles = triangles[:, 3], triangles[:, :3]
+        source_points = with_rings(points.float())
+        # the rings do not take part in the expression: a jaw that opens must not drag the neck
+        rings = source_points[:, POINTS:]
+        target_points = torch.cat([target.float(), rings], dim=1)
+        uv_source, _ = project(source_points, source_camera)  # (B, V, 2)
+        uv_target, depth = project(target_points, camera)
+        raster = rasterize(uv_target, depth, triangles, s)
+
+        n = len(OVAL)
+        weight = torch.cat([uv_source.new_ones(POINTS), *(uv_source.new_full((n,), w) for *_, w in RINGS)])
+        vertex = torch.cat([uv_source, weight.view(1, -1, 1).expand(B, -1, 1)], dim=-1)  # (B, V, 3)
+        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.index).view(B, -1, 3, 3)
+        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 3)
+
+        def area(uv: Tensor) -> Tensor:
+            a, b, c = uv[:, triangles].unbind(2)
+            return _cross(b - a, c - a)  # (B, T)
+
+        before, after = area(uv_source), area(uv_target)
+        stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
+        mouth = (kind == 1).float().expand(B, -1)
+        shown = (before > 0).float() * (1 - mouth)
+        facts = _pick(torch.stack([shown, stretch, mouth], dim=-1), raster.index)  # (B, P, 3)
+        covered = (raster.index >= 0).float()[..., None]
+        uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, points.device))
+
+        def picture(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).reshape(B, -1, s, s)
+
+        shown, stretch, mouth = (picture(f * covered) for f in facts.split(1, dim=-1))
+        return MeshFlow(picture(uv), picture(value[..., 2:] * covered), shown, stretch, mouth)
+
+
+def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera: Tensor) -> Tensor:
+    """Where the photo shows what the rays meet: depth (B, 1, s, s), rays of the same size -> uv (B, 2, s, s)."""
+    B, _, s, _ = depth.shape
+    points = origin[:, None] + directions * depth.view(B, -1, 1)
+    uv, _ = project(points, source_camera)
+    return uv.transpose(1, 2).reshape(B, 2, s, s)
+
+
+class FlowBlend(nn.Module):
+    """Blends the mesh's, the rigid and the still flow, pixel by pixel; starts at the mesh's own weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        w = config.flow_width
+        self.enter = nn.Conv2d(3 * 3 + 6, w, 3, padding=1)
+        self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
+        self.deep = nn.ModuleList([ResBlock(2 * w), ResBlock(2 * w)])
+        self.join = nn.Conv2d(3 * w, w, 3, padding=1)
+        self.leave = nn.Conv2d(w, 3, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, opacity: Tensor) -> tuple[Tensor, Tensor]:
+        """Photo (B, 3, H, W), candidate flows at (s, s), opacity (B, 1, s, s) of the rendered head -> uv, weights (B, 3)."""
+        s = mesh.uv.shape[-1]
+        still = pixel_grid(s, photo.device).T.reshape(1, 2, s, s).expand_as(rigid)
+        flows = torch.stack([mesh.uv, rigid, still], dim=1)  # (B, 3, 2, s, s)
+        seen = [warp(photo, uv) for uv in flows.detach().unbind(1)]
+        facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, opacity.detach(), (rigid - still).detach()[:, :1]]
+        x = self.enter(torch.cat([*seen, *facts], dim=1))
+        y = self.down(leaky(x))
+        for block in self.deep:
+            y = block(y)
+        y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+        change = self.leave(leaky(self.join(torch.cat([leaky(x), y], dim=1)))).float()
+        prior = torch.cat([mesh.weight, (1 - mesh.weight) * opacity * 0.5, (1 - mesh.weight) * (1 - opacity * 0.5)], 1)
+        weights = torch.softmax(torch.log(prior + 2e-3) + 2 * change, dim=1)  # (B, 3, s, s)
+        return (weights[:, :, None] * flows).sum(1), weights
+
+
+def warp(image: Tensor, uv: Tensor) -> Tensor:
+    """Sample (B, C, H, W) at positions uv (B, 2, h, w) in image sizes, borders replicated -> (B, C, h, w)."""
+    grid = uv.permute(0, 2, 3, 1).float() * 2 - 1
+    return F.grid_sample(image.float(), grid, align_corners=False, padding_mode="border")

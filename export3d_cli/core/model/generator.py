@@ -1,0 +1,189 @@
+"""Hybrid tri-plane generator G(S, beta'): convolutions, EAdaLN-ViT, upsampling to planes (sec. 3.2, eq. 4 to 6, 12)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export3d_cli.core.config import ModelConfig
+
+
+def leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+def lowpass(x: Tensor) -> Tensor:
+    """Gaussian 3x3 filter (1 2 1): takes out the grid that a pixel shuffle leaves. (B, C, h, w) -> the same."""
+    tap = torch.tensor([0.25, 0.5, 0.25], device=x.device, dtype=x.dtype)
+    kernel = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside the identity; (B, C, h, w) -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(leaky(self.first(leaky(x))))
+
+
+class Stem(nn.Module):
+    """Convolution blocks: the photo as features at H/2, H/4, H/8. Runs once a source."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        widths = (3, *config.stem)
+        self.downs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.blocks = nn.ModuleList(ResBlock(b) for b in config.stem)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> [(B, c2, H/2, W/2), (B, c4, H/4, W/4), (B, c8, H/8, W/8)]."""
+        features, x = [], image
+        for down, block in zip(self.downs, self.blocks, strict=True):
+            x = block(down(x))
+            features.append(x)
+            x = leaky(x)
+        return features
+
+
+class EAdaLN(nn.Module):
+    """Expression-adaptive layer norm: sigma(beta') * LN(x) + mu(beta') (eq. 5). Without a code, plain LN."""
+
+    def __init__(self, width: int, code_dim: int | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=code_dim is None)
+        self.affine = nn.Linear(code_dim, 2 * width) if code_dim is not None else None
+        if self.affine is not None:  # sigma = 1, mu = 0 at first: training starts unconditioned
+            nn.init.zeros_(self.affine.weight)
+            nn.init.zeros_(self.affine.bias)
+
+    def forward(self, x: Tensor, code: Tensor | None) -> Tensor:
+        """x (B, N, h), code beta' (B, d) -> (B, N, h)."""
+        x = self.norm(x)
+        if self.affine is None:
+            return x
+        sigma, mu = self.affine(code).chunk(2, dim=-1)  # each (B, h)
+        return (1 + sigma)[:, None] * x + mu[:, None]
+
+
+class MixFFN(nn.Module):
+    """SegFormer's feed-forward: linear, 3x3 depthwise convolution, GELU, linear; (B, N, h) of s x s tokens -> the same."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, ratio * width)
+        self.depthwise = nn.Conv2d(ratio * width, ratio * width, 3, padding=1, groups=ratio * width)
+        self.outer = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        s = int(N**0.5)
+        x = self.inner(x)
+        x = self.depthwise(x.transpose(1, 2).reshape(B, -1, s, s)).flatten(2).transpose(1, 2)
+        return self.outer(F.gelu(x))
+
+
+class Block(nn.Module):
+    """ViT block: multi-head self-attention and Mix-FFN, each after (EAda)LN."""
+
+    def __init__(self, width: int, heads: int, ratio: int, code_dim: int | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = EAdaLN(width, code_dim)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = EAdaLN(width, code_dim)
+        self.ffn = MixFFN(width, ratio)
+
+    def forward(self, x: Tensor, code: Tensor | None = None) -> Tensor:
+        """(B, N, h), beta' (B, d) -> (B, N, h)."""
+        B, N, h = x.shape
+        qkv = self.qkv(self.norm1(x, code)).view(B, N, 3, self.heads, h // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, h/heads)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, h))
+        return x + self.ffn(self.norm2(x, code))
+
+
+class Generator(nn.Module):
+    """Source features and beta' -> tri-plane."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        h, c8 = config.width, config.stem[2]
+        self.stem = Stem(config)
+        self.merge = nn.Conv2d(c8, h, 3, stride=2, padding=1)  # overlap patch merge (SegFormer)
+        self.merge_norm = nn.LayerNorm(h)
+        self.blocks = nn.ModuleList(
+            Block(h, config.heads, config.ffn_ratio, config.code_dim) for _ in range(config.eadaln_blocks)
+        )
+        # 16 -> 32 by pixel shuffle, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
+        w = h // 2
+        self.to_half = nn.Conv2d(h, 4 * w, 1)
+        self.join_half = nn.Conv2d(w + (c8 if config.source_skip else 0), w, 1)
+        self.plain = nn.ModuleList(Block(w, config.heads, config.ffn_ratio, None) for _ in range(config.plain_blocks))
+        ups, joins, blocks = [], [], []
+        size, channels = config.image_size // 8, w
+        skips = [config.stem[1], config.stem[0]]
+        while size < config.plane_size:
+            size *= 2
+            ups.append(nn.Conv2d(channels, 4 * config.plane_width, 1))
+            extra = skips.pop(0) if config.source_skip and skips else 0
+            joins.append(nn.Conv2d(config.plane_width + extra, config.plane_width, 1))
+            blocks.append(ResBlock(config.plane_width))
+            channels = config.plane_width
+        self.ups, self.joins, self.convs = nn.ModuleList(ups), nn.ModuleList(joins), nn.ModuleList(blocks)
+        self.to_planes = nn.Conv2d(channels, 3 * config.plane_channels, 3, padding=1)
+        P = config.plane_size
+        self.register_buffer("plane_ema", torch.zeros(3, config.plane_channels, P, P))
+        self.plane_ema: Tensor
+
+    def encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The part that depends on the photo alone: stem features and tokens (B, N, h)."""
+        stem = self.stem(image)
+        tokens = self.merge(leaky(stem[2])).flatten(2).transpose(1, 2)  # (B, H*W/256, h)
+        return stem, self.merge_norm(tokens)
+
+    def forward(self, stem: list[Tensor], tokens: Tensor, code: Tensor) -> Tensor:
+        """Stem features, tokens (B, N, h), beta' (B, d) -> tri-plane (B, 3, C, P, P)."""
+        cfg = self.config
+        x = tokens
+        for block in self.blocks:
+            x = block(x, code)  # (B, N, h)
+        B, N, _ = x.shape
+        s = int(N**0.5)
+        x = x.transpose(1, 2).reshape(B, -1, s, s)  # (B, h, H/16, W/16)
+        x = self._shuffle(self.to_half(x))  # (B, h/2, H/8, W/8)
+        x = self.join_half(torch.cat([x, stem[2]], 1) if cfg.source_skip else x)
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.plain:
+            tokens = block(tokens)
+        x = tokens.transpose(1, 2).reshape(x.shape)
+        for up, join, conv, skip in zip(self.ups, self.joins, self.convs, [stem[1], stem[0], None], strict=False):
+            x = self._shuffle(up(x))  # (B, w, 2s, 2s)
+            x = conv(join(torch.cat([x, skip], 1) if cfg.source_skip and skip is not None else x))
+        planes = self.to_planes(leaky(x)).float().view(B, 3, cfg.plane_channels, cfg.plane_size, cfg.plane_size)
+        return self._with_ema(planes)
+
+    def _shuffle(self, x: Tensor) -> Tensor:
+        x = F.pixel_shuffle(x, 2)
+        return lowpass(x) if self.config.lowpass else x
+
+    def _with_ema(self, planes: Tensor) -> Tensor:
+        """Online EMA of the tri-plane: the output carries the average before this batch (eq. 12)."""
+        delta = self.config.plane_ema
+        if not delta:
+            return planes
+        out = planes + self.plane_ema
+        if self.training:
+            with torch.no_grad():
+                self.plane_ema.mul_(delta).add_(planes.detach().mean(0), alpha=1 - delta)
+        return out

@@ -1,0 +1,95 @@
+"""Super-resolution (sec. 3.3): plain convolution blocks, (B, C', H/4, W/4) -> (B, 3, H, W).
+
+With a flow (beyond the paper) the photo's own colours and features, sampled along it, join at each size; a residual offset of
+a few pixels corrects the flow, and the last block blends the sampled colour with its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export3d_cli.core.config import ModelConfig
+from export3d_cli.core.model.flow import MeshFlow, warp
+from export3d_cli.core.model.generator import ResBlock, leaky
+
+DETAIL = 16  # channels of stem features taken along the flow
+MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
+
+
+def upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class PhotoDetail(NamedTuple):
+    """What super-resolution takes from the photo."""
+
+    photo: Tensor  # (B, 3, H, W)
+    half: Tensor  # (B, 16, H/2, W/2) stem features
+    quarter: Tensor  # (B, 16, H/4, W/4)
+    uv: Tensor  # (B, 2, s, s) the flow
+    weights: Tensor  # (B, 3, s, s) shares of mesh, rigid and still flow
+    mesh: MeshFlow
+
+
+class SuperResolution(nn.Module):
+    """Two doublings; with `config.flow` the blocks also see `PhotoDetail`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c2, c1 = config.superres
+        self.flow = config.flow
+        extra = (DETAIL + 6, 3 + DETAIL + 2, 3 + 2) if config.flow else (0, 0, 0)
+        self.enter = nn.Conv2d(config.raw_channels + extra[0], c2, 3, padding=1)
+        self.block4 = ResBlock(c2)
+        self.to2 = nn.Conv2d(c2 + extra[1], c2, 3, padding=1)
+        self.block2 = ResBlock(c2)
+        self.to1 = nn.Conv2d(c2 + extra[2], c1, 3, padding=1)
+        self.block1 = ResBlock(c1)
+        self.colour = nn.Conv2d(c1, 4 if config.flow else 3, 3, padding=1)
+        nn.init.zeros_(self.colour.weight)
+        nn.init.zeros_(self.colour.bias)
+        if config.flow:
+            self.detail2 = nn.Conv2d(config.stem[0], DETAIL, 1)
+            self.detail4 = nn.Conv2d(config.stem[1], DETAIL, 1)
+            self.offset = nn.Conv2d(c2, 2, 3, padding=1)
+            nn.init.zeros_(self.offset.weight)
+            nn.init.zeros_(self.offset.bias)
+
+    def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> tuple[Tensor, Tensor | None]:
+        """Raw features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> image (B, 3, H, W), offset (B, 2, H/2, W/2)."""
+        base = upsample(upsample(rgb.float()))
+        if detail is None:
+            x = self.block4(self.enter(features))
+            x = self.block2(self.to2(upsample(leaky(x))))
+            x = self.block1(self.to1(upsample(leaky(x))))
+            return base + self.colour(leaky(x)).float(), None
+
+        mesh, s4 = detail.mesh, features.shape[-1]
+        uv = _resize(detail.uv, s4)
+        known = detail.weights[:, :1] * mesh.valid + detail.weights[:, 1:].sum(1, keepdim=True)
+        known = known * (1 - mesh.mouth)
+        facts = _resize(torch.cat([detail.weights, known, mesh.stretch, mesh.mouth], dim=1), s4)
+        x = self.enter(torch.cat([features, warp(detail.quarter, uv), facts], dim=1))
+        x = upsample(leaky(self.block4(x)))  # (B, c2, H/2, W/2)
+
+        facts = _resize(torch.cat([known, mesh.mouth], dim=1), 2 * s4)
+        uv = _resize(detail.uv, 2 * s4)
+        photo2 = F.avg_pool2d(detail.photo.float(), 2)
+        x = self.block2(self.to2(torch.cat([x, warp(photo2, uv), warp(detail.half, uv), facts], dim=1)))
+        offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
+        x = upsample(leaky(x))  # (B, c2, H, W)
+
+        facts = _resize(facts, 4 * s4)
+        sampled = warp(detail.photo, _resize(uv + offset, 4 * s4))  # (B, 3, H, W)
+        x = self.block1(self.to1(torch.cat([x, sampled, facts], dim=1)))
+        out = self.colour(leaky(x)).float()
+        mask = torch.sigmoid(4 * out[:, 3:] + 6 * facts[:, :1] - 3)  # the photo where it is known, at first
+        return mask * sampled + (1 - mask) * (base + out[:, :3]), offset
+
+
+def _resize(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)

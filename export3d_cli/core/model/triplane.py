@@ -1,0 +1,62 @@
+"""Tri-plane sampling (eq. 7) and the light decoder (eq. 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export3d_cli.core.config import ModelConfig
+
+# The planes are xy, yz, zx: each pair of axes is seen once. (first axis -> column, second -> row)
+PLANE_AXES = ((0, 1), (1, 2), (2, 0))
+
+# A head as an ellipsoid of the head frame: centre and half axes, in its units.
+HEAD_CENTRE = (0.0, -0.02, 0.03)
+HEAD_AXES = (0.14, 0.2, 0.17)
+
+
+def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
+    """Average of the bilinear samples of three planes (eq. 7).
+
+    Args:
+        planes: (B, 3, C, P, P), axes `PLANE_AXES`, covering [-0.5, 0.5] of the head frame.
+        points: (B, N, 3); outside the cube the planes are zero.
+
+    Returns:
+        (B, N, C).
+    """
+    B, K, C, P, _ = planes.shape
+    N = points.shape[1]
+    grid = torch.stack([points[..., list(axes)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)
+    planes = planes.float().reshape(B * K, C, P, P)
+    taken = F.grid_sample(planes, grid.float().view(B * K, 1, N, 2), align_corners=False)  # (B*3, C, 1, N)
+    return taken.view(B, K, C, N).mean(1).transpose(1, 2)
+
+
+def head_prior(points: Tensor) -> Tensor:
+    """How much inside the head ellipsoid a point is: 1 at its centre, 0 on its surface, negative outside; (B, N)."""
+    centre = points.new_tensor(HEAD_CENTRE)
+    axes = points.new_tensor(HEAD_AXES)
+    return 1 - ((points - centre) / axes).square().sum(-1)
+
+
+class Decoder(nn.Module):
+    """Light MLP with softplus and two linear heads, colour and density (eq. 8)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inputs = config.plane_channels * (2 if config.source_plane else 1)
+        self.hidden = nn.Linear(inputs, config.decoder_hidden)
+        self.colour = nn.Linear(config.decoder_hidden, config.raw_channels)
+        self.density = nn.Linear(config.decoder_hidden, 1)
+        self.prior = config.head_prior
+
+    def forward(self, features: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1] and densities (B, N) >= 0, fp32."""
+        x = F.softplus(self.hidden(features))  # (B, N, hidden)
+        colours = torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
+        logit = self.density(x).float().squeeze(-1) - 1
+        if self.prior:
+            logit = logit + (20 * head_prior(points)).clamp(-4, 20)
+        return colours, F.softplus(logit)

@@ -1,0 +1,428 @@
+"""Training data: data sets decoded once into a memory-mapped cache, and the pairs and groups drawn from it.
+
+Every draw is a pure function of (seed, step), so that a resumed run sees what the unbroken run would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import cv2
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from export3d_cli.core.config import DataConfig
+from export3d_cli.core.errors import InputError, TrainingError
+from export3d_cli.core.face.motion import Motion, head_points, mirror_beta, mirror_camera, mirror_landmarks
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.video import VideoReader
+
+CANDIDATES = 8  # drivers looked at when one is picked for being different
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of frames of one clip each: images (B, 3, H, W) float32 in [-1, 1], numbers float32."""
+
+    source: Tensor  # (B, 3, H, W)
+    source_beta: Tensor  # (B, 64)
+    source_camera: Tensor  # (B, 25)
+    source_points: Tensor  # (B, 478, 3) head frame
+    target: Tensor  # (B, 3, H, W)
+    target_beta: Tensor  # (B, 64)
+    target_camera: Tensor  # (B, 25)
+    target_landmarks: Tensor  # (B, 478, 2) crop units
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Rows `start` to `start + count` of a data set's arrays."""
+
+    id: str
+    person: str
+    start: int
+    count: int
+    still: bool
+
+    @property
+    def track(self) -> str:
+        """The shared track's name of a clip `<head>_tNN`, or ''."""
+        head, _, tail = self.id.rpartition("_")
+        return tail if head and tail[:1] == "t" and tail[1:].isdigit() else ""
+
+
+@dataclass(frozen=True)
+class FaceSet:
+    """One data set in memory, its pictures memory-mapped."""
+
+    name: str
+    frames: np.ndarray  # (F, size, size, 3) uint8
+    beta: np.ndarray  # (F, 64)
+    camera: np.ndarray  # (F, 25)
+    landmarks: np.ndarray  # (F, 478, 3) crop units
+    number: np.ndarray  # (F,) index of the frame in its clip's file
+    clips: tuple[Clip, ...]
+
+    def points(self, rows: np.ndarray) -> np.ndarray:
+        """Landmarks of `rows` in the head frame, (N, 478, 3) float32."""
+        return head_points(self.landmarks[rows], self.camera[rows]).astype(np.float32)
+
+
+def load_sets(config: DataConfig, size: int, *, progress: Callable[[str], None] | None = None) -> list[FaceSet]:
+    """Open every data set of `config`, building caches of pictures of side `size` that are not there yet."""
+    if not config.path:
+        raise InputError("data.path is empty: name at least one data set folder written by `export3d preprocess`")
+    return [load_set(Path(p), size, config.cache_stride, config.cache, progress=progress) for p in config.path]
+
+
+def load_set(
+    folder: Path, size: int, stride: int = 1, cache: str = "", *, progress: Callable[[str], None] | None = None
+) -> FaceSet:
+    """Open one data set folder; decodes it into its cache first when the cache is missing or stale."""
+    entries = _read_manifest(folder)
+    name = f"cache-{size}" + (f"-every{stride}" if stride > 1 else "")
+    place = folder / name
+    if cache:  # two data sets may share a folder name, not a path
+        place = Path(cache) / f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}-{name}"
+    stamp = hashlib.sha256(json.dumps([entries, size, stride], sort_keys=True).encode()).hexdigest()
+    if _stamp_of(place) != stamp:
+        _build_cache(folder, entries, place, size, stride, stamp, progress)
+    index = json.loads((place / "index.json").read_text(encoding="utf-8"))
+    count = index["count"]
+    return FaceSet(
+        name=folder.name,
+        frames=np.load(place / "frames.npy", mmap_mode="r")[:count],
+        beta=np.load(place / "beta.npy"),
+        camera=np.load(place / "camera.npy"),
+        landmarks=np.load(place / "landmarks.npy"),
+        number=np.load(place / "number.npy"),
+        clips=tuple(Clip(**clip) for clip in index["clips"]),
+    )
+
+
+def _read_manifest(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "manifest.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines if line.strip()]
+        kept = [e for e in entries if e.get("split", "train") in ("train", "", None)]
+        for entry in kept:
+            entry["id"], entry["file"], entry["motion"] = str(entry["id"]), str(entry["file"]), str(entry["motion"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read the data set's list {path}: {error!r}; was it written by preprocess?") from error
+    if not kept:
+        raise InputError(f"{path} lists no clip of the split 'train'")
+    return kept
+
+
+def _stamp_of(place: Path) -> str:
+    try:
+        return str(json.loads((place / "index.json").read_text(encoding="utf-8"))["stamp"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _build_cache(
+    folder: Path,
+    entries: list[dict[str, Any]],
+    place: Path,
+    size: int,
+    stride: int,
+    stamp: str,
+    progress: Callable[[str], None] | None,
+) -> None:
+    """Decode every clip into `place`: made in a temporary folder, which takes its name only when complete."""
+    beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    beside.mkdir(parents=True, exist_ok=True)
+    try:
+        motions = [Motion.load(folder / e["motion"]) for e in entries]
+        room = sum(int(np.asarray(m.found)[::stride].sum()) for m in motions)
+        frames = np.lib.format.open_memmap(
+            beside / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(room, 1), size, size, 3)
+        )
+        tracks: dict[str, list[np.ndarray]] = {"beta": [], "camera": [], "landmarks": [], "number": []}
+        clips: list[dict[str, Any]] = []
+        row = 0
+        for i, (entry, motion) in enumerate(zip(entries, motions, strict=True)):
+            still = Path(entry["file"]).suffix.lower() != ".mp4"
+            good = np.asarray(motion.found, bool) & np.isfinite(motion.landmarks).all((1, 2))
+            used = []
+            for number, picture in _decode(folder / entry["file"], still, stride):
+                if number >= len(good):
+                    break
+                if good[number]:
+                    frames[row + len(used)] = _fit(picture, size)
+                    used.append(number)
+            if not used:
+                continue
+            rows = np.array(used)
+            for key in ("beta", "camera", "landmarks"):
+                tracks[key].append(np.asarray(getattr(motion, key), np.float32)[rows])
+            tracks["number"].append(rows.astype(np.int32))
+            person = str(entry.get("person") or entry["id"])
+            clips.append({"id": entry["id"], "person": person, "start": row, "count": len(used), "still": still})
+            row += len(used)
+            if progress is not None and (i % 20 == 19 or i + 1 == len(entries)):
+                progress(f"{folder.name}: {i + 1} of {len(entries)} clips decoded, {row} frames")
+        if not clips:
+            raise InputError(f"data set {folder} has no frame in which a face was found")
+        frames.flush()
+        del frames
+        for key, parts in tracks.items():
+            np.save(beside / f"{key}.npy", np.concatenate(parts))
+        index = {"stamp": stamp, "count": row, "clips": clips}
+        (beside / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _decode(path: Path, still: bool, stride: int) -> Iterator[tuple[int, np.ndarray]]:
+    if still:
+        yield 0, read_image(path)
+        return
+    with VideoReader(path) as reader:
+        for number, picture in enumerate(reader):
+            if number % stride == 0:
+                yield number, picture
+
+
+def _fit(picture: np.ndarray, size: int) -> np.ndarray:
+    if picture.shape[:2] == (size, size):
+        return picture
+    shrinks = picture.shape[0] > size
+    return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+class Sampler:
+    """Draws pairs and groups: data set by weight, then person, then clip, so that nobody fills the training."""
+
+    def __init__(self, sets: list[FaceSet], config: DataConfig, mirror: np.ndarray) -> None:
+        self.sets, self.config, self.mirror = sets, config, mirror  # mirror: `CanonicalFace.mirror`, (478,)
+        weight = np.array(config.weight or [1.0] * len(sets), np.float64)
+        if len(weight) != len(sets) or (weight < 0).any() or weight.sum() <= 0:
+            raise InputError(f"data.weight needs one positive number per data set, got {config.weight}")
+        self.weight = weight / weight.sum()
+        self.people = [_people(s) for s in sets]
+        self.moving = [_people(s, least=2) for s in sets]
+        self.shared = [_shared_tracks(s) for s in sets]
+        seen = np.concatenate([s.beta[:: max(len(s.beta) // 5000, 1)] for s in sets])
+        self.beta_scale = np.maximum(seen.std(0), 0.02)
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """The pairs of one training step."""
+        rng = np.random.default_rng([seed, step, 1])
+        return _collate([self._pair(rng) for _ in range(size)])
+
+    def group(self, seed: int, step: int, size: int, side: int, least: int = 8) -> tuple[Tensor, Tensor]:
+        """Frames of one clip for eq. 1: images (N, 3, side, side) and beta (N, 64), least <= N <= size."""
+        rng = np.random.default_rng([seed, step, 2])
+        for _ in range(1000):
+            data, clip = self._clip(rng, self.moving)
+            if clip.count < least:
+                continue
+            rows = clip.start + np.sort(rng.permutation(clip.count)[:size])
+            flip = self.config.flip and rng.random() < 0.5
+            beta = mirror_beta(data.beta[rows]) if flip else data.beta[rows]
+            pictures = np.stack([_fit(data.frames[r], side) for r in rows])
+            pictures = pictures[:, :, ::-1] if flip else pictures
+            table = _colour_table(rng, self.config.jitter)
+            return torch.from_numpy(_recolour(pictures, table)), _tensor(beta)
+        raise TrainingError(f"no clip with {least} frames or more: contrastive training needs longer clips")
+
+    def geometry(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Pairs of frames without pictures: beta (N, 64) and head-frame points (N, 478, 3) of both, camera of the second.
+
+        Returns `(beta_k, beta_j, points_k, points_j, camera_j)`.
+        """
+        rng = np.random.default_rng([seed, step, 3])
+        parts: list[list[np.ndarray]] = [[], [], [], [], []]
+        for _ in range(size):
+            data, clip = self._clip(rng, self.moving)
+            k = clip.start + int(rng.integers(clip.count))
+            j = self._driver(rng, data, clip, k)
+            beta, camera = data.beta[[k, j]], data.camera[[k, j]]
+            marks = data.landmarks[[k, j]]
+            if self.config.flip and rng.random() < 0.5:
+                beta, camera, marks = mirror_beta(beta), mirror_camera(camera), mirror_landmarks(marks, self.mirror)
+            for part, value in zip(parts, (beta[0], beta[1], marks[0], marks[1], camera), strict=True):
+                part.append(value)
+        beta_k, beta_j, marks_k, marks_j, cameras = (np.stack(p) for p in parts)
+        points_k, points_j = head_points(marks_k, cameras[:, 0]), head_points(marks_j, cameras[:, 1])
+        return _tensor(beta_k), _tensor(beta_j), _tensor(points_k), _tensor(points_j), _tensor(cameras[:, 1])
+
+    def _clip(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceSet, Clip]:
+        usable = np.array([bool(p) for p in people])
+        if not usable.any():
+            raise TrainingError("the data sets hold no clip of two frames or more")
+        share = self.weight * usable
+        d = int(rng.choice(len(self.sets), p=share / share.sum()))
+        names = list(people[d])
+        for _ in range(1000):
+            clips = people[d][names[int(rng.integers(len(names)))]]
+            only_stills = all(c.still for c in clips)
+            if not only_stills or rng.random() < self.config.stills:
+                break
+        moving = [c for c in clips if not c.still]
+        if moving and len(moving) < len(clips) and rng.random() >= self.config.stills:
+            clips = moving
+        return self.sets[d], clips[int(rng.integers(len(clips)))]
+
+    def _driver(self, rng: Generator, data: FaceSet, clip: Clip, source: int) -> int:
+        """Another frame of the clip: any, or the most different of a few in head pose and expression."""
+        if clip.count < 2:
+            return source
+        picks = clip.start + rng.integers(clip.count - 1, size=CANDIDATES)
+        picks = picks + (picks >= source)
+        if rng.random() >= self.config.spread:
+            return int(picks[0])
+        return int(picks[np.argmax(self.difference(data, source, picks))])
+
+    def difference(self, data: FaceSet, row: int, others: np.ndarray) -> np.ndarray:
+        """How far `others` are from `row`: 1 is about 10 degrees of rotation, or one deviation of every coefficient."""
+        turn = data.camera[np.append(others, row), :16].reshape(-1, 4, 4)[:, :3, :3]
+        cos = (np.einsum("nij,ij->n", turn[:-1], turn[-1]) - 1) / 2
+        angle = np.degrees(np.arccos(np.clip(cos, -1, 1)))
+        beta = (data.beta[others] - data.beta[row]) / self.beta_scale
+        return angle / 10 + np.sqrt((beta**2).mean(1))
+
+    def _pair(self, rng: Generator) -> dict[str, np.ndarray]:
+        data, clip = self._clip(rng, self.people)
+        source = clip.start + int(rng.integers(clip.count))
+        target = self._driver(rng, data, clip, source)
+        beta = data.beta[target]
+        if self.config.cross > 0 and rng.random() < self.config.cross:
+            crossed = self._crossed(rng)
+            if crossed is not None:
+                data, source, target, beta = crossed
+        rows = np.array([source, target])
+        marks, cameras = data.landmarks[rows], data.camera[rows]
+        betas = np.stack([data.beta[source], beta])
+        flip = self.config.flip and rng.random() < 0.5
+        if flip:
+            marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
+        pictures = np.stack([data.frames[source], data.frames[target]])
+        pictures = pictures[:, :, ::-1] if flip else pictures
+        images = _recolour(pictures, _colour_table(rng, self.config.jitter))
+        return {
+            "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
+            "source_points": head_points(marks[:1], cameras[:1])[0],
+            "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
+            "target_landmarks": marks[1, :, :2],
+        }  # fmt: skip
+
+    def _crossed(self, rng: Generator) -> tuple[FaceSet, int, int, np.ndarray] | None:
+        """A pair whose expression comes from another head on the same track; the camera is that of the target's own
+        crop, since crops are framed head by head."""
+        share = self.weight * np.array([bool(s) for s in self.shared])
+        if share.sum() <= 0:
+            return None
+        d = int(rng.choice(len(self.sets), p=share / share.sum()))
+        data, tracks = self.sets[d], self.shared[d]
+        clips = tracks[list(tracks)[int(rng.integers(len(tracks)))]]
+        first, second = rng.choice(len(clips), 2, replace=False)
+        target_clip, driver_clip = clips[int(first)], clips[int(second)]
+        own = self.people[d][target_clip.person]
+        source_clip = own[int(rng.integers(len(own)))]
+        numbers = data.number[target_clip.start : target_clip.start + target_clip.count]
+        theirs = data.number[driver_clip.start : driver_clip.start + driver_clip.count]
+        both, at, there = np.intersect1d(numbers, theirs, return_indices=True)
+        if len(both) == 0:
+            return None
+        pick = int(rng.integers(len(both)))
+        source = source_clip.start + int(rng.integers(source_clip.count))
+        return data, source, target_clip.start + int(at[pick]), data.beta[driver_clip.start + int(there[pick])]
+
+
+class Prefetcher:
+    """Runs `make(step)` for start, start + 1, ... in a thread, `depth` results ahead; use as a context manager."""
+
+    def __init__(self, make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(make, start, stop), daemon=True)
+        self._thread.start()
+
+    def _work(self, make: Callable[[int], Any], start: int, stop: int) -> None:
+        for step in range(start, stop):
+            try:
+                item: Any = make(step)
+            except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
+                item = error
+            while not self._end.is_set():
+                try:
+                    self._queue.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if self._end.is_set() or isinstance(item, BaseException):
+                return
+
+    def next(self) -> Any:
+        """The next step's result, or its error raised."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=10)
+
+
+def _people(data: FaceSet, least: int = 1) -> dict[str, list[Clip]]:
+    people: dict[str, list[Clip]] = {}
+    for clip in data.clips:
+        if clip.count >= least and not (clip.still and least > 1):
+            people.setdefault(clip.person, []).append(clip)
+    return people
+
+
+def _shared_tracks(data: FaceSet) -> dict[str, list[Clip]]:
+    tracks: dict[str, list[Clip]] = {}
+    for clip in data.clips:
+        if clip.track:
+            tracks.setdefault(clip.track, []).append(clip)
+    return {track: clips for track, clips in tracks.items() if len({c.person for c in clips}) == len(clips) > 1}
+
+
+def _colour_table(rng: Generator, jitter: float) -> np.ndarray:
+    """A lookup table (256, 3) from uint8 to [-1, 1]: gamma, gain of every channel and brightness, drawn once per pair."""
+    x = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, 1)
+    if jitter > 0:
+        gamma, gain = np.exp(rng.uniform(-jitter, jitter)), np.exp(rng.uniform(-jitter, jitter, 3) / 2)
+        x = np.clip(x**gamma * gain + rng.uniform(-jitter, jitter) / 4, 0, 1)
+    return (x * 2 - 1).astype(np.float32)
+
+
+def _recolour(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) through the table."""
+    return np.stack([table[pictures[..., c], c] for c in range(3)], axis=1)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _collate(pairs: list[dict[str, np.ndarray]]) -> Batch:
+    return Batch(**{f.name: _tensor(np.stack([p[f.name] for p in pairs])) for f in fields(Batch)})

@@ -1,0 +1,190 @@
+"""Losses of the reconstruction stage (sec. 6.3) and those beyond the paper. Images are (B, 3, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from export3d_cli.core.errors import InputError
+from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CAFFE_BGR = (103.939, 116.779, 123.68)
+
+
+def l2(image: Tensor, target: Tensor) -> Tensor:
+    """The L2 terms of eq. 13: mean squared difference."""
+    return F.mse_loss(image.float(), target.float())
+
+
+def l1(image: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference (beyond the paper): blurs less than L2."""
+    return F.l1_loss(image.float(), target.float())
+
+
+def downsample(image: Tensor, size: int) -> Tensor:
+    """The target of the raw image's terms of eq. 13: D at the side of the raw render."""
+    return F.interpolate(image, size=(size, size), mode="area") if image.shape[-1] != size else image
+
+
+def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
+    """Where eyes and mouth are: (B, 478, 2) in crop units -> (B, 1, size, size) in 0..1, soft at the border.
+
+    Each region is the ellipse of its landmarks' covariance, `grow` times as large, so that it turns with the head.
+    """
+    axis = (torch.arange(size, device=landmarks.device, dtype=torch.float32) + 0.5) / size
+    pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (H, W, 2)
+    mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
+    for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
+        points = landmarks[:, list(region)].float()  # (B, R, 2)
+        centre = points.mean(1)  # (B, 2)
+        away = points - centre[:, None]
+        spread = away.transpose(1, 2) @ away / len(region)  # (B, 2, 2)
+        # closed eyes and lips are lines: no region is thinner than 3 % of the crop
+        spread = spread + (0.015**2) * torch.eye(2, device=landmarks.device)
+        inverse = torch.linalg.inv(spread)
+        offset = pixels[None] - centre[:, None, None]  # (B, H, W, 2)
+        # points on an ellipse lie at a squared Mahalanobis distance of 2 from its centre
+        distance = ((offset @ inverse[:, None]) * offset).sum(-1) / (2 * grow**2)
+        mask = torch.maximum(mask, torch.sigmoid(6 * (1 - distance)))
+    return mask[:, None]
+
+
+def mask_loss(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Absolute difference inside eyes and mouth, averaged over the whole image (PlaneDict's mask loss)."""
+    return (mask * (image.float() - target.float()).abs()).mean()
+
+
+class Perceptual(nn.Module):
+    """Multi-scale perceptual distance, the LPIPS terms of eq. 13, on a frozen VGG16 or MobileNetV2.
+
+    Channels are normalised to unit length at every pixel, squared differences summed over channels and averaged over
+    pixels, layers and scales: 0 for equal images, about 0.1 to 0.6 for different ones. Without LPIPS' learned weights.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, stages: list[nn.Module], mean: tuple[float, ...], scale: tuple[float, ...], *, bgr: bool
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)  # each ends where features are compared
+        self.bgr = bgr
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, image: Tensor, target: Tensor, *, scales: int = 2) -> Tensor:
+        """Distance of two batches of images; gradients reach `image` only."""
+        total = image.new_zeros((), dtype=torch.float32)
+        for level in range(scales):
+            if level:
+                image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
+            with torch.no_grad():
+                wanted = self.features(target)
+            for got, want in zip(self.features(image), wanted, strict=True):
+                total = total + (got - want).square().sum(1).mean() / (scales * len(wanted))
+        return total
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Unit-length features after each stage, float32."""
+        x = image.flip(1) if self.bgr else image
+        x = (x.float() - self.mean) * self.scale
+        x = x.contiguous(memory_format=torch.channels_last)
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            y = x.float()
+            found.append(y * torch.rsqrt(y.square().sum(1, keepdim=True) + 1e-6))
+        return found
+
+
+def load_perceptual(path: Path | str) -> Perceptual:
+    """A frozen backbone from a safetensors file: VGG16 or MobileNetV2, recognised by the names of its tensors."""
+    path = Path(path)
+    try:
+        state = {k: v.float() for k, v in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"loss.backbone {path} cannot be read: {error}") from error
+    try:
+        if "conv1_1.weight" in state:
+            names = [f"conv{b}_{k}" for b, count in enumerate((2, 2, 3, 3, 3), 1) for k in range(1, count + 1)]
+            mean = tuple(2 * m / 255 - 1 for m in _CAFFE_BGR)
+            return Perceptual(_vgg(state, names), mean, (127.5,) * 3, bgr=True)
+        mean = tuple(2 * m - 1 for m in _IMAGENET_MEAN)
+        scale = tuple(0.5 / s for s in _IMAGENET_STD)
+        if "features.0.0.weight" in state:
+            return Perceptual(_mobilenet(state), mean, scale, bgr=False)
+        if "features.0.weight" in state:
+            names = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]
+            return Perceptual(_vgg(state, names), mean, scale, bgr=False)
+    except KeyError as error:
+        raise InputError(f"loss.backbone {path} lacks the tensor {error}") from error
+    raise InputError(
+        f"loss.backbone {path} is neither VGG16 nor MobileNetV2 features: its names are {sorted(state)[:3]}"
+    )
+
+
+def _conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    out, inside, side, _ = weight.shape
+    conv = nn.Conv2d(inside * groups, out, side, stride, side // 2, groups=groups)
+    conv.load_state_dict({"weight": weight, "bias": bias})
+    return conv
+
+
+def _vgg(state: dict[str, Tensor], names: list[str]) -> list[nn.Module]:
+    """The 13 convolutions cut into stages that end before each pooling, all but the last, coarsest one."""
+    stages: list[nn.Module] = []
+    at = 0
+    for block, count in enumerate((2, 2, 3, 3)):
+        layers: list[nn.Module] = [nn.MaxPool2d(2)] if block else []
+        for name in names[at : at + count]:
+            layers += [_conv(state[f"{name}.weight"], state[f"{name}.bias"]), nn.ReLU()]
+        at += count
+        stages.append(nn.Sequential(*layers))
+    return stages
+
+
+class _Inverted(nn.Module):
+    """MobileNetV2's inverted residual, its batch norms folded into the convolutions."""
+
+    def __init__(self, layers: nn.Sequential, *, residual: bool) -> None:
+        super().__init__()
+        self.layers, self.residual = layers, residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return x + y if self.residual else y
+
+
+def _mobilenet(state: dict[str, Tensor]) -> list[nn.Module]:
+    """The first 11 blocks (to H/16), in stages at H/2, H/4, H/8 and H/16."""
+
+    def folded(conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
+        gain = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + 1e-5)
+        weight = state[f"{conv}.weight"]
+        groups = len(weight) if weight.shape[1] == 1 else 1
+        bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * gain
+        return _conv(weight * gain[:, None, None, None], bias, stride, groups)
+
+    blocks: list[nn.Module] = [nn.Sequential(folded("features.0.0", "features.0.1", 2), nn.ReLU6())]
+    strides = {2: 2, 4: 2, 7: 2}
+    for i in range(1, 11):
+        name, stride = f"features.{i}.conv", strides.get(i, 1)
+        depthwise = 0 if i == 1 else 1  # the first block has no widening layer
+        layers: list[nn.Module] = []
+        if depthwise:
+            layers += [folded(f"{name}.0.0", f"{name}.0.1"), nn.ReLU6()]
+        layers += [folded(f"{name}.{depthwise}.0", f"{name}.{depthwise}.1", stride), nn.ReLU6()]
+        last = folded(f"{name}.{depthwise + 1}", f"{name}.{depthwise + 2}")
+        inside = state[f"{name}.0.0.weight"].shape[1 if depthwise else 0]
+        residual = stride == 1 and inside == last.out_channels
+        blocks.append(_Inverted(nn.Sequential(*layers, last), residual=residual))
+    return [nn.Sequential(*blocks[a:b]) for a, b in ((0, 2), (2, 4), (4, 7), (7, 11))]

@@ -1,0 +1,203 @@
+"""The CLeBS stage (sec. 3.1, 6.2): f_e learns expressions by contrast; then the basis flow is fitted in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export3d_cli.core.checkpoint import pack_optimizer, unpack_optimizer
+from export3d_cli.core.config import POINTS, ClebsConfig
+from export3d_cli.core.face.mesh import LEFT_EYE, LIPS, RIGHT_EYE
+from export3d_cli.core.model.expression import ImageEncoder, LeBS, contrastive_loss
+from export3d_cli.core.train.data import Sampler
+from export3d_cli.core.train.run import Run, check_finite
+
+LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
+_CHUNK = 500  # pairs drawn at a time for the closed-form fit
+
+
+@dataclass(frozen=True)
+class FlowReport:
+    """How well the basis flow moves landmarks, in pixels of a 256 image: mean distance, and that of a rigid face."""
+
+    all: float
+    all_rigid: float
+    lips: float
+    lips_rigid: float
+    eyes: float
+    eyes_rigid: float
+
+
+def measure_beta(lebs: LeBS, sampler: Sampler, seed: int) -> None:
+    """Set the mean and deviation by which f_e standardises beta."""
+    beta = torch.cat([x for s in range(4) for x in sampler.geometry(seed, -1 - s + 2**31, 500)[:2]])
+    lebs.beta_mean.copy_(beta.mean(0))
+    # coefficients that hardly ever move would otherwise be amplified into noise
+    lebs.beta_std.copy_(beta.std(0).clamp_min(0.02))
+
+
+def clebs_stage(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sampler) -> int:
+    """Train `lebs` in place, then fill `flow_basis` (n, 478, 3); resumes where `run` left off. Returns the steps done."""
+    config, clebs = run.config, run.config.clebs
+    torch.manual_seed(config.seed + 17)
+    encoder = ImageEncoder(lebs.weight.shape[0], clebs.encoder_width).to(run.device)
+    readout = nn.Linear(lebs.weight.shape[1], POINTS * 3, bias=False).to(run.device)
+    with torch.no_grad():
+        readout.weight.mul_(0.1)
+    modules = nn.ModuleDict({"lebs": lebs, "encoder": encoder, "readout": readout})
+    optimizer = torch.optim.Adam([p for p in modules.parameters() if p.requires_grad], lr=clebs.lr)
+    start = 0
+    if run.resumed is not None:
+        tensors, info = run.resumed
+        modules.load_state_dict({k.removeprefix("clebs."): v for k, v in tensors.items() if k.startswith("clebs.")})
+        unpack_optimizer(optimizer, tensors)
+        start = info["step"]
+    else:
+        measure_beta(lebs, sampler, config.seed)
+    scale = _motion_scale(sampler, config.seed).to(run.device)
+    pool = _Pool(sampler, config.seed, clebs.pairs)
+
+    def save(step: int) -> None:
+        run.save("clebs", step, {f"clebs.{k}": v for k, v in modules.state_dict().items()} | pack_optimizer(optimizer))
+
+    modules.train()
+    total = clebs.warm + clebs.steps
+    for step in range(start, total):
+        if run.out_of_time():
+            save(step)
+            return step
+        run.seed(0, step)
+        loss, values = _clebs_loss(run, modules, sampler, pool, step, scale)
+        check_finite(loss.item(), "clebs", step, values)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
+        optimizer.param_groups[0]["lr"] = clebs.lr * (1 - 0.9 * step / total)
+        optimizer.step()
+        if (step + 1) % config.log_every == 0 or step + 1 == total:
+            run.log("clebs", step + 1, total, values)
+        if (step + 1) % config.checkpoint_every == 0:
+            save(step + 1)
+    finish_expression(run, lebs, flow_basis, sampler)
+    return total
+
+
+class _Pool:
+    """Pairs to read geometry from. Drawing is slow beside learning, so each is used several times over some steps."""
+
+    STEPS, REUSE = 50, 4
+
+    def __init__(self, sampler: Sampler, seed: int, pairs: int) -> None:
+        self.sampler, self.seed, self.pairs = sampler, seed, pairs
+        self.age = -1
+        self.drawn: tuple[Tensor, ...] = ()
+
+    def draw(self, step: int) -> tuple[Tensor, ...]:
+        """beta_k, beta_j, points_k, points_j of this step, a function of (seed, step)."""
+        if self.age != step // self.STEPS:
+            self.age = step // self.STEPS
+            count = max(self.pairs * self.STEPS // self.REUSE, self.pairs)
+            self.drawn = self.sampler.geometry(self.seed, self.age, count)[:4]
+        rows = torch.from_numpy(np.random.default_rng([self.seed, step, 4]).permutation(len(self.drawn[0]))[: self.pairs])
+        return tuple(x[rows] for x in self.drawn)
+
+
+def _clebs_loss(
+    run: Run, modules: nn.ModuleDict, sampler: Sampler, pool: _Pool, step: int, scale: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """One step: eq. 1 on a group of one clip's frames, plus the geometry read linearly from lambda."""
+    clebs: ClebsConfig = run.config.clebs
+    lebs, encoder, readout = modules["lebs"], modules["encoder"], modules["readout"]
+    loss = torch.zeros((), device=run.device)
+    values: dict[str, float] = {}
+    if step >= clebs.warm:
+        images, beta = sampler.group(run.config.seed, step, clebs.negatives + 1, clebs.image_size, LEAST_GROUP)
+        with run.autocast():
+            codes = encoder(images.to(run.device))
+        contrast, accuracy = contrastive_loss(codes, lebs(beta.to(run.device)), clebs.temperature, clebs.denominator)
+        loss = loss + contrast
+        values |= {"contrast": contrast.item(), "accuracy": accuracy.item(), "chance": 1 / len(beta)}
+    if clebs.geometry > 0:
+        beta_k, beta_j, points_k, points_j = (x.to(run.device) for x in pool.draw(step))
+        change = lebs.coefficients(beta_j) - lebs.coefficients(beta_k)  # (N, n)
+        wanted = (points_j - points_k).flatten(1) / scale
+        geometry = F.smooth_l1_loss(readout(change), wanted)
+        loss = loss + clebs.geometry * geometry
+        with torch.no_grad():
+            values |= {"geometry": geometry.item(), "rigid": F.smooth_l1_loss(torch.zeros_like(wanted), wanted).item()}
+    values["loss"] = loss.item()
+    return loss, values
+
+
+def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
+    """Deviation of every coordinate's motion, (1434,), not below half of the overall one; depth counts a third."""
+    _, _, points_k, points_j, _ = sampler.geometry(seed, 2**31 + 7, 500)
+    moved = (points_j - points_k).flatten(1)
+    scale = moved.square().mean(0).sqrt()
+    scale = scale.clamp_min(0.5 * float(moved.square().mean().sqrt())).clamp_min(1e-6)
+    return scale * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS)
+
+
+@torch.no_grad()
+def finish_expression(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sampler) -> FlowReport | None:
+    """Bring lambda to unit size (the cosines of eq. 1 do not see it), and fit the basis flow."""
+    lebs.eval()
+    beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
+    size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6)
+    lebs.fc2.weight.div_(size)
+    lebs.fc2.bias.div_(size)
+    if flow_basis is None:
+        return None
+    fitted, report = fit_flow_basis(
+        lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
+    )
+    flow_basis.copy_(fitted.to(flow_basis))
+    total = run.config.clebs.warm + run.config.clebs.steps
+    run.log("clebs", total, total, {f"flow_{k}": v for k, v in asdict(report).items()})
+    return report
+
+
+@torch.no_grad()
+def fit_flow_basis(
+    lebs: LeBS, sampler: Sampler, seed: int, pairs: int, ridge: float, device: torch.device | str = "cpu"
+) -> tuple[Tensor, FlowReport]:
+    """Displacement b_i of every basis vector, (n, 478, 3) in the head frame, by ridge regression.
+
+    `points_j - points_k = sum_i (lambda_i(j) - lambda_i(k)) b_i` over pairs of frames of one clip, people drawn
+    equally often. Fitted twice: the second time without the hundredth of the pairs that fitted worst (lost tracks).
+    """
+    chunks = []
+    for at in range(0, max(pairs, 2), _CHUNK):
+        drawn = sampler.geometry(seed, 2**31 + 100 + at, min(_CHUNK, max(pairs, 2) - at))
+        change = lebs.coefficients(drawn[1].to(device)) - lebs.coefficients(drawn[0].to(device))
+        chunks.append((change.cpu(), *drawn[2:]))
+    change, before, after, camera = (torch.cat(x) for x in zip(*chunks, strict=True))
+    moved = (after - before).flatten(1)
+
+    def solve(rows: Tensor) -> Tensor:
+        x, y = change[rows].double(), moved[rows].double()
+        return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).float()
+
+    every = torch.ones(len(moved), dtype=torch.bool)
+    basis = solve(every)
+    residual = (moved - change @ basis).square().sum(1)
+    basis = solve(residual <= residual.quantile(0.99))
+    wanted, rigid = project(after, camera), project(before, camera)
+    got = project(before + (change @ basis).view_as(before), camera)
+    distance = {"": (got - wanted).norm(dim=-1) * 256, "_rigid": (rigid - wanted).norm(dim=-1) * 256}
+    regions = {"all": list(range(POINTS)), "lips": list(LIPS), "eyes": list(LEFT_EYE + RIGHT_EYE)}
+    report = FlowReport(
+        **{f"{r}{kind}": float(d[:, idx].mean()) for r, idx in regions.items() for kind, d in distance.items()}
+    )
+    return basis.view(-1, POINTS, 3), report
+
+
+def project(points: Tensor, camera: Tensor) -> Tensor:
+    """Head-frame points (N, P, 3) seen by cameras (N, 25) -> (N, P, 2) in image sizes."""
+    pose = camera[:, :16].view(-1, 4, 4)
+    local = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+    return local[..., :2] / local[..., 2:] * camera[:, 16].view(-1, 1, 1) + 0.5

@@ -1,0 +1,135 @@
+"""The bookkeeping of one training run: clock, log, training state. What is trained lives in the stages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export3d_cli.core.checkpoint import load_state, save_state, write_text
+from export3d_cli.core.config import TrainConfig
+from export3d_cli.core.errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """What a progress callback is told."""
+
+    stage: str  # "data", "clebs", "reconstruction"
+    step: int  # steps done in this stage
+    steps: int  # steps this stage will take
+    values: dict[str, float] = field(default_factory=dict)  # the newest log line
+    message: str = ""
+
+
+@dataclass
+class Run:
+    """One run folder and the clock of this call."""
+
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    bf16: bool
+    progress: Callable[[TrainEvent], None] | None
+    started: float = field(default_factory=time.monotonic)
+    decayed: float = 0.0  # how far earlier calls took a decay by time, 0..1
+    resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    @classmethod
+    def open(cls, config: TrainConfig, progress: Callable[[TrainEvent], None] | None) -> Run:
+        """Make or reopen the run folder; where it holds a training state, the run goes on from there."""
+        folder = Path(config.run)
+        folder.mkdir(parents=True, exist_ok=True)
+        device = pick_device(config.device)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        run = cls(config, folder, device, bf16, progress, resumed=load_state(folder))
+        if run.resumed is not None:
+            run.decayed = float(run.resumed[1].get("decayed", 0.0))
+            run._drop_log_after(run.resumed[1])
+        return run
+
+    def seed(self, stage: int, step: int) -> None:
+        """Make every random number of this step a function of (seed, stage, step), so that a resumed run repeats."""
+        torch.manual_seed((self.config.seed * 1_000_003 + stage * 500_000_003 + step) % 2**63)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 where the configuration asks for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def minutes(self) -> float:
+        """Minutes since this call began."""
+        return (time.monotonic() - self.started) / 60
+
+    def out_of_time(self) -> bool:
+        """Whether `max_minutes` have passed."""
+        return 0 < self.config.max_minutes <= self.minutes()
+
+    def time_fraction(self, since: float) -> float:
+        """How far a decay by time is, 0..1, for a stage that began at minute `since` of this call."""
+        passed = (self.minutes() - since) / max(self.config.max_minutes - since, 1e-6)
+        return min(self.decayed + (1 - self.decayed) * max(passed, 0.0), 1.0)
+
+    def tell(
+        self, stage: str, step: int, steps: int, values: dict[str, float] | None = None, message: str = ""
+    ) -> None:
+        """Call the progress callback."""
+        if self.progress is not None:
+            self.progress(TrainEvent(stage, step, steps, values or {}, message))
+
+    def log(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+        """Append a line to stats.jsonl and tell the callback."""
+        line = {"stage": stage, "step": step, "minutes": round(self.minutes(), 3)}
+        line |= {k: float(f"{v:.5g}") for k, v in values.items()}
+        with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.tell(stage, step, steps, values)
+
+    def save(self, stage: str, step: int, tensors: dict[str, Tensor], decayed: float = 0.0) -> None:
+        """Write the training state."""
+        info = {"stage": stage, "step": step, "seed": self.config.seed, "decayed": decayed}
+        save_state(self.folder, tensors, info, keep=self.config.keep)
+
+    def _drop_log_after(self, info: dict[str, Any]) -> None:
+        """Forget log lines of steps that will be taken again."""
+        path = self.folder / "stats.jsonl"
+        if not path.exists():
+            return
+        order = {"clebs": 0, "reconstruction": 1}
+        kept = []
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError):  # a line cut off by a crash
+                line = json.loads(text)
+                if (order[line["stage"]], line["step"]) <= (order[info["stage"]], info["step"]):
+                    kept.append(text)
+        write_text(path, "".join(f"{text}\n" for text in kept))
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but no CUDA device is available: use cpu or auto")
+    return device
+
+
+def check_finite(value: float, stage: str, step: int, parts: dict[str, float]) -> None:
+    """Stop on a loss that is no number."""
+    if not math.isfinite(value):
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
+        raise TrainingError(
+            f"the loss of stage {stage} is {value} at step {step} ({shown}): lower lr, or set precision to fp32; "
+            "the same command goes on from the last checkpoint"
+        )

@@ -1,0 +1,68 @@
+"""The `export3d` command: a group whose subcommands load when they are asked for, and the one place where errors end.
+
+An `Export3DError` becomes one line on stderr and its exit code (-v adds the traceback), Ctrl-C becomes 130; anything
+else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+from export3d_cli import __version__
+from export3d_cli.console import Settings
+from export3d_cli.core.errors import Export3DError
+
+_COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "weights")
+
+
+class LazyGroup(click.Group):
+    """A group that imports the file of a subcommand when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """`novel-view` is `commands.novel_view.novel_view`."""
+        if cmd_name not in _COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; see the module's docstring for what becomes of errors."""
+        try:
+            return super().invoke(ctx)
+        except Export3DError as error:
+            if ctx.params.get("verbose"):
+                import traceback
+
+                traceback.print_exc()
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", count=True, help="Show the traceback of an error.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary.")
+@click.version_option(__version__, "-V", "--version", prog_name="export3d")
+@click.pass_context
+def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
+    """Animate a portrait from one photo and a driving video; turn it; change its expression; train the model."""
+    ctx.obj = Settings(verbose=verbose, quiet=quiet)
+
+
+def main() -> None:
+    """Entry point; SIGTERM unwinds like any exit, so that no half file and no ffmpeg stays behind."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cli(prog_name="export3d")

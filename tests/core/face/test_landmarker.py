@@ -1,0 +1,161 @@
+"""The landmarker on the shipped example photograph, with the shipped networks."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from export3d_cli.core.errors import InputError, WeightsError
+from export3d_cli.core.face.landmarker import ARKIT_NAMES, Landmarker
+
+REPO = Path(__file__).parents[3]
+BUNDLE = REPO / "weights" / "face_landmarker.task"
+NOSE_TIP, CHIN, FOREHEAD, RIGHT_EYE_CORNER, LEFT_EYE_CORNER = 1, 152, 10, 33, 263
+
+
+@pytest.fixture(scope="module")
+def landmarker() -> Landmarker:
+    return Landmarker(BUNDLE)
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    bgr = cv2.imread(str(REPO / "examples" / "source.jpg"))
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)  # (512, 512, 3)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(a[:, :2] - b[:, :2], axis=1)
+
+
+def test_finds_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
+    (detection,) = landmarker.detect(photo)
+    face = landmarker.find(photo)
+    assert face is not None
+    assert face.score > 0.9
+
+    h, w = photo.shape[:2]
+    assert face.landmarks.shape == (478, 3)
+    assert face.landmarks.dtype == np.float32
+    assert (face.landmarks[:, :2] >= 0).all()
+    assert (face.landmarks[:, :2] <= (w, h)).all()
+    x0, y0, x1, y1 = detection.box
+    x, y, z = face.landmarks[NOSE_TIP]
+    assert x0 < x < x1
+    assert y0 < y < y1
+    assert z < face.landmarks[RIGHT_EYE_CORNER, 2]  # the nose is nearer to the camera
+    assert np.linalg.norm(detection.keypoints[2] - (x, y)) < 0.1 * (x1 - x0)
+
+    assert face.blendshapes.shape == (52,) == (len(ARKIT_NAMES),)
+    assert face.blendshapes.dtype == np.float32
+    assert (face.blendshapes >= 0).all()
+    assert (face.blendshapes <= 1).all()
+
+
+def test_track_agrees_with_find_on_a_still(landmarker: Landmarker, photo: np.ndarray) -> None:
+    landmarker.reset()
+    found = landmarker.find(photo)
+    frames = [landmarker.track(photo) for _ in range(5)]
+    np.testing.assert_array_equal(frames[0].landmarks, found.landmarks)  # the first frame is a detection
+    for frame in frames[1:]:
+        assert distance(frame.landmarks, found.landmarks).mean() < 2
+    assert distance(frames[3].landmarks, frames[4].landmarks).max() < 0.5
+
+
+def test_track_lets_go_of_a_face_that_left(landmarker: Landmarker, photo: np.ndarray) -> None:
+    landmarker.reset()
+    assert landmarker.track(photo) is not None
+    assert landmarker.track(np.zeros_like(photo)) is None
+    assert landmarker.track(photo) is not None
+    smaller = cv2.resize(photo, (300, 300), interpolation=cv2.INTER_AREA)  # another size: another video
+    np.testing.assert_array_equal(landmarker.track(smaller).landmarks, landmarker.find(smaller).landmarks)
+
+
+def test_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.ndarray) -> None:
+    face, mirrored = landmarker.find(photo), landmarker.find(photo[:, ::-1])
+    swap = {"Left": "Right", "Right": "Left"}
+    for i, name in enumerate(ARKIT_NAMES):
+        side = next((side for side in swap if name.endswith(side)), None)
+        j = i if side is None else ARKIT_NAMES.index(name.removesuffix(side) + swap[side])
+        assert mirrored.blendshapes[j] == pytest.approx(face.blendshapes[i], abs=0.2), name
+    width = photo.shape[1]
+    assert mirrored.landmarks[LEFT_EYE_CORNER, 0] == pytest.approx(width - face.landmarks[RIGHT_EYE_CORNER, 0], abs=4)
+
+
+@pytest.mark.parametrize("degrees", [-30, 30])
+def test_follows_a_rolled_head(landmarker: Landmarker, photo: np.ndarray, degrees: float) -> None:
+    h, w = photo.shape[:2]
+    turn = cv2.getRotationMatrix2D((w / 2, h / 2), degrees, 1.0)  # (2, 3)
+    rolled = landmarker.find(cv2.warpAffine(photo, turn, (w, h), borderMode=cv2.BORDER_REPLICATE))
+    expected = landmarker.find(photo).landmarks[:, :2] @ turn[:, :2].T + turn[:, 2]
+    assert distance(rolled.landmarks, expected).mean() < 0.01 * w
+
+
+def test_quarter_turn_is_found_upright_or_not_at_all(landmarker: Landmarker, photo: np.ndarray) -> None:
+    face = landmarker.find(np.rot90(photo))
+    if face is not None:
+        x, y, _ = face.landmarks[CHIN] - face.landmarks[FOREHEAD]
+        assert x > abs(y)  # anticlockwise: the chin is to the right of the forehead
+
+
+def test_small_and_several_faces(landmarker: Landmarker, photo: np.ndarray) -> None:
+    expected = landmarker.find(photo).landmarks
+    canvas = np.full((720, 1280, 3), 127, np.uint8)
+    for x, side in ((100, 144), (1000, 180)):
+        canvas[300 : 300 + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
+    faces = landmarker.find_all(canvas)
+    assert len(faces) == 2  # neither is seen in the whole picture, and none is counted twice
+    for face, x, side in zip(faces, (1000, 100), (180, 144), strict=True):
+        assert distance(face.landmarks, expected * (side / photo.shape[1]) + (x, 300, 0)).mean() < 0.03 * side
+
+
+def test_no_face(landmarker: Landmarker) -> None:
+    black = np.zeros((240, 320, 3), np.uint8)
+    assert landmarker.detect(black) == []
+    assert landmarker.find(black) is None
+    assert landmarker.find_all(black) == []
+    assert landmarker.find(np.zeros((1, 1, 3), np.uint8)) is None
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8), "photo.jpg"],
+)
+def test_wrong_images_are_named(landmarker: Landmarker, image: object) -> None:
+    for call in (landmarker.detect, landmarker.find, landmarker.find_all, landmarker.track):
+        with pytest.raises(InputError, match=r"got|empty"):
+            call(image)
+
+
+def test_unusable_bundles_are_weights_errors(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"missing\.task"):
+        Landmarker(tmp_path / "missing.task")
+
+    cut = tmp_path / "cut.task"
+    cut.write_bytes(BUNDLE.read_bytes()[:100_000])
+    with pytest.raises(WeightsError, match="not a whole"):
+        Landmarker(cut)
+
+    empty = tmp_path / "empty.task"
+    with zipfile.ZipFile(empty, "w"):
+        pass
+    with pytest.raises(WeightsError, match="not a whole"):
+        Landmarker(empty)
+
+    flipped = tmp_path / "flipped.task"
+    shutil.copy(BUNDLE, flipped)
+    data = bytearray(flipped.read_bytes())
+    data[200_000] ^= 0xFF
+    flipped.write_bytes(data)
+    with pytest.raises(WeightsError):
+        Landmarker(flipped)
+    with zipfile.ZipFile(flipped, "w") as archive:
+        for name in ("face_detector.tflite", "face_landmarks_detector.tflite", "face_blendshapes.tflite"):
+            archive.writestr(name, b"not a network")
+    with pytest.raises(WeightsError, match="does not load"):
+        Landmarker(flipped)

@@ -1,0 +1,39 @@
+import subprocess
+
+import pytest
+
+from export3d_cli.core.media.probe import ffmpeg
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run ffmpeg with these arguments and a name; the path of what it wrote."""
+
+    def run(name, *args):
+        path = tmp_path / name
+        subprocess.run([ffmpeg(), "-loglevel", "error", "-y", *args, str(path)], check=True)
+        return path
+
+    return run
+
+
+@pytest.fixture
+def picture(make):
+    """A test video of so many frames at a rate."""
+
+    def run(name, rate="25", frames=12, *args, size="64x48"):
+        source = ["-f", "lavfi", "-i", f"testsrc=s={size}:r={rate}", "-frames:v", str(frames)]
+        codec = [] if name.endswith((".gif", ".webm")) else ["-c:v", "libx264", "-pix_fmt", "yuv420p"]
+        return make(name, *source, *codec, *args)
+
+    return run
+
+
+@pytest.fixture
+def sound(make):
+    """A sine of so many seconds."""
+
+    def run(name, seconds=3):
+        return make(name, "-f", "lavfi", "-i", f"sine=d={seconds}")
+
+    return run

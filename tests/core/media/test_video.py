@@ -1,0 +1,266 @@
+import re
+import subprocess
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.errors import InputError, MediaError
+from export3d_cli.core.media import video
+from export3d_cli.core.media.probe import audio_codec, ffmpeg
+from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
+
+
+def frames(count, size=(64, 48)):
+    """Smooth frames that grow brighter."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([x * 2, y * 2, (x + y)], axis=-1)
+    return [(base + 3 * i).clip(0, 255).astype(np.uint8) for i in range(count)]
+
+
+def header(path):
+    return subprocess.run([ffmpeg(), "-i", str(path)], capture_output=True, check=False).stderr.decode()
+
+
+def seconds(path):
+    h, m, s = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header(path)).groups()
+    return int(h) * 3600 + int(m) * 60 + float(s)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("rate", ["25", "30000/1001", "24000/1001", "60000/1001", "25/2", "1234/100"])
+def test_the_frame_rate_is_exact(picture, rate, suffix):
+    path = picture("a" + suffix, rate)
+    info = probe(path)
+    assert info.fps == Fraction(rate)
+    assert (info.frames, info.vfr, info.width, info.height) == (12, False, 64, 48)
+    assert len(list(VideoReader(path))) == 12
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.webm", "a.gif", "a.mov"])
+def test_other_containers_are_read(picture, name):
+    info = probe(picture(name, "25", 10, *(["-bf", "0"] if name == "a.avi" else [])))
+    assert info.fps == 25
+    assert info.frames == 10
+
+
+def test_rotation_is_applied_and_the_size_agrees(picture, make):
+    path = make("turned.mp4", "-display_rotation", "90", "-i", str(picture("a.mp4")), "-c", "copy")
+    reader = VideoReader(path)
+    assert (reader.info.width, reader.info.height, abs(reader.info.rotation)) == (48, 64, 90)
+    assert next(iter(reader)).shape == (64, 48, 3)
+    reader.close()
+
+
+def test_non_square_pixels_become_square(picture):
+    reader = VideoReader(picture("a.mp4", "25", 2, "-vf", "setsar=2"))
+    assert (reader.info.width, reader.info.height) == (128, 48)
+    assert next(iter(reader)).shape == (48, 128, 3)
+    reader.close()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_rate_is_resampled_and_keeps_its_length(picture, suffix):
+    holes = "select='not(between(n,20,50)*mod(n,3))'"
+    path = picture("a" + suffix, "30", 80, "-vf", holes, "-fps_mode", "vfr")
+    info = probe(path)
+    assert info.vfr
+    assert info.fps == 30
+    count = sum(1 for _ in VideoReader(path))
+    assert abs(count / 30 - seconds(path)) < 1.5 / 30
+
+
+def test_colours_come_through(make):
+    path = make("red.mp4", "-f", "lavfi", "-i", "color=0xC03040:s=32x32:r=5:d=1", "-pix_fmt", "yuv420p")
+    middle = list(VideoReader(path))[2][16, 16].astype(int)
+    assert np.abs(middle - [0xC0, 0x30, 0x40]).max() < 6
+
+
+def test_start_duration_rate_and_size(picture):
+    path = picture("a.mp4", "25", 50)
+    every = list(VideoReader(path))
+    part = VideoReader(path, start=0.4, duration=0.8)
+    got = list(part)
+    assert part.info.frames == len(got) == 20
+    assert np.array_equal(got[0], every[10])
+    assert len(list(VideoReader(path, fps=Fraction(10)))) == 20
+    assert next(iter(VideoReader(path, size=(20, 10)))).shape == (10, 20, 3)
+
+
+def test_a_reader_left_early_leaves_no_process(picture):
+    with VideoReader(picture("a.mp4", "25", 200, size="320x240")) as reader:
+        next(iter(reader))
+        process = reader._process or None
+    assert process is None or process._run.poll() is not None
+    iterator = iter(reader)
+    next(iterator)
+    running = reader._process._run
+    reader.close()
+    assert running.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no file"), (b"", "empty"), (b"just text " * 50, "not a video")]
+)
+def test_what_is_no_video_is_named(tmp_path, content, message):
+    path = tmp_path / "x.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        probe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_sound_only_is_no_video(sound):
+    with pytest.raises(InputError, match="no picture"):
+        probe(sound("a.wav"))
+
+
+def test_a_start_behind_the_end_is_refused(picture):
+    with pytest.raises(InputError, match="behind the end"):
+        VideoReader(picture("a.mp4"), start=9.0)
+
+
+def test_a_damaged_video_says_so(picture):
+    path = picture("a.mkv", "25", 50, size="320x240")
+    data = path.read_bytes()
+    path.write_bytes(data[:400] + bytes(len(data) - 400))
+    with pytest.raises((InputError, MediaError)):
+        list(VideoReader(path))
+
+
+def test_odd_names_are_taken_as_files(picture, monkeypatch, tmp_path):
+    picture("a.mp4").rename(tmp_path / "-http:%d [1].mp4")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(VideoReader("-http:%d [1].mp4"))) == 12
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
+def test_what_is_written_is_read_again(tmp_path, suffix):
+    path = tmp_path / f"new/folder/a{suffix}"
+    given = frames(20)
+    with VideoWriter(path, size=(64, 48), fps=Fraction(30000, 1001), crf=8) as writer:
+        for frame in given:
+            writer.write(frame)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    info = probe(path)
+    assert (info.fps, info.frames, info.has_audio) == (Fraction(30000, 1001), 20, False)
+    for sent, got in zip(given, VideoReader(path), strict=True):
+        assert np.abs(sent.astype(int) - got).mean() < 3
+    text = header(path)
+    assert "bt709" in text
+    assert "yuv420p" in text
+    assert "synthetic" in text
+
+
+def test_a_gif_is_written_with_its_mark(tmp_path):
+    path = tmp_path / "a.gif"
+    with VideoWriter(path, size=(64, 48), fps=Fraction(10)) as writer:
+        for frame in frames(6):
+            writer.write(frame)
+    assert b"synthetic" in path.read_bytes()
+    assert len(list(VideoReader(path))) == 6
+
+
+def test_odd_sizes_lose_a_line(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", size=(65, 49), fps=Fraction(25)) as writer:
+        writer.write(frames(1, (65, 49))[0])
+    assert (probe(tmp_path / "a.mp4").width, probe(tmp_path / "a.mp4").height) == (64, 48)
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    for name in ("a.mkv", "b.mkv"):
+        with VideoWriter(tmp_path / name, size=(64, 48), fps=Fraction(25)) as writer:
+            for frame in frames(5):
+                writer.write(frame)
+    assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "source", "codec"),
+    [
+        (".mp4", "a.m4a", "aac"),
+        (".mov", "a.m4a", "aac"),
+        (".mkv", "a.ogg", "vorbis"),
+        (".mp4", "a.wav", "aac"),
+        (".mkv", "a.wav", "pcm_s16le"),
+        (".webm", "a.m4a", "opus"),
+    ],
+)
+def test_sound_joins_the_picture_and_is_no_longer(tmp_path, sound, suffix, source, codec):
+    args = ["-c:a", "libvorbis"] if codec == "vorbis" else []
+    audio = sound(source) if not args else None
+    if audio is None:
+        audio = tmp_path / source
+        subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=d=3", *args, audio], check=True)
+    path = tmp_path / f"out{suffix}"
+    with VideoWriter(path, size=(64, 48), fps=Fraction(25), audio=audio, audio_start=0.5) as writer:
+        for frame in frames(25):
+            writer.write(frame)
+    assert audio_codec(path) == codec
+    assert probe(path).frames == 25
+    assert abs(seconds(path) - 1.0) < 0.05
+    assert not [p for p in tmp_path.iterdir() if ".part" in p.name]
+
+
+def test_sound_shorter_than_the_picture_does_not_cut_it(tmp_path, sound):
+    path = tmp_path / "out.mp4"
+    with VideoWriter(path, size=(64, 48), fps=Fraction(25), audio=sound("a.wav", 0.4)) as writer:
+        for frame in frames(25):
+            writer.write(frame)
+    assert len(list(VideoReader(path))) == 25
+    assert probe(path).has_audio
+
+
+def test_a_silent_audio_source_is_no_error(tmp_path, picture):
+    with VideoWriter(tmp_path / "o.mp4", size=(64, 48), fps=Fraction(25), audio=picture("a.mp4")) as writer:
+        writer.write(frames(1)[0])
+    assert not probe(tmp_path / "o.mp4").has_audio
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_neither_file_nor_process(tmp_path, sound, error):
+    audio = sound("a.wav")
+    (tmp_path / "a.mp4").write_bytes(b"what was there")
+    writer = VideoWriter(tmp_path / "a.mp4", size=(64, 48), fps=Fraction(25), audio=audio)
+    with pytest.raises(error), writer:
+        writer.write(frames(1)[0])
+        running = writer._process._run
+        raise error
+    assert running.poll() is not None
+    assert (tmp_path / "a.mp4").read_bytes() == b"what was there"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.wav"]
+
+
+def test_a_dead_encoder_is_reported_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoWriter, "_tags", lambda self: ["-c:v", "nonsense"])
+    writer = VideoWriter(tmp_path / "a.mp4", size=(640, 480), fps=Fraction(25))
+    with pytest.raises(MediaError, match="nonsense"), writer:
+        for frame in frames(50, (640, 480)):
+            writer.write(frame)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_frames_is_an_error(tmp_path):
+    with pytest.raises(MediaError, match="no frame"), VideoWriter(tmp_path / "a.mp4", size=(64, 48), fps=Fraction(25)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_misuse_of_the_writer_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"\.xyz"):
+        VideoWriter(tmp_path / "a.xyz", size=(64, 48), fps=Fraction(25))
+    with pytest.raises(InputError, match="positive rate"):
+        VideoWriter(tmp_path / "a.mp4", size=(64, 48), fps=Fraction(0))
+    with (
+        pytest.raises(InputError, match="frames"),
+        VideoWriter(tmp_path / "a.mp4", size=(64, 48), fps=Fraction(25)) as writer,
+    ):
+        writer.write(frames(1, (32, 32))[0])
+
+
+def test_a_huge_video_is_refused(picture, monkeypatch):
+    monkeypatch.setattr("export3d_cli.core.media.image.MAX_PIXELS", 1000)
+    with pytest.raises(InputError, match="megapixels"):
+        video.probe(picture("big.mp4"))

@@ -1,0 +1,129 @@
+import hashlib
+
+import pytest
+import yaml
+
+from export3d_cli.core import weights
+from export3d_cli.core.errors import WeightsError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A weights folder with one small file."""
+    data = b"weights" * 100
+    (tmp_path / "a.bin").write_bytes(data)
+    row = {"name": "a", "file": "a.bin", "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    row |= {"licence": "CC0-1.0", "source": "hf:someone/a", "what": "A test."}
+    (tmp_path / "manifest.yaml").write_text(yaml.safe_dump({"weights": [row]}))
+    monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
+    return tmp_path
+
+
+def test_every_listed_file_is_there_and_as_listed():
+    entries = weights.manifest()
+    assert "face_landmarker" in entries
+    for entry in entries.values():
+        weights.verify(entry)
+        assert entry.licence
+        assert entry.source
+        assert entry.what
+
+
+def test_every_embedded_model_is_listed():
+    listed = {entry.file for entry in weights.manifest().values()}
+    there = {
+        p.name for p in weights.weights_dir().iterdir() if p.suffix in {".task", ".safetensors", ".tflite", ".onnx"}
+    }
+    assert there == listed
+
+
+def test_examples_are_bundled():
+    assert weights.example("source.jpg").is_file()
+    assert weights.example("drive.mp4").is_file()
+
+
+def test_names_and_paths_resolve(folder):
+    assert weights.resolve("a") == folder / "a.bin"
+    assert weights.resolve(folder / "a.bin") == folder / "a.bin"
+
+
+def test_a_damaged_file_is_refused(folder):
+    data = bytearray((folder / "a.bin").read_bytes())
+    data[5] ^= 1
+    (folder / "a.bin").write_bytes(data)
+    with pytest.raises(WeightsError, match="damaged"):
+        weights.resolve("a")
+    (folder / "a.bin").write_bytes(data[:-1])
+    with pytest.raises(WeightsError, match="bytes"):
+        weights.resolve("a")
+    (folder / "a.bin").unlink()
+    with pytest.raises(WeightsError, match="missing"):
+        weights.resolve("a")
+
+
+def test_unknown_names_list_the_known_ones(folder):
+    with pytest.raises(WeightsError, match=r"'b'.* a$"):
+        weights.resolve("b")
+
+
+def test_a_broken_manifest_is_an_error(folder):
+    (folder / "manifest.yaml").write_text("weights: [{name: x}]")
+    with pytest.raises(WeightsError, match="manifest"):
+        weights.resolve("x")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:alone", "hf:a/b/c", "hf:a/b@", "hf:a/b:"])
+def test_malformed_hub_names_are_refused(folder, name):
+    with pytest.raises(WeightsError, match="form hf:owner/repo"):
+        weights.resolve(name)
+
+
+def hub(monkeypatch, result):
+    """Replace the download; the calls made."""
+    import huggingface_hub
+
+    calls = []
+
+    def download(repo, file, *, revision=None):
+        calls.append((repo, file, revision))
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return calls
+
+
+def test_hub_names_are_taken_apart(folder, monkeypatch):
+    calls = hub(monkeypatch, folder / "a.bin")
+    weights.resolve("hf:me/model")
+    weights.resolve("hf:me/model@v1.0:sub/x.safetensors")
+    weights.resolve("hf:me/model:x.safetensors")
+    assert calls == [
+        ("me/model", "model.safetensors", None),
+        ("me/model", "sub/x.safetensors", "v1.0"),
+        ("me/model", "x.safetensors", None),
+    ]
+
+
+def test_offline_and_absent_says_which_command_fetches_it(folder, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    hub(monkeypatch, LocalEntryNotFoundError("not cached"))
+    with pytest.raises(WeightsError, match="`hf download me/model x.st --revision v1`") as caught:
+        weights.resolve("hf:me/model@v1:x.st")
+    assert caught.value.exit_code == 4
+
+
+def test_hub_failures_become_one_line(folder, monkeypatch):
+    hub(monkeypatch, OSError("first line\nsecond line"))
+    with pytest.raises(WeightsError, match="first line") as caught:
+        weights.resolve("hf:me/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_listed_file_from_the_hub_must_match(folder, monkeypatch):
+    (folder / "other.bin").write_bytes(b"something else")
+    hub(monkeypatch, folder / "other.bin")
+    with pytest.raises(WeightsError, match="sha256"):
+        weights.resolve("hf:someone/a:a.bin")
