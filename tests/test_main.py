@@ -12,7 +12,7 @@ from export3d_cli.core import errors
 from export3d_cli.main import cli
 
 HEAVY = ("torch", "cv2", "ai_edge_litert", "numba", "scipy", "numpy", "rich", "huggingface_hub")
-COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "weights")
+COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "evaluate", "weights")
 
 
 def run(*args):

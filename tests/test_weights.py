@@ -110,7 +110,7 @@ def test_offline_and_absent_says_which_command_fetches_it(folder, monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     hub(monkeypatch, LocalEntryNotFoundError("not cached"))
-    with pytest.raises(WeightsError, match="`hf download me/model x.st --revision v1`") as caught:
+    with pytest.raises(WeightsError, match=r"`hf download me/model x\.st --revision v1`") as caught:
         weights.resolve("hf:me/model@v1:x.st")
     assert caught.value.exit_code == 4
 

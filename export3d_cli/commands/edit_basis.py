@@ -41,7 +41,7 @@ def edit_basis(
         raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     chosen = core.EditOptions(
-        edits=list(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None
+        edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None
     )
     with console.progress() as report:
         summary = core.edit_basis(

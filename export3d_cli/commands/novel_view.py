@@ -12,7 +12,9 @@ from export3d_cli import console, options
 @click.command("novel-view")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
 @click.option("-o", "--output", type=options.NEW_FILE, help="Video to write.  [default: novel_view.mp4, replaced]")
-@click.option("--yaw", type=options.Range(), help="Degrees, + is to the image's right.  [default: -30:30]")
+@click.option(
+    "--yaw", type=options.Range(), default="-30:30", show_default=True, help="Degrees, + is to the image's right."
+)
 @click.option("--pitch", type=options.Range(), help="Degrees, + is up.")
 @click.option("--roll", type=options.Range(), help="Degrees, + is clockwise.")
 @options.frames_option(60)
@@ -22,7 +24,7 @@ from export3d_cli import console, options
 def novel_view(
     source: Path | None,
     output: Path | None,
-    yaw: tuple[float, float] | None,
+    yaw: tuple[float, float],
     pitch: tuple[float, float] | None,
     roll: tuple[float, float] | None,
     frames: int,
@@ -38,8 +40,6 @@ def novel_view(
     """Turn the portrait SRC (the bundled example when none is given), from A to B degrees."""
     from export3d_cli import core
 
-    if yaw is None and pitch is None and roll is None:
-        yaw = (-30.0, 30.0)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     chosen = core.NovelViewOptions(
         yaw=yaw, pitch=pitch, roll=roll, frames=frames, loop=loop, crf=crf, overwrite=overwrite or output is None

@@ -28,7 +28,11 @@ _DOOR = {  # public name -> module of this package that defines it
     "novel_view": "animate",
     "edit_basis": "animate",
     "build_dataset": "preprocess:preprocess",  # the functions are called as their modules: other names at the door
+    "EvaluateOptions": "evaluate",
+    "evaluate_model": "evaluate:evaluate",
     "train_model": "train.trainer:train",
+    "evaluate_model": "evaluate:evaluate",
+    "EvaluateOptions": "evaluate",
     "load_train_config": "config",
     "to_dict": "config",
     "Export3DError": "errors",

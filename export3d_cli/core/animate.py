@@ -54,12 +54,12 @@ class ReenactOptions:
 
 
 @dataclass(frozen=True)
-class ViewOptions:
+class NovelViewOptions:
     """A sweep of the camera around the portrait; angles in degrees, first and last."""
 
-    yaw: tuple[float, float] = (-30.0, 30.0)  # +: the head turns to the image's right
-    pitch: tuple[float, float] = (0.0, 0.0)  # +: up
-    roll: tuple[float, float] = (0.0, 0.0)  # +: clockwise
+    yaw: tuple[float, float] | None = (-30.0, 30.0)  # +: the head turns to the image's right; None: frontal
+    pitch: tuple[float, float] | None = None  # +: up
+    roll: tuple[float, float] | None = None  # +: clockwise
     frames: int = 60
     loop: Literal["pingpong", "once"] = "pingpong"
     fps: Fraction = Fraction(25)
@@ -284,10 +284,10 @@ def reenact(
 
 
 def novel_view(
-    animator: Animator, source: Path, out: Path, options: ViewOptions | None = None, *, progress: Progress | None = None
+    animator: Animator, source: Path, out: Path, options: NovelViewOptions | None = None, *, progress: Progress | None = None
 ) -> Summary:
     """Orbit the portrait: one tri-plane, many cameras. Angles add to those of the photo; a video or one image."""
-    options = options or ViewOptions()
+    options = options or NovelViewOptions()
     began = time.monotonic()
     _check_free(out, options.overwrite)
     animator.set_source(read_image(source), name=str(source))
@@ -315,7 +315,7 @@ def edit_basis(
     return _write_all(animator, frames, options.frames, out, options.fps, options.crf, began, progress)
 
 
-def orbit_cameras(camera: Camera, options: ViewOptions) -> np.ndarray:
+def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
     """Cameras (T, 25) that see the head at the angles asked for, at the photo's distance, centred."""
     count = options.frames
     where = np.linspace(0, 1, count)
@@ -325,7 +325,8 @@ def orbit_cameras(camera: Camera, options: ViewOptions) -> np.ndarray:
     position = np.linalg.inv(camera.cam2world)[:3, 3]  # keep the head where the photo has it
     out = []
     for t in where:
-        yaw, pitch, roll = (a + t * (b - a) for a, b in (options.yaw, options.pitch, options.roll))
+        ranges = (options.yaw, options.pitch, options.roll)
+        yaw, pitch, roll = (a + t * (b - a) for a, b in (r or (0.0, 0.0) for r in ranges))
         pose = np.eye(4)
         pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
         pose[:3, 3] = position / np.linalg.norm(position) * radius
@@ -360,6 +361,8 @@ class _DriverStream:
         self.missing = 0
         self.notes: list[str] = []
         self._reader: VideoReader | None = None
+        self._second: VideoReader | None = None  # the same frames again, for --compare
+        self._again: Iterator[tuple[int, np.ndarray]] | None = None
         if self.is_motion:
             motion = Motion.load(driver)
             self.fps = motion.fps if options.fps is None else options.fps
@@ -372,7 +375,9 @@ class _DriverStream:
         elif is_image(driver):
             self.fps, self.total = options.fps or Fraction(25), 1
         else:
-            self._reader = VideoReader(driver, fps=options.fps, start=options.start, duration=options.duration)
+            self._reader, self._second = (
+                VideoReader(driver, fps=options.fps, start=options.start, duration=options.duration) for _ in range(2)
+            )
             self.fps = self._reader.info.fps
             self.total = min(self._reader.info.frames, options.max_frames or self._reader.info.frames)
             if self._reader.info.vfr and options.fps is None:
@@ -382,8 +387,9 @@ class _DriverStream:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._reader is not None:
-            self._reader.close()
+        for reader in (self._reader, self._second):
+            if reader is not None:
+                reader.close()
 
     def __iter__(self) -> Iterator[tuple[Motion, list[np.ndarray | None]]]:
         if self.is_motion:
@@ -395,11 +401,11 @@ class _DriverStream:
             return
         yield from self._follow()
 
-    def _images(self) -> Iterator[np.ndarray]:
-        if self._reader is None:
+    def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
+        if reader is None:
             yield read_image(self.driver)
             return
-        for index, frame in enumerate(self._reader):
+        for index, frame in enumerate(reader):
             if self.options.max_frames is not None and index >= self.options.max_frames:
                 return
             yield frame
@@ -408,12 +414,12 @@ class _DriverStream:
         """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""
         tracker, options = self.animator.tracker, self.options
         tracker.landmarker.reset()
-        waiting: list[tuple[Face | None, np.ndarray | None]] = []
+        waiting: list[tuple[int, Face | None]] = []  # frame number, face
         crop: tuple[float, float, float] | None = None
         held: Face | None = None
         size = (0, 0)
         ahead = max(1, round(LOOKAHEAD * self.fps))
-        for index, image in enumerate(self._images()):
+        for index, image in enumerate(self._images(self._reader)):
             size = (image.shape[1], image.shape[0])
             face = tracker.landmarker.track(image)
             if face is None:
@@ -422,15 +428,15 @@ class _DriverStream:
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
                 if options.on_missing == "skip":
                     continue
-            waiting.append((face, self._shown(image, crop)))
-            if crop is None and len(waiting) >= ahead and any(f is not None for f, _ in waiting):
-                crop = self._crop([f for f, _ in waiting], size)
+            waiting.append((index, face))
+            if crop is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
+                crop = self._crop([f for _, f in waiting], size)
             if crop is not None and len(waiting) >= self.animator.batch:
                 held = yield from self._flush(waiting, held, crop, size)
-        if not any(f is not None for f, _ in waiting) and held is None:
+        if not any(f is not None for _, f in waiting) and held is None:
             raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
         if waiting:
-            crop = crop or self._crop([f for f, _ in waiting], size)
+            crop = crop or self._crop([f for _, f in waiting], size)
             yield from self._flush(waiting, held, crop, size, rest=True)
 
     def _crop(self, faces: list[Face | None], size: tuple[int, int]) -> tuple[float, float, float]:
@@ -439,24 +445,30 @@ class _DriverStream:
         return clip_crop(np.stack([f.landmarks for f in faces if f is not None]), size, (scale, scale))
 
     def _flush(
-        self, waiting: list[tuple[Face | None, np.ndarray | None]], held: Face | None,
+        self, waiting: list[tuple[int, Face | None]], held: Face | None,
         crop: tuple[float, float, float], size: tuple[int, int], *, rest: bool = False,
     ) -> Iterator[tuple[Motion, list[np.ndarray | None]]]:  # fmt: skip
         """Turn waiting frames into batches; frames without a face repeat the last one that had one."""
         batch = self.animator.batch
-        first = held or next(f for f, _ in waiting if f is not None)
+        first = held or next(f for _, f in waiting if f is not None)
         while len(waiting) >= batch or (rest and waiting):
             part, waiting[:] = waiting[:batch], waiting[batch:]
             faces = []
-            for face, _ in part:
+            for _, face in part:
                 first = face or first
                 faces.append(first)
             motion = self.animator.tracker.motion(faces, self.fps, size, crop=crop)
-            yield motion, [self._cut(image, crop) for _, image in part]
+            yield motion, [self._shown(index, crop) for index, _ in part]
         return first
 
-    def _cut(self, image: np.ndarray | None, crop: tuple[float, float, float]) -> np.ndarray | None:
-        return None if image is None else crop_image(image, crop, self.animator.model.config.image_size)
+    def _shown(self, index: int, crop: tuple[float, float, float]) -> np.ndarray | None:
+        """The driver's frame for the side-by-side picture, read a second time so that none has to wait in memory."""
+        if not self.options.compare:
+            return None
+        if self._again is None:
+            self._again = enumerate(self._images(self._second))
+        image = next(image for number, image in self._again if number == index)
+        return crop_image(image, crop, self.animator.model.config.image_size)
 
 
 def _rows(motion: Motion, rows: np.ndarray) -> Motion:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.config import ModelConfig, model_from_dict, to_dict
 from export3d_cli.core.errors import ConfigError, TrainingError, WeightsError
+from export3d_cli.core.files import write_atomic
 
 FORMAT = "export3d-1"
 LICENCE = "Apache-2.0"
@@ -86,7 +87,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weig
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *, keep: int = 1) -> None:
-    """Write everything resume needs: `state.safetensors` (with `info` in its header) and `state.json`, its readable copy.
+    """Write all that resume needs: `state.safetensors` (with `info` in its header) and `state.json`, its readable copy.
 
     The last `keep` states stay: the one before the newest as `state.1.safetensors`, and so on.
     """
@@ -131,29 +132,29 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; the learning rate stays what the optimiser was made with."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            if value.shape == parameters[int(index)].shape:  # fused optimisers need the parameter's memory layout
+                value = torch.empty_like(parameters[int(index)], device="cpu").copy_(value)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with write_atomic(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with write_atomic(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
         save_file(tensors, beside, metadata=header)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        beside.chmod(mode)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

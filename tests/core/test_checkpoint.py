@@ -17,7 +17,8 @@ def test_weights_round_trip(tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4), "expression.w": torch.randn(4, 4)}
     save_weights(tmp_path / "w.safetensors", state, PRESETS["tiny"], {"steps": 3})
     back, config, record = load_weights(tmp_path / "w.safetensors")
-    assert config == PRESETS["tiny"] and record == {"steps": 3}
+    assert config == PRESETS["tiny"]
+    assert record == {"steps": 3}
     assert all(v.dtype == torch.float32 for v in back.values())
     assert torch.equal(back["a.weight"], state["a.weight"].half().float())  # matrices are halved ...
     assert torch.equal(back["a.bias"], state["a.bias"])  # ... vectors and the expression code are not
@@ -38,7 +39,7 @@ def test_weights_that_cannot_be_used_are_weights_errors(tmp_path: Path) -> None:
 
 def test_strict_load_names_what_does_not_fit() -> None:
     model = nn.Linear(2, 3)
-    with pytest.raises(WeightsError, match="miss .*bias.*add .*other.*reshape .*weight"):
+    with pytest.raises(WeightsError, match=r"miss .*bias.*add .*other.*reshape .*weight"):
         load_into(model, {"weight": torch.zeros(1, 1), "other": torch.zeros(1)})
 
 
@@ -47,7 +48,9 @@ def test_state_keeps_the_last_ones(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_state(tmp_path, {"x": torch.full((2,), float(step))}, {"step": step}, keep=2)
     loaded = load_state(tmp_path)
-    assert loaded is not None and loaded[1] == {"step": 3} and loaded[0]["x"].tolist() == [3.0, 3.0]
+    assert loaded is not None
+    assert loaded[1] == {"step": 3}
+    assert loaded[0]["x"].tolist() == [3.0, 3.0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state.1.safetensors", "state.json", "state.safetensors"]
     (tmp_path / "state.safetensors").write_bytes(b"cut off")
     with pytest.raises(TrainingError, match="damaged"):

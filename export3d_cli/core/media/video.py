@@ -243,16 +243,20 @@ class VideoWriter:
     def _mux_command(self) -> list[str]:
         """Picture and sound into one file, the sound cut to the picture; the frames are not encoded again."""
         assert self.audio is not None
-        if self._codec in _COPIED_AUDIO[self.suffix]:  # PCM packets are long: cut to the sample by "encoding" them
-            encoder = [self._codec if self._codec.startswith("pcm_") else "copy"]
-        else:
-            encoder = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
+        assert self._codec is not None
         command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y", "-protocol_whitelist", "file,pipe"]
         command += ["-i", file_url(self._picture)]
-        if self.audio_start:
+        if self._codec in _COPIED_AUDIO[self.suffix] and not self._codec.startswith("pcm_"):
+            # a shift, with what falls before 0 dropped, is exact to a packet; a seek is not where there is no index
+            command += ["-itsoffset", repr(-self.audio_start)]
+            encoder = ["copy", *(["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else [])]
+        else:
             command += ["-ss", repr(self.audio_start)]
-        command += ["-t", f"{float(self.frames / self.fps):.6f}", "-protocol_whitelist", "file,pipe"]
-        command += ["-i", file_url(self.audio), "-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy"]
+            encoder = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
+            if self._codec in _COPIED_AUDIO[self.suffix]:  # PCM: its packets are long; this cuts to the sample
+                encoder = [self._codec]
+        command += ["-protocol_whitelist", "file,pipe", "-i", file_url(self.audio)]
+        command += ["-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy", "-t", f"{float(self.frames / self.fps):.6f}"]
         command += ["-map_metadata", "-1", "-map_chapters", "-1", "-c:a", *encoder]
         return [*command, *self._tags(), file_url(self._temporary)]
 
@@ -305,7 +309,7 @@ class _Process:
 
     def last_lines(self) -> str:
         """The end of what ffmpeg said, on one line."""
-        return "; ".join(list(self._lines)[-3:]) or "ffmpeg gave no reason"
+        return "; ".join(list(self._lines)[-4:]) or "ffmpeg gave no reason"
 
     def _read_messages(self) -> None:
         assert self._run.stderr is not None

@@ -27,6 +27,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     points: Tensor  # (B, 478, 3) landmarks in the head frame
     lam: Tensor  # (B, n) its own expression
+    head: Tensor | None  # (B, 1, s, s) where the photo shows the head
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     view: Tensor | None  # (B, C, H/4, W/4) source-view plane
@@ -80,8 +81,12 @@ class Export3D(nn.Module):
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         stem, tokens = self.generator.encode(image)
         sv, sr = self.source_view, self.superres
+        head = None
+        if self.flow is not None:
+            with torch.no_grad():
+                head = self.flow(points, camera, points, camera).weight
         return Source(
-            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), stem=stem, tokens=tokens,
+            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head, stem=stem, tokens=tokens,
             view=sv.plane(stem) if sv is not None else None, still=sv.still(stem) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
         )  # fmt: skip
@@ -171,7 +176,7 @@ class Export3D(nn.Module):
 
     def _photo_detail(self, source: Source, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor) -> PhotoDetail:
         assert self.flow is not None and self.flow_blend is not None
-        assert source.half is not None and source.quarter is not None
+        assert source.half is not None and source.quarter is not None and source.head is not None
         s = self.config.flow_size
         with torch.no_grad():
             mesh: MeshFlow = self.mesh_flow(source, lam, camera)
@@ -180,8 +185,8 @@ class Export3D(nn.Module):
             opacity = F.interpolate(opacity, (s, s), mode="bilinear", align_corners=False)
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
-        uv, weights = self.flow_blend(source.image, mesh, rigid, opacity)
-        return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh)
+        uv, weights = self.flow_blend(source.image, mesh, rigid, opacity, source.head)
+        return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh, source.head)
 
     def mesh_flow(self, source: Source, lam: Tensor, camera: Tensor, size: int | None = None) -> MeshFlow:
         """The basis flow of the face alone, needing no trained weights beyond lambda and b_i."""

@@ -14,7 +14,7 @@ from export3d_cli.core.config import BETA_DIM, ModelConfig
 class LeBS(nn.Module):
     """Learned basis scaling f_e (eq. 2, 3): `beta' = f_e(beta) = sum_i lambda_i(beta) v_i`.
 
-    `beta` is standardised with `beta_mean` and `beta_std` (buffers, measured on the training data, kept in the weights).
+    `beta` is standardised with `beta_mean` and `beta_std`: buffers, measured on the training data, part of the weights.
     """
 
     beta_mean: Tensor

@@ -161,7 +161,8 @@ class BasisFlow(nn.Module):
         before, after = area(uv_source), area(uv_target)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
         mouth = (kind == 1).float().expand(B, -1)
-        shown = (before > 0).float() * (1 - mouth)
+        # the mouth's inside is shown as far as it is as open in the photo as in the result
+        shown = (before > 0).float() * torch.where(mouth > 0, (before / after.clamp_min(1e-8)).clamp(0, 1).square(), 1.0)
         facts = _pick(torch.stack([shown, stretch, mouth], dim=-1), raster.index)  # (B, P, 3)
         covered = (raster.index >= 0).float()[..., None]
         uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, points.device))
@@ -187,7 +188,7 @@ class FlowBlend(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         w = config.flow_width
-        self.enter = nn.Conv2d(3 * 3 + 6, w, 3, padding=1)
+        self.enter = nn.Conv2d(3 * 3 + 7, w, 3, padding=1)
         self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
         self.deep = nn.ModuleList([ResBlock(2 * w), ResBlock(2 * w)])
         self.join = nn.Conv2d(3 * w, w, 3, padding=1)
@@ -195,13 +196,23 @@ class FlowBlend(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, opacity: Tensor) -> tuple[Tensor, Tensor]:
-        """Photo (B, 3, H, W), candidate flows at (s, s), opacity (B, 1, s, s) of the rendered head -> uv, weights (B, 3)."""
+    def forward(
+        self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, opacity: Tensor, head: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Blend the candidates.
+
+        Args:
+            photo: (B, 3, H, W). mesh: its flow at (s, s). rigid: (B, 2, s, s). opacity: (B, 1, s, s) of the rendered
+                head. head: (B, 1, s, s), where the photo shows the head.
+
+        Returns:
+            uv (B, 2, s, s) and the shares (B, 3, s, s) of mesh, rigid and still flow.
+        """
         s = mesh.uv.shape[-1]
         still = pixel_grid(s, photo.device).T.reshape(1, 2, s, s).expand_as(rigid)
         flows = torch.stack([mesh.uv, rigid, still], dim=1)  # (B, 3, 2, s, s)
         seen = [warp(photo, uv) for uv in flows.detach().unbind(1)]
-        facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, opacity.detach(), (rigid - still).detach()[:, :1]]
+        facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, head, opacity.detach(), (rigid - still).detach()[:, :1]]
         x = self.enter(torch.cat([*seen, *facts], dim=1))
         y = self.down(leaky(x))
         for block in self.deep:

@@ -33,6 +33,7 @@ class PhotoDetail(NamedTuple):
     uv: Tensor  # (B, 2, s, s) the flow
     weights: Tensor  # (B, 3, s, s) shares of mesh, rigid and still flow
     mesh: MeshFlow
+    head: Tensor  # (B, 1, s, s) where the photo shows the head
 
 
 class SuperResolution(nn.Module):
@@ -70,8 +71,9 @@ class SuperResolution(nn.Module):
 
         mesh, s4 = detail.mesh, features.shape[-1]
         uv = _resize(detail.uv, s4)
-        known = detail.weights[:, :1] * mesh.valid + detail.weights[:, 1:].sum(1, keepdim=True)
-        known = known * (1 - mesh.mouth)
+        # where the head was and is no more, the photo does not know what is behind
+        still = detail.weights[:, 2:] * (1 - (detail.head - mesh.weight).clamp_min(0))
+        known = detail.weights[:, :1] * mesh.valid + detail.weights[:, 1:2] + still
         facts = _resize(torch.cat([detail.weights, known, mesh.stretch, mesh.mouth], dim=1), s4)
         x = self.enter(torch.cat([features, warp(detail.quarter, uv), facts], dim=1))
         x = upsample(leaky(self.block4(x)))  # (B, c2, H/2, W/2)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -161,7 +161,7 @@ def _build_cache(
         for i, (entry, motion) in enumerate(zip(entries, motions, strict=True)):
             still = Path(entry["file"]).suffix.lower() != ".mp4"
             good = np.asarray(motion.found, bool) & np.isfinite(motion.landmarks).all((1, 2))
-            used = []
+            used: list[int] = []
             for number, picture in _decode(folder / entry["file"], still, stride):
                 if number >= len(good):
                     break
@@ -248,7 +248,7 @@ class Sampler:
         raise TrainingError(f"no clip with {least} frames or more: contrastive training needs longer clips")
 
     def geometry(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Pairs of frames without pictures: beta (N, 64) and head-frame points (N, 478, 3) of both, camera of the second.
+        """Pairs of frames without pictures: beta (N, 64), head-frame points (N, 478, 3) of both, camera of the second.
 
         Returns `(beta_k, beta_j, points_k, points_j, camera_j)`.
         """
@@ -364,7 +364,7 @@ class Prefetcher:
         for step in range(start, stop):
             try:
                 item: Any = make(step)
-            except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
+            except BaseException as error:  # handed to the training thread, which raises it
                 item = error
             while not self._end.is_set():
                 try:
@@ -382,7 +382,7 @@ class Prefetcher:
             raise item
         return item
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -407,7 +407,7 @@ def _shared_tracks(data: FaceSet) -> dict[str, list[Clip]]:
 
 
 def _colour_table(rng: Generator, jitter: float) -> np.ndarray:
-    """A lookup table (256, 3) from uint8 to [-1, 1]: gamma, gain of every channel and brightness, drawn once per pair."""
+    """A lookup table (256, 3) from uint8 to [-1, 1]: gamma, gain of every channel and brightness, once per pair."""
     x = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, 1)
     if jitter > 0:
         gamma, gain = np.exp(rng.uniform(-jitter, jitter)), np.exp(rng.uniform(-jitter, jitter, 3) / 2)

@@ -17,6 +17,7 @@ from export3d_cli.core.train.data import Sampler
 from export3d_cli.core.train.run import Run, check_finite
 
 LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
+LAMBDA_SIZE = 3.0  # standard deviation of the coefficients over the training data
 _CHUNK = 500  # pairs drawn at a time for the closed-form fit
 
 
@@ -41,7 +42,7 @@ def measure_beta(lebs: LeBS, sampler: Sampler, seed: int) -> None:
 
 
 def clebs_stage(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sampler) -> int:
-    """Train `lebs` in place, then fill `flow_basis` (n, 478, 3); resumes where `run` left off. Returns the steps done."""
+    """Train `lebs`, then fill `flow_basis` (n, 478, 3), both in place; resumes with `run`. Returns the steps done."""
     config, clebs = run.config, run.config.clebs
     torch.manual_seed(config.seed + 17)
     encoder = ImageEncoder(lebs.weight.shape[0], clebs.encoder_width).to(run.device)
@@ -102,7 +103,8 @@ class _Pool:
             self.age = step // self.STEPS
             count = max(self.pairs * self.STEPS // self.REUSE, self.pairs)
             self.drawn = self.sampler.geometry(self.seed, self.age, count)[:4]
-        rows = torch.from_numpy(np.random.default_rng([self.seed, step, 4]).permutation(len(self.drawn[0]))[: self.pairs])
+        order = np.random.default_rng([self.seed, step, 4]).permutation(len(self.drawn[0]))
+        rows = torch.from_numpy(order[: self.pairs])
         return tuple(x[rows] for x in self.drawn)
 
 
@@ -112,6 +114,7 @@ def _clebs_loss(
     """One step: eq. 1 on a group of one clip's frames, plus the geometry read linearly from lambda."""
     clebs: ClebsConfig = run.config.clebs
     lebs, encoder, readout = modules["lebs"], modules["encoder"], modules["readout"]
+    assert isinstance(lebs, LeBS)
     loss = torch.zeros((), device=run.device)
     values: dict[str, float] = {}
     if step >= clebs.warm:
@@ -134,20 +137,18 @@ def _clebs_loss(
 
 
 def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
-    """Deviation of every coordinate's motion, (1434,), not below half of the overall one; depth counts a third."""
+    """What each coordinate's motion is divided by, (1434,): one size, since pixels are what counts; depth a third."""
     _, _, points_k, points_j, _ = sampler.geometry(seed, 2**31 + 7, 500)
-    moved = (points_j - points_k).flatten(1)
-    scale = moved.square().mean(0).sqrt()
-    scale = scale.clamp_min(0.5 * float(moved.square().mean().sqrt())).clamp_min(1e-6)
-    return scale * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS)
+    size = (points_j - points_k).square().mean().sqrt().clamp_min(1e-6)
+    return size * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS)
 
 
 @torch.no_grad()
 def finish_expression(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sampler) -> FlowReport | None:
-    """Bring lambda to unit size (the cosines of eq. 1 do not see it), and fit the basis flow."""
+    """Bring lambda to a size where 1 to 10 is natural (the cosines of eq. 1 do not see it); fit the basis flow."""
     lebs.eval()
     beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
-    size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6)
+    size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6) / LAMBDA_SIZE
     lebs.fc2.weight.div_(size)
     lebs.fc2.bias.div_(size)
     if flow_basis is None:

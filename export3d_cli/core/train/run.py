@@ -49,7 +49,7 @@ class Run:
         folder = Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
         device = pick_device(config.device)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
         run = cls(config, folder, device, bf16, progress, resumed=load_state(folder))
         if run.resumed is not None:
             run.decayed = float(run.resumed[1].get("decayed", 0.0))
@@ -123,6 +123,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for, but no CUDA device is available: use cpu or auto")
     return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 makes the device faster: CUDA, and CPUs that multiply it natively."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check_finite(value: float, stage: str, step: int, parts: dict[str, float]) -> None:

@@ -33,7 +33,7 @@ def picture(make):
 def sound(make):
     """A sine of so many seconds."""
 
-    def run(name, seconds=3):
-        return make(name, "-f", "lavfi", "-i", f"sine=d={seconds}")
+    def run(name, seconds=3, *args):
+        return make(name, "-f", "lavfi", "-i", f"sine=d={seconds}", *args)
 
     return run

@@ -29,7 +29,9 @@ def test_cache_holds_the_frames_with_a_face_and_is_made_once(data_set: Path) -> 
     assert 3 not in faces.number[faces.clips[0].start : faces.clips[0].start + faces.clips[0].count]
     levels = faces.frames[:11, 32, 32, 0].astype(int)  # frame t of the first clip is a field of 20 t
     assert np.abs(levels - 20 * faces.number[:11]).max() <= 4
-    assert faces.clips[4].still and faces.clips[0].track == "t00" and faces.clips[4].track == ""
+    assert faces.clips[4].still
+    assert faces.clips[0].track == "t00"
+    assert faces.clips[4].track == ""
     before = (data_set / f"cache-{SIZE}" / "frames.npy").stat().st_mtime_ns
     load_set(data_set, SIZE)
     assert (data_set / f"cache-{SIZE}" / "frames.npy").stat().st_mtime_ns == before
@@ -52,7 +54,8 @@ def test_batches_repeat_and_differ_by_step(sampler: Sampler) -> None:
     a, b, c = sampler.batch(0, 5, 4), sampler.batch(0, 5, 4), sampler.batch(0, 6, 4)
     assert all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     assert not torch.equal(a.target_beta, c.target_beta)
-    assert a.source.shape == (4, 3, SIZE, SIZE) and a.source_points.shape == (4, 478, 3)
+    assert a.source.shape == (4, 3, SIZE, SIZE)
+    assert a.source_points.shape == (4, 478, 3)
 
 
 def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
@@ -60,7 +63,8 @@ def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
     straight = sampler.geometry(0, 1, 40)
     flipped = always.geometry(0, 1, 40)
     for beta, points in ((straight[0], straight[2]), (flipped[0], flipped[2])):
-        assert torch.isfinite(points).all() and torch.isfinite(beta).all()
+        assert torch.isfinite(points).all()
+        assert torch.isfinite(beta).all()
         # the person's left eye stays at the image's right, in the mirror too
         assert (points[:, 263, 0] > points[:, 33, 0]).all()
 
@@ -87,12 +91,14 @@ def test_crossed_pairs_take_the_expression_of_the_other_head(sampler: Sampler) -
         clip = {row: c for c in data.clips for row in range(c.start, c.start + c.count)}
         driver = int(np.flatnonzero((data.beta == beta).all(1))[0])
         assert clip[source].person == clip[target].person != clip[driver].person
-        assert clip[driver].track == clip[target].track and data.number[driver] == data.number[target]
+        assert clip[driver].track == clip[target].track
+        assert data.number[driver] == data.number[target]
 
 
 def test_groups_need_long_clips(sampler: Sampler) -> None:
     images, beta = sampler.group(0, 0, 33, 32)
-    assert images.shape == (FRAMES - 1, 3, 32, 32) and beta.shape == (FRAMES - 1, 64)
+    assert images.shape == (FRAMES - 1, 3, 32, 32)
+    assert beta.shape == (FRAMES - 1, 64)
     with pytest.raises(TrainingError, match="longer clips"):
         sampler.group(0, 0, 33, 32, least=50)
 

@@ -44,11 +44,11 @@ def mobilenet() -> dict[str, torch.Tensor]:
 
 
 def vgg(torchvision: bool) -> dict[str, torch.Tensor]:
-    layout = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256), (512, 512), (512, 512)]
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512]
     theirs = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21)]
-    caffe = ["conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "conv3_3", "conv4_1", "conv4_2", "conv4_3"]
+    caffe = [f"conv{b}_{k}" for b, count in ((1, 2), (2, 2), (3, 3), (4, 3)) for k in range(1, count + 1)]
     state = {}
-    for name, (out, inside) in zip(theirs if torchvision else caffe, layout, strict=True):
+    for name, inside, out in zip(theirs if torchvision else caffe, widths[:-1], widths[1:], strict=True):
         state[f"{name}.weight"] = torch.randn(out, inside, 3, 3) * (9 * inside) ** -0.5
         state[f"{name}.bias"] = torch.zeros(out)
     return state
@@ -64,7 +64,8 @@ def test_perceptual_distance(state: dict[str, torch.Tensor], tmp_path: Path) -> 
     near, far = distance(target + 0.02 * torch.randn_like(target), target), distance(image, target)
     assert 0 < near.item() < far.item()
     far.backward()
-    assert image.grad is not None and torch.isfinite(image.grad).all()
+    assert image.grad is not None
+    assert torch.isfinite(image.grad).all()
     assert not any(p.requires_grad for p in distance.parameters())
 
 
@@ -95,8 +96,10 @@ def test_mask_covers_eyes_and_mouth_only() -> None:
 
     eye = landmarks[0, [33, 133]].mean(0)
     mouth = landmarks[0, [13, 14]].mean(0)
-    assert at(eye) > 0.9 and at(mouth) > 0.9
-    assert at(landmarks[0, 10]) < 0.05 and at(landmarks[0, 152]) < 0.2  # forehead, chin
+    assert at(eye) > 0.9
+    assert at(mouth) > 0.9
+    assert at(landmarks[0, 10]) < 0.05
+    assert at(landmarks[0, 152]) < 0.2
     assert mask.mean() < 0.15
 
 

@@ -26,14 +26,17 @@ from .conftest import BUNDLE, SIZE
 def test_resume_is_exact(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, decay=False, loss=LossConfig(l1=0.5, mask=10.0))
     whole = train(config)
-    assert whole.finished and whole.step == 4
+    assert whole.finished
+    assert whole.step == 4
     halves = replace(config, run=str(tmp_path / "halves"))
     first = train(replace(halves, steps=2))
     assert first.step == 2
     second = train(halves)
-    assert second.finished and second.step == 4
+    assert second.finished
+    assert second.step == 4
     a, b = load_state(Path(config.run)), load_state(Path(halves.run))
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     assert a[0].keys() == b[0].keys()
     assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
     c, d = load_weights(whole.weights)[0], load_weights(second.weights)[0]
@@ -46,7 +49,9 @@ def test_resume_is_exact(tiny: TrainConfig, tmp_path: Path) -> None:
 def test_weights_carry_a_trained_expression_and_flow(tiny: TrainConfig) -> None:
     summary = train(replace(tiny, steps=1))
     state, config, record = load_weights(summary.weights)
-    assert config == tiny.model and record["steps"] == 1 and record["clebs_steps"] == 2
+    assert config == tiny.model
+    assert record["steps"] == 1
+    assert record["clebs_steps"] == 2
     assert state["flow.basis"].abs().max() > 0
     assert not torch.equal(state["expression.beta_mean"], torch.zeros(64))
 
@@ -58,7 +63,9 @@ def test_clebs_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Run, "out_of_time", lambda self: (self.folder / "state.json").exists())
         stopped = train(broken)
-    assert not stopped.finished and stopped.stage == "clebs" and stopped.step == 1
+    assert not stopped.finished
+    assert stopped.stage == "clebs"
+    assert stopped.step == 1
     assert train(broken).finished
     a, b = load_weights(whole.weights)[0], load_weights(Path(broken.run) / "weights.safetensors")[0]
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -69,9 +76,12 @@ def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.Monk
     clock = iter(x / 10 for x in range(10_000))
     monkeypatch.setattr(trainer.Run, "minutes", lambda self: next(clock))
     summary = train(config)
-    assert not summary.finished and 0 < summary.step < 20
+    assert not summary.finished
+    assert 0 < summary.step < 20
     saved = load_state(Path(config.run))
-    assert saved is not None and saved[1]["step"] == summary.step and saved[1]["decayed"] == 1.0
+    assert saved is not None
+    assert saved[1]["step"] == summary.step
+    assert saved[1]["decayed"] == 1.0
 
 
 def test_loss_that_is_no_number_stops(tiny: TrainConfig) -> None:
@@ -86,6 +96,16 @@ def test_init_of_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="another size"):
         train(replace(other, model=replace(other.model, width=64)))
     assert train(replace(other, stages=("reconstruction",), steps=1)).step == 1
+
+
+def test_expression_is_taken_from_other_weights(tiny: TrainConfig, tmp_path: Path) -> None:
+    first = train(replace(tiny, stages=("clebs",)))
+    other = replace(tiny, run=str(tmp_path / "other"), stages=("reconstruction",), seed=5, steps=2)
+    second = train(replace(other, expression=str(first.weights)))
+    a, b = load_weights(first.weights), load_weights(second.weights)
+    kept = [k for k in a[0] if k.startswith(("expression.", "flow.basis"))]
+    assert all(torch.equal(a[0][k], b[0][k]) for k in kept)  # frozen
+    assert b[2]["expression"]["clebs_steps"] == 2
 
 
 def test_schedules(tiny: TrainConfig) -> None:

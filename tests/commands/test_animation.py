@@ -1,0 +1,117 @@
+"""The commands that animate, with a tiny untrained model: options, files, exit codes; not how it looks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from export3d_cli.core.checkpoint import save_weights
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.video import VideoReader, probe
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.weights import example
+from export3d_cli.main import cli
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
+    return path
+
+
+def run(*args):
+    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def reenact(tiny, out, *args, source=None, driver=None):
+    files = source or example("source.jpg"), driver or example("drive.mp4")
+    return run("reenact", *files, "-o", out, "--weights", tiny, "--device", "cpu", *args)
+
+
+def test_reenact_keeps_the_rate_and_tells_in_json(tiny, tmp_path):
+    out = tmp_path / "out.mp4"
+    result = reenact(tiny, out, "--max-frames", "5", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["frames"] == 5
+    assert Path(summary["out"]) == out
+    info = probe(out)
+    assert info.fps == probe(example("drive.mp4")).fps
+    assert str(info.fps) == summary["fps"]
+    assert (info.width, info.height, info.frames) == (64, 64, 5)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_the_same_command_gives_the_same_bytes(tiny, tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        assert reenact(tiny, tmp_path / name, "--max-frames", "2", "--audio", "none").exit_code == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_compare_start_duration_and_fps(tiny, tmp_path):
+    out = tmp_path / "out.mkv"
+    result = reenact(tiny, out, "--compare", "--start", "0.2", "--duration", "0.5", "--fps", "10")
+    assert result.exit_code == 0, result.output
+    info = probe(out)
+    assert (info.width, info.height, info.fps, info.frames) == (192, 64, 10, 5)
+
+
+def test_an_existing_output_is_kept(tiny, tmp_path):
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"mine")
+    result = reenact(tiny, out, "--max-frames", "1")
+    assert result.exit_code == 2
+    assert "--overwrite" in result.stderr
+    assert out.read_bytes() == b"mine"
+    assert reenact(tiny, out, "--max-frames", "1", "--overwrite").exit_code == 0
+    assert probe(out).width == 64
+
+
+def test_no_face_is_3_and_names_the_file(tiny, tmp_path):
+    write_image(tmp_path / "wall.png", np.full((200, 200, 3), 128, np.uint8))
+    result = reenact(tiny, tmp_path / "out.mp4", source=tmp_path / "wall.png")
+    assert result.exit_code == 3
+    assert "wall.png" in result.stderr
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_bad_files_are_2_and_bad_weights_4(tiny, tmp_path):
+    (tmp_path / "text.jpg").write_text("not a picture")
+    assert reenact(tiny, tmp_path / "out.mp4", source=tmp_path / "text.jpg").exit_code == 2
+    assert reenact(tiny, tmp_path / "out.mp4", driver=tmp_path / "text.jpg").exit_code == 2
+    assert reenact(tiny, tmp_path / "out.xyz").exit_code == 2
+    assert reenact("no-such-weights", tmp_path / "out.mp4").exit_code == 4
+    assert reenact(tmp_path / "text.jpg", tmp_path / "out.mp4").exit_code == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["text.jpg"]
+
+
+def test_a_preprocessed_motion_drives(tiny, tmp_path):
+    motion = tmp_path / "drive.motion.npz"
+    assert run("preprocess", example("drive.mp4"), "-o", motion, "--max-frames", "4").exit_code == 0
+    assert reenact(tiny, tmp_path / "out.mp4", driver=motion).exit_code == 0
+    assert len(list(VideoReader(tmp_path / "out.mp4"))) == 4
+
+
+@pytest.mark.parametrize(
+    "args", [["novel-view", "--yaw", "-30:30", "--loop", "once"], ["edit-basis", "--v", "4", "--scale", "1:10"]]
+)
+def test_views_and_edits_need_no_file(tiny, tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the default output is replaced
+        result = run(*args, "--frames", "3", "--weights", tiny, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+    (out,) = tmp_path.iterdir()
+    assert out.name == args[0].replace("-", "_") + ".mp4"
+    assert len(list(VideoReader(out))) == 3
+
+
+def test_a_basis_vector_that_does_not_exist_is_2(tiny, tmp_path):
+    result = run("edit-basis", "--v", "99", "--scale", "1:2", "--weights", tiny, "-o", tmp_path / "x.mp4")
+    assert result.exit_code == 2
+    assert "99" in result.stderr
