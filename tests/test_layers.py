@@ -22,9 +22,10 @@ CORE_RULES = {
     "face": ("media",),
     "model": (),
     "train": ("model", "media", "face", "checkpoint", "weights"),
-    "animate.py": ("model", "face", "media", "checkpoint", "weights", "preprocess"),
+    "driver.py": ("face", "media"),
+    "animate.py": ("driver", "model", "face", "media", "checkpoint", "weights"),
     "preprocess.py": ("face", "media", "weights"),
-    "evaluate.py": ("metrics", "model", "face", "media", "checkpoint", "weights", "animate", "preprocess", "metrics"),
+    "evaluate.py": ("animate", "metrics", "model", "face", "media"),
 }
 FORBIDDEN = {  # part -> packages from outside it must not import, not even in a function
     "errors.py": {"click", "torch", "numpy"},
@@ -32,6 +33,7 @@ FORBIDDEN = {  # part -> packages from outside it must not import, not even in a
     "camera.py": {"torch"},
     "weights.py": {"torch"},
     "face": {"torch"},
+    "driver.py": {"torch"},
     "preprocess.py": {"torch"},
     "metrics.py": {"torch"},
 }
@@ -105,7 +107,7 @@ def test_no_pickle_and_no_shell():
 
 def test_files_stay_short():
     for path in files("core"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 480, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path.name
     for path in files("commands"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path.name
 

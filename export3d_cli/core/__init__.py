@@ -31,8 +31,6 @@ _DOOR = {  # public name -> module of this package that defines it
     "EvaluateOptions": "evaluate",
     "evaluate_model": "evaluate:evaluate",
     "train_model": "train.trainer:train",
-    "evaluate_model": "evaluate:evaluate",
-    "EvaluateOptions": "evaluate",
     "load_train_config": "config",
     "to_dict": "config",
     "Export3DError": "errors",

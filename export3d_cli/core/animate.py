@@ -4,8 +4,7 @@
     animator.set_source(read_image(Path("src.jpg")))
     frame = next(animator.drive([motion]))          # uint8 (H, W, 3)
 
-Memory does not grow with the driver's length: the face is tracked, generated and encoded a few frames at a time. Only the
-driver's crop needs to look ahead, over its first ten seconds.
+Memory does not grow with the driver's length: the face is tracked, generated and encoded a few frames at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -23,17 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export3d_cli.core.camera import RADIUS, Camera, rotation_from_angles
+from export3d_cli.core.camera import Camera, rotation_from_angles
 from export3d_cli.core.checkpoint import load_into, load_weights
+from export3d_cli.core.driver import SETTLE, DriverStream, OnMissing, motion_rows
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, clip_crop, crop_image, head_points
-from export3d_cli.core.media.image import is_image, read_image, to_tensor, to_uint8
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
+from export3d_cli.core.media.image import read_image, to_tensor, to_uint8
+from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Source
 from export3d_cli.core.weights import resolve
 
-LOOKAHEAD = 10  # seconds of the driver over which its crop is measured
 Progress = Callable[[str, int, "int | None"], None]
 
 
@@ -47,7 +45,7 @@ class ReenactOptions:
     start: float = 0.0  # seconds
     duration: float | None = None  # seconds
     max_frames: int | None = None
-    on_missing: Literal["hold", "skip", "fail"] = "hold"  # frames without a face
+    on_missing: OnMissing = "hold"  # frames without a face
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
     batch: int = 0  # frames at once; 0: chosen for the device
@@ -71,7 +69,7 @@ class NovelViewOptions:
 class EditOptions:
     """Expression directions to move along; the camera stays the source's."""
 
-    edits: tuple[tuple[int, tuple[float, float]], ...] = ((1, (0.0, 1.0)),)  # (v_i from 1, (first, last) change of lambda_i)
+    edits: tuple[tuple[int, tuple[float, float]], ...] = ((1, (0.0, 1.0)),)  # i of v_i from 1: change of lambda_i
     frames: int = 60
     fps: Fraction = Fraction(25)
     crf: int = 18
@@ -94,7 +92,9 @@ class Summary:
 class Animator:
     """One model, one source at a time."""
 
-    def __init__(self, model: Export3D, tracker: Tracker, *, device: torch.device, precision: str, batch: int = 0) -> None:
+    def __init__(
+        self, model: Export3D, tracker: Tracker, *, device: torch.device, precision: str, batch: int = 0
+    ) -> None:
         self.model = model.to(device).eval()
         self.tracker = tracker
         self.device = device
@@ -121,9 +121,8 @@ class Animator:
         model = Export3D(config)
         load_into(model, state)
         place = pick_device(device)
-        return cls(
-            model, Tracker(resolve("face_landmarker")), device=place, precision=pick_precision(precision, place), batch=batch
-        )  # fmt: skip
+        tracker = Tracker(resolve("face_landmarker"))
+        return cls(model, tracker, device=place, precision=pick_precision(precision, place), batch=batch)
 
     @property
     def device_name(self) -> str:
@@ -134,7 +133,7 @@ class Animator:
         """Track and encode a photo, uint8 (H, W, 3) RGB; returns its one-frame Motion. Raises `NoFaceError`."""
         self.tracker.landmarker.reset()
         face = None
-        for _ in range(3):  # tracking settles on the region of interest that it keeps in videos
+        for _ in range(SETTLE):
             face = self.tracker.landmarker.track(image)
         if face is None:
             raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
@@ -144,16 +143,13 @@ class Animator:
 
     def set_source_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> None:
         """Encode a face crop, uint8 (H, W, 3) of the model's size, already tracked: row `frame` of `motion`."""
-        points = head_points(motion.landmarks[frame : frame + 1], motion.camera[frame : frame + 1])
-        extent = motion.landmarks[frame, :, :2].max(0) - motion.landmarks[frame, :, :2].min(0)
+        self._motion = own = motion_rows(motion, np.array([frame]))
+        extent = own.landmarks[0, :, :2].max(0) - own.landmarks[0, :, :2].min(0)
         self._crop_scale = float(1 / extent.max())
-        self._motion = replace(
-            motion, **{k: getattr(motion, k)[frame : frame + 1] for k in ("beta", "camera", "landmarks", "found")}
-        )
         with torch.inference_mode(), self._autocast():
             self._source = self.model.encode_source(
-                to_tensor(crop)[None].to(self.device), self._tensor(motion.beta[frame : frame + 1]),
-                self._tensor(motion.camera[frame : frame + 1]), self._tensor(points),
+                to_tensor(crop)[None].to(self.device), self._tensor(own.beta), self._tensor(own.camera),
+                self._tensor(head_points(own.landmarks, own.camera)),
             )  # fmt: skip
 
     def drive(self, motions: Iterable[Motion]) -> Iterator[np.ndarray]:
@@ -170,7 +166,8 @@ class Animator:
             planes = self.model.planes(source, source.lam)
         for at in range(0, len(cameras), self.batch):
             part = cameras[at : at + self.batch]
-            yield from self._frames(part, lam=source.lam.expand(len(part), -1), planes=planes.expand(len(part), *planes.shape[1:]))
+            b = len(part)
+            yield from self._frames(part, lam=source.lam.expand(b, -1), planes=planes.expand(b, -1, -1, -1, -1))
 
     def edit(self, changes: np.ndarray) -> Iterator[np.ndarray]:
         """The source with its lambda changed by (T, n), seen by its own camera."""
@@ -197,8 +194,9 @@ class Animator:
         return to_uint8(self._need_source().image[0])
 
     def _frames(
-        self, camera: np.ndarray, *, beta: np.ndarray | None = None, lam: Tensor | None = None, planes: Tensor | None = None
-    ) -> Iterator[np.ndarray]:
+        self, camera: np.ndarray, *, beta: np.ndarray | None = None, lam: Tensor | None = None,
+        planes: Tensor | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
         with torch.inference_mode(), self._autocast():
             source = self._need_source().expand(len(camera))
             out = self.model.drive(
@@ -260,16 +258,20 @@ def reenact(
     began = time.monotonic()
     _check_free(out, options.overwrite)
     animator.set_source(read_image(source), name=str(source))
-    stream = _DriverStream(animator, driver, options)
-    audio = None if options.audio == "none" or stream.is_motion else driver if options.audio == "driver" else Path(options.audio)
     size = animator.model.config.image_size
     width = size * 3 if options.compare else size
+    stream = DriverStream(
+        driver, animator.tracker, batch=animator.batch, crop_scale=animator.crop_scale,
+        shown=size if options.compare else None, fps=options.fps, start=options.start, duration=options.duration,
+        max_frames=options.max_frames, on_missing=options.on_missing,
+    )  # fmt: skip
+    audio, audio_start = _sound(driver, options)
     beside = animator.source_crop()
     written = 0
     with (
         stream,
         VideoWriter(
-            out, size=(width, size), fps=stream.fps, crf=options.crf, audio=audio, audio_start=options.start
+            out, size=(width, size), fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start
         ) as writer,
     ):
         for motion, crops in stream:
@@ -283,10 +285,22 @@ def reenact(
     )
 
 
+def _sound(driver: Path, options: ReenactOptions) -> tuple[Path | None, float]:
+    """The file whose sound joins the result, and where in it to begin: only the driver's own is skipped along."""
+    if options.audio == "driver":
+        return (None if driver.name.endswith(".npz") else driver), options.start
+    return (None if options.audio == "none" else Path(options.audio)), 0.0
+
+
 def novel_view(
-    animator: Animator, source: Path, out: Path, options: NovelViewOptions | None = None, *, progress: Progress | None = None
+    animator: Animator,
+    source: Path,
+    out: Path,
+    options: NovelViewOptions | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Summary:
-    """Orbit the portrait: one tri-plane, many cameras. Angles add to those of the photo; a video or one image."""
+    """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's own angle."""
     options = options or NovelViewOptions()
     began = time.monotonic()
     _check_free(out, options.overwrite)
@@ -316,20 +330,17 @@ def edit_basis(
 
 
 def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
-    """Cameras (T, 25) that see the head at the angles asked for, at the photo's distance, centred."""
+    """Cameras (T, 25) that see the head at the angles asked for, where and as far away as `camera` sees it."""
     count = options.frames
     where = np.linspace(0, 1, count)
     if options.loop == "pingpong" and count > 2:
         where = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count)
-    radius = float(np.linalg.norm(camera.cam2world[:3, 3])) or RADIUS
-    position = np.linalg.inv(camera.cam2world)[:3, 3]  # keep the head where the photo has it
+    ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
+    pose = np.linalg.inv(camera.cam2world)  # its last column stays
     out = []
     for t in where:
-        ranges = (options.yaw, options.pitch, options.roll)
-        yaw, pitch, roll = (a + t * (b - a) for a, b in (r or (0.0, 0.0) for r in ranges))
-        pose = np.eye(4)
+        yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
         pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
-        pose[:3, 3] = position / np.linalg.norm(position) * radius
         out.append(Camera(np.linalg.inv(pose), camera.intrinsics).vector())
     return np.stack(out)
 
@@ -350,126 +361,3 @@ def _write_all(
 def _check_free(out: Path, overwrite: bool) -> None:
     if os.path.lexists(out) and not overwrite:
         raise InputError(f"{out} exists: choose another output or pass --overwrite")
-
-
-class _DriverStream:
-    """Motion of the driver, a batch at a time, with its face crops where they are shown beside the result."""
-
-    def __init__(self, animator: Animator, driver: Path, options: ReenactOptions) -> None:
-        self.animator, self.driver, self.options = animator, driver, options
-        self.is_motion = driver.name.endswith(".npz")
-        self.missing = 0
-        self.notes: list[str] = []
-        self._reader: VideoReader | None = None
-        self._second: VideoReader | None = None  # the same frames again, for --compare
-        self._again: Iterator[tuple[int, np.ndarray]] | None = None
-        if self.is_motion:
-            motion = Motion.load(driver)
-            self.fps = motion.fps if options.fps is None else options.fps
-            first = round(options.start * motion.fps)
-            last = first + round(options.duration * motion.fps) if options.duration else len(motion)
-            self._rows = range(len(motion))[first:last][: options.max_frames]
-            if not self._rows:
-                raise InputError(f"start {options.start} s lies behind the end of {driver}")
-            self._motion, self.total = motion, len(self._rows)
-        elif is_image(driver):
-            self.fps, self.total = options.fps or Fraction(25), 1
-        else:
-            self._reader, self._second = (
-                VideoReader(driver, fps=options.fps, start=options.start, duration=options.duration) for _ in range(2)
-            )
-            self.fps = self._reader.info.fps
-            self.total = min(self._reader.info.frames, options.max_frames or self._reader.info.frames)
-            if self._reader.info.vfr and options.fps is None:
-                self.notes.append(f"variable frame rate resampled to {self.fps}")
-
-    def __enter__(self) -> _DriverStream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for reader in (self._reader, self._second):
-            if reader is not None:
-                reader.close()
-
-    def __iter__(self) -> Iterator[tuple[Motion, list[np.ndarray | None]]]:
-        if self.is_motion:
-            rows = np.array(self._rows)
-            self.missing = int((~self._motion.found[rows]).sum())
-            for at in range(0, len(rows), self.animator.batch):
-                part = rows[at : at + self.animator.batch]
-                yield _rows(self._motion, part), [None] * len(part)
-            return
-        yield from self._follow()
-
-    def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
-        if reader is None:
-            yield read_image(self.driver)
-            return
-        for index, frame in enumerate(reader):
-            if self.options.max_frames is not None and index >= self.options.max_frames:
-                return
-            yield frame
-
-    def _follow(self) -> Iterator[tuple[Motion, list[np.ndarray | None]]]:
-        """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""
-        tracker, options = self.animator.tracker, self.options
-        tracker.landmarker.reset()
-        waiting: list[tuple[int, Face | None]] = []  # frame number, face
-        crop: tuple[float, float, float] | None = None
-        held: Face | None = None
-        size = (0, 0)
-        ahead = max(1, round(LOOKAHEAD * self.fps))
-        for index, image in enumerate(self._images(self._reader)):
-            size = (image.shape[1], image.shape[0])
-            face = tracker.landmarker.track(image)
-            if face is None:
-                self.missing += 1
-                if options.on_missing == "fail":
-                    raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
-                if options.on_missing == "skip":
-                    continue
-            waiting.append((index, face))
-            if crop is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
-                crop = self._crop([f for _, f in waiting], size)
-            if crop is not None and len(waiting) >= self.animator.batch:
-                held = yield from self._flush(waiting, held, crop, size)
-        if not any(f is not None for _, f in waiting) and held is None:
-            raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
-        if waiting:
-            crop = crop or self._crop([f for _, f in waiting], size)
-            yield from self._flush(waiting, held, crop, size, rest=True)
-
-    def _crop(self, faces: list[Face | None], size: tuple[int, int]) -> tuple[float, float, float]:
-        """The driver's crop, as many face boxes wide as the source's, so that both faces have one size."""
-        scale = self.animator.crop_scale
-        return clip_crop(np.stack([f.landmarks for f in faces if f is not None]), size, (scale, scale))
-
-    def _flush(
-        self, waiting: list[tuple[int, Face | None]], held: Face | None,
-        crop: tuple[float, float, float], size: tuple[int, int], *, rest: bool = False,
-    ) -> Iterator[tuple[Motion, list[np.ndarray | None]]]:  # fmt: skip
-        """Turn waiting frames into batches; frames without a face repeat the last one that had one."""
-        batch = self.animator.batch
-        first = held or next(f for _, f in waiting if f is not None)
-        while len(waiting) >= batch or (rest and waiting):
-            part, waiting[:] = waiting[:batch], waiting[batch:]
-            faces = []
-            for _, face in part:
-                first = face or first
-                faces.append(first)
-            motion = self.animator.tracker.motion(faces, self.fps, size, crop=crop)
-            yield motion, [self._shown(index, crop) for index, _ in part]
-        return first
-
-    def _shown(self, index: int, crop: tuple[float, float, float]) -> np.ndarray | None:
-        """The driver's frame for the side-by-side picture, read a second time so that none has to wait in memory."""
-        if not self.options.compare:
-            return None
-        if self._again is None:
-            self._again = enumerate(self._images(self._second))
-        image = next(image for number, image in self._again if number == index)
-        return crop_image(image, crop, self.animator.model.config.image_size)
-
-
-def _rows(motion: Motion, rows: np.ndarray) -> Motion:
-    return replace(motion, **{k: getattr(motion, k)[rows] for k in ("beta", "camera", "landmarks", "found")})

@@ -1,8 +1,8 @@
 """Cameras as 25 numbers (EG3D): cam2world, 4x4 row-major, then intrinsics, 3x3 normalised by the image size.
 
-The world is the HEAD FRAME: origin at the head's centre, x to the image's right for a frontal face, y down, z away from
-the camera; the camera frame is OpenCV's (x right, y down, z forward). EG3D's own world is this one with y and z negated:
-`Camera.to_eg3d` and `Camera.from_eg3d` convert. NumPy only, so that trackers need no torch.
+The world is the HEAD FRAME: origin at the head's centre, x to the image's right for a frontal face, y down, z away
+from the camera; the camera frame is OpenCV's (x right, y down, z forward). EG3D's own world is this one with y and z
+negated: `Camera.to_eg3d` and `Camera.from_eg3d` convert. NumPy only, so that trackers need no torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Camera:
         r = self.cam2world[:3, :3].T  # head -> camera
         yaw = -np.degrees(np.arctan2(r[0, 2], np.hypot(r[1, 2], r[2, 2])))
         pitch = np.degrees(np.arctan2(r[1, 2], r[2, 2]))
-        roll = np.degrees(np.arctan2(r[1, 0], r[0, 0]))
+        roll = np.degrees(np.arctan2(-r[0, 1], r[0, 0]))
         return float(yaw), float(pitch), float(roll)
 
     def to_eg3d(self) -> Camera:
@@ -76,7 +76,7 @@ def default_intrinsics() -> np.ndarray:
 
 
 def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Head-to-camera rotation (3, 3) of the angles (degrees) of `Camera.angles`: roll, then pitch, then yaw outermost last."""
+    """Head-to-camera rotation (3, 3) of the angles (degrees) of `Camera.angles`: roll first, then yaw, then pitch."""
     y, p, r = np.radians([-yaw, pitch, roll])
     about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
     about_x = np.array([[1, 0, 0], [0, np.cos(p), np.sin(p)], [0, -np.sin(p), np.cos(p)]])

@@ -137,7 +137,7 @@ class TrainConfig:
     lr: float = 1e-4
     warmup: int = 0  # steps of linear warm-up
     decay: bool = False  # cosine to a tenth over `steps`
-    decay_by_time: bool = False  # the cosine follows the clock to `max_minutes` instead (such a run does not repeat exactly)
+    decay_by_time: bool = False  # the cosine follows the clock to `max_minutes`: such a run does not repeat exactly
     ema: float = 0.999
     clip_grad: float = 1.0  # 0: off
     seed: int = 0
@@ -223,7 +223,7 @@ def _build(cls: type, data: dict[str, Any], where: str) -> Any:
             raise ConfigError(f"unknown key {name!r} in the configuration{hint}")
         default = fields[key].default
         if default is dataclasses.MISSING:
-            default = fields[key].default_factory()  # type: ignore[misc]
+            default = fields[key].default_factory()  # type: ignore[misc, operator]
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise ConfigError(f"{name} must be a section, got {value!r}")

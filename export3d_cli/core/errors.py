@@ -1,12 +1,12 @@
 """The error tree. A message says what was wrong, the value, and what to do.
 
-    Export3DError            exit 1   something failed
-      InputError             exit 2   a file, option or array the user gave cannot be used
-        ConfigError          exit 2   a configuration that cannot be run
-      MediaError             exit 1   reading or writing media failed half-way
-      NoFaceError            exit 3   no usable face
-      WeightsError           exit 4   weights are missing, damaged or do not fit
-      TrainingError          exit 1   training cannot go on
+Export3DError            exit 1   something failed
+  InputError             exit 2   a file, option or array the user gave cannot be used
+    ConfigError          exit 2   a configuration that cannot be run
+  MediaError             exit 1   reading or writing media failed half-way
+  NoFaceError            exit 3   no usable face
+  WeightsError           exit 4   weights are missing, damaged or do not fit
+  TrainingError          exit 1   training cannot go on
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ from export3d_cli.core.model.render import pixel_grid
 
 Progress = Callable[[str, int, "int | None"], None]
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each
+_Row = dict[str, Any]  # case, method, frames, and the metrics
 SHEET_COLUMNS = 6
+SETTLE = 3  # times the first frame is tracked before it counts: tracking settles on a region of interest
 ARKIT = 52  # the first entries of beta are blendshapes
 METRICS = (
     "psnr", "ssim", "akd478", "akd68", "aed", "yaw_error", "pitch_error", "jaw", "blink", "smile", "yaw", "found",
@@ -72,7 +74,7 @@ class Evaluation:
     cases: int
     frames: int
     mean: dict[str, dict[str, float | None]]
-    clips: list[dict[str, Any]]  # case, method, frames, and the metrics
+    clips: list[dict[str, Any]]  # case, method, frames, and the metrics: a row for each method
     files: list[Path]
     seconds: float  # wall-clock
     device: str
@@ -110,12 +112,11 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Tracked:
-    """What the landmarker sees in frames; `motion` is None where it sees no face at all."""
+    """What the landmarker sees in frames; no motion where it sees no face at all."""
 
     frames: Frames
     motion: Motion | None
     found: np.ndarray  # (T,) bool
-    angles: np.ndarray  # (T, 2) yaw and pitch in degrees
 
 
 def evaluate(
@@ -134,19 +135,16 @@ def evaluate(
     if not cases:
         raise InputError(f"{dataset} has no {'pair of two people' if options.cross else 'video'} to evaluate with")
     embedder = None if options.identity is None else _Embedder(options.identity, animator.device)
-    rows: list[dict[str, Any]] = []
+    rows: list[_Row] = []
     for count, case in enumerate(cases, start=1):
         rows += _score(animator, case, options, embedder)
         if progress is not None:
             progress("clips", count, len(cases))
     if not rows:
         raise InputError(f"no clip of {dataset} has a frame with a face")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    mean = {
-        method: {k: _plain(metrics.mean_of([row[k] for row in rows if row["method"] == method])) for k in METRICS}
-        for method in methods
-    }
-    frames = sum(row["frames"] for row in rows if row["method"] == methods[0])
+    by_method = {method: [row for row in rows if row["method"] == method] for method in (row["method"] for row in rows)}
+    mean = {m: {k: _plain(metrics.mean_of([row[k] for row in r])) for k in METRICS} for m, r in by_method.items()}
+    frames = sum(row["frames"] for row in by_method["model"])
     files = [] if out is None else _sheets(animator, cases, rows, out)
     plain = [{k: _plain(v) for k, v in row.items()} for row in rows]
     result = Evaluation(dataset, len(cases), frames, mean, plain, files, time.monotonic() - began, animator.device_name)
@@ -194,6 +192,7 @@ def _frontal(motion: Motion) -> int:
 
 
 def _angles(camera: np.ndarray) -> np.ndarray:
+    """Yaw and pitch in degrees, (T, 2)."""
     return np.array([Camera.from_vector(row).angles()[:2] for row in camera])
 
 
@@ -267,18 +266,16 @@ def _flow_only(animator: Animator, photo: np.ndarray, motion: Motion, row: int, 
 
 def _track(tracker: Tracker, frames: Frames) -> _Tracked:
     size = frames[0].shape[0]
-    faces = tracker.follow(frames)
+    faces = tracker.follow([*frames[:1] * SETTLE, *frames])[SETTLE:]
     found = np.array([face is not None for face in faces])
     try:
         motion = tracker.motion(faces, Fraction(25), (size, size), crop=(0.0, 0.0, float(size)))
     except NoFaceError:
-        return _Tracked(frames, None, found, np.zeros((len(frames), 2)))
-    return _Tracked(frames, motion, found, _angles(motion.camera))
+        return _Tracked(frames, None, found)
+    return _Tracked(frames, motion, found)
 
 
-def _score(
-    animator: Animator, case: _Case, options: EvaluateOptions, embedder: _Embedder | None
-) -> list[dict[str, Any]]:
+def _score(animator: Animator, case: _Case, options: EvaluateOptions, embedder: _Embedder | None) -> list[_Row]:
     """One row of metrics for each method."""
     size, tracker = animator.model.config.image_size, animator.tracker
     row, rows = _frontal(case.source.motion), _chosen(case, options.max_frames)
@@ -310,7 +307,7 @@ def _compare_faces(truth: _Tracked, result: _Tracked, *, same_head: bool) -> dic
     if truth.motion is None or result.motion is None or not both.any():
         return {}
     beta, other = truth.motion.beta[both], result.motion.beta[both]
-    angles, other_angles = truth.angles[both], result.angles[both]
+    angles, other_angles = _angles(truth.motion.camera[both]), _angles(result.motion.camera[both])
     scores = {
         "aed": metrics.mean_difference(beta[:, :ARKIT], other[:, :ARKIT]),
         "yaw_error": metrics.mean_difference(angles[:, 0], other_angles[:, 0]),
@@ -322,8 +319,8 @@ def _compare_faces(truth: _Tracked, result: _Tracked, *, same_head: bool) -> dic
         scores["akd68"] = metrics.landmark_distance(a, b, metrics.IBUG68)
     for key, (names, least) in SERIES.items():
         columns = [BETA_NAMES.index(name) for name in names]
-        series = (beta[:, columns].mean(1), other[:, columns].mean(1)) if names else (angles[:, 0], other_angles[:, 0])
-        scores[key] = metrics.correlation(*series, least)
+        a, b = (beta[:, columns].mean(1), other[:, columns].mean(1)) if names else (angles[:, 0], other_angles[:, 0])
+        scores[key] = metrics.correlation(a, b, least)
     return scores
 
 
@@ -356,7 +353,7 @@ class _Embedder:
         return F.normalize(vectors.float(), dim=1).cpu()
 
 
-def _sheets(animator: Animator, cases: list[_Case], rows: list[dict[str, Any]], out: Path) -> list[Path]:
+def _sheets(animator: Animator, cases: list[_Case], rows: list[_Row], out: Path) -> list[Path]:
     """Pictures of the best, the median and the worst clip: source, then driver, target, model and flow over time."""
     key = "akd478" if any(np.isfinite(row["akd478"]) for row in rows) else "aed"
     score = {row["case"]: row[key] for row in rows if row["method"] == "model"}

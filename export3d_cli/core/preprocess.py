@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.face.motion import Motion, Tracker, crop_image
+from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image
 from export3d_cli.core.files import write_atomic
 from export3d_cli.core.media.image import is_image, read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
@@ -113,7 +113,7 @@ def track_video(
             faces = tracker.follow(frames())
     if not any(face is not None for face in faces):
         raise NoFaceError(f"no face found in {path}: use one where a face is large, upright and turned to the camera")
-    return tracker.motion(faces, rate, size, **({} if scale is None else {"scale": scale}))
+    return tracker.motion(faces, rate, size, scale=scale or CROP_SCALE)
 
 
 def _media_files(path: Path) -> list[Path]:

@@ -13,7 +13,9 @@ the caller's choice.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,9 +107,10 @@ class Landmarker:
         detector, mesh, blendshapes = _read_bundle(
             bundle, "face_detector.tflite", "face_landmarks_detector.tflite", "face_blendshapes.tflite"
         )
-        self._detector = _Network(detector, bundle, threads)
-        self._mesh = _Network(mesh, bundle, threads)
-        self._blendshapes = _Network(blendshapes, bundle, threads)
+        with _quiet_stderr():
+            self._detector = _Network(detector, bundle, threads)
+            self._mesh = _Network(mesh, bundle, threads)
+            self._blendshapes = _Network(blendshapes, bundle, threads)
         self._anchors = _anchors()  # (896, 2)
         self._roi: _Roi | None = None
         self._tracked_size: tuple[int, int] | None = None
@@ -236,6 +239,23 @@ class _Network:
         self._interpreter.set_tensor(self._input["index"], array[None])
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(index) for index in self._outputs]
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere for a moment: LiteRT announces its delegate there, past every logger."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed: quiet already
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _read_bundle(bundle: Path, *names: str) -> list[bytes]:

@@ -8,6 +8,7 @@ points. "Crop units" are positions divided by the crop's side: x, y in [0, 1] in
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -57,13 +58,13 @@ class Motion:
             "version": np.array(__version__),
         }  # fmt: skip
         with write_atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub of its flag
 
     @classmethod
     def load(cls, path: Path) -> Motion:
         """Read a `.motion.npz`; raises `InputError` for a file that is not one."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
                 n, d = (int(v) for v in data["fps"])
                 motion = cls(
                     beta=data["beta"].astype(np.float32), camera=data["camera"].astype(np.float32),
@@ -71,15 +72,20 @@ class Motion:
                     fps=Fraction(n, d), crop=tuple(float(v) for v in data["crop"]),  # type: ignore[arg-type]
                     size=tuple(int(v) for v in data["size"]),  # type: ignore[arg-type]
                 )  # fmt: skip
-        except (OSError, KeyError, ValueError, ZeroDivisionError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, zipfile.BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
-        T = len(motion.beta)
+        T = len(motion.beta) if motion.beta.ndim else 0
         shapes = (motion.beta.shape, motion.camera.shape, motion.landmarks.shape, motion.found.shape)
         if T == 0 or shapes != ((T, 64), (T, 25), (T, mesh.POINTS, 3), (T,)):
-            raise InputError(f"{path} is a motion file of shapes {shapes}: expected (T, 64), (T, 25), (T, 478, 3), (T,)")
-        finite = all(np.isfinite(a).all() for a in (motion.beta, motion.camera, motion.landmarks))
+            expected = "(T, 64), (T, 25), (T, 478, 3), (T,)"
+            raise InputError(f"{path} is a motion file of shapes {shapes}: expected {expected}")
+        finite = all(np.isfinite(a).all() for a in (motion.beta, motion.camera, motion.landmarks, motion.crop))
         if not finite or motion.fps <= 0:
             raise InputError(f"{path} holds numbers that are not finite or a rate that is not positive")
+        if len(motion.crop) != 3 or len(motion.size) != 2:
+            raise InputError(f"{path} holds a crop {motion.crop} of frames {motion.size}: expected 3 and 2 numbers")
         return motion
 
 
@@ -120,9 +126,7 @@ class Tracker:
         shapes = np.stack([face.blendshapes for face in present])
         points = head_points(landmarks, cameras)
         beta = np.concatenate([shapes, measures(points)], axis=1).astype(np.float32)
-        return Motion(
-            beta[held], cameras[held], landmarks.astype(np.float32)[held], found, fps, (x0, y0, side), size
-        )
+        return Motion(beta[held], cameras[held], landmarks.astype(np.float32)[held], found, fps, (x0, y0, side), size)
 
 
 def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
@@ -172,7 +176,9 @@ def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray) -> np
     return rays * depths[..., None]
 
 
-def clip_crop(pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> tuple[float, float, float]:
+def clip_crop(
+    pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
+) -> tuple[float, float, float]:
     """One square for a clip: the median nose at its centre, its side the wanted number of face boxes.
 
     Where the frames are cut tighter than wanted the square shrinks to stay inside them, down to the least scale.

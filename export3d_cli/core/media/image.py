@@ -57,7 +57,9 @@ def write_image(path: Path, image: np.ndarray) -> None:
         raise InputError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if not is_image(path):
         raise InputError(f"cannot write images of type {path.suffix!r}: use .png, .jpg or .webp")
-    ok, data = cv2.imencode(path.suffix.lower(), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    jpeg = path.suffix.lower() in (".jpg", ".jpeg")  # OpenCV 5 warns of a setting that the format does not have
+    settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if jpeg else []
+    ok, data = cv2.imencode(path.suffix.lower(), image[..., ::-1], settings)
     if not ok:
         raise MediaError(f"{path} could not be encoded")
     with write_atomic(path) as temporary:

@@ -86,7 +86,8 @@ class Export3D(nn.Module):
             with torch.no_grad():
                 head = self.flow(points, camera, points, camera).weight
         return Source(
-            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head, stem=stem, tokens=tokens,
+            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head,
+            stem=stem, tokens=tokens,
             view=sv.plane(stem) if sv is not None else None, still=sv.still(stem) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
         )  # fmt: skip
@@ -116,8 +117,9 @@ class Export3D(nn.Module):
         if self.flow is not None:
             detail = self._photo_detail(source, lam, camera, depth, opacity)
             weights = detail.weights
-        quarter = self.config.image_size // 4
-        full = features if features.shape[-1] == quarter else F.interpolate(features, (quarter, quarter), mode="bilinear")
+        full, quarter = features, self.config.image_size // 4
+        if features.shape[-1] != quarter:
+            full = F.interpolate(features, (quarter, quarter), mode="bilinear")
         image, offset = self.superres(full, full[:, :3], detail)
         return Output(image, features[:, :3], depth, opacity, offset, weights)
 

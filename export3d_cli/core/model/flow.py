@@ -1,10 +1,10 @@
 """Basis flow: lambda -> moved face mesh -> dense backward flow (design beyond the paper; off in the `paper` preset).
 
 Each basis vector v_i owns a displacement field b_i (478 landmarks, head frame). The source's landmarks move by
-`sum_i (lambda_i(D) - lambda_i(S)) b_i`, the driver's camera projects them, and the rasterised mesh says, for each pixel of
-the result, where in the photo it comes from. Two rings of points around the face, moving rigidly with the head, carry
-hair, ears and neck. Elsewhere the flow is rigid, from the rendered depth, or none at all (what stands still). A small
-network blends the three. Positions are in image sizes, (0, 0) the top left corner.
+`sum_i (lambda_i(D) - lambda_i(S)) b_i`, the driver's camera projects them, and the rasterised mesh says, for each pixel
+of the result, where in the photo it comes from. Two rings of points around the face, moving rigidly with the head,
+carry hair, ears and neck. Elsewhere the flow is rigid, from the rendered depth, or none at all (what stands still). A
+small network blends the three. Positions are in image sizes, (0, 0) the top left corner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import POINTS, ModelConfig
-from export3d_cli.core.model.generator import ResBlock, leaky
+from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 from export3d_cli.core.model.render import pixel_grid, project
 
 TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's inside, 2 eye
@@ -31,7 +31,7 @@ class MeshFlow(NamedTuple):
 
     uv: Tensor  # (B, 2): where in the photo the pixel comes from; its own place outside the mesh
     weight: Tensor  # (B, 1): 1 in the face, falling to 0 at the outer ring
-    valid: Tensor  # (B, 1): 1 where the photo shows this piece of skin (0: hidden there, or inside the mouth)
+    valid: Tensor  # (B, 1): 1 where the photo shows this piece of the face, 0 where it is hidden or shut there
     stretch: Tensor  # (B, 1): log2 of how much larger the piece is in the result than in the photo
     mouth: Tensor  # (B, 1): 1 inside the mouth
 
@@ -39,7 +39,7 @@ class MeshFlow(NamedTuple):
 class Raster(NamedTuple):
     """Which triangle covers each pixel; P = size * size, row by row."""
 
-    index: Tensor  # (B, P) int64, -1 where none does
+    triangle: Tensor  # (B, P) int64, -1 where none does
     corners: Tensor  # (B, P, 3) barycentric coordinates
 
 
@@ -130,7 +130,7 @@ class BasisFlow(nn.Module):
         self.rings: Tensor
 
     def moved(self, points: Tensor, lam_change: Tensor) -> Tensor:
-        """Source landmarks (B, 478, 3), lambda(D) - lambda(S) (B, n) -> the driver's expression on them, (B, 478, 3)."""
+        """Source landmarks (B, 478, 3), lambda(D) - lambda(S) (B, n) -> the landmarks with D's expression."""
         return points.float() + (lam_change.float()[:, :, None, None] * self.basis.float()).sum(1)
 
     def forward(
@@ -151,7 +151,7 @@ class BasisFlow(nn.Module):
         n = len(OVAL)
         weight = torch.cat([uv_source.new_ones(POINTS), *(uv_source.new_full((n,), w) for *_, w in RINGS)])
         vertex = torch.cat([uv_source, weight.view(1, -1, 1).expand(B, -1, 1)], dim=-1)  # (B, V, 3)
-        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.index).view(B, -1, 3, 3)
+        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, 3)
         value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 3)
 
         def area(uv: Tensor) -> Tensor:
@@ -161,10 +161,11 @@ class BasisFlow(nn.Module):
         before, after = area(uv_source), area(uv_target)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
         mouth = (kind == 1).float().expand(B, -1)
-        # the mouth's inside is shown as far as it is as open in the photo as in the result
-        shown = (before > 0).float() * torch.where(mouth > 0, (before / after.clamp_min(1e-8)).clamp(0, 1).square(), 1.0)
-        facts = _pick(torch.stack([shown, stretch, mouth], dim=-1), raster.index)  # (B, P, 3)
-        covered = (raster.index >= 0).float()[..., None]
+        # the insides of mouth and eyes are shown as far as they are as open in the photo as in the result
+        opened = (before / after.clamp_min(1e-8)).clamp(0, 1).square()
+        shown = (before > 0).float() * torch.where(kind > 0, opened, 1.0)
+        facts = _pick(torch.stack([shown, stretch, mouth], dim=-1), raster.triangle)  # (B, P, 3)
+        covered = (raster.triangle >= 0).float()[..., None]
         uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, points.device))
 
         def picture(x: Tensor) -> Tensor:
@@ -193,8 +194,7 @@ class FlowBlend(nn.Module):
         self.deep = nn.ModuleList([ResBlock(2 * w), ResBlock(2 * w)])
         self.join = nn.Conv2d(3 * w, w, 3, padding=1)
         self.leave = nn.Conv2d(w, 3, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        zero_start(self.leave)
 
     def forward(
         self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, opacity: Tensor, head: Tensor
@@ -212,7 +212,8 @@ class FlowBlend(nn.Module):
         still = pixel_grid(s, photo.device).T.reshape(1, 2, s, s).expand_as(rigid)
         flows = torch.stack([mesh.uv, rigid, still], dim=1)  # (B, 3, 2, s, s)
         seen = [warp(photo, uv) for uv in flows.detach().unbind(1)]
-        facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, head, opacity.detach(), (rigid - still).detach()[:, :1]]
+        across = (rigid - still).detach()[:, :1]
+        facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, head, opacity.detach(), across]
         x = self.enter(torch.cat([*seen, *facts], dim=1))
         y = self.down(leaky(x))
         for block in self.deep:

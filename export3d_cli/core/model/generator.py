@@ -10,7 +10,14 @@ from export3d_cli.core.config import ModelConfig
 
 
 def leaky(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2."""
     return F.leaky_relu(x, 0.2)
+
+
+def zero_start(layer: nn.Module) -> None:
+    """Set every parameter of `layer` to 0: what it adds to starts unchanged."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def lowpass(x: Tensor) -> Tensor:
@@ -21,7 +28,7 @@ def lowpass(x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity; (B, C, h, w) -> the same."""
+    """Two 3x3 convolutions beside the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,6 +37,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same."""
         return x + self.second(leaky(self.first(leaky(x))))
 
 
@@ -62,8 +70,7 @@ class EAdaLN(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=code_dim is None)
         self.affine = nn.Linear(code_dim, 2 * width) if code_dim is not None else None
         if self.affine is not None:  # sigma = 1, mu = 0 at first: training starts unconditioned
-            nn.init.zeros_(self.affine.weight)
-            nn.init.zeros_(self.affine.bias)
+            zero_start(self.affine)
 
     def forward(self, x: Tensor, code: Tensor | None) -> Tensor:
         """x (B, N, h), code beta' (B, d) -> (B, N, h)."""
@@ -75,7 +82,7 @@ class EAdaLN(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """SegFormer's feed-forward: linear, 3x3 depthwise convolution, GELU, linear; (B, N, h) of s x s tokens -> the same."""
+    """SegFormer's feed-forward: linear, 3x3 depthwise convolution, GELU, linear."""
 
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
@@ -84,6 +91,7 @@ class MixFFN(nn.Module):
         self.outer = nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, h) of s x s tokens -> the same."""
         B, N, _ = x.shape
         s = int(N**0.5)
         x = self.inner(x)

@@ -1,7 +1,7 @@
 """Rays, depths, compositing and projection: pure functions (sec. 3.3, eq. 9 and 10).
 
-Everything is in the head frame (see `export3d_cli.core.camera`); image positions are in image sizes, (0, 0) the top left
-corner. Always computed in fp32, whatever autocast says.
+Everything is in the head frame (see `export3d_cli.core.camera`); image positions are in image sizes, (0, 0) the top
+left corner. Always computed in fp32, whatever autocast says.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def project(points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coarse_depths(camera: Tensor, rays_count: int, samples: int, *, jitter: bool) -> Tensor:
-    """Camera depths (B, R, S) in equal bins around the head centre: mid-points, or one random depth a bin in training."""
+    """Camera depths (B, R, S) in equal bins around the head centre: mid-points, or in training a random one a bin."""
     cam2world, _ = split_camera(camera)
     distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_DEPTH + 0.1)  # (B,)
     edges = torch.arange(samples, device=camera.device, dtype=torch.float32)
@@ -60,7 +60,7 @@ def coarse_depths(camera: Tensor, rays_count: int, samples: int, *, jitter: bool
 
 
 def importance_depths(depths: Tensor, weights: Tensor, samples: int, *, jitter: bool) -> Tensor:
-    """More depths (B, R, samples) where the weights (B, R, S) of the first pass are, by inverting their distribution."""
+    """More depths (B, R, samples) where the first pass's weights (B, R, S) are, by inverting their distribution."""
     mids = 0.5 * (depths[..., 1:] + depths[..., :-1])  # (B, R, S-1)
     density = weights[..., 1:-1] + 1e-3  # (B, R, S-2), one a bin between mids
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)

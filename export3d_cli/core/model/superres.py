@@ -1,7 +1,7 @@
 """Super-resolution (sec. 3.3): plain convolution blocks, (B, C', H/4, W/4) -> (B, 3, H, W).
 
-With a flow (beyond the paper) the photo's own colours and features, sampled along it, join at each size; a residual offset of
-a few pixels corrects the flow, and the last block blends the sampled colour with its own.
+With a flow (beyond the paper) the photo's own colours and features, sampled along it, join at each size; a residual
+offset of a few pixels corrects the flow, and the last block blends the sampled colour with its own.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
 from export3d_cli.core.model.flow import MeshFlow, warp
-from export3d_cli.core.model.generator import ResBlock, leaky
+from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 
 DETAIL = 16  # channels of stem features taken along the flow
 MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
 
 
 def upsample(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C, 2h, 2w), bilinear."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
@@ -51,17 +52,15 @@ class SuperResolution(nn.Module):
         self.to1 = nn.Conv2d(c2 + extra[2], c1, 3, padding=1)
         self.block1 = ResBlock(c1)
         self.colour = nn.Conv2d(c1, 4 if config.flow else 3, 3, padding=1)
-        nn.init.zeros_(self.colour.weight)
-        nn.init.zeros_(self.colour.bias)
+        zero_start(self.colour)
         if config.flow:
             self.detail2 = nn.Conv2d(config.stem[0], DETAIL, 1)
             self.detail4 = nn.Conv2d(config.stem[1], DETAIL, 1)
             self.offset = nn.Conv2d(c2, 2, 3, padding=1)
-            nn.init.zeros_(self.offset.weight)
-            nn.init.zeros_(self.offset.bias)
+            zero_start(self.offset)
 
     def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> tuple[Tensor, Tensor | None]:
-        """Raw features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> image (B, 3, H, W), offset (B, 2, H/2, W/2)."""
+        """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> (B, 3, H, W), offset (B, 2, H/2, W/2)."""
         base = upsample(upsample(rgb.float()))
         if detail is None:
             x = self.block4(self.enter(features))

@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         self.prior = config.head_prior
 
     def forward(self, features: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1] and densities (B, N) >= 0, fp32."""
+        """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1], densities (B, N) >= 0; fp32."""
         x = F.softplus(self.hidden(features))  # (B, N, hidden)
         colours = torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
         logit = self.density(x).float().squeeze(-1) - 1

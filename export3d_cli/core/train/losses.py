@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -107,11 +106,15 @@ class Perceptual(nn.Module):
 
 
 def load_perceptual(path: Path | str) -> Perceptual:
-    """A frozen backbone from a safetensors file: VGG16 or MobileNetV2, recognised by the names of its tensors."""
+    """A frozen backbone from safetensors or torchvision's .pth: VGG16 or MobileNetV2, known by its tensors' names."""
     path = Path(path)
     try:
-        state = {k: v.float() for k, v in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+        if path.suffix in (".pth", ".pt"):  # torchvision's own file, e.g. vgg16-397923af.pth; tensors only, no code
+            read = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            read = load_file(path)
+        state = {k: v.float() for k, v in read.items() if k.startswith(("conv", "features."))}
+    except Exception as error:  # a damaged file raises whatever its reader stumbled over
         raise InputError(f"loss.backbone {path} cannot be read: {error}") from error
     try:
         if "conv1_1.weight" in state:

@@ -20,7 +20,8 @@ from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.media.image import to_uint8, write_image
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train import losses
-from export3d_cli.core.train.data import Batch, Prefetcher, Sampler, load_sets
+from export3d_cli.core.train.cache import load_sets
+from export3d_cli.core.train.data import Batch, Prefetcher, Sampler
 from export3d_cli.core.train.pretrain import clebs_stage
 from export3d_cli.core.train.run import Run, TrainEvent, check_finite
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -159,3 +161,23 @@ def test_unusable_bundles_are_weights_errors(tmp_path: Path) -> None:
             archive.writestr(name, b"not a network")
     with pytest.raises(WeightsError, match="does not load"):
         Landmarker(flipped)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_loading_says_nothing_on_stderr(closed: bool) -> None:
+    """LiteRT writes to file descriptor 2 itself, once a process; what others write there afterwards is still heard."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from export3d_cli.core.face.landmarker import Landmarker
+if {closed}:
+    os.close(2)
+before = sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+Landmarker(Path({str(BUNDLE)!r}))
+assert before is None or sorted(os.listdir("/proc/self/fd")) == before
+if not {closed}:
+    os.write(2, b"heard")
+os._exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=False)
+    assert (done.returncode, done.stderr) == (7, "" if closed else "heard")

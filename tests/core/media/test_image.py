@@ -20,6 +20,13 @@ def test_png_round_trip_is_exact_and_leaves_no_other_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tiff"])
+def test_writing_is_silent_in_every_format(tmp_path, suffix, capfd):
+    write_image(tmp_path / f"a{suffix}", gradient())
+    assert read_image(tmp_path / f"a{suffix}").shape == (20, 30, 3)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_jpeg_keeps_the_channel_order(tmp_path):
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 250

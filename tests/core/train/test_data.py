@@ -12,7 +12,8 @@ import torch
 from export3d_cli.core.config import DataConfig
 from export3d_cli.core.errors import InputError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face
-from export3d_cli.core.train.data import Prefetcher, Sampler, load_set, load_sets
+from export3d_cli.core.train.cache import load_set, load_sets
+from export3d_cli.core.train.data import Prefetcher, Sampler
 
 from .conftest import BUNDLE, FRAMES, SIZE
 

@@ -16,7 +16,8 @@ from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.mesh import LIPS, canonical_face
 from export3d_cli.core.model.expression import LeBS
 from export3d_cli.core.train import trainer
-from export3d_cli.core.train.data import Sampler, load_sets
+from export3d_cli.core.train.cache import load_sets
+from export3d_cli.core.train.data import Sampler
 from export3d_cli.core.train.pretrain import fit_flow_basis
 from export3d_cli.core.train.trainer import learning_rate, raw_size, train
 

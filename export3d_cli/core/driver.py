@@ -1,0 +1,195 @@
+"""A driver as a stream of motion, a batch at a time: a video, an image or a `.motion.npz`.
+
+Memory does not grow with the driver's length: frames are tracked as they are read, and only faces wait, until the crop
+is known. It is measured over the first ten seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from export3d_cli.core.errors import InputError, NoFaceError
+from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.motion import Motion, Tracker, clip_crop, crop_image
+from export3d_cli.core.media.image import is_image, read_image
+from export3d_cli.core.media.video import VideoReader
+
+LOOKAHEAD = 10  # seconds of the driver over which its crop is measured
+SETTLE = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
+OnMissing = Literal["hold", "skip", "fail"]  # what becomes of frames without a face
+Part = tuple[Motion, "list[np.ndarray | None]"]  # motion of some frames, and their face crops where they are shown
+Square = tuple[float, float, float]
+
+
+class DriverStream:
+    """Iterate over the driver's motion with its face crops; a context manager, one pass.
+
+    Args:
+        driver: a video, an image, or a file written by `Motion.save`.
+        tracker: follows the face.
+        batch: most frames at once.
+        crop_scale: side of the crop in face boxes.
+        shown: side in pixels of the face crops that come with the motion; None: no crops.
+        fps: rate of the frames given; None keeps the driver's.
+        start: seconds to skip.
+        duration: seconds to use; None: to the end.
+        max_frames: most frames to use; None: all.
+        on_missing: repeat the last frame with a face, leave the frame out, or raise `NoFaceError`.
+
+    `fps` is the exact rate, `total` the expected number of frames, `missing` how many showed no face so far.
+    """
+
+    def __init__(
+        self,
+        driver: Path,
+        tracker: Tracker,
+        *,
+        batch: int,
+        crop_scale: float,
+        shown: int | None = None,
+        fps: Fraction | None = None,
+        start: float = 0.0,
+        duration: float | None = None,
+        max_frames: int | None = None,
+        on_missing: OnMissing = "hold",
+    ) -> None:
+        self.driver, self.tracker = driver, tracker
+        self.batch, self.crop_scale, self.shown = batch, crop_scale, shown
+        self.max_frames, self.on_missing = max_frames, on_missing
+        self.missing = 0
+        self.notes: list[str] = []
+        self._motion: Motion | None = None
+        self._reader: VideoReader | None = None
+        self._second: VideoReader | None = None  # the same frames again, to be shown
+        self._again: Iterator[tuple[int, np.ndarray]] | None = None
+        if driver.name.endswith(".npz"):
+            if shown is not None:
+                raise InputError(f"{driver} holds no pictures to show beside the result: leave out --compare")
+            motion = Motion.load(driver)
+            self.fps = motion.fps if fps is None else fps
+            chosen = chosen_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
+            if not len(chosen):
+                raise InputError(f"start {start} s lies behind the end of {driver}")
+            self._motion = motion_rows(motion, chosen)
+            self.total = len(chosen)
+        elif is_image(driver):
+            self.fps, self.total = fps or Fraction(25), 1
+        else:
+            self._reader = VideoReader(driver, fps=fps, start=start, duration=duration)
+            if shown is not None:
+                self._second = VideoReader(driver, fps=fps, start=start, duration=duration)
+            info = self._reader.info
+            self.fps, self.total = info.fps, min(info.frames, max_frames or info.frames)
+            if info.vfr and fps is None:
+                self.notes.append(f"variable frame rate resampled to {self.fps}")
+
+    def __enter__(self) -> DriverStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for reader in (self._reader, self._second):
+            if reader is not None:
+                reader.close()
+
+    def __iter__(self) -> Iterator[Part]:
+        if self._motion is None:
+            yield from self._follow()
+            return
+        self.missing = int((~self._motion.found).sum())
+        for at in range(0, self.total, self.batch):
+            part = motion_rows(self._motion, np.arange(at, min(at + self.batch, self.total)))
+            yield part, [None] * len(part)
+
+    def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
+        if reader is None:
+            yield read_image(self.driver)
+            return
+        for index, frame in enumerate(reader):
+            if self.max_frames is not None and index >= self.max_frames:
+                return
+            yield frame
+
+    def _follow(self) -> Iterator[Part]:
+        """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""
+        landmarker = self.tracker.landmarker
+        landmarker.reset()
+        waiting: list[tuple[int, Face | None]] = []  # frame number, face
+        crop: Square | None = None
+        held: Face | None = None
+        face: Face | None = None
+        before: np.ndarray | None = None
+        size = (0, 0)
+        ahead = max(1, round(LOOKAHEAD * self.fps))
+        for index, image in enumerate(self._images(self._reader)):
+            size = (image.shape[1], image.shape[0])
+            if before is None or not np.array_equal(image, before):  # a frame that is repeated has the same face
+                for _ in range(SETTLE if before is None else 1):
+                    face = landmarker.track(image)
+            before = image
+            if face is None:
+                self.missing += 1
+                if self.on_missing == "fail":
+                    raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
+                if self.on_missing == "skip":
+                    continue
+            waiting.append((index, face))
+            if crop is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
+                crop = self._crop([f for _, f in waiting], size)
+            if crop is not None and len(waiting) >= self.batch:
+                held = yield from self._flush(waiting, held, crop, size)
+        if not any(f is not None for _, f in waiting) and held is None:
+            raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
+        if waiting:
+            crop = crop or self._crop([f for _, f in waiting], size)
+            yield from self._flush(waiting, held, crop, size, rest=True)
+
+    def _crop(self, faces: list[Face | None], size: tuple[int, int]) -> Square:
+        """The driver's crop, as many face boxes wide as the source's, so that both faces have one size."""
+        landmarks = np.stack([f.landmarks for f in faces if f is not None])
+        return clip_crop(landmarks, size, (self.crop_scale, self.crop_scale))
+
+    def _flush(
+        self, waiting: list[tuple[int, Face | None]], held: Face | None, crop: Square, size: tuple[int, int],
+        *, rest: bool = False,
+    ) -> Generator[Part, None, Face]:  # fmt: skip
+        """Turn waiting frames into batches; those without a face repeat the last one with one, which is returned."""
+        last = held or next(f for _, f in waiting if f is not None)
+        while len(waiting) >= self.batch or (rest and waiting):
+            part, waiting[:] = waiting[: self.batch], waiting[self.batch :]
+            faces = []
+            for _, face in part:
+                last = face or last
+                faces.append(last)
+            motion = self.tracker.motion(faces, self.fps, size, crop=crop)
+            yield motion, [self._shown(index, crop) for index, _ in part]
+        return last
+
+    def _shown(self, index: int, crop: Square) -> np.ndarray | None:
+        """The driver's frame to be shown, read a second time so that none has to wait in memory."""
+        if self.shown is None:
+            return None
+        if self._again is None:
+            self._again = enumerate(self._images(self._second))
+        image = next(image for number, image in self._again if number == index)
+        return crop_image(image, crop, self.shown)
+
+
+def chosen_rows(count: int, own: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
+    """Rows of a motion of `count` frames at rate `own` that are seen at rate `fps`, from `start` for `duration` s."""
+    first = round(start * own)
+    last = count if duration is None else min(count, first + round(duration * own))
+    if first >= last:
+        return np.zeros(0, dtype=np.int64)
+    frames = max(1, round((last - first) * fps / own))
+    return first + np.array([int(t * own / fps) for t in range(frames)]).clip(max=last - first - 1)
+
+
+def motion_rows(motion: Motion, rows: np.ndarray) -> Motion:
+    """The motion of some frames only."""
+    return replace(motion, **{k: getattr(motion, k)[rows] for k in ("beta", "camera", "landmarks", "found")})

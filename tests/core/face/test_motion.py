@@ -1,0 +1,309 @@
+"""Cameras, head frame, mirror and crop on a head whose camera is known; the Motion file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export3d_cli.core.camera import FOCAL, Camera
+from export3d_cli.core.errors import InputError, NoFaceError
+from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.mesh import RIGID, RIGID_WEIGHTS, CanonicalFace, canonical_face
+from export3d_cli.core.face.motion import (
+    BETA_NAMES,
+    CROP_SCALE,
+    Z_SCALE,
+    Motion,
+    Tracker,
+    clip_crop,
+    crop_image,
+    fit_cameras,
+    head_points,
+    measures,
+    mirror_beta,
+    mirror_camera,
+    mirror_landmarks,
+)
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.weights import example, weights_dir
+
+BUNDLE = weights_dir() / "face_landmarker.task"
+POSES = [(0, 0, 0), (20, 0, 0), (-20, 0, 0), (0, 15, 0), (0, -15, 0), (0, 0, 25), (30, 10, -10), (-35, -12, 8)]
+
+
+@pytest.fixture(scope="module")
+def canonical() -> CanonicalFace:
+    return canonical_face(BUNDLE)
+
+
+@pytest.fixture(scope="module")
+def tracker() -> Tracker:
+    return Tracker(BUNDLE)
+
+
+def seen(points: np.ndarray, camera: Camera) -> np.ndarray:
+    """Landmarks (478, 3) in crop units of a tracker without error: z from the rigid points' mean, as flat as its."""
+    depth = ((points - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
+    middle = np.average(depth[list(RIGID)], weights=list(RIGID_WEIGHTS.values()))
+    return np.column_stack([camera.project(points), (depth / middle - 1) * FOCAL / Z_SCALE])
+
+
+@pytest.mark.parametrize("pose", POSES)
+@pytest.mark.parametrize("radius", [2.7, 3.4])
+def test_a_known_camera_is_found(canonical: CanonicalFace, pose: tuple[float, ...], radius: float) -> None:
+    known = Camera.orbit(*pose, radius=radius)
+    found = Camera.from_vector(fit_cameras(seen(canonical.points, known)[None], canonical.points)[0])
+    assert found.angles() == pytest.approx(pose, abs=0.5)
+    np.testing.assert_allclose(found.cam2world, known.cam2world, atol=0.02)
+    np.testing.assert_allclose(found.project(canonical.points), known.project(canonical.points), atol=0.003)
+
+
+def test_positive_yaw_turns_the_nose_to_the_image_s_right(canonical: CanonicalFace) -> None:
+    landmarks = seen(canonical.points, Camera.orbit(20))
+    assert landmarks[1, 0] > landmarks[[33, 263], 0].mean() + 0.03
+    assert landmarks[33, 0] < landmarks[263, 0]  # the person's right eye stays at the image's left
+    assert Camera.from_vector(fit_cameras(landmarks[None], canonical.points)[0]).angles()[0] > 19
+
+
+def test_a_moved_and_rescaled_head_moves_the_camera_only(canonical: CanonicalFace) -> None:
+    known = Camera.orbit(10, 5)
+    pose = np.linalg.inv(known.cam2world)
+    pose[:3, 3] += [0.1, -0.05, 0.4]
+    moved = Camera(np.linalg.inv(pose), known.intrinsics)
+    found = Camera.from_vector(fit_cameras(seen(canonical.points, moved)[None], canonical.points)[0])
+    np.testing.assert_allclose(found.cam2world, moved.cam2world, atol=0.02)
+
+
+def test_head_points_give_the_head_back(canonical: CanonicalFace) -> None:
+    cameras = [Camera.orbit(*pose) for pose in POSES]
+    landmarks = np.stack([seen(canonical.points, camera) for camera in cameras])
+    points = head_points(landmarks, np.stack([camera.vector() for camera in cameras]))
+    assert points.dtype == np.float32
+    np.testing.assert_allclose(points, np.broadcast_to(canonical.points, points.shape), atol=1e-4)
+
+
+def test_head_points_project_to_the_landmarks(canonical: CanonicalFace) -> None:
+    """Whatever the face, and whatever the error of camera and z."""
+    rng = np.random.default_rng(0)
+    landmarks = np.stack([seen(canonical.points, Camera.orbit(*pose)) for pose in POSES])
+    landmarks += rng.normal(0, 0.01, landmarks.shape)
+    cameras = fit_cameras(landmarks, canonical.points)
+    for row, points, camera in zip(landmarks, head_points(landmarks, cameras), cameras, strict=True):
+        np.testing.assert_allclose(Camera.from_vector(camera).project(points), row[:, :2], atol=1e-5)
+
+
+def test_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:
+    def of(points: np.ndarray) -> dict[str, float]:
+        return dict(zip(BETA_NAMES[52:], measures(points[None])[0], strict=True))
+
+    still = of(canonical.points)
+    assert still["eyeOpeningLeft"] == pytest.approx(still["eyeOpeningRight"], rel=0.05)
+    assert still["mouthWidth"] == pytest.approx(0.7, abs=0.3)
+    assert max(abs(still[name]) for name in BETA_NAMES if name.startswith("iris")) < 0.05
+    moved = canonical.points.copy()
+    moved[14, 1] += 0.02  # the lower lip down
+    moved[473, 0] += 0.01  # the left iris to the image's right
+    changed = {name: of(moved)[name] - still[name] for name in still}
+    assert changed.pop("lipGapCentre") > 0.1
+    assert changed.pop("irisXLeft") > 0.05
+    assert max(map(abs, changed.values())) < 1e-6
+    assert of(canonical.points * 1.3) == pytest.approx(still)  # the size of the head is taken out
+
+
+# mirror
+
+
+def test_mirrors_are_their_own_inverse(canonical: CanonicalFace) -> None:
+    rng = np.random.default_rng(0)
+    beta, landmarks = rng.normal(size=(3, 64)).astype(np.float32), rng.random((3, 478, 3))
+    camera = np.stack([Camera.orbit(a, b, c).vector() for a, b, c in POSES[:3]])
+    np.testing.assert_array_equal(mirror_beta(mirror_beta(beta)), beta)
+    np.testing.assert_array_equal(mirror_camera(mirror_camera(camera)), camera)
+    np.testing.assert_array_equal(canonical.mirror[canonical.mirror], np.arange(478))
+    twice = mirror_landmarks(mirror_landmarks(landmarks, canonical.mirror), canonical.mirror)
+    np.testing.assert_allclose(twice, landmarks, atol=1e-12)
+
+
+def test_mirrored_camera_turns_the_other_way() -> None:
+    mirrored = Camera.from_vector(mirror_camera(Camera.orbit(20, 10, 5).vector()))
+    assert mirrored.angles() == pytest.approx((-20, 10, -5), abs=1e-4)
+
+
+def test_mirrored_points_lie_on_the_mirrored_head(canonical: CanonicalFace) -> None:
+    landmarks, camera = seen(canonical.points, Camera.orbit(25, 10, 5))[None], Camera.orbit(25, 10, 5).vector()[None]
+    direct = head_points(landmarks, camera)[:, canonical.mirror] * [-1, 1, 1]
+    mirrored = head_points(mirror_landmarks(landmarks, canonical.mirror), mirror_camera(camera))
+    np.testing.assert_allclose(mirrored, direct, atol=2e-3)  # the canonical face is all but symmetric
+
+
+def test_mirror_agrees_with_tracking_the_flipped_picture(tracker: Tracker) -> None:
+    image = read_image(example("source.jpg"))
+    size = (image.shape[1], image.shape[0])
+
+    def track(picture: np.ndarray) -> Motion:
+        face = tracker.follow([picture] * 3)[-1]
+        return tracker.motion([face], Fraction(25), size, crop=(0.0, 0.0, float(size[0])))
+
+    own, flipped = track(image), track(np.ascontiguousarray(image[:, ::-1]))
+    expected = mirror_landmarks(own.landmarks, tracker.canonical.mirror)
+    assert np.abs(flipped.landmarks - expected)[..., :2].mean() < 0.004
+    angles = Camera.from_vector(mirror_camera(own.camera)[0]).angles()
+    assert Camera.from_vector(flipped.camera[0]).angles() == pytest.approx(angles, abs=1.5)
+    difference = np.abs(mirror_beta(own.beta) - flipped.beta)
+    assert difference.mean() < 0.03
+    assert difference.max() < 0.3
+
+
+# crop
+
+
+def boxes(nose: tuple[float, float], side: float, frames: int = 3) -> np.ndarray:
+    """Landmarks in pixels of a face whose box has this side, the nose (point 1) in its middle."""
+    rng = np.random.default_rng(0)
+    pixels = rng.uniform(-0.5, 0.5, (frames, 478, 3)) * side
+    pixels[:, 0, :2], pixels[:, 2, :2], pixels[:, 1] = -side / 2, side / 2, 0
+    return pixels + [*nose, 0]
+
+
+@settings(deadline=None)
+@given(
+    st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1.2),
+    st.tuples(st.integers(64, 2000), st.integers(64, 2000)),
+)  # fmt: skip
+def test_crop_is_a_square_around_the_nose(x: float, y: float, part: float, size: tuple[int, int]) -> None:
+    nose, box = (x * size[0], y * size[1]), part * min(size)
+    x0, y0, side = clip_crop(boxes(nose, box), size)
+    assert (x0 + side / 2, y0 + side / 2) == pytest.approx(nose, abs=1e-6 * max(size))
+    wanted, least = CROP_SCALE
+    assert least * box * (1 - 1e-9) <= side <= wanted * box * (1 + 1e-9)
+    inside = x0 >= -1e-6 and y0 >= -1e-6 and x0 + side <= size[0] + 1e-6 and y0 + side <= size[1] + 1e-6
+    room = 2 * min(nose[0], nose[1], size[0] - nose[0], size[1] - nose[1])
+    assert inside or side == pytest.approx(least * box)  # only a face too close to the border reaches over it
+    assert side == pytest.approx(wanted * box) or side >= room - 1e-6  # and it is no tighter than it has to be
+
+
+def test_crop_is_steady_against_one_wild_frame() -> None:
+    pixels = boxes((500, 400), 200, frames=9)
+    expected = clip_crop(pixels, (1000, 800))
+    pixels[4] = boxes((20, 20), 40, frames=1)
+    assert clip_crop(pixels, (1000, 800)) == pytest.approx(expected)
+
+
+def test_crop_scales_with_the_picture() -> None:
+    small, large = clip_crop(boxes((50, 45), 30), (100, 90)), clip_crop(boxes((100, 90), 60), (200, 180))
+    assert large == pytest.approx([2 * v for v in small])
+
+
+def test_crop_image_cuts_replicates_and_shrinks() -> None:
+    y, x = np.mgrid[:40, :60]
+    image = np.stack([x * 4, y * 4, x + y], axis=-1).astype(np.uint8)
+    np.testing.assert_array_equal(crop_image(image, (10, 5, 16), 16), image[5:21, 10:26])
+    outside = crop_image(image, (-20, 10, 20), 20)
+    np.testing.assert_array_equal(outside, np.repeat(image[10:30, :1], 20, axis=1))
+    for side in (16, 48):  # the same part of the ramp at another size
+        cut = crop_image(image, (8, 4, 32), side).astype(float)
+        step = 32 / side
+        expected = 4 * (8 + (np.arange(side) + 0.5) * step - 0.5)
+        np.testing.assert_allclose(cut[side // 2, 2:-2, 0], expected[2:-2], atol=1.1)
+
+
+# motion
+
+
+def face(points: np.ndarray, value: float = 0.0) -> Face:
+    return Face(points.astype(np.float32), np.full(52, value, np.float32), 1.0)
+
+
+def test_frames_without_a_face_repeat_the_last(tracker: Tracker) -> None:
+    points = seen(tracker.canonical.points, Camera.orbit(0)) * 100
+    faces = [None, face(points, 0.1), None, face(points + [5, 0, 0], 0.2), None]
+    motion = tracker.motion(faces, Fraction(30), (100, 100), crop=(0.0, 0.0, 100.0))
+    assert motion.found.tolist() == [False, True, False, True, False]
+    np.testing.assert_allclose(motion.beta[:, 0], [0.1, 0.1, 0.1, 0.2, 0.2])
+    np.testing.assert_array_equal(motion.landmarks[0], motion.landmarks[2])
+    np.testing.assert_allclose(motion.landmarks[4] - motion.landmarks[0], [[0.05, 0, 0]] * 478, atol=1e-6)
+    with pytest.raises(NoFaceError):
+        tracker.motion([None, None], Fraction(30), (100, 100))
+
+
+@pytest.fixture
+def motion(canonical: CanonicalFace) -> Motion:
+    cameras = [Camera.orbit(yaw) for yaw in (0, 10, 20)]
+    landmarks = np.stack([seen(canonical.points, camera) for camera in cameras]).astype(np.float32)
+    beta = np.random.default_rng(0).random((3, 64)).astype(np.float32)
+    found = np.array([True, False, True])
+    vectors = np.stack([camera.vector() for camera in cameras])
+    return Motion(beta, vectors, landmarks, found, Fraction(30000, 1001), (-3.5, 2.25, 100.0), (640, 480))
+
+
+def test_motion_files_round_trip(motion: Motion, tmp_path: Path) -> None:
+    path = tmp_path / "a.motion.npz"
+    motion.save(path)
+    again = Motion.load(path)
+    for name in ("beta", "camera", "landmarks", "found"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(motion, name))
+        assert getattr(again, name).dtype == getattr(motion, name).dtype
+    assert (again.fps, again.crop, again.size, len(again)) == (motion.fps, motion.crop, motion.size, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.motion.npz"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta": np.zeros((2, 64))},
+        {"beta": np.zeros((0, 64)), "camera": np.zeros((0, 25)), "landmarks": np.zeros((0, 478, 3))},
+        {"beta": np.zeros(())},
+        {"beta": np.full((3, 64), "text")},
+        {"camera": np.full((3, 25), np.nan)},
+        {"landmarks": np.zeros((3, 468, 3))},
+        {"fps": np.array([25, 0])},
+        {"fps": np.array([-25, 1])},
+        {"fps": np.array(25)},
+        {"crop": np.array([0.0, 0.0])},
+        {"crop": np.array([0.0, 0.0, np.inf])},
+        {"size": np.array(640)},
+        {"found": np.array([{}, {}, {}], dtype=object)},
+        {"beta": None},
+    ],
+)
+def test_wrong_contents_are_input_errors(motion: Motion, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "a.motion.npz"
+    motion.save(path)
+    with np.load(path) as data:
+        arrays = {**data, **change}
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(InputError, match=r"a\.motion\.npz"):
+        Motion.load(path)
+
+
+def test_damaged_files_are_input_errors(motion: Motion, tmp_path: Path) -> None:
+    path = tmp_path / "a.motion.npz"
+    motion.save(path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    blanked = whole[:100] + bytes(200) + whole[300:]
+    for content in (b"", b"no motion", whole[: len(whole) // 2], blanked, bytes(flipped)):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a motion file"):
+            Motion.load(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))  # an array, not an archive of arrays
+    with pytest.raises(InputError, match="not a motion file"):
+        Motion.load(path)
+    for wrong in (tmp_path, tmp_path / "none.npz"):
+        with pytest.raises(InputError, match="not a motion file"):
+            Motion.load(wrong)
+
+
+def test_motion_of_other_shapes_is_refused(motion: Motion, tmp_path: Path) -> None:
+    replace(motion, camera=motion.camera[:, :16]).save(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"\(3, 16\)"):
+        Motion.load(tmp_path / "a.npz")

@@ -1,0 +1,159 @@
+"""The rasteriser against a slow one; the basis flow on the canonical face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
+from export3d_cli.core.model.flow import OVAL, BasisFlow, MeshFlow, rasterize, rigid_flow, warp
+from export3d_cli.core.model.render import pixel_grid, project, rays
+
+SIZE = 64
+
+
+@pytest.fixture
+def flow(canonical: CanonicalFace) -> BasisFlow:
+    flow = BasisFlow(PRESETS["tiny"])
+    flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    return flow
+
+
+def slow_rasterize(
+    uv: np.ndarray, depth: np.ndarray, triangles: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Triangle by triangle, pixel by pixel -> nearest triangle (size, size) or -1, barycentric coordinates."""
+    index = np.full((size, size), -1)
+    nearest = np.full((size, size), np.inf)
+    corners = np.zeros((size, size, 3))
+    for t, triangle in enumerate(triangles):
+        a, b, c = uv[triangle]
+        matrix = np.array([[a[0], b[0], c[0]], [a[1], b[1], c[1]], [1, 1, 1]])
+        if np.linalg.det(matrix) <= 0:  # seen from behind
+            continue
+        for row in range(size):
+            for column in range(size):
+                bary = np.linalg.solve(matrix, [(column + 0.5) / size, (row + 0.5) / size, 1])
+                z = bary @ depth[triangle]
+                if (bary >= 0).all() and z < nearest[row, column]:
+                    index[row, column], nearest[row, column], corners[row, column] = t, z, bary
+    return index, corners
+
+
+def test_rasterizer_agrees_with_a_slow_one() -> None:
+    rng, size = np.random.default_rng(0), 16
+    uv, depth = rng.uniform(-0.2, 1.2, (2, 30, 2)), rng.uniform(2, 3, (2, 30))
+    triangles = np.arange(30).reshape(10, 3)
+    raster = rasterize(*(torch.from_numpy(a) for a in (uv, depth, triangles)), size)
+    for b in range(2):
+        index, corners = slow_rasterize(uv[b], depth[b], triangles, size)
+        assert 0.3 < (index >= 0).mean() < 1
+        np.testing.assert_array_equal(raster.triangle[b].view(size, size).numpy(), index)
+        covered = index >= 0
+        got = raster.corners[b].view(size, size, 3).numpy()
+        np.testing.assert_allclose(got[covered], corners[covered], atol=1e-3)
+
+
+def test_pixels_of_a_square_are_covered_once() -> None:
+    """Two triangles share an edge that runs through pixel centres."""
+    uv = torch.tensor([[[0.0, 0], [1, 0], [1, 1], [0, 1]]])
+    raster = rasterize(uv, torch.ones(1, 4), torch.tensor([[0, 1, 2], [0, 2, 3]]), 8)
+    assert (raster.triangle >= 0).all()
+    torch.testing.assert_close(raster.corners.sum(-1), torch.ones(1, 64))
+
+
+@pytest.mark.parametrize(("yaw", "pitch"), [(0, 0), (20, -10)])
+def test_nothing_moves_when_source_and_driver_agree(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], yaw: float, pitch: float
+) -> None:
+    camera = orbit(yaw, pitch=pitch)
+    mesh = flow(points, camera, flow.moved(points, torch.zeros(1, 10)), camera, SIZE)
+    own = pixel_grid(SIZE).T.view(1, 2, SIZE, SIZE)
+    face = (mesh.weight == 1) & (mesh.valid == 1)
+    assert face.float().mean() > 0.1
+    moved = (mesh.uv - own).norm(dim=1, keepdim=True) * SIZE
+    assert moved[face].max() < 0.5
+    assert moved.max() < 0.5  # nor in the rings and outside
+    assert mesh.stretch.abs().max() < 1e-4
+
+
+def test_weight_falls_from_the_face_to_nothing(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    mesh = flow(points, orbit(0), points, orbit(0), SIZE)
+    weight = mesh.weight[0, 0]
+    middle = weight[SIZE // 2]
+    assert middle[SIZE // 2] == 1
+    assert middle[0] == middle[-1] == 0
+    right = middle[SIZE // 2 :]
+    assert (right.diff() <= 1e-5).all()
+    assert ((right > 0.05) & (right < 0.95)).sum() >= 3
+    uv, _ = project(points[:, list(OVAL)], orbit(0))
+    inside = warp(mesh.weight, (uv + (0.5 - uv) * 0.1).transpose(1, 2)[..., None])
+    assert inside.min() > 0.9
+
+
+def test_a_turned_head_takes_its_skin_along(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """Where a landmark is in the result, the flow points to where it is in the photo."""
+    source, driver = orbit(0), orbit(15)
+    mesh = flow(points, source, points, driver, 4 * SIZE)
+    nose_and_cheeks = [1, 4, 50, 280, 101, 330]
+    before, _ = project(points[:, nose_and_cheeks], source)
+    after, _ = project(points[:, nose_and_cheeks], driver)
+    assert (after - before).norm(dim=-1).max() > 0.02
+    found = warp(mesh.uv, after.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
+    torch.testing.assert_close(found, before, atol=0.004, rtol=0)
+
+
+def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """In the photo the head looks to the image's right: that cheek is behind the nose's side."""
+    mesh = flow(points, orbit(45), points, orbit(0), SIZE)
+    face = mesh.weight[0, 0] == 1
+    hidden = (mesh.valid[0, 0] == 0) & face & (mesh.mouth[0, 0] == 0)
+    left, right = hidden[:, : SIZE // 2], hidden[:, SIZE // 2 :]
+    assert right.sum() > 20
+    assert left.sum() < 0.2 * right.sum()
+    straight = flow(points, orbit(0), points, orbit(0), SIZE)
+    assert ((straight.valid == 0) & (straight.weight == 1) & (straight.mouth == 0)).sum() < 0.02 * face.sum()
+
+
+def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    height = points[0, :, 1]
+    jaw = ((height - height[78]) / 0.003).clamp(0, 1)  # all that lies below the corners of the mouth
+    flow.basis[2, :, 1] = 0.02 * jaw  # b_2 moves it down
+    camera = orbit(0)
+
+    def opened(amount: float) -> MeshFlow:
+        change = torch.zeros(1, 10)
+        change[0, 2] = amount
+        return flow(points, camera, flow.moved(points, change), camera, 2 * SIZE)
+
+    closed, half, wide = opened(0), opened(1), opened(2)
+    areas = [float(mesh.mouth.sum()) for mesh in (closed, half, wide)]
+    assert areas[0] < 0.4 * areas[1]
+    assert areas[1] < 0.7 * areas[2]
+    assert wide.valid[wide.mouth == 1].mean() < 0.2  # the photo does not show what is inside
+    assert wide.valid[(wide.mouth == 0) & (wide.weight == 1)].mean() > 0.95
+    assert wide.stretch[wide.mouth == 1].mean() > 1
+    rows = torch.nonzero(((wide.uv - closed.uv).abs().amax(1) > 1e-4)[0])[:, 0] / (2 * SIZE)
+    nose, _ = project(points[:, [2]], camera)
+    assert rows.min() > nose[0, 0, 1]  # nothing moves above the mouth
+
+
+def test_moved_adds_up_the_fields(flow: BasisFlow, points: Tensor) -> None:
+    flow.basis.copy_(torch.randn(flow.basis.shape, generator=torch.Generator().manual_seed(0)))
+    change = torch.randn(3, 10)
+    expected = points + torch.einsum("bn,npc->bpc", change, flow.basis)
+    torch.testing.assert_close(flow.moved(points.expand(3, -1, -1), change), expected)
+
+
+def test_rigid_flow_of_one_camera_stays_where_it_is(orbit: Callable[..., Tensor]) -> None:
+    camera = orbit(10, -20)
+    origin, directions = rays(camera, 8)
+    uv = rigid_flow(2.5 + torch.rand(2, 1, 8, 8), directions, origin, camera)
+    own = pixel_grid(8).T.view(1, 2, 8, 8).expand(2, -1, -1, -1)
+    torch.testing.assert_close(uv, own, atol=1e-5, rtol=0)
+    torch.testing.assert_close(warp(own, uv), own, atol=1e-5, rtol=0)

@@ -1,0 +1,54 @@
+"""Planes as ramps give coordinates back; the decoder's prior is a head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.model.triplane import HEAD_AXES, HEAD_CENTRE, Decoder, head_prior, sample_planes
+
+X, Y, Z = range(3)
+SIDE = 16
+RAMP = (torch.arange(SIDE) + 0.5) / SIDE - 0.5  # coordinate of each pixel's centre
+
+
+@pytest.mark.parametrize(("plane", "column", "row"), [(0, X, Y), (1, Y, Z), (2, Z, X)], ids=["xy", "yz", "zx"])
+def test_a_ramp_along_an_axis_is_its_coordinate(plane: int, column: int, row: int) -> None:
+    planes = torch.zeros(1, 3, 2, SIDE, SIDE)
+    planes[0, plane, 0] = RAMP  # along the columns
+    planes[0, plane, 1] = RAMP[:, None]  # along the rows
+    points = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 0.9 - 0.45
+    taken = 3 * sample_planes(planes, points)  # the other two planes are zero
+    torch.testing.assert_close(taken, points[..., [column, row]], atol=1e-6, rtol=0)
+
+
+def test_three_planes_are_averaged() -> None:
+    planes = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1, 1).expand(1, 3, 4, SIDE, SIDE)
+    torch.testing.assert_close(sample_planes(planes, torch.zeros(1, 1, 3)), torch.full((1, 1, 4), 3.0))
+
+
+def test_outside_the_cube_is_zero() -> None:
+    planes = torch.ones(1, 3, 1, SIDE, SIDE)
+    points = torch.tensor([[[0.6, 0.6, 0.0], [0.0, -0.6, 0.6], [0.6, 0.0, -0.6], [0.6, 0.0, 0.0]]])
+    # to the side along one axis, the plane across that axis is still over the cube
+    torch.testing.assert_close(sample_planes(planes, points)[0, :, 0], torch.tensor([0, 0, 0, 1 / 3]))
+
+
+def test_each_of_a_batch_is_sampled_from_its_own_planes() -> None:
+    planes = torch.rand(2, 3, 4, SIDE, SIDE)
+    points = torch.rand(2, 7, 3) - 0.5
+    alone = torch.cat([sample_planes(planes[b : b + 1], points[b : b + 1]) for b in range(2)])
+    torch.testing.assert_close(sample_planes(planes, points), alone)
+
+
+def test_head_prior_is_an_ellipsoid_in_which_density_starts_high() -> None:
+    centre, axes = torch.tensor(HEAD_CENTRE), torch.tensor(HEAD_AXES)
+    points = torch.stack([centre, centre + torch.diag(axes)[1], centre + 2 * torch.diag(axes)[2]])[None]
+    torch.testing.assert_close(head_prior(points), torch.tensor([[1.0, 0.0, -3.0]]), atol=1e-5, rtol=0)
+    torch.manual_seed(0)
+    decoder = Decoder(PRESETS["tiny"])
+    colours, densities = decoder(torch.zeros(1, 3, 16), points)
+    assert colours.shape == (1, 3, 8)
+    assert colours.abs().max() <= 1.002
+    assert densities[0, 0] > 10 > 1 > densities[0, 1] > 5 * densities[0, 2] > 0
