@@ -1,19 +1,28 @@
-"""`export3d edit-basis [SRC] --v 4 --scale 1:10`: one coefficient of the expression basis moves."""
+"""`export3d edit-basis [SRC] --v 4 --scale 1:10`: coefficients of the expression basis move."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from export3d_cli import console, options
 
+if TYPE_CHECKING:
+    from export3d_cli.core.basis import BasisDescription
+
 
 @click.command("edit-basis")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
-@click.option("-o", "--output", type=options.NEW_FILE, help="Video to write.  [default: edit_basis.mp4, replaced]")
-@click.option("--v", "vectors", type=click.IntRange(1), multiple=True, required=True, help="Basis vector, from 1.")
-@click.option("--scale", "scales", type=options.Range(), multiple=True, required=True, help="Its value, from A to B.")
+@click.option(
+    "-o", "--output", type=options.NEW_FILE,
+    help="Video, or .png/.jpg with --grid.  [default: edit_basis.mp4 or .png, replaced]",
+)  # fmt: skip
+@click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
+@click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
+@click.option("--grid", is_flag=True, help="Write a contact sheet: a row for each --v (default: all), five values.")
+@click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
 @options.frames_option(60)
 @options.model_options
 @options.output_options
@@ -22,6 +31,8 @@ def edit_basis(
     output: Path | None,
     vectors: tuple[int, ...],
     scales: tuple[tuple[float, float], ...],
+    grid: bool,
+    describe: bool,
     frames: int,
     weights: str | None,
     device: str,
@@ -33,18 +44,38 @@ def edit_basis(
 ) -> None:
     """Move coefficients of the expression basis in the portrait SRC (the bundled example when none is given).
 
-    Several --v take one --scale each, in order.
+    Several --v take one --scale each, in order; with --grid one may serve all.
     """
     from export3d_cli import core
 
-    if len(vectors) != len(scales):
+    if not (grid or describe):
+        for name, values in (("--v", vectors), ("--scale", scales)):
+            if not values:
+                raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
+    if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
         raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
+    if describe:
+        _describe(core.describe_basis(animator), as_json)
+        return
+    vectors = vectors or tuple(range(1, animator.model.config.basis + 1))
+    scales = scales if len(scales) > 1 else (scales or ((-3.0, 3.0),)) * len(vectors)
     chosen = core.EditOptions(
-        edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None
-    )
+        edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
+        grid=grid,
+    )  # fmt: skip
+    out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
     with console.progress() as report:
-        summary = core.edit_basis(
-            animator, source or core.example("source.jpg"), output or Path("edit_basis.mp4"), chosen, progress=report
-        )
+        summary = core.edit_basis(animator, source or core.example("source.jpg"), out, chosen, progress=report)
     console.finish(summary, as_json=as_json)
+
+
+def _describe(basis: BasisDescription, as_json: bool) -> None:
+    """One line for each vector: what moves lambda_i (per standard deviation), what b_i moves (pixels at 256)."""
+    if as_json:
+        console.finish(basis, as_json=True)
+        return
+    for vector in basis.vectors:
+        by = ", ".join(f"{name} {change:+.2f}" for name, change in vector.moved_by.items())
+        moves = ", ".join(f"{region} {pixels:.1f} px" for region, pixels in vector.moves.items())
+        click.echo(f"v{vector.v}: {by}" + (f"; moves {moves}" if moves else ""))

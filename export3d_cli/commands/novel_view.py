@@ -11,14 +11,20 @@ from export3d_cli import console, options
 
 @click.command("novel-view")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
-@click.option("-o", "--output", type=options.NEW_FILE, help="Video to write.  [default: novel_view.mp4, replaced]")
+@click.option(
+    "-o", "--output", type=options.NEW_FILE,
+    help="Video, or .png/.jpg for one view.  [default: novel_view.mp4 or .png, replaced]",
+)  # fmt: skip
 @click.option(
     "--yaw", type=options.Range(), default="-30:30", show_default=True, help="Degrees, + is to the image's right."
 )
 @click.option("--pitch", type=options.Range(), help="Degrees, + is up.")
 @click.option("--roll", type=options.Range(), help="Degrees, + is clockwise.")
-@options.frames_option(60)
+@click.option("--frames", type=click.IntRange(1, 100_000), help="Length.  [default: 60; 9 views with --grid]")
 @click.option("--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True, help="Path.")
+@click.option("--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, with yaw and pitch.")
+@click.option("--depth", is_flag=True, help="Show the depth in colours: near is red, far is blue.")
+@click.option("--drive", type=options.EXISTING_FILE, help="Take the expression of this image, video or .motion.npz.")
 @options.model_options
 @options.output_options
 def novel_view(
@@ -27,8 +33,11 @@ def novel_view(
     yaw: tuple[float, float],
     pitch: tuple[float, float] | None,
     roll: tuple[float, float] | None,
-    frames: int,
+    frames: int | None,
     loop: str,
+    grid: bool,
+    depth: bool,
+    drive: Path | None,
     weights: str | None,
     device: str,
     precision: str,
@@ -37,15 +46,19 @@ def novel_view(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Turn the portrait SRC (the bundled example when none is given), from A to B degrees."""
+    """Turn the portrait SRC (the bundled example when none is given), from A to B degrees.
+
+    A single angle, or --frames 1, makes a picture.
+    """
     from export3d_cli import core
 
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     chosen = core.NovelViewOptions(
-        yaw=yaw, pitch=pitch, roll=roll, frames=frames, loop=loop, crf=crf, overwrite=overwrite or output is None
-    )
+        yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
+        overwrite=overwrite or output is None, grid=grid, depth=depth, drive=drive,
+    )  # fmt: skip
+    picture = grid or (chosen.single and drive is None)
+    out = output or Path("novel_view.png" if picture else "novel_view.mp4")
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     with console.progress() as report:
-        summary = core.novel_view(
-            animator, source or core.example("source.jpg"), output or Path("novel_view.mp4"), chosen, progress=report
-        )
+        summary = core.novel_view(animator, source or core.example("source.jpg"), out, chosen, progress=report)
     console.finish(summary, as_json=as_json)

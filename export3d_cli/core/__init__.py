@@ -22,11 +22,12 @@ from typing import Any
 _DOOR = {  # public name -> module of this package that defines it
     "Animator": "animate",
     "ReenactOptions": "animate",
-    "NovelViewOptions": "animate",
-    "EditOptions": "animate",
+    "NovelViewOptions": "views",
+    "EditOptions": "views",
     "reenact": "animate",
-    "novel_view": "animate",
-    "edit_basis": "animate",
+    "novel_view": "views",
+    "edit_basis": "views",
+    "describe_basis": "basis",
     "build_dataset": "preprocess:preprocess",  # the functions are called as their modules: other names at the door
     "EvaluateOptions": "evaluate",
     "evaluate_model": "evaluate:evaluate",
@@ -37,7 +38,14 @@ _DOOR = {  # public name -> module of this package that defines it
     "InputError": "errors",
     "example": "weights",
     "manifest": "weights",
+    "resolve": "weights",
     "verify": "weights",
+    "weights_info": "weights:info",
+    "weights_card": "weights:card",
+    "upload": "weights",
+    "run_bench": "bench:bench",
+    "examine": "doctor",
+    "versions": "doctor",
 }
 
 __all__ = sorted(_DOOR)

@@ -16,20 +16,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from export3d_cli.core.camera import Camera, rotation_from_angles
+from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
 from export3d_cli.core.driver import SETTLE, DriverStream, OnMissing, motion_rows
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
 from export3d_cli.core.media.image import read_image, to_tensor, to_uint8
 from export3d_cli.core.media.video import VideoWriter
-from export3d_cli.core.model.export3d import Export3D, Source
+from export3d_cli.core.model.export3d import Export3D, Output, Source
 from export3d_cli.core.weights import resolve
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -49,31 +49,6 @@ class ReenactOptions:
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
     batch: int = 0  # frames at once; 0: chosen for the device
-
-
-@dataclass(frozen=True)
-class NovelViewOptions:
-    """A sweep of the camera around the portrait; angles in degrees, first and last."""
-
-    yaw: tuple[float, float] | None = (-30.0, 30.0)  # +: the head turns to the image's right; None: frontal
-    pitch: tuple[float, float] | None = None  # +: up
-    roll: tuple[float, float] | None = None  # +: clockwise
-    frames: int = 60
-    loop: Literal["pingpong", "once"] = "pingpong"
-    fps: Fraction = Fraction(25)
-    crf: int = 18
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class EditOptions:
-    """Expression directions to move along; the camera stays the source's."""
-
-    edits: tuple[tuple[int, tuple[float, float]], ...] = ((1, (0.0, 1.0)),)  # i of v_i from 1: change of lambda_i
-    frames: int = 60
-    fps: Fraction = Fraction(25)
-    crf: int = 18
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,15 +134,31 @@ class Animator:
                 beta, camera = motion.beta[at : at + self.batch], motion.camera[at : at + self.batch]
                 yield from self._frames(camera, beta=beta)
 
-    def view(self, cameras: np.ndarray) -> Iterator[np.ndarray]:
-        """The source as it is, seen by cameras (T, 25); one tri-plane serves all."""
+    def view(
+        self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False
+    ) -> Iterator[np.ndarray]:
+        """The source seen by cameras (T, 25); one tri-plane serves all as long as the expression stays.
+
+        Args:
+            cameras: (T, 25).
+            beta: expressions (1, 64) or (T, 64); None: the source's own.
+            depth: show the depth in colours, near red, far blue, instead of the picture.
+        """
         source = self._need_source()
+        lam, planes = source.lam, None
         with torch.inference_mode(), self._autocast():
-            planes = self.model.planes(source, source.lam)
+            if beta is not None:
+                lam = self.model.expression.coefficients(self._tensor(beta))
+            if len(lam) == 1:
+                planes = self.model.planes(source, lam)
         for at in range(0, len(cameras), self.batch):
             part = cameras[at : at + self.batch]
             b = len(part)
-            yield from self._frames(part, lam=source.lam.expand(b, -1), planes=planes.expand(b, -1, -1, -1, -1))
+            if planes is not None:
+                shown = planes.expand(b, -1, -1, -1, -1)
+                yield from self._frames(part, lam=lam.expand(b, -1), planes=shown, depth=depth)
+            else:
+                yield from self._frames(part, lam=lam[at : at + b], depth=depth)
 
     def edit(self, changes: np.ndarray) -> Iterator[np.ndarray]:
         """The source with its lambda changed by (T, n), seen by its own camera."""
@@ -195,14 +186,14 @@ class Animator:
 
     def _frames(
         self, camera: np.ndarray, *, beta: np.ndarray | None = None, lam: Tensor | None = None,
-        planes: Tensor | None = None,
+        planes: Tensor | None = None, depth: bool = False,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         with torch.inference_mode(), self._autocast():
             source = self._need_source().expand(len(camera))
             out = self.model.drive(
                 source, None if beta is None else self._tensor(beta), self._tensor(camera), lam=lam, planes=planes
             )
-            images = to_uint8(out.image)
+            images = to_uint8(out.image) if not depth else depth_picture(out, camera, self.model.config.image_size)
         yield from images
 
     def _camera(self, count: int) -> np.ndarray:
@@ -221,6 +212,18 @@ class Animator:
         if self.precision not in kinds:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=kinds[self.precision])
+
+
+def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:
+    """Depth in colours, uint8 (B, size, size, 3): red 0.45 before the head's centre, blue as far behind it."""
+    import cv2
+
+    centre = np.linalg.norm(camera.reshape(-1, 25)[:, [3, 7, 11]], axis=1)  # distance to the head frame's origin
+    large = F.interpolate(torch.cat([out.depth, out.opacity], 1).float(), (size, size), mode="bilinear")
+    depth, opacity = large.cpu().numpy().transpose(1, 0, 2, 3)
+    near = np.clip(0.5 - (depth - centre[:, None, None]) / 0.9, 0, 1)
+    colours = [cv2.applyColorMap(np.uint8(255 * n), cv2.COLORMAP_TURBO)[..., ::-1] for n in near]  # type: ignore[call-overload]
+    return np.uint8(np.stack(colours) * opacity[..., None].clip(0, 1))  # type: ignore[return-value]
 
 
 def pick_device(name: str) -> torch.device:
@@ -256,7 +259,7 @@ def reenact(
     """Animate the portrait `source` by `driver` (video, image or `.motion.npz`) into the video `out`."""
     options = options or ReenactOptions()
     began = time.monotonic()
-    _check_free(out, options.overwrite)
+    check_free(out, options.overwrite)
     animator.set_source(read_image(source), name=str(source))
     size = animator.model.config.image_size
     width = size * 3 if options.compare else size
@@ -292,72 +295,7 @@ def _sound(driver: Path, options: ReenactOptions) -> tuple[Path | None, float]:
     return (None if options.audio == "none" else Path(options.audio)), 0.0
 
 
-def novel_view(
-    animator: Animator,
-    source: Path,
-    out: Path,
-    options: NovelViewOptions | None = None,
-    *,
-    progress: Progress | None = None,
-) -> Summary:
-    """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's own angle."""
-    options = options or NovelViewOptions()
-    began = time.monotonic()
-    _check_free(out, options.overwrite)
-    animator.set_source(read_image(source), name=str(source))
-    cameras = orbit_cameras(animator.source_camera(), options)
-    frames = animator.view(cameras)
-    return _write_all(animator, frames, len(cameras), out, options.fps, options.crf, began, progress)
-
-
-def edit_basis(
-    animator: Animator, source: Path, out: Path, options: EditOptions | None = None, *, progress: Progress | None = None
-) -> Summary:
-    """Move basis coefficients of the portrait's expression (fig. 9): lambda_i changes, nothing else does."""
-    options = options or EditOptions()
-    began = time.monotonic()
-    _check_free(out, options.overwrite)
-    n = animator.model.config.basis
-    for v, _ in options.edits:
-        if not 1 <= v <= n:
-            raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")
-    animator.set_source(read_image(source), name=str(source))
-    changes = np.zeros((options.frames, n), dtype=np.float32)
-    for v, (first, last) in options.edits:
-        changes[:, v - 1] += np.linspace(first, last, options.frames, dtype=np.float32)
-    frames = animator.edit(changes)
-    return _write_all(animator, frames, options.frames, out, options.fps, options.crf, began, progress)
-
-
-def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
-    """Cameras (T, 25) that see the head at the angles asked for, where and as far away as `camera` sees it."""
-    count = options.frames
-    where = np.linspace(0, 1, count)
-    if options.loop == "pingpong" and count > 2:
-        where = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count)
-    ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
-    pose = np.linalg.inv(camera.cam2world)  # its last column stays
-    out = []
-    for t in where:
-        yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
-        pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
-        out.append(Camera(np.linalg.inv(pose), camera.intrinsics).vector())
-    return np.stack(out)
-
-
-def _write_all(
-    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, fps: Fraction, crf: int, began: float,
-    progress: Progress | None,
-) -> Summary:  # fmt: skip
-    size = animator.model.config.image_size
-    with VideoWriter(out, size=(size, size), fps=fps, crf=crf) as writer:
-        for count, frame in enumerate(frames, start=1):
-            writer.write(frame)
-            if progress is not None:
-                progress("frames", count, total)
-    return Summary(out, total, 0, fps, time.monotonic() - began, animator.device_name)
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise `InputError` where something would be replaced that must not be."""
     if os.path.lexists(out) and not overwrite:
         raise InputError(f"{out} exists: choose another output or pass --overwrite")

@@ -82,3 +82,43 @@ def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
     about_x = np.array([[1, 0, 0], [0, np.cos(p), np.sin(p)], [0, -np.sin(p), np.cos(p)]])
     about_z = np.array([[np.cos(r), -np.sin(r), 0], [np.sin(r), np.cos(r), 0], [0, 0, 1]])
     return about_x @ about_y @ about_z
+
+
+def rotation_log(rotation: np.ndarray) -> np.ndarray:
+    """Rotations (..., 3, 3) by less than half a turn -> rotation vectors (..., 3), axis times radians."""
+    r = np.asarray(rotation, dtype=np.float64)
+    axis = np.stack([r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], axis=-1) / 2
+    sine = np.linalg.norm(axis, axis=-1, keepdims=True)
+    angle = np.arctan2(sine, (np.trace(r, axis1=-2, axis2=-1)[..., None] - 1) / 2)
+    vector: np.ndarray = axis * np.divide(angle, sine, out=np.ones_like(sine), where=sine > 1e-9)
+    return vector
+
+
+def rotation_exp(vector: np.ndarray) -> np.ndarray:
+    """The inverse of `rotation_log` (Rodrigues), (..., 3) -> (..., 3, 3)."""
+    v = np.asarray(vector, dtype=np.float64)
+    angle = np.linalg.norm(v, axis=-1)[..., None, None]
+    x, y, z = np.moveaxis(v, -1, 0)
+    o = np.zeros_like(x)
+    k = np.stack([o, -z, y, z, o, -x, -y, x, o], axis=-1).reshape(*v.shape[:-1], 3, 3)
+    # sin(a) / a and (1 - cos(a)) / a^2, in forms that hold at 0
+    rotation: np.ndarray = np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
+    return rotation
+
+
+def head_pose(camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cameras (..., 25) -> head-to-camera rotation (..., 3, 3) and the head's centre in the camera frame (..., 3)."""
+    cam2world = np.asarray(camera, dtype=np.float64)[..., :16].reshape(*np.shape(camera)[:-1], 4, 4)
+    rotation = np.swapaxes(cam2world[..., :3, :3], -1, -2)
+    return rotation, -(rotation @ cam2world[..., :3, 3, None])[..., 0]
+
+
+def with_head_pose(camera: np.ndarray, rotation: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Cameras (..., 25) with the poses of `head_pose` put in -> float32; the intrinsics stay."""
+    out = np.array(camera, dtype=np.float32)
+    cam2world = np.zeros((*out.shape[:-1], 4, 4))
+    back = np.swapaxes(rotation, -1, -2)
+    cam2world[..., :3, :3], cam2world[..., 3, 3] = back, 1.0
+    cam2world[..., :3, 3] = -(back @ np.asarray(centre)[..., None])[..., 0]
+    out[..., :16] = cam2world.reshape(*out.shape[:-1], 16)
+    return out

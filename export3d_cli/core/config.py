@@ -52,7 +52,8 @@ class ModelConfig:
     source_plane: bool = True  # fourth feature plane in the source camera
     head_prior: bool = True  # densities start as a head-shaped ellipsoid
     flow: bool = True  # basis flow and photo detail in super-resolution
-    flow_size: int = 64  # side at which flow and depth are made
+    mesh_size: int = 128  # side at which the face mesh is rasterised
+    flow_size: int = 64  # side at which the candidate flows are blended
     flow_width: int = 32  # channels of the network that blends the candidate flows
 
 
@@ -60,7 +61,7 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         image_size=64, code_dim=16, code_hidden=32, width=32, heads=2, eadaln_blocks=1, stem=(8, 8, 16),
         plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
-        coarse_samples=4, fine_samples=4, superres=(8, 8), flow_size=32, flow_width=8,
+        coarse_samples=4, fine_samples=4, superres=(8, 8), mesh_size=32, flow_size=16, flow_width=8,
     ),
     "compact": ModelConfig(),
     "paper": ModelConfig(

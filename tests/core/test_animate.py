@@ -13,12 +13,7 @@ import torch
 
 from export3d_cli.core.animate import (
     Animator,
-    EditOptions,
-    NovelViewOptions,
     ReenactOptions,
-    edit_basis,
-    novel_view,
-    orbit_cameras,
     pick_device,
     pick_precision,
     reenact,
@@ -32,6 +27,7 @@ from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import VideoReader, probe
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.views import EditOptions, NovelViewOptions, edit_basis, novel_view, orbit_cameras
 from export3d_cli.core.weights import example
 
 MakeClip = Callable[..., Path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,8 @@ def read_image(path: Path) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 (H, W, 3) RGB; the format follows the suffix, JPEG at quality 95."""
+def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
+    """Write uint8 (H, W, 3) RGB; the format follows the suffix, JPEG at quality 95. PNG and JPEG take a comment."""
     import cv2
 
     path = Path(path)
@@ -63,7 +64,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
     if not ok:
         raise MediaError(f"{path} could not be encoded")
     with write_atomic(path) as temporary:
-        temporary.write_bytes(data.tobytes())
+        temporary.write_bytes(_commented(data.tobytes(), comment.encode("ascii", "replace")))
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -80,6 +81,17 @@ def to_uint8(tensor: torch.Tensor) -> np.ndarray:
     """float (..., 3, H, W) in [-1, 1] (clamped) -> uint8 (..., H, W, 3), rounded; the inverse of `to_tensor`."""
     scaled = tensor.detach().float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
     return np.ascontiguousarray(np.moveaxis(scaled.byte().cpu().numpy(), -3, -1))
+
+
+def _commented(data: bytes, text: bytes) -> bytes:
+    """A PNG or JPEG file with a comment in its metadata; other formats as they are."""
+    if text and data.startswith(b"\xff\xd8"):  # a COM segment, first of all
+        return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + data[2:]
+    if text and data.startswith(b"\x89PNG"):  # a tEXt chunk behind the header, which is 8 + 25 bytes long
+        chunk = b"tEXtComment\0" + text
+        block = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        return data[:33] + block + data[33:]
+    return data
 
 
 def check_size(width: int, height: int, path: Path) -> None:

@@ -27,7 +27,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     points: Tensor  # (B, 478, 3) landmarks in the head frame
     lam: Tensor  # (B, n) its own expression
-    head: Tensor | None  # (B, 1, s, s) where the photo shows the head
+    head: Tensor | None  # (B, 1, m, m) where the photo shows the head
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     view: Tensor | None  # (B, C, H/4, W/4) source-view plane
@@ -53,7 +53,7 @@ class Output(NamedTuple):
     depth: Tensor  # (B, 1, h, w) distance along the camera's axis, head-frame units
     opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
     offset: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
-    weights: Tensor | None  # (B, 3, s, s) shares of mesh, rigid and still flow
+    weights: Tensor | None  # (B, 3, m, m) shares of mesh, rigid and still flow
 
 
 class Export3D(nn.Module):
@@ -146,8 +146,7 @@ class Export3D(nn.Module):
         if cfg.fine_samples:
             with torch.no_grad():
                 weights, _ = render.ray_weights(densities, depths)
-                padded = F.pad(weights, (0, 1))  # one weight a sample
-                fine = render.importance_depths(depths, padded, cfg.fine_samples, jitter=self.training)
+                fine = render.importance_depths(depths, weights, cfg.fine_samples, jitter=self.training)
             more_colours, more_densities = self._decode(source, planes, origin, directions, fine)
             depths, order = torch.sort(torch.cat([depths, fine], dim=-1), dim=-1)
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)

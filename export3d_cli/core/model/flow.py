@@ -26,6 +26,11 @@ OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379
 RINGS = ((1.3, 0.05, 1.0), (2.0, 0.12, 0.0))  # widening of the outline, depth added, weight of the mesh's flow there
 
 
+# Inner lips from the right corner of the mouth to the left (the person's), for places inside an open mouth.
+UPPER_LIP = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
+LOWER_LIP = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
+
+
 class MeshFlow(NamedTuple):
     """The mesh as the driver's camera sees it; each (B, ., s, s)."""
 
@@ -34,6 +39,7 @@ class MeshFlow(NamedTuple):
     valid: Tensor  # (B, 1): 1 where the photo shows this piece of the face, 0 where it is hidden or shut there
     stretch: Tensor  # (B, 1): log2 of how much larger the piece is in the result than in the photo
     mouth: Tensor  # (B, 1): 1 inside the mouth
+    inside: Tensor  # (B, 2): where inside the mouth, across (-1..1) and from lower (-1) to upper lip (1); 0 elsewhere
 
 
 class Raster(NamedTuple):
@@ -116,16 +122,28 @@ def ring_triangles() -> Tensor:
     return torch.tensor(rows)
 
 
+def mouth_places() -> Tensor:
+    """Coordinates inside the mouth at every vertex, (478 + 72, 2): across -1..1, and 1 on the upper lip, -1 below."""
+    places = torch.zeros(POINTS + len(RINGS) * len(OVAL), 2)
+    across = torch.linspace(-1, 1, len(UPPER_LIP))
+    for lip, height in ((UPPER_LIP, 1.0), (LOWER_LIP, -1.0)):
+        places[list(lip)] = torch.stack([across, torch.full_like(across, height)], dim=-1)
+    places[[UPPER_LIP[0], UPPER_LIP[-1]], 1] = 0
+    return places
+
+
 class BasisFlow(nn.Module):
     """The fields b_i and the mesh they move."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size = config.flow_size
+        self.size = config.mesh_size
         self.register_buffer("basis", torch.zeros(config.basis, POINTS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("rings", ring_triangles(), persistent=False)
+        self.register_buffer("places", mouth_places(), persistent=False)
         self.basis: Tensor
+        self.places: Tensor
         self.triangles: Tensor
         self.rings: Tensor
 
@@ -150,9 +168,10 @@ class BasisFlow(nn.Module):
 
         n = len(OVAL)
         weight = torch.cat([uv_source.new_ones(POINTS), *(uv_source.new_full((n,), w) for *_, w in RINGS)])
-        vertex = torch.cat([uv_source, weight.view(1, -1, 1).expand(B, -1, 1)], dim=-1)  # (B, V, 3)
-        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, 3)
-        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 3)
+        fixed = torch.cat([weight[:, None], self.places], dim=-1)
+        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1)], dim=-1)  # (B, V, 5)
+        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, 5)
+        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 5)
 
         def area(uv: Tensor) -> Tensor:
             a, b, c = uv[:, triangles].unbind(2)
@@ -172,7 +191,8 @@ class BasisFlow(nn.Module):
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
         shown, stretch, mouth = (picture(f * covered) for f in facts.split(1, dim=-1))
-        return MeshFlow(picture(uv), picture(value[..., 2:] * covered), shown, stretch, mouth)
+        weight, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:]) * mouth
+        return MeshFlow(picture(uv), weight, shown, stretch, mouth, inside)
 
 
 def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera: Tensor) -> Tensor:
@@ -202,14 +222,15 @@ class FlowBlend(nn.Module):
         """Blend the candidates.
 
         Args:
-            photo: (B, 3, H, W). mesh: its flow at (s, s). rigid: (B, 2, s, s). opacity: (B, 1, s, s) of the rendered
-                head. head: (B, 1, s, s), where the photo shows the head.
+            photo: (B, 3, H, W). mesh: its flow at (m, m). rigid: (B, 2, s, s). opacity: (B, 1, s, s) of the rendered
+                head. head: (B, 1, m, m), where the photo shows the head.
 
         Returns:
-            uv (B, 2, s, s) and the shares (B, 3, s, s) of mesh, rigid and still flow.
+            uv (B, 2, m, m) and the shares (B, 3, m, m) of mesh, rigid and still flow.
         """
-        s = mesh.uv.shape[-1]
-        still = pixel_grid(s, photo.device).T.reshape(1, 2, s, s).expand_as(rigid)
+        fine, s = mesh, rigid.shape[-1]
+        mesh, head = MeshFlow(*(resize(x, s) for x in fine)), resize(head, s)
+        still = _own_place(s, photo).expand_as(rigid)
         flows = torch.stack([mesh.uv, rigid, still], dim=1)  # (B, 3, 2, s, s)
         seen = [warp(photo, uv) for uv in flows.detach().unbind(1)]
         across = (rigid - still).detach()[:, :1]
@@ -222,7 +243,19 @@ class FlowBlend(nn.Module):
         change = self.leave(leaky(self.join(torch.cat([leaky(x), y], dim=1)))).float()
         prior = torch.cat([mesh.weight, (1 - mesh.weight) * opacity * 0.5, (1 - mesh.weight) * (1 - opacity * 0.5)], 1)
         weights = torch.softmax(torch.log(prior + 2e-3) + 2 * change, dim=1)  # (B, 3, s, s)
-        return (weights[:, :, None] * flows).sum(1), weights
+        m = fine.uv.shape[-1]
+        weights, still = resize(weights, m), _own_place(m, photo)
+        return weights[:, :1] * fine.uv + weights[:, 1:2] * resize(rigid, m) + weights[:, 2:] * still, weights
+
+
+def _own_place(size: int, like: Tensor) -> Tensor:
+    """Every pixel's own position, (1, 2, size, size)."""
+    return pixel_grid(size, like.device).T.reshape(1, 2, size, size)
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Bilinear (B, C, h, w) -> (B, C, size, size)."""
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 def warp(image: Tensor, uv: Tensor) -> Tensor:

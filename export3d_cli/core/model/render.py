@@ -60,17 +60,19 @@ def coarse_depths(camera: Tensor, rays_count: int, samples: int, *, jitter: bool
 
 
 def importance_depths(depths: Tensor, weights: Tensor, samples: int, *, jitter: bool) -> Tensor:
-    """More depths (B, R, samples) where the first pass's weights (B, R, S) are, by inverting their distribution."""
-    mids = 0.5 * (depths[..., 1:] + depths[..., :-1])  # (B, R, S-1)
-    density = weights[..., 1:-1] + 1e-3  # (B, R, S-2), one a bin between mids
+    """More depths (B, R, samples) where the weights of the intervals between depths (B, R, S) are.
+
+    `weights` is (B, R, S-1), as `ray_weights` gives it; its distribution is inverted.
+    """
+    density = weights + 1e-3
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
-    cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # (B, R, S-1)
+    cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # (B, R, S)
     where = torch.arange(samples, device=depths.device, dtype=torch.float32).expand(*depths.shape[:2], samples)
     u = (where + (torch.rand_like(where) if jitter else 0.5)) / samples
     above = torch.searchsorted(cdf.contiguous(), u.contiguous(), right=True).clamp(1, cdf.shape[-1] - 1)
     below = above - 1
     c0, c1 = cdf.gather(-1, below), cdf.gather(-1, above)
-    d0, d1 = mids.gather(-1, below), mids.gather(-1, above)
+    d0, d1 = depths.gather(-1, below), depths.gather(-1, above)
     part = (u - c0) / (c1 - c0).clamp_min(1e-6)
     return d0 + part.clamp(0, 1) * (d1 - d0)
 

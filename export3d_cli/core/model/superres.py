@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
-from export3d_cli.core.model.flow import MeshFlow, warp
+from export3d_cli.core.model.flow import MeshFlow, resize, warp
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 
 DETAIL = 16  # channels of stem features taken along the flow
@@ -31,10 +31,10 @@ class PhotoDetail(NamedTuple):
     photo: Tensor  # (B, 3, H, W)
     half: Tensor  # (B, 16, H/2, W/2) stem features
     quarter: Tensor  # (B, 16, H/4, W/4)
-    uv: Tensor  # (B, 2, s, s) the flow
-    weights: Tensor  # (B, 3, s, s) shares of mesh, rigid and still flow
+    uv: Tensor  # (B, 2, m, m) the flow
+    weights: Tensor  # (B, 3, m, m) shares of mesh, rigid and still flow
     mesh: MeshFlow
-    head: Tensor  # (B, 1, s, s) where the photo shows the head
+    head: Tensor  # (B, 1, m, m) where the photo shows the head
 
 
 class SuperResolution(nn.Module):
@@ -44,7 +44,7 @@ class SuperResolution(nn.Module):
         super().__init__()
         c2, c1 = config.superres
         self.flow = config.flow
-        extra = (DETAIL + 6, 3 + DETAIL + 2, 3 + 2) if config.flow else (0, 0, 0)
+        extra = (DETAIL + 8, 3 + DETAIL + 4, 3 + 4) if config.flow else (0, 0, 0)
         self.enter = nn.Conv2d(config.raw_channels + extra[0], c2, 3, padding=1)
         self.block4 = ResBlock(c2)
         self.to2 = nn.Conv2d(c2 + extra[1], c2, 3, padding=1)
@@ -69,28 +69,25 @@ class SuperResolution(nn.Module):
             return base + self.colour(leaky(x)).float(), None
 
         mesh, s4 = detail.mesh, features.shape[-1]
-        uv = _resize(detail.uv, s4)
+        uv = resize(detail.uv, s4)
         # where the head was and is no more, the photo does not know what is behind
         still = detail.weights[:, 2:] * (1 - (detail.head - mesh.weight).clamp_min(0))
         known = detail.weights[:, :1] * mesh.valid + detail.weights[:, 1:2] + still
-        facts = _resize(torch.cat([detail.weights, known, mesh.stretch, mesh.mouth], dim=1), s4)
+        facts = resize(torch.cat([detail.weights, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
         x = self.enter(torch.cat([features, warp(detail.quarter, uv), facts], dim=1))
         x = upsample(leaky(self.block4(x)))  # (B, c2, H/2, W/2)
 
-        facts = _resize(torch.cat([known, mesh.mouth], dim=1), 2 * s4)
-        uv = _resize(detail.uv, 2 * s4)
+        facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
+        uv = resize(detail.uv, 2 * s4)
         photo2 = F.avg_pool2d(detail.photo.float(), 2)
         x = self.block2(self.to2(torch.cat([x, warp(photo2, uv), warp(detail.half, uv), facts], dim=1)))
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = upsample(leaky(x))  # (B, c2, H, W)
 
-        facts = _resize(facts, 4 * s4)
-        sampled = warp(detail.photo, _resize(uv + offset, 4 * s4))  # (B, 3, H, W)
+        facts = resize(facts, 4 * s4)
+        sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
         x = self.block1(self.to1(torch.cat([x, sampled, facts], dim=1)))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + 6 * facts[:, :1] - 3)  # the photo where it is known, at first
         return mask * sampled + (1 - mask) * (base + out[:, :3]), offset
 
-
-def _resize(x: Tensor, size: int) -> Tensor:
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)

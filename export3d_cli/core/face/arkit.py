@@ -1,0 +1,193 @@
+"""Drivers recorded by a phone: the CSV of Live Link Face, 52 ARKit coefficients and the head's angles a row.
+
+The 12 `MEASURES` of beta that a CSV lacks are predicted from the 52 by a linear map, fitted over tracked clips by
+`fit_measures` and kept in `weights/arkit_measures.npz`; `python -m export3d_cli.core.face.arkit OUT MOTION...` fits it.
+
+Live Link's angles are radians about axes of ARKit's face: yaw + turns the head to its own left (the image's right),
+pitch + lowers the nose, roll + turns it counter-clockwise in the image; roll is applied first, then pitch, then yaw.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from export3d_cli.core.camera import head_pose, rotation_from_angles, with_head_pose
+from export3d_cli.core.errors import InputError, WeightsError
+from export3d_cli.core.face.landmarker import ARKIT_NAMES
+from export3d_cli.core.face.motion import MEASURES, Motion
+from export3d_cli.core.files import write_atomic
+
+ANGLES = ("HeadYaw", "HeadPitch", "HeadRoll")
+RIDGE = 1e-4  # of the fit, against coefficients that never moved
+MAX_ROWS = 2_000_000  # nine hours at 60 frames a second
+_TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
+_CLOCKS = (24, 25, 30, 48, 50, 60, 100, 120)  # frames that a timecode counts a second
+_RATES = [Fraction(n) for n in _CLOCKS] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
+
+
+def read_csv(path: Path, measures: Path, camera: np.ndarray) -> Motion:
+    """A Live Link Face CSV as Motion without landmarks, (T, 0, 3); raises `InputError` for a file that is not one.
+
+    Args:
+        path: the CSV.
+        measures: file written by `save_measures`.
+        camera: (25,), seen from as far away as it sees the head, and where in the image; without head angles in the
+            CSV, from as it does.
+    """
+    columns, rows = _read(path)
+    missing = [name for name in ARKIT_NAMES if name.lower() not in columns and name != "tongueOut"]
+    if missing:
+        raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
+    values = _numbers(path, columns, rows, [n for n in (*ARKIT_NAMES, *ANGLES) if n.lower() in columns])
+    zeros = np.zeros(len(rows))
+    shapes = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
+    cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], len(rows), axis=0)
+    if all(name in values for name in ANGLES):
+        angles = np.stack([values[name] for name in ANGLES], axis=1)
+        if np.abs(angles).max() > 2 * np.pi:
+            raise InputError(f"{path} has a head angle of {np.abs(angles).max():.3g}: they must be in radians")
+        rotation = np.stack([head_rotation(*row) for row in angles])
+        cameras = with_head_pose(cameras, rotation, head_pose(cameras)[1])
+    seconds, clock = _seconds(path, columns, rows)
+    fps, chosen = constant_rate(seconds, clock)
+    slope, offset = _load_measures(measures)
+    beta = np.concatenate([shapes, shapes @ slope + offset], axis=1).astype(np.float32)[chosen]
+    found = np.ones(len(chosen), dtype=bool)
+    return Motion(
+        beta, cameras[chosen], np.zeros((len(chosen), 0, 3), np.float32), found, fps, (0.0, 0.0, 1.0), (1, 1)
+    )
+
+
+def head_rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
+    """Live Link's angles in radians -> head-to-camera rotation (3, 3)."""
+    y, p, r = np.degrees([yaw, pitch, roll])
+    turn, nod, tilt = rotation_from_angles(y, 0, 0), rotation_from_angles(0, -p, 0), rotation_from_angles(0, 0, -r)
+    return turn @ nod @ tilt
+
+
+def constant_rate(seconds: np.ndarray, clock: int) -> tuple[Fraction, np.ndarray]:
+    """The rate at which rows at `seconds` (T,) were taken, and the row to show in each frame at that rate.
+
+    A frame that the phone lost repeats the row before or after it, so that the take keeps its length.
+    """
+    steps = np.diff(seconds)
+    if not len(steps):
+        return Fraction(clock), np.zeros(1, dtype=np.int64)
+    usual = float(np.median(steps))
+    steady = steps[steps < 1.5 * usual]  # without lost frames
+    rate = 1 / float(steady.mean())
+    nearest = min(_RATES, key=lambda known: abs(float(known) / rate - 1))
+    fps = nearest if abs(float(nearest) / rate - 1) < 2e-3 else Fraction(rate).limit_denominator(1000)
+    times = seconds[0] + np.arange(round((seconds[-1] - seconds[0]) * fps) + 1) / float(fps)
+    after = np.searchsorted(seconds, times).clip(1, len(seconds) - 1)
+    chosen: np.ndarray = after - (times - seconds[after - 1] < seconds[after] - times)
+    return fps, chosen
+
+
+def fit_measures(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares over the frames of clips: slope (52, 12) and offset (12,) from coefficients to `MEASURES`.
+
+    The slope is that within a clip, where the face stays the same; the offset that of the mean face.
+    """
+    n = len(ARKIT_NAMES)
+    total, count = np.zeros(n + len(MEASURES)), 0
+    scatter = np.zeros((n + len(MEASURES),) * 2)
+    for motion in motions:
+        beta = motion.beta[motion.found].astype(np.float64)
+        if len(beta):
+            centred = beta - beta.mean(0)
+            scatter += centred.T @ centred
+            total, count = total + beta.sum(0), count + len(beta)
+    if not count:
+        raise InputError("there is no frame with a face to fit the measures to")
+    slope = np.linalg.solve(scatter[:n, :n] + RIDGE * count * np.eye(n), scatter[:n, n:])
+    mean = total / count
+    return slope, mean[n:] - mean[:n] @ slope
+
+
+def save_measures(path: Path, slope: np.ndarray, offset: np.ndarray) -> None:
+    """Write what `fit_measures` found."""
+    with write_atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, slope=slope.astype(np.float32), offset=offset.astype(np.float32))
+
+
+def _load_measures(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+            slope, offset = data["slope"], data["offset"]
+    except (OSError, KeyError, ValueError, EOFError) as error:
+        raise WeightsError(f"{path} does not hold the measures of ARKit coefficients ({error}): reinstall") from error
+    if slope.shape != (len(ARKIT_NAMES), len(MEASURES)) or offset.shape != (len(MEASURES),):
+        raise WeightsError(f"{path} holds measures of shapes {slope.shape}, {offset.shape}: reinstall")
+    return slope, offset
+
+
+def _read(path: Path) -> tuple[dict[str, int], list[list[str]]]:
+    """Column of each name, in small letters, and the rows."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file)
+            header = next(lines, [])
+            rows = []
+            for row in lines:
+                if any(cell.strip() for cell in row):
+                    rows.append(row)
+                if len(rows) > MAX_ROWS:
+                    raise InputError(f"{path} has more than {MAX_ROWS} rows: cut it")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV ({error}): export it from Live Link Face") from error
+    if not rows:
+        raise InputError(f"{path} has no rows of numbers: export it from Live Link Face")
+    for number, row in enumerate(rows, start=2):
+        if len(row) < len(header):
+            raise InputError(f"{path} has {len(row)} values in row {number}, not {len(header)}: export it again")
+    return {name.strip().lower().replace("_", ""): k for k, name in enumerate(header)}, rows
+
+
+def _numbers(path: Path, columns: dict[str, int], rows: list[list[str]], names: list[str]) -> dict[str, np.ndarray]:
+    values = {}
+    for name in names:
+        at = columns[name.lower()]
+        try:
+            values[name] = np.array([float(row[at]) for row in rows])
+        except ValueError as error:
+            raise InputError(f"{path} has a {name} that is no number ({error}): export it again") from error
+        if not np.isfinite(values[name]).all():
+            raise InputError(f"{path} has a {name} that is not finite: export it again")
+    return values
+
+
+def _seconds(path: Path, columns: dict[str, int], rows: list[list[str]]) -> tuple[np.ndarray, int]:
+    """Time of each row in seconds, and how many frames the timecode counts a second."""
+    if "timecode" not in columns:
+        raise InputError(f"{path} lacks the column Timecode, which tells its rate: export it from Live Link Face")
+    parts = np.zeros((len(rows), 4))
+    for k, row in enumerate(rows):
+        match = _TIMECODE.fullmatch(row[columns["timecode"]].strip())
+        if not match:
+            raise InputError(f"{path} has the timecode {row[columns['timecode']]!r}: expected HH:MM:SS:FF.fff")
+        parts[k] = [float(text) for text in match.groups()]
+    whole, frames = parts[:, :3] @ [3600, 60, 1], parts[:, 3]
+    clock = 120 if frames.max() >= 60 else 60  # Live Link Face counts 60
+    over = np.flatnonzero(np.diff(whole) == 1)  # rows before a full second
+    inside = np.diff(frames)[np.diff(whole) == 0]
+    if len(over) and len(inside):
+        full = float(np.median(frames[over] + np.median(inside) - frames[over + 1]))
+        clock = min(_CLOCKS, key=lambda n: abs(n - full))
+    seconds = whole + frames / clock
+    seconds += 86400 * np.cumsum(np.diff(seconds, prepend=seconds[0]) < -43200)  # past midnight
+    if (np.diff(seconds) <= 0).any():
+        row = int(np.flatnonzero(np.diff(seconds) <= 0)[0]) + 3
+        raise InputError(f"{path} has a timecode in row {row} that is not later than the one before: export it again")
+    return seconds, clock
+
+
+if __name__ == "__main__":
+    save_measures(Path(sys.argv[1]), *fit_measures(Motion.load(Path(name)) for name in sys.argv[2:]))

@@ -1,0 +1,208 @@
+"""A portrait looked at instead of driven: the camera moves (`novel_view`), or lambda does (`edit_basis`, fig. 9).
+
+Each writes a video, one picture where there is one view, or a contact sheet of them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from export3d_cli.core.animate import Animator, Progress, Summary, check_free
+from export3d_cli.core.camera import Camera, rotation_from_angles
+from export3d_cli.core.driver import DriverStream
+from export3d_cli.core.errors import InputError
+from export3d_cli.core.media.image import MAX_PIXELS, read_image, write_image
+from export3d_cli.core.media.video import SYNTHETIC, VideoWriter
+
+PICTURES = (".png", ".jpg", ".jpeg")  # they carry the mark that they are synthetic
+GRID_VALUES = 5  # of each basis vector in a contact sheet
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class NovelViewOptions:
+    """A sweep of the camera around the portrait; angles in degrees, first and last."""
+
+    yaw: Range | None = (-30.0, 30.0)  # +: the head turns to the image's right; None: frontal
+    pitch: Range | None = None  # +: up
+    roll: Range | None = None  # +: clockwise
+    frames: int = 60
+    loop: Literal["pingpong", "once"] = "pingpong"
+    fps: Fraction = Fraction(25)
+    crf: int = 18
+    overwrite: bool = False
+    grid: bool = False  # a contact sheet instead of a video
+    depth: bool = False  # the depth in colours
+    drive: Path | None = None  # whose expression: an image, a video or a motion file; None: the photo's own
+
+    @property
+    def single(self) -> bool:
+        """Whether all frames would show the same."""
+        ranges = (self.yaw, self.pitch, self.roll)
+        return self.frames == 1 or all(r is None or r[0] == r[1] for r in ranges)
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Expression directions to move along; the camera stays the source's."""
+
+    edits: tuple[tuple[int, Range], ...] = ((1, (0.0, 1.0)),)  # i of v_i from 1: change of lambda_i
+    frames: int = 60
+    fps: Fraction = Fraction(25)
+    crf: int = 18
+    overwrite: bool = False
+    grid: bool = False  # a contact sheet: a row for each of `edits`, `GRID_VALUES` of it
+
+
+def novel_view(
+    animator: Animator,
+    source: Path,
+    out: Path,
+    options: NovelViewOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Summary:
+    """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's own angle."""
+    options = options or NovelViewOptions()
+    began = time.monotonic()
+    check_free(out, options.overwrite)
+    picture = _is_picture(out)
+    if options.grid and not picture:
+        raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
+    if picture and not options.grid and not options.single:
+        raise InputError(f"{out} can hold one view: give one angle (--yaw 20), --frames 1, --grid, or a video's name")
+    animator.set_source(read_image(source), name=str(source))
+    cameras = orbit_cameras(animator.source_camera(), options)
+    if picture and not options.grid:
+        cameras = cameras[:1]
+    beta = None if options.drive is None else _expressions(animator, options.drive, options.fps, len(cameras))
+    frames = _counted(animator.view(cameras, beta=beta, depth=options.depth), len(cameras), progress)
+    if not picture:
+        return _video(animator, frames, len(cameras), out, options.fps, options.crf, began)
+    labels = []
+    if options.grid:
+        angles = [Camera.from_vector(camera).angles() for camera in cameras]
+        labels = [f"{yaw:+.0f} {pitch:+.0f}" for yaw, pitch, _ in angles]  # yaw and pitch
+    return _picture(animator, frames, len(cameras), out, _columns(len(cameras)), labels, began)
+
+
+def edit_basis(
+    animator: Animator, source: Path, out: Path, options: EditOptions | None = None, *, progress: Progress | None = None
+) -> Summary:
+    """Move basis coefficients of the portrait's expression (fig. 9): lambda_i changes, nothing else does."""
+    options = options or EditOptions()
+    began = time.monotonic()
+    check_free(out, options.overwrite)
+    n, picture = animator.model.config.basis, _is_picture(out)
+    for v, _ in options.edits:
+        if not 1 <= v <= n:
+            raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")
+    if options.grid and not picture:
+        raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
+    if picture and not options.grid and options.frames > 1:
+        raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
+    animator.set_source(read_image(source), name=str(source))
+    labels = []
+    if options.grid:
+        rows, labels = [], []
+        for v, (first, last) in options.edits:
+            for value in np.linspace(first, last, GRID_VALUES):
+                rows.append(value * np.eye(n)[v - 1])
+                labels.append(f"v{v} {value:+.3g}")
+        changes = np.stack(rows).astype(np.float32)
+    else:
+        changes = np.zeros((options.frames, n), dtype=np.float32)
+        for v, (first, last) in options.edits:
+            changes[:, v - 1] += np.linspace(first, last, options.frames, dtype=np.float32)
+    frames = _counted(animator.edit(changes), len(changes), progress)
+    if picture:
+        return _picture(animator, frames, len(changes), out, GRID_VALUES if options.grid else 1, labels, began)
+    return _video(animator, frames, len(changes), out, options.fps, options.crf, began)
+
+
+def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
+    """Cameras (T, 25) that see the head at the angles asked for, where and as far away as `camera` sees it."""
+    count = options.frames
+    where = np.linspace(0, 1, count)
+    if options.loop == "pingpong" and count > 2 and not options.grid:
+        where = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count)
+    ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
+    pose = np.linalg.inv(camera.cam2world)  # its last column stays
+    out = []
+    for t in where:
+        yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
+        pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
+        out.append(Camera(np.linalg.inv(pose), camera.intrinsics).vector())
+    return np.stack(out)
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[str] = ()) -> np.ndarray:
+    """Images of one size, uint8 (H, W, 3), row by row, each with its label in a corner."""
+    import cv2
+
+    H, W = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    sheet = np.zeros((rows * H, columns * W, 3), dtype=np.uint8)
+    for k, image in enumerate(images):
+        cell = np.ascontiguousarray(image)
+        if labels:
+            at, scale = (W // 32, H - H // 24), W / 512
+            for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # a dark outline under light letters
+                cv2.putText(cell, labels[k], at, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, width, cv2.LINE_AA)
+        row, column = divmod(k, columns)
+        sheet[row * H : (row + 1) * H, column * W : (column + 1) * W] = cell
+    return sheet
+
+
+def _is_picture(out: Path) -> bool:
+    return out.suffix.lower() in PICTURES
+
+
+def _columns(count: int) -> int:
+    """As wide as high, or a little wider; up to five views stay in a row."""
+    return count if count <= 5 else int(np.ceil(np.sqrt(count)))
+
+
+def _expressions(animator: Animator, driver: Path, fps: Fraction, count: int) -> np.ndarray:
+    """beta (1, 64) of an image, or (count, 64) of a video; the last one is held where the driver is shorter."""
+    with DriverStream(
+        driver, animator.tracker, batch=animator.batch, crop_scale=animator.crop_scale, fps=fps, max_frames=count
+    ) as stream:
+        beta = np.concatenate([part[0].beta for part in stream])
+    return beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
+
+
+def _counted(frames: Iterator[np.ndarray], total: int, progress: Progress | None) -> Iterator[np.ndarray]:
+    for count, frame in enumerate(frames, start=1):
+        yield frame
+        if progress is not None:
+            progress("frames", count, total)
+
+
+def _video(
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, fps: Fraction, crf: int, began: float
+) -> Summary:
+    size = animator.model.config.image_size
+    with VideoWriter(out, size=(size, size), fps=fps, crf=crf) as writer:
+        for frame in frames:
+            writer.write(frame)
+    return Summary(out, total, 0, fps, time.monotonic() - began, animator.device_name)
+
+
+def _picture(
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, columns: int, labels: Sequence[str],
+    began: float,
+) -> Summary:  # fmt: skip
+    size = animator.model.config.image_size
+    if total * size * size > MAX_PIXELS:
+        most = MAX_PIXELS // (size * size)
+        raise InputError(f"a contact sheet of {total} views would be too large: {most} fit, set --frames")
+    write_image(out, contact_sheet(list(frames), columns, labels), comment=SYNTHETIC)
+    return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)
