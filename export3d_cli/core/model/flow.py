@@ -39,6 +39,7 @@ class MeshFlow(NamedTuple):
     valid: Tensor  # (B, 1): 1 where the photo shows this piece of the face, 0 where it is hidden or shut there
     stretch: Tensor  # (B, 1): log2 of how much larger the piece is in the result than in the photo
     mouth: Tensor  # (B, 1): 1 inside the mouth
+    shut: Tensor  # (B, 1): 1 inside a mouth or an eye that the photo has shut, 0 once it shows half of the opening
     inside: Tensor  # (B, 2): where inside the mouth, across (-1..1) and from lower (-1) to upper lip (1); 0 elsewhere
 
 
@@ -181,18 +182,20 @@ class BasisFlow(nn.Module):
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
         mouth = (kind == 1).float().expand(B, -1)
         # the insides of mouth and eyes are shown as far as they are as open in the photo as in the result
-        opened = (before / after.clamp_min(1e-8)).clamp(0, 1).square()
-        shown = (before > 0).float() * torch.where(kind > 0, opened, 1.0)
-        facts = _pick(torch.stack([shown, stretch, mouth], dim=-1), raster.triangle)  # (B, P, 3)
+        ratio = (before / after.clamp_min(1e-8)).clamp(0, 1)
+        hole = (kind > 0).float()
+        shown = (before > 0).float() * (1 - hole * (1 - ratio.square()))
+        shut = hole * (1 - 2 * ratio).clamp_min(0)
+        facts = _pick(torch.stack([shown, stretch, mouth, shut], dim=-1), raster.triangle)  # (B, P, 4)
         covered = (raster.triangle >= 0).float()[..., None]
         uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, points.device))
 
         def picture(x: Tensor) -> Tensor:
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
-        shown, stretch, mouth = (picture(f * covered) for f in facts.split(1, dim=-1))
+        shown, stretch, mouth, shut = (picture(f * covered) for f in facts.split(1, dim=-1))
         weight, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:]) * mouth
-        return MeshFlow(picture(uv), weight, shown, stretch, mouth, inside)
+        return MeshFlow(picture(uv), weight, shown, stretch, mouth, shut, inside)
 
 
 def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera: Tensor) -> Tensor:
