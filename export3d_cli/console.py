@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,12 @@ def finish(summary: Any, *, as_json: bool = False) -> None:
     click.echo(", ".join(f"{key} {_short(value)}" for key, value in fields.items()), err=True)
 
 
+def tell(lines: Iterable[str]) -> None:
+    """Lines on stderr, also with -q."""
+    for line in lines:
+        click.echo(line, err=True)
+
+
 def settings() -> Settings:
     """The group's options; the defaults where no command is running."""
     context = click.get_current_context(silent=True)
@@ -78,6 +84,8 @@ def settings() -> Settings:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and (not value or isinstance(value[0], (dict, Path, str))):
+        return str(len(value))
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

@@ -7,17 +7,16 @@ else is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from typing import Any
 
 import click
 
-from export3d_cli import __version__
 from export3d_cli.console import Settings
 from export3d_cli.core.errors import Export3DError
-
-_COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "evaluate", "weights")
+from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 
 
 class LazyGroup(click.Group):
@@ -25,14 +24,15 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of use."""
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """`novel-view` is `commands.novel_view.novel_view`."""
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
+        add_examples(command, cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -51,14 +51,30 @@ class LazyGroup(click.Group):
             ctx.exit(130)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from export3d_cli import core
+
+        for name, version in core.versions().items():
+            click.echo(f"{name} {version}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-v", "--verbose", count=True, help="Show the traceback of an error.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary.")
-@click.version_option(__version__, "-V", "--version", prog_name="export3d")
+@click.option(
+    "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
+    help="Show versions: this program, Python, torch, CUDA, ffmpeg.",
+)  # fmt: skip
 @click.pass_context
 def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
     """Animate a portrait from one photo and a driving video; turn it; change its expression; train the model."""
     ctx.obj = Settings(verbose=verbose, quiet=quiet)
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if ctx.invoked_subcommand is None:
+        click.echo(OVERVIEW, nl=False)
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from export3d_cli import __version__, options
+from export3d_cli import __version__, examples, options
 from export3d_cli.core import errors
 from export3d_cli.main import cli
 
 HEAVY = ("torch", "cv2", "ai_edge_litert", "numba", "scipy", "numpy", "rich", "huggingface_hub")
-COMMANDS = ("reenact", "novel-view", "edit-basis", "preprocess", "train", "evaluate", "weights")
+COMMANDS = tuple(examples.COMMANDS)
 
 
 def run(*args):
@@ -51,8 +51,46 @@ def test_help_is_quick():
     assert min(times) < 0.3
 
 
-def test_version():
-    assert __version__ in run("--version").output
+def test_version_tells_what_results_depend_on():
+    told = dict(line.split(maxsplit=1) for line in run("--version").stdout.splitlines())
+    assert told["export3d"] == __version__
+    assert set(told) == {"export3d", "python", "torch", "cuda", "ffmpeg"}
+    assert "missing" not in told.values()
+
+
+def test_alone_it_shows_where_to_start():
+    result = run()
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in result.stdout
+    assert "export3d reenact src.jpg drive.mp4 -o out.mp4" in result.stdout
+
+
+def everything(command, name=""):
+    """Every command with its full name."""
+    context = click.Context(command)
+    for below in command.list_commands(context) if isinstance(command, click.Group) else ():
+        yield from everything(command.get_command(context, below), f"{name} {below}".strip())
+    if name:
+        yield name
+
+
+@pytest.mark.parametrize("name", list(everything(cli)))
+def test_every_help_ends_with_two_examples_that_are_valid(name, tmp_path, monkeypatch):
+    help_text = run(*name.split(), "--help").stdout
+    lines = help_text.rpartition("Examples:\n")[2].splitlines()
+    assert [line.strip() for line in lines] == [f"export3d {line}" for line in examples.EXAMPLES[name]]
+    monkeypatch.chdir(tmp_path)
+    for file in ("src.jpg", "drive.mp4", "config.yaml", "my.safetensors"):
+        (tmp_path / file).touch()
+    for folder in ("videos", "data"):
+        (tmp_path / folder).mkdir()
+    for line in examples.EXAMPLES[name]:
+        command, words, parent = cli, line.split(), click.Context(cli)
+        while isinstance(command, click.Group):
+            parent = click.Context(command, parent=parent)
+            command = command.get_command(parent, words.pop(0))
+        command.make_context(name, words, parent=parent)  # raises what is misused
 
 
 @pytest.mark.parametrize("name", COMMANDS)

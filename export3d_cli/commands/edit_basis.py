@@ -77,5 +77,5 @@ def _describe(basis: BasisDescription, as_json: bool) -> None:
         return
     for vector in basis.vectors:
         by = ", ".join(f"{name} {change:+.2f}" for name, change in vector.moved_by.items())
-        moves = ", ".join(f"{region} {pixels:.1f} px" for region, pixels in vector.moves.items())
+        moves = ", ".join(f"{region} {pixels:.2f} px" for region, pixels in vector.moves.items())
         click.echo(f"v{vector.v}: {by}" + (f"; moves {moves}" if moves else ""))

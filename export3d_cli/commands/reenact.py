@@ -1,9 +1,10 @@
-"""`export3d reenact SRC DRIVE -o OUT`: a portrait follows a driver."""
+"""`export3d reenact SRC... DRIVE -o OUT`: portraits follow a driver."""
 
 from __future__ import annotations
 
-from fractions import Fraction
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,10 +17,26 @@ def _audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    parts = tuple(dict.fromkeys(value.split(",")))
+    if not set(parts) <= {"expression", "pose"}:
+        raise click.BadParameter(f"{value!r} cannot be driven; use expression, pose or expression,pose", ctx, param)
+    return parts
+
+
+def _face(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"largest|left|right|index:\d{1,6}", value):
+        raise click.BadParameter(f"{value!r} is no face; use largest, left, right or index:N (from 0)", ctx, param)
+    return value
+
+
+SCALE = click.FloatRange(-10, 10)
+
+
 @click.command()
-@click.argument("source", type=options.EXISTING_FILE, metavar="SRC")
+@click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1, required=True)
 @click.argument("driver", type=options.EXISTING_FILE, metavar="DRIVE")
-@click.option("-o", "--output", type=options.NEW_FILE, required=True, help="Video: mp4, mov, mkv, webm or gif.")
+@click.option("-o", "--output", required=True, help="mp4, mov, mkv, webm or gif; or as {src}-{drive}.mp4; or a folder.")
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of DRIVE to skip.")
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of DRIVE to use.  [default: all]")
 @click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames.")
@@ -29,41 +46,71 @@ def _audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
     "--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
     help="What to do with driver frames that show no face.",
 )  # fmt: skip
+@click.option(
+    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=_face,
+    help="Face of SRC, where there are several; index counts from the left, from 0.",
+)  # fmt: skip
+@click.option(
+    "--drive", default="expression,pose", show_default=True, metavar="expression,pose", callback=_parts,
+    help="What of DRIVE to follow; the rest stays SRC's own.",
+)  # fmt: skip
+@click.option("--expression-scale", type=SCALE, default=1.0, help="0: SRC's own, 1: DRIVE's, and on.  [default: 1]")
+@click.option("--pose-scale", type=SCALE, default=1.0, help="The same for the head's pose.  [default: 1]")
+@click.option(
+    "--pose", type=click.Choice(["absolute", "relative"]), default="absolute", show_default=True,
+    help="The pose of DRIVE, or SRC's own moved as DRIVE moves from its reference frame.",
+)  # fmt: skip
+@click.option(
+    "--relative-expression/--absolute-expression", default=False,
+    help="Add DRIVE's change of expression from its reference frame to SRC's own.  [default: absolute]",
+)  # fmt: skip
+@click.option("--reference-frame", type=click.IntRange(0), default=0, show_default=True, help="Of the frames used.")
+@click.option(
+    "--smooth", type=click.Choice(["off", "light", "strong"]), default="light", show_default=True,
+    help="Calm the trembling of the tracked motion; light comes less than a frame late at 25 fps.",
+)  # fmt: skip
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
 @click.option("--batch", type=click.IntRange(0), default=0, help="Frames at once.  [default: chosen for the device]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random numbers; rendering uses none.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, with an estimate, and write nothing.")
 @options.model_options
 @options.output_options
+@click.pass_context
 def reenact(
-    source: Path,
+    ctx: click.Context,
+    sources: tuple[Path, ...],
     driver: Path,
-    output: Path,
-    start: float,
-    duration: float | None,
-    max_frames: int | None,
-    fps: Fraction | None,
-    audio: str,
-    on_missing: str,
-    compare: bool,
-    batch: int,
+    output: str,
     weights: str | None,
     device: str,
     precision: str,
     threads: int,
-    crf: int,
-    overwrite: bool,
+    dry_run: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
-    """Animate the portrait SRC with the head and face motion of DRIVE: a video, an image, or a .motion.npz.
+    """Animate the portraits SRC with the head and face motion of DRIVE.
 
-    Frame rate and sound are the driver's.
+    DRIVE is a video, an image, a .motion.npz or a CSV of Live Link Face. Frame rate and sound are the driver's.
     """
     from export3d_cli import core
 
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, batch=batch)
-    chosen = core.ReenactOptions(
-        audio=audio, crf=crf, fps=fps, start=start, duration=duration, max_frames=max_frames, on_missing=on_missing,
-        overwrite=overwrite, compare=compare, batch=batch,
-    )  # fmt: skip
+    wanted = core.ReenactOptions(**chosen)
+    paths = core.output_paths(sources, driver, output)
+    animator = core.Animator.from_weights(
+        weights, device=device, precision=precision, threads=threads, batch=wanted.batch
+    )
+    if dry_run:
+        planned = core.plan_reenact(animator, sources, driver, output, wanted)
+        console.tell(f"{s.source} -> {s.out}{' (exists)' * s.exists}, face at {s.face}" for s in planned.sources)
+        console.finish(planned, as_json=as_json)
+        return
     with console.progress() as report:
-        summary = core.reenact(animator, source, driver, output, chosen, progress=report)
+        if len(sources) == 1:
+            summary = core.reenact(animator, sources[0], driver, paths[0], wanted, progress=report)
+        else:
+            summary = core.reenact_all(animator, sources, driver, output, wanted, progress=report)
     console.finish(summary, as_json=as_json)
+    if len(sources) > 1 and summary.failed:
+        console.tell(f"failed: {line}" for line in summary.failed)
+        ctx.exit(1)

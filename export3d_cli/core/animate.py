@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,9 +25,13 @@ from torch.nn import functional as F
 
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
-from export3d_cli.core.driver import SETTLE, DriverStream, OnMissing, motion_rows
+from export3d_cli.core.control import PARTS, Control
+from export3d_cli.core.driver import SETTLE, DriverStream, OnMissing, holds_motion, motion_rows
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
+from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
+from export3d_cli.core.face.smooth import Smooth
+from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.media.image import read_image, to_tensor, to_uint8
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Source
@@ -37,7 +42,7 @@ Progress = Callable[[str, int, "int | None"], None]
 
 @dataclass(frozen=True)
 class ReenactOptions:
-    """How a driver is read and the result written."""
+    """How a driver is read, what of it reaches the source, and how the result is written."""
 
     audio: str = "driver"  # driver | none | a file
     crf: int = 18
@@ -49,6 +54,20 @@ class ReenactOptions:
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
     batch: int = 0  # frames at once; 0: chosen for the device
+    face: str = "largest"  # of the source, where it shows several: largest | left | right | index:N
+    drive: tuple[str, ...] = PARTS  # what of the driver is followed
+    expression_scale: float = 1.0  # 0: the source's own, 1: the driver's
+    pose_scale: float = 1.0
+    pose: Literal["absolute", "relative"] = "absolute"  # the driver's camera, or the source's moved by the driver's
+    relative_expression: bool = False  # the source's expression changed by the driver's change
+    reference_frame: int = 0  # of the driver's frames that are used: what relative control counts from
+    smooth: Smooth = "light"
+    seed: int = 0
+
+    @property
+    def control(self) -> Control:
+        """What of the driver reaches the source."""
+        return Control(self.drive, self.expression_scale, self.pose_scale, self.pose, self.relative_expression)
 
 
 @dataclass(frozen=True)
@@ -104,17 +123,28 @@ class Animator:
         """Device and precision, for people."""
         return f"{self.device} {self.precision}"
 
-    def set_source(self, image: np.ndarray, *, name: str = "the source") -> Motion:
-        """Track and encode a photo, uint8 (H, W, 3) RGB; returns its one-frame Motion. Raises `NoFaceError`."""
-        self.tracker.landmarker.reset()
-        face = None
-        for _ in range(SETTLE):
-            face = self.tracker.landmarker.track(image)
-        if face is None:
-            raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
-        motion = self.tracker.motion([face], Fraction(25), (image.shape[1], image.shape[0]))
+    def set_source(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Motion:
+        """Track and encode a photo, uint8 (H, W, 3) RGB; returns its one-frame Motion. Raises `NoFaceError`.
+
+        `face` chooses among several: largest, left, right, or index:N, the N-th from the left, from 0.
+        """
+        found = self.find_face(image, name=name, face=face)
+        motion = self.tracker.motion([found], Fraction(25), (image.shape[1], image.shape[0]))
         self.set_source_motion(crop_image(image, motion.crop, self.model.config.image_size), motion)
         return motion
+
+    def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
+        """The face of a photo that `set_source` takes."""
+        landmarker = self.tracker.landmarker
+        landmarker.reset()
+        found: Face | None = None
+        if face != "largest":
+            landmarker.follow(choose_face(landmarker.find_all(image), face, name), image)
+        for _ in range(SETTLE):
+            found = landmarker.track(image)
+        if found is None:
+            raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
+        return found
 
     def set_source_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> None:
         """Encode a face crop, uint8 (H, W, 3) of the model's size, already tracked: row `frame` of `motion`."""
@@ -127,16 +157,25 @@ class Animator:
                 self._tensor(head_points(own.landmarks, own.camera)),
             )  # fmt: skip
 
-    def drive(self, motions: Iterable[Motion]) -> Iterator[np.ndarray]:
-        """The source with the expression and camera of each frame of each Motion -> uint8 (H, W, 3), in order."""
+    def drive(
+        self, motions: Iterable[Motion], *, control: Control | None = None, reference: Motion | None = None
+    ) -> Iterator[np.ndarray]:
+        """The source with the expression and camera of each frame of each Motion -> uint8 (H, W, 3), in order.
+
+        `control` says what of them is taken, and counts from the one frame of `reference` what is relative.
+        """
+        control = control or Control()
+        own, rest = self.source_camera().vector(), None
+        if reference is not None:
+            rest = self._coefficients(reference.beta[:1])
         for motion in motions:
             for at in range(0, len(motion), self.batch):
                 beta, camera = motion.beta[at : at + self.batch], motion.camera[at : at + self.batch]
-                yield from self._frames(camera, beta=beta)
+                lam = control.lam(self._need_source().lam, self._coefficients(beta), rest)
+                seen = control.cameras(own, camera, None if reference is None else reference.camera[0])
+                yield from self._frames(seen, lam=lam)
 
-    def view(
-        self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False
-    ) -> Iterator[np.ndarray]:
+    def view(self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False) -> Iterator[np.ndarray]:
         """The source seen by cameras (T, 25); one tri-plane serves all as long as the expression stays.
 
         Args:
@@ -148,7 +187,7 @@ class Animator:
         lam, planes = source.lam, None
         with torch.inference_mode(), self._autocast():
             if beta is not None:
-                lam = self.model.expression.coefficients(self._tensor(beta))
+                lam = self._coefficients(beta)
             if len(lam) == 1:
                 planes = self.model.planes(source, lam)
         for at in range(0, len(cameras), self.batch):
@@ -184,15 +223,16 @@ class Animator:
         """The crop of the photo that is animated, uint8 (H, W, 3)."""
         return to_uint8(self._need_source().image[0])
 
+    def _coefficients(self, beta: np.ndarray) -> Tensor:
+        with torch.inference_mode():
+            return self.model.expression.coefficients(self._tensor(beta))
+
     def _frames(
-        self, camera: np.ndarray, *, beta: np.ndarray | None = None, lam: Tensor | None = None,
-        planes: Tensor | None = None, depth: bool = False,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
+        self, camera: np.ndarray, *, lam: Tensor, planes: Tensor | None = None, depth: bool = False
+    ) -> Iterator[np.ndarray]:
         with torch.inference_mode(), self._autocast():
             source = self._need_source().expand(len(camera))
-            out = self.model.drive(
-                source, None if beta is None else self._tensor(beta), self._tensor(camera), lam=lam, planes=planes
-            )
+            out = self.model.drive(source, None, self._tensor(camera), lam=lam, planes=planes)
             images = to_uint8(out.image) if not depth else depth_picture(out, camera, self.model.config.image_size)
         yield from images
 
@@ -255,19 +295,21 @@ def reenact(
     options: ReenactOptions | None = None,
     *,
     progress: Progress | None = None,
+    tape: FaceTape | None = None,
 ) -> Summary:
-    """Animate the portrait `source` by `driver` (video, image or `.motion.npz`) into the video `out`."""
+    """Animate the portrait `source` by `driver` (video, image, `.motion.npz` or ARKit CSV) into the video `out`.
+
+    A `tape` given to several calls with one driver and the same options has it tracked only once.
+    """
     options = options or ReenactOptions()
     began = time.monotonic()
     check_free(out, options.overwrite)
-    animator.set_source(read_image(source), name=str(source))
+    torch.manual_seed(options.seed)
+    control = options.control
+    animator.set_source(read_image(source), name=str(source), face=options.face)
     size = animator.model.config.image_size
     width = size * 3 if options.compare else size
-    stream = DriverStream(
-        driver, animator.tracker, batch=animator.batch, crop_scale=animator.crop_scale,
-        shown=size if options.compare else None, fps=options.fps, start=options.start, duration=options.duration,
-        max_frames=options.max_frames, on_missing=options.on_missing,
-    )  # fmt: skip
+    stream = open_driver(animator, driver, options, tape=tape)
     audio, audio_start = _sound(driver, options)
     beside = animator.source_crop()
     written = 0
@@ -278,7 +320,8 @@ def reenact(
         ) as writer,
     ):
         for motion, crops in stream:
-            for frame, crop in zip(animator.drive([motion]), crops, strict=True):
+            frames = animator.drive([motion], control=control, reference=stream.reference)
+            for frame, crop in zip(frames, crops, strict=True):
                 writer.write(np.concatenate([beside, crop, frame], axis=1) if crop is not None else frame)
                 written += 1
                 if progress is not None:
@@ -288,10 +331,41 @@ def reenact(
     )
 
 
+def open_driver(
+    animator: Animator, driver: Path, options: ReenactOptions, *, tape: FaceTape | None = None
+) -> DriverStream:
+    """The driver's motion as `options` want it, for the animator's source."""
+    return DriverStream(
+        driver, animator.tracker, batch=animator.batch, crop_scale=animator.crop_scale,
+        shown=animator.model.config.image_size if options.compare else None, fps=options.fps, start=options.start,
+        duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing, smooth=options.smooth,
+        reference=options.reference_frame if options.control.needs_reference else None,
+        camera=animator.source_camera().vector(), tape=tape,
+    )  # fmt: skip
+
+
+def choose_face(faces: list[Face], which: str, name: str) -> Face:
+    """largest, left, right or index:N (from the left, from 0) of the faces in a photo, given the largest first."""
+    if not faces:
+        raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
+    if which == "largest":
+        return faces[0]
+    across = sorted(faces, key=lambda face: float(face.landmarks[:, 0].mean()))
+    index = {"left": 0, "right": len(faces) - 1}.get(which)
+    if index is None:
+        kind, _, number = which.partition(":")
+        if kind != "index" or not number.isdecimal():
+            raise InputError(f"face {which!r} is none: use largest, left, right or index:N")
+        index = int(number)
+    if index >= len(faces):
+        raise InputError(f"{name} shows {len(faces)} face(s): {which} does not exist, index:0 is the leftmost")
+    return across[index]
+
+
 def _sound(driver: Path, options: ReenactOptions) -> tuple[Path | None, float]:
     """The file whose sound joins the result, and where in it to begin: only the driver's own is skipped along."""
     if options.audio == "driver":
-        return (None if driver.name.endswith(".npz") else driver), options.start
+        return (None if holds_motion(driver) else driver), options.start
     return (None if options.audio == "none" else Path(options.audio)), 0.0
 
 

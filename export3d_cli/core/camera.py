@@ -87,7 +87,8 @@ def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
 def rotation_log(rotation: np.ndarray) -> np.ndarray:
     """Rotations (..., 3, 3) by less than half a turn -> rotation vectors (..., 3), axis times radians."""
     r = np.asarray(rotation, dtype=np.float64)
-    axis = np.stack([r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], axis=-1) / 2
+    odd = (r - np.swapaxes(r, -1, -2)) / 2
+    axis = np.stack([odd[..., 2, 1], odd[..., 0, 2], odd[..., 1, 0]], axis=-1)
     sine = np.linalg.norm(axis, axis=-1, keepdims=True)
     angle = np.arctan2(sine, (np.trace(r, axis1=-2, axis2=-1)[..., None] - 1) / 2)
     vector: np.ndarray = axis * np.divide(angle, sine, out=np.ones_like(sine), where=sine > 1e-9)

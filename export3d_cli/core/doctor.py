@@ -141,8 +141,8 @@ def _tracker() -> Iterator[Finding]:
     from export3d_cli.core.weights import example, resolve
 
     found = any(Tracker(resolve("face_landmarker")).follow([read_image(example("source.jpg"))] * 2))
-    what = f"{_version('ai-edge-litert')}, " + ("tracks the example's face" if found else "finds no face in the example")
-    yield Finding("litert", found, what, "" if found else _REINSTALL)
+    does = "tracks the example's face" if found else "finds no face in the example"
+    yield Finding("litert", found, f"{_version('ai-edge-litert')}, {does}", "" if found else _REINSTALL)
 
 
 def _hub() -> Iterator[Finding]:

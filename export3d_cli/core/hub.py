@@ -56,19 +56,28 @@ def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> P
         force: download it again even if it is cached.
     """
     import huggingface_hub
+    from huggingface_hub import constants
 
+    cache = constants.HF_HUB_CACHE
     for attempt in range(1, TRIES + 1):
         try:
-            path = Path(
-                huggingface_hub.hf_hub_download(
-                    name.repo, name.file, revision=name.revision, force_download=force, endpoint=_endpoint(),
-                )
-            )  # fmt: skip
+            cached = huggingface_hub.try_to_load_from_cache(name.repo, name.file, cache, revision=name.revision)
+            if not isinstance(cached, str):
+                _reach(name)
+            fetched = huggingface_hub.hf_hub_download(
+                name.repo,
+                name.file,
+                revision=name.revision,
+                cache_dir=cache,
+                force_download=force,
+                endpoint=_endpoint(),
+            )
             break
         except Exception as error:  # the library's errors, and those of its HTTP client, differ between its versions
             if attempt == TRIES or not _may_pass(error):
                 raise WeightsError(_explain(error, name)) from error
             time.sleep(PAUSE * 2 ** (attempt - 1))
+    path = Path(fetched)
     stored = path.resolve()
     found = digest(path)
     if re.fullmatch(r"[0-9a-f]{64}", stored.name) and found != stored.name:  # large files are kept under their sha256
@@ -79,6 +88,14 @@ def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> P
         where = name.at(commit_of(path))
         raise WeightsError(f"{where} has sha256 {found[:12]}..., not the {sha256[:12]}... listed for it: do not use it")
     return path
+
+
+def _reach(name: HubFile) -> None:
+    """Fail at once where the hub cannot be reached: a download would first try for half a minute."""
+    import huggingface_hub
+
+    url = huggingface_hub.hf_hub_url(name.repo, name.file, revision=name.revision, endpoint=_endpoint())
+    huggingface_hub.get_hf_file_metadata(url, timeout=10)
 
 
 def commit_of(path: Path) -> str:
@@ -165,15 +182,17 @@ def _explain(error: BaseException, name: HubFile, verb: str = "fetch") -> str:
         return f"the hub refuses to {verb} {name} ({status}): {why}; {sign_in}, {again}"
     for kind, what in (
         ("RevisionNotFoundError", f"the repository has no revision {name.revision!r}"),
-        ("RemoteEntryNotFoundError", f"the repository has no file {name.file!r}"),
+        ("EntryNotFoundError", f"the repository has no file {name.file!r}"),
         ("RepositoryNotFoundError", "there is no such repository"),
     ):
-        if kind in kinds:
-            return f"cannot {verb} {name}: {what} ({status}); see {_endpoint() or 'https://huggingface.co'}/{name.repo}"
+        if kind in kinds and status == 404:
+            return f"cannot {verb} {name}: {what} ({status}); check the name"
     if status is not None and status >= 500:
         return f"cannot {verb} {name}: the hub answered {status}; later, {again}"
-    if "LocalEntryNotFoundError" in kinds:
-        return f"{name} is not on this machine and the hub cannot be reached: where there is a network, {again}"
+    if kinds & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
+        where = _without_secrets(_endpoint() or "https://huggingface.co")
+        lacking = f"{name} is not on this machine and" if verb == "fetch" else f"cannot upload {name}:"
+        return f"{lacking} {where} cannot be reached: where there is a network, {again}"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"cannot {verb} {name} ({_without_secrets(first)}): {again}"
 

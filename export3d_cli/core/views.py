@@ -86,7 +86,7 @@ def novel_view(
     frames = _counted(animator.view(cameras, beta=beta, depth=options.depth), len(cameras), progress)
     if not picture:
         return _video(animator, frames, len(cameras), out, options.fps, options.crf, began)
-    labels = []
+    labels: list[str] = []
     if options.grid:
         angles = [Camera.from_vector(camera).angles() for camera in cameras]
         labels = [f"{yaw:+.0f} {pitch:+.0f}" for yaw, pitch, _ in angles]  # yaw and pitch
@@ -109,9 +109,9 @@ def edit_basis(
     if picture and not options.grid and options.frames > 1:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
     animator.set_source(read_image(source), name=str(source))
-    labels = []
+    labels: list[str] = []
     if options.grid:
-        rows, labels = [], []
+        rows = []
         for v, (first, last) in options.edits:
             for value in np.linspace(first, last, GRID_VALUES):
                 rows.append(value * np.eye(n)[v - 1])

@@ -123,7 +123,12 @@ def info(name: str | Path | None = None) -> WeightsInfo:
     """Config, training record, licence and size, from the header of a weights file."""
     path = resolve(name)
     listed = next((e for e in manifest().values() if e.path == path), None)
-    facts = {"path": path, "size": path.stat().st_size, "sha256": digest(path), "revision": commit_of(path)}
+    facts: dict[str, Any] = {
+        "path": path,
+        "size": path.stat().st_size,
+        "sha256": digest(path),
+        "revision": commit_of(path),
+    }
     if listed and path.suffix != ".safetensors":
         return WeightsInfo(**facts, licence=listed.licence, parameters=None, config={}, record={})
     header = _header(path)

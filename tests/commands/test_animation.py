@@ -115,3 +115,37 @@ def test_a_basis_vector_that_does_not_exist_is_2(tiny, tmp_path):
     result = run("edit-basis", "--v", "99", "--scale", "1:2", "--weights", tiny, "-o", tmp_path / "x.mp4")
     assert result.exit_code == 2
     assert "99" in result.stderr
+
+
+def test_several_sources_and_a_failure_is_1(tiny, tmp_path):
+    write_image(tmp_path / "wall.png", np.full((200, 200, 3), 128, np.uint8))
+    files = [example("source.jpg"), tmp_path / "wall.png", example("drive.mp4")]
+    options = ["--weights", tiny, "--device", "cpu", "--max-frames", "2", "--audio", "none"]
+    result = run("reenact", *files, "-o", tmp_path / "{src}-{drive}.mp4", *options)
+    assert result.exit_code == 1
+    assert "failed: " in result.stderr
+    assert "wall.png" in result.stderr
+    assert (tmp_path / "source-drive.mp4").exists()
+    assert run("reenact", *files, "-o", tmp_path / "one.mp4", *options).exit_code == 2
+    again = run("reenact", files[0], files[0], files[2], "-o", tmp_path / "{drive}.mp4", *options)
+    assert again.exit_code == 2
+
+
+def test_controls_and_dry_run(tiny, tmp_path):
+    controls = ["--drive", "pose", "--pose", "relative", "--pose-scale", "1.5", "--smooth", "strong", "--seed", "3"]
+    out = tmp_path / "{src}.mp4"
+    told = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
+    assert told.exit_code == 0, told.output
+    plan = json.loads(told.stdout)
+    assert (plan["frames"], plan["size"], plan["sources"][0]["exists"]) == (3, [64, 64], False)
+    assert list(tmp_path.iterdir()) == []
+    assert "face at" in reenact(tiny, out, "--max-frames", "3", "--dry-run").stderr
+    relative = ["--relative-expression", "--reference-frame", "1", "--face", "index:0"]
+    assert reenact(tiny, out, "--max-frames", "3", *controls, *relative).exit_code == 0
+    assert len(list(VideoReader(tmp_path / "source.mp4"))) == 3
+    for bad in (["--drive", "hair"], ["--face", "index:-1"], ["--smooth", "much"], ["--pose-scale", "nan"]):
+        result = reenact(tiny, tmp_path / "no.mp4", *bad)
+        assert result.exit_code == 2, bad
+    late = [*relative, "--reference-frame", "3", "--max-frames", "3"]
+    assert reenact(tiny, tmp_path / "no.mp4", *late).exit_code == 2
+    assert not (tmp_path / "no.mp4").exists()

@@ -12,13 +12,14 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.camera import head_pose, rotation_from_angles, with_head_pose
+from export3d_cli.core.camera import head_pose, rotation_exp, with_head_pose
 from export3d_cli.core.errors import InputError, WeightsError
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.motion import MEASURES, Motion
@@ -26,7 +27,9 @@ from export3d_cli.core.files import write_atomic
 
 ANGLES = ("HeadYaw", "HeadPitch", "HeadRoll")
 RIDGE = 1e-4  # of the fit, against coefficients that never moved
-MAX_ROWS = 2_000_000  # nine hours at 60 frames a second
+MAX_BYTES = 2**30  # about eight hours at 60 frames a second
+MAX_GAP = 60  # seconds between two rows
+MAX_RATE = 1000  # rows a second
 _TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
 _CLOCKS = (24, 25, 30, 48, 50, 60, 100, 120)  # frames that a timecode counts a second
 _RATES = [Fraction(n) for n in _CLOCKS] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
@@ -41,35 +44,29 @@ def read_csv(path: Path, measures: Path, camera: np.ndarray) -> Motion:
         camera: (25,), seen from as far away as it sees the head, and where in the image; without head angles in the
             CSV, from as it does.
     """
-    columns, rows = _read(path)
-    missing = [name for name in ARKIT_NAMES if name.lower() not in columns and name != "tongueOut"]
-    if missing:
-        raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
-    values = _numbers(path, columns, rows, [n for n in (*ARKIT_NAMES, *ANGLES) if n.lower() in columns])
-    zeros = np.zeros(len(rows))
+    values, timecodes = _read(path)
+    count = len(timecodes)
+    zeros = np.zeros(count)
     shapes = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
-    cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], len(rows), axis=0)
+    cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], count, axis=0)
     if all(name in values for name in ANGLES):
         angles = np.stack([values[name] for name in ANGLES], axis=1)
         if np.abs(angles).max() > 2 * np.pi:
             raise InputError(f"{path} has a head angle of {np.abs(angles).max():.3g}: they must be in radians")
-        rotation = np.stack([head_rotation(*row) for row in angles])
-        cameras = with_head_pose(cameras, rotation, head_pose(cameras)[1])
-    seconds, clock = _seconds(path, columns, rows)
+        cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
+    seconds, clock = _seconds(path, timecodes)
     fps, chosen = constant_rate(seconds, clock)
     slope, offset = _load_measures(measures)
     beta = np.concatenate([shapes, shapes @ slope + offset], axis=1).astype(np.float32)[chosen]
     found = np.ones(len(chosen), dtype=bool)
-    return Motion(
-        beta, cameras[chosen], np.zeros((len(chosen), 0, 3), np.float32), found, fps, (0.0, 0.0, 1.0), (1, 1)
-    )
+    return Motion(beta, cameras[chosen], np.zeros((len(chosen), 0, 3), np.float32), found, fps, (0.0, 0.0, 1.0), (1, 1))
 
 
-def head_rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Live Link's angles in radians -> head-to-camera rotation (3, 3)."""
-    y, p, r = np.degrees([yaw, pitch, roll])
-    turn, nod, tilt = rotation_from_angles(y, 0, 0), rotation_from_angles(0, -p, 0), rotation_from_angles(0, 0, -r)
-    return turn @ nod @ tilt
+def head_rotations(angles: np.ndarray) -> np.ndarray:
+    """Live Link's yaw, pitch, roll in radians (T, 3) -> head-to-camera rotations (T, 3, 3)."""
+    x, y, z = np.eye(3)
+    yaw, pitch, roll = angles.T[..., None]
+    return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)  # type: ignore[no-any-return]
 
 
 def constant_rate(seconds: np.ndarray, clock: int) -> tuple[Fraction, np.ndarray]:
@@ -129,51 +126,57 @@ def _load_measures(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return slope, offset
 
 
-def _read(path: Path) -> tuple[dict[str, int], list[list[str]]]:
-    """Column of each name, in small letters, and the rows."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Numbers of each column that is used, by its name in `ARKIT_NAMES` or `ANGLES`, and the timecodes (T, 4)."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} has more than {MAX_BYTES >> 20} MB: cut it")
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file)
-            header = next(lines, [])
-            rows = []
-            for row in lines:
-                if any(cell.strip() for cell in row):
-                    rows.append(row)
-                if len(rows) > MAX_ROWS:
-                    raise InputError(f"{path} has more than {MAX_ROWS} rows: cut it")
+            return _parse(path, csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV ({error}): export it from Live Link Face") from error
-    if not rows:
-        raise InputError(f"{path} has no rows of numbers: export it from Live Link Face")
-    for number, row in enumerate(rows, start=2):
+
+
+def _parse(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Row by row, so that only numbers stay in memory."""
+    header = [name.strip().lower().replace("_", "") for name in next(lines, [])]
+    columns = [(name, header.index(name.lower())) for name in (*ARKIT_NAMES, *ANGLES) if name.lower() in header]
+    values, times = array("d"), array("d")
+    for number, row in enumerate(lines, start=2):
+        if not any(cell.strip() for cell in row):
+            continue
+        if number == 2:
+            _check_names(path, header)
         if len(row) < len(header):
             raise InputError(f"{path} has {len(row)} values in row {number}, not {len(header)}: export it again")
-    return {name.strip().lower().replace("_", ""): k for k, name in enumerate(header)}, rows
-
-
-def _numbers(path: Path, columns: dict[str, int], rows: list[list[str]], names: list[str]) -> dict[str, np.ndarray]:
-    values = {}
-    for name in names:
-        at = columns[name.lower()]
-        try:
-            values[name] = np.array([float(row[at]) for row in rows])
-        except ValueError as error:
-            raise InputError(f"{path} has a {name} that is no number ({error}): export it again") from error
-        if not np.isfinite(values[name]).all():
-            raise InputError(f"{path} has a {name} that is not finite: export it again")
-    return values
-
-
-def _seconds(path: Path, columns: dict[str, int], rows: list[list[str]]) -> tuple[np.ndarray, int]:
-    """Time of each row in seconds, and how many frames the timecode counts a second."""
-    if "timecode" not in columns:
-        raise InputError(f"{path} lacks the column Timecode, which tells its rate: export it from Live Link Face")
-    parts = np.zeros((len(rows), 4))
-    for k, row in enumerate(rows):
-        match = _TIMECODE.fullmatch(row[columns["timecode"]].strip())
+        for name, at in columns:
+            try:
+                values.append(float(row[at]))
+            except ValueError as error:
+                raise InputError(f"{path} has a {name} of {row[at]!r} in row {number}: export it again") from error
+        code = row[header.index("timecode")].strip()
+        match = _TIMECODE.fullmatch(code)
         if not match:
-            raise InputError(f"{path} has the timecode {row[columns['timecode']]!r}: expected HH:MM:SS:FF.fff")
-        parts[k] = [float(text) for text in match.groups()]
+            raise InputError(f"{path} has the timecode {code!r} in row {number}: expected HH:MM:SS:FF.fff")
+        times.extend(float(text) for text in match.groups())
+    if not times:
+        raise InputError(f"{path} has no rows of numbers: export it from Live Link Face")
+    table = np.array(values).reshape(-1, len(columns))
+    if not np.isfinite(table).all():
+        raise InputError(f"{path} holds numbers that are not finite: export it again")
+    return {name: table[:, k] for k, (name, _) in enumerate(columns)}, np.array(times).reshape(-1, 4)
+
+
+def _check_names(path: Path, header: list[str]) -> None:
+    missing = [name for name in ARKIT_NAMES if name.lower() not in header and name != "tongueOut"]
+    if missing:
+        raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
+    if "timecode" not in header:
+        raise InputError(f"{path} lacks the column Timecode, which tells its rate: export it from Live Link Face")
+
+
+def _seconds(path: Path, parts: np.ndarray) -> tuple[np.ndarray, int]:
+    """Timecodes (T, 4) -> the time of each row in seconds, and how many frames the timecode counts a second."""
     whole, frames = parts[:, :3] @ [3600, 60, 1], parts[:, 3]
     clock = 120 if frames.max() >= 60 else 60  # Live Link Face counts 60
     over = np.flatnonzero(np.diff(whole) == 1)  # rows before a full second
@@ -183,9 +186,13 @@ def _seconds(path: Path, columns: dict[str, int], rows: list[list[str]]) -> tupl
         clock = min(_CLOCKS, key=lambda n: abs(n - full))
     seconds = whole + frames / clock
     seconds += 86400 * np.cumsum(np.diff(seconds, prepend=seconds[0]) < -43200)  # past midnight
-    if (np.diff(seconds) <= 0).any():
-        row = int(np.flatnonzero(np.diff(seconds) <= 0)[0]) + 3
-        raise InputError(f"{path} has a timecode in row {row} that is not later than the one before: export it again")
+    steps = np.diff(seconds)
+    if len(steps) and steps.min() <= 0:
+        raise InputError(f"{path} goes back in time, or stands, at row {int(steps.argmin()) + 3}: give one take")
+    if len(steps) and steps.max() > MAX_GAP:
+        raise InputError(f"{path} has a gap of {steps.max():.0f} s before row {int(steps.argmax()) + 3}: give one take")
+    if len(steps) and np.median(steps) < 1 / MAX_RATE:
+        raise InputError(f"{path} has more than {MAX_RATE} rows a second: export it again")
     return seconds, clock
 
 

@@ -153,6 +153,10 @@ class Landmarker:
         self._tracked_size = image.shape[:2]
         return face
 
+    def follow(self, face: Face, image: np.ndarray) -> None:
+        """Let `track` look for this face of `image` from now on."""
+        self._roi, self._tracked_size = _roi_of_landmarks(face.landmarks), image.shape[:2]
+
     def reset(self) -> None:
         """Forget the tracked face; call it between two videos."""
         self._roi = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import pytest
 
 from export3d_cli.core.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smooth import MotionFilter
+from export3d_cli.core.face.smooth import MotionFilter, Smooth
 
 NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # what the tracker's own comes to
 FPS = Fraction(25)
@@ -64,7 +66,7 @@ def lag(out: np.ndarray, truth: np.ndarray) -> float:
     return float(shifts[np.argmin(error)])
 
 
-def measure(smooth: str, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
+def measure(smooth: Smooth, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
     """Jitter of a still face, as a share of the unfiltered, and lag in frames of a speaking one; per signal."""
     t = np.arange(round(20 * fps)) / float(fps)
     still = noisy(Track(*(np.repeat(x[:1], len(t), axis=0) for x in speaking(t))))
@@ -84,18 +86,31 @@ def measure(smooth: str, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize(
     ("smooth", "most_jitter", "most_lag"), [("off", 1.001, 0.01), ("light", 0.5, 0.99), ("strong", 0.3, 2.5)]
 )
-def test_jitter_falls_and_lag_stays_small(smooth: str, most_jitter: float, most_lag: float) -> None:
+def test_jitter_falls_and_lag_stays_small(smooth: Smooth, most_jitter: float, most_lag: float) -> None:
     for name, (left, late) in measure(smooth).items():
         assert left <= most_jitter, f"{name} keeps {left:.2f} of its jitter"
         assert late <= most_lag, f"{name} comes {late:.2f} frames late"
 
 
 @pytest.mark.parametrize("smooth", ["light", "strong"])
-def test_what_stands_still_stays_to_the_bit(smooth: str) -> None:
+def test_what_stands_still_stays_to_the_bit(smooth: Smooth) -> None:
     one = speaking(np.array([0.3]))
     motion = MotionFilter(smooth, FPS)(motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one))))
     np.testing.assert_array_equal(motion.beta, motion.beta[:1].repeat(50, axis=0))
     np.testing.assert_array_equal(motion.camera, motion.camera[:1].repeat(50, axis=0))
+
+
+def test_a_long_driver_takes_no_more_memory_than_a_short_one() -> None:
+    part = motion_of(noisy(speaking(np.arange(8) / 25)))
+    smoothed = MotionFilter("light", FPS)
+    smoothed(part)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(100):
+        smoothed(part)
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert after - before < 10_000
 
 
 def test_parts_and_frames_without_a_face() -> None:
@@ -106,7 +121,7 @@ def test_parts_and_frames_without_a_face() -> None:
     expected = at_once(whole)
     cut = [[0, 7], [7, 8], [8, 30]]
     got = [
-        parts(Motion(whole.beta[a:b], whole.camera[a:b], whole.landmarks[a:b], whole.found[a:b], FPS, whole.crop, (1, 1)))
+        parts(replace(whole, **{k: getattr(whole, k)[a:b] for k in ("beta", "camera", "landmarks", "found")}))
         for a, b in cut
     ]
     np.testing.assert_array_equal(np.concatenate([m.beta for m in got]), expected.beta)

@@ -1,0 +1,62 @@
+"""What `export3d` alone says: the commands in a line each, in the order of use; and two examples for each --help."""
+
+from __future__ import annotations
+
+import click
+
+COMMANDS = {
+    "reenact": "animate a portrait by a video",
+    "novel-view": "turn a portrait; --grid, --depth",
+    "edit-basis": "change an expression; --grid, --describe",
+    "preprocess": "track faces: a motion file, or a training data set",
+    "train": "train a model on data sets; resumes",
+    "evaluate": "score weights on a data set",
+    "weights": "list, download, verify, look at, upload weights",
+    "bench": "how fast is this machine, stage by stage",
+    "doctor": "is everything there, and does it work",
+}
+EXAMPLES: dict[str, tuple[str, str]] = {
+    "reenact": ("reenact src.jpg drive.mp4 -o out.mp4", "reenact src.jpg drive.mp4 -o out.mp4 --compare --duration 5"),
+    "novel-view": ("novel-view --yaw -30:30", "novel-view src.jpg --yaw -30:30 --grid -o views.png"),
+    "edit-basis": (
+        "edit-basis --v 4 --scale 1:10",
+        "edit-basis src.jpg --v 1 --scale -3:3 --v 4 --scale 0:2 -o out.mp4",
+    ),
+    "preprocess": ("preprocess drive.mp4 -o drive.motion.npz", "preprocess videos -o data"),
+    "train": ("train --config config.yaml", "train --config config.yaml batch=4 loss.l1=1 --dry-run"),
+    "evaluate": ("evaluate data", "evaluate data --cross --pairs 10 -o scores"),
+    "weights": ("weights list", "weights download hf:owner/repo@v1.0"),
+    "weights list": ("weights list", "weights list --json"),
+    "weights download": ("weights download hf:owner/repo", "weights download hf:owner/repo@v1.0:small.safetensors"),
+    "weights verify": ("weights verify", "weights verify face_landmarker"),
+    "weights info": ("weights info", "weights info my.safetensors --json"),
+    "weights push": (
+        "weights push my.safetensors hf:owner/repo --dry-run",
+        "weights push my.safetensors hf:owner/repo",
+    ),
+    "bench": ("bench", "bench --device cpu --threads 4 --frames 60 --json"),
+    "doctor": ("doctor", "doctor --json"),
+}
+OVERVIEW = """export3d animates a portrait: one photo, and a video that drives it.
+
+Start here
+  export3d reenact src.jpg drive.mp4 -o out.mp4    the photo moves as the video does
+  export3d novel-view --yaw -30:30                 turn the bundled portrait, or name a photo of your own
+  export3d edit-basis --v 4 --scale 1:10           move one coefficient of its expression
+  export3d doctor                                  is everything there, and does it work?
+
+Commands
+{commands}
+
+`export3d COMMAND --help` shows every option with its unit and default, and two examples.
+""".format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items()))
+
+
+def add_examples(command: click.Command, name: str) -> None:
+    """End the help of a command, and of those below it, with its examples."""
+    command.short_help = COMMANDS.get(name, command.short_help)
+    if name in EXAMPLES:
+        command.epilog = "\b\nExamples:\n" + "\n".join(f"  export3d {line}" for line in EXAMPLES[name])
+    if isinstance(command, click.Group):
+        for below, part in command.commands.items():
+            add_examples(part, f"{name} {below}")

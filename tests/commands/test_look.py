@@ -1,0 +1,154 @@
+"""Commands that look instead of animating: pictures and sheets, basis descriptions, doctor, bench."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from export3d_cli.core import doctor, weights
+from export3d_cli.core.checkpoint import save_weights
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.errors import MediaError
+from export3d_cli.core.face.mesh import canonical_face, flow_triangles
+from export3d_cli.core.face.motion import BETA_NAMES
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.video import SYNTHETIC, VideoReader
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.weights import example
+from export3d_cli.main import cli
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Untrained, but lambda_3 depends on jawOpen alone and b_3 moves the lips alone, 0.01 to the right."""
+    torch.manual_seed(0)
+    model = Export3D(PRESETS["tiny"])
+    with torch.no_grad():
+        lebs = model.expression
+        lebs.fc1.weight[5] = 0
+        lebs.fc1.weight[5, BETA_NAMES.index("jawOpen")] = 2.0
+        lebs.fc1.bias[5] = 100  # on the straight side of the leaky ReLU
+        lebs.fc2.weight[2] = 0
+        lebs.fc2.weight[2, 5] = -1.5
+        lebs.beta_std.fill_(0.25)
+        bundle = weights.weights_dir() / "face_landmarker.task"
+        model.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical_face(bundle))))
+        model.flow.basis[2, [13, 14], 0] = 0.01
+    for parameter in model.parameters():
+        if not parameter.any():  # what starts at 0 would show nothing
+            torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, model.state_dict(), PRESETS["tiny"], {})
+    return path
+
+
+def run(*args):
+    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def look(tiny, *args):
+    return run(*args, "--weights", tiny, "--device", "cpu")
+
+
+def test_one_angle_is_a_marked_picture(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert look(tiny, "novel-view", "--yaw", "20").exit_code == 0
+    assert look(tiny, "novel-view", "--frames", "1", "-o", "one.jpg").exit_code == 0
+    for name in ("novel_view.png", "one.jpg"):
+        assert read_image(Path(name)).shape == (64, 64, 3)
+        assert SYNTHETIC.encode() in Path(name).read_bytes()[:200]
+    many = look(tiny, "novel-view", "-o", "many.png")
+    assert many.exit_code == 2
+    assert "--grid" in many.stderr
+    assert look(tiny, "novel-view", "--grid", "-o", "grid.mp4").exit_code == 2
+
+
+def test_sheets_hold_the_sweep_and_every_basis_vector(tiny, tmp_path):
+    views, basis = tmp_path / "views.png", tmp_path / "basis.png"
+    assert look(tiny, "novel-view", "--grid", "--frames", "7", "-o", views).exit_code == 0
+    assert read_image(views).shape == (3 * 64, 3 * 64, 3)
+    assert look(tiny, "edit-basis", "--grid", "--v", "3", "--v", "1", "--scale", "-50:50", "-o", basis).exit_code == 0
+    sheet = read_image(basis).astype(int)
+    assert sheet.shape == (2 * 64, 5 * 64, 3)
+    top = [sheet[:48, k * 64 : (k + 1) * 64] for k in range(5)]  # without the labels
+    assert np.abs(top[0] - top[4]).max() > 5
+    assert look(tiny, "edit-basis", "--grid", "--v", "3", "--v", "1", "-o", basis, "--overwrite").exit_code == 0
+
+
+def test_depth_and_a_driver_s_expression(tiny, tmp_path):
+    for name, args in (
+        ("depth.mp4", ["--depth"]),
+        ("driven.mp4", ["--drive", example("drive.mp4")]),
+        ("image.mp4", ["--drive", example("source.jpg")]),
+    ):
+        result = look(tiny, "novel-view", "--frames", "3", "-o", tmp_path / name, *args)
+        assert result.exit_code == 0, result.output
+        assert len(list(VideoReader(tmp_path / name))) == 3
+
+
+def test_edit_basis_takes_negative_ranges_and_needs_something_to_do(tiny, tmp_path):
+    out = tmp_path / "out.mp4"
+    several = ["--v", "1", "--scale", "-3:-1", "--v", "2", "--scale", "2:-2"]
+    assert look(tiny, "edit-basis", *several, "--frames", "2", "-o", out).exit_code == 0
+    for args in ([], ["--v", "1"], ["--scale", "1:2"]):
+        result = look(tiny, "edit-basis", *args)
+        assert result.exit_code == 2
+        assert "Missing option" in result.stderr
+
+
+def test_describe_names_what_moves_a_vector_and_what_it_moves(tiny):
+    result = look(tiny, "edit-basis", "--describe", "--json")
+    assert result.exit_code == 0, result.output
+    vectors = json.loads(result.stdout)["vectors"]
+    assert [vector["v"] for vector in vectors] == list(range(1, 11))
+    third = vectors[2]
+    assert next(iter(third["moved_by"])) == "jawOpen"
+    assert third["moved_by"]["jawOpen"] == pytest.approx(-1.5 * 2.0, abs=1e-3)
+    assert third["moves"]["lips"] == pytest.approx(2 / 40 * 0.01 * 4.2647 / 2.7 * 256, rel=1e-2)
+    assert third["moves"]["brows"] == 0
+    assert "v3: jawOpen -3.00" in look(tiny, "edit-basis", "--describe").stdout
+
+
+def test_doctor_is_content_here(tiny):
+    result = run("doctor", "--weights", tiny, "--json")
+    told = json.loads(result.stdout)
+    assert told["ok"] is all(finding["ok"] for finding in told["findings"])
+    assert result.exit_code == (0 if told["ok"] else 1)
+    good = {finding["what"] for finding in told["findings"] if finding["ok"]}
+    assert {"python", "torch", "cv2", "ffmpeg", "litert", f"header of {tiny}"} <= good
+
+
+def test_doctor_says_what_to_do(tiny, tmp_path, monkeypatch):
+    def broken():
+        raise MediaError("no ffmpeg found: bring one")
+
+    monkeypatch.setattr("export3d_cli.core.media.probe.ffmpeg", broken)
+    monkeypatch.setattr(doctor, "_tracker", lambda: 1 / 0)
+    (tmp_path / "manifest.yaml").write_text("weights: []")
+    monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
+    result = run("doctor")
+    assert result.exit_code == 1
+    lines = [line for line in result.stdout.splitlines() if line.startswith("BAD")]
+    assert "BAD  ffmpeg: no ffmpeg found -> bring one" in lines
+    assert any("weights export3d-compact" in line and "--weights" in line for line in lines)
+    assert any("litert: ZeroDivisionError" in line and "pip install" in line for line in lines)
+
+
+def test_bench_tells_every_stage_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = look(tiny, "bench", "--frames", "3", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert list(told["stages"]) == [
+        "decode", "track", "encode source", "lambda", "tri-plane", "render", "flow", "super-resolution", "convert",
+        "encode video",
+    ]  # fmt: skip
+    for stage in told["stages"].values():
+        assert 0 <= stage["low"] <= stage["median"] <= stage["high"]
+    assert told["frames"] == 3
+    assert told["fps"] > 0
+    assert told["peak_memory"] > 2**24
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,153 @@
+"""CSVs of Live Link Face: names, rate, signs, and what cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.camera import Camera
+from export3d_cli.core.errors import InputError, WeightsError
+from export3d_cli.core.face.arkit import constant_rate, fit_measures, read_csv, save_measures
+from export3d_cli.core.face.landmarker import ARKIT_NAMES
+from export3d_cli.core.face.motion import BETA_NAMES, MEASURES, Motion
+from export3d_cli.core.weights import resolve
+
+EYES = ("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll")
+COLUMNS = [name[0].upper() + name[1:] for name in reversed(ARKIT_NAMES)] + ["HeadYaw", "HeadPitch", "HeadRoll", *EYES]
+CAMERA = Camera.orbit(20, 5, radius=3.1).vector()
+Write = Callable[..., Path]
+
+
+def timecode(seconds: float, clock: int = 60) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}:{(seconds - whole) * clock:06.3f}"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """A CSV of `rows`, values by column name, the others 0, at `rate` frames a second."""
+
+    def make(
+        rows: list[dict[str, float]], rate: Fraction = Fraction(60000, 1001), begin: float = 36000.4,
+        columns: list[str] = COLUMNS,
+    ) -> Path:  # fmt: skip
+        lines = [",".join(["Timecode", "BlendshapeCount", *columns])]
+        for k, row in enumerate(rows):
+            lines.append(",".join([timecode(begin + k / float(rate)), "61", *(str(row.get(c, 0)) for c in columns)]))
+        path = tmp_path / "take.csv"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return make
+
+
+def read(path: Path) -> Motion:
+    return read_csv(path, resolve("arkit_measures"), CAMERA)
+
+
+def test_coefficients_go_by_name_and_measures_follow(write: Write) -> None:
+    motion = read(write([{}, {"JawOpen": 0.8}, {"EyeBlinkLeft": 1.0, "EyeBlinkRight": 0.9}, {"EyeLookOutLeft": 0.7}]))
+    assert motion.beta.shape == (4, 64)
+    beta = dict(zip(BETA_NAMES, motion.beta.T, strict=True))
+    np.testing.assert_allclose(beta["jawOpen"], [0, 0.8, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(beta["eyeBlinkRight"], [0, 0, 0.9, 0], atol=1e-6)
+    assert beta["lipGapCentre"][1] > beta["lipGapCentre"][0] + 0.1  # in distances between the eyes
+    assert beta["eyeOpeningLeft"][2] < 0.5 * beta["eyeOpeningLeft"][0]
+    assert beta["irisXLeft"][3] > beta["irisXLeft"][0] + 0.02  # the face's left is the image's right
+
+
+@pytest.mark.parametrize(
+    "rate", [Fraction(60000, 1001), Fraction(60), Fraction(30), Fraction(30000, 1001), Fraction(24)]
+)
+def test_the_rate_comes_from_the_timecodes(write: Write, rate: Fraction) -> None:
+    rows = [{"JawOpen": k / 100} for k in range(100)]
+    motion = read(write(rows, rate, begin=86399.2))  # past midnight
+    assert (motion.fps, len(motion)) == (rate, 100)
+    np.testing.assert_allclose(motion.beta[:, ARKIT_NAMES.index("jawOpen")], np.arange(100) / 100, atol=1e-6)
+
+
+def test_lost_frames_keep_their_time() -> None:
+    kept = np.delete(np.arange(200), [50, 51, 52, 120])
+    fps, rows = constant_rate(kept / 60, 60)
+    assert (fps, len(rows)) == (60, 200)
+    assert np.abs(kept[rows] - np.arange(200)).max() <= 2
+    assert constant_rate(np.zeros(1), 60)[0] == 60
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [("HeadYaw", (20, 0, 0)), ("HeadPitch", (0, -20, 0)), ("HeadRoll", (0, 0, -20))],  # left, down, counter-clockwise
+)
+def test_head_angles_turn_the_camera_at_the_source_s_distance(
+    write: Write, column: str, expected: tuple[float, float, float]
+) -> None:
+    camera = Camera.from_vector(read(write([{}, {column: np.radians(20)}])).camera[1])
+    np.testing.assert_allclose(camera.angles(), expected, atol=1e-3)
+    assert np.linalg.norm(camera.cam2world[:3, 3]) == pytest.approx(3.1, abs=1e-5)
+    # the nose tip, in front of the head's centre, moves to the image's right, down, or not at all
+    nose = camera.project(np.array([[0.0, 0.0, -0.2]]))[0] - camera.project(np.zeros((1, 3)))[0]
+    assert [int(v) for v in np.sign(nose.round(3))] == {"HeadYaw": [1, 0], "HeadPitch": [0, 1], "HeadRoll": [0, 0]}[
+        column
+    ]
+
+
+def test_without_head_angles_the_source_s_camera_stays(write: Write) -> None:
+    motion = read(write([{}, {}], columns=COLUMNS[:52]))
+    np.testing.assert_array_equal(motion.camera, np.stack([CAMERA, CAMERA]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: "", "no rows"),
+        (lambda text: text.splitlines()[0], "no rows"),
+        (lambda text: text.replace("JawOpen", "Jaw"), "lacks the column jawOpen"),
+        (lambda text: text.replace("Timecode", "Time"), "Timecode"),
+        (lambda text: text.replace("10:00:00:24", "ten o'clock"), "ten o'clock"),
+        (lambda text: text.replace(",61,0,", ",61,much,"), "much"),
+        (lambda text: text.replace(",61,0,", ",61,nan,"), "not finite"),
+        (lambda text: text.replace(",0,0,0,0,0,0,0,0,0\n", ",60,0,0,0,0,0,0,0,0\n"), "radians"),
+        (lambda text: text[:-30], "values in row 4"),
+        (lambda text: text + text.splitlines()[3].replace("10:00:", "10:09:") + "\n", "gap of 540 s before row 5"),
+        (lambda text: text + text.splitlines()[1] + "\n", "at row 5"),
+        (lambda text: "\0\x01", "no rows|cannot be read"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(write: Write, change: Callable[[str], str], words: str) -> None:
+    path = write([{}, {}, {}], rate=Fraction(60), begin=36000.4)
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(InputError, match=words) as caught:
+        read(path)
+    assert "take.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fit_finds_the_map_within_faces_that_differ(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    slope = rng.standard_normal((52, 12)) * 0.1
+    motions = []
+    for _ in range(20):
+        shapes = rng.random((60, 52))
+        own = 0.3 * rng.standard_normal(12)  # a wide mouth, narrow eyes
+        beta = np.concatenate([shapes, shapes @ slope + own + 1.0], axis=1).astype(np.float32)
+        cameras = np.repeat(CAMERA[None], 60, axis=0)
+        motions.append(Motion(beta, cameras, np.zeros((60, 0, 3)), np.ones(60, bool), Fraction(25), (0, 0, 1), (1, 1)))
+    found, offset = fit_measures(motions)
+    np.testing.assert_allclose(found, slope, atol=2e-3)
+    assert offset.shape == (len(MEASURES),)
+    np.testing.assert_allclose(offset, 1.0, atol=0.3)
+    save_measures(tmp_path / "m.npz", found, offset)
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    with pytest.raises(WeightsError, match=r"bad\.npz"):
+        read_csv(_minimal(tmp_path), tmp_path / "bad.npz", CAMERA)
+    assert len(read_csv(_minimal(tmp_path), tmp_path / "m.npz", CAMERA)) == 1
+
+
+def _minimal(folder: Path) -> Path:
+    path = folder / "one.csv"
+    path.write_text(f"Timecode,{','.join(ARKIT_NAMES)}\n00:00:00:01,{','.join(['0.1'] * 52)}\n", encoding="utf-8")
+    return path
