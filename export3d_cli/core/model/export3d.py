@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import render
-from export3d_cli.core.model.expression import LeBS
+from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.flow import BasisFlow, FlowBlend, MeshFlow, rigid_flow
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, sample_source
@@ -62,13 +62,15 @@ class Export3D(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.expression = LeBS(config)
+        self.expression: LeBS | DirectCode = DirectCode(config) if config.expression == "direct" else LeBS(config)
         self.generator = Generator(config)
         self.decoder = Decoder(config)
         self.source_view = SourceView(config) if config.source_plane else None
         self.flow = BasisFlow(config) if config.flow else None
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
+        # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
+        self.rows: tuple[int, int, int] | None = None
 
     def encode_source(self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor) -> Source:
         """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs."""
@@ -141,12 +143,12 @@ class Export3D(nn.Module):
         """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32."""
         cfg, B = self.config, camera.shape[0]
         origin, directions = render.rays(camera, size)
-        depths = render.coarse_depths(camera, size * size, cfg.coarse_samples, jitter=self.training)
+        depths = render.coarse_depths(camera, size * size, cfg.coarse_samples, jitter=self.training, rows=self.rows)
         colours, densities = self._decode(source, planes, origin, directions, depths)
         if cfg.fine_samples:
             with torch.no_grad():
                 weights, _ = render.ray_weights(densities, depths)
-                fine = render.importance_depths(depths, weights, cfg.fine_samples, jitter=self.training)
+                fine = render.importance_depths(depths, weights, cfg.fine_samples, jitter=self.training, rows=self.rows)
             more_colours, more_densities = self._decode(source, planes, origin, directions, fine)
             depths, order = torch.sort(torch.cat([depths, fine], dim=-1), dim=-1)
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
@@ -187,7 +189,8 @@ class Export3D(nn.Module):
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
         uv, weights = self.flow_blend(source.image, mesh, rigid, opacity, source.head)
-        return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh, source.head)
+        code = self.expression.code(lam)
+        return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh, source.head, code)
 
     def mesh_flow(self, source: Source, lam: Tensor, camera: Tensor, size: int | None = None) -> MeshFlow:
         """The basis flow of the face alone, needing no trained weights beyond lambda and b_i."""

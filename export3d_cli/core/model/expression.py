@@ -55,6 +55,38 @@ class LeBS(nn.Module):
         return self.code(self.coefficients(beta))
 
 
+class DirectCode(nn.Module):
+    """Ablation: no learned coefficients. lambda is beta, standardised (n = 64), and beta' a linear layer of it."""
+
+    beta_mean: Tensor
+    beta_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(BETA_DIM, config.code_dim, bias=False)
+        self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
+        self.register_buffer("beta_std", torch.ones(BETA_DIM))
+
+    def coefficients(self, beta: Tensor) -> Tensor:
+        """Expression `beta` (B, 64) -> the same, standardised, (B, 64)."""
+        if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
+            raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
+        return (beta.float() - self.beta_mean) / self.beta_std
+
+    def basis(self) -> Tensor:
+        """What each coefficient adds to beta', (64, d); not orthonormal."""
+        return self.linear.weight.float().T
+
+    def code(self, lam: Tensor) -> Tensor:
+        """Standardised beta (B, 64) -> beta' (B, d)."""
+        with torch.autocast(lam.device.type, enabled=False):
+            return lam.float() @ self.basis()
+
+    def forward(self, beta: Tensor) -> Tensor:
+        """Expression `beta` (B, 64) -> beta' (B, d)."""
+        return self.code(self.coefficients(beta))
+
+
 class _SEBlock(nn.Module):
     """Basic residual block of ResNet-18 with squeeze-and-excitation."""
 

@@ -139,7 +139,7 @@ class BasisFlow(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.size = config.mesh_size
-        self.register_buffer("basis", torch.zeros(config.basis, POINTS, 3))  # b_i, head frame
+        self.register_buffer("basis", torch.zeros(config.coefficients, POINTS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("rings", ring_triangles(), persistent=False)
         self.register_buffer("places", mouth_places(), persistent=False)

@@ -99,12 +99,42 @@ class MixFFN(nn.Module):
         return self.outer(F.gelu(x))
 
 
+class CrossAttention(nn.Module):
+    """Ablation: image tokens attend to a few tokens made of beta', in place of EAdaLN."""
+
+    CODE_TOKENS = 8
+
+    def __init__(self, width: int, heads: int, code_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.tokens = nn.Linear(code_dim, self.CODE_TOKENS * code_dim)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(code_dim, 2 * width)
+        self.out = nn.Linear(width, width)
+        zero_start(self.out)  # training starts unconditioned, as with EAdaLN
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """x (B, N, h), beta' (B, d) -> what is added to x, (B, N, h)."""
+        B, N, h = x.shape
+        tokens = self.tokens(code).view(B, self.CODE_TOKENS, -1)  # (B, 8, d)
+        q = self.query(self.norm(x)).view(B, N, self.heads, -1).transpose(1, 2)  # (B, heads, N, h/heads)
+        k, v = self.key_value(tokens).view(B, self.CODE_TOKENS, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, h))
+
+
 class Block(nn.Module):
     """ViT block: multi-head self-attention and Mix-FFN, each after (EAda)LN."""
 
-    def __init__(self, width: int, heads: int, ratio: int, code_dim: int | None) -> None:
+    def __init__(
+        self, width: int, heads: int, ratio: int, code_dim: int | None, conditioning: str = "eadaln"
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.cross = None
+        if code_dim is not None and conditioning == "cross_attention":
+            self.cross = CrossAttention(width, heads, code_dim)
+            code_dim = None
         self.norm1 = EAdaLN(width, code_dim)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -117,6 +147,8 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x, code)).view(B, N, 3, self.heads, h // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, h/heads)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, h))
+        if self.cross is not None and code is not None:
+            x = x + self.cross(x, code)
         return x + self.ffn(self.norm2(x, code))
 
 
@@ -131,7 +163,7 @@ class Generator(nn.Module):
         self.merge = nn.Conv2d(c8, h, 3, stride=2, padding=1)  # overlap patch merge (SegFormer)
         self.merge_norm = nn.LayerNorm(h)
         self.blocks = nn.ModuleList(
-            Block(h, config.heads, config.ffn_ratio, config.code_dim) for _ in range(config.eadaln_blocks)
+            Block(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning) for _ in range(config.eadaln_blocks)
         )
         # 16 -> 32 by pixel shuffle, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
         w = h // 2
@@ -153,6 +185,8 @@ class Generator(nn.Module):
         P = config.plane_size
         self.register_buffer("plane_ema", torch.zeros(3, config.plane_channels, P, P))
         self.plane_ema: Tensor
+        # a list: averages wait in it for `update_plane_ema`, since a step sees its batch in parts or on many devices
+        self.plane_means: list[Tensor] | None = None
 
     def encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """The part that depends on the photo alone: stem features and tokens (B, N, h)."""
@@ -193,5 +227,12 @@ class Generator(nn.Module):
         out = planes + self.plane_ema
         if self.training:
             with torch.no_grad():
-                self.plane_ema.mul_(delta).add_(planes.detach().mean(0), alpha=1 - delta)
+                if self.plane_means is None:
+                    self.update_plane_ema(planes.detach().mean(0))
+                else:
+                    self.plane_means.append(planes.detach().mean(0))
         return out
+
+    def update_plane_ema(self, mean: Tensor) -> None:
+        """Eq. 12 with the mean tri-plane (3, C, P, P) of one step's batch."""
+        self.plane_ema.mul_(self.config.plane_ema).add_(mean, alpha=1 - self.config.plane_ema)

@@ -35,6 +35,7 @@ class PhotoDetail(NamedTuple):
     weights: Tensor  # (B, 3, m, m) shares of mesh, rigid and still flow
     mesh: MeshFlow
     head: Tensor  # (B, 1, m, m) where the photo shows the head
+    code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
 
 
 class SuperResolution(nn.Module):
@@ -58,6 +59,8 @@ class SuperResolution(nn.Module):
             self.detail4 = nn.Conv2d(config.stem[1], DETAIL, 1)
             self.offset = nn.Conv2d(c2, 2, 3, padding=1)
             zero_start(self.offset)
+            self.expression = nn.Linear(config.code_dim, c2)
+            zero_start(self.expression)
 
     def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> tuple[Tensor, Tensor | None]:
         """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> (B, 3, H, W), offset (B, 2, H/2, W/2)."""
@@ -80,7 +83,8 @@ class SuperResolution(nn.Module):
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
         uv = resize(detail.uv, 2 * s4)
         photo2 = F.avg_pool2d(detail.photo.float(), 2)
-        x = self.block2(self.to2(torch.cat([x, warp(photo2, uv), warp(detail.half, uv), facts], dim=1)))
+        x = self.to2(torch.cat([x, warp(photo2, uv), warp(detail.half, uv), facts], dim=1))
+        x = self.block2(x + self.expression(detail.code)[:, :, None, None])
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = upsample(leaky(x))  # (B, c2, H, W)
 
