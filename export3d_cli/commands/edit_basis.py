@@ -58,7 +58,7 @@ def edit_basis(
     if describe:
         _describe(core.describe_basis(animator), as_json)
         return
-    vectors = vectors or tuple(range(1, animator.model.config.basis + 1))
+    vectors = vectors or tuple(range(1, animator.model.config.coefficients + 1))
     scales = scales if len(scales) > 1 else (scales or ((-3.0, 3.0),)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,

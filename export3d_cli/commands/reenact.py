@@ -35,7 +35,7 @@ SCALE = click.FloatRange(-10, 10)
 
 @click.command()
 @click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1, required=True)
-@click.argument("driver", type=options.EXISTING_FILE, metavar="DRIVE")
+@click.argument("driver", type=options.EXISTING_PATH, metavar="DRIVE")
 @click.option("-o", "--output", required=True, help="mp4, mov, mkv, webm or gif; or as {src}-{drive}.mp4; or a folder.")
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of DRIVE to skip.")
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of DRIVE to use.  [default: all]")

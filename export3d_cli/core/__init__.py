@@ -31,10 +31,12 @@ _DOOR = {  # public name -> module of this package that defines it
     "novel_view": "views",
     "edit_basis": "views",
     "describe_basis": "basis",
+    "Gates": "clips",
     "build_dataset": "preprocess:preprocess",  # the functions are called as their modules: other names at the door
     "EvaluateOptions": "evaluate",
     "evaluate_model": "evaluate:evaluate",
     "train_model": "train.trainer:train",
+    "plan_training": "train.plan:plan",
     "load_train_config": "config",
     "to_dict": "config",
     "Export3DError": "errors",

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,6 +24,7 @@ class ModelConfig:
     image_size: int = 256  # H = W of source and result
     expression_space: Literal["arkit64", "bfm64"] = "arkit64"  # what the 64 numbers of beta mean
     # LeBS (sec. 3.1)
+    expression: Literal["clebs", "lebs", "direct"] = "clebs"  # f_e by contrast, end to end, or beta itself (ablations)
     basis: int = 10  # n, number of basis vectors
     code_dim: int = 96  # d, dimension of beta'
     code_hidden: int = 64  # width between the two fully connected layers of f_e
@@ -31,6 +32,7 @@ class ModelConfig:
     width: int = 384  # h, dimension of a token
     heads: int = 4
     ffn_ratio: int = 2  # Mix-FFN widening
+    conditioning: Literal["eadaln", "cross_attention"] = "eadaln"  # how beta' enters a ViT block (ablation)
     eadaln_blocks: int = 7  # ViT blocks with EAdaLN at H/16
     plain_blocks: int = 1  # ViT blocks without it, at H/8
     stem: tuple[int, int, int] = (32, 64, 96)  # channels of the source features at H/2, H/4, H/8
@@ -56,6 +58,13 @@ class ModelConfig:
     flow_size: int = 64  # side at which the candidate flows are blended
     flow_width: int = 32  # channels of the network that blends the candidate flows
 
+    @property
+    def coefficients(self) -> int:
+        """How many numbers lambda has: n, or all of beta where the code is read from beta directly."""
+        return BETA_DIM if self.expression == "direct" else self.basis
+
+
+STAGES = ("clebs", "reconstruction", "adversarial")  # in the order they are trained
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -116,8 +125,29 @@ class LossConfig:
     raw: float = 1.0  # factor on the raw image's terms
     backbone: str = ""  # safetensors of VGG16 or MobileNetV2 features; empty: no perceptual term
     mask: float = 0.0  # eyes and mouth, PlaneDict's mask loss
-    adversarial: float = 0.01
+    adversarial: float = 0.01  # now `adversarial.weight`; stays so that older files are read
     offset: float = 0.0  # penalty on the residual flow
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The stage `adversarial` (sec. 6.3, 6.4): eq. 14, `L_rec + weight * L_adv`, after the stage `reconstruction`.
+
+    The generator goes on at the rate the reconstruction ended with. With R1, the discriminator's Adam is corrected for
+    its being regularised only every `r1_every` steps, as StyleGAN2 does: with c = r1_every / (r1_every + 1) its rate
+    is c * lr and its betas are beta1^c and beta2^c; the penalty is multiplied by r1_every.
+    """
+
+    steps: int = 10_000
+    weight: float = 0.01  # of L_adv
+    lr: float = 1e-5  # of the discriminator
+    betas: tuple[float, float] = (0.0, 0.99)  # of the discriminator's Adam
+    r1: float = 0.0  # gamma of `gamma / 2 * |dD/dx|^2` on real images; 0: off
+    r1_every: int = 16  # steps between two R1 penalties
+    channels: int = 512  # most channels of a block
+    base: int = 16_384  # channels times side: a block at side s has min(channels, base / s)
+    mapping: int = 8  # layers of the mapping of the camera
+    group: int = 4  # images over which minibatch standard deviation is taken
 
 
 @dataclass(frozen=True)
@@ -130,11 +160,13 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     clebs: ClebsConfig = field(default_factory=ClebsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     stages: tuple[str, ...] = ("clebs", "reconstruction")
     init: str = ""  # weights file to start from
     expression: str = ""  # weights file whose expression code and flow basis are taken instead of the stage clebs
     steps: int = 300_000  # of the reconstruction stage
-    batch: int = 8
+    batch: int = 8  # pairs of one update, over all processes and parts
+    accumulate: int = 1  # parts a process takes its share of the batch in, to save memory
     lr: float = 1e-4
     warmup: int = 0  # steps of linear warm-up
     decay: bool = False  # cosine to a tenth over `steps`
@@ -145,10 +177,12 @@ class TrainConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int = 0  # 0: torch's default
+    compile: str = ""  # backend of torch.compile for the model, e.g. inductor; empty: not compiled
+    skip_nonfinite: int = 0  # steps in a row left out because their loss is no number, before giving up
     raw_start: int = 0  # side of the raw render at first; 0: model.raw_size at once
     raw_grow: int = 0  # step at which the raw render takes its full side
     checkpoint_every: int = 500
-    keep: int = 2
+    keep: int = 2  # training states kept
     sample_every: int = 500
     log_every: int = 10
     max_minutes: float = 0.0  # stop (and save) after this many minutes; 0: no limit
@@ -215,6 +249,7 @@ def save_yaml(config: Any, path: Path) -> None:
 def _build(cls: type, data: dict[str, Any], where: str) -> Any:
     """Dataclass `cls` from plain data: nested, tuples restored, unknown keys and wrong types refused."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{where}.{key}" if where else str(key)
@@ -231,6 +266,9 @@ def _build(cls: type, data: dict[str, Any], where: str) -> Any:
             values[key] = _build(type(default), value, name)
         else:
             values[key] = _coerce(value, default, name)
+            choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+            if choices and values[key] not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return cls(**values)
 
 
@@ -263,8 +301,22 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})")
     if config.batch < 1 or config.steps < 0:
         raise ConfigError(f"batch must be positive and steps not negative, got {config.batch} and {config.steps}")
-    unknown = set(config.stages) - {"clebs", "reconstruction"}
+    unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
-        raise ConfigError(f"unknown stage {sorted(unknown)[0]!r}: choose from clebs, reconstruction")
+        raise ConfigError(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+    if list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
+        raise ConfigError(f"stages must be each at most once and in the order {', '.join(STAGES)}")
+    if config.accumulate < 1 or config.batch % config.accumulate:
+        raise ConfigError(f"batch ({config.batch}) must be a multiple of accumulate ({config.accumulate})")
+    if config.skip_nonfinite < 0 or config.keep < 1:
+        raise ConfigError("skip_nonfinite must not be negative, and keep must be 1 or more")
+    if config.loss.adversarial != LossConfig.adversarial:
+        raise ConfigError("loss.adversarial has moved: set adversarial.weight")
+    adversarial = config.adversarial
+    if (
+        min(adversarial.r1_every, adversarial.group, adversarial.channels, adversarial.base) < 1
+        or adversarial.steps < 0
+    ):
+        raise ConfigError("adversarial.r1_every, group, channels and base must be positive, and steps not negative")
     if config.data.weight and len(config.data.weight) != len(config.data.path):
         raise ConfigError("data.weight needs one number per data.path")

@@ -36,7 +36,7 @@ class DriverStream:
     """Iterate over the driver's motion with its face crops; a context manager, one pass.
 
     Args:
-        driver: a video, an image, a file written by `Motion.save`, or a CSV of Live Link Face.
+        driver: a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
         tracker: follows the face.
         batch: most frames at once.
         crop_scale: side of the crop in face boxes.
@@ -107,8 +107,7 @@ class DriverStream:
                 self._second = VideoReader(driver, fps=fps, start=start, duration=duration)
             info = self._reader.info
             self.fps, self.total = info.fps, min(info.frames, max_frames or info.frames)
-            if info.vfr and fps is None:
-                self.notes.append(f"variable frame rate resampled to {self.fps}")
+            self.notes += self._reader.notes
 
     def __enter__(self) -> DriverStream:
         return self

@@ -1,31 +1,42 @@
-"""Videos and photos -> face crops with Motion: one file, or a folder into a training data set.
+"""Videos and photos -> face crops with Motion: one file, or folders of them into a training data set.
 
-A data set is `manifest.jsonl` (one line a clip: id, person, file, motion, frames, fps, split) and `clips/<id>.mp4` or
-`.png` (square face crops) with `clips/<id>.motion.npz`. The person is the file name up to its last underscore.
+A data set is `manifest.jsonl` (one line a clip: id, person, file, motion, frames, fps, split, source) and
+`clips/<id>.mp4` or `.png` (square face crops) with `clips/<id>.motion.npz`; `rejected.jsonl` tells what was left out
+and why. A video is read twice, once to follow faces (`core/clips.py`) and once to cut them out, so that no more than a
+frame is in memory. A clip that is its whole video has the video's id, else `<id>-cNN`.
+
+Shard i of n takes every n-th input and keeps its lists in `manifest-<i>of<n>.jsonl` and `rejected-<i>of<n>.jsonl` of
+the same folder; a run without a shard merges them, and does what they left undone.
 """
 
 from __future__ import annotations
 
-import json
+import concurrent.futures
+import contextlib
+import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import signal
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from export3d_cli.core.clips import Gates, Segment, segments, sharpness
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image
-from export3d_cli.core.files import write_atomic
+from export3d_cli.core.lists import Line, Lists
 from export3d_cli.core.media.image import is_image, read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.sheet import draw_overlay, draw_report
 from export3d_cli.core.weights import resolve
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-RATE = Fraction(25)
-LEAST_FOUND = 0.9  # share of frames with a face that a training clip needs
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
+RATE = Fraction(25)  # of the clips of a data set
 Progress = Callable[[str, int, "int | None"], None]
+Person = Literal["name", "folder"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,30 @@ class PreprocessSummary:
 
     clips: int
     frames: int
-    rejected: list[str] = field(default_factory=list)  # "file: reason"
+    rejected: list[str] = field(default_factory=list)  # "file: reason", of this run
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and all that a worker needs to know for it."""
+
+    file: Path
+    source: str  # names the input in the data set: its path below the folder given, without suffix
+    person: str
+    out: Path
+    size: int
+    max_frames: int | None
+    gates: Gates
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one input: lines of the manifest and lines of the list of rejected clips."""
+
+    job: Job
+    lines: list[Line]
+    rejected: list[Line]
 
 
 def preprocess(
@@ -44,38 +78,74 @@ def preprocess(
     size: int = 256,
     workers: int = 1,
     max_frames: int | None = None,
+    fps: Fraction | None = None,
+    gates: Gates | None = None,
+    person: Person = "name",
+    shard: tuple[int, int] | None = None,
+    overlay: Path | None = None,
+    report: bool = False,
     progress: Progress | None = None,
 ) -> PreprocessSummary:
     """Track faces; write a Motion file (one input, `out` ending in .motion.npz) or a data set (folder `out`).
 
-    Clips already in the data set are kept, so that a run that was cut off goes on. Raises `InputError` when there is
-    nothing to read and `NoFaceError` when no input has a face.
+    Inputs that are in the data set already are kept, so that a run that was cut off goes on. `fps` is for a Motion file
+    only: clips of data sets have 25. Raises `InputError` when there is nothing to read and `NoFaceError` when no input
+    has a usable face.
     """
     if out.name.endswith(".npz"):
-        if len(inputs) != 1 or inputs[0].is_dir():
-            raise InputError(f"{out} can hold the motion of one video, got {len(inputs)} inputs: give a folder instead")
-        motion = track_video(inputs[0], Tracker(resolve("face_landmarker")), max_frames=max_frames, progress=progress)
-        motion.save(out)
-        return PreprocessSummary(1, len(motion))
-    files = list(dict.fromkeys(file for path in inputs for file in _media_files(path)))
-    if not files:
+        return _one_motion(inputs, out, max_frames, fps, overlay, progress)
+    if overlay is not None or fps is not None:
+        raise InputError(f"{out} is a data set: an overlay or a frame rate is for one video, with OUT as X.motion.npz")
+    every = _sources(inputs, out)
+    if not every:
         raise InputError(f"no video or image in {', '.join(map(str, inputs))}")
-    ids = _ids(files)
-    done = {line["id"]: line for line in _read_manifest(out / "manifest.jsonl")}
-    todo = [(file, clip, out, size, max_frames) for file, clip in zip(files, ids, strict=True) if clip not in done]
-    (out / "clips").mkdir(parents=True, exist_ok=True)
-    lines, rejected = list(done.values()), []
-    for count, (file, line, reason) in enumerate(_map(todo, workers), start=1):
-        if progress is not None:
-            progress("clips", count, len(todo))
-        if line is None:
-            rejected.append(f"{file}: {reason}")
-            continue
-        lines.append(line)
-        _write_manifest(out / "manifest.jsonl", lines)
-    if not lines:
-        raise NoFaceError(f"none of the {len(files)} inputs gave a usable clip; the first: {rejected[0]}")
-    return PreprocessSummary(len(lines), sum(line["frames"] for line in lines), rejected)
+    gates = gates or Gates()
+    if max_frames is not None:  # who wants few frames wants short clips
+        gates = replace(gates, min_seconds=min(gates.min_seconds, float(max_frames / RATE)))
+    mine = every if shard is None else every[shard[0] - 1 :: shard[1]]
+    lists = Lists(out, shard)
+    jobs = [
+        Job(file, source, _person(file, source, person), out, size, max_frames, gates)
+        for file, source in mine
+        if source not in lists.finished
+    ]
+    try:
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out} ({error.strerror}): give a folder, or a file X.motion.npz") from error
+    told: list[str] = []
+    with contextlib.closing(_map(jobs, workers)) as results:
+        for count, done in enumerate(results, start=1):
+            lists.add(done.lines, done.rejected)
+            told += [f"{done.job.file}: {line['reason']}" for line in done.rejected]
+            if progress is not None:
+                progress("inputs", count, len(jobs))
+    lists.close()
+    if not lists.lines and shard is None:
+        first = told[0] if told else f"{out / 'rejected.jsonl'} says why"
+        raise NoFaceError(f"none of the {len(every)} inputs gave a usable clip; the first: {first}")
+    notes = []
+    if report and lists.lines:
+        notes.append(f"report in {draw_report(out, lists.lines, lists.path('report').with_suffix('.png'))}")
+    return PreprocessSummary(len(lists.lines), sum(line["frames"] for line in lists.lines), told, notes)
+
+
+def _one_motion(
+    inputs: list[Path], out: Path, max_frames: int | None, fps: Fraction | None, overlay: Path | None,
+    progress: Progress | None,
+) -> PreprocessSummary:  # fmt: skip
+    if len(inputs) != 1:
+        raise InputError(f"{out} can hold the motion of one video, got {len(inputs)} inputs: give a folder instead")
+    tracker = Tracker(resolve("face_landmarker"))
+    motion = track_video(inputs[0], tracker, fps=fps, max_frames=max_frames, progress=progress)
+    motion.save(out)
+    notes = []
+    if not is_image(inputs[0]):
+        with VideoReader(inputs[0], fps=fps) as reader:
+            notes = reader.notes
+    if overlay is not None:
+        draw_overlay(inputs[0], motion, overlay, progress=progress)
+    return PreprocessSummary(1, len(motion), notes=notes)
 
 
 def track_video(
@@ -103,9 +173,7 @@ def track_video(
             total = min(reader.info.frames, max_frames or reader.info.frames)
 
             def frames() -> Iterator[np.ndarray]:
-                for index, frame in enumerate(reader):
-                    if max_frames is not None and index >= max_frames:
-                        return
+                for index, frame in enumerate(itertools.islice(reader, max_frames)):
                     if progress is not None:
                         progress("tracking", index + 1, total)
                     yield frame
@@ -116,82 +184,164 @@ def track_video(
     return tracker.motion(faces, rate, size, scale=scale or CROP_SCALE)
 
 
-def _media_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give a video, a photo or a folder of them")
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES or is_image(p))
-    return [path]
+def _sources(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
+    """Every file to be read, with a name that is unique in the data set; sorted within each folder given."""
+    found: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in inputs:
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give a video, a photo or a folder of them")
+        files = sorted(p for p in path.rglob("*") if _is_media(p, out)) if path.is_dir() else [path]
+        for file in files:
+            if file in found:
+                continue
+            below = file.relative_to(path).parent.parts if path.is_dir() else ()
+            base = "-".join([*below, file.stem]) + ("-still" if is_image(file) else "")
+            name, k = base, 2
+            while name in taken:
+                name, k = f"{base}-{k}", k + 1
+            taken.add(name)
+            found[file] = name
+    return list(found.items())
 
 
-def _ids(files: list[Path]) -> list[str]:
-    """A name for each clip, unique in the data set."""
-    ids: list[str] = []
-    for file in files:
-        base = file.stem if not is_image(file) else f"{file.stem}-still"
-        name, k = base, 2
-        while name in ids:
-            name, k = f"{base}-{k}", k + 1
-        ids.append(name)
-    return ids
+def _is_media(path: Path, out: Path) -> bool:
+    """Whether a file found in a folder is to be read: not what we wrote, nor what is hidden."""
+    if path.name.startswith(".") or out in path.parents:
+        return False
+    return (path.suffix.lower() in VIDEO_SUFFIXES or is_image(path)) and path.is_file()
 
 
-def _read_manifest(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a manifest ({error}): choose another output folder") from error
+def _person(file: Path, source: str, person: Person) -> str:
+    """The file name up to its last underscore, or the folder that it lies in."""
+    return file.resolve().parent.name or source if person == "folder" else file.stem.rsplit("_", 1)[0]
 
 
-def _write_manifest(path: Path, lines: list[dict]) -> None:
-    with write_atomic(path) as temporary:
-        text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["id"]))
-        temporary.write_text(text, encoding="utf-8")
-
-
-Job = tuple[Path, str, Path, int, "int | None"]
-Result = tuple[Path, "dict | None", str]
-_tracker: Tracker | None = None
-
-
-def _map(jobs: list[Job], workers: int) -> Iterator[Result]:
-    if workers <= 1:
-        yield from map(_make_clip, jobs)
+def _map(jobs: list[Job], workers: int) -> Generator[Done, None, None]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from map(_make_clips, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(_make_clip, jobs)
-
-
-def _make_clip(job: Job) -> Result:
-    """One input -> crop video (or PNG) and Motion file; a reason instead of a line when it cannot be used."""
-    global _tracker
-    file, clip, out, size, max_frames = job
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _be_stoppable)
+    finished = False
     try:
-        _tracker = _tracker or Tracker(resolve("face_landmarker"))
-        motion = track_video(file, _tracker, fps=None if is_image(file) else RATE, max_frames=max_frames)
-        if motion.found.mean() < LEAST_FOUND:
-            return file, None, f"a face in only {motion.found.mean():.0%} of the frames"
-        still = is_image(file)
-        name = f"clips/{clip}{'.png' if still else '.mp4'}"
-        if still:
-            write_image(out / name, crop_image(read_image(file), motion.crop, size))
-        else:
-            tags = {"comment": "face crop made by export3d preprocess"}
-            with (
-                VideoReader(file, fps=RATE) as reader,
-                VideoWriter(out / name, size=(size, size), fps=RATE, crf=14, metadata=tags) as writer,
-            ):
-                for frame, _ in zip(reader, range(len(motion)), strict=False):
-                    writer.write(crop_image(frame, motion.crop, size))
-        motion.save(out / "clips" / f"{clip}.motion.npz")
+        for future in concurrent.futures.as_completed([pool.submit(_make_clips, job) for job in jobs]):
+            yield future.result()
+        finished = True
+    except concurrent.futures.process.BrokenProcessPool as error:
+        hint = "run the same command again, with fewer --workers if memory is short: what is finished is kept"
+        raise Export3DError(f"a worker process died: {hint}") from error
+    finally:
+        if not finished:  # Ctrl-C, or a defect: what is under way is given up
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+_tracker: Tracker | None = None  # of this process
+_busy = _stopped = False
+
+
+def _be_stoppable() -> None:
+    """In a worker: Ctrl-C and `terminate` give up the input under way, leaving no half files, and all that follow."""
+
+    def stop(*_: object) -> None:
+        global _stopped
+        _stopped = True
+        if _busy:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _make_clips(job: Job) -> Done:
+    """One input -> its crops and Motion files; a reason where there is none."""
+    global _busy
+    if _stopped:
+        raise KeyboardInterrupt
+    _busy = True
+    try:
+        return _done(job)
+    finally:
+        _busy = False
+
+
+def _done(job: Job) -> Done:
+    global _tracker
+    _tracker = _tracker or Tracker(resolve("face_landmarker"))
+    try:
+        return _make_still(job, _tracker) if is_image(job.file) else _make_videos(job, _tracker)
     except Export3DError as error:
-        return file, None, str(error)
-    person = file.stem.rsplit("_", 1)[0]
-    rate = f"{motion.fps.numerator}/{motion.fps.denominator}"
-    line = {
-        "id": clip, "person": person, "file": name, "motion": f"clips/{clip}.motion.npz", "frames": len(motion),
-        "fps": rate, "split": "train",
+        return Done(job, [], [_reject(job, job.source, str(error)) | {"failed": not isinstance(error, NoFaceError)}])
+
+
+def _make_still(job: Job, tracker: Tracker) -> Done:
+    image = read_image(job.file)
+    face = tracker.landmarker.find(image)
+    if face is None:
+        return Done(job, [], [_reject(job, job.source, "no face found")])
+    motion = tracker.motion([face], RATE, (image.shape[1], image.shape[0]))
+    segment = Segment(0, motion, float(np.ptp(face.landmarks[:, :2], axis=0).max()), sharpness(image, face))
+    reason = replace(job.gates, min_seconds=0.0).reason(segment)
+    if reason:
+        return Done(job, [], [_reject(job, job.source, reason)])
+    write_image(job.out / f"clips/{job.source}.png", crop_image(image, motion.crop, job.size))
+    motion.save(job.out / f"clips/{job.source}.motion.npz")
+    return Done(job, [_line(job, job.source, 1, ".png")], [])
+
+
+def _make_videos(job: Job, tracker: Tracker) -> Done:
+    """First pass: follow faces and judge; only numbers stay. Second pass: cut the crops out."""
+    kept: list[tuple[str, int, int, tuple[float, float, float]]] = []  # id, first frame, frames, crop
+    rejected, count = [], 0
+    clips = job.out / "clips"
+    with VideoReader(job.file, fps=RATE) as reader:
+        size = (reader.info.width, reader.info.height)
+        frames = itertools.islice(reader, job.max_frames)
+        for count, part in enumerate(segments(frames, tracker, RATE, size, job.gates.max_seconds), start=1):
+            name = f"{job.source}-c{count:02d}"
+            reason = job.gates.reason(part)
+            if reason:
+                rejected.append(_reject(job, name, reason, part))
+                continue
+            part.motion.save(clips / f"{name}.motion.npz")
+            kept.append((name, part.start, len(part.motion), part.motion.crop))
+    if not count:
+        return Done(job, [], [_reject(job, job.source, "no face found")])
+    if count == 1 and kept:  # the whole video is one clip
+        (clips / f"{kept[0][0]}.motion.npz").replace(clips / f"{job.source}.motion.npz")
+        kept = [(job.source, *kept[0][1:])]
+    if kept:
+        _cut_out(job, kept)
+    return Done(job, [_line(job, name, length, ".mp4") for name, _, length, _ in kept], rejected)
+
+
+def _cut_out(job: Job, parts: list[tuple[str, int, int, tuple[float, float, float]]]) -> None:
+    """Write the crop video of every part (id, first frame, frames, crop), in order, in one pass over the file."""
+    tags = {"comment": "face crop made by export3d preprocess"}
+    at = 0
+    with VideoReader(job.file, fps=RATE) as reader:
+        frames = iter(reader)
+        for name, start, length, crop in parts:
+            for _ in itertools.islice(frames, start - at):
+                pass
+            path = job.out / f"clips/{name}.mp4"
+            with VideoWriter(path, size=(job.size, job.size), fps=RATE, crf=14, metadata=tags) as writer:
+                for frame in itertools.islice(frames, length):
+                    writer.write(crop_image(frame, crop, job.size))
+            at = start + length
+
+
+def _line(job: Job, name: str, frames: int, suffix: str) -> Line:
+    return {
+        "id": name, "person": job.person, "file": f"clips/{name}{suffix}", "motion": f"clips/{name}.motion.npz",
+        "frames": frames, "fps": f"{RATE.numerator}/{RATE.denominator}", "split": "train", "source": job.source,
     }  # fmt: skip
-    return file, line, ""
+
+
+def _reject(job: Job, name: str, reason: str, part: Segment | None = None) -> Line:
+    line: Line = {"id": name, "source": job.source, "file": str(job.file), "reason": reason}
+    if part is not None:
+        line |= {"start": round(float(part.start / RATE), 3), "seconds": round(float(len(part.motion) / RATE), 3)}
+    return line

@@ -100,7 +100,7 @@ def edit_basis(
     options = options or EditOptions()
     began = time.monotonic()
     check_free(out, options.overwrite)
-    n, picture = animator.model.config.basis, _is_picture(out)
+    n, picture = animator.model.config.coefficients, _is_picture(out)
     for v, _ in options.edits:
         if not 1 <= v <= n:
             raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")

@@ -149,3 +149,14 @@ def test_controls_and_dry_run(tiny, tmp_path):
     late = [*relative, "--reference-frame", "3", "--max-frames", "3"]
     assert reenact(tiny, tmp_path / "no.mp4", *late).exit_code == 2
     assert not (tmp_path / "no.mp4").exists()
+
+
+def test_a_folder_of_pictures_drives_and_pictures_come_out(tiny, tmp_path):
+    shots = tmp_path / "shots"
+    shots.mkdir()
+    for i in range(2):
+        (shots / f"{i}.jpg").write_bytes(example("source.jpg").read_bytes())
+    out = tmp_path / "frames" / "%03d.png"
+    result = run("reenact", example("source.jpg"), shots, "-o", out, "--weights", tiny, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in out.parent.iterdir()) == ["000.png", "001.png"]

@@ -45,7 +45,7 @@ def test_examples_load(path: Path) -> None:
         ({"batch": 0}, "batch must be positive"),
         ({"model": {"heads": 5}}, "divisible by model.heads"),
         ({"model": {"basis": 1000}}, "cannot exceed model.code_dim"),
-        ({"stages": ["adversarial"]}, "unknown stage 'adversarial'"),
+        ({"stages": ["finetune"]}, "unknown stage 'finetune'"),
         ({"data": {"path": ["a"], "weight": [1, 2]}}, r"one number per data\.path"),
         ({"data": 3}, "data must be a section"),
     ],

@@ -13,6 +13,7 @@ import pytest
 from export3d_cli.core.driver import DriverStream, chosen_rows
 from export3d_cli.core.errors import InputError, NoFaceError
 from export3d_cli.core.face.motion import Motion, Tracker, crop_image
+from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.weights import example, weights_dir
 
@@ -93,6 +94,19 @@ def test_a_driver_without_any_face(make_clip: MakeClip, tracker: Tracker, on_mis
     clip = make_clip("black.mp4", filters=BLACK.format("1"))
     with pytest.raises(NoFaceError, match=r"black\.mp4"):
         read(stream(clip, tracker, on_missing=on_missing))
+
+
+def test_a_folder_of_pictures_drives_as_the_video_does(make_clip: MakeClip, tracker: Tracker, tmp_path: Path) -> None:
+    clip = make_clip("clip.mp4")
+    for i, frame in enumerate(VideoReader(clip)):
+        write_image(tmp_path / f"{i + 7}.png", frame)
+    folder = stream(tmp_path, tracker, shown=32)
+    assert (folder.fps, folder.total) == (25, 6)
+    beta, landmarks, crops = read(folder)
+    expected = read(stream(clip, tracker))
+    np.testing.assert_array_equal(beta, expected[0])
+    np.testing.assert_array_equal(landmarks, expected[1])
+    assert all(crop is not None for crop in crops)
 
 
 def test_a_picture_is_one_frame(tracker: Tracker) -> None:

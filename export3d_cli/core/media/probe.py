@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from export3d_cli.core.errors import InputError, MediaError
-from export3d_cli.core.media.image import check_size
+from export3d_cli.core.media.folder import PICTURE_RATE, pictures
+from export3d_cli.core.media.image import check_size, read_image
 
 _SCAN_SECONDS = 30  # of timestamps looked at to tell constant from variable rate
 _NO_TIME = str(-(2**63))  # AV_NOPTS_VALUE
@@ -30,6 +31,9 @@ class VideoInfo:
     has_audio: bool
     rotation: int = 0  # degrees of the display matrix, already applied to width and height
     vfr: bool = False  # timestamps are not evenly spaced
+    hdr: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG) of a video of high dynamic range
+    interlaced: bool = False  # flagged so
+    alpha: str = ""  # "plain": in the picture format; "vp8", "vp9": beside it, for libvpx to decode
 
 
 def ffmpeg() -> str:
@@ -43,7 +47,11 @@ def ffmpeg() -> str:
 
 
 def probe(path: Path) -> VideoInfo:
-    """What the file holds; `InputError` if it is missing, is no video, or has sound only."""
+    """What the file (or folder of pictures) holds; `InputError` if it is missing, is no video, or has sound only."""
+    if Path(path).is_dir():
+        found = pictures(path)
+        height, width = read_image(found[0]).shape[:2]
+        return VideoInfo(width, height, PICTURE_RATE, len(found), float(len(found) / PICTURE_RATE), False)
     path = _existing(path)
     stat = path.stat()
     return _probe(path.resolve(), stat.st_mtime_ns, stat.st_size)
@@ -51,6 +59,8 @@ def probe(path: Path) -> VideoInfo:
 
 def audio_codec(path: Path) -> str | None:
     """The codec of the first sound track ("aac", ...), or None."""
+    if Path(path).is_dir():
+        return None
     found = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _header(_existing(path)))
     return found.group(1) if found else None
 
@@ -58,7 +68,8 @@ def audio_codec(path: Path) -> str | None:
 @lru_cache(maxsize=64)
 def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     header = _header(path)
-    stream = re.search(r"Stream #0:\d+.*?: Video: (.*)", header)
+    # the first one, but for cover art, as "-map 0:V:0" does
+    stream = re.search(r"Stream #0:\d+.*?: Video: ((?!.*\(attached pic\)|.*\(still image\)).*)", header)
     has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
     if stream is None and has_audio:
         raise InputError(f"{path} has sound but no picture: give a video")
@@ -77,12 +88,34 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
     duration = int(clock.group(1)) * 3600 + int(clock.group(2)) * 60 + float(clock.group(3)) if clock else 0.0
     if "_pipe" in header.partition(" from ")[0] or "Input #0, image2" in header:  # a still image
-        return VideoInfo(width, height, Fraction(25), 1, 0.0, has_audio, rotation)
+        return VideoInfo(
+            width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha=_alpha(header, stream.group(1))
+        )
     tick, times = _timestamps(path)
     fps, vfr = _rate(tick, times, _number(stream.group(1), "fps"), _number(stream.group(1), "tbr"))
     if len(times) > 2 and (not duration or duration < _SCAN_SECONDS / 2):  # all was seen: exact, not to 10 ms
         duration = float(times[-1] - times[0] + 1 / fps)
-    return VideoInfo(width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr)
+    hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
+    return VideoInfo(
+        width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,
+        hdr=hdr.group() if hdr else "",
+        interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream.group(1))),
+        alpha=_alpha(header, stream.group(1)),
+    )  # fmt: skip
+
+
+def _alpha(header: str, stream: str) -> str:
+    codec = re.match(r"vp[89]\b", stream)
+    if codec and re.search(r"alpha_mode\s*: 1", header, flags=re.IGNORECASE):
+        return codec.group()
+    return "plain" if re.search(r", (yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16)", stream) else ""
+
+
+@lru_cache(maxsize=1)
+def has_tone_mapping() -> bool:
+    """Whether this ffmpeg can bring high dynamic range down."""
+    text = subprocess.run([ffmpeg(), "-hide_banner", "-filters"], capture_output=True, check=False).stdout.decode()
+    return all(re.search(rf"^ \S+\s+{name} ", text, flags=re.MULTILINE) for name in ("zscale", "tonemap"))
 
 
 def _rate(tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None) -> tuple[Fraction, bool]:
@@ -124,7 +157,7 @@ def _number(text: str, unit: str) -> Fraction | None:
 def _timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
     """The container's tick and the first presentation times of the picture, in seconds; nothing is decoded."""
     command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
-    command += ["-i", file_url(path), "-map", "0:v:0", "-c", "copy", "-t", str(_SCAN_SECONDS)]
+    command += ["-i", file_url(path), "-map", "0:V:0", "-c", "copy", "-t", str(_SCAN_SECONDS)]
     command += ["-f", "framecrc", "pipe:1"]
     text = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout.decode()
     base = re.search(r"#tb 0: (\d+)/(\d+)", text)
@@ -146,8 +179,8 @@ def _header(path: Path) -> str:
 
 def _existing(path: Path) -> Path:
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give a video file")
+    if str(path) == "-" and not path.exists():
+        raise InputError("- (standard input) cannot be read twice, as videos are: give a file")
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     if not path.stat().st_size:

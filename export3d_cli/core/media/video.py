@@ -22,8 +22,9 @@ import numpy as np
 
 from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.files import write_atomic
+from export3d_cli.core.media.folder import PictureSequence, pictures, read_pictures
 from export3d_cli.core.media.image import check_size
-from export3d_cli.core.media.probe import VideoInfo, audio_codec, ffmpeg, file_url, probe
+from export3d_cli.core.media.probe import VideoInfo, audio_codec, ffmpeg, file_url, has_tone_mapping, probe
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
 SYNTHETIC = "synthetic media: generated with export3d (AI), not a recording"
@@ -36,17 +37,27 @@ _COPIED_AUDIO = {  # codecs each container takes as they are; anything else is e
 }
 
 
+# 1 - (1 - c) a: over white, as pictures with alpha are
+_ON_WHITE = "format=gbrap,negate,premultiply=inplace=1,negate"
+_TONE_MAP = (  # BT.2408: diffuse white at 203 cd/m2
+    "zscale=tin={hdr}:pin=bt2020:min=bt2020nc:t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,"
+    "tonemap=tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=tv,format=yuv444p"
+)
+
+
 class VideoReader:
     """Iterate over the frames of a video, uint8 (H, W, 3) RGB, at a constant rate. A context manager; one pass.
 
+    Interlaced frames become whole ones, high dynamic range is tone-mapped, transparency lies on white.
+
     Args:
-        path: any video (or still image: one frame) that ffmpeg reads.
-        fps: resample to this rate; None keeps the video's own.
+        path: any video (or still image: one frame) that ffmpeg reads, or a folder of pictures of one size.
+        fps: resample to this rate; None keeps the video's own. Of a folder: the rate its pictures have, else 25.
         start: seconds to skip.
         duration: seconds to read; None reads to the end.
         size: (width, height) to scale to; None keeps the video's own.
 
-    `info` describes what will be read: its rate, size and expected number of frames.
+    `info` describes what will be read: its rate, size and expected number of frames; `notes` what the user should know.
     """
 
     def __init__(
@@ -60,6 +71,9 @@ class VideoReader:
     ) -> None:
         self.path = Path(path)
         info = probe(self.path)
+        self._pictures = pictures(self.path) if self.path.is_dir() else []
+        if fps is not None and fps > 0 and self._pictures:
+            info = replace(info, fps=fps, duration=float(info.frames / fps))
         if fps is not None and fps <= 0:
             raise InputError(f"the frame rate must be positive, got {fps}")
         if start < 0 or (duration is not None and duration <= 0):
@@ -74,8 +88,11 @@ class VideoReader:
             seconds = min(seconds, duration) if info.duration else duration
         frames = max(1, round(seconds * rate)) if seconds else info.frames
         self.info = replace(info, fps=rate, width=width, height=height, frames=frames, duration=seconds)
-        self._start, self._duration = start, duration
+        self._start, self._duration, self._scaled = start, duration, size is not None
         self._process: _Process | None = None
+        self.notes = [f"{path}: variable frame rate resampled to {rate}"] if info.vfr and fps is None else []
+        if info.hdr and not has_tone_mapping():
+            self.notes.append(f"{path}: high dynamic range, which this ffmpeg cannot tone-map: colours will look flat")
 
     def __enter__(self) -> VideoReader:
         return self
@@ -85,6 +102,9 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         self.close()
+        if self._pictures:
+            yield from self._folder()
+            return
         width, height = self.info.width, self.info.height
         self._process = process = _Process(self._command(), stdout=True)
         count = 0
@@ -110,26 +130,43 @@ class VideoReader:
             self._process.kill()
             self._process = None
 
+    def _folder(self) -> Iterator[np.ndarray]:
+        """The pictures of a folder from `start`, for `duration`."""
+        import cv2
+
+        first = round(self._start * self.info.fps)
+        full = probe(self.path)
+        for image in read_pictures(self._pictures[first : first + self.info.frames], (full.width, full.height)):
+            yield cv2.resize(image, (self.info.width, self.info.height)) if self._scaled else image
+
+    def _filters(self) -> str:
+        info = self.info
+        steps = ["yadif=deint=interlaced"] if info.interlaced else []
+        steps += [_ON_WHITE] if info.alpha else []
+        steps += [_TONE_MAP.format(hdr=info.hdr)] if info.hdr and has_tone_mapping() else []
+        # start_time=0 repeats the first frame where the picture starts later than the sound: they stay in step
+        steps += [f"fps={info.fps}:start_time=0", f"scale={info.width}:{info.height}"]
+        return ",".join(steps) + ":flags=bicubic+accurate_rnd+full_chroma_int"
+
     def _command(self) -> list[str]:
         command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
+        if self.info.alpha.startswith("vp"):
+            command += ["-c:v", "libvpx" + ("-vp9" if self.info.alpha == "vp9" else "")]
         if self._start:
             command += ["-ss", repr(self._start)]
         if self._duration is not None:
             command += ["-t", repr(self._duration)]
-        # start_time=0 repeats the first frame where the picture starts later than the sound: they stay in step
-        filters = f"fps={self.info.fps}:start_time=0,scale={self.info.width}:{self.info.height}"
-        filters += ":flags=bicubic+accurate_rnd+full_chroma_int"
         return [
-            *command, "-i", file_url(self.path), "-map", "0:v:0", "-vf", filters, "-fps_mode", "passthrough",
+            *command, "-i", file_url(self.path), "-map", "0:V:0", "-vf", self._filters(), "-fps_mode", "passthrough",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1",
         ]  # fmt: skip
 
 
 class VideoWriter:
-    """Write uint8 (H, W, 3) RGB frames to .mp4, .mov, .mkv (H.264), .webm (VP9) or .gif. A context manager.
+    """Write uint8 (H, W, 3) RGB frames to .mp4, .mov, .mkv (H.264), .webm (VP9), .gif or FOLDER/%05d.png (no sound).
 
-    The file appears under its name only when the block ends without an exception. H.264 wants even sizes: the last
-    column or row of an odd one is left out.
+    A context manager. The file appears under its name only when the block ends without an exception. H.264 wants even
+    sizes: the last column or row of an odd one is left out.
 
     Args:
         path: the target; its suffix is the container.
@@ -154,8 +191,10 @@ class VideoWriter:
     ) -> None:
         self.path = Path(path)
         self.suffix = self.path.suffix.lower()
-        if self.suffix not in VIDEO_SUFFIXES:
-            raise InputError(f"cannot write videos of type {self.suffix!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
+        self._sequence = PictureSequence(self.path) if self.suffix == ".png" else None
+        if self.suffix not in (*VIDEO_SUFFIXES, ".png"):
+            usual = ", ".join(VIDEO_SUFFIXES)
+            raise InputError(f"cannot write videos of type {self.suffix!r}: use one of {usual} or FOLDER/%05d.png")
         if self.path.is_dir():
             raise InputError(f"{path} is a folder: give the name of a video file")
         if fps <= 0 or min(size) < 2 or not 0 <= crf <= 51:
@@ -163,12 +202,14 @@ class VideoWriter:
         self.size, self.fps, self.crf = size, Fraction(fps), crf
         self.audio_start = audio_start
         self.metadata = {"comment": SYNTHETIC, **(metadata or {})}
-        self._codec = audio_codec(audio) if audio is not None and self.suffix != ".gif" else None
+        self._codec = audio_codec(audio) if audio is not None and self.suffix not in (".gif", ".png") else None
         self.audio = Path(audio) if audio is not None and self._codec else None
         self.frames = 0
         self._process: _Process | None = None
 
     def __enter__(self) -> VideoWriter:
+        if self._sequence:
+            return self
         with contextlib.ExitStack() as stack:
             self._temporary = self._picture = stack.enter_context(write_atomic(self.path))
             if self.audio:  # the picture alone, to which the sound is added at the end
@@ -182,6 +223,12 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._sequence:
+            if kind is not None:
+                self._sequence.discard()
+            elif not self.frames:
+                raise MediaError(f"encoding {self.path} failed: no frame was written")
+            return
         if kind is not None:
             self._open.__exit__(kind, value, trace)
             return
@@ -193,6 +240,10 @@ class VideoWriter:
         width, height = self.size
         if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
             raise InputError(f"the writer takes uint8 {(height, width, 3)} frames, got {frame.dtype} {frame.shape}")
+        if self._sequence:
+            self._sequence.write(frame, "; ".join(self.metadata.values()))
+            self.frames += 1
+            return
         if self._process is None:
             raise MediaError("the video writer is not open: use it in a `with` block")
         try:

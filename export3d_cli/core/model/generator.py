@@ -126,9 +126,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """ViT block: multi-head self-attention and Mix-FFN, each after (EAda)LN."""
 
-    def __init__(
-        self, width: int, heads: int, ratio: int, code_dim: int | None, conditioning: str = "eadaln"
-    ) -> None:
+    def __init__(self, width: int, heads: int, ratio: int, code_dim: int | None, conditioning: str = "eadaln") -> None:
         super().__init__()
         self.heads = heads
         self.cross = None
@@ -163,7 +161,8 @@ class Generator(nn.Module):
         self.merge = nn.Conv2d(c8, h, 3, stride=2, padding=1)  # overlap patch merge (SegFormer)
         self.merge_norm = nn.LayerNorm(h)
         self.blocks = nn.ModuleList(
-            Block(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning) for _ in range(config.eadaln_blocks)
+            Block(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning)
+            for _ in range(config.eadaln_blocks)
         )
         # 16 -> 32 by pixel shuffle, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
         w = h // 2

@@ -60,9 +60,7 @@ def _uniform(like: Tensor, rows: Rows | None) -> Tensor:
     return torch.rand(all_rows, *like.shape[1:], device=like.device, dtype=like.dtype)[first:end]
 
 
-def coarse_depths(
-    camera: Tensor, rays_count: int, samples: int, *, jitter: bool, rows: Rows | None = None
-) -> Tensor:
+def coarse_depths(camera: Tensor, rays_count: int, samples: int, *, jitter: bool, rows: Rows | None = None) -> Tensor:
     """Camera depths (B, R, S) in equal bins around the head centre: mid-points, or in training a random one a bin."""
     cam2world, _ = split_camera(camera)
     distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_DEPTH + 0.1)  # (B,)

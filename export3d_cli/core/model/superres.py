@@ -95,4 +95,3 @@ class SuperResolution(nn.Module):
         mask = torch.sigmoid(4 * out[:, 3:] + 6 * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         return mask * sampled + (1 - mask) * (base + out[:, :3]), offset
-

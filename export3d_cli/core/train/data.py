@@ -41,6 +41,13 @@ class Batch:
         """The same batch on `device`."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    def split(self, rows: int) -> list[Batch]:
+        """The batch in parts of `rows` pairs."""
+        if rows == len(self.source):
+            return [self]
+        parts = zip(*(getattr(self, f.name).split(rows) for f in fields(self)), strict=True)
+        return [Batch(*tensors) for tensors in parts]
+
 
 class Sampler:
     """Draws pairs and groups: data set by weight, then person, then clip, so that nobody fills the training."""
@@ -57,10 +64,12 @@ class Sampler:
         seen = np.concatenate([s.beta[:: max(len(s.beta) // 5000, 1)] for s in sets])
         self.beta_scale = np.maximum(seen.std(0), 0.02)
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
-        """The pairs of one training step."""
+    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
+        """The pairs of one training step, or those `rows` of them that a process needs."""
         rng = np.random.default_rng([seed, step, 1])
-        return _collate([self._pair(rng) for _ in range(size)])
+        wanted = range(size) if rows is None else rows
+        pairs = [self._pair(rng, wanted=row in wanted) for row in range(wanted.stop)]
+        return _collate([pair for pair in pairs if pair])
 
     def group(self, seed: int, step: int, size: int, side: int, least: int = 8) -> tuple[Tensor, Tensor]:
         """Frames of one clip for eq. 1: images (N, 3, side, side) and beta (N, 64), least <= N <= size."""
@@ -134,7 +143,8 @@ class Sampler:
         beta = (data.beta[others] - data.beta[row]) / self.beta_scale
         return angle / 10 + np.sqrt((beta**2).mean(1))
 
-    def _pair(self, rng: Generator) -> dict[str, np.ndarray]:
+    def _pair(self, rng: Generator, *, wanted: bool = True) -> dict[str, np.ndarray]:
+        """One pair; one that is not wanted is drawn all the same, so that those after it stay what they are."""
         data, clip = self._clip(rng, self.people)
         source = clip.start + int(rng.integers(clip.count))
         target = self._driver(rng, data, clip, source)
@@ -147,11 +157,14 @@ class Sampler:
         marks, cameras = data.landmarks[rows], data.camera[rows]
         betas = np.stack([data.beta[source], beta])
         flip = self.config.flip and rng.random() < 0.5
+        table = _colour_table(rng, self.config.jitter)
+        if not wanted:
+            return {}
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
         pictures = np.stack([data.frames[source], data.frames[target]])
         pictures = pictures[:, :, ::-1] if flip else pictures
-        images = _recolour(pictures, _colour_table(rng, self.config.jitter))
+        images = _recolour(pictures, table)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
             "source_points": head_points(marks[:1], cameras[:1])[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,15 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export3d_cli.core.checkpoint import pack_optimizer, unpack_optimizer
-from export3d_cli.core.config import POINTS, ClebsConfig
+from export3d_cli.core.checkpoint import pack_optimizer, unpack_optimizer, write_text
+from export3d_cli.core.config import POINTS, ClebsConfig, TrainConfig
 from export3d_cli.core.face.mesh import LEFT_EYE, LIPS, RIGHT_EYE
-from export3d_cli.core.model.expression import ImageEncoder, LeBS, contrastive_loss
+from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
 from export3d_cli.core.train.data import Sampler
+from export3d_cli.core.train.probe import probe
 from export3d_cli.core.train.run import Run, check_finite
 
 LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
 LAMBDA_SIZE = 3.0  # standard deviation of the coefficients over the training data
+REPORT_GROUPS = 16  # groups the contrastive accuracy is measured on
+REPORT_FRAMES = 4000  # frames of a data set that probes look at, about
 _CHUNK = 500  # pairs drawn at a time for the closed-form fit
 
 
@@ -33,7 +37,7 @@ class FlowReport:
     eyes_rigid: float
 
 
-def measure_beta(lebs: LeBS, sampler: Sampler, seed: int) -> None:
+def measure_beta(lebs: LeBS | DirectCode, sampler: Sampler, seed: int) -> None:
     """Set the mean and deviation by which f_e standardises beta."""
     beta = torch.cat([x for s in range(4) for x in sampler.geometry(seed, -1 - s + 2**31, 500)[:2]])
     lebs.beta_mean.copy_(beta.mean(0))
@@ -41,9 +45,19 @@ def measure_beta(lebs: LeBS, sampler: Sampler, seed: int) -> None:
     lebs.beta_std.copy_(beta.std(0).clamp_min(0.02))
 
 
-def clebs_stage(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sampler) -> int:
+def clebs_steps(config: TrainConfig) -> int:
+    """Steps of the stage; none where the expression code is an ablation that is trained with the rest."""
+    return config.clebs.warm + config.clebs.steps if config.model.expression == "clebs" else 0
+
+
+def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler) -> int:
     """Train `lebs`, then fill `flow_basis` (n, 478, 3), both in place; resumes with `run`. Returns the steps done."""
     config, clebs = run.config, run.config.clebs
+    if config.model.expression != "clebs" or isinstance(lebs, DirectCode):
+        measure_beta(lebs, sampler, config.seed)
+        if isinstance(lebs, DirectCode):  # lambda is known already; that of `lebs` moves on, and its basis flow stays 0
+            finish_expression(run, lebs, flow_basis, sampler)
+        return 0
     torch.manual_seed(config.seed + 17)
     encoder = ImageEncoder(lebs.weight.shape[0], clebs.encoder_width).to(run.device)
     readout = nn.Linear(lebs.weight.shape[1], POINTS * 3, bias=False).to(run.device)
@@ -66,7 +80,7 @@ def clebs_stage(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sample
         run.save("clebs", step, {f"clebs.{k}": v for k, v in modules.state_dict().items()} | pack_optimizer(optimizer))
 
     modules.train()
-    total = clebs.warm + clebs.steps
+    total = clebs_steps(config)
     for step in range(start, total):
         if run.out_of_time():
             save(step)
@@ -84,6 +98,7 @@ def clebs_stage(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sample
         if (step + 1) % config.checkpoint_every == 0:
             save(step + 1)
     finish_expression(run, lebs, flow_basis, sampler)
+    report_expression(run, lebs, encoder, sampler)
     return total
 
 
@@ -144,27 +159,30 @@ def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def finish_expression(run: Run, lebs: LeBS, flow_basis: Tensor | None, sampler: Sampler) -> FlowReport | None:
+def finish_expression(
+    run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler
+) -> FlowReport | None:
     """Bring lambda to a size where 1 to 10 is natural (the cosines of eq. 1 do not see it); fit the basis flow."""
     lebs.eval()
-    beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
-    size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6) / LAMBDA_SIZE
-    lebs.fc2.weight.div_(size)
-    lebs.fc2.bias.div_(size)
+    if isinstance(lebs, LeBS):
+        beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
+        size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6) / LAMBDA_SIZE
+        lebs.fc2.weight.div_(size)
+        lebs.fc2.bias.div_(size)
     if flow_basis is None:
         return None
     fitted, report = fit_flow_basis(
         lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
     )
     flow_basis.copy_(fitted.to(flow_basis))
-    total = run.config.clebs.warm + run.config.clebs.steps
+    total = clebs_steps(run.config)
     run.log("clebs", total, total, {f"flow_{k}": v for k, v in asdict(report).items()})
     return report
 
 
 @torch.no_grad()
 def fit_flow_basis(
-    lebs: LeBS, sampler: Sampler, seed: int, pairs: int, ridge: float, device: torch.device | str = "cpu"
+    lebs: LeBS | DirectCode, sampler: Sampler, seed: int, pairs: int, ridge: float, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, FlowReport]:
     """Displacement b_i of every basis vector, (n, 478, 3) in the head frame, by ridge regression.
 
@@ -202,3 +220,43 @@ def project(points: Tensor, camera: Tensor) -> Tensor:
     pose = camera[:, :16].view(-1, 4, 4)
     local = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
     return local[..., :2] / local[..., 2:] * camera[:, 16].view(-1, 1, 1) + 0.5
+
+
+@torch.no_grad()
+def report_expression(run: Run, lebs: LeBS, encoder: ImageEncoder, sampler: Sampler) -> dict[str, float]:
+    """Write clebs.json and clebs.png: contrastive accuracy on groups the training did not draw, and linear probes."""
+    clebs, seed = run.config.clebs, run.config.seed
+    accuracies, chances = [], []
+    for k in range(REPORT_GROUPS if clebs.steps > 0 else 0):
+        images, beta = sampler.group(seed, 2**31 + 50 + k, clebs.negatives + 1, clebs.image_size, LEAST_GROUP)
+        codes = encoder(images.to(run.device))
+        accuracies.append(contrastive_loss(codes, lebs(beta.to(run.device)), clebs.temperature)[1].item())
+        chances.append(1 / len(beta))
+    values: dict[str, float] = {}
+    if accuracies:
+        values = {"accuracy": float(np.mean(accuracies)), "chance": float(np.mean(chances))}
+    if not run.world.main:
+        return values
+    seen, person, fit = _known_people(sampler)
+    if len(np.unique(person)) > 1:
+        code = lebs(torch.from_numpy(seen).to(run.device)).cpu().numpy()
+        values |= asdict(probe(seen, code, person, fit, picture=run.folder / "clebs.png"))
+    write_text(run.folder / "clebs.json", json.dumps(values, indent=1) + "\n")
+    return values
+
+
+def _known_people(sampler: Sampler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """beta (N, 64) and person (N,) of some frames of every clip, and which to fit to: the first half of each clip."""
+    rows: list[np.ndarray] = []
+    person: list[str] = []
+    fit: list[np.ndarray] = []
+    for number, (data, people) in enumerate(zip(sampler.sets, sampler.moving, strict=True)):
+        clips = sum(len(own) for own in people.values())
+        each = max(REPORT_FRAMES // max(clips, 1), 4)
+        for name, own in people.items():
+            for clip in own:
+                taken = np.unique(np.linspace(0, clip.count - 1, min(each, clip.count)).round().astype(int))
+                rows.append(data.beta[clip.start + taken])
+                person += [f"{number}/{name}"] * len(taken)
+                fit.append(taken < clip.count / 2)
+    return np.concatenate(rows).astype(np.float32), np.array(person), np.concatenate(fit)

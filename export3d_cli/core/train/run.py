@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.checkpoint import load_state, save_state, write_text
-from export3d_cli.core.config import TrainConfig
+from export3d_cli.core.config import STAGES, TrainConfig
 from export3d_cli.core.errors import ConfigError, TrainingError
+from export3d_cli.core.train.parallel import World
+from export3d_cli.core.train.plot import plot_losses
 
 
 @dataclass(frozen=True)
 class TrainEvent:
     """What a progress callback is told."""
 
-    stage: str  # "data", "clebs", "reconstruction"
+    stage: str  # "data" or one of `config.STAGES`
     step: int  # steps done in this stage
     steps: int  # steps this stage will take
     values: dict[str, float] = field(default_factory=dict)  # the newest log line
@@ -39,21 +41,30 @@ class Run:
     device: torch.device
     bf16: bool
     progress: Callable[[TrainEvent], None] | None
+    world: World = field(default_factory=World)
     started: float = field(default_factory=time.monotonic)
     decayed: float = 0.0  # how far earlier calls took a decay by time, 0..1
     resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     @classmethod
-    def open(cls, config: TrainConfig, progress: Callable[[TrainEvent], None] | None) -> Run:
+    def open(
+        cls, config: TrainConfig, progress: Callable[[TrainEvent], None] | None, world: World | None = None
+    ) -> Run:
         """Make or reopen the run folder; where it holds a training state, the run goes on from there."""
         folder = Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
-        device = pick_device(config.device)
+        world = world or World(device=pick_device(config.device))
+        device = world.device
         bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
-        run = cls(config, folder, device, bf16, progress, resumed=load_state(folder))
+        run = cls(config, folder, device, bf16, progress, world, resumed=load_state(folder))
         if run.resumed is not None:
             run.decayed = float(run.resumed[1].get("decayed", 0.0))
-            run._drop_log_after(run.resumed[1])
+        world.wait()  # all have read before the first one writes
+        if world.main:
+            for left in folder.glob(".*.part.*"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            if run.resumed is not None:
+                run._drop_log_after(run.resumed[1])
         return run
 
     def seed(self, stage: int, step: int) -> None:
@@ -70,22 +81,25 @@ class Run:
 
     def out_of_time(self) -> bool:
         """Whether `max_minutes` have passed."""
-        return 0 < self.config.max_minutes <= self.minutes()
+        limit = self.config.max_minutes
+        return limit > 0 and bool(self.world.first(float(limit <= self.minutes())))
 
     def time_fraction(self, since: float) -> float:
         """How far a decay by time is, 0..1, for a stage that began at minute `since` of this call."""
         passed = (self.minutes() - since) / max(self.config.max_minutes - since, 1e-6)
-        return min(self.decayed + (1 - self.decayed) * max(passed, 0.0), 1.0)
+        return self.world.first(min(self.decayed + (1 - self.decayed) * max(passed, 0.0), 1.0))
 
     def tell(
         self, stage: str, step: int, steps: int, values: dict[str, float] | None = None, message: str = ""
     ) -> None:
         """Call the progress callback."""
-        if self.progress is not None:
+        if self.progress is not None and self.world.main:
             self.progress(TrainEvent(stage, step, steps, values or {}, message))
 
     def log(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
         """Append a line to stats.jsonl and tell the callback."""
+        if not self.world.main:
+            return
         line = {"stage": stage, "step": step, "minutes": round(self.minutes(), 3)}
         line |= {k: float(f"{v:.5g}") for k, v in values.items()}
         with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
@@ -94,15 +108,22 @@ class Run:
 
     def save(self, stage: str, step: int, tensors: dict[str, Tensor], decayed: float = 0.0) -> None:
         """Write the training state."""
+        if not self.world.main:
+            return
         info = {"stage": stage, "step": step, "seed": self.config.seed, "decayed": decayed}
         save_state(self.folder, tensors, info, keep=self.config.keep)
+
+    def plot(self) -> None:
+        """Draw the log as `loss.png`."""
+        if self.world.main:
+            plot_losses(self.folder / "stats.jsonl", self.folder / "loss.png")
 
     def _drop_log_after(self, info: dict[str, Any]) -> None:
         """Forget log lines of steps that will be taken again."""
         path = self.folder / "stats.jsonl"
         if not path.exists():
             return
-        order = {"clebs": 0, "reconstruction": 1}
+        order = {stage: number for number, stage in enumerate(STAGES)}
         kept = []
         for text in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError):  # a line cut off by a crash

@@ -34,15 +34,27 @@ def test_jpeg_keeps_the_channel_order(tmp_path):
     assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - red).max() < 8
 
 
-@pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, -1), (8, 1)])
-def test_exif_orientation_is_applied(tmp_path, orientation, turn):
+EXIF = [
+    (1, 0, False),
+    (2, 0, True),
+    (3, 2, False),
+    (4, 2, True),
+    (5, 1, True),
+    (6, -1, False),
+    (7, -1, True),
+    (8, 1, False),
+]
+
+
+@pytest.mark.parametrize(("orientation", "turn", "mirror"), EXIF)
+def test_exif_orientation_is_applied(tmp_path, orientation, turn, mirror):
     image = gradient()
     data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
     entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
     exif = b"Exif\0\0" + b"MM\0*" + struct.pack(">IH", 8, 1) + entry + b"\0\0\0\0"
     path = tmp_path / "a.jpg"
     path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
-    turned = np.rot90(image, turn)
+    turned = np.rot90(image[:, ::-1] if mirror else image, turn)
     assert read_image(path).shape == turned.shape
     assert np.abs(read_image(path).astype(int) - turned).mean() < 6
 

@@ -1,0 +1,156 @@
+"""The adversarial terms (sec. 6.3, 6.4): a discriminator in StyleGAN2-ADA's layout, conditioned on the camera."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export3d_cli.core.config import CAMERA_DIM, AdversarialConfig
+from export3d_cli.core.model.generator import leaky
+
+GAIN = math.sqrt(2)  # keeps the variance behind a leaky ReLU
+LAST_SIDE = 4  # side of the features where the blocks end
+MAPPING_DIM = 128  # most numbers the camera is mapped to
+MAPPING_RATE = 0.01  # the mapping learns slower than the rest
+
+
+class EqualLinear(nn.Module):
+    """Linear layer whose weights are all of size 1 and scaled when used: every layer learns at the same speed."""
+
+    def __init__(self, inside: int, outside: int, *, rate: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outside, inside) / rate)
+        self.bias = nn.Parameter(torch.zeros(outside))
+        self.scale, self.rate = rate / math.sqrt(inside), rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inside) -> (B, outside)."""
+        return F.linear(x, self.weight * self.scale, self.bias * self.rate)
+
+
+class EqualConv(nn.Module):
+    """Convolution of the same kind; with `down` after a low-pass filter, at half the side."""
+
+    def __init__(self, inside: int, outside: int, side: int, *, down: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outside, inside, side, side))
+        self.bias = nn.Parameter(torch.zeros(outside)) if bias else None
+        self.scale, self.down = 1 / math.sqrt(inside * side * side), down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inside, h, w) -> (B, outside, h, w) or (B, outside, h/2, w/2)."""
+        side = self.weight.shape[-1]
+        if not self.down:
+            return F.conv2d(x, self.weight * self.scale, self.bias, padding=side // 2)
+        if side == 1:  # nothing is lost by filtering and dropping first
+            return F.conv2d(blur(x, stride=2), self.weight * self.scale, self.bias)
+        return F.conv2d(blur(x, grow=1), self.weight * self.scale, self.bias, stride=2)
+
+
+def blur(x: Tensor, *, stride: int = 1, grow: int = 0) -> Tensor:
+    """Low-pass filter 1 3 3 1 in both directions; (B, C, h, w) -> side (h + 2 * grow - (stride == 1)) / stride."""
+    tap = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
+    C = x.shape[1]
+    x = F.conv2d(x, tap.view(1, 1, 1, 4).expand(C, 1, 1, 4), padding=(0, 1 + grow), groups=C, stride=(1, stride))
+    return F.conv2d(x, tap.view(1, 1, 4, 1).expand(C, 1, 4, 1), padding=(1 + grow, 0), groups=C, stride=(stride, 1))
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block to half the side."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.first = EqualConv(inside, inside, 3)
+        self.second = EqualConv(inside, outside, 3, down=True)
+        self.skip = EqualConv(inside, outside, 1, down=True, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h/2, w/2)."""
+        y = GAIN * leaky(self.first(x))
+        y = GAIN * leaky(self.second(y))
+        return (self.skip(x) + y) * math.sqrt(0.5)
+
+
+def minibatch_deviation(x: Tensor, group: int) -> Tensor:
+    """One more channel: how much the images of a group of neighbours in the batch differ. (B, C, h, w) -> C + 1."""
+    B, _, h, w = x.shape
+    G = math.gcd(min(group, B), B)
+    y = x.view(B // G, G, *x.shape[1:])
+    deviation = (y.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (B/G,)
+    return torch.cat([x, deviation.repeat_interleave(G).view(B, 1, 1, 1).expand(B, 1, h, w)], dim=1)
+
+
+class CameraMapping(nn.Module):
+    """The 25 numbers of the camera -> the direction the last features are projected on."""
+
+    def __init__(self, dim: int, layers: int) -> None:
+        super().__init__()
+        self.embed = EqualLinear(CAMERA_DIM, dim)
+        self.layers = nn.ModuleList(EqualLinear(dim, dim, rate=MAPPING_RATE) for _ in range(layers))
+
+    def forward(self, camera: Tensor) -> Tensor:
+        """(B, 25) -> (B, dim)."""
+        x = self.embed(camera)
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+        for layer in self.layers:
+            x = GAIN * leaky(layer(x))
+        return x
+
+
+class Discriminator(nn.Module):
+    """Image and camera -> how real the image looks for that camera. Always fp32."""
+
+    def __init__(self, image_size: int, config: AdversarialConfig) -> None:
+        super().__init__()
+
+        def width(side: int) -> int:
+            return max(min(config.channels, config.base // side), 1)
+
+        self.group = config.group
+        self.colours = EqualConv(3, width(image_size), 1)
+        blocks, side = [], image_size
+        while side > LAST_SIDE and side % 2 == 0:
+            blocks.append(DiscriminatorBlock(width(side), width(side // 2)))
+            side //= 2
+        self.blocks = nn.Sequential(*blocks)
+        last, dim = width(side), min(config.channels, MAPPING_DIM)
+        self.last = EqualConv(last + 1, last, 3)
+        self.dense = EqualLinear(last * side * side, last)
+        self.out = EqualLinear(last, dim)
+        self.mapping = CameraMapping(dim, config.mapping)
+
+    def forward(self, image: Tensor, camera: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], (B, 25) -> logits (B,), positive for real."""
+        with torch.autocast(image.device.type, enabled=False):
+            x = GAIN * leaky(self.colours(image.float()))  # (B, C, H, W)
+            x = self.blocks(x)  # (B, C, 4, 4)
+            x = GAIN * leaky(self.last(minibatch_deviation(x, self.group)))
+            x = self.out(GAIN * leaky(self.dense(x.flatten(1))))  # (B, dim)
+            return (x * self.mapping(camera.float())).sum(1) / math.sqrt(x.shape[1])
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """L_adv of eq. 14 for the generator: the non-saturating binary cross-entropy of its logits (B,)."""
+    return F.softplus(-fake).mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Binary cross-entropy of the logits (B,) of real and generated images."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def r1_penalty(discriminator: nn.Module, image: Tensor, camera: Tensor) -> Tensor:
+    """R1: mean squared length of the gradient of the logit by a real image; times gamma / 2 it is the penalty."""
+    image = image.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(image, camera).sum(), image, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
+def discriminator_optimizer(discriminator: nn.Module, config: AdversarialConfig) -> torch.optim.Adam:
+    """Adam, corrected for the lazy R1 as `AdversarialConfig` says."""
+    c = config.r1_every / (config.r1_every + 1) if config.r1 > 0 else 1.0
+    betas = (config.betas[0] ** c, config.betas[1] ** c)
+    return torch.optim.Adam(discriminator.parameters(), lr=config.lr * c, betas=betas, eps=1e-8)

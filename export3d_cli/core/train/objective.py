@@ -1,0 +1,49 @@
+"""What a step minimises, and schedules: pure functions of the configuration and the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export3d_cli.core.config import TrainConfig
+from export3d_cli.core.train import losses
+from export3d_cli.core.train.data import Batch
+
+
+def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
+    """Linear warm-up, then (with `decay`) a cosine to a tenth; `fraction` is how far the decay is, 0..1."""
+    lr = config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
+    if config.decay or config.decay_by_time:
+        lr *= 0.1 + 0.45 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
+    return lr
+
+
+def raw_size(config: TrainConfig, step: int) -> int:
+    """Side of the raw render at a step: small at first, where `raw_start` says so."""
+    return config.raw_start if config.raw_start > 0 and step < config.raw_grow else config.model.raw_size
+
+
+def reconstruction_loss(
+    output: Any, batch: Batch, config: TrainConfig, perceptual: losses.Perceptual | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight."""
+    w = config.loss
+    small = losses.downsample(batch.target, output.raw.shape[-1])
+    terms = {"l2": w.l2 * losses.l2(output.image, batch.target), "l2_raw": w.raw * w.l2 * losses.l2(output.raw, small)}
+    if w.l1 > 0:
+        terms["l1"] = w.l1 * losses.l1(output.image, batch.target)
+        terms["l1_raw"] = w.raw * w.l1 * losses.l1(output.raw, small)
+    if perceptual is not None and w.perceptual > 0:
+        terms["perceptual"] = w.perceptual * perceptual(output.image, batch.target)
+        if w.raw > 0:
+            terms["perceptual_raw"] = w.raw * w.perceptual * perceptual(output.raw, small, scales=1)
+    if w.mask > 0:
+        mask = losses.face_mask(batch.target_landmarks, batch.target.shape[-1])
+        terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
+    if w.offset > 0 and getattr(output, "offset", None) is not None:
+        terms["offset"] = w.offset * output.offset.float().square().mean()
+    loss = torch.stack([t.float() for t in terms.values()]).sum()
+    return loss, {k: float(v.detach()) for k, v in terms.items()}

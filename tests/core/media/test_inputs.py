@@ -1,0 +1,198 @@
+"""Videos as phones, cameras, screens and studios make them."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.errors import InputError, MediaError
+from export3d_cli.core.media import video
+from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.probe import audio_codec
+from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
+
+RED = "color=0xC03040:s=32x32:r=5:d=1"
+
+
+def middle(path):
+    """Colour in the middle of the third frame."""
+    frame = list(VideoReader(path))[2]
+    return frame[frame.shape[0] // 2, frame.shape[1] // 2].astype(int)
+
+
+@pytest.mark.parametrize(("degrees", "turn"), [(90, 1), (180, 2), (270, 3)])
+def test_rotation_turns_the_picture(picture, make, degrees, turn):
+    plain = picture("a.mp4", "25", 2)
+    turned = make("b.mp4", "-display_rotation", str(degrees), "-i", str(plain), "-c", "copy")
+    expected = np.rot90(next(iter(VideoReader(plain))), turn)
+    assert np.abs(next(iter(VideoReader(turned))).astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("a.mp4", ["-c:v", "libx264", "-pix_fmt", "yuv420p10le"]),
+        ("a.mov", ["-c:v", "prores_ks", "-pix_fmt", "yuv422p10le"]),
+        ("a.mkv", ["-c:v", "ffv1", "-pix_fmt", "gbrp12le"]),
+        ("a.webm", ["-c:v", "libvpx-vp9"]),
+        ("a.gif", ["-filter_complex", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"]),
+        ("a.avi", ["-c:v", "mjpeg", "-q:v", "2"]),
+    ],
+)
+def test_colours_of_every_format(make, name, args):
+    assert np.abs(middle(make(name, "-f", "lavfi", "-i", RED, *args)) - [0xC0, 0x30, 0x40]).max() < 10
+
+
+@pytest.mark.parametrize("size", ["63x47", "33x48"])
+def test_odd_sizes_keep_every_line(picture, size):
+    path = picture("a.mkv", "25", 2, "-pix_fmt", "yuv444p", size=size)
+    width, height = map(int, size.split("x"))
+    assert next(iter(VideoReader(path))).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "alpha"),
+    [
+        ("a.mov", ["-c:v", "qtrle", "-pix_fmt", "argb"], "plain"),
+        ("a.mkv", ["-c:v", "ffv1", "-pix_fmt", "yuva444p"], "plain"),
+        ("a.webm", ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"], "vp9"),
+        ("b.webm", ["-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0"], "vp8"),
+    ],
+)
+def test_transparency_lies_on_white(make, name, args, alpha):
+    path = make(name, "-f", "lavfi", "-i", RED.replace("40", "40@0.5") + ",format=rgba", *args)
+    assert probe(path).alpha == alpha
+    assert np.abs(middle(path) - (np.array([0xC0, 0x30, 0x40]) + 255) / 2).max() < 10
+
+
+HDR = ["-vf", "format=gray10le,geq=lum='X*1023/31',format=yuv420p10le", "-c:v", "libx265", "-x265-params"]
+
+
+@pytest.mark.parametrize(("hdr", "white"), [("smpte2084", 0.58), ("arib-std-b67", 0.75)])
+def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
+    tags = f"log-level=none:colorprim=bt2020:transfer={hdr}:colormatrix=bt2020nc"
+    path = make("a.mp4", "-f", "lavfi", "-i", "color=gray:s=32x32:r=5:d=1", *HDR, tags)
+    assert probe(path).hdr == hdr
+    mapped, flat = VideoReader(path), VideoReader(path)
+    assert mapped.notes == []
+    row = next(iter(mapped))[16].astype(int).mean(-1)
+    assert row[0] < 25
+    assert row[-1] > 200
+    assert (np.diff(row) >= -2).all()
+    assert row[round(31 * white)] > 140  # diffuse white is bright, though not the brightest
+    monkeypatch.setattr(video, "has_tone_mapping", lambda: False)
+    flat = VideoReader(path)
+    assert "tone-map" in flat.notes[0]
+    assert "tonemap" not in flat._filters()
+
+
+def test_interlaced_video_is_made_whole(make):
+    source = ["-f", "lavfi", "-i", "testsrc2=s=64x64:r=50:d=0.4,scroll=h=0.06,tinterlace=interleave_top"]
+    path = make("a.mpg", *source, "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", "2")
+    assert probe(path).interlaced
+    whole, combed = VideoReader(path), VideoReader(path)
+    combed.info = replace(combed.info, interlaced=False)
+
+    def teeth(reader):
+        frames = np.stack(list(reader)).astype(int)
+        assert abs(len(frames) - 10) <= 1
+        return np.abs(2 * frames[:, 1:-1] - frames[:, :-2] - frames[:, 2:]).mean()
+
+    assert teeth(whole) < 0.6 * teeth(combed)
+    assert not probe(make("b.mp4", *source, "-vf", "setfield=prog", "-pix_fmt", "yuv420p")).interlaced
+
+
+def test_one_frame_is_a_video(picture):
+    path = picture("a.mp4", "25", 1)
+    assert probe(path).frames == 1
+    assert len(list(VideoReader(path))) == 1
+    assert len(list(VideoReader(path, fps=Fraction(50)))) in (1, 2)
+
+
+def test_the_first_of_several_pictures_is_taken(picture, make):
+    one, two = picture("one.mp4", "25", 5), picture("two.mp4", "30", 9, size="96x80")
+    path = make("both.mkv", "-i", str(two), "-i", str(one), "-map", "0:v", "-map", "1:v", "-c", "copy")
+    info = probe(path)
+    assert (info.width, info.height, info.fps) == (96, 80, 30)
+    assert len(list(VideoReader(path))) == 9
+
+
+def test_cover_art_is_no_video(sound, make, tmp_path):
+    write_image(tmp_path / "cover.png", np.full((20, 30, 3), 90, np.uint8))
+    cover = ["-i", str(tmp_path / "cover.png"), "-map", "0:a", "-map", "1:v", "-c", "copy"]
+    path = make("a.m4a", "-i", str(sound("s.m4a", 1)), *cover, "-disposition:v:0", "attached_pic")
+    with pytest.raises(InputError, match="no picture"):
+        probe(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["Ünï çødé 映像.mp4", " two  spaces .mp4", "-dash.mp4", "per%03dcent.mp4", "a'b\"c.mp4"]
+)
+def test_names_are_only_names(picture, tmp_path, monkeypatch, name):
+    picture("a.mp4", "25", 2).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert len(list(VideoReader(name))) == 2
+
+
+def test_standard_input_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="standard input"):
+        probe("-")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures, each as bright as ten times its number; and other files."""
+    path = tmp_path / "shots of, me"
+    path.mkdir()
+    for i in range(12):
+        write_image(path / f"shot{i}.png", np.full((6, 8, 3), 10 * i, np.uint8))
+    (path / "notes.txt").write_text("no picture")
+    (path / ".hidden.png").write_bytes(b"")
+    return path
+
+
+def test_a_folder_of_pictures_is_a_video(folder):
+    reader = VideoReader(folder)
+    assert (reader.info.fps, reader.info.frames, reader.info.duration) == (25, 12, 0.48)
+    assert [frame[0, 0, 0] for frame in reader] == [10 * i for i in range(12)]
+    slow = VideoReader(folder, fps=Fraction(10), start=0.2, duration=0.5, size=(4, 3))
+    assert (slow.info.fps, slow.info.frames) == (10, 5)
+    assert [frame[0, 0, 0] for frame in slow] == [20, 30, 40, 50, 60]
+    assert next(iter(slow)).shape == (3, 4, 3)
+    assert audio_codec(folder) is None
+
+
+def test_a_folder_has_pictures_of_one_size(folder, tmp_path):
+    write_image(folder / "shot5.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"shot5\.png is 8x8, the first picture 8x6"):
+        list(VideoReader(folder))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="without pictures"):
+        probe(tmp_path / "none")
+
+
+def test_a_picture_a_frame_is_written_and_read_again(tmp_path):
+    pattern = tmp_path / "new" / "shot-%04d.png"
+    given = [np.full((6, 8, 3), i, np.uint8) for i in range(3)]
+    with VideoWriter(pattern, size=(8, 6), fps=Fraction(25)) as writer:
+        for frame in given:
+            writer.write(frame)
+    assert sorted(p.name for p in pattern.parent.iterdir()) == [f"shot-000{i}.png" for i in range(3)]
+    assert all(np.array_equal(a, b) for a, b in zip(VideoReader(pattern.parent), given, strict=True))
+    assert b"synthetic" in (pattern.parent / "shot-0000.png").read_bytes()
+    with pytest.raises(InputError, match="already"):
+        VideoWriter(pattern, size=(8, 6), fps=Fraction(25))
+    with pytest.raises(InputError, match=r"%05d\.png"):
+        VideoWriter(tmp_path / "one.png", size=(8, 6), fps=Fraction(25))
+
+
+def test_pictures_of_a_run_that_failed_are_taken_away(tmp_path):
+    writer = VideoWriter(tmp_path / "%d.png", size=(8, 6), fps=Fraction(25))
+    with pytest.raises(KeyboardInterrupt), writer:  # noqa: PT012
+        writer.write(np.zeros((6, 8, 3), np.uint8))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(MediaError, match="no frame"), VideoWriter(tmp_path / "%d.png", size=(8, 6), fps=Fraction(25)):
+        pass
