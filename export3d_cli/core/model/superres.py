@@ -18,6 +18,7 @@ from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 
 DETAIL = 16  # channels of stem features taken along the flow
 MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
+TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -92,6 +93,6 @@ class SuperResolution(nn.Module):
         sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
         x = self.block1(self.to1(torch.cat([x, sampled, facts], dim=1)))
         out = self.colour(leaky(x)).float()
-        mask = torch.sigmoid(4 * out[:, 3:] + 6 * facts[:, :1] - 3)  # the photo where it is known, at first
+        mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         return mask * sampled + (1 - mask) * (base + out[:, :3]), offset
