@@ -74,7 +74,8 @@ def test_methods_stand_side_by_side(result):
     assert all(set(METRICS) <= set(row) for row in result.clips)
     repeat, flow, model = (result.mean[name] for name in ("repeat", "flow", "model"))
     assert repeat["found"] == 1.0 and flow["found"] == 1.0
-    assert model["psnr"] < repeat["psnr"] < 100 and 0 < repeat["ssim"] < 1
+    assert 20 < repeat["psnr"] < 100 and 0 < repeat["ssim"] < 1
+    assert abs(model["psnr"] - flow["psnr"]) < 3  # an untrained network starts as the flow
     assert repeat["akd478"] > 0 and repeat["aed"] < 0.3
     assert repeat["identity"] is None
 
