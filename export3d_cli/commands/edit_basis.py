@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
 @click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
-@click.option("--grid", is_flag=True, help="Write a contact sheet: a row for each --v (default: all), five values.")
+@click.option("--grid", is_flag=True, help="Write a contact sheet: a row for each --v (default: all), five values (-8 to 8).")
 @click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
 @options.frames_option(60)
 @options.model_options
@@ -59,7 +59,7 @@ def edit_basis(
         _describe(core.describe_basis(animator), as_json)
         return
     vectors = vectors or tuple(range(1, animator.model.config.coefficients + 1))
-    scales = scales if len(scales) > 1 else (scales or ((-3.0, 3.0),)) * len(vectors)
+    scales = scales if len(scales) > 1 else (scales or ((-8.0, 8.0),)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
         grid=grid,

@@ -12,6 +12,7 @@ from export3d_cli.core.camera import FOCAL, RADIUS
 from export3d_cli.core.face import mesh
 from export3d_cli.core.face.motion import BETA_NAMES
 
+STILL = 0.0201  # entries of beta at the least deviation, 0.02, hardly moved in training and mean nothing
 SAMPLES = 256  # expressions around the mean over which the Jacobian is averaged
 PIXELS = 256  # side of the picture in which motion is told
 _JAW = (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397)  # the chin's outline
@@ -48,7 +49,8 @@ def describe_basis(animator: Animator, *, most: int = 4) -> BasisDescription:
         beta = (expression.beta_mean + spread * expression.beta_std).detach().requires_grad_()
         lam = expression.coefficients(beta)  # (SAMPLES, n)
         slopes = [torch.autograd.grad(column.sum(), beta, retain_graph=True)[0] for column in lam.unbind(1)]
-    jacobian = (torch.stack(slopes).mean(1) * expression.beta_std).detach().cpu().numpy()  # (n, 64)
+    moving = expression.beta_std > STILL
+    jacobian = (torch.stack(slopes).mean(1) * expression.beta_std * moving).detach().cpu().numpy()  # (n, 64)
     per_unit = FOCAL / RADIUS * PIXELS  # pixels a unit of the head frame, seen from the usual distance
     vectors = []
     for i, row in enumerate(jacobian):
