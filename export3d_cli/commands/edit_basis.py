@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
 @click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
-@click.option("--grid", is_flag=True, help="Write a contact sheet: a row for each --v (default: all), five values (-8 to 8).")
+@click.option("--grid", is_flag=True, help="Write a contact sheet: a row a --v (default: all), five values (-8 to 8).")
 @click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
 @options.frames_option(60)
 @options.model_options
