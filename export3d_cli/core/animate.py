@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
 from export3d_cli.core.control import PARTS, Control
+from export3d_cli.core.device import pick_device, pick_precision
 from export3d_cli.core.driver import SETTLE, DriverStream, OnMissing, holds_motion, motion_rows
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.landmarker import Face
@@ -264,27 +265,6 @@ def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:
     near = np.clip(0.5 - (depth - centre[:, None, None]) / 0.9, 0, 1)
     colours = [cv2.applyColorMap(np.uint8(255 * n), cv2.COLORMAP_TURBO)[..., ::-1] for n in near]  # type: ignore[call-overload]
     return np.uint8(np.stack(colours) * opacity[..., None].clip(0, 1))  # type: ignore[return-value]
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when usable, else the CPU; raises `InputError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not usable.get(device.type, False):
-        raise InputError(f"device {name!r} is not usable on this machine: use --device auto or cpu")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware multiplies it, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and supported() else "fp32"
 
 
 def reenact(

@@ -14,13 +14,12 @@ import torch
 from export3d_cli.core.animate import (
     Animator,
     ReenactOptions,
-    pick_device,
-    pick_precision,
     reenact,
 )
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
 from export3d_cli.core.config import PRESETS
+from export3d_cli.core.device import pick_device, pick_precision
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
@@ -209,5 +208,7 @@ def test_devices_and_precisions() -> None:
     assert pick_device("auto").type in ("cpu", "cuda")
     with pytest.raises(InputError, match="meta"):
         pick_device("meta")
+    with pytest.raises(InputError, match="unknown"):
+        pick_device("banana")
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
     assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from export3d_cli.core.checkpoint import load_state, save_state, write_text
 from export3d_cli.core.config import STAGES, TrainConfig
-from export3d_cli.core.errors import ConfigError, TrainingError
+from export3d_cli.core.device import fast_bf16, pick_device
+from export3d_cli.core.errors import TrainingError
 from export3d_cli.core.train.parallel import World
 from export3d_cli.core.train.plot import plot_losses
 
@@ -131,27 +132,6 @@ class Run:
                 if (order[line["stage"]], line["step"]) <= (order[info["stage"]], info["step"]):
                     kept.append(text)
         write_text(path, "".join(f"{text}\n" for text in kept))
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by name; "auto" is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but no CUDA device is available: use cpu or auto")
-    return device
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 makes the device faster: CUDA, and CPUs that multiply it natively."""
-    if device.type != "cpu":
-        return device.type == "cuda"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check_finite(value: float, stage: str, step: int, parts: dict[str, float]) -> None:

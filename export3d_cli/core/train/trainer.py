@@ -12,6 +12,7 @@ import torch
 from export3d_cli.core import weights
 from export3d_cli.core.checkpoint import load_into, load_weights, save_weights
 from export3d_cli.core.config import TrainConfig, save_yaml
+from export3d_cli.core.device import pick_device
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.model.export3d import Export3D
@@ -20,7 +21,7 @@ from export3d_cli.core.train.data import Sampler
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
 from export3d_cli.core.train.parallel import join
 from export3d_cli.core.train.pretrain import clebs_stage, clebs_steps
-from export3d_cli.core.train.run import Run, TrainEvent, pick_device
+from export3d_cli.core.train.run import Run, TrainEvent
 from export3d_cli.core.train.stage import ImageStages
 
 __all__ = ["TrainSummary", "learning_rate", "raw_size", "reconstruction_loss", "train"]
