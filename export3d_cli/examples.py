@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "score weights on a data set",
     "weights": "list, download, verify, look at, upload weights",
     "bench": "how fast is this machine, stage by stage",
+    "verify-mark": "was this file made here? looks for the marks",
     "doctor": "is everything there, and does it work",
 }
 EXAMPLES: dict[str, tuple[str, str]] = {
@@ -35,6 +36,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "weights push my.safetensors hf:owner/repo",
     ),
     "bench": ("bench", "bench --device cpu --threads 4 --frames 60 --json"),
+    "verify-mark": ("verify-mark out.mp4", "verify-mark picture.png --json"),
     "doctor": ("doctor", "doctor --json"),
 }
 OVERVIEW = """export3d animates a portrait: one photo, and a video that drives it.
@@ -49,7 +51,7 @@ Commands
 {commands}
 
 `export3d COMMAND --help` shows every option with its unit and default, and two examples.
-""".format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items()))
+""".format(commands="\n".join(f"  {name:<13}{what}" for name, what in COMMANDS.items()))
 
 
 def add_examples(command: click.Command, name: str) -> None:

@@ -75,10 +75,14 @@ def model_options(command: F) -> F:
 
 
 def output_options(command: F) -> F:
-    """--crf, --overwrite, --json: how the video is written and what is told."""
+    """--crf, --watermark, --overwrite, --json: how the video is written and what is told."""
     quality = "Quality of H.264, 0 (lossless) to 51."
     command = json_option(command)
     command = click.option("--overwrite", is_flag=True, help="Replace an existing output.")(command)
+    command = click.option(
+        "--watermark", type=click.Choice(["none", "visible", "invisible"]), default="none", show_default=True,
+        help="Mark the picture too as synthetic; the metadata always says so.",
+    )(command)  # fmt: skip
     return click.option("--crf", type=click.IntRange(0, 51), default=18, show_default=True, help=quality)(command)
 
 

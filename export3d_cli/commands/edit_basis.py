@@ -39,6 +39,7 @@ def edit_basis(
     precision: str,
     threads: int,
     crf: int,
+    watermark: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -62,7 +63,7 @@ def edit_basis(
     scales = scales if len(scales) > 1 else (scales or ((-8.0, 8.0),)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
-        grid=grid,
+        grid=grid, watermark=watermark,
     )  # fmt: skip
     out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
     with console.progress() as report:

@@ -43,6 +43,7 @@ def novel_view(
     precision: str,
     threads: int,
     crf: int,
+    watermark: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -54,7 +55,7 @@ def novel_view(
 
     chosen = core.NovelViewOptions(
         yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
-        overwrite=overwrite or output is None, grid=grid, depth=depth, drive=drive,
+        overwrite=overwrite or output is None, grid=grid, depth=depth, drive=drive, watermark=watermark,
     )  # fmt: skip
     picture = grid or (chosen.single and drive is None)
     out = output or Path("novel_view.png" if picture else "novel_view.mp4")

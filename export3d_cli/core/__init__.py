@@ -31,6 +31,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "novel_view": "views",
     "edit_basis": "views",
     "describe_basis": "basis",
+    "find_marks": "watermark",
     "Gates": "clips",
     "build_dataset": "preprocess:preprocess",  # the functions are called as their modules: other names at the door
     "EvaluateOptions": "evaluate",

@@ -36,6 +36,7 @@ from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.media.image import read_image, to_tensor, to_uint8
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Source
+from export3d_cli.core.watermark import Watermark, marker
 from export3d_cli.core.weights import resolve
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -64,6 +65,7 @@ class ReenactOptions:
     reference_frame: int = 0  # of the driver's frames that are used: what relative control counts from
     smooth: Smooth = "light"
     seed: int = 0
+    watermark: Watermark = "none"  # beside the mark in the metadata
 
     @property
     def control(self) -> Control:
@@ -285,7 +287,7 @@ def reenact(
     began = time.monotonic()
     check_free(out, options.overwrite)
     torch.manual_seed(options.seed)
-    control = options.control
+    control, mark = options.control, marker(options.watermark)
     animator.set_source(read_image(source), name=str(source), face=options.face)
     size = animator.model.config.image_size
     width = size * 3 if options.compare else size
@@ -302,7 +304,7 @@ def reenact(
         for motion, crops in stream:
             frames = animator.drive([motion], control=control, reference=stream.reference)
             for frame, crop in zip(frames, crops, strict=True):
-                writer.write(np.concatenate([beside, crop, frame], axis=1) if crop is not None else frame)
+                writer.write(mark(np.concatenate([beside, crop, frame], axis=1) if crop is not None else frame))
                 written += 1
                 if progress is not None:
                     progress("frames", written, stream.total)

@@ -20,6 +20,7 @@ from export3d_cli.core.driver import DriverStream
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.media.image import MAX_PIXELS, read_image, write_image
 from export3d_cli.core.media.video import SYNTHETIC, VideoWriter
+from export3d_cli.core.watermark import Watermark, marker
 
 PICTURES = (".png", ".jpg", ".jpeg")  # they carry the mark that they are synthetic
 GRID_VALUES = 5  # of each basis vector in a contact sheet
@@ -40,6 +41,7 @@ class NovelViewOptions:
     overwrite: bool = False
     grid: bool = False  # a contact sheet instead of a video
     depth: bool = False  # the depth in colours
+    watermark: Watermark = "none"  # beside the mark in the metadata
     drive: Path | None = None  # whose expression: an image, a video or a motion file; None: the photo's own
 
     @property
@@ -58,6 +60,7 @@ class EditOptions:
     fps: Fraction = Fraction(25)
     crf: int = 18
     overwrite: bool = False
+    watermark: Watermark = "none"  # beside the mark in the metadata
     grid: bool = False  # a contact sheet: a row for each of `edits`, `GRID_VALUES` of it
 
 
@@ -85,12 +88,12 @@ def novel_view(
     beta = None if options.drive is None else _expressions(animator, options.drive, options.fps, len(cameras))
     frames = _counted(animator.view(cameras, beta=beta, depth=options.depth), len(cameras), progress)
     if not picture:
-        return _video(animator, frames, len(cameras), out, options.fps, options.crf, began)
+        return _video(animator, frames, len(cameras), out, options, began)
     labels: list[str] = []
     if options.grid:
         angles = [Camera.from_vector(camera).angles() for camera in cameras]
         labels = [f"{yaw:+.0f} {pitch:+.0f}" for yaw, pitch, _ in angles]  # yaw and pitch
-    return _picture(animator, frames, len(cameras), out, _columns(len(cameras)), labels, began)
+    return _picture(animator, frames, len(cameras), out, _columns(len(cameras)), labels, options.watermark, began)
 
 
 def edit_basis(
@@ -123,8 +126,9 @@ def edit_basis(
             changes[:, v - 1] += np.linspace(first, last, options.frames, dtype=np.float32)
     frames = _counted(animator.edit(changes), len(changes), progress)
     if picture:
-        return _picture(animator, frames, len(changes), out, GRID_VALUES if options.grid else 1, labels, began)
-    return _video(animator, frames, len(changes), out, options.fps, options.crf, began)
+        columns = GRID_VALUES if options.grid else 1
+        return _picture(animator, frames, len(changes), out, columns, labels, options.watermark, began)
+    return _video(animator, frames, len(changes), out, options, began)
 
 
 def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
@@ -187,22 +191,23 @@ def _counted(frames: Iterator[np.ndarray], total: int, progress: Progress | None
 
 
 def _video(
-    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, fps: Fraction, crf: int, began: float
-) -> Summary:
-    size = animator.model.config.image_size
-    with VideoWriter(out, size=(size, size), fps=fps, crf=crf) as writer:
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: NovelViewOptions | EditOptions,
+    began: float,
+) -> Summary:  # fmt: skip
+    size, mark = animator.model.config.image_size, marker(options.watermark)
+    with VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer:
         for frame in frames:
-            writer.write(frame)
-    return Summary(out, total, 0, fps, time.monotonic() - began, animator.device_name)
+            writer.write(mark(frame))
+    return Summary(out, total, 0, options.fps, time.monotonic() - began, animator.device_name)
 
 
 def _picture(
     animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, columns: int, labels: Sequence[str],
-    began: float,
+    watermark: Watermark, began: float,
 ) -> Summary:  # fmt: skip
     size = animator.model.config.image_size
     if total * size * size > MAX_PIXELS:
         most = MAX_PIXELS // (size * size)
         raise InputError(f"a contact sheet of {total} views would be too large: {most} fit, set --frames")
-    write_image(out, contact_sheet(list(frames), columns, labels), comment=SYNTHETIC)
+    write_image(out, marker(watermark)(contact_sheet(list(frames), columns, labels)), comment=SYNTHETIC)
     return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)
