@@ -94,7 +94,7 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     tick, times = _timestamps(path)
     fps, vfr = _rate(tick, times, _number(stream.group(1), "fps"), _number(stream.group(1), "tbr"))
     if len(times) > 2 and (not duration or duration < _SCAN_SECONDS / 2):  # all was seen: exact, not to 10 ms
-        duration = float(times[-1] - times[0] + 1 / fps)
+        duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late picture is shown from the start
     hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
     return VideoInfo(
         width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,

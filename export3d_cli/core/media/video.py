@@ -7,7 +7,7 @@ are applied. Nothing holds more than a frame at a time. Files are written under 
 from __future__ import annotations
 
 import contextlib
-import os
+import shutil
 import subprocess
 import threading
 from collections import deque
@@ -91,8 +91,9 @@ class VideoReader:
         self._start, self._duration, self._scaled = start, duration, size is not None
         self._process: _Process | None = None
         self.notes = [f"{path}: variable frame rate resampled to {rate}"] if info.vfr and fps is None else []
-        if info.hdr and not has_tone_mapping():
-            self.notes.append(f"{path}: high dynamic range, which this ffmpeg cannot tone-map: colours will look flat")
+        if info.hdr:
+            what = "tone-mapped" if has_tone_mapping() else "which this ffmpeg cannot tone-map: colours will look flat"
+            self.notes.append(f"{path}: high dynamic range, {what}")
 
     def __enter__(self) -> VideoReader:
         return self
@@ -277,7 +278,8 @@ class VideoWriter:
         command += ["-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(self.fps)]
         command += ["-i", "pipe:0"]
         if self.suffix == ".gif":  # one palette per frame: a palette of the whole clip would need all of it in memory
-            palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
+            even = "fps=50," if self.fps > 50 else ""  # shorter than 0.02 s a frame, browsers play in slow motion
+            palette = even + "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
             return [*command, "-filter_complex", palette, *self._tags(), file_url(self._picture)]
         command += ["-vf", (
             f"crop={width // 2 * 2}:{height // 2 * 2}:0:0,"
@@ -371,13 +373,14 @@ class _Process:
 
 
 def _comment_gif(path: Path, text: str) -> None:
-    """Put a comment block before the trailer: ffmpeg writes no metadata into GIFs."""
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        data = text.encode("ascii", "replace")
-        parts = [data[i : i + 255] for i in range(0, len(data), 255)]
-        blocks = b"".join(bytes([len(part)]) + part for part in parts)
-        file.write(b"\x21\xfe" + blocks + b"\x00\x3b")
+    """Put a comment block behind the header, as ffmpeg does not; readers take one at the end for a frame."""
+    data = text.encode("ascii", "replace")
+    blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
+    with write_atomic(path) as commented, path.open("rb") as file, commented.open("wb") as out:
+        head = file.read(13)
+        colours = 3 << ((head[10] & 7) + 1) if head[10] & 0x80 else 0  # bytes of the global palette
+        out.write(head + file.read(colours) + b"\x21\xfe" + blocks + b"\x00")
+        shutil.copyfileobj(file, out)
 
 
 def _read_into(pipe: IO[bytes], view: memoryview) -> int:

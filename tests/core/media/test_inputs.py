@@ -1,8 +1,10 @@
 """Videos as phones, cameras, screens and studios make them."""
 
+import struct
 from dataclasses import replace
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import pytest
 
@@ -75,7 +77,7 @@ def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
     path = make("a.mp4", "-f", "lavfi", "-i", "color=gray:s=32x32:r=5:d=1", *HDR, tags)
     assert probe(path).hdr == hdr
     mapped, flat = VideoReader(path), VideoReader(path)
-    assert mapped.notes == []
+    assert mapped.notes == [f"{path}: high dynamic range, tone-mapped"]
     row = next(iter(mapped))[16].astype(int).mean(-1)
     assert row[0] < 25
     assert row[-1] > 200
@@ -83,7 +85,7 @@ def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
     assert row[round(31 * white)] > 140  # diffuse white is bright, though not the brightest
     monkeypatch.setattr(video, "has_tone_mapping", lambda: False)
     flat = VideoReader(path)
-    assert "tone-map" in flat.notes[0]
+    assert "cannot tone-map" in flat.notes[0]
     assert "tonemap" not in flat._filters()
 
 
@@ -162,6 +164,16 @@ def test_a_folder_of_pictures_is_a_video(folder):
     assert [frame[0, 0, 0] for frame in slow] == [20, 30, 40, 50, 60]
     assert next(iter(slow)).shape == (3, 4, 3)
     assert audio_codec(folder) is None
+
+
+def test_pictures_of_a_folder_are_turned_as_exif_says(tmp_path):
+    data = cv2.imencode(".jpg", np.zeros((6, 8, 3), np.uint8))[1].tobytes()
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + b"\0\0\0\0"
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
+    assert (probe(tmp_path).width, probe(tmp_path).height) == (6, 8)
+    assert [frame.shape for frame in VideoReader(tmp_path)] == [(8, 6, 3)] * 3
 
 
 def test_a_folder_has_pictures_of_one_size(folder, tmp_path):
