@@ -12,8 +12,22 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-EXISTING_PATH = click.Path(exists=True, path_type=Path)
+
+class Seen(click.Path):
+    """A file or folder that exists; `-` is refused, for what is read twice cannot come from a pipe."""
+
+    def __init__(self, *, dir_okay: bool = True) -> None:
+        super().__init__(exists=True, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An existing path."""
+        if str(value) == "-":
+            self.fail("- (standard input) cannot be read twice: give a file", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+EXISTING_FILE = Seen(dir_okay=False)
+EXISTING_PATH = Seen()
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -45,14 +59,16 @@ class Rate(click.ParamType):
         """A positive fraction."""
         if isinstance(value, Fraction):
             return value
+        plain = re.fullmatch(r"\d{1,9}(\.\d{1,9}|/\d{1,9})?", str(value).strip(), flags=re.ASCII)
         try:
-            rate = Fraction(str(value))
-        except (ValueError, ZeroDivisionError):
+            rate = Fraction(plain[0]) if plain else Fraction(0)
+        except ZeroDivisionError:
             rate = Fraction(0)
         if not 0 < rate <= 1000:
             self.fail(f"{value!r} is not a frame rate: give frames per second such as 25 or 30000/1001", param, ctx)
         ntsc = Fraction(round(rate) * 1000, 1001)
-        return ntsc if "." in str(value) and abs(rate - ntsc) < Fraction(5, 1000) else rate
+        rounded = "." in str(value) and ntsc and abs(rate / ntsc - 1) < Fraction(3, 10_000)
+        return ntsc if rounded else rate
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
