@@ -36,6 +36,8 @@ _DOOR = {  # public name -> module of this package that defines it
     "build_dataset": "preprocess:preprocess",  # the functions are called as their modules: other names at the door
     "EvaluateOptions": "evaluate",
     "evaluate_model": "evaluate:evaluate",
+    "write_inputs": "evaluate",
+    "METRICS": "metrics",
     "train_model": "train.trainer:train",
     "plan_training": "train.plan:plan",
     "load_train_config": "config",

@@ -3,24 +3,31 @@
 import csv
 import json
 import math
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from export3d_cli.core.animate import Animator
 from export3d_cli.core.camera import Camera
+from export3d_cli.core.cases import Case, chosen_rows, cross_cases, decode, frontal, read_clips, steady_run
 from export3d_cli.core.checkpoint import save_weights
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.errors import InputError
-from export3d_cli.core.evaluate import METRICS, EvaluateOptions, evaluate
+from export3d_cli.core.evaluate import EvaluateOptions, evaluate, write_inputs
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.image import read_image, to_tensor
+from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.metrics import METRICS
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.preprocess import preprocess
+from export3d_cli.core.train.losses import load_perceptual
 from export3d_cli.core.weights import example, weights_dir
 from export3d_cli.main import cli
 
@@ -73,7 +80,7 @@ def test_methods_stand_side_by_side(result):
     assert result.cases == 1 and result.frames == 6 and len(result.clips) == 3
     assert all(set(METRICS) <= set(row) for row in result.clips)
     repeat, flow, model = (result.mean[name] for name in ("repeat", "flow", "model"))
-    assert repeat["found"] == 1.0 and flow["found"] == 1.0
+    assert repeat["lost"] == 0.0 and flow["lost"] == 0.0
     assert 20 < repeat["psnr"] < 100 and 0 < repeat["ssim"] < 1
     assert abs(model["psnr"] - flow["psnr"]) < 3  # an untrained network starts as the flow
     assert repeat["akd478"] > 0 and repeat["aed"] < 0.3
@@ -86,25 +93,25 @@ def test_rigid_flow_follows_the_head(result):
 
 
 def test_tables_and_pictures_are_written(result):
-    table, whole = result.files[:2]
+    table, whole, report = result.files[:3]
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["model", "flow", "repeat"] and rows[0]["identity"] == ""
     assert json.loads(whole.read_text())["mean"]["flow"]["psnr"] == result.mean["flow"]["psnr"]
-    sheets = [read_image(path) for path in result.files[2:]]
-    assert sheets and all(sheet.shape == (3 * 64, 7 * 64, 3) for sheet in sheets)
+    sheets = [read_image(path) for path in result.files[3:]]
+    assert [sheet.shape for sheet in sheets] == [(3 * 64, 7 * 64, 3)] * 3 + [(64, 7 * 64, 3)]
+    page = report.read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 4 and "http" not in page and "<script" not in page
 
 
 def test_source_is_the_most_frontal_frame(data_set):
-    from export3d_cli.core.evaluate import _frontal
-
     motion = Motion.load(next(data_set.glob("clips/*.npz")))
     camera = motion.camera.copy()
     camera[:] = Camera.orbit(20.0).vector()
     camera[3], camera[5] = Camera.orbit(1.0).vector(), Camera.orbit(0.0).vector()
     found = np.ones(len(motion), bool)
     found[5] = False
-    assert _frontal(Motion(**{**vars(motion), "camera": camera, "found": found})) == 3
+    assert frontal(Motion(**{**vars(motion), "camera": camera, "found": found})) == 3
 
 
 def test_heads_that_share_tracks_have_a_truth(animator, heads):
@@ -119,11 +126,110 @@ def test_heads_that_share_tracks_have_a_truth(animator, heads):
 def test_two_people_without_a_truth(animator, heads, tmp_path):
     lines = (heads / "manifest.jsonl").read_text().replace("_t0", "_0").splitlines()
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
-    result = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True), out=tmp_path / "out")
+    result = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True, pairs=2), out=tmp_path / "out")
     assert result.mean["flow"]["psnr"] is None and result.mean["flow"]["akd478"] is None
     assert result.mean["flow"]["aed"] is not None
-    again = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True))
+    again = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True, pairs=2))
     assert [row["case"] for row in again.clips] == [row["case"] for row in result.clips]
+
+
+def test_intervals_need_more_than_one_clip(animator, data_set, heads, result):
+    assert result.interval["flow"]["psnr"] is None
+    more = evaluate(animator, heads, EvaluateOptions(max_frames=3, views=False))
+    low, high = more.interval["flow"]["psnr"]
+    assert low == pytest.approx(high) and low == pytest.approx(more.mean["flow"]["psnr"])  # the clips are copies
+    assert more.views == [] and more.mean["model"]["view_lost"] is None
+
+
+def test_novel_views_are_told_by_angle(result):
+    assert [view["yaw"] for view in result.views] == [-30, -20, -10, 0, 10, 20, 30]
+    seen = [view for view in result.views if view["view_pose"] is not None]
+    assert all(0 <= view["view_pose"] <= 180 for view in seen) and len(seen) == sum(
+        view["view_lost"] == 0 for view in result.views
+    )
+    lost = np.mean([view["view_lost"] for view in result.views])
+    assert result.mean["model"]["view_lost"] == pytest.approx(lost) and result.mean["flow"]["view_pose"] is None
+
+
+def test_finished_videos_are_scored_by_the_same_ruler(animator, data_set, tmp_path):
+    """The driver itself as a result is perfect; the rows that count are the right ones."""
+    options = EvaluateOptions(max_frames=4, results=(tmp_path / "tool",), model=False)
+    clip = read_clips(data_set)[0]
+    files = write_inputs(data_set, options, tmp_path / "in", 64)
+    assert [file.name for file in files] == [f"{clip.id}-source.png", f"{clip.id}-driver.mp4"]
+    assert read_image(files[0]).shape == (64, 64, 3)
+    with pytest.raises(InputError, match=f"no result for {clip.id}"):
+        evaluate(animator, data_set, options)
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / f"{clip.id}.mp4").write_bytes(files[1].read_bytes())
+    result = evaluate(animator, data_set, options, out=tmp_path / "out")
+    assert list(result.mean) == ["tool", "repeat"] and result.frames == 4 and result.views == []
+    score = result.mean["tool"]
+    assert (score["psnr"], score["akd478"], score["apd"], score["gaze_error"]) == pytest.approx(
+        (100, 0, 0, 0), abs=1e-6
+    )
+    assert score["flicker"] == 0 and score["jitter"] == 0 and score["lost"] == 0
+    assert result.mean["repeat"]["psnr"] < 60
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "have to be square")]
+)
+def test_results_that_do_not_fit_are_refused(animator, data_set, tmp_path, size, frames, message):
+    name = read_clips(data_set)[0].id
+    with VideoWriter(tmp_path / f"{name}.mp4", size=size, fps=Fraction(25)) as writer:
+        for _ in range(frames):
+            writer.write(np.zeros((size[1], size[0], 3), np.uint8))
+    with pytest.raises(InputError, match=message):
+        evaluate(animator, data_set, EvaluateOptions(results=(tmp_path,), model=False))
+
+
+def test_rows_are_spread_or_first_and_steadiness_has_neighbours(data_set):
+    clip = read_clips(data_set)[0]
+    found = np.ones(40, bool)
+    found[[4, 20]] = False
+    motion = Motion(**{**vars(clip.motion), **{
+        key: np.repeat(getattr(clip.motion, key)[:1], 40, axis=0) for key in ("beta", "camera", "landmarks")
+    }, "found": found})  # fmt: skip
+    clip = replace(clip, motion=motion)
+    case = Case(clip, clip, clip)
+    assert chosen_rows(case, 5, "first").tolist() == [0, 1, 2, 3, 5]
+    assert chosen_rows(case, 3).tolist() == [0, 19, 39] and len(chosen_rows(case, None)) == 38
+    assert steady_run(case, 4).tolist() == [17, 18, 19]
+    assert len(steady_run(case, 50)) == 12 and 20 not in steady_run(case, 50)
+    found[:] = np.arange(40) % 3 != 0
+    assert len(steady_run(case, 50)) == 0
+
+
+def test_pairs_are_fixed_by_the_seed(heads):
+    clips = read_clips(heads)
+    names = [[case.name for case in cross_cases(clips, 4, seed)] for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A random VGG16 under torchvision's names, narrow: enough for the arithmetic."""
+    torch.manual_seed(0)
+    state, inside = {}, 3
+    for number, out in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, *[8] * 11), strict=True):
+        state[f"features.{number}.weight"] = torch.randn(out, inside, 3, 3) / (9 * inside) ** 0.5
+        state[f"features.{number}.bias"], inside = torch.zeros(out), out
+    save_file(state, tmp_path / "vgg.safetensors")
+    return tmp_path / "vgg.safetensors"
+
+
+def test_perceptual_distance_is_named_after_its_backbone(animator, data_set, backbone):
+    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, perceptual=backbone, views=False))
+    told = result.mean["repeat"]
+    assert told["lpips"] is None and told["mobilenetv2"] is None
+    clip = read_clips(data_set)[0]
+    truth = decode(clip, chosen_rows(Case(clip, clip, clip), 3), 64)
+    photo = to_tensor(decode(clip, np.array([frontal(clip.motion)]), 64)[0])
+    expected = [float(load_perceptual(backbone)(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
+    assert told["vgg16"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
+    with pytest.raises(InputError, match="give its VGG16"):
+        evaluate(animator, data_set, EvaluateOptions(lpips=backbone))
 
 
 class _Colours(torch.nn.Module):
@@ -136,7 +242,7 @@ class _Colours(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_identity_of_the_repeated_source_is_one(animator, data_set, tmp_path):
     torch.jit.script(_Colours()).save(str(tmp_path / "id.pt"))
-    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, identity=tmp_path / "id.pt"))
+    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, identity=str(tmp_path / "id.pt")))
     assert result.mean["repeat"]["identity"] == pytest.approx(1.0, abs=1e-4)
 
 
@@ -147,7 +253,7 @@ def test_what_cannot_be_used_is_an_input_error(animator, data_set, tmp_path):
         evaluate(animator, data_set, EvaluateOptions(cross=True))
     (tmp_path / "id.pt").write_bytes(b"no network")
     with pytest.raises(InputError, match="not a TorchScript face embedder"):
-        evaluate(animator, data_set, EvaluateOptions(identity=tmp_path / "id.pt"))
+        evaluate(animator, data_set, EvaluateOptions(identity=str(tmp_path / "id.pt")))
 
 
 def test_command(weights, data_set, tmp_path):
@@ -155,9 +261,13 @@ def test_command(weights, data_set, tmp_path):
     done = CliRunner().invoke(cli, [*args, "-o", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert told["mean"]["repeat"]["found"] == 1.0 and not math.isnan(told["mean"]["flow"]["psnr"])
+    assert told["mean"]["repeat"]["lost"] == 0.0 and not math.isnan(told["mean"]["flow"]["psnr"])
     assert Path(told["files"][0]).is_file()
     done = CliRunner().invoke(cli, args)
     assert done.exit_code == 0 and "repeat" in done.stderr and "akd478" in done.stderr
     assert CliRunner().invoke(cli, ["evaluate", str(tmp_path), "--weights", str(weights)]).exit_code == 2
     assert CliRunner().invoke(cli, [*args, "--pairs", "0"]).exit_code == 2
+    assert CliRunner().invoke(cli, [*args, "--no-model"]).exit_code == 2
+    assert CliRunner().invoke(cli, [*args, "--identity", "nobody"]).exit_code == 2
+    done = CliRunner().invoke(cli, [*args, "--write-inputs", str(tmp_path / "in")])
+    assert done.exit_code == 0 and len(list((tmp_path / "in").iterdir())) == 2

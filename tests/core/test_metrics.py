@@ -7,6 +7,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from export3d_cli.core import metrics
+from export3d_cli.core.camera import Camera
 
 
 @pytest.fixture
@@ -59,6 +60,82 @@ def test_the_68_points_lie_where_ibug_has_them():
 
 def test_mean_difference():
     assert metrics.mean_difference(np.array([[0.0, 1.0], [0.5, 0.5]]), np.full((2, 2), 0.5)) == pytest.approx(0.25)
+
+
+def test_pose_numbers_are_radians_and_head_units():
+    a, b = (Camera.orbit(yaw, radius=radius).vector()[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
+    expected = np.array([np.radians(30), 0.6])  # about the vertical axis; away from the camera
+    difference = np.abs(metrics.pose_numbers(a) - metrics.pose_numbers(b))[0]
+    assert np.allclose(difference[[1, 5]], expected, atol=1e-5) and np.allclose(difference[[0, 2, 3, 4]], 0, atol=1e-5)
+    assert metrics.mean_difference(metrics.pose_numbers(a), metrics.pose_numbers(b)) == pytest.approx(
+        expected.sum() / 6, abs=1e-5
+    )
+
+
+def test_turn_between_is_the_angle_of_the_rotation():
+    a = np.stack([Camera.orbit(0, 0, roll).vector() for roll in (0.0, 25.0)])
+    b = np.stack([Camera.orbit(0, 20.0).vector(), Camera.orbit(0, 0, -20.0, radius=5).vector()])
+    assert np.allclose(metrics.turn_between(a, b), [20, 45], atol=1e-3)
+
+
+def test_gaze_follows_an_iris_around_its_eye():
+    turn = np.radians([0.0, 20.0, -35.0])
+    side = metrics.IRIS_RADIUS * np.stack([np.sin(turn), np.zeros(3)], axis=-1)
+    sight = metrics.gaze(side)
+    assert np.allclose(sight, np.stack([np.sin(turn), np.zeros(3), -np.cos(turn)], axis=-1))
+    assert metrics.gaze_error(sight[:1], sight[1:2]) == pytest.approx(20)
+    assert metrics.gaze_error(sight, sight[:1]) == pytest.approx((20 + 35) / 3)
+    far = metrics.gaze(np.array([9.0, 0.0]))  # further than an eye can turn
+    assert np.allclose(far, [1, 0, 0])
+
+
+def test_gaze_is_read_from_the_measures_of_the_irises():
+    """Both irises of the canonical face moved to where eyes that turn by 15 degrees have them."""
+    from export3d_cli.core.face.mesh import LEFT_IRIS, RIGHT_IRIS, canonical_face
+    from export3d_cli.core.face.motion import measures
+    from export3d_cli.core.weights import weights_dir
+
+    points = np.repeat(canonical_face(weights_dir() / "face_landmarker.task").points[None], 2, axis=0)
+    eyes = [points[0, list(corners)].mean(0) for corners in ((362, 263), (33, 133))]
+    unit = np.linalg.norm(eyes[0] - eyes[1])
+    for iris, eye in zip((LEFT_IRIS, RIGHT_IRIS), eyes, strict=True):
+        points[:, list(iris)] = eye
+        points[1, list(iris), 0] += metrics.IRIS_RADIUS * unit * np.sin(np.radians(15))
+    sight = metrics.gaze(measures(points)[:, 8:12].reshape(2, 2, 2))
+    assert metrics.gaze_error(sight[0], sight[1]) == pytest.approx(15, abs=1e-3)
+
+
+def test_flicker_is_blind_to_errors_that_drift_evenly():
+    t = np.arange(6)[:, None, None, None]
+    truth = np.random.default_rng(3).integers(40, 90, (6, 8, 8, 3)).astype(np.uint8)
+    assert metrics.flicker((truth + 7).astype(np.uint8), truth) == 0
+    assert metrics.flicker((truth + 5 * t).astype(np.uint8), truth) == 0
+    blinking = (truth + 10 * (t % 2)).astype(np.uint8)  # +10, 0, +10: second differences of 20
+    assert metrics.flicker(blinking, truth) == pytest.approx(20)
+
+
+def test_jitter_is_what_the_driver_does_not_have():
+    t = np.arange(8)[:, None]
+    truth = np.zeros((8, 478, 3))
+    truth[..., 0] = 0.01 * t**2  # an even acceleration: second differences of 0.02
+    shaken = truth.copy()
+    shaken[..., 1] += (t % 2) * 3 / 256  # second differences of 6 pixels across
+    pixels = np.hypot(0.02 * 256, 6) - 0.02 * 256
+    assert metrics.jitter(shaken, truth) == pytest.approx(pixels)
+    assert metrics.jitter(truth + [0.1, 0, 5], truth) == pytest.approx(0)
+    assert metrics.jitter(truth, shaken) == pytest.approx(-pixels)
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    values = np.random.default_rng(4).normal(5, 2, 400)
+    low, high = metrics.bootstrap([*values, float("nan")])
+    wide = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - wide, abs=0.02) and high == pytest.approx(
+        values.mean() + wide, abs=0.02
+    )
+    assert metrics.bootstrap([*values]) == metrics.bootstrap([*values], seed=0)
+    assert all(math.isnan(bound) for bound in metrics.bootstrap([1.0, float("nan")]))
+    assert metrics.bootstrap([3.0, 3.0]) == (3.0, 3.0)
 
 
 def test_correlation_counts_only_what_moves():
