@@ -131,6 +131,12 @@ def _pattern() -> np.ndarray:
     return tile / tile.std()
 
 
+@functools.cache
+def _matched() -> np.ndarray:
+    """What a tile's spectrum is multiplied by to find the pattern in it."""
+    return np.asarray(np.conj(np.fft.rfft2(_pattern())) * _band())
+
+
 @functools.lru_cache(maxsize=2)
 def _plane(height: int, width: int) -> np.ndarray:
     """The pattern over a whole frame, float32 (height, width)."""
@@ -174,7 +180,7 @@ def _score(fine: np.ndarray, scale: float) -> float:
     rows, columns = (-(-side // TILE) for side in fine.shape)
     padded = np.pad(fine, ((0, rows * TILE - fine.shape[0]), (0, columns * TILE - fine.shape[1])))
     tile = padded.reshape(rows, TILE, columns, TILE).sum((0, 2))
-    spectrum = np.fft.rfft2(tile) * np.conj(np.fft.rfft2(_pattern())) * _band()
+    spectrum = np.fft.rfft2(tile) * _matched()
     surface = np.fft.irfft2(spectrum / np.maximum(np.abs(spectrum), 1e-9), s=(TILE, TILE))
     return float((surface.max() - surface.mean()) / max(float(surface.std()), 1e-9))
 
