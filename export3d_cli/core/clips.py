@@ -19,6 +19,7 @@ from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.mesh import RIGID
 from export3d_cli.core.face.motion import Motion, Tracker
+from export3d_cli.core.media.cuts import SPANS, SceneCuts
 
 GAP = 0.2  # seconds without a face that do not end a clip
 SETTLE = 3  # times the first frame of a clip is tracked: tracking settles on the region of interest that it keeps
@@ -79,38 +80,13 @@ class Segment:
     sharpness: float  # median
 
 
-class SceneCuts:
-    """Tells from small pictures whether a frame begins another scene."""
-
-    def __init__(self) -> None:
-        self._before: tuple[np.ndarray, np.ndarray] | None = None
-        self._usual: deque[float] = deque(maxlen=12)
-
-    def __call__(self, frame: np.ndarray) -> bool:
-        """Whether uint8 (H, W, 3) `frame` comes after a cut: other colours and, against the last frames, a jump."""
-        small = cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA)
-        bins = (small // 64).astype(np.int64) @ [16, 4, 1]
-        histogram = np.bincount(bins.ravel(), minlength=64) / bins.size
-        before, self._before = self._before, (small, histogram)
-        if before is None:
-            return False
-        change = float(np.abs(small.astype(np.int16) - before[0]).mean())  # grey levels, 0..255
-        colours = float(np.abs(histogram - before[1]).sum() / 2)  # share of pixels of another colour
-        usual = float(np.median(self._usual)) if self._usual else 0.0
-        cut = change > max(12.0, 4 * usual) and (colours > 0.25 or change > 40)
-        if cut:
-            self._usual.clear()
-        else:
-            self._usual.append(change)
-        return cut
-
-
 def segments(
     frames: Iterable[np.ndarray], tracker: Tracker, fps: Fraction, size: tuple[int, int], max_seconds: float
 ) -> Iterator[Segment]:
     """Track uint8 (H, W, 3) frames of `size` (width, height), one at a time; every stretch that follows one face.
 
-    Cuts, leaps of the landmarks and more than `GAP` seconds without a face end a segment; so does `max_seconds`.
+    Cuts, leaps of the landmarks and more than `GAP` seconds without a face end a segment; so does `max_seconds`. The
+    frames of a dissolve or fade, which show two scenes at once, belong to none.
     """
     landmarker, is_cut = tracker.landmarker, SceneCuts()
     landmarker.reset()
@@ -118,24 +94,25 @@ def segments(
     open_ = _Open(tracker, fps, size)
     face: Face | None = None
     before: np.ndarray | None = None
+    different: deque[int] = deque(maxlen=SPANS[0])  # frames that did not just repeat the one before
     for index, frame in enumerate(frames):
-        cut = False
+        mixed = None
         if before is None or not np.array_equal(frame, before):  # a frame that is repeated has the same face
-            cut = is_cut(frame)
-            if cut:
+            mixed = is_cut(frame)
+            if mixed is not None:
                 landmarker.reset()
-            for _ in range(1 if open_.faces and not cut else SETTLE):
+            for _ in range(1 if open_.faces and mixed is None else SETTLE):
                 face = landmarker.track(frame)
                 if face is None:
                     break
+            different.append(index)
         before = frame
-        ends = cut or len(open_.faces) >= longest or open_.missing > gap
-        if open_.faces and (ends or (face is not None and open_.leaps_to(face))):
-            yield open_.close()
+        ends = mixed is not None or len(open_.faces) >= longest or open_.missing > gap
+        if ends or (face is not None and open_.leaps_to(face)):
+            yield from open_.close(different[-mixed - 1] if mixed else index)
         if face is not None or open_.faces:
             open_.add(index, face, frame)
-    if open_.faces:
-        yield open_.close()
+    yield from open_.close()
 
 
 class _Open:
@@ -167,14 +144,16 @@ class _Open:
         way = np.linalg.norm(face.landmarks[:, :2] - self.last.landmarks[:, :2], axis=1).mean()
         return bool(way > JUMP * (1 + self.missing) * min(_side(face), _side(self.last)))
 
-    def close(self) -> Segment:
-        """The segment, without the frames at its end that show no face; another may be opened."""
-        faces = self.faces[: len(self.faces) - self.missing]
-        motion = self.tracker.motion(faces, self.fps, self.size)
-        side = float(np.median([_side(face) for face in faces if face is not None]))
-        segment = Segment(self.start, motion, side, float(np.median(self.sharp)))
+    def close(self, end: int | None = None) -> Iterator[Segment]:
+        """The segment up to frame `end`, if there is one, but for frames at its end that show no face; it is left."""
+        faces = self.faces if end is None else self.faces[: max(0, end - self.start)]
+        while faces and faces[-1] is None:
+            faces = faces[:-1]
+        if faces:
+            motion = self.tracker.motion(faces, self.fps, self.size)
+            side = float(np.median([_side(face) for face in faces if face is not None]))
+            yield Segment(self.start, motion, side, float(np.median(self.sharp)))
         self._clear()
-        return segment
 
 
 def sharpness(frame: np.ndarray, face: Face) -> float:

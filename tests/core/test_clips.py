@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.camera import Camera
-from export3d_cli.core.clips import Gates, SceneCuts, Segment, angles, jitter, segments, sharpness
+from export3d_cli.core.clips import Gates, Segment, angles, jitter, segments, sharpness
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.mesh import canonical_face
@@ -114,14 +114,16 @@ def test_frames_are_not_kept(follow):
     assert most <= 3
 
 
-def test_motion_fades_and_noise_are_no_cuts():
-    cuts = SceneCuts()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        frame = scene((100 + i, 120 + i, 90 + i), i).astype(int) + rng.integers(-9, 10, (SIZE[1], SIZE[0], 3))
-        assert not cuts(frame.clip(0, 255).astype(np.uint8))
-    assert cuts(scene((30, 30, 200)))
-    assert not cuts(scene((30, 30, 200)))
+def test_a_dissolve_divides_and_belongs_to_neither(follow):
+    one, two = (scene(colour).astype(float) for colour in ((90, 120, 90), (220, 60, 30)))
+    two = two[:, ::-1]
+    shares = [0.0] * 25 + [i / 13 for i in range(1, 13)] + [1.0] * 25
+    frames = [(one * (1 - share) + two * share).astype(np.uint8) for share in shares]
+    frames = [frame + np.uint8(i % 2) for i, frame in enumerate(frames)]
+    found = spans(follow([(80, 60)] * len(frames), frames))
+    assert [start for start, _ in found] == [0, 40]  # three frames late
+    assert 24 <= found[0][1] <= 26
+    assert found[1][1] == 62 - 40
 
 
 def motion(count=50, yaw=0.0, pitch=0.0, shake=0.0):
