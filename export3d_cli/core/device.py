@@ -1,7 +1,11 @@
-"""Where and how precisely to compute: devices by name, and whether bfloat16 is fast there."""
+"""Where, how precisely and how much at once to compute: devices by name, bfloat16 where it is fast, what fits."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import torch
 
 from export3d_cli.core.errors import ConfigError
@@ -36,3 +40,38 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if fast_bf16(device) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Compute in bf16 or fp16; fp32: as it is."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=kinds[precision]) if precision in kinds else contextlib.nullcontext()
+
+
+class InMemory:
+    """Makes pictures as many at once as memory allows: where it runs out, half as many from then on."""
+
+    def __init__(self) -> None:
+        self.most = 2**30  # at once, as far as is known
+
+    def __call__(self, make: Callable[[slice], np.ndarray], start: int, stop: int) -> Iterator[np.ndarray]:
+        """`make(slice)` for all of start to stop, in order; raises what it raises where one alone does not fit."""
+        made = None
+        if stop - start <= self.most:
+            try:
+                made = make(slice(start, stop))
+            except RuntimeError as error:
+                if stop - start == 1 or not _is_out_of_memory(error):
+                    raise
+                self.most = (stop - start) // 2
+        if made is not None:
+            yield from made
+            return
+        middle = start + max(1, min(self.most, (stop - start) // 2))
+        yield from self(make, start, middle)
+        yield from self(make, middle, stop)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of the GPU, or of the machine."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
