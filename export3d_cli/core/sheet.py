@@ -21,6 +21,7 @@ from export3d_cli.core.media.video import VideoReader, VideoWriter
 
 AXIS = 0.2  # length of the head axes, in the head frame's unit
 SHOWN = 48  # clips on a sheet at most
+MEASURED = 2000  # clips at most, spread over the data set, of which histograms are made
 THUMB, COLUMNS = 96, 12  # pixels; clips in a row
 PLOT = (384, 200)  # width, height of a histogram
 COEFFICIENTS = {"jawOpen": ("jawOpen",), "blink": ("eyeBlinkLeft", "eyeBlinkRight"),
@@ -66,20 +67,27 @@ def mark(frame: np.ndarray, motion: Motion, index: int) -> np.ndarray:
 
 def draw_report(folder: Path, lines: list[dict[str, Any]], out: Path) -> Path:
     """Write a sheet of a data set: the middle frame of up to 48 clips, histograms of pose and expression."""
-    chosen = [lines[i] for i in np.unique(np.linspace(0, len(lines) - 1, SHOWN).round().astype(int))]
-    tiles = [_tile(folder, line) for line in chosen]
+    tiles = [_tile(folder, line) for line in _spread(lines, SHOWN)]
     tiles += [np.full((THUMB + 14, THUMB, 3), 255, np.uint8)] * (-len(tiles) % COLUMNS)
     rows = [np.hstack(tiles[i : i + COLUMNS]) for i in range(0, len(tiles), COLUMNS)]
-    pose, beta = _numbers(folder, lines)
+    measured = _spread(lines, MEASURED)
+    pose, beta = _numbers(folder, measured)
     plots = [_histogram("yaw, degrees", pose[:, 0], -60, 60), _histogram("pitch, degrees", pose[:, 1], -60, 60)]
     for name, parts in COEFFICIENTS.items():
         plots.append(_histogram(name, beta[:, [ARKIT_NAMES.index(part) for part in parts]].mean(1), 0, 1))
     frames = sum(int(line["frames"]) for line in lines)
     people = len({line.get("person") for line in lines})
-    plots.append(_text(f"{len(lines)} clips", f"{people} persons", f"{frames} frames", f"{frames / 1500:.1f} minutes"))
+    told = [f"{len(lines)} clips", f"{people} persons", f"{frames} frames", f"{frames / 1500:.1f} minutes"]
+    told += [f"measured: {len(measured)} clips"] if len(measured) < len(lines) else []
+    plots.append(_text(*told))
     plots_rows = [np.hstack(plots[:3]), np.hstack(plots[3:])]
     write_image(out, np.vstack([*rows, *plots_rows]), comment="report of export3d preprocess")
     return out
+
+
+def _spread(lines: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many of the lines, from the first to the last."""
+    return [lines[i] for i in np.unique(np.linspace(0, len(lines) - 1, most).round().astype(int))]
 
 
 def _tile(folder: Path, line: dict[str, Any]) -> np.ndarray:
