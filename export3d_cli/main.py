@@ -1,13 +1,16 @@
 """The `export3d` command: a group whose subcommands load when they are asked for, and the one place where errors end.
 
-An `Export3DError` becomes one line on stderr and its exit code (-v adds the traceback), Ctrl-C becomes 130; anything
-else is a defect of ours and keeps its traceback.
+An `Export3DError` becomes one line on stderr and its exit code (-v adds the traceback), and so does a machine that is
+short of memory, disk or open files (exit code 1); Ctrl-C becomes 130. Anything else is a defect of ours and keeps its
+traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -17,6 +20,7 @@ import click
 from export3d_cli.console import Settings
 from export3d_cli.core.errors import Export3DError
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
+from export3d_cli.options import add_opposites
 
 
 class LazyGroup(click.Group):
@@ -32,6 +36,7 @@ class LazyGroup(click.Group):
             return None
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
+        add_opposites(command)
         add_examples(command, cmd_name)
         return command
 
@@ -39,16 +44,34 @@ class LazyGroup(click.Group):
         """Run the subcommand; see the module's docstring for what becomes of errors."""
         try:
             return super().invoke(ctx)
-        except Export3DError as error:
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except Exception as error:
+            reason = str(error) if isinstance(error, Export3DError) else _shortage(error)
+            if not reason:
+                raise
             if ctx.params.get("verbose"):
                 import traceback
 
                 traceback.print_exc()
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)
+            words = " ".join(reason[:2000].split())  # a name in it can hold anything
+            line = "".join(c if c.isprintable() else "?" for c in words)
+            click.echo(f"error: {line}", err=True)
+            ctx.exit(getattr(error, "exit_code", 1))
+
+
+_SHORTAGES = {"ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "EACCES", "EPERM"}
+_NO_MEMORY = re.compile(r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory", re.IGNORECASE)
+
+
+def _shortage(error: Exception) -> str:
+    """What the machine lacks, where that is what an error says; empty otherwise."""
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return "out of memory: close other programs, or try a smaller --batch, picture or video"
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _SHORTAGES:
+        return f"the system refuses: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
+    return ""
 
 
 def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export3d_cli.core.config import ModelConfig, model_from_dict, to_dict
-from export3d_cli.core.errors import ConfigError, TrainingError, WeightsError
+from export3d_cli.core.errors import ConfigError, Export3DError, TrainingError, WeightsError
 from export3d_cli.core.files import write_atomic
 
 FORMAT = "export3d-1"
@@ -66,16 +67,36 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     try:
         config = model_from_dict(json.loads(header["config"]))
         record = json.loads(header["record"])
-    except (KeyError, ValueError, ConfigError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise WeightsError(
             f"the header of {path} cannot be read: {error}; was it written by a newer version?"
         ) from error
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config, record
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    if not all(bool(v.isfinite().all()) for v in state.values()):
+        raise WeightsError(f"{path} holds numbers that are not finite: it is damaged, or its training diverged")
+    return state, config, record
+
+
+def check_fit(make: Callable[[], nn.Module], state: dict[str, Tensor], where: str = "the weights") -> None:
+    """Raise `WeightsError` unless `state` fits the model that `make` builds; it is built without any memory.
+
+    So a header that promises a giant is found out before room is made for it.
+    """
+    try:
+        with torch.device("meta"):
+            own = make().state_dict()
+    except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise WeightsError(f"{where} are of a model that cannot be built: {str(error)[:200]}") from error
+    _compare(own, state, where)
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weights") -> None:
     """Fill `model` from `state`; every name and every shape must fit, or `WeightsError`."""
-    own = model.state_dict()
+    _compare(model.state_dict(), state, where)
+    model.load_state_dict(state, strict=True)
+
+
+def _compare(own: dict[str, Tensor], state: dict[str, Tensor], where: str) -> None:
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if missing or extra or wrong:
@@ -83,7 +104,6 @@ def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weig
             f"{what} {names[:3]}" for what, names in (("miss", missing), ("add", extra), ("reshape", wrong)) if names
         ]
         raise WeightsError(f"{where} do not fit this model: they {', '.join(parts)}")
-    model.load_state_dict(state, strict=True)
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *, keep: int = 1) -> None:
@@ -153,7 +173,10 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
     with write_atomic(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
-        save_file(tensors, beside, metadata=header)
+        try:
+            save_file(tensors, beside, metadata=header)
+        except SafetensorError as error:
+            raise Export3DError(f"cannot write {path} ({error}): make room, or choose another") from error
         beside.chmod(mode)
 
 
@@ -163,5 +186,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no readable safetensors file: {error}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise WeightsError(f"{path} is no readable safetensors file: {str(error)[:200]}") from error

@@ -136,7 +136,7 @@ def info(name: str | Path | None = None) -> WeightsInfo:
     try:
         config, record = json.loads(meta["config"]), json.loads(meta["record"])
         count = sum(_product(tensor["shape"]) for tensor in header.values())
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} holds no export3d weights: its header has no config and record") from error
     return WeightsInfo(**facts, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
 
@@ -210,7 +210,7 @@ def _header(path: Path) -> dict[str, Any]:
                 raise ValueError(f"a header of {length} bytes")
             header: dict[str, Any] = json.loads(file.read(length))
             return dict(header.items())
-    except (OSError, struct.error, ValueError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is no safetensors file ({error}): give weights written by export3d") from error
 
 

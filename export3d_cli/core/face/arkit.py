@@ -5,6 +5,7 @@ The 12 `MEASURES` of beta that a CSV lacks are predicted from the 52 by a linear
 
 Live Link's angles are radians about axes of ARKit's face: yaw + turns the head to its own left (the image's right),
 pitch + lowers the nose, roll + turns it counter-clockwise in the image; roll is applied first, then pitch, then yaw.
+Other programs write files of this kind in degrees: one with an angle beyond pi is taken for theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from export3d_cli.core.camera import head_pose, rotation_exp, with_head_pose
 from export3d_cli.core.errors import InputError, WeightsError
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.motion import MEASURES, Motion
-from export3d_cli.core.files import write_atomic
+from export3d_cli.core.files import DAMAGED_ZIP, check_file, write_atomic
 
 ANGLES = ("HeadYaw", "HeadPitch", "HeadRoll")
 RIDGE = 1e-4  # of the fit, against coefficients that never moved
@@ -35,8 +36,10 @@ _CLOCKS = (24, 25, 30, 48, 50, 60, 100, 120)  # frames that a timecode counts a 
 _RATES = [Fraction(n) for n in _CLOCKS] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
 
 
-def read_csv(path: Path, measures: Path, camera: np.ndarray) -> Motion:
-    """A Live Link Face CSV as Motion without landmarks, (T, 0, 3); raises `InputError` for a file that is not one.
+def read_csv(path: Path, measures: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
+    """A Live Link Face CSV as Motion without landmarks, (T, 0, 3), and what the user should know of it.
+
+    Raises `InputError` for a file that is not one.
 
     Args:
         path: the CSV.
@@ -45,21 +48,26 @@ def read_csv(path: Path, measures: Path, camera: np.ndarray) -> Motion:
             CSV, from as it does.
     """
     values, timecodes = _read(path)
-    count = len(timecodes)
+    count, notes = len(timecodes), list[str]()
     zeros = np.zeros(count)
     shapes = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
     cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], count, axis=0)
     if all(name in values for name in ANGLES):
         angles = np.stack([values[name] for name in ANGLES], axis=1)
-        if np.abs(angles).max() > 2 * np.pi:
-            raise InputError(f"{path} has a head angle of {np.abs(angles).max():.3g}: they must be in radians")
+        most = float(np.abs(angles).max())
+        if most > 360:
+            raise InputError(f"{path} has a head angle of {most:.3g}: they must be in radians, or in degrees")
+        if most > 1.001 * np.pi:
+            angles = np.radians(angles)
+            notes.append(f"{path}: head angles up to {most:.3g}, taken for degrees")
         cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
     seconds, clock = _seconds(path, timecodes)
     fps, chosen = constant_rate(seconds, clock)
     slope, offset = _load_measures(measures)
     beta = np.concatenate([shapes, shapes @ slope + offset], axis=1).astype(np.float32)[chosen]
     found = np.ones(len(chosen), dtype=bool)
-    return Motion(beta, cameras[chosen], np.zeros((len(chosen), 0, 3), np.float32), found, fps, (0.0, 0.0, 1.0), (1, 1))
+    points = np.zeros((len(chosen), 0, 3), np.float32)
+    return Motion(beta, cameras[chosen], points, found, fps, (0.0, 0.0, 1.0), (1, 1)), notes
 
 
 def head_rotations(angles: np.ndarray) -> np.ndarray:
@@ -118,19 +126,20 @@ def save_measures(path: Path, slope: np.ndarray, offset: np.ndarray) -> None:
 def _load_measures(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            slope, offset = data["slope"], data["offset"]
-    except (OSError, KeyError, ValueError, EOFError) as error:
+            slope, offset = data["slope"].astype(np.float32), data["offset"].astype(np.float32)
+    except DAMAGED_ZIP as error:
         raise WeightsError(f"{path} does not hold the measures of ARKit coefficients ({error}): reinstall") from error
     if slope.shape != (len(ARKIT_NAMES), len(MEASURES)) or offset.shape != (len(MEASURES),):
         raise WeightsError(f"{path} holds measures of shapes {slope.shape}, {offset.shape}: reinstall")
+    if not (np.isfinite(slope).all() and np.isfinite(offset).all()):
+        raise WeightsError(f"{path} holds measures that are not finite: reinstall")
     return slope, offset
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Numbers of each column that is used, by its name in `ARKIT_NAMES` or `ANGLES`, and the timecodes (T, 4)."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} has more than {MAX_BYTES >> 20} MB: cut it")
+        check_file(path, MAX_BYTES)
         with path.open(newline="", encoding="utf-8-sig") as file:
             return _parse(path, csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -147,7 +156,7 @@ def _parse(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray
             continue
         if number == 2:
             _check_names(path, header)
-        if len(row) < len(header):
+        if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
             raise InputError(f"{path} has {len(row)} values in row {number}, not {len(header)}: export it again")
         for name, at in columns:
             try:

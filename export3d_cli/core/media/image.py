@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export3d_cli.core.errors import InputError, MediaError
-from export3d_cli.core.files import write_atomic
+from export3d_cli.core.files import check_file, quiet_stderr, write_atomic
+from export3d_cli.core.media.header import declared_size
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +33,20 @@ def read_image(path: Path) -> np.ndarray:
 
     path = Path(path)
     data = _read_bytes(path)
-    check_size(*(_declared_size(data) or (0, 0)), path)
+    declared = declared_size(data)
+    if declared is None:  # OpenCV knows more formats, but would make room for whatever size such a file claims
+        raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
+    check_size(*declared, path)
     buffer = np.frombuffer(data, dtype=np.uint8)
     try:
         image = None
-        if not data.startswith(b"\xff\xd8"):  # JPEG has no alpha; and only IMREAD_COLOR applies EXIF
-            image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
-        if image is not None and image.ndim == 3 and image.shape[2] == 4:
-            image = _on_white(image)
-        else:
-            image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+        with quiet_stderr():  # what is wrong is told by us, on one line
+            if not data.startswith(b"\xff\xd8"):  # JPEG has no alpha; and only IMREAD_COLOR applies EXIF
+                image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
+            if image is not None and image.ndim == 3 and image.shape[2] == 4:
+                image = _upright(_on_white(image), _png_orientation(data))
+            else:
+                image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise InputError(f"{path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
     if image is None:
@@ -50,17 +56,21 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
-    """Write uint8 (H, W, 3) RGB; the format follows the suffix, JPEG at quality 95. PNG and JPEG take a comment."""
+    """Write uint8 (H, W, 3) RGB, or (H, W, 4) RGBA as PNG; the format follows the suffix, JPEG at quality 95.
+
+    PNG and JPEG take a comment.
+    """
     import cv2
 
     path = Path(path)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    channels = (3, 4) if path.suffix.lower() == ".png" else (3,)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in channels:
         raise InputError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if not is_image(path):
         raise InputError(f"cannot write images of type {path.suffix!r}: use .png, .jpg or .webp")
     jpeg = path.suffix.lower() in (".jpg", ".jpeg")  # OpenCV 5 warns of a setting that the format does not have
     settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if jpeg else []
-    ok, data = cv2.imencode(path.suffix.lower(), image[..., ::-1], settings)
+    ok, data = cv2.imencode(path.suffix.lower(), image[..., [2, 1, 0, 3][: image.shape[2]]], settings)
     if not ok:
         raise MediaError(f"{path} could not be encoded")
     with write_atomic(path) as temporary:
@@ -102,14 +112,9 @@ def check_size(width: int, height: int, path: Path) -> None:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give an image file")
+    check_file(path, MAX_BYTES)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is larger than {MAX_BYTES // 2**20} MiB: make it smaller first")
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if not data:
@@ -117,19 +122,31 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _declared_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from a PNG or JPEG header, so that a decompression bomb is never decoded."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
-        return struct.unpack(">II", data[16:24])
-    if data.startswith(b"\xff\xd8"):
-        at = 2
-        while at + 9 <= len(data) and data[at] == 0xFF:
-            marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-                height, width = struct.unpack(">HH", data[at + 5 : at + 9])
-                return width, height
-            at += 2 + length
-    return None
+def _png_orientation(data: bytes) -> int:
+    """EXIF orientation of a PNG file, 1 to 8: OpenCV applies it only to pictures that it reads without alpha."""
+    at = 8
+    while data.startswith(b"\x89PNG") and at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"eXIf":
+            exif = data[at + 8 : at + 8 + length]
+            order = "<" if exif.startswith(b"II") else ">"
+            with contextlib.suppress(struct.error):
+                (first,) = struct.unpack_from(order + "I", exif, 4)
+                (entries,) = struct.unpack_from(order + "H", exif, first)
+                for k in range(entries):
+                    tag, _, _, value = struct.unpack_from(order + "HHIH", exif, first + 2 + 12 * k)
+                    if tag == 0x112:
+                        return int(value)
+        at += 12 + length
+    return 1
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """A picture as its EXIF orientation says that it is to be seen."""
+    turn, mirror = {2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (1, 1), 6: (-1, 0), 7: (-1, 1), 8: (1, 0)}.get(
+        orientation, (0, 0)
+    )
+    return np.rot90(image[:, ::-1] if mirror else image, turn)
 
 
 def _on_white(image: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from export3d_cli.core.media.image import check_size, read_image
 _SCAN_SECONDS = 30  # of timestamps looked at to tell constant from variable rate
 _NO_TIME = str(-(2**63))  # AV_NOPTS_VALUE
 _VFR_MAX = 60  # frames/s given to a video of variable rate at most
+_MAX_HOURS = 24  # that a video may last; more is what a damaged file claims, and would be filled with repeated frames
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,21 @@ def ffmpeg() -> str:
     import imageio_ffmpeg
 
     try:
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
+        found = str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
         raise MediaError("no ffmpeg found: `pip install --force-reinstall imageio-ffmpeg` brings one") from error
+    if os.environ.get("IMAGEIO_FFMPEG_EXE"):  # imageio-ffmpeg tries out its own one only
+        _try_out(found)
+    return found
+
+
+@lru_cache(maxsize=4)
+def _try_out(program: str) -> None:
+    try:
+        subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "strerror", None) or "it fails"
+        raise MediaError(f"IMAGEIO_FFMPEG_EXE names {program}, which cannot be run ({reason}): unset it") from error
 
 
 def probe(path: Path) -> VideoInfo:
@@ -95,6 +109,8 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     fps, vfr = _rate(tick, times, _number(stream.group(1), "fps"), _number(stream.group(1), "tbr"))
     if len(times) > 2 and (not duration or duration < _SCAN_SECONDS / 2):  # all was seen: exact, not to 10 ms
         duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late picture is shown from the start
+    if duration > _MAX_HOURS * 3600:
+        raise InputError(f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_HOURS}: cut it first")
     hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
     return VideoInfo(
         width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,

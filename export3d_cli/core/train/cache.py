@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.config import DataConfig
-from export3d_cli.core.errors import InputError
+from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion, head_points
+from export3d_cli.core.files import MAX_LIST, check_file, hold
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 
@@ -73,33 +74,48 @@ def load_set(
         place = Path(cache) / f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}-{name}"
     stamp = hashlib.sha256(json.dumps([entries, size, stride], sort_keys=True).encode()).hexdigest()
     if _stamp_of(place) != stamp:
-        _build_cache(folder, entries, place, size, stride, stamp, progress)
-    index = json.loads((place / "index.json").read_text(encoding="utf-8"))
-    count = index["count"]
-    return FaceSet(
-        name=folder.name,
-        frames=np.load(place / "frames.npy", mmap_mode="r")[:count],
-        beta=np.load(place / "beta.npy"),
-        camera=np.load(place / "camera.npy"),
-        landmarks=np.load(place / "landmarks.npy"),
-        number=np.load(place / "number.npy"),
-        clips=tuple(Clip(**clip) for clip in index["clips"]),
-    )
+        with hold(place.parent, wait=True):
+            if _stamp_of(place) != stamp:  # nobody has built it while we waited
+                _build_cache(folder, entries, place, size, stride, stamp, progress)
+    try:
+        index = json.loads((place / "index.json").read_text(encoding="utf-8"))
+        count = index["count"]
+        return FaceSet(
+            name=folder.name,
+            frames=np.load(place / "frames.npy", mmap_mode="r")[:count],
+            beta=np.load(place / "beta.npy"),
+            camera=np.load(place / "camera.npy"),
+            landmarks=np.load(place / "landmarks.npy"),
+            number=np.load(place / "number.npy"),
+            clips=tuple(Clip(**clip) for clip in index["clips"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise InputError(f"the cache {place} is damaged ({error}): remove it, it is made again") from error
 
 
 def _read_manifest(folder: Path) -> list[dict[str, Any]]:
     path = folder / "manifest.jsonl"
     try:
+        check_file(path, MAX_LIST)
         lines = path.read_text(encoding="utf-8").splitlines()
         entries = [json.loads(line) for line in lines if line.strip()]
         kept = [e for e in entries if e.get("split", "train") in ("train", "", None)]
         for entry in kept:
             entry["id"], entry["file"], entry["motion"] = str(entry["id"]), str(entry["file"]), str(entry["motion"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot read the data set's list {path}: {error!r}; was it written by preprocess?") from error
+            _check_inside(entry["file"])
+            _check_inside(entry["motion"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"cannot read the data set's list {path} ({why}); was it written by preprocess?") from error
     if not kept:
         raise InputError(f"{path} lists no clip of the split 'train'")
     return kept
+
+
+def _check_inside(name: str) -> None:
+    """A list that came from elsewhere reads nothing outside its data set."""
+    if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name[:80]!r} is no file inside the data set")
 
 
 def _stamp_of(place: Path) -> str:
@@ -120,8 +136,10 @@ def _build_cache(
 ) -> None:
     """Decode every clip into `place`: made in a temporary folder, which takes its name only when complete."""
     beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True, exist_ok=True)
+    for left in place.parent.glob(f"{place.name}.*.tmp"):  # of a process that was killed: we hold the folder alone
+        shutil.rmtree(left, ignore_errors=True)
     try:
+        beside.mkdir(parents=True, exist_ok=True)
         motions = [Motion.load(folder / e["motion"]) for e in entries]
         room = sum(int(np.asarray(m.found)[::stride].sum()) for m in motions)
         frames = np.lib.format.open_memmap(
@@ -162,6 +180,9 @@ def _build_cache(
         if place.exists():
             shutil.rmtree(place)
         os.replace(beside, place)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Export3DError(f"cannot write the cache {place} ({reason}): make room, or set data.cache") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
