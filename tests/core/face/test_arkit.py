@@ -46,7 +46,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def read(path: Path) -> Motion:
-    return read_csv(path, resolve("arkit_measures"), CAMERA)
+    return read_csv(path, resolve("arkit_measures"), CAMERA)[0]
 
 
 def test_coefficients_go_by_name_and_measures_follow(write: Write) -> None:
@@ -95,6 +95,16 @@ def test_head_angles_turn_the_camera_at_the_source_s_distance(
     ]
 
 
+def test_angles_in_degrees_are_known_by_their_size(write: Write) -> None:
+    degrees = [{"HeadYaw": 20.0, "HeadPitch": -10.0, "HeadRoll": 2.0}, {"HeadYaw": 1.0}]
+    radians = [{name: float(np.radians(angle)) for name, angle in row.items()} for row in degrees]
+    motion, notes = read_csv(write(degrees), resolve("arkit_measures"), CAMERA)
+    assert "degrees" in notes[0]
+    same, none = read_csv(write(radians), resolve("arkit_measures"), CAMERA)
+    assert none == []
+    np.testing.assert_allclose(motion.camera, same.camera, atol=1e-6)
+
+
 def test_without_head_angles_the_source_s_camera_stays(write: Write) -> None:
     motion = read(write([{}, {}], columns=COLUMNS[:52]))
     np.testing.assert_array_equal(motion.camera, np.stack([CAMERA, CAMERA]))
@@ -110,7 +120,7 @@ def test_without_head_angles_the_source_s_camera_stays(write: Write) -> None:
         (lambda text: text.replace("10:00:00:24", "ten o'clock"), "ten o'clock"),
         (lambda text: text.replace(",61,0,", ",61,much,"), "much"),
         (lambda text: text.replace(",61,0,", ",61,nan,"), "not finite"),
-        (lambda text: text.replace(",0,0,0,0,0,0,0,0,0\n", ",60,0,0,0,0,0,0,0,0\n"), "radians"),
+        (lambda text: text.replace(",0,0,0,0,0,0,0,0,0\n", ",600,0,0,0,0,0,0,0,0\n"), "radians"),
         (lambda text: text[:-30], "values in row 4"),
         (lambda text: text + text.splitlines()[3].replace("10:00:", "10:09:") + "\n", "gap of 540 s before row 5"),
         (lambda text: text + text.splitlines()[1] + "\n", "at row 5"),
@@ -144,7 +154,7 @@ def test_the_fit_finds_the_map_within_faces_that_differ(tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"no")
     with pytest.raises(WeightsError, match=r"bad\.npz"):
         read_csv(_minimal(tmp_path), tmp_path / "bad.npz", CAMERA)
-    assert len(read_csv(_minimal(tmp_path), tmp_path / "m.npz", CAMERA)) == 1
+    assert len(read_csv(_minimal(tmp_path), tmp_path / "m.npz", CAMERA)[0]) == 1
 
 
 def _minimal(folder: Path) -> Path:

@@ -46,17 +46,36 @@ EXIF = [
 ]
 
 
+def exif_of(orientation, order=">"):
+    entry = struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0)
+    head = b"MM\0*" if order == ">" else b"II*\0"
+    return head + struct.pack(order + "IH", 8, 1) + entry + b"\0\0\0\0"
+
+
 @pytest.mark.parametrize(("orientation", "turn", "mirror"), EXIF)
 def test_exif_orientation_is_applied(tmp_path, orientation, turn, mirror):
     image = gradient()
     data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
-    entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
-    exif = b"Exif\0\0" + b"MM\0*" + struct.pack(">IH", 8, 1) + entry + b"\0\0\0\0"
+    exif = b"Exif\0\0" + exif_of(orientation)
     path = tmp_path / "a.jpg"
     path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
     turned = np.rot90(image[:, ::-1] if mirror else image, turn)
     assert read_image(path).shape == turned.shape
     assert np.abs(read_image(path).astype(int) - turned).mean() < 6
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("orientation", "turn", "mirror"), EXIF)
+def test_exif_orientation_of_a_png_with_alpha_is_applied(tmp_path, orientation, turn, mirror, order):
+    image = gradient()
+    opaque = np.dstack([image[..., ::-1], np.full((20, 30), 255, np.uint8)])
+    data = cv2.imencode(".png", opaque)[1].tobytes()
+    chunk = b"eXIf" + exif_of(orientation, order)
+    path = tmp_path / "a.png"
+    path.write_bytes(
+        data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    )
+    assert np.array_equal(read_image(path), np.rot90(image[:, ::-1] if mirror else image, turn))
 
 
 def test_alpha_is_composited_on_white(tmp_path):
