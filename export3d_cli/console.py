@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,69 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-def training(report: Progress, event: Any) -> None:
-    """Show one `TrainEvent`: a sentence as a line, a step as progress of its stage."""
-    if event.message and not settings().quiet:
-        click.echo(event.message, err=True)
-    if event.steps:
-        report(event.stage, event.step, event.steps)
+@contextlib.contextmanager
+def training() -> Iterator[Callable[[Any], None]]:
+    """A callback for `TrainEvent`: a table on stderr that stays current, or plain lines where that is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    if settings().quiet:
+        yield lambda event: None
+    elif not console.is_terminal:
+        yield _training_lines()
+    else:
+        rows: dict[str, Any] = {}
+        with Live(console=console, auto_refresh=False) as live:
+
+            def show(event: Any) -> None:
+                if event.message:
+                    live.console.print(event.message, markup=False, highlight=False)
+                if event.steps:
+                    rows[event.stage] = event
+                    live.update(_training_table(rows), refresh=True)
+
+            yield show
+
+
+def _training_lines(every: float = 10.0) -> Callable[[Any], None]:
+    """Sentences at once; of steps the first and the last of a stage, and else one in so many seconds."""
+    told: dict[str, float] = {}
+
+    def show(event: Any) -> None:
+        if event.message:
+            click.echo(event.message, err=True)
+        now = time.monotonic()
+        if event.steps and (now - told.get(event.stage, -every) >= every or event.step >= event.steps):
+            told[event.stage] = now
+            click.echo(f"{event.stage} " + ", ".join(cell for cell in _training_cells(event) if cell), err=True)
+
+    return show
+
+
+def _training_table(rows: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("stage", "step", "images/s", "time left", "losses")
+    for stage, event in rows.items():
+        step, speed, left, losses = _training_cells(event)
+        table.add_row(stage, step, speed.removesuffix(" images/s"), left.removesuffix(" left"), losses)
+    return table
+
+
+def _training_cells(event: Any) -> tuple[str, str, str, str]:
+    """Step, speed, time left and losses of an event in words; '' for what is not known."""
+    values = dict(event.values)
+    speed = values.pop("images_a_second", 0.0)
+    for key in ("seconds_a_step", "lr"):
+        values.pop(key, None)
+    left = "" if event.left is None else f"{timedelta(seconds=round(event.left))} left"
+    return (
+        f"{event.step}/{event.steps}",
+        f"{speed:.1f} images/s" if speed else "",
+        left if event.step < event.steps else "",
+        " ".join(f"{key} {value:.3g}" for key, value in values.items()),
+    )
 
 
 def finish(summary: Any, *, as_json: bool = False) -> None:

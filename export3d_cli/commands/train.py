@@ -44,8 +44,8 @@ def train(
     if dry_run:
         _show(core.to_dict(resolved), core.to_dict(core.plan_training(resolved)), as_json=as_json)
         return
-    with console.progress() as report:
-        summary = core.train_model(resolved, progress=lambda event: console.training(report, event))
+    with console.training() as show:
+        summary = core.train_model(resolved, progress=show)
     if os.environ.get("RANK", "0") == "0":
         console.finish(summary, as_json=as_json)
 
@@ -61,7 +61,7 @@ def _show(config: dict[str, Any], plan: dict[str, Any], *, as_json: bool) -> Non
         return
     click.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
     for box, count in plan["parameters"].items():
-        click.echo(f"# parameters of {box}: {count:,}")
+        click.echo(f"# parameters of {box}: {count:,}, work for a frame: {plan['gflops'].get(box, 0.0):.3f} GFLOPs")
     click.echo(f"# parameters of the model: {plan['total_parameters']:,}")
     click.echo(
         f"# work for a source: {plan['gflops_source']:.2f} GFLOPs, for a frame: {plan['gflops_frame']:.2f} GFLOPs"

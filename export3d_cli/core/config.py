@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
 from export3d_cli.core.errors import ConfigError
+from export3d_cli.core.plain import build, parse_yaml, read_yaml, shown
 
 BETA_DIM = 64
 CAMERA_DIM = 25
@@ -95,6 +96,7 @@ class DataConfig:
     jitter: float = 0.2  # colour and gamma changes, the same on both frames; 0: none
     stills: float = 0.2  # how often a person known from stills only is drawn, against 1 for people on video
     cross: float = 0.0  # share of pairs driven by another head, where clips `<head>_tNN` share the track NN
+    workers: int = 0  # threads that draw batches ahead; 0: one on a CPU, four beside another device
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class ClebsConfig:
 
     steps: int = 60_000
     negatives: int = 32  # other frames of the same clip
+    groups: int = 1  # clips of a step; several processes share them where their number divides it
     temperature: float = 0.07
     lr: float = 1e-4
     denominator: Literal["printed", "infonce"] = "infonce"  # eq. 1 leaves the positive out of the sum; InfoNCE keeps it
@@ -123,10 +126,18 @@ class LossConfig:
     l1: float = 0.0
     perceptual: float = 1.0
     raw: float = 1.0  # factor on the raw image's terms
-    backbone: str = ""  # safetensors of VGG16 or MobileNetV2 features; empty: no perceptual term
+    # VGG16 or MobileNetV2 features, a file or hf:owner/repo:file; empty: no perceptual term. It is LPIPS, and called
+    # so, with torchvision's vgg16-397923af.pth here and the linear weights of LPIPS v0.1 (vgg.pth) as `lpips`.
+    backbone: str = ""
+    backbone_sha256: str = ""  # what the backbone must be; empty: not asked for
+    lpips: str = ""  # linear weights of LPIPS, likewise; not needed where the backbone's file holds them too
+    scales: int = 2  # image sizes the perceptual term is taken at, each half the one before; the raw image at one
+    l2_scales: int = 1  # the same for L2, raw image included
     mask: float = 0.0  # eyes and mouth, PlaneDict's mask loss
     adversarial: float = 0.01  # now `adversarial.weight`; stays so that older files are read
     offset: float = 0.0  # penalty on the residual flow
+    identity: float = 0.0  # 1 - cosine of embeddings of result and driver
+    embedder: str = ""  # TorchScript face embedder, (B, 3, 112, 112) RGB with ImageNet's mean and deviation
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,12 @@ class AdversarialConfig:
     base: int = 16_384  # channels times side: a block at side s has min(channels, base / s)
     mapping: int = 8  # layers of the mapping of the camera
     group: int = 4  # images over which minibatch standard deviation is taken
+    # adaptive augmentation of what the discriminator sees: with r = mean(sign(D(real))), the probability of every
+    # augmentation moves by batch * ada_every / ada_images towards where r is `ada`, every `ada_every` steps
+    ada: float = 0.0  # wanted r, 0.6 in StyleGAN2-ADA; 0: the probability stays as it is
+    ada_every: int = 4
+    ada_images: int = 500_000  # images in which the probability can go from 0 to 1
+    augment: float = 0.0  # the probability at first
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,13 @@ class TrainConfig:
     keep: int = 2  # training states kept
     sample_every: int = 500
     log_every: int = 10
+    tensorboard: bool = True  # write event files too, where TensorBoard is installed
     max_minutes: float = 0.0  # stop (and save) after this many minutes; 0: no limit
+
+    def steps_of(self, stage: str) -> int:
+        """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
+        clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
+        return {"clebs": clebs, "reconstruction": self.steps, "adversarial": self.adversarial.steps}[stage]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -201,7 +224,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def model_from_dict(data: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_dict` for a `ModelConfig`; raises `ConfigError` on unknown keys or wrong types."""
-    return _build(ModelConfig, data, "model")
+    if not isinstance(data, dict):
+        raise ConfigError("the model's configuration is not a mapping of keys to values")
+    model: ModelConfig = build(ModelConfig, data, "model")
+    _check_model(model)
+    return model
 
 
 def train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> TrainConfig:
@@ -217,28 +244,22 @@ def train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> Train
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"override {key!r}: {parent!r} is not a section")
-        node[leaf] = yaml.safe_load(value)
+        node[leaf] = parse_yaml(value, f"override {item[:100]!r}")
     preset = data.get("preset", "compact")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"preset {shown(preset)} is unknown: choose one of {', '.join(PRESETS)}")
     model = data.get("model") or {}
     if not isinstance(model, dict):
         raise ConfigError("model must be a section of the configuration")
     data["model"] = {**to_dict(PRESETS[preset]), **model}
-    config = _build(TrainConfig, data, "")
+    config: TrainConfig = build(TrainConfig, data, "")
     _check(config)
     return config
 
 
 def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     """Read a YAML file with `yaml.safe_load`; see `train_config`."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read configuration {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"configuration {path} is not a mapping of keys to values")
-    return train_config(data, overrides)
+    return train_config(read_yaml(path), overrides)
 
 
 def save_yaml(config: Any, path: Path) -> None:
@@ -246,64 +267,39 @@ def save_yaml(config: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
-def _build(cls: type, data: dict[str, Any], where: str) -> Any:
-    """Dataclass `cls` from plain data: nested, tuples restored, unknown keys and wrong types refused."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown key {name!r} in the configuration{hint}")
-        default = fields[key].default
-        if default is dataclasses.MISSING:
-            default = fields[key].default_factory()  # type: ignore[misc, operator]
-        if dataclasses.is_dataclass(default):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{name} must be a section, got {value!r}")
-            values[key] = _build(type(default), value, name)
-        else:
-            values[key] = _coerce(value, default, name)
-            choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
-            if choices and values[key] not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return cls(**values)
+_LIMITS = {"image_size": 2048, "plane_size": 2048, "raw_size": 2048, "mesh_size": 2048, "flow_size": 2048}
+_LIMITS |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096, "fine_samples": 4096}
 
 
-def _coerce(value: Any, default: Any, name: str) -> Any:
-    if isinstance(default, tuple):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if default:
-            return tuple(_coerce(v, default[0], name) for v in items)
-        return tuple(items)
-    if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, float) and isinstance(value, str):
-        try:
-            return float(value)  # YAML reads 1e-4 as text
-        except ValueError:
-            pass
-    if type(value) is not type(default):
-        raise ConfigError(f"{name} must be {type(default).__name__}, got {value!r}")
-    return value
-
-
-def _check(config: TrainConfig) -> None:
-    """Cross-field rules, before any data or device is touched."""
-    model = config.model
+def _check_model(model: ModelConfig) -> None:
+    """Sizes that a network can have, whoever asks for it: the header of a weights file is not to be trusted."""
+    for name, value in vars(model).items():
+        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples") else 1
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and not least <= size <= _LIMITS.get(name, 65_536):
+                raise ConfigError(f"model.{name} must be {least} to {_LIMITS.get(name, 65_536)}, got {shown(value)}")
     if model.image_size % 16:
         raise ConfigError(f"model.image_size must be a multiple of 16, got {model.image_size}")
     if model.width % model.heads:
         raise ConfigError(f"model.width ({model.width}) must be divisible by model.heads ({model.heads})")
     if model.basis > model.code_dim:
         raise ConfigError(f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})")
+    if model.plane_ema >= 1:
+        raise ConfigError(f"model.plane_ema must be below 1, got {model.plane_ema}")
+
+
+def _check(config: TrainConfig) -> None:
+    """Cross-field rules, before any data or device is touched."""
+    _check_model(config.model)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", config.device):
+        raise ConfigError(f"device {shown(config.device)} is unknown: use auto, cpu, cuda, cuda:N or mps")
+    if config.ema >= 1:
+        raise ConfigError(f"ema must be below 1, got {config.ema}")
     if config.batch < 1 or config.steps < 0:
         raise ConfigError(f"batch must be positive and steps not negative, got {config.batch} and {config.steps}")
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
-        raise ConfigError(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+        raise ConfigError(f"unknown stage {shown(unknown[0])}: choose from {', '.join(STAGES)}")
     if list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
         raise ConfigError(f"stages must be each at most once and in the order {', '.join(STAGES)}")
     if config.accumulate < 1 or config.batch % config.accumulate:
@@ -318,5 +314,34 @@ def _check(config: TrainConfig) -> None:
         or adversarial.steps < 0
     ):
         raise ConfigError("adversarial.r1_every, group, channels and base must be positive, and steps not negative")
+    if not (
+        0 <= adversarial.augment < 1
+        and 0 <= adversarial.ada < 1
+        and min(adversarial.ada_every, adversarial.ada_images) > 0
+    ):
+        raise ConfigError("adversarial.augment and ada must be in 0..1, ada_every and ada_images positive")
+    if min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.pairs) < 1:
+        raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
     if config.data.weight and len(config.data.weight) != len(config.data.path):
         raise ConfigError("data.weight needs one number per data.path")
+    _check_losses(config)
+
+
+def _check_losses(config: TrainConfig) -> None:
+    loss, clebs = config.loss, config.clebs
+    if loss.identity > 0 and not loss.embedder:
+        raise ConfigError("loss.identity needs loss.embedder: name a TorchScript face embedder, or set it to 0")
+    if loss.lpips and not loss.backbone:
+        raise ConfigError("loss.lpips needs loss.backbone: name the VGG16 file that its weights belong to")
+    if loss.lpips and min(config.raw_start or config.model.raw_size, config.model.raw_size) < 16:
+        raise ConfigError("loss.lpips needs a raw render of 16 pixels or more: set raw_start to 16, or 0")
+    if min(loss.scales, loss.l2_scales) < 1 or config.model.image_size >> (loss.scales - 1) < 16:
+        raise ConfigError(
+            f"loss.scales ({loss.scales}) must leave 16 pixels of {config.model.image_size}, and be 1 or more"
+        )
+    if min(clebs.groups, clebs.negatives) < 1 or clebs.temperature <= 0:
+        raise ConfigError("clebs.groups and negatives must be 1 or more, and temperature positive")
+    if not 0 <= config.raw_start <= config.model.raw_size:
+        raise ConfigError(f"raw_start ({config.raw_start}) must be 0 to model.raw_size ({config.model.raw_size})")
+    if config.data.workers < 0 or min(config.checkpoint_every, config.log_every) < 1:
+        raise ConfigError("data.workers must not be negative, checkpoint_every and log_every must be 1 or more")

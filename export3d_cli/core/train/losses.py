@@ -14,11 +14,17 @@ from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAFFE_BGR = (103.939, 116.779, 123.68)
+VGG16_NAMES = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]  # torchvision's
 
 
-def l2(image: Tensor, target: Tensor) -> Tensor:
-    """The L2 terms of eq. 13: mean squared difference."""
-    return F.mse_loss(image.float(), target.float())
+def l2(image: Tensor, target: Tensor, scales: int = 1) -> Tensor:
+    """The L2 terms of eq. 13: mean squared difference, averaged over `scales` image sizes."""
+    image, target = image.float(), target.float()
+    total = F.mse_loss(image, target)
+    for _ in range(1, scales):
+        image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
+        total = total + F.mse_loss(image, target)
+    return total / scales
 
 
 def l1(image: Tensor, target: Tensor) -> Tensor:
@@ -66,6 +72,8 @@ class Perceptual(nn.Module):
     pixels, layers and scales: 0 for equal images, about 0.1 to 0.6 for different ones. Without LPIPS' learned weights.
     """
 
+    name = "perceptual"  # of the term in logs; only the official weights make it LPIPS
+    title = "features of a frozen backbone, compared without learned weights"
     mean: Tensor
     scale: Tensor
 
@@ -105,17 +113,22 @@ class Perceptual(nn.Module):
         return found
 
 
-def load_perceptual(path: Path | str) -> Perceptual:
-    """A frozen backbone from safetensors or torchvision's .pth: VGG16 or MobileNetV2, known by its tensors' names."""
-    path = Path(path)
+def read_tensors(path: Path, what: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with one of `prefixes`, float32; `what` names it in errors."""
     try:
         if path.suffix in (".pth", ".pt"):  # torchvision's own file, e.g. vgg16-397923af.pth; tensors only, no code
             read = torch.load(path, map_location="cpu", weights_only=True)
         else:
             read = load_file(path)
-        state = {k: v.float() for k, v in read.items() if k.startswith(("conv", "features."))}
+        return {k: v.float() for k, v in read.items() if k.startswith(prefixes)}
     except Exception as error:  # a damaged file raises whatever its reader stumbled over
-        raise InputError(f"loss.backbone {path} cannot be read: {error}") from error
+        raise InputError(f"{what} {path} cannot be read: {error}") from error
+
+
+def load_perceptual(path: Path | str) -> Perceptual:
+    """A frozen backbone from safetensors or torchvision's .pth: VGG16 or MobileNetV2, known by its tensors' names."""
+    path = Path(path)
+    state = read_tensors(path, "loss.backbone", ("conv", "features."))
     try:
         if "conv1_1.weight" in state:
             names = [f"conv{b}_{k}" for b, count in enumerate((2, 2, 3, 3, 3), 1) for k in range(1, count + 1)]
@@ -126,8 +139,7 @@ def load_perceptual(path: Path | str) -> Perceptual:
         if "features.0.0.weight" in state:
             return Perceptual(_mobilenet(state), mean, scale, bgr=False)
         if "features.0.weight" in state:
-            names = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]
-            return Perceptual(_vgg(state, names), mean, scale, bgr=False)
+            return Perceptual(_vgg(state, VGG16_NAMES), mean, scale, bgr=False)
     except KeyError as error:
         raise InputError(f"loss.backbone {path} lacks the tensor {error}") from error
     raise InputError(
@@ -142,11 +154,11 @@ def _conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.
     return conv
 
 
-def _vgg(state: dict[str, Tensor], names: list[str]) -> list[nn.Module]:
-    """The 13 convolutions cut into stages that end before each pooling, all but the last, coarsest one."""
+def _vgg(state: dict[str, Tensor], names: list[str], counts: tuple[int, ...] = (2, 2, 3, 3)) -> list[nn.Module]:
+    """The 13 convolutions cut into stages that end before each pooling; without `counts` all but the coarsest one."""
     stages: list[nn.Module] = []
     at = 0
-    for block, count in enumerate((2, 2, 3, 3)):
+    for block, count in enumerate(counts):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if block else []
         for name in names[at : at + count]:
             layers += [_conv(state[f"{name}.weight"], state[f"{name}.bias"]), nn.ReLU()]

@@ -11,6 +11,7 @@ from torch import Tensor
 from export3d_cli.core.config import TrainConfig
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.data import Batch
+from export3d_cli.core.train.identity import Identity
 
 
 def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
@@ -27,22 +28,31 @@ def raw_size(config: TrainConfig, step: int) -> int:
 
 
 def reconstruction_loss(
-    output: Any, batch: Batch, config: TrainConfig, perceptual: losses.Perceptual | None
+    output: Any,
+    batch: Batch,
+    config: TrainConfig,
+    perceptual: losses.Perceptual | None,
+    identity: Identity | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight."""
     w = config.loss
     small = losses.downsample(batch.target, output.raw.shape[-1])
-    terms = {"l2": w.l2 * losses.l2(output.image, batch.target), "l2_raw": w.raw * w.l2 * losses.l2(output.raw, small)}
+    terms = {
+        "l2": w.l2 * losses.l2(output.image, batch.target, w.l2_scales),
+        "l2_raw": w.raw * w.l2 * losses.l2(output.raw, small, w.l2_scales),
+    }
     if w.l1 > 0:
         terms["l1"] = w.l1 * losses.l1(output.image, batch.target)
         terms["l1_raw"] = w.raw * w.l1 * losses.l1(output.raw, small)
     if perceptual is not None and w.perceptual > 0:
-        terms["perceptual"] = w.perceptual * perceptual(output.image, batch.target)
+        terms[perceptual.name] = w.perceptual * perceptual(output.image, batch.target, scales=w.scales)
         if w.raw > 0:
-            terms["perceptual_raw"] = w.raw * w.perceptual * perceptual(output.raw, small, scales=1)
+            terms[f"{perceptual.name}_raw"] = w.raw * w.perceptual * perceptual(output.raw, small, scales=1)
     if w.mask > 0:
         mask = losses.face_mask(batch.target_landmarks, batch.target.shape[-1])
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
+    if identity is not None and w.identity > 0:
+        terms["identity"] = w.identity * identity(output.image, batch.target, batch.target_landmarks)
     if w.offset > 0 and getattr(output, "offset", None) is not None:
         terms["offset"] = w.offset * output.offset.float().square().mean()
     loss = torch.stack([t.float() for t in terms.values()]).sum()

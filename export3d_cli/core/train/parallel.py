@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def join(device: torch.device) -> Iterator[World]:
             raise ConfigError(f"process {local} has no CUDA device of its own: start at most one a device")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # the others wait while the first one decodes a data set, which may take long
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield World(rank, size, device)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -14,9 +15,9 @@ from export3d_cli.core.checkpoint import pack_optimizer, unpack_optimizer, write
 from export3d_cli.core.config import POINTS, ClebsConfig, TrainConfig
 from export3d_cli.core.face.mesh import LEFT_EYE, LIPS, RIGHT_EYE
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
-from export3d_cli.core.train.data import Sampler
+from export3d_cli.core.train.data import Prefetcher, Sampler, loaders
 from export3d_cli.core.train.probe import probe
-from export3d_cli.core.train.run import Run, check_finite
+from export3d_cli.core.train.run import Run
 
 LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
 LAMBDA_SIZE = 3.0  # standard deviation of the coefficients over the training data
@@ -47,11 +48,15 @@ def measure_beta(lebs: LeBS | DirectCode, sampler: Sampler, seed: int) -> None:
 
 def clebs_steps(config: TrainConfig) -> int:
     """Steps of the stage; none where the expression code is an ablation that is trained with the rest."""
-    return config.clebs.warm + config.clebs.steps if config.model.expression == "clebs" else 0
+    return config.steps_of("clebs")
 
 
 def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler) -> int:
-    """Train `lebs`, then fill `flow_basis` (n, 478, 3), both in place; resumes with `run`. Returns the steps done."""
+    """Train `lebs`, then fill `flow_basis` (n, 478, 3), both in place; resumes with `run`. Returns the steps done.
+
+    Several processes share the `clebs.groups` of a step where their number divides it. Otherwise every one of them
+    takes all, which gains nothing, and says so.
+    """
     config, clebs = run.config, run.config.clebs
     if config.model.expression != "clebs" or isinstance(lebs, DirectCode):
         measure_beta(lebs, sampler, config.seed)
@@ -79,27 +84,61 @@ def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sa
     def save(step: int) -> None:
         run.save("clebs", step, {f"clebs.{k}": v for k, v in modules.state_dict().items()} | pack_optimizer(optimizer))
 
+    def draw(step: int) -> list[tuple[Tensor, Tensor]]:
+        if step < clebs.warm:
+            return []
+        size, side = clebs.negatives + 1, clebs.image_size
+        return [sampler.group(config.seed, step, size, side, LEAST_GROUP, number) for number in share]
+
     modules.train()
-    total = clebs_steps(config)
-    for step in range(start, total):
-        if run.out_of_time():
-            save(step)
-            return step
-        run.seed(0, step)
-        loss, values = _clebs_loss(run, modules, sampler, pool, step, scale)
-        check_finite(loss.item(), "clebs", step, values)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
-        optimizer.param_groups[0]["lr"] = clebs.lr * (1 - 0.9 * step / total)
-        optimizer.step()
-        if (step + 1) % config.log_every == 0 or step + 1 == total:
-            run.log("clebs", step + 1, total, values)
-        if (step + 1) % config.checkpoint_every == 0:
-            save(step + 1)
+    share, total, skipped = _share(run), clebs_steps(config), 0
+    images, clock, logged = 0, run.minutes(), start
+    with Prefetcher(draw, start, total, loaders(config.data, run.device)) as groups:
+        for step in range(start, total):
+            if run.out_of_time():
+                save(step)
+                return step
+            run.seed(0, step)
+            drawn = groups.next()
+            loss, terms = _clebs_loss(run, modules, drawn, pool, step, scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if len(share) < clebs.groups:
+                run.world.average_gradients(modules.parameters())
+            values = dict(zip(terms, run.world.mean(list(terms.values())), strict=True))
+            norm = float(nn.utils.clip_grad_norm_(modules.parameters(), 5.0))
+            optimizer.param_groups[0]["lr"] = clebs.lr * (1 - 0.9 * step / total)
+            skipped = 0 if math.isfinite(values["loss"] + norm) else skipped + 1
+            if skipped == 0:
+                optimizer.step()
+            elif skipped > config.skip_nonfinite:
+                run.check_finite(values["loss"] + norm, "clebs", step, values | {"grad": norm})
+            images += sum(len(beta) for _, beta in drawn) * (clebs.groups // len(share))
+            if (step + 1) % config.log_every == 0 or step + 1 == total:
+                seconds = (run.minutes() - clock) * 60
+                speed = {"seconds_a_step": seconds / (step + 1 - logged)}
+                if images:  # the first steps may look at geometry alone
+                    speed["images_a_second"] = images / max(seconds, 1e-9)
+                run.log("clebs", step + 1, total, values | speed)
+                images, clock, logged = 0, run.minutes(), step + 1
+            if (step + 1) % config.checkpoint_every == 0:
+                save(step + 1)
     finish_expression(run, lebs, flow_basis, sampler)
     report_expression(run, lebs, encoder, sampler)
     return total
+
+
+def _share(run: Run) -> range:
+    """Which groups of every step this process takes."""
+    world, groups = run.world, run.config.clebs.groups
+    if world.size == 1:
+        return range(groups)
+    if groups % world.size:
+        whose = f"clebs.groups ({groups}) is no multiple of the {world.size} processes"
+        run.tell("clebs", 0, 0, message=f"{whose}: the stage clebs is not shared, every process takes all of it")
+        return range(groups)
+    own = groups // world.size
+    return range(world.rank * own, (world.rank + 1) * own)
 
 
 class _Pool:
@@ -124,21 +163,21 @@ class _Pool:
 
 
 def _clebs_loss(
-    run: Run, modules: nn.ModuleDict, sampler: Sampler, pool: _Pool, step: int, scale: Tensor
+    run: Run, modules: nn.ModuleDict, groups: list[tuple[Tensor, Tensor]], pool: _Pool, step: int, scale: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """One step: eq. 1 on a group of one clip's frames, plus the geometry read linearly from lambda."""
+    """One step: eq. 1 on groups of one clip's frames each, plus the geometry read linearly from lambda."""
     clebs: ClebsConfig = run.config.clebs
     lebs, encoder, readout = modules["lebs"], modules["encoder"], modules["readout"]
     assert isinstance(lebs, LeBS)
     loss = torch.zeros((), device=run.device)
     values: dict[str, float] = {}
-    if step >= clebs.warm:
-        images, beta = sampler.group(run.config.seed, step, clebs.negatives + 1, clebs.image_size, LEAST_GROUP)
+    for images, beta in groups:
         with run.autocast():
             codes = encoder(images.to(run.device))
         contrast, accuracy = contrastive_loss(codes, lebs(beta.to(run.device)), clebs.temperature, clebs.denominator)
-        loss = loss + contrast
-        values |= {"contrast": contrast.item(), "accuracy": accuracy.item(), "chance": 1 / len(beta)}
+        loss = loss + contrast / len(groups)
+        for key, value in (("contrast", contrast.item()), ("accuracy", accuracy.item()), ("chance", 1 / len(beta))):
+            values[key] = values.get(key, 0.0) + value / len(groups)
     if clebs.geometry > 0:
         beta_k, beta_j, points_k, points_j = (x.to(run.device) for x in pool.draw(step))
         change = lebs.coefficients(beta_j) - lebs.coefficients(beta_k)  # (N, n)

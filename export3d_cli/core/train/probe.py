@@ -1,10 +1,11 @@
-"""What an expression code knows: linear probes for the person and for the expression, and a picture of its axes.
+"""What an expression code knows: linear probes for the person and for the expression, and a picture of both.
 
 A good code tells expressions apart and not people: from beta' the person should be read worse than from beta.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.train.plot import scatter
+
+PEOPLE, FRAMES = 10, 10  # in the picture, as in the paper's figure 8
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,52 @@ def principal(features: np.ndarray, axes: int = 2) -> np.ndarray:
     return x @ np.linalg.svd(x, full_matrices=False)[2][:axes].T
 
 
+def places(features: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
+    """(N, D) laid out in the plane, (N, 2), and how: by t-SNE where scikit-learn is installed, else by PCA."""
+    if importlib.util.find_spec("sklearn") is None or len(features) < 5:
+        return principal(features), "PCA"
+    from sklearn.manifold import TSNE
+
+    tsne = TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=seed)
+    return tsne.fit_transform(features.astype(np.float64)), "t-SNE"
+
+
+def chosen(person: np.ndarray) -> np.ndarray:
+    """Rows of the picture: at most 10 people, spread over all who have 10 frames, and 10 frames spread over each."""
+    names, counts = np.unique(person, return_counts=True)
+    names = names[counts >= min(FRAMES, counts.max())]
+    names = names[np.unique(np.linspace(0, len(names) - 1, min(PEOPLE, len(names))).round().astype(int))]
+    rows = [np.flatnonzero(person == name) for name in names]
+    return np.concatenate([r[np.linspace(0, len(r) - 1, min(FRAMES, len(r))).round().astype(int)] for r in rows])
+
+
+def figure(
+    beta: np.ndarray, code: np.ndarray, person: np.ndarray, expression: np.ndarray, told: ProbeReport
+) -> np.ndarray:
+    """The paper's figure 8 of `chosen` frames, beta above beta', with the probes' figures; uint8 (H, W, 3)."""
+    rows = chosen(person)
+    beta = beta / np.maximum(beta.std(0), 0.02)
+    lines = []
+    for name, values, who, what in (
+        ("beta", beta, told.person_beta, told.expression_beta),
+        ("beta'", code, told.person_code, told.expression_code),
+    ):
+        points, how = places(values[rows])
+        panels = [
+            scatter(
+                points,
+                labels[rows],
+                f"{name} by {by} ({how}); linear probe {100 * right:.0f} %, chance {100 * luck:.0f} %",
+            )
+            for by, labels, right, luck in (
+                ("person", person, who, told.person_chance),
+                ("expression", expression, what, told.expression_chance),
+            )
+        ]
+        lines.append(np.concatenate(panels, axis=1))
+    return np.concatenate(lines)
+
+
 def expression_labels(beta: np.ndarray, person: np.ndarray, count: int = 8) -> np.ndarray:
     """Clusters of what a person's beta (N, 64) differs by from that person's mean."""
     away = beta.astype(np.float64)
@@ -98,27 +147,17 @@ def expression_labels(beta: np.ndarray, person: np.ndarray, count: int = 8) -> n
 def probe(
     beta: np.ndarray, code: np.ndarray, person: np.ndarray, fit: np.ndarray, *, picture: Path | None = None
 ) -> ProbeReport:
-    """Compare beta (N, 64) with beta' (N, d) of frames of known people; with `picture` also draw their axes.
+    """Compare beta (N, 64) with beta' (N, d) of frames of known people; with `picture` also draw some of them.
 
     Args:
         beta: (N, 64).
         code: (N, d).
         person: (N,) names.
         fit: (N,) bool, the frames the classifiers are fitted to.
-        picture: PNG of the first two principal components, by person and by expression.
+        picture: PNG of `figure`.
     """
     expression = expression_labels(beta, person)
-    if picture is not None:
-        rows = []
-        for name, values in (("beta", beta), ("beta'", code)):
-            points = principal(values)
-            panels = [
-                scatter(points, labels, f"{name} by {by}")
-                for by, labels in (("person", person), ("expression", expression))
-            ]
-            rows.append(np.concatenate(panels, axis=1))
-        write_image(picture, np.concatenate(rows))
-    return ProbeReport(
+    report = ProbeReport(
         person_beta=linear_probe(beta, person, fit),
         person_code=linear_probe(code, person, fit),
         person_chance=chance(person, fit),
@@ -128,3 +167,6 @@ def probe(
         frames=len(beta),
         people=len(np.unique(person)),
     )
+    if picture is not None:
+        write_image(picture, figure(beta, code, person, expression, report))
+    return report

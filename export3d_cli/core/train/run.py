@@ -18,6 +18,7 @@ from export3d_cli.core.checkpoint import load_state, save_state, write_text
 from export3d_cli.core.config import STAGES, TrainConfig
 from export3d_cli.core.device import fast_bf16, pick_device
 from export3d_cli.core.errors import TrainingError
+from export3d_cli.core.train.board import Board
 from export3d_cli.core.train.parallel import World
 from export3d_cli.core.train.plot import plot_losses
 
@@ -31,6 +32,7 @@ class TrainEvent:
     steps: int  # steps this stage will take
     values: dict[str, float] = field(default_factory=dict)  # the newest log line
     message: str = ""
+    left: float | None = None  # seconds until the stage, or the time of this call, is over
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     decayed: float = 0.0  # how far earlier calls took a decay by time, 0..1
     resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    saved: tuple[str, int] | None = None  # stage and step of the newest training state
+    board: Board | None = None
 
     @classmethod
     def open(
@@ -60,12 +64,15 @@ class Run:
         run = cls(config, folder, device, bf16, progress, world, resumed=load_state(folder))
         if run.resumed is not None:
             run.decayed = float(run.resumed[1].get("decayed", 0.0))
+            run.saved = (run.resumed[1]["stage"], int(run.resumed[1]["step"]))
         world.wait()  # all have read before the first one writes
         if world.main:
             for left in folder.glob(".*.part.*"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)
             if run.resumed is not None:
                 run._drop_log_after(run.resumed[1])
+            first = run._all_steps(*run.saved) + 1 if run.saved else 0
+            run.board = Board(folder / "tensorboard", wanted=config.tensorboard, first=first)
         return run
 
     def seed(self, stage: int, step: int) -> None:
@@ -94,8 +101,14 @@ class Run:
         self, stage: str, step: int, steps: int, values: dict[str, float] | None = None, message: str = ""
     ) -> None:
         """Call the progress callback."""
-        if self.progress is not None and self.world.main:
-            self.progress(TrainEvent(stage, step, steps, values or {}, message))
+        if self.progress is None or not self.world.main:
+            return
+        left = None
+        if values and "seconds_a_step" in values:
+            left = (steps - step) * values["seconds_a_step"]
+            if self.config.max_minutes > 0:
+                left = max(min(left, (self.config.max_minutes - self.minutes()) * 60), 0.0)
+        self.progress(TrainEvent(stage, step, steps, values or {}, message, left))
 
     def log(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
         """Append a line to stats.jsonl and tell the callback."""
@@ -105,19 +118,47 @@ class Run:
         line |= {k: float(f"{v:.5g}") for k, v in values.items()}
         with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            self.board.write(stage, self._all_steps(stage, step), values)
         self.tell(stage, step, steps, values)
 
     def save(self, stage: str, step: int, tensors: dict[str, Tensor], decayed: float = 0.0) -> None:
         """Write the training state."""
+        self.saved = (stage, step)
         if not self.world.main:
             return
         info = {"stage": stage, "step": step, "seed": self.config.seed, "decayed": decayed}
         save_state(self.folder, tensors, info, keep=self.config.keep)
 
-    def plot(self) -> None:
-        """Draw the log as `loss.png`."""
+    def close(self) -> None:
+        """Draw the log as `loss.png`, finish what TensorBoard reads."""
         if self.world.main:
             plot_losses(self.folder / "stats.jsonl", self.folder / "loss.png")
+        if self.board is not None:
+            self.board.close()
+
+    def check_finite(self, value: float, stage: str, step: int, parts: dict[str, float]) -> None:
+        """Stop on a loss or gradient that is no number."""
+        if math.isfinite(value):
+            return
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
+        good = "there is no checkpoint yet: the same command starts again"
+        if self.saved is not None:
+            stage_saved, step_saved = self.saved
+            good = (
+                f"the same command goes on from the last good checkpoint, {self.folder / 'state.safetensors'} "
+                f"(stage {stage_saved}, step {step_saved})"
+            )
+        raise TrainingError(
+            f"the loss of stage {stage} is {value} at step {step} ({shown}): lower lr, set precision to fp32, or let "
+            f"--skip-nonfinite leave such steps out; {good}"
+        )
+
+    def _all_steps(self, stage: str, step: int) -> int:
+        """Steps since the run began, over all stages."""
+        stages = self.config.stages
+        before = stages[: stages.index(stage)] if stage in stages else ()
+        return sum(self.config.steps_of(s) for s in before) + step
 
     def _drop_log_after(self, info: dict[str, Any]) -> None:
         """Forget log lines of steps that will be taken again."""
@@ -132,13 +173,3 @@ class Run:
                 if (order[line["stage"]], line["step"]) <= (order[info["stage"]], info["step"]):
                     kept.append(text)
         write_text(path, "".join(f"{text}\n" for text in kept))
-
-
-def check_finite(value: float, stage: str, step: int, parts: dict[str, float]) -> None:
-    """Stop on a loss that is no number."""
-    if not math.isfinite(value):
-        shown = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
-        raise TrainingError(
-            f"the loss of stage {stage} is {value} at step {step} ({shown}): lower lr, or set precision to fp32; "
-            "the same command goes on from the last checkpoint"
-        )

@@ -16,11 +16,14 @@ from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.media.image import to_uint8, write_image
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train import discriminator as adversary
-from export3d_cli.core.train import losses
-from export3d_cli.core.train.data import Batch, Prefetcher, Sampler
+from export3d_cli.core.train.augment import Adaptive, augment
+from export3d_cli.core.train.data import Batch, Prefetcher, Sampler, loaders
+from export3d_cli.core.train.identity import load_identity
+from export3d_cli.core.train.losses import Perceptual
+from export3d_cli.core.train.lpips import load_distance
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
 from export3d_cli.core.train.parallel import waiting
-from export3d_cli.core.train.run import Run, check_finite
+from export3d_cli.core.train.run import Run
 
 SKIPPED_IN_A_ROW = 20  # updates with gradients that are no numbers, before giving up
 SEED_OF = {"reconstruction": 1, "adversarial": 2}  # the number of a stage in `Run.seed`
@@ -31,20 +34,32 @@ class ImageStages:
 
     def __init__(self, run: Run, model: Export3D, sampler: Sampler, record: dict[str, Any]) -> None:
         config = run.config
-        self.run, self.config, self.model, self.sampler, self.record = run, config, model, sampler, record
+        self.run, self.config, self.model, self.sampler = run, config, model, sampler
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
         model.expression.requires_grad_(not frozen_expression(config))
         self.share = self._share()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.perceptual = losses.load_perceptual(config.loss.backbone).to(run.device) if config.loss.backbone else None
+        self.perceptual = self._perceptual()
+        self.identity = load_identity(config.loss.embedder, run.device) if config.loss.identity > 0 else None
+        self.record = {**record, "perceptual": self.perceptual.name if self.perceptual is not None else "none"}
+        self.adaptive = Adaptive(config.adversarial)
+        self.unfair = 0  # steps in a row of the discriminator whose loss was no number
         self.discriminator: adversary.Discriminator | None = None
         self.stage, self.step, self.skipped, self.began = "reconstruction", 0, 0, 0.0
         if run.resumed is not None:
             self._resume(*run.resumed)
         compiled = torch.compile(model, backend=config.compile) if config.compile else model
         self.wrapped: nn.Module = run.world.wrap(compiled)  # type: ignore[arg-type]
+
+    def _perceptual(self) -> Perceptual | None:
+        found = load_distance(self.config.loss)
+        if found is None:
+            self.run.tell("reconstruction", 0, 0, message="no perceptual term: loss.backbone is empty")
+            return None
+        self.run.tell("reconstruction", 0, 0, message=f"perceptual term: {found.title}")
+        return found.to(self.run.device)
 
     def _share(self) -> range:
         """Which rows of every batch this process takes."""
@@ -70,6 +85,8 @@ class ImageStages:
                 assert self.discriminator is not None
                 load_into(self.discriminator, part(tensors, "discriminator."), "the training state")
                 unpack_optimizer(self.against, part(tensors, "against."))
+                if "augment.state" in tensors:
+                    self.adaptive.state = tensors["augment.state"]
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             where = f"the training state in {self.run.folder} does not fit its configuration"
             raise TrainingError(f"{where}: {error}") from error
@@ -83,7 +100,7 @@ class ImageStages:
     @property
     def steps(self) -> int:
         """Steps of the stage."""
-        return self.config.adversarial.steps if self.stage == "adversarial" else self.config.steps
+        return self.config.steps_of(self.stage)
 
     @property
     def done(self) -> int:
@@ -106,7 +123,7 @@ class ImageStages:
             batch = self.sampler.batch(config.seed, ahead + step, config.batch, self.share)
             return batch.split(len(self.share) // config.accumulate)
 
-        with Prefetcher(make, self.step, self.steps) as batches:
+        with Prefetcher(make, self.step, self.steps, loaders(config.data, run.device)) as batches:
             while self.step < self.steps and not run.out_of_time():
                 parts = [batch.to(run.device) for batch in batches.next()]
                 lr = learning_rate(config, self.step, self.fraction())
@@ -137,6 +154,7 @@ class ImageStages:
                 if (self.step % config.log_every == 0 or self.step == self.steps) and sums:
                     values = {k: float(np.mean(v)) for k, v in sums.items()} | {"lr": lr}
                     values["seconds_a_step"] = (run.minutes() - clock) * 60 / len(sums["loss"])
+                    values["images_a_second"] = config.batch / max(values["seconds_a_step"], 1e-9)
                     run.log(stage, self.step, self.steps, values)
                     sums, clock = {}, run.minutes()
                 if config.sample_every and self.step % config.sample_every == 0:
@@ -158,14 +176,16 @@ class ImageStages:
         self.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(parts, 1):
             self.run.seed(SEED_OF[self.stage], self.step)  # every part draws what the whole batch would
+            rows = range(first, first := first + len(batch.source))
             if self.model.generator.plane_means is not None:
-                self.model.rows = (first, first := first + len(batch.source), config.batch)
+                self.model.rows = (rows.start, rows.stop, config.batch)
             with waiting(self.wrapped, last=number == len(parts)):
                 with self.run.autocast():
                     output = self.forward(self.wrapped, batch, raw_size(config, self.done))
-                    loss, terms = reconstruction_loss(output, batch, config, self.perceptual)
+                    loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.identity)
                 if self.discriminator is not None:  # eq. 14
-                    fooled = adversary.generator_loss(self.discriminator(output.image, batch.target_camera))
+                    shown = self.shown(output.image, 0, rows)
+                    fooled = adversary.generator_loss(self.discriminator(shown, batch.target_camera))
                     loss, terms["g_adv"] = loss + config.adversarial.weight * fooled, float(fooled.detach())
                 (loss / len(parts) if len(parts) > 1 else loss).backward()
             for key, term in {"loss": float(loss.detach()), **terms}.items():
@@ -180,29 +200,44 @@ class ImageStages:
         adversarial, d = self.config.adversarial, self.discriminator
         d.requires_grad_(True)
         self.against.zero_grad(set_to_none=True)
-        sums = {"d_loss": 0.0, "d_real": 0.0, "d_fake": 0.0}
+        sums = {"d_loss": 0.0, "d_real": 0.0, "d_fake": 0.0, "d_sign": 0.0}
+        first = self.share.start
         for batch, fake in zip(parts, fakes, strict=True):
-            real_logits, fake_logits = d(batch.target, batch.target_camera), d(fake, batch.target_camera)
+            rows = range(first, first := first + len(fake))
+            real, fake = self.shown(batch.target, 1, rows), self.shown(fake, 2, rows)
+            real_logits, fake_logits = d(real, batch.target_camera), d(fake, batch.target_camera)
             loss = adversary.discriminator_loss(real_logits, fake_logits)
             terms = {"d_loss": loss, "d_real": real_logits.mean(), "d_fake": fake_logits.mean()}
+            terms["d_sign"] = real_logits.sign().mean()
             if adversarial.r1 > 0 and self.step % adversarial.r1_every == 0:
-                terms["r1"] = adversary.r1_penalty(d, batch.target, batch.target_camera)
+                terms["r1"] = adversary.r1_penalty(d, real, batch.target_camera)  # of the image as it is shown
                 loss = loss + adversarial.r1 / 2 * adversarial.r1_every * terms["r1"]
             (loss / len(parts)).backward()
             for key, term in terms.items():
                 sums[key] = sums.get(key, 0.0) + float(term.detach()) / len(parts)
         self.run.world.average_gradients(d.parameters())
         values = dict(zip(sums, self.run.world.mean(list(sums.values())), strict=True))
-        check_finite(values["d_loss"], self.stage, self.step, values)
+        if not math.isfinite(values["d_loss"]):
+            self.unfair += 1
+            if self.unfair > self.config.skip_nonfinite:
+                self.run.check_finite(values["d_loss"], self.stage, self.step, values)
+            return {}
+        self.unfair = 0
         self.against.step()
-        return values
+        self.adaptive.update(values["d_sign"], self.config.batch)
+        return values | {"augment": self.adaptive.p}
+
+    def shown(self, image: Tensor, which: int, rows: range) -> Tensor:
+        """Images (rows of the batch) as the discriminator sees them; `which` tells apart what is drawn in a step."""
+        seed = ((self.config.seed * 1_000_003 + self.step) * 4 + which) % 2**63
+        return augment(image, self.adaptive.p, seed, rows, self.config.batch)
 
     def is_finite(self, terms: dict[str, float]) -> bool:
         """Whether the step can be taken; raises after too many in a row that cannot."""
         good = math.isfinite(terms["loss"]) and math.isfinite(terms["grad"])
         self.skipped = 0 if good else self.skipped + 1
         if self.skipped > self.config.skip_nonfinite:
-            check_finite(terms["loss"], self.stage, self.step, terms)
+            self.run.check_finite(terms["loss"], self.stage, self.step, terms)
         if self.skipped > max(SKIPPED_IN_A_ROW, self.config.skip_nonfinite):
             raise TrainingError(
                 f"gradients were not finite for {self.skipped} steps up to step {self.step}: lower lr or use fp32"
@@ -254,6 +289,7 @@ class ImageStages:
         if self.discriminator is not None:
             tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
             tensors |= {f"against.{k}": v for k, v in pack_optimizer(self.against).items()}
+            tensors["augment.state"] = self.adaptive.state
         decayed = self.fraction() if self.config.decay_by_time else 0.0
         self.run.save(self.stage, self.step, tensors | pack_optimizer(self.optimizer), decayed)
         record = {**self.record, "steps": min(self.done, self.config.steps)}

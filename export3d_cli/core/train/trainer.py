@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from export3d_cli.core.config import TrainConfig, save_yaml
 from export3d_cli.core.device import pick_device
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
+from export3d_cli.core.files import hold
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train.cache import load_sets
 from export3d_cli.core.train.data import Sampler
@@ -47,12 +49,15 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
     """
     if config.threads > 0:
         torch.set_num_threads(config.threads)
-    with join(pick_device(config.device)) as world:
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join(pick_device(config.device)))
+        if world.main:
+            stack.enter_context(hold(Path(config.run)))
         run = Run.open(config, progress, world)
         try:
             return _train(run)
         finally:
-            run.plot()
+            run.close()
 
 
 def _train(run: Run) -> TrainSummary:

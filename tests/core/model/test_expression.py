@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,3 +67,55 @@ def test_encoder_shape_and_gradient() -> None:
     assert code.shape == (4, 16)
     code.square().sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
+
+
+def gram_schmidt(weight: np.ndarray) -> np.ndarray:
+    """Orthonormal rows whose signs are those of the columns of W, without a QR."""
+    rows: list[np.ndarray] = []
+    for column in weight.astype(np.float64).T:
+        for _ in range(2):  # once more against rounding
+            column = column - sum((row * (row @ column) for row in rows), np.zeros_like(column))
+        rows.append(column / np.linalg.norm(column))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_basis_is_the_same_by_every_qr(seed: int) -> None:
+    torch.manual_seed(seed)
+    lebs = LeBS(PRESETS["compact"])
+    weight = lebs.weight.detach().numpy()
+    found = lebs.basis().detach().numpy()
+    np.testing.assert_allclose(found, gram_schmidt(weight), atol=2e-6)
+    q, r = np.linalg.qr(weight.astype(np.float64))  # another library and precision, free to choose its signs
+    np.testing.assert_allclose(found, (q * np.where(np.diag(r) < 0, -1, 1)).T, atol=2e-6)
+    np.testing.assert_allclose(found, lebs.double().basis().detach().numpy(), atol=2e-6)
+
+
+def test_basis_is_the_same_with_any_number_of_threads_and_on_any_device(lebs: LeBS) -> None:
+    found, before = lebs.basis().detach(), torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(lebs.basis(), found, atol=2e-6, rtol=0)
+    finally:
+        torch.set_num_threads(before)
+    if torch.cuda.is_available():
+        torch.testing.assert_close(lebs.to("cuda").basis().cpu(), found, atol=2e-6, rtol=0)
+
+
+def test_basis_follows_a_flipped_column(lebs: LeBS) -> None:
+    before = lebs.basis().detach()
+    with torch.no_grad():
+        lebs.weight[:, 3].neg_()  # LAPACK alone would hide this behind a sign of its own
+    flipped = before.clone()
+    flipped[3].neg_()
+    torch.testing.assert_close(lebs.basis().detach(), flipped, atol=2e-6, rtol=0)
+
+
+def test_image_encoder_is_a_resnet_18_with_squeeze_and_excitation() -> None:
+    encoder = ImageEncoder(256)
+    convs = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    deep = [m for m in convs if m.kernel_size != (1, 1)]
+    assert len(deep) + 1 == 18  # and the linear layer; the projections of the shortcuts are not counted
+    assert [m.out_channels for m in deep] == [64] + [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
+    assert sum(p.numel() for p in convs for p in p.parameters()) == 11_166_912  # as ResNet-18's own convolutions

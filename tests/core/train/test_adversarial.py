@@ -15,7 +15,9 @@ from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.trainer import train
 
-SMALL = AdversarialConfig(steps=3, channels=8, base=256, mapping=2, group=2, r1=1.0, r1_every=2)
+SMALL = AdversarialConfig(
+    steps=3, channels=8, base=256, mapping=2, group=2, r1=1.0, r1_every=2, ada=0.5, ada_every=2, ada_images=20
+)
 
 
 def test_blur_keeps_constants_and_halves() -> None:
@@ -80,6 +82,9 @@ def test_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
     lines = [json.loads(s) for s in (Path(halves.run) / "stats.jsonl").read_text().splitlines()]
     assert [(x["stage"][0], x["step"]) for x in lines] == [("r", 1), ("r", 2), ("a", 1), ("a", 2), ("a", 3)]
     assert ["r1" in x for x in lines[2:]] == [True, False, True]
+    assert a[0]["augment.state"].tolist()[2] == 1  # one step since the probability was set
+    assert lines[3]["augment"] in (0.0, pytest.approx(0.2)) and lines[4]["augment"] == lines[3]["augment"]
+    assert sum(x["images_a_second"] > 0 for x in lines) == 5
     record = load_weights(whole.weights)[2]
     assert (record["steps"], record["adversarial_steps"]) == (2, 3)
     with pytest.raises(TrainingError, match="stage adversarial"):

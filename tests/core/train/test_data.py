@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from export3d_cli.core.camera import Camera
 from export3d_cli.core.config import DataConfig
 from export3d_cli.core.errors import InputError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face
+from export3d_cli.core.face.motion import BETA_NAMES
+from export3d_cli.core.model.render import project
 from export3d_cli.core.train.cache import load_set, load_sets
-from export3d_cli.core.train.data import Prefetcher, Sampler
+from export3d_cli.core.train.data import Prefetcher, Sampler, _recolour, loaders
 
 from .conftest import BUNDLE, FRAMES, SIZE
 
@@ -70,6 +74,65 @@ def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
         assert (points[:, 263, 0] > points[:, 33, 0]).all()
 
 
+def test_mirrored_pair_is_one_mirrored_scene(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = np.tile(np.arange(SIZE, dtype=np.uint8)[:, None], (SIZE, 1, 3))
+    shown = replace(sampler.sets[0], frames=np.broadcast_to(ramp, sampler.sets[0].frames.shape))
+    straight = Sampler([shown], sampler.config, sampler.mirror)
+    always = Sampler([shown], replace(sampler.config, flip=True), sampler.mirror)
+    step = next(
+        s for s in range(50) if always.batch(0, s, 1).source[0, 0, 0, 0] > straight.batch(0, s, 1).source[0, 0, 0, 0]
+    )
+    a, b = straight.batch(0, step, 1), always.batch(0, step, 1)
+    assert torch.equal(b.source, a.source.flip(3)) and torch.equal(b.target, a.target.flip(3))
+    left, right = BETA_NAMES.index("mouthSmileLeft"), BETA_NAMES.index("mouthSmileRight")
+    for before, after in ((a.source_beta, b.source_beta), (a.target_beta, b.target_beta)):
+        assert after[0, left] == before[0, right] != before[0, left] == after[0, right]
+        assert after[0, BETA_NAMES.index("jawOpen")] == before[0, BETA_NAMES.index("jawOpen")]
+    # the mirrored camera sees the mirrored head at the mirrored landmarks
+    seen, _ = project(b.source_points, b.source_camera)
+    other, _ = project(a.source_points, a.source_camera)
+    torch.testing.assert_close(seen[0, sampler.mirror, 0], 1 - other[0, :, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen[0, sampler.mirror, 1], other[0, :, 1], atol=1e-4, rtol=0)
+    target = Camera.from_vector(b.target_camera[0].numpy()).angles()
+    assert target[0] == pytest.approx(-Camera.from_vector(a.target_camera[0].numpy()).angles()[0], abs=1e-3)
+    assert target[1] == pytest.approx(Camera.from_vector(a.target_camera[0].numpy()).angles()[1], abs=1e-3)
+
+
+def test_people_then_clips_are_drawn_equally_often(sampler: Sampler) -> None:
+    data = sampler.sets[0]
+    # one of a's clips is counted as that of a third person, who then has a clip as a and as many draws
+    clips = tuple(replace(c, person="third") if c.id == "a_t01" else c for c in data.clips)
+    drawn = Sampler([replace(data, clips=clips)], sampler.config, sampler.mirror)
+    rng = np.random.default_rng(0)
+    picked = [drawn._clip(rng, drawn.moving)[1] for _ in range(3000)]
+    people = [sum(c.person == p for c in picked) / 3000 for p in ("a", "b", "third")]
+    assert people == pytest.approx([1 / 3] * 3, abs=0.03)
+    assert sum(c.id == "b_t00" for c in picked) / 3000 == pytest.approx(1 / 6, abs=0.03)
+    stills = Sampler([data], replace(sampler.config, stills=0.5), sampler.mirror)
+    shown = [stills._clip(rng, stills.people)[1].person == "c" for _ in range(3000)]
+    assert np.mean(shown) == pytest.approx(0.5 / 2.5, abs=0.03)
+
+
+def test_data_sets_are_drawn_by_weight(sampler: Sampler) -> None:
+    other = replace(sampler.sets[0], name="other")
+    weighed = Sampler([sampler.sets[0], other], replace(sampler.config, weight=(3.0, 1.0)), sampler.mirror)
+    rng = np.random.default_rng(0)
+    share = np.mean([weighed._clip(rng, weighed.moving)[0].name == "other" for _ in range(2000)])
+    assert share == pytest.approx(0.25, abs=0.03)
+
+
+def test_cached_frames_are_mapped_and_recoloured_by_table(sampler: Sampler) -> None:
+    frames = sampler.sets[0].frames
+    base = frames
+    while not isinstance(base, np.memmap) and base is not None:
+        base = base.base
+    assert isinstance(base, np.memmap)  # no copy of the pictures is held
+    rng = np.random.default_rng(0)
+    table, pictures = rng.normal(size=(256, 3)).astype(np.float32), rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
+    found = _recolour(pictures[:, :, ::-1], table)
+    assert np.array_equal(found, np.stack([table[pictures[:, :, ::-1, c], c] for c in range(3)], axis=1))
+
+
 def test_different_drivers_are_preferred(sampler: Sampler) -> None:
     data, config = sampler.sets[0], sampler.config
 
@@ -110,7 +173,14 @@ def test_prefetcher_keeps_order_and_passes_errors_on() -> None:
             raise ValueError("broken")
         return step
 
-    with Prefetcher(make, 0, 10) as ahead:
-        assert [ahead.next() for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(ValueError, match="broken"):
-            ahead.next()
+    for workers in (1, 4):
+        with Prefetcher(make, 0, 10, workers) as ahead:
+            assert [ahead.next() for _ in range(3)] == [0, 1, 2]
+            with pytest.raises(ValueError, match="broken"):
+                ahead.next()
+    slow = threading.Event()
+    with Prefetcher(lambda step: slow.wait(5) if step == 0 else step, 0, 4, 2) as ahead:
+        slow.set()
+        assert [ahead.next() for _ in range(4)] == [True, 1, 2, 3]
+    assert loaders(DataConfig(), torch.device("cpu")) == 1
+    assert loaders(DataConfig(workers=3), torch.device("cuda")) == 3

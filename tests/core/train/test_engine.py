@@ -19,11 +19,17 @@ from export3d_cli.core.config import PRESETS, AdversarialConfig, TrainConfig, sa
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.train import discriminator as adversary
+from export3d_cli.core.train import pretrain
 from export3d_cli.core.train import stage as stages
+from export3d_cli.core.train.parallel import World
 from export3d_cli.core.train.plan import plan
+from export3d_cli.core.train.run import Run
 from export3d_cli.core.train.trainer import train
 
-ADVERSARIAL = AdversarialConfig(steps=1, channels=8, base=256, mapping=1, group=2, r1=1.0, r1_every=1)
+ADVERSARIAL = AdversarialConfig(
+    steps=1, channels=8, base=256, mapping=1, group=2, r1=1.0, r1_every=1, ada=0.6, augment=0.5
+)
 WORKER = """
 import sys
 from pathlib import Path
@@ -94,7 +100,41 @@ def test_parts_give_the_gradients_of_the_whole_batch(joined: TrainConfig, tmp_pa
 def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: Path) -> None:
     train(joined)
     two = replace(joined, run=str(tmp_path / "two"))
-    save_yaml(two, tmp_path / "two.yaml")
+    in_two_processes(two, tmp_path)
+    same(states(joined), states(two))
+    lines = [json.loads(s) for s in (Path(two.run) / "stats.jsonl").read_text().splitlines()]
+    assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of them
+
+
+def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
+    one = replace(
+        tiny, stages=("clebs",), checkpoint_every=1, clebs=replace(tiny.clebs, warm=0, steps=1, groups=2, ridge_pairs=8)
+    )
+    train(one)
+    two = replace(one, run=str(tmp_path / "two"))
+    in_two_processes(two, tmp_path)
+    a, b = states(one), states(two)
+    moments = [k for k in a if k.endswith("exp_avg")]
+    away = sum(float((a[k] - b[k]).square().sum()) for k in moments)
+    assert away <= 1e-8 * sum(float(a[k].square().sum()) for k in moments)
+    logs = [json.loads((Path(c.run) / "stats.jsonl").read_text().splitlines()[0]) for c in (one, two)]
+    assert logs[0]["contrast"] == pytest.approx(logs[1]["contrast"], rel=1e-4)
+
+
+def test_groups_that_cannot_be_shared_are_all_taken_and_told(tiny: TrainConfig) -> None:
+    told: list[str] = []
+    three = replace(tiny, clebs=replace(tiny.clebs, groups=3))
+    run = Run(three, Path(tiny.run), torch.device("cpu"), False, lambda event: told.append(event.message), World())
+    assert pretrain._share(run) == range(3)
+    run.world = World(rank=0, size=2)
+    assert pretrain._share(run) == range(3)
+    assert "is not shared" in told[0]
+    run.world = World(rank=2, size=3)
+    assert pretrain._share(run) == range(2, 3)
+
+
+def in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
+    save_yaml(config, tmp_path / "two.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -109,9 +149,6 @@ def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: 
     for worker in workers:
         _, errors = worker.communicate(timeout=240)
         assert worker.returncode == 0, errors
-    same(states(joined), states(two))
-    lines = [json.loads(s) for s in (Path(two.run) / "stats.jsonl").read_text().splitlines()]
-    assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of them
 
 
 def test_batch_must_be_divisible(tiny: TrainConfig) -> None:
@@ -171,9 +208,43 @@ def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pyte
     monkeypatch.setattr(stages, "reconstruction_loss", sometimes)
     assert train(config).finished
     assert all(torch.isfinite(v).all() for v in states(config).values() if v.is_floating_point())
-    monkeypatch.setattr(stages, "reconstruction_loss", lambda *args: (loss(*args)[0] * float("nan"), {}))
+    calls = iter(range(100))
+    broken = replace(config, run=config.run + "-broken", skip_nonfinite=0)
+    monkeypatch.setattr(
+        stages,
+        "reconstruction_loss",
+        lambda *args: (loss(*args)[0] * (float("nan") if next(calls) > 2 else 1), {"l2": 0.25}),
+    )
+    good = r"nan at step 3 \(loss nan, l2 0\.25, .*last good checkpoint, .*state\.safetensors \(stage recon.*, step 2\)"
+    with pytest.raises(TrainingError, match=good):
+        train(broken)
     with pytest.raises(TrainingError, match="nan at step 2"):
-        train(replace(config, run=config.run + "-broken"))
+        train(replace(config, run=config.run + "-hopeless"))
+
+
+def test_steps_without_numbers_are_left_out_of_the_other_stages(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, stages=("clebs",), skip_nonfinite=1, clebs=replace(tiny.clebs, warm=0, steps=3))
+    contrast, fair, calls = pretrain.contrastive_loss, adversary.discriminator_loss, iter(range(100))
+
+    def sometimes(*args: object) -> object:
+        value, accuracy = contrast(*args)  # type: ignore[arg-type]
+        return (value * float("nan") if next(calls) == 1 else value), accuracy
+
+    monkeypatch.setattr(pretrain, "contrastive_loss", sometimes)
+    assert train(config).finished
+    weights = load_weights(Path(config.run) / "weights.safetensors")[0]
+    assert all(torch.isfinite(v).all() for v in weights.values())
+    calls = iter(range(100))
+    strict = replace(config, run=config.run + "-strict", skip_nonfinite=0)
+    with pytest.raises(TrainingError, match=r"stage clebs is nan at step 1 .*there is no checkpoint yet"):
+        train(replace(strict, checkpoint_every=9))
+    monkeypatch.setattr(adversary, "discriminator_loss", lambda real, fake: fair(real, fake) * float("nan"))
+    last = replace(tiny, stages=("reconstruction", "adversarial"), steps=1, adversarial=ADVERSARIAL)
+    assert train(replace(last, run=config.run + "-last", skip_nonfinite=1)).finished
+    with pytest.raises(TrainingError, match="stage adversarial is nan at step 0"):
+        train(replace(last, run=config.run + "-last-strict"))
 
 
 def test_kill_in_the_middle_of_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -213,4 +284,10 @@ def test_plan_counts_what_is_there() -> None:
     assert found.parameters["generator"] == sum(p.numel() for p in model.generator.parameters())
     assert found.parameters["discriminator"] > 0
     assert found.gflops_frame > 0 and found.gflops_source > 0
+    boxes = {name: value for name, value in found.gflops.items() if name != "discriminator"}
+    assert sum(boxes.values()) == pytest.approx(found.gflops_frame + found.gflops_source)
+    assert found.gflops["between the boxes"] < 1e-5
+    side, hidden, samples = PRESETS["tiny"].raw_size, PRESETS["tiny"].decoder_hidden, 8
+    layers = hidden * 2 * PRESETS["tiny"].plane_channels + hidden * (PRESETS["tiny"].raw_channels + 1)
+    assert found.gflops["decoder"] == pytest.approx(2e-9 * side * side * samples * layers)
     assert found.memory_mib == pytest.approx(found.weights_mib + 4 * found.activations_mib_a_pair)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.media.image import read_image
+from export3d_cli.core.train import probe as probes
 from export3d_cli.core.train.probe import chance, clusters, expression_labels, linear_probe, principal, probe
 
 
@@ -53,3 +54,35 @@ def test_code_without_people_is_told_from_beta(frames: tuple[np.ndarray, ...], t
     assert min(report.expression_beta, report.expression_code) > report.expression_chance + 0.1
     assert (report.frames, report.people) == (600, 4)
     assert read_image(tmp_path / "axes.png").shape == (960, 960, 3)
+
+
+def test_picture_shows_ten_people_ten_times(frames: tuple[np.ndarray, ...]) -> None:
+    person = np.repeat([f"p{i:02d}" for i in range(30)], 20)
+    rows = probes.chosen(np.concatenate([person, ["seldom"] * 3]))
+    assert len(rows) == len(set(rows.tolist())) == 100
+    names, counts = np.unique(person[rows], return_counts=True)
+    assert (len(names), set(counts)) == (10, {10})
+    assert {"p00", "p29"} <= set(names)
+    assert len(probes.chosen(frames[1])) == 40  # all four people there are
+    assert len(probes.chosen(np.array(["a", "a", "b"]))) == 2  # b has too few
+
+
+def test_places_keep_clusters_apart(frames: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    beta, person, expression, _ = frames
+    group = 4 * expression[:120] + person[:120]
+
+    def apart() -> tuple[float, str]:
+        points, how = probes.places(beta[:120])
+        assert points.shape == (120, 2)
+        assert np.array_equal(points, probes.places(beta[:120])[0])
+        centres = np.stack([points[group == g].mean(0) for g in np.unique(group)])
+        away = np.linalg.norm(points[:, None] - centres, axis=-1)
+        return float((np.unique(group)[away.argmin(1)] == group).mean()), how
+
+    monkeypatch.setattr(probes.importlib.util, "find_spec", lambda name: None)
+    right, how = apart()
+    assert right > 0.5 and how == "PCA"  # two axes cannot hold all
+    monkeypatch.undo()
+    pytest.importorskip("sklearn")
+    right, how = apart()
+    assert right > 0.95 and how == "t-SNE"

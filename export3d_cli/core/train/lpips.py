@@ -1,0 +1,107 @@
+"""LPIPS (Zhang et al. 2018), the perceptual terms of eq. 13 as published: VGG16 and learned weights of its channels.
+
+Neither file is part of this package. Only where both are the published ones, by their sha256, is the result called
+LPIPS; with any other weights the same arithmetic is a perceptual distance, and called so.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export3d_cli.core.config import LossConfig
+from export3d_cli.core.errors import ConfigError, InputError, WeightsError
+from export3d_cli.core.hub import HubFile, digest, fetch
+from export3d_cli.core.train import losses
+
+OFFICIAL_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # torchvision, IMAGENET1K_V1
+OFFICIAL_HEADS = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"  # lpips/weights/v0.1/vgg.pth
+HEAD = "lin{}.model.1.weight"  # (1, C, 1, 1), one for each stage
+_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of RGB in [-1, 1], as LPIPS has them
+_STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG16 before each pooling
+
+
+class LPIPS(losses.Perceptual):
+    """Sum over VGG16's five stages of the weighted squared difference of unit-length features, averaged over pixels."""
+
+    heads: list[Tensor]
+
+    def __init__(self, stages: list[nn.Module], heads: list[Tensor], *, official: bool) -> None:
+        r, g, b = (1 / s for s in _STD)
+        super().__init__(stages, _MEAN, (r, g, b), bgr=False)
+        self.name = "lpips" if official else "perceptual"
+        self.title = "LPIPS v0.1 on VGG16" if official else "VGG16 and linear weights, not both as published: not LPIPS"
+        for number, head in enumerate(heads):
+            self.register_buffer(f"head{number}", head.view(1, -1, 1, 1))
+
+    def forward(self, image: Tensor, target: Tensor, *, scales: int = 2) -> Tensor:
+        """Distance of images (B, 3, H, W) in [-1, 1], a mean over the batch and `scales` sizes; as published at one."""
+        total = image.new_zeros((), dtype=torch.float32)
+        for level in range(scales):
+            if level:
+                image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
+            with torch.no_grad():
+                wanted = self.features(target)
+            for number, (got, want) in enumerate(zip(self.features(image), wanted, strict=True)):
+                head = getattr(self, f"head{number}")
+                total = total + ((got - want).square() * head).sum(1).mean() / scales
+        return total
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Unit-length features after each stage, float32."""
+        x = ((image.float() - self.mean) * self.scale).contiguous(memory_format=torch.channels_last)
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            y = x.float()
+            found.append(y * torch.rsqrt(y.square().sum(1, keepdim=True) + 1e-20))  # where all are 0, so is the slope
+        return found
+
+
+def load_distance(loss: LossConfig) -> losses.Perceptual | None:
+    """The perceptual term that `loss` names, files of the hub fetched; None without a backbone."""
+    if not loss.backbone:
+        return None
+    backbone, found = _file(loss.backbone, loss.backbone_sha256)
+    heads_at, official_heads = backbone, False
+    if loss.lpips:
+        heads_at, heads_found = _file(loss.lpips)
+        official_heads = heads_found == OFFICIAL_HEADS
+    heads = losses.read_tensors(heads_at, "loss.lpips", ("lin",))
+    if not heads and not loss.lpips:
+        return losses.load_perceptual(backbone)
+    state = losses.read_tensors(backbone, "loss.backbone", ("features.",))
+    try:
+        stages = losses._vgg(state, losses.VGG16_NAMES, _STAGES)
+        weights = [heads[HEAD.format(number)] for number in range(len(_STAGES))]
+        model = LPIPS(stages, weights, official=official_heads and found == OFFICIAL_VGG16)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{backbone} and {heads_at} are not VGG16 under torchvision's names and linear weights of LPIPS: {error}"
+        ) from error
+    widths = [int(state[f"{losses.VGG16_NAMES[sum(_STAGES[: k + 1]) - 1]}.bias"].numel()) for k in range(len(_STAGES))]
+    if [w.numel() for w in weights] != widths:
+        raise InputError(f"{heads_at} weighs {[w.numel() for w in weights]} channels, but the backbone has {widths}")
+    return model
+
+
+def _file(name: str, sha256: str = "") -> tuple[Path, str]:
+    """A local file for a path or a name of the hub, and its sha256, which is checked where it is known.
+
+    It is known from the configuration, or from torchvision's habit of ending a name with its first eight digits.
+    """
+    path = fetch(HubFile.parse(name)) if name.startswith("hf:") else Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"loss.backbone or loss.lpips names {name!r}, which is no file: give one, or hf:owner/repo:file"
+        )
+    found = digest(path)
+    in_name = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    wanted = sha256.lower() or (in_name.group(1) if in_name else "")
+    if not found.startswith(wanted):
+        raise WeightsError(f"{name} has sha256 {found[:12]}..., not {wanted[:12]}...: fetch it again, or do not use it")
+    return path, found

@@ -1,0 +1,171 @@
+"""LPIPS against its formula written out, with planted weights; and who may be called by that name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from export3d_cli.core.config import LossConfig, TrainConfig, train_config
+from export3d_cli.core.errors import ConfigError, InputError, WeightsError
+from export3d_cli.core.hub import HubFile
+from export3d_cli.core.train import lpips
+from export3d_cli.core.train.trainer import train
+
+CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's numbers
+WIDTHS = (4, 4, 6, 6, 8, 8, 8, 10, 10, 10, 10, 10, 10)
+STAGES = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}  # after which convolution a stage ends
+
+
+def vgg16() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    state, inside = {}, 3
+    for number, width in zip(CONVS, WIDTHS, strict=True):
+        state[f"features.{number}.weight"] = torch.randn(width, inside, 3, 3, generator=rng) * (9 * inside) ** -0.5
+        state[f"features.{number}.bias"] = 0.1 * torch.randn(width, generator=rng)
+        inside = width
+    return {**state, "classifier.0.weight": torch.zeros(1)}  # torchvision's file holds more than features
+
+
+def heads() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=rng) for i, c in enumerate((4, 6, 8, 10, 10))}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """The two files as they are published: pickles of tensors."""
+    torch.save(vgg16(), tmp_path / "vgg16.pth")
+    torch.save(heads(), tmp_path / "vgg.pth")
+    return str(tmp_path / "vgg16.pth"), str(tmp_path / "vgg.pth")
+
+
+def by_hand(image: torch.Tensor, target: torch.Tensor) -> float:
+    """Zhang et al. 2018, eq. 1, in float64, one layer after the other."""
+    state = {k: v.double() for k, v in vgg16().items()}
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x, y = ((i.double() - shift.view(1, 3, 1, 1)) / scale.view(1, 3, 1, 1) for i in (image, target))
+    total = 0.0
+    for number in CONVS:
+        if number in (5, 10, 17, 24):
+            x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
+        weight, bias = state[f"features.{number}.weight"], state[f"features.{number}.bias"]
+        x, y = F.conv2d(x, weight, bias, padding=1).relu(), F.conv2d(y, weight, bias, padding=1).relu()
+        stage = STAGES.get(number)
+        if stage is not None:
+            u, v = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (x, y))
+            total += float(((u - v).square() * heads()[f"lin{stage}.model.1.weight"].double()).sum(1).mean())
+    return total
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(2)
+    target = torch.rand(2, 3, 32, 32, generator=rng) * 2 - 1
+    return target + 0.3 * torch.randn(2, 3, 32, 32, generator=rng), target
+
+
+def test_distance_is_the_published_formula(files: tuple[str, str]) -> None:
+    model = lpips.load_distance(LossConfig(backbone=files[0], lpips=files[1]))
+    assert isinstance(model, lpips.LPIPS)
+    image, target = images()
+    assert model(image, target, scales=1).item() == pytest.approx(by_hand(image, target), rel=1e-5)
+    half = [F.avg_pool2d(x, 2) for x in (image, target)]
+    both = (by_hand(image, target) + by_hand(half[0], half[1])) / 2
+    assert model(image, target).item() == pytest.approx(both, rel=1e-5)
+    assert model(target, target).item() == 0
+
+
+def test_gradient_is_finite_where_features_are_dead(files: tuple[str, str]) -> None:
+    model = lpips.load_distance(LossConfig(backbone=files[0], lpips=files[1]))
+    assert model is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_() if parameter.ndim == 1 else parameter.abs_().neg_()
+    image = torch.full((1, 3, 32, 32), 2.0, requires_grad=True)
+    model(image, torch.full((1, 3, 32, 32), 1.0)).backward()
+    assert image.grad is not None
+    assert torch.isfinite(image.grad).all()
+
+
+def test_only_published_files_are_called_lpips(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = LossConfig(backbone=files[0], lpips=files[1])
+
+    def name() -> str:
+        model = lpips.load_distance(loss)
+        assert model is not None
+        assert ("not LPIPS" in model.title) == (model.name != "lpips")
+        return model.name
+
+    assert name() == "perceptual"
+    known = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files]
+    monkeypatch.setattr(lpips, "OFFICIAL_HEADS", known[1])
+    assert name() == "perceptual"
+    monkeypatch.setattr(lpips, "OFFICIAL_VGG16", known[0])
+    assert name() == "lpips"
+
+
+def test_one_file_may_hold_both(tmp_path: Path, files: tuple[str, str]) -> None:
+    save_file({**vgg16(), **heads()}, tmp_path / "both.safetensors")
+    both = lpips.load_distance(LossConfig(backbone=str(tmp_path / "both.safetensors")))
+    two = lpips.load_distance(LossConfig(backbone=files[0], lpips=files[1]))
+    assert both is not None
+    assert two is not None
+    assert torch.equal(both(*images()), two(*images()))
+    assert both.name == "perceptual"
+
+
+def test_files_are_checked(files: tuple[str, str], tmp_path: Path) -> None:
+    found = hashlib.sha256(Path(files[0]).read_bytes()).hexdigest()
+    loss = LossConfig(backbone=files[0], lpips=files[1])
+    assert lpips.load_distance(replace(loss, backbone_sha256=found.upper())) is not None
+    with pytest.raises(WeightsError, match="not 000000"):
+        lpips.load_distance(replace(loss, backbone_sha256="0" * 64))
+    wrong = tmp_path / "vgg16-397923af.pth"  # torchvision's name promises the first digits of its sha256
+    wrong.write_bytes(Path(files[0]).read_bytes())
+    with pytest.raises(WeightsError, match=r"not 397923af"):
+        lpips.load_distance(replace(loss, backbone=str(wrong)))
+    with pytest.raises(ConfigError, match="is no file"):
+        lpips.load_distance(replace(loss, lpips=str(tmp_path / "none.pth")))
+    save_file({"features.0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "short.safetensors")
+    with pytest.raises(InputError, match="are not VGG16"):
+        lpips.load_distance(replace(loss, backbone=str(tmp_path / "short.safetensors")))
+    save_file({**heads(), "lin2.model.1.weight": torch.ones(1, 5, 1, 1)}, tmp_path / "wide.safetensors")
+    with pytest.raises(InputError, match=r"weighs \[4, 6, 5, 10, 10\] channels"):
+        lpips.load_distance(replace(loss, lpips=str(tmp_path / "wide.safetensors")))
+    with pytest.raises(ConfigError, match=r"needs loss\.backbone"):
+        train_config({"loss": {"lpips": "vgg.pth"}})
+
+
+def test_files_of_the_hub_are_fetched(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(name: HubFile) -> Path:
+        asked.append(str(name))
+        return Path(files[0] if name.file == "vgg16.pth" else files[1])
+
+    monkeypatch.setattr(lpips, "fetch", fetch)
+    model = lpips.load_distance(LossConfig(backbone="hf:someone/vgg:vgg16.pth", lpips="hf:someone/vgg@v1:vgg.pth"))
+    assert isinstance(model, lpips.LPIPS)
+    assert asked == ["hf:someone/vgg:vgg16.pth", "hf:someone/vgg@v1:vgg.pth"]
+
+
+def test_nothing_else_is_called_lpips_in_a_run(
+    files: tuple[str, str], tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = LossConfig(backbone=files[0], lpips=files[1])
+    config = replace(tiny, stages=("reconstruction",), steps=1, loss=loss)
+    train(config)
+    told = (Path(config.run) / "stats.jsonl").read_text()
+    assert {"perceptual", "perceptual_raw"} <= json.loads(told).keys()
+    assert "lpips" not in told.lower()
+    monkeypatch.setattr(lpips, "OFFICIAL_VGG16", hashlib.sha256(Path(files[0]).read_bytes()).hexdigest())
+    monkeypatch.setattr(lpips, "OFFICIAL_HEADS", hashlib.sha256(Path(files[1]).read_bytes()).hexdigest())
+    official = replace(config, run=config.run + "-official")
+    train(official)
+    assert {"lpips", "lpips_raw"} <= json.loads((Path(official.run) / "stats.jsonl").read_text()).keys()
