@@ -101,14 +101,14 @@ def _show(result: Evaluation) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from export3d_cli.core import METRICS
+    from export3d_cli import core
 
     table = Table(title=f"{result.dataset.name}: {result.cases} clips, {result.frames} frames, {result.seconds:.0f} s")
     table.add_column("")
     for method in result.mean:
         table.add_column(method, justify="right")
     table.add_column("better")
-    for key, metric in METRICS.items():
+    for key, metric in core.METRICS.items():
         cells = []
         for method, row in result.mean.items():
             value, bounds = row[key], result.interval[method][key]

@@ -1,6 +1,31 @@
 """The compact core: full model and trainer. This is its public door; everything behind it is resolved when first used.
 
-    from export3d_cli.core import Animator, ReenactOptions, reenact
+From files to files a command is one call (`reenact`, `novel_view`, `edit_basis`, `build_dataset`, `train_model`; README.md
+shows each). From arrays to arrays, a portrait is set once and then driven, seen or changed:
+
+    >>> import numpy as np
+    >>> from export3d_cli.core import Animator, example, read_image
+    >>> animator = Animator.from_weights(device="cpu")
+    >>> portrait = animator.set_source(read_image(example("source.jpg")))
+    >>> portrait.beta.shape, portrait.camera.shape
+    ((1, 64), (1, 25))
+    >>> frame = next(animator.drive([portrait]))
+    >>> frame.shape, frame.dtype
+    ((256, 256, 3), dtype('uint8'))
+    >>> int(np.abs(next(animator.view(portrait.camera)).astype(int) - frame).max()) <= 1
+    True
+    >>> changes = np.zeros((1, animator.model.config.coefficients), np.float32)
+    >>> next(animator.edit(changes)).shape
+    (256, 256, 3)
+
+What cannot be done is an `Export3DError` that says what to do:
+
+    >>> from export3d_cli.core import find_marks, resolve
+    >>> find_marks(example("drive.mp4")).found
+    False
+    >>> resolve("nothing")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    WeightsError: there are no weights 'nothing': ...
 
 Axis letters used throughout:
 
@@ -28,7 +53,10 @@ _DOOR = {  # public name -> module of this package that defines it
     "reenact_all": "batch",
     "plan_reenact": "batch:plan",
     "output_paths": "batch",
+    "read_image": "media.image",
+    "check_outputs": "compose",
     "novel_view": "views",
+    "check_mesh": "mesh_export",
     "edit_basis": "views",
     "describe_basis": "basis",
     "find_marks": "watermark",
@@ -52,6 +80,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "weights_card": "weights:card",
     "upload": "weights",
     "run_bench": "bench:bench",
+    "cost_curves": "curves",
     "examine": "doctor",
     "versions": "doctor",
 }

@@ -1,18 +1,18 @@
 """How long each stage of `reenact` takes on this machine, on the bundled example or the user's own files.
 
 The stages of the network are timed where they are called, in the real pipeline: each function of `STAGES` is replaced
-by one that keeps the time. Frames/s are measured apart, without clocks inside.
+by one that keeps the time. Frames/s are measured apart, without clocks inside. A last batch is counted: the FLOPs a
+stage does and the bytes its operations touch. The machine's own rates then say how fast it could have been.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,20 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animate import Animator, ReenactOptions, reenact
+from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.errors import InputError
-from export3d_cli.core.face.motion import crop_image
+from export3d_cli.core.face.motion import Motion, crop_image
+from export3d_cli.core.machine import Counter, Machine, Work, measure_machine, peak_memory, wait
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.weights import example
 
 Progress = Callable[[str, int, "int | None"], None]
+Guard = Callable[[str, int], contextlib.AbstractContextManager[None]]  # stage, frames in the batch
 WARM = 2  # batches before the clocks run
 ENCODES = 3  # times the source and the video are encoded
 STAGES = (  # what is told -> part of the model and its method
-    ("lambda", "expression", "coefficients"),
+    ("expression", "expression", "coefficients"),  # beta to lambda; beta' is one product more, within the tri-plane
     ("tri-plane", "", "planes"),
     ("render", "", "render"),
     ("flow", "", "_photo_detail"),
@@ -40,12 +43,22 @@ STAGES = (  # what is told -> part of the model and its method
 
 @dataclass(frozen=True)
 class Stage:
-    """Milliseconds a frame; `encode source` a photo."""
+    """Milliseconds a frame; `encode source` a photo.
+
+    `limit` is what the work would take at the machine's measured rates, the slower of its FLOPs and its bytes; `share`
+    is how much of them was reached. Work that stays in caches can pass 1. None: not counted (other programs' work).
+    """
 
     median: float
     low: float  # 10th percentile
     high: float  # 90th percentile
     count: int  # measurements
+    gflops: float | None = None  # products, convolutions and attention, two a multiply-add
+    megabytes: float | None = None  # read and written by its operations, one by one
+    limit: float | None = None  # milliseconds
+    matrix_share: float | None = None  # of the matrix rate, 0..1
+    bandwidth_share: float | None = None  # of the bandwidth, 0..1
+    share: float | None = None  # of the limit: the larger of the two
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Bench:
     batch: int  # frames at once
     frames: int
     stages: dict[str, Stage]
+    machine: Machine
     fps: float  # frames/s of `reenact` from files to file, tracking and encoding included
     seconds: float  # of that
     peak_memory: int | None  # bytes of the process; None: not told by this system
@@ -80,8 +94,10 @@ def bench(
 
     def step() -> None:
         if progress is not None:
-            progress("stages", next(told), 5)
+            progress("stages", next(told), 7)
 
+    machine = measure_machine(animator.device, animator.precision)
+    step()
     clock = _Clock(animator.device)
     images, rate = _decode(driver, frames, clock)
     step()
@@ -101,6 +117,8 @@ def bench(
     step()
     made = _drive(animator, motion, clock)
     step()
+    work = _counted(animator, motion, crop, seen)
+    step()
     with tempfile.TemporaryDirectory() as folder:
         _encode(made, rate, Path(folder) / "stage.mp4", clock)
         step()
@@ -109,8 +127,9 @@ def bench(
         summary = reenact(animator, source, driver, Path(folder) / "all.mp4", options)
         seconds = time.perf_counter() - began
     return Bench(
-        animator.device_name, torch.get_num_threads(), animator.batch, len(images), clock.stages(),
-        summary.frames / seconds, seconds, _peak_memory(),
+        animator.device_name, torch.get_num_threads(), animator.batch, len(images),
+        {name: limited(stage, work.get(name), machine) for name, stage in clock.stages().items()}, machine,
+        summary.frames / seconds, seconds, peak_memory(),
         torch.cuda.max_memory_allocated(animator.device) if cuda else None,
     )  # fmt: skip
 
@@ -124,21 +143,15 @@ class _Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str, per: int = 1) -> Iterator[None]:
-        self._wait()
+        wait(self.device)
         began = time.perf_counter()
         yield
-        self._wait()
+        wait(self.device)
         self.times.setdefault(stage, []).append(1000 * (time.perf_counter() - began) / per)
 
     def stages(self) -> dict[str, Stage]:
         """What was timed, in that order."""
         return {name: _stage(values) for name, values in self.times.items()}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
 
 
 def _stage(values: list[float]) -> Stage:
@@ -162,12 +175,12 @@ def _decode(driver: Path, frames: int, clock: _Clock) -> tuple[list[np.ndarray],
         return images, reader.info.fps
 
 
-def _drive(animator: Animator, motion: Any, clock: _Clock) -> list[np.ndarray]:
+def _drive(animator: Animator, motion: Motion, clock: _Clock) -> list[np.ndarray]:
     """Drive the source by the motion with clocks in the network; then time the conversion alone."""
     for part in itertools.islice(animator.drive([motion]), WARM * animator.batch):
         assert part.dtype == np.uint8
     batch = animator.batch
-    with _timed(animator, clock):
+    with _around(animator, clock):
         made = list(animator.drive([motion]))
     picture = torch.zeros(batch, 3, *made[0].shape[:2], device=animator.device)
     for _ in range(max(1, len(made) // batch)):
@@ -176,13 +189,49 @@ def _drive(animator: Animator, motion: Any, clock: _Clock) -> list[np.ndarray]:
     return made
 
 
+def _counted(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion) -> dict[str, Work]:
+    """The work of each stage for one frame, counted over one batch; of `encode source` for the photo."""
+    work: dict[str, Work] = {}
+
+    @contextlib.contextmanager
+    def counting(stage: str, per: int = 1) -> Iterator[None]:
+        with Counter() as counter:
+            yield
+        flops = {name: count / per for name, count in counter.work.flops.items()}
+        work[stage] = Work(flops, counter.work.bytes / per)
+
+    with counting("encode source"):
+        animator.set_source_motion(crop, seen)
+    with _around(animator, counting):
+        list(animator.drive([motion_rows(motion, np.arange(min(animator.batch, len(motion))))]))
+    size = animator.model.config.image_size
+    picture = torch.zeros(1, 3, size, size, device=animator.device)
+    with counting("convert"):
+        to_uint8(picture)
+    return work
+
+
+def limited(stage: Stage, work: Work | None, machine: Machine) -> Stage:
+    """The stage with its work and how near the machine's limit it came."""
+    if work is None:
+        return stage
+    rates = {name: machine.matrix.get(name, machine.matrix["fp32"]) for name in work.flops}
+    at_matrix = sum(count / rates[name] for name, count in work.flops.items()) / 1e6  # ms
+    at_memory = work.bytes / machine.bandwidth / 1e6
+    share = (at_matrix / stage.median, at_memory / stage.median)
+    return replace(
+        stage, gflops=sum(work.flops.values()) / 1e9, megabytes=work.bytes / 1e6, limit=max(at_matrix, at_memory),
+        matrix_share=share[0], bandwidth_share=share[1], share=max(share),
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
-def _timed(animator: Animator, clock: _Clock) -> Iterator[None]:
-    """Clocks around the methods of `STAGES`, for a while."""
+def _around(animator: Animator, guard: Guard) -> Iterator[None]:
+    """A guard, such as a clock, around the methods of `STAGES`, for a while."""
     placed = []
     for stage, part, method in STAGES:
         owner = getattr(animator.model, part) if part else animator.model
-        setattr(owner, method, _with_clock(getattr(owner, method), stage, clock))
+        setattr(owner, method, _guarded(getattr(owner, method), stage, guard))
         placed.append((owner, method))
     try:
         yield
@@ -191,14 +240,14 @@ def _timed(animator: Animator, clock: _Clock) -> Iterator[None]:
             delattr(owner, method)
 
 
-def _with_clock(function: Callable[..., Any], stage: str, clock: _Clock) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
+def _guarded(function: Callable[..., Any], stage: str, guard: Guard) -> Callable[..., Any]:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         tensors = (a for a in reversed(args) if isinstance(a, torch.Tensor))
         first = next(tensors, None)
-        with clock(stage, 1 if first is None else len(first)):
+        with guard(stage, 1 if first is None else len(first)):
             return function(*args, **kwargs)
 
-    return timed
+    return guarded
 
 
 def _encode(frames: list[np.ndarray], rate: Any, out: Path, clock: _Clock) -> None:
@@ -208,13 +257,3 @@ def _encode(frames: list[np.ndarray], rate: Any, out: Path, clock: _Clock) -> No
         with clock("encode video", len(frames)), VideoWriter(out, size=(width, height), fps=rate) as writer:
             for frame in frames:
                 writer.write(frame)
-
-
-def _peak_memory() -> int | None:
-    """Most memory the process ever held, bytes; a subprocess such as ffmpeg is not part of it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from export3d_cli.core.evaluate import Evaluation
 
 PICTURE_WIDTH = 1400  # pixels of a picture inside the HTML, at most
+BEST = ' class="best"'
 SIGNS = {"higher": "↑", "lower": "↓", "": ""}
 NOTES = {
-    "best": "Best clip", "median": "Median clip", "worst": "Worst clip", "views": "Novel views, yaw -30 to 30 degrees",
+    "best": "Best clip", "median": "Median clip", "worst": "Worst clip",
+    "views": "Novel views of these sources, yaw -30 to 30 degrees",
 }  # fmt: skip
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1100px;margin:2rem auto;padding:0 1rem}
@@ -113,14 +115,15 @@ def _means(result: Evaluation, known: list[str]) -> str:
     for key in known:
         values = {method: row[key] for method, row in result.mean.items()}
         better = METRICS[key].better
-        there = {v for method, v in values.items() if v is not None and method != "repeat"}
+        told = {method: _number(key, v) for method, v in values.items()}
+        there = {float(told[m]) for m, v in values.items() if v is not None and m != "repeat"}
         best = (max if better == "higher" else min)(there) if better and len(there) > 1 else None
         cells = [f"{escape(_title(key))} {SIGNS[better]}"]
         for method, value in values.items():
             bounds = result.interval[method][key]
             spread = "" if bounds is None else f" <small>{' to '.join(_number(key, b) for b in bounds)}</small>"
-            mark = ' class="best"' if value == best is not None and method != "repeat" else ""
-            cells.append(f"<td{mark}>{_number(key, value)}{spread}</td>")
+            wins = best is not None and value is not None and method != "repeat" and float(told[method]) == best
+            cells.append(f"<td{BEST if wins else ''}>{told[method]}{spread}</td>")
         rows.append(cells)
     return _table(["", *(escape(method) for method in result.mean)], rows)
 
