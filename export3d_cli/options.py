@@ -71,10 +71,42 @@ class Rate(click.ParamType):
         return ntsc if rounded else rate
 
 
+class Batch(click.ParamType):
+    """`auto`, which is 0, or a number of frames."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """A number from 0."""
+        text = "0" if value == "auto" else str(value)
+        if not re.fullmatch(r"\d{1,6}", text, flags=re.ASCII):
+            self.fail(f"{value!r} is not a number of frames: give auto or a whole number such as 8", param, ctx)
+        return int(text)
+
+
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise click.BadParameter(f"{value!r} is not a device: use auto, cpu, mps, cuda or cuda:N", ctx, param)
     return value
+
+
+def check_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A rule that chooses one face of several."""
+    if not re.fullmatch(r"largest|left|right|index:\d{1,6}", value, flags=re.ASCII):
+        raise click.BadParameter(f"{value!r} is no face; use largest, left, right or index:N (from 0)", ctx, param)
+    return value
+
+
+def source_options(command: F) -> F:
+    """--face, --crop: what of the portrait is animated."""
+    command = click.option(
+        "--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+        help="Of SRC: a square around the face, or the picture (a square) as it is.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=check_face,
+        help="Face of SRC, where there are several; index counts from the left, from 0.",
+    )(command)  # fmt: skip
 
 
 def model_options(command: F) -> F:
@@ -82,12 +114,20 @@ def model_options(command: F) -> F:
     precisions = click.Choice(["auto", "fp32", "bf16", "fp16"])
     for option in reversed([
         click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Weights.  [default: the embedded ones]"),
-        click.option("--device", default="auto", show_default=True, callback=_device, metavar="auto|cpu|cuda[:N]|mps"),
+        click.option("--device", default="auto", show_default=True, callback=_device, metavar="auto|cpu|cuda[:N]|mps",
+                     help="Where to compute; auto takes CUDA when usable, else the CPU."),
         click.option("--precision", type=precisions, default="auto", show_default=True, help="Of the network."),
         click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]"),
     ]):  # fmt: skip
         command = option(command)
     return command
+
+
+def tracker_option(command: F) -> F:
+    """--tracker: what reads the face of a driver."""
+    trackers = click.Choice(["landmarker", "fan"])
+    told = "What reads a driver's face; fan is slower and needs export3d-cli[fan]. SRC is always read by landmarker."
+    return click.option("--tracker", type=trackers, default="landmarker", show_default=True, help=told)(command)
 
 
 def output_options(command: F) -> F:
@@ -102,6 +142,12 @@ def output_options(command: F) -> F:
     return click.option("--crf", type=click.IntRange(0, 51), default=18, show_default=True, help=quality)(command)
 
 
+def batch_option(command: F) -> F:
+    """--batch."""
+    how = "Frames at once; halved where memory runs out."
+    return click.option("--batch", type=Batch(), default="auto", show_default=True, help=how)(command)
+
+
 def json_option(command: F) -> F:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")(command)
@@ -110,3 +156,18 @@ def json_option(command: F) -> F:
 def frames_option(default: int) -> Callable[[F], F]:
     """--frames N."""
     return click.option("--frames", type=click.IntRange(1, 100_000), default=default, show_default=True, help="Length.")
+
+
+def add_opposites(command: click.Command) -> None:
+    """Give every flag `--x` of a command, and of those below it, its `--no-x`: what a script said before is undone."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.is_flag and not option.secondary_opts:
+            option.secondary_opts = [f"--no-{name[2:]}" for name in option.opts if name.startswith("--")]
+    if isinstance(command, click.Group):
+        for part in command.commands.values():
+            add_opposites(part)
+
+
+def rate_option(command: F) -> F:
+    """--fps of what has no driver."""
+    return click.option("--fps", type=Rate(), default="25", show_default=True, help="Frames a second.")(command)

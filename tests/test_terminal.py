@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from export3d_cli.core.checkpoint import save_weights
 from export3d_cli.core.config import PRESETS

@@ -39,6 +39,7 @@ class Hub:
         self.wrong_hash = False  # announce another sha256 than the file has
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
         self.committed: dict[str, bytes] = {}
+        self.created: dict[str, object] = {}  # what a new repository shall be
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -73,6 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed():
             return
         if self.path.endswith("/repos/create"):
+            self.hub.created = json.loads(data)
             self._json({"url": f"{self.hub.url}/me/model", "name": "me/model"})
         elif self.path.endswith("/validate-yaml"):
             self._json({"errors": [], "warnings": []})
@@ -277,8 +279,9 @@ def test_weights_are_uploaded_with_a_card(hub: Hub, tmp_path: Path, monkeypatch:
     assert refused.exit_code == 4
     assert "HF_TOKEN" in refused.stderr
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    done = run("weights", "push", file, "hf:me/model:mine.safetensors")
+    done = run("weights", "push", file, "hf:me/model:mine.safetensors", "--private")
     assert done.exit_code == 0, (done.output, hub.requests)
+    assert hub.created.get("private") is True or hub.created.get("visibility") == "private"
     assert COMMIT in done.stdout
     assert hub.committed["mine.safetensors"] == file.read_bytes()
     assert hub.committed["README.md"].decode() == card.stdout
