@@ -64,9 +64,10 @@ class Lists:
 
     def _write_all(self) -> None:
         for kind, lines in (("manifest", self.lines), ("rejected", self.rejected)):
+            lines.sort(key=lambda line: str(line["id"]))
             if lines or kind == "manifest" or self.path(kind).exists():
                 with write_atomic(self.path(kind)) as temporary:
-                    temporary.write_text(_text(sorted(lines, key=lambda line: str(line["id"]))), encoding="utf-8")
+                    temporary.write_text(_text(lines), encoding="utf-8")
 
 
 def _text(lines: list[Line]) -> str:
