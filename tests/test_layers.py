@@ -47,7 +47,7 @@ CORE_RULES = {
     "clips.py": ("face", "media"),
     "lists.py": (),
     "sheet.py": ("clips", "face", "media"),
-    "preprocess.py": ("clips", "lists", "sheet", "face", "media", "tracking"),
+    "preprocess.py": ("clips", "driver", "lists", "sheet", "face", "media", "tracking"),
     "identity.py": ("metrics", "face", "media"),
     "scoring.py": ("metrics", "identity", "face"),
     "cases.py": ("scoring", "face", "media"),

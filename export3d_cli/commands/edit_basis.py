@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
 @click.option("--grid", is_flag=True, help="Write a contact sheet: a row a --v (default: all), five values (-8 to 8).")
 @click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
+@options.source_options
 @options.frames_option(60)
+@options.rate_option
 @options.model_options
 @options.output_options
 def edit_basis(
@@ -33,7 +36,10 @@ def edit_basis(
     scales: tuple[tuple[float, float], ...],
     grid: bool,
     describe: bool,
+    face: str,
+    crop: str,
     frames: int,
+    fps: Fraction,
     weights: str | None,
     device: str,
     precision: str,
@@ -63,7 +69,7 @@ def edit_basis(
     scales = scales if len(scales) > 1 else (scales or ((-8.0, 8.0),)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
-        grid=grid, watermark=watermark,
+        grid=grid, watermark=watermark, face=face, crop=crop, fps=fps,
     )  # fmt: skip
     out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
     with console.progress() as report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -24,6 +25,12 @@ from export3d_cli import console, options
 @click.option("--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True, help="Path.")
 @click.option("--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, with yaw and pitch.")
 @click.option("--depth", is_flag=True, help="Show the depth in colours: near is red, far is blue.")
+@click.option(
+    "--mesh", type=options.NEW_FILE, metavar="OUT.ply|OUT.glb",
+    help="Write the head as a mesh (metres, y up), and pictures only where -o, --grid or --depth ask for them.",
+)  # fmt: skip
+@options.source_options
+@options.rate_option
 @click.option("--drive", type=options.EXISTING_FILE, help="Take the expression of this image, video or .motion.npz.")
 @options.model_options
 @options.output_options
@@ -37,6 +44,10 @@ def novel_view(
     loop: str,
     grid: bool,
     depth: bool,
+    mesh: Path | None,
+    face: str,
+    crop: str,
+    fps: Fraction,
     drive: Path | None,
     weights: str | None,
     device: str,
@@ -55,10 +66,14 @@ def novel_view(
 
     chosen = core.NovelViewOptions(
         yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
-        overwrite=overwrite or output is None, grid=grid, depth=depth, drive=drive, watermark=watermark,
+        overwrite=overwrite or (output is None and mesh is None), grid=grid, depth=depth, drive=drive, mesh=mesh,
+        watermark=watermark, face=face, crop=crop, fps=fps,
     )  # fmt: skip
     picture = grid or (chosen.single and drive is None)
-    out = output or Path("novel_view.png" if picture else "novel_view.mp4")
+    out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")
+    if mesh is not None:
+        core.check_mesh(mesh)
+        out = out if output or grid or depth else None
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     with console.progress() as report:
         summary = core.novel_view(animator, source or core.example("source.jpg"), out, chosen, progress=report)

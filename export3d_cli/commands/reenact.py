@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     return parts
 
 
-def _face(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"largest|left|right|index:\d{1,6}", value):
-        raise click.BadParameter(f"{value!r} is no face; use largest, left, right or index:N (from 0)", ctx, param)
-    return value
-
-
 SCALE = click.FloatRange(-10, 10)
 
 
@@ -41,14 +34,17 @@ SCALE = click.FloatRange(-10, 10)
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of DRIVE to use.  [default: all]")
 @click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames.")
 @click.option("--fps", type=options.Rate(), help="Frame rate of the result.  [default: the driver's, exactly]")
-@click.option("--audio", default="driver", show_default=True, metavar="driver|none|FILE", callback=_audio)
+@click.option(
+    "--audio", default="driver", show_default=True, metavar="driver|none|FILE", callback=_audio, help="Sound to add."
+)
 @click.option(
     "--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
     help="What to do with driver frames that show no face.",
 )  # fmt: skip
+@options.source_options
 @click.option(
-    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=_face,
-    help="Face of SRC, where there are several; index counts from the left, from 0.",
+    "--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
+    callback=options.check_face, help="Face of DRIVE to follow, chosen where it first shows any.",
 )  # fmt: skip
 @click.option(
     "--drive", default="expression,pose", show_default=True, metavar="expression,pose", callback=_parts,
@@ -69,9 +65,17 @@ SCALE = click.FloatRange(-10, 10)
     "--smooth", type=click.Choice(["off", "light", "strong"]), default="light", show_default=True,
     help="Calm the trembling of the tracked motion; light comes less than a frame late at 25 fps.",
 )  # fmt: skip
+@options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
-@click.option("--batch", type=click.IntRange(0), default=0, help="Frames at once.  [default: chosen for the device]")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random numbers; rendering uses none.")
+@click.option("--paste-back", is_flag=True, help="Put the result into the whole photo, at its own resolution.")
+@click.option(
+    "--background", default="source", show_default=True, metavar="source|#rrggbb|FILE|transparent",
+    help="What is behind the person; transparent for .webm, .mov and FOLDER/%05d.png.",
+)  # fmt: skip
+@options.batch_option
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random numbers; rendering uses none.  [default: 0]"
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, with an estimate, and write nothing.")
 @options.model_options
 @options.output_options
@@ -95,21 +99,20 @@ def reenact(
     """
     from export3d_cli import core
 
-    wanted = core.ReenactOptions(**chosen)
+    job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
-    animator = core.Animator.from_weights(
-        weights, device=device, precision=precision, threads=threads, batch=wanted.batch
-    )
+    core.check_outputs(paths, job.background)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, batch=job.batch)
     if dry_run:
-        planned = core.plan_reenact(animator, sources, driver, output, wanted)
-        console.tell(f"{s.source} -> {s.out}{' (exists)' * s.exists}, face at {s.face}" for s in planned.sources)
+        planned = core.plan_reenact(animator, sources, driver, output, job)
+        console.tell(map(str, planned.sources))
         console.finish(planned, as_json=as_json)
         return
     with console.progress() as report:
         if len(sources) == 1:
-            summary = core.reenact(animator, sources[0], driver, paths[0], wanted, progress=report)
+            summary = core.reenact(animator, sources[0], driver, paths[0], job, progress=report)
         else:
-            summary = core.reenact_all(animator, sources, driver, output, wanted, progress=report)
+            summary = core.reenact_all(animator, sources, driver, output, job, progress=report)
     console.finish(summary, as_json=as_json)
     if len(sources) > 1 and summary.failed:
         console.tell(f"failed: {line}" for line in summary.failed)

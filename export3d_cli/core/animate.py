@@ -9,14 +9,10 @@ Memory does not grow with the driver's length: the face is tracked, generated an
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,66 +20,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.camera import Camera
-from export3d_cli.core.checkpoint import load_into, load_weights
-from export3d_cli.core.control import PARTS, Control
-from export3d_cli.core.device import pick_device, pick_precision
-from export3d_cli.core.driver import SETTLE, DriverStream, OnMissing, holds_motion, motion_rows
+from export3d_cli.core.checkpoint import check_fit, load_into, load_weights
+from export3d_cli.core.compose import Composer, check_outputs, read_portrait
+from export3d_cli.core.control import Control
+from export3d_cli.core.device import InMemory, autocast, pick_device, pick_precision
+from export3d_cli.core.driver import DriverStream, holds_motion, motion_rows
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
+from export3d_cli.core.face.follow import SETTLE, choose_face
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
-from export3d_cli.core.face.smooth import Smooth
 from export3d_cli.core.face.tape import FaceTape
-from export3d_cli.core.media.image import read_image, to_tensor, to_uint8
+from export3d_cli.core.face.tracker import FaceTracker
+from export3d_cli.core.job import Crop, Progress, ReenactOptions, Summary, check_free
+from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Source
-from export3d_cli.core.watermark import Watermark, marker
+from export3d_cli.core.tracking import TrackerName, landmark_tracker, open_tracker
+from export3d_cli.core.watermark import marker
 from export3d_cli.core.weights import resolve
 
-Progress = Callable[[str, int, "int | None"], None]
-
-
-@dataclass(frozen=True)
-class ReenactOptions:
-    """How a driver is read, what of it reaches the source, and how the result is written."""
-
-    audio: str = "driver"  # driver | none | a file
-    crf: int = 18
-    fps: Fraction | None = None  # None: the driver's, exactly
-    start: float = 0.0  # seconds
-    duration: float | None = None  # seconds
-    max_frames: int | None = None
-    on_missing: OnMissing = "hold"  # frames without a face
-    overwrite: bool = False
-    compare: bool = False  # source | driver | result side by side
-    batch: int = 0  # frames at once; 0: chosen for the device
-    face: str = "largest"  # of the source, where it shows several: largest | left | right | index:N
-    drive: tuple[str, ...] = PARTS  # what of the driver is followed
-    expression_scale: float = 1.0  # 0: the source's own, 1: the driver's
-    pose_scale: float = 1.0
-    pose: Literal["absolute", "relative"] = "absolute"  # the driver's camera, or the source's moved by the driver's
-    relative_expression: bool = False  # the source's expression changed by the driver's change
-    reference_frame: int = 0  # of the driver's frames that are used: what relative control counts from
-    smooth: Smooth = "light"
-    seed: int = 0
-    watermark: Watermark = "none"  # beside the mark in the metadata
-
-    @property
-    def control(self) -> Control:
-        """What of the driver reaches the source."""
-        return Control(self.drive, self.expression_scale, self.pose_scale, self.pose, self.relative_expression)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What was written."""
-
-    out: Path
-    frames: int
-    missing: int  # driver frames without a face
-    fps: Fraction
-    seconds: float  # wall-clock
-    device: str
-    notes: tuple[str, ...] = field(default=())
+POINTS = 1 << 17  # of a volume, decoded at once
 
 
 class Animator:
@@ -97,8 +53,12 @@ class Animator:
         self.device = device
         self.precision = precision
         self.batch = batch or (16 if device.type == "cuda" else 2)
+        self._in_memory = InMemory()
+        self.notes: list[str] = []  # what the user should know
         self._source: Source | None = None
+        self._crop: np.ndarray | None = None
         self._motion: Motion | None = None
+        self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
         self._crop_scale = CROP_SCALE[0]
 
     @classmethod
@@ -115,30 +75,41 @@ class Animator:
         if threads:
             torch.set_num_threads(threads)
         state, config, _ = load_weights(resolve(weights))
+        check_fit(lambda: Export3D(config), state)
         model = Export3D(config)
         load_into(model, state)
         place = pick_device(device)
-        tracker = Tracker(resolve("face_landmarker"))
-        return cls(model, tracker, device=place, precision=pick_precision(precision, place), batch=batch)
+        return cls(model, landmark_tracker(), device=place, precision=pick_precision(precision, place), batch=batch)
 
     @property
     def device_name(self) -> str:
         """Device and precision, for people."""
         return f"{self.device} {self.precision}"
 
-    def set_source(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Motion:
+    def set_source(
+        self, image: np.ndarray, *, name: str = "the source", face: str = "largest", crop: Crop = "auto"
+    ) -> Motion:
         """Track and encode a photo, uint8 (H, W, 3) RGB; returns its one-frame Motion. Raises `NoFaceError`.
 
-        `face` chooses among several: largest, left, right, or index:N, the N-th from the left, from 0.
+        `face` chooses among several: largest, left, right, or index:N, the N-th from the left, from 0. `crop` none
+        takes the picture, which must be square, as it is.
         """
+        height, width = image.shape[:2]
+        if crop == "none" and height != width:
+            raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
         found = self.find_face(image, name=name, face=face)
-        motion = self.tracker.motion([found], Fraction(25), (image.shape[1], image.shape[0]))
+        square = (0.0, 0.0, float(width)) if crop == "none" else None
+        motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
         self.set_source_motion(crop_image(image, motion.crop, self.model.config.image_size), motion)
         return motion
 
     def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
         """The face of a photo that `set_source` takes."""
         landmarker = self.tracker.landmarker
+        turn = landmarker.upright_turn(image)
+        if turn:
+            how = "is upside down" if turn == 180 else "lies on its side"
+            raise NoFaceError(f"the face in {name} {how}: rotate the photo by {turn} degrees clockwise")
         landmarker.reset()
         found: Face | None = None
         if face != "largest":
@@ -149,12 +120,18 @@ class Animator:
             raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
         return found
 
+    def follower(self, name: TrackerName) -> FaceTracker:
+        """The tracker that reads drivers, made when it is first asked for. Raises `WeightsError`."""
+        if name not in self._followers:
+            self._followers[name] = open_tracker(name, device=str(self.device))
+        return self._followers[name]
+
     def set_source_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> None:
         """Encode a face crop, uint8 (H, W, 3) of the model's size, already tracked: row `frame` of `motion`."""
         self._motion = own = motion_rows(motion, np.array([frame]))
         extent = own.landmarks[0, :, :2].max(0) - own.landmarks[0, :, :2].min(0)
-        self._crop_scale = float(1 / extent.max())
-        with torch.inference_mode(), self._autocast():
+        self._crop_scale, self._crop = float(1 / extent.max()), crop
+        with torch.inference_mode(), autocast(self.device, self.precision):
             self._source = self.model.encode_source(
                 to_tensor(crop)[None].to(self.device), self._tensor(own.beta), self._tensor(own.camera),
                 self._tensor(head_points(own.landmarks, own.camera)),
@@ -188,7 +165,7 @@ class Animator:
         """
         source = self._need_source()
         lam, planes = source.lam, None
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.device, self.precision):
             if beta is not None:
                 lam = self._coefficients(beta)
             if len(lam) == 1:
@@ -210,11 +187,29 @@ class Animator:
             part = lam[at : at + self.batch]
             yield from self._frames(self._camera(len(part)), lam=part)
 
-    def source_camera(self) -> Camera:
-        """The camera that took the source."""
+    def field(self, points: np.ndarray, *, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """RGB (N, 3) in about [-1, 1] and density (N,) of the volume at points (N, 3) of the head frame, both float32.
+
+        `beta` (1, 64) is the expression; None: the source's own.
+        """
+        source, parts = self._need_source(), []
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            planes = self.model.planes(source, source.lam if beta is None else self._coefficients(beta))
+            for part in self._tensor(points).split(POINTS):
+                colours, densities = self.model.field(source, planes, part[None])
+                parts.append(torch.cat([colours[0, :, :3], densities[0, :, None]], dim=-1).float().cpu())
+        found = torch.cat(parts).numpy()
+        return found[:, :3], found[:, 3]
+
+    def source_motion(self) -> Motion:
+        """Face and camera of the source, one frame."""
         self._need_source()
         assert self._motion is not None
-        return Camera.from_vector(self._motion.camera[0])
+        return self._motion
+
+    def source_camera(self) -> Camera:
+        """The camera that took the source."""
+        return Camera.from_vector(self.source_motion().camera[0])
 
     @property
     def crop_scale(self) -> float:
@@ -233,11 +228,27 @@ class Animator:
     def _frames(
         self, camera: np.ndarray, *, lam: Tensor, planes: Tensor | None = None, depth: bool = False
     ) -> Iterator[np.ndarray]:
-        with torch.inference_mode(), self._autocast():
-            source = self._need_source().expand(len(camera))
+        def make(part: slice) -> np.ndarray:
+            with torch.inference_mode():
+                seen = camera[part]
+                out = self._drive(seen, lam[part], None if planes is None else planes[part])
+                return depth_picture(out, seen, self.model.config.image_size) if depth else to_uint8(out.image)
+
+        yield from self._in_memory(make, 0, len(camera))
+
+    def _drive(self, camera: np.ndarray, lam: Tensor, planes: Tensor | None) -> Output:
+        """The model on frames; what overflows in half precision is made again in fp32, and all that follows too."""
+        source = self._need_source().expand(len(camera))
+        with autocast(self.device, self.precision):
             out = self.model.drive(source, None, self._tensor(camera), lam=lam, planes=planes)
-            images = to_uint8(out.image) if not depth else depth_picture(out, camera, self.model.config.image_size)
-        yield from images
+        if out.image.isfinite().all():
+            return out
+        if self.precision == "fp32" or self._crop is None:
+            raise Export3DError("the network gives numbers that are not finite: use a smaller scale, or other weights")
+        self.notes.append(f"{self.precision} gave numbers that are not finite: went on in fp32")
+        self.precision = "fp32"
+        self.set_source_motion(self._crop, self.source_motion())
+        return self._drive(camera, lam.float(), None)
 
     def _camera(self, count: int) -> np.ndarray:
         return np.repeat(self.source_camera().vector()[None], count, axis=0)
@@ -249,12 +260,6 @@ class Animator:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        if self.precision not in kinds:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=kinds[self.precision])
 
 
 def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:
@@ -285,63 +290,56 @@ def reenact(
     """
     options = options or ReenactOptions()
     began = time.monotonic()
+    check_outputs([out], options.background)
     check_free(out, options.overwrite)
     torch.manual_seed(options.seed)
     control, mark = options.control, marker(options.watermark)
-    animator.set_source(read_image(source), name=str(source), face=options.face)
-    size = animator.model.config.image_size
-    width = size * 3 if options.compare else size
-    stream = open_driver(animator, driver, options, tape=tape)
+    composer = compose_source(animator, source, options)
+    stream = open_driver(animator, driver, options, tape=tape, shown=composer.still.shape[0])
     audio, audio_start = _sound(driver, options)
-    beside = animator.source_crop()
     written = 0
     with (
         stream,
         VideoWriter(
-            out, size=(width, size), fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start
+            out, size=composer.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
+            alpha=composer.transparent,
         ) as writer,
-    ):
+    ):  # fmt: skip
         for motion, crops in stream:
             frames = animator.drive([motion], control=control, reference=stream.reference)
-            for frame, crop in zip(frames, crops, strict=True):
-                writer.write(mark(np.concatenate([beside, crop, frame], axis=1) if crop is not None else frame))
+            for result, crop in zip(frames, crops, strict=True):
+                writer.write(mark(composer(result, crop)))
                 written += 1
                 if progress is not None:
                     progress("frames", written, stream.total)
     return Summary(
-        out, written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name, tuple(stream.notes)
-    )
-
-
-def open_driver(
-    animator: Animator, driver: Path, options: ReenactOptions, *, tape: FaceTape | None = None
-) -> DriverStream:
-    """The driver's motion as `options` want it, for the animator's source."""
-    return DriverStream(
-        driver, animator.tracker, batch=animator.batch, crop_scale=animator.crop_scale,
-        shown=animator.model.config.image_size if options.compare else None, fps=options.fps, start=options.start,
-        duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing, smooth=options.smooth,
-        reference=options.reference_frame if options.control.needs_reference else None,
-        camera=animator.source_camera().vector(), tape=tape,
+        out, written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
+        (*stream.notes, *animator.notes),
     )  # fmt: skip
 
 
-def choose_face(faces: list[Face], which: str, name: str) -> Face:
-    """largest, left, right or index:N (from the left, from 0) of the faces in a photo, given the largest first."""
-    if not faces:
-        raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
-    if which == "largest":
-        return faces[0]
-    across = sorted(faces, key=lambda face: float(face.landmarks[:, 0].mean()))
-    index = {"left": 0, "right": len(faces) - 1}.get(which)
-    if index is None:
-        kind, _, number = which.partition(":")
-        if kind != "index" or not number.isdecimal():
-            raise InputError(f"face {which!r} is none: use largest, left, right or index:N")
-        index = int(number)
-    if index >= len(faces):
-        raise InputError(f"{name} shows {len(faces)} face(s): {which} does not exist, index:0 is the leftmost")
-    return across[index]
+def compose_source(animator: Animator, source: Path, options: ReenactOptions) -> Composer:
+    """Set the source, and make what puts its results into frames."""
+    photo = read_portrait(source)
+    motion = animator.set_source(photo, name=str(source), face=options.face, crop=options.crop)
+    return Composer(
+        photo, animator.source_crop(), motion.crop, paste_back=options.paste_back, background=options.background,
+        compare=options.compare,
+    )  # fmt: skip
+
+
+def open_driver(
+    animator: Animator, driver: Path, options: ReenactOptions, *, tape: FaceTape | None = None, shown: int = 0
+) -> DriverStream:
+    """The driver's motion as `options` want it, for the animator's source; `shown`: side of its pictures, 0: usual."""
+    return DriverStream(
+        driver, animator.follower(options.tracker), face=options.driver_face, batch=animator.batch,
+        crop_scale=animator.crop_scale, fps=options.fps,
+        shown=(shown or animator.model.config.image_size) if options.compare else None,
+        start=options.start, duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing,
+        smooth=options.smooth, reference=options.reference_frame if options.control.needs_reference else None,
+        camera=animator.source_camera().vector(), tape=tape,
+    )  # fmt: skip
 
 
 def _sound(driver: Path, options: ReenactOptions) -> tuple[Path | None, float]:
@@ -349,9 +347,3 @@ def _sound(driver: Path, options: ReenactOptions) -> tuple[Path | None, float]:
     if options.audio == "driver":
         return (None if holds_motion(driver) else driver), options.start
     return (None if options.audio == "none" else Path(options.audio)), 0.0
-
-
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise `InputError` where something would be replaced that must not be."""
-    if os.path.lexists(out) and not overwrite:
-        raise InputError(f"{out} exists: choose another output or pass --overwrite")

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export3d_cli.core.animate import Animator, Progress, ReenactOptions, Summary, open_driver, reenact
+from export3d_cli.core.animate import Animator, Progress, ReenactOptions, Summary, compose_source, open_driver, reenact
+from export3d_cli.core.compose import check_outputs
 from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.tape import FaceTape
-from export3d_cli.core.media.image import read_image
 
 _PLACE = re.compile(r"\{(src|drive)\}")
 
@@ -40,8 +40,13 @@ class PlannedSource:
 
     source: Path
     face: tuple[int, int, int, int]  # the box of the face taken: x0, y0, x1, y1 in pixels
+    size: tuple[int, int]  # width, height of the result
     out: Path
     exists: bool  # whether there is something at `out` already
+
+    def __str__(self) -> str:
+        width, height = self.size
+        return f"{self.source} -> {self.out}{' (exists)' * self.exists}, {width}x{height}, face at {self.face}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,6 @@ class Plan:
     driver: Path
     frames: int  # of each result
     fps: Fraction
-    size: tuple[int, int]  # width, height of each result
     device: str
     memory_mb: int | None  # the most so far, after one batch: it does not grow with the driver; None: unknown
     seconds: float  # estimate for all, from one batch
@@ -93,8 +97,10 @@ def reenact_all(
     done: list[Summary] = []
     skipped: list[Path] = []
     failed: list[str] = []
+    paths = output_paths(sources, driver, out)
+    check_outputs(paths, options.background)
     with FaceTape() as tape:
-        for source, path in zip(sources, output_paths(sources, driver, out), strict=True):
+        for source, path in zip(sources, paths, strict=True):
             if os.path.lexists(path) and not options.overwrite:
                 skipped.append(path)
                 continue
@@ -116,17 +122,18 @@ def plan(
     """What `reenact_all` would do: faces are looked for and one batch is made to measure, nothing is written."""
     options = options or ReenactOptions()
     paths = output_paths(sources, driver, out)
+    check_outputs(paths, options.background)
     faces = []
     for source, path in zip(sources, paths, strict=True):
-        image = read_image(source)
-        face = animator.find_face(image, name=str(source), face=options.face)
-        low, high = face.landmarks[:, :2].min(0).round(), face.landmarks[:, :2].max(0).round()
-        x0, y0, x1, y1 = (int(v) for v in (*low, *high))
-        faces.append(PlannedSource(source, (x0, y0, x1, y1), path, os.path.lexists(path)))
-    own = animator.set_source(image, name=str(sources[-1]), face=options.face)
+        composer = compose_source(animator, source, options)
+        own = animator.source_motion()
+        points = own.landmarks[0, :, :2] * own.crop[2] + own.crop[:2]
+        x0, y0, x1, y1 = (int(v) for v in (*points.min(0).round(), *points.max(0).round()))
+        faces.append(PlannedSource(source, (x0, y0, x1, y1), composer.size, path, os.path.lexists(path)))
     with open_driver(animator, driver, options) as stream:
         frames, fps, notes = stream.total, stream.fps, tuple(stream.notes)
-    with open_driver(animator, driver, replace(options, max_frames=10, compare=False, reference_frame=0)) as stream:
+    few = replace(options, max_frames=10, compare=False, reference_frame=0)
+    with open_driver(animator, driver, few) as stream:
         try:
             first = motion_rows(next(iter(stream))[0], np.array([0]))
         except NoFaceError:
@@ -135,16 +142,16 @@ def plan(
     seconds = []
     for _ in range(2):  # the first time warms up
         began = time.monotonic()
-        list(animator.drive([part], control=options.control, reference=first))
+        for result in animator.drive([part], control=options.control, reference=first):
+            composer(result)
         seconds.append((time.monotonic() - began) / animator.batch)
     began = time.monotonic()
-    animator.tracker.landmarker.track(image)
+    animator.follower(options.tracker).landmarker.track(composer.still)
     tracking = time.monotonic() - began
     todo = sum(options.overwrite or not planned.exists for planned in faces)
-    size = animator.model.config.image_size
     return Plan(
-        tuple(faces), driver, frames, fps, (size * 3 if options.compare else size, size), animator.device_name,
-        _peak_memory(animator.device), frames * (tracking + todo * seconds[-1]), notes,
+        tuple(faces), driver, frames, fps, animator.device_name, _peak_memory(animator.device),
+        frames * (tracking + todo * seconds[-1]), notes,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class Control:
     pose_scale: float = 1.0
     pose: Literal["absolute", "relative"] = "absolute"
     relative_expression: bool = False
+    limit: float | None = None  # the head's centre stays within this part of the crop's side from the source's own
 
     def __post_init__(self) -> None:
         if not np.isfinite([self.expression_scale, self.pose_scale]).all():
@@ -55,14 +56,24 @@ class Control:
         along the camera's, so that to the right stays to the right.
         """
         scale = self.pose_scale if "pose" in self.drive else 0.0
-        if self.pose == "absolute" and scale == 1:
+        if self.pose == "absolute" and scale == 1 and self.limit is None:
             return driver
         rotation, centre = head_pose(own)
         turned, shifted = head_pose(driver)
         first, begin = head_pose(_needed(reference)) if self.pose == "relative" else (rotation, centre)
         turn = rotation_exp(scale * rotation_log(first.T @ turned))
         cameras = np.repeat(np.asarray(own, dtype=np.float32)[None], len(driver), axis=0)
-        return with_head_pose(cameras, rotation @ turn, centre + scale * (shifted - begin))
+        return with_head_pose(cameras, rotation @ turn, self._inside(centre, centre + scale * (shifted - begin), own))
+
+    def _inside(self, own: np.ndarray, centre: np.ndarray, camera: np.ndarray) -> np.ndarray:
+        """Head centres (T, 3) of the camera frame, softly kept near the source's own (3,), in place and in size."""
+        if self.limit is None:
+            return centre
+        growth = self.limit * np.tanh(np.log(own[2] / centre[:, 2]) / self.limit)
+        depth = own[2] * np.exp(-growth)
+        unit = self.limit / float(camera[16])  # of the crop's side, at depth 1
+        shift = unit * np.tanh((centre[:, :2] / centre[:, 2:] - own[:2] / own[2]) / unit)
+        return np.concatenate([(own[:2] / own[2] + shift) * depth[:, None], depth[:, None]], axis=1)
 
 
 def _needed(reference: T | None) -> T:

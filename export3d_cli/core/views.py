@@ -14,12 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from export3d_cli.core.animate import Animator, Progress, Summary, check_free
+from export3d_cli.core.animate import Animator
 from export3d_cli.core.camera import Camera, rotation_from_angles
+from export3d_cli.core.compose import read_portrait
 from export3d_cli.core.driver import DriverStream
 from export3d_cli.core.errors import InputError
-from export3d_cli.core.media.image import MAX_PIXELS, read_image, write_image
+from export3d_cli.core.job import Crop, Progress, Summary, check_free
+from export3d_cli.core.media.image import MAX_PIXELS, write_image
 from export3d_cli.core.media.video import SYNTHETIC, VideoWriter
+from export3d_cli.core.mesh_export import check_mesh, head_mesh, write_mesh
 from export3d_cli.core.watermark import Watermark, marker
 
 PICTURES = (".png", ".jpg", ".jpeg")  # they carry the mark that they are synthetic
@@ -43,6 +46,9 @@ class NovelViewOptions:
     depth: bool = False  # the depth in colours
     watermark: Watermark = "none"  # beside the mark in the metadata
     drive: Path | None = None  # whose expression: an image, a video or a motion file; None: the photo's own
+    mesh: Path | None = None  # where the head's surface goes too, .ply or .glb, with the first expression
+    face: str = "largest"  # of the photo: largest | left | right | index:N
+    crop: Crop = "auto"  # of the photo: a square around the face, or none: the picture as it is
 
     @property
     def single(self) -> bool:
@@ -61,31 +67,47 @@ class EditOptions:
     crf: int = 18
     overwrite: bool = False
     watermark: Watermark = "none"  # beside the mark in the metadata
+    face: str = "largest"  # of the photo: largest | left | right | index:N
+    crop: Crop = "auto"  # of the photo: a square around the face, or none: the picture as it is
     grid: bool = False  # a contact sheet: a row for each of `edits`, `GRID_VALUES` of it
 
 
 def novel_view(
     animator: Animator,
     source: Path,
-    out: Path,
+    out: Path | None,
     options: NovelViewOptions | None = None,
     *,
     progress: Progress | None = None,
 ) -> Summary:
-    """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's own angle."""
+    """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's own angle.
+
+    Where `out` is None, only the mesh is written.
+    """
     options = options or NovelViewOptions()
     began = time.monotonic()
+    if options.mesh is not None:
+        check_mesh(options.mesh)
+        check_free(options.mesh, options.overwrite)
+    if out is None:
+        if options.mesh is None:
+            raise InputError("nothing to write: give an output, a mesh, or both")
+        animator.set_source(read_portrait(source), name=str(source), face=options.face, crop=options.crop)
+        _mesh(animator, options.mesh, _expressions(animator, options.drive, options.fps, 1), progress)
+        return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
     check_free(out, options.overwrite)
     picture = _is_picture(out)
     if options.grid and not picture:
         raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
     if picture and not options.grid and not options.single:
         raise InputError(f"{out} can hold one view: give one angle (--yaw 20), --frames 1, --grid, or a video's name")
-    animator.set_source(read_image(source), name=str(source))
+    animator.set_source(read_portrait(source), name=str(source), face=options.face, crop=options.crop)
     cameras = orbit_cameras(animator.source_camera(), options)
     if picture and not options.grid:
         cameras = cameras[:1]
-    beta = None if options.drive is None else _expressions(animator, options.drive, options.fps, len(cameras))
+    beta = _expressions(animator, options.drive, options.fps, len(cameras))
+    if options.mesh is not None:
+        _mesh(animator, options.mesh, beta, progress)
     frames = _counted(animator.view(cameras, beta=beta, depth=options.depth), len(cameras), progress)
     if not picture:
         return _video(animator, frames, len(cameras), out, options, began)
@@ -111,7 +133,7 @@ def edit_basis(
         raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
     if picture and not options.grid and options.frames > 1:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
-    animator.set_source(read_image(source), name=str(source))
+    animator.set_source(read_portrait(source), name=str(source), face=options.face, crop=options.crop)
     labels: list[str] = []
     if options.grid:
         rows = []
@@ -174,8 +196,19 @@ def _columns(count: int) -> int:
     return count if count <= 5 else int(np.ceil(np.sqrt(count)))
 
 
-def _expressions(animator: Animator, driver: Path, fps: Fraction, count: int) -> np.ndarray:
+def _mesh(animator: Animator, path: Path, beta: np.ndarray | None, progress: Progress | None) -> None:
+    """Write the head with the first of the expressions."""
+    if progress is not None:
+        progress("mesh", 0, 1)
+    write_mesh(path, head_mesh(animator, beta=None if beta is None else beta[:1]))
+    if progress is not None:
+        progress("mesh", 1, 1)
+
+
+def _expressions(animator: Animator, driver: Path | None, fps: Fraction, count: int) -> np.ndarray | None:
     """beta (1, 64) of an image, or (count, 64) of a video; the last one is held where the driver is shorter."""
+    if driver is None:
+        return None
     with DriverStream(
         driver, animator.tracker, batch=animator.batch, crop_scale=animator.crop_scale, fps=fps, max_frames=count
     ) as stream:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from export3d_cli.core.checkpoint import save_weights
 from export3d_cli.core.config import PRESETS
-from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader, probe
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.weights import example
@@ -137,7 +137,7 @@ def test_controls_and_dry_run(tiny, tmp_path):
     told = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
     assert told.exit_code == 0, told.output
     plan = json.loads(told.stdout)
-    assert (plan["frames"], plan["size"], plan["sources"][0]["exists"]) == (3, [64, 64], False)
+    assert (plan["frames"], plan["sources"][0]["size"], plan["sources"][0]["exists"]) == (3, [64, 64], False)
     assert list(tmp_path.iterdir()) == []
     assert "face at" in reenact(tiny, out, "--max-frames", "3", "--dry-run").stderr
     relative = ["--relative-expression", "--reference-frame", "1", "--face", "index:0"]
@@ -160,3 +160,75 @@ def test_a_folder_of_pictures_drives_and_pictures_come_out(tiny, tmp_path):
     result = run("reenact", example("source.jpg"), shots, "-o", out, "--weights", tiny, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert sorted(path.name for path in out.parent.iterdir()) == ["000.png", "001.png"]
+
+
+def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
+    fast = ["--max-frames", "2", "--audio", "none"]
+    photo = read_image(example("source.jpg"))
+    out = tmp_path / "back.mp4"
+    assert reenact(tiny, out, *fast, "--paste-back", "--crf", "0").exit_code == 0
+    with VideoReader(out) as reader:
+        frame = next(iter(reader)).astype(int)
+    assert frame.shape == photo.shape
+    assert np.abs(frame[-8:] - photo[-8:]).mean() < 4  # below the crop the photo goes on
+    told = reenact(tiny, out, *fast, "--paste-back", "--compare", "--dry-run", "--overwrite", "--json")
+    assert json.loads(told.stdout)["sources"][0]["size"] == [3 * 512, 512]
+    for name, args in (
+        ("a.webm", ["transparent", "--compare"]), ("f/%02d.png", ["transparent", "--paste-back"]),
+        ("b.mp4", ["#00ff00"]), ("c.mp4", [example("source.jpg"), "--paste-back", "--compare"]),
+    ):  # fmt: skip
+        result = reenact(tiny, tmp_path / name, *fast, "--background", *args)
+        assert result.exit_code == 0, result.output
+    assert probe(tmp_path / "a.webm").alpha
+    assert (probe(tmp_path / "a.webm").width, probe(tmp_path / "c.mp4").width) == (192, 3 * 512)
+    assert len(list((tmp_path / "f").iterdir())) == 2
+
+
+def test_what_goes_not_together_is_2_before_weights_are_read(tmp_path):
+    for name, args, hint in (
+        ("a.mp4", ["--background", "transparent"], ".webm"),
+        ("a.mp4", ["--background", "#12345"], "#00ff00"),
+        ("a.mp4", ["--background", "no-such.png"], "no-such.png"),
+        ("a.mp4", ["--background", example("drive.mp4")], "no picture"),
+        ("a.xyz", ["--dry-run"], ".xyz"),
+    ):
+        result = reenact("no-such-weights", tmp_path / name, *args)
+        assert result.exit_code == 2, name
+        assert hint in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
+    film = example("drive.mp4")
+    for result in (
+        reenact(tiny, tmp_path / "a.mp4", source=film),
+        run("novel-view", film, "--weights", tiny, "--device", "cpu", "-o", tmp_path / "b.mp4"),
+        run(
+            "edit-basis",
+            film,
+            "--v",
+            "1",
+            "--scale",
+            "1",
+            "--weights",
+            tiny,
+            "--device",
+            "cpu",
+            "-o",
+            tmp_path / "c.mp4",
+        ),
+    ):
+        assert result.exit_code == 2
+        assert "one photo" in result.stderr
+    still = ["--max-frames", "1", "--crop", "none", "--drive", "expression", "--expression-scale", "0"]
+    assert reenact(tiny, tmp_path / "d.mp4", *still, "--compare").exit_code == 0
+    with VideoReader(tmp_path / "d.mp4") as reader:
+        left = next(iter(reader))[:, :64].astype(int)
+    photo = read_image(example("source.jpg"))
+    whole = photo.reshape(64, 8, 64, 8, 3).mean((1, 3))
+    assert np.abs(left - whole).mean() < 6
+    write_image(tmp_path / "wide.png", photo[:400])
+    result = reenact(tiny, tmp_path / "e.mp4", "--crop", "none", source=tmp_path / "wide.png")
+    assert result.exit_code == 2
+    assert "512x400" in result.stderr

@@ -89,6 +89,34 @@ def test_depth_and_a_driver_s_expression(tiny, tmp_path):
         assert len(list(VideoReader(tmp_path / name))) == 3
 
 
+def test_a_mesh_is_written_alone_or_beside_pictures(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("export3d_cli.core.mesh_export.RESOLUTION", 24)
+    monkeypatch.setattr("export3d_cli.core.mesh_export.LEVEL", 0.5)
+    result = look(tiny, "novel-view", "--mesh", "head.ply", "--drive", example("source.jpg"), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["out"] == "head.ply"
+    assert [path.name for path in tmp_path.iterdir()] == ["head.ply"]
+    again = look(tiny, "novel-view", "--mesh", "head.ply")
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+    assert look(tiny, "novel-view", "--mesh", "head.glb", "--yaw", "5", "-o", "view.png").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head.glb", "head.ply", "view.png"]
+    wrong = run("novel-view", "--mesh", "head.obj", "--weights", "no-such-weights")
+    assert wrong.exit_code == 2
+    assert ".ply or .glb" in wrong.stderr
+
+
+def test_rates_and_crops_of_views(tiny, tmp_path):
+    args = ["--fps", "29.97", "--crop", "none", "--face", "index:0", "--frames", "2"]
+    assert look(tiny, "novel-view", "-o", tmp_path / "a.mp4", *args).exit_code == 0
+    assert look(tiny, "edit-basis", "--v", "1", "--scale", "1:2", "-o", tmp_path / "b.mp4", *args).exit_code == 0
+    for name in ("a.mp4", "b.mp4"):
+        with VideoReader(tmp_path / name) as reader:
+            assert str(reader.info.fps) == "30000/1001"
+    assert look(tiny, "novel-view", "-o", tmp_path / "c.mp4", "--face", "index:3").exit_code == 2
+
+
 def test_edit_basis_takes_negative_ranges_and_needs_something_to_do(tiny, tmp_path):
     out = tmp_path / "out.mp4"
     several = ["--v", "1", "--scale", "-3:-1", "--v", "2", "--scale", "2:-2"]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.animate import Animator, ReenactOptions, choose_face, open_driver, reenact
+from export3d_cli.core.animate import Animator, ReenactOptions, open_driver, reenact
 from export3d_cli.core.camera import Camera, head_pose
 from export3d_cli.core.control import Control
 from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.errors import InputError, NoFaceError
+from export3d_cli.core.face.follow import choose_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.weights import example
@@ -153,3 +154,21 @@ def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
     assert (summary.frames, summary.missing, summary.fps) == (6, 0, Fraction(60000, 1001))
     with pytest.raises(InputError, match="no pictures"):
         reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "no.mp4", ReenactOptions(compare=True))
+
+
+def test_a_limit_keeps_the_head_near_its_place_and_its_size() -> None:
+    own = Camera.orbit(10, 5).vector()
+    far = np.stack([Camera.orbit(yaw, radius=radius).vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
+    pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
+    pose[:, 0, 3] += [0.002, 0.4, -0.4]
+    far[:, :16] = np.linalg.inv(pose).reshape(-1, 16)
+    free, kept = (Control(limit=limit).cameras(own, far, None) for limit in (None, 0.05))
+    np.testing.assert_array_equal(free, far)
+    own_uv = Camera.from_vector(own).project(np.zeros((1, 3)))
+    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - own_uv[0] for row in kept])
+    assert np.abs(shift).max() <= 0.0501
+    assert shift[0, 0] == pytest.approx(0.002 * 4.2647 / 2.7, rel=0.02)  # what is small stays
+    for row, wanted in zip(kept, far, strict=True):
+        rotation, centre = head_pose(row)
+        np.testing.assert_allclose(rotation, head_pose(wanted)[0], atol=1e-5)  # it may turn
+        assert abs(np.log(centre[2] / 2.7)) <= 0.0501

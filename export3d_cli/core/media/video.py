@@ -22,11 +22,11 @@ import numpy as np
 
 from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.files import write_atomic
+from export3d_cli.core.media.codec import VIDEO_SUFFIXES, check_name, encoder
 from export3d_cli.core.media.folder import PictureSequence, pictures, read_pictures
 from export3d_cli.core.media.image import check_size
 from export3d_cli.core.media.probe import VideoInfo, audio_codec, ffmpeg, file_url, has_tone_mapping, probe
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
 SYNTHETIC = "synthetic media: generated with export3d (AI), not a recording"
 __all__ = ["VIDEO_SUFFIXES", "VideoInfo", "VideoReader", "VideoWriter", "probe"]
 _COPIED_AUDIO = {  # codecs each container takes as they are; anything else is encoded anew
@@ -174,6 +174,7 @@ class VideoWriter:
         size: (width, height) of the frames.
         fps: exact frame rate.
         crf: constant rate factor of x264, 0 (lossless) to 51; 18 is visually transparent.
+        alpha: frames are RGBA (H, W, 4), for .webm (VP9), .mov (ProRes 4444) and pictures.
         audio: a file whose sound joins the video, cut to its length; copied as it is when the container takes it.
         audio_start: seconds of that sound to skip.
         metadata: more tags beside the comment that the video is synthetic.
@@ -186,21 +187,21 @@ class VideoWriter:
         size: tuple[int, int],
         fps: Fraction,
         crf: int = 18,
+        alpha: bool = False,
         audio: Path | None = None,
         audio_start: float = 0.0,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
         self.suffix = self.path.suffix.lower()
+        check_name(self.path, alpha=alpha)
         self._sequence = PictureSequence(self.path) if self.suffix == ".png" else None
-        if self.suffix not in (*VIDEO_SUFFIXES, ".png"):
-            usual = ", ".join(VIDEO_SUFFIXES)
-            raise InputError(f"cannot write videos of type {self.suffix!r}: use one of {usual} or FOLDER/%05d.png")
         if self.path.is_dir():
             raise InputError(f"{path} is a folder: give the name of a video file")
         if fps <= 0 or min(size) < 2 or not 0 <= crf <= 51:
             raise InputError(f"a video needs a positive rate, sides of 2 or more, crf 0..51; got {fps}, {size}, {crf}")
         self.size, self.fps, self.crf = size, Fraction(fps), crf
+        self.alpha = alpha
         self.audio_start = audio_start
         self.metadata = {"comment": SYNTHETIC, **(metadata or {})}
         self._codec = audio_codec(audio) if audio is not None and self.suffix not in (".gif", ".png") else None
@@ -239,8 +240,9 @@ class VideoWriter:
     def write(self, frame: np.ndarray) -> None:
         """Append one frame, uint8 (H, W, 3) RGB of the writer's size."""
         width, height = self.size
-        if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
-            raise InputError(f"the writer takes uint8 {(height, width, 3)} frames, got {frame.dtype} {frame.shape}")
+        expected = (height, width, 4 if self.alpha else 3)
+        if frame.dtype != np.uint8 or frame.shape != expected:
+            raise InputError(f"the writer takes uint8 {expected} frames, got {frame.dtype} {frame.shape}")
         if self._sequence:
             self._sequence.write(frame, "; ".join(self.metadata.values()))
             self.frames += 1
@@ -275,22 +277,13 @@ class VideoWriter:
     def _encode_command(self) -> list[str]:
         width, height = self.size
         command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y", "-f", "rawvideo"]
-        command += ["-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(self.fps)]
-        command += ["-i", "pipe:0"]
+        command += ["-pix_fmt", "rgba" if self.alpha else "rgb24", "-video_size", f"{width}x{height}"]
+        command += ["-framerate", str(self.fps), "-i", "pipe:0"]
         if self.suffix == ".gif":  # one palette per frame: a palette of the whole clip would need all of it in memory
             even = "fps=50," if self.fps > 50 else ""  # shorter than 0.02 s a frame, browsers play in slow motion
             palette = even + "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
             return [*command, "-filter_complex", palette, *self._tags(), file_url(self._picture)]
-        command += ["-vf", (
-            f"crop={width // 2 * 2}:{height // 2 * 2}:0:0,"
-            "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
-            "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
-        )]  # fmt: skip
-        if self.suffix == ".webm":  # VP9's scale of crf runs to 63
-            command += ["-c:v", "libvpx-vp9", "-crf", str(round(self.crf * 63 / 51)), "-b:v", "0", "-row-mt", "1"]
-            command += ["-deadline", "good", "-cpu-used", "4"]
-        else:
-            command += ["-c:v", "libx264", "-preset", "medium", "-crf", str(self.crf)]
+        command += encoder(self.suffix, self.crf, self.size, alpha=self.alpha)
         return [*command, *self._tags(), file_url(self._picture)]
 
     def _mux_command(self) -> list[str]:
@@ -302,15 +295,16 @@ class VideoWriter:
         if self._codec in _COPIED_AUDIO[self.suffix] and not self._codec.startswith("pcm_"):
             # a shift, with what falls before 0 dropped, is exact to a packet; a seek is not where there is no index
             command += ["-itsoffset", repr(-self.audio_start)]
-            encoder = ["copy", *(["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else [])]
+            sound = ["copy", *(["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else [])]
         else:
             command += ["-ss", repr(self.audio_start)]
-            encoder = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
+            sound = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
             if self._codec in _COPIED_AUDIO[self.suffix]:  # PCM: its packets are long; this cuts to the sample
-                encoder = [self._codec]
+                sound = [self._codec]
         command += ["-protocol_whitelist", "file,pipe", "-i", file_url(self.audio)]
         command += ["-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy", "-t", f"{float(self.frames / self.fps):.6f}"]
-        command += ["-map_metadata", "-1", "-map_chapters", "-1", "-c:a", *encoder]
+        command += ["-map_metadata", "-1", "-map_chapters", "-1", "-c:a", *sound]
+        command += ["-metadata:s:v:0", "alpha_mode=1"] if self.alpha and self.suffix == ".webm" else []
         return [*command, *self._tags(), file_url(self._temporary)]
 
     def _tags(self) -> list[str]:
@@ -362,7 +356,9 @@ class _Process:
 
     def last_lines(self) -> str:
         """The end of what ffmpeg said, on one line."""
-        return "; ".join(list(self._lines)[-4:]) or "ffmpeg gave no reason"
+        code = self._run.poll() or 0
+        silent = f"ffmpeg was ended by signal {-code}" if code < 0 else "ffmpeg gave no reason"
+        return "; ".join(list(self._lines)[-4:]) or silent
 
     def _read_messages(self) -> None:
         assert self._run.stderr is not None

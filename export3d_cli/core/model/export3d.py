@@ -171,11 +171,15 @@ class Export3D(nn.Module):
         """Colours (B, R, S, C') and densities (B, R, S) at the depths of the rays."""
         B, R, S = depths.shape
         points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
-        features = sample_planes(planes, points)  # (B, R*S, C)
+        colours, densities = self.field(source, planes, points)
+        return colours.view(B, R, S, -1), densities.view(B, R, S)
+
+    def field(self, source: Source, planes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
+        features = sample_planes(planes, points)  # (B, N, C)
         if source.view is not None:
             features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
-        colours, densities = self.decoder(features, points)
-        return colours.view(B, R, S, -1), densities.view(B, R, S)
+        return self.decoder(features, points)
 
     def _photo_detail(self, source: Source, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor) -> PhotoDetail:
         assert self.flow is not None and self.flow_blend is not None

@@ -1,0 +1,34 @@
+"""A small network on LiteRT, without its announcements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+from export3d_cli.core.errors import WeightsError
+from export3d_cli.core.files import quiet_stderr
+
+__all__ = ["Network", "quiet_stderr"]
+
+
+class Network:
+    """One tflite network with a single float32 input; `origin` is the file it came from."""
+
+    def __init__(self, content: bytes, origin: Path, threads: int) -> None:
+        try:
+            self._interpreter = Interpreter(model_content=content, num_threads=threads)
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"{origin} holds a network that does not load ({error}); fetch the file again"
+            ) from error
+        self._input = self._interpreter.get_input_details()[0]
+        self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]
+
+    def __call__(self, array: np.ndarray) -> list[np.ndarray]:
+        """One input without its batch axis -> every output, with it."""
+        self._interpreter.set_tensor(self._input["index"], array[None])
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(index) for index in self._outputs]

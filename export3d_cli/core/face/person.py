@@ -1,0 +1,90 @@
+"""Where the person is in a picture: MediaPipe's selfie segmentation on LiteRT, steady from frame to frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.errors import WeightsError
+from export3d_cli.core.face.litert import Network, quiet_stderr
+
+_SIZE = 256  # input and output side of the network, pixels
+_LOW, _HIGH = 0.1, 0.5  # confidences that mean nothing of the person, and all of it: loose hair is seldom sure
+_HOLE = 1000  # gaps within the person of fewer network pixels are the network's mistakes
+_SOFT = 1.3  # standard deviation of the edge's softening, network pixels
+_CALM = 0.3  # share of the new mask where it differs little from the last one
+_MOVED = 0.5  # difference from which the new mask is taken as it is: something moved there
+_SPREAD = 25  # window, network pixels, over which the colours of the person and of what is behind are found
+
+
+class PersonMask:
+    """Cuts the person out of pictures, uint8 (H, W, 3) RGB. Not safe to share between threads."""
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        """Load `selfie_segmentation.tflite`; raises WeightsError when it cannot be used."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise WeightsError(f"cannot read {path} ({error.strerror}): install export3d-cli again") from error
+        with quiet_stderr():
+            self._network = Network(content, path, threads)
+        self._last: np.ndarray | None = None
+
+    def alpha(self, image: np.ndarray) -> np.ndarray:
+        """How much of each pixel is the person's, float32 (H, W) in [0, 1], for a picture by itself."""
+        height, width = image.shape[:2]
+        return cv2.resize(self._mask(image), (width, height), interpolation=cv2.INTER_LINEAR)
+
+    def follow(self, image: np.ndarray) -> np.ndarray:
+        """The same for the next frame of a video: edges that stand still do not flicker, those that move keep up."""
+        mask = self._mask(image)
+        if self._last is not None:
+            share = _CALM + (1 - _CALM) * np.minimum(np.abs(mask - self._last) / _MOVED, 1)
+            mask = self._last + share * (mask - self._last)
+        self._last = mask
+        height, width = image.shape[:2]
+        return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    def _mask(self, image: np.ndarray) -> np.ndarray:
+        """(256, 256) float32: confidences, their steep edges softened inwards, so that no background shines through."""
+        small = cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
+        (found,) = self._network(small.astype(np.float32) * (1 / 255))
+        mask: np.ndarray = np.clip((found[0, ..., 0] - _LOW) / (_HIGH - _LOW), 0, 1)
+        mask = _without_holes(mask)
+        mask = cv2.GaussianBlur(mask, (0, 0), _SOFT, borderType=cv2.BORDER_REPLICATE)
+        return np.clip((mask - 0.35) / 0.6, 0, 1)
+
+
+def foreground(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The person's own colours, uint8 (H, W, 3), without what shines through at the edges of `alpha` (H, W).
+
+    Colours of both sides are spread over the edge by blurs, in which pixels count that are surely of that side, and
+    what their mixture lacks is added back (after blur-fusion, Forte 2021). Far from the person it is black: nothing
+    hides where alpha is 0.
+    """
+    picture, a = image.astype(np.float32), alpha[..., None]
+    window = max(3, _SPREAD * max(alpha.shape) // _SIZE | 1)
+    near, some = _spread(picture, alpha**6, window)
+    far, _ = _spread(picture, (1 - alpha) ** 6, window)
+    person = near + a * (picture - a * near - (1 - a) * far)
+    return np.where(some, np.clip(person, 0, 255), 0).round().astype(np.uint8)
+
+
+def _spread(picture: np.ndarray, weight: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean colours (H, W, 3) around each pixel, weighted by (H, W); and where there is any weight, (H, W, 1)."""
+    total = cv2.blur(weight, (window, window))[..., None]
+    return cv2.blur(picture * weight[..., None], (window, window)) / (total + 1e-4), total > 1e-4
+
+
+def _without_holes(mask: np.ndarray) -> np.ndarray:
+    """A mask (H, W) with the small gaps filled that the person surrounds."""
+    count, label, boxes, _ = cv2.connectedComponentsWithStats((mask < 0.5).astype(np.uint8), connectivity=4)
+    height, width = mask.shape
+    hole = boxes[:, cv2.CC_STAT_AREA] < _HOLE
+    hole &= (boxes[:, cv2.CC_STAT_LEFT] > 0) & (boxes[:, cv2.CC_STAT_TOP] > 0)
+    hole &= boxes[:, cv2.CC_STAT_LEFT] + boxes[:, cv2.CC_STAT_WIDTH] < width
+    hole &= boxes[:, cv2.CC_STAT_TOP] + boxes[:, cv2.CC_STAT_HEIGHT] < height
+    hole[0] = False  # the person
+    return np.where(hole[label], 1.0, mask).astype(np.float32) if count > 1 and hole.any() else mask

@@ -1,0 +1,40 @@
+"""How frames are encoded for each container: filters and ffmpeg's encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from export3d_cli.core.errors import InputError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
+ALPHA_SUFFIXES = (".webm", ".mov")  # videos that keep transparency
+_BT709 = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+_SAID = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+
+
+def check_name(path: Path, *, alpha: bool = False) -> None:
+    """Raise `InputError` for a name that is neither a video's nor a picture's, or of a kind without transparency."""
+    suffix = path.suffix.lower()
+    if suffix not in (*VIDEO_SUFFIXES, ".png"):
+        usual = ", ".join(VIDEO_SUFFIXES)
+        raise InputError(f"cannot write videos of type {suffix!r}: use one of {usual} or FOLDER/%05d.png")
+    if alpha and suffix not in (*ALPHA_SUFFIXES, ".png"):
+        raise InputError(f"{path} cannot be transparent: write .webm, .mov or FOLDER/%05d.png")
+
+
+def encoder(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> list[str]:
+    """Arguments for frames of `size` (width, height): VP9 for .webm, H.264 for others, ProRes 4444 for .mov with alpha.
+
+    All but ProRes halve the colour's resolution and so want even sides: the last column or row of odd ones is left out.
+    """
+    width, height = size
+    layout = "yuva420p" if alpha else "yuv420p"
+    if suffix == ".webm":  # VP9's scale of crf runs to 63
+        codec = ["libvpx-vp9", "-crf", str(round(crf * 63 / 51)), "-b:v", "0", "-row-mt", "1"]
+        codec += ["-deadline", "good", "-cpu-used", "4", *(["-auto-alt-ref", "0"] if alpha else [])]
+    elif alpha:
+        layout, codec = "yuva444p10le", ["prores_ks", "-profile:v", "4444", "-alpha_bits", "16", "-vendor", "apl0"]
+    else:
+        codec = ["libx264", "-preset", "medium", "-crf", str(crf)]
+    filters = f"crop={width // 2 * 2}:{height // 2 * 2}:0:0,{_BT709},format={layout},{_SAID}"
+    return ["-vf", filters, "-c:v", *codec]
