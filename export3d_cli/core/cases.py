@@ -11,6 +11,7 @@ import numpy as np
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.files import MAX_LIST, check_file, check_inside
 from export3d_cli.core.media.image import is_image, read_image
 from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader
 from export3d_cli.core.scoring import Frames, angles
@@ -52,12 +53,21 @@ class Case:
 def read_clips(dataset: Path) -> list[Clip]:
     """The clips of a folder written by `preprocess`; raises `InputError` for any other."""
     path = dataset / "manifest.jsonl"
+    if not path.is_file():
+        raise InputError(f"{dataset} is not a data set (it has no {path.name}): make one with `export3d preprocess`")
     try:
+        check_file(path, MAX_LIST)
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         named = [(str(line["id"]), str(line.get("person") or line["id"])) for line in lines]
+        for line in lines:
+            check_inside(line["file"])
+            check_inside(line["motion"])
+            if Path(str(line["id"])).name != str(line["id"]):  # files are named after it
+                raise ValueError(f"{str(line['id'])[:80]!r} is no name of a clip")
         paths = [(dataset / line["file"], dataset / line["motion"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{dataset} is not a data set ({error!r}): make one with `export3d preprocess`") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"{dataset} is not a data set ({why}): make one with `export3d preprocess`") from error
     return [Clip(*names, file, Motion.load(motion)) for names, (file, motion) in zip(named, paths, strict=True)]
 
 
@@ -88,6 +98,11 @@ def frontal(motion: Motion) -> int:
     yaw, pitch = angles(motion.camera).T
     score = np.abs(yaw) + np.abs(pitch - np.median(pitch))
     return int(np.where(motion.found, score, np.inf).argmin())
+
+
+def photo_of(clip: Clip, size: int) -> np.ndarray:
+    """The source's picture: its most frontal frame, uint8 (size, size, 3)."""
+    return decode(clip, np.array([frontal(clip.motion)]), size)[0]
 
 
 def chosen_rows(case: Case, most: int | None, take: str = "spread") -> np.ndarray:

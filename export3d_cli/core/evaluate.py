@@ -25,7 +25,17 @@ from torch.nn import functional as F
 
 from export3d_cli.core import metrics
 from export3d_cli.core.animate import Animator
-from export3d_cli.core.cases import Case, chosen_rows, cross_cases, decode, finished, frontal, read_clips, steady_run
+from export3d_cli.core.cases import (
+    Case,
+    chosen_rows,
+    cross_cases,
+    decode,
+    finished,
+    frontal,
+    photo_of,
+    read_clips,
+    steady_run,
+)
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.motion import Motion, head_points
 from export3d_cli.core.identity import load_embedder
@@ -126,9 +136,8 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path, size: int) 
     """
     files = []
     for case in find_cases(dataset, options):
-        photo = decode(case.source, np.array([frontal(case.source.motion)]), size)[0]
         files += [out / f"{case.name}-source.png", out / f"{case.name}-driver{case.driver.file.suffix}"]
-        write_image(files[-2], photo)
+        write_image(files[-2], photo_of(case.source, size))
         shutil.copyfile(case.driver.file, files[-1])
     return files
 
@@ -172,14 +181,14 @@ def _score(
 ) -> tuple[list[dict[str, Any]], list[Scores]]:
     """One row of metrics for each method, and those of each novel view."""
     size = animator.model.config.image_size
-    row, rows = frontal(case.source.motion), chosen_rows(case, options.max_frames, options.take)
+    rows = chosen_rows(case, options.max_frames, options.take)
     if not len(rows):
         return [], []
     run = steady_run(case, len(rows))
     union = np.union1d(rows, run)
     sample = Sample(np.searchsorted(union, rows), np.searchsorted(union, run))
-    photo = decode(case.source, np.array([row]), size)[0]
-    made = make(animator, case, union, options)
+    photo = photo_of(case.source, size)
+    made = make(animator, case, photo, union, options)
     truth = ruler.track(decode(case.target or case.driver, union, size))
     face = ruler.embed(ruler.track([photo]), np.array([0]))
     scored: list[dict[str, Any]] = []
@@ -188,16 +197,17 @@ def _score(
         scored.append({"case": case.name, "method": method, "frames": len(rows), **scores})
     seen: list[Scores] = []
     if options.views and options.model and not options.cross:
-        pictures, cameras = novel_views(animator, case)
+        pictures, cameras = novel_views(animator, case, photo)
         seen = ruler.score_views(ruler.track(pictures, apart=True), cameras, face)
         scored[0] |= {key: metrics.mean_of([view[key] for view in seen]) for key in seen[0]}
     return scored, seen
 
 
-def make(animator: Animator, case: Case, rows: np.ndarray, options: EvaluateOptions) -> dict[str, Frames]:
-    """What each method makes of the source's most frontal frame for the driver's frames `rows`."""
+def make(
+    animator: Animator, case: Case, photo: np.ndarray, rows: np.ndarray, options: EvaluateOptions
+) -> dict[str, Frames]:
+    """What each method makes of the source's photo for the driver's frames `rows`."""
     size, row = animator.model.config.image_size, frontal(case.source.motion)
-    photo = decode(case.source, np.array([row]), size)[0]
     made: dict[str, Frames] = {}
     if options.model:
         motion = case.driver.motion
@@ -214,11 +224,9 @@ def make(animator: Animator, case: Case, rows: np.ndarray, options: EvaluateOpti
     return {**made, "repeat": [photo] * len(rows)}
 
 
-def novel_views(animator: Animator, case: Case) -> tuple[Frames, np.ndarray]:
-    """The source seen from `VIEWS` sides -> pictures and cameras (V, 25)."""
-    row = frontal(case.source.motion)
-    photo = decode(case.source, np.array([row]), animator.model.config.image_size)[0]
-    animator.set_source_motion(photo, case.source.motion, row)
+def novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tuple[Frames, np.ndarray]:
+    """The source's photo seen from `VIEWS` sides -> pictures and cameras (V, 25)."""
+    animator.set_source_motion(photo, case.source.motion, frontal(case.source.motion))
     options = NovelViewOptions(yaw=(-VIEW_YAW, VIEW_YAW), frames=VIEWS, loop="once")
     cameras = orbit_cameras(animator.source_camera(), options)
     return list(animator.view(cameras)), cameras
@@ -267,18 +275,20 @@ def _sheets(animator: Animator, cases: list[Case], result: Evaluation) -> dict[s
     sheets = {f"{place}-{name}": _sheet(animator, known[name], result.options) for place, name in names.items()}
     if result.views:
         chosen = [known[name] for name in dict.fromkeys(names.values())]
-        sheets["views"] = np.concatenate([np.concatenate(novel_views(animator, case)[0], axis=1) for case in chosen])
+        size = animator.model.config.image_size
+        seen = [novel_views(animator, case, photo_of(case.source, size))[0] for case in chosen]
+        sheets["views"] = np.concatenate([np.concatenate(pictures, axis=1) for pictures in seen])
     return sheets
 
 
 def _sheet(animator: Animator, case: Case, options: EvaluateOptions) -> np.ndarray:
     size = animator.model.config.image_size
     rows = chosen_rows(case, SHEET_COLUMNS)
-    photo = decode(case.source, np.array([frontal(case.source.motion)]), size)[0]
+    photo = photo_of(case.source, size)
     lines = {"driver": decode(case.driver, rows, size)}
     if case.target is not None and case.target is not case.driver:
         lines["truth"] = decode(case.target, rows, size)
-    made = make(animator, case, rows, options)
+    made = make(animator, case, photo, rows, options)
     lines |= {method: frames for method, frames in made.items() if method != "repeat"}
     blank = np.full_like(photo, 255)
     return np.concatenate([

@@ -145,3 +145,9 @@ def quiet_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def check_inside(name: str) -> None:
+    """A list that came from elsewhere names nothing outside its data set; raises `ValueError` where it does."""
+    if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name[:80]!r} is no file inside the data set")

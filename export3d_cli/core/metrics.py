@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.camera import head_pose, rotation_log
+from export3d_cli.core.face.mesh import IBUG68 as IBUG68  # what distances of 68 points are measured at
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ METRICS = {
                     "over four depths. Without LPIPS' learned weights: not LPIPS."),
     "mobilenetv2": Metric("lower", "", 3, "The same of a MobileNetV2."),
     "lpips": Metric("lower", "", 3, "LPIPS (Zhang et al. 2018) with its learned weights."),
-    "akd478": Metric("lower", "px", 2, "Average keypoint distance: all 478 landmarks, pixels of a 256 image."),
-    "akd68": Metric("lower", "px", 2, "Average keypoint distance of the 68 points of iBUG among them."),
+    "akd478": Metric("lower", "px", 2, "Average keypoint distance: Euclidean, all 478 landmarks, pixels at 256."),
+    "akd68": Metric("lower", "px", 2, "The same of the 68 points of iBUG among them."),
     "aed": Metric("lower", "", 4, "Average expression distance: mean absolute difference of 52 blendshape weights."),
     "apd": Metric("lower", "", 4, "Average pose distance: mean absolute difference of six numbers, the head's rotation "
                   "vector (radians) and centre (about half metres) before the camera."),
@@ -57,12 +58,6 @@ METRICS = {
     "view_lost": Metric("lower", "", 3, "Novel views: share in which no face is found."),
 }  # fmt: skip
 PIXELS = 256  # image side in which landmark distances are told, whatever the images' own
-# The 68 points of iBUG (jaw, brows, nose, eyes, outer and inner lips) among MediaPipe's 478, as commonly chosen.
-IBUG68 = (
-    162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389, 71, 63, 105, 66, 107, 336, 296,
-    334, 293, 301, 168, 197, 5, 4, 75, 97, 2, 326, 305, 33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380, 61,
-    39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87,
-)  # fmt: skip
 # ArcFace's template at 112 pixels, in the image's order: left eye, right eye, nose, left and right mouth corner.
 ARCFACE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
 ARCFACE_SIDE = 112

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -45,9 +46,10 @@ def data_set(tmp_path_factory):
 @pytest.fixture(scope="module")
 def heads(data_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
+    shutil.copytree(data_set / "clips", folder / "clips")
     line = json.loads((data_set / "manifest.jsonl").read_text())
     lines = [
-        {**line, "id": f"{head}_t{t:02d}", "person": head, **{k: str(data_set / line[k]) for k in ("file", "motion")}}
+        {**line, "id": f"{head}_t{t:02d}", "person": head}
         for head in ("a", "b") for t in range(2)
     ]  # fmt: skip
     (folder / "manifest.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -124,13 +126,12 @@ def test_heads_that_share_tracks_have_a_truth(animator, heads):
 
 
 def test_two_people_without_a_truth(animator, heads, tmp_path):
+    shutil.copytree(heads / "clips", tmp_path / "clips")
     lines = (heads / "manifest.jsonl").read_text().replace("_t0", "_0").splitlines()
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
     result = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True, pairs=2), out=tmp_path / "out")
     assert result.mean["flow"]["psnr"] is None and result.mean["flow"]["akd478"] is None
     assert result.mean["flow"]["aed"] is not None
-    again = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True, pairs=2))
-    assert [row["case"] for row in again.clips] == [row["case"] for row in result.clips]
 
 
 def test_intervals_need_more_than_one_clip(animator, data_set, heads, result):
@@ -249,6 +250,11 @@ def test_identity_of_the_repeated_source_is_one(animator, data_set, tmp_path):
 def test_what_cannot_be_used_is_an_input_error(animator, data_set, tmp_path):
     with pytest.raises(InputError, match="is not a data set"):
         evaluate(animator, tmp_path)
+    line = json.loads((data_set / "manifest.jsonl").read_text())
+    for key, value in (("id", "../x"), ("id", "a/b"), ("file", "/etc/passwd"), ("motion", "../m.npz"), ("file", 3)):
+        (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, key: value}))
+        with pytest.raises(InputError, match="is not a data set"):
+            evaluate(animator, tmp_path)
     with pytest.raises(InputError, match="no pair of two people"):
         evaluate(animator, data_set, EvaluateOptions(cross=True))
     (tmp_path / "id.pt").write_bytes(b"no network")

@@ -17,7 +17,7 @@ import numpy as np
 from export3d_cli.core.config import DataConfig
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion, head_points
-from export3d_cli.core.files import MAX_LIST, check_file, hold
+from export3d_cli.core.files import MAX_LIST, check_file, check_inside, hold
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 
@@ -102,20 +102,14 @@ def _read_manifest(folder: Path) -> list[dict[str, Any]]:
         kept = [e for e in entries if e.get("split", "train") in ("train", "", None)]
         for entry in kept:
             entry["id"], entry["file"], entry["motion"] = str(entry["id"]), str(entry["file"]), str(entry["motion"])
-            _check_inside(entry["file"])
-            _check_inside(entry["motion"])
+            check_inside(entry["file"])
+            check_inside(entry["motion"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise InputError(f"cannot read the data set's list {path} ({why}); was it written by preprocess?") from error
     if not kept:
         raise InputError(f"{path} lists no clip of the split 'train'")
     return kept
-
-
-def _check_inside(name: str) -> None:
-    """A list that came from elsewhere reads nothing outside its data set."""
-    if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{name[:80]!r} is no file inside the data set")
 
 
 def _stamp_of(place: Path) -> str:
