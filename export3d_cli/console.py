@@ -143,6 +143,8 @@ def settings() -> Settings:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict) and all(isinstance(v, float) for v in value.values()):
+        return " ".join(f"{key} {v:.3g}" for key, v in value.items())
     if isinstance(value, (list, tuple)) and (not value or isinstance(value[0], (dict, Path, str))):
         return str(len(value))
     return f"{value:.2f}" if isinstance(value, float) else str(value)

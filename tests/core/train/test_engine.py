@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_state, load_weights
 from export3d_cli.core.config import PRESETS, AdversarialConfig, TrainConfig, save_yaml, train_config
 from export3d_cli.core.errors import ConfigError, TrainingError
@@ -22,6 +23,7 @@ from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train import pretrain
 from export3d_cli.core.train import stage as stages
+from export3d_cli.core.train.data import Batch
 from export3d_cli.core.train.parallel import World
 from export3d_cli.core.train.plan import plan
 from export3d_cli.core.train.run import Run
@@ -291,3 +293,27 @@ def test_plan_counts_what_is_there() -> None:
     layers = hidden * 2 * PRESETS["tiny"].plane_channels + hidden * (PRESETS["tiny"].raw_channels + 1)
     assert found.gflops["decoder"] == pytest.approx(2e-9 * side * side * samples * layers)
     assert found.memory_mib == pytest.approx(found.weights_mib + 4 * found.activations_mib_a_pair)
+
+
+def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> None:
+    model = Export3D(PRESETS["tiny"])
+    kinds: dict[str, set[torch.dtype]] = {"ray": set(), "layer": set()}
+    whole = model._decode
+
+    def decode(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        colours, densities = whole(*args)  # type: ignore[arg-type]
+        kinds["ray"] |= {x.dtype for x in (*args[2:], colours, densities) if isinstance(x, torch.Tensor)}
+        return colours, densities
+
+    model._decode = decode  # type: ignore[method-assign]
+    model.decoder.hidden.register_forward_hook(lambda module, args, out: kinds["layer"].add(out.dtype))
+    camera = torch.from_numpy(Camera.orbit(0, 0).vector()).float()[None].expand(2, -1)
+    beta, image = torch.rand(2, 64), torch.rand(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(image, beta, camera, torch.zeros(2, 478, 3), beta, camera)
+        loss, _ = stages.reconstruction_loss(
+            output, Batch(image, beta, camera, beta, image, beta, camera, torch.rand(2, 478, 2)), tiny, None
+        )
+    assert kinds["ray"] == {torch.float32}
+    assert kinds["layer"] == {torch.bfloat16}  # what is between them is not
+    assert {output.depth.dtype, output.opacity.dtype, output.raw.dtype, loss.dtype} == {torch.float32}
