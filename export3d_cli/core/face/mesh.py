@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.errors import WeightsError
+from export3d_cli.core.files import DAMAGED_ZIP
 
 UNITS_PER_CM = 1 / 58  # head-frame units: a face whose box is 1/2.1 of the crop is then seen from EG3D's radius 2.7
 POINTS, SURFACE = 478, 468  # all points; those of the mesh proper, without the irises
@@ -35,6 +36,17 @@ RIGID_WEIGHTS = {
     358: 0.12063, 361: 0.00556, 362: 0.05329, 365: 0.06689, 372: 0.01482, 376: 0.01426, 420: 0.02546, 425: 0.04725,
 }  # fmt: skip
 RIGID = tuple(RIGID_WEIGHTS)
+# The 68 points of iBUG (jaw, brows, nose, eyes, outer and inner lips) among the 478, as commonly chosen.
+IBUG68 = (
+    162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389, 71, 63, 105, 66, 107, 336, 296,
+    334, 293, 301, 168, 197, 5, 4, 75, 97, 2, 326, 305, 33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380, 61,
+    39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87,
+)  # fmt: skip
+IBUG68_MIRROR = (  # for each of them, the one on the other side
+    16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 27, 28, 29, 30,
+    35, 34, 33, 32, 31, 45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40, 54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55,
+    64, 63, 62, 61, 60, 67, 66, 65,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def canonical_face(bundle: Path) -> CanonicalFace:
         indices = [v for f, v in _fields(mesh) if f == 4 and isinstance(v, int)]
         surface = np.array(vertices, dtype=np.float64).reshape(SURFACE, 5)[:, :3]
         triangles = np.array(indices, dtype=np.int64).reshape(-1, 3)
-    except (OSError, KeyError, ValueError, IndexError, StopIteration, struct.error, zipfile.BadZipFile) as error:
+    except (*DAMAGED_ZIP, StopIteration) as error:
         raise WeightsError(f"{bundle} holds no canonical face ({error}): install export3d-cli again") from error
     points = surface * [1, -1, -1] * UNITS_PER_CM  # MediaPipe: centimetres, y up, z towards the camera
     irises = [points[list(RIGHT_EYE)].mean(0)] * 5 + [points[list(LEFT_EYE)].mean(0)] * 5
