@@ -22,7 +22,8 @@ class Lists:
         self.out, self.shard = out, shard
         others = {kind: sorted(out.glob(f"{kind}-*of*.jsonl")) for kind in ("manifest", "rejected")}
         self._merged = [] if shard else [path for paths in others.values() for path in paths]
-        known, torn = {}, set()
+        known: dict[str, list[Line]] = {}
+        torn: set[str] = set()
         for kind in others:
             known[kind] = []
             for path in (out / f"{kind}.jsonl", *others[kind]):
