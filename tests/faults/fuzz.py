@@ -1,0 +1,218 @@
+"""A mutation fuzzer for every reader of ours: `python tests/faults/fuzz.py --executions 2000 --seed 1 [READER...]`.
+
+It changes whole files a little (bits, bytes, pieces, numbers, words; inside zip members and safetensors headers too, so
+that checksums and lengths stay right) and reads them. Anything but a result or one of our errors is a crash: another
+exception, more than ten seconds, or half a gigabyte of memory that stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from bad_media import clip, encoded, y4m
+from bad_numbers import npz, safetensors, zipped
+from faultkit import TookTooLongError, memory, within
+
+from export3d_cli.core.camera import Camera
+from export3d_cli.core.checkpoint import load_state, load_weights
+from export3d_cli.core.config import PRESETS, load_train_config, to_dict
+from export3d_cli.core.errors import Export3DError
+from export3d_cli.core.face import arkit
+from export3d_cli.core.face.mesh import canonical_face
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.lists import Lists
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.train.cache import load_set
+from export3d_cli.core.weights import example, info, weights_dir
+
+NUMBERS = [0, 1, -1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1]
+WORDS = [b"nan",
+         b"-1", b"1e999", b"null", b"{", b"[", b"}", b'"', b",", b"\n", b"\0", b"!!python/name:os.system", b"&a",
+         b"*a", b"9" * 400, b"../" * 9, b"\xff", b"=1+1", b"'", b"(" * 90, b"true", b"<f8", b"F64",
+         b"__metadata__"]  # fmt: skip
+SECONDS, STAYS = 10, 512  # for one file; MiB
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """A few changes."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at = rng.randrange(len(changed) + 1) if rng.random() < 0.6 else rng.randrange(min(len(changed), 400) + 1)
+        kind = rng.randrange(8)
+        if kind == 0 and changed:
+            changed[at % len(changed)] ^= 1 << rng.randrange(8)
+        elif kind == 1 and changed:
+            changed[at % len(changed)] = rng.randrange(256)
+        elif kind == 2:
+            order = rng.choice("<>") + rng.choice("bhiq")
+            number = rng.choice(NUMBERS)
+            size = struct.calcsize(order)
+            changed[at : at + size] = (number % 256**size).to_bytes(size, "little" if order[0] == "<" else "big")
+        elif kind == 3:
+            del changed[at : at + rng.choice((1, 4, 64, 4096))]
+        elif kind == 4:
+            changed[at:at] = changed[at : at + rng.choice((1, 4, 64, 1024))] * rng.choice((1, 2, 9))
+        elif kind == 5:
+            changed[at:at] = rng.choice(WORDS)
+        elif kind == 6:
+            changed[at : at + 4] = rng.choice(WORDS)
+        elif kind == 7 and rng.random() < 0.3:
+            del changed[at:]
+    return bytes(changed)
+
+
+def mutate_zip(data: bytes, rng: random.Random) -> bytes:
+    """Changes inside the members, which are packed again; or of the whole."""
+    if rng.random() < 0.3:
+        return mutate(data, rng)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(list(members))
+    members[name] = mutate(members[name][:200], rng) + members[name][200:] if rng.random() < 0.7 else b""
+    return zipped(members)
+
+
+def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """Changes of the header with its length told truly; or of the whole."""
+    if rng.random() < 0.3:
+        return mutate(data, rng)
+    (length,) = struct.unpack("<Q", data[:8])
+    return safetensors(mutate(data[8 : 8 + length], rng), data[8 + length :])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One reader of ours: whole files, how they are changed, and how they are read."""
+
+    seeds: list[bytes]
+    suffix: str
+    read: Callable[[Path], object]
+    mutate: Callable[[bytes, random.Random], bytes] = mutate
+    cost: int = 1  # an execution counts as so many
+
+
+def readers() -> dict[str, Reader]:
+    """All of them."""
+    jpeg = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(example("source.jpg"))), (96, 96)))[1].tobytes()
+    pose = np.tile(Camera.orbit(0, 0).vector(), (2, 1))
+    motion = npz({"beta": np.zeros((2, 64)), "camera": pose, "landmarks": np.zeros((2, 478, 3)),
+                  "found": np.ones(2, bool), "fps": np.array([25, 1]), "crop": np.array([0.0, 0, 64]),
+                  "size": np.array([64, 64])})  # fmt: skip
+    tensors = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
+    meta = {"format": "export3d-1", "config": json.dumps(to_dict(PRESETS["tiny"])), "record": "{}"}
+    weights = safetensors({**tensors, "__metadata__": meta}, bytes(16))
+    state = safetensors({**tensors, "__metadata__": {"info": '{"stage": "clebs", "step": 1}'}}, bytes(16))
+    columns = ",".join(["Timecode", *arkit.ARKIT_NAMES, *arkit.ANGLES])
+    take = "\n".join([columns, *(f"10:00:00:{i:02d}.000" + ",0.1" * 55 for i in range(4))]).encode()
+    line = {"id": "a", "source": "a", "file": "clips/a.mp4", "motion": "clips/a.motion.npz", "frames": 2}
+    manifest = (json.dumps(line) + "\n" + json.dumps({**line, "id": "b"}) + "\n").encode()
+    yaml = b"preset: tiny\nlr: 1e-4\nstages: [clebs, reconstruction]\nmodel: {width: 64, stem: [8, 8, 16]}\n"
+    yaml += b"data:\n  path: [x]\n"
+    bundle = zipped({"geometry_pipeline_metadata_landmarks.binarypb": _geometry()})
+    measures = weights_dir() / "arkit_measures.npz"
+    camera = Camera.orbit(0, 0).vector()
+
+    def video(path: Path) -> None:
+        with VideoReader(path) as reader:
+            for number, _ in enumerate(reader):
+                if number > 20:
+                    break
+
+    return {
+        "image": Reader([jpeg, *(encoded(s) for s in (".png", ".webp", ".bmp", ".tif")), encoded(".png", alpha=True)],
+                        ".img", read_image),
+        "video": Reader([clip(), clip(".mkv"), clip(".gif"), y4m("W64 H64", "F25:1", 3, b"\x80" * 6144)], ".vid", video,
+                        cost=20),
+        "motion": Reader([motion], ".motion.npz", Motion.load, mutate_zip),
+        "weights": Reader([weights], ".safetensors", load_weights, mutate_safetensors),
+        "weights info": Reader([weights], ".safetensors", info, mutate_safetensors),
+        "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
+        "config": Reader([yaml], ".yaml", load_train_config),
+        "manifest of preprocess": Reader([manifest], "/manifest.jsonl", lambda path: Lists(path.parent, None).close()),
+        "manifest of train": Reader([manifest], "/manifest.jsonl", lambda path: load_set(path.parent, 64)),
+        "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, measures, camera)),
+        "measures": Reader([measures.read_bytes()], ".npz", lambda path: _take(path, take, camera), mutate_zip),
+        "bundle": Reader([bundle], ".task", lambda path: canonical_face.__wrapped__(path), mutate_zip),
+    }  # fmt: skip
+
+
+def _take(measures: Path, take: bytes, camera: np.ndarray) -> None:
+    path = measures.with_suffix(".csv")
+    path.write_bytes(take)
+    arkit.read_csv(path, measures, camera)
+
+
+def _geometry() -> bytes:
+    with zipfile.ZipFile(weights_dir() / "face_landmarker.task") as archive:
+        return archive.read("geometry_pipeline_metadata_landmarks.binarypb")
+
+
+def fuzz(name: str, executions: int, seed: int) -> tuple[int, list[str]]:
+    """Read so many changed files; how many were read, and a line for every crash."""
+    reader, rng, crashes, read = readers()[name], random.Random(f"{name} {seed}"), [], 0
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        for number in range(max(1, executions // reader.cost)):
+            data = reader.mutate(rng.choice(reader.seeds), rng)
+            path = Path(folder) / f"{number}{reader.suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            before = memory()
+            try:
+                with within(SECONDS):
+                    reader.read(path)
+                read += 1
+            except Export3DError as error:
+                if len(str(error)) > 2000:
+                    crashes.append(f"{name} {number}: a message of {len(str(error))} characters")
+            except (Exception, TookTooLongError) as error:
+                crashes.append(f"{name} {number}: {type(error).__name__}: {str(error)[:200]}")
+                Path(f"crash-{name.replace(' ', '-')}-{seed}-{number}").write_bytes(data) if KEEP else None
+            if memory() - before > STAYS:
+                crashes.append(f"{name} {number}: {memory() - before} MiB stay")
+            path.unlink(missing_ok=True)
+    return read, crashes
+
+
+KEEP = False  # whether files that crash are written to the folder we stand in
+
+
+def main() -> int:
+    """The command line; exit code 1 after a crash."""
+    global KEEP
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("names", nargs="*", metavar="READER")
+    parser.add_argument("--executions", type=int, default=1000, help="of each reader; a video counts as 20")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="write files that crash to this folder")
+    args = parser.parse_args()
+    KEEP, total = args.keep, 0
+    for name in args.names or readers():
+        began = time.monotonic()
+        read, crashes = fuzz(name, args.executions, args.seed)
+        count = max(1, args.executions // readers()[name].cost)
+        print(
+            f"{name}: {count} executions, {read} readable, {len(crashes)} crashes, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        for line in crashes:
+            print(f"  {line}")
+        total += len(crashes)
+    return int(total > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Bad files, one at a time, to the command that reads them: an exit code, one line, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from bad_media import pictures, videos
+from bad_numbers import configs, manifests, motions, takes
+from bad_numbers import weights as weight_files
+from faultkit import CODES, Bad, TookTooLongError, check_error, left, run
+
+TINY = ("--device", "cpu", "--precision", "fp32", "--max-frames", "2", "--audio", "none", "--batch", "2")
+
+
+def args_for(bad: Bad, path: Path, good: SimpleNamespace, out: Path) -> list[object]:
+    """The command that reads this file."""
+    if bad.reader == "config":
+        return ["train", "--config", path, "--dry-run", f"run={out / 'run'}"]
+    if bad.reader == "manifest":
+        where = [f"data.path=[{path.parent}]", f"run={out / 'run'}", "steps=0", "stages=[reconstruction]"]
+        return ["train", "--config", good.config, *where]
+    source = path if bad.reader == "image" else good.source
+    driver = path if bad.reader in ("video", "motion", "csv") else good.motion
+    weights = path if bad.reader == "weights" else good.weights
+    return ["reenact", "-o", out / "out.mp4", "--weights", weights, *TINY, "--", source, driver]
+
+
+def check(bad: Bad, good: SimpleNamespace, tmp_path: Path) -> int:
+    """Run the command; the exit code."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    if bad.reader == "manifest":
+        (folder / "clips").symlink_to(good.data / "clips")
+    bad.make(folder / bad.file)
+    before = left(folder)
+    ended = run(*args_for(bad, folder / bad.file, good, out))
+    check_error(ended, CODES[bad.reader] | ({0} if bad.harmless else set()))
+    if bad.reader == "manifest":
+        assert not (out / "run" / "weights.safetensors").exists()
+    else:
+        assert left(out) == ([] if ended.code else ["out.mp4"])
+    assert left(folder) == before
+    return ended.code
+
+
+@pytest.mark.parametrize("bad", [*pictures(), *videos()], ids=str)
+def test_media(bad: Bad, good: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check(bad, good, tmp_path)
+    assert capfd.readouterr().err == "", "a library wrote past our one line"
+
+
+@pytest.mark.parametrize("kind", ["motion", "weights", "config", "manifest", "csv"])
+def test_numbers(kind: str, good: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = {
+        "motion": lambda: motions(good.motion), "weights": lambda: weight_files(good.weights), "config": configs,
+        "manifest": manifests, "csv": lambda: takes(good.csv),
+    }  # fmt: skip
+    failures = []
+    for number, bad in enumerate(made[kind]()):
+        (tmp_path / str(number)).mkdir()
+        try:
+            check(bad, good, tmp_path / str(number))
+        except (AssertionError, TookTooLongError) as error:
+            failures.append(f"{bad}: {str(error).splitlines()[0][:300]}")
+    assert not failures, "\n".join(failures)
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,165 @@
+"""Processes killed on the way: no half output, no ffmpeg left, nothing lost or doubled when the command is run again.
+
+The slow test kills the commands 52 times at random moments; its last results stand in README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from faultkit import descendants, spawn
+
+from export3d_cli.core.media.video import VideoReader
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}}  # -N: before ours was installed
+CLEAN = (signal.SIGTERM, signal.SIGINT)  # those that the program can answer
+
+
+class Job:
+    """A command in a folder of its own, and what has to be there when it has ended."""
+
+    def __init__(self, kind: str, good: SimpleNamespace, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+        folder.mkdir()
+        if kind == "reenact":
+            self.args = ["reenact", good.source, good.clip, "-o", folder / "out.mp4", "--weights", good.weights,
+                         "--device", "cpu", "--precision", "fp32", "--overwrite"]  # fmt: skip
+        elif kind in ("preprocess", "workers"):
+            (folder / "videos").mkdir()
+            for number in range(3):
+                shutil.copy(good.clip, folder / f"videos/p{number}_0.mp4")
+            self.args = ["preprocess", folder / "videos", "-o", folder / "data", "--size", "64", "--min-seconds", "0"]
+            self.args += ["--workers", "2"] if kind == "workers" else []
+        else:
+            where = [f"run={folder / 'run'}", f"data.path=[{good.data}]", f"data.cache={folder / 'cache'}"]
+            self.args = ["train", "--config", good.config, *where]
+
+    def check_names(self) -> None:
+        """What stands under a final name is whole, at any moment."""
+        if self.kind == "reenact":
+            if (self.folder / "out.mp4").exists():
+                assert len(list(VideoReader(self.folder / "out.mp4"))) == 8
+        elif self.kind != "train":
+            for line in self._lines("data/manifest.jsonl"):
+                assert len(list(VideoReader(self.folder / "data" / line["file"]))) == line["frames"] == 8
+        else:
+            for name in ("state.safetensors", "weights.safetensors"):
+                path = self.folder / "run" / name
+                if path.exists():
+                    from safetensors import safe_open
+
+                    with safe_open(path, framework="numpy") as file:
+                        assert list(file.keys())
+
+    def result(self) -> object:
+        """All that a run leaves, to be compared with that of a run that nobody stopped."""
+        if self.kind == "reenact":
+            return (self.folder / "out.mp4").read_bytes()
+        if self.kind != "train":
+            lines = self._lines("data/manifest.jsonl")
+            return lines, [(self.folder / "data" / line["file"]).read_bytes() for line in lines]
+        clocks = ("minutes", "seconds_a_step", "images_a_second")
+        steps = [{k: v for k, v in line.items() if k not in clocks} for line in self._lines("run/stats.jsonl")]
+        return steps, (self.folder / "run/weights.safetensors").read_bytes()
+
+    def _lines(self, name: str) -> list[dict[str, object]]:
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def temporary(self) -> list[str]:
+        """What is there that should not stay."""
+        found = [p.name for p in self.folder.rglob("*") if ".part" in p.name or p.name.endswith(".tmp")]
+        return sorted(found)
+
+
+def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str = "") -> int:
+    """Start the job; kill it after so many seconds or when a file of this pattern is there; what it returned."""
+    work = spawn(job.args)
+    began = time.monotonic()
+    while work.poll() is None and time.monotonic() - began < 120:
+        if any(job.folder.rglob(when)) if when else time.monotonic() - began > after:
+            break
+        time.sleep(0.02)
+    work.send_signal(number)
+    _, err = work.communicate(timeout=60)
+    assert work.returncode in CODES[number] | {0}, err
+    assert not (number in CLEAN and work.returncode > 0 and b"Traceback" in err), err
+    deadline = time.monotonic() + 30
+    while descendants(work.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert descendants(work.pid) == [], "ffmpeg is left"
+    job.check_names()
+    if number in CLEAN and work.returncode > 0:
+        assert job.temporary() == []
+    return int(work.returncode)
+
+
+def finish(job: Job) -> None:
+    """The same command again, to its end."""
+    work = spawn(job.args)
+    _, err = work.communicate(timeout=300)
+    assert work.returncode == 0, err
+    assert job.temporary() == []
+
+
+@pytest.fixture(scope="session")
+def whole(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, float]]:
+    """What each job leaves when nobody stops it, and the seconds it takes."""
+    found = {}
+    for kind in ("reenact", "preprocess", "workers", "train"):
+        job = Job(kind, good, tmp_path_factory.mktemp("whole") / kind)
+        began = time.monotonic()
+        finish(job)
+        found[kind] = job.result(), time.monotonic() - began
+    return found
+
+
+CASES = [
+    ("reenact", signal.SIGKILL, "*.part.mp4"), ("reenact", signal.SIGINT, "*.part.mp4"),
+    ("preprocess", signal.SIGKILL, "*-c01.motion.npz"), ("preprocess", signal.SIGTERM, "*.part.mp4"),
+    ("workers", signal.SIGKILL, "*.part.mp4"),
+    ("train", signal.SIGKILL, "state.safetensors"), ("train", signal.SIGTERM, "stats.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("kind", "number", "when"), CASES)
+def test_killed_at_work(
+    kind: str, number: signal.Signals, when: str, good: SimpleNamespace, tmp_path: Path,
+    whole: dict[str, tuple[object, float]],
+) -> None:  # fmt: skip
+    job = Job(kind, good, tmp_path / "job")
+    kill_once(job, number, when=when)
+    finish(job)
+    assert job.result() == whole[kind][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reenact", "preprocess", "workers", "train"])
+def test_killed_at_random(
+    kind: str, good: SimpleNamespace, tmp_path: Path, whole: dict[str, tuple[object, float]]
+) -> None:
+    """13 moments of each, 52 in all; after every third kill the command is let run to its end."""
+    rng, ends = random.Random(kind), Counter[str]()
+    expected, seconds = whole[kind]
+    job, round_ = Job(kind, good, tmp_path / "job0"), 0
+    for number in range(13):
+        chosen = SIGNALS[number % 3]
+        code = kill_once(job, chosen, after=rng.uniform(0.0, seconds))
+        ends[f"{chosen.name} {'too late' if code == 0 else code}"] += 1
+        if number % 3 == 2 or number == 12:
+            finish(job)
+            assert job.result() == expected
+            round_ += 1
+            job = Job(kind, good, tmp_path / f"job{round_}")
+    print(json.dumps({kind: ends, "seconds": round(seconds, 1)}))

@@ -1,0 +1,182 @@
+"""Long runs: memory stays flat, frames are exact, sound stays in step, and two processes do no harm to each other.
+
+All but the last are slow; their last results stand in README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from faultkit import command, left, memory, run, spawn
+
+from export3d_cli.core.media.probe import ffmpeg, probe
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.weights import example
+
+MINUTES = int(os.environ.get("FAULTS_MINUTES", "10"))
+BEEP_EVERY = 60  # seconds
+
+
+def long_driver(path: Path) -> int:
+    """The bundled driver over and over, with a beep at the beginning of every minute; its number of frames."""
+    tone = "aevalsrc='if(lt(mod(t,{every}),0.1),sin(2*PI*1000*t),0)':s=16000:d={all}"
+    sound = tone.format(every=BEEP_EVERY, all=MINUTES * 60)
+    frames = MINUTES * 60 * 25
+    inputs = ["-stream_loop", "-1", "-i", str(example("drive.mp4")), "-f", "lavfi", "-i", sound]
+    picture = ["-vf", "scale=256:256,settb=1/25,setpts=N", "-r", "25", "-frames:v", str(frames), "-c:v", "libx264"]
+    maps = ["-map", "0:v", "-map", "1:a", *picture, "-preset", "ultrafast", "-c:a", "aac", str(path)]
+    subprocess.run([ffmpeg(), "-loglevel", "error", *inputs, *maps], check=True)
+    return frames
+
+
+def packets(path: Path, stream: str) -> int:
+    """How many packets a stream has."""
+    listing = [ffmpeg(), "-loglevel", "error", "-i", str(path), "-map", stream, "-c", "copy", "-f", "framecrc", "-"]
+    lines = subprocess.run(listing, check=True, capture_output=True).stdout.splitlines()
+    return sum(not line.startswith(b"#") for line in lines)
+
+
+def beeps(path: Path) -> np.ndarray:
+    """Seconds at which beeps begin."""
+    decode = [
+        ffmpeg(),
+        "-loglevel",
+        "error",
+        "-i",
+        str(path),
+        "-map",
+        "0:a",
+        "-ac",
+        "1",
+        "-ar",
+        "16000",
+        "-f",
+        "s16le",
+        "-",
+    ]
+    sound = np.frombuffer(subprocess.run(decode, check=True, capture_output=True).stdout, np.int16)
+    loud = np.flatnonzero(np.abs(sound.astype(np.int32)) > 5000) / 16000
+    return loud[np.diff(loud, prepend=-10) > 1]
+
+
+def resident(pid: int) -> int:
+    """KiB that a process has in memory; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
+
+
+@pytest.mark.slow
+def test_ten_minutes(good: SimpleNamespace, tmp_path: Path) -> None:
+    driver, out = tmp_path / "long.mp4", tmp_path / "out.mp4"
+    frames = long_driver(driver)
+    assert packets(driver, "0:v") == frames
+    began = time.monotonic()
+    args = ["reenact", good.source, driver, "-o", out, "--weights", good.weights, "--device", "cpu", "--batch", "4"]
+    work = spawn([*args, "--precision", "fp32", "--json"])
+    taken: list[tuple[float, int]] = []
+
+    def watch() -> None:
+        while work.poll() is None:
+            taken.append((time.monotonic() - began, resident(work.pid)))
+            time.sleep(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    told, err = work.communicate()
+    watcher.join()
+    assert work.returncode == 0, err
+    seconds, size = np.array([sample for sample in taken if sample[1]], float).T
+    settled = seconds > seconds[-1] * 0.2
+    slope = np.polyfit(seconds[settled], size[settled] / 1024, 1)[0] * seconds[-1]  # MiB over the whole run
+    heard, given = beeps(out), beeps(driver)
+    report = {
+        "frames": json.loads(told)["frames"], "seconds": round(seconds[-1]), "slope_mib": round(slope, 2),
+        "peak_mib": round(size.max() / 1024), "beeps_ms": [round(1000 * d, 1) for d in (heard - given)[[0, -1]]],
+    }  # fmt: skip
+    print(json.dumps(report))
+    assert json.loads(told)["frames"] == packets(out, "0:v") == frames
+    assert abs(slope) < 25, report
+    assert len(heard) == len(given) == MINUTES
+    assert np.abs(heard - given).max() < 0.04, report
+
+
+@pytest.mark.slow
+def test_two_hundred_jobs_in_one_process(good: SimpleNamespace, tmp_path: Path) -> None:
+    sizes, descriptors, threads = [], [], []
+    jobs = [
+        ["reenact", good.source, good.clip, "-o", tmp_path / "out.mp4", "--weights", good.weights],
+        ["reenact", good.source, good.motion, "-o", tmp_path / "out.webm", "--weights", good.weights],
+        ["novel-view", good.source, "-o", tmp_path / "view.png", "--yaw", "10", "--weights", good.weights],
+        ["reenact", good.source, good.folder / "nothing.mp4", "-o", tmp_path / "no.mp4"],
+    ]
+    for number in range(200):
+        job = jobs[number % len(jobs)]
+        more = [] if job[-1] == tmp_path / "no.mp4" else ["--overwrite", "--device", "cpu", "--precision", "fp32"]
+        ended = run(*job, *more)
+        assert ended.code == (2 if number % len(jobs) == 3 else 0), ended.err
+        sizes.append(memory())
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+        threads.append(threading.active_count())
+    slope = np.polyfit(np.arange(100, 200), sizes[100:], 1)[0] * 100
+    print(json.dumps({"mib_at_40_120_200": sizes[39::80], "mib_over_the_last_100": round(slope, 2)}))
+    assert slope < 20, sizes[::10]
+    assert descriptors[-1] <= descriptors[20]
+    assert threads[-1] <= threads[20]
+    assert left(tmp_path) == ["out.mp4", "out.webm", "view.png"]
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> None:
+    """Reenact: one result, whole. Preprocess and train: one works and the other says so, or both end whole."""
+    args = ["reenact", good.source, good.clip, "-o", tmp_path / "out.mp4", "--weights", good.weights, "--device", "cpu",
+            "--precision", "fp32", "--overwrite"]  # fmt: skip
+    for work in [spawn(args), spawn(args)]:
+        assert work.wait(300) == 0, work.stderr and work.stderr.read()
+    assert probe(tmp_path / "out.mp4").frames == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
+    assert left(tmp_path) == ["out.mp4"]
+
+    data = tmp_path / "data"
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(4):
+        (videos / f"p{number}_0.mp4").write_bytes(good.clip.read_bytes())
+    args = ["preprocess", videos, "-o", data, "--max-frames", "6", "--min-seconds", "0"]
+    both = [spawn(args), spawn(args)]
+    codes = [work.wait(300) for work in both]
+    assert 0 in codes
+    assert set(codes) <= {0, 1}, [work.stderr.read() for work in both if work.stderr]
+    lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == [f"p{number}_0" for number in range(4)]
+    assert [p.name for p in data.rglob(".*part*")] == []
+
+    args = [
+        "train",
+        "--config",
+        good.config,
+        f"run={tmp_path / 'run'}",
+        f"data.path=[{good.data}]",
+        f"data.cache={tmp_path / 'c'}",
+    ]
+    both = [spawn(args), spawn(args)]
+    codes = [work.wait(300) for work in both]
+    assert 0 in codes
+    assert set(codes) <= {0, 1}, [work.stderr.read() for work in both if work.stderr]
+    steps = []
+    for run_ in ("run", "alone"):  # once more where both worked; and one that nobody disturbed
+        line = command(*args[:3], f"run={tmp_path / run_}", *args[4:])
+        again = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert again.returncode == 0, again.stderr
+        stats = (tmp_path / run_ / "stats.jsonl").read_text().splitlines()
+        steps.append([(json.loads(line)["stage"], json.loads(line)["step"]) for line in stats])
+    assert steps[0] == steps[1]

@@ -1,0 +1,150 @@
+"""Numbers at their limits: what overflows is made again in fp32, what is extreme stays finite, twice is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import motion_of
+from faultkit import run
+
+from export3d_cli.core.animate import Animator, reenact
+from export3d_cli.core.camera import Camera
+from export3d_cli.core.checkpoint import load_weights, save_weights
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.media.image import read_image, to_uint8
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.weights import example
+
+SMALL = ("--device", "cpu", "--precision", "fp32", "--audio", "none", "--batch", "2")
+
+
+@pytest.fixture(params=["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+def animator(request: pytest.FixtureRequest, good: SimpleNamespace) -> Animator:
+    weights = good.weights if request.param == "tiny" else None
+    return Animator.from_weights(weights, device="cpu", precision="fp32")
+
+
+def finite(animator: Animator, **more: object) -> None:
+    """The model gives finite numbers, before they become bytes."""
+    seen = []
+    drive = animator.model.drive
+
+    def listen(*args: object, **named: object) -> object:
+        out = drive(*args, **named)  # type: ignore[arg-type]
+        seen.append(all(bool(value.isfinite().all()) for value in (out.image, out.raw, out.depth, out.opacity)))
+        return out
+
+    animator.model.drive = listen  # type: ignore[method-assign, assignment]
+    try:
+        frames = [frame for kind, made in more.items() for frame in getattr(animator, kind)(made)]
+    finally:
+        animator.model.drive = drive  # type: ignore[method-assign]
+    assert frames
+    assert seen
+    assert all(seen)
+
+
+def test_extremes_stay_finite(animator: Animator) -> None:
+    """Coefficients of a million, cameras behind the head, in it, far away and at its centre."""
+    animator.set_source(read_image(example("source.jpg")))
+    count = animator.model.config.coefficients
+    finite(animator, edit=np.concatenate([np.eye(count)[:2] * 1e6, np.full((1, count), -1e6), np.zeros((1, count))]))
+    turned = [Camera.orbit(yaw, pitch) for yaw, pitch in ((180, 0), (90, 89), (-90, -89), (0, 180), (0, 90))]
+    vectors = np.stack([camera.vector() for camera in turned])
+    moved = np.repeat(Camera.orbit(0, 0).vector()[None], 5, axis=0)
+    for row, distance in enumerate((0.3, 0.01, 0.0, 1e3, 1e6)):  # of its centre from the head's
+        moved[row, [3, 7, 11]] *= distance / np.linalg.norm(moved[row, [3, 7, 11]])
+    finite(animator, view=np.concatenate([vectors, moved]))
+    motion = motion_of(0, 2)
+    finite(
+        animator, drive=[Motion(**{**vars(motion), "beta": np.full_like(motion.beta, value)}) for value in (1e6, -1e6)]
+    )
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_constant_pictures_stay_finite(value: int, animator: Animator) -> None:
+    motion = motion_of(0, 1)
+    size = animator.model.config.image_size
+    animator.set_source_motion(np.full((size, size, 3), value, np.uint8), motion)
+    finite(animator, drive=[motion_of(1, 2)])
+
+
+def overflowing(good: SimpleNamespace, folder: Path, factor: float) -> Path:
+    """The tiny weights with activations that float16 cannot hold, or nothing can."""
+    state, config, _ = load_weights(good.weights)
+    key = next(
+        name for name in state if name.startswith("generator.") and name.endswith("weight") and state[name].ndim > 1
+    )
+    state[key] = state[key] * factor
+    path = folder / "large.safetensors"
+    save_weights(path, state, config, {}, half=False)
+    return path
+
+
+def test_what_overflows_is_made_again_in_fp32(good: SimpleNamespace, tmp_path: Path) -> None:
+    """float16 on a CPU, where the convolutions of the first layers pass 65504."""
+    weights = overflowing(good, tmp_path, 1e6)
+    told = {}
+    for precision in ("fp16", "fp32"):
+        out = tmp_path / f"{precision}.mp4"
+        animator = Animator.from_weights(weights, device="cpu", precision=precision)
+        told[precision] = reenact(animator, good.source, good.motion, out)
+        assert animator.precision == "fp32"
+    assert [note for note in told["fp16"].notes if "fp32" in note]
+    assert not [note for note in told["fp32"].notes if "fp32" in note]
+    a, b = (np.stack(list(VideoReader(tmp_path / f"{name}.mp4"))).astype(int) for name in told)
+    assert np.abs(a - b).max() <= 4
+
+
+def test_what_is_not_finite_in_fp32_is_an_error(good: SimpleNamespace, tmp_path: Path) -> None:
+    ended = run("reenact", good.source, good.motion, "-o", tmp_path / "o.mp4", *SMALL, "--weights",
+                overflowing(good, tmp_path, 1e38))  # fmt: skip
+    assert ended.code == 1, ended
+    assert "not finite" in ended.err
+    assert not (tmp_path / "o.mp4").exists()
+
+
+def test_twice_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        args = [
+            good.source,
+            good.clip,
+            "-o",
+            tmp_path / f"{name}.mp4",
+            "--weights",
+            good.weights,
+            "--seed",
+            "7",
+            *SMALL,
+        ]
+        assert run("reenact", *args).code == 0
+        where = [f"run={tmp_path / name}", f"data.path=[{good.data}]", f"data.cache={tmp_path / 'cache'}", "seed=7"]
+        assert run("train", "--config", good.config, *where).code == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert (tmp_path / "a/weights.safetensors").read_bytes() == (tmp_path / "b/weights.safetensors").read_bytes()
+    steps = [
+        [json.loads(line)["loss"] for line in (tmp_path / n / "stats.jsonl").read_text().splitlines()] for n in "ab"
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_what_the_cpu_gives(good: SimpleNamespace) -> None:
+    """In fp32: no pixel further than 6 of 255, and 0.05 in the mean."""
+    frames = []
+    for device in ("cpu", "cuda"):
+        animator = Animator.from_weights(None, device=device, precision="fp32")
+        animator.set_source(read_image(good.source))
+        frames.append(np.stack(list(animator.drive([motion_of(3, 4)]))).astype(int))
+    assert np.abs(frames[0] - frames[1]).max() <= 6
+    assert np.abs(frames[0] - frames[1]).mean() <= 0.05
+
+
+def test_bytes_of_what_is_no_number() -> None:
+    """Where it comes to it, a picture of infinities is still a picture."""
+    assert to_uint8(torch.tensor([np.inf, -np.inf, 0.0]).reshape(3, 1, 1)).ravel().tolist() == [255, 0, 128]

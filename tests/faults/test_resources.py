@@ -1,0 +1,255 @@
+"""A machine that lacks something: disk, permission, memory, ffmpeg, a home, open files, someone who listens."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from faultkit import command, left, limited
+
+from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.video import VideoReader
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and capabilities as Linux has them")
+SMALL = ("--device", "cpu", "--precision", "fp32", "--batch", "2")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def reenact(good: SimpleNamespace, out: Path, *more: object) -> list[object]:
+    return ["reenact", good.source, good.clip, "-o", out, "--weights", good.weights, *SMALL, *more]
+
+
+def run(args: list[object], **more: object) -> subprocess.CompletedProcess[str]:
+    """`export3d ARGS` in a process of its own."""
+    options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 300, "check": False} | more
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}  # type: ignore[dict-item]
+    return subprocess.run(command(*args), env=environment, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def is_told(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One line that says it, with this exit code."""
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def without_privileges() -> None:
+    """In a new process: even root must keep to the permissions of files."""
+    for capability in (1, 2, 3):  # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
+def script(path: Path, text: str) -> dict[str, str]:
+    """A program that stands for ffmpeg, as the environment names it."""
+    path.write_text(f"#!{sys.executable}\nimport os, signal, subprocess, sys\nreal = {ffmpeg()!r}\n{text}")
+    path.chmod(0o755)
+    return {"IMAGEIO_FFMPEG_EXE": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (lambda good, out: reenact(good, out / "out.mp4", "--compare", "--crf", "0"), "out.mp4"),
+        (lambda good, out: ["preprocess", good.clip, "-o", out / "x.motion.npz"], "x.motion.npz"),
+        (lambda good, out: ["train", "--config", good.config, f"run={out}", f"data.path=[{good.data}]"], ""),
+    ],
+    ids=["reenact", "preprocess", "train"],
+)
+def test_full_disk(
+    args: Callable[[SimpleNamespace, Path], list[object]], name: str, good: SimpleNamespace, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if name:
+        (out / name).write_bytes(b"the one before")
+    more = ["--overwrite"] if name == "out.mp4" else []
+    done = run([*args(good, out), *more], preexec_fn=limited(resource.RLIMIT_FSIZE, 8_000))
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    if name:
+        assert left(out) == [name]
+        assert (out / name).read_bytes() == b"the one before"
+    assert not list(out.rglob("*.part*"))
+
+
+def test_full_standard_output(good: SimpleNamespace, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(
+            reenact(good, tmp_path / "out.mp4", "--json"), capture_output=False, stdout=full, stderr=subprocess.PIPE
+        )
+    is_told(done, 1, "No space left")
+    assert len(list(VideoReader(tmp_path / "out.mp4"))) == 8
+
+
+def test_nobody_listens(good: SimpleNamespace, tmp_path: Path) -> None:
+    """Closed pipes, or no stdout and no stderr at all: the output is there and whole."""
+    read, write = os.pipe()
+    os.close(read)
+    done = run(reenact(good, tmp_path / "a.mp4", "--json"), capture_output=False, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+    def close() -> None:
+        os.close(1)
+        os.close(2)
+
+    assert run(reenact(good, tmp_path / "b.mp4", "--json"), capture_output=False, preexec_fn=close).returncode in (0, 1)
+    assert left(tmp_path) == ["a.mp4", "b.mp4"]
+    assert [len(list(VideoReader(tmp_path / name))) for name in left(tmp_path)] == [8, 8]
+
+
+def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
+    locked, secret = tmp_path / "locked", tmp_path / "secret.jpg"
+    locked.mkdir()
+    locked.chmod(0o555)
+    secret.write_bytes(good.source.read_bytes())
+    secret.chmod(0)
+    is_told(run(reenact(good, locked / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
+    is_told(run(reenact(good, locked / "new" / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
+    is_told(run(["preprocess", good.clip, "-o", locked / "data"], preexec_fn=without_privileges), 2, "locked")
+    args = ["train", "--config", good.config, f"run={locked / 'run'}", f"data.path=[{good.data}]"]
+    is_told(run(args, preexec_fn=without_privileges), 2, "locked")
+    args = reenact(good, tmp_path / "out.mp4")
+    done = run(["reenact", secret, *args[2:]], preexec_fn=without_privileges)
+    assert done.returncode == 2
+    assert "secret.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left(locked) == []
+    assert not (tmp_path / "out.mp4").exists()
+    locked.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["a file", "a folder"])
+def test_something_is_in_the_way(name: str, good: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"") if name == "a file" else (tmp_path / "taken.mp4").mkdir()
+    out = tmp_path / ("taken/out.mp4" if name == "a file" else "taken.mp4")
+    before = left(tmp_path)
+    done = run(reenact(good, out, *(["--overwrite"] if name == "a folder" else [])))
+    assert done.returncode in ({2} if name == "a file" else {0, 2}), done.stderr
+    assert "Traceback" not in done.stderr
+    assert left(tmp_path) == before
+
+
+@pytest.mark.parametrize("megabytes", [300, 900, 1400, 1900])
+def test_little_memory(megabytes: int, good: SimpleNamespace, tmp_path: Path) -> None:
+    done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limited(resource.RLIMIT_AS, megabytes << 20))
+    if done.returncode == 0:
+        assert len(list(VideoReader(tmp_path / "out.mp4"))) == 8
+    else:
+        assert left(tmp_path) == []
+        assert done.returncode in (1, -6, -11), done.stderr  # a library may give up by itself
+        assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_few_open_files(good: SimpleNamespace, tmp_path: Path) -> None:
+    seen = set()
+    for count in (6, 10, 14, 20):
+        done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limited(resource.RLIMIT_NOFILE, count))
+        seen.add(done.returncode)
+        assert done.returncode in (0, 1, 2, 4), done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        assert left(tmp_path) in ([], ["out.mp4"])
+        (tmp_path / "out.mp4").unlink(missing_ok=True)
+    assert seen & {1, 2, 4}
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "no program", "fails"])
+def test_no_ffmpeg(kind: str, good: SimpleNamespace, tmp_path: Path) -> None:
+    fake = tmp_path / "ffmpeg"
+    if kind == "folder":
+        fake.mkdir()
+    elif kind == "no program":
+        fake.write_bytes(b"\0\1\2")
+        fake.chmod(0o755)
+    elif kind == "fails":
+        script(fake, "sys.exit(3)")
+    done = run(reenact(good, tmp_path / "out.mp4"), environment={"IMAGEIO_FFMPEG_EXE": str(fake)})
+    is_told(done, 1, "ffmpeg")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+READING = "'rawvideo' in sys.argv[-4:] and 'pipe:1' in sys.argv"
+WRITING = "'pipe:0' in sys.argv"
+
+
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        (READING, "got = subprocess.run([real, *sys.argv[1:]], stdout=-1).stdout; os.write(1, got[:500000]); "
+         "os.kill(os.getpid(), signal.SIGKILL)"),
+        (READING, "sys.exit('disk on fire')"),
+        (WRITING, "sys.stdin.buffer.read(20000); os.kill(os.getpid(), signal.SIGSEGV)"),
+        (WRITING, "sys.stdin.buffer.read(); sys.exit('no encoder')"),
+        ("'-itsoffset' in sys.argv or '1:a:0?' in sys.argv", "sys.exit('no sound')"),
+    ],
+    ids=["reader killed", "reader fails", "writer crashes", "writer fails", "sound fails"],
+)  # fmt: skip
+def test_ffmpeg_dies(when: str, how: str, good: SimpleNamespace, tmp_path: Path) -> None:
+    environment = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "out.mp4").write_bytes(b"the one before")
+    done = run(reenact(good, out / "out.mp4", "--overwrite"), environment=environment)
+    assert done.returncode in (1, 2), done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert left(out) == ["out.mp4"]
+    assert (out / "out.mp4").read_bytes() == b"the one before"
+
+
+def test_no_home_no_cache_no_temporary_folder(good: SimpleNamespace, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    names = (
+        "HOME",
+        "XDG_CACHE_HOME",
+        "HF_HOME",
+        "TMPDIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "MPLCONFIGDIR",
+        "NUMBA_CACHE_DIR",
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    args = [
+        "reenact",
+        good.source,
+        good.source,
+        good.clip,
+        "-o",
+        work / "{src}2.mp4",
+        "--weights",
+        good.weights,
+        *SMALL,
+    ]
+    args = [*args[:2], *args[3:]]
+    done = run(args, environment=dict.fromkeys(names, nowhere), cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert left(work) == ["source2.mp4"]
+    assert not Path(nowhere).exists()
+    bare = {key: value for key, value in os.environ.items() if key in ("PATH", "LD_LIBRARY_PATH")}
+    bare["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        command(*reenact(good, work / "bare.mp4")), env=bare, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_folder_we_stand_in_is_gone(good: SimpleNamespace, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    leave = f"import os, shutil, sys; os.chdir({str(gone)!r}); shutil.rmtree({str(gone)!r}); sys.argv = sys.argv[1:];"
+    leave += "sys.path.insert(0, " + repr(str(ROOT)) + "); from export3d_cli.main import main; main()"
+    args = [sys.executable, "-c", leave, "export3d", *map(str, reenact(good, tmp_path / "out.mp4"))]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert left(tmp_path) == ["out.mp4"]
