@@ -41,6 +41,8 @@ def write_atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to folder {path.parent} ({error.strerror}): choose another output") from error
+    if not os.access(path.parent, os.W_OK):  # said before the work, not by ffmpeg after it
+        raise InputError(f"cannot write to folder {path.parent} (no permission): choose another output")
     _tidy(path.parent)
     name = f".{path.stem[:80]}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
     temporary = path.with_name(name)
