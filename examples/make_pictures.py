@@ -1,0 +1,161 @@
+"""Make every picture of README.md again: `python examples/make_pictures.py` fills examples/pictures/ in some minutes.
+
+Portraits and driver are the examples: a CC0 render and a NASA photo in the public domain, driven by a CC0 render. What
+is seen are results of the embedded weights (or of --weights), not chosen from better ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export3d_cli.core import (
+    Animator,
+    EditOptions,
+    EvaluateOptions,
+    NovelViewOptions,
+    ReenactOptions,
+    build_dataset,
+    edit_basis,
+    evaluate_model,
+    novel_view,
+    reenact,
+)
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.video import SYNTHETIC, VideoReader
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE / "pictures"
+SOURCE, PHOTO, DRIVER = HERE / "source.jpg", HERE / "astronaut.jpg", HERE / "drive.mp4"
+WIDE = 840  # of every picture, pixels
+STRIP = 22  # height of the line of captions
+LOSSLESS = {"audio": "none", "crf": 0, "overwrite": True}
+
+
+def main() -> None:
+    """Everything, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", help="others than the embedded ones")
+    parser.add_argument("--frames", type=int, default=90, help="of the driver, for the animation")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all")
+    options = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    animator = Animator.from_weights(options.weights, threads=options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        make(animator, Path(folder), options.frames)
+    for path in sorted(OUT.iterdir()):
+        print(f"{path.stat().st_size / 1e3:7.0f} kB  {path.name}")
+
+
+def make(animator: Animator, folder: Path, count: int) -> None:
+    """The animation at the top, then a picture for each command that makes some."""
+    shown = []
+    for name, portrait in (("render", SOURCE), ("photo", PHOTO)):
+        out = folder / f"{name}.mkv"
+        reenact(animator, portrait, DRIVER, out, ReenactOptions(compare=True, max_frames=count, **LOSSLESS))  # type: ignore[arg-type]
+        shown.append([np.split(frame, 3, axis=1) for frame in frames(out)])
+    a, b = shown
+    captions = ("driver", "photo", "result", "photo", "result")
+    moving = [row([y[1], x[0], x[2], y[0], y[2]], captions) for x, y in zip(a, b, strict=True)]
+    animation(moving[::2], folder / "frames.mkv", OUT / "reenact.gif")
+    chosen = np.linspace(0, len(a) - 1, 6).astype(int)[1:]
+    drivers = row([SPACE] + [a[k][1] for k in chosen], ("", "driver"))
+    keep("reenact.jpg", drivers, *(row([c[0][0]] + [c[k][2] for k in chosen], ("photo", "result")) for c in shown))
+    compose(animator, folder)
+    views = []
+    for depth in (False, True):
+        path, views_of = folder / f"view{depth}.png", NovelViewOptions(yaw=(-30, 30), frames=5, grid=True, depth=depth)
+        novel_view(animator, SOURCE if depth else PHOTO, path, views_of)
+        views.append(fit(read_image(path)))
+        if depth:
+            continue
+        novel_view(animator, SOURCE, folder / "own.png", views_of)
+        views.insert(0, fit(read_image(folder / "own.png")))
+    keep("novel-view.jpg", *views)
+    path = folder / "basis.png"
+    edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (2, (-8, 8)), (4, (-8, 8))), grid=True))
+    keep("edit-basis.jpg", fit(read_image(path)))
+    data_set(animator, folder)
+
+
+def compose(animator: Animator, folder: Path) -> None:
+    """A photo, one frame of it animated in place, and before another background."""
+    tiles = [read_image(PHOTO)]
+    for name, more in (("whole", {"paste_back": True}), ("coloured", {"paste_back": True, "background": "#2a7f62"})):
+        out = folder / f"{name}.mkv"
+        reenact(animator, PHOTO, DRIVER, out, ReenactOptions(start=1.3, max_frames=1, **LOSSLESS, **more))  # type: ignore[arg-type]
+        tiles.append(frames(out)[0])
+    keep("compose.jpg", row(tiles, ("photo", "--paste-back", "--background")))
+
+
+def data_set(animator: Animator, folder: Path) -> None:
+    """What tracking sees, and what an evaluation shows."""
+    build_dataset([DRIVER], folder / "a.motion.npz", max_frames=100, overlay=folder / "seen.mkv")
+    seen = list(frames(folder / "seen.mkv"))
+    keep("preprocess.jpg", row([seen[k] for k in np.linspace(0, len(seen) - 1, 5).astype(int)]))
+    build_dataset([DRIVER], folder / "data", max_frames=50)
+    evaluate_model(animator, folder / "data", EvaluateOptions(max_frames=10), out=folder / "scores")
+    sheets = sorted((folder / "scores").rglob("*.png")) + sorted((folder / "scores").rglob("*.jpg"))
+    keep("evaluate.jpg", fit(read_image(sheets[0])))
+
+
+SPACE = np.full((256, 256, 3), 255, np.uint8)
+
+
+def frames(path: Path) -> list[np.ndarray]:
+    """All frames of a short video, uint8 (H, W, 3)."""
+    with VideoReader(path) as reader:
+        return list(reader)
+
+
+def fit(picture: np.ndarray) -> np.ndarray:
+    """As wide as every picture is."""
+    height = round(picture.shape[0] * WIDE / picture.shape[1])
+    return np.asarray(cv2.resize(picture, (WIDE, height), interpolation=cv2.INTER_AREA))
+
+
+def row(tiles: list[np.ndarray], captions: tuple[str, ...] = ()) -> np.ndarray:
+    """Square pictures side by side, each under its caption."""
+    side = WIDE // len(tiles)
+    small = [cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA) for tile in tiles]
+    line = np.hstack(small)
+    if not captions:
+        return line
+    head = np.full((STRIP, line.shape[1], 3), 255, np.uint8)
+    for index, caption in enumerate(captions):
+        at = (index * side + 4, STRIP - 7)
+        cv2.putText(head, caption, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (70, 70, 70), 1, cv2.LINE_AA)
+    return np.vstack([head, line])
+
+
+def keep(name: str, *rows: np.ndarray) -> None:
+    """Rows one under another, as a JPEG of some ten kilobytes that says it is synthetic."""
+    picture = np.vstack(rows)
+    write_image(OUT / name, picture, comment=SYNTHETIC)
+    ok, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    assert ok
+    marked = (OUT / name).read_bytes()
+    segment = marked[2 : 6 + int.from_bytes(marked[4:6], "big") - 2]  # the comment that write_image put first
+    (OUT / name).write_bytes(data.tobytes()[:2] + segment + data.tobytes()[2:])
+
+
+def animation(pictures: list[np.ndarray], between: Path, out: Path) -> None:
+    """A GIF of 12.5 frames/s with one palette for all frames."""
+    height, width = pictures[0].shape[:2]
+    command = [ffmpeg(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    palette = (
+        "split[a][b];[a]palettegen=max_colors=128[p];[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
+    )
+    command += ["-framerate", "25/2", "-i", "pipe:0", "-filter_complex", palette, str(out)]
+    subprocess.run(command, input=b"".join(itertools.chain(picture.tobytes() for picture in pictures)), check=True)
+
+
+if __name__ == "__main__":
+    main()

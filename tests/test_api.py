@@ -1,0 +1,94 @@
+"""What is written about the Python API runs: the doctests of the public door, and the blocks of README.md in order."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export3d_cli import core
+from export3d_cli.core import animate, weights
+from export3d_cli.core.checkpoint import save_weights
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.model.export3d import Export3D
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+preset: tiny
+run: run
+device: cpu
+batch: 2
+steps: 2
+sample_every: 0
+stages: [reconstruction]
+data: {path: [data]}
+"""
+
+
+def test_the_examples_of_the_door_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the embedded weights: one portrait, three frames."""
+    result = doctest.testmod(core, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+    assert result.attempted >= 10
+
+
+def test_types_are_shipped() -> None:
+    assert (ROOT / "export3d_cli" / "py.typed").is_file()
+
+
+@pytest.fixture
+def tiny_by_default(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small untrained weights where none are named: the same calls, in a hundredth of the time."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    torch.manual_seed(0)
+    save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
+    monkeypatch.setattr(animate, "resolve", lambda name=None: path if name is None else weights.resolve(name))
+
+
+def test_the_python_of_the_readme_runs(
+    tiny_by_default: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("src.jpg").write_bytes(core.example("source.jpg").read_bytes())
+    Path("config.yaml").write_text(CONFIG)
+    Path("videos").mkdir()
+    cut = [
+        ffmpeg(),
+        "-loglevel",
+        "error",
+        "-i",
+        str(core.example("drive.mp4")),
+        "-frames:v",
+        "26",
+        "-vf",
+        "scale=256:-2",
+    ]
+    for name in ("drive.mp4", "videos/someone.mp4"):
+        subprocess.run([*cut, name], check=True)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)  # as a reader would, one after another
+    for made in ("out.mp4", "views.mp4", "edit.mp4", "drive.motion.npz", "data/manifest.jsonl"):
+        assert Path(made).stat().st_size > 0, made
+    told = capsys.readouterr().out.splitlines()
+    assert "export3d-compact" in told[1]
+    assert told[-1] == "True"  # the mark was found
+
+
+def test_pictures_of_the_readme_are_there_and_small() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [ROOT / name for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)]
+    assert len(shown) >= 5
+    assert shown[0].suffix == ".gif"
+    assert shown[0].stat().st_size < 2_000_000
+    assert sum(path.stat().st_size for path in set(shown)) < 4_000_000
+    unused = set((ROOT / "examples" / "pictures").iterdir()) - set(shown)
+    assert not unused
