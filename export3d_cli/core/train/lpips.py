@@ -28,8 +28,6 @@ _STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG16 before each pooling
 class LPIPS(losses.Perceptual):
     """Sum over VGG16's five stages of the weighted squared difference of unit-length features, averaged over pixels."""
 
-    heads: list[Tensor]
-
     def __init__(self, stages: list[nn.Module], heads: list[Tensor], *, official: bool) -> None:
         r, g, b = (1 / s for s in _STD)
         super().__init__(stages, _MEAN, (r, g, b), bgr=False)
@@ -40,15 +38,16 @@ class LPIPS(losses.Perceptual):
 
     def forward(self, image: Tensor, target: Tensor, *, scales: int = 2) -> Tensor:
         """Distance of images (B, 3, H, W) in [-1, 1], a mean over the batch and `scales` sizes; as published at one."""
-        total = image.new_zeros((), dtype=torch.float32)
-        for level in range(scales):
-            if level:
-                image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
-            with torch.no_grad():
-                wanted = self.features(target)
-            for number, (got, want) in enumerate(zip(self.features(image), wanted, strict=True)):
-                head = getattr(self, f"head{number}")
-                total = total + ((got - want).square() * head).sum(1).mean() / scales
+        total, image = image.new_zeros((), dtype=torch.float32), image.float()
+        with torch.autocast(image.device.type, enabled=False):  # a rounded LPIPS would not be the published one
+            for level in range(scales):
+                if level:
+                    image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
+                with torch.no_grad():
+                    wanted = self.features(target)
+                for number, (got, want) in enumerate(zip(self.features(image), wanted, strict=True)):
+                    head = getattr(self, f"head{number}")
+                    total = total + ((got - want).square() * head).sum(1).mean() / scales
         return total
 
     def features(self, image: Tensor) -> list[Tensor]:

@@ -282,6 +282,7 @@ class ImageStages:
 
     def save(self) -> None:
         """Write training state and inference weights."""
+        self.run.saved = (self.stage, self.step)
         if not self.run.world.main:
             return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}

@@ -75,6 +75,8 @@ def test_distance_is_the_published_formula(files: tuple[str, str]) -> None:
     assert isinstance(model, lpips.LPIPS)
     image, target = images()
     assert model(image, target, scales=1).item() == pytest.approx(by_hand(image, target), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(image, target, scales=1).item() == pytest.approx(by_hand(image, target), rel=1e-5)
     half = [F.avg_pool2d(x, 2) for x in (image, target)]
     both = (by_hand(image, target) + by_hand(half[0], half[1])) / 2
     assert model(image, target).item() == pytest.approx(both, rel=1e-5)
