@@ -36,9 +36,9 @@ def bench(
 ) -> None:
     """Time the stages of `reenact`, in ms a frame, and the whole, in frames/s; nothing is kept.
 
-    Beside the median and its spread stand the work of a frame, counted, and what it would take at this machine's
-    measured rates: the share of that limit that was reached. `--curves` measures how cost grows instead: with frames,
-    sources, resolution, samples a ray and batch.
+    Beside the median and its spread stand the work of a frame, counted, what it would take at this machine's measured
+    rates, and the shares of its matrix rate and of its bandwidth that were reached. `--curves` measures how cost grows
+    instead: with frames, sources, resolution, samples a ray and batch.
     """
     from export3d_cli import core
 
@@ -66,11 +66,14 @@ def _show(result: Bench) -> None:
     click.echo(f"{result.device}, {result.threads} threads, {result.frames} frames, {result.batch} at once")
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in result.machine.matrix.items())
     click.echo(f"this machine: {rates}, {result.machine.bandwidth:.1f} GB/s")
-    click.echo(f"{'stage':<18}{'ms':>9}{'10 %':>9}{'90 %':>9}{'GFLOP':>9}{'MB':>9}{'limit ms':>10}{'share':>8}")
+    click.echo(
+        f"{'stage':<18}{'ms':>9}{'10 %':>9}{'90 %':>9}{'GFLOP':>9}{'MB':>9}{'limit ms':>10}{'matrix':>8}{'memory':>8}"
+    )
     for name, stage in result.stages.items():
         line = f"{name:<18}{stage.median:>9.2f}{stage.low:>9.2f}{stage.high:>9.2f}"
         if stage.limit is not None:
-            line += f"{stage.gflops:>9.3f}{stage.megabytes:>9.1f}{stage.limit:>10.3f}{100 * (stage.share or 0):>6.0f} %"
+            line += f"{stage.gflops:>9.3f}{stage.megabytes:>9.1f}{stage.limit:>10.3f}"
+            line += "".join(f"{100 * (share or 0):>6.0f} %" for share in (stage.matrix_share, stage.bandwidth_share))
         click.echo(line)
     click.echo(f"{result.fps:.2f} frames/s from files to file")
     for what, peak in (("process", result.peak_memory), ("GPU", result.peak_gpu)):

@@ -41,7 +41,7 @@ METRICS = {
     "yaw_error": Metric("lower", "deg", 2, "Mean absolute difference of yaw."),
     "pitch_error": Metric("lower", "deg", 2, "Mean absolute difference of pitch."),
     "gaze_error": Metric("lower", "deg", 2, "Mean angle between the lines of sight of both eyes in the head frame, "
-                         "read from the irises, where the eyes are open."),
+                         "read from the irises where the eyes are open: sideways well, up and down weakly."),
     "jaw": Metric("higher", "r", 3, "Correlation over time of jawOpen, where the driver moves it."),
     "blink": Metric("higher", "r", 3, "Correlation over time of the eyeBlinks, where the driver blinks."),
     "smile": Metric("higher", "r", 3, "Correlation over time of the mouthSmiles, where the driver smiles."),
