@@ -79,10 +79,11 @@ def cost_curves(
     animator: Animator,
     out: Path,
     *,
-    sizes: Mapping[str, tuple[int, ...]] = SIZES,
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
     progress: Progress | None = None,
 ) -> Curves:
-    """Measure on the bundled example and draw into the picture `out`; sizes ascend, so that peaks are those of each."""
+    """Measure on the bundled example and draw into the picture `out`; `sizes` (default `SIZES`) have to ascend."""
+    sizes = sizes or SIZES
     bench = _Bench(animator)
     total, done = sum(map(len, sizes.values())), 0
     found = []

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -163,5 +163,4 @@ def _jpeg(picture: np.ndarray) -> bytes:
         size = (PICTURE_WIDTH, round(picture.shape[0] * scale))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     _, data = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])
-    done: Any = data.tobytes()
-    return bytes(done)
+    return data.tobytes()
