@@ -16,20 +16,21 @@ import numpy as np
 
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.errors import InputError, NoFaceError
-from export3d_cli.core.face import arkit
+from export3d_cli.core.face import arkit, mesh
+from export3d_cli.core.face.fan import POINTS as FAN_POINTS
+from export3d_cli.core.face.follow import Follower
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, Tracker, clip_crop, crop_image
+from export3d_cli.core.face.motion import Motion, Square, crop_image
 from export3d_cli.core.face.smooth import MotionFilter, Smooth
 from export3d_cli.core.face.tape import FaceTape
+from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.image import is_image, read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.weights import resolve
 
 LOOKAHEAD = 10  # seconds of the driver over which its crop is measured
-SETTLE = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
 OnMissing = Literal["hold", "skip", "fail"]  # what becomes of frames without a face
 Part = tuple[Motion, "list[np.ndarray | None]"]  # motion of some frames, and their face crops where they are shown
-Square = tuple[float, float, float]
 
 
 class DriverStream:
@@ -38,6 +39,7 @@ class DriverStream:
     Args:
         driver: a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
         tracker: follows the face.
+        face: which one, where there are several: largest, left, right, or index:N, the N-th from the left, from 0.
         batch: most frames at once.
         crop_scale: side of the crop in face boxes.
         shown: side in pixels of the face crops that come with the motion; None: no crops.
@@ -58,10 +60,11 @@ class DriverStream:
     def __init__(
         self,
         driver: Path,
-        tracker: Tracker,
+        tracker: FaceTracker,
         *,
         batch: int,
         crop_scale: float,
+        face: str = "largest",
         shown: int | None = None,
         fps: Fraction | None = None,
         start: float = 0.0,
@@ -76,7 +79,7 @@ class DriverStream:
         self.driver, self.tracker = driver, tracker
         self.batch, self.crop_scale, self.shown = batch, crop_scale, shown
         self.max_frames, self.on_missing = max_frames, on_missing
-        self.smooth, self.tape = smooth, tape
+        self.smooth, self.tape, self.face = smooth, tape, face
         self.missing = 0
         self.notes: list[str] = []
         self.reference: Motion | None = None
@@ -90,9 +93,9 @@ class DriverStream:
                 raise InputError(f"{driver} holds no pictures to show beside the result: leave out --compare")
             if driver.suffix.lower() == ".csv":
                 camera = Camera.orbit(0).vector() if camera is None else camera
-                motion = arkit.read_csv(driver, resolve("arkit_measures"), camera)
+                motion, self.notes = arkit.read_csv(driver, resolve("arkit_measures"), camera)
             else:
-                motion = Motion.load(driver)
+                motion = Motion.load(driver, points=(mesh.POINTS, FAN_POINTS, 0))
             self.fps = motion.fps if fps is None else fps
             chosen = chosen_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
             if not len(chosen):
@@ -148,16 +151,10 @@ class DriverStream:
             return
         if self.tape is not None:
             self.tape.clear()
-        landmarker = self.tracker.landmarker
-        landmarker.reset()
-        face = None
-        before: np.ndarray | None = None
+        follow = Follower(self.tracker.landmarker, self.fps, which=self.face, name=str(self.driver))
         for image in self._images(self._reader):
             size = (image.shape[1], image.shape[0])
-            if before is None or not np.array_equal(image, before):  # a frame that is repeated has the same face
-                for _ in range(SETTLE if before is None else 1):
-                    face = landmarker.track(image)
-            before = image
+            face = follow(image)
             if self.tape is not None:
                 self.tape.append(face, size)
             yield face, size
@@ -224,8 +221,7 @@ class DriverStream:
 
     def _crop(self, faces: list[Face | None], size: tuple[int, int]) -> Square:
         """The driver's crop, as many face boxes wide as the source's, so that both faces have one size."""
-        landmarks = np.stack([f.landmarks for f in faces if f is not None])
-        return clip_crop(landmarks, size, (self.crop_scale, self.crop_scale))
+        return self.tracker.settle([f for f in faces if f is not None], size, (self.crop_scale, self.crop_scale))
 
     def _flush(
         self, waiting: list[tuple[int, Face | None]], held: Face | None, crop: Square, size: tuple[int, int],

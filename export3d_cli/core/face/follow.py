@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 
 from export3d_cli.core.errors import InputError, NoFaceError
-from export3d_cli.core.face.landmarker import Face, Landmarker
+from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.tracker import FaceFinder
 from export3d_cli.core.media.cuts import SceneCuts
 
 SETTLE = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
@@ -47,7 +48,7 @@ class Follower:
     """
 
     def __init__(
-        self, landmarker: Landmarker, fps: Fraction, *, which: str = "largest", name: str = "the video"
+        self, landmarker: FaceFinder, fps: Fraction, *, which: str = "largest", name: str = "the video"
     ) -> None:
         self._landmarker, self._which, self._name = landmarker, which, name
         self._patience = round(PATIENCE * fps)

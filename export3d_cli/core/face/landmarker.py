@@ -6,6 +6,7 @@ A call walks the three networks of the `face_landmarker.task` bundle:
           -> rotated square around the face, 256 -> face_landmarks_detector -> 478 points, presence
           -> 146 of the points, in pixels -> face_blendshapes -> 52 coefficients
 
+That detector is made for faces that fill a good part of the picture; where it sees none, YuNet looks (`detector.py`).
 The arithmetic follows MediaPipe's own graph (half-pixel conventions, border modes, regions of interest), because the
 networks were trained behind it. What we leave out on purpose is the One Euro smoothing of its video mode: smoothing is
 the caller's choice.
@@ -13,9 +14,7 @@ the caller's choice.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 
 from export3d_cli.core.errors import InputError, WeightsError
+from export3d_cli.core.face.detector import LOOK, Detection, FaceDetector
+from export3d_cli.core.face.litert import Network, quiet_stderr
+from export3d_cli.core.files import DAMAGED_ZIP
 
 ARKIT_NAMES: tuple[str, ...] = (
     *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight"),
@@ -46,7 +47,9 @@ _MESH_SIZE = 256  # input side of the landmark network, pixels
 _MIN_SCORE = 0.5  # both the detector's and the presence threshold, MediaPipe's defaults
 _NMS_IOU = 0.3
 _ROI_SCALE = 1.5  # margin around the box of a detection or of a set of landmarks
-_TILE = 0.6  # side of a tile of the second look, as a part of the image's shorter side
+_LOOK_EVERY = 8  # lost frames of a video between thorough looks for small faces
+_YUNET_KEYPOINTS = 5
+_CLEARLY = 0.04  # by which the score of an upright face exceeds that of one that is not; 0.06 or more is usual
 _SAME_FACE_IOU = 0.5  # two landmark boxes that overlap more are one face
 
 # Outer eye corners: the line between them gives the roll of the head.
@@ -67,21 +70,18 @@ _BLENDSHAPE_POINTS = np.fromstring(
 
 
 @dataclass(frozen=True)
-class Detection:
-    """A face as the detector sees it, in pixels of the image given."""
-
-    box: np.ndarray  # (4,) float32: x0, y0, x1, y1; may reach past the image's border
-    keypoints: np.ndarray  # (6, 2) float32: eye on the image's left, other eye, nose tip, mouth, the two ears
-    score: float  # in [0.5, 1]
-
-
-@dataclass(frozen=True)
 class Face:
     """One face's points and expression."""
 
     landmarks: np.ndarray  # (478, 3) float32; x, y in pixels, z on the scale of x, negative towards the camera
     blendshapes: np.ndarray  # (52,) float32 in [0, 1], in the order of ARKIT_NAMES; tongueOut is always 0
     score: float  # presence probability of the landmark network, in [0.5, 1]
+
+    @property
+    def roll(self) -> float:
+        """How far the face is turned in the picture, in degrees in (-180, 180], clockwise; 180 is upside down."""
+        dx, dy = (self.landmarks[_LEFT_EYE_CORNER, :2] - self.landmarks[_RIGHT_EYE_CORNER, :2]).tolist()
+        return math.degrees(math.atan2(dy, dx))
 
 
 @dataclass(frozen=True)
@@ -102,25 +102,29 @@ class Landmarker:
     to frame and is the cheaper and steadier choice for a video. An instance is not safe to share between threads.
     """
 
-    def __init__(self, bundle: Path, *, threads: int = 1) -> None:
-        """Load the networks of a `face_landmarker.task` bundle; raises WeightsError when it cannot be used."""
-        detector, mesh, blendshapes = _read_bundle(
+    def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
+        """Load the networks of a `face_landmarker.task` bundle; raises WeightsError when it cannot be used.
+
+        Args:
+            bundle: the file.
+            detector: finds the faces that the bundle's own detector misses, small and turned ones; None: nobody does.
+            threads: of each network.
+        """
+        short_range, mesh, blendshapes = _read_bundle(
             bundle, "face_detector.tflite", "face_landmarks_detector.tflite", "face_blendshapes.tflite"
         )
-        with _quiet_stderr():
-            self._detector = _Network(detector, bundle, threads)
-            self._mesh = _Network(mesh, bundle, threads)
-            self._blendshapes = _Network(blendshapes, bundle, threads)
+        with quiet_stderr():
+            self._detector = Network(short_range, bundle, threads)
+            self._mesh = Network(mesh, bundle, threads)
+            self._blendshapes = Network(blendshapes, bundle, threads)
         self._anchors = _anchors()  # (896, 2)
+        self._second_detector = detector
+        self._lost = 0  # frames since `track` saw a face
         self._roi: _Roi | None = None
         self._tracked_size: tuple[int, int] | None = None
 
     def detect(self, image: np.ndarray) -> list[Detection]:
-        """All faces of the image, the largest first.
-
-        The detector is made for faces that fill a good part of the picture. When it sees none, it looks again at the
-        middle square and at overlapping tiles (2 x 2 for a square picture), where a small face is larger.
-        """
+        """All faces of the image, the largest first."""
         return next((detections for detections in self._looks(_checked(image)) if detections), [])
 
     def find(self, image: np.ndarray) -> Face | None:
@@ -129,14 +133,34 @@ class Landmarker:
 
     def find_all(self, image: np.ndarray) -> list[Face]:
         """Every face of the image, the largest first."""
+        image = _checked(image)
         faces: list[Face] = []
-        boxes = np.zeros((0, 4), np.float32)
-        for face in self._faces(_checked(image)):
-            box = _box_of(face.landmarks)
-            if (_iou(box, boxes) <= _SAME_FACE_IOU).all():
-                faces.append(face)
-                boxes = np.vstack([boxes, box])
-        return faces
+        for look in self._looks(image):  # each detector sees some that the others miss
+            for detection in look:
+                face = self._face_at(image, detection)
+                if face is not None:
+                    boxes = np.array([_box_of(known.landmarks) for known in faces]).reshape(-1, 4)
+                    if (_iou(_box_of(face.landmarks), boxes) <= _SAME_FACE_IOU).all():
+                        faces.append(face)
+        return sorted(faces, key=lambda face: -float(np.prod(np.ptp(face.landmarks[:, :2], axis=0))))
+
+    def upright_turn(self, image: np.ndarray) -> int | None:
+        """By how many degrees clockwise a photo must be turned for its largest face to stand upright: 0, 90, 180, 270.
+
+        None where no face is seen whichever way it is turned. The landmark network cannot tell: it finds an upright
+        face in many a face that is upside down; the score of the second detector drops there.
+        """
+        image = _checked(image)
+        if self._second_detector is None:
+            return None if self.find(image) is None else 0
+        scores = []
+        for quarters in range(4):
+            found = self._second_detector(np.rot90(image, -quarters), longest=LOOK[0])
+            scores.append(found[0].score if found else 0.0)
+        best = int(np.argmax(scores))
+        if not scores[best]:
+            return None
+        return 90 * best if scores[best] > scores[0] + _CLEARLY else 0
 
     def track(self, image: np.ndarray) -> Face | None:
         """The face of the next frame of a video, looked for where the last frame's was; None if there is none.
@@ -148,7 +172,8 @@ class Landmarker:
             self.reset()
         face = None if self._roi is None else self._landmarks(image, self._roi)
         if face is None:
-            face = next(self._faces(image), None)
+            face = next(self._faces(image, thorough=self._lost % _LOOK_EVERY == 0), None)
+        self._lost = 0 if face is not None else self._lost + 1
         self._roi = None if face is None else _roi_of_landmarks(face.landmarks)
         self._tracked_size = image.shape[:2]
         return face
@@ -160,34 +185,33 @@ class Landmarker:
     def reset(self) -> None:
         """Forget the tracked face; call it between two videos."""
         self._roi = None
+        self._lost = 0
         self._tracked_size = None
 
-    def _faces(self, image: np.ndarray) -> Iterator[Face]:
+    def _faces(self, image: np.ndarray, *, thorough: bool = True) -> Iterator[Face]:
         """The detections that the landmark network confirms, from the first look that has any."""
-        for detections in self._looks(image):
-            confirmed = False
-            for detection in detections:
-                face = self._landmarks(image, _roi_of_detection(detection))
-                if face is not None:
-                    confirmed = True
-                    yield face
-            if confirmed:
+        for detections in self._looks(image, thorough=thorough):
+            faces = [self._face_at(image, detection) for detection in detections]
+            if any(face is not None for face in faces):
+                yield from (face for face in faces if face is not None)
                 return
 
-    def _looks(self, image: np.ndarray) -> Iterator[list[Detection]]:
-        """Detections in the whole picture, then in its parts; lazy, because the parts are seldom needed."""
+    def _face_at(self, image: np.ndarray, detection: Detection) -> Face | None:
+        face = self._landmarks(image, _roi_of_detection(detection))
+        if face is not None and len(detection.keypoints) == _YUNET_KEYPOINTS:  # its boxes lie otherwise: look again
+            face = self._landmarks(image, _roi_of_landmarks(face.landmarks))
+        return face
+
+    def _looks(self, image: np.ndarray, *, thorough: bool = True) -> Iterator[list[Detection]]:
+        """Detections by one detector, then by the other; lazy, because the second is seldom needed."""
         h, w = image.shape[:2]
         side = max(h, w)
         letterbox = _crop(image, _Roi(w / 2, h / 2, side, side, 0.0), _DETECTOR_SIZE, cv2.BORDER_CONSTANT)
         yield _weighted_nms(*self._candidates(letterbox, (w - side) / 2, (h - side) / 2, side))
-
-        parts = []
-        for x, y, side in _second_look(h, w):
-            part = image[y : y + side, x : x + side]
-            part = cv2.resize(part, (_DETECTOR_SIZE, _DETECTOR_SIZE), interpolation=cv2.INTER_AREA)
-            parts.append(self._candidates(part, x, y, side))
-        boxes, keypoints, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
-        yield _weighted_nms(boxes, keypoints, scores)
+        if self._second_detector is not None:
+            yield self._second_detector(image, longest=LOOK[0])
+            if thorough and side > LOOK[0]:
+                yield self._second_detector(image, longest=LOOK[1])
 
     def _candidates(
         self, square: np.ndarray, x0: float, y0: float, side: float
@@ -225,43 +249,6 @@ class Landmarker:
         return Face(landmarks=landmarks, blendshapes=blendshapes, score=score)
 
 
-class _Network:
-    """One tflite network with a single float32 input."""
-
-    def __init__(self, content: bytes, bundle: Path, threads: int) -> None:
-        try:
-            self._interpreter = Interpreter(model_content=content, num_threads=threads)
-            self._interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            raise WeightsError(
-                f"{bundle} holds a network that does not load ({error}); fetch the file again"
-            ) from error
-        self._input = self._interpreter.get_input_details()[0]
-        self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]
-
-    def __call__(self, array: np.ndarray) -> list[np.ndarray]:
-        self._interpreter.set_tensor(self._input["index"], array[None])
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(index) for index in self._outputs]
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere for a moment: LiteRT announces its delegate there, past every logger."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # it is closed: quiet already
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def _read_bundle(bundle: Path, *names: str) -> list[bytes]:
     bundle = Path(bundle)
     if not bundle.is_file():
@@ -269,7 +256,7 @@ def _read_bundle(bundle: Path, *names: str) -> list[bytes]:
     try:
         with zipfile.ZipFile(bundle) as archive:
             return [archive.read(name) for name in names]
-    except (zipfile.BadZipFile, KeyError) as error:
+    except DAMAGED_ZIP as error:
         raise WeightsError(f"{bundle} is not a whole face landmarker bundle ({error}); fetch it again") from error
 
 
@@ -290,16 +277,6 @@ def _anchors() -> np.ndarray:
         y, x = np.meshgrid(centres, centres, indexing="ij")
         parts.append(np.repeat(np.stack([x, y], axis=-1).reshape(-1, 2), per_cell, axis=0))
     return np.concatenate(parts)
-
-
-def _second_look(h: int, w: int) -> list[tuple[int, int, int]]:
-    """Squares (x, y, side) where a face too small for the whole picture may be found: the middle, then tiles."""
-    short = min(h, w)
-    squares = [((w - short) // 2, (h - short) // 2, short)]
-    side = max(1, round(_TILE * short))
-    step = short - side  # two tiles along the shorter side, as many as that step needs along the longer
-    xs, ys = (np.linspace(0, n - side, 1 + math.ceil((n - side) / step) if step else 1).astype(int) for n in (w, h))
-    return squares + [(int(x), int(y), side) for y in ys for x in xs]
 
 
 def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -335,9 +312,10 @@ def _roi_of_detection(detection: Detection) -> _Roi:
     """The box with its margin, turned so that the line through the eyes is level."""
     (x0, y0), (x1, y1) = detection.box.reshape(2, 2).tolist()
     dx, dy = (detection.keypoints[1] - detection.keypoints[0]).tolist()
-    return _Roi(
-        (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) * _ROI_SCALE, (y1 - y0) * _ROI_SCALE, rotation=math.atan2(dy, dx)
-    )
+    width, height = x1 - x0, y1 - y0
+    if len(detection.keypoints) == _YUNET_KEYPOINTS:  # a rectangle, where the bundle's own detector gives squares
+        width = height = max(width, height)
+    return _Roi((x0 + x1) / 2, (y0 + y1) / 2, width * _ROI_SCALE, height * _ROI_SCALE, rotation=math.atan2(dy, dx))
 
 
 def _box_of(landmarks: np.ndarray) -> np.ndarray:

@@ -8,8 +8,7 @@ points. "Crop units" are positions divided by the crop's side: x, y in [0, 1] in
 from __future__ import annotations
 
 import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,8 +20,9 @@ from export3d_cli import __version__
 from export3d_cli.core.camera import FOCAL, default_intrinsics
 from export3d_cli.core.errors import InputError, NoFaceError
 from export3d_cli.core.face import mesh
+from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face, Landmarker
-from export3d_cli.core.files import write_atomic
+from export3d_cli.core.files import DAMAGED_ZIP, check_file, write_atomic
 
 MEASURES = (
     "lipGapLeft", "lipGapCentre", "lipGapRight", "mouthWidth", "mouthCornerHeightLeft", "mouthCornerHeightRight",
@@ -31,7 +31,12 @@ MEASURES = (
 BETA_NAMES = ARKIT_NAMES + MEASURES
 RIGID_MEAN = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
 Z_SCALE = 1.1  # the tracker flattens faces: with this, turning heads read their true angle
+MAX_BYTES = 2**31  # of a motion file, unpacked: about four hours at 25 frames a second
+RATES = (Fraction(1, 1000), Fraction(1000))  # frames a second, least and most
+LARGEST = 1e6  # of any number in a motion file
+PART = 1024  # frames computed at once: a long video's landmarks are in memory, but not in double precision
 CROP_SCALE = (2.1, 1.6)  # crop side in face boxes: wanted, and the least to fall back to before borders are replicated
+Square = tuple[float, float, float]  # x0, y0, side in pixels
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Motion:
 
     beta: np.ndarray  # (T, 64) float32
     camera: np.ndarray  # (T, 25) float32, head frame
-    landmarks: np.ndarray  # (T, 478, 3) float32, crop units
+    landmarks: np.ndarray  # (T, 478, 3) float32, crop units; a driver's may be (T, 68, 3), or none, (T, 0, 3)
     found: np.ndarray  # (T,) bool; the other rows of a frame without a face repeat the last one found
     fps: Fraction
     crop: tuple[float, float, float]  # x0, y0, side in pixels of the frames; may reach outside them
@@ -61,39 +66,68 @@ class Motion:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub of its flag
 
     @classmethod
-    def load(cls, path: Path) -> Motion:
-        """Read a `.motion.npz`; raises `InputError` for a file that is not one."""
+    def load(cls, path: Path, *, points: tuple[int, ...] = (mesh.POINTS,)) -> Motion:
+        """Read a `.motion.npz` with as many landmarks a face; raises `InputError` for a file that is not one."""
+        path = Path(path)
         try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-                n, d = (int(v) for v in data["fps"])
-                motion = cls(
-                    beta=data["beta"].astype(np.float32), camera=data["camera"].astype(np.float32),
-                    landmarks=data["landmarks"].astype(np.float32), found=data["found"].astype(bool),
-                    fps=Fraction(n, d), crop=tuple(float(v) for v in data["crop"]),  # type: ignore[arg-type]
-                    size=tuple(int(v) for v in data["size"]),  # type: ignore[arg-type]
-                )  # fmt: skip
-        except (
-            OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, zipfile.BadZipFile, zlib.error,
-        ) as error:  # fmt: skip
+            check_file(path, MAX_BYTES)
+            with path.open("rb") as file:
+                with zipfile.ZipFile(file) as archive:
+                    if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                        raise ValueError(f"more than {MAX_BYTES >> 20} MiB when unpacked")
+                file.seek(0)
+                with np.load(file, allow_pickle=False) as data:
+                    motion = cls._of_arrays(data)
+        except (InputError, *DAMAGED_ZIP) as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
         T = len(motion.beta) if motion.beta.ndim else 0
         shapes = (motion.beta.shape, motion.camera.shape, motion.landmarks.shape, motion.found.shape)
-        if T == 0 or shapes != ((T, 64), (T, 25), (T, mesh.POINTS, 3), (T,)):
-            expected = "(T, 64), (T, 25), (T, 478, 3), (T,)"
+        if T == 0 or shapes not in [((T, 64), (T, 25), (T, count, 3), (T,)) for count in points]:
+            expected = f"(T, 64), (T, 25), (T, {points[0]}, 3), (T,)"
             raise InputError(f"{path} is a motion file of shapes {shapes}: expected {expected}")
         finite = all(np.isfinite(a).all() for a in (motion.beta, motion.camera, motion.landmarks, motion.crop))
         if not finite or motion.fps <= 0:
             raise InputError(f"{path} holds numbers that are not finite or a rate that is not positive")
         if len(motion.crop) != 3 or len(motion.size) != 2:
             raise InputError(f"{path} holds a crop {motion.crop} of frames {motion.size}: expected 3 and 2 numbers")
+        if not RATES[0] <= motion.fps <= RATES[1]:
+            raise InputError(f"{path} has a rate of {float(motion.fps):.3g} frames/s: it must be 1/1000 to 1000")
+        turn = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
+        largest = max(float(np.abs(a).max(initial=0)) for a in (motion.beta, motion.camera, motion.landmarks, motion.crop))
+        if largest > LARGEST or np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
+            raise InputError(f"{path} holds numbers beyond {LARGEST:g}, or cameras that are no rotation: make it again")
         return motion
+
+    @classmethod
+    def _of_arrays(cls, data: Mapping[str, np.ndarray]) -> Motion:
+        """What a file holds, its shapes not yet looked at."""
+
+        def numbers(name: str) -> np.ndarray:
+            array = data[name]
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+                raise TypeError(f"{name} is no array of numbers")
+            return array
+
+        def floats(name: str) -> np.ndarray:
+            with np.errstate(all="ignore"):  # what is too large becomes infinite, and is refused for it
+                return numbers(name).astype(np.float32)
+
+        n, d = (int(v) for v in numbers("fps"))
+        return cls(
+            beta=floats("beta"), camera=floats("camera"), landmarks=floats("landmarks"),
+            found=numbers("found").astype(bool), fps=Fraction(n, d), crop=tuple(float(v) for v in numbers("crop")),  # type: ignore[arg-type]
+            size=tuple(int(v) for v in numbers("size")),  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 class Tracker:
     """A landmarker, the canonical face that goes with it, and the way from its faces to `Motion`."""
 
-    def __init__(self, bundle: Path, *, threads: int = 1) -> None:
-        self.landmarker = Landmarker(bundle, threads=threads)
+    points = mesh.POINTS
+
+    def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
+        """See `Landmarker`."""
+        self.landmarker = Landmarker(bundle, detector=detector, threads=threads)
         self.canonical = mesh.canonical_face(bundle)
 
     def follow(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
@@ -101,32 +135,49 @@ class Tracker:
         self.landmarker.reset()
         return [self.landmarker.track(frame) for frame in frames]
 
+    def settle(self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:
+        """The crop of a clip of which these faces are known."""
+        return clip_crop(np.stack([face.landmarks for face in faces]), size, scale)
+
     def motion(
         self,
         faces: Sequence[Face | None],
         fps: Fraction,
         size: tuple[int, int],
         *,
-        crop: tuple[float, float, float] | None = None,
+        crop: Square | None = None,
         scale: tuple[float, float] = CROP_SCALE,
     ) -> Motion:
         """Faces of one clip, in pixels of frames of `size` (width, height) -> Motion in one fixed crop.
 
         Raises `NoFaceError` when no frame has a face.
         """
-        found = np.array([face is not None for face in faces], dtype=bool)
-        if not found.any():
-            raise NoFaceError("no face was found in any frame")
-        present = [face for face in faces if face is not None]
-        held = np.maximum.accumulate(np.where(found, np.cumsum(found) - 1, 0))  # each frame's row in `present`
-        pixels = np.stack([face.landmarks for face in present]).astype(np.float64)  # (F, 478, 3)
-        x0, y0, side = crop if crop is not None else clip_crop(pixels, size, scale)
-        landmarks = (pixels - [x0, y0, 0]) / side
-        cameras = fit_cameras(landmarks, self.canonical.points)
-        shapes = np.stack([face.blendshapes for face in present])
-        points = head_points(landmarks, cameras)
-        beta = np.concatenate([shapes, measures(points)], axis=1).astype(np.float32)
-        return Motion(beta[held], cameras[held], landmarks.astype(np.float32)[held], found, fps, (x0, y0, side), size)
+        present, found, held = hold_missing(faces)
+        landmarks = np.stack([face.landmarks for face in present]).astype(np.float32, copy=False)  # (F, 478, 3)
+        x0, y0, side = crop if crop is not None else clip_crop(landmarks, size, scale)
+        cameras = np.empty((len(present), 25), np.float32)
+        beta = np.empty((len(present), len(BETA_NAMES)), np.float32)
+        for at in range(0, len(present), PART):
+            part = slice(at, at + PART)
+            points = (landmarks[part].astype(np.float64) - [x0, y0, 0]) / side
+            cameras[part] = fit_cameras(points, self.canonical.points)
+            beta[part, : len(ARKIT_NAMES)] = [face.blendshapes for face in present[part]]
+            beta[part, len(ARKIT_NAMES) :] = measures(head_points(points, cameras[part]))
+            landmarks[part] = points
+        if not found.all():
+            beta, cameras, landmarks = beta[held], cameras[held], landmarks[held]
+        return Motion(beta, cameras, landmarks, found, fps, (x0, y0, side), size)
+
+
+def hold_missing(faces: Sequence[Face | None]) -> tuple[list[Face], np.ndarray, np.ndarray]:
+    """The faces that are there, which frames those are (T,), and each frame's row among them, the last one held (T,).
+
+    Raises `NoFaceError` when there is none.
+    """
+    found = np.array([face is not None for face in faces], dtype=bool)
+    if not found.any():
+        raise NoFaceError("no face was found in any frame")
+    return [face for face in faces if face is not None], found, (np.cumsum(found) - 1).clip(0)
 
 
 def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
@@ -176,16 +227,18 @@ def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray) -> np
     return rays * depths[..., None]
 
 
-def clip_crop(
-    pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
-) -> tuple[float, float, float]:
+def clip_crop(pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:
     """One square for a clip: the median nose at its centre, its side the wanted number of face boxes.
 
     Where the frames are cut tighter than wanted the square shrinks to stay inside them, down to the least scale.
     """
-    nose = np.median(pixels[:, 1, :2], axis=0)
     extent = pixels[..., :2].max(1) - pixels[..., :2].min(1)  # (F, 2)
-    box = float(np.median(extent.max(-1)))
+    return square_around(pixels[:, 1, :2], extent.max(-1), size, scale)
+
+
+def square_around(noses: np.ndarray, boxes: np.ndarray, size: tuple[int, int], scale: tuple[float, float]) -> Square:
+    """`clip_crop` for noses (F, 2) and longer sides of the faces' boxes (F,)."""
+    nose, box = np.median(noses, axis=0), float(np.median(boxes))
     room = 2 * min(nose[0], nose[1], size[0] - nose[0], size[1] - nose[1])
     side = float(np.clip(room, scale[1] * box, scale[0] * box))
     return float(nose[0] - side / 2), float(nose[1] - side / 2), side

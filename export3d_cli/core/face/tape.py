@@ -12,7 +12,7 @@ from export3d_cli.core.face import mesh
 from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face
 
 _POINTS = mesh.POINTS * 3
-_RECORD = 1 + _POINTS + len(ARKIT_NAMES)  # score (0: no face), landmarks, coefficients; float32
+_RECORD = 2 + _POINTS + len(ARKIT_NAMES)  # score (0: no face), how many landmarks, these, coefficients; float32
 
 
 class FaceTape:
@@ -41,9 +41,9 @@ class FaceTape:
         """Record the next frame, of `size` (width, height)."""
         record = np.zeros(_RECORD, dtype=np.float32)
         if face is not None:
-            record[0], record[1 : 1 + _POINTS], record[1 + _POINTS :] = (
-                face.score, face.landmarks.ravel(), face.blendshapes,
-            )  # fmt: skip
+            count = len(face.landmarks)
+            record[:2], record[2 + _POINTS :] = (face.score, count), face.blendshapes
+            record[2 : 2 + 3 * count] = face.landmarks.ravel()
         self.size = size
         self._file.write(record.tobytes())
 
@@ -56,5 +56,5 @@ class FaceTape:
                 return
             at += len(content)
             record = np.frombuffer(content, dtype=np.float32)
-            landmarks = record[1 : 1 + _POINTS].reshape(-1, 3)
-            yield Face(landmarks, record[1 + _POINTS :], float(record[0])) if record[0] else None
+            landmarks = record[2 : 2 + 3 * int(record[1])].reshape(-1, 3)
+            yield Face(landmarks, record[2 + _POINTS :], float(record[0])) if record[0] else None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.errors import InputError, WeightsError
+from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmarker import ARKIT_NAMES, Landmarker
 
 REPO = Path(__file__).parents[3]
@@ -22,7 +23,7 @@ NOSE_TIP, CHIN, FOREHEAD, RIGHT_EYE_CORNER, LEFT_EYE_CORNER = 1, 152, 10, 33, 26
 
 @pytest.fixture(scope="module")
 def landmarker() -> Landmarker:
-    return Landmarker(BUNDLE)
+    return Landmarker(BUNDLE, detector=FaceDetector(REPO / "weights" / "yunet_n_dynamic.onnx"))
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,47 @@ def test_quarter_turn_is_found_upright_or_not_at_all(landmarker: Landmarker, pho
 def test_small_and_several_faces(landmarker: Landmarker, photo: np.ndarray) -> None:
     expected = landmarker.find(photo).landmarks
     canvas = np.full((720, 1280, 3), 127, np.uint8)
-    for x, side in ((100, 144), (1000, 180)):
-        canvas[300 : 300 + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
+    places = ((500, 500), (1000, 180), (300, 80), (100, 60))  # the face is half as high as the photo
+    for x, side in places:
+        canvas[100 : 100 + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
     faces = landmarker.find_all(canvas)
-    assert len(faces) == 2  # neither is seen in the whole picture, and none is counted twice
-    for face, x, side in zip(faces, (1000, 100), (180, 144), strict=True):
-        assert distance(face.landmarks, expected * (side / photo.shape[1]) + (x, 300, 0)).mean() < 0.03 * side
+    assert len(faces) == len(places)  # none is overlooked beside a larger one, and none counted twice
+    for face, (x, side) in zip(faces, places, strict=True):
+        assert distance(face.landmarks, expected * (side / photo.shape[1]) + (x, 100, 0)).mean() < 0.03 * side
+
+
+def test_a_lost_small_face_is_found_again(landmarker: Landmarker, photo: np.ndarray) -> None:
+    canvas = np.full((720, 1280, 3), 127, np.uint8)
+    small = canvas.copy()
+    small[400:460, 900:960] = cv2.resize(photo, (60, 60), interpolation=cv2.INTER_AREA)
+    landmarker.reset()
+    assert landmarker.track(small) is not None
+    assert landmarker.track(canvas) is None
+    assert any(landmarker.track(small) is not None for _ in range(8))
+
+
+def test_a_face_that_the_border_cuts(landmarker: Landmarker, photo: np.ndarray) -> None:
+    whole = landmarker.find(photo).landmarks
+    cut = int(whole[:, 0].min() + 0.3 * np.ptp(whole[:, 0]))
+    face = landmarker.find(photo[:, cut:])
+    inside = whole[:, 0] > cut
+    assert distance(face.landmarks[inside] + (cut, 0, 0), whole[inside]).mean() < 0.03 * np.ptp(whole[:, 0])
+
+
+@pytest.mark.parametrize("hidden", [slice(0.55, 1.0), slice(0.25, 0.48)])
+def test_a_face_behind_a_mask_or_dark_glasses(landmarker: Landmarker, photo: np.ndarray, hidden: slice) -> None:
+    whole = landmarker.find(photo).landmarks
+    low, high = whole[:, :2].min(0), whole[:, :2].max(0)
+    image = photo.copy()
+    top, bottom = (int(low[1] + part * (high - low)[1]) for part in (hidden.start, hidden.stop))
+    image[top:bottom, int(low[0]) : int(high[0])] = 40
+    assert distance(landmarker.find(image).landmarks, whole).mean() < 0.05 * (high - low)[1]
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_how_a_photo_must_be_turned(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
+    """Turned anticlockwise by so many quarters; upside down, the landmark network sees an upright face."""
+    assert landmarker.upright_turn(np.rot90(photo, quarters)) == 90 * quarters
 
 
 def test_no_face(landmarker: Landmarker) -> None:
@@ -121,7 +157,9 @@ def test_no_face(landmarker: Landmarker) -> None:
     assert landmarker.detect(black) == []
     assert landmarker.find(black) is None
     assert landmarker.find_all(black) == []
-    assert landmarker.find(np.zeros((1, 1, 3), np.uint8)) is None
+    assert landmarker.upright_turn(black) is None
+    for shape in ((1, 1, 3), (1, 3000, 3), (3000, 2, 3)):
+        assert landmarker.find(np.zeros(shape, np.uint8)) is None
 
 
 @pytest.mark.parametrize(
@@ -161,6 +199,14 @@ def test_unusable_bundles_are_weights_errors(tmp_path: Path) -> None:
             archive.writestr(name, b"not a network")
     with pytest.raises(WeightsError, match="does not load"):
         Landmarker(flipped)
+
+
+def test_unusable_detectors_are_weights_errors(photo: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"none\.onnx"):
+        FaceDetector(tmp_path / "none.onnx")(photo)
+    (tmp_path / "broken.onnx").write_bytes(b"not a network")
+    with pytest.raises(WeightsError, match=r"broken\.onnx is not"):
+        FaceDetector(tmp_path / "broken.onnx")(photo)
 
 
 @pytest.mark.parametrize("closed", [False, True])
