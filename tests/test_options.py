@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from export3d_cli import options
@@ -18,23 +18,27 @@ RATE, RANGE = options.Rate(), options.Range()
 FINITE = st.floats(-999_999, 999_999)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_a_fraction_is_that_fraction(above: int, below: int) -> None:
     assume(above <= 1000 * below)
     assert RATE.convert(f"{above}/{below}", None, None) == Fraction(above, below)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000), st.sampled_from(["", ".0", ".00"]))
 def test_a_whole_rate_is_that_rate(rate: int, end: str) -> None:
     assert RATE.convert(f"{rate}{end}", None, None) == rate
 
 
+@settings(deadline=None)
 @given(st.sampled_from([24, 30, 48, 60, 120, 240]), st.integers(2, 6))
 def test_a_rounded_television_rate_is_the_exact_one(rate: int, digits: int) -> None:
     exact = Fraction(rate * 1000, 1001)
     assert RATE.convert(f"{float(exact):.{digits}f}", None, None) == exact
 
 
+@settings(deadline=None)
 @given(st.decimals(Fraction(1, 1000), 1000, places=3))
 def test_a_decimal_is_itself_or_a_television_rate_very_near(rate: Fraction) -> None:
     got = RATE.convert(str(rate), None, None)
@@ -43,6 +47,7 @@ def test_a_decimal_is_itself_or_a_television_rate_very_near(rate: Fraction) -> N
     )
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_other_texts_are_refused_or_positive(text: str) -> None:
     for kind in (RATE, RANGE):
@@ -59,6 +64,7 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
         RATE.convert(text, None, None)
 
 
+@settings(deadline=None)
 @given(FINITE, FINITE)
 def test_a_range_is_its_two_ends(first: float, last: float) -> None:
     assert RANGE.convert(f"{first}:{last}", None, None) == (first, last)

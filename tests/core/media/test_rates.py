@@ -1,0 +1,55 @@
+"""Rates told from timestamps, and rows of a motion at another rate, whatever the numbers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export3d_cli.core.driver import chosen_rows
+from export3d_cli.core.media import probe
+
+TELEVISION = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)]
+RATES = st.sampled_from([*TELEVISION, *map(Fraction, (10, 12, 15, 24, 25, 30, 48, 50, 60)), Fraction(25, 2)])
+
+
+@settings(deadline=None)
+@given(RATES, st.integers(3, 300), st.sampled_from([1000, 12800, 90000]), st.integers(0, 2000))
+def test_a_constant_rate_is_found_exactly_however_coarse_the_clock(
+    rate: Fraction, frames: int, ticks: int, start: int
+) -> None:
+    tick = Fraction(1, ticks)
+    times = [round((start + k) / rate / tick) * tick for k in range(frames)]
+    told = probe._number(f"{float(rate):.2f}".rstrip("0").rstrip(".") + " fps", "fps")  # as ffmpeg prints it
+    assert probe._rate(tick, times, told, told) == (rate, False)
+
+
+@settings(deadline=None)
+@given(RATES, st.integers(20, 200), st.sets(st.integers(3, 18), min_size=2, max_size=10))
+def test_holes_make_a_rate_variable_and_leave_it_what_it_is(rate: Fraction, frames: int, holes: set[int]) -> None:
+    tick = Fraction(1, 90000)
+    times = [round(k / rate / tick) * tick for k in range(frames) if k not in holes]
+    told = probe._number(f"{float(rate):.2f} tbr", "tbr")
+    fps, varies = probe._rate(tick, times, None, told)
+    assert varies
+    assert fps == min(rate, Fraction(60))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 500), RATES, RATES, st.floats(0, 30), st.one_of(st.none(), st.floats(0.001, 30)),
+)  # fmt: skip
+def test_rows_at_another_rate_last_as_long(
+    count: int, own: Fraction, fps: Fraction, start: float, duration: float | None
+) -> None:
+    rows = chosen_rows(count, own, fps, start, duration)
+    first = round(start * own)
+    last = count if duration is None else min(count, first + round(duration * own))
+    if first >= last:
+        assert len(rows) == 0
+        return
+    assert (rows[0], len(rows)) == (first, max(1, round((last - first) * fps / own)))
+    assert (rows[1:] >= rows[:-1]).all()
+    assert rows[-1] < last
+    assert abs(len(rows) / fps - (last - first) / own) <= max(1 / fps, 1 / own)
