@@ -15,26 +15,32 @@ import concurrent.futures
 import contextlib
 import itertools
 import multiprocessing
+import os
+import re
 import signal
-from collections.abc import Callable, Generator, Iterator
+import threading
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from export3d_cli.core.capture import capture, is_recording
 from export3d_cli.core.clips import Gates, Segment, segments, sharpness
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image
+from export3d_cli.core.face.motion import Tracker, crop_image
+from export3d_cli.core.files import hold
 from export3d_cli.core.lists import Line, Lists
 from export3d_cli.core.media.image import is_image, read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.sheet import draw_overlay, draw_report
-from export3d_cli.core.weights import resolve
+from export3d_cli.core.tracking import TrackerName, landmark_tracker
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
 RATE = Fraction(25)  # of the clips of a data set
+_CLIP = re.compile(r"-c\d{2,}$")  # what is behind a video's name in that of one of its clips
 Progress = Callable[[str, int, "int | None"], None]
 Person = Literal["name", "folder"]
 
@@ -82,20 +88,24 @@ def preprocess(
     gates: Gates | None = None,
     person: Person = "name",
     shard: tuple[int, int] | None = None,
+    face: str = "largest",
+    tracker: TrackerName = "landmarker",
     overlay: Path | None = None,
     report: bool = False,
     progress: Progress | None = None,
 ) -> PreprocessSummary:
     """Track faces; write a Motion file (one input, `out` ending in .motion.npz) or a data set (folder `out`).
 
-    Inputs that are in the data set already are kept, so that a run that was cut off goes on. `fps` is for a Motion file
-    only: clips of data sets have 25. Raises `InputError` when there is nothing to read and `NoFaceError` when no input
-    has a usable face.
+    Inputs that are in the data set already are kept, so that a run that was cut off goes on. `fps`, `face` and
+    `tracker` are for a Motion file only: clips of data sets have 25 frames/s, the largest face and the landmarker's
+    points. A Motion file may also come of a CSV of Live Link Face. Raises `InputError` when there is nothing to read
+    and `NoFaceError` when no input has a usable face.
     """
     if out.name.endswith(".npz"):
-        return _one_motion(inputs, out, max_frames, fps, overlay, progress)
-    if overlay is not None or fps is not None:
-        raise InputError(f"{out} is a data set: an overlay or a frame rate is for one video, with OUT as X.motion.npz")
+        return _one_motion(inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, name=tracker)
+    if overlay is not None or fps is not None or face != "largest" or tracker != "landmarker":
+        what = "an overlay, a frame rate or a choice of face or tracker"
+        raise InputError(f"{out} is a data set: {what} is for one video, with OUT as X.motion.npz")
     every = _sources(inputs, out)
     if not every:
         raise InputError(f"no video or image in {', '.join(map(str, inputs))}")
@@ -103,24 +113,28 @@ def preprocess(
     if max_frames is not None:  # who wants few frames wants short clips
         gates = replace(gates, min_seconds=min(gates.min_seconds, float(max_frames / RATE)))
     mine = every if shard is None else every[shard[0] - 1 :: shard[1]]
-    lists = Lists(out, shard)
-    jobs = [
-        Job(file, source, _person(file, source, person), out, size, max_frames, gates)
-        for file, source in mine
-        if source not in lists.finished
-    ]
-    try:
-        (out / "clips").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out} ({error.strerror}): give a folder, or a file X.motion.npz") from error
-    told: list[str] = []
-    with contextlib.closing(_map(jobs, workers)) as results:
-        for count, done in enumerate(results, start=1):
-            lists.add(done.lines, done.rejected)
-            told += [f"{done.job.file}: {line['reason']}" for line in done.rejected]
-            if progress is not None:
-                progress("inputs", count, len(jobs))
-    lists.close()
+    with hold(out, shared=shard is not None):
+        lists = Lists(out, shard)
+        jobs = [
+            Job(file, source, _person(file, source, person), out, size, max_frames, gates)
+            for file, source in mine
+            if source not in lists.finished
+        ]
+        try:
+            (out / "clips").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {out} ({error.strerror}): give a folder, or a file X.motion.npz"
+            ) from error
+        _sweep(out / "clips", {job.source for job in jobs})
+        told: list[str] = []
+        with contextlib.closing(_map(jobs, workers)) as results:
+            for count, done in enumerate(results, start=1):
+                lists.add(done.lines, done.rejected)
+                told += [f"{done.job.file}: {line['reason']}" for line in done.rejected]
+                if progress is not None:
+                    progress("inputs", count, len(jobs))
+        lists.close()
     if not lists.lines and shard is None:
         first = told[0] if told else f"{out / 'rejected.jsonl'} says why"
         raise NoFaceError(f"none of the {len(every)} inputs gave a usable clip; the first: {first}")
@@ -131,57 +145,17 @@ def preprocess(
 
 
 def _one_motion(
-    inputs: list[Path], out: Path, max_frames: int | None, fps: Fraction | None, overlay: Path | None,
-    progress: Progress | None,
-) -> PreprocessSummary:  # fmt: skip
+    inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None, **how: Any
+) -> PreprocessSummary:
     if len(inputs) != 1:
         raise InputError(f"{out} can hold the motion of one video, got {len(inputs)} inputs: give a folder instead")
-    tracker = Tracker(resolve("face_landmarker"))
-    motion = track_video(inputs[0], tracker, fps=fps, max_frames=max_frames, progress=progress)
+    if overlay is not None and is_recording(inputs[0]):
+        raise InputError(f"{inputs[0]} holds no pictures to draw on: leave out --overlay")
+    motion, notes = capture(inputs[0], progress=progress, **how)
     motion.save(out)
-    notes = []
-    if not is_image(inputs[0]):
-        with VideoReader(inputs[0], fps=fps) as reader:
-            notes = reader.notes
     if overlay is not None:
         draw_overlay(inputs[0], motion, overlay, progress=progress)
     return PreprocessSummary(1, len(motion), notes=notes)
-
-
-def track_video(
-    path: Path,
-    tracker: Tracker,
-    *,
-    fps: Fraction | None = None,
-    start: float = 0.0,
-    duration: float | None = None,
-    max_frames: int | None = None,
-    scale: tuple[float, float] | None = None,
-    progress: Progress | None = None,
-) -> Motion:
-    """Motion of the largest face of a video (or of a photo: one frame), read in a stream.
-
-    `scale` is the crop's side in face boxes, wanted and least; None takes the usual one.
-    """
-    if is_image(path):
-        image = read_image(path)
-        faces, rate = [tracker.landmarker.find(image)], RATE
-        size = (image.shape[1], image.shape[0])
-    else:
-        with VideoReader(path, fps=fps, start=start, duration=duration) as reader:
-            rate, size = reader.info.fps, (reader.info.width, reader.info.height)
-            total = min(reader.info.frames, max_frames or reader.info.frames)
-
-            def frames() -> Iterator[np.ndarray]:
-                for index, frame in enumerate(itertools.islice(reader, max_frames)):
-                    if progress is not None:
-                        progress("tracking", index + 1, total)
-                    yield frame
-
-            faces = tracker.follow(frames())
-    if not any(face is not None for face in faces):
-        raise NoFaceError(f"no face found in {path}: use one where a face is large, upright and turned to the camera")
-    return tracker.motion(faces, rate, size, scale=scale or CROP_SCALE)
 
 
 def _sources(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
@@ -191,18 +165,31 @@ def _sources(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
     for path in inputs:
         if not path.exists():
             raise InputError(f"{path} does not exist: give a video, a photo or a folder of them")
+        if out.resolve() in path.resolve().parents:
+            raise InputError(f"{path} lies in the output folder {out}: choose another one")
         files = sorted(p for p in path.rglob("*") if _is_media(p, out)) if path.is_dir() else [path]
         for file in files:
             if file in found:
                 continue
             below = file.relative_to(path).parent.parts if path.is_dir() else ()
             base = "-".join([*below, file.stem]) + ("-still" if is_image(file) else "")
+            base += "-video" if _CLIP.search(base) else ""  # "a-c01" is the first clip of "a"
             name, k = base, 2
             while name in taken:
                 name, k = f"{base}-{k}", k + 1
             taken.add(name)
             found[file] = name
     return list(found.items())
+
+
+def _sweep(clips: Path, todo: set[str]) -> None:
+    """Take away what runs that were killed left of inputs that are to be done: others clips may come of them now."""
+    with os.scandir(clips) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        clip = re.sub(r"(\.motion\.npz|\.mp4|\.png)$", "", name)
+        if clip != name and (clip in todo or _CLIP.sub("", clip) in todo):
+            (clips / name).unlink(missing_ok=True)
 
 
 def _is_media(path: Path, out: Path) -> bool:
@@ -253,6 +240,15 @@ def _be_stoppable() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next input for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _make_clips(job: Job) -> Done:
@@ -269,7 +265,7 @@ def _make_clips(job: Job) -> Done:
 
 def _done(job: Job) -> Done:
     global _tracker
-    _tracker = _tracker or Tracker(resolve("face_landmarker"))
+    _tracker = _tracker or landmark_tracker()
     try:
         return _make_still(job, _tracker) if is_image(job.file) else _make_videos(job, _tracker)
     except Export3DError as error:

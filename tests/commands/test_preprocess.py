@@ -20,7 +20,7 @@ def run(*args):
         ([__file__, "-o", "out", "--shard", "half"], "I from 1 to N"),
         ([__file__, "-o", "out", "--min-seconds", "9", "--max-seconds", "5"], "min <= max"),
         ([__file__, "-o", "out", "--overlay", "o.mp4"], "for one video"),
-        ([example("source.jpg"), "-o", __file__], "give a folder"),
+        ([example("source.jpg"), "-o", __file__], "cannot write to"),
     ],
 )
 def test_misuse_is_2_and_says_why(args, message):

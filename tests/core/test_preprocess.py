@@ -8,8 +8,11 @@ import pytest
 
 from export3d_cli.core import preprocess as module
 from export3d_cli.core.clips import Gates
+from export3d_cli.core.driver import DriverStream
 from export3d_cli.core.errors import InputError, NoFaceError
+from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.lists import Lists
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import VideoReader, probe
@@ -17,6 +20,7 @@ from export3d_cli.core.preprocess import preprocess
 from export3d_cli.core.train.cache import load_set
 from export3d_cli.core.weights import example
 
+make_clips = module._make_clips
 SHORT = Gates(min_seconds=0.3)
 
 
@@ -67,7 +71,7 @@ def test_crops_and_motion_belong_together(data):
         info = probe(out / line["file"])
         assert (info.width, info.height, info.fps, info.frames) == (64, 64, 25, len(motion))
         assert np.abs(np.median(motion.landmarks[:, 1, :2], axis=0) - 0.5).max() < 0.02
-        tracker = module.Tracker(module.resolve("face_landmarker"))
+        tracker = module.landmark_tracker()
         with VideoReader(out / line["file"], size=(256, 256)) as reader:
             face = tracker.landmarker.find(next(iter(reader)))
         assert np.abs(face.landmarks[:, :2] / 256 - motion.landmarks[0, :, :2]).mean() < 0.02
@@ -125,6 +129,54 @@ def test_shards_share_the_inputs_and_are_merged(stills, tmp_path):
     assert len(summary.rejected) == 1  # what could not be read is tried again
 
 
+def test_a_killed_run_goes_on(stills, tmp_path, monkeypatch):
+    """What it left of inputs that it did not finish goes; a line that it left half written is written again."""
+    out = tmp_path / "out"
+    preprocess([stills], out, size=32)
+    manifest = out / "manifest.jsonl"
+    whole = manifest.read_text(encoding="utf-8")
+    first, second, third = whole.splitlines(keepends=True)
+    manifest.write_text(first + second + third[:40], encoding="utf-8")
+    for name in (
+        "b-b_1-still-c03.mp4",
+        "b-b_1-still.mp4",
+        "a-a_2-still-c01.motion.npz",
+        "other.png",
+        "a-a_1-still-c01.mp4",
+    ):
+        (out / "clips" / name).touch()
+    done = []
+    monkeypatch.setattr(module, "_make_clips", lambda job: done.append(job.source) or make_clips(job))
+    assert preprocess([stills], out, size=32).clips == 3
+    assert sorted(done) == ["a-a_2-still", "b-b_1-still", "broken-still"]  # the one before may be of the same input
+    assert manifest.read_text(encoding="utf-8") == whole
+    left = {p.name for p in (out / "clips").iterdir() if p.stat().st_size == 0}
+    assert left == {"other.png", "a-a_1-still-c01.mp4"}  # of an input that is finished, and of none
+
+
+def test_lists_are_added_to_not_rewritten(tmp_path, monkeypatch):
+    lists = Lists(tmp_path, None)
+    written = []
+    monkeypatch.setattr(lists, "_write_all", lambda: written.append(1))
+    for i in range(50):
+        lists.add([{"id": f"{50 - i}", "source": "s"}], [{"id": f"r{i}", "source": "s", "reason": "r"}] * (i % 2))
+    assert len(written) == 1
+    assert [line["id"] for line in lines(tmp_path / "manifest.jsonl")] == [f"{50 - i}" for i in range(50)]
+    again = Lists(tmp_path, None)
+    assert (len(again.lines), len(again.rejected), again.finished) == (50, 25, {"s"})
+
+
+def test_a_video_named_like_a_clip_is_no_clip_of_another(tmp_path):
+    for name in ("a.mp4", "a-c01.mp4", "a.mkv", "a-c01-video.mp4"):
+        (tmp_path / name).touch()
+    names = [name for _, name in module._sources([tmp_path], tmp_path / "out")]
+    assert names == ["a-c01-video", "a-c01-video-2", "a", "a-2"]
+    (tmp_path / "out" / "clips").mkdir(parents=True)
+    (tmp_path / "out" / "clips" / "a.mp4").touch()
+    with pytest.raises(InputError, match="lies in the output folder"):
+        module._sources([tmp_path / "out" / "clips" / "a.mp4"], tmp_path / "out")
+
+
 def test_workers_do_the_same(stills, tmp_path):
     one = preprocess([stills], tmp_path / "one", size=32)
     two = preprocess([stills], tmp_path / "two", size=32, workers=2, person="folder")
@@ -153,6 +205,20 @@ def test_an_overlay_is_drawn(make_clip, tmp_path):
     assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in pairs)
     with pytest.raises(InputError, match="overlay"):
         preprocess([clip], tmp_path / "set", overlay=tmp_path / "o.mp4")
+
+
+def test_a_phone_s_csv_is_one_motion(tmp_path):
+    path = tmp_path / "take.csv"
+    rows = [f"00:00:01:{k:02}.000," + ",".join([f"{k / 100:.2f}"] * 52) for k in range(30)]
+    path.write_text("\n".join(["Timecode," + ",".join(ARKIT_NAMES), *rows]) + "\n", encoding="utf-8")
+    for fps, count in ((None, 30), (Fraction(30), 15)):
+        assert preprocess([path], tmp_path / "x.motion.npz", fps=fps).frames == count
+        with DriverStream(tmp_path / "x.motion.npz", None, batch=100, crop_scale=2.0) as driver:
+            ((motion, _),) = list(driver)
+        assert (driver.fps, len(motion)) == (fps or 60, count)
+        np.testing.assert_allclose(motion.beta[-1, 0], (29 if fps is None else 28) / 100, atol=1e-6)
+    with pytest.raises(InputError, match="no pictures"):
+        preprocess([path], tmp_path / "x.motion.npz", overlay=tmp_path / "o.mp4")
 
 
 def test_a_folder_of_pictures_is_one_motion(make_clip, tmp_path):

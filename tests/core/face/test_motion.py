@@ -233,6 +233,21 @@ def test_frames_without_a_face_repeat_the_last(tracker: Tracker) -> None:
         tracker.motion([None, None], Fraction(30), (100, 100))
 
 
+def test_parts_make_no_difference(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    points = [
+        seen(tracker.canonical.points, Camera.orbit(5 * i)) * 100 + rng.normal(0, 0.3, (478, 3)) for i in range(7)
+    ]
+    faces = [face(row, i / 10) if i != 3 else None for i, row in enumerate(points)]
+    whole = tracker.motion(faces, Fraction(30), (100, 100))
+    monkeypatch.setattr("export3d_cli.core.face.motion.PART", 2)
+    parts = tracker.motion(faces, Fraction(30), (100, 100))
+    for name in ("beta", "camera", "landmarks", "found"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)
+    before = np.stack([row.landmarks for row in faces if row is not None])
+    np.testing.assert_allclose(whole.landmarks[4:] * whole.crop[2] + [*whole.crop[:2], 0], before[3:], atol=1e-3)
+
+
 @pytest.fixture
 def motion(canonical: CanonicalFace) -> Motion:
     cameras = [Camera.orbit(yaw) for yaw in (0, 10, 20)]
