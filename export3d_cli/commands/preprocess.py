@@ -54,6 +54,11 @@ def _inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...])
     help="Who is seen: a file's name up to its last _, or its folder.",
 )  # fmt: skip
 @click.option("--shard", metavar="I/N", callback=_shard, help="Do every N-th input; a run without --shard merges.")
+@click.option(
+    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=options.check_face,
+    help="Of X.motion.npz: whose, where there are several.",
+)  # fmt: skip
+@options.tracker_option
 @click.option("--overlay", type=options.NEW_FILE, help="For X.motion.npz: the video with what was found drawn in.")
 @click.option("--report", is_flag=True, help="Write report.png: clips, poses and expressions of the data set.")
 @options.json_option
@@ -70,14 +75,17 @@ def preprocess(
     max_yaw: float,
     person: str,
     shard: tuple[int, int] | None,
+    face: str,
+    tracker: str,
     overlay: Path | None,
     report: bool,
     as_json: bool,
 ) -> None:
     """Track faces in INPUT (videos, images, or folders of them).
 
-    One video and an OUT that ends in .motion.npz: a driver for `reenact`. Otherwise: a data set for `train`, its videos
-    cut into clips of one face; rejected.jsonl says what was left out and why. The same command again goes on.
+    One video (or CSV of Live Link Face) and an OUT that ends in .motion.npz: a driver for `reenact`. Otherwise: a data
+    set for `train`, its videos cut into clips of one face; rejected.jsonl says what was left out and why. The same
+    command again goes on.
     """
     from export3d_cli import core
 
@@ -85,6 +93,7 @@ def preprocess(
     with console.progress() as progress:
         summary = core.build_dataset(
             list(inputs), output, size=size, workers=workers, max_frames=max_frames, fps=fps, gates=gates,
-            person=person, shard=shard, overlay=overlay, report=report, progress=progress,
+            person=person, shard=shard, face=face, tracker=tracker, overlay=overlay, report=report,
+            progress=progress,
         )  # fmt: skip
     console.finish(summary, as_json=as_json)

@@ -89,6 +89,19 @@ def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip,
         read(stream(clip, tracker, on_missing="fail"))
 
 
+def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tracker: Tracker) -> None:
+    two = "scale=192:192,split[a][b];[b]hflip,crop=160:160,scale=192:192[c];[a][c]hstack"
+    hidden = "drawbox=enable='between(n,3,4)':t=fill:color=gray:x={}:y=30:w=120:h=130"
+    clip = make_clip("two.mp4", filters=two + "," + hidden.format(36), frames=7)
+    middles = []
+    for face, missing in (("left", 2), ("right", 0), ("largest", 0)):
+        with stream(clip, tracker, face=face, batch=10) as driver:
+            ((motion, _),) = list(driver)
+        assert driver.missing == missing
+        middles.append(motion.crop[0] + motion.crop[2] / 2)
+    assert middles[0] < 192 < middles[1] == middles[2]  # the right one is the larger
+
+
 @pytest.mark.parametrize("on_missing", ["hold", "skip"])
 def test_a_driver_without_any_face(make_clip: MakeClip, tracker: Tracker, on_missing: str) -> None:
     clip = make_clip("black.mp4", filters=BLACK.format("1"))
