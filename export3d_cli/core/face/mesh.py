@@ -14,6 +14,7 @@ import numpy as np
 from export3d_cli.core.errors import WeightsError
 from export3d_cli.core.files import DAMAGED_ZIP
 
+_DAMAGED: tuple[type[Exception], ...] = (StopIteration, *DAMAGED_ZIP)
 UNITS_PER_CM = 1 / 58  # head-frame units: a face whose box is 1/2.1 of the crop is then seen from EG3D's radius 2.7
 POINTS, SURFACE = 478, 468  # all points; those of the mesh proper, without the irises
 
@@ -69,7 +70,7 @@ def canonical_face(bundle: Path) -> CanonicalFace:
         indices = [v for f, v in _fields(mesh) if f == 4 and isinstance(v, int)]
         surface = np.array(vertices, dtype=np.float64).reshape(SURFACE, 5)[:, :3]
         triangles = np.array(indices, dtype=np.int64).reshape(-1, 3)
-    except (*DAMAGED_ZIP, StopIteration) as error:
+    except _DAMAGED as error:
         raise WeightsError(f"{bundle} holds no canonical face ({error}): install export3d-cli again") from error
     points = surface * [1, -1, -1] * UNITS_PER_CM  # MediaPipe: centimetres, y up, z towards the camera
     irises = [points[list(RIGHT_EYE)].mean(0)] * 5 + [points[list(LEFT_EYE)].mean(0)] * 5

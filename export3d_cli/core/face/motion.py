@@ -31,6 +31,7 @@ MEASURES = (
 BETA_NAMES = ARKIT_NAMES + MEASURES
 RIGID_MEAN = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
 Z_SCALE = 1.1  # the tracker flattens faces: with this, turning heads read their true angle
+_DAMAGED: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP)
 MAX_BYTES = 2**31  # of a motion file, unpacked: about four hours at 25 frames a second
 RATES = (Fraction(1, 1000), Fraction(1000))  # frames a second, least and most
 LARGEST = 1e6  # of any number in a motion file
@@ -78,7 +79,7 @@ class Motion:
                 file.seek(0)
                 with np.load(file, allow_pickle=False) as data:
                     motion = cls._of_arrays(data)
-        except (InputError, *DAMAGED_ZIP) as error:
+        except _DAMAGED as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
         T = len(motion.beta) if motion.beta.ndim else 0
         shapes = (motion.beta.shape, motion.camera.shape, motion.landmarks.shape, motion.found.shape)
