@@ -15,7 +15,7 @@ from export3d_cli.core.media.codec import VIDEO_SUFFIXES, check_name
 from export3d_cli.core.media.image import is_image, read_image
 from export3d_cli.core.weights import resolve
 
-FEATHER = 0.12  # of the crop's side: over this width the result becomes the photograph
+FEATHER = 0.08  # of the crop's side: over this width the result becomes the photograph
 _NO_PORTRAITS = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
 Square = tuple[float, float, float]
 

@@ -44,7 +44,7 @@ def check_mesh(path: Path) -> None:
 
 
 def head_mesh(animator: Animator, *, beta: np.ndarray | None = None, resolution: int = 0) -> Mesh:
-    """The source's head, with its own expression or with beta (1, 64), sampled `resolution` times (0: 192) along an axis.
+    """The source's head, with its own expression or with beta (1, 64), `resolution` (0: 192) samples along an axis.
 
     What the photo shows beside the person is cut away, and of the rest the largest connected surface is kept. Raises
     `InputError` where there is none.
@@ -81,7 +81,8 @@ def write_mesh(path: Path, mesh: Mesh) -> None:
     surface = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=colours, process=False)
     surface.metadata["comment"] = SYNTHETIC
     if glb:
-        data = trimesh.Scene(surface, metadata={"comment": SYNTHETIC}).export(file_type="glb")
+        scene = trimesh.Scene(surface, metadata={"comment": SYNTHETIC})
+        data = scene.export(file_type="glb", include_normals=True, tree_postprocessor=_matt)
     else:
         head, rest = surface.export(file_type="ply").split(b"\n", 1)
         data = head + b"\ncomment " + SYNTHETIC.encode() + b"\n" + rest
@@ -103,6 +104,14 @@ def _person(animator: Animator, points: np.ndarray) -> np.ndarray:
     inside = ((at >= 0) & (at < len(alpha))).all(-1)
     column, row = at.clip(0, len(alpha) - 1).T
     return alpha[row, column] * inside
+
+
+def _matt(tree: dict[str, Any]) -> None:
+    """Give a glTF tree a matt material: without one, its surfaces are polished metal."""
+    tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
+    for mesh in tree["meshes"]:
+        for part in mesh["primitives"]:
+            part["material"] = 0
 
 
 def _library(name: str) -> Any:

@@ -50,8 +50,10 @@ class PersonMask:
     def _mask(self, image: np.ndarray) -> np.ndarray:
         """(256, 256) float32: confidences, their steep edges softened inwards, so that no background shines through."""
         small = cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
-        (found,) = self._network(small.astype(np.float32) * (1 / 255))
-        mask: np.ndarray = np.clip((found[0, ..., 0] - _LOW) / (_HIGH - _LOW), 0, 1)
+        small = small.astype(np.float32) * (1 / 255)
+        # loose hair that the network misses it often sees in the mirror
+        found = np.maximum(self._network(small)[0][0, ..., 0], self._network(small[:, ::-1])[0][0, :, ::-1, 0])
+        mask: np.ndarray = np.clip((found - _LOW) / (_HIGH - _LOW), 0, 1)
         mask = _without_holes(mask)
         mask = cv2.GaussianBlur(mask, (0, 0), _SOFT, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
