@@ -94,7 +94,8 @@ class Motion:
         if not RATES[0] <= motion.fps <= RATES[1]:
             raise InputError(f"{path} has a rate of {float(motion.fps):.3g} frames/s: it must be 1/1000 to 1000")
         turn = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
-        largest = max(float(np.abs(a).max(initial=0)) for a in (motion.beta, motion.camera, motion.landmarks, motion.crop))
+        arrays = (motion.beta, motion.camera, motion.landmarks, motion.crop)
+        largest = max(float(np.abs(array).max(initial=0)) for array in arrays)
         if largest > LARGEST or np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
             raise InputError(f"{path} holds numbers beyond {LARGEST:g}, or cameras that are no rotation: make it again")
         return motion
