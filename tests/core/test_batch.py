@@ -47,8 +47,8 @@ def test_a_driver_is_tracked_once_and_a_failure_stops_no_other(
     assert len(summary.failed) == 1
     assert "wall.png" in summary.failed[0]
     assert (
-        len(tracked) == 3 * 3 + 7
-    )  # each source three times; the driver once, its first frame three times, a repeated one never
+        len(tracked) == 3 * 3 + 9
+    )  # each source three times; the driver once, a first frame and one after a cut three times, a repeated one never
     shared, own = (list(VideoReader(path)) for path in (tmp_path / "out" / "b-gap2.mp4", alone))
     np.testing.assert_array_equal(shared, own)  # from the tape as from the driver
 
