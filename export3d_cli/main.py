@@ -1,8 +1,8 @@
 """The `export3d` command: a group whose subcommands load when they are asked for, and the one place where errors end.
 
-An `Export3DError` becomes one line on stderr and its exit code (-v adds the traceback), and so does a machine that is
-short of memory, disk or open files (exit code 1); Ctrl-C becomes 130. Anything else is a defect of ours and keeps its
-traceback.
+An `Export3DError` becomes one line on stderr and its exit code (-v adds the traceback), and so does what Click does not
+accept (exit code 2), and a machine that is short of memory, disk or open files (exit code 1); Ctrl-C becomes 130.
+Anything else is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
             click.echo("interrupted", err=True)
             ctx.exit(130)
         except Exception as error:
-            reason = str(error) if isinstance(error, Export3DError) else _shortage(error)
+            reason = str(error) if isinstance(error, Export3DError) else _misuse(error) or _shortage(error)
             if not reason:
                 raise
             if ctx.params.get("verbose"):
@@ -59,6 +59,13 @@ class LazyGroup(click.Group):
             line = "".join(c if c.isprintable() else "?" for c in words)
             click.echo(f"error: {line}", err=True)
             ctx.exit(getattr(error, "exit_code", 1))
+
+
+def _misuse(error: Exception) -> str:
+    """What Click does not accept, and where to read on; empty for other errors, and for a group named alone."""
+    if not isinstance(error, click.UsageError) or error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    return f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`"
 
 
 _SHORTAGES = {"ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "EACCES", "EPERM"}

@@ -160,8 +160,9 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 def test_misuse_is_2_and_says_why(args):
     result = run(*args)
     assert result.exit_code == 2
-    assert "Error" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("--help`\n")  # where to read on
 
 
 def test_ranges_and_rates():
