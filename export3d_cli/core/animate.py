@@ -194,9 +194,10 @@ class Animator:
         """
         source, parts = self._need_source(), []
         with torch.inference_mode(), autocast(self.device, self.precision):
-            planes = self.model.planes(source, source.lam if beta is None else self._coefficients(beta))
+            lam = source.lam if beta is None else self._coefficients(beta)
+            planes, surface = self.model.planes(source, lam), self.model.surface(source, lam)
             for part in self._tensor(points).split(POINTS):
-                colours, densities = self.model.field(source, planes, part[None])
+                colours, densities = self.model.field(source, planes, surface, part[None])
                 parts.append(torch.cat([colours[0, :, :3], densities[0, :, None]], dim=-1).float().cpu())
         found = torch.cat(parts).numpy()
         return found[:, :3], found[:, 3]

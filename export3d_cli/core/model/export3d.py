@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import render
 from export3d_cli.core.model.expression import DirectCode, LeBS
-from export3d_cli.core.model.flow import BasisFlow, FlowBlend, MeshFlow, rigid_flow
+from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, FlowBlend, MeshFlow, drift_flow, rigid_flow
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, sample_source
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
-from export3d_cli.core.model.triplane import Decoder, sample_planes
+from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Output(NamedTuple):
     depth: Tensor  # (B, 1, h, w) distance along the camera's axis, head-frame units
     opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
     offset: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
-    weights: Tensor | None  # (B, 3, m, m) shares of mesh, rigid and still flow
+    weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
 
 
 class Export3D(nn.Module):
@@ -114,7 +114,8 @@ class Export3D(nn.Module):
                 raise ValueError("drive needs beta or lam")
             lam = self.expression.coefficients(beta)
         planes = self.planes(source, lam) if planes is None else planes
-        features, depth, opacity = self.render(source, planes, camera, raw_size or self.config.raw_size)
+        surface = self.surface(source, lam)
+        features, depth, opacity = self.render(source, planes, surface, camera, raw_size or self.config.raw_size)
         detail, weights = None, None
         if self.flow is not None:
             detail = self._photo_detail(source, lam, camera, depth, opacity)
@@ -139,17 +140,26 @@ class Export3D(nn.Module):
         source = self.encode_source(source_image, source_beta, source_camera, source_points)
         return self.drive(source, driver_beta, driver_camera, raw_size=raw_size)
 
-    def render(self, source: Source, planes: Tensor, camera: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def surface(self, source: Source, lam: Tensor) -> Tensor | None:
+        """The front of the head with coefficients lambda (B, n), where density begins; beyond the paper."""
+        if self.flow is None or not self.config.head_prior:
+            return None
+        with torch.no_grad():
+            return self.flow.surface(self.flow.moved(source.points, lam - source.lam))
+
+    def render(
+        self, source: Source, planes: Tensor, surface: Tensor | None, camera: Tensor, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32."""
         cfg, B = self.config, camera.shape[0]
         origin, directions = render.rays(camera, size)
         depths = render.coarse_depths(camera, size * size, cfg.coarse_samples, jitter=self.training, rows=self.rows)
-        colours, densities = self._decode(source, planes, origin, directions, depths)
+        colours, densities = self._decode(source, planes, surface, origin, directions, depths)
         if cfg.fine_samples:
             with torch.no_grad():
                 weights, _ = render.ray_weights(densities, depths)
                 fine = render.importance_depths(depths, weights, cfg.fine_samples, jitter=self.training, rows=self.rows)
-            more_colours, more_densities = self._decode(source, planes, origin, directions, fine)
+            more_colours, more_densities = self._decode(source, planes, surface, origin, directions, fine)
             depths, order = torch.sort(torch.cat([depths, fine], dim=-1), dim=-1)
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
             colours = torch.cat([colours, more_colours], dim=-2)
@@ -166,20 +176,21 @@ class Export3D(nn.Module):
         return features, depth, opacity
 
     def _decode(
-        self, source: Source, planes: Tensor, origin: Tensor, directions: Tensor, depths: Tensor
+        self, source: Source, planes: Tensor, surface: Tensor | None, origin: Tensor, directions: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Colours (B, R, S, C') and densities (B, R, S) at the depths of the rays."""
         B, R, S = depths.shape
         points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
-        colours, densities = self.field(source, planes, points)
+        colours, densities = self.field(source, planes, surface, points)
         return colours.view(B, R, S, -1), densities.view(B, R, S)
 
-    def field(self, source: Source, planes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    def field(self, source: Source, planes: Tensor, surface: Tensor | None, points: Tensor) -> tuple[Tensor, Tensor]:
         """Colours (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
         features = sample_planes(planes, points)  # (B, N, C)
         if source.view is not None:
             features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
-        return self.decoder(features, points)
+        prior = None if surface is None else face_prior(points, surface, SURFACE_REACH)
+        return self.decoder(features, points, prior)
 
     def _photo_detail(self, source: Source, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor) -> PhotoDetail:
         assert self.flow is not None and self.flow_blend is not None
@@ -192,7 +203,8 @@ class Export3D(nn.Module):
             opacity = F.interpolate(opacity, (s, s), mode="bilinear", align_corners=False)
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
-        uv, weights = self.flow_blend(source.image, mesh, rigid, opacity, source.head)
+        drift = drift_flow(source.camera, camera, s)
+        uv, weights = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head)
         code = self.expression.code(lam)
         return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh, source.head, code)
 

@@ -3,8 +3,9 @@
 Each basis vector v_i owns a displacement field b_i (478 landmarks, head frame). The source's landmarks move by
 `sum_i (lambda_i(D) - lambda_i(S)) b_i`, the driver's camera projects them, and the rasterised mesh says, for each pixel
 of the result, where in the photo it comes from. Two rings of points around the face, moving rigidly with the head,
-carry hair, ears and neck. Elsewhere the flow is rigid, from the rendered depth, or none at all (what stands still). A
-small network blends the three. Positions are in image sizes, (0, 0) the top left corner.
+carry hair, ears and neck. Elsewhere the flow is rigid, from the rendered depth; or none (what stands still); or the
+head's shift and change of size without its turning (how a torso follows). A small network blends the four. Positions
+are in image sizes, (0, 0) the top left corner.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's 
 # The face's outline, clockwise from the forehead (as in MediaPipe's mesh).
 OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
         150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
+DRIFT = 0.15  # share of what is neither face nor head that drifts with the head, at first
 RINGS = ((1.3, 0.05, 1.0), (2.0, 0.12, 0.0))  # widening of the outline, depth added, weight of the mesh's flow there
-
+SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
 
 # Inner lips from the right corner of the mouth to the left (the person's), for places inside an open mouth.
 UPPER_LIP = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
 LOWER_LIP = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
+# Rims of the eyes, each with its iris; and where teeth hang on: the upper ones on the skull, the lower ones on the jaw.
+RIMS = ((468, (33, 246, 161, 160, 159, 158, 157, 173, 133, 155, 154, 153, 145, 144, 163, 7)),
+        (473, (263, 466, 388, 387, 386, 385, 384, 398, 362, 382, 381, 380, 374, 373, 390, 249)))  # fmt: skip
+UNDER_NOSE, CHIN = 2, 152
+# Centre and half size of what may be seen, in distances between the eyes: from below the nose, from the chin, the iris.
+UPPER_TEETH, LOWER_TEETH, IRIS = ((0.0, 0.42), (0.55, 0.25)), ((0.0, -0.85), (0.55, 0.35)), ((0.0, 0.0), (0.25, 0.15))
 
 
 class MeshFlow(NamedTuple):
@@ -41,6 +49,8 @@ class MeshFlow(NamedTuple):
     mouth: Tensor  # (B, 1): 1 inside the mouth
     shut: Tensor  # (B, 1): 1 inside a mouth or an eye that the photo has shut, 0 once it shows half of the opening
     inside: Tensor  # (B, 2): where inside the mouth, across (-1..1) and from lower (-1) to upper lip (1); 0 elsewhere
+    eye: Tensor  # (B, 1): 1 inside an eye
+    anchored: Tensor  # (B, 4): where on the upper and on the lower row of teeth, or about the iris (twice); 0 elsewhere
 
 
 class Raster(NamedTuple):
@@ -123,6 +133,12 @@ def ring_triangles() -> Tensor:
     return torch.tensor(rows)
 
 
+def ring_weights(device: torch.device) -> Tensor:
+    """Weight of the mesh at every vertex, (478 + 72,)."""
+    n = len(OVAL)
+    return torch.tensor([1.0] * POINTS + [w for *_, weight in RINGS for w in [weight] * n], device=device)
+
+
 def mouth_places() -> Tensor:
     """Coordinates inside the mouth at every vertex, (478 + 72, 2): across -1..1, and 1 on the upper lip, -1 below."""
     places = torch.zeros(POINTS + len(RINGS) * len(OVAL), 2)
@@ -130,6 +146,28 @@ def mouth_places() -> Tensor:
     for lip, height in ((UPPER_LIP, 1.0), (LOWER_LIP, -1.0)):
         places[list(lip)] = torch.stack([across, torch.full_like(across, height)], dim=-1)
     places[[UPPER_LIP[0], UPPER_LIP[-1]], 1] = 0
+    return places
+
+
+def anchored_places(points: Tensor) -> Tensor:
+    """Where the landmarks (B, 478, 3) lie relative to what moves with the teeth and with the irises, (B, 478, 4).
+
+    -1..1 over what may be seen; both eyes alike, x towards the nose. An opening mouth uncovers teeth, it does not
+    stretch them: a texture in these coordinates stays in place.
+    """
+    flat = points[..., :2]
+    right, left = (flat[:, [rim[0], rim[8]]].mean(1) for _, rim in RIMS)
+    size = (left - right).norm(dim=-1)[:, None, None].clamp_min(1e-6)
+
+    def relative(part: Tensor, anchor: int, box: tuple[tuple[float, float], tuple[float, float]]) -> Tensor:
+        place = (part - flat[:, anchor : anchor + 1]) / size
+        return (place - place.new_tensor(box[0])) / place.new_tensor(box[1])
+
+    places = torch.cat([relative(flat, UNDER_NOSE, UPPER_TEETH), relative(flat, CHIN, LOWER_TEETH)], dim=-1)
+    for side, (iris, rim) in zip((1.0, -1.0), RIMS, strict=True):
+        own = [iris, *rim]
+        about = relative(flat[:, own], iris, IRIS) * flat.new_tensor([side, 1.0])
+        places[:, own] = torch.cat([about, about], dim=-1)
     return places
 
 
@@ -167,12 +205,12 @@ class BasisFlow(nn.Module):
         uv_target, depth = project(target_points, camera)
         raster = rasterize(uv_target, depth, triangles, s)
 
-        n = len(OVAL)
-        weight = torch.cat([uv_source.new_ones(POINTS), *(uv_source.new_full((n,), w) for *_, w in RINGS)])
+        n, weight = len(OVAL), ring_weights(points.device)
         fixed = torch.cat([weight[:, None], self.places], dim=-1)
-        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1)], dim=-1)  # (B, V, 5)
-        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, 5)
-        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 5)
+        anchored = F.pad(anchored_places(target.float()), (0, 0, 0, len(RINGS) * n))
+        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), anchored], dim=-1)  # (B, V, 9)
+        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, 9)
+        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 9)
 
         def area(uv: Tensor) -> Tensor:
             a, b, c = uv[:, triangles].unbind(2)
@@ -180,22 +218,38 @@ class BasisFlow(nn.Module):
 
         before, after = area(uv_source), area(uv_target)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
-        mouth = (kind == 1).float().expand(B, -1)
+        mouth, eye = ((kind == k).float().expand(B, -1) for k in (1, 2))
         # the insides of mouth and eyes are shown as far as they are as open in the photo as in the result
         ratio = (before / after.clamp_min(1e-8)).clamp(0, 1)
         hole = (kind > 0).float()
         shown = (before > 0).float() * (1 - hole * (1 - ratio.square()))
         shut = hole * (1 - 2 * ratio).clamp_min(0)
-        facts = _pick(torch.stack([shown, stretch, mouth, shut], dim=-1), raster.triangle)  # (B, P, 4)
+        facts = _pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
         uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, points.device))
 
         def picture(x: Tensor) -> Tensor:
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
-        shown, stretch, mouth, shut = (picture(f * covered) for f in facts.split(1, dim=-1))
-        weight, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:]) * mouth
-        return MeshFlow(picture(uv), weight, shown, stretch, mouth, shut, inside)
+        shown, stretch, mouth, shut, eye = (picture(f * covered) for f in facts.split(1, dim=-1))
+        weight, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:5]) * mouth
+        anchored = picture(value[..., 5:].clamp(-2, 2)) * (mouth + eye)
+        return MeshFlow(picture(uv), weight, shown, stretch, mouth, shut, inside, eye, anchored)
+
+    def surface(self, points: Tensor) -> Tensor:
+        """The front of a head with landmarks `points` (B, 478, 3), as a field over x and y of the head frame.
+
+        Returns (B, 3, s, s) over [-SURFACE_REACH, SURFACE_REACH]: z times what is covered, how sure it is (1 in the
+        face, falling to 0 at the outer ring), and what is covered, 0 or 1.
+        """
+        triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
+        points = with_rings(points.float())
+        raster = rasterize(points[..., :2] / (2 * SURFACE_REACH) + 0.5, points[..., 2], triangles, SURFACE_SIZE)
+        weight = ring_weights(points.device)[None, :, None].expand(len(points), -1, -1)
+        vertex = torch.cat([points[..., 2:], weight, torch.ones_like(weight)], dim=-1)  # (B, V, 3)
+        value = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(len(points), -1, 3, 3)
+        value = (value * raster.corners[..., None]).sum(2) * (raster.triangle >= 0)[..., None]  # (B, P, 3)
+        return value.transpose(1, 2).reshape(-1, 3, SURFACE_SIZE, SURFACE_SIZE)
 
 
 def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera: Tensor) -> Tensor:
@@ -206,49 +260,59 @@ def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera:
     return uv.transpose(1, 2).reshape(B, 2, s, s)
 
 
+def drift_flow(source_camera: Tensor, camera: Tensor, size: int) -> Tensor:
+    """Cameras (B, 25) -> uv (B, 2, size, size): the image shifts and scales with the head, but does not turn."""
+    centre = camera.new_zeros(len(camera), 1, 3)
+    (there, z0), (here, z1) = project(centre, source_camera), project(centre, camera)
+    there, here = there.view(-1, 2, 1, 1), here.view(-1, 2, 1, 1)
+    return there + (_own_place(size, camera) - here) * (z1 / z0).view(-1, 1, 1, 1)
+
+
 class FlowBlend(nn.Module):
-    """Blends the mesh's, the rigid and the still flow, pixel by pixel; starts at the mesh's own weights."""
+    """Blends mesh, rigid, still and drift flow, pixel by pixel; starts at the mesh's own weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         w = config.flow_width
-        self.enter = nn.Conv2d(3 * 3 + 7, w, 3, padding=1)
+        self.enter = nn.Conv2d(4 * 3 + 9, w, 3, padding=1)
         self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
         self.deep = nn.ModuleList([ResBlock(2 * w), ResBlock(2 * w)])
         self.join = nn.Conv2d(3 * w, w, 3, padding=1)
-        self.leave = nn.Conv2d(w, 3, 3, padding=1)
+        self.leave = nn.Conv2d(w, 4, 3, padding=1)
         zero_start(self.leave)
 
     def forward(
-        self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, opacity: Tensor, head: Tensor
+        self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, drift: Tensor, opacity: Tensor, head: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Blend the candidates.
 
         Args:
-            photo: (B, 3, H, W). mesh: its flow at (m, m). rigid: (B, 2, s, s). opacity: (B, 1, s, s) of the rendered
-                head. head: (B, 1, m, m), where the photo shows the head.
+            photo: (B, 3, H, W). mesh: its flow at (m, m). rigid, drift: (B, 2, s, s). opacity: (B, 1, s, s) of the
+                rendered head. head: (B, 1, m, m), where the photo shows the head.
 
         Returns:
-            uv (B, 2, m, m) and the shares (B, 3, m, m) of mesh, rigid and still flow.
+            uv (B, 2, m, m) and the shares (B, 4, m, m) of mesh, rigid, still and drift flow.
         """
         fine, s = mesh, rigid.shape[-1]
         mesh, head = MeshFlow(*(resize(x, s) for x in fine)), resize(head, s)
         still = _own_place(s, photo).expand_as(rigid)
-        flows = torch.stack([mesh.uv, rigid, still], dim=1)  # (B, 3, 2, s, s)
+        flows = torch.stack([mesh.uv, rigid, still, drift], dim=1)  # (B, 4, 2, s, s)
         seen = [warp(photo, uv) for uv in flows.detach().unbind(1)]
         across = (rigid - still).detach()[:, :1]
         facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, head, opacity.detach(), across]
-        x = self.enter(torch.cat([*seen, *facts], dim=1))
+        x = self.enter(torch.cat([*seen[:3], *facts, seen[3], drift - still], dim=1))
         y = self.down(leaky(x))
         for block in self.deep:
             y = block(y)
         y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
         change = self.leave(leaky(self.join(torch.cat([leaky(x), y], dim=1)))).float()
-        prior = torch.cat([mesh.weight, (1 - mesh.weight) * opacity * 0.5, (1 - mesh.weight) * (1 - opacity * 0.5)], 1)
-        weights = torch.softmax(torch.log(prior + 2e-3) + 2 * change, dim=1)  # (B, 3, s, s)
+        around, rest = (1 - mesh.weight) * opacity * 0.5, (1 - mesh.weight) * (1 - opacity * 0.5)
+        prior = torch.cat([mesh.weight, around, (1 - DRIFT) * rest, DRIFT * rest], 1)
+        weights = torch.softmax(torch.log(prior + 2e-3) + 2 * change, dim=1)  # (B, 4, s, s)
         m = fine.uv.shape[-1]
         weights, still = resize(weights, m), _own_place(m, photo)
-        return weights[:, :1] * fine.uv + weights[:, 1:2] * resize(rigid, m) + weights[:, 2:] * still, weights
+        first, second, third, fourth = weights.split(1, dim=1)
+        return first * fine.uv + second * resize(rigid, m) + third * still + fourth * resize(drift, m), weights
 
 
 def _own_place(size: int, like: Tensor) -> Tensor:

@@ -33,10 +33,35 @@ class PhotoDetail(NamedTuple):
     half: Tensor  # (B, 16, H/2, W/2) stem features
     quarter: Tensor  # (B, 16, H/4, W/4)
     uv: Tensor  # (B, 2, m, m) the flow
-    weights: Tensor  # (B, 3, m, m) shares of mesh, rigid and still flow
+    weights: Tensor  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
     mesh: MeshFlow
     head: Tensor  # (B, 1, m, m) where the photo shows the head
     code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
+
+
+class Inside(nn.Module):
+    """What a photo with a shut mouth or eye hides: learned textures of teeth and eyes, held by skull, jaw and iris."""
+
+    side = (24, 48)  # rows and columns of a texture
+    features = 8  # channels of each
+    channels = 2 * features + 1  # of the result
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.textures = nn.Parameter(torch.randn(3, self.features, *self.side) * 0.3)  # upper and lower teeth, eye
+
+    def forward(self, mesh: MeshFlow, size: int) -> Tensor:
+        """(B, 17, size, size): upper teeth or eye, lower teeth, and where an eye is; 0 outside mouth and eyes."""
+        mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored))
+        place = place / (mouth + eye).clamp_min(0.1)  # it fades to 0 at the rims, where it must not slide instead
+        above, below = (x.permute(0, 2, 3, 1) for x in place.split(2, dim=1))  # (B, size, size, 2)
+
+        def look(texture: Tensor, grid: Tensor) -> Tensor:
+            texture = texture.float().expand(len(grid), -1, -1, -1)
+            return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")
+
+        upper, lower, iris = self.textures.split(1)
+        return torch.cat([look(upper, above) * mouth + look(iris, above) * eye, look(lower, below) * mouth, eye], dim=1)
 
 
 class SuperResolution(nn.Module):
@@ -46,7 +71,8 @@ class SuperResolution(nn.Module):
         super().__init__()
         c2, c1 = config.superres
         self.flow = config.flow
-        extra = (DETAIL + 8, 3 + DETAIL + 4, 3 + 4) if config.flow else (0, 0, 0)
+        hidden = Inside.channels if config.flow else 0
+        extra = (DETAIL + 8, 3 + DETAIL + 4 + hidden, 3 + 4 + hidden) if config.flow else (0, 0, 0)
         self.enter = nn.Conv2d(config.raw_channels + extra[0], c2, 3, padding=1)
         self.block4 = ResBlock(c2)
         self.to2 = nn.Conv2d(c2 + extra[1], c2, 3, padding=1)
@@ -56,6 +82,7 @@ class SuperResolution(nn.Module):
         self.colour = nn.Conv2d(c1, 4 if config.flow else 3, 3, padding=1)
         zero_start(self.colour)
         if config.flow:
+            self.inside = Inside()
             self.detail2 = nn.Conv2d(config.stem[0], DETAIL, 1)
             self.detail4 = nn.Conv2d(config.stem[1], DETAIL, 1)
             self.offset = nn.Conv2d(c2, 2, 3, padding=1)
@@ -75,23 +102,24 @@ class SuperResolution(nn.Module):
         mesh, s4 = detail.mesh, features.shape[-1]
         uv = resize(detail.uv, s4)
         # where the head was and is no more, the photo does not know what is behind
-        still = detail.weights[:, 2:] * (1 - (detail.head - mesh.weight).clamp_min(0))
-        known = detail.weights[:, :1] * mesh.valid + detail.weights[:, 1:2] + still
-        facts = resize(torch.cat([detail.weights, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
+        face, rigid = detail.weights[:, :1], detail.weights[:, 1:2]
+        rest = detail.weights[:, 2:].sum(1, keepdim=True)
+        known = face * mesh.valid + rigid + rest * (1 - (detail.head - mesh.weight).clamp_min(0))
+        facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
         x = self.enter(torch.cat([features, warp(detail.quarter, uv), facts], dim=1))
         x = upsample(leaky(self.block4(x)))  # (B, c2, H/2, W/2)
 
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
         uv = resize(detail.uv, 2 * s4)
         photo2 = F.avg_pool2d(detail.photo.float(), 2)
-        x = self.to2(torch.cat([x, warp(photo2, uv), warp(detail.half, uv), facts], dim=1))
+        x = self.to2(torch.cat([x, warp(photo2, uv), warp(detail.half, uv), facts, self.inside(mesh, 2 * s4)], dim=1))
         x = self.block2(x + self.expression(detail.code)[:, :, None, None])
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = upsample(leaky(x))  # (B, c2, H, W)
 
         facts = resize(facts, 4 * s4)
         sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
-        x = self.block1(self.to1(torch.cat([x, sampled, facts], dim=1)))
+        x = self.block1(self.to1(torch.cat([x, sampled, facts, self.inside(mesh, 4 * s4)], dim=1)))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth

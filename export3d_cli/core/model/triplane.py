@@ -14,6 +14,7 @@ PLANE_AXES = ((0, 1), (1, 2), (2, 0))
 # A head as an ellipsoid of the head frame: centre and half axes, in its units.
 HEAD_CENTRE = (0.0, -0.02, 0.03)
 HEAD_AXES = (0.14, 0.2, 0.17)
+STEEP, SKIN = 800.0, 0.035  # growth of the log density behind a known surface, and how far before it that begins
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
@@ -41,6 +42,22 @@ def head_prior(points: Tensor) -> Tensor:
     return 1 - ((points - centre) / axes).square().sum(-1)
 
 
+def face_prior(points: Tensor, surface: Tensor, reach: float) -> Tensor:
+    """Log density of a head of which the front is known (`BasisFlow.surface`), (B, N); the ellipsoid elsewhere.
+
+    Args:
+        points: (B, N, 3), head frame.
+        surface: (B, 3, s, s), z times coverage, certainty, coverage; over [-reach, reach].
+    """
+    grid = (points[..., :2] / reach)[:, None]  # (B, 1, N, 2)
+    height, sure, cover = F.grid_sample(surface, grid, align_corners=False)[:, :, 0].unbind(1)  # (B, N) each
+    z = points[..., 2]
+    front = STEEP * (z - height / cover.clamp_min(1e-3) + SKIN)
+    behind = 20 * (1 - ((z - HEAD_CENTRE[2]).clamp_min(0) / HEAD_AXES[2]).square())
+    face = torch.minimum(front, behind * 2).clamp(-4, 40)
+    return sure * face + (1 - sure) * (20 * head_prior(points)).clamp(-4, 20)
+
+
 class Decoder(nn.Module):
     """Light MLP with softplus and two linear heads, colour and density (eq. 8)."""
 
@@ -52,11 +69,16 @@ class Decoder(nn.Module):
         self.density = nn.Linear(config.decoder_hidden, 1)
         self.prior = config.head_prior
 
-    def forward(self, features: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1], densities (B, N) >= 0; fp32."""
+    def forward(self, features: Tensor, points: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1], densities (B, N) >= 0; fp32.
+
+        `prior` (B, N), a log density that is known, stands in for the ellipsoid.
+        """
         x = F.softplus(self.hidden(features))  # (B, N, hidden)
         colours = torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
         logit = self.density(x).float().squeeze(-1) - 1
-        if self.prior:
+        if prior is not None:
+            logit = logit + prior
+        elif self.prior:
             logit = logit + (20 * head_prior(points)).clamp(-4, 20)
         return colours, F.softplus(logit)

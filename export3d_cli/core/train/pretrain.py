@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.checkpoint import pack_optimizer, unpack_optimizer, write_text
 from export3d_cli.core.config import POINTS, ClebsConfig, TrainConfig
-from export3d_cli.core.face.mesh import LEFT_EYE, LIPS, RIGHT_EYE
+from export3d_cli.core.face.mesh import LEFT_EYE, LEFT_IRIS, LIPS, RIGHT_EYE, RIGHT_IRIS
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
 from export3d_cli.core.train.data import Prefetcher, Sampler, loaders
 from export3d_cli.core.train.probe import probe
@@ -191,10 +191,15 @@ def _clebs_loss(
 
 
 def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
-    """What each coordinate's motion is divided by, (1434,): one size, since pixels are what counts; depth a third."""
+    """What each coordinate's motion is divided by, (1434,): one size, since pixels are what counts; depth a third.
+
+    Lips, lids and irises, where an expression is read, count half as much again.
+    """
     _, _, points_k, points_j, _ = sampler.geometry(seed, 2**31 + 7, 500)
     size = (points_j - points_k).square().mean().sqrt().clamp_min(1e-6)
-    return size * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS)
+    scale = size * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS, 1)
+    scale[list(LIPS + LEFT_EYE + RIGHT_EYE + LEFT_IRIS + RIGHT_IRIS)] /= 1.5
+    return scale.flatten()
 
 
 @torch.no_grad()

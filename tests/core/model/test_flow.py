@@ -11,7 +11,19 @@ from torch import Tensor
 
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
-from export3d_cli.core.model.flow import OVAL, BasisFlow, MeshFlow, rasterize, rigid_flow, warp
+from export3d_cli.core.model.flow import (
+    OVAL,
+    RIMS,
+    SURFACE_REACH,
+    SURFACE_SIZE,
+    BasisFlow,
+    MeshFlow,
+    anchored_places,
+    drift_flow,
+    rasterize,
+    rigid_flow,
+    warp,
+)
 from export3d_cli.core.model.render import pixel_grid, project, rays
 
 SIZE = 64
@@ -157,3 +169,49 @@ def test_rigid_flow_of_one_camera_stays_where_it_is(orbit: Callable[..., Tensor]
     own = pixel_grid(8).T.view(1, 2, 8, 8).expand(2, -1, -1, -1)
     torch.testing.assert_close(uv, own, atol=1e-5, rtol=0)
     torch.testing.assert_close(warp(own, uv), own, atol=1e-5, rtol=0)
+
+
+def test_a_drift_follows_the_head_in_place_and_size_but_does_not_turn(orbit: Callable[..., Tensor]) -> None:
+    front, own = orbit(0), pixel_grid(16).T.view(1, 2, 16, 16)
+    torch.testing.assert_close(drift_flow(front, orbit(25), 16), own, atol=1e-5, rtol=0)  # a turned head has not moved
+    near = front.clone()
+    near[:, [3, 7, 11]] *= 0.8  # where the camera stands: the head is 1.25 times as large
+    torch.testing.assert_close(drift_flow(front, near, 16) - 0.5, (own - 0.5) * 0.8, atol=1e-5, rtol=0)
+
+
+def test_places_of_teeth_do_not_move_with_the_lips(points: Tensor) -> None:
+    opened = points.clone()
+    opened[:, 14, 1] += 0.05  # the middle of the lower lip falls
+    before, after = anchored_places(points), anchored_places(opened)
+    torch.testing.assert_close(before[:, 13], after[:, 13])
+    assert after[0, 14, 1] > before[0, 14, 1] + 0.1  # further down the upper row is seen
+    moved = anchored_places(points + torch.tensor([0.3, -0.2, 0.1]))
+    torch.testing.assert_close(moved, before, atol=1e-4, rtol=0)
+
+
+def test_both_eyes_have_the_same_places(points: Tensor) -> None:
+    (_, right), (_, left) = RIMS
+    places = anchored_places(points)[0]
+    torch.testing.assert_close(places[list(right)], places[list(left)], atol=0.05, rtol=0)
+    assert places[right[8], 0] > 0 > places[right[0], 0]  # x towards the nose
+
+
+def test_places_are_known_only_inside_mouth_and_eyes(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    seen = flow(points, orbit(0), points, orbit(0), 2 * SIZE)
+    inside = (seen.mouth + seen.eye)[0, 0] > 0
+    assert 0 < seen.eye.mean() < 0.02
+    assert seen.anchored[:, :, ~inside].abs().max() == 0
+    assert seen.anchored[:, :, inside].abs().max() > 0.2
+
+
+def test_surface_is_the_front_of_the_head(flow: BasisFlow, points: Tensor) -> None:
+    height, sure, cover = flow.surface(points)[0]
+    cells = ((points[0, :, :2] / (2 * SURFACE_REACH) + 0.5) * SURFACE_SIZE).long()
+    x, y = cells[1]  # the tip of the nose
+    assert height[y, x] == pytest.approx(float(points[0, 1, 2]), abs=0.01)
+    assert sure[y, x] == cover[y, x] == 1
+    assert height[cover == 1].min() == pytest.approx(float(points[0, :, 2].min()), abs=0.01)
+    assert height[cover == 0].abs().max() == 0
+    assert sure[0, 0] == 0

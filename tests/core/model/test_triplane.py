@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from export3d_cli.core.config import PRESETS
-from export3d_cli.core.model.triplane import HEAD_AXES, HEAD_CENTRE, Decoder, head_prior, sample_planes
+from export3d_cli.core.model.triplane import HEAD_AXES, HEAD_CENTRE, Decoder, face_prior, head_prior, sample_planes
 
 X, Y, Z = range(3)
 SIDE = 16
@@ -52,3 +52,16 @@ def test_head_prior_is_an_ellipsoid_in_which_density_starts_high() -> None:
     assert colours.shape == (1, 3, 8)
     assert colours.abs().max() <= 1.002
     assert densities[0, 0] > 10 > 1 > densities[0, 1] > 5 * densities[0, 2] > 0
+
+
+def test_a_known_front_is_where_density_begins() -> None:
+    surface = torch.tensor([-0.1, 1.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
+    surface[..., :4] = 0  # known on one side only
+    known = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
+    prior = face_prior(known, surface, 0.35)[0]
+    assert prior[0] == -4  # before the face
+    assert prior[1] > 15
+    assert (prior[2:4] > 15).all()  # the head is solid
+    assert prior[4] == -4  # behind it
+    elsewhere = known * torch.tensor([-1.0, 1, 1])
+    torch.testing.assert_close(face_prior(elsewhere, surface, 0.35), (20 * head_prior(elsewhere)).clamp(-4, 20))
