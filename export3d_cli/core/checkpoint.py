@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,20 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
             save_file(tensors, beside, metadata=header)
         except SafetensorError as error:
             raise Export3DError(f"cannot write {path} ({error}): make room, or choose another") from error
+        _order_header(beside)
         beside.chmod(mode)
+
+
+def _order_header(path: Path) -> None:
+    """Lay the header's entries in order: safetensors shuffles them, and the same training gives the same bytes."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

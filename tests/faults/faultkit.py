@@ -18,7 +18,8 @@ from click.testing import CliRunner
 
 from export3d_cli.main import cli
 
-SECONDS = 60  # that a command may take with one bad file, on a busy machine; it takes less than one on an idle one
+SECONDS = 20  # of processor time that a command may take with one bad file; it takes about one
+PATIENCE = 15  # times as long it may take by the clock, on a busy machine
 GROWTH = 1500  # MiB that it may take beyond what the process has
 CODES = {"image": {2, 3}, "video": {1, 2, 3}, "motion": {2}, "weights": {4}, "config": {2}, "manifest": {2}, "csv": {2}}
 
@@ -54,20 +55,23 @@ class TookTooLongError(Exception):
 
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Raise in this thread after so many seconds; after twice as many the process is ended with a traceback."""
+    """Raise after so many seconds of processor time, or `PATIENCE` times as many by the clock; at last, end it all."""
 
     def late(*_: object) -> None:
         raise TookTooLongError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    faulthandler.dump_traceback_later(2 * seconds + 30, exit=True)
+    before = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(PATIENCE * seconds)
+    faulthandler.dump_traceback_later(PATIENCE * seconds + 60, exit=True)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def memory(key: str = "VmRSS") -> int:

@@ -86,12 +86,12 @@ def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str
     """Start the job; kill it after so many seconds or when a file of this pattern is there; what it returned."""
     work = spawn(job.args)
     began = time.monotonic()
-    while work.poll() is None and time.monotonic() - began < 120:
+    while work.poll() is None and time.monotonic() - began < 600:
         if any(job.folder.rglob(when)) if when else time.monotonic() - began > after:
             break
         time.sleep(0.02)
     work.send_signal(number)
-    _, err = work.communicate(timeout=60)
+    _, err = work.communicate(timeout=600)
     assert work.returncode in CODES[number] | {0}, err
     assert not (number in CLEAN and work.returncode > 0 and b"Traceback" in err), err
     deadline = time.monotonic() + 30
@@ -107,7 +107,7 @@ def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str
 def finish(job: Job) -> None:
     """The same command again, to its end."""
     work = spawn(job.args)
-    _, err = work.communicate(timeout=300)
+    _, err = work.communicate(timeout=900)
     assert work.returncode == 0, err
     assert job.temporary() == []
 

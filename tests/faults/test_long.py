@@ -142,7 +142,7 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
     args = ["reenact", good.source, good.clip, "-o", tmp_path / "out.mp4", "--weights", good.weights, "--device", "cpu",
             "--precision", "fp32", "--overwrite"]  # fmt: skip
     for work in [spawn(args), spawn(args)]:
-        assert work.wait(300) == 0, work.stderr and work.stderr.read()
+        assert work.wait(900) == 0, work.stderr and work.stderr.read()
     assert probe(tmp_path / "out.mp4").frames == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
     assert left(tmp_path) == ["out.mp4"]
 
@@ -153,7 +153,7 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
         (videos / f"p{number}_0.mp4").write_bytes(good.clip.read_bytes())
     args = ["preprocess", videos, "-o", data, "--max-frames", "6", "--min-seconds", "0"]
     both = [spawn(args), spawn(args)]
-    codes = [work.wait(300) for work in both]
+    codes = [work.wait(900) for work in both]
     assert 0 in codes
     assert set(codes) <= {0, 1}, [work.stderr.read() for work in both if work.stderr]
     lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
@@ -169,7 +169,7 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
         f"data.cache={tmp_path / 'c'}",
     ]
     both = [spawn(args), spawn(args)]
-    codes = [work.wait(300) for work in both]
+    codes = [work.wait(900) for work in both]
     assert 0 in codes
     assert set(codes) <= {0, 1}, [work.stderr.read() for work in both if work.stderr]
     steps = []

@@ -28,7 +28,7 @@ def reenact(good: SimpleNamespace, out: Path, *more: object) -> list[object]:
 
 def run(args: list[object], **more: object) -> subprocess.CompletedProcess[str]:
     """`export3d ARGS` in a process of its own."""
-    options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 300, "check": False} | more
+    options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 900, "check": False} | more
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}  # type: ignore[dict-item]
     return subprocess.run(command(*args), env=environment, **options)  # type: ignore[call-overload, no-any-return]
 

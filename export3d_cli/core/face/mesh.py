@@ -14,7 +14,7 @@ import numpy as np
 from export3d_cli.core.errors import WeightsError
 from export3d_cli.core.files import DAMAGED_ZIP
 
-_DAMAGED: tuple[type[Exception], ...] = (StopIteration, *DAMAGED_ZIP)
+_DAMAGED: tuple[type[Exception], ...] = (StopIteration, IndexError, *DAMAGED_ZIP)
 UNITS_PER_CM = 1 / 58  # head-frame units: a face whose box is 1/2.1 of the crop is then seen from EG3D's radius 2.7
 POINTS, SURFACE = 478, 468  # all points; those of the mesh proper, without the irises
 

@@ -71,6 +71,8 @@ class Run:
                 left.unlink(missing_ok=True)
             if run.resumed is not None:
                 run._drop_log_after(run.resumed[1])
+            else:  # killed before the first state: all its steps are taken again
+                (folder / "stats.jsonl").unlink(missing_ok=True)
             first = run._all_steps(*run.saved) + 1 if run.saved else 0
             run.board = Board(folder / "tensorboard", wanted=config.tensorboard, first=first)
         return run
