@@ -171,7 +171,7 @@ def test_bench_tells_every_stage_and_leaves_nothing(tiny, tmp_path, monkeypatch)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert list(told["stages"]) == [
-        "decode", "track", "encode source", "lambda", "tri-plane", "render", "flow", "super-resolution", "convert",
+        "decode", "track", "encode source", "expression", "tri-plane", "render", "flow", "super-resolution", "convert",
         "encode video",
     ]  # fmt: skip
     for stage in told["stages"].values():
