@@ -61,5 +61,6 @@ class FaceDetector:
                         str(self.network), "", LOOK[:1] * 2, _MIN_SCORE, _NMS_IOU, _MOST
                     )
             except cv2.error as error:
-                raise WeightsError(f"{self.network} is not a face detector: install export3d-cli again") from error
+                told = f"does not load in OpenCV {cv2.__version__}: install export3d-cli again, with OpenCV 5 or later"
+                raise WeightsError(f"{self.network} {told}") from error
         return self._net

@@ -229,8 +229,8 @@ def _oddness(points: np.ndarray, mean: np.ndarray) -> float:
     return float(np.sqrt((left**2).sum() / max(((points - points.mean(0)) ** 2).sum(), 1e-9)))
 
 
-def _load_network(device: str) -> Any:
-    """3DFAN-4 of the package, which fetches its weights when they are not in torch's folder yet."""
+def import_package() -> Any:
+    """The module face_alignment; raises `WeightsError` where it is not installed."""
     try:
         import numba
 
@@ -238,18 +238,22 @@ def _load_network(device: str) -> Any:
         compiled, config.DISABLE_JIT = config.DISABLE_JIT, True  # compiling takes longer than it would save
         try:
             import face_alignment
-            from face_alignment import api, utils
         finally:
             config.DISABLE_JIT = compiled
     except ImportError as error:
         raise WeightsError(f"the tracker fan needs the package face-alignment ({error}): run `{EXTRA}`") from error
-    url = api.models_urls["3DFAN-4"]
-    file = Path(utils.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return face_alignment
+
+
+def _load_network(device: str) -> Any:
+    """3DFAN-4 of the package, which fetches its weights when they are not in torch's folder yet."""
+    package = import_package()
+    url = package.api.models_urls["3DFAN-4"]
+    file = Path(package.utils.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
-        return face_alignment.FaceAlignment(
-            face_alignment.LandmarksType.TWO_HALF_D, device=device, flip_input=False, face_detector="folder",
-            compile=False,
-        )  # fmt: skip
+        return package.FaceAlignment(
+            package.LandmarksType.TWO_HALF_D, device=device, flip_input=False, face_detector="folder", compile=False
+        )
     except OSError as error:
         raise WeightsError(
             f"the weights of fan are not at {file} and cannot be fetched ({error}): go online once, or put there {url}"

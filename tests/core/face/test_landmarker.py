@@ -205,7 +205,7 @@ def test_unusable_detectors_are_weights_errors(photo: np.ndarray, tmp_path: Path
     with pytest.raises(WeightsError, match=r"none\.onnx"):
         FaceDetector(tmp_path / "none.onnx")(photo)
     (tmp_path / "broken.onnx").write_bytes(b"not a network")
-    with pytest.raises(WeightsError, match=r"broken\.onnx is not"):
+    with pytest.raises(WeightsError, match=r"broken\.onnx does not load"):
         FaceDetector(tmp_path / "broken.onnx")(photo)
 
 
