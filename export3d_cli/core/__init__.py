@@ -1,7 +1,7 @@
 """The compact core: full model and trainer. This is its public door; everything behind it is resolved when first used.
 
-From files to files a command is one call (`reenact`, `novel_view`, `edit_basis`, `build_dataset`, `train_model`; README.md
-shows each). From arrays to arrays, a portrait is set once and then driven, seen or changed:
+From files to files a command is one call (`reenact`, `novel_view`, `edit_basis`, `build_dataset`, `train_model`), shown
+in README.md. From arrays to arrays, a portrait is set once and then driven, seen or changed:
 
     >>> import numpy as np
     >>> from export3d_cli.core import Animator, example, read_image
