@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.camera import Camera
-from export3d_cli.core.checkpoint import load_into, load_weights
+from export3d_cli.core.checkpoint import check_promise, load_into, load_weights
 from export3d_cli.core.compose import Composer, check_outputs, read_portrait
 from export3d_cli.core.control import Control
 from export3d_cli.core.device import InMemory, autocast, pick_device, pick_precision
@@ -75,6 +75,7 @@ class Animator:
         if threads:
             torch.set_num_threads(threads)
         state, config, _ = load_weights(resolve(weights))
+        check_promise(config, state)
         model = Export3D(config)
         load_into(model, state)
         place = pick_device(device)

@@ -74,18 +74,17 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     if not all(bool(v.isfinite().all()) for v in state.values()):
         raise WeightsError(f"{path} holds numbers that are not finite: it is damaged, or its training diverged")
-    _check_promise(config, state, path)
     return state, config, record
 
 
-def _check_promise(config: ModelConfig, state: dict[str, Tensor], path: Path) -> None:
-    """Refuse a header that promises a network far larger than what the file holds, before room is made for it."""
+def check_promise(config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Raise `WeightsError` for a header that promises a far larger network than its file holds; before it is built."""
     held = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
     sides = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size, config.plane_width)
     sides += (config.decoder_hidden, config.raw_channels, config.flow_width, *config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
-        raise WeightsError(f"the header of {path} promises a larger network than the file holds: it is damaged")
+        raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weights") -> None:
