@@ -136,13 +136,20 @@ def test_two_hundred_jobs_in_one_process(good: SimpleNamespace, tmp_path: Path) 
     assert left(tmp_path) == ["out.mp4", "out.webm", "view.png"]
 
 
+def together(args: list[object]) -> tuple[list[int], list[bytes]]:
+    """The same command twice at once: exit codes and what they say."""
+    both = [spawn(args), spawn(args)]
+    told = [work.communicate(timeout=900)[1] for work in both]
+    return [work.returncode for work in both], told
+
+
 @pytest.mark.slow
 def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> None:
     """Reenact: one result, whole. Preprocess and train: one works and the other says so, or both end whole."""
     args = ["reenact", good.source, good.clip, "-o", tmp_path / "out.mp4", "--weights", good.weights, "--device", "cpu",
             "--precision", "fp32", "--overwrite"]  # fmt: skip
-    for work in [spawn(args), spawn(args)]:
-        assert work.wait(900) == 0, work.stderr and work.stderr.read()
+    codes, told = together(args)
+    assert codes == [0, 0], told
     assert probe(tmp_path / "out.mp4").frames == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
     assert left(tmp_path) == ["out.mp4"]
 
@@ -152,10 +159,9 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
     for number in range(4):
         (videos / f"p{number}_0.mp4").write_bytes(good.clip.read_bytes())
     args = ["preprocess", videos, "-o", data, "--max-frames", "6", "--min-seconds", "0"]
-    both = [spawn(args), spawn(args)]
-    codes = [work.wait(900) for work in both]
-    assert 0 in codes
-    assert set(codes) <= {0, 1}, [work.stderr.read() for work in both if work.stderr]
+    codes, told = together(args)
+    assert 0 in codes, told
+    assert set(codes) <= {0, 1}, told
     lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == [f"p{number}_0" for number in range(4)]
     assert [p.name for p in data.rglob(".*part*")] == []
@@ -168,10 +174,9 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
         f"data.path=[{good.data}]",
         f"data.cache={tmp_path / 'c'}",
     ]
-    both = [spawn(args), spawn(args)]
-    codes = [work.wait(900) for work in both]
-    assert 0 in codes
-    assert set(codes) <= {0, 1}, [work.stderr.read() for work in both if work.stderr]
+    codes, told = together(args)
+    assert 0 in codes, told
+    assert set(codes) <= {0, 1}, told
     steps = []
     for run_ in ("run", "alone"):  # once more where both worked; and one that nobody disturbed
         line = command(*args[:3], f"run={tmp_path / run_}", *args[4:])
