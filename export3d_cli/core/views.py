@@ -114,7 +114,7 @@ def novel_view(
     labels: list[str] = []
     if options.grid:
         angles = [Camera.from_vector(camera).angles() for camera in cameras]
-        labels = [f"{yaw:+.0f} {pitch:+.0f}" for yaw, pitch, _ in angles]  # yaw and pitch
+        labels = [f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in angles]  # yaw and pitch
     return _picture(animator, frames, len(cameras), out, _columns(len(cameras)), labels, options.watermark, began)
 
 
