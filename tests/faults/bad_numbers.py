@@ -86,7 +86,7 @@ def motions(whole: Path) -> Iterator[Bad]:
         yield bad(f"beta {name}", changed(beta=np.zeros(shape, np.float32)))
     yield bad("every array empty", changed(**{k: arrays[k][:0] for k in ("beta", "camera", "landmarks", "found")}))
     yield bad("camera shorter", changed(camera=arrays["camera"][:-1]))
-    yield bad("no points", changed(landmarks=np.zeros((frames, 0, 3), np.float32)))
+    yield bad("seven points", changed(landmarks=np.zeros((frames, 7, 3), np.float32)))
     yield bad("cameras of zeros", changed(camera=np.zeros((frames, 25), np.float32)))
     yield bad("cameras that shear", changed(camera=np.ones((frames, 25), np.float32)))
     kinds = {"text": "U5", "bytes": "S3", "complex": "c16", "time": "M8[s]"}
@@ -315,7 +315,7 @@ def takes(whole: Path) -> Iterator[Bad]:
         "=1+1",
     ):
         yield bad(f"timecode {cell[:20]!r}", row(0, cell))
-    for angle in ("7", "1e300", "-1e300"):
+    for angle in ("1e300", "-1e300"):
         yield bad(f"angle {angle}", row(len(cells) - 3, angle))
     yield bad("shorter row", "\n".join([*rows[:3], ",".join(cells[:9]), *rows[4:]]))
     yield bad("quote that stays open", text.replace("0.1", '"0.1', 1))
