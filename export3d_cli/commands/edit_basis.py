@@ -61,6 +61,8 @@ def edit_basis(
                 raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
     if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
         raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
+    if output is not None:
+        core.check_free(output, overwrite)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     if describe:
         _describe(core.describe_basis(animator), as_json)

@@ -74,6 +74,8 @@ def novel_view(
     if mesh is not None:
         core.check_mesh(mesh)
         out = out if output or grid or depth else None
+    if out is not None:
+        core.check_free(out, chosen.overwrite)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
     with console.progress() as report:
         summary = core.novel_view(animator, source or core.example("source.jpg"), out, chosen, progress=report)

@@ -102,6 +102,8 @@ def reenact(
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background)
+    if len(paths) == 1 and not dry_run:  # of several, those that are there are left out
+        core.check_free(paths[0], job.overwrite)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, batch=job.batch)
     if dry_run:
         planned = core.plan_reenact(animator, sources, driver, output, job)

@@ -56,6 +56,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "read_image": "media.image",
     "check_outputs": "compose",
     "novel_view": "views",
+    "check_free": "job",
     "check_mesh": "mesh_export",
     "edit_basis": "views",
     "describe_basis": "basis",
