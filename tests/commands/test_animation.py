@@ -69,7 +69,8 @@ def test_an_existing_output_is_kept(tiny, tmp_path):
     assert result.exit_code == 2
     assert "--overwrite" in result.stderr
     assert out.read_bytes() == b"mine"
-    for command in (("reenact", example("source.jpg"), example("drive.mp4")), ("novel-view",), ("edit-basis", "--grid")):
+    files = example("source.jpg"), example("drive.mp4")
+    for command in (("reenact", *files), ("novel-view",), ("edit-basis", "--grid")):
         early = run(*command, "-o", out, "--weights", "nowhere")  # told before weights are looked for
         assert early.exit_code == 2, early.output
     assert reenact(tiny, out, "--max-frames", "1", "--overwrite").exit_code == 0
