@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.source_options
 @options.frames_option(60)
 @options.rate_option
+@options.quality_option
 @options.model_options
 @options.output_options
 def edit_basis(
@@ -44,6 +45,7 @@ def edit_basis(
     device: str,
     precision: str,
     threads: int,
+    quality: str,
     crf: int,
     watermark: str,
     overwrite: bool,
@@ -63,7 +65,7 @@ def edit_basis(
         raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
     if output is not None:
         core.check_free(output, overwrite)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
     if describe:
         _describe(core.describe_basis(animator), as_json)
         return

@@ -83,7 +83,7 @@ def evaluate(
         max_frames=max_frames or None, take=take, cross=cross, pairs=pairs, seed=seed, identity=identity,
         perceptual=perceptual, lpips=lpips, results=results, model=model, views=views,
     )  # fmt: skip
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality="best")
     if write_inputs is not None:
         console.tell(map(str, core.write_inputs(dataset, chosen, write_inputs, animator.model.config.image_size)))
         return

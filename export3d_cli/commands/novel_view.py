@@ -32,6 +32,7 @@ from export3d_cli import console, options
 @options.source_options
 @options.rate_option
 @click.option("--drive", type=options.EXISTING_FILE, help="Take the expression of this image, video or .motion.npz.")
+@options.quality_option
 @options.model_options
 @options.output_options
 def novel_view(
@@ -53,6 +54,7 @@ def novel_view(
     device: str,
     precision: str,
     threads: int,
+    quality: str,
     crf: int,
     watermark: str,
     overwrite: bool,
@@ -76,7 +78,7 @@ def novel_view(
         out = out if output or grid or depth else None
     if out is not None:
         core.check_free(out, chosen.overwrite)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
     with console.progress() as report:
         summary = core.novel_view(animator, source or core.example("source.jpg"), out, chosen, progress=report)
     console.finish(summary, as_json=as_json)

@@ -77,6 +77,7 @@ SCALE = click.FloatRange(-10, 10)
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random numbers; rendering uses none.  [default: 0]"
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, with an estimate, and write nothing.")
+@options.quality_option
 @options.model_options
 @options.output_options
 @click.pass_context
@@ -85,10 +86,6 @@ def reenact(
     sources: tuple[Path, ...],
     driver: Path,
     output: str,
-    weights: str | None,
-    device: str,
-    precision: str,
-    threads: int,
     dry_run: bool,
     as_json: bool,
     **chosen: Any,
@@ -99,12 +96,13 @@ def reenact(
     """
     from export3d_cli import core
 
+    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality")}
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background)
     if len(paths) == 1 and not dry_run:  # of several, those that are there are left out
         core.check_free(paths[0], job.overwrite)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, batch=job.batch)
+    animator = core.Animator.from_weights(**model, batch=job.batch)
     if dry_run:
         planned = core.plan_reenact(animator, sources, driver, output, job)
         console.tell(map(str, planned.sources))

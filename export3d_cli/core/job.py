@@ -18,6 +18,7 @@ from export3d_cli.core.watermark import Watermark
 
 Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 Crop = Literal["auto", "none"]
+Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
 STAYS = 0.03  # of the crop's side: how far the head may leave its place where the photograph goes on around it
 
 

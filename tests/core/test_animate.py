@@ -11,15 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.animate import (
-    Animator,
-    ReenactOptions,
-    reenact,
-)
+from export3d_cli.core.animate import QUALITIES, Animator, ReenactOptions, reenact, sampling
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
 from export3d_cli.core.config import PRESETS
-from export3d_cli.core.device import pick_device, pick_precision
+from export3d_cli.core.device import pick_device, pick_precision, widen
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
@@ -212,3 +208,37 @@ def test_devices_and_precisions() -> None:
         pick_device("banana")
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
     assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+
+
+def test_quality_is_how_finely_the_volume_is_sampled(tiny_weights: Path) -> None:
+    config = PRESETS["compact"]
+    assert sampling(config, "best") == (64, (16, 16))
+    assert sampling(config, "balanced") == (32, (12, 12))
+    assert sampling(config, "fast") == (32, (8, 8))
+    made, rays = {}, {}
+    for quality in QUALITIES:
+        animator = Animator.from_weights(tiny_weights, device="cpu", precision="fp32", quality=quality)
+        animator.set_source(read_image(SOURCE))
+        made[quality] = next(animator.edit(np.zeros((1, 10), np.float32))).astype(float)
+        with torch.inference_mode():
+            lam = animator._need_source().lam
+            rays[quality] = animator._drive(animator._camera(1), lam, None).raw.shape[-1]
+    assert rays == {"fast": 8, "balanced": 8, "best": 16}
+    assert 0 < np.square(made["balanced"] - made["best"]).mean() < 255**2 / 10**3.8
+
+
+def test_half_precision_keeps_its_weights_and_full_ones_for_when_it_fails(tiny_weights: Path) -> None:
+    made, weights = {}, {}
+    for precision in ("fp32", "bf16"):
+        animator = Animator.from_weights(tiny_weights, device="cpu", precision=precision)
+        animator.set_source(read_image(SOURCE))
+        made[precision] = next(animator.edit(np.zeros((1, 10), np.float32))).astype(float)
+        weights[precision] = {name: p.detach().clone() for name, p in animator.model.named_parameters()}
+    assert animator.model.superres.to1.weight.dtype == torch.bfloat16
+    assert animator.model.expression.basis().dtype == torch.float32
+    assert np.square(made["bf16"] - made["fp32"]).mean() < 255**2 / 10**3.8
+    assert not torch.equal(weights["bf16"]["superres.to1.weight"].float(), weights["fp32"]["superres.to1.weight"])
+    for part, full in zip(animator._parts, animator._full, strict=True):
+        widen(part, full)
+    for name, parameter in animator.model.named_parameters():
+        assert torch.equal(parameter, weights["fp32"][name]), name

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
-from export3d_cli.core.model import render
+from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, FlowBlend, MeshFlow, drift_flow, rigid_flow
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, sample_source
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
+
+Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Export3D(nn.Module):
         lam: Tensor | None = None,
         planes: Tensor | None = None,
         raw_size: int | None = None,
+        samples: Samples | None = None,
     ) -> Output:
         """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25)."""
         if lam is None:
@@ -115,7 +118,8 @@ class Export3D(nn.Module):
             lam = self.expression.coefficients(beta)
         planes = self.planes(source, lam) if planes is None else planes
         surface = self.surface(source, lam)
-        features, depth, opacity = self.render(source, planes, surface, camera, raw_size or self.config.raw_size)
+        size = raw_size or self.config.raw_size
+        features, depth, opacity = self.render(source, planes, surface, camera, size, samples)
         detail, weights = None, None
         if self.flow is not None:
             detail = self._photo_detail(source, lam, camera, depth, opacity)
@@ -148,31 +152,68 @@ class Export3D(nn.Module):
             return self.flow.surface(self.flow.moved(source.points, lam - source.lam))
 
     def render(
-        self, source: Source, planes: Tensor, surface: Tensor | None, camera: Tensor, size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, source: Source, planes: Tensor, surface: Tensor | None, camera: Tensor, size: int,
+        samples: Samples | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32."""
-        cfg, B = self.config, camera.shape[0]
+        cfg = self.config
         origin, directions = render.rays(camera, size)
-        depths = render.coarse_depths(camera, size * size, cfg.coarse_samples, jitter=self.training, rows=self.rows)
+        if camera.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
+            return self._picture(source, self._march(source, planes, surface, camera, size, samples), size)
+        coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
+        depths = render.coarse_depths(camera, size * size, coarse, jitter=self.training, rows=self.rows)
         colours, densities = self._decode(source, planes, surface, origin, directions, depths)
-        if cfg.fine_samples:
+        if fine:
             with torch.no_grad():
                 weights, _ = render.ray_weights(densities, depths)
-                fine = render.importance_depths(depths, weights, cfg.fine_samples, jitter=self.training, rows=self.rows)
-            more_colours, more_densities = self._decode(source, planes, surface, origin, directions, fine)
-            depths, order = torch.sort(torch.cat([depths, fine], dim=-1), dim=-1)
+                more = render.importance_depths(depths, weights, fine, jitter=self.training, rows=self.rows)
+            more_colours, more_densities = self._decode(source, planes, surface, origin, directions, more)
+            depths, order = torch.sort(torch.cat([depths, more], dim=-1), dim=-1)
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
             colours = torch.cat([colours, more_colours], dim=-2)
             colours = colours.gather(-2, order[..., None].expand_as(colours))
-        features, depth, opacity = render.composite(colours, densities, depths)
+        return self._picture(source, render.composite(colours, densities, depths), size)
+
+    def _picture(self, source: Source, met: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What rays have met as pictures, the background behind it."""
 
         def picture(x: Tensor) -> Tensor:
-            return x.view(B, size, size, -1).permute(0, 3, 1, 2)
+            return x.view(len(x), size, size, -1).permute(0, 3, 1, 2)
 
-        features, depth, opacity = picture(features), picture(depth), picture(opacity)
+        features, depth, opacity = (picture(x) for x in met)
         if source.still is not None:  # the background stands still in the image instead of turning with the head
             still = F.interpolate(source.still.float(), (size, size), mode="bilinear", align_corners=False)
             features = features + (1 - opacity) * still
+        return features, depth, opacity
+
+    def _march(
+        self, source: Source, planes: Tensor, surface: Tensor | None, camera: Tensor, size: int, samples: Samples | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same on a CPU without gradients: what cannot be seen is left out."""
+        cfg, decoder = self.config, self.decoder
+        coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
+        origins, directions = render.rays(camera, size)
+        depths = render.coarse_depths(camera, size * size, coarse, jitter=False)
+        made = []
+        for b in range(len(camera)):
+            table, side = lean.plane_table(planes[b]), planes.shape[-1]
+            view = None if source.view is None else lean.plane_table(source.view[b : b + 1])
+
+            def decode(
+                points: Tensor, b: int = b, table: Tensor = table, side: int = side, view: Tensor | None = view
+            ) -> tuple[Tensor, Tensor]:
+                features = lean.sample_rows(table, side, points)
+                if view is not None and source.view is not None:
+                    seen = lean.sample_view(view, source.view.shape[-1], points, source.camera[b : b + 1])
+                    features = torch.cat([features, seen], dim=-1)
+                prior = None
+                if surface is not None:
+                    prior = face_prior(points[None], surface[b : b + 1], SURFACE_REACH)[0]
+                hidden = decoder.activate(features)
+                return hidden, decoder.densities(hidden, points, prior)
+
+            made.append(lean.march(decode, decoder.colours, origins[b], directions[b], depths[b], fine))
+        features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
         return features, depth, opacity
 
     def _decode(

@@ -25,6 +25,7 @@ TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's 
 OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
         150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
 DRIFT = 0.15  # share of what is neither face nor head that drifts with the head, at first
+SIZES = 6  # groups of triangles of like size
 RINGS = ((1.3, 0.05, 1.0), (2.0, 0.12, 0.0))  # widening of the outline, depth added, weight of the mesh's flow there
 SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
 
@@ -63,7 +64,8 @@ class Raster(NamedTuple):
 def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int) -> Raster:
     """Nearest front-facing triangle at each pixel centre, batched, no loop over triangles.
 
-    Every triangle is tested on a window as large as the largest one needs; a scatter keeps the nearest.
+    Triangles of like size are tested together, on a window as large as the largest one needs; a scatter keeps the
+    nearest.
 
     Args:
         uv: (B, V, 2) positions in image sizes. depth: (B, V). triangles: (T, 3) int64. size: pixels a side.
@@ -72,23 +74,42 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int) -> Raster
     pixel = uv.float() * size - 0.5  # integers are pixel centres
     corner = pixel[:, triangles]  # (B, T, 3, 2)
     low = corner.amin(2).ceil()  # first pixel centre inside the bounding box
-    reach = int((corner.amax(2) - low).amax().clamp(0, size).item()) + 1
-    step = torch.arange(reach, device=uv.device, dtype=torch.float32)
-    window = torch.stack(torch.meshgrid(step, step, indexing="xy"), dim=-1).view(-1, 2)  # (W, 2)
-    at = low[:, :, None] + window  # (B, T, W, 2)
-    bary, area = _barycentric(corner[:, :, None], at)
-    inside = (bary >= -1e-4).all(-1) & (area > 1e-8) & (at >= 0).all(-1) & (at < size).all(-1)
-    z = (bary * depth.float()[:, triangles][:, :, None]).sum(-1)  # (B, T, W)
-    cell = (at[..., 1].clamp(0, size - 1) * size + at[..., 0].clamp(0, size - 1)).long().view(B, -1)
-    z = torch.where(inside, z, torch.inf).view(B, -1)
-    nearest = torch.full((B, size * size), torch.inf, device=uv.device).scatter_reduce(1, cell, z, "amin")
-    wins = inside.view(B, -1) & (z <= nearest.gather(1, cell))
-    order = torch.arange(T, device=uv.device)[:, None].expand(T, window.shape[0]).reshape(1, -1)
+    reach = (corner.amax(2) - low).amax((0, 2)).clamp(0, size)  # (T,)
+    z, cell, order = [], [], []
+    for part in reach.argsort().tensor_split(SIZES):
+        if len(part):
+            window = int(reach[part].amax().item()) + 1
+            found = _cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], window, size)
+            z.append(found[0])
+            cell.append(found[1])
+            order.append(part[:, None].expand(-1, window * window).reshape(1, -1))
+    height, at, number = torch.cat(z, 1), torch.cat(cell, 1), torch.cat(order, 1)
+    nearest = torch.full((B, size * size), torch.inf, device=uv.device).scatter_reduce(1, at, height, "amin")
+    wins = (height < torch.inf) & (height <= nearest.gather(1, at))
     index = torch.full((B, size * size), -1, dtype=torch.int64, device=uv.device)
-    index = index.scatter_reduce(1, cell, torch.where(wins, order, -1), "amax")
+    index = index.scatter_reduce(1, at, torch.where(wins, number, -1), "amax")
     mine = _pick(corner.view(B, T, 6), index).view(B, -1, 3, 2)
     bary, _ = _barycentric(mine, pixel_grid(size, uv.device) * size - 0.5)
     return Raster(index, bary)
+
+
+def _cover(corner: Tensor, depth: Tensor, low: Tensor, window: int, size: int) -> tuple[Tensor, Tensor]:
+    """Triangles (B, T, 3, 2), (B, T, 3) on windows from `low` (B, T, 2) -> z, inf outside, and cells, (B, T * W)."""
+    step = torch.arange(window, device=corner.device, dtype=torch.float32)
+    x, y = low[..., :1, None] + step, low[..., 1:, None] + step[:, None]  # (B, T, 1, w), (B, T, w, 1)
+    # barycentric coordinates are linear in x and y: one product for each instead of many passes over the windows
+    (a, b, c), (za, zb, zc) = corner.unbind(2), depth.unbind(2)
+    area = _cross(b - a, c - a)
+    safe = torch.where(area.abs() < 1e-12, 1e-12, area)
+    ub, uc = c - a, b - a
+    dx, dy = x - a[..., :1, None], y - a[..., 1:, None]
+    wb = dx * (ub[..., 1] / safe)[..., None, None] - dy * (ub[..., 0] / safe)[..., None, None]
+    wc = dy * (uc[..., 0] / safe)[..., None, None] - dx * (uc[..., 1] / safe)[..., None, None]
+    inside = (torch.minimum(torch.minimum(wb, wc), 1 - wb - wc) >= -1e-4) & (area > 1e-8)[..., None, None]
+    inside = inside & ((x >= 0) & (x < size)) & ((y >= 0) & (y < size))
+    z = za[..., None, None] + wb * (zb - za)[..., None, None] + wc * (zc - za)[..., None, None]
+    cell = y.clamp(0, size - 1).long() * size + x.clamp(0, size - 1).long()
+    return torch.where(inside, z, torch.inf).flatten(1), cell.flatten(1)
 
 
 def _barycentric(corner: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,11 +74,22 @@ class Decoder(nn.Module):
 
         `prior` (B, N), a log density that is known, stands in for the ellipsoid.
         """
-        x = F.softplus(self.hidden(features))  # (B, N, hidden)
-        colours = torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
+        x = self.activate(features)  # (B, N, hidden)
+        return self.colours(x), self.densities(x, points, prior)
+
+    def activate(self, features: Tensor) -> Tensor:
+        """Features (..., C) -> what both heads read, (..., hidden)."""
+        return F.softplus(self.hidden(features))
+
+    def colours(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> (..., C'), fp32."""
+        return torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
+
+    def densities(self, x: Tensor, points: Tensor, prior: Tensor | None = None) -> Tensor:
+        """(..., hidden), points (..., 3) -> (...), fp32."""
         logit = self.density(x).float().squeeze(-1) - 1
         if prior is not None:
             logit = logit + prior
         elif self.prior:
             logit = logit + (20 * head_prior(points)).clamp(-4, 20)
-        return colours, F.softplus(logit)
+        return F.softplus(logit)

@@ -1,0 +1,152 @@
+"""Volume rendering without gradients that leaves out what cannot be seen: the picture of `Export3D.render`, sooner.
+
+A ray that has met something opaque goes no further; one that met nothing gets no fine samples; colours are decoded only
+where they count. What is left out is below `OPAQUE`, `EMPTY` and `VISIBLE` of a ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export3d_cli.core.model import render
+from export3d_cli.core.model.triplane import PLANE_AXES
+
+OPAQUE = 1e-3  # less than this of a ray goes on: the rest of its samples are not looked at
+EMPTY = 1e-2  # less than this is stopped by the coarse samples: there are no fine ones
+VISIBLE = 4e-3  # a sample's share of its ray below which its colour is not decoded; the others make up for it
+CHUNK = 1 << 14  # points decoded at once: they stay in the processor's cache
+NEAR = 9 / 16  # of the coarse samples are looked at before asking which rays go on
+
+Decode = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> hidden (M, h), density (M,)
+Met = tuple[Tensor, Tensor, Tensor]  # colours (R, C'), depth (R,) and opacity (R,)
+Paint = Callable[[Tensor], Tensor]  # hidden (M, h) -> colours (M, C')
+
+
+class Taps(NamedTuple):
+    """Where along one axis a bilinear sample falls; each (...,)."""
+
+    low: Tensor  # int64 cell, within the grid
+    high: Tensor
+    w_low: Tensor  # weight of each
+    w_high: Tensor
+
+
+def taps(place: Tensor, size: int, *, border: bool) -> Taps:
+    """Positions in -1..1 of a grid of `size` cells, as `F.grid_sample` counts them without aligned corners."""
+    at = (place + 1) * (0.5 * size) - 0.5
+    if border:
+        at = at.clamp(0, size - 1)
+    low = at.floor()
+    part, cell = at - low, low.clamp(-2, size).long()
+    w_low, w_high = 1 - part, part
+    if not border:
+        w_low = w_low * ((cell >= 0) & (cell < size))
+        w_high = w_high * ((cell >= -1) & (cell < size - 1))
+    return Taps(cell.clamp(0, size - 1), (cell + 1).clamp(0, size - 1), w_low, w_high)
+
+
+def gather(table: Tensor, grids: list[tuple[Taps, Taps, int]], width: int) -> Tensor:
+    """Sum of bilinear samples of several grids of rows: table (rows, C), (x, y, first row) each -> (M, C)."""
+    index, weight = [], []
+    for x, y, first in grids:
+        for row, w_row in ((y.low, y.w_low), (y.high, y.w_high)):
+            for column, w_column in ((x.low, x.w_low), (x.high, x.w_high)):
+                index.append(row * width + (column + first))
+                weight.append(w_row * w_column)
+    return F.embedding_bag(torch.stack(index, -1), table, mode="sum", per_sample_weights=torch.stack(weight, -1))
+
+
+def plane_table(planes: Tensor) -> Tensor:
+    """Planes (K, C, P, P) -> their cells as rows (K * P * P, C), fp32."""
+    return planes.float().permute(0, 2, 3, 1).reshape(-1, planes.shape[1]).contiguous()
+
+
+def sample_rows(table: Tensor, size: int, points: Tensor) -> Tensor:
+    """`triplane.sample_planes` of one head: table of `plane_table`, points (M, 3) -> (M, C)."""
+    axes = [taps(points[:, k] * 2, size, border=False) for k in range(3)]
+    grids = [(axes[a], axes[b], k * size * size) for k, (a, b) in enumerate(PLANE_AXES)]
+    return gather(table, grids, size) / len(grids)
+
+
+def sample_view(table: Tensor, size: int, points: Tensor, camera: Tensor) -> Tensor:
+    """`source_view.sample_source` of one head: a table of one plane, points (M, 3), camera (1, 25) -> (M, C)."""
+    uv, _ = render.project(points[None], camera)
+    x, y = (taps(uv[0, :, k] * 2 - 1, size, border=True) for k in range(2))
+    return gather(table, [(x, y, 0)], size)
+
+
+def march(decode: Decode, paint: Paint, origin: Tensor, directions: Tensor, coarse: Tensor, fine: int) -> Met:
+    """Render the rays of one head.
+
+    Args:
+        decode, paint: the field. origin: (3,). directions: (R, 3). coarse: depths (R, S). fine: samples added.
+
+    Returns:
+        Colours (R, C'), depth (R,) and opacity (R,), as `render.composite` gives them.
+    """
+    R, S = coarse.shape
+    hidden: list[Tensor] = []
+    count = 0
+
+    def look(rays: Tensor | slice, depths: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal count
+        points = origin + directions[rays][:, None] * depths[..., None]  # (R', S', 3)
+        parts = [decode(part) for part in points.view(-1, 3).split(CHUNK)]
+        hidden.extend(h for h, _ in parts)
+        row = torch.arange(count, count + depths.numel(), device=depths.device).view(depths.shape)
+        count += depths.numel()
+        return torch.cat([sigma for _, sigma in parts]).view(depths.shape), row
+
+    near = max(2, round(S * NEAR))
+    sigma, rows = torch.zeros_like(coarse), torch.zeros(R, S, dtype=torch.int64, device=coarse.device)
+    sigma[:, :near], rows[:, :near] = look(slice(None), coarse[:, :near])
+    _, stopped = render.ray_weights(sigma[:, :near], coarse[:, :near])
+    on = (stopped < 1 - OPAQUE).nonzero()[:, 0]
+    if len(on) and near < S:
+        sigma[on, near:], rows[on, near:] = look(on, coarse[on, near:])
+    weights, opacity = render.ray_weights(sigma, coarse)
+    parts = [torch.arange(R, device=coarse.device)] * 2
+    if fine:
+        parts = [(opacity > EMPTY).nonzero()[:, 0], (opacity <= EMPTY).nonzero()[:, 0]]
+    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [
+        (parts[1], coarse[parts[1]], sigma[parts[1]], rows[parts[1]])
+    ]
+    if fine and len(parts[0]):
+        some = parts[0]
+        more = render.importance_depths(coarse[some][None], weights[some][None], fine, jitter=False)[0]
+        more_sigma, more_rows = look(some, more)
+        depths, order = torch.sort(torch.cat([coarse[some], more], -1), -1)
+        densities = torch.cat([sigma[some], more_sigma], -1).gather(-1, order)
+        groups.append((some, depths, densities, torch.cat([rows[some], more_rows], -1).gather(-1, order)))
+    return _composite(groups, torch.cat(hidden), paint, R)
+
+
+def _composite(groups: list[tuple[Tensor, Tensor, Tensor, Tensor]], hidden: Tensor, paint: Paint, count: int) -> Met:
+    """Rays, depths, densities and rows of `hidden` of some rays each -> colours, depth and opacity of all."""
+    depth, opacity = (hidden.new_zeros(count, dtype=torch.float32) for _ in range(2))
+    chosen_rays, chosen_rows, chosen_shares = [], [], []
+    for rays, depths, sigma, rows in groups:
+        weights, opacity[rays] = render.ray_weights(sigma, depths)
+        middle = 0.5 * (depths[:, 1:] + depths[:, :-1])
+        depth[rays] = (weights * middle).sum(-1) + (1 - opacity[rays]) * depths[:, -1]
+        # the sum of interval weights times mean colours of their ends is a sum over samples
+        share = 0.5 * (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1)))  # (R', S')
+        kept = share * (share > VISIBLE)
+        kept = kept * (share.sum(-1) / kept.sum(-1).clamp_min(VISIBLE))[:, None]
+        where = kept.nonzero(as_tuple=True)
+        chosen_rays.append(rays[where[0]])
+        chosen_rows.append(rows[where])
+        chosen_shares.append(kept[where])
+    chosen = zip(*(torch.cat(c).split(CHUNK) for c in (chosen_rays, chosen_rows, chosen_shares)), strict=True)
+    out: Tensor | None = None
+    for rays, rows, shares in chosen:
+        colours = paint(hidden[rows]).mul_(shares[:, None])
+        out = colours.new_zeros(count, colours.shape[-1]) if out is None else out
+        out.index_add_(0, rays, colours)
+    assert out is not None
+    return out, depth, opacity
