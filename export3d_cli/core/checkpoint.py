@@ -81,8 +81,9 @@ def check_promise(config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Raise `WeightsError` for a header that promises a far larger network than its file holds; before it is built."""
     held = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
-    sides = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size, config.plane_width)
-    sides += (config.decoder_hidden, config.raw_channels, config.flow_width, *config.stem, *config.superres)
+    sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
+    sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
+    sides += (*config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
         raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")
 
