@@ -43,7 +43,10 @@ def write_atomic(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write to folder {path.parent} ({error.strerror}): choose another output") from error
     if not os.access(path.parent, os.W_OK):  # said before the work, not by ffmpeg after it
         raise InputError(f"cannot write to folder {path.parent} (no permission): choose another output")
-    _tidy(path.parent)
+    folder = path.parent.absolute()
+    if folder not in _tidied:  # once a process, for folders can be large
+        _tidied.add(folder)
+        tidy(folder)
     name = f".{path.stem[:80]}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
     temporary = path.with_name(name)
     try:
@@ -60,12 +63,8 @@ def write_atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what processes that are no more left in a folder; once a process, for folders can be large."""
-    folder = folder.absolute()
-    if folder in _tidied:
-        return
-    _tidied.add(folder)
+def tidy(folder: Path) -> None:
+    """Remove what processes that are no more left in a folder."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = _TEMPORARY.fullmatch(entry.name)
@@ -82,7 +81,11 @@ def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
         return True
     except OSError:  # it lives, and is another user's
         return False
-    return process == os.getpid()  # one before us had the same number
+    try:  # a process that ended and that nobody has asked for yet writes no more
+        ended = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        ended = False
+    return ended or process == os.getpid()  # one before us had the same number
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from export3d_cli.core.capture import capture, is_recording
 from export3d_cli.core.clips import Gates, Segment, segments, sharpness
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.motion import Tracker, crop_image
-from export3d_cli.core.files import hold
+from export3d_cli.core.files import hold, tidy
 from export3d_cli.core.lists import Line, Lists
 from export3d_cli.core.media.image import is_image, read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
@@ -135,6 +135,7 @@ def preprocess(
                 if progress is not None:
                     progress("inputs", count, len(jobs))
         lists.close()
+        tidy(out / "clips")  # of workers that outlived a parent that was killed, by the moment they need to notice it
     if not lists.lines and shard is None:
         first = told[0] if told else f"{out / 'rejected.jsonl'} says why"
         raise NoFaceError(f"none of the {len(every)} inputs gave a usable clip; the first: {first}")

@@ -142,7 +142,7 @@ def _rate(tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fr
     average = (times[-1] - times[0]) / len(steps)
     told = [rate for rate in (mean, base) if rate]
     if min(steps) == max(steps) and tick < Fraction(1, 1000):
-        near = [rate for rate in told if abs(rate * average - 1) * average * len(steps) < tick]
+        near = [rate for rate in told if abs(average - 1 / rate) * len(steps) <= tick]
         return near[0] if near else _standard(1 / average), False
     spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
     rounding = max(2 * tick, Fraction(2, 1000))  # containers that count milliseconds (or GIF's hundredths)

@@ -214,6 +214,8 @@ class Export3D(nn.Module):
 
             made.append(lean.march(decode, decoder.colours, origins[b], directions[b], depths[b], fine))
         features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
+        if not planes.isfinite().all():  # what is no number was left out as if it could not be seen: that must show
+            features = torch.full_like(features, torch.nan)
         return features, depth, opacity
 
     def _decode(

@@ -44,9 +44,8 @@ class _Call(nn.Module):
         return self.method(*inputs)
 
 
-@torch.no_grad()
 def _frame_flops(model: Export3D, inputs: tuple[Tensor, ...]) -> tuple[dict[str, float], float, float]:
-    """GFLOPs of every box, of a source, and of a frame."""
+    """GFLOPs of every box, of a source, and of a frame; with gradients, without which a CPU leaves work out."""
     model.eval()
     boxes = dict.fromkeys((name for name, _ in model.named_children()), 0.0)
     totals: list[float] = []
