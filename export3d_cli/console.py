@@ -126,6 +126,8 @@ def finish(summary: Any, *, as_json: bool = False) -> None:
         return
     for note in fields.pop("notes", []):
         click.echo(f"note: {note}", err=True)
+    if not fields.get("fps", True):  # a picture has none
+        del fields["fps"]
     click.echo(", ".join(f"{key} {_short(value)}" for key, value in fields.items()), err=True)
 
 
