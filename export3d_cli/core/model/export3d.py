@@ -195,6 +195,10 @@ class Export3D(nn.Module):
         origins, directions = render.rays(camera, size)
         depths = render.coarse_depths(camera, size * size, coarse, jitter=False)
         made = []
+
+        def paint(hidden: Tensor) -> Tensor:
+            return decoder.colours(lean.even(hidden))[: len(hidden)]
+
         for b in range(len(camera)):
             table, side = lean.plane_table(planes[b]), planes.shape[-1]
             view = None if source.view is None else lean.plane_table(source.view[b : b + 1])
@@ -202,6 +206,7 @@ class Export3D(nn.Module):
             def decode(
                 points: Tensor, b: int = b, table: Tensor = table, side: int = side, view: Tensor | None = view
             ) -> tuple[Tensor, Tensor]:
+                count, points = len(points), lean.even(points)
                 features = lean.sample_rows(table, side, points)
                 if view is not None and source.view is not None:
                     seen = lean.sample_view(view, source.view.shape[-1], points, source.camera[b : b + 1])
@@ -210,9 +215,9 @@ class Export3D(nn.Module):
                 if surface is not None:
                     prior = face_prior(points[None], surface[b : b + 1], SURFACE_REACH)[0]
                 hidden = decoder.activate(features)
-                return hidden, decoder.densities(hidden, points, prior)
+                return hidden[:count], decoder.densities(hidden, points, prior)[:count]
 
-            made.append(lean.march(decode, decoder.colours, origins[b], directions[b], depths[b], fine))
+            made.append(lean.march(decode, paint, origins[b], directions[b], depths[b], fine))
         features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
         if not planes.isfinite().all():  # what is no number was left out as if it could not be seen: that must show
             features = torch.full_like(features, torch.nan)

@@ -20,6 +20,7 @@ OPAQUE = 1e-3  # less than this of a ray goes on: the rest of its samples are no
 EMPTY = 1e-2  # less than this is stopped by the coarse samples: there are no fine ones
 VISIBLE = 4e-3  # a sample's share of its ray below which its colour is not decoded; the others make up for it
 CHUNK = 1 << 14  # points decoded at once: they stay in the processor's cache
+EVEN = 1 << 11  # points decoded at once are a multiple of this
 NEAR = 9 / 16  # of the coarse samples are looked at before asking which rays go on
 
 Decode = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> hidden (M, h), density (M,)
@@ -34,6 +35,15 @@ class Taps(NamedTuple):
     high: Tensor
     w_low: Tensor  # weight of each
     w_high: Tensor
+
+
+def even(rows: Tensor) -> Tensor:
+    """(M, C) with zeros after it up to a multiple of `EVEN` rows.
+
+    oneDNN prepares, and keeps, a product for every shape it meets: numbers of points that never repeat would cost that
+    time at each, and memory without end.
+    """
+    return F.pad(rows, (0, 0, 0, -len(rows) % EVEN))
 
 
 def taps(place: Tensor, size: int, *, border: bool) -> Taps:
