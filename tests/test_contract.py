@@ -1,32 +1,19 @@
 """What a user can count on, line by line, and the tests that hold each line.
 
 `CONTRACT` is the promise of the command line in plain words. The tests here see to it that every test it names exists
-and that no option is left without one; the rest of this file holds lines that had no test of their own.
+and that no option is left without one; `test_promises.py` holds the lines that had no test of their own.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-import torch
-from click.testing import CliRunner, Result
 
-from export3d_cli.core import animate, weights
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
-from export3d_cli.core.media.probe import ffmpeg
-from export3d_cli.core.media.video import probe
-from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example
 from export3d_cli.main import cli
 
 TESTS = Path(__file__).resolve().parent
@@ -44,7 +31,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     "novel-view orbits: --yaw, --pitch, --roll, --frames": [
         "core/test_animate.py::test_orbits_take_the_angles_asked_for_at_the_photo_s_distance",
         "commands/test_look.py::test_one_angle_is_a_marked_picture",
-        "test_contract.py::test_angles_and_frames_are_the_command_s",
+        "test_promises.py::test_angles_and_frames_are_the_command_s",
     ],
     "novel-view --drive takes an expression": ["commands/test_look.py::test_depth_and_a_driver_s_expression"],
     "novel-view --depth and --mesh": [
@@ -84,11 +71,11 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
         "commands/test_look.py::test_doctor_says_what_to_do",
     ],
     "three commands run exactly as typed, the last two without a file": [
-        "test_contract.py::test_three_commands_run_exactly_as_typed_without_a_network",
+        "test_promises.py::test_three_commands_run_exactly_as_typed_without_a_network",
     ],
     # weights
     "it works offline: embedded weights are the default": [
-        "test_contract.py::test_three_commands_run_exactly_as_typed_without_a_network",
+        "test_promises.py::test_three_commands_run_exactly_as_typed_without_a_network",
         "test_api.py::test_the_examples_of_the_door_are_true",
         "test_weights.py::test_every_listed_file_is_there_and_as_listed",
     ],
@@ -111,11 +98,11 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     ],
     # device
     "--device and --precision; auto takes CUDA when usable": ["core/test_animate.py::test_devices_and_precisions"],
-    "the device that was taken is told": ["test_contract.py::test_the_summary_tells_the_device"],
+    "the device that was taken is told": ["test_promises.py::test_the_summary_tells_the_device"],
     "--batch auto|N, halved where memory runs out": [
         "core/test_device.py::test_where_memory_runs_out_half_as_many_are_made",
         "core/test_device.py::test_an_animator_short_of_memory_makes_the_same_frames",
-        "test_contract.py::test_batch_is_auto_or_a_number",
+        "test_promises.py::test_batch_is_auto_or_a_number",
     ],
     "same seed, same machine: same bytes": [
         "commands/test_animation.py::test_the_same_command_gives_the_same_bytes",
@@ -148,7 +135,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
         "core/media/test_video.py::test_start_duration_rate_and_size",
         "test_main.py::test_ranges_and_rates",
     ],
-    "--crf": ["test_contract.py::test_crf_makes_smaller_files"],
+    "--crf": ["test_promises.py::test_crf_makes_smaller_files"],
     "mp4, mov, webm, mkv, gif, pictures, by the suffix": [
         "core/media/test_video.py::test_what_is_written_is_read_again",
         "core/media/test_video.py::test_a_gif_is_written_with_its_mark",
@@ -159,12 +146,12 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     "--face largest|left|right|index:N": ["core/test_control.py::test_faces_are_chosen_from_left_to_right"],
     "one face of several is followed in the driver": [
         "core/test_driver.py::test_one_face_of_two_is_followed_while_it_is_hidden",
-        "test_contract.py::test_the_driver_s_face_and_its_reader_are_chosen",
+        "test_promises.py::test_the_driver_s_face_and_its_reader_are_chosen",
     ],
     "--on-missing hold|skip|fail, counted": [
         "core/test_driver.py::test_frames_without_a_face_are_held_left_out_or_refused",
         "core/test_animate.py::test_frames_without_a_face_are_held",
-        "test_contract.py::test_a_driver_without_any_face_is_3",
+        "test_promises.py::test_a_driver_without_any_face_is_3",
     ],
     "no face in the source is 3 and names the file": [
         "commands/test_animation.py::test_no_face_is_3_and_names_the_file",
@@ -213,7 +200,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     ],
     "--json is one object on stdout": [
         "commands/test_animation.py::test_reenact_keeps_the_rate_and_tells_in_json",
-        "test_contract.py::test_json_is_one_object_and_nothing_else_on_stdout",
+        "test_promises.py::test_json_is_one_object_and_nothing_else_on_stdout",
     ],
     "--dry-run tells what would be done and writes nothing": [
         "core/test_batch.py::test_a_plan_says_what_would_be_done_and_writes_nothing",
@@ -229,7 +216,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     # flags
     "kebab-case, --x/--no-x, ranges A:B, helps with defaults": [
         "test_contract.py::test_options_are_kebab_case_with_a_help_a_default_and_an_opposite",
-        "test_contract.py::test_what_was_said_before_is_undone",
+        "test_promises.py::test_what_was_said_before_is_undone",
         "test_main.py::test_ranges_and_rates",
     ],
     "completion in bash, zsh and fish": [
@@ -249,7 +236,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     # safety
     "no pickle, no shell strings, YAML by safe_load": [
         "test_layers.py::test_no_pickle_and_no_shell",
-        "test_contract.py::test_yaml_is_read_safely",
+        "test_promises.py::test_yaml_is_read_safely",
     ],
     "images and videos are bounded in size": [
         "core/media/test_image.py::test_a_decompression_bomb_is_refused_before_it_is_decoded",
@@ -257,7 +244,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     ],
     "every output says in its metadata that it is synthetic": [
         "core/test_watermark.py::test_the_mark_of_the_metadata_is_found_in_every_format",
-        "test_contract.py::test_three_commands_run_exactly_as_typed_without_a_network",
+        "test_promises.py::test_three_commands_run_exactly_as_typed_without_a_network",
     ],
     "--watermark visible|invisible, and verify-mark": [
         "core/test_watermark.py::test_every_command_that_animates_marks_what_it_writes",
@@ -326,120 +313,3 @@ def test_options_are_kebab_case_with_a_help_a_default_and_an_opposite(name: str,
     elif option.default is not None and not option.multiple and not callable(option.default):
         absent = type(option.default).__name__ in ("Sentinel", "_Sentinel")  # newer versions of Click: not given
         assert absent or "default" in record[1], f"{name} {option.opts[-1]} does not tell its default"
-
-
-def test_yaml_is_read_safely() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "yaml":
-                assert node.attr in {"safe_load", "safe_dump", "YAMLError"}, f"{path.name} uses yaml.{node.attr}"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
-    return path
-
-
-@pytest.fixture
-def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with src.jpg and drive.mp4 (5 frames); small weights where none are named; no network."""
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("no network was to be used")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(animate, "resolve", lambda name=None: tiny if name is None else weights.resolve(name))
-    Path("src.jpg").write_bytes(example("source.jpg").read_bytes())
-    cut = [ffmpeg(), "-loglevel", "error", "-i", str(example("drive.mp4")), "-frames:v", "5", "-vf", "scale=256:-2"]
-    subprocess.run([*cut, "drive.mp4"], check=True)
-    return tmp_path
-
-
-def run(line: str) -> Result:
-    return CliRunner().invoke(cli, line.split(), catch_exceptions=False)
-
-
-def test_three_commands_run_exactly_as_typed_without_a_network(here: Path) -> None:
-    for line, out in (
-        ("reenact src.jpg drive.mp4 -o out.mp4", "out.mp4"),
-        ("novel-view --yaw -30:30", "novel_view.mp4"),
-        ("edit-basis --v 4 --scale 1:10", "edit_basis.mp4"),
-    ):
-        assert run(line).exit_code == 0, line
-        assert run(f"verify-mark {out}").exit_code == 0
-    assert sorted(path.suffix for path in here.iterdir()) == [".jpg", ".mp4", ".mp4", ".mp4", ".mp4"]
-    assert probe(here / "out.mp4").frames == 5
-
-
-def test_angles_and_frames_are_the_command_s(here: Path) -> None:
-    line = "novel-view src.jpg --yaw 5:5 --pitch -10:10 --roll 0:3 --frames 4 --loop once -o a.mkv --json"
-    told = run(line)
-    assert json.loads(told.stdout)["frames"] == probe(here / "a.mkv").frames == 4
-    sheet = run("novel-view src.jpg --yaw 5:5 --pitch -10:10 --roll 0:3 --frames 4 --grid -o a.png --json")
-    assert json.loads(sheet.stdout)["frames"] == 4
-
-
-def test_the_summary_tells_the_device(here: Path) -> None:
-    told = run("reenact src.jpg drive.mp4 -o a.mkv --max-frames 1 --device auto --precision fp32 --threads 1")
-    assert re.search(r"device (cpu|cuda) fp32", told.stderr)
-
-
-def test_batch_is_auto_or_a_number(here: Path) -> None:
-    for batch in ("auto", "1", "3"):
-        assert run(f"reenact src.jpg drive.mp4 -o {batch}.mkv --batch {batch}").exit_code == 0
-        assert probe(here / f"{batch}.mkv").frames == 5
-    refused = run("reenact src.jpg drive.mp4 -o no.mkv --batch many")
-    assert refused.exit_code == 2
-    assert "auto or a whole number" in refused.stderr
-
-
-def test_crf_makes_smaller_files(here: Path) -> None:
-    for crf in (1, 45):
-        assert run(f"edit-basis src.jpg --v 1 --scale 0:5 --frames 5 --crf {crf} -o {crf}.mp4").exit_code == 0
-    assert (here / "45.mp4").stat().st_size < 0.8 * (here / "1.mp4").stat().st_size
-
-
-def test_a_driver_without_any_face_is_3(here: Path) -> None:
-    subprocess.run(
-        [ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=s=128x128:r=25", "-frames:v", "3", "wall.mp4"],
-        check=True,
-    )
-    for kind in ("hold", "skip", "fail"):
-        result = run(f"reenact src.jpg wall.mp4 -o no.mp4 --on-missing {kind}")
-        assert result.exit_code == 3
-        assert "wall.mp4" in result.stderr
-    assert not (here / "no.mp4").exists()
-
-
-def test_json_is_one_object_and_nothing_else_on_stdout(here: Path) -> None:
-    """In a process of its own, where nothing can hide."""
-    for line in ("preprocess drive.mp4 -o a.motion.npz --json", "verify-mark drive.mp4 --json", "weights info --json"):
-        done = subprocess.run(
-            [sys.executable, "-m", "export3d_cli", *line.split()], capture_output=True, text=True, check=False,
-            env={"PYTHONPATH": str(PACKAGE.parent), "PATH": "", "HOME": str(here)},
-        )  # fmt: skip
-        assert done.returncode in (0, 1), done.stderr
-        assert isinstance(json.loads(done.stdout), dict)
-        assert done.stderr == ""
-
-
-def test_the_driver_s_face_and_its_reader_are_chosen(here: Path) -> None:
-    line = "reenact src.jpg drive.mp4 -o a.mkv --max-frames 1 --driver-face"
-    assert run(f"{line} left --tracker landmarker").exit_code == 0
-    for wrong in (f"{line} top", f"{line} left --tracker nose", "preprocess drive.mp4 -o b.motion.npz --tracker nose"):
-        assert run(wrong).exit_code == 2, wrong
-
-
-def test_faces_turned_too_far_are_left_out(here: Path) -> None:
-    result = run("preprocess src.jpg -o data --max-yaw 0")
-    assert result.exit_code != 0
-    assert "yaw" in result.stderr or "yaw" in (here / "data" / "rejected.jsonl").read_text()
-
-
-def test_what_was_said_before_is_undone(here: Path) -> None:
-    assert run("novel-view src.jpg --grid --no-grid --frames 2 -o a.mkv --json --no-json").stdout == ""
-    assert probe(here / "a.mkv").frames == 2
