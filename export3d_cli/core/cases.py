@@ -11,7 +11,7 @@ import numpy as np
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.files import MAX_LIST, check_file, check_inside
+from export3d_cli.core.files import MAX_LIST, check_file, check_inside, shared_track
 from export3d_cli.core.media.image import is_image, read_image
 from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader
 from export3d_cli.core.scoring import Frames, angles
@@ -31,9 +31,8 @@ class Clip:
 
     @property
     def track(self) -> str:
-        """NN of `<head>_tNN`, or ''."""
-        head, _, tail = self.id.rpartition("_t")
-        return tail if head and tail.isdigit() else ""
+        """See `shared_track`."""
+        return shared_track(self.id)
 
 
 @dataclass(frozen=True)

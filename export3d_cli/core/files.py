@@ -119,6 +119,12 @@ def hold(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
         os.close(handle)
 
 
+def shared_track(clip: str) -> str:
+    """`tNN` of a clip `<head>_tNN`, the same motion on several heads, or ''."""
+    head, _, tail = clip.rpartition("_t")
+    return f"t{tail}" if head and tail.isdigit() else ""
+
+
 def check_file(path: Path, most: int) -> None:
     """Raise `InputError` unless `path` is a plain file of at most `most` bytes: devices and pipes may never end."""
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from export3d_cli.core.config import DataConfig
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion, head_points
-from export3d_cli.core.files import MAX_LIST, check_file, check_inside, hold
+from export3d_cli.core.files import MAX_LIST, check_file, check_inside, hold, shared_track
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 
@@ -34,9 +34,8 @@ class Clip:
 
     @property
     def track(self) -> str:
-        """The shared track's name of a clip `<head>_tNN`, or ''."""
-        head, _, tail = self.id.rpartition("_")
-        return tail if head and tail[:1] == "t" and tail[1:].isdigit() else ""
+        """See `shared_track`."""
+        return shared_track(self.id)
 
 
 @dataclass(frozen=True)
