@@ -35,7 +35,7 @@ from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.media.video import VideoWriter
-from export3d_cli.core.model.export3d import Export3D, Output, Source
+from export3d_cli.core.model.export3d import Export3D, Output, Posed, Source
 from export3d_cli.core.tracking import TrackerName, landmark_tracker, open_tracker
 from export3d_cli.core.watermark import marker
 from export3d_cli.core.weights import resolve
@@ -187,21 +187,16 @@ class Animator:
             beta: expressions (1, 64) or (T, 64); None: the source's own.
             depth: show the depth in colours, near red, far blue, instead of the picture.
         """
-        source = self._need_source()
-        lam, planes = source.lam, None
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            if beta is not None:
-                lam = self._coefficients(beta)
-            if len(lam) == 1:
-                planes = self.model.planes(source, lam)
+        lam, posed, source = self._need_source().lam if beta is None else self._coefficients(beta), None, None
         for at in range(0, len(cameras), self.batch):
             part = cameras[at : at + self.batch]
-            b = len(part)
-            if planes is not None:
-                shown = planes.expand(b, -1, -1, -1, -1)
-                yield from self._frames(part, lam=lam.expand(b, -1), planes=shown, depth=depth)
-            else:
-                yield from self._frames(part, lam=lam[at : at + b], depth=depth)
+            if len(lam) > 1:
+                yield from self._frames(part, lam=lam[at : at + self.batch], depth=depth)
+                continue
+            if posed is None or source is not self._source:  # it is another one after `widen`
+                source = self._need_source()
+                posed = self._posed(source, lam)
+            yield from self._frames(part, lam=lam.expand(len(part), -1), posed=posed, depth=depth)
 
     def edit(self, changes: np.ndarray) -> Iterator[np.ndarray]:
         """The source with its lambda changed by (T, n), seen by its own camera."""
@@ -217,11 +212,10 @@ class Animator:
         `beta` (1, 64) is the expression; None: the source's own.
         """
         source, parts = self._need_source(), []
+        posed = self._posed(source, source.lam if beta is None else self._coefficients(beta))
         with torch.inference_mode(), autocast(self.device, self.precision):
-            lam = source.lam if beta is None else self._coefficients(beta)
-            planes, surface = self.model.planes(source, lam), self.model.surface(source, lam)
             for part in self._tensor(points).split(POINTS):
-                colours, densities = self.model.field(source, planes, surface, part[None])
+                colours, densities = self.model.field(source, posed, part[None])
                 parts.append(torch.cat([colours[0, :, :3], densities[0, :, None]], dim=-1).float().cpu())
         found = torch.cat(parts).numpy()
         return found[:, :3], found[:, 3]
@@ -250,25 +244,33 @@ class Animator:
         with torch.inference_mode():
             return self.model.expression.coefficients(self._tensor(beta))
 
+    def _posed(self, source: Source, lam: Tensor) -> Posed:
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            return self.model.pose(source, lam)
+
     def _frames(
-        self, camera: np.ndarray, *, lam: Tensor, planes: Tensor | None = None, depth: bool = False
+        self, camera: np.ndarray, *, lam: Tensor, posed: Posed | None = None, depth: bool = False
     ) -> Iterator[np.ndarray]:
         def make(part: slice) -> np.ndarray:
             with torch.inference_mode():
                 seen = camera[part]
-                out = self._drive(seen, lam[part], None if planes is None else planes[part])
+                out = self._drive(seen, lam[part], posed)
                 return depth_picture(out, seen, self.model.config.image_size) if depth else to_uint8(out.image)
 
         yield from self._in_memory(make, 0, len(camera))
 
-    def _drive(self, camera: np.ndarray, lam: Tensor, planes: Tensor | None) -> Output:
-        """The model on frames; what overflows in half precision is made again in fp32, and all that follows too."""
+    def _drive(self, camera: np.ndarray, lam: Tensor, posed: Posed | None) -> Output:
+        """The model on frames; what overflows in half precision is made again in fp32, and all that follows too.
+
+        `posed` is of the one expression that all of `lam` are.
+        """
         source = self._need_source().expand(len(camera))
         size, samples = sampling(self.model.config, self.quality)
         with autocast(self.device, self.precision):
             out = self.model.drive(
-                source, None, self._tensor(camera), lam=lam, planes=planes, raw_size=size, samples=samples
-            )
+                source, None, self._tensor(camera), lam=lam, posed=posed and posed.expand(len(camera)), raw_size=size,
+                samples=samples,
+            )  # fmt: skip
         if out.image.isfinite().all():
             return out
         if self.precision == "fp32" or self._crop is None:

@@ -163,6 +163,23 @@ def test_views_and_edits_change_what_they_say(animator: Animator, tmp_path: Path
             edit_basis(animator, SOURCE, tmp_path / "x.mp4", EditOptions(edits=((v, (0.0, 1.0)),)))
 
 
+def test_a_sweep_goes_on_in_full_precision_where_half_overflows(
+    tiny_weights: Path, animator: Animator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its one tri-plane was no number: it is made again."""
+    half = Animator.from_weights(tiny_weights, device="cpu", precision="bf16", batch=2)
+    make = half.model.planes
+    monkeypatch.setattr(
+        half.model, "planes", lambda *given: make(*given) * (torch.inf if half.precision == "bf16" else 1)
+    )
+    made = []
+    for who in (half, animator):
+        who.set_source(read_image(SOURCE))
+        made.append(np.stack(list(who.view(orbit_cameras(who.source_camera(), NovelViewOptions(frames=5))))))
+    assert len(half.notes) == 1 and half.precision == "fp32"
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+
+
 def test_orbits_take_the_angles_asked_for_at_the_photo_s_distance() -> None:
     pose = np.linalg.inv(Camera.orbit(12, 3, 4, radius=3.1).cam2world)
     pose[:2, 3] += 0.05

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
-from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, FlowBlend, MeshFlow, drift_flow, rigid_flow
+from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, FlowBlend, Mesh, MeshFlow, drift_flow, rigid_flow
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, sample_source
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
@@ -36,15 +36,37 @@ class Source:
     still: Tensor | None  # (B, C', H/4, W/4) background
     half: Tensor | None  # (B, 16, H/2, W/2) and
     quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
+    small: Tensor | None  # (B, 3, H/2, W/2) the photo
+    # without gradients:
+    basis: Tensor | None = None  # (n, d) of beta', that of the weights
+    view_rows: list[Tensor] | None = None  # of each view, `lean.plane_table`
 
     def expand(self, batch: int) -> Source:
         """The same single source for a batch of drivers; no memory is copied."""
+        kept = {"basis": self.basis, "view_rows": self.view_rows and self.view_rows * batch}
+        grown = {k: _grow(v, batch) for k, v in vars(self).items() if k not in ("stem", *kept)}
+        return Source(stem=[f.expand(batch, *f.shape[1:]) for f in self.stem], **grown, **kept)  # type: ignore[arg-type]
 
-        def grow(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.expand(batch, *value.shape[1:])
 
-        values = {k: grow(v) for k, v in vars(self).items() if k != "stem"}
-        return Source(stem=[f.expand(batch, *f.shape[1:]) for f in self.stem], **values)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class Posed:
+    """A source with an expression: everything that no camera changes; made once, seen often."""
+
+    planes: Tensor  # (B, 3, C, P, P)
+    surface: Tensor | None  # (B, 3, s, s), see `BasisFlow.surface`
+    mesh: Mesh | None
+    rows: list[Tensor] | None  # of the planes of each head, `lean.plane_table`; None where that is not used
+    finite: bool = True  # whether all numbers of the planes are; known where there are `rows`
+
+    def expand(self, batch: int) -> Posed:
+        """The same single head for a batch of cameras; no memory is copied."""
+        mesh = None if self.mesh is None else Mesh(*(x.expand(batch, *x.shape[1:]) for x in self.mesh))
+        planes = self.planes.expand(batch, *self.planes.shape[1:])
+        return Posed(planes, _grow(self.surface, batch), mesh, self.rows and self.rows * batch, self.finite)
+
+
+def _grow(value: Tensor | None, batch: int) -> Tensor | None:
+    return None if value is None else value.expand(batch, *value.shape[1:])
 
 
 class Output(NamedTuple):
@@ -89,16 +111,42 @@ class Export3D(nn.Module):
         if self.flow is not None:
             with torch.no_grad():
                 head = self.flow(points, camera, points, camera).weight
+        view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
+        rows = None
+        if view is not None and self._lean(image):
+            rows = [lean.plane_table(part) for part in view.split(1)]
         return Source(
             image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head,
             stem=stem, tokens=tokens,
-            view=sv.plane(stem) if sv is not None else None, still=sv.still(stem) if sv is not None else None,
+            view=view, still=sv.still(stem) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
+            small=F.avg_pool2d(image.float(), 2) if sr.flow else None,
+            basis=self.expression.basis() if lasting else None, view_rows=rows,
         )  # fmt: skip
 
     def planes(self, source: Source, lam: Tensor) -> Tensor:
         """Coefficients lambda (B, n) on the source -> tri-plane (B, 3, C, P, P)."""
-        return self.generator(source.stem, source.tokens, self.expression.code(lam))
+        return self.generator(source.stem, source.tokens, self._code(source, lam))
+
+    def pose(self, source: Source, lam: Tensor) -> Posed:
+        """The source with coefficients lambda (B, n), for `drive` by many cameras."""
+        planes, surface, mesh = self.planes(source, lam), None, None
+        if self.flow is not None:
+            with torch.no_grad():
+                moved = self.flow.moved(source.points, lam - source.lam)
+                mesh = self.flow.mesh(source.points, source.camera, moved)
+                surface = self.flow.surface(moved) if self.config.head_prior else None
+        if not self._lean(planes):
+            return Posed(planes, surface, mesh, None)
+        return Posed(planes, surface, mesh, [lean.plane_table(p) for p in planes], bool(planes.isfinite().all()))
+
+    def _code(self, source: Source, lam: Tensor) -> Tensor:
+        """beta' (B, d); with gradients, which reach the basis, it is made anew each time."""
+        return self.expression.code(lam, None if torch.is_grad_enabled() else source.basis)
+
+    def _lean(self, like: Tensor) -> bool:
+        """Whether what cannot be seen is left out: on a CPU without gradients."""
+        return like.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
 
     def drive(
         self,
@@ -107,22 +155,24 @@ class Export3D(nn.Module):
         camera: Tensor,
         *,
         lam: Tensor | None = None,
-        planes: Tensor | None = None,
+        posed: Posed | None = None,
         raw_size: int | None = None,
         samples: Samples | None = None,
     ) -> Output:
-        """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25)."""
+        """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25).
+
+        `posed` is what `pose` made of the same source and `lam`.
+        """
         if lam is None:
             if beta is None:
                 raise ValueError("drive needs beta or lam")
             lam = self.expression.coefficients(beta)
-        planes = self.planes(source, lam) if planes is None else planes
-        surface = self.surface(source, lam)
+        posed = self.pose(source, lam) if posed is None else posed
         size = raw_size or self.config.raw_size
-        features, depth, opacity = self.render(source, planes, surface, camera, size, samples)
+        features, depth, opacity = self.render(source, posed, camera, size, samples)
         detail, weights = None, None
-        if self.flow is not None:
-            detail = self._photo_detail(source, lam, camera, depth, opacity)
+        if posed.mesh is not None:
+            detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity)
             weights = detail.weights
         full, quarter = features, self.config.image_size // 4
         if features.shape[-1] != quarter:
@@ -144,30 +194,22 @@ class Export3D(nn.Module):
         source = self.encode_source(source_image, source_beta, source_camera, source_points)
         return self.drive(source, driver_beta, driver_camera, raw_size=raw_size)
 
-    def surface(self, source: Source, lam: Tensor) -> Tensor | None:
-        """The front of the head with coefficients lambda (B, n), where density begins; beyond the paper."""
-        if self.flow is None or not self.config.head_prior:
-            return None
-        with torch.no_grad():
-            return self.flow.surface(self.flow.moved(source.points, lam - source.lam))
-
     def render(
-        self, source: Source, planes: Tensor, surface: Tensor | None, camera: Tensor, size: int,
-        samples: Samples | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, source: Source, posed: Posed, camera: Tensor, size: int, samples: Samples | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32."""
         cfg = self.config
         origin, directions = render.rays(camera, size)
-        if camera.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
-            return self._picture(source, self._march(source, planes, surface, camera, size, samples), size)
+        if posed.rows is not None and self._lean(camera):
+            return self._picture(source, self._march(source, posed, posed.rows, camera, size, samples), size)
         coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
         depths = render.coarse_depths(camera, size * size, coarse, jitter=self.training, rows=self.rows)
-        colours, densities = self._decode(source, planes, surface, origin, directions, depths)
+        colours, densities = self._decode(source, posed, origin, directions, depths)
         if fine:
             with torch.no_grad():
                 weights, _ = render.ray_weights(densities, depths)
                 more = render.importance_depths(depths, weights, fine, jitter=self.training, rows=self.rows)
-            more_colours, more_densities = self._decode(source, planes, surface, origin, directions, more)
+            more_colours, more_densities = self._decode(source, posed, origin, directions, more)
             depths, order = torch.sort(torch.cat([depths, more], dim=-1), dim=-1)
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
             colours = torch.cat([colours, more_colours], dim=-2)
@@ -187,29 +229,27 @@ class Export3D(nn.Module):
         return features, depth, opacity
 
     def _march(
-        self, source: Source, planes: Tensor, surface: Tensor | None, camera: Tensor, size: int, samples: Samples | None
+        self, source: Source, posed: Posed, rows: list[Tensor], camera: Tensor, size: int, samples: Samples | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same on a CPU without gradients: what cannot be seen is left out."""
+        """The same without gradients: what cannot be seen is left out."""
         cfg, decoder = self.config, self.decoder
         coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
         origins, directions = render.rays(camera, size)
         depths = render.coarse_depths(camera, size * size, coarse, jitter=False)
-        made = []
+        made, side, surface, views = [], posed.planes.shape[-1], posed.surface, source.view_rows
+        if source.view is not None and views is None:
+            views = [lean.plane_table(view) for view in source.view.split(1)]
 
         def paint(hidden: Tensor) -> Tensor:
             return decoder.colours(lean.even(hidden))[: len(hidden)]
 
         for b in range(len(camera)):
-            table, side = lean.plane_table(planes[b]), planes.shape[-1]
-            view = None if source.view is None else lean.plane_table(source.view[b : b + 1])
 
-            def decode(
-                points: Tensor, b: int = b, table: Tensor = table, side: int = side, view: Tensor | None = view
-            ) -> tuple[Tensor, Tensor]:
+            def decode(points: Tensor, b: int = b) -> tuple[Tensor, Tensor]:
                 count, points = len(points), lean.even(points)
-                features = lean.sample_rows(table, side, points)
-                if view is not None and source.view is not None:
-                    seen = lean.sample_view(view, source.view.shape[-1], points, source.camera[b : b + 1])
+                features = lean.sample_rows(rows[b], side, points)
+                if source.view is not None and views is not None:
+                    seen = lean.sample_view(views[b], source.view.shape[-1], points, source.camera[b : b + 1])
                     features = torch.cat([features, seen], dim=-1)
                 prior = None
                 if surface is not None:
@@ -219,33 +259,35 @@ class Export3D(nn.Module):
 
             made.append(lean.march(decode, paint, origins[b], directions[b], depths[b], fine))
         features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
-        if not planes.isfinite().all():  # what is no number was left out as if it could not be seen: that must show
+        if not posed.finite:  # what is no number was left out as if it could not be seen: that must show
             features = torch.full_like(features, torch.nan)
         return features, depth, opacity
 
     def _decode(
-        self, source: Source, planes: Tensor, surface: Tensor | None, origin: Tensor, directions: Tensor, depths: Tensor
+        self, source: Source, posed: Posed, origin: Tensor, directions: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Colours (B, R, S, C') and densities (B, R, S) at the depths of the rays."""
         B, R, S = depths.shape
         points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
-        colours, densities = self.field(source, planes, surface, points)
+        colours, densities = self.field(source, posed, points)
         return colours.view(B, R, S, -1), densities.view(B, R, S)
 
-    def field(self, source: Source, planes: Tensor, surface: Tensor | None, points: Tensor) -> tuple[Tensor, Tensor]:
+    def field(self, source: Source, posed: Posed, points: Tensor) -> tuple[Tensor, Tensor]:
         """Colours (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
-        features = sample_planes(planes, points)  # (B, N, C)
+        features = sample_planes(posed.planes, points)  # (B, N, C)
         if source.view is not None:
             features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
-        prior = None if surface is None else face_prior(points, surface, SURFACE_REACH)
+        prior = None if posed.surface is None else face_prior(points, posed.surface, SURFACE_REACH)
         return self.decoder(features, points, prior)
 
-    def _photo_detail(self, source: Source, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor) -> PhotoDetail:
-        assert self.flow is not None and self.flow_blend is not None
+    def _photo_detail(
+        self, source: Source, moved: Mesh, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor
+    ) -> PhotoDetail:
+        assert self.flow is not None and self.flow_blend is not None and source.small is not None
         assert source.half is not None and source.quarter is not None and source.head is not None
         s = self.config.flow_size
         with torch.no_grad():
-            mesh: MeshFlow = self.mesh_flow(source, lam, camera)
+            mesh: MeshFlow = self.flow.seen(moved, camera)
         if depth.shape[-1] != s:
             depth = F.interpolate(depth, (s, s), mode="bilinear", align_corners=False)
             opacity = F.interpolate(opacity, (s, s), mode="bilinear", align_corners=False)
@@ -253,11 +295,5 @@ class Export3D(nn.Module):
         rigid = rigid_flow(depth, directions, origin, source.camera)
         drift = drift_flow(source.camera, camera, s)
         uv, weights = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head)
-        code = self.expression.code(lam)
-        return PhotoDetail(source.image, source.half, source.quarter, uv, weights, mesh, source.head, code)
-
-    def mesh_flow(self, source: Source, lam: Tensor, camera: Tensor, size: int | None = None) -> MeshFlow:
-        """The basis flow of the face alone, needing no trained weights beyond lambda and b_i."""
-        assert self.flow is not None
-        target = self.flow.moved(source.points, lam - source.lam)
-        return self.flow(source.points, source.camera, target, camera, size)
+        halves = (source.image, source.small, source.half, source.quarter)
+        return PhotoDetail(*halves, uv, weights, mesh, source.head, self._code(source, lam))

@@ -45,10 +45,10 @@ class LeBS(nn.Module):
             sign = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
             return (q * sign).T
 
-    def code(self, lam: Tensor) -> Tensor:
-        """Coefficients lambda (B, n) -> beta' (B, d), eq. 2."""
+    def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
+        """Coefficients lambda (B, n) -> beta' (B, d), eq. 2; `basis` is what `basis()` gave for the same weights."""
         with torch.autocast(lam.device.type, enabled=False):
-            return lam.float() @ self.basis()
+            return lam.float() @ (self.basis() if basis is None else basis)
 
     def forward(self, beta: Tensor) -> Tensor:
         """Expression `beta` (B, 64) -> beta' (B, d)."""
@@ -77,10 +77,10 @@ class DirectCode(nn.Module):
         """What each coefficient adds to beta', (64, d); not orthonormal."""
         return self.linear.weight.float().T
 
-    def code(self, lam: Tensor) -> Tensor:
-        """Standardised beta (B, 64) -> beta' (B, d)."""
+    def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
+        """Standardised beta (B, 64) -> beta' (B, d); `basis` is what `basis()` gave for the same weights."""
         with torch.autocast(lam.device.type, enabled=False):
-            return lam.float() @ self.basis()
+            return lam.float() @ (self.basis() if basis is None else basis)
 
     def forward(self, beta: Tensor) -> Tensor:
         """Expression `beta` (B, 64) -> beta' (B, d)."""

@@ -54,6 +54,14 @@ class MeshFlow(NamedTuple):
     anchored: Tensor  # (B, 4): where on the upper and on the lower row of teeth, or about the iris (twice); 0 elsewhere
 
 
+class Mesh(NamedTuple):
+    """A source's mesh moved to an expression, before any camera sees it; V vertices, T triangles."""
+
+    points: Tensor  # (B, V, 3) of the head frame, moved
+    corners: Tensor  # (B, T, 27): what is blended over a triangle, (uv in the photo, weight, places) of each corner
+    before: Tensor  # (B, T) twice the signed area in the photo
+
+
 class Raster(NamedTuple):
     """Which triangle covers each pixel; P = size * size, row by row."""
 
@@ -123,6 +131,12 @@ def _barycentric(corner: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+def _area(uv: Tensor, triangles: Tensor) -> Tensor:
+    """Positions (B, V, 2), triangles (T, 3) -> twice the signed areas (B, T)."""
+    a, b, c = uv[:, triangles].unbind(2)
+    return _cross(b - a, c - a)
 
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
@@ -215,29 +229,33 @@ class BasisFlow(nn.Module):
         self, points: Tensor, source_camera: Tensor, target: Tensor, camera: Tensor, size: int | None = None
     ) -> MeshFlow:
         """Landmarks of the source and those moved, (B, 478, 3) each, and both cameras (B, 25) -> flow at `size`."""
-        B, s = points.shape[0], size or self.size
-        triangles = torch.cat([self.triangles.long(), self.rings])
-        kind, triangles = triangles[:, 3], triangles[:, :3]
+        return self.seen(self.mesh(points, source_camera, target), camera, size)
+
+    def mesh(self, points: Tensor, source_camera: Tensor, target: Tensor) -> Mesh:
+        """What of `forward` does not depend on the driver's camera."""
+        B, triangles = points.shape[0], torch.cat([self.triangles.long(), self.rings])[:, :3]
         source_points = with_rings(points.float())
         # the rings do not take part in the expression: a jaw that opens must not drag the neck
         rings = source_points[:, POINTS:]
         target_points = torch.cat([target.float(), rings], dim=1)
         uv_source, _ = project(source_points, source_camera)  # (B, V, 2)
-        uv_target, depth = project(target_points, camera)
-        raster = rasterize(uv_target, depth, triangles, s)
-
         n, weight = len(OVAL), ring_weights(points.device)
         fixed = torch.cat([weight[:, None], self.places], dim=-1)
         anchored = F.pad(anchored_places(target.float()), (0, 0, 0, len(RINGS) * n))
         vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), anchored], dim=-1)  # (B, V, 9)
-        per_triangle = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, 9)
+        return Mesh(target_points, vertex[:, triangles].flatten(2), _area(uv_source, triangles))
+
+    def seen(self, mesh: Mesh, camera: Tensor, size: int | None = None) -> MeshFlow:
+        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`."""
+        B, s = camera.shape[0], size or self.size
+        triangles = torch.cat([self.triangles.long(), self.rings])
+        kind, triangles = triangles[:, 3], triangles[:, :3]
+        uv_target, depth = project(mesh.points, camera)
+        raster = rasterize(uv_target, depth, triangles, s)
+        per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 9)
         value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 9)
 
-        def area(uv: Tensor) -> Tensor:
-            a, b, c = uv[:, triangles].unbind(2)
-            return _cross(b - a, c - a)  # (B, T)
-
-        before, after = area(uv_source), area(uv_target)
+        before, after = mesh.before.expand(B, -1), _area(uv_target, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
         mouth, eye = ((kind == k).float().expand(B, -1) for k in (1, 2))
         # the insides of mouth and eyes are shown as far as they are as open in the photo as in the result
@@ -247,7 +265,7 @@ class BasisFlow(nn.Module):
         shut = hole * (1 - 2 * ratio).clamp_min(0)
         facts = _pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
-        uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, points.device))
+        uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, camera.device))
 
         def picture(x: Tensor) -> Tensor:
             return x.transpose(1, 2).reshape(B, -1, s, s)

@@ -39,6 +39,7 @@ class PhotoDetail(NamedTuple):
     """What super-resolution takes from the photo."""
 
     photo: Tensor  # (B, 3, H, W)
+    small: Tensor  # (B, 3, H/2, W/2), the same
     half: Tensor  # (B, 16, H/2, W/2) stem features
     quarter: Tensor  # (B, 16, H/4, W/4)
     uv: Tensor  # (B, 2, m, m) the flow
@@ -138,8 +139,7 @@ class SuperResolution(nn.Module):
 
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
         uv = resize(detail.uv, 2 * s4)
-        photo2 = F.avg_pool2d(detail.photo.float(), 2)
-        x = join(self.to2, x, [warp(photo2, uv), warp(detail.half, uv), facts, self.inside(mesh, 2 * s4)])
+        x = join(self.to2, x, [warp(detail.small, uv), warp(detail.half, uv), facts, self.inside(mesh, 2 * s4)])
         x = self.block2(x + self.expression(detail.code)[:, :, None, None])
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = upsample(leaky(x))  # (B, c2, H, W)

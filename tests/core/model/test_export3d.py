@@ -68,10 +68,38 @@ def test_lambda_stands_in_for_beta(tiny: Export3D, inputs: Inputs) -> None:
         source = tiny.encode_source(**inputs)
         by_beta = tiny.drive(source, inputs["beta"], inputs["camera"])
         same(tiny.drive(source, None, inputs["camera"], lam=source.lam), by_beta)
-        planes = tiny.planes(source, source.lam)
-        same(tiny.drive(source, None, inputs["camera"], lam=source.lam, planes=planes), by_beta)
+        posed = tiny.pose(source, source.lam)
+        same(tiny.drive(source, None, inputs["camera"], lam=source.lam, posed=posed), by_beta)
         with pytest.raises(ValueError, match="beta or lam"):
             tiny.drive(source, None, inputs["camera"])
+
+
+def test_a_pose_seen_by_many_cameras_is_seen_by_each(
+    tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]
+) -> None:
+    cameras = orbit(-20, 0, 20)
+    with torch.no_grad():
+        source = tiny.encode_source(**inputs)
+        lam = source.lam + torch.randn(1, 10)
+        posed = tiny.pose(source, lam)
+        at_once = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
+        for k in range(3):
+            alone = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
+            same(Output(*(t[k : k + 1] for t in at_once)), alone, atol=1e-4)
+
+
+def test_the_basis_of_a_source_is_that_of_the_weights(tiny: Export3D, inputs: Inputs) -> None:
+    with torch.no_grad():
+        source = tiny.encode_source(**inputs)
+        changed = {**tiny.state_dict(), "expression.weight": torch.randn_like(tiny.expression.weight)}
+        tiny.load_state_dict(changed)
+        anew = tiny.encode_source(**inputs)
+        assert source.basis is not None and anew.basis is not None
+        torch.testing.assert_close(anew.basis, tiny.expression.basis(), atol=0, rtol=0)
+        assert (anew.basis - source.basis).abs().max() > 0.1
+    assert tiny.encode_source(**inputs).basis is None  # gradients have to reach the weights
+    tiny.drive(source, torch.rand(1, 64), inputs["camera"]).image.square().mean().backward()
+    assert tiny.expression.weight.grad is not None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,9 +42,11 @@ def test_the_picture_is_that_of_the_plain_path(
     image, beta, camera = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 64), orbit(-25, 30)
     with torch.no_grad():
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
-        planes = tiny.planes(source, source.lam) * solid
-        soon = tiny.drive(source, None, camera, lam=source.lam, planes=planes, raw_size=32, samples=(8, 8))
-    plain = tiny.drive(source, None, camera, lam=source.lam, planes=planes, raw_size=32, samples=(8, 8))
+        posed = tiny.pose(source, source.lam)
+        planes = posed.planes * solid
+        posed = replace(posed, planes=planes, rows=[lean.plane_table(p) for p in planes])
+        soon = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
+    plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     assert plain.image.requires_grad and not soon.image.requires_grad
     for name, span in (("image", 2.0), ("raw", 2.0), ("opacity", 1.0), ("depth", 1.0)):
         assert psnr(getattr(soon, name), getattr(plain, name), span) > 45, name
