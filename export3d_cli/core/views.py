@@ -6,6 +6,7 @@ Each writes a video, one picture where there is one view, or a contact sheet of 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +28,7 @@ from export3d_cli.core.watermark import Watermark, marker
 
 PICTURES = (".png", ".jpg", ".jpeg")  # they carry the mark that they are synthetic
 GRID_VALUES = 5  # of each basis vector in a contact sheet
+KEPT_BYTES = 128 << 20  # of frames that will be shown again, at most
 Range = tuple[float, float]
 
 
@@ -108,7 +110,7 @@ def novel_view(
     beta = _expressions(animator, options.drive, options.fps, len(cameras))
     if options.mesh is not None:
         _mesh(animator, options.mesh, beta, progress)
-    frames = _counted(animator.view(cameras, beta=beta, depth=options.depth), len(cameras), progress)
+    frames = _counted(_views(animator, cameras, beta, options.depth), len(cameras), progress)
     if not picture:
         return _video(animator, frames, len(cameras), out, options, began)
     labels: list[str] = []
@@ -158,7 +160,8 @@ def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
     count = options.frames
     where = np.linspace(0, 1, count)
     if options.loop == "pingpong" and count > 2 and not options.grid:
-        where = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count)
+        there = np.minimum(np.arange(count), count - np.arange(count))  # back as it came, to the last bit
+        where = 0.5 - 0.5 * np.cos(2 * np.pi * there / count)
     ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
     pose = np.linalg.inv(camera.cam2world)  # its last column stays
     out = []
@@ -214,6 +217,26 @@ def _expressions(animator: Animator, driver: Path | None, fps: Fraction, count: 
     ) as stream:
         beta = np.concatenate([part[0].beta for part in stream])
     return beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
+
+
+def _views(animator: Animator, cameras: np.ndarray, beta: np.ndarray | None, depth: bool) -> Iterator[np.ndarray]:
+    """`Animator.view`; a camera that comes again, as on the way back, gets the frame that was made before."""
+    size = animator.model.config.image_size
+    _, first, which = np.unique(cameras, axis=0, return_index=True, return_inverse=True)
+    first = first[which.reshape(-1)]  # frame that shows the same
+    left = Counter(first.tolist())
+    again = sum(times > 1 for times in left.values())
+    if (beta is not None and len(beta) > 1) or again * size * size * 3 > KEPT_BYTES:
+        yield from animator.view(cameras, beta=beta, depth=depth)
+        return
+    made = animator.view(cameras[sorted(left)], beta=beta, depth=depth)
+    kept: dict[int, np.ndarray] = {}
+    for at, k in enumerate(first.tolist()):
+        frame = next(made) if k == at else kept.pop(k)
+        left[k] -= 1
+        if left[k]:
+            kept[k] = frame.copy()  # what is yielded may be written into
+        yield frame
 
 
 def _counted(frames: Iterator[np.ndarray], total: int, progress: Progress | None) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from export3d_cli.core import views as module
 from export3d_cli.core.animate import QUALITIES, Animator, ReenactOptions, reenact, sampling
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
@@ -178,6 +179,27 @@ def test_a_sweep_goes_on_in_full_precision_where_half_overflows(
         made.append(np.stack(list(who.view(orbit_cameras(who.source_camera(), NovelViewOptions(frames=5))))))
     assert len(half.notes) == 1 and half.precision == "fp32"
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+
+
+@pytest.mark.parametrize(("kept", "made"), [(1 << 20, 4), (0, 6)])
+def test_what_is_seen_again_is_made_once(
+    animator: Animator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, made: int
+) -> None:
+    """On the way there and back, in bounded memory; and it is what would be made again."""
+    views, asked, view = [], [], animator.view
+    monkeypatch.setattr(module, "KEPT_BYTES", kept)
+    monkeypatch.setattr(animator, "view", lambda cameras, **how: asked.append(len(cameras)) or view(cameras, **how))
+    for name, marked in (("plain.mp4", "none"), ("marked.mp4", "visible")):
+        options = NovelViewOptions(frames=6, crf=0, watermark=marked)
+        novel_view(animator, SOURCE, tmp_path / name, options)
+        views.append(frames_of(tmp_path / name))
+    assert asked == [made] * 2
+    alone = list(view(orbit_cameras(animator.source_camera(), options)))
+    for k in range(6):
+        assert np.abs(views[0][k] - alone[k]).mean() < 2  # colour is kept at half size
+        for seen in views:
+            assert np.abs(seen[k] - seen[-k % 6]).max() <= 1
+    assert np.abs(alone[0].astype(int) - alone[3]).max() > 5
 
 
 def test_orbits_take_the_angles_asked_for_at_the_photo_s_distance() -> None:
