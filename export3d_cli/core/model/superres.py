@@ -18,6 +18,10 @@ from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 
 DETAIL = 16  # channels of stem features taken along the flow
 MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
+# Three rows of a picture of twice the size as sums of three of the picture's own: around an even row and an odd one.
+PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
+          ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
+PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
 TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
 
@@ -29,10 +33,52 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def join(conv: nn.Conv2d, x: Tensor, rest: list[Tensor]) -> Tensor:
-    """The 3x3 convolution of `x` and `rest` side by side, (B, ., h, w) each, without laying them side by side."""
+    """The 3x3 convolution of `upsample(x)` and `rest` side by side, (B, ., h, w) each, without laying them so."""
     first, second = conv.weight.split([x.shape[1], conv.in_channels - x.shape[1]], dim=1)
     beside = torch.cat([part.to(x.dtype) for part in rest], dim=1).contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, first, conv.bias, padding=1) + F.conv2d(beside, second, padding=1)
+    return F.conv2d(upsample(x), first, conv.bias, padding=1) + F.conv2d(beside, second, padding=1)
+
+
+def join_soon(conv: nn.Conv2d, x: Tensor, rest: list[Tensor], inside: Patch) -> Tensor:
+    """`join` with the values of a patch as the last of `rest`, 0 around it; without gradients, on a CPU."""
+    own, beside = x.shape[1], sum(part.shape[1] for part in rest)
+    first, second, third = conv.weight.split([own, beside, conv.in_channels - own - beside], dim=1)
+    out = upsampled(first, x)
+    dense = torch.cat([part.to(x.dtype) for part in rest], dim=1).contiguous(memory_format=torch.channels_last)
+    out += F.conv2d(dense, second, conv.bias, padding=1)
+    if inside.values.numel():
+        height, width = inside.values.shape[-2:]
+        seen = out[:, :, inside.top : inside.top + height, inside.left : inside.left + width]
+        seen += F.conv2d(inside.values.to(x.dtype), third, padding=1)
+    return out
+
+
+def upsampled(weight: Tensor, x: Tensor) -> Tensor:
+    """The 3x3 convolution of `upsample(x)`, padded with zeros, as one of `x` for each of four neighbouring pixels.
+
+    (K, C, 3, 3), (B, C, h, w) -> (B, K, 2h, 2w). As many products, without the large picture between.
+    """
+    (K, C), (B, _, h, w) = weight.shape[:2], x.shape
+    if min(h, w) < 4:
+        return F.conv2d(upsample(x), weight, padding=1)
+    taps = torch.tensor(PHASES, device=x.device)
+    both = torch.einsum("pau,qbv,kcuv->pqkcab", taps, taps, weight.float()).reshape(4 * K, C, 3, 3)
+    four = F.conv2d(x, both.to(weight.dtype, memory_format=torch.channels_last), padding=1)
+    four = four.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, K).transpose(2, 3)
+    out = four.reshape(B, 2 * h, 2 * w, K).permute(0, 3, 1, 2)
+    # at the rims the large picture goes on with zeros, but the small one with its last row
+    for to, rim in ((slice(0, 2), slice(0, 3)), (slice(-2, None), slice(-3, None))):
+        out[:, :, to] = F.conv2d(upsample(x[:, :, rim]), weight, padding=1)[:, :, to]
+        out[..., to] = F.conv2d(upsample(x[..., rim]), weight, padding=1)[..., to]
+    return out
+
+
+class Patch(NamedTuple):
+    """A part of a picture; 0 around it."""
+
+    values: Tensor  # (B, C, h, w), none where there is nothing
+    top: int
+    left: int
 
 
 class PhotoDetail(NamedTuple):
@@ -62,10 +108,7 @@ class Inside(nn.Module):
 
     def forward(self, mesh: MeshFlow, size: int) -> Tensor:
         """(B, 17, size, size): upper teeth or eye, lower teeth, and where an eye is; 0 outside mouth and eyes."""
-        mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored))
-        place = place / (mouth + eye).clamp_min(0.1)  # it fades to 0 at the rims, where it must not slide instead
-        if not torch.is_grad_enabled():
-            return self._seen(mouth, eye, place)
+        mouth, eye, place = self._places(mesh, size)
         above, below = (x.permute(0, 2, 3, 1) for x in place.split(2, dim=1))  # (B, size, size, 2)
 
         def look(texture: Tensor, grid: Tensor) -> Tensor:
@@ -75,9 +118,12 @@ class Inside(nn.Module):
         upper, lower, iris = self.textures.split(1)
         return torch.cat([look(upper, above) * mouth + look(iris, above) * eye, look(lower, below) * mouth, eye], dim=1)
 
-    def _seen(self, mouth: Tensor, eye: Tensor, place: Tensor) -> Tensor:
-        """The same where there is anything, a few of a hundred pixels; 0 elsewhere."""
+    def patch(self, mesh: MeshFlow, size: int) -> Patch:
+        """The same where there is anything, a few of a hundred pixels, and a rim of zeros."""
+        mouth, eye, place = self._places(mesh, size)
         b, row, column = ((mouth + eye)[:, 0] > 0).nonzero(as_tuple=True)
+        if not len(b):
+            return Patch(mouth.new_zeros(len(mouth), self.channels, 0, 0), 0, 0)
         mouth_, eye_ = mouth[b, 0, row, column][:, None], eye[b, 0, row, column][:, None]  # (M, 1)
         grid = place[b, :, row, column].view(1, -1, 2, 2)  # above, below
         textures = self.textures.float()
@@ -87,9 +133,23 @@ class Inside(nn.Module):
 
         above, below = grid[:, :, :1], grid[:, :, 1:]
         upper, iris, lower = look(textures[0], above), look(textures[2], above), look(textures[1], below)
-        out = mouth.new_zeros(len(mouth), *mouth.shape[-2:], self.channels)
-        out[b, row, column] = torch.cat([upper * mouth_ + iris * eye_, lower * mouth_, eye_], dim=1)
-        return out.permute(0, 3, 1, 2)
+        top, height = _around(row, size)
+        left, width = _around(column, size)
+        out = mouth.new_zeros(len(mouth), height, width, self.channels)
+        out[b, row - top, column - left] = torch.cat([upper * mouth_ + iris * eye_, lower * mouth_, eye_], dim=1)
+        return Patch(out.permute(0, 3, 1, 2), top, left)
+
+    def _places(self, mesh: MeshFlow, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored))
+        # what is looked at fades to 0 at the rims, where it must not slide instead
+        return mouth, eye, place / (mouth + eye).clamp_min(0.1)
+
+
+def _around(where: Tensor, size: int) -> tuple[int, int]:
+    """First and number of the rows (or columns) of a patch that holds `where` and a rim, within 0 to `size`."""
+    first, last = (int(x) for x in where.aminmax())
+    length = min(size, -(-(last - first + 3) // PATCH) * PATCH)
+    return max(0, min(first - 1, size - length)), length
 
 
 class SuperResolution(nn.Module):
@@ -135,19 +195,24 @@ class SuperResolution(nn.Module):
         known = face * mesh.valid + rigid + rest * (1 - (detail.head - mesh.weight).clamp_min(0))
         facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
         x = self.enter(torch.cat([features, warp(detail.quarter, uv), facts], dim=1))
-        x = upsample(leaky(self.block4(x)))  # (B, c2, H/2, W/2)
+        x = leaky(self.block4(x))  # (B, c2, H/4, W/4)
 
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
         uv = resize(detail.uv, 2 * s4)
-        x = join(self.to2, x, [warp(detail.small, uv), warp(detail.half, uv), facts, self.inside(mesh, 2 * s4)])
-        x = self.block2(x + self.expression(detail.code)[:, :, None, None])
-        offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
-        x = upsample(leaky(x))  # (B, c2, H, W)
+        x = self._join(self.to2, x, [warp(detail.small, uv), warp(detail.half, uv), facts], mesh, 2 * s4)
+        x = leaky(self.block2(x + self.expression(detail.code)[:, :, None, None]))  # (B, c2, H/2, W/2)
+        offset = MAX_OFFSET * torch.tanh(self.offset(x).float())
 
         facts = resize(facts, 4 * s4)
         sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
-        x = self.block1(join(self.to1, x, [sampled, facts, self.inside(mesh, 4 * s4)]))
+        x = self.block1(self._join(self.to1, x, [sampled, facts], mesh, 4 * s4))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         return mask * sampled + (1 - mask) * (base + out[:, :3]), offset
+
+    def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
+        """Twice as large, with `rest` and what mouth and eyes hide beside it."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return join_soon(conv, x, rest, self.inside.patch(mesh, size))
+        return join(conv, x, [*rest, self.inside(mesh, size)])

@@ -15,7 +15,7 @@ from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.generator import attention
 from export3d_cli.core.model.source_view import sample_source
-from export3d_cli.core.model.superres import Inside, join
+from export3d_cli.core.model.superres import Inside, Patch, join, join_soon, upsample, upsampled
 from export3d_cli.core.model.triplane import sample_planes
 
 
@@ -113,8 +113,28 @@ def test_attention_in_half_precision() -> None:
 def test_a_joined_convolution_is_that_of_the_parts_side_by_side() -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(12, 5, 3, padding=1)
-    x, a, b = torch.randn(2, 7, 9, 9), torch.randn(2, 2, 9, 9), torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(join(conv, x, [a, b]), conv(torch.cat([x, a, b], 1)), atol=1e-5, rtol=0)
+    x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
+    plain = conv(torch.cat([upsample(x), a, b], 1))
+    torch.testing.assert_close(join(conv, x, [a, b]), plain, atol=1e-5, rtol=0)
+    part = b.new_zeros(b.shape)
+    part[:, :, 3:10, 8:15] = b[:, :, 3:10, 8:15]
+    plain = conv(torch.cat([upsample(x), a, part], 1))
+    with torch.no_grad():
+        soon = join_soon(conv, x, [a], Patch(part[:, :, 2:12, 7:16], 2, 7))
+        torch.testing.assert_close(soon, plain, atol=1e-5, rtol=0)
+        without = join_soon(conv, x, [a], Patch(part[:, :, :0, :0], 0, 0))
+        torch.testing.assert_close(without, conv(torch.cat([upsample(x), a, 0 * b], 1)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (16, 7), (3, 8)])
+def test_a_convolution_of_an_enlarged_picture_is_one_of_the_small_one(height: int, width: int) -> None:
+    """At the rims too, where one goes on with zeros and the other with its last row."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6, height, width), torch.randn(5, 6, 3, 3)
+    plain = F.conv2d(upsample(x), weight, padding=1)
+    torch.testing.assert_close(upsampled(weight, x), plain, atol=1e-5, rtol=0)
+    half = upsampled(weight.bfloat16(), x.bfloat16()).float()
+    assert psnr(half, plain, float(plain.max() - plain.min())) > 45
 
 
 def test_textures_are_the_same_where_only_they_are_sampled(
@@ -125,8 +145,17 @@ def test_textures_are_the_same_where_only_they_are_sampled(
     opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
     camera = orbit(0, 20)
     mesh, inside = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), Inside()
+    for size in (24, 96, 160):  # at the smallest a patch is the picture
+        with torch.no_grad():
+            values, top, left = inside.patch(mesh, size)
+            plain = inside(mesh, size)
+        assert plain.abs().sum() > 1
+        height, width = values.shape[-2:]
+        seen = torch.zeros_like(plain)
+        seen[:, :, top : top + height, left : left + width] = values
+        torch.testing.assert_close(seen, plain, atol=1e-6, rtol=0)
+    assert height < size and width < size
+    assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # for the convolution's reach
     with torch.no_grad():
-        seen = inside(mesh, 96)
-    plain = inside(mesh, 96)
-    assert plain.abs().sum() > 1
-    torch.testing.assert_close(seen, plain.detach(), atol=1e-6, rtol=0)
+        shut = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
+        assert inside.patch(shut, 96).values.numel() == 0
