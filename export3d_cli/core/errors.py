@@ -11,11 +11,19 @@ Export3DError            exit 1   something failed
 
 from __future__ import annotations
 
+LONGEST = 1600  # characters of a message
+
 
 class Export3DError(Exception):
-    """Base of every error this package raises on purpose; `exit_code` is what the command line returns."""
+    """Base of every error this package raises on purpose; `exit_code` is what the command line returns.
+
+    A message longer than a screen (libraries quote what a file holds) loses its middle: what to do stands at the end.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} ... {message[-400:]}")
 
 
 class InputError(Export3DError):

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 import struct
 import time
@@ -37,30 +38,72 @@ def write_atomic(path: Path) -> Iterator[Path]:
     `Export3DError` where it fails on the way (a full disk).
     """
     path = Path(path)
+    _make_ready(path.parent)
+    temporary = _temporary_name(path.parent, path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with _told(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files appear in `folder`, on any failure it is removed.
+
+    They appear all at once where there is no `folder` yet, and else one after the other, at the end; none replaces
+    another. Raises as `write_atomic` does.
+    """
+    where = folder if folder.is_dir() else folder.parent
+    _make_ready(where)
+    temporary = _temporary_name(where, folder)
+    try:
+        with _told(folder):
+            temporary.mkdir()
+            yield temporary
+            if where == folder:
+                if any((folder / path.name).exists() for path in temporary.iterdir()):
+                    raise InputError(f"{folder} holds such files by now: give another folder")
+                for path in sorted(temporary.iterdir()):
+                    path.rename(folder / path.name)
+            else:
+                temporary.rename(folder)  # refused if somebody else has filled it by now
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_ready(folder: Path) -> None:
+    """Make the folder of an output, and remove what killed processes left there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to folder {path.parent} ({error.strerror}): choose another output") from error
-    if not os.access(path.parent, os.W_OK):  # said before the work, not by ffmpeg after it
-        raise InputError(f"cannot write to folder {path.parent} (no permission): choose another output")
-    folder = path.parent.absolute()
+        raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
+    if not os.access(folder, os.W_OK):  # said before the work, not by ffmpeg after it
+        raise InputError(f"cannot write to folder {folder} (no permission): choose another output")
+    folder = folder.absolute()
     if folder not in _tidied:  # once a process, for folders can be large
         _tidied.add(folder)
         tidy(folder)
-    name = f".{path.stem[:80]}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
-    temporary = path.with_name(name)
+
+
+def _temporary_name(folder: Path, path: Path) -> Path:
+    """One that tells whose it is."""
+    return folder / f".{path.stem[:80]}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system says against writing, as our errors."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield
     except PermissionError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another output") from error
     except BrokenPipeError:  # of a terminal that is gone, not of the file
         raise
     except OSError as error:
         raise Export3DError(f"cannot write {path} ({error.strerror or error}): make room, or choose another") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:
@@ -69,7 +112,10 @@ def tidy(folder: Path) -> None:
         for entry in entries:
             found = _TEMPORARY.fullmatch(entry.name)
             if found and _is_abandoned(found[1], int(found[2]), entry):
-                Path(entry.path).unlink(missing_ok=True)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
 
 
 def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:

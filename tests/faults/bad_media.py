@@ -110,11 +110,12 @@ def pictures() -> Iterator[Bad]:
         whole = jpeg if suffix == ".jpg" else encoded(suffix)
         for part in (0.0001, 0.001, 0.02, 0.3, 0.7, 0.98):
             cut = whole[: max(1, int(len(whole) * part))]
-            yield bad(f"{suffix} cut at {part}", cut, f"bad{suffix}", harmless=part > 0.1)
+            yield bad(f"{suffix} cut at {part}", cut, f"bad{suffix}")
         for seed in range(5):
             yield bad(f"{suffix} flipped {seed}", flipped(whole, seed), f"bad{suffix}", harmless=True)
         yield bad(f"text as {suffix}", text, f"bad{suffix}")
         yield bad(f"{suffix} head and zeros", whole[:64] + b"\0" * 5000, f"bad{suffix}")
+    yield bad("jpeg cut and closed", jpeg[: len(jpeg) // 2] + b"\xff\xd9")
     yield bad("jpeg as png", jpeg, "bad.png", harmless=True)
     yield bad("upper case and no suffix", jpeg, "BAD", harmless=True)
     yield bad("video as jpg", clip())

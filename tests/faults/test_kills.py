@@ -1,6 +1,6 @@
 """Processes killed on the way: no half output, no ffmpeg left, nothing lost or doubled when the command is run again.
 
-The slow test kills the commands 52 times at random moments; its last results stand in README.md of this folder.
+The slow test kills the commands 65 times at random moments; its last results stand in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from types import SimpleNamespace
 import pytest
 from faultkit import descendants, spawn
 
+from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}}  # -N: before ours was installed
+KINDS = ("reenact", "pictures", "preprocess", "workers", "train")
 CLEAN = (signal.SIGTERM, signal.SIGINT)  # those that the program can answer
 
 
@@ -31,8 +33,9 @@ class Job:
     def __init__(self, kind: str, good: SimpleNamespace, folder: Path) -> None:
         self.kind, self.folder = kind, folder
         folder.mkdir()
-        if kind == "reenact":
-            self.args = ["reenact", good.source, good.clip, "-o", folder / "out.mp4", "--weights", good.weights,
+        if kind in ("reenact", "pictures"):
+            out = folder / ("out.mp4" if kind == "reenact" else "frames/%05d.png")
+            self.args = ["reenact", good.source, good.clip, "-o", out, "--weights", good.weights,
                          "--device", "cpu", "--precision", "fp32", "--overwrite"]  # fmt: skip
         elif kind in ("preprocess", "workers"):
             (folder / "videos").mkdir()
@@ -49,6 +52,9 @@ class Job:
         if self.kind == "reenact":
             if (self.folder / "out.mp4").exists():
                 assert len(list(VideoReader(self.folder / "out.mp4"))) == 8
+        elif self.kind == "pictures":
+            if (self.folder / "frames").exists():
+                assert [read_image(path).ndim for path in (self.folder / "frames").iterdir()] == [3] * 8
         elif self.kind != "train":
             for line in self._lines("data/manifest.jsonl"):
                 assert len(list(VideoReader(self.folder / "data" / line["file"]))) == line["frames"] == 8
@@ -65,6 +71,8 @@ class Job:
         """All that a run leaves, to be compared with that of a run that nobody stopped."""
         if self.kind == "reenact":
             return (self.folder / "out.mp4").read_bytes()
+        if self.kind == "pictures":
+            return {path.name: path.read_bytes() for path in (self.folder / "frames").iterdir()}
         if self.kind != "train":
             lines = self._lines("data/manifest.jsonl")
             return lines, [(self.folder / "data" / line["file"]).read_bytes() for line in lines]
@@ -106,6 +114,8 @@ def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str
 
 def finish(job: Job) -> None:
     """The same command again, to its end."""
+    if job.kind == "pictures":  # those that are there are never replaced
+        shutil.rmtree(job.folder / "frames", ignore_errors=True)
     work = spawn(job.args)
     _, err = work.communicate(timeout=900)
     assert work.returncode == 0, err
@@ -116,7 +126,7 @@ def finish(job: Job) -> None:
 def whole(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, float]]:
     """What each job leaves when nobody stops it, and the seconds it takes."""
     found = {}
-    for kind in ("reenact", "preprocess", "workers", "train"):
+    for kind in KINDS:
         job = Job(kind, good, tmp_path_factory.mktemp("whole") / kind)
         began = time.monotonic()
         finish(job)
@@ -126,6 +136,7 @@ def whole(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> di
 
 CASES = [
     ("reenact", signal.SIGKILL, "*.part.mp4"), ("reenact", signal.SIGINT, "*.part.mp4"),
+    ("pictures", signal.SIGKILL, "00003.png"), ("pictures", signal.SIGTERM, "00003.png"),
     ("preprocess", signal.SIGKILL, "*-c01.motion.npz"), ("preprocess", signal.SIGTERM, "*.part.mp4"),
     ("workers", signal.SIGKILL, "*.part.mp4"),
     ("train", signal.SIGKILL, "state.safetensors"), ("train", signal.SIGTERM, "stats.jsonl"),
@@ -145,11 +156,11 @@ def test_killed_at_work(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["reenact", "preprocess", "workers", "train"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random(
     kind: str, good: SimpleNamespace, tmp_path: Path, whole: dict[str, tuple[object, float]]
 ) -> None:
-    """13 moments of each, 52 in all; after every third kill the command is let run to its end."""
+    """13 moments of each, 65 in all; after every third kill the command is let run to its end."""
     rng, ends = random.Random(kind), Counter[str]()
     expected, seconds = whole[kind]
     job, round_ = Job(kind, good, tmp_path / "job0"), 0

@@ -7,6 +7,7 @@ points. "Crop units" are positions divided by the crop's side: x, y in [0, 1] in
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Motion:
                     if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
                         raise ValueError(f"more than {MAX_BYTES >> 20} MiB when unpacked")
                 file.seek(0)
-                with np.load(file, allow_pickle=False) as data:
+                with warnings.catch_warnings(), np.load(file, allow_pickle=False) as data:
+                    warnings.simplefilter("ignore")  # of headers as Python 2 wrote them: errors are told on one line
                     motion = cls._of_arrays(data)
         except _DAMAGED as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error

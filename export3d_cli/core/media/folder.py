@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.errors import InputError
+from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.media.image import is_image, read_image, write_image
 
 PICTURE_RATE = Fraction(25)  # frames/s of pictures of which no rate is said
@@ -37,7 +37,7 @@ def read_pictures(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarr
 
 
 class PictureSequence:
-    """Frames as pictures `name%05d.png`, numbered from 0; those of a run that failed are taken away again."""
+    """Frames as pictures `name%05d.png`, numbered from 0."""
 
     def __init__(self, pattern: Path) -> None:
         found = re.fullmatch(r"([^%]*)%0?([1-9]?)d([^%]*)", pattern.name)
@@ -48,19 +48,16 @@ class PictureSequence:
         there = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
         if self.folder.is_dir() and any(there.fullmatch(path.name) for path in self.folder.iterdir()):
             raise InputError(f"{self.folder} holds such pictures already: give another folder")
-        self._written: list[Path] = []
+        self.place: Path | None = None  # where they are written; they go to `folder` together
+        self._count = 0
 
     def write(self, frame: np.ndarray, comment: str) -> None:
         """Write the next frame, uint8 (H, W, 3) RGB."""
-        number = str(len(self._written)).zfill(int(self._digits or 1))
-        path = self.folder / f"{self._head}{number}{self._tail}"
-        write_image(path, frame, comment=comment)
-        self._written.append(path)
-
-    def discard(self) -> None:
-        """Take away what was written."""
-        for path in self._written:
-            path.unlink(missing_ok=True)
+        if self.place is None:
+            raise MediaError("the video writer is not open: use it in a `with` block")
+        number = str(self._count).zfill(int(self._digits or 1))
+        write_image(self.place / f"{self._head}{number}{self._tail}", frame, comment=comment)
+        self._count += 1
 
 
 def _part(text: str) -> tuple[int, str]:

@@ -1,8 +1,13 @@
-"""How large a picture says it is, from its first bytes: what is too large is refused before any of it is decoded."""
+"""What a picture's bytes say without being decoded: how large it is, and whether it is there to its end."""
 
 from __future__ import annotations
 
+import re
 import struct
+
+_MARKER = re.compile(rb"\xff+[^\xff\0\x01\xd0-\xd7]")  # in coded data; not escaped, nor a restart
+_HUFFMAN = (0xC0, 0xC1, 0xC2)  # frames whose data may be followed by other bytes; arithmetic coding reads on
+PROGRESSIVE = 0xC2
 
 
 def declared_size(data: bytes) -> tuple[int, int] | None:
@@ -75,3 +80,37 @@ def _tiff(data: bytes) -> tuple[int, int] | None:
         if tag in (256, 257) and kind in (3, 4):  # a side as 16 or 32 bits
             (sides[tag],) = struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", data, entry + 8)
     return (sides[256], sides[257]) if len(sides) == 2 else None
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether a PNG or WebP file ends before it says so; other formats are left to their decoders."""
+    if data.startswith(b"RIFF"):
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    at = 8
+    while data.startswith(b"\x89PNG\r\n\x1a\n"):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        at += 12 + length
+        if at > len(data):
+            return True
+        if kind == b"IEND":  # what follows is no part of the picture
+            return False
+    return False
+
+
+def jpeg_end(data: bytes) -> tuple[int, int] | None:
+    """Where the coded data of a JPEG file ends, be it by its end marker or that of the file; and its kind of frame.
+
+    None for what is no JPEG of Huffman codes, or has no coded data.
+    """
+    at, frame, coded = 2, 0, False
+    while data.startswith(b"\xff\xd8") and at < len(data):
+        found = _MARKER.search(data, at)  # what lies between segments is skipped, as decoders do
+        if found is None or data[found.end() - 1] == 0xD9:
+            end = found.start() if found else len(data)
+            return (end, frame) if coded and frame in _HUFFMAN else None
+        kind, at = data[found.end() - 1], found.end()
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            frame = kind
+        coded |= kind == 0xDA
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))
+    return None

@@ -12,13 +12,15 @@ import numpy as np
 
 from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.files import check_file, quiet_stderr, write_atomic
-from export3d_cli.core.media.header import declared_size
+from export3d_cli.core.media.header import PROGRESSIVE, declared_size, is_cut, jpeg_end
 
 if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 64_000_000  # of one image or frame; more is refused before it is decoded
 MAX_BYTES = 512 * 2**20  # of an image file
+_FILL = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
+_EOI = b"\xff\xd9"  # end of a JPEG picture; above: coded data that means anything, with restarts
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -37,8 +39,13 @@ def read_image(path: Path) -> np.ndarray:
     if declared is None:  # OpenCV knows more formats, but would make room for whatever size such a file claims
         raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
     check_size(*declared, path)
-    buffer = np.frombuffer(data, dtype=np.uint8)
+    end = jpeg_end(data)
+    if end is not None:  # many a camera leaves out the marker of the end, and OpenCV does not go without
+        data = data[: end[0]] + _EOI
     try:
+        if is_cut(data) or (end is not None and _is_short(data[:-2], progressive=end[1] == PROGRESSIVE)):
+            raise InputError(f"{path} ends before its picture does: copy or download it again")
+        buffer = np.frombuffer(data, dtype=np.uint8)
         image = None
         with quiet_stderr():  # what is wrong is told by us, on one line
             if not data.startswith(b"\xff\xd8"):  # JPEG has no alpha; and only IMREAD_COLOR applies EXIF
@@ -109,6 +116,20 @@ def check_size(width: int, height: int, path: Path) -> None:
     if width * height > MAX_PIXELS:
         limit = MAX_PIXELS // 1_000_000
         raise InputError(f"{path} is {width}x{height}, more than {limit} megapixels: make it smaller first")
+
+
+def _is_short(jpeg: bytes, *, progressive: bool) -> bool:
+    """Whether a JPEG picture lacks data at its end, which decoders fill with grey: then bytes put there change it.
+
+    Behind a whole picture they are skipped. At an eighth of its size, where parts are missing and not merely details.
+    """
+    import cv2
+
+    flag = cv2.IMREAD_COLOR if progressive else cv2.IMREAD_REDUCED_COLOR_8
+    with quiet_stderr():
+        made = cv2.imdecode(np.frombuffer(jpeg + _EOI, np.uint8), flag)
+        filled = cv2.imdecode(np.frombuffer(jpeg + _FILL + _EOI, np.uint8), flag)
+    return made is not None and (filled is None or not np.array_equal(made, filled))
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.media.folder import PICTURE_RATE, pictures
 from export3d_cli.core.media.image import check_size, read_image
+from export3d_cli.core.media.process import ask
 
 _SCAN_SECONDS = 30  # of timestamps looked at to tell constant from variable rate
 _NO_TIME = str(-(2**63))  # AV_NOPTS_VALUE
@@ -54,7 +55,7 @@ def ffmpeg() -> str:
 @lru_cache(maxsize=4)
 def _try_out(program: str) -> None:
     try:
-        subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        ask([program, "-version"]).check_returncode()
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "strerror", None) or "it fails"
         raise MediaError(f"IMAGEIO_FFMPEG_EXE names {program}, which cannot be run ({reason}): unset it") from error
@@ -130,7 +131,7 @@ def _alpha(header: str, stream: str) -> str:
 @lru_cache(maxsize=1)
 def has_tone_mapping() -> bool:
     """Whether this ffmpeg can bring high dynamic range down."""
-    text = subprocess.run([ffmpeg(), "-hide_banner", "-filters"], capture_output=True, check=False).stdout.decode()
+    text = ask([ffmpeg(), "-hide_banner", "-filters"]).stdout.decode()
     return all(re.search(rf"^ \S+\s+{name} ", text, flags=re.MULTILINE) for name in ("zscale", "tonemap"))
 
 
@@ -176,7 +177,7 @@ def _timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
     command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
     command += ["-i", file_url(path), "-map", "0:V:0", "-c", "copy", "-t", str(_SCAN_SECONDS)]
     command += ["-f", "framecrc", "pipe:1"]
-    text = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout.decode()
+    text = ask(command).stdout.decode()
     base = re.search(r"#tb 0: (\d+)/(\d+)", text)
     packets = re.findall(r"^0,\s*[^,]+,\s*([^,]+),", text, flags=re.MULTILINE)
     if not base or _NO_TIME in packets:
@@ -190,8 +191,7 @@ def _timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
 
 def _header(path: Path) -> str:
     command = [ffmpeg(), "-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", file_url(path)]
-    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return run.stderr.decode("utf-8", "replace")
+    return ask(command).stderr.decode("utf-8", "replace")
 
 
 def _existing(path: Path) -> Path:

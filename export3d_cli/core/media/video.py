@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
-import threading
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import numpy as np
 
 from export3d_cli.core.errors import InputError, MediaError
-from export3d_cli.core.files import write_atomic
+from export3d_cli.core.files import write_atomic, write_folder
 from export3d_cli.core.media.codec import VIDEO_SUFFIXES, check_name, encoder
 from export3d_cli.core.media.folder import PictureSequence, pictures, read_pictures
 from export3d_cli.core.media.image import check_size
 from export3d_cli.core.media.probe import VideoInfo, audio_codec, ffmpeg, file_url, has_tone_mapping, probe
+from export3d_cli.core.media.process import Process
 
 SYNTHETIC = "synthetic media: generated with export3d (AI), not a recording"
 __all__ = ["VIDEO_SUFFIXES", "VideoInfo", "VideoReader", "VideoWriter", "probe"]
@@ -89,7 +86,7 @@ class VideoReader:
         frames = max(1, round(seconds * rate)) if seconds else info.frames
         self.info = replace(info, fps=rate, width=width, height=height, frames=frames, duration=seconds)
         self._start, self._duration, self._scaled = start, duration, size is not None
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self.notes = [f"{path}: variable frame rate resampled to {rate}"] if info.vfr and fps is None else []
         if info.hdr:
             what = "tone-mapped" if has_tone_mapping() else "which this ffmpeg cannot tone-map: colours will look flat"
@@ -107,18 +104,18 @@ class VideoReader:
             yield from self._folder()
             return
         width, height = self.info.width, self.info.height
-        self._process = process = _Process(self._command(), stdout=True)
+        self._process = process = Process(self._command(), stdout=True)
         count = 0
         try:
             while True:
                 frame = np.empty((height, width, 3), dtype=np.uint8)
-                got = _read_into(process.stdout, frame.data.cast("B"))
+                got = process.read_into(frame.data.cast("B"))
                 if got < frame.nbytes:
                     break
                 count += 1
                 yield frame
             code = process.wait()
-            if count == 0:
+            if count == 0 and not process.stalled:
                 raise InputError(f"no frame of {self.path} could be decoded: {process.last_lines()}")
             if code or got:
                 raise MediaError(f"reading {self.path} stopped after {count} frames: {process.last_lines()}")
@@ -207,17 +204,19 @@ class VideoWriter:
         self._codec = audio_codec(audio) if audio is not None and self.suffix not in (".gif", ".png") else None
         self.audio = Path(audio) if audio is not None and self._codec else None
         self.frames = 0
-        self._process: _Process | None = None
+        self._process: Process | None = None
 
     def __enter__(self) -> VideoWriter:
-        if self._sequence:
-            return self
         with contextlib.ExitStack() as stack:
+            if self._sequence:
+                self._sequence.place = stack.enter_context(write_folder(self._sequence.folder))
+                self._open = stack.pop_all()
+                return self
             self._temporary = self._picture = stack.enter_context(write_atomic(self.path))
             if self.audio:  # the picture alone, to which the sound is added at the end
                 self._picture = self._temporary.with_stem(self._temporary.stem + "-picture")
                 stack.callback(self._picture.unlink, missing_ok=True)
-            self._process = _Process(self._encode_command(), stdin=True)
+            self._process = Process(self._encode_command(), stdin=True, out=self._picture)
             stack.callback(self._process.kill)
             self._open = stack.pop_all()
         return self
@@ -225,12 +224,6 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._sequence:
-            if kind is not None:
-                self._sequence.discard()
-            elif not self.frames:
-                raise MediaError(f"encoding {self.path} failed: no frame was written")
-            return
         if kind is not None:
             self._open.__exit__(kind, value, trace)
             return
@@ -250,22 +243,25 @@ class VideoWriter:
         if self._process is None:
             raise MediaError("the video writer is not open: use it in a `with` block")
         try:
-            self._process.stdin.write(np.ascontiguousarray(frame).data.cast("B"))
+            self._process.write(np.ascontiguousarray(frame).data.cast("B"))
         except OSError as error:
             self._process.wait()
             raise MediaError(f"encoding {self.path} failed: {self._process.last_lines()}") from error
         self.frames += 1
 
     def _finish(self) -> None:
+        if self._sequence:
+            if not self.frames:
+                raise MediaError(f"encoding {self.path} failed: no frame was written")
+            return
         process, self._process = self._process, None
         assert process is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        process.close_input()
         if process.wait() or not self.frames:
             reason = process.last_lines() if self.frames else "no frame was written"
             raise MediaError(f"encoding {self.path} failed: {reason}")
         if self.audio:
-            muxer = _Process(self._mux_command())
+            muxer = Process(self._mux_command(), out=self._temporary)
             try:
                 if muxer.wait():
                     raise MediaError(f"adding the sound of {self.audio} to {self.path} failed: {muxer.last_lines()}")
@@ -314,60 +310,6 @@ class VideoWriter:
         return [*tags, "-fflags", "+bitexact"]  # no random identifiers: same frames, same bytes
 
 
-class _Process:
-    """One ffmpeg run; its messages are drained by a thread so that neither side ever waits for the other."""
-
-    def __init__(self, command: list[str], *, stdin: bool = False, stdout: bool = False) -> None:
-        self._run = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if stdout else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        self._lines: deque[str] = deque(maxlen=20)
-        self._drain = threading.Thread(target=self._read_messages, daemon=True)
-        self._drain.start()
-
-    @property
-    def stdin(self) -> IO[bytes]:
-        assert self._run.stdin is not None
-        return self._run.stdin
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        assert self._run.stdout is not None
-        return self._run.stdout
-
-    def wait(self) -> int:
-        """The exit status, once ffmpeg and its messages have ended."""
-        code = self._run.wait()
-        self._drain.join()
-        return code
-
-    def kill(self) -> None:
-        """Leave no process and no open pipe behind; harmless after `wait`."""
-        if self._run.poll() is None:
-            self._run.kill()
-        self.wait()
-        for pipe in (self._run.stdin, self._run.stdout, self._run.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was still in a write buffer has nowhere to go
-                    pipe.close()
-
-    def last_lines(self) -> str:
-        """The end of what ffmpeg said, on one line."""
-        code = self._run.poll() or 0
-        silent = f"ffmpeg was ended by signal {-code}" if code < 0 else "ffmpeg gave no reason"
-        return "; ".join(list(self._lines)[-4:]) or silent
-
-    def _read_messages(self) -> None:
-        assert self._run.stderr is not None
-        for line in self._run.stderr:
-            text = line.decode("utf-8", "replace").strip()
-            if text:
-                self._lines.append(text[:300])
-
-
 def _comment_gif(path: Path, text: str) -> None:
     """Put a comment block behind the header, as ffmpeg does not; readers take one at the end for a frame."""
     data = text.encode("ascii", "replace")
@@ -377,14 +319,3 @@ def _comment_gif(path: Path, text: str) -> None:
         colours = 3 << ((head[10] & 7) + 1) if head[10] & 0x80 else 0  # bytes of the global palette
         out.write(head + file.read(colours) + b"\x21\xfe" + blocks + b"\x00")
         shutil.copyfileobj(file, out)
-
-
-def _read_into(pipe: IO[bytes], view: memoryview) -> int:
-    """Fill `view` from the pipe; the number of bytes that came before the end."""
-    got = 0
-    while got < len(view):
-        count = pipe.readinto(view[got:])  # type: ignore[attr-defined]
-        if not count:
-            break
-        got += count
-    return got

@@ -1,0 +1,98 @@
+"""Pictures whose data ends early are refused, as decoders would fill them with grey; whole ones are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from bad_media import with_exif
+from faultkit import check_error, left, run
+
+from export3d_cli.core.errors import InputError
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.weights import example
+
+END = b"\xff\xd9"
+JPEG = {
+    "baseline": [],
+    "progressive": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+    "restarts": [cv2.IMWRITE_JPEG_RST_INTERVAL, 4],
+    "full colour": [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+    "optimised": [cv2.IMWRITE_JPEG_OPTIMIZE, 1],
+    "grey": [],
+}
+
+
+def jpeg(kind: str) -> bytes:
+    picture = cv2.resize(cv2.imread(str(example("source.jpg"))), (237, 189))
+    picture = picture[..., 0] if kind == "grey" else picture
+    return cv2.imencode(".jpg", picture, JPEG[kind])[1].tobytes()
+
+
+def read(data: bytes, folder: Path) -> np.ndarray:
+    path = folder / "picture"
+    path.write_bytes(data)
+    return read_image(path)
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_whole_jpegs_are_read(kind: str, tmp_path: Path) -> None:
+    """Without the marker of the end; with anything behind it; as the first of several in a file."""
+    data = jpeg(kind)
+    expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    for more in (
+        data,
+        data[:-2],
+        data + bytes(999),
+        data + b"\xff\xff\xda junk",
+        data[:-2] + bytes(40) + END,
+        data * 2,
+    ):
+        assert np.array_equal(read(more, tmp_path), expected)
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_cut_jpegs_are_refused(kind: str, tmp_path: Path) -> None:
+    """Also those that a program has closed with a marker of the end."""
+    data = jpeg(kind)
+    start = data.index(b"\xff\xda") + 14
+    for at in np.linspace(start, len(data) - 100, 25).astype(int):
+        for tail in (b"", END, b"\xff", END + data[:500]):
+            with pytest.raises(InputError, match=r"ends before its picture does|not an image that can be read"):
+                read(data[:at] + tail, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
+def test_other_cut_pictures_are_refused(suffix: str, tmp_path: Path) -> None:
+    picture = cv2.resize(cv2.imread(str(example("source.jpg"))), (96, 64))
+    for layers in (picture, np.dstack([picture, picture[..., :1]])):
+        data = cv2.imencode(suffix, layers)[1].tobytes()
+        assert read(data + b"junk" * 9, tmp_path).shape == (64, 96, 3)
+        for at in np.linspace(30, len(data) - 1, 25).astype(int):
+            with pytest.raises(InputError, match=r"ends before its picture does|not an image that can be read"):
+                read(data[:at], tmp_path)
+
+
+def test_a_chunk_longer_than_the_file_takes_no_time(tmp_path: Path) -> None:
+    data = bytearray(cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes())
+    data[33:37] = b"\x7f\xff\xff\x00"
+    with pytest.raises(InputError, match="ends before its picture does"):
+        read(bytes(data), tmp_path)
+
+
+def test_markers_in_what_a_camera_adds_are_no_end(tmp_path: Path) -> None:
+    """A small picture inside the EXIF data, with its own marker of the end."""
+    inner = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    assert np.array_equal(read(with_exif(inner), tmp_path), read_image(example("source.jpg")))
+
+
+def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) -> None:
+    data = good.source.read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2] + END)
+    ended = run("reenact", tmp_path / "half.jpg", good.motion, "-o", tmp_path / "out.mp4", "--weights", good.weights)
+    check_error(ended, {2})
+    assert "half.jpg ends before its picture does: copy or download it again" in ended.err
+    assert left(tmp_path) == ["half.jpg"]

@@ -1,0 +1,133 @@
+"""An ffmpeg that does not go on - never answers, reads or ends, or is stopped - is ended, and the command with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from faultkit import descendants, left
+from test_resources import READING, ROOT, SMALL, WRITING, script
+
+from export3d_cli.core.errors import MediaError
+from export3d_cli.core.media import process
+from export3d_cli.core.media.video import VideoReader, VideoWriter
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="programs and signals of POSIX")
+SLEEP = "import time; time.sleep(600)"
+WHEN = {
+    "answers": ("'-version' in sys.argv", SLEEP),
+    "tells": ("sys.argv[-2:-1] == ['-i']", SLEEP),
+    "reads": (READING, SLEEP),
+    "reads on": (READING, "subprocess.run([real, *sys.argv[1:-1], '-frames:v', '3', 'pipe:1']); " + SLEEP),
+    "takes": (WRITING, SLEEP),
+    "ends": (WRITING, "subprocess.run([real, *sys.argv[1:]]); " + SLEEP),
+    "mixes": ("'1:a:0?' in sys.argv", SLEEP),
+}
+READS = ("answers", "tells", "reads", "reads on")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "STALL", 1.5)
+
+
+@pytest.mark.parametrize("kind", WHEN)
+def test_ffmpeg_hangs(kind: str, good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, no half output, and no process."""
+    when, how = WHEN[kind]
+    out = tmp_path / "out.mp4"
+    clip = tmp_path / f"{kind}.mp4"  # another name each time: what a file holds is remembered
+    clip.write_bytes(good.clip.read_bytes())
+    fake = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake["IMAGEIO_FFMPEG_EXE"])
+    with pytest.raises(MediaError, match="no progress for 2 s") as told:
+        read(clip) if kind in READS else write(out, good.clip if kind == "mixes" else None)
+    assert "\n" not in str(told.value)
+    assert left(tmp_path) == sorted([clip.name, "ffmpeg"])
+    assert running(tmp_path / "ffmpeg") == []
+
+
+def read(clip: Path) -> None:
+    assert list(VideoReader(clip))
+
+
+def write(out: Path, audio: Path | None) -> None:
+    with VideoWriter(out, size=(1024, 512), fps=Fraction(25), audio=audio) as writer:
+        for _ in range(3):  # more than a pipe holds
+            writer.write(np.zeros((512, 1024, 3), np.uint8))
+
+
+def running(program: Path) -> list[str]:
+    """Processes of a program that are still there."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(program) in line:
+            found.append(line)
+    return found
+
+
+def test_slow_is_not_hung(good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is one that works without a word, nor one that gives a little now and then, nor a slow user of frames."""
+    how = (
+        "import time\n    while time.process_time() < 1.8: pass\n"
+        "    all = subprocess.run([real, *sys.argv[1:]], stdout=-1).stdout\n"
+        "    for at in range(0, len(all), len(all) // 4 + 1):\n"
+        "        time.sleep(0.5); os.write(1, all[at:at + len(all) // 4 + 1])\n    sys.exit()"
+    )
+    fake = script(tmp_path / "ffmpeg", f"if {READING}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake["IMAGEIO_FFMPEG_EXE"])
+    frames = 0
+    for frames, _ in enumerate(VideoReader(good.clip, size=(16, 16)), 1):
+        if frames == 1:
+            time.sleep(1.8)
+    assert frames == 8
+
+
+def test_busy_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that works and works and gives nothing has ten times as long."""
+    monkeypatch.setattr(process, "STALL", 0.2)
+    with pytest.raises(MediaError, match="no progress"):
+        process.ask([sys.executable, "-c", "while True: pass"])
+
+
+def test_a_stopped_encoder(good: SimpleNamespace, tmp_path: Path) -> None:
+    """SIGSTOP to the ffmpeg that a command has started: exit code 1, one line, what was there before stays."""
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"the one before")
+    code = (
+        "from export3d_cli.core.media import process; process.STALL = 2.0; from export3d_cli.main import main; main()"
+    )
+    args = ["reenact", good.source, good.motion, "-o", out, "--overwrite", "--weights", good.weights, *SMALL]
+    work = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True,
+    )  # fmt: skip
+    while work.poll() is None:
+        for pid in descendants(work.pid):
+            line = Path(f"/proc/{pid}/cmdline")
+            if pid != work.pid and line.exists() and b"pipe:0" in line.read_bytes():
+                os.kill(pid, signal.SIGSTOP)
+                break
+        else:
+            time.sleep(0.01)
+            continue
+        break
+    _, err = work.communicate(timeout=120)
+    assert work.returncode == 1, err
+    assert err.startswith("error: encoding ") and err.count("\n") == 1, err
+    assert "no progress for 2 s" in err
+    assert out.read_bytes() == b"the one before"
+    assert left(tmp_path) == ["out.mp4"]
+    assert descendants(work.pid) == []
