@@ -168,7 +168,7 @@ def _sources(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
             raise InputError(f"{path} does not exist: give a video, a photo or a folder of them")
         if out.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in the output folder {out}: choose another one")
-        files = sorted(p for p in path.rglob("*") if _is_media(p, out)) if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if _is_media(p, path, out)) if path.is_dir() else [path]
         for file in files:
             if file in found:
                 continue
@@ -193,9 +193,9 @@ def _sweep(clips: Path, todo: set[str]) -> None:
             (clips / name).unlink(missing_ok=True)
 
 
-def _is_media(path: Path, out: Path) -> bool:
-    """Whether a file found in a folder is to be read: not what we wrote, nor what is hidden."""
-    if path.name.startswith(".") or out in path.parents:
+def _is_media(path: Path, folder: Path, out: Path) -> bool:
+    """Whether a file found below a folder is to be read: not what we wrote, nor what is hidden."""
+    if any(part.startswith(".") for part in path.relative_to(folder).parts) or out in path.parents:
         return False
     return (path.suffix.lower() in VIDEO_SUFFIXES or is_image(path)) and path.is_file()
 

@@ -48,7 +48,7 @@ def write_report(result: Evaluation, pictures: dict[str, np.ndarray], out: Path)
     with write_atomic(files[0]) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["case", "method", "frames", *METRICS], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(result.clips)
+        writer.writerows({**row, "case": plain_cell(str(row["case"]))} for row in result.clips)
     facts = dataclasses.asdict(dataclasses.replace(result, files=files))
     with write_atomic(files[1]) as temporary:
         temporary.write_text(json.dumps(facts, default=str, indent=1) + "\n", encoding="utf-8")
@@ -57,6 +57,11 @@ def write_report(result: Evaluation, pictures: dict[str, np.ndarray], out: Path)
     for path, picture in zip(files[3:], pictures.values(), strict=True):
         write_image(path, picture)
     return files
+
+
+def plain_cell(text: str) -> str:
+    """A name from a data set as a cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def page(result: Evaluation, pictures: dict[str, np.ndarray]) -> str:

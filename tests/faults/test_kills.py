@@ -5,6 +5,7 @@ The slow test kills the commands 65 times at random moments; its last results st
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,16 +124,21 @@ def finish(job: Job) -> None:
     assert job.temporary() == []
 
 
+Whole = Callable[[str], tuple[object, float]]
+
+
 @pytest.fixture(scope="session")
-def whole(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, float]]:
-    """What each job leaves when nobody stops it, and the seconds it takes."""
-    found = {}
-    for kind in KINDS:
+def whole(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """What a job leaves when nobody stops it, and the seconds it takes."""
+
+    @functools.lru_cache
+    def result(kind: str) -> tuple[object, float]:
         job = Job(kind, good, tmp_path_factory.mktemp("whole") / kind)
         began = time.monotonic()
         finish(job)
-        found[kind] = job.result(), time.monotonic() - began
-    return found
+        return job.result(), time.monotonic() - began
+
+    return result
 
 
 CASES = [
@@ -147,22 +154,20 @@ CASES = [
 @pytest.mark.parametrize(("kind", "number", "when"), CASES)
 def test_killed_at_work(
     kind: str, number: signal.Signals, when: str, good: SimpleNamespace, tmp_path: Path,
-    whole: dict[str, tuple[object, float]],
+    whole: Whole,
 ) -> None:  # fmt: skip
     job = Job(kind, good, tmp_path / "job")
     kill_once(job, number, when=when)
     finish(job)
-    assert job.result() == whole[kind][0]
+    assert job.result() == whole(kind)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_random(
-    kind: str, good: SimpleNamespace, tmp_path: Path, whole: dict[str, tuple[object, float]]
-) -> None:
+def test_killed_at_random(kind: str, good: SimpleNamespace, tmp_path: Path, whole: Whole) -> None:
     """13 moments of each, 65 in all; after every third kill the command is let run to its end."""
     rng, ends = random.Random(kind), Counter[str]()
-    expected, seconds = whole[kind]
+    expected, seconds = whole(kind)
     job, round_ = Job(kind, good, tmp_path / "job0"), 0
     for number in range(13):
         chosen = SIGNALS[number % 3]

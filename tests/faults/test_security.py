@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import os
 import string
@@ -19,6 +20,9 @@ from hypothesis import strategies as st
 
 from export3d_cli.core import output_paths
 from export3d_cli.core.errors import InputError
+from export3d_cli.core.evaluate import EvaluateOptions, Evaluation
+from export3d_cli.core.preprocess import _sources
+from export3d_cli.core.report import METRICS, write_report
 from export3d_cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +137,33 @@ def test_a_link_is_replaced_not_followed(good: SimpleNamespace, tmp_path: Path) 
     assert run(*args, "--overwrite").code == 0
     assert (tmp_path / "precious").read_bytes() == b"mine"
     assert not (tmp_path / "out.mp4").is_symlink()
+
+
+def test_links_in_circles_end_and_hidden_folders_stay_closed(tmp_path: Path) -> None:
+    """A folder that holds itself, twice; what is found there is the two videos, once each."""
+    videos = tmp_path / "videos"
+    for folder in (videos / "deeper", videos / ".thumbnails"):
+        folder.mkdir(parents=True)
+    for name in ("a.mp4", "deeper/b.mp4", ".thumbnails/a.mp4"):
+        (videos / name).write_bytes(b"video")
+    (videos / "again").symlink_to(".")
+    (videos / "deeper" / "up").symlink_to("..")
+    (videos / "me.mp4").symlink_to("me.mp4")
+    assert [name for _, name in _sources([videos], tmp_path / "out")] == ["a", "deeper-b"]
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1+1", "@SUM(A1)", "\tx", "plain"])
+def test_a_name_is_no_formula(name: str, tmp_path: Path) -> None:
+    """Names of clips come from data sets of others, and people open tables in spreadsheets."""
+    row = {"case": name, "method": "export3d", "frames": 1, **dict.fromkeys(METRICS)}
+    result = Evaluation(
+        dataset=tmp_path, protocol="self", cases=1, frames=1, device="cpu", seconds=1.0, options=EvaluateOptions(),
+        clips=[row], mean={}, interval={}, views=[],
+    )  # fmt: skip
+    write_report(result, {}, tmp_path)
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        (read,) = csv.DictReader(file)
+    assert read["case"] == (name if name == "plain" else f"'{name}")
 
 
 def test_offline_nothing_is_reached_and_no_secret_is_read(good: SimpleNamespace, tmp_path: Path) -> None:
