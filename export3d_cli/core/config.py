@@ -73,7 +73,7 @@ PRESETS: dict[str, ModelConfig] = {
         plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
         coarse_samples=4, fine_samples=4, superres=(8, 8), mesh_size=32, flow_size=16, flow_width=8,
     ),
-    "compact": ModelConfig(),
+    "compact": ModelConfig(basis=20, code_hidden=256),
     "paper": ModelConfig(
         code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
         plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64, raw_channels=32,
@@ -112,6 +112,10 @@ class ClebsConfig:
     image_size: int = 128  # side of the crops f_I sees
     encoder_width: int = 64  # first width of ResNet-SE-18
     geometry: float = 0.0  # weight of reading landmark motion linearly from lambda (beyond the paper)
+    # Beyond the paper: keep people apart from lambda directly, and let a mirrored face have a mirrored lambda
+    person: float = 0.0  # weight of how far people's mean lambda lie apart, against how each person's lambda varies
+    mirror: float = 0.0  # weight of lambda staying the same when a face is mirrored, but for
+    one_sided: int = 0  # the last so many of lambda, which change sign: glances and lopsided mouths
     warm: int = 0  # steps at first that learn geometry alone, without pictures
     pairs: int = 256  # pairs of frames a step reads geometry from
     ridge: float = 1.0  # strength of the ridge regression of the basis flow, in pairs
@@ -341,6 +345,10 @@ def _check_losses(config: TrainConfig) -> None:
         )
     if min(clebs.groups, clebs.negatives) < 1 or clebs.temperature <= 0:
         raise ConfigError("clebs.groups and negatives must be 1 or more, and temperature positive")
+    if not 0 <= config.clebs.one_sided <= config.model.basis:
+        raise ConfigError(
+            f"clebs.one_sided must be 0 to model.basis ({config.model.basis}), got {config.clebs.one_sided}"
+        )
     if not 0 <= config.raw_start <= config.model.raw_size:
         raise ConfigError(f"raw_start ({config.raw_start}) must be 0 to model.raw_size ({config.model.raw_size})")
     if config.data.workers < 0 or min(config.checkpoint_every, config.log_every) < 1:

@@ -114,7 +114,22 @@ class Sampler:
         points_k, points_j = head_points(marks_k, cameras[:, 0]), head_points(marks_j, cameras[:, 1])
         return _tensor(beta_k), _tensor(beta_j), _tensor(points_k), _tensor(points_j), _tensor(cameras[:, 1])
 
+    def persons(self, seed: int, step: int, count: int, frames: int) -> Tensor:
+        """Expressions of people who were filmed, beta (count, frames, 64), any of their frames each."""
+        rng = np.random.default_rng([seed, step, 5])
+        rows = []
+        for _ in range(count):
+            data, clips = self._person(rng, self.moving)
+            every = np.concatenate([np.arange(c.start, c.start + c.count) for c in clips])
+            rows.append(data.beta[rng.choice(every, frames)])
+        return _tensor(np.stack(rows))
+
     def _clip(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceSet, Clip]:
+        data, clips = self._person(rng, people)
+        return data, clips[int(rng.integers(len(clips)))]
+
+    def _person(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceSet, list[Clip]]:
+        """Somebody's clips; stills among them as seldom as `config.stills` says."""
         usable = np.array([bool(p) for p in people])
         if not usable.any():
             raise TrainingError("the data sets hold no clip of two frames or more")
@@ -129,7 +144,7 @@ class Sampler:
         moving = [c for c in clips if not c.still]
         if moving and len(moving) < len(clips) and rng.random() >= self.config.stills:
             clips = moving
-        return self.sets[d], clips[int(rng.integers(len(clips)))]
+        return self.sets[d], clips
 
     def _driver(self, rng: Generator, data: FaceSet, clip: Clip, source: int) -> int:
         """Another frame of the clip: any, or the most different of a few in head pose and expression."""

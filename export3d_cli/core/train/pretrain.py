@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from export3d_cli.core.checkpoint import pack_optimizer, unpack_optimizer, write_text
 from export3d_cli.core.config import POINTS, ClebsConfig, TrainConfig
 from export3d_cli.core.face.mesh import LEFT_EYE, LEFT_IRIS, LIPS, RIGHT_EYE, RIGHT_IRIS
+from export3d_cli.core.face.motion import mirror_beta
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
 from export3d_cli.core.train.data import Prefetcher, Sampler, loaders
 from export3d_cli.core.train.probe import probe
@@ -21,6 +22,7 @@ from export3d_cli.core.train.run import Run
 
 LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
 LAMBDA_SIZE = 3.0  # standard deviation of the coefficients over the training data
+PEOPLE, PERSON_FRAMES = 96, 16  # looked at in a step to keep people apart from lambda
 REPORT_GROUPS = 16  # groups the contrastive accuracy is measured on
 REPORT_FRAMES = 4000  # frames of a data set that probes look at, about
 _CHUNK = 500  # pairs drawn at a time for the closed-form fit
@@ -100,7 +102,7 @@ def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sa
                 return step
             run.seed(0, step)
             drawn = groups.next()
-            loss, terms = _clebs_loss(run, modules, drawn, pool, step, scale)
+            loss, terms = _clebs_loss(run, modules, drawn, sampler, pool, step, scale)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if len(share) < clebs.groups:
@@ -163,8 +165,9 @@ class _Pool:
 
 
 def _clebs_loss(
-    run: Run, modules: nn.ModuleDict, groups: list[tuple[Tensor, Tensor]], pool: _Pool, step: int, scale: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+    run: Run, modules: nn.ModuleDict, groups: list[tuple[Tensor, Tensor]], sampler: Sampler, pool: _Pool, step: int,
+    scale: Tensor,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """One step: eq. 1 on groups of one clip's frames each, plus the geometry read linearly from lambda."""
     clebs: ClebsConfig = run.config.clebs
     lebs, encoder, readout = modules["lebs"], modules["encoder"], modules["readout"]
@@ -186,8 +189,40 @@ def _clebs_loss(
         loss = loss + clebs.geometry * geometry
         with torch.no_grad():
             values |= {"geometry": geometry.item(), "rigid": F.smooth_l1_loss(torch.zeros_like(wanted), wanted).item()}
+    if clebs.person > 0:
+        beta = sampler.persons(run.config.seed, step, PEOPLE, PERSON_FRAMES).to(run.device)
+        person = person_loss(lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2]))
+        loss = loss + clebs.person * person
+        values["person"] = person.item()
+    if clebs.mirror > 0:
+        beta = pool.draw(step)[1]
+        mirrored = torch.from_numpy(mirror_beta(beta.numpy()))
+        sides = [lebs.coefficients(x.to(run.device)) for x in (beta, mirrored)]
+        mirror = mirror_loss(sides[0], sides[1], clebs.one_sided)
+        loss = loss + clebs.mirror * mirror
+        values["mirror"] = mirror.item()
     values["loss"] = loss.item()
     return loss, values
+
+
+def person_loss(lam: Tensor) -> Tensor:
+    """How far people lie apart in lambda, beyond the paper: (people, frames, n) -> 0 where their means agree.
+
+    The variance of people's means in units of how each one's lambda varies (Fisher's criterion, trace(S_w^-1 S_b) / n),
+    so that a scale or a rotation of lambda changes nothing.
+    """
+    mean = lam.mean(1, keepdim=True)
+    around, apart = (lam - mean).flatten(0, 1), (mean - mean.mean(0)).squeeze(1)
+    within = around.T @ around / (lam.shape[0] * (lam.shape[1] - 1))  # (n, n)
+    within = within + 1e-3 * within.diagonal().mean() * torch.eye(len(within), device=lam.device)
+    return torch.linalg.solve(within, apart.T @ apart / len(apart)).diagonal().mean()
+
+
+def mirror_loss(lam: Tensor, mirrored: Tensor, one_sided: int) -> Tensor:
+    """How far lambda (N, n) of faces and of their mirror images differ; the last `one_sided` change sign."""
+    sign = torch.ones(lam.shape[1], device=lam.device)
+    sign[lam.shape[1] - one_sided :] = -1
+    return (mirrored - sign * lam).square().mean() / lam.detach().var(0).mean().clamp_min(1e-6)
 
 
 def _motion_scale(sampler: Sampler, seed: int) -> Tensor:

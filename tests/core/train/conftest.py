@@ -79,6 +79,7 @@ def tiny(data_set: Path, tmp_path: Path) -> TrainConfig:
             "clebs": {
                 "steps": 2, "warm": 1, "negatives": 9, "image_size": 32, "encoder_width": 4,
                 "geometry": 1.0, "pairs": 8, "ridge_pairs": 64, "ridge": 1e-3,
+                "person": 0.1, "mirror": 0.1, "one_sided": 3,
             },
         }
     )  # fmt: skip

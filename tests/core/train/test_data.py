@@ -63,6 +63,18 @@ def test_batches_repeat_and_differ_by_step(sampler: Sampler) -> None:
     assert a.source_points.shape == (4, 478, 3)
 
 
+def test_frames_of_a_person_come_from_all_clips_of_that_person(sampler: Sampler) -> None:
+    beta = sampler.persons(0, 1, 6, 40)
+    assert beta.shape == (6, 40, 64)
+    assert torch.equal(beta, sampler.persons(0, 1, 6, 40))
+    data = sampler.sets[0]
+    frames = [
+        {data.beta[r].tobytes() for c in clips for r in range(c.start, c.start + c.count)}
+        for clips in sampler.moving[0].values()
+    ]
+    assert all(any({row.tobytes() for row in rows.numpy()} <= own for own in frames) for rows in beta)
+
+
 def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
     always = Sampler(sampler.sets, replace(sampler.config, flip=True), sampler.mirror)
     straight = sampler.geometry(0, 1, 40)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.train import losses
+from export3d_cli.core.train.pretrain import mirror_loss, person_loss
 
 from .conftest import motion_of
 
@@ -109,3 +110,22 @@ def test_mask_loss_sees_the_mask_only() -> None:
     a, b = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
     assert losses.mask_loss(a, b, mask).item() == 0.5
     assert losses.l2(a, b).item() == losses.l1(a, b).item() == 1.0
+
+
+def test_people_apart_are_told_by_fishers_criterion() -> None:
+    torch.manual_seed(0)
+    lam = torch.randn(30, 400, 5)
+    lam = lam - lam.mean(1, keepdim=True)
+    assert person_loss(lam) < 1e-8
+    means = torch.randn(30, 1, 5)
+    apart = (means - means.mean(0)).square().mean((0, 1))  # in variances of 1 within a person
+    assert person_loss(lam + means) == pytest.approx(apart.mean().item(), rel=0.05)
+    turn = torch.linalg.qr(torch.randn(5, 5))[0]
+    assert person_loss(3 * (lam + means) @ turn) == pytest.approx(person_loss(lam + means).item(), rel=1e-2)
+
+
+def test_a_mirrored_face_has_the_same_lambda_but_for_what_is_one_sided() -> None:
+    lam = torch.randn(50, 4)
+    mirrored = lam * torch.tensor([1.0, 1.0, 1.0, -1.0])
+    assert mirror_loss(lam, mirrored, 1) == 0
+    assert mirror_loss(lam, mirrored, 0) == pytest.approx((4 * lam[:, 3] ** 2).mean().item() / 4 / lam.var(0).mean())
