@@ -39,6 +39,7 @@ AXES = {
     "frames": "frames", "sources": "sources", "resolution": "side in pixels", "samples": "samples a ray",
     "batch": "frames at once",
 }  # fmt: skip
+ROW = 250  # pixels of a curve's height
 SHORT = 8  # frames that drive each of several sources
 REPEATS = 3  # of a batch, after one that warms up
 SIDES = ("image_size", "raw_size", "plane_size", "mesh_size", "flow_size")  # of the configuration, that grow together
@@ -111,17 +112,24 @@ def fitted(name: str, points: tuple[Point, ...]) -> Curve:
     return Curve(name, WHAT[name], points, float(fixed), float(each), 1 - left / spread if spread else 1.0)
 
 
+def formula(curve: Curve) -> str:
+    """The line through the points, in words."""
+    power = "^2" if curve.name == "resolution" else ""
+    return f"{curve.fixed:.3g} + {curve.each:.3g} x{power}, R2 {curve.r2:.3f}"
+
+
 def picture(curves: list[Curve]) -> np.ndarray:
-    """A row for each curve: time, and memory where it is known."""
+    """A row for each curve: time, with the line that fits it in words, and memory where it is known."""
     rows = []
     for curve in curves:
         title, half = f"{curve.name}: {curve.what}", plot.WIDTH // 2
         seconds = {"s": [(p.x, p.seconds) for p in curve.points]}
-        panel = plot.curves(title, seconds, x_name=AXES[curve.name], width=half, dots=True)
+        fit = f"{AXES[curve.name]}; {formula(curve)}"
+        panel = plot.curves(title, seconds, x_name=fit, width=half, height=ROW, dots=True)
         mib = {"MiB": [(p.x, p.memory / 2**20) for p in curve.points if p.memory is not None]}
         beside = np.full_like(panel, 255)
         if mib["MiB"]:
-            beside = plot.curves("MiB at most", mib, x_name=AXES[curve.name], width=half, dots=True)
+            beside = plot.curves("MiB at most", mib, x_name=AXES[curve.name], width=half, height=ROW, dots=True)
         rows.append(np.concatenate([panel, beside], axis=1))
     return np.concatenate(rows)
 

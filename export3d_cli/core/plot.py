@@ -26,22 +26,23 @@ def write(picture: np.ndarray, text: str, at: tuple[int, int], size: float = 0.4
 
 
 def curves(
-    title: str, lines: Lines, *, x_name: str, log: bool = False, width: int = WIDTH, bold: str = "", dots: bool = False
-) -> np.ndarray:
-    """A panel, uint8 (HEIGHT, width, 3): every line in its colour, named at the right where there are several.
+    title: str, lines: Lines, *, x_name: str, log: bool = False, width: int = WIDTH, height: int = HEIGHT,
+    bold: str = "", dots: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """A panel, uint8 (height, width, 3): every line in its colour, named at the right where there are several.
 
     `log`: y on a logarithmic axis, positive values only; else from 0. `dots`: each point is marked, and told on x.
     """
-    picture = np.full((HEIGHT, width, 3), 255, np.uint8)
+    picture = np.full((height, width, 3), 255, np.uint8)
     every = np.array([point for line in lines.values() for point in line], np.float64)
     first, last = every[:, 0].min(), every[:, 0].max()
     ticks, names = _ticks(every[:, 1], log)
     right = width - (3 * MARGIN if len(lines) > 1 else MARGIN // 2)
-    bottom = HEIGHT - MARGIN
+    bottom = height - MARGIN
 
-    def place(x: float, height: float) -> tuple[int, int]:
+    def place(x: float, y: float) -> tuple[int, int]:
         across = MARGIN + (x - first) / max(last - first, 1e-12) * (right - MARGIN)
-        return round(across), round(bottom - (height - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - MARGIN))
+        return round(across), round(bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - MARGIN))
 
     for tick, name in zip(ticks, names, strict=True):
         cv2.line(picture, (MARGIN, place(first, tick)[1]), (right, place(first, tick)[1]), GREY, 1)

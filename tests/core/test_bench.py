@@ -65,6 +65,7 @@ def test_line_through_points():
     found = fitted("batch", points)
     assert (found.fixed, found.each, found.r2) == pytest.approx((0.5, 0.25, 1.0))
     squares = fitted("resolution", tuple(Point(x, 2e-6 * x * x, 1) for x in (128, 256, 512)))
+    assert curves.formula(found) == "0.5 + 0.25 x, R2 1.000" and curves.formula(squares).endswith("2e-06 x^2, R2 1.000")
     assert squares.each == pytest.approx(2e-6) and squares.r2 == pytest.approx(1.0)
     assert fitted("batch", tuple(Point(x, x**3, None) for x in range(1, 9))).r2 < 0.9
 
@@ -89,7 +90,7 @@ def test_curves_are_measured_and_drawn(animator, tmp_path, monkeypatch):
     assert [curve.name for curve in found.curves] == list(sizes) and steps[-1] == (10, 10)
     assert [[p.x for p in curve.points] for curve in found.curves] == [[2, 4], [1, 2], [32, 64], [4, 8], [1, 2]]
     assert all(point.seconds > 0 for curve in found.curves for point in curve.points)
-    assert read_image(found.out).shape == (5 * 320, 900, 3)
+    assert read_image(found.out).shape == (5 * curves.ROW, 900, 3)
 
 
 def test_command(tiny_weights, tmp_path, monkeypatch):
