@@ -105,7 +105,6 @@ def reenact_all(
                 skipped.append(path)
                 continue
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 done.append(
                     reenact(animator, source, driver, path, options, progress=_named(progress, source), tape=tape)
                 )

@@ -158,6 +158,8 @@ class DriverStream:
             if self.tape is not None:
                 self.tape.append(face, size)
             yield face, size
+        if self._reader is not None:  # what shows only at the end
+            self.notes += [note for note in self._reader.notes if note not in self.notes]
         if self.tape is not None:
             self.tape.complete = True
 

@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -108,10 +109,7 @@ class Reader:
 def readers() -> dict[str, Reader]:
     """All of them."""
     jpeg = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(example("source.jpg"))), (96, 96)))[1].tobytes()
-    pose = np.tile(Camera.orbit(0, 0).vector(), (2, 1))
-    motion = npz({"beta": np.zeros((2, 64)), "camera": pose, "landmarks": np.zeros((2, 478, 3)),
-                  "found": np.ones(2, bool), "fps": np.array([25, 1]), "crop": np.array([0.0, 0, 64]),
-                  "size": np.array([64, 64])})  # fmt: skip
+    motion, still = _motion(2), _motion(1)
     tensors = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
     meta = {"format": "export3d-1", "config": json.dumps(to_dict(PRESETS["tiny"])), "record": "{}"}
     weights = safetensors({**tensors, "__metadata__": meta}, bytes(16))
@@ -120,6 +118,8 @@ def readers() -> dict[str, Reader]:
     take = "\n".join([columns, *(f"10:00:00:{i:02d}.000" + ",0.1" * 55 for i in range(4))]).encode()
     line = {"id": "a", "source": "a", "file": "clips/a.mp4", "motion": "clips/a.motion.npz", "frames": 2}
     manifest = (json.dumps(line) + "\n" + json.dumps({**line, "id": "b"}) + "\n").encode()
+    photo = {**line, "file": "clips/a.png", "frames": 1}
+    photos = (json.dumps(photo) + "\n" + json.dumps({**photo, "id": "b"}) + "\n").encode()
     yaml = b"preset: tiny\nlr: 1e-4\nstages: [clebs, reconstruction]\nmodel: {width: 64, stem: [8, 8, 16]}\n"
     yaml += b"data:\n  path: [x]\n"
     bundle = zipped({"geometry_pipeline_metadata_landmarks.binarypb": _geometry()})
@@ -143,11 +143,29 @@ def readers() -> dict[str, Reader]:
         "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
         "config": Reader([yaml], ".yaml", load_train_config),
         "manifest of preprocess": Reader([manifest], "/manifest.jsonl", lambda path: Lists(path.parent, None).close()),
-        "manifest of train": Reader([manifest], "/manifest.jsonl", lambda path: load_set(path.parent, 64)),
+        "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, measures, camera)),
         "measures": Reader([measures.read_bytes()], ".npz", lambda path: _take(path, take, camera), mutate_zip),
         "bundle": Reader([bundle], ".task", lambda path: canonical_face.__wrapped__(path), mutate_zip),
     }  # fmt: skip
+
+
+def _motion(frames: int) -> bytes:
+    pose = np.tile(Camera.orbit(0, 0).vector(), (frames, 1))
+    return npz({"beta": np.zeros((frames, 64)), "camera": pose, "landmarks": np.zeros((frames, 478, 3)),
+                "found": np.ones(frames, bool), "fps": np.array([25, 1]), "crop": np.array([0.0, 0, 64]),
+                "size": np.array([64, 64])})  # fmt: skip
+
+
+def _train(data: Path, motion: bytes) -> None:
+    """The photos that a list names are there, so that its other numbers come to bear."""
+    (data / "clips").mkdir()
+    (data / "clips/a.png").write_bytes(cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes())
+    (data / "clips/a.motion.npz").write_bytes(motion)
+    try:
+        load_set(data, 64)
+    finally:
+        shutil.rmtree(data / "cache-64", ignore_errors=True)
 
 
 def _take(measures: Path, take: bytes, camera: np.ndarray) -> None:

@@ -1,7 +1,8 @@
-"""Pictures whose data ends early are refused, as decoders would fill them with grey; whole ones are read."""
+"""Pictures whose data ends early are refused, as decoders would fill them with grey; cut videos are told."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,13 @@ import pytest
 from bad_media import with_exif
 from faultkit import check_error, left, run
 
+from export3d_cli.core.driver import DriverStream
 from export3d_cli.core.errors import InputError
+from export3d_cli.core.face.motion import Tracker
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.weights import example
+from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.weights import example, resolve
 
 END = b"\xff\xd9"
 JPEG = {
@@ -96,3 +101,26 @@ def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) 
     check_error(ended, {2})
     assert "half.jpg ends before its picture does: copy or download it again" in ended.err
     assert left(tmp_path) == ["half.jpg"]
+
+
+def video(path: Path, *args: object) -> Path:
+    """Three seconds of the bundled driver, with two of sound."""
+    inputs = ["-i", example("drive.mp4"), "-f", "lavfi", "-i", "sine=d=2", "-map", "0:v", "-map", "1:a", *args]
+    options = ["-frames:v", "75", "-vf", "scale=128:128", "-c:v", "libx264", "-preset", "ultrafast", "-c:a", "aac"]
+    subprocess.run([ffmpeg(), "-loglevel", "error", *map(str, inputs), *options, str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "args"), [(".mp4", ["-movflags", "+faststart"]), (".mkv", [])])
+def test_a_cut_video_is_told(suffix: str, args: list[str], good: SimpleNamespace, tmp_path: Path) -> None:
+    whole = video(tmp_path / f"whole{suffix}", *args)
+    cut = tmp_path / f"cut{suffix}"
+    data = whole.read_bytes()
+    cut.write_bytes(data[: len(data) // 2])
+    for path, more, short in ((whole, {}, False), (cut, {"duration": 0.5}, False), (cut, {}, True)):
+        reader = VideoReader(path, **more)
+        assert 0 < len(list(reader)) <= 75
+        assert any("its picture ends after" in note for note in reader.notes) == short
+    stream = DriverStream(cut, Tracker(resolve("face_landmarker")), batch=8, crop_scale=2.2)
+    assert 0 < sum(len(motion) for motion, _ in stream) < 50
+    assert [note for note in stream.notes if " s of 3.0 s: cut off" in note]

@@ -36,6 +36,7 @@ class VideoInfo:
     vfr: bool = False  # timestamps are not evenly spaced
     hdr: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG) of a video of high dynamic range
     interlaced: bool = False  # flagged so
+    claimed: float = 0.0  # seconds that the container's header tells, where it tells them exactly
     alpha: str = ""  # "plain": in the picture format; "vp8", "vp9": beside it, for libvpx to decode
 
 
@@ -106,6 +107,7 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
         return VideoInfo(
             width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha=_alpha(header, stream.group(1))
         )
+    claimed = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others guess from the size
     tick, times = _timestamps(path)
     fps, vfr = _rate(tick, times, _number(stream.group(1), "fps"), _number(stream.group(1), "tbr"))
     if len(times) > 2 and (not duration or duration < _SCAN_SECONDS / 2):  # all was seen: exact, not to 10 ms
@@ -115,7 +117,7 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
     return VideoInfo(
         width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,
-        hdr=hdr.group() if hdr else "",
+        hdr=hdr.group() if hdr else "", claimed=claimed,
         interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream.group(1))),
         alpha=_alpha(header, stream.group(1)),
     )  # fmt: skip

@@ -32,6 +32,7 @@ _COPIED_AUDIO = {  # codecs each container takes as they are; anything else is e
     ".mkv": {"aac", "mp3", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "pcm_s24le"},
     ".webm": {"opus", "vorbis"},
 }
+_SHORT = 1.0  # seconds by which a picture may end before its file does without a note
 
 
 # 1 - (1 - c) a: over white, as pictures with alpha are
@@ -54,7 +55,8 @@ class VideoReader:
         duration: seconds to read; None reads to the end.
         size: (width, height) to scale to; None keeps the video's own.
 
-    `info` describes what will be read: its rate, size and expected number of frames; `notes` what the user should know.
+    `info` describes what will be read: its rate, size and expected number of frames; `notes` what the user should know,
+    at the end also that it came too early.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class VideoReader:
         frames = max(1, round(seconds * rate)) if seconds else info.frames
         self.info = replace(info, fps=rate, width=width, height=height, frames=frames, duration=seconds)
         self._start, self._duration, self._scaled = start, duration, size is not None
+        self._claimed = min(max(0.0, info.claimed - start), duration or info.claimed)
         self._process: Process | None = None
         self.notes = [f"{path}: variable frame rate resampled to {rate}"] if info.vfr and fps is None else []
         if info.hdr:
@@ -119,6 +122,9 @@ class VideoReader:
                 raise InputError(f"no frame of {self.path} could be decoded: {process.last_lines()}")
             if code or got:
                 raise MediaError(f"reading {self.path} stopped after {count} frames: {process.last_lines()}")
+            if self._claimed - count / self.info.fps > _SHORT:
+                seconds = f"{float(count / self.info.fps):.1f} s of {self._claimed:.1f} s"
+                self.notes.append(f"{self.path}: its picture ends after {seconds}: cut off, or its sound is longer")
         finally:
             self.close()
 
