@@ -8,7 +8,6 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,12 +102,13 @@ def _opencv() -> Iterator[Finding]:
 
 def _ffmpeg() -> Iterator[Finding]:
     from export3d_cli.core.media.probe import ffmpeg
+    from export3d_cli.core.media.process import ask
 
     program = ffmpeg()
     command = [program, "-hide_banner", "-nostdin", "-f", "lavfi", "-i", "color=size=64x64:rate=25:duration=0.2"]
-    done = subprocess.run([*command, "-c:v", "libx264", "-f", "null", "-"], capture_output=True, text=True, timeout=60)
+    done = ask([*command, "-c:v", "libx264", "-f", "null", "-"])
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
+        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1][:200]
         advice = "use an ffmpeg with libx264: `pip install imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"
         yield Finding("ffmpeg", False, f"{program} cannot encode H.264: {reason}", advice)
     else:
@@ -170,8 +170,9 @@ def _cuda_of_torch() -> str | None:
 
 def _ffmpeg_version() -> str:
     from export3d_cli.core.media.probe import ffmpeg
+    from export3d_cli.core.media.process import ask
 
-    told = subprocess.run([ffmpeg(), "-version"], capture_output=True, text=True, timeout=60).stdout
+    told = ask([ffmpeg(), "-version"]).stdout.decode("utf-8", "replace")
     found = re.match(r"ffmpeg version (\S+)", told)
     return found.group(1) if found else "unknown"
 

@@ -152,6 +152,14 @@ def test_links_in_circles_end_and_hidden_folders_stay_closed(tmp_path: Path) -> 
     assert [name for _, name in _sources([videos], tmp_path / "out")] == ["a", "deeper-b"]
 
 
+@pytest.mark.parametrize("name", ["a\x1b]0;title\x07.jpg", "a\r\nerror: b.jpg", "a\u202egpj.jpg"])
+def test_a_name_does_nothing_to_the_terminal(name: str, good: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"no picture")
+    ended = run("reenact", tmp_path / name, good.motion, "-o", tmp_path / "out.mp4", "--weights", good.weights)
+    assert ended.code == 2
+    assert ended.err.removesuffix("\n").isprintable(), ended.err
+
+
 @pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1+1", "@SUM(A1)", "\tx", "plain"])
 def test_a_name_is_no_formula(name: str, tmp_path: Path) -> None:
     """Names of clips come from data sets of others, and people open tables in spreadsheets."""
