@@ -17,6 +17,7 @@ from export3d_cli.core.face.mesh import LEFT_EYE, LEFT_IRIS, LIPS, RIGHT_EYE, RI
 from export3d_cli.core.face.motion import mirror_beta
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
 from export3d_cli.core.train.data import Prefetcher, Sampler, loaders
+from export3d_cli.core.train.directions import axes
 from export3d_cli.core.train.probe import probe
 from export3d_cli.core.train.run import Run
 
@@ -241,7 +242,8 @@ def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
 def finish_expression(
     run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler
 ) -> FlowReport | None:
-    """Bring lambda to a size where 1 to 10 is natural (the cosines of eq. 1 do not see it); fit the basis flow."""
+    """Bring lambda to a size where 1 to 10 is natural (the cosines of eq. 1 do not see it); fit the basis flow, and
+    with it give lambda the axes of `directions`."""
     lebs.eval()
     if isinstance(lebs, LeBS):
         beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
@@ -253,6 +255,15 @@ def finish_expression(
     fitted, report = fit_flow_basis(
         lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
     )
+    if isinstance(lebs, LeBS):
+        beta = sampler.persons(run.config.seed, 2**31 + 9, PEOPLE, PERSON_FRAMES).to(run.device)
+        lam = lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2])
+        mixture = axes(
+            (lam - lam.mean(1, keepdim=True)).flatten(0, 1), fitted.flatten(1), run.config.clebs.one_sided, LAMBDA_SIZE
+        ).to(run.device)
+        lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
+        lebs.fc2.bias.copy_(mixture @ lebs.fc2.bias)
+        fitted = torch.linalg.solve(mixture.T.cpu(), fitted.flatten(1)).view_as(fitted)
     flow_basis.copy_(fitted.to(flow_basis))
     total = clebs_steps(run.config)
     run.log("clebs", total, total, {f"flow_{k}": v for k, v in asdict(report).items()})
