@@ -58,7 +58,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
     """
     where = folder if folder.is_dir() else folder.parent
     _make_ready(where)
-    temporary = _temporary_name(where, folder)
+    temporary = _temporary_name(where, folder.absolute())  # "." has no name
     try:
         with _told(folder):
             temporary.mkdir()

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -92,9 +93,15 @@ class Job:
         return sorted(found)
 
 
+def start(job: Job) -> subprocess.Popen[bytes]:
+    if job.kind == "pictures":  # those that are there are never replaced
+        shutil.rmtree(job.folder / "frames", ignore_errors=True)
+    return spawn(job.args)
+
+
 def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str = "") -> int:
     """Start the job; kill it after so many seconds or when a file of this pattern is there; what it returned."""
-    work = spawn(job.args)
+    work = start(job)
     began = time.monotonic()
     while work.poll() is None and time.monotonic() - began < 600:
         if any(job.folder.rglob(when)) if when else time.monotonic() - began > after:
@@ -116,9 +123,7 @@ def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str
 
 def finish(job: Job) -> None:
     """The same command again, to its end."""
-    if job.kind == "pictures":  # those that are there are never replaced
-        shutil.rmtree(job.folder / "frames", ignore_errors=True)
-    work = spawn(job.args)
+    work = start(job)
     _, err = work.communicate(timeout=900)
     assert work.returncode == 0, err
     assert job.temporary() == []

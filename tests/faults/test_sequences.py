@@ -47,6 +47,15 @@ def test_a_folder_that_is_there_keeps_its_files(there: list[str], tmp_path: Path
     assert left(tmp_path) == [*NAMES, *there]
 
 
+def test_the_folder_where_we_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter(Path("%05d.png"), size=(8, 4), fps=Fraction(25)) as to:
+        write(to)
+        (name,) = left(tmp_path)
+        assert files._TEMPORARY.fullmatch(name)  # so that it is removed, should we be killed
+    assert left(tmp_path) == NAMES
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_run_that_fails_leaves_nothing(count: int, tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
