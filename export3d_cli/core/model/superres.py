@@ -200,8 +200,9 @@ class SuperResolution(nn.Module):
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
         uv = resize(detail.uv, 2 * s4)
         x = self._join(self.to2, x, [warp(detail.small, uv), warp(detail.half, uv), facts], mesh, 2 * s4)
-        x = leaky(self.block2(x + self.expression(detail.code)[:, :, None, None]))  # (B, c2, H/2, W/2)
-        offset = MAX_OFFSET * torch.tanh(self.offset(x).float())
+        x = self.block2(x + self.expression(detail.code)[:, :, None, None])
+        offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
+        x = leaky(x)  # (B, c2, H/2, W/2)
 
         facts = resize(facts, 4 * s4)
         sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
