@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config import POINTS, ModelConfig
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
+from export3d_cli.core.model.mouth import RIMS, anchored_places, behind_lips, lip_edges, mouth_places
 from export3d_cli.core.model.render import pixel_grid, project
 
 TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's inside, 2 eye
@@ -27,17 +28,8 @@ OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379
 DRIFT = 0.15  # share of what is neither face nor head that drifts with the head, at first
 SIZES = 6  # groups of triangles of like size
 RINGS = ((1.3, 0.05, 1.0), (2.0, 0.12, 0.0))  # widening of the outline, depth added, weight of the mesh's flow there
+LID_DOUBT = 0.7  # how little the photo is trusted on a lid drawn out to twice its size and more
 SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
-
-# Inner lips from the right corner of the mouth to the left (the person's), for places inside an open mouth.
-UPPER_LIP = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
-LOWER_LIP = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
-# Rims of the eyes, each with its iris; and where teeth hang on: the upper ones on the skull, the lower ones on the jaw.
-RIMS = ((468, (33, 246, 161, 160, 159, 158, 157, 173, 133, 155, 154, 153, 145, 144, 163, 7)),
-        (473, (263, 466, 388, 387, 386, 385, 384, 398, 362, 382, 381, 380, 374, 373, 390, 249)))  # fmt: skip
-UNDER_NOSE, CHIN = 2, 152
-# Centre and half size of what may be seen, in distances between the eyes: from below the nose, from the chin, the iris.
-UPPER_TEETH, LOWER_TEETH, IRIS = ((0.0, 0.42), (0.55, 0.25)), ((0.0, -0.85), (0.55, 0.35)), ((0.0, 0.0), (0.25, 0.15))
 
 
 class MeshFlow(NamedTuple):
@@ -58,7 +50,7 @@ class Mesh(NamedTuple):
     """A source's mesh moved to an expression, before any camera sees it; V vertices, T triangles."""
 
     points: Tensor  # (B, V, 3) of the head frame, moved
-    corners: Tensor  # (B, T, 27): what is blended over a triangle, (uv in the photo, weight, places) of each corner
+    corners: Tensor  # (B, T, 42): what is blended over a triangle: uv in the photo, weight, places, lips of each corner
     before: Tensor  # (B, T) twice the signed area in the photo
 
 
@@ -174,38 +166,6 @@ def ring_weights(device: torch.device) -> Tensor:
     return torch.tensor([1.0] * POINTS + [w for *_, weight in RINGS for w in [weight] * n], device=device)
 
 
-def mouth_places() -> Tensor:
-    """Coordinates inside the mouth at every vertex, (478 + 72, 2): across -1..1, and 1 on the upper lip, -1 below."""
-    places = torch.zeros(POINTS + len(RINGS) * len(OVAL), 2)
-    across = torch.linspace(-1, 1, len(UPPER_LIP))
-    for lip, height in ((UPPER_LIP, 1.0), (LOWER_LIP, -1.0)):
-        places[list(lip)] = torch.stack([across, torch.full_like(across, height)], dim=-1)
-    places[[UPPER_LIP[0], UPPER_LIP[-1]], 1] = 0
-    return places
-
-
-def anchored_places(points: Tensor) -> Tensor:
-    """Where the landmarks (B, 478, 3) lie relative to what moves with the teeth and with the irises, (B, 478, 4).
-
-    -1..1 over what may be seen; both eyes alike, x towards the nose. An opening mouth uncovers teeth, it does not
-    stretch them: a texture in these coordinates stays in place.
-    """
-    flat = points[..., :2]
-    right, left = (flat[:, [rim[0], rim[8]]].mean(1) for _, rim in RIMS)
-    size = (left - right).norm(dim=-1)[:, None, None].clamp_min(1e-6)
-
-    def relative(part: Tensor, anchor: int, box: tuple[tuple[float, float], tuple[float, float]]) -> Tensor:
-        place = (part - flat[:, anchor : anchor + 1]) / size
-        return (place - place.new_tensor(box[0])) / place.new_tensor(box[1])
-
-    places = torch.cat([relative(flat, UNDER_NOSE, UPPER_TEETH), relative(flat, CHIN, LOWER_TEETH)], dim=-1)
-    for side, (iris, rim) in zip((1.0, -1.0), RIMS, strict=True):
-        own = [iris, *rim]
-        about = relative(flat[:, own], iris, IRIS) * flat.new_tensor([side, 1.0])
-        places[:, own] = torch.cat([about, about], dim=-1)
-    return places
-
-
 class BasisFlow(nn.Module):
     """The fields b_i and the mesh they move."""
 
@@ -215,9 +175,11 @@ class BasisFlow(nn.Module):
         self.register_buffer("basis", torch.zeros(config.coefficients, POINTS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("rings", ring_triangles(), persistent=False)
-        self.register_buffer("places", mouth_places(), persistent=False)
+        self.register_buffer("rims", torch.tensor([v for _, rim in RIMS for v in rim]), persistent=False)
+        self.register_buffer("places", F.pad(mouth_places(), (0, 0, 0, len(RINGS) * len(OVAL))), persistent=False)
         self.basis: Tensor
         self.places: Tensor
+        self.rims: Tensor
         self.triangles: Tensor
         self.rings: Tensor
 
@@ -241,8 +203,8 @@ class BasisFlow(nn.Module):
         uv_source, _ = project(source_points, source_camera)  # (B, V, 2)
         n, weight = len(OVAL), ring_weights(points.device)
         fixed = torch.cat([weight[:, None], self.places], dim=-1)
-        anchored = F.pad(anchored_places(target.float()), (0, 0, 0, len(RINGS) * n))
-        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), anchored], dim=-1)  # (B, V, 9)
+        own = torch.cat([anchored_places(target.float()), lip_edges(uv_source, points.float(), target.float())], dim=-1)
+        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), F.pad(own, (0, 0, 0, len(RINGS) * n))], dim=-1)
         return Mesh(target_points, vertex[:, triangles].flatten(2), _area(uv_source, triangles))
 
     def seen(self, mesh: Mesh, camera: Tensor, size: int | None = None) -> MeshFlow:
@@ -252,27 +214,33 @@ class BasisFlow(nn.Module):
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_target, depth = project(mesh.points, camera)
         raster = rasterize(uv_target, depth, triangles, s)
-        per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 9)
-        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 9)
+        per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 14)
+        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 14)
 
         before, after = mesh.before.expand(B, -1), _area(uv_target, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
         mouth, eye = ((kind == k).float().expand(B, -1) for k in (1, 2))
-        # the insides of mouth and eyes are shown as far as they are as open in the photo as in the result
+        # the inside of an eye is shown as far as it is as open in the photo as in the result
         ratio = (before / after.clamp_min(1e-8)).clamp(0, 1)
         hole = (kind > 0).float()
         shown = (before > 0).float() * (1 - hole * (1 - ratio.square()))
+        # a lid that closes is drawn out of the few rows of skin above an open eye: lashes and iris must not smear
+        lid = torch.isin(triangles, self.rims).any(1) & (kind == 0)
+        shown = shown * (1 - LID_DOUBT * lid * (stretch - 0.5).clamp(0, 1))
         shut = hole * (1 - 2 * ratio).clamp_min(0)
         facts = _pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
-        uv = torch.where(covered > 0, value[..., :2], pixel_grid(s, camera.device))
+        shown, stretch, mouth, shut, eye = (f * covered for f in facts.split(1, dim=-1))  # each (B, P, 1)
+        place, known = behind_lips(value[..., 4:5], value[..., 9:])
+        shown, shut = torch.lerp(shown, known, mouth), torch.lerp(shut, 1 - known, mouth)
+        uv = torch.where(covered > 0, torch.lerp(value[..., :2], place, mouth), pixel_grid(s, camera.device))
 
         def picture(x: Tensor) -> Tensor:
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
-        shown, stretch, mouth, shut, eye = (picture(f * covered) for f in facts.split(1, dim=-1))
+        shown, stretch, mouth, shut, eye = (picture(f) for f in (shown, stretch, mouth, shut, eye))
         weight, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:5]) * mouth
-        anchored = picture(value[..., 5:].clamp(-2, 2)) * (mouth + eye)
+        anchored = picture(value[..., 5:9].clamp(-2, 2)) * (mouth + eye)
         return MeshFlow(picture(uv), weight, shown, stretch, mouth, shut, inside, eye, anchored)
 
     def surface(self, points: Tensor) -> Tensor:

@@ -13,17 +13,16 @@ from export3d_cli.core.config import PRESETS
 from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
 from export3d_cli.core.model.flow import (
     OVAL,
-    RIMS,
     SURFACE_REACH,
     SURFACE_SIZE,
     BasisFlow,
     MeshFlow,
-    anchored_places,
     drift_flow,
     rasterize,
     rigid_flow,
     warp,
 )
+from export3d_cli.core.model.mouth import LOWER_LIP, RIMS, anchored_places, behind_lips
 from export3d_cli.core.model.render import pixel_grid, project, rays
 
 SIZE = 64
@@ -153,6 +152,45 @@ def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: 
     rows = torch.nonzero(((wide.uv - closed.uv).abs().amax(1) > 1e-4)[0])[:, 0] / (2 * SIZE)
     nose, _ = project(points[:, [2]], camera)
     assert rows.min() > nose[0, 0, 1]  # nothing moves above the mouth
+
+
+def test_teeth_hang_on_behind_the_upper_lip(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    camera = orbit(0)
+    apart = points.clone()
+    apart[0, list(LOWER_LIP[1:-1]), 1] += 0.03
+
+    def seen(more: float) -> MeshFlow:
+        target = apart.clone()
+        target[0, list(LOWER_LIP[1:-1]), 1] += more
+        return flow(apart, camera, target, camera, 4 * SIZE)
+
+    same, wider = seen(0), seen(0.03)
+    inside = (same.mouth[0, 0] == 1) & (wider.mouth[0, 0] == 1)
+    rows = torch.nonzero(inside)[:, 0]
+    upper = inside & (torch.arange(4 * SIZE)[:, None] < rows.float().quantile(0.4))
+    assert (same.uv - wider.uv).abs()[0, :, upper].max() < 0.5 / SIZE  # nothing of it moves
+    assert wider.valid[0, 0][upper].mean() > 0.9
+    low = (wider.mouth[0, 0] == 1) & (torch.arange(4 * SIZE)[:, None] > rows.max() + 1)
+    assert wider.valid[0, 0][low].mean() < 0.1  # below is what the photo does not show
+    assert wider.shut[0, 0][low].mean() > 0.9
+
+
+def test_behind_lips_ends_where_the_photo_does() -> None:
+    edges = torch.tensor([0.5, 0.4, 0.5, 0.5, 2.0]).expand(1, 3, 5)
+    place, known = behind_lips(torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1), edges)
+    torch.testing.assert_close(place[0, :, 1], torch.tensor([0.4, 0.45, 0.5]))
+    assert known.flatten().tolist() == [1, 1, 0]
+
+
+def test_a_closing_lid_is_doubted(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    camera, shut = orbit(0), points.clone()
+    for _, rim in RIMS:
+        upper, lower = list(rim[1:8]), list(rim[:8:-1])
+        shut[0, upper, 1] = points[0, lower, 1] - 0.001
+    opened, closed = (flow(points, camera, target, camera, 2 * SIZE) for target in (points, shut))
+    skin = (closed.mouth == 0) & (closed.eye == 0) & (closed.weight == 1) & (opened.eye > 0)
+    assert closed.valid[skin].mean() < 0.7
+    assert opened.valid[(opened.mouth == 0) & (opened.eye == 0) & (opened.weight == 1)].mean() > 0.95
 
 
 def test_moved_adds_up_the_fields(flow: BasisFlow, points: Tensor) -> None:
