@@ -44,8 +44,13 @@ class Process:
         self._pulse = Pulse(self._run.pid, out)
         self.stalled = False
         self._drain = threading.Thread(target=self._read_messages, daemon=True)
-        self._drain.start()
-        threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            self._drain.start()
+            threading.Thread(target=self._watch, daemon=True).start()
+        except RuntimeError as error:  # there is no room for another thread
+            self._run.kill()
+            self._run.wait()
+            raise MemoryError(str(error)) from error
 
     def read_into(self, view: memoryview) -> int:
         """Fill `view` from its output; the number of bytes that came before the end."""
