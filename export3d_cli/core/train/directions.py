@@ -17,7 +17,7 @@ def axes(away: Tensor, basis: Tensor, one_sided: int, size: float) -> Tensor:
 
     Args:
         away: (N, n) lambda less its mean over the frames of the same person.
-        basis: (n, K) what each coefficient moves.
+        basis: (n, K) what each coefficient moves, as far as it counts.
         one_sided: how many coefficients, the last ones, change sign when a face is mirrored.
         size: deviation of the strongest coefficient of either kind.
     """

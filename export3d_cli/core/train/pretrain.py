@@ -258,9 +258,8 @@ def finish_expression(
     if isinstance(lebs, LeBS):
         beta = sampler.persons(run.config.seed, 2**31 + 9, PEOPLE, PERSON_FRAMES).to(run.device)
         lam = lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2])
-        mixture = axes(
-            (lam - lam.mean(1, keepdim=True)).flatten(0, 1), fitted.flatten(1), run.config.clebs.one_sided, LAMBDA_SIZE
-        ).to(run.device)
+        away, seen = (lam - lam.mean(1, keepdim=True)).flatten(0, 1), fitted.flatten(1) / _motion_scale(sampler, 0)
+        mixture = axes(away, seen, run.config.clebs.one_sided, LAMBDA_SIZE).to(run.device)
         lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
         lebs.fc2.bias.copy_(mixture @ lebs.fc2.bias)
         fitted = torch.linalg.solve(mixture.T.cpu(), fitted.flatten(1)).view_as(fitted)
