@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from export3d_cli.core.config import DataConfig
+from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, DataConfig
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion, head_points
 from export3d_cli.core.files import MAX_LIST, check_file, check_inside, hold, shared_track
@@ -79,7 +79,7 @@ def load_set(
     try:
         index = json.loads((place / "index.json").read_text(encoding="utf-8"))
         count = index["count"]
-        return FaceSet(
+        found = FaceSet(
             name=folder.name,
             frames=np.load(place / "frames.npy", mmap_mode="r")[:count],
             beta=np.load(place / "beta.npy"),
@@ -88,8 +88,32 @@ def load_set(
             number=np.load(place / "number.npy"),
             clips=tuple(Clip(**clip) for clip in index["clips"]),
         )
+        _check_set(found, count, size)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(f"the cache {place} is damaged ({error}): remove it, it is made again") from error
+    return found
+
+
+def _check_set(found: FaceSet, count: int, size: int) -> None:
+    """A cache comes with a data set that may be a stranger's: raises `ValueError` unless all fits together."""
+    shapes = {
+        "frames": (count, size, size, 3), "beta": (count, BETA_DIM), "camera": (count, CAMERA_DIM),
+        "landmarks": (count, POINTS, 3), "number": (count,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        array = getattr(found, name)
+        kind = {"frames": "u", "number": "i"}.get(name, "f")
+        if array.shape != shape or array.dtype.kind != kind:
+            raise ValueError(f"{name} are {array.dtype} {array.shape}, not {shape}")
+        if kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} are not finite")
+    for clip in found.clips:
+        if not (
+            isinstance(clip.id, str)
+            and isinstance(clip.person, str)
+            and 0 <= clip.start < clip.start + clip.count <= count
+        ):
+            raise ValueError(f"clip {clip.id!s:.60} lies outside its frames")
 
 
 def _read_manifest(folder: Path) -> list[dict[str, Any]]:

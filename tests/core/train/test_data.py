@@ -50,6 +50,30 @@ def test_cache_is_made_again_when_the_data_set_changed(data_set: Path, tmp_path:
     assert len(load_set(data_set, SIZE, 2, str(tmp_path)).frames) == 4 * 6 + 1
 
 
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("beta", np.zeros((3, 64), np.float32)),
+        ("camera", np.full((4 * (FRAMES - 1) + 1, 25), np.nan, np.float32)),
+        ("landmarks", np.zeros((4 * (FRAMES - 1) + 1, 478, 3), np.uint8)),
+        ("frames", np.zeros((2, SIZE, SIZE, 3), np.uint8)),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(data_set: Path, tmp_path: Path, name: str, array: np.ndarray) -> None:
+    load_set(data_set, SIZE, 1, str(tmp_path))
+    np.save(next(tmp_path.iterdir()) / f"{name}.npy", array)
+    with pytest.raises(InputError, match=rf"damaged .*{name}.*remove it"):
+        load_set(data_set, SIZE, 1, str(tmp_path))
+
+
+def test_clips_of_a_cache_lie_inside_its_frames(data_set: Path, tmp_path: Path) -> None:
+    load_set(data_set, SIZE, 1, str(tmp_path))
+    index = next(tmp_path.iterdir()) / "index.json"
+    index.write_text(index.read_text().replace('"start": 0', '"start": 4000'))
+    with pytest.raises(InputError, match="outside its frames"):
+        load_set(data_set, SIZE, 1, str(tmp_path))
+
+
 def test_unreadable_list_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest\.jsonl"):
         load_set(tmp_path, SIZE)
