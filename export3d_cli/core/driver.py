@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from export3d_cli.core.camera import Camera
-from export3d_cli.core.errors import InputError, NoFaceError
+from export3d_cli.core.errors import InputError, MediaError, NoFaceError
 from export3d_cli.core.face import arkit, mesh
 from export3d_cli.core.face.fan import POINTS as FAN_POINTS
 from export3d_cli.core.face.follow import Follower
@@ -88,6 +88,7 @@ class DriverStream:
         self._reader: VideoReader | None = None
         self._second: VideoReader | None = None  # the same frames again, to be shown
         self._again: Iterator[tuple[int, np.ndarray]] | None = None
+        self._stopped = False
         if holds_motion(driver):
             if shown is not None:
                 raise InputError(f"{driver} holds no pictures to show beside the result: leave out --compare")
@@ -116,6 +117,11 @@ class DriverStream:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Have an iteration that goes on in another thread fail at its next frame."""
+        self._stopped = True
         for reader in (self._reader, self._second):
             if reader is not None:
                 reader.close()
@@ -141,6 +147,8 @@ class DriverStream:
         for index, frame in enumerate(reader):
             if self.max_frames is not None and index >= self.max_frames:
                 return
+            if self._stopped:
+                raise MediaError(f"reading {self.driver} was stopped")
             yield frame
 
     def _faces(self) -> Iterator[tuple[Face | None, tuple[int, int]]]:

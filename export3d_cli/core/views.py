@@ -24,6 +24,7 @@ from export3d_cli.core.job import Crop, Progress, Summary, check_free
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
 from export3d_cli.core.media.video import SYNTHETIC, VideoWriter
 from export3d_cli.core.mesh_export import check_mesh, head_mesh, write_mesh
+from export3d_cli.core.pipeline import Behind
 from export3d_cli.core.watermark import Watermark, marker
 
 PICTURES = (".png", ".jpg", ".jpeg")  # they carry the mark that they are synthetic
@@ -251,9 +252,12 @@ def _video(
     began: float,
 ) -> Summary:  # fmt: skip
     size, mark = animator.model.config.image_size, marker(options.watermark)
-    with VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer:
+    with (
+        VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer,
+        Behind[np.ndarray](lambda frame: writer.write(mark(frame)), animator.batch, stop=writer.stop) as behind,
+    ):
         for frame in frames:
-            writer.write(mark(frame))
+            behind.put(frame)
     return Summary(out, total, 0, options.fps, time.monotonic() - began, animator.device_name)
 
 

@@ -130,9 +130,9 @@ class VideoReader:
 
     def close(self) -> None:
         """Stop ffmpeg if it is still running."""
-        if self._process is not None:
-            self._process.kill()
-            self._process = None
+        process, self._process = self._process, None  # another thread may do the same
+        if process is not None:
+            process.kill()
 
     def _folder(self) -> Iterator[np.ndarray]:
         """The pictures of a folder from `start`, for `duration`."""
@@ -254,6 +254,12 @@ class VideoWriter:
             self._process.wait()
             raise MediaError(f"encoding {self.path} failed: {self._process.last_lines()}") from error
         self.frames += 1
+
+    def stop(self) -> None:
+        """Have a `write` that goes on in another thread fail, and all that come."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _finish(self) -> None:
         if self._sequence:
