@@ -80,7 +80,7 @@ def make(animator: Animator, folder: Path, count: int) -> None:
         views.insert(0, fit(read_image(folder / "own.png")))
     keep("novel-view.jpg", *views)
     path = folder / "basis.png"
-    edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (2, (-8, 8)), (4, (-8, 8))), grid=True))
+    edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (3, (-8, 8)), (4, (-8, 8))), grid=True))
     keep("edit-basis.jpg", fit(read_image(path)))
     data_set(animator, folder)
 
