@@ -7,13 +7,15 @@ Anything else is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import importlib
 import os
 import re
 import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 import click
 
@@ -45,9 +47,10 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)
+            _interrupted(ctx)
         except Exception as error:
+            if _Interrupt.seen:  # Ctrl-C ends ffmpeg, too, and its end may be noticed first
+                _interrupted(ctx)
             reason = str(error) if isinstance(error, Export3DError) else _misuse(error) or _shortage(error)
             if not reason:
                 raise
@@ -107,8 +110,36 @@ def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
         click.echo(OVERVIEW, nl=False)
 
 
+class _Interrupt:
+    """Ctrl-C, also where it falls into a finaliser: what is raised there is dropped, so it comes again."""
+
+    seen = False
+
+    @classmethod
+    def come(cls, *_: object) -> None:
+        cls.seen = True
+        raise KeyboardInterrupt
+
+    @staticmethod
+    def dropped(told: sys.UnraisableHookArgs) -> None:
+        if not issubclass(told.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(told)
+            return
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+
+def _interrupted(ctx: click.Context) -> NoReturn:
+    click.echo("interrupted", err=True)
+    ctx.exit(130)
+
+
 def main() -> None:
     """Entry point; SIGTERM unwinds like any exit, so that no half file and no ffmpeg stays behind."""
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
+        signal.signal(signal.SIGINT, _Interrupt.come)
+        sys.unraisablehook = _Interrupt.dropped
     cli(prog_name="export3d")

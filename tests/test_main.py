@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from export3d_cli import __version__, examples, options
 from export3d_cli.core import errors
-from export3d_cli.main import cli
+from export3d_cli.main import _Interrupt, cli
 
 HEAVY = ("torch", "cv2", "ai_edge_litert", "numba", "scipy", "numpy", "rich", "huggingface_hub")
 COMMANDS = tuple(examples.COMMANDS)
@@ -123,6 +123,37 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, error, code):
     assert loud.exit_code == code
     assert "Traceback" in loud.stderr
     assert loud.stderr.endswith("error: it failed\n")
+
+
+def test_an_error_after_ctrl_c_is_an_interruption(monkeypatch):
+    monkeypatch.setattr(_Interrupt, "seen", True)
+    failing(monkeypatch, errors.MediaError("ffmpeg was ended by signal 2"))
+    result = run("weights", "list")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_in_a_finaliser_comes_again():
+    code = """
+import signal, sys, time
+from export3d_cli import main
+
+class Slow:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+def job(**_):
+    Slow()
+    time.sleep(20)
+
+main.cli = job
+try:
+    main.main()
+except KeyboardInterrupt:
+    print("again")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("again\n", "")
 
 
 def test_interruption_is_130(monkeypatch):

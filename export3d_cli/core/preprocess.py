@@ -11,6 +11,7 @@ the same folder; a run without a shard merges them, and does what they left undo
 
 from __future__ import annotations
 
+import _thread
 import concurrent.futures
 import contextlib
 import itertools
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -235,10 +237,21 @@ def _be_stoppable() -> None:
 
     def stop(*_: object) -> None:
         global _stopped
-        _stopped = True
-        if _busy:
+        again, _stopped = _stopped, True
+        if _busy and not again:  # the parent's signal follows Ctrl-C's, and must not break the clearing away
             raise KeyboardInterrupt
 
+    def dropped(told: sys.UnraisableHookArgs) -> None:
+        global _stopped
+        if not issubclass(told.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(told)
+            return
+        _stopped = False  # it fell into a finaliser: once more
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = dropped
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
