@@ -47,10 +47,12 @@ class Process:
         try:
             self._drain.start()
             threading.Thread(target=self._watch, daemon=True).start()
-        except RuntimeError as error:  # there is no room for another thread
+        except BaseException as error:  # nobody else knows of it yet, and it would write on what is cleared away
             self._run.kill()
             self._run.wait()
-            raise MemoryError(str(error)) from error
+            if isinstance(error, RuntimeError):  # there is no room for another thread
+                raise MemoryError(str(error)) from error
+            raise
 
     def read_into(self, view: memoryview) -> int:
         """Fill `view` from its output; the number of bytes that came before the end."""
