@@ -134,8 +134,10 @@ def test_an_error_after_ctrl_c_is_an_interruption(monkeypatch):
 
 def test_ctrl_c_in_a_finaliser_comes_again():
     code = """
-import signal, sys, time
+import signal, time
 from export3d_cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 
 class Slow:
     def __del__(self):

@@ -20,7 +20,11 @@ from export3d_cli.core.weights import example
 
 pty = pytest.importorskip("pty", reason="a system without pseudo-terminals")
 ROOT = Path(__file__).resolve().parents[1]
-START = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+# a shell in the background has Ctrl-C ignored, and what it starts inherits that
+START = (
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+)
 CONTROLS = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 LIMIT = 100.0  # seconds before a test gives up
 
