@@ -182,8 +182,9 @@ def _clebs_loss(
         loss = loss + contrast / len(groups)
         for key, value in (("contrast", contrast.item()), ("accuracy", accuracy.item()), ("chance", 1 / len(beta))):
             values[key] = values.get(key, 0.0) + value / len(groups)
+    pairs = pool.draw(step) if clebs.geometry > 0 or clebs.mirror > 0 else ()
     if clebs.geometry > 0:
-        beta_k, beta_j, points_k, points_j = (x.to(run.device) for x in pool.draw(step))
+        beta_k, beta_j, points_k, points_j = (x.to(run.device) for x in pairs)
         change = lebs.coefficients(beta_j) - lebs.coefficients(beta_k)  # (N, n)
         wanted = (points_j - points_k).flatten(1) / scale
         geometry = F.smooth_l1_loss(readout(change), wanted)
@@ -191,12 +192,11 @@ def _clebs_loss(
         with torch.no_grad():
             values |= {"geometry": geometry.item(), "rigid": F.smooth_l1_loss(torch.zeros_like(wanted), wanted).item()}
     if clebs.person > 0:
-        beta = sampler.persons(run.config.seed, step, PEOPLE, PERSON_FRAMES).to(run.device)
-        person = person_loss(lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2]))
+        person = person_loss(_lam_of_people(run, lebs, sampler, step))
         loss = loss + clebs.person * person
         values["person"] = person.item()
     if clebs.mirror > 0:
-        beta = pool.draw(step)[1]
+        beta = pairs[1]
         mirrored = torch.from_numpy(mirror_beta(beta.numpy()))
         sides = [lebs.coefficients(x.to(run.device)) for x in (beta, mirrored)]
         mirror = mirror_loss(sides[0], sides[1], clebs.one_sided)
@@ -204,6 +204,12 @@ def _clebs_loss(
         values["mirror"] = mirror.item()
     values["loss"] = loss.item()
     return loss, values
+
+
+def _lam_of_people(run: Run, lebs: LeBS, sampler: Sampler, step: int) -> Tensor:
+    """lambda of some frames of some people, (PEOPLE, PERSON_FRAMES, n)."""
+    beta = sampler.persons(run.config.seed, step, PEOPLE, PERSON_FRAMES).to(run.device)
+    return lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2])
 
 
 def person_loss(lam: Tensor) -> Tensor:
@@ -256,8 +262,7 @@ def finish_expression(
         lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
     )
     if isinstance(lebs, LeBS):
-        beta = sampler.persons(run.config.seed, 2**31 + 9, PEOPLE, PERSON_FRAMES).to(run.device)
-        lam = lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2])
+        lam = _lam_of_people(run, lebs, sampler, 2**31 + 9)
         away, seen = (lam - lam.mean(1, keepdim=True)).flatten(0, 1), fitted.flatten(1) / _motion_scale(sampler, 0)
         mixture = axes(away, seen, run.config.clebs.one_sided, LAMBDA_SIZE).to(run.device)
         lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
