@@ -7,20 +7,19 @@ Anything else is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import _thread
 import errno
 import importlib
 import os
 import re
 import signal
 import sys
-import threading
 from typing import Any, NoReturn
 
 import click
 
 from export3d_cli.console import Settings
 from export3d_cli.core.errors import Export3DError
+from export3d_cli.core.interrupt import repeat_dropped
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_opposites
 
@@ -111,7 +110,7 @@ def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
 
 
 class _Interrupt:
-    """Ctrl-C, also where it falls into a finaliser: what is raised there is dropped, so it comes again."""
+    """Ctrl-C, and that it came."""
 
     seen = False
 
@@ -119,15 +118,6 @@ class _Interrupt:
     def come(cls, *_: object) -> None:
         cls.seen = True
         raise KeyboardInterrupt
-
-    @staticmethod
-    def dropped(told: sys.UnraisableHookArgs) -> None:
-        if not issubclass(told.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(told)
-            return
-        again = threading.Timer(0.05, _thread.interrupt_main)
-        again.daemon = True
-        again.start()
 
 
 def _interrupted(ctx: click.Context) -> NoReturn:
@@ -141,5 +131,5 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
         signal.signal(signal.SIGINT, _Interrupt.come)
-        sys.unraisablehook = _Interrupt.dropped
+        repeat_dropped()
     cli(prog_name="export3d")

@@ -11,7 +11,6 @@ the same folder; a run without a shard merges them, and does what they left undo
 
 from __future__ import annotations
 
-import _thread
 import concurrent.futures
 import contextlib
 import itertools
@@ -19,7 +18,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -34,6 +32,7 @@ from export3d_cli.core.clips import Gates, Segment, segments, sharpness
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.motion import Tracker, crop_image
 from export3d_cli.core.files import hold, tidy
+from export3d_cli.core.interrupt import repeat_dropped
 from export3d_cli.core.lists import Line, Lists
 from export3d_cli.core.media.image import is_image, read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
@@ -241,17 +240,11 @@ def _be_stoppable() -> None:
         if _busy and not again:  # the parent's signal follows Ctrl-C's, and must not break the clearing away
             raise KeyboardInterrupt
 
-    def dropped(told: sys.UnraisableHookArgs) -> None:
+    def dropped() -> None:
         global _stopped
-        if not issubclass(told.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(told)
-            return
-        _stopped = False  # it fell into a finaliser: once more
-        again = threading.Timer(0.05, _thread.interrupt_main)
-        again.daemon = True
-        again.start()
+        _stopped = False
 
-    sys.unraisablehook = dropped
+    repeat_dropped(dropped)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
