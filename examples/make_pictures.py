@@ -30,6 +30,7 @@ from export3d_cli.core import (
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import SYNTHETIC, VideoReader
+from export3d_cli.core.views import orbit_cameras
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pictures"
@@ -82,6 +83,7 @@ def make(animator: Animator, folder: Path, count: int) -> None:
     path = folder / "basis.png"
     edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (3, (-8, 8)), (4, (-8, 8))), grid=True))
     keep("edit-basis.jpg", fit(read_image(path)))
+    failures(animator)
     data_set(animator, folder)
 
 
@@ -93,6 +95,22 @@ def compose(animator: Animator, folder: Path) -> None:
         reenact(animator, PHOTO, DRIVER, out, ReenactOptions(start=1.3, max_frames=1, **LOSSLESS, **more))  # type: ignore[arg-type]
         tiles.append(frames(out)[0])
     keep("compose.jpg", row(tiles, ("photo", "--paste-back", "--background")))
+
+
+def failures(animator: Animator) -> None:
+    """Farther than the weights reach: both portraits pushed to where it shows."""
+    captions = ("photo", "v1 +20", "v2 +15", "v3 +15", "45 degrees", "from below")
+    rows = []
+    for number, portrait in enumerate((SOURCE, PHOTO)):
+        photo = read_image(portrait)
+        animator.set_source(photo)
+        changes = np.zeros((3, animator.model.config.coefficients), np.float32)
+        changes[np.arange(3), np.arange(3)] = 20, 15, 15
+        views = NovelViewOptions(yaw=(45, 0), pitch=(0, 30), frames=2, grid=True)
+        turned = animator.view(orbit_cameras(animator.source_camera(), views))
+        tiles = [animator.source_crop(), *animator.edit(changes), *turned]
+        rows.append(row(tiles, () if number else captions))
+    keep("failures.jpg", *rows)
 
 
 def data_set(animator: Animator, folder: Path) -> None:

@@ -31,6 +31,7 @@ from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.face.follow import SETTLE, choose_face
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
+from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
@@ -77,6 +78,7 @@ class Animator:
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
         self._motion: Motion | None = None
+        self._person = PersonMask(resolve("selfie_segmentation"))
         self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
         self._crop_scale = CROP_SCALE[0]
 
@@ -158,10 +160,11 @@ class Animator:
         self._motion = own = motion_rows(motion, np.array([frame]))
         extent = own.landmarks[0, :, :2].max(0) - own.landmarks[0, :, :2].min(0)
         self._crop_scale, self._crop = float(1 / extent.max()), crop
+        person = self._tensor(self._person.alpha(crop)[None, None])
         with torch.inference_mode(), autocast(self.device, self.precision):
             self._source = self.model.encode_source(
                 to_tensor(crop)[None].to(self.device), self._tensor(own.beta), self._tensor(own.camera),
-                self._tensor(head_points(own.landmarks, own.camera)),
+                self._tensor(head_points(own.landmarks, own.camera)), person,
             )  # fmt: skip
 
     def drive(

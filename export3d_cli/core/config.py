@@ -137,9 +137,12 @@ class LossConfig:
     lpips: str = ""  # linear weights of LPIPS, likewise; not needed where the backbone's file holds them too
     scales: int = 2  # image sizes the perceptual term is taken at, each half the one before; the raw image at one
     l2_scales: int = 1  # the same for L2, raw image included
+    close: float = 0.0  # the perceptual term on mouth and eyes by themselves
     mask: float = 0.0  # eyes and mouth, PlaneDict's mask loss
     adversarial: float = 0.01  # now `adversarial.weight`; stays so that older files are read
     offset: float = 0.0  # penalty on the residual flow
+    rough: float = 0.0  # EG3D's density regularisation: neighbours in the volume are to be alike
+    silhouette: float = 0.0  # the volume is to be opaque where the head is, hair included, and nowhere else
     identity: float = 0.0  # 1 - cosine of embeddings of result and driver
     embedder: str = ""  # TorchScript face embedder, (B, 3, 112, 112) RGB with ImageNet's mean and deviation
 

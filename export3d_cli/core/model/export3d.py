@@ -14,10 +14,11 @@ from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, FlowBlend, Mesh, MeshFlow, drift_flow, rigid_flow
 from export3d_cli.core.model.generator import Generator
-from export3d_cli.core.model.source_view import SourceView, sample_source
+from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
+NEIGHBOURS, APART = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
 Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
 
 
@@ -29,7 +30,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     points: Tensor  # (B, 478, 3) landmarks in the head frame
     lam: Tensor  # (B, n) its own expression
-    head: Tensor | None  # (B, 1, m, m) where the photo shows the head
+    head: Tensor | None  # (B, 1, m, m) where the photo shows the head, hair included
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     view: Tensor | None  # (B, C, H/4, W/4) source-view plane
@@ -78,6 +79,8 @@ class Output(NamedTuple):
     opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
     offset: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
     weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
+    head: Tensor | None = None  # (B, 1, m, m) where the head should be: the opacity wanted
+    rough: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
 
 
 class Export3D(nn.Module):
@@ -96,8 +99,13 @@ class Export3D(nn.Module):
         # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
         self.rows: tuple[int, int, int] | None = None
 
-    def encode_source(self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor) -> Source:
-        """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs."""
+    def encode_source(
+        self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor, person: Tensor | None = None
+    ) -> Source:
+        """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs.
+
+        `person` (B, 1, ., .), 0..1, is where the photo shows the person: without it hair is taken for background.
+        """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
             ("image", image, (B, 3, H, H)), ("beta", beta, (B, BETA_DIM)), ("camera", camera, (B, CAMERA_DIM)),
@@ -110,7 +118,8 @@ class Export3D(nn.Module):
         head = None
         if self.flow is not None:
             with torch.no_grad():
-                head = self.flow(points, camera, points, camera).weight
+                head = self.flow.head(points, camera, person)
+        behind = None if head is None else inpaint(image, 1 - head, self.config.image_size // 4)
         view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
         rows = None
         if view is not None and self._lean(image):
@@ -118,7 +127,7 @@ class Export3D(nn.Module):
         return Source(
             image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head,
             stem=stem, tokens=tokens,
-            view=view, still=sv.still(stem) if sv is not None else None,
+            view=view, still=sv.still(stem, behind) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
             small=F.avg_pool2d(image.float(), 2) if sr.flow else None,
             basis=self.expression.basis() if lasting else None, view_rows=rows,
@@ -170,15 +179,16 @@ class Export3D(nn.Module):
         posed = self.pose(source, lam) if posed is None else posed
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, camera, size, samples)
-        detail, weights = None, None
+        detail, weights, head = None, None, None
         if posed.mesh is not None:
             detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity)
-            weights = detail.weights
+            weights, head = detail.weights, detail.mesh.weight
         full, quarter = features, self.config.image_size // 4
         if features.shape[-1] != quarter:
             full = F.interpolate(features, (quarter, quarter), mode="bilinear")
         image, offset = self.superres(full, full[:, :3], detail)
-        return Output(image, features[:, :3], depth, opacity, offset, weights)
+        rough = self._roughness(source, posed) if self.training else None
+        return Output(image, features[:, :3], depth, opacity, offset, weights, head, rough)
 
     def forward(
         self,
@@ -188,10 +198,11 @@ class Export3D(nn.Module):
         source_points: Tensor,
         driver_beta: Tensor,
         driver_camera: Tensor,
+        person: Tensor | None = None,
         raw_size: int | None = None,
     ) -> Output:
         """Encode and drive at once, for training."""
-        source = self.encode_source(source_image, source_beta, source_camera, source_points)
+        source = self.encode_source(source_image, source_beta, source_camera, source_points, person)
         return self.drive(source, driver_beta, driver_camera, raw_size=raw_size)
 
     def render(
@@ -274,11 +285,25 @@ class Export3D(nn.Module):
 
     def field(self, source: Source, posed: Posed, points: Tensor) -> tuple[Tensor, Tensor]:
         """Colours (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
-        features = sample_planes(posed.planes, points)  # (B, N, C)
-        if source.view is not None:
-            features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
+        features = self._features(source, posed, points)
         prior = None if posed.surface is None else face_prior(points, posed.surface, SURFACE_REACH)
         return self.decoder(features, points, prior)
+
+    def _features(self, source: Source, posed: Posed, points: Tensor) -> Tensor:
+        """What the decoder reads at points (B, N, 3), (B, N, C)."""
+        features = sample_planes(posed.planes, points)
+        if source.view is not None:
+            features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
+        return features
+
+    def _roughness(self, source: Source, posed: Posed) -> Tensor:
+        """EG3D's density regularisation: mean difference of the log densities of neighbours in the volume, (B,)."""
+        like = posed.planes.new_empty(len(posed.planes), NEIGHBOURS, 3, dtype=torch.float32)
+        points = render.uniform(like, self.rows) - 0.5
+        near = points + APART * (2 * render.uniform(like, self.rows) - 1)
+        hidden = self.decoder.activate(self._features(source, posed, torch.cat([points, near], dim=1)))
+        here, there = self.decoder.logits(hidden).chunk(2, dim=1)
+        return (here - there).abs().mean(1)
 
     def _photo_detail(
         self, source: Source, moved: Mesh, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor
@@ -287,7 +312,7 @@ class Export3D(nn.Module):
         assert source.half is not None and source.quarter is not None and source.head is not None
         s = self.config.flow_size
         with torch.no_grad():
-            mesh: MeshFlow = self.flow.seen(moved, camera)
+            mesh: MeshFlow = self.flow.seen(moved, camera, head=source.head)
         if depth.shape[-1] != s:
             depth = F.interpolate(depth, (s, s), mode="bilinear", align_corners=False)
             opacity = F.interpolate(opacity, (s, s), mode="bilinear", align_corners=False)

@@ -3,9 +3,9 @@
 Each basis vector v_i owns a displacement field b_i (478 landmarks, head frame). The source's landmarks move by
 `sum_i (lambda_i(D) - lambda_i(S)) b_i`, the driver's camera projects them, and the rasterised mesh says, for each pixel
 of the result, where in the photo it comes from. Two rings of points around the face, moving rigidly with the head,
-carry hair, ears and neck. Elsewhere the flow is rigid, from the rendered depth; or none (what stands still); or the
-head's shift and change of size without its turning (how a torso follows). A small network blends the four. Positions
-are in image sizes, (0, 0) the top left corner.
+carry ears, upper neck and hair as far as the photo shows any. Elsewhere the flow is rigid, from the rendered depth; or
+none (what stands still); or the head's shift and change of size without its turning (how a torso follows). A small
+network blends the four. Positions are in image sizes, (0, 0) the top left corner.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config import POINTS, ModelConfig
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
-from export3d_cli.core.model.mouth import RIMS, anchored_places, behind_lips, lip_edges, mouth_places
+from export3d_cli.core.model.mouth import CHIN, RIMS, anchored_places, behind_lips, lip_edges, mouth_places
 from export3d_cli.core.model.render import pixel_grid, project
 
 TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's inside, 2 eye
@@ -26,8 +26,10 @@ TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's 
 OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
         150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
 DRIFT = 0.15  # share of what is neither face nor head that drifts with the head, at first
+FOREHEAD = 10  # its top
 SIZES = 6  # groups of triangles of like size
-RINGS = ((1.3, 0.05, 1.0), (2.0, 0.12, 0.0))  # widening of the outline, depth added, weight of the mesh's flow there
+RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0))  # widening of the outline, depth added, nearness to the face (there 1)
+NECK = 0.3  # heights of the face below the chin at which a neck no longer moves with the head
 LID_DOUBT = 0.7  # how little the photo is trusted on a lid drawn out to twice its size and more
 SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
 
@@ -36,7 +38,7 @@ class MeshFlow(NamedTuple):
     """The mesh as the driver's camera sees it; each (B, ., s, s)."""
 
     uv: Tensor  # (B, 2): where in the photo the pixel comes from; its own place outside the mesh
-    weight: Tensor  # (B, 1): 1 in the face, falling to 0 at the outer ring
+    weight: Tensor  # (B, 1): 1 where the head is, hair included; without a mask of it falling to 0 at the outer ring
     valid: Tensor  # (B, 1): 1 where the photo shows this piece of the face, 0 where it is hidden or shut there
     stretch: Tensor  # (B, 1): log2 of how much larger the piece is in the result than in the photo
     mouth: Tensor  # (B, 1): 1 inside the mouth
@@ -44,6 +46,7 @@ class MeshFlow(NamedTuple):
     inside: Tensor  # (B, 2): where inside the mouth, across (-1..1) and from lower (-1) to upper lip (1); 0 elsewhere
     eye: Tensor  # (B, 1): 1 inside an eye
     anchored: Tensor  # (B, 4): where on the upper and on the lower row of teeth, or about the iris (twice); 0 elsewhere
+    face: Tensor  # (B, 1): 1 in the face, falling to 0 at the inner ring
 
 
 class Mesh(NamedTuple):
@@ -161,7 +164,7 @@ def ring_triangles() -> Tensor:
 
 
 def ring_weights(device: torch.device) -> Tensor:
-    """Weight of the mesh at every vertex, (478 + 72,)."""
+    """How near every vertex is to the face, (478 + 72,): 1 on it, 0 at the outer ring."""
     n = len(OVAL)
     return torch.tensor([1.0] * POINTS + [w for *_, weight in RINGS for w in [weight] * n], device=device)
 
@@ -188,10 +191,36 @@ class BasisFlow(nn.Module):
         return points.float() + (lam_change.float()[:, :, None, None] * self.basis.float()).sum(1)
 
     def forward(
-        self, points: Tensor, source_camera: Tensor, target: Tensor, camera: Tensor, size: int | None = None
-    ) -> MeshFlow:
-        """Landmarks of the source and those moved, (B, 478, 3) each, and both cameras (B, 25) -> flow at `size`."""
-        return self.seen(self.mesh(points, source_camera, target), camera, size)
+        self, points: Tensor, source_camera: Tensor, target: Tensor, camera: Tensor, size: int | None = None,
+        head: Tensor | None = None,
+    ) -> MeshFlow:  # fmt: skip
+        """Landmarks of the source and those moved, (B, 478, 3) each, and both cameras (B, 25) -> flow at `size`.
+
+        `head` (B, 1, ., .) is where the photo shows the head, see `head`.
+        """
+        return self.seen(self.mesh(points, source_camera, target), camera, size, head)
+
+    def head(self, points: Tensor, camera: Tensor, person: Tensor | None) -> Tensor:
+        """Where a photo shows the head, (B, 1, m, m) in 0..1: what moves with it, down to the upper neck.
+
+        Args:
+            points: (B, 478, 3) its landmarks. camera: (B, 25).
+            person: (B, 1, ., .) where it shows the person, hair and body; None, or a mask that misses the face: not
+                known, the head ends softly all around.
+        """
+        own = self(points, camera, points, camera)
+        if person is None:
+            return own.weight
+        uv, _ = project(points.float()[:, [CHIN, FOREHEAD]], camera)
+        chin, up = uv[:, 0], uv[:, 1] - uv[:, 0]  # (B, 2)
+        away = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
+        height = (away * up[:, None]).sum(-1) / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        person = F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area")
+        above = (height / NECK + 1).clamp(0, 1).view(-1, 1, self.size, self.size)
+        near = (2 * own.weight).clamp_max(1)  # no farther than half of the outer ring: others may be in the picture
+        person = resize(person, self.size)
+        found = (person * own.face).sum((1, 2, 3), keepdim=True) > own.face.sum((1, 2, 3), keepdim=True) / 2
+        return torch.where(found, torch.maximum(own.face, person * above * near), own.weight)
 
     def mesh(self, points: Tensor, source_camera: Tensor, target: Tensor) -> Mesh:
         """What of `forward` does not depend on the driver's camera."""
@@ -207,8 +236,8 @@ class BasisFlow(nn.Module):
         vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), F.pad(own, (0, 0, 0, len(RINGS) * n))], dim=-1)
         return Mesh(target_points, vertex[:, triangles].flatten(2), _area(uv_source, triangles))
 
-    def seen(self, mesh: Mesh, camera: Tensor, size: int | None = None) -> MeshFlow:
-        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`."""
+    def seen(self, mesh: Mesh, camera: Tensor, size: int | None = None, head: Tensor | None = None) -> MeshFlow:
+        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`; `head` as in `forward`."""
         B, s = camera.shape[0], size or self.size
         triangles = torch.cat([self.triangles.long(), self.rings])
         kind, triangles = triangles[:, 3], triangles[:, :3]
@@ -239,9 +268,12 @@ class BasisFlow(nn.Module):
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
         shown, stretch, mouth, shut, eye = (picture(f) for f in (shown, stretch, mouth, shut, eye))
-        weight, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:5]) * mouth
+        near, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:5]) * mouth
         anchored = picture(value[..., 5:9].clamp(-2, 2)) * (mouth + eye)
-        return MeshFlow(picture(uv), weight, shown, stretch, mouth, shut, inside, eye, anchored)
+        uv, face, weight = picture(uv), (2 * near - 1).clamp_min(0), (2 * near).clamp_max(1)
+        if head is not None:  # around the face the mesh takes along what is head in the photo
+            weight = torch.maximum(face, warp(head, uv) * (near > 0))
+        return MeshFlow(uv, weight, shown, stretch, mouth, shut, inside, eye, anchored, face)
 
     def surface(self, points: Tensor) -> Tensor:
         """The front of a head with landmarks `points` (B, 478, 3), as a field over x and y of the head frame.
@@ -252,7 +284,7 @@ class BasisFlow(nn.Module):
         triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
         points = with_rings(points.float())
         raster = rasterize(points[..., :2] / (2 * SURFACE_REACH) + 0.5, points[..., 2], triangles, SURFACE_SIZE)
-        weight = ring_weights(points.device)[None, :, None].expand(len(points), -1, -1)
+        weight = (2 * ring_weights(points.device)).clamp_max(1)[None, :, None].expand(len(points), -1, -1)
         vertex = torch.cat([points[..., 2:], weight, torch.ones_like(weight)], dim=-1)  # (B, V, 3)
         value = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(len(points), -1, 3, 3)
         value = (value * raster.corners[..., None]).sum(2) * (raster.triangle >= 0)[..., None]  # (B, P, 3)

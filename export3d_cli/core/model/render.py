@@ -52,7 +52,7 @@ def project(points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
 Rows = tuple[int, int, int]  # (first, end, all): which rows of a larger batch these are
 
 
-def _uniform(like: Tensor, rows: Rows | None) -> Tensor:
+def uniform(like: Tensor, rows: Rows | None) -> Tensor:
     """Random numbers in [0, 1); with `rows` the same that the whole batch would get."""
     if rows is None:
         return torch.rand_like(like)
@@ -66,7 +66,7 @@ def coarse_depths(camera: Tensor, rays_count: int, samples: int, *, jitter: bool
     distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_DEPTH + 0.1)  # (B,)
     edges = torch.arange(samples, device=camera.device, dtype=torch.float32)
     where = edges.expand(camera.shape[0], rays_count, samples)
-    where = where + (_uniform(where, rows) if jitter else 0.5)
+    where = where + (uniform(where, rows) if jitter else 0.5)
     return (distance - HALF_DEPTH)[:, None, None] + where / samples * (2 * HALF_DEPTH)
 
 
@@ -81,7 +81,7 @@ def importance_depths(
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
     cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # (B, R, S)
     where = torch.arange(samples, device=depths.device, dtype=torch.float32).expand(*depths.shape[:2], samples)
-    u = (where + (_uniform(where, rows) if jitter else 0.5)) / samples
+    u = (where + (uniform(where, rows) if jitter else 0.5)) / samples
     above = torch.searchsorted(cdf.contiguous(), u.contiguous(), right=True).clamp(1, cdf.shape[-1] - 1)
     below = above - 1
     c0, c1 = cdf.gather(-1, below), cdf.gather(-1, above)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,9 +30,32 @@ class SourceView(nn.Module):
         up = F.interpolate(self.eighth(stem[2]), scale_factor=2, mode="bilinear", align_corners=False)
         return leaky(self.quarter(stem[1]) + up)
 
-    def still(self, stem: list[Tensor]) -> Tensor:
-        """Stem features -> what is behind the head, (B, C', H/4, W/4), in the image."""
-        return self.background(leaky(stem[1]))
+    def still(self, stem: list[Tensor], behind: Tensor | None = None) -> Tensor:
+        """Stem features, the photo without the head (B, 3, H/4, W/4) -> what is behind the head, (B, C', H/4, W/4)."""
+        still = self.background(leaky(stem[1]))
+        return still if behind is None else torch.cat([still[:, :3] + behind, still[:, 3:]], dim=1)
+
+
+def inpaint(image: Tensor, known: Tensor, size: int) -> Tensor:
+    """Pictures at `size`, what is not known in them filled from around: by ever coarser means, then back (push-pull).
+
+    Args:
+        image: (B, C, H, W). known: (B, 1, h, w) in 0..1. size: side of the result, best a power of two.
+
+    Returns:
+        (B, C, size, size) float32.
+    """
+    # edges of masks are not exact: what is beside the unknown is not known either
+    known = 1 - F.max_pool2d(1 - F.interpolate(known.float(), (size, size), mode="area"), 3, stride=1, padding=1)
+    levels = [(F.interpolate(image.float(), (size, size), mode="area") * known, known)]
+    while levels[-1][0].shape[-1] % 2 == 0:
+        levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))
+    filled = levels[-1][0] / levels[-1][1].clamp_min(1e-4)
+    for total, weight in reversed(levels[:-1]):
+        coarse = F.interpolate(filled, total.shape[-2:], mode="bilinear", align_corners=False)
+        sure = (weight * 4).clamp_max(1)
+        filled = torch.lerp(coarse, total / weight.clamp_min(1e-4), sure)
+    return filled
 
 
 def sample_source(plane: Tensor, points: Tensor, camera: Tensor) -> Tensor:

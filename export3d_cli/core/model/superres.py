@@ -22,6 +22,7 @@ MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
 PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
           ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
 PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
+SEAM = 64  # masks are widened to each side by a 64th of the picture
 TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
 
@@ -145,6 +146,12 @@ class Inside(nn.Module):
         return mouth, eye, place / (mouth + eye).clamp_min(0.1)
 
 
+def widen(mask: Tensor) -> Tensor:
+    """A mask (B, 1, m, m) with the seam around it, where a photo shows some of both sides."""
+    reach = mask.shape[-1] // SEAM
+    return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+
+
 def _around(where: Tensor, size: int) -> tuple[int, int]:
     """First and number of the rows (or columns) of a patch that holds `where` and a rim, within 0 to `size`."""
     first, last = (int(x) for x in where.aminmax())
@@ -180,7 +187,8 @@ class SuperResolution(nn.Module):
 
     def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> tuple[Tensor, Tensor | None]:
         """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> (B, 3, H, W), offset (B, 2, H/2, W/2)."""
-        base = upsample(upsample(rgb.float()))
+        half = upsample(rgb.float())
+        base = upsample(half)
         if detail is None:
             x = self.block4(self.enter(features))
             x = self.block2(self.to2(upsample(leaky(x))))
@@ -192,20 +200,25 @@ class SuperResolution(nn.Module):
         # where the head was and is no more, the photo does not know what is behind
         face, rigid = detail.weights[:, :1], detail.weights[:, 1:2]
         rest = detail.weights[:, 2:].sum(1, keepdim=True)
-        known = face * mesh.valid + rigid + rest * (1 - (detail.head - mesh.weight).clamp_min(0))
+        gone = rest * (warp(widen(detail.head), detail.uv) - widen(mesh.weight)).clamp_min(0)
+        known = face * mesh.valid + rigid + rest - gone
         facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
-        x = self.enter(torch.cat([features, warp(detail.quarter, uv), facts], dim=1))
+        here = 1 - gone  # of what has gone not even the outline is to be seen
+        x = self.enter(torch.cat([features, warp(detail.quarter, uv) * resize(here, s4), facts], dim=1))
         x = leaky(self.block4(x))  # (B, c2, H/4, W/4)
 
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
         uv = resize(detail.uv, 2 * s4)
-        x = self._join(self.to2, x, [warp(detail.small, uv), warp(detail.half, uv), facts], mesh, 2 * s4)
+        here = resize(here, 2 * s4)
+        sampled = torch.lerp(half, warp(detail.small, uv), here)
+        x = self._join(self.to2, x, [sampled, warp(detail.half, uv) * here, facts], mesh, 2 * s4)
         x = self.block2(x + self.expression(detail.code)[:, :, None, None])
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = leaky(x)  # (B, c2, H/2, W/2)
 
         facts = resize(facts, 4 * s4)
         sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
+        sampled = torch.lerp(base, sampled, resize(here, 4 * s4))
         x = self.block1(self._join(self.to1, x, [sampled, facts], mesh, 4 * s4))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first

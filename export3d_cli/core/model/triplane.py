@@ -85,9 +85,13 @@ class Decoder(nn.Module):
         """(..., hidden) -> (..., C'), fp32."""
         return torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
 
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> what the network adds to the log density of a head, (...), fp32."""
+        return self.density(x).float().squeeze(-1)
+
     def densities(self, x: Tensor, points: Tensor, prior: Tensor | None = None) -> Tensor:
         """(..., hidden), points (..., 3) -> (...), fp32."""
-        logit = self.density(x).float().squeeze(-1) - 1
+        logit = self.logits(x) - 1
         if prior is not None:
             logit = logit + prior
         elif self.prior:

@@ -17,9 +17,13 @@ import numpy as np
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, DataConfig
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion, head_points
+from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.files import MAX_LIST, check_file, check_inside, hold, shared_track
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.weights import resolve
+
+MASK_SIZE = 64  # side of the masks kept
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class FaceSet:
     beta: np.ndarray  # (F, 64)
     camera: np.ndarray  # (F, 25)
     landmarks: np.ndarray  # (F, 478, 3) crop units
+    person: np.ndarray  # (F, MASK_SIZE, MASK_SIZE) uint8, how much of each cell is the person's
     number: np.ndarray  # (F,) index of the frame in its clip's file
     clips: tuple[Clip, ...]
 
@@ -85,6 +90,7 @@ def load_set(
             beta=np.load(place / "beta.npy"),
             camera=np.load(place / "camera.npy"),
             landmarks=np.load(place / "landmarks.npy"),
+            person=np.load(place / "person.npy", mmap_mode="r"),
             number=np.load(place / "number.npy"),
             clips=tuple(Clip(**clip) for clip in index["clips"]),
         )
@@ -98,11 +104,11 @@ def _check_set(found: FaceSet, count: int, size: int) -> None:
     """A cache comes with a data set that may be a stranger's: raises `ValueError` unless all fits together."""
     shapes = {
         "frames": (count, size, size, 3), "beta": (count, BETA_DIM), "camera": (count, CAMERA_DIM),
-        "landmarks": (count, POINTS, 3), "number": (count,),
+        "landmarks": (count, POINTS, 3), "person": (count, MASK_SIZE, MASK_SIZE), "number": (count,),
     }  # fmt: skip
     for name, shape in shapes.items():
         array = getattr(found, name)
-        kind = {"frames": "u", "number": "i"}.get(name, "f")
+        kind = {"frames": "u", "person": "u", "number": "i"}.get(name, "f")
         if array.shape != shape or array.dtype.kind != kind:
             raise ValueError(f"{name} are {array.dtype} {array.shape}, not {shape}")
         if kind == "f" and not np.isfinite(array).all():
@@ -137,6 +143,8 @@ def _read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 def _stamp_of(place: Path) -> str:
     try:
+        if not (place / "person.npy").is_file():  # made before masks were kept
+            return ""
         return str(json.loads((place / "index.json").read_text(encoding="utf-8"))["stamp"])
     except (OSError, ValueError, KeyError):
         return ""
@@ -162,7 +170,8 @@ def _build_cache(
         frames = np.lib.format.open_memmap(
             beside / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(room, 1), size, size, 3)
         )
-        tracks: dict[str, list[np.ndarray]] = {"beta": [], "camera": [], "landmarks": [], "number": []}
+        tracks: dict[str, list[np.ndarray]] = {"beta": [], "camera": [], "landmarks": [], "person": [], "number": []}
+        segment = PersonMask(resolve("selfie_segmentation"))
         clips: list[dict[str, Any]] = []
         row = 0
         for i, (entry, motion) in enumerate(zip(entries, motions, strict=True)):
@@ -180,6 +189,7 @@ def _build_cache(
             rows = np.array(used)
             for key in ("beta", "camera", "landmarks"):
                 tracks[key].append(np.asarray(getattr(motion, key), np.float32)[rows])
+            tracks["person"].append(_masks(segment, frames[row : row + len(used)]))
             tracks["number"].append(rows.astype(np.int32))
             person = str(entry.get("person") or entry["id"])
             clips.append({"id": entry["id"], "person": person, "start": row, "count": len(used), "still": still})
@@ -202,6 +212,12 @@ def _build_cache(
         raise Export3DError(f"cannot write the cache {place} ({reason}): make room, or set data.cache") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _masks(segment: PersonMask, pictures: np.ndarray) -> np.ndarray:
+    """Pictures (N, H, W, 3) -> `FaceSet.person` of them."""
+    alphas = (cv2.resize(segment.alpha(p), (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA) for p in pictures)
+    return np.stack([np.rint(255 * alpha).astype(np.uint8) for alpha in alphas])
 
 
 def _decode(path: Path, still: bool, stride: int) -> Iterator[tuple[int, np.ndarray]]:

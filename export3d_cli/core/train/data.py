@@ -33,6 +33,7 @@ class Batch:
     source_beta: Tensor  # (B, 64)
     source_camera: Tensor  # (B, 25)
     source_points: Tensor  # (B, 478, 3) head frame
+    source_person: Tensor  # (B, 1, m, m) in 0..1, how much of each cell is the person's
     target: Tensor  # (B, 3, H, W)
     target_beta: Tensor  # (B, 64)
     target_camera: Tensor  # (B, 25)
@@ -183,12 +184,13 @@ class Sampler:
             return {}
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
-        pictures = np.stack([data.frames[source], data.frames[target]])
-        pictures = pictures[:, :, ::-1] if flip else pictures
+        pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person[source][None]
+        if flip:
+            pictures, person = pictures[:, :, ::-1], person[..., ::-1]
         images = _recolour(pictures, table)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
-            "source_points": head_points(marks[:1], cameras[:1])[0],
+            "source_points": head_points(marks[:1], cameras[:1])[0], "source_person": person / np.float32(255),
             "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
             "target_landmarks": marks[1, :, :2],
         }  # fmt: skip

@@ -60,6 +60,24 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
     return mask[:, None]
 
 
+def close_ups(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
+    """Mouth and eyes by themselves, upright squares somewhat wider than each, (3 B, C, side, side).
+
+    Args:
+        image: (B, C, H, W). landmarks: (B, 478, 2) crop units.
+    """
+    axis = (torch.arange(side, device=image.device, dtype=torch.float32) + 0.5) / side * 2 - 1
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (side, side, 2)
+    found = []
+    for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
+        points = landmarks[:, list(region)].float() * 2 - 1  # (B, R, 2)
+        low, high = points.amin(1), points.amax(1)
+        half = 0.7 * (high - low).amax(1).clamp_min(0.02)
+        where = (low + high)[:, None, None] / 2 + grid * half[:, None, None, None]
+        found.append(F.grid_sample(image.float(), where, align_corners=False, padding_mode="border"))
+    return torch.cat(found)
+
+
 def mask_loss(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Absolute difference inside eyes and mouth, averaged over the whole image (PlaneDict's mask loss)."""
     return (mask * (image.float() - target.float()).abs()).mean()

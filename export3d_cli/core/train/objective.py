@@ -13,6 +13,8 @@ from export3d_cli.core.train import losses
 from export3d_cli.core.train.data import Batch
 from export3d_cli.core.train.identity import Identity
 
+CLOSE = 64  # side of close-ups, pixels
+
 
 def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
     """Linear warm-up, then (with `decay`) a cosine to a tenth; `fraction` is how far the decay is, 0..1."""
@@ -48,6 +50,9 @@ def reconstruction_loss(
         terms[perceptual.name] = w.perceptual * perceptual(output.image, batch.target, scales=w.scales)
         if w.raw > 0:
             terms[f"{perceptual.name}_raw"] = w.raw * w.perceptual * perceptual(output.raw, small, scales=1)
+        if w.close > 0:
+            seen = (losses.close_ups(x, batch.target_landmarks, CLOSE) for x in (output.image, batch.target))
+            terms["close"] = w.close * perceptual(*seen, scales=1)
     if w.mask > 0:
         mask = losses.face_mask(batch.target_landmarks, batch.target.shape[-1])
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
@@ -55,5 +60,10 @@ def reconstruction_loss(
         terms["identity"] = w.identity * identity(output.image, batch.target, batch.target_landmarks)
     if w.offset > 0 and getattr(output, "offset", None) is not None:
         terms["offset"] = w.offset * output.offset.float().square().mean()
+    if w.rough > 0 and output.rough is not None:
+        terms["rough"] = w.rough * output.rough.mean()
+    if w.silhouette > 0 and output.head is not None:
+        wanted = losses.downsample(output.head, output.opacity.shape[-1])
+        terms["silhouette"] = w.silhouette * losses.l1(output.opacity, wanted)
     loss = torch.stack([t.float() for t in terms.values()]).sum()
     return loss, {k: float(v.detach()) for k, v in terms.items()}

@@ -263,7 +263,8 @@ def finish_expression(
     )
     if isinstance(lebs, LeBS):
         lam = _lam_of_people(run, lebs, sampler, 2**31 + 9)
-        away, seen = (lam - lam.mean(1, keepdim=True)).flatten(0, 1), fitted.flatten(1) / _motion_scale(sampler, 0)
+        seen = fitted.flatten(1) / _motion_scale(sampler, run.config.seed)
+        away = (lam - lam.mean(1, keepdim=True)).flatten(0, 1)
         mixture = axes(away, seen, run.config.clebs.one_sided, LAMBDA_SIZE).to(run.device)
         lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
         lebs.fc2.bias.copy_(mixture @ lebs.fc2.bias)

@@ -249,7 +249,7 @@ class ImageStages:
         """The model on a batch."""
         return model(
             batch.source, batch.source_beta, batch.source_camera, batch.source_points,
-            batch.target_beta, batch.target_camera, raw_size=raw,
+            batch.target_beta, batch.target_camera, batch.source_person, raw_size=raw,
         )  # fmt: skip
 
     def fraction(self) -> float:

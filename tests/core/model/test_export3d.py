@@ -36,7 +36,7 @@ def test_encode_once_and_drive_many_is_forward(tiny: Export3D, inputs: Inputs, o
         at_once = tiny.drive(source.expand(3), beta, camera)
         for k in range(3):
             same(each[k], tiny(*inputs.values(), beta[k : k + 1], camera[k : k + 1]))
-            part = Output(*(t[k : k + 1] for t in at_once))
+            part = Output(*(t if t is None else t[k : k + 1] for t in at_once))
             same(part, each[k], atol=1e-4)
     assert not torch.allclose(each[0].image, each[2].image, atol=1e-3)
 
@@ -44,9 +44,9 @@ def test_encode_once_and_drive_many_is_forward(tiny: Export3D, inputs: Inputs, o
 def test_shapes_and_ranges(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:
     with torch.no_grad():
         out = tiny(*inputs.values(), torch.rand(1, 64), orbit(10), raw_size=8)
-    assert {name: tuple(t.shape) for name, t in out._asdict().items()} == {
+    assert {name: tuple(t.shape) for name, t in out._asdict().items() if t is not None} == {
         "image": (1, 3, 64, 64), "raw": (1, 3, 8, 8), "depth": (1, 1, 8, 8), "opacity": (1, 1, 8, 8),
-        "offset": (1, 2, 32, 32), "weights": (1, 4, 32, 32),
+        "offset": (1, 2, 32, 32), "weights": (1, 4, 32, 32), "head": (1, 1, 32, 32),
     }  # fmt: skip
     assert out.opacity.min() >= 0
     assert out.opacity.max() <= 1
@@ -85,7 +85,7 @@ def test_a_pose_seen_by_many_cameras_is_seen_by_each(
         at_once = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
         for k in range(3):
             alone = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
-            same(Output(*(t[k : k + 1] for t in at_once)), alone, atol=1e-4)
+            same(Output(*(t if t is None else t[k : k + 1] for t in at_once)), alone, atol=1e-4)
 
 
 def test_the_basis_of_a_source_is_that_of_the_weights(tiny: Export3D, inputs: Inputs) -> None:
@@ -142,3 +142,13 @@ def test_the_paper_wiring_runs_too(inputs: Inputs, orbit: Callable[..., Tensor])
     assert out.image.shape == (1, 3, 64, 64)
     assert out.offset is None
     assert out.weights is None
+
+
+def test_roughness_is_that_of_the_volume_and_only_learnt_from(tiny: Export3D, inputs: Inputs) -> None:
+    drive = (inputs["image"], inputs["beta"], inputs["camera"], inputs["points"], inputs["beta"], inputs["camera"])
+    with torch.no_grad():
+        assert tiny(*drive).rough is None
+        tiny.train()
+        assert tiny(*drive).rough > 0
+        tiny.decoder.density.weight.zero_()  # the same everywhere
+        assert tiny(*drive).rough == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
 from export3d_cli.core.model.flow import (
+    FOREHEAD,
     OVAL,
     SURFACE_REACH,
     SURFACE_SIZE,
@@ -21,8 +22,9 @@ from export3d_cli.core.model.flow import (
     rasterize,
     rigid_flow,
     warp,
+    with_rings,
 )
-from export3d_cli.core.model.mouth import LOWER_LIP, RIMS, anchored_places, behind_lips
+from export3d_cli.core.model.mouth import CHIN, LOWER_LIP, RIMS, anchored_places, behind_lips
 from export3d_cli.core.model.render import pixel_grid, project, rays
 
 SIZE = 64
@@ -105,6 +107,43 @@ def test_weight_falls_from_the_face_to_nothing(flow: BasisFlow, points: Tensor, 
     uv, _ = project(points[:, list(OVAL)], orbit(0))
     inside = warp(mesh.weight, (uv + (0.5 - uv) * 0.1).transpose(1, 2)[..., None])
     assert inside.min() > 0.9
+
+
+def test_a_head_is_the_person_down_to_the_neck(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    camera = orbit(0)
+    (chin_x, chin_y), (_, top_y) = project(points[:, [CHIN, FOREHEAD]], camera)[0][0].tolist()
+    own = flow(points, camera, points, camera)
+    alone, crowd, lost = (
+        flow.head(points, camera, mask) for mask in (own.face, torch.ones(1, 1, 64, 64), own.face * 0)
+    )
+    assert (alone >= own.face).all() and (alone - own.face).max() < 0.25  # a face is a head
+    torch.testing.assert_close(lost, own.weight)  # a mask that misses the face is none
+
+    def at(picture: Tensor, x: float, y: float) -> float:
+        return float(warp(picture, torch.tensor([x, y]).view(1, 2, 1, 1)))
+
+    above, below = top_y - 0.3 * (chin_y - top_y), chin_y + 0.15 * (chin_y - top_y)
+    assert at(alone, chin_x, above) == 0 and at(crowd, chin_x, above) > 0.9
+    assert 0.3 < at(crowd, chin_x, below) < 0.7 and at(crowd, chin_x, chin_y + 0.35 * (chin_y - top_y)) == 0
+    assert crowd[..., 0].max() == 0  # others stand at the border
+
+
+def test_hair_turns_with_the_head_and_what_is_beside_it_does_not(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """Hair on one side only: the mesh takes along that side of what surrounds the face."""
+    source, driver = orbit(0), orbit(12)
+    person = flow(points, source, points, source).face
+    person[..., person.shape[-1] // 2 :] = 1
+    head = flow.head(points, source, person)
+    mesh = flow(points, source, points, driver, 2 * SIZE, head)
+    uv, _ = project(with_rings(points)[:, 478:514], driver)  # the inner ring
+    weight = warp(mesh.weight, uv.transpose(1, 2)[..., None])[0, 0, :, 0]
+    bare = flow(points, source, points, driver, 2 * SIZE)
+    middle, above = uv[0, :, 0].mean(), uv[0, :, 1] < uv[0, :, 1].mean()
+    right, left = (uv[0, :, 0] > middle + 0.1) & above, (uv[0, :, 0] < middle - 0.1) & above
+    assert weight[right].mean() > 0.8 and weight[left].max() < 0.3
+    torch.testing.assert_close(mesh.uv, bare.uv)  # a mask says what moves, not whereto
 
 
 def test_a_turned_head_takes_its_skin_along(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.flow import resize
+from export3d_cli.core.model.generator import zero_start
 from export3d_cli.core.model.superres import Inside
 
 
@@ -24,6 +29,31 @@ def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
     lower = seen[:, 8:16]
     assert lower[:, :, mesh.mouth[0, 0] > 0].abs().mean() > 0.05
     assert lower[:, :, mesh.eye[0, 0] > 0].abs().max() == 0  # only teeth have a lower row
+
+
+def test_hair_is_not_copied_to_where_the_head_no_longer_is(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """Whatever colour the hair has, it does not stay behind when the head turns."""
+    assert tiny.flow is not None and tiny.flow_blend is not None
+    zero_start(tiny.flow_blend.leave)  # what is blended and copied is then a matter of geometry alone
+    zero_start(tiny.superres.colour)
+    size = tiny.config.image_size
+    person = torch.ones(1, 1, size, size)
+    photo = torch.zeros(1, 3, size, size)
+    with torch.no_grad():
+        blank = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
+        assert blank.head is not None
+        hair = resize(blank.head, size) > 0.98
+        other = replace(blank, image=torch.where(hair, 1.0, photo))
+        made, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, other))
+        seen = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head)
+    assert made.weights is not None
+    changed = (made.image - marked.image).abs().amax(1, keepdim=True)
+    beside = (F.max_pool2d(seen.weight, 5, 1, 2) == 0) & (resize(made.weights[:, 1:2], size) < 0.05)
+    assert (hair & beside).sum() > 20
+    assert changed[hair & beside].max() < 0.1
+    assert changed[(seen.weight == 1) & (seen.mouth == 0)].mean() > 0.5
 
 
 def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:

@@ -37,6 +37,7 @@ def test_cache_holds_the_frames_with_a_face_and_is_made_once(data_set: Path) -> 
     assert faces.clips[4].still
     assert faces.clips[0].track == "t00"
     assert faces.clips[4].track == ""
+    assert faces.person.shape == (len(faces.frames), 64, 64) and faces.person.max() < 25  # nobody is in plain fields
     before = (data_set / f"cache-{SIZE}" / "frames.npy").stat().st_mtime_ns
     load_set(data_set, SIZE)
     assert (data_set / f"cache-{SIZE}" / "frames.npy").stat().st_mtime_ns == before
@@ -48,6 +49,8 @@ def test_cache_is_made_again_when_the_data_set_changed(data_set: Path, tmp_path:
     place = next(tmp_path.iterdir())
     (place / "index.json").write_text("{}")
     assert len(load_set(data_set, SIZE, 2, str(tmp_path)).frames) == 4 * 6 + 1
+    (place / "person.npy").unlink()  # as in one made before masks were kept
+    assert len(load_set(data_set, SIZE, 2, str(tmp_path)).person) == 4 * 6 + 1
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,7 @@ def test_cache_is_made_again_when_the_data_set_changed(data_set: Path, tmp_path:
         ("camera", np.full((4 * (FRAMES - 1) + 1, 25), np.nan, np.float32)),
         ("landmarks", np.zeros((4 * (FRAMES - 1) + 1, 478, 3), np.uint8)),
         ("frames", np.zeros((2, SIZE, SIZE, 3), np.uint8)),
+        ("person", np.zeros((4 * (FRAMES - 1) + 1, 64, 64), np.float32)),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(data_set: Path, tmp_path: Path, name: str, array: np.ndarray) -> None:
@@ -112,7 +116,8 @@ def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
 
 def test_mirrored_pair_is_one_mirrored_scene(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = np.tile(np.arange(SIZE, dtype=np.uint8)[:, None], (SIZE, 1, 3))
-    shown = replace(sampler.sets[0], frames=np.broadcast_to(ramp, sampler.sets[0].frames.shape))
+    mask = np.broadcast_to(np.arange(64, dtype=np.uint8), sampler.sets[0].person.shape)
+    shown = replace(sampler.sets[0], frames=np.broadcast_to(ramp, sampler.sets[0].frames.shape), person=mask)
     straight = Sampler([shown], sampler.config, sampler.mirror)
     always = Sampler([shown], replace(sampler.config, flip=True), sampler.mirror)
     step = next(
@@ -120,6 +125,7 @@ def test_mirrored_pair_is_one_mirrored_scene(sampler: Sampler, monkeypatch: pyte
     )
     a, b = straight.batch(0, step, 1), always.batch(0, step, 1)
     assert torch.equal(b.source, a.source.flip(3)) and torch.equal(b.target, a.target.flip(3))
+    assert torch.equal(b.source_person, a.source_person.flip(3)) and a.source_person[0, 0, 0, 51] == 0.2
     left, right = BETA_NAMES.index("mouthSmileLeft"), BETA_NAMES.index("mouthSmileRight")
     for before, after in ((a.source_beta, b.source_beta), (a.target_beta, b.target_beta)):
         assert after[0, left] == before[0, right] != before[0, left] == after[0, right]

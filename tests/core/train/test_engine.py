@@ -312,7 +312,7 @@ def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> No
     with torch.autocast("cpu", torch.bfloat16):
         output = model(image, beta, camera, torch.zeros(2, 478, 3), beta, camera)
         loss, _ = stages.reconstruction_loss(
-            output, Batch(image, beta, camera, beta, image, beta, camera, torch.rand(2, 478, 2)), tiny, None
+            output, Batch(image, beta, camera, beta, image, image, beta, camera, torch.rand(2, 478, 2)), tiny, None
         )
     assert kinds["ray"] == {torch.float32}
     assert kinds["layer"] == {torch.bfloat16}  # what is between them is not

@@ -9,8 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from export3d_cli.core.config import train_config
 from export3d_cli.core.errors import InputError
+from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
+from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.train import losses
+from export3d_cli.core.train.data import Batch
+from export3d_cli.core.train.objective import reconstruction_loss
 from export3d_cli.core.train.pretrain import mirror_loss, person_loss
 
 from .conftest import motion_of
@@ -129,3 +134,33 @@ def test_a_mirrored_face_has_the_same_lambda_but_for_what_is_one_sided() -> None
     mirrored = lam * torch.tensor([1.0, 1.0, 1.0, -1.0])
     assert mirror_loss(lam, mirrored, 1) == 0
     assert mirror_loss(lam, mirrored, 0) == pytest.approx((4 * lam[:, 3] ** 2).mean().item() / 4 / lam.var(0).mean())
+
+
+def test_close_ups_show_mouth_and_eyes() -> None:
+    """A picture of its own coordinates tells where they look."""
+    axis = (torch.arange(64) + 0.5) / 64
+    image = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None].expand(2, -1, -1, -1)
+    marks = torch.rand(2, 478, 2) * 0.01
+    for centre, wide, region in ((0.3, 0.1, LEFT_EYE), (0.6, 0.1, RIGHT_EYE), (0.5, 0.2, OUTER_LIPS)):
+        marks[:, list(region)] = centre
+        marks[:, region[0], 0], marks[:, region[1], 0] = centre - wide / 2, centre + wide / 2
+    seen = losses.close_ups(image, marks, 8)
+    assert seen.shape == (6, 2, 8, 8)
+    for k, (centre, wide) in enumerate(((0.3, 0.1), (0.6, 0.1), (0.5, 0.2))):
+        part = seen[2 * k : 2 * k + 2]
+        torch.testing.assert_close(part.mean((2, 3)), torch.full((2, 2), centre), atol=1e-3, rtol=0)
+        width = part[:, 0, :, -1] - part[:, 0, :, 0]
+        torch.testing.assert_close(width, torch.full((2, 8), 1.4 * wide * 7 / 8), atol=1e-3, rtol=0)
+
+
+def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:
+    config = train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "silhouette": 2, "rough": 3}})
+    image, head = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    head[..., :4] = 1
+    opacity = torch.full((1, 1, 4, 4), 0.25)
+    output = Output(image, image, opacity, opacity, None, None, head, torch.tensor([0.5]))
+    camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
+    batch = Batch(image, beta, camera, beta, head, image, beta, camera, torch.zeros(1, 478, 2))
+    total, terms = reconstruction_loss(output, batch, config, None)
+    assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["rough"] == pytest.approx(3 * 0.5)
+    assert float(total) == pytest.approx(2.5)

@@ -1,0 +1,24 @@
+"""What is behind the head."""
+
+from __future__ import annotations
+
+import torch
+
+from export3d_cli.core.model.source_view import inpaint
+
+
+def test_the_unknown_is_filled_from_around() -> None:
+    """A ramp with a hole: its colours go on in the hole, and nothing of what was there remains."""
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    known = torch.ones(1, 1, 32, 32)
+    known[..., 10:22, 10:22] = 0
+    hole = torch.nn.functional.interpolate(known, (64, 64)) == 0
+    filled, other = (inpaint(ramp.masked_fill(hole, colour), known, 16) for colour in (-9.0, 9.0))
+    torch.testing.assert_close(filled, other)
+    truth = torch.nn.functional.interpolate(ramp, (16, 16), mode="area")
+    assert (filled - truth).abs().max() < 0.35
+    assert (filled - truth)[..., :4, :].abs().max() < 1e-5  # what is known stays
+
+
+def test_a_picture_of_which_nothing_is_known_is_grey() -> None:
+    assert inpaint(torch.ones(1, 3, 32, 32), torch.zeros(1, 1, 8, 8), 8).abs().max() == 0

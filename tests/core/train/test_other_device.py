@@ -1,0 +1,26 @@
+"""The stages of training on a pretended accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerator import Pretended
+
+from export3d_cli.core.checkpoint import load_weights
+from export3d_cli.core.config import TrainConfig
+from export3d_cli.core.train.trainer import train
+
+
+def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stages = ("clebs", "reconstruction", "adversarial")
+    adversarial = replace(tiny.adversarial, steps=2, channels=8, base=64, mapping=1, r1=1.0, r1_every=1, ada=0.6)
+    loss = replace(tiny.loss, l1=1.0, mask=1.0, close=1.0, offset=1.0, rough=1.0, silhouette=1.0, l2_scales=2)
+    config = replace(tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss)
+    with Pretended() as pretended:
+        found = train(config)
+    assert found.finished and pretended.calls > 5000
+    _, _, record = load_weights(found.weights)
+    assert record["adversarial_steps"] == 2
