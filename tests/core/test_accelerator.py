@@ -32,9 +32,7 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def made(where: str) -> list[np.ndarray]:
-        animator = Animator.from_weights(
-            tiny_weights, device=where, precision="fp32", threads=1, batch=2, quality="best"
-        )
+        animator = Animator.from_weights(tiny_weights, device=where, precision="fp32", batch=2, quality="best")
         motion = animator.set_source(photo)
         cameras = orbit_cameras(animator.source_camera(), NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
         turned = replace(motion_rows(motion, np.zeros(3, int)), camera=cameras)
