@@ -78,7 +78,7 @@ class Animator:
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
         self._motion: Motion | None = None
-        self._person = PersonMask(resolve("selfie_segmentation"))
+        self.person_mask = PersonMask(resolve("selfie_segmentation"))
         self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
         self._crop_scale = CROP_SCALE[0]
 
@@ -160,7 +160,7 @@ class Animator:
         self._motion = own = motion_rows(motion, np.array([frame]))
         extent = own.landmarks[0, :, :2].max(0) - own.landmarks[0, :, :2].min(0)
         self._crop_scale, self._crop = float(1 / extent.max()), crop
-        person = self._tensor(self._person.alpha(crop)[None, None])
+        person = self._tensor(self.person_mask.alpha(crop)[None, None])
         with torch.inference_mode(), autocast(self.device, self.precision):
             self._source = self.model.encode_source(
                 to_tensor(crop)[None].to(self.device), self._tensor(own.beta), self._tensor(own.camera),

@@ -15,10 +15,8 @@ import numpy as np
 
 from export3d_cli.core.animate import Animator
 from export3d_cli.core.errors import InputError
-from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.files import write_atomic
 from export3d_cli.core.media.video import SYNTHETIC
-from export3d_cli.core.weights import resolve
 
 MESH_SUFFIXES = (".ply", ".glb")
 LEVEL = 8.0  # density, per unit of the head frame: the surface that follows the rendered depth best
@@ -99,7 +97,7 @@ def _grid(resolution: int) -> np.ndarray:
 
 def _person(animator: Animator, points: np.ndarray) -> np.ndarray:
     """How much of the person, (N,) in [0, 1], is where the source's camera sees points (N, 3); 0 beside its picture."""
-    alpha = PersonMask(resolve("selfie_segmentation")).alpha(animator.source_crop())
+    alpha = animator.person_mask.alpha(animator.source_crop())
     at = np.floor(animator.source_camera().project(points) * len(alpha)).astype(int)
     inside = ((at >= 0) & (at < len(alpha))).all(-1)
     column, row = at.clip(0, len(alpha) - 1).T

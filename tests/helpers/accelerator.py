@@ -1,7 +1,7 @@
 """A device that is not there: `Pretended` plays an accelerator.
 
-Tensors moved to "cuda" stay where they are, but say that they are there, and what
-mixes them with others fails as it would on a real one. So the code that a GPU runs is run, numbers and all.
+Tensors moved to "cuda" stay where they are, but say that they are there, and what mixes them with others fails as it
+would on a real one. So the code that a GPU runs is run, numbers and all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 CUDA = torch.device("cuda", 0)
 MIXED = ("copy_", "__set__", "__setitem__", "_has_compatible_shallow_copy_type")  # take what is on another device
-ANYWHERE = ("__getitem__", "__setitem__", "index_put_")  # take indices of the CPU
+ANYWHERE = ("__getitem__", "index_put_")  # take indices of the CPU
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

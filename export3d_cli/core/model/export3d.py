@@ -119,7 +119,7 @@ class Export3D(nn.Module):
         if self.flow is not None:
             with torch.no_grad():
                 head = self.flow.head(points, camera, person)
-        behind = None if head is None else inpaint(image, 1 - head, self.config.image_size // 4)
+        behind = None if head is None or sv is None else inpaint(image, 1 - head, H // 4)
         view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
         rows = None
         if view is not None and self._lean(image):

@@ -215,10 +215,9 @@ class BasisFlow(nn.Module):
         chin, up = uv[:, 0], uv[:, 1] - uv[:, 0]  # (B, 2)
         away = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
         height = (away * up[:, None]).sum(-1) / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
-        person = F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area")
         above = (height / NECK + 1).clamp(0, 1).view(-1, 1, self.size, self.size)
         near = (2 * own.weight).clamp_max(1)  # no farther than half of the outer ring: others may be in the picture
-        person = resize(person, self.size)
+        person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
         found = (person * own.face).sum((1, 2, 3), keepdim=True) > own.face.sum((1, 2, 3), keepdim=True) / 2
         return torch.where(found, torch.maximum(own.face, person * above * near), own.weight)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
+from export3d_cli.core.model.flow import warp
+from export3d_cli.core.model.render import pixel_grid
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAFFE_BGR = (103.939, 116.779, 123.68)
@@ -42,8 +44,7 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
 
     Each region is the ellipse of its landmarks' covariance, `grow` times as large, so that it turns with the head.
     """
-    axis = (torch.arange(size, device=landmarks.device, dtype=torch.float32) + 0.5) / size
-    pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (H, W, 2)
+    pixels = pixel_grid(size, landmarks.device).view(size, size, 2)
     mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
         points = landmarks[:, list(region)].float()  # (B, R, 2)
@@ -66,15 +67,13 @@ def close_ups(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
     Args:
         image: (B, C, H, W). landmarks: (B, 478, 2) crop units.
     """
-    axis = (torch.arange(side, device=image.device, dtype=torch.float32) + 0.5) / side * 2 - 1
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (side, side, 2)
+    around = pixel_grid(side, image.device).T.view(2, side, side) - 0.5
     found = []
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
-        points = landmarks[:, list(region)].float() * 2 - 1  # (B, R, 2)
+        points = landmarks[:, list(region)].float()  # (B, R, 2)
         low, high = points.amin(1), points.amax(1)
-        half = 0.7 * (high - low).amax(1).clamp_min(0.02)
-        where = (low + high)[:, None, None] / 2 + grid * half[:, None, None, None]
-        found.append(F.grid_sample(image.float(), where, align_corners=False, padding_mode="border"))
+        wide = 1.4 * (high - low).amax(1).clamp_min(0.01)
+        found.append(warp(image, (low + high)[:, :, None, None] / 2 + around * wide[:, None, None, None]))
     return torch.cat(found)
 
 
