@@ -97,7 +97,10 @@ def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weig
         parts = [
             f"{what} {names[:3]}" for what, names in (("miss", missing), ("add", extra), ("reshape", wrong)) if names
         ]
-        raise WeightsError(f"{where} do not fit this model: they {', '.join(parts)}")
+        raise WeightsError(
+            f"{where} do not fit this model, they {', '.join(parts)}: made by another version? "
+            "Train them anew, or use those that came with this one"
+        )
     model.load_state_dict(state, strict=True)
 
 

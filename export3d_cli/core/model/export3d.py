@@ -12,13 +12,24 @@ from torch.nn import functional as F
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
-from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, FlowBlend, Mesh, MeshFlow, drift_flow, rigid_flow
+from export3d_cli.core.model.flow import (
+    SURFACE_REACH,
+    BasisFlow,
+    FlowBlend,
+    Mesh,
+    MeshFlow,
+    drift_flow,
+    resize,
+    rigid_flow,
+    turn,
+)
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
 NEIGHBOURS, APART = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
+UNSURE = 0.2  # how much of what is not head is taken for the person's without a mask
 Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
 
 
@@ -31,6 +42,7 @@ class Source:
     points: Tensor  # (B, 478, 3) landmarks in the head frame
     lam: Tensor  # (B, n) its own expression
     head: Tensor | None  # (B, 1, m, m) where the photo shows the head, hair included
+    body: Tensor | None  # (B, 1, m, m) and where the rest of the person
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     view: Tensor | None  # (B, C, H/4, W/4) source-view plane
@@ -81,6 +93,8 @@ class Output(NamedTuple):
     weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
     head: Tensor | None = None  # (B, 1, m, m) where the head should be: the opacity wanted
     rough: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
+    sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
+    known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
 
 
 class Export3D(nn.Module):
@@ -115,17 +129,18 @@ class Export3D(nn.Module):
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         stem, tokens = self.generator.encode(image)
         sv, sr = self.source_view, self.superres
-        head = None
+        head, body = None, None
         if self.flow is not None:
             with torch.no_grad():
                 head = self.flow.head(points, camera, person)
+                body = (1 - head) * (UNSURE if person is None else resize(person.float(), self.config.mesh_size))
         behind = None if head is None or sv is None else inpaint(image, 1 - head, H // 4)
         view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
         rows = None
         if view is not None and self._lean(image):
             rows = [lean.plane_table(part) for part in view.split(1)]
         return Source(
-            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head,
+            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head, body=body,
             stem=stem, tokens=tokens,
             view=view, still=sv.still(stem, behind) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
@@ -182,13 +197,15 @@ class Export3D(nn.Module):
         detail, weights, head = None, None, None
         if posed.mesh is not None:
             detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity)
-            weights, head = detail.weights, detail.mesh.weight
+            weights, head = detail.flow.weights, detail.mesh.weight
         full, quarter = features, self.config.image_size // 4
         if features.shape[-1] != quarter:
             full = F.interpolate(features, (quarter, quarter), mode="bilinear")
-        image, offset = self.superres(full, full[:, :3], detail)
+        made = self.superres(full, full[:, :3], detail)
         rough = self._roughness(source, posed) if self.training else None
-        return Output(image, features[:, :3], depth, opacity, offset, weights, head, rough)
+        return Output(
+            made.image, features[:, :3], depth, opacity, made.offset, weights, head, rough, made.sampled, made.known
+        )
 
     def forward(
         self,
@@ -309,7 +326,8 @@ class Export3D(nn.Module):
         self, source: Source, moved: Mesh, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor
     ) -> PhotoDetail:
         assert self.flow is not None and self.flow_blend is not None and source.small is not None
-        assert source.half is not None and source.quarter is not None and source.head is not None
+        assert source.half is not None and source.quarter is not None
+        assert source.head is not None and source.body is not None
         s = self.config.flow_size
         with torch.no_grad():
             mesh: MeshFlow = self.flow.seen(moved, camera, head=source.head)
@@ -319,6 +337,7 @@ class Export3D(nn.Module):
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
         drift = drift_flow(source.camera, camera, s)
-        uv, weights = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head)
+        turned = turn(source.camera, camera)
+        flow = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head, source.body, turned)
         halves = (source.image, source.small, source.half, source.quarter)
-        return PhotoDetail(*halves, uv, weights, mesh, source.head, self._code(source, lam))
+        return PhotoDetail(*halves, flow, mesh, source.head, self._code(source, lam))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
-from export3d_cli.core.model.flow import MeshFlow, resize, warp
+from export3d_cli.core.model.flow import LayeredFlow, MeshFlow, resize, warp
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 
 DETAIL = 16  # channels of stem features taken along the flow
@@ -89,11 +89,19 @@ class PhotoDetail(NamedTuple):
     small: Tensor  # (B, 3, H/2, W/2), the same
     half: Tensor  # (B, 16, H/2, W/2) stem features
     quarter: Tensor  # (B, 16, H/4, W/4)
-    uv: Tensor  # (B, 2, m, m) the flow
-    weights: Tensor  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
+    flow: LayeredFlow
     mesh: MeshFlow
     head: Tensor  # (B, 1, m, m) where the photo shows the head
     code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
+
+
+class Refined(NamedTuple):
+    """What super-resolution makes; without a flow the image alone."""
+
+    image: Tensor  # (B, 3, H, W)
+    offset: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
+    sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
+    known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
 
 
 class Inside(nn.Module):
@@ -152,6 +160,22 @@ def widen(mask: Tensor) -> Tensor:
     return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
 
 
+def layered(
+    image: Tensor, flow: LayeredFlow, here: Tensor, size: int, fill: Tensor | float = 0.0, offset: Tensor | None = None
+) -> Tensor:
+    """The photo's (B, C, ., .) along both layers of its flow -> (B, C, size, size).
+
+    Behind the head it is `fill` where `here` (B, 1, m, m) says that the photo does not know; `offset` moves both.
+    """
+    head, rest = resize(flow.head, size), resize(flow.rest, size)
+    if offset is not None:
+        offset = resize(offset, size)
+        head, rest = head + offset, rest + offset
+    here = resize(here, size)
+    behind = here * warp(image, rest) + (1 - here) * fill
+    return torch.lerp(behind, warp(image, head), resize(flow.share, size))
+
+
 def _around(where: Tensor, size: int) -> tuple[int, int]:
     """First and number of the rows (or columns) of a patch that holds `where` and a rim, within 0 to `size`."""
     first, last = (int(x) for x in where.aminmax())
@@ -185,45 +209,40 @@ class SuperResolution(nn.Module):
             self.expression = nn.Linear(config.code_dim, c2)
             zero_start(self.expression)
 
-    def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> tuple[Tensor, Tensor | None]:
-        """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> (B, 3, H, W), offset (B, 2, H/2, W/2)."""
+    def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> Refined:
+        """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> the image and what it was made of."""
         half = upsample(rgb.float())
         base = upsample(half)
         if detail is None:
             x = self.block4(self.enter(features))
             x = self.block2(self.to2(upsample(leaky(x))))
             x = self.block1(self.to1(upsample(leaky(x))))
-            return base + self.colour(leaky(x)).float(), None
+            return Refined(base + self.colour(leaky(x)).float())
 
-        mesh, s4 = detail.mesh, features.shape[-1]
-        uv = resize(detail.uv, s4)
-        # where the head was and is no more, the photo does not know what is behind
-        face, rigid = detail.weights[:, :1], detail.weights[:, 1:2]
-        rest = detail.weights[:, 2:].sum(1, keepdim=True)
-        gone = rest * (warp(widen(detail.head), detail.uv) - widen(mesh.weight)).clamp_min(0)
-        known = face * mesh.valid + rigid + rest - gone
+        mesh, flow, s4 = detail.mesh, detail.flow, features.shape[-1]
+        # where the head was and is no more, the photo does not know what is behind: not even its outline is to be seen
+        here = 1 - (warp(widen(detail.head), flow.rest) - widen(mesh.weight)).clamp_min(0)
+        face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
+        rest = 1 - flow.share
+        known = face * mesh.valid + rigid + rest * here
         facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
-        here = 1 - gone  # of what has gone not even the outline is to be seen
-        x = self.enter(torch.cat([features, warp(detail.quarter, uv) * resize(here, s4), facts], dim=1))
+        x = self.enter(torch.cat([features, layered(detail.quarter, flow, here, s4), facts], dim=1))
         x = leaky(self.block4(x))  # (B, c2, H/4, W/4)
 
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
-        uv = resize(detail.uv, 2 * s4)
-        here = resize(here, 2 * s4)
-        sampled = torch.lerp(half, warp(detail.small, uv), here)
-        x = self._join(self.to2, x, [sampled, warp(detail.half, uv) * here, facts], mesh, 2 * s4)
+        seen = layered(detail.small, flow, here, 2 * s4, half)
+        x = self._join(self.to2, x, [seen, layered(detail.half, flow, here, 2 * s4), facts], mesh, 2 * s4)
         x = self.block2(x + self.expression(detail.code)[:, :, None, None])
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = leaky(x)  # (B, c2, H/2, W/2)
 
         facts = resize(facts, 4 * s4)
-        sampled = warp(detail.photo, resize(uv + offset, 4 * s4))  # (B, 3, H, W)
-        sampled = torch.lerp(base, sampled, resize(here, 4 * s4))
+        sampled = layered(detail.photo, flow, here, 4 * s4, base, offset)  # (B, 3, H, W)
         x = self.block1(self._join(self.to1, x, [sampled, facts], mesh, 4 * s4))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
-        return mask * sampled + (1 - mask) * (base + out[:, :3]), offset
+        return Refined(mask * sampled + (1 - mask) * (base + out[:, :3]), offset, seen, known)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
-from export3d_cli.core.model.flow import warp
+from export3d_cli.core.model.flow import resize, warp
 from export3d_cli.core.model.render import pixel_grid
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,6 +75,20 @@ def close_ups(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
         wide = 1.4 * (high - low).amax(1).clamp_min(0.01)
         found.append(warp(image, (low + high)[:, :, None, None] / 2 + around * wide[:, None, None, None]))
     return torch.cat(found)
+
+
+def flow_loss(sampled: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Photometric loss of the flow: the photo's colours along it against the target, where the photo knows it.
+
+    Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off is pulled, too.
+
+    Args:
+        sampled: (B, 3, h, w). target: (B, 3, H, W). known: (B, 1, m, m) in 0..1; no gradient reaches it.
+    """
+    size = sampled.shape[-1]
+    away = (sampled.float() - downsample(target.float(), size)) * resize(known.detach().float(), size)
+    cells = [away, F.avg_pool2d(away, 4), F.avg_pool2d(away, 8)]
+    return torch.stack([x.abs().mean() for x in cells]).mean()
 
 
 def mask_loss(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:

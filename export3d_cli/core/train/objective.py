@@ -12,6 +12,7 @@ from export3d_cli.core.config import TrainConfig
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.data import Batch
 from export3d_cli.core.train.identity import Identity
+from export3d_cli.core.train.landmarks import Landmarks
 
 CLOSE = 64  # side of close-ups, pixels
 
@@ -35,6 +36,7 @@ def reconstruction_loss(
     config: TrainConfig,
     perceptual: losses.Perceptual | None,
     identity: Identity | None = None,
+    landmarks: Landmarks | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight."""
     w = config.loss
@@ -58,8 +60,12 @@ def reconstruction_loss(
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
     if identity is not None and w.identity > 0:
         terms["identity"] = w.identity * identity(output.image, batch.target, batch.target_landmarks)
+    if landmarks is not None and w.landmarks > 0:
+        terms["landmarks"] = w.landmarks * landmarks(output.image, batch.target, batch.target_landmarks)
     if w.offset > 0 and getattr(output, "offset", None) is not None:
         terms["offset"] = w.offset * output.offset.float().square().mean()
+    if w.flow > 0 and output.sampled is not None:
+        terms["flow"] = w.flow * losses.flow_loss(output.sampled, batch.target, output.known)
     if w.rough > 0 and output.rough is not None:
         terms["rough"] = w.rough * output.rough.mean()
     if w.silhouette > 0 and output.head is not None:

@@ -19,11 +19,13 @@ from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.augment import Adaptive, augment
 from export3d_cli.core.train.data import Batch, Prefetcher, Sampler, loaders
 from export3d_cli.core.train.identity import load_identity
+from export3d_cli.core.train.landmarks import LandmarkNetwork, Landmarks
 from export3d_cli.core.train.losses import Perceptual
 from export3d_cli.core.train.lpips import load_distance
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
 from export3d_cli.core.train.parallel import waiting
 from export3d_cli.core.train.run import Run
+from export3d_cli.core.weights import resolve
 
 SKIPPED_IN_A_ROW = 20  # updates with gradients that are no numbers, before giving up
 SEED_OF = {"reconstruction": 1, "adversarial": 2}  # the number of a stage in `Run.seed`
@@ -43,6 +45,9 @@ class ImageStages:
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.perceptual = self._perceptual()
         self.identity = load_identity(config.loss.embedder, run.device) if config.loss.identity > 0 else None
+        self.landmarks = None
+        if config.loss.landmarks > 0:
+            self.landmarks = Landmarks(LandmarkNetwork(resolve("face_landmarker"))).to(run.device)
         self.record = {**record, "perceptual": self.perceptual.name if self.perceptual is not None else "none"}
         self.adaptive = Adaptive(config.adversarial)
         self.unfair = 0  # steps in a row of the discriminator whose loss was no number
@@ -182,7 +187,9 @@ class ImageStages:
             with waiting(self.wrapped, last=number == len(parts)):
                 with self.run.autocast():
                     output = self.forward(self.wrapped, batch, raw_size(config, self.done))
-                    loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.identity)
+                    loss, terms = reconstruction_loss(
+                        output, batch, config, self.perceptual, self.identity, self.landmarks
+                    )
                 if self.discriminator is not None:  # eq. 14
                     shown = self.shown(output.image, 0, rows)
                     fooled = adversary.generator_loss(self.discriminator(shown, batch.target_camera))

@@ -13,6 +13,7 @@ from export3d_cli.core.config import train_config
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.model.export3d import Output
+from export3d_cli.core.model.flow import resize
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.data import Batch
 from export3d_cli.core.train.objective import reconstruction_loss
@@ -151,6 +152,24 @@ def test_close_ups_show_mouth_and_eyes() -> None:
         torch.testing.assert_close(part.mean((2, 3)), torch.full((2, 2), centre), atol=1e-3, rtol=0)
         width = part[:, 0, :, -1] - part[:, 0, :, 0]
         torch.testing.assert_close(width, torch.full((2, 8), 1.4 * wide * 7 / 8), atol=1e-3, rtol=0)
+
+
+def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
+    target, known = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 8, 8)
+    known[..., :4] = 1
+    config = train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "flow": 2}})
+    beside = torch.ones(1, 3, 16, 16)
+    beside[..., 1::2] = -1  # differences of single pixels cancel out in cells
+    marks = torch.zeros(1, 478, 2)
+    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks)
+    for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (beside, 2 * 0.5 / 3)):
+        shown = resize(known, 16).mean().item() / 0.5  # the mask's rim is soft
+        output = Output(target, target, known, known, None, None, sampled=sampled.requires_grad_(), known=known)
+        total, terms = reconstruction_loss(output, batch, config, None)
+        assert terms["flow"] == pytest.approx(wanted * shown, rel=0.15)
+        total.backward()
+        assert sampled.grad is not None and sampled.grad[..., :6].abs().max() > 0
+        assert not sampled.grad[..., 10:].any()
 
 
 def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:

@@ -17,7 +17,8 @@ def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stages = ("clebs", "reconstruction", "adversarial")
     adversarial = replace(tiny.adversarial, steps=2, channels=8, base=64, mapping=1, r1=1.0, r1_every=1, ada=0.6)
-    loss = replace(tiny.loss, l1=1.0, mask=1.0, close=1.0, offset=1.0, rough=1.0, silhouette=1.0, l2_scales=2)
+    terms = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
+    loss = replace(tiny.loss, l2_scales=2, **terms)
     config = replace(tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss)
     with Pretended() as pretended:
         found = train(config)
