@@ -110,7 +110,7 @@ class Landmarker:
             detector: finds the faces that the bundle's own detector misses, small and turned ones; None: nobody does.
             threads: of each network.
         """
-        short_range, mesh, blendshapes = _read_bundle(
+        short_range, mesh, blendshapes = read_bundle(
             bundle, "face_detector.tflite", "face_landmarks_detector.tflite", "face_blendshapes.tflite"
         )
         with quiet_stderr():
@@ -249,7 +249,8 @@ class Landmarker:
         return Face(landmarks=landmarks, blendshapes=blendshapes, score=score)
 
 
-def _read_bundle(bundle: Path, *names: str) -> list[bytes]:
+def read_bundle(bundle: Path, *names: str) -> list[bytes]:
+    """The named files of a bundle; raises `WeightsError` when it is missing or damaged."""
     bundle = Path(bundle)
     if not bundle.is_file():
         raise WeightsError(f"no face landmarker at {bundle}; it comes with the program's weights")

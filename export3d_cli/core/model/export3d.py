@@ -12,17 +12,8 @@ from torch.nn import functional as F
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
-from export3d_cli.core.model.flow import (
-    SURFACE_REACH,
-    BasisFlow,
-    FlowBlend,
-    Mesh,
-    MeshFlow,
-    drift_flow,
-    resize,
-    rigid_flow,
-    turn,
-)
+from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize
+from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution

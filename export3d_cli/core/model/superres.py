@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
-from export3d_cli.core.model.flow import LayeredFlow, MeshFlow, resize, warp
+from export3d_cli.core.model.flow import MeshFlow, resize, warp
+from export3d_cli.core.model.flow_blend import LayeredFlow
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 
 DETAIL = 16  # channels of stem features taken along the flow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from torch import Tensor, nn
 
 from export3d_cli.core.config import POINTS
+from export3d_cli.core.face.landmarker import read_bundle
 from export3d_cli.core.face.litert import quiet_stderr
 from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.render import pixel_grid
@@ -25,7 +25,7 @@ class LandmarkNetwork(nn.Module):
 
     def __init__(self, bundle: Path) -> None:
         super().__init__()
-        content = zipfile.ZipFile(bundle).read("face_landmarks_detector.tflite")
+        (content,) = read_bundle(bundle, "face_landmarks_detector.tflite")
         plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # whose operations are those of the file
         with quiet_stderr():
             reader = Interpreter(model_content=content, experimental_op_resolver_type=plain)
@@ -36,7 +36,7 @@ class LandmarkNetwork(nn.Module):
         self.steps: list[tuple[str, list[int], int, int]] = []  # operation, its inputs, its output, stride
         stored: dict[int, int] = {}  # where the half-precision original of a tensor is
         made = {self.start}
-        for operation in reader._get_ops_details():
+        for operation in reader._get_ops_details():  # the runtime's public interface does not tell the graph
             name, inputs, (out,) = operation["op_name"], operation["inputs"].tolist(), operation["outputs"].tolist()
             if name == "DEQUANTIZE":
                 stored[out] = inputs[0]

@@ -13,6 +13,7 @@ from export3d_cli.core.camera import Camera
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.face.mesh import CanonicalFace, canonical_face, flow_triangles
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.flow import BasisFlow
 from export3d_cli.core.weights import weights_dir
 
 
@@ -35,6 +36,14 @@ def orbit() -> Callable[..., Tensor]:
         return torch.from_numpy(np.stack([Camera.orbit(yaw, pitch).vector() for yaw in yaws]))
 
     return cameras
+
+
+@pytest.fixture
+def flow(canonical: CanonicalFace) -> BasisFlow:
+    """The tiny preset's, on the canonical face's triangles."""
+    flow = BasisFlow(PRESETS["tiny"])
+    flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    return flow
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
-
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.landmarker import Landmarker, read_bundle
 from export3d_cli.core.face.litert import Network
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.train.landmarks import SIDE, LandmarkNetwork, Landmarks, face_view
@@ -29,7 +27,7 @@ def photo() -> np.ndarray:
 
 def test_it_answers_as_the_files_own_runtime(network: LandmarkNetwork, photo: np.ndarray) -> None:
     bundle = resolve("face_landmarker")
-    own = Network(zipfile.ZipFile(bundle).read("face_landmarks_detector.tflite"), bundle, 1)
+    own = Network(*read_bundle(bundle, "face_landmarks_detector.tflite"), bundle, 1)
     face = photo.astype(np.float32) / 255
     with torch.no_grad():
         found = network(torch.from_numpy(face).permute(2, 0, 1)[None])[0]
