@@ -162,19 +162,20 @@ def widen(mask: Tensor) -> Tensor:
 
 
 def layered(
-    image: Tensor, flow: LayeredFlow, here: Tensor, size: int, fill: Tensor | float = 0.0, offset: Tensor | None = None
+    image: Tensor, flow: LayeredFlow, here: Tensor, size: int, fill: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """The photo's (B, C, ., .) along both layers of its flow -> (B, C, size, size).
 
-    Behind the head it is `fill` where `here` (B, 1, m, m) says that the photo does not know; `offset` moves both.
+    Behind the head it is `fill`, or 0, where `here` (B, 1, m, m) says the photo does not know; `offset` moves both.
     """
-    head, rest = resize(flow.head, size), resize(flow.rest, size)
+    ways = torch.cat([flow.head, flow.rest], dim=1)
     if offset is not None:
-        offset = resize(offset, size)
-        head, rest = head + offset, rest + offset
-    here = resize(here, size)
-    behind = here * warp(image, rest) + (1 - here) * fill
-    return torch.lerp(behind, warp(image, head), resize(flow.share, size))
+        ways = resize(ways, offset.shape[-1]) + offset.repeat(1, 2, 1, 1)
+    head, rest = resize(ways, size).split(2, dim=1)
+    share = flow.share
+    ahead, behind = resize(torch.cat([share, here * (1 - share)], dim=1), size).split(1, dim=1)
+    found = torch.addcmul(warp(image, head) * ahead, warp(image, rest), behind)
+    return found if fill is None else torch.addcmul(found, fill, 1 - ahead - behind)
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:
