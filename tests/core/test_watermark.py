@@ -144,4 +144,4 @@ def test_every_command_that_animates_marks_what_it_writes(
     height, width = pictures["none"].shape[:2]
     change = np.abs(pictures["visible"] - pictures["none"]).max(-1)
     assert change[-height // 8 :, -width // 3 :].max() > 60
-    assert change[: height // 2].max() < 20
+    assert np.quantile(change[: height // 2], 0.99) < 20  # the encoder spends its bits otherwise, too
