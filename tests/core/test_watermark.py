@@ -138,10 +138,11 @@ def test_every_command_that_animates_marks_what_it_writes(
     for kind in ("none", "visible"):
         out = tmp_path / f"{kind}{'.png' if '--grid' in command else '.mkv'}"
         args = [*command, "-o", out, "--watermark", kind, "--weights", tiny_weights, "--device", "cpu"]
+        args += ["--crf", 0]  # so that the encoder changes nothing
         result = CliRunner().invoke(cli, list(map(str, args)), catch_exceptions=False)
         assert result.exit_code == 0, result.output
         pictures[kind] = next(iter(VideoReader(out))).astype(int)
     height, width = pictures["none"].shape[:2]
     change = np.abs(pictures["visible"] - pictures["none"]).max(-1)
     assert change[-height // 8 :, -width // 3 :].max() > 60
-    assert np.quantile(change[: height // 2], 0.99) < 20  # the encoder spends its bits otherwise, too
+    assert change[: height // 2].max() < 20

@@ -10,6 +10,7 @@ import torch
 from export3d_cli.core.face.landmarker import Landmarker, read_bundle
 from export3d_cli.core.face.litert import Network
 from export3d_cli.core.media.image import read_image
+from export3d_cli.core.model.flow import warp
 from export3d_cli.core.train.landmarks import SIDE, LandmarkNetwork, Landmarks, face_view
 from export3d_cli.core.weights import example, resolve
 
@@ -43,10 +44,9 @@ def test_the_view_is_where_the_landmarker_looks(network: LandmarkNetwork, photo:
     assert face is not None
     where = face_view(torch.from_numpy(face.landmarks[None, :, :2]) / SIDE)
     image = torch.from_numpy(tilted).permute(2, 0, 1)[None] / 255
-    view = torch.nn.functional.grid_sample(image, where.permute(0, 2, 3, 1) * 2 - 1, align_corners=False)
     with torch.no_grad():
-        seen = network(view)[0, :, :2]
-    back = torch.nn.functional.grid_sample(where, (seen / SIDE * 2 - 1)[None, None], align_corners=False)
+        seen = network(warp(image, where))[0, :, :2]
+    back = warp(where, seen.T[None, :, None] / SIDE)
     np.testing.assert_allclose(back[0, :, 0].T.numpy() * SIDE, face.landmarks[:, :2], atol=1.0)
 
 
