@@ -328,7 +328,7 @@ class Export3D(nn.Module):
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
         drift = drift_flow(source.camera, camera, s)
-        turned = turn(source.camera, camera)
-        flow = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head, source.body, turned)
+        turned, change = turn(source.camera, camera), lam - source.lam
+        flow = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head, source.body, turned, change)
         halves = (source.image, source.small, source.half, source.quarter)
         return PhotoDetail(*halves, flow, mesh, source.head, self._code(source, lam))

@@ -69,6 +69,7 @@ class FlowBlend(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         w = config.flow_width
+        self.in_face = config.face_shift
         self.enter = nn.Conv2d(4 * 3 + 16, w, 3, padding=1)
         self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
         self.deep = nn.ModuleList([ResBlock(2 * w), ResBlock(2 * w)])
@@ -77,17 +78,21 @@ class FlowBlend(nn.Module):
         self.shift = nn.Conv2d(2 * w, 4, 3, padding=1)
         zero_start(self.leave)
         zero_start(self.shift)
+        self.expression = None
+        if config.face_shift:
+            self.expression = nn.Linear(config.coefficients, 2 * w)
+            zero_start(self.expression)
 
     def forward(
         self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, drift: Tensor, opacity: Tensor, head: Tensor, body: Tensor,
-        turned: Tensor,
+        turned: Tensor, lam_change: Tensor,
     ) -> LayeredFlow:  # fmt: skip
         """Blend the candidates.
 
         Args:
             photo: (B, 3, H, W). mesh: its flow at (m, m). rigid, drift: (B, 2, s, s). opacity: (B, 1, s, s) of the
                 rendered head. head, body: (B, 1, m, m), where the photo shows the head, and the rest of the person.
-            turned: (B, 3), see `turn`.
+            turned: (B, 3), see `turn`. lam_change: (B, n), lambda(D) - lambda(S).
         """
         fine, s, m = mesh, rigid.shape[-1], mesh.uv.shape[-1]
         mesh = MeshFlow(*(resize(x, s) for x in fine))
@@ -100,6 +105,8 @@ class FlowBlend(nn.Module):
         turned = turned[:, :, None, None].expand(-1, -1, s, s)
         x = self.enter(torch.cat([*seen, *facts, *ways, turned], dim=1))
         y = self.down(leaky(x))
+        if self.expression is not None:
+            y = y + self.expression(lam_change)[:, :, None, None]
         for block in self.deep:
             y = block(y)
         shift = resize(MAX_SHIFT * torch.tanh(self.shift(leaky(y)).float()), m)
@@ -116,7 +123,7 @@ class FlowBlend(nn.Module):
         on_rigid = on_rigid * solid  # where a ray meets hardly anything its depth is none
         of_head, of_rest = shift.split(2, dim=1)
         return LayeredFlow(
-            torch.lerp(fine.uv, resize(rigid, m), on_rigid) + of_head * (1 - fine.face),
+            torch.lerp(fine.uv, resize(rigid, m), on_rigid) + of_head * (1 - (1 - self.in_face) * fine.face),
             torch.lerp(own_place(m, photo), resize(drift, m), drifts) + of_rest,
             torch.cat([share * (1 - on_rigid), share * on_rigid, (1 - share) * (1 - drifts), (1 - share) * drifts], 1),
         )

@@ -290,6 +290,7 @@ class ImageStages:
     def save(self) -> None:
         """Write training state and inference weights."""
         self.run.saved = (self.stage, self.step)
+        decayed = self.fraction() if self.config.decay_by_time else 0.0  # asked by all: the first one's clock is shared
         if not self.run.world.main:
             return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -298,7 +299,6 @@ class ImageStages:
             tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
             tensors |= {f"against.{k}": v for k, v in pack_optimizer(self.against).items()}
             tensors["augment.state"] = self.adaptive.state
-        decayed = self.fraction() if self.config.decay_by_time else 0.0
         self.run.save(self.stage, self.step, tensors | pack_optimizer(self.optimizer), decayed)
         record = {**self.record, "steps": min(self.done, self.config.steps)}
         if self.stage == "adversarial":

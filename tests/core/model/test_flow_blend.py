@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def test_a_torso_follows_and_a_background_stays(flow: BasisFlow, points: Tensor,
     mesh = flow(points, front, points, moved)
     small = torch.zeros(1, 2, 16, 16)
     drift = drift_flow(front, moved, 16)
-    found = blend(torch.zeros(1, 3, 64, 64), mesh, small, drift, small[:, :1], body * 0, body, turn(front, moved))
+    turned, change = turn(front, moved), torch.zeros(1, config.basis)
+    found = blend(torch.zeros(1, 3, 64, 64), mesh, small, drift, small[:, :1], body * 0, body, turned, change)
     own = pixel_grid(flow.size).T.view(1, 2, flow.size, flow.size)
     went, whole = (found.rest - own)[0, 0], (resize(drift, flow.size) - own)[0, 0]
     assert (whole.abs() > 0.02).all()
@@ -59,3 +61,28 @@ def test_a_torso_follows_and_a_background_stays(flow: BasisFlow, points: Tensor,
     torch.testing.assert_close(went[: flow.size // 2], 0 * whole[: flow.size // 2], atol=2e-3, rtol=0)
     torch.testing.assert_close(found.head, mesh.uv.where(mesh.weight > 0.5, found.head), atol=5e-3, rtol=0)
     torch.testing.assert_close(found.share, mesh.weight, atol=0.01, rtol=0)
+
+
+def test_a_face_takes_its_share_of_the_shift_that_an_expression_asks_for(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    camera, mesh = orbit(0), flow(points, orbit(0), points, orbit(0))
+    blank, small = torch.zeros(1, 1, flow.size, flow.size), torch.zeros(1, 2, 16, 16)
+
+    def head(face_shift: float, change: float) -> Tensor:
+        torch.manual_seed(0)
+        config = replace(PRESETS["tiny"], face_shift=face_shift)
+        blend = FlowBlend(config)
+        torch.nn.init.normal_(blend.shift.weight)
+        if blend.expression is not None:
+            torch.nn.init.ones_(blend.expression.weight)
+        photo, none = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3)
+        lam_change = torch.full((1, config.basis), change)
+        return blend(photo, mesh, small, small, small[:, :1], blank, blank, none, lam_change).head
+
+    face = (mesh.face > 0.999).expand(-1, 2, -1, -1)
+    torch.testing.assert_close(head(0.0, 1.0)[face], mesh.uv[face], atol=1e-4, rtol=0)
+    asked = head(1.0, 1.0)[face] - head(1.0, 0.0)[face]
+    assert asked.abs().mean() > 0.01
+    assert (head(0.15, 1.0)[face] - mesh.uv[face]).abs().max() <= 0.15 * 0.1 + 1e-4
+    assert (head(0.15, 1.0)[face] - mesh.uv[face]).abs().max() > 0.005

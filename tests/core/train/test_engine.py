@@ -108,6 +108,19 @@ def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: 
     assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of them
 
 
+def test_two_processes_go_on_after_a_checkpoint_of_a_run_that_decays_by_the_clock(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(
+        tiny, stages=("reconstruction",), steps=3, checkpoint_every=1, decay_by_time=True, max_minutes=60.0
+    )
+    in_two_processes(config, tmp_path)
+    found = load_state(Path(config.run))
+    assert found is not None
+    assert found[1]["step"] == 3
+    assert 0 < found[1]["decayed"] < 0.1
+
+
 def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
     one = replace(
         tiny, stages=("clebs",), checkpoint_every=1, clebs=replace(tiny.clebs, warm=0, steps=1, groups=2, ridge_pairs=8)
