@@ -58,8 +58,7 @@ class ModelConfig:
     mesh_size: int = 128  # side at which the face mesh is rasterised
     flow_size: int = 64  # side at which the candidate flows are blended
     flow_width: int = 32  # channels of the network that blends the candidate flows
-    # share of the flow's learned shift that a face takes, where landmarks slide on the skin; above 0 it knows lambda, too
-    face_shift: float = 0.0
+    face_shift: float = 0.0  # share of the flow's learned shift that a face takes; above 0 the shift knows lambda, too
 
     @property
     def coefficients(self) -> int:

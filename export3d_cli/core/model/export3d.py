@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
-from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize
+from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
@@ -67,6 +67,12 @@ class Posed:
         mesh = None if self.mesh is None else Mesh(*(x.expand(batch, *x.shape[1:]) for x in self.mesh))
         planes = self.planes.expand(batch, *self.planes.shape[1:])
         return Posed(planes, _grow(self.surface, batch), mesh, self.rows and self.rows * batch, self.finite)
+
+
+def _pictures(met: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What rays have met, (B, size * size, C) or (B, size * size), as pictures (B, ., size, size)."""
+    features, depth, opacity = (x.view(len(x), size, size, -1).permute(0, 3, 1, 2) for x in met)
+    return features, depth, opacity
 
 
 def _grow(value: Tensor | None, batch: int) -> Tensor | None:
@@ -189,6 +195,7 @@ class Export3D(nn.Module):
         if posed.mesh is not None:
             detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity)
             weights, head = detail.flow.weights, detail.mesh.weight
+        features = self._before(source, features, opacity, detail)
         full, quarter = features, self.config.image_size // 4
         if features.shape[-1] != quarter:
             full = F.interpolate(features, (quarter, quarter), mode="bilinear")
@@ -216,11 +223,14 @@ class Export3D(nn.Module):
     def render(
         self, source: Source, posed: Posed, camera: Tensor, size: int, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32."""
+        """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32.
+
+        Where there is a background it is still to be laid behind them.
+        """
         cfg = self.config
         origin, directions = render.rays(camera, size)
         if posed.rows is not None and self._lean(camera):
-            return self._picture(source, self._march(source, posed, posed.rows, camera, size, samples), size)
+            return _pictures(self._march(source, posed, posed.rows, camera, size, samples), size)
         coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
         depths = render.coarse_depths(camera, size * size, coarse, jitter=self.training, rows=self.rows)
         colours, densities = self._decode(source, posed, origin, directions, depths)
@@ -233,19 +243,15 @@ class Export3D(nn.Module):
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
             colours = torch.cat([colours, more_colours], dim=-2)
             colours = colours.gather(-2, order[..., None].expand_as(colours))
-        return self._picture(source, render.composite(colours, densities, depths), size)
+        return _pictures(render.composite(colours, densities, depths), size)
 
-    def _picture(self, source: Source, met: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What rays have met as pictures, the background behind it."""
-
-        def picture(x: Tensor) -> Tensor:
-            return x.view(len(x), size, size, -1).permute(0, 3, 1, 2)
-
-        features, depth, opacity = (picture(x) for x in met)
-        if source.still is not None:  # the background stands still in the image instead of turning with the head
-            still = F.interpolate(source.still.float(), (size, size), mode="bilinear", align_corners=False)
-            features = features + (1 - opacity) * still
-        return features, depth, opacity
+    def _before(self, source: Source, features: Tensor, opacity: Tensor, detail: PhotoDetail | None) -> Tensor:
+        """The rendered head before what is behind it: it moves as the flow says, not with the head's turning."""
+        if source.still is None:
+            return features
+        still, size = source.still.float(), features.shape[-1]
+        behind = resize(still, size) if detail is None else warp(still, resize(detail.flow.rest, size))
+        return features + (1 - opacity) * behind
 
     def _march(
         self, source: Source, posed: Posed, rows: list[Tensor], camera: Tensor, size: int, samples: Samples | None

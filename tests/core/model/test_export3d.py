@@ -11,6 +11,8 @@ from torch import Tensor
 
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.model.export3d import Export3D, Output
+from export3d_cli.core.model.flow import own_place
+from export3d_cli.core.model.flow_blend import FOLLOWS, drift_flow
 
 Inputs = dict[str, Tensor]
 
@@ -153,3 +155,24 @@ def test_roughness_is_that_of_the_volume_and_only_learnt_from(tiny: Export3D, in
         assert tiny(*drive).rough > 0
         tiny.decoder.density.weight.zero_()  # the same everywhere
         assert tiny(*drive).rough == 0
+
+
+def test_a_torso_behind_the_volume_follows_the_neck_and_a_wall_stays(
+    tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]
+) -> None:
+    """What is behind the head is rendered where the flow moves it, else old shoulders shine through what is filled."""
+    here, moved = inputs["camera"], inputs["camera"].clone()
+    moved[:, 3] += 0.06
+    person = torch.zeros(1, 1, 64, 64)
+    person[..., 44:, :] = 1
+    own = own_place(16, here)
+    with torch.no_grad():
+        source = tiny.encode_source(**inputs, person=person)
+        lit = replace(source, still=torch.cat([own, own, own, own], dim=1))  # each pixel tells where it was
+        dark = tiny.drive(replace(source, still=torch.zeros_like(lit.still)), inputs["beta"], moved)
+        out = tiny.drive(lit, inputs["beta"], moved)
+    went = ((out.raw - dark.raw) / (1 - out.opacity))[:, :1] - own[:, :1]
+    torso = FOLLOWS * (drift_flow(here, moved, 16) - own)[0, 0, 0, 0]
+    assert torso.abs() > 0.02
+    torch.testing.assert_close(went[0, 0, -1, [4, -5]], torso.expand(2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(went[0, 0, 1, [4, -5]], torch.zeros(2), atol=1e-2, rtol=0)

@@ -66,7 +66,7 @@ def test_a_torso_follows_and_a_background_stays(flow: BasisFlow, points: Tensor,
 def test_a_face_takes_its_share_of_the_shift_that_an_expression_asks_for(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    camera, mesh = orbit(0), flow(points, orbit(0), points, orbit(0))
+    mesh = flow(points, orbit(0), points, orbit(0))
     blank, small = torch.zeros(1, 1, flow.size, flow.size), torch.zeros(1, 2, 16, 16)
 
     def head(face_shift: float, change: float) -> Tensor:
