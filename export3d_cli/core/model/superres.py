@@ -24,6 +24,7 @@ PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
           ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
 PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
 SEAM = 64  # masks are widened to each side by a 64th of the picture
+APART = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
 TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
 
@@ -222,8 +223,11 @@ class SuperResolution(nn.Module):
             return Refined(base + self.colour(leaky(x)).float())
 
         mesh, flow, s4 = detail.mesh, detail.flow, features.shape[-1]
-        # where the head was and is no more, the photo does not know what is behind: not even its outline is to be seen
-        here = 1 - (warp(widen(detail.head), flow.rest) - widen(mesh.weight)).clamp_min(0)
+        # where the head was and is no more, the photo does not know what is behind: not even its outline is to be seen,
+        # unless both layers moved alike and it is the outline still
+        away = (flow.rest - flow.head).detach().square().sum(1, keepdim=True).sqrt()
+        alike = (1 - away / APART).clamp_min(0)
+        here = 1 - (warp(widen(detail.head), flow.rest) - widen(mesh.weight) * alike).clamp_min(0)
         face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
         rest = 1 - flow.share
         known = face * mesh.valid + rigid + rest * here

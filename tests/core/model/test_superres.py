@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.flow import resize
 from export3d_cli.core.model.generator import zero_start
-from export3d_cli.core.model.superres import Inside
+from export3d_cli.core.model.superres import Inside, widen
 
 
 def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
@@ -54,6 +55,27 @@ def test_hair_is_not_copied_to_where_the_head_no_longer_is(
     assert (hair & beside).sum() > 20
     assert changed[hair & beside].max() < 0.1
     assert changed[(seen.weight == 1) & (seen.mouth == 0)].mean() > 0.5
+
+
+def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
+    tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """At a head's outline the photo knows both sides; not where what is behind comes from elsewhere in the head."""
+    net = Export3D(replace(tiny.config, mesh_size=128)).eval()
+    assert net.flow is not None and net.flow_blend is not None
+    net.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    person, photo = torch.ones(1, 1, 64, 64), torch.zeros(1, 3, 64, 64)
+    camera = orbit(0)
+    camera[:, 3] += 0.3
+    with torch.no_grad():
+        source = net.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
+        out = net.drive(source, None, camera, lam=source.lam)
+        seen = net.flow(points, orbit(0), points, camera, 128, source.head)
+    assert out.known is not None and out.weights is not None and source.head is not None
+    rim = (widen(seen.weight) - seen.weight > 0.1) & (source.head > 0.9)
+    behind = out.known - out.weights[:, :2].sum(1, keepdim=True)
+    assert rim.sum() > 500
+    assert behind[rim].mean() < 0.02
 
 
 def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
