@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from export3d_cli.core.checkpoint import load_weights
 from export3d_cli.core.config import PRESETS, load_train_config, model_from_dict, save_yaml, to_dict, train_config
 from export3d_cli.core.errors import ConfigError
+from export3d_cli.core.weights import resolve
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 
@@ -33,6 +35,12 @@ def test_model_there_and_back(name: str) -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
 def test_examples_load(path: Path) -> None:
     load_train_config(path)
+
+
+def test_the_example_that_goes_on_from_weights_has_their_model() -> None:
+    config = load_train_config(EXAMPLES / "finetune.yaml")
+    _, model, _ = load_weights(resolve(config.init))
+    assert config.model == model
 
 
 @pytest.mark.parametrize(
