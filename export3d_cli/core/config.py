@@ -105,6 +105,7 @@ class ClebsConfig:
     """Contrastive pre-training (sec. 3.1, 6.2)."""
 
     steps: int = 60_000
+    weight: tuple[float, ...] = ()  # sampling share of each data set in this stage; empty: data.weight
     negatives: int = 32  # other frames of the same clip
     groups: int = 1  # clips of a step; several processes share them where their number divides it
     temperature: float = 0.07
@@ -332,8 +333,9 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("adversarial.augment and ada must be in 0..1, ada_every and ada_images positive")
     if min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.pairs) < 1:
         raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
-    if config.data.weight and len(config.data.weight) != len(config.data.path):
-        raise ConfigError("data.weight needs one number per data.path")
+    for name, weight in (("data", config.data.weight), ("clebs", config.clebs.weight)):
+        if weight and len(weight) != len(config.data.path):
+            raise ConfigError(f"{name}.weight needs one number per data.path")
     _check_losses(config)
 
 

@@ -85,7 +85,8 @@ def _train(run: Run) -> TrainSummary:
             f"({', '.join(config.stages)}): name another folder in `run`, or add the stage"
         )
     if "clebs" in config.stages and resumed_stage == "clebs":
-        done = clebs_stage(run, model.expression, basis, sampler)
+        own = replace(config.data, weight=config.clebs.weight or config.data.weight)
+        done = clebs_stage(run, model.expression, basis, Sampler(sets, own, face.mirror))
         if done < clebs_steps(config):
             return _summary(run, "clebs", done, finished=False, values={})
         world.copy_first(model)

@@ -24,6 +24,22 @@ from export3d_cli.core.train.trainer import learning_rate, raw_size, train
 from .conftest import BUNDLE, SIZE
 
 
+def test_the_first_stage_draws_by_its_own_shares(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[list[float]]] = {"geometry": [], "batch": []}
+    for name, shares in seen.items():
+        plain = getattr(Sampler, name)
+
+        def told(self: Sampler, *args: object, plain=plain, shares=shares) -> object:  # type: ignore[no-untyped-def]
+            shares.append(self.weight.tolist())
+            return plain(self, *args)
+
+        monkeypatch.setattr(Sampler, name, told)
+    data, clebs = replace(tiny.data, path=tiny.data.path * 2), replace(tiny.clebs, weight=(3.0, 1.0))
+    train(replace(tiny, data=data, clebs=clebs, steps=1))
+    assert seen["geometry"] and all(shares == [0.75, 0.25] for shares in seen["geometry"])
+    assert seen["batch"] and all(shares == [0.5, 0.5] for shares in seen["batch"])
+
+
 def test_resume_is_exact(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, decay=False, loss=LossConfig(l1=0.5, mask=10.0))
     whole = train(config)
