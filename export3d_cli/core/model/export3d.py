@@ -196,9 +196,7 @@ class Export3D(nn.Module):
             detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity)
             weights, head = detail.flow.weights, detail.mesh.weight
         features = self._before(source, features, opacity, detail)
-        full, quarter = features, self.config.image_size // 4
-        if features.shape[-1] != quarter:
-            full = F.interpolate(features, (quarter, quarter), mode="bilinear")
+        full = resize(features, self.config.image_size // 4)
         made = self.superres(full, full[:, :3], detail)
         rough = self._roughness(source, posed) if self.training else None
         return Output(
@@ -328,9 +326,7 @@ class Export3D(nn.Module):
         s = self.config.flow_size
         with torch.no_grad():
             mesh: MeshFlow = self.flow.seen(moved, camera, head=source.head)
-        if depth.shape[-1] != s:
-            depth = F.interpolate(depth, (s, s), mode="bilinear", align_corners=False)
-            opacity = F.interpolate(opacity, (s, s), mode="bilinear", align_corners=False)
+        depth, opacity = resize(depth, s), resize(opacity, s)
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
         drift = drift_flow(source.camera, camera, s)
