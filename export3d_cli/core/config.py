@@ -334,8 +334,8 @@ def _check(config: TrainConfig) -> None:
     if min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.pairs) < 1:
         raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
     for name, weight in (("data", config.data.weight), ("clebs", config.clebs.weight)):
-        if weight and len(weight) != len(config.data.path):
-            raise ConfigError(f"{name}.weight needs one number per data.path")
+        if weight and (len(weight) != len(config.data.path) or not any(weight)):
+            raise ConfigError(f"{name}.weight needs one number per data.path, not all 0, got {weight}")
     _check_losses(config)
 
 

@@ -56,6 +56,7 @@ def test_the_example_that_goes_on_from_weights_has_their_model() -> None:
         ({"stages": ["finetune"]}, "unknown stage 'finetune'"),
         ({"data": {"path": ["a"], "weight": [1, 2]}}, r"one number per data\.path"),
         ({"data": {"path": ["a"]}, "clebs": {"weight": [1, 2]}}, r"clebs\.weight needs one number per data\.path"),
+        ({"data": {"path": ["a"]}, "clebs": {"weight": [0]}}, r"clebs\.weight needs .* not all 0, got \(0"),
         ({"data": 3}, "data must be a section"),
     ],
 )

@@ -19,7 +19,7 @@ from export3d_cli.core.model.source_view import SourceView, inpaint, sample_sour
 from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
-NEIGHBOURS, APART = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
+NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
 UNSURE = 0.2  # how much of what is not head is taken for the person's without a mask
 Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
 
@@ -312,7 +312,7 @@ class Export3D(nn.Module):
         """EG3D's density regularisation: mean difference of the log densities of neighbours in the volume, (B,)."""
         like = posed.planes.new_empty(len(posed.planes), NEIGHBOURS, 3, dtype=torch.float32)
         points = render.uniform(like, self.rows) - 0.5
-        near = points + APART * (2 * render.uniform(like, self.rows) - 1)
+        near = points + REACH * (2 * render.uniform(like, self.rows) - 1)
         hidden = self.decoder.activate(self._features(source, posed, torch.cat([points, near], dim=1)))
         here, there = self.decoder.logits(hidden).chunk(2, dim=1)
         return (here - there).abs().mean(1)

@@ -18,7 +18,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from export3d_cli.core.config import DataConfig
-from export3d_cli.core.errors import InputError, TrainingError
+from export3d_cli.core.errors import TrainingError
 from export3d_cli.core.face.motion import head_points, mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.train.cache import Clip, FaceSet, fit_picture
 
@@ -57,8 +57,6 @@ class Sampler:
     def __init__(self, sets: list[FaceSet], config: DataConfig, mirror: np.ndarray) -> None:
         self.sets, self.config, self.mirror = sets, config, mirror  # mirror: `CanonicalFace.mirror`, (478,)
         weight = np.array(config.weight or [1.0] * len(sets), np.float64)
-        if len(weight) != len(sets) or (weight < 0).any() or weight.sum() <= 0:
-            raise InputError(f"data.weight needs one positive number per data set, got {config.weight}")
         self.weight = weight / weight.sum()
         self.people = [_people(s) for s in sets]
         self.moving = [_people(s, least=2) for s in sets]
