@@ -84,6 +84,19 @@ class Batch(click.ParamType):
         return int(text)
 
 
+class Size(click.ParamType):
+    """`auto`, which is 0, or the side of a frame, which ffmpeg wants even."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """An even number from 0."""
+        text = "0" if value == "auto" else str(value)
+        if not re.fullmatch(r"\d{0,5}[02468]", text, flags=re.ASCII):
+            self.fail(f"{value!r} is no size: give auto or an even number of pixels such as 512", param, ctx)
+        return int(text)
+
+
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise click.BadParameter(f"{value!r} is not a device: use auto, cpu, mps, cuda or cuda:N", ctx, param)
@@ -98,7 +111,11 @@ def check_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def source_options(command: F) -> F:
-    """--face, --crop: what of the portrait is animated."""
+    """--face, --crop, --size: what of the portrait is animated, and how large."""
+    command = click.option(
+        "--size", type=Size(), default="auto", show_default=True,
+        help="Side of the frames, pixels; auto: 512 where the face of SRC is large enough for it, else 256.",
+    )(command)  # fmt: skip
     command = click.option(
         "--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
         help="Of SRC: a square around the face, or the picture (a square) as it is.",

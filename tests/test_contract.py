@@ -170,6 +170,11 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     "--compare shows source, driver and result": [
         "core/test_animate.py::test_compare_shows_source_driver_and_result",
     ],
+    "--size: frames have the photo's own detail": [
+        "core/test_frames.py::test_larger_frames_are_nearer_to_the_larger_photo",
+        "core/test_frames.py::test_frames_are_as_large_as_asked_or_as_the_photo_allows",
+        "core/model/test_superres.py::test_enlarged_a_face_shows_what_only_the_larger_photo_does",
+    ],
     "--crop, --paste-back and --background": [
         "commands/test_animation.py::test_the_whole_photo_and_other_backgrounds",
         "commands/test_animation.py::test_a_video_is_no_portrait_and_a_picture_may_stay_uncut",

@@ -33,6 +33,7 @@ CORE_RULES = {
     "batch.py": ("animate", "compose", "face", "media", "driver"),
     "watermark.py": ("media",),
     "compose.py": ("face", "media", "weights"),
+    "frames.py": ("job", "media", "model"),
     "job.py": ("control", "driver", "face", "tracking", "watermark"),
     "animate.py": (
         "compose",
@@ -40,6 +41,7 @@ CORE_RULES = {
         "control",
         "device",
         "driver",
+        "frames",
         "model",
         "face",
         "media",

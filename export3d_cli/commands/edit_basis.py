@@ -39,6 +39,7 @@ def edit_basis(
     describe: bool,
     face: str,
     crop: str,
+    size: int,
     frames: int,
     fps: Fraction,
     weights: str | None,
@@ -73,7 +74,7 @@ def edit_basis(
     scales = scales if len(scales) > 1 else (scales or ((-8.0, 8.0),)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
-        grid=grid, watermark=watermark, face=face, crop=crop, fps=fps,
+        grid=grid, watermark=watermark, face=face, crop=crop, size=size, fps=fps,
     )  # fmt: skip
     out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
     with console.progress() as report:

@@ -48,6 +48,7 @@ def novel_view(
     mesh: Path | None,
     face: str,
     crop: str,
+    size: int,
     fps: Fraction,
     drive: Path | None,
     weights: str | None,
@@ -69,7 +70,7 @@ def novel_view(
     chosen = core.NovelViewOptions(
         yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
         overwrite=overwrite or (output is None and mesh is None), grid=grid, depth=depth, drive=drive, mesh=mesh,
-        watermark=watermark, face=face, crop=crop, fps=fps,
+        watermark=watermark, face=face, crop=crop, size=size, fps=fps,
     )  # fmt: skip
     picture = grid or (chosen.single and drive is None)
     out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")

@@ -11,12 +11,12 @@ in README.md. From arrays to arrays, a portrait is set once and then driven, see
     ((1, 64), (1, 25))
     >>> frame = next(animator.drive([portrait]))
     >>> frame.shape, frame.dtype
-    ((256, 256, 3), dtype('uint8'))
+    ((512, 512, 3), dtype('uint8'))
     >>> int(np.abs(next(animator.view(portrait.camera)).astype(int) - frame).max()) <= 1
     True
     >>> changes = np.zeros((1, animator.model.config.coefficients), np.float32)
     >>> next(animator.edit(changes)).shape
-    (256, 256, 3)
+    (512, 512, 3)
 
 What cannot be done is an `Export3DError` that says what to do:
 
@@ -31,6 +31,7 @@ Axis letters used throughout:
 
     B  batch                    H, W  height and width of an image in pixels
     T  frames of a clip         h, w  height and width of the raw render
+    K  side of a frame
     C  channels                 P     side of a tri-plane
     N  tokens, points or rays   S     samples along a ray
     n  basis vectors of LeBS    d     dimension of beta'

@@ -2,7 +2,7 @@
 
     animator = Animator.from_weights()
     animator.set_source(read_image(Path("src.jpg")))
-    frame = next(animator.drive([motion]))          # uint8 (H, W, 3)
+    frame = next(animator.drive([motion]))          # uint8 (K, K, 3)
 
 Memory does not grow with the driver's length: the face is tracked, generated and encoded a few frames at a time.
 """
@@ -15,15 +15,14 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import check_promise, load_into, load_weights
 from export3d_cli.core.compose import Composer, check_outputs, read_portrait
-from export3d_cli.core.config import ModelConfig
 from export3d_cli.core.control import Control
 from export3d_cli.core.device import InMemory, autocast, keep_memory, narrow, pick_device, pick_precision, widen
 from export3d_cli.core.driver import DriverStream, Part, holds_motion, motion_rows
@@ -34,8 +33,9 @@ from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_imag
 from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
+from export3d_cli.core.frames import depth_picture, frame_size, pictures, sampling
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
-from export3d_cli.core.media.image import to_tensor, to_uint8
+from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Posed, Source
 from export3d_cli.core.pipeline import Ahead, Behind
@@ -45,16 +45,6 @@ from export3d_cli.core.weights import resolve
 
 POINTS = 1 << 17  # of a volume, decoded at once
 AHEAD = 2  # batches of the driver's motion that are read before they are asked for
-
-# Side of the volume's picture and samples of a ray, as shares of what the weights were trained with. PSNR against best
-# on the bundled example: balanced 45 to 49 dB driven, 38 to 49 dB turned by up to 30 degrees; fast 38 to 48, 35 to 46.
-QUALITIES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanced": (0.5, 0.75), "best": (1.0, 1.0)}
-
-
-def sampling(config: ModelConfig, quality: Quality) -> tuple[int, tuple[int, int]]:
-    """Side of the volume's picture; coarse and fine samples of a ray."""
-    side, share = QUALITIES[quality]
-    return round(side * config.raw_size), (round(share * config.coarse_samples), round(share * config.fine_samples))
 
 
 class Animator:
@@ -77,6 +67,7 @@ class Animator:
         self.notes: list[str] = []  # what the user should know
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
+        self._photo: Tensor | None = None  # the same (1, 3, K, K), where it is larger than the model's picture
         self._motion: Motion | None = None
         self.person_mask = PersonMask(resolve("selfie_segmentation"))
         self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
@@ -116,12 +107,12 @@ class Animator:
         return f"{self.device} {self.precision}"
 
     def set_source(
-        self, image: np.ndarray, *, name: str = "the source", face: str = "largest", crop: Crop = "auto"
+        self, image: np.ndarray, *, name: str = "the source", face: str = "largest", crop: Crop = "auto", size: int = 0
     ) -> Motion:
         """Track and encode a photo, uint8 (H, W, 3) RGB; returns its one-frame Motion. Raises `NoFaceError`.
 
         `face` chooses among several: largest, left, right, or index:N, the N-th from the left, from 0. `crop` none
-        takes the picture, which must be square, as it is.
+        takes the picture, which must be square, as it is. `size` is the side of the frames, see `frame_size`.
         """
         height, width = image.shape[:2]
         if crop == "none" and height != width:
@@ -129,7 +120,8 @@ class Animator:
         found = self.find_face(image, name=name, face=face)
         square = (0.0, 0.0, float(width)) if crop == "none" else None
         motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
-        self.set_source_motion(crop_image(image, motion.crop, self.model.config.image_size), motion)
+        size = frame_size(self.model.config.image_size, motion.crop[2], size)
+        self.set_source_motion(crop_image(image, motion.crop, size), motion)
         return motion
 
     def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
@@ -156,10 +148,16 @@ class Animator:
         return self._followers[name]
 
     def set_source_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> None:
-        """Encode a face crop, uint8 (H, W, 3) of the model's size, already tracked: row `frame` of `motion`."""
+        """Encode a face crop, uint8 (K, K, 3), already tracked: row `frame` of `motion`.
+
+        Frames will be as large; a crop larger than the model's picture gives them its detail.
+        """
         self._motion = own = motion_rows(motion, np.array([frame]))
-        extent = own.landmarks[0, :, :2].max(0) - own.landmarks[0, :, :2].min(0)
-        self._crop_scale, self._crop = float(1 / extent.max()), crop
+        extent, side = np.ptp(own.landmarks[0, :, :2], axis=0), self.model.config.image_size
+        self._crop_scale, self._crop, self._photo = float(1 / extent.max()), crop, None
+        if len(crop) > side:
+            self._photo = to_tensor(crop)[None].to(self.device)
+            crop = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
         person = self._tensor(self.person_mask.alpha(crop)[None, None])
         with torch.inference_mode(), autocast(self.device, self.precision):
             self._source = self.model.encode_source(
@@ -170,7 +168,7 @@ class Animator:
     def drive(
         self, motions: Iterable[Motion], *, control: Control | None = None, reference: Motion | None = None
     ) -> Iterator[np.ndarray]:
-        """The source with the expression and camera of each frame of each Motion -> uint8 (H, W, 3), in order.
+        """The source with the expression and camera of each frame of each Motion -> uint8 (K, K, 3), in order.
 
         `control` says what of them is taken, and counts from the one frame of `reference` what is relative.
         """
@@ -242,9 +240,16 @@ class Animator:
         self._need_source()
         return self._crop_scale
 
+    @property
+    def size(self) -> int:
+        """Side of the frames, pixels."""
+        return len(self.source_crop())
+
     def source_crop(self) -> np.ndarray:
-        """The crop of the photo that is animated, uint8 (H, W, 3)."""
-        return to_uint8(self._need_source().image[0])
+        """The crop of the photo that is animated, uint8 (K, K, 3); frames are as large."""
+        self._need_source()
+        assert self._crop is not None
+        return self._crop
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
@@ -261,7 +266,7 @@ class Animator:
             with torch.inference_mode():
                 seen = camera[part]
                 out = self._drive(seen, lam[part], posed)
-                return depth_picture(out, seen, self.model.config.image_size) if depth else to_uint8(out.image)
+                return depth_picture(out, seen, self.size) if depth else pictures(out, self._photo)
 
         yield from self._in_memory(make, 0, len(camera))
 
@@ -298,18 +303,6 @@ class Animator:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
-
-
-def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:
-    """Depth in colours, uint8 (B, size, size, 3): red 0.45 before the head's centre, blue as far behind it."""
-    import cv2
-
-    centre = np.linalg.norm(camera.reshape(-1, 25)[:, [3, 7, 11]], axis=1)  # distance to the head frame's origin
-    large = F.interpolate(torch.cat([out.depth, out.opacity], 1).float(), (size, size), mode="bilinear")
-    depth, opacity = large.cpu().numpy().transpose(1, 0, 2, 3)
-    near = np.clip(0.5 - (depth - centre[:, None, None]) / 0.9, 0, 1)
-    colours = [cv2.applyColorMap(np.uint8(255 * n), cv2.COLORMAP_TURBO)[..., ::-1] for n in near]  # type: ignore[call-overload]
-    return np.uint8(np.stack(colours) * opacity[..., None].clip(0, 1))  # type: ignore[return-value]
 
 
 def reenact(
@@ -365,7 +358,7 @@ def reenact(
 def compose_source(animator: Animator, source: Path, options: ReenactOptions) -> Composer:
     """Set the source, and make what puts its results into frames."""
     photo = read_portrait(source)
-    motion = animator.set_source(photo, name=str(source), face=options.face, crop=options.crop)
+    motion = animator.set_source(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
     return Composer(
         photo, animator.source_crop(), motion.crop, paste_back=options.paste_back, background=options.background,
         compare=options.compare,
@@ -379,7 +372,7 @@ def open_driver(
     return DriverStream(
         driver, animator.follower(options.tracker), face=options.driver_face, batch=animator.batch,
         crop_scale=animator.crop_scale, fps=options.fps,
-        shown=(shown or animator.model.config.image_size) if options.compare else None,
+        shown=(shown or animator.size) if options.compare else None,
         start=options.start, duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing,
         smooth=options.smooth, reference=options.reference_frame if options.control.needs_reference else None,
         camera=animator.source_camera().vector(), tape=tape,

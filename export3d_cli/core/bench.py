@@ -123,7 +123,7 @@ def bench(
         _encode(made, rate, Path(folder) / "stage.mp4", clock)
         step()
         began = time.perf_counter()
-        options = ReenactOptions(max_frames=len(images), audio="none")
+        options = ReenactOptions(max_frames=len(images), audio="none", size=animator.model.config.image_size)
         summary = reenact(animator, source, driver, Path(folder) / "all.mp4", options)
         seconds = time.perf_counter() - began
     return Bench(

@@ -181,7 +181,8 @@ class _Bench:
 
     def _files(self, name: str, x: int) -> Callable[[], object]:
         out = str(self.folder / "{src}-out.mp4")
-        options = ReenactOptions(max_frames=x if name == "frames" else SHORT, audio="none", overwrite=True)
+        length, size = x if name == "frames" else SHORT, self.animator.model.config.image_size
+        options = ReenactOptions(max_frames=length, audio="none", overwrite=True, size=size)
         if name == "frames":
             return lambda: reenact(self.animator, self.source, self.driver, self.folder / "out.mp4", options)
         return lambda: reenact_all(self.animator, self.sources[:x], self.driver, out, options)

@@ -36,6 +36,7 @@ class ReenactOptions:
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
     crop: Crop = "auto"  # of the source: a square around the face, or none: the picture as it is
+    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `frames.frame_size`
     paste_back: bool = False  # the result within the whole photograph
     background: str = "source"  # or transparent, #rrggbb, a picture's path
     batch: int = 0  # frames at once; 0: chosen for the device

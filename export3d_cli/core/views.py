@@ -52,6 +52,7 @@ class NovelViewOptions:
     mesh: Path | None = None  # where the head's surface goes too, .ply or .glb, with the first expression
     face: str = "largest"  # of the photo: largest | left | right | index:N
     crop: Crop = "auto"  # of the photo: a square around the face, or none: the picture as it is
+    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `frames.frame_size`
 
     @property
     def single(self) -> bool:
@@ -72,6 +73,7 @@ class EditOptions:
     watermark: Watermark = "none"  # beside the mark in the metadata
     face: str = "largest"  # of the photo: largest | left | right | index:N
     crop: Crop = "auto"  # of the photo: a square around the face, or none: the picture as it is
+    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `frames.frame_size`
     grid: bool = False  # a contact sheet: a row for each of `edits`, `GRID_VALUES` of it
 
 
@@ -95,7 +97,7 @@ def novel_view(
     if out is None:
         if options.mesh is None:
             raise InputError("nothing to write: give an output, a mesh, or both")
-        animator.set_source(read_portrait(source), name=str(source), face=options.face, crop=options.crop)
+        _set_source(animator, source, options)
         _mesh(animator, options.mesh, _expressions(animator, options.drive, options.fps, 1), progress)
         return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
     check_free(out, options.overwrite)
@@ -104,7 +106,7 @@ def novel_view(
         raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
     if picture and not options.grid and not options.single:
         raise InputError(f"{out} can hold one view: give one angle (--yaw 20), --frames 1, --grid, or a video's name")
-    animator.set_source(read_portrait(source), name=str(source), face=options.face, crop=options.crop)
+    _set_source(animator, source, options)
     cameras = orbit_cameras(animator.source_camera(), options)
     if picture and not options.grid:
         cameras = cameras[:1]
@@ -136,7 +138,7 @@ def edit_basis(
         raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
     if picture and not options.grid and options.frames > 1:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
-    animator.set_source(read_portrait(source), name=str(source), face=options.face, crop=options.crop)
+    _set_source(animator, source, options)
     labels: list[str] = []
     if options.grid:
         rows = []
@@ -191,6 +193,11 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[s
     return sheet
 
 
+def _set_source(animator: Animator, source: Path, options: NovelViewOptions | EditOptions) -> None:
+    photo = read_portrait(source)
+    animator.set_source(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
+
+
 def _is_picture(out: Path) -> bool:
     return out.suffix.lower() in PICTURES
 
@@ -222,7 +229,7 @@ def _expressions(animator: Animator, driver: Path | None, fps: Fraction, count: 
 
 def _views(animator: Animator, cameras: np.ndarray, beta: np.ndarray | None, depth: bool) -> Iterator[np.ndarray]:
     """`Animator.view`; a camera that comes again, as on the way back, gets the frame that was made before."""
-    size = animator.model.config.image_size
+    size = animator.size
     _, first, which = np.unique(cameras, axis=0, return_index=True, return_inverse=True)
     first = first[which.reshape(-1)]  # frame that shows the same
     left = Counter(first.tolist())
@@ -251,7 +258,7 @@ def _video(
     animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: NovelViewOptions | EditOptions,
     began: float,
 ) -> Summary:  # fmt: skip
-    size, mark = animator.model.config.image_size, marker(options.watermark)
+    size, mark = animator.size, marker(options.watermark)
     with (
         VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer,
         Behind[np.ndarray](lambda frame: writer.write(mark(frame)), animator.batch, stop=writer.stop) as behind,
@@ -265,9 +272,9 @@ def _picture(
     animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, columns: int, labels: Sequence[str],
     watermark: Watermark, began: float,
 ) -> Summary:  # fmt: skip
-    size = animator.model.config.image_size
+    size = animator.size
     if total * size * size > MAX_PIXELS:
         most = MAX_PIXELS // (size * size)
-        raise InputError(f"a contact sheet of {total} views would be too large: {most} fit, set --frames")
+        raise InputError(f"a contact sheet of {total} views would be too large: {most} fit, set --frames or --size")
     write_image(out, marker(watermark)(contact_sheet(list(frames), columns, labels)), comment=SYNTHETIC)
     return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)

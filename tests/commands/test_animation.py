@@ -44,7 +44,7 @@ def test_reenact_keeps_the_rate_and_tells_in_json(tiny, tmp_path):
     info = probe(out)
     assert info.fps == probe(example("drive.mp4")).fps
     assert str(info.fps) == summary["fps"]
-    assert (info.width, info.height, info.frames) == (64, 64, 5)
+    assert (info.width, info.height, info.frames) == (128, 128, 5)
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
@@ -59,7 +59,7 @@ def test_compare_start_duration_and_fps(tiny, tmp_path):
     result = reenact(tiny, out, "--compare", "--start", "0.2", "--duration", "0.5", "--fps", "10")
     assert result.exit_code == 0, result.output
     info = probe(out)
-    assert (info.width, info.height, info.fps, info.frames) == (192, 64, 10, 5)
+    assert (info.width, info.height, info.fps, info.frames) == (384, 128, 10, 5)
 
 
 def test_an_existing_output_is_kept(tiny, tmp_path):
@@ -141,13 +141,22 @@ def test_controls_and_dry_run(tiny, tmp_path):
     told = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
     assert told.exit_code == 0, told.output
     plan = json.loads(told.stdout)
-    assert (plan["frames"], plan["sources"][0]["size"], plan["sources"][0]["exists"]) == (3, [64, 64], False)
+    assert (plan["frames"], plan["sources"][0]["size"], plan["sources"][0]["exists"]) == (3, [128, 128], False)
     assert list(tmp_path.iterdir()) == []
     assert "face at" in reenact(tiny, out, "--max-frames", "3", "--dry-run").stderr
     relative = ["--relative-expression", "--reference-frame", "1", "--face", "index:0"]
     assert reenact(tiny, out, "--max-frames", "3", *controls, *relative).exit_code == 0
     assert len(list(VideoReader(tmp_path / "source.mp4"))) == 3
-    for bad in (["--drive", "hair"], ["--face", "index:-1"], ["--smooth", "much"], ["--pose-scale", "nan"]):
+    for bad in (
+        ["--size", "301"],
+        ["--size", "-2"],
+        ["--size", "large"],
+        ["--size", "32"],
+        ["--drive", "hair"],
+        ["--face", "index:-1"],
+        ["--smooth", "much"],
+        ["--pose-scale", "nan"],
+    ):
         result = reenact(tiny, tmp_path / "no.mp4", *bad)
         assert result.exit_code == 2, bad
     late = [*relative, "--reference-frame", "3", "--max-frames", "3"]
@@ -225,7 +234,7 @@ def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
     ):
         assert result.exit_code == 2
         assert "one photo" in result.stderr
-    still = ["--max-frames", "1", "--crop", "none", "--drive", "expression", "--expression-scale", "0"]
+    still = ["--max-frames", "1", "--crop", "none", "--drive", "expression", "--expression-scale", "0", "--size", "64"]
     assert reenact(tiny, tmp_path / "d.mp4", *still, "--compare").exit_code == 0
     with VideoReader(tmp_path / "d.mp4") as reader:
         left = next(iter(reader))[:, :64].astype(int)

@@ -58,7 +58,7 @@ def test_one_angle_is_a_marked_picture(tiny, tmp_path, monkeypatch):
     assert look(tiny, "novel-view", "--yaw", "20").exit_code == 0
     assert look(tiny, "novel-view", "--frames", "1", "-o", "one.jpg").exit_code == 0
     for name in ("novel_view.png", "one.jpg"):
-        assert read_image(Path(name)).shape == (64, 64, 3)
+        assert read_image(Path(name)).shape == (128, 128, 3)
         assert SYNTHETIC.encode() in Path(name).read_bytes()[:200]
     many = look(tiny, "novel-view", "-o", "many.png")
     assert many.exit_code == 2

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from export3d_cli.core import views as module
-from export3d_cli.core.animate import QUALITIES, Animator, ReenactOptions, reenact, sampling
+from export3d_cli.core.animate import Animator, ReenactOptions, reenact
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_into, load_weights
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.device import pick_device, pick_precision, widen
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.frames import QUALITIES, sampling
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import VideoReader, probe
@@ -43,7 +44,7 @@ def test_length_and_rate_are_the_driver_s(animator: Animator, make_clip: MakeCli
     )
     info = probe(out)
     assert info.fps == summary.fps == Fraction(30000, 1001)
-    assert (info.width, info.height, info.frames) == (64, 64, 6)
+    assert (info.width, info.height, info.frames) == (128, 128, 6)
     assert (summary.frames, summary.missing, summary.out, summary.notes) == (6, 0, out, ())
     assert told == [("frames", k, 6) for k in range(1, 7)]
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
@@ -73,11 +74,11 @@ def test_compare_shows_source_driver_and_result(animator: Animator, make_clip: M
     reenact(animator, SOURCE, clip, tmp_path / "alone.mp4", ReenactOptions(**LOSSLESS))
     reenact(animator, SOURCE, clip, tmp_path / "three.mp4", ReenactOptions(**LOSSLESS, compare=True))
     alone, three = frames_of(tmp_path / "alone.mp4"), frames_of(tmp_path / "three.mp4")
-    assert three[0].shape == (64, 192, 3)
+    assert three[0].shape == (128, 384, 3)
     for one, wide in zip(alone, three, strict=True):
-        assert np.abs(wide[:, :63] - animator.source_crop()[:, :63]).mean() < 6  # colour is kept at half size
-        assert np.abs(wide[:, 129:] - one[:, 1:]).mean() < 2
-    assert np.abs(three[0][:, 64:128] - three[5][:, 64:128]).max() > 5  # the driver moves
+        assert np.abs(wide[:, :127] - animator.source_crop()[:, :127]).mean() < 6  # colour is kept at half size
+        assert np.abs(wide[:, 257:] - one[:, 1:]).mean() < 2
+    assert np.abs(three[0][:, 128:256] - three[5][:, 128:256]).max() > 5  # the driver moves
     motion = tmp_path / "a.motion.npz"
     animator.set_source(read_image(SOURCE)).save(motion)
     with pytest.raises(InputError, match="no pictures"):
@@ -89,7 +90,7 @@ def test_a_crop_is_as_wide_in_the_driver_as_in_the_source(animator: Animator) ->
     motion = animator.set_source(read_image(SOURCE))
     extent = np.ptp(motion.landmarks[0, :, :2], axis=0).max()
     assert animator.crop_scale == pytest.approx(1 / extent)
-    assert animator.source_crop().shape == (64, 64, 3)
+    assert animator.source_crop().shape == (128, 128, 3)
     np.testing.assert_allclose(animator.source_camera().vector(), motion.camera[0], atol=1e-6)
 
 

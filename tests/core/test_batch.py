@@ -94,7 +94,7 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(
     told = plan(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
     assert sorted(tmp_path.rglob("*")) == before
     assert (told.frames, told.fps, told.device) == (6, reenact_rate(clip), "cpu fp32")
-    assert [s.size for s in told.sources] == [(192, 64)] * 2
+    assert [s.size for s in told.sources] == [(384, 128)] * 2
     assert [s.out.name for s in told.sources] == ["a-clip.mp4", "b-clip.mp4"]
     width = read_image(SOURCE).shape[1]
     (a, b) = (s.face for s in told.sources)

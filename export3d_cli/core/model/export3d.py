@@ -16,7 +16,7 @@ from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlo
 from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
-from export3d_cli.core.model.superres import PhotoDetail, SuperResolution
+from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolution, enlarge
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
 NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
@@ -92,6 +92,15 @@ class Output(NamedTuple):
     rough: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
     sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
     known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
+    painted: Tensor | None = None  # (B, 3, H, W) what of the image is not the photo's
+    ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
+    shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
+
+    def enlarged(self, photo: Tensor) -> Tensor:
+        """The image as large as another copy of the photo, (B, 3, K, K), and with its detail: `superres.enlarge`."""
+        if self.painted is None or self.ways is None or self.shares is None:
+            return F.interpolate(self.image.float(), photo.shape[-2:], mode="bicubic", align_corners=False)
+        return enlarge(self.painted, Layers(self.ways, self.shares), photo)
 
 
 class Export3D(nn.Module):
@@ -200,8 +209,9 @@ class Export3D(nn.Module):
         made = self.superres(full, full[:, :3], detail)
         rough = self._roughness(source, posed) if self.training else None
         return Output(
-            made.image, features[:, :3], depth, opacity, made.offset, weights, head, rough, made.sampled, made.known
-        )
+            made.image, features[:, :3], depth, opacity, made.offset, weights, head, rough, made.sampled, made.known,
+            made.painted, made.ways, made.shares,
+        )  # fmt: skip
 
     def forward(
         self,

@@ -104,6 +104,9 @@ class Refined(NamedTuple):
     offset: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
     sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
     known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
+    painted: Tensor | None = None  # (B, 3, H, W) what of the image is not the photo's
+    ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
+    shares: Tensor | None = None  # (B, 2, H, W) how much of it, see `Layers`
 
 
 class Inside(nn.Module):
@@ -162,21 +165,44 @@ def widen(mask: Tensor) -> Tensor:
     return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
 
 
-def layered(
-    image: Tensor, flow: LayeredFlow, here: Tensor, size: int, fill: Tensor | None = None, offset: Tensor | None = None
-) -> Tensor:
-    """The photo's (B, C, ., .) along both layers of its flow -> (B, C, size, size).
+class Layers(NamedTuple):
+    """What a picture (B, ., s, s) takes of the photo: where its two layers find it, and how much of each is shown."""
 
-    Behind the head it is `fill`, or 0, where `here` (B, 1, m, m) says the photo does not know; `offset` moves both.
+    ways: Tensor  # (B, 4, s, s) positions in the photo: of the head, and of what is behind it
+    shares: Tensor  # (B, 2, s, s)
+
+    def of(self, photo: Tensor) -> Tensor:
+        """The photo's (B, C, ., .) along both layers -> (B, C, s, s), 0 where neither is shown."""
+        (head, rest), (ahead, behind) = self.ways.split(2, dim=1), self.shares.split(1, dim=1)
+        return torch.addcmul(warp(photo, head) * ahead, warp(photo, rest), behind)
+
+    def before(self, taken: Tensor, fill: Tensor) -> Tensor:
+        """What `of` has taken before `fill`, (B, C, s, s) both."""
+        return torch.addcmul(taken, fill, 1 - self.shares.sum(1, keepdim=True))
+
+
+def layers(flow: LayeredFlow, here: Tensor, size: int, offset: Tensor | None = None) -> Layers:
+    """Both layers of a flow at `size`.
+
+    What is behind the head is shown where `here` (B, 1, m, m) says that the photo knows it; `offset` moves both.
     """
     ways = torch.cat([flow.head, flow.rest], dim=1)
     if offset is not None:
         ways = resize(ways, offset.shape[-1]) + offset.repeat(1, 2, 1, 1)
-    head, rest = resize(ways, size).split(2, dim=1)
-    share = flow.share
-    ahead, behind = resize(torch.cat([share, here * (1 - share)], dim=1), size).split(1, dim=1)
-    found = torch.addcmul(warp(image, head) * ahead, warp(image, rest), behind)
-    return found if fill is None else torch.addcmul(found, fill, 1 - ahead - behind)
+    shares = torch.cat([flow.share, here * (1 - flow.share)], dim=1)
+    return Layers(resize(ways, size), resize(shares, size))
+
+
+def enlarge(painted: Tensor, own: Layers, photo: Tensor) -> Tensor:
+    """A result as large as a larger copy of the photo (B, 3, K, K), which no network sees: its pixels are only moved.
+
+    What super-resolution painted, (B, 3, H, W), is enlarged; what it took of the photo, `own`, is taken of that copy.
+    """
+
+    def grown(x: Tensor) -> Tensor:  # both in one way: where the one's share ends the other's begins
+        return F.interpolate(x, photo.shape[-2:], mode="bicubic", align_corners=False)
+
+    return grown(painted) + Layers(resize(own.ways, photo.shape[-1]), grown(own.shares)).of(photo)
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:
@@ -232,23 +258,27 @@ class SuperResolution(nn.Module):
         rest = 1 - flow.share
         known = face * mesh.valid + rigid + rest * here
         facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
-        x = self.enter(torch.cat([features, layered(detail.quarter, flow, here, s4), facts], dim=1))
+        x = self.enter(torch.cat([features, layers(flow, here, s4).of(detail.quarter), facts], dim=1))
         x = leaky(self.block4(x))  # (B, c2, H/4, W/4)
 
         facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
-        seen = layered(detail.small, flow, here, 2 * s4, half)
-        x = self._join(self.to2, x, [seen, layered(detail.half, flow, here, 2 * s4), facts], mesh, 2 * s4)
+        at2 = layers(flow, here, 2 * s4)
+        seen = at2.before(at2.of(detail.small), half)
+        x = self._join(self.to2, x, [seen, at2.of(detail.half), facts], mesh, 2 * s4)
         x = self.block2(x + self.expression(detail.code)[:, :, None, None])
         offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
         x = leaky(x)  # (B, c2, H/2, W/2)
 
         facts = resize(facts, 4 * s4)
-        sampled = layered(detail.photo, flow, here, 4 * s4, base, offset)  # (B, 3, H, W)
+        at1 = layers(flow, here, 4 * s4, offset)
+        taken = at1.of(detail.photo)  # (B, 3, H, W)
+        sampled = at1.before(taken, base)
         x = self.block1(self._join(self.to1, x, [sampled, facts], mesh, 4 * s4))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
-        return Refined(mask * sampled + (1 - mask) * (base + out[:, :3]), offset, seen, known)
+        image = mask * sampled + (1 - mask) * (base + out[:, :3])
+        return Refined(image, offset, seen, known, image - mask * taken, at1.ways, mask * at1.shares)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""

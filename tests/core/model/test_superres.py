@@ -87,3 +87,43 @@ def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Ten
     inside(mesh, 64).square().sum().backward()
     assert inside.textures.grad is not None
     assert all(float(grad.abs().sum()) > 0 for grad in inside.textures.grad)
+
+
+def test_a_result_enlarged_by_its_own_photo_is_itself(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """What is painted and what is taken of the photo are the whole."""
+    photo = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
+        out = tiny.drive(source, None, orbit(15), lam=source.lam)
+        torch.testing.assert_close(out.enlarged(photo), out.image, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            out._replace(painted=None).enlarged(photo.repeat(1, 1, 2, 2)),
+            F.interpolate(out.image, (128, 128), mode="bicubic"),
+        )
+
+
+def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """Stripes of one pixel, which are grey at the model's size; a shut mouth that opens must not show them."""
+    assert tiny.flow is not None and tiny.flow_blend is not None
+    for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    stripes = torch.tensor([0.5, -0.5]).repeat(64).expand(1, 3, 128, 128)
+    opened, lower = points.clone(), torch.tensor([14, 17, 87, 317, 178, 402, 88, 318, 95, 324])
+    opened[:, lower, 1] += 0.2
+    detail, seen = [], []
+    with torch.no_grad():
+        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
+        for target in (points, opened):
+            posed = replace(tiny.pose(source, source.lam), mesh=tiny.flow.mesh(points, orbit(0), target))
+            out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
+            detail.append(out.enlarged(stripes) - out.enlarged(torch.zeros_like(stripes)))
+            seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
+    face = (seen[0].face == 1).expand_as(stripes)
+    shut = (-F.max_pool2d(-seen[1].shut, 5, 1, 2) > 0.9).expand_as(stripes)
+    assert face.sum() > 3000 and shut.sum() > 50
+    assert (detail[0] * stripes)[face].mean() > 0.9 * 0.25
+    assert detail[1][shut].abs().max() < 0.05

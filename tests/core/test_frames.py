@@ -1,0 +1,47 @@
+"""How large frames are, and what is in those that are larger than the model's picture."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from export3d_cli.core.animate import Animator
+from export3d_cli.core.errors import InputError
+from export3d_cli.core.face.motion import crop_image
+from export3d_cli.core.frames import frame_size
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.weights import example
+
+PHOTO = read_image(example("source.jpg"))
+
+
+def test_frames_are_as_large_as_asked_or_as_the_photo_allows() -> None:
+    assert [frame_size(256, shown) for shown in (100.0, 383.0, 384.0, 4000.0)] == [256, 256, 512, 512]
+    assert [frame_size(256, 4000.0, asked) for asked in (256, 300, 2048)] == [256, 300, 2048]
+    for bad in (64, 254, 2050):
+        with pytest.raises(InputError, match=f"size {bad} is out of range.* 256 to 2048"):
+            frame_size(256, 4000.0, bad)
+
+
+def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> None:
+    made = {}
+    for size in (64, 192):
+        motion = animator.set_source(PHOTO, size=size)
+        (made[size],) = animator.drive([motion])
+        assert made[size].shape == animator.source_crop().shape == (size, size, 3) and animator.size == size
+    truth = crop_image(PHOTO, motion.crop, 192).astype(float)[40:-40, 40:-40]
+    enlarged = cv2.resize(made[64], (192, 192), interpolation=cv2.INTER_CUBIC)
+    errors = [np.square(frame[40:-40, 40:-40] - truth).mean() for frame in (enlarged, made[192])]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_crop_of_the_model_s_own_size_brings_no_detail(animator: Animator) -> None:
+    motion = animator.set_source(PHOTO, size=128)
+    animator.set_source_motion(crop_image(PHOTO, motion.crop, 64), motion)
+    assert next(animator.edit(np.zeros((1, 10), np.float32))).shape == (64, 64, 3)
+
+
+def test_depth_is_as_large_as_the_frames(animator: Animator) -> None:
+    motion = animator.set_source(PHOTO, size=100)
+    assert next(animator.view(motion.camera, depth=True)).shape == (100, 100, 3)
