@@ -69,6 +69,7 @@ def make(animator: Animator, folder: Path, count: int) -> None:
     chosen = np.linspace(0, len(a) - 1, 6).astype(int)[1:]
     drivers = row([SPACE] + [a[k][1] for k in chosen], ("", "driver"))
     keep("reenact.jpg", drivers, *(row([c[0][0]] + [c[k][2] for k in chosen], ("photo", "result")) for c in shown))
+    detail(animator, folder)
     compose(animator, folder)
     views = []
     for depth in (False, True):
@@ -85,6 +86,17 @@ def make(animator: Animator, folder: Path, count: int) -> None:
     keep("edit-basis.jpg", fit(read_image(path)))
     failures(animator)
     data_set(animator, folder)
+
+
+def detail(animator: Animator, folder: Path) -> None:
+    """Part of a frame as large as the network makes it, enlarged, and with the photo's own detail."""
+    tiles = []
+    for size in (256, 512):
+        out = folder / f"{size}.mkv"
+        reenact(animator, SOURCE, DRIVER, out, ReenactOptions(start=0.8, max_frames=1, size=size, **LOSSLESS))  # type: ignore[arg-type]
+        tiles.append(cv2.resize(frames(out)[0], (512, 512), interpolation=cv2.INTER_CUBIC))
+    part = [tile[90:370, 116:396] for tile in (animator.source_crop(), *tiles)]
+    keep("detail.jpg", row(part, ("photo", "--size 256, enlarged", "--size 512")))
 
 
 def compose(animator: Animator, folder: Path) -> None:

@@ -172,6 +172,7 @@ CONTRACT = {  # promise -> tests that hold it, `file under tests/::function`
     ],
     "--size: frames have the photo's own detail": [
         "core/test_frames.py::test_larger_frames_are_nearer_to_the_larger_photo",
+        "core/test_frames.py::test_what_is_around_the_crop_comes_into_view_when_the_head_gets_smaller",
         "core/test_frames.py::test_frames_are_as_large_as_asked_or_as_the_photo_allows",
         "core/model/test_superres.py::test_enlarged_a_face_shows_what_only_the_larger_photo_does",
     ],

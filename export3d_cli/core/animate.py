@@ -33,7 +33,7 @@ from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_imag
 from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.frames import depth_picture, frame_size, pictures, sampling
+from export3d_cli.core.frames import RIM, depth_picture, frame_size, pictures, sampling
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
@@ -67,7 +67,7 @@ class Animator:
         self.notes: list[str] = []  # what the user should know
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
-        self._photo: Tensor | None = None  # the same (1, 3, K, K), where it is larger than the model's picture
+        self._photo: Tensor | None = None  # (1, 3, M, M), see `superres.enlarge`
         self._motion: Motion | None = None
         self.person_mask = PersonMask(resolve("selfie_segmentation"))
         self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
@@ -122,6 +122,9 @@ class Animator:
         motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
         size = frame_size(self.model.config.image_size, motion.crop[2], size)
         self.set_source_motion(crop_image(image, motion.crop, size), motion)
+        x0, y0, side = motion.crop
+        around = (x0 - RIM * side, y0 - RIM * side, (1 + 2 * RIM) * side)
+        self._photo = to_tensor(crop_image(image, around, round((1 + 2 * RIM) * size)))[None].to(self.device)
         return motion
 
     def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
@@ -266,7 +269,7 @@ class Animator:
             with torch.inference_mode():
                 seen = camera[part]
                 out = self._drive(seen, lam[part], posed)
-                return depth_picture(out, seen, self.size) if depth else pictures(out, self._photo)
+                return depth_picture(out, seen, self.size) if depth else pictures(out, self._photo, self.size)
 
         yield from self._in_memory(make, 0, len(camera))
 

@@ -15,6 +15,7 @@ from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Output
 
 LARGEST = 2048  # side of a frame, pixels
+RIM = 0.25  # of a crop's side: how much around it is kept of a photo, for heads and shoulders that move into view
 ENOUGH = 1.5  # sides of the model's picture that the photo must show for frames of twice its size
 
 # Side of the volume's picture and samples of a ray, as shares of what the weights were trained with. PSNR against best
@@ -43,9 +44,9 @@ def frame_size(own: int, shown: float, asked: int = 0) -> int:
     return asked or (2 * own if shown >= ENOUGH * own else own)
 
 
-def pictures(out: Output, photo: Tensor | None) -> np.ndarray:
-    """The model's pictures, uint8 (B, H, W, 3), or (B, K, K, 3) with the detail of a larger `photo` (1, 3, K, K)."""
-    return to_uint8(out.image if photo is None else out.enlarged(photo.expand(len(out.image), -1, -1, -1)))
+def pictures(out: Output, photo: Tensor | None, size: int) -> np.ndarray:
+    """The model's pictures, uint8 (B, H, W, 3), or (B, size, size, 3) with what a `photo` (1, 3, M, M) knows more."""
+    return to_uint8(out.image if photo is None else out.enlarged(photo.expand(len(out.image), -1, -1, -1), size))
 
 
 def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:

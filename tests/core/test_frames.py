@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animate import Animator
+from export3d_cli.core.camera import Camera
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.motion import crop_image
 from export3d_cli.core.frames import frame_size
@@ -34,6 +35,23 @@ def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> Non
     enlarged = cv2.resize(made[64], (192, 192), interpolation=cv2.INTER_CUBIC)
     errors = [np.square(frame[40:-40, 40:-40] - truth).mean() for frame in (enlarged, made[192])]
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_what_is_around_the_crop_comes_into_view_when_the_head_gets_smaller(animator: Animator) -> None:
+    motion = animator.set_source(PHOTO)
+    x, y, side = (round(value) for value in motion.crop)
+    wide = np.full((1000, 1000, 3), (0, 255, 0), np.uint8)
+    wide[250 : 250 + side, 250 : 250 + side] = PHOTO[y : y + side, x : x + side]
+    motion = animator.set_source(wide, size=64)
+    pose = np.linalg.inv(animator.source_camera().cam2world)
+    pose[:3, 3] *= 1.4
+    cameras = Camera(np.linalg.inv(pose), animator.source_camera().intrinsics).vector()[None]
+    (known,) = animator.view(cameras)
+    animator.set_source_motion(crop_image(wide, motion.crop, 64), motion)
+    (unknown,) = animator.view(cameras)
+    for picture, is_green in ((known, True), (unknown, False)):
+        red, green, blue = picture[-4:, 16:-16].reshape(-1, 3).mean(0)  # below the shoulders
+        assert (green - max(red, blue) > 100) == is_green
 
 
 def test_a_crop_of_the_model_s_own_size_brings_no_detail(animator: Animator) -> None:

@@ -96,11 +96,11 @@ class Output(NamedTuple):
     ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
     shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
 
-    def enlarged(self, photo: Tensor) -> Tensor:
-        """The image as large as another copy of the photo, (B, 3, K, K), and with its detail: `superres.enlarge`."""
+    def enlarged(self, photo: Tensor, size: int) -> Tensor:
+        """The image as (B, 3, size, size), with the detail of a larger photo (B, 3, M, M): `superres.enlarge`."""
         if self.painted is None or self.ways is None or self.shares is None:
-            return F.interpolate(self.image.float(), photo.shape[-2:], mode="bicubic", align_corners=False)
-        return enlarge(self.painted, Layers(self.ways, self.shares), photo)
+            return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
+        return enlarge(self.painted, Layers(self.ways, self.shares), photo, size)
 
 
 class Export3D(nn.Module):

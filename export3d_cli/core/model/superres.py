@@ -193,16 +193,21 @@ def layers(flow: LayeredFlow, here: Tensor, size: int, offset: Tensor | None = N
     return Layers(resize(ways, size), resize(shares, size))
 
 
-def enlarge(painted: Tensor, own: Layers, photo: Tensor) -> Tensor:
-    """A result as large as a larger copy of the photo (B, 3, K, K), which no network sees: its pixels are only moved.
+def enlarge(painted: Tensor, own: Layers, photo: Tensor, size: int) -> Tensor:
+    """The result at `size`, with detail that no network sees: pixels of a larger copy of the photo are only moved.
 
-    What super-resolution painted, (B, 3, H, W), is enlarged; what it took of the photo, `own`, is taken of that copy.
+    Args:
+        painted: (B, 3, H, W), what super-resolution made itself; it is enlarged. own: what it took of the photo.
+        photo: (B, 3, M, M), what it is to be taken of instead: `size` pixels across the photo, and (M - size) / 2 on
+            each side of what is around it.
     """
 
     def grown(x: Tensor) -> Tensor:  # both in one way: where the one's share ends the other's begins
-        return F.interpolate(x, photo.shape[-2:], mode="bicubic", align_corners=False)
+        return F.interpolate(x, (size, size), mode="bicubic", align_corners=False)
 
-    return grown(painted) + Layers(resize(own.ways, photo.shape[-1]), grown(own.shares)).of(photo)
+    rim = (photo.shape[-1] - size) / 2 / size
+    ways = (resize(own.ways, size) + rim) / (1 + 2 * rim)
+    return grown(painted) + Layers(ways, grown(own.shares)).of(photo)
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:

@@ -97,9 +97,9 @@ def test_a_result_enlarged_by_its_own_photo_is_itself(
     with torch.no_grad():
         source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
         out = tiny.drive(source, None, orbit(15), lam=source.lam)
-        torch.testing.assert_close(out.enlarged(photo), out.image, atol=1e-4, rtol=0)
+        torch.testing.assert_close(out.enlarged(photo, 64), out.image, atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            out._replace(painted=None).enlarged(photo.repeat(1, 1, 2, 2)),
+            out._replace(painted=None).enlarged(photo, 128),
             F.interpolate(out.image, (128, 128), mode="bicubic"),
         )
 
@@ -120,7 +120,7 @@ def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
         for target in (points, opened):
             posed = replace(tiny.pose(source, source.lam), mesh=tiny.flow.mesh(points, orbit(0), target))
             out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
-            detail.append(out.enlarged(stripes) - out.enlarged(torch.zeros_like(stripes)))
+            detail.append(out.enlarged(stripes, 128) - out.enlarged(torch.zeros_like(stripes), 128))
             seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
     face = (seen[0].face == 1).expand_as(stripes)
     shut = (-F.max_pool2d(-seen[1].shut, 5, 1, 2) > 0.9).expand_as(stripes)
