@@ -33,7 +33,7 @@ from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_imag
 from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.frames import RIM, depth_picture, frame_size, pictures, sampling
+from export3d_cli.core.frames import RIM, depth_picture, frame_size, mesh_size, pictures, sampling
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
@@ -283,7 +283,7 @@ class Animator:
         with autocast(self.device, self.precision):
             out = self.model.drive(
                 source, None, self._tensor(camera), lam=lam, posed=posed and posed.expand(len(camera)), raw_size=size,
-                samples=samples,
+                samples=samples, mesh_size=mesh_size(self.model.config, self.size),
             )  # fmt: skip
         if out.image.isfinite().all():
             return out

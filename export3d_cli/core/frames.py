@@ -44,6 +44,11 @@ def frame_size(own: int, shown: float, asked: int = 0) -> int:
     return asked or (2 * own if shown >= ENOUGH * own else own)
 
 
+def mesh_size(config: ModelConfig, size: int) -> int:
+    """Side at which the face mesh is rasterised for frames of that size: larger ones show its steps at an outline."""
+    return config.mesh_size * min(size, 2 * config.image_size) // config.image_size
+
+
 def pictures(out: Output, photo: Tensor | None, size: int) -> np.ndarray:
     """The model's pictures, uint8 (B, H, W, 3), or (B, size, size, 3) with what a `photo` (1, 3, M, M) knows more."""
     return to_uint8(out.image if photo is None else out.enlarged(photo.expand(len(out.image), -1, -1, -1), size))

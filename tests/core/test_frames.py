@@ -8,9 +8,10 @@ import pytest
 
 from export3d_cli.core.animate import Animator
 from export3d_cli.core.camera import Camera
+from export3d_cli.core.config import PRESETS
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.motion import crop_image
-from export3d_cli.core.frames import frame_size
+from export3d_cli.core.frames import frame_size, mesh_size
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.weights import example
 
@@ -63,3 +64,8 @@ def test_a_crop_of_the_model_s_own_size_brings_no_detail(animator: Animator) -> 
 def test_depth_is_as_large_as_the_frames(animator: Animator) -> None:
     motion = animator.set_source(PHOTO, size=100)
     assert next(animator.view(motion.camera, depth=True)).shape == (100, 100, 3)
+
+
+def test_larger_frames_have_a_finer_mesh() -> None:
+    config = PRESETS["compact"]
+    assert [mesh_size(config, size) for size in (256, 300, 512, 1024)] == [128, 150, 256, 256]

@@ -96,8 +96,8 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 def to_uint8(tensor: torch.Tensor) -> np.ndarray:
     """float (..., 3, H, W) in [-1, 1] (clamped) -> uint8 (..., H, W, 3), rounded; the inverse of `to_tensor`."""
-    scaled = tensor.detach().float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
-    return np.ascontiguousarray(np.moveaxis(scaled.byte().cpu().numpy(), -3, -1))
+    scaled = tensor.detach().float().clamp(-1.0, 1.0).add_(1.0).mul_(127.5).round_().byte()
+    return np.asarray(scaled.movedim(-3, -1).contiguous().cpu().numpy())
 
 
 def _commented(data: bytes, text: bytes) -> bytes:

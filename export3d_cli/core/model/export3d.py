@@ -188,10 +188,11 @@ class Export3D(nn.Module):
         posed: Posed | None = None,
         raw_size: int | None = None,
         samples: Samples | None = None,
+        mesh_size: int | None = None,
     ) -> Output:
         """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25).
 
-        `posed` is what `pose` made of the same source and `lam`.
+        `posed` is what `pose` made of the same source and `lam`; sizes and samples default to the config's.
         """
         if lam is None:
             if beta is None:
@@ -202,7 +203,7 @@ class Export3D(nn.Module):
         features, depth, opacity = self.render(source, posed, camera, size, samples)
         detail, weights, head = None, None, None
         if posed.mesh is not None:
-            detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity)
+            detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity, mesh_size)
             weights, head = detail.flow.weights, detail.mesh.weight
         features = self._before(source, features, opacity, detail)
         full = resize(features, self.config.image_size // 4)
@@ -328,14 +329,14 @@ class Export3D(nn.Module):
         return (here - there).abs().mean(1)
 
     def _photo_detail(
-        self, source: Source, moved: Mesh, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor
+        self, source: Source, moved: Mesh, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor, size: int | None
     ) -> PhotoDetail:
         assert self.flow is not None and self.flow_blend is not None and source.small is not None
         assert source.half is not None and source.quarter is not None
         assert source.head is not None and source.body is not None
         s = self.config.flow_size
         with torch.no_grad():
-            mesh: MeshFlow = self.flow.seen(moved, camera, head=source.head)
+            mesh: MeshFlow = self.flow.seen(moved, camera, size, source.head)
         depth, opacity = resize(depth, s), resize(opacity, s)
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)

@@ -133,8 +133,9 @@ def _area(uv: Tensor, triangles: Tensor) -> Tensor:
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B, T, K), index (B, P) with -1 for none -> (B, P, K)."""
-    index = index.clamp_min(0)[..., None].expand(-1, -1, rows.shape[-1])
-    return rows.gather(1, index)
+    B, T, K = rows.shape
+    first = torch.arange(B, device=rows.device)[:, None] * T
+    return rows.reshape(B * T, K)[index.clamp_min(0) + first]  # whole rows at once: several times as fast as `gather`
 
 
 def with_rings(points: Tensor) -> Tensor:
@@ -240,7 +241,8 @@ class BasisFlow(nn.Module):
         uv_target, depth = project(mesh.points, camera)
         raster = rasterize(uv_target, depth, triangles, s)
         per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 14)
-        value = (per_triangle * raster.corners[..., None]).sum(2)  # (B, P, 14)
+        (a, b, c), (at_a, at_b, at_c) = per_triangle.unbind(2), raster.corners.split(1, dim=-1)
+        value = torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)  # (B, P, 14)
 
         before, after = mesh.before.expand(B, -1), _area(uv_target, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)

@@ -118,7 +118,9 @@ class FlowBlend(nn.Module):
         opacity = (1 - fine.weight) * 0.5 * opacity
         share = fine.weight + opacity
         # what was or is torso follows: standing still, the photo's torso would show beside the one that has moved
-        prior = torch.cat([share, opacity / share.clamp_min(1e-3), FOLLOWS * torch.maximum(resize(torso, m), body)], 1)
+        prior = torch.cat(
+            [share, opacity / share.clamp_min(1e-3), FOLLOWS * torch.maximum(resize(torso, m), resize(body, m))], 1
+        )
         share, on_rigid, drifts = torch.sigmoid(torch.logit(prior, eps=SURE) + 2 * change).split(1, dim=1)
         on_rigid = on_rigid * solid  # where a ray meets hardly anything its depth is none
         of_head, of_rest = shift.split(2, dim=1)

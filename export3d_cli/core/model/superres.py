@@ -201,13 +201,10 @@ def enlarge(painted: Tensor, own: Layers, photo: Tensor, size: int) -> Tensor:
         photo: (B, 3, M, M), what it is to be taken of instead: `size` pixels across the photo, and (M - size) / 2 on
             each side of what is around it.
     """
-
-    def grown(x: Tensor) -> Tensor:  # both in one way: where the one's share ends the other's begins
-        return F.interpolate(x, (size, size), mode="bicubic", align_corners=False)
-
     rim = (photo.shape[-1] - size) / 2 / size
     ways = (resize(own.ways, size) + rim) / (1 + 2 * rim)
-    return grown(painted) + Layers(ways, grown(own.shares)).of(photo)
+    # painted and shares are enlarged in one way: where the one's share ends the other's begins
+    return resize(painted, size) + Layers(ways, resize(own.shares, size)).of(photo)
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:
