@@ -156,10 +156,15 @@ class Animator:
         Frames will be as large; a crop larger than the model's picture gives them its detail.
         """
         self._motion = own = motion_rows(motion, np.array([frame]))
-        extent, side = np.ptp(own.landmarks[0, :, :2], axis=0), self.model.config.image_size
-        self._crop_scale, self._crop, self._photo = float(1 / extent.max()), crop, None
-        if len(crop) > side:
+        extent = np.ptp(own.landmarks[0, :, :2], axis=0).max()
+        self._crop_scale, self._crop, self._photo = float(1 / extent), crop, None
+        if len(crop) > self.model.config.image_size:
             self._photo = to_tensor(crop)[None].to(self.device)
+        self._encode(crop, own)
+
+    def _encode(self, crop: np.ndarray, own: Motion) -> None:
+        side = self.model.config.image_size
+        if len(crop) > side:
             crop = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
         person = self._tensor(self.person_mask.alpha(crop)[None, None])
         with torch.inference_mode(), autocast(self.device, self.precision):
@@ -293,7 +298,7 @@ class Animator:
         self.precision = "fp32"
         for part, full in zip(self._parts, self._full, strict=True):
             widen(part, full)
-        self.set_source_motion(self._crop, self.source_motion())
+        self._encode(self._crop, self.source_motion())
         return self._drive(camera, lam.float(), None)
 
     def _camera(self, count: int) -> np.ndarray:
