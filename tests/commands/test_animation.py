@@ -74,7 +74,7 @@ def test_an_existing_output_is_kept(tiny, tmp_path):
         early = run(*command, "-o", out, "--weights", "nowhere")  # told before weights are looked for
         assert early.exit_code == 2, early.output
     assert reenact(tiny, out, "--max-frames", "1", "--overwrite").exit_code == 0
-    assert probe(out).width == 64
+    assert probe(out).width == 128
 
 
 def test_no_face_is_3_and_names_the_file(tiny, tmp_path):
@@ -193,7 +193,7 @@ def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
         result = reenact(tiny, tmp_path / name, *fast, "--background", *args)
         assert result.exit_code == 0, result.output
     assert probe(tmp_path / "a.webm").alpha
-    assert (probe(tmp_path / "a.webm").width, probe(tmp_path / "c.mp4").width) == (192, 3 * 512)
+    assert (probe(tmp_path / "a.webm").width, probe(tmp_path / "c.mp4").width) == (3 * 128, 3 * 512)
     assert len(list((tmp_path / "f").iterdir())) == 2
 
 

@@ -69,11 +69,11 @@ def test_one_angle_is_a_marked_picture(tiny, tmp_path, monkeypatch):
 def test_sheets_hold_the_sweep_and_every_basis_vector(tiny, tmp_path):
     views, basis = tmp_path / "views.png", tmp_path / "basis.png"
     assert look(tiny, "novel-view", "--grid", "--frames", "7", "-o", views).exit_code == 0
-    assert read_image(views).shape == (3 * 64, 3 * 64, 3)
+    assert read_image(views).shape == (3 * 128, 3 * 128, 3)
     assert look(tiny, "edit-basis", "--grid", "--v", "3", "--v", "1", "--scale", "-50:50", "-o", basis).exit_code == 0
     sheet = read_image(basis).astype(int)
-    assert sheet.shape == (2 * 64, 5 * 64, 3)
-    top = [sheet[:48, k * 64 : (k + 1) * 64] for k in range(5)]  # without the labels
+    assert sheet.shape == (2 * 128, 5 * 128, 3)
+    top = [sheet[:96, k * 128 : (k + 1) * 128] for k in range(5)]  # without the labels
     assert np.abs(top[0] - top[4]).max() > 5
     assert look(tiny, "edit-basis", "--grid", "--v", "3", "--v", "1", "-o", basis, "--overwrite").exit_code == 0
 
