@@ -122,9 +122,10 @@ class Animator:
         motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
         size = frame_size(self.model.config.image_size, motion.crop[2], size)
         self.set_source_motion(crop_image(image, motion.crop, size), motion)
-        x0, y0, side = motion.crop
-        around = (x0 - RIM * side, y0 - RIM * side, (1 + 2 * RIM) * side)
-        self._photo = to_tensor(crop_image(image, around, round((1 + 2 * RIM) * size)))[None].to(self.device)
+        (x0, y0, side), rim = motion.crop, round(RIM * size)
+        more = rim * side / size
+        around = crop_image(image, (x0 - more, y0 - more, side + 2 * more), size + 2 * rim)
+        self._photo = to_tensor(around)[None].to(self.device)
         return motion
 
     def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
