@@ -71,30 +71,24 @@ class Rate(click.ParamType):
         return ntsc if rounded else rate
 
 
-class Batch(click.ParamType):
-    """`auto`, which is 0, or a number of frames."""
+class AutoOr(click.ParamType):
+    """`auto`, which is 0, or a number whose digits match a pattern; `told` says what another value is."""
 
     name = "auto|N"
+
+    def __init__(self, digits: str, told: str) -> None:
+        self.digits, self.told = digits, told
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """A number from 0."""
         text = "0" if value == "auto" else str(value)
-        if not re.fullmatch(r"\d{1,6}", text, flags=re.ASCII):
-            self.fail(f"{value!r} is not a number of frames: give auto or a whole number such as 8", param, ctx)
+        if not re.fullmatch(self.digits, text, flags=re.ASCII):
+            self.fail(f"{value!r} is {self.told}", param, ctx)
         return int(text)
 
 
-class Size(click.ParamType):
-    """`auto`, which is 0, or the side of a frame, which ffmpeg wants even."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """An even number from 0."""
-        text = "0" if value == "auto" else str(value)
-        if not re.fullmatch(r"\d{0,5}[02468]", text, flags=re.ASCII):
-            self.fail(f"{value!r} is no size: give auto or an even number of pixels such as 512", param, ctx)
-        return int(text)
+BATCH = AutoOr(r"\d{1,6}", "not a number of frames: give auto or a whole number such as 8")
+SIZE = AutoOr(r"\d{0,5}[02468]", "no size: give auto or an even number of pixels such as 512")  # ffmpeg wants it even
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -113,7 +107,7 @@ def check_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
 def source_options(command: F) -> F:
     """--face, --crop, --size: what of the portrait is animated, and how large."""
     command = click.option(
-        "--size", type=Size(), default="auto", show_default=True,
+        "--size", type=SIZE, default="auto", show_default=True,
         help="Side of the frames, pixels; auto: 512 where the face of SRC is large enough for it, else 256.",
     )(command)  # fmt: skip
     command = click.option(
@@ -169,7 +163,7 @@ def output_options(command: F) -> F:
 def batch_option(command: F) -> F:
     """--batch."""
     how = "Frames at once; halved where memory runs out."
-    return click.option("--batch", type=Batch(), default="auto", show_default=True, help=how)(command)
+    return click.option("--batch", type=BATCH, default="auto", show_default=True, help=how)(command)
 
 
 def json_option(command: F) -> F:

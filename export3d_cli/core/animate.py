@@ -33,7 +33,7 @@ from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_imag
 from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.frames import RIM, depth_picture, frame_size, mesh_size, pictures, sampling
+from export3d_cli.core.frames import depth_picture, frame_size, mesh_size, pictures, sampling, with_rim
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
@@ -121,11 +121,8 @@ class Animator:
         square = (0.0, 0.0, float(width)) if crop == "none" else None
         motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
         size = frame_size(self.model.config.image_size, motion.crop[2], size)
-        self.set_source_motion(crop_image(image, motion.crop, size), motion)
-        (x0, y0, side), rim = motion.crop, round(RIM * size)
-        more = rim * side / size
-        around = crop_image(image, (x0 - more, y0 - more, side + 2 * more), size + 2 * rim)
-        self._photo = to_tensor(around)[None].to(self.device)
+        around = crop_image(image, *with_rim(motion.crop, size))
+        self.set_source_motion(crop_image(image, motion.crop, size), motion, around=around)
         return motion
 
     def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
@@ -151,16 +148,19 @@ class Animator:
             self._followers[name] = open_tracker(name, device=str(self.device))
         return self._followers[name]
 
-    def set_source_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> None:
+    def set_source_motion(
+        self, crop: np.ndarray, motion: Motion, frame: int = 0, *, around: np.ndarray | None = None
+    ) -> None:
         """Encode a face crop, uint8 (K, K, 3), already tracked: row `frame` of `motion`.
 
-        Frames will be as large; a crop larger than the model's picture gives them its detail.
+        Frames will be as large; a crop larger than the model's picture gives them its detail, and `around`, (M, M, 3),
+        the same with more of the photo on all sides, also what is there.
         """
         self._motion = own = motion_rows(motion, np.array([frame]))
         extent = np.ptp(own.landmarks[0, :, :2], axis=0).max()
-        self._crop_scale, self._crop, self._photo = float(1 / extent), crop, None
-        if len(crop) > self.model.config.image_size:
-            self._photo = to_tensor(crop)[None].to(self.device)
+        self._crop_scale, self._crop = float(1 / extent), crop
+        shown = crop if around is None and len(crop) > self.model.config.image_size else around
+        self._photo = None if shown is None else to_tensor(shown)[None].to(self.device)
         self._encode(crop, own)
 
     def _encode(self, crop: np.ndarray, own: Motion) -> None:

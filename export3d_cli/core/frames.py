@@ -44,6 +44,13 @@ def frame_size(own: int, shown: float, asked: int = 0) -> int:
     return asked or (2 * own if shown >= ENOUGH * own else own)
 
 
+def with_rim(square: tuple[float, float, float], size: int) -> tuple[tuple[float, float, float], int]:
+    """A crop x0, y0, side of `size` pixels with `RIM` on all sides, and its own size: the rim is whole pixels."""
+    (x0, y0, side), rim = square, round(RIM * size)
+    more = rim * side / size
+    return (x0 - more, y0 - more, side + 2 * more), size + 2 * rim
+
+
 def mesh_size(config: ModelConfig, size: int) -> int:
     """Side at which the face mesh is rasterised for frames of that size: larger ones show its steps at an outline."""
     return config.mesh_size * min(size, 2 * config.image_size) // config.image_size
