@@ -93,6 +93,7 @@ class DataConfig:
     cache: str = ""  # folder of the decode-once cache; empty: `<data set>/cache-<size>`
     cache_stride: int = 1  # keep every k-th frame of a clip in the cache
     spread: float = 0.5  # share of pairs whose driver is picked for a different pose or expression
+    turn: float = 0.0  # share of pairs that are the two frames furthest apart in view among those of a few clips
     flip: bool = True  # mirror images, beta and camera together
     jitter: float = 0.2  # colour and gamma changes, the same on both frames; 0: none
     stills: float = 0.2  # how often a person known from stills only is drawn, against 1 for people on video

@@ -23,6 +23,7 @@ from export3d_cli.core.face.motion import head_points, mirror_beta, mirror_camer
 from export3d_cli.core.train.cache import Clip, FaceSet, fit_picture
 
 CANDIDATES = 8  # drivers looked at when one is picked for being different
+CLIPS, VIEWS = 4, 16  # clips of one data set, and frames of each, among which a pair far apart in view is looked for
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,12 @@ class Sampler:
 
     def _pair(self, rng: Generator, *, wanted: bool = True) -> dict[str, np.ndarray]:
         """One pair; one that is not wanted is drawn all the same, so that those after it stay what they are."""
-        data, clip = self._clip(rng, self.people)
-        source = clip.start + int(rng.integers(clip.count))
-        target = self._driver(rng, data, clip, source)
+        if self.config.turn > 0 and rng.random() < self.config.turn:
+            data, source, target = self._turned(rng)
+        else:
+            data, clip = self._clip(rng, self.people)
+            source = clip.start + int(rng.integers(clip.count))
+            target = self._driver(rng, data, clip, source)
         beta = data.beta[target]
         if self.config.cross > 0 and rng.random() < self.config.cross:
             crossed = self._crossed(rng)
@@ -192,6 +196,23 @@ class Sampler:
             "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
             "target_landmarks": marks[1, :, :2],
         }  # fmt: skip
+
+    def _turned(self, rng: Generator) -> tuple[FaceSet, int, int]:
+        """Two frames of a clip, the furthest apart in view among a few of a few clips: few who are filmed turn far."""
+        data, clip = self._clip(rng, self.moving)
+        same = [people if s is data else {} for s, people in zip(self.sets, self.moving, strict=True)]
+        clips = [clip, *(self._clip(rng, same)[1] for _ in range(CLIPS - 1))]
+        best, found = 2.0, (0, 0)
+        for clip in clips:
+            rows = clip.start + rng.permutation(clip.count)[:VIEWS]
+            axes = data.camera[rows][:, 2:11:4]  # where the camera looks, head frame
+            cos = axes @ axes.T
+            np.fill_diagonal(cos, 2.0)  # never a frame with itself
+            k, j = np.unravel_index(cos.argmin(), cos.shape)
+            if cos[k, j] < best:
+                best, found = float(cos[k, j]), (int(rows[k]), int(rows[j]))
+        source, target = found if rng.random() < 0.5 else found[::-1]
+        return data, source, target
 
     def _crossed(self, rng: Generator) -> tuple[FaceSet, int, int, np.ndarray] | None:
         """A pair whose expression comes from another head on the same track; the camera is that of the target's own

@@ -22,6 +22,8 @@ from export3d_cli.core.train.board import Board
 from export3d_cli.core.train.parallel import World
 from export3d_cli.core.train.plot import plot_losses
 
+AGAIN = 0.4  # where the second decay by time of a run begins whose first has ended: at two thirds of the learning rate
+
 
 @dataclass(frozen=True)
 class TrainEvent:
@@ -64,6 +66,8 @@ class Run:
         run = cls(config, folder, device, bf16, progress, world, resumed=load_state(folder))
         if run.resumed is not None:
             run.decayed = float(run.resumed[1].get("decayed", 0.0))
+            if run.decayed >= 1:  # more time was given: a warm restart, since the rate's end would teach little
+                run.decayed = AGAIN
             run.saved = (run.resumed[1]["stage"], int(run.resumed[1]["step"]))
         world.wait()  # all have read before the first one writes
         if world.main:

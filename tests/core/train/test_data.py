@@ -188,6 +188,26 @@ def test_different_drivers_are_preferred(sampler: Sampler) -> None:
     assert mean_difference(1.0) > 1.2 * mean_difference(0.0)
 
 
+def test_turned_pairs_are_far_apart_in_view(sampler: Sampler) -> None:
+    axes = sampler.sets[0].camera[:, 2:11:4]
+
+    def mean_angle(pairs: list[tuple[int, int]]) -> float:
+        return float(np.degrees(np.mean([np.arccos(min(axes[k] @ axes[j], 1.0)) for k, j in pairs])))
+
+    rng, turned = np.random.default_rng(0), []
+    for _ in range(50):
+        data, source, target = sampler._turned(rng)
+        assert any(c.start <= min(source, target) < max(source, target) < c.start + c.count for c in data.clips)
+        turned.append((source, target))
+    clip = sampler.sets[0].clips[0]
+    usual = [(clip.start, clip.start + int(rng.integers(1, clip.count))) for _ in range(50)]
+    assert mean_angle(turned) > 1.2 * mean_angle(usual)
+    only = Sampler(sampler.sets, replace(sampler.config, turn=1.0, cross=0.0, flip=False), sampler.mirror)
+    batch = only.batch(0, 0, 20)
+    looks = batch.source_camera[:, 2:11:4], batch.target_camera[:, 2:11:4]
+    assert float(torch.rad2deg(torch.arccos((looks[0] * looks[1]).sum(-1))).mean()) > 1.2 * mean_angle(usual)
+
+
 def test_crossed_pairs_take_the_expression_of_the_other_head(sampler: Sampler) -> None:
     data = sampler.sets[0]
     for i in range(20):

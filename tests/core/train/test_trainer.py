@@ -19,6 +19,7 @@ from export3d_cli.core.train import trainer
 from export3d_cli.core.train.cache import load_sets
 from export3d_cli.core.train.data import Sampler
 from export3d_cli.core.train.pretrain import fit_flow_basis
+from export3d_cli.core.train.run import AGAIN, Run
 from export3d_cli.core.train.trainer import learning_rate, raw_size, train
 
 from .conftest import BUNDLE, SIZE
@@ -99,6 +100,7 @@ def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.Monk
     assert saved is not None
     assert saved[1]["step"] == summary.step
     assert saved[1]["decayed"] == 1.0
+    assert Run.open(config, None).decayed == AGAIN  # given more time
 
 
 def test_loss_that_is_no_number_stops(tiny: TrainConfig) -> None:
