@@ -32,6 +32,9 @@ MEASURES = (
 BETA_NAMES = ARKIT_NAMES + MEASURES
 RIGID_MEAN = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
 Z_SCALE = 1.1  # the tracker flattens faces: with this, turning heads read their true angle
+# How much of that depth a face has: with it the landmarks of a frame, seen by another frame's camera, come nearest to
+# those of the other. The same of 63 filmed people and of 445 rendered heads, at turns of 5 and of 30 degrees.
+RELIEF = 0.94
 _DAMAGED: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP)
 MAX_BYTES = 2**31  # of a motion file, unpacked: about four hours at 25 frames a second
 RATES = (Fraction(1, 1000), Fraction(1000))  # frames a second, least and most
@@ -166,7 +169,7 @@ class Tracker:
             points = (landmarks[part].astype(np.float64) - [x0, y0, 0]) / side
             cameras[part] = fit_cameras(points, self.canonical.points)
             beta[part, : len(ARKIT_NAMES)] = [face.blendshapes for face in present[part]]
-            beta[part, len(ARKIT_NAMES) :] = measures(head_points(points, cameras[part]))
+            beta[part, len(ARKIT_NAMES) :] = measures(head_points(points, cameras[part], 1.0))
             landmarks[part] = points
         if not found.all():
             beta, cameras, landmarks = beta[held], cameras[held], landmarks[held]
@@ -206,7 +209,7 @@ def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
     seen = landmarks[:, list(mesh.RIGID)].astype(np.float64)
     depth = np.full(len(seen), 2.7)
     for _ in range(4):
-        cloud = _unproject(seen, depth, weights)  # (F, K, 3), camera frame
+        cloud = _unproject(seen, depth, weights, Z_SCALE)  # (F, K, 3), camera frame
         cloud_mean = np.einsum("k,fki->fi", weights, cloud)
         cross = np.einsum("k,fki,kj->fij", weights, cloud - cloud_mean[:, None], centred)
         u, s, vt = np.linalg.svd(cross)
@@ -223,10 +226,10 @@ def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
     return np.concatenate([cam2world, intrinsics], axis=1).astype(np.float32)
 
 
-def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Crop units (F, K, 3) -> camera frame (F, K, 3), the weighted mean of z laid at `depth` (F,)."""
+def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray, z_scale: float) -> np.ndarray:
+    """Crop units (F, K, 3), z times `z_scale` -> camera frame (F, K, 3), the weighted mean of z at `depth` (F,)."""
     z = points[..., 2] - (points[..., 2] @ weights)[:, None]
-    depths = depth[:, None] * (1 + Z_SCALE * z / FOCAL)
+    depths = depth[:, None] * (1 + z_scale * z / FOCAL)
     rays = np.concatenate([(points[..., :2] - 0.5) / FOCAL, np.ones_like(z)[..., None]], axis=-1)
     return rays * depths[..., None]
 
@@ -264,11 +267,11 @@ def crop_image(image: np.ndarray, crop: tuple[float, float, float], size: int) -
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def head_points(landmarks: np.ndarray, camera: np.ndarray) -> np.ndarray:
+def head_points(landmarks: np.ndarray, camera: np.ndarray, relief: float = RELIEF) -> np.ndarray:
     """Landmarks (T, 478, 3) in crop units, seen by cameras (T, 25) -> (T, 478, 3) float32 in the head frame.
 
-    Each point stays on its ray; its depth is the tracker's z, at the scale of the camera's distance, with the rigid
-    points' mean depth laid on the canonical face's. So projecting with the same camera gives the landmarks back.
+    Each point stays on its ray; its depth is `relief` times the one by which the pose is read, with the rigid points'
+    mean depth laid on the canonical face's. So projecting with the same camera gives the landmarks back.
     """
     landmarks = np.asarray(landmarks, dtype=np.float64)
     cam2world = np.asarray(camera, dtype=np.float64)[:, :16].reshape(-1, 4, 4)
@@ -276,7 +279,7 @@ def head_points(landmarks: np.ndarray, camera: np.ndarray) -> np.ndarray:
     depth = np.einsum("tji,tj->ti", R, RIGID_MEAN - t)[:, 2]  # of the rigid points' mean, in the camera frame
     weights = np.zeros(mesh.POINTS)
     weights[list(mesh.RIGID)] = list(mesh.RIGID_WEIGHTS.values())
-    cloud = _unproject(landmarks, depth, weights / weights.sum())
+    cloud = _unproject(landmarks, depth, weights / weights.sum(), relief * Z_SCALE)
     return (np.einsum("tij,tnj->tni", R, cloud) + t[:, None]).astype(np.float32)
 
 

@@ -19,6 +19,7 @@ from export3d_cli.core.face.mesh import RIGID, RIGID_WEIGHTS, CanonicalFace, can
 from export3d_cli.core.face.motion import (
     BETA_NAMES,
     CROP_SCALE,
+    RELIEF,
     Z_SCALE,
     Motion,
     Tracker,
@@ -84,9 +85,18 @@ def test_a_moved_and_rescaled_head_moves_the_camera_only(canonical: CanonicalFac
 def test_head_points_give_the_head_back(canonical: CanonicalFace) -> None:
     cameras = [Camera.orbit(*pose) for pose in POSES]
     landmarks = np.stack([seen(canonical.points, camera) for camera in cameras])
-    points = head_points(landmarks, np.stack([camera.vector() for camera in cameras]))
+    vectors = np.stack([camera.vector() for camera in cameras])
+    points = head_points(landmarks, vectors, 1.0)
     assert points.dtype == np.float32
     np.testing.assert_allclose(points, np.broadcast_to(canonical.points, points.shape), atol=1e-4)
+
+
+def test_relief_flattens_a_head_along_the_rays(canonical: CanonicalFace) -> None:
+    camera = Camera.orbit(0.0)
+    landmarks, vector = seen(canonical.points, camera)[None], camera.vector()[None]
+    flat, full = head_points(landmarks, vector)[0], head_points(landmarks, vector, 1.0)[0]
+    assert np.ptp(flat[:, 2]) / np.ptp(full[:, 2]) == pytest.approx(RELIEF, rel=1e-3)
+    np.testing.assert_allclose(camera.project(flat), camera.project(full), atol=1e-5)
 
 
 def test_head_points_project_to_the_landmarks(canonical: CanonicalFace) -> None:
