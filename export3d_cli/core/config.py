@@ -146,7 +146,7 @@ class LossConfig:
     offset: float = 0.0  # penalty on the residual flow
     flow: float = 0.0  # the photo's colours along the flow are to be the target's already
     rough: float = 0.0  # EG3D's density regularisation: neighbours in the volume are to be alike
-    silhouette: float = 0.0  # the volume is to be opaque where the head is, hair included, and nowhere else
+    silhouette: float = 0.0  # the volume is to be opaque where the target shows the head, hair and all, and only there
     landmarks: float = 0.0  # what the face landmarker sees in result and driver is to agree, percent of the face's view
     identity: float = 0.0  # 1 - cosine of embeddings of result and driver
     embedder: str = ""  # TorchScript face embedder, (B, 3, 112, 112) RGB with ImageNet's mean and deviation

@@ -88,7 +88,6 @@ class Output(NamedTuple):
     opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
     offset: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
     weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
-    head: Tensor | None = None  # (B, 1, m, m) where the head should be: the opacity wanted
     rough: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
     sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
     known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
@@ -201,16 +200,16 @@ class Export3D(nn.Module):
         posed = self.pose(source, lam) if posed is None else posed
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, camera, size, samples)
-        detail, weights, head = None, None, None
+        detail, weights = None, None
         if posed.mesh is not None:
             detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity, mesh_size)
-            weights, head = detail.flow.weights, detail.mesh.weight
+            weights = detail.flow.weights
         features = self._before(source, features, opacity, detail)
         full = resize(features, self.config.image_size // 4)
         made = self.superres(full, full[:, :3], detail)
         rough = self._roughness(source, posed) if self.training else None
         return Output(
-            made.image, features[:, :3], depth, opacity, made.offset, weights, head, rough, made.sampled, made.known,
+            made.image, features[:, :3], depth, opacity, made.offset, weights, rough, made.sampled, made.known,
             made.painted, made.ways, made.shares,
         )  # fmt: skip
 

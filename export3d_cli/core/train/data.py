@@ -39,6 +39,8 @@ class Batch:
     target_beta: Tensor  # (B, 64)
     target_camera: Tensor  # (B, 25)
     target_landmarks: Tensor  # (B, 478, 2) crop units
+    target_points: Tensor  # (B, 478, 3) head frame
+    target_person: Tensor  # (B, 1, m, m)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -186,15 +188,16 @@ class Sampler:
             return {}
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
-        pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person[source][None]
+        pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person[rows][:, None]
         if flip:
             pictures, person = pictures[:, :, ::-1], person[..., ::-1]
-        images = _recolour(pictures, table)
+        images, points = _recolour(pictures, table), head_points(marks, cameras)
+        person = person / np.float32(255)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
-            "source_points": head_points(marks[:1], cameras[:1])[0], "source_person": person / np.float32(255),
+            "source_points": points[0], "source_person": person[0],
             "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
-            "target_landmarks": marks[1, :, :2],
+            "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person": person[1],
         }  # fmt: skip
 
     def _turned(self, rng: Generator) -> tuple[FaceSet, int, int]:

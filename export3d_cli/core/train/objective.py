@@ -37,8 +37,12 @@ def reconstruction_loss(
     perceptual: losses.Perceptual | None,
     identity: Identity | None = None,
     landmarks: Landmarks | None = None,
+    head: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight."""
+    """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight.
+
+    `head` (B, 1, ., .) is where the target shows the head: the opacity wanted.
+    """
     w = config.loss
     small = losses.downsample(batch.target, output.raw.shape[-1])
     terms = {
@@ -68,8 +72,8 @@ def reconstruction_loss(
         terms["flow"] = w.flow * losses.flow_loss(output.sampled, batch.target, output.known)
     if w.rough > 0 and output.rough is not None:
         terms["rough"] = w.rough * output.rough.mean()
-    if w.silhouette > 0 and output.head is not None:
-        wanted = losses.downsample(output.head, output.opacity.shape[-1])
+    if w.silhouette > 0 and head is not None:
+        wanted = losses.downsample(head, output.opacity.shape[-1])
         terms["silhouette"] = w.silhouette * losses.l1(output.opacity, wanted)
     loss = torch.stack([t.float() for t in terms.values()]).sum()
     return loss, {k: float(v.detach()) for k, v in terms.items()}

@@ -188,7 +188,7 @@ class ImageStages:
                 with self.run.autocast():
                     output = self.forward(self.wrapped, batch, raw_size(config, self.done))
                     loss, terms = reconstruction_loss(
-                        output, batch, config, self.perceptual, self.identity, self.landmarks
+                        output, batch, config, self.perceptual, self.identity, self.landmarks, self.heads(batch)
                     )
                 if self.discriminator is not None:  # eq. 14
                     shown = self.shown(output.image, 0, rows)
@@ -200,6 +200,13 @@ class ImageStages:
             fakes.append(output.image.detach())
         self.model.rows = None
         return fakes, dict(zip(sums, self.run.world.mean(list(sums.values())), strict=True))
+
+    @torch.no_grad()
+    def heads(self, batch: Batch) -> Tensor | None:
+        """Where the targets show the head, (B, 1, m, m), if that is asked for."""
+        if self.config.loss.silhouette <= 0 or self.model.flow is None:
+            return None
+        return self.model.flow.head(batch.target_points, batch.target_camera, batch.target_person)
 
     def discriminate(self, parts: list[Batch], fakes: list[Tensor]) -> dict[str, float]:
         """One step of the discriminator, with R1 every now and then."""

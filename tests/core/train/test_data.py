@@ -126,6 +126,10 @@ def test_mirrored_pair_is_one_mirrored_scene(sampler: Sampler, monkeypatch: pyte
     a, b = straight.batch(0, step, 1), always.batch(0, step, 1)
     assert torch.equal(b.source, a.source.flip(3)) and torch.equal(b.target, a.target.flip(3))
     assert torch.equal(b.source_person, a.source_person.flip(3)) and a.source_person[0, 0, 0, 51] == 0.2
+    assert torch.equal(b.target_person, a.target_person.flip(3))
+    for batch in (a, b):
+        marks, _ = project(batch.target_points, batch.target_camera)
+        torch.testing.assert_close(marks, batch.target_landmarks, atol=1e-4, rtol=0)
     left, right = BETA_NAMES.index("mouthSmileLeft"), BETA_NAMES.index("mouthSmileRight")
     for before, after in ((a.source_beta, b.source_beta), (a.target_beta, b.target_beta)):
         assert after[0, left] == before[0, right] != before[0, left] == after[0, right]

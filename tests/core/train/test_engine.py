@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import load_state, load_weights
 from export3d_cli.core.config import PRESETS, AdversarialConfig, TrainConfig, save_yaml, train_config
 from export3d_cli.core.errors import ConfigError, TrainingError
+from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train import discriminator as adversary
@@ -28,6 +30,8 @@ from export3d_cli.core.train.parallel import World
 from export3d_cli.core.train.plan import plan
 from export3d_cli.core.train.run import Run
 from export3d_cli.core.train.trainer import train
+
+from .conftest import BUNDLE
 
 ADVERSARIAL = AdversarialConfig(
     steps=1, channels=8, base=256, mapping=1, group=2, r1=1.0, r1_every=1, ada=0.6, augment=0.5
@@ -211,6 +215,25 @@ def test_compiled_model_takes_the_same_steps(tiny: TrainConfig, tmp_path: Path) 
     same(states(config), states(compiled))
 
 
+def test_the_volume_is_judged_by_where_the_target_shows_its_head(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, stages=("reconstruction",), steps=1, loss=replace(tiny.loss, silhouette=1.0))
+    loss, seen = stages.reconstruction_loss, []
+
+    def noted(*args: Any) -> object:
+        seen.append((args[1], args[-1]))
+        return loss(*args)
+
+    monkeypatch.setattr(stages, "reconstruction_loss", noted)
+    train(config)
+    (batch, head), flow = seen[0], Export3D(config.model).flow
+    assert flow is not None
+    flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical_face(BUNDLE))))
+    torch.testing.assert_close(head, flow.head(batch.target_points, batch.target_camera, batch.target_person))
+    assert not torch.equal(head, flow.head(batch.source_points, batch.source_camera, batch.source_person))
+
+
 def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny, stages=("reconstruction",), skip_nonfinite=2)
     calls = iter(range(100))
@@ -322,10 +345,11 @@ def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> No
     model.decoder.hidden.register_forward_hook(lambda module, args, out: kinds["layer"].add(out.dtype))
     camera = torch.from_numpy(Camera.orbit(0, 0).vector()).float()[None].expand(2, -1)
     beta, image = torch.rand(2, 64), torch.rand(2, 3, 64, 64)
+    marks = torch.rand(2, 478, 2)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(image, beta, camera, torch.zeros(2, 478, 3), beta, camera)
         loss, _ = stages.reconstruction_loss(
-            output, Batch(image, beta, camera, beta, image, image, beta, camera, torch.rand(2, 478, 2)), tiny, None
+            output, Batch(image, beta, camera, beta, image, image, beta, camera, marks, marks, image), tiny, None
         )
     assert kinds["ray"] == {torch.float32}
     assert kinds["layer"] == {torch.bfloat16}  # what is between them is not

@@ -161,7 +161,7 @@ def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
     beside = torch.ones(1, 3, 16, 16)
     beside[..., 1::2] = -1  # differences of single pixels cancel out in cells
     marks = torch.zeros(1, 478, 2)
-    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks)
+    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known)
     for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (beside, 2 * 0.5 / 3)):
         shown = resize(known, 16).mean().item() / 0.5  # the mask's rim is soft
         output = Output(target, target, known, known, None, None, sampled=sampled.requires_grad_(), known=known)
@@ -177,9 +177,10 @@ def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:
     image, head = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     head[..., :4] = 1
     opacity = torch.full((1, 1, 4, 4), 0.25)
-    output = Output(image, image, opacity, opacity, None, None, head, torch.tensor([0.5]))
+    output = Output(image, image, opacity, opacity, None, None, torch.tensor([0.5]))
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
-    batch = Batch(image, beta, camera, beta, head, image, beta, camera, torch.zeros(1, 478, 2))
-    total, terms = reconstruction_loss(output, batch, config, None)
+    marks = torch.zeros(1, 478, 2)
+    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head)
+    total, terms = reconstruction_loss(output, batch, config, None, head=head)
     assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["rough"] == pytest.approx(3 * 0.5)
     assert float(total) == pytest.approx(2.5)
