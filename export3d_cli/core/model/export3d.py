@@ -343,4 +343,4 @@ class Export3D(nn.Module):
         turned, change = turn(source.camera, camera), lam - source.lam
         flow = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head, source.body, turned, change)
         halves = (source.image, source.small, source.half, source.quarter)
-        return PhotoDetail(*halves, flow, mesh, source.head, self._code(source, lam))
+        return PhotoDetail(*halves, flow, mesh, source.head, source.body, self._code(source, lam))

@@ -56,6 +56,7 @@ class LayeredFlow(NamedTuple):
     head: Tensor  # (B, 2, m, m)
     rest: Tensor  # (B, 2, m, m)
     weights: Tensor  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
+    solid: Tensor  # (B, 1, m, m) 1 where the rendered head hides what is behind it, 0 where it hardly does
 
     @property
     def share(self) -> Tensor:
@@ -128,4 +129,5 @@ class FlowBlend(nn.Module):
             torch.lerp(fine.uv, resize(rigid, m), on_rigid) + of_head * (1 - (1 - self.in_face) * fine.face),
             torch.lerp(own_place(m, photo), resize(drift, m), drifts) + of_rest,
             torch.cat([share * (1 - on_rigid), share * on_rigid, (1 - share) * (1 - drifts), (1 - share) * drifts], 1),
+            solid,
         )

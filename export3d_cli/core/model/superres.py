@@ -94,6 +94,7 @@ class PhotoDetail(NamedTuple):
     flow: LayeredFlow
     mesh: MeshFlow
     head: Tensor  # (B, 1, m, m) where the photo shows the head
+    body: Tensor  # (B, 1, m, m) and where the rest of the person
     code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
 
 
@@ -255,7 +256,9 @@ class SuperResolution(nn.Module):
         # unless both layers moved alike and it is the outline still
         away = (flow.rest - flow.head).detach().square().sum(1, keepdim=True).sqrt()
         alike = (1 - away / APART).clamp_min(0)
-        here = 1 - (warp(widen(detail.head), flow.rest) - widen(mesh.weight) * alike).clamp_min(0)
+        head, person = warp(torch.cat([widen(detail.head), detail.head + detail.body], 1), flow.rest).split(1, dim=1)
+        here = 1 - (head - widen(mesh.weight) * alike).clamp_min(0)
+        here = here * (1 - flow.solid * (1 - person))  # nor what is behind the person before a neck or an ear
         face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
         rest = 1 - flow.share
         known = face * mesh.valid + rigid + rest * here

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -76,6 +78,34 @@ def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
     behind = out.known - out.weights[:, :2].sum(1, keepdim=True)
     assert rim.sum() > 500
     assert behind[rim].mean() < 0.02
+
+
+def test_before_a_solid_neck_the_photo_shows_no_wall(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    person = torch.zeros(1, 1, 64, 64)
+    person[..., 16:48] = 1
+    whole = tiny.render
+    with torch.no_grad():
+        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
+
+    def behind(opacity: float) -> Tensor:
+        """How far the photo is trusted in what is not the head's."""
+
+        def render(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+            features, depth, old = whole(*args)
+            return features, depth, torch.full_like(old, opacity)
+
+        monkeypatch.setattr(tiny, "render", render)
+        with torch.no_grad():
+            out = tiny.drive(source, None, orbit(0), lam=source.lam)
+        assert out.known is not None and out.weights is not None
+        rest = 1 - out.weights[:, :2].sum(1, keepdim=True)
+        return (out.known - 1 + rest)[0, 0] / rest[0, 0].clamp_min(0.01)
+
+    thin, solid = behind(0.0), behind(1.0)
+    assert thin[:, [2, -3]].min() > 0.95 and solid[:, [2, -3]].max() < 0.05  # the wall
+    assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
 
 
 def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
