@@ -82,7 +82,7 @@ def make(animator: Animator, folder: Path, count: int) -> None:
         views.insert(0, fit(read_image(folder / "own.png")))
     keep("novel-view.jpg", *views)
     path = folder / "basis.png"
-    edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (3, (-8, 8)), (4, (-8, 8))), grid=True))
+    edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (4, (-8, 8)), (5, (-8, 8))), grid=True))
     keep("edit-basis.jpg", fit(read_image(path)))
     failures(animator)
     data_set(animator, folder)
@@ -111,13 +111,13 @@ def compose(animator: Animator, folder: Path) -> None:
 
 def failures(animator: Animator) -> None:
     """Farther than the weights reach: both portraits pushed to where it shows."""
-    captions = ("photo", "v1 +20", "v2 +15", "v3 +15", "45 degrees", "from below")
+    captions = ("photo", "v1 +20", "v2 +15", "v5 -15", "45 degrees", "from below")
     rows = []
     for number, portrait in enumerate((SOURCE, PHOTO)):
         photo = read_image(portrait)
         animator.set_source(photo)
         changes = np.zeros((3, animator.model.config.coefficients), np.float32)
-        changes[np.arange(3), np.arange(3)] = 20, 15, 15
+        changes[range(3), [0, 1, 4]] = 20, 15, -15
         views = NovelViewOptions(yaw=(45, 0), pitch=(0, 30), frames=2, grid=True)
         turned = animator.view(orbit_cameras(animator.source_camera(), views))
         tiles = [animator.source_crop(), *animator.edit(changes), *turned]
