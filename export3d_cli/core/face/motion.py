@@ -169,6 +169,7 @@ class Tracker:
             points = (landmarks[part].astype(np.float64) - [x0, y0, 0]) / side
             cameras[part] = fit_cameras(points, self.canonical.points)
             beta[part, : len(ARKIT_NAMES)] = [face.blendshapes for face in present[part]]
+            # at full relief: beta, which weights were trained on, does not change with it
             beta[part, len(ARKIT_NAMES) :] = measures(head_points(points, cameras[part], 1.0))
             landmarks[part] = points
         if not found.all():

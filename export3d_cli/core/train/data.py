@@ -207,15 +207,14 @@ class Sampler:
         clips = [clip, *(self._clip(rng, same)[1] for _ in range(CLIPS - 1))]
         best, found = 2.0, (0, 0)
         for clip in clips:
-            rows = clip.start + rng.permutation(clip.count)[:VIEWS]
+            rows = clip.start + rng.permutation(clip.count)[:VIEWS]  # so either of two frames may come first
             axes = data.camera[rows][:, 2:11:4]  # where the camera looks, head frame
             cos = axes @ axes.T
             np.fill_diagonal(cos, 2.0)  # never a frame with itself
             k, j = np.unravel_index(cos.argmin(), cos.shape)
             if cos[k, j] < best:
                 best, found = float(cos[k, j]), (int(rows[k]), int(rows[j]))
-        source, target = found if rng.random() < 0.5 else found[::-1]
-        return data, source, target
+        return data, *found
 
     def _crossed(self, rng: Generator) -> tuple[FaceSet, int, int, np.ndarray] | None:
         """A pair whose expression comes from another head on the same track; the camera is that of the target's own
