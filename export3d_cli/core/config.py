@@ -58,6 +58,7 @@ class ModelConfig:
     mesh_size: int = 128  # side at which the face mesh is rasterised
     flow_size: int = 64  # side at which the candidate flows are blended
     flow_width: int = 32  # channels of the network that blends the candidate flows
+    mouth: int = 0  # first width of the network that paints what a photo with shut lips hides; 0: none
     face_shift: float = 0.0  # share of the flow's learned shift that a face takes; above 0 the shift knows lambda, too
 
     @property
@@ -66,7 +67,7 @@ class ModelConfig:
         return BETA_DIM if self.expression == "direct" else self.basis
 
 
-STAGES = ("clebs", "reconstruction", "adversarial")  # in the order they are trained
+STAGES = ("clebs", "mouth", "reconstruction", "adversarial")  # in the order they are trained
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -123,6 +124,26 @@ class ClebsConfig:
     pairs: int = 256  # pairs of frames a step reads geometry from
     ridge: float = 1.0  # strength of the ridge regression of the basis flow, in pairs
     ridge_pairs: int = 20_000  # pairs the basis flow is fitted to
+
+
+@dataclass(frozen=True)
+class MouthConfig:
+    """The stage `mouth` (beyond the paper): holes in pictures of open mouths are filled, `model.painter`."""
+
+    steps: int = 8000
+    weight: tuple[float, ...] = ()  # sampling share of each data set in this stage; empty: data.weight
+    batch: int = 16  # close-ups of one update, over all processes
+    lr: float = 1e-3  # falls to a tenth, evenly
+    open: float = 0.02  # least opening of lips that are looked at, in distances between the eyes
+    partly: float = 0.25  # share of holes that leave what a photo with lips a little apart would show
+    l1: float = 1.0  # mean absolute difference where it was hidden
+    perceptual: float = 3.0  # of the whole close-up, with loss.backbone
+    adversarial: float = 0.1  # what a critic of the inside makes of it, from `after` on
+    after: int = 500  # steps without the critic's word
+    critic_lr: float = 2e-4
+    critic_width: int = 16  # its first channels
+    r1: float = 0.02  # gamma of `gamma / 2 * |dD/dx|^2` on real close-ups, every 8 steps
+    ema: float = 0.998
 
 
 @dataclass(frozen=True)
@@ -188,6 +209,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clebs: ClebsConfig = field(default_factory=ClebsConfig)
+    mouth: MouthConfig = field(default_factory=MouthConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     stages: tuple[str, ...] = ("clebs", "reconstruction")
@@ -220,7 +242,8 @@ class TrainConfig:
     def steps_of(self, stage: str) -> int:
         """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
         clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
-        return {"clebs": clebs, "reconstruction": self.steps, "adversarial": self.adversarial.steps}[stage]
+        steps = {"clebs": clebs, "mouth": self.mouth.steps, "reconstruction": self.steps}
+        return (steps | {"adversarial": self.adversarial.steps})[stage]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -286,7 +309,7 @@ _LIMITS |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096,
 def _check_model(model: ModelConfig) -> None:
     """Sizes that a network can have, whoever asks for it: the header of a weights file is not to be trusted."""
     for name, value in vars(model).items():
-        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples") else 1
+        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples", "mouth") else 1
         for size in value if isinstance(value, tuple) else (value,):
             if type(size) is int and not least <= size <= _LIMITS.get(name, 65_536):
                 raise ConfigError(f"model.{name} must be {least} to {_LIMITS.get(name, 65_536)}, got {shown(value)}")
@@ -334,9 +357,14 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("adversarial.augment and ada must be in 0..1, ada_every and ada_images positive")
     if min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.pairs) < 1:
         raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
-    for name, weight in (("data", config.data.weight), ("clebs", config.clebs.weight)):
+    weights = {"data": config.data.weight, "clebs": config.clebs.weight, "mouth": config.mouth.weight}
+    for name, weight in weights.items():
         if weight and (len(weight) != len(config.data.path) or not any(weight)):
             raise ConfigError(f"{name}.weight needs one number per data.path, not all 0, got {weight}")
+    if "mouth" in config.stages and not (config.model.mouth and config.model.flow):
+        raise ConfigError("the stage mouth needs model.mouth, the width of its network, and model.flow")
+    if min(config.mouth.batch, config.mouth.critic_width) < 1 or config.mouth.steps < 0:
+        raise ConfigError("mouth.batch and critic_width must be 1 or more, and steps not negative")
     _check_losses(config)
 
 

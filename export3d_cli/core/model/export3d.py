@@ -15,6 +15,7 @@ from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
+from export3d_cli.core.model.painter import MouthPainter, Painted
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
 from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolution, enlarge
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
@@ -94,12 +95,14 @@ class Output(NamedTuple):
     painted: Tensor | None = None  # (B, 3, H, W) what of the image is not the photo's
     ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
     shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
+    mouth: Painted | None = None  # what of the image is painted in close-up
 
     def enlarged(self, photo: Tensor, size: int) -> Tensor:
         """The image as (B, 3, size, size), with the detail of a larger photo (B, 3, M, M): `superres.enlarge`."""
         if self.painted is None or self.ways is None or self.shares is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
-        return enlarge(self.painted, Layers(self.ways, self.shares), photo, size)
+        large = enlarge(self.painted, Layers(self.ways, self.shares), photo, size)
+        return large if self.mouth is None else self.mouth.on(large)
 
 
 class Export3D(nn.Module):
@@ -115,6 +118,7 @@ class Export3D(nn.Module):
         self.flow = BasisFlow(config) if config.flow else None
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
+        self.painter = MouthPainter(config.mouth) if config.mouth else None  # has a training of its own
         # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
         self.rows: tuple[int, int, int] | None = None
 
@@ -208,9 +212,14 @@ class Export3D(nn.Module):
         full = resize(features, self.config.image_size // 4)
         made = self.superres(full, full[:, :3], detail)
         rough = self._roughness(source, posed) if self.training else None
+        image, mouth = made.image, None
+        if self.painter is not None and posed.mesh is not None and not self.training:
+            moved = posed.mesh.points[:, :POINTS]
+            mouth = self.painter.paint(image, source.points, source.camera, moved, camera)
+            image = image if mouth is None else mouth.on(image)
         return Output(
-            made.image, features[:, :3], depth, opacity, made.offset, weights, rough, made.sampled, made.known,
-            made.painted, made.ways, made.shares,
+            image, features[:, :3], depth, opacity, made.offset, weights, rough, made.sampled, made.known,
+            made.painted, made.ways, made.shares, mouth,
         )  # fmt: skip
 
     def forward(

@@ -138,6 +138,13 @@ def _pick(rows: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(B * T, K)[index.clamp_min(0) + first]  # whole rows at once: several times as fast as `gather`
 
 
+def interpolate(raster: Raster, vertex: Tensor, triangles: Tensor) -> Tensor:
+    """Values of vertices (B, V, K) over the triangles (T, 3) that cover the pixels -> (B, P, K), 0 where none does."""
+    B, _, K = vertex.shape
+    value = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, K)
+    return (value * raster.corners[..., None]).sum(2) * (raster.triangle >= 0)[..., None]
+
+
 def with_rings(points: Tensor) -> Tensor:
     """Landmarks (B, 478, 3) in the head frame -> (B, 478 + 72, 3): the outline widened twice and set back."""
     oval = points[:, list(OVAL)]
@@ -284,8 +291,7 @@ class BasisFlow(nn.Module):
         raster = rasterize(points[..., :2] / (2 * SURFACE_REACH) + 0.5, points[..., 2], triangles, SURFACE_SIZE)
         weight = (2 * ring_weights(points.device)).clamp_max(1)[None, :, None].expand(len(points), -1, -1)
         vertex = torch.cat([points[..., 2:], weight, torch.ones_like(weight)], dim=-1)  # (B, V, 3)
-        value = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(len(points), -1, 3, 3)
-        value = (value * raster.corners[..., None]).sum(2) * (raster.triangle >= 0)[..., None]  # (B, P, 3)
+        value = interpolate(raster, vertex, triangles)  # (B, P, 3)
         return value.transpose(1, 2).reshape(-1, 3, SURFACE_SIZE, SURFACE_SIZE)
 
 

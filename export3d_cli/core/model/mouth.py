@@ -82,4 +82,9 @@ def behind_lips(height: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """
     upper, lower, ratio = edges.split([2, 2, 1], dim=-1)
     deep = (1 - height) / 2 * ratio  # in openings of the photo
-    return torch.lerp(upper, lower, deep.clamp(0, 1)), ((1.15 - deep) * 5).clamp(0, 1)
+    return torch.lerp(upper, lower, deep.clamp(0, 1)), shown_above(height, ratio)
+
+
+def shown_above(height: Tensor, ratio: Tensor) -> Tensor:
+    """How surely a photo shows what is at `height` (-1..1) inside a mouth that is now `ratio` times as wide open."""
+    return ((1.15 - (1 - height) / 2 * ratio) * 5).clamp(0, 1)

@@ -91,8 +91,8 @@ class Sampler:
             beta = mirror_beta(data.beta[rows]) if flip else data.beta[rows]
             pictures = np.stack([fit_picture(data.frames[r], side) for r in rows])
             pictures = pictures[:, :, ::-1] if flip else pictures
-            table = _colour_table(rng, self.config.jitter)
-            return torch.from_numpy(_recolour(pictures, table)), _tensor(beta)
+            table = colour_table(rng, self.config.jitter)
+            return torch.from_numpy(recolour(pictures, table)), _tensor(beta)
         raise TrainingError(f"no clip with {least} frames or more: contrastive training needs longer clips")
 
     def geometry(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -183,7 +183,7 @@ class Sampler:
         marks, cameras = data.landmarks[rows], data.camera[rows]
         betas = np.stack([data.beta[source], beta])
         flip = self.config.flip and rng.random() < 0.5
-        table = _colour_table(rng, self.config.jitter)
+        table = colour_table(rng, self.config.jitter)
         if not wanted:
             return {}
         if flip:
@@ -191,7 +191,7 @@ class Sampler:
         pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person[rows][:, None]
         if flip:
             pictures, person = pictures[:, :, ::-1], person[..., ::-1]
-        images, points = _recolour(pictures, table), head_points(marks, cameras)
+        images, points = recolour(pictures, table), head_points(marks, cameras)
         person = person / np.float32(255)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
@@ -288,7 +288,7 @@ def _shared_tracks(data: FaceSet) -> dict[str, list[Clip]]:
     return {track: clips for track, clips in tracks.items() if len({c.person for c in clips}) == len(clips) > 1}
 
 
-def _colour_table(rng: Generator, jitter: float) -> np.ndarray:
+def colour_table(rng: Generator, jitter: float) -> np.ndarray:
     """A lookup table (256, 3) from uint8 to [-1, 1]: gamma, gain of every channel and brightness, once per pair."""
     x = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, 1)
     if jitter > 0:
@@ -297,7 +297,7 @@ def _colour_table(rng: Generator, jitter: float) -> np.ndarray:
     return (x * 2 - 1).astype(np.float32)
 
 
-def _recolour(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
+def recolour(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) through the table."""
     out = np.empty((len(pictures), 3, *pictures.shape[1:3]), np.float32)
     for picture, planes in zip(pictures, out, strict=True):

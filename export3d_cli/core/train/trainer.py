@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from export3d_cli.core import weights
 from export3d_cli.core.checkpoint import load_into, load_weights, save_weights
@@ -20,6 +21,7 @@ from export3d_cli.core.files import hold
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train.cache import load_sets
 from export3d_cli.core.train.data import Sampler
+from export3d_cli.core.train.mouth import MouthStage
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
 from export3d_cli.core.train.parallel import join
 from export3d_cli.core.train.pretrain import clebs_stage, clebs_steps
@@ -91,11 +93,19 @@ def _train(run: Run) -> TrainSummary:
             return _summary(run, "clebs", done, finished=False, values={})
         world.copy_first(model)
         run.resumed = None  # the state of the next stage starts empty
-    stages = [stage for stage in config.stages if stage != "clebs"]
+    if "mouth" in config.stages and resumed_stage in ("clebs", "mouth"):
+        done = MouthStage(run, model, sampler).train()
+        if done < config.mouth.steps:
+            return _summary(run, "mouth", done, finished=False, values={})
+        run.resumed = None
+    if model.painter is not None:
+        model.painter.requires_grad_(False)  # it is not asked in the stages that follow
+    stages = [stage for stage in config.stages if stage not in ("clebs", "mouth")]
     if not stages:
         if world.main:
             save_weights(run.folder / "weights.safetensors", model.state_dict(), config.model, _record(config, 0))
-        return _summary(run, "clebs", clebs_steps(config), finished=True, values={})
+        last = config.stages[-1]
+        return _summary(run, last, config.steps_of(last), finished=True, values={})
     images = ImageStages(run, model, sampler, _record(config, 0))
     if resumed_stage in stages:
         stages = stages[stages.index(resumed_stage) :]
@@ -112,9 +122,14 @@ def _start_from(model: Export3D, config: TrainConfig) -> None:
     """Fill a new model from `init`, or its expression code and basis flow from `expression`."""
     if config.init:
         state, found, _ = load_weights(weights.resolve(config.init))
-        if found != config.model and replace(found, raw_size=config.model.raw_size) != config.model:
+        same = replace(found, raw_size=config.model.raw_size)
+        new: dict[str, Tensor] = {}
+        if not same.mouth and "mouth" in config.stages:  # it is this run that gives the model one
+            same = replace(same, mouth=config.model.mouth)
+            new = {k: v for k, v in model.state_dict().items() if k.startswith("painter.")}
+        if same != config.model:
             raise ConfigError(f"init {config.init} holds a model of another size: use its configuration")
-        load_into(model, state, f"the weights {config.init}")
+        load_into(model, {**new, **state}, f"the weights {config.init}")
     if config.expression:
         state, _, _ = load_weights(weights.resolve(config.expression))
         part = {k: v for k, v in state.items() if k.startswith("expression.") or k == "flow.basis"}
@@ -128,6 +143,7 @@ def _record(config: TrainConfig, step: int) -> dict[str, Any]:
         "stages": list(config.stages),
         "steps": step,
         "clebs_steps": config.clebs.steps if own and config.model.expression == "clebs" else 0,
+        "mouth_steps": config.mouth.steps if "mouth" in config.stages else 0,
         "denominator": config.clebs.denominator if own else "",
         "batch": config.batch,
         "seed": config.seed,

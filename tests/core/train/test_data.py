@@ -17,7 +17,7 @@ from export3d_cli.core.face.mesh import canonical_face
 from export3d_cli.core.face.motion import BETA_NAMES
 from export3d_cli.core.model.render import project
 from export3d_cli.core.train.cache import load_set, load_sets
-from export3d_cli.core.train.data import Prefetcher, Sampler, _recolour, loaders
+from export3d_cli.core.train.data import Prefetcher, Sampler, loaders, recolour
 
 from .conftest import BUNDLE, FRAMES, SIZE
 
@@ -167,7 +167,7 @@ def test_data_sets_are_drawn_by_weight(sampler: Sampler) -> None:
     assert share == pytest.approx(0.25, abs=0.03)
 
 
-def test_cached_frames_are_mapped_and_recoloured_by_table(sampler: Sampler) -> None:
+def test_cached_frames_are_mapped_andrecoloured_by_table(sampler: Sampler) -> None:
     frames = sampler.sets[0].frames
     base = frames
     while not isinstance(base, np.memmap) and base is not None:
@@ -175,7 +175,7 @@ def test_cached_frames_are_mapped_and_recoloured_by_table(sampler: Sampler) -> N
     assert isinstance(base, np.memmap)  # no copy of the pictures is held
     rng = np.random.default_rng(0)
     table, pictures = rng.normal(size=(256, 3)).astype(np.float32), rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
-    found = _recolour(pictures[:, :, ::-1], table)
+    found = recolour(pictures[:, :, ::-1], table)
     assert np.array_equal(found, np.stack([table[pictures[:, :, ::-1, c], c] for c in range(3)], axis=1))
 
 

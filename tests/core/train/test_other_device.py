@@ -15,11 +15,15 @@ from export3d_cli.core.train.trainer import train
 
 def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages = ("clebs", "reconstruction", "adversarial")
+    stages = ("clebs", "mouth", "reconstruction", "adversarial")
     adversarial = replace(tiny.adversarial, steps=2, channels=8, base=64, mapping=1, r1=1.0, r1_every=1, ada=0.6)
     terms = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
     loss = replace(tiny.loss, l2_scales=2, **terms)
-    config = replace(tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss)
+    mouth = replace(tiny.mouth, steps=2, batch=2, open=0.0, after=0, critic_width=2)
+    model = replace(tiny.model, mouth=4)
+    config = replace(
+        tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss, mouth=mouth, model=model
+    )
     with Pretended() as pretended:
         found = train(config)
     assert found.finished and pretended.calls > 5000

@@ -1,0 +1,132 @@
+"""The close-up of a mouth, the hole in it, and what is painted there, on the canonical face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.flow import warp
+from export3d_cli.core.model.mouth import LOWER_LIP, UPPER_LIP, WIDEST
+from export3d_cli.core.model.painter import (
+    SHUT,
+    SIDE,
+    CloseUp,
+    MouthPainter,
+    Painted,
+    close_up,
+    mouth_hole,
+    opening,
+)
+from export3d_cli.core.model.render import pixel_grid, project
+
+MIDDLE = len(UPPER_LIP) // 2
+
+
+def opened(points: Tensor, by: float) -> Tensor:
+    """Landmarks whose lower inner lip, and what is below it, hangs lower; corners stay."""
+    out = points.clone()
+    across = torch.linspace(-1, 1, len(LOWER_LIP))
+    out[:, list(LOWER_LIP), 1] += by * (1 - across.square())
+    return out
+
+
+def test_a_close_up_frames_the_lips_level_with_the_eyes(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv, _ = project(points, orbit(0.0))
+    turn = torch.tensor([[0.8, 0.6], [-0.6, 0.8]])
+    view, turned = close_up(uv), close_up((uv - 0.5) @ turn.T + 0.5)
+    torch.testing.assert_close(view.side, turned.side)
+    torch.testing.assert_close(turned.place((uv - 0.5) @ turn.T + 0.5), view.place(uv), atol=1e-5, rtol=0)
+    lips = view.place(uv)[0, [61, 291, 0, 17]]
+    assert lips.min() > 0 and lips.max() < 1
+    assert lips[1, 0] - lips[0, 0] == pytest.approx(1 / 1.3, abs=0.02)  # the lips are wider than high
+    grid = view.positions(4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(view.place(grid)[0], pixel_grid(4), atol=1e-5, rtol=0)
+
+
+def test_a_hole_is_what_no_photo_shows(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    camera = orbit(0.0)
+    wide = opened(points, 0.05)
+    uv, _ = project(wide, camera)
+
+    def hidden(wider: float) -> Tensor:
+        return mouth_hole(wide, uv, torch.full((1, 478, 1), wider))[1].hidden
+
+    view, hole = mouth_hole(wide, uv, torch.full((1, 478, 1), WIDEST))
+    inside = hole.facts[:, :1]
+    x, y = view.place(uv)[0, [*UPPER_LIP, *LOWER_LIP[-2:0:-1]]].T  # around the opening
+    area = (x * y.roll(-1) - y * x.roll(-1)).sum() / 2
+    assert inside.mean().item() == pytest.approx(float(area), rel=0.05)
+    assert (hole.hidden * inside).sum() > 0.97 * inside.sum()  # all of it but for a rim under the upper lip,
+    assert hole.hidden.sum() > 1.1 * inside.sum()  # and a little more
+    assert hidden(1.0).max() == 0  # as open as in the photo
+    half = hidden(2.0)
+    rows = torch.arange(SIDE).view(1, 1, -1, 1)
+    assert 0.2 < half.sum() / hole.hidden.sum() < 0.8
+    assert (half * rows).sum() / half.sum() > (hole.hidden * rows).sum() / hole.hidden.sum()  # below what is shown
+
+
+def test_nothing_is_painted_into_lips_that_touch(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    shut = points.clone()
+    shut[:, list(LOWER_LIP)] = shut[:, list(UPPER_LIP)]
+    assert opening(shut).item() == 0
+    sums = []
+    for by in (0.0, SHUT * 0.9, SHUT * 1.5, SHUT * 3):  # a face of this size has eyes about .18 apart
+        wide = shut.clone()
+        wide[:, LOWER_LIP[MIDDLE], 1] += by * (points[:, 263] - points[:, 33]).norm()
+        uv, _ = project(wide, orbit(0.0))
+        sums.append(mouth_hole(wide, uv, torch.full((1, 478, 1), WIDEST))[1].hidden.amax().item())
+    assert sums == pytest.approx([0, 0, 0.5, 1], abs=0.01)
+    painter = MouthPainter(4)
+    assert painter.paint(torch.zeros(1, 3, 64, 64), shut, orbit(0.0), shut, orbit(5.0)) is None
+
+
+def test_what_is_painted_lies_where_it_was_seen(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv, _ = project(points, orbit(12.0))
+    view = close_up(uv)
+    for size in (64, 160):
+        place = pixel_grid(size).view(1, size, size, 2).permute(0, 3, 1, 2)
+        picture = torch.cat([place, place[:, :1]], dim=1)  # its colours say where
+        seen = warp(picture, view.positions(SIDE))
+        whole = Painted(view, seen, torch.ones(1, 1, SIDE, SIDE))
+        torch.testing.assert_close(whole.on(picture), picture, atol=2e-3, rtol=0)
+        nothing = Painted(view, seen + 1, torch.zeros(1, 1, SIDE, SIDE))
+        torch.testing.assert_close(nothing.on(picture), picture)
+    far = CloseUp(view.centre + 5, view.axes, view.side)
+    assert Painted(far, seen, torch.ones(1, 1, SIDE, SIDE)).on(picture) is picture
+
+
+def test_only_the_mouth_of_a_result_is_painted(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    torch.manual_seed(1)
+    model = Export3D(replace(PRESETS["tiny"], mouth=4)).eval()
+    model.load_state_dict({**model.state_dict(), **tiny.state_dict()})
+    assert model.flow is not None
+    wide = opened(points, 0.05)[0] - points[0]
+    model.flow.basis.zero_()[0] = wide
+    with torch.no_grad():
+        images, camera = torch.rand(1, 3, 64, 64), orbit(0.0)
+        lam = torch.zeros(1, PRESETS["tiny"].basis)
+        pair = []
+        for m in (tiny, model):
+            assert m.flow is not None
+            m.flow.basis.copy_(model.flow.basis)
+            source = m.encode_source(images, torch.zeros(1, 64), camera, points)
+            lam = source.lam + torch.eye(len(source.lam[0]))[:1]
+            pair.append(m.drive(source, None, camera, lam=lam))
+        shut = model.drive(source, None, camera, lam=source.lam)
+    plain, painted = pair
+    assert shut.mouth is None and painted.mouth is not None
+    changed = (plain.image - painted.image).abs().sum(1)[0] > 1e-6
+    rows, columns = changed.nonzero(as_tuple=True)
+    uv = 64 * project(points + wide, camera)[0][0, list(UPPER_LIP + LOWER_LIP)]
+    low, high = uv.amin(0) - 3, uv.amax(0) + 3
+    assert changed.any() and columns.min() >= low[0] and columns.max() <= high[0]
+    assert rows.min() >= low[1] and rows.max() <= high[1]
+    large = [out.enlarged(images.repeat_interleave(2, 2).repeat_interleave(2, 3), 128) for out in pair]
+    share = ((large[0] - large[1]).abs().sum(1) > 1e-6).float().mean() / changed.float().mean()
+    assert 0.7 < share < 1.3  # in larger frames, too
