@@ -34,6 +34,7 @@ CORE_RULES = {
     "watermark.py": ("media",),
     "compose.py": ("face", "media", "weights"),
     "frames.py": ("job", "media", "model"),
+    "keys.py": (),
     "job.py": ("control", "driver", "face", "tracking", "watermark"),
     "animate.py": (
         "compose",
@@ -42,6 +43,7 @@ CORE_RULES = {
         "device",
         "driver",
         "frames",
+        "keys",
         "model",
         "face",
         "media",

@@ -75,6 +75,10 @@ def _show(result: Bench) -> None:
             line += f"{stage.gflops:>9.3f}{stage.megabytes:>9.1f}{stage.limit:>10.3f}"
             line += "".join(f"{100 * (share or 0):>6.0f} %" for share in (stage.matrix_share, stage.bandwidth_share))
         click.echo(line)
+    if result.tri_planes < 1:
+        click.echo(
+            f"{100 * result.tri_planes:.0f} of 100 frames have a tri-plane of their own, the others blended ones"
+        )
     click.echo(f"{result.fps:.2f} frames/s from files to file")
     for what, peak in (("process", result.peak_memory), ("GPU", result.peak_gpu)):
         if peak is not None:

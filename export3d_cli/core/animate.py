@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -25,16 +26,16 @@ from export3d_cli.core.checkpoint import check_promise, load_into, load_weights
 from export3d_cli.core.compose import Composer, check_outputs, read_portrait
 from export3d_cli.core.control import Control
 from export3d_cli.core.device import InMemory, autocast, keep_memory, narrow, pick_device, pick_precision, widen
-from export3d_cli.core.driver import DriverStream, Part, holds_motion, motion_rows
-from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.face.follow import SETTLE, choose_face
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.driver import DriverStream, Part, motion_rows, sound_of
+from export3d_cli.core.errors import Export3DError, InputError
+from export3d_cli.core.face.follow import find_face
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
 from export3d_cli.core.face.person import PersonMask
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.frames import depth_picture, frame_size, mesh_size, pictures, sampling, with_rim
+from export3d_cli.core.frames import QUALITIES, depth_picture, frame_size, mesh_size, pictures, sampling, with_rim
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
+from export3d_cli.core.keys import WINDOW, PlaneKeys
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Posed, Source
@@ -43,6 +44,7 @@ from export3d_cli.core.tracking import TrackerName, landmark_tracker, open_track
 from export3d_cli.core.watermark import marker
 from export3d_cli.core.weights import resolve
 
+T = TypeVar("T")
 POINTS = 1 << 17  # of a volume, decoded at once
 AHEAD = 2  # batches of the driver's motion that are read before they are asked for
 
@@ -63,6 +65,8 @@ class Animator:
         self.device = device
         self.precision = precision
         self.batch = batch or (16 if device.type == "cuda" else 2)
+        self._reach = QUALITIES[quality][2] if device.type == "cpu" else 0.0  # elsewhere many at once cost little
+        self._keys: PlaneKeys | None = None  # of the source, where tri-planes are blended
         self._in_memory = InMemory()
         self.notes: list[str] = []  # what the user should know
         self._source: Source | None = None
@@ -117,30 +121,13 @@ class Animator:
         height, width = image.shape[:2]
         if crop == "none" and height != width:
             raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
-        found = self.find_face(image, name=name, face=face)
+        found = find_face(self.tracker.landmarker, image, name=name, face=face)
         square = (0.0, 0.0, float(width)) if crop == "none" else None
         motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
         size = frame_size(self.model.config.image_size, motion.crop[2], size)
         around = crop_image(image, *with_rim(motion.crop, size))
         self.set_source_motion(crop_image(image, motion.crop, size), motion, around=around)
         return motion
-
-    def find_face(self, image: np.ndarray, *, name: str = "the source", face: str = "largest") -> Face:
-        """The face of a photo that `set_source` takes."""
-        landmarker = self.tracker.landmarker
-        turn = landmarker.upright_turn(image)
-        if turn:
-            how = "is upside down" if turn == 180 else "lies on its side"
-            raise NoFaceError(f"the face in {name} {how}: rotate the photo by {turn} degrees clockwise")
-        landmarker.reset()
-        found: Face | None = None
-        if face != "largest":
-            landmarker.follow(choose_face(landmarker.find_all(image), face, name), image)
-        for _ in range(SETTLE):
-            found = landmarker.track(image)
-        if found is None:
-            raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
-        return found
 
     def follower(self, name: TrackerName) -> FaceTracker:
         """The tracker that reads drivers, made when it is first asked for. Raises `WeightsError`."""
@@ -168,11 +155,11 @@ class Animator:
         if len(crop) > side:
             crop = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
         person = self._tensor(self.person_mask.alpha(crop)[None, None])
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            self._source = self.model.encode_source(
-                to_tensor(crop)[None].to(self.device), self._tensor(own.beta), self._tensor(own.camera),
-                self._tensor(head_points(own.landmarks, own.camera)), person,
-            )  # fmt: skip
+        self._source = self._computed(
+            self.model.encode_source, to_tensor(crop)[None].to(self.device), self._tensor(own.beta),
+            self._tensor(own.camera), self._tensor(head_points(own.landmarks, own.camera)), person,
+        )  # fmt: skip
+        self._keys = PlaneKeys(self._planes, self._reach) if self._reach else None
 
     def drive(
         self, motions: Iterable[Motion], *, control: Control | None = None, reference: Motion | None = None
@@ -186,11 +173,11 @@ class Animator:
         if reference is not None:
             rest = self._coefficients(reference.beta[:1])
         for motion in motions:
-            for at in range(0, len(motion), self.batch):
-                beta, camera = motion.beta[at : at + self.batch], motion.camera[at : at + self.batch]
+            for at in range(0, len(motion), self.ahead):
+                beta, camera = motion.beta[at : at + self.ahead], motion.camera[at : at + self.ahead]
                 lam = control.lam(self._need_source().lam, self._coefficients(beta), rest)
                 seen = control.cameras(own, camera, None if reference is None else reference.camera[0])
-                yield from self._frames(seen, lam=lam)
+                yield from self._moving(seen, lam)
 
     def view(self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False) -> Iterator[np.ndarray]:
         """The source seen by cameras (T, 25); one tri-plane serves all as long as the expression stays.
@@ -208,16 +195,16 @@ class Animator:
                 continue
             if posed is None or source is not self._source:  # it is another one after `widen`
                 source = self._need_source()
-                posed = self._posed(source, lam)
+                posed = self._computed(self.model.pose, source, lam)
             yield from self._frames(part, lam=lam.expand(len(part), -1), posed=posed, depth=depth)
 
     def edit(self, changes: np.ndarray) -> Iterator[np.ndarray]:
         """The source with its lambda changed by (T, n), seen by its own camera."""
         source = self._need_source()
         lam = source.lam + self._tensor(changes)
-        for at in range(0, len(lam), self.batch):
-            part = lam[at : at + self.batch]
-            yield from self._frames(self._camera(len(part)), lam=part)
+        for at in range(0, len(lam), self.ahead):
+            part = lam[at : at + self.ahead]
+            yield from self._moving(np.repeat(self.source_camera().vector()[None], len(part), axis=0), part)
 
     def field(self, points: np.ndarray, *, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """RGB (N, 3) in about [-1, 1] and density (N,) of the volume at points (N, 3) of the head frame, both float32.
@@ -225,7 +212,7 @@ class Animator:
         `beta` (1, 64) is the expression; None: the source's own.
         """
         source, parts = self._need_source(), []
-        posed = self._posed(source, source.lam if beta is None else self._coefficients(beta))
+        posed = self._computed(self.model.pose, source, source.lam if beta is None else self._coefficients(beta))
         with torch.inference_mode(), autocast(self.device, self.precision):
             for part in self._tensor(points).split(POINTS):
                 colours, densities = self.model.field(source, posed, part[None])
@@ -242,6 +229,11 @@ class Animator:
     def source_camera(self) -> Camera:
         """The camera that took the source."""
         return Camera.from_vector(self.source_motion().camera[0])
+
+    @property
+    def ahead(self) -> int:
+        """Frames of a driver that are best given together."""
+        return max(self.batch, WINDOW) if self._reach else self.batch
 
     @property
     def crop_scale(self) -> float:
@@ -264,32 +256,48 @@ class Animator:
         with torch.inference_mode():
             return self.model.expression.coefficients(self._tensor(beta))
 
-    def _posed(self, source: Source, lam: Tensor) -> Posed:
+    def _planes(self, lam: Tensor) -> Tensor:
+        return self._computed(self.model.planes, self._need_source(), lam)
+
+    def _computed(self, part: Callable[..., T], *args: Any) -> T:
         with torch.inference_mode(), autocast(self.device, self.precision):
-            return self.model.pose(source, lam)
+            return part(*args)
+
+    def _moving(self, camera: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
+        """Frames of a moving expression, lambda (T, n), T at most `ahead`."""
+        keys = self._keys
+        planes = None if keys is None else keys(lam)
+        for at in range(0, len(lam), self.batch):
+            part = slice(at, at + self.batch)
+            own = None if planes is None or keys is not self._keys else planes[part]  # made anew after `widen`
+            yield from self._frames(camera[part], lam=lam[part], planes=own)
 
     def _frames(
-        self, camera: np.ndarray, *, lam: Tensor, posed: Posed | None = None, depth: bool = False
-    ) -> Iterator[np.ndarray]:
+        self, camera: np.ndarray, *, lam: Tensor, posed: Posed | None = None, depth: bool = False,
+        planes: Tensor | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
         def make(part: slice) -> np.ndarray:
             with torch.inference_mode():
                 seen = camera[part]
-                out = self._drive(seen, lam[part], posed)
+                out = self._drive(seen, lam[part], posed, None if planes is None else planes[part])
                 return depth_picture(out, seen, self.size) if depth else pictures(out, self._photo, self.size)
 
         yield from self._in_memory(make, 0, len(camera))
 
-    def _drive(self, camera: np.ndarray, lam: Tensor, posed: Posed | None) -> Output:
+    def _drive(self, camera: np.ndarray, lam: Tensor, posed: Posed | None, planes: Tensor | None = None) -> Output:
         """The model on frames; what overflows in half precision is made again in fp32, and all that follows too.
 
-        `posed` is of the one expression that all of `lam` are.
+        `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each.
         """
         source = self._need_source().expand(len(camera))
         size, samples = sampling(self.model.config, self.quality)
         with autocast(self.device, self.precision):
+            posed = posed and posed.expand(len(camera))
+            if planes is not None:
+                posed = self.model.pose(source, lam, planes)
             out = self.model.drive(
-                source, None, self._tensor(camera), lam=lam, posed=posed and posed.expand(len(camera)), raw_size=size,
-                samples=samples, mesh_size=mesh_size(self.model.config, self.size),
+                source, None, self._tensor(camera), lam=lam, posed=posed, raw_size=size, samples=samples,
+                mesh_size=mesh_size(self.model.config, self.size),
             )  # fmt: skip
         if out.image.isfinite().all():
             return out
@@ -301,9 +309,6 @@ class Animator:
             widen(part, full)
         self._encode(self._crop, self.source_motion())
         return self._drive(camera, lam.float(), None)
-
-    def _camera(self, count: int) -> np.ndarray:
-        return np.repeat(self.source_camera().vector()[None], count, axis=0)
 
     def _need_source(self) -> Source:
         if self._source is None:
@@ -336,7 +341,7 @@ def reenact(
     control, mark = options.control, marker(options.watermark)
     composer = compose_source(animator, source, options)
     stream = open_driver(animator, driver, options, tape=tape, shown=composer.still.shape[0])
-    audio, audio_start = _sound(driver, options)
+    audio, audio_start = sound_of(driver, options.audio, options.start)
 
     def write(shown: tuple[np.ndarray, np.ndarray | None]) -> None:
         writer.write(mark(composer(*shown)))
@@ -379,7 +384,7 @@ def open_driver(
 ) -> DriverStream:
     """The driver's motion as `options` want it, for the animator's source; `shown`: side of its pictures, 0: usual."""
     return DriverStream(
-        driver, animator.follower(options.tracker), face=options.driver_face, batch=animator.batch,
+        driver, animator.follower(options.tracker), face=options.driver_face, batch=animator.ahead,
         crop_scale=animator.crop_scale, fps=options.fps,
         shown=(shown or animator.size) if options.compare else None,
         start=options.start, duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing,
@@ -391,10 +396,3 @@ def open_driver(
 def _ahead(stream: DriverStream, options: ReenactOptions) -> contextlib.AbstractContextManager[Iterable[Part]]:
     """The driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself."""
     return contextlib.nullcontext(stream) if options.tracker == "fan" else Ahead(stream, AHEAD, stop=stream.stop)
-
-
-def _sound(driver: Path, options: ReenactOptions) -> tuple[Path | None, float]:
-    """The file whose sound joins the result, and where in it to begin: only the driver's own is skipped along."""
-    if options.audio == "driver":
-        return (None if holds_motion(driver) else driver), options.start
-    return (None if options.audio == "none" else Path(options.audio)), 0.0

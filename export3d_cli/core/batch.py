@@ -134,16 +134,16 @@ def plan(
     few = replace(options, max_frames=10, compare=False, reference_frame=0)
     with open_driver(animator, driver, few) as stream:
         try:
-            first = motion_rows(next(iter(stream))[0], np.array([0]))
+            part = next(iter(stream))[0]
         except NoFaceError:
-            first, notes = own, (*notes, f"no face in the first frames of {driver}")
-    part = motion_rows(first, np.zeros(animator.batch, dtype=np.int64))
+            part, notes = own, (*notes, f"no face in the first frames of {driver}")
+    first = motion_rows(part, np.array([0]))
     seconds = []
     for _ in range(2):  # the first time warms up
         began = time.monotonic()
         for result in animator.drive([part], control=options.control, reference=first):
             composer(result)
-        seconds.append((time.monotonic() - began) / animator.batch)
+        seconds.append((time.monotonic() - began) / len(part))
     began = time.monotonic()
     animator.follower(options.tracker).landmarker.track(composer.still)
     tracking = time.monotonic() - began

@@ -43,7 +43,7 @@ STAGES = (  # what is told -> part of the model and its method
 
 @dataclass(frozen=True)
 class Stage:
-    """Milliseconds a frame; `encode source` a photo.
+    """Milliseconds a frame; of `encode source` a photo, of `tri-plane` each that is made, see `Bench.tri_planes`.
 
     `limit` is what the work would take at the machine's measured rates, the slower of its FLOPs and its bytes; `share`
     is how much of them was reached. Work that stays in caches can pass 1. None: not counted (other programs' work).
@@ -75,6 +75,7 @@ class Bench:
     seconds: float  # of that
     peak_memory: int | None  # bytes of the process; None: not told by this system
     peak_gpu: int | None  # bytes on the GPU; None: no GPU
+    tri_planes: float  # made for a frame; below 1 where others are blended
 
 
 def bench(
@@ -115,7 +116,7 @@ def bench(
         with clock("encode source"):
             animator.set_source_motion(crop, seen)
     step()
-    made = _drive(animator, motion, clock)
+    made = _drive(animator, motion, crop, seen, clock)
     step()
     work = _counted(animator, motion, crop, seen)
     step()
@@ -131,6 +132,7 @@ def bench(
         {name: limited(stage, work.get(name), machine) for name, stage in clock.stages().items()}, machine,
         summary.frames / seconds, seconds, peak_memory(),
         torch.cuda.max_memory_allocated(animator.device) if cuda else None,
+        min(clock.calls("tri-plane") / len(images), 1.0),
     )  # fmt: skip
 
 
@@ -148,6 +150,10 @@ class _Clock:
         yield
         wait(self.device)
         self.times.setdefault(stage, []).append(1000 * (time.perf_counter() - began) / per)
+
+    def calls(self, stage: str) -> int:
+        """How often it was timed."""
+        return len(self.times.get(stage, ()))
 
     def stages(self) -> dict[str, Stage]:
         """What was timed, in that order."""
@@ -175,11 +181,12 @@ def _decode(driver: Path, frames: int, clock: _Clock) -> tuple[list[np.ndarray],
         return images, reader.info.fps
 
 
-def _drive(animator: Animator, motion: Motion, clock: _Clock) -> list[np.ndarray]:
+def _drive(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion, clock: _Clock) -> list[np.ndarray]:
     """Drive the source by the motion with clocks in the network; then time the conversion alone."""
     for part in itertools.islice(animator.drive([motion]), WARM * animator.batch):
         assert part.dtype == np.uint8
     batch = animator.batch
+    animator.set_source_motion(crop, seen)  # the tri-planes of the frames that warmed up are forgotten
     with _around(animator, clock):
         made = list(animator.drive([motion]))
     picture = torch.zeros(batch, 3, *made[0].shape[:2], device=animator.device)

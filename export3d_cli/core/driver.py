@@ -260,6 +260,16 @@ def holds_motion(driver: Path) -> bool:
     return driver.suffix.lower() in (".npz", ".csv")
 
 
+def sound_of(driver: Path, audio: str, start: float) -> tuple[Path | None, float]:
+    """The file whose sound joins the result, and where in it to begin: only the driver's own is skipped along.
+
+    `audio` is driver, none or a file, as in `ReenactOptions`.
+    """
+    if audio == "driver":
+        return (None if holds_motion(driver) else driver), start
+    return (None if audio == "none" else Path(audio)), 0.0
+
+
 def chosen_rows(count: int, own: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
     """Rows of a motion of `count` frames at rate `own` that are seen at rate `fps`, from `start` for `duration` s."""
     first = round(start * own)

@@ -18,14 +18,17 @@ LARGEST = 2048  # side of a frame, pixels
 RIM = 0.25  # of a crop's side: how much around it is kept of a photo, for heads and shoulders that move into view
 ENOUGH = 1.5  # sides of the model's picture that the photo must show for frames of twice its size
 
-# Side of the volume's picture and samples of a ray, as shares of what the weights were trained with. PSNR against best
-# on the bundled example: balanced 45 to 49 dB driven, 38 to 49 dB turned by up to 30 degrees; fast 38 to 48, 35 to 46.
-QUALITIES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanced": (0.5, 0.75), "best": (1.0, 1.0)}
+# Side of the volume's picture and samples of a ray, as shares of what the weights were trained with, and on a CPU how
+# far lambda may be from that of blended tri-planes (`keys`). PSNR against best on the bundled example: balanced 45 to
+# 49 dB driven, 38 to 49 dB turned by up to 30 degrees; fast 38 to 48, 35 to 46.
+QUALITIES: dict[Quality, tuple[float, float, float]] = {
+    "fast": (0.5, 0.5, 4.0), "balanced": (0.5, 0.75, 2.5), "best": (1.0, 1.0, 0.0)
+}  # fmt: skip
 
 
 def sampling(config: ModelConfig, quality: Quality) -> tuple[int, tuple[int, int]]:
     """Side of the volume's picture; coarse and fine samples of a ray."""
-    side, share = QUALITIES[quality]
+    side, share, _ = QUALITIES[quality]
     return round(side * config.raw_size), (round(share * config.coarse_samples), round(share * config.fine_samples))
 
 

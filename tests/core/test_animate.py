@@ -262,7 +262,7 @@ def test_quality_is_how_finely_the_volume_is_sampled(tiny_weights: Path) -> None
         made[quality] = next(animator.edit(np.zeros((1, 10), np.float32))).astype(float)
         with torch.inference_mode():
             lam = animator._need_source().lam
-            rays[quality] = animator._drive(animator._camera(1), lam, None).raw.shape[-1]
+            rays[quality] = animator._drive(animator.source_camera().vector()[None], lam, None).raw.shape[-1]
     assert rays == {"fast": 8, "balanced": 8, "best": 16}
     assert 0 < np.square(made["balanced"] - made["best"]).mean() < 255**2 / 10**3.8
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from export3d_cli.core.errors import InputError, NoFaceError
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.landmarker import Face, Landmarker
 from export3d_cli.core.face.tracker import FaceFinder
 from export3d_cli.core.media.cuts import SceneCuts
 
@@ -32,6 +32,27 @@ def choose_face(faces: list[Face], which: str, name: str) -> Face:
     if index >= len(faces):
         raise InputError(f"{name} shows {len(faces)} face(s): {which} does not exist, index:0 is the leftmost")
     return across[index]
+
+
+def find_face(landmarker: Landmarker, image: np.ndarray, *, name: str = "the photo", face: str = "largest") -> Face:
+    """The face of a photo, uint8 (H, W, 3) RGB, as if it were a video's; `face` as in `choose_face`.
+
+    Raises:
+        NoFaceError: there is none, or it is not upright.
+    """
+    turn = landmarker.upright_turn(image)
+    if turn:
+        how = "is upside down" if turn == 180 else "lies on its side"
+        raise NoFaceError(f"the face in {name} {how}: rotate the photo by {turn} degrees clockwise")
+    landmarker.reset()
+    found: Face | None = None
+    if face != "largest":
+        landmarker.follow(choose_face(landmarker.find_all(image), face, name), image)
+    for _ in range(SETTLE):
+        found = landmarker.track(image)
+    if found is None:
+        raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
+    return found
 
 
 class Follower:

@@ -161,9 +161,9 @@ class Export3D(nn.Module):
         """Coefficients lambda (B, n) on the source -> tri-plane (B, 3, C, P, P)."""
         return self.generator(source.stem, source.tokens, self._code(source, lam))
 
-    def pose(self, source: Source, lam: Tensor) -> Posed:
-        """The source with coefficients lambda (B, n), for `drive` by many cameras."""
-        planes, surface, mesh = self.planes(source, lam), None, None
+    def pose(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> Posed:
+        """The source with coefficients lambda (B, n), for `drive` by many cameras; `planes` where they are known."""
+        planes, surface, mesh = self.planes(source, lam) if planes is None else planes, None, None
         if self.flow is not None:
             with torch.no_grad():
                 moved = self.flow.moved(source.points, lam - source.lam)

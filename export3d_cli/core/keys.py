@@ -1,0 +1,61 @@
+"""Tri-planes of a moving expression: made for few frames, blended for those whose expression lies between theirs.
+
+A tri-plane is more than a third of a frame's work on a CPU, and nearly linear in lambda over some frames of a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WINDOW = 4  # frames of which at least one has a tri-plane of its own
+
+
+class PlaneKeys:
+    """Makes the tri-planes of consecutive frames of one source.
+
+    Args:
+        make: lambda (1, n) -> tri-plane (1, 3, C, P, P).
+        reach: how far lambda may be from the straight line between those of two frames whose tri-planes are blended
+            instead; units of lambda, of which an expression has about 3.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Tensor], reach: float) -> None:
+        self._make, self._reach = make, reach
+        self._last: tuple[Tensor, Tensor] | None = None  # lambda (1, n) of the frame before, and its tri-plane
+
+    @torch.inference_mode()
+    def __call__(self, lam: Tensor) -> Tensor:
+        """Coefficients (T, n) of the next frames, T best `WINDOW` -> their tri-planes (T, 3, C, P, P)."""
+        known: dict[int, Tensor] = {}
+        rows, first = lam, 0
+        if self._last is not None:
+            rows, first = torch.cat([self._last[0], lam]), 1
+            known[0] = self._last[1]
+
+        def make(k: int) -> None:
+            if k not in known:
+                same = next((j for j in known if torch.equal(rows[j], rows[k])), None)
+                known[k] = self._make(rows[k : k + 1]) if same is None else known[same]
+
+        def fill(low: int, high: int) -> None:
+            if high - low < 2:
+                return
+            way, inner = rows[high] - rows[low], rows[low + 1 : high] - rows[low]
+            share = ((inner @ way) / way.square().sum().clamp_min(1e-9)).clamp(0, 1)  # (T',)
+            if bool(((inner - share[:, None] * way).norm(dim=1) <= self._reach).all()):
+                for k, weight in enumerate(share.tolist(), low + 1):
+                    known[k] = torch.lerp(known[low], known[high], weight)
+                return
+            middle = (low + high) // 2
+            make(middle)
+            fill(low, middle)
+            fill(middle, high)
+
+        make(0)
+        make(len(rows) - 1)
+        fill(0, len(rows) - 1)
+        self._last = rows[-1:], known[len(rows) - 1]
+        return torch.cat([known[k] for k in range(first, len(rows))])
