@@ -9,12 +9,12 @@ Memory does not grow with the driver's length: the face is tracked, generated an
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,8 +25,17 @@ from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import check_promise, load_into, load_weights
 from export3d_cli.core.compose import Composer, check_outputs, read_portrait
 from export3d_cli.core.control import Control
-from export3d_cli.core.device import InMemory, autocast, keep_memory, narrow, pick_device, pick_precision, widen
-from export3d_cli.core.driver import DriverStream, Part, motion_rows, sound_of
+from export3d_cli.core.device import (
+    InMemory,
+    autocast,
+    keep_memory,
+    narrow,
+    pick_device,
+    pick_precision,
+    slow_precision,
+    widen,
+)
+from export3d_cli.core.driver import DriverStream, motion_rows, sound_of
 from export3d_cli.core.errors import Export3DError, InputError
 from export3d_cli.core.face.follow import find_face
 from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
@@ -44,7 +53,6 @@ from export3d_cli.core.tracking import TrackerName, landmark_tracker, open_track
 from export3d_cli.core.watermark import marker
 from export3d_cli.core.weights import resolve
 
-T = TypeVar("T")
 POINTS = 1 << 17  # of a volume, decoded at once
 AHEAD = 2  # batches of the driver's motion that are read before they are asked for
 
@@ -68,7 +76,7 @@ class Animator:
         self._reach = QUALITIES[quality][2] if device.type == "cpu" else 0.0  # elsewhere many at once cost little
         self._keys: PlaneKeys | None = None  # of the source, where tri-planes are blended
         self._in_memory = InMemory()
-        self.notes: list[str] = []  # what the user should know
+        self.notes = slow_precision(precision, device)  # what the user should know
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
         self._photo: Tensor | None = None  # (1, 3, M, M), see `superres.enlarge`
@@ -259,14 +267,13 @@ class Animator:
     def _planes(self, lam: Tensor) -> Tensor:
         return self._computed(self.model.planes, self._need_source(), lam)
 
-    def _computed(self, part: Callable[..., T], *args: Any) -> T:
+    def _computed(self, part: Callable[..., Any], *args: Any) -> Any:
         with torch.inference_mode(), autocast(self.device, self.precision):
             return part(*args)
 
     def _moving(self, camera: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
         """Frames of a moving expression, lambda (T, n), T at most `ahead`."""
-        keys = self._keys
-        planes = None if keys is None else keys(lam)
+        planes = None if (keys := self._keys) is None else keys(lam)
         for at in range(0, len(lam), self.batch):
             part = slice(at, at + self.batch)
             own = None if planes is None or keys is not self._keys else planes[part]  # made anew after `widen`
@@ -293,8 +300,7 @@ class Animator:
         size, samples = sampling(self.model.config, self.quality)
         with autocast(self.device, self.precision):
             posed = posed and posed.expand(len(camera))
-            if planes is not None:
-                posed = self.model.pose(source, lam, planes)
+            posed = posed if planes is None else self.model.pose(source, lam, planes)
             out = self.model.drive(
                 source, None, self._tensor(camera), lam=lam, posed=posed, raw_size=size, samples=samples,
                 mesh_size=mesh_size(self.model.config, self.size),
@@ -357,7 +363,8 @@ def reenact(
             alpha=composer.transparent,
         ) as writer,
         Behind(write, animator.batch, told=told, stop=writer.stop) as behind,
-        _ahead(stream, options) as parts,
+        # the driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself
+        nullcontext(stream) if options.tracker == "fan" else Ahead(stream, AHEAD, stop=stream.stop) as parts,
     ):  # fmt: skip
         for motion, crops in parts:
             frames = animator.drive([motion], control=control, reference=stream.reference)
@@ -391,8 +398,3 @@ def open_driver(
         smooth=options.smooth, reference=options.reference_frame if options.control.needs_reference else None,
         camera=animator.source_camera().vector(), tape=tape,
     )  # fmt: skip
-
-
-def _ahead(stream: DriverStream, options: ReenactOptions) -> contextlib.AbstractContextManager[Iterable[Part]]:
-    """The driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself."""
-    return contextlib.nullcontext(stream) if options.tracker == "fan" else Ahead(stream, AHEAD, stop=stream.stop)

@@ -150,7 +150,7 @@ def plan(
     todo = sum(options.overwrite or not planned.exists for planned in faces)
     return Plan(
         tuple(faces), driver, frames, fps, animator.device_name, _peak_memory(animator.device),
-        frames * (tracking + todo * seconds[-1]), notes,
+        frames * (tracking + todo * seconds[-1]), (*notes, *animator.notes),
     )  # fmt: skip
 
 

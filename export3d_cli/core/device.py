@@ -47,6 +47,13 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast_bf16(device) else "fp32"
 
 
+def slow_precision(name: str, device: torch.device) -> list[str]:
+    """What to tell whoever asks a CPU for half precision that it cannot multiply: there it is many times slower."""
+    if name == "fp32" or device.type != "cpu" or (name == "bf16" and fast_bf16(device)):
+        return []
+    return [f"{name} is much slower than fp32 on this CPU: auto takes what is fast"]
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Compute in bf16 or fp16; fp32: as it is."""
     kind = KINDS.get(precision)

@@ -22,7 +22,7 @@ ENOUGH = 1.5  # sides of the model's picture that the photo must show for frames
 # far lambda may be from that of blended tri-planes (`keys`). PSNR against best on the bundled example: balanced 45 to
 # 49 dB driven, 38 to 49 dB turned by up to 30 degrees; fast 38 to 48, 35 to 46.
 QUALITIES: dict[Quality, tuple[float, float, float]] = {
-    "fast": (0.5, 0.5, 4.0), "balanced": (0.5, 0.75, 2.5), "best": (1.0, 1.0, 0.0)
+    "fast": (0.5, 0.5, 6.0), "balanced": (0.5, 0.75, 3.5), "best": (1.0, 1.0, 0.0)
 }  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_a_sweep_goes_on_in_full_precision_where_half_overflows(
     for who in (half, animator):
         who.set_source(read_image(SOURCE))
         made.append(np.stack(list(who.view(orbit_cameras(who.source_camera(), NovelViewOptions(frames=5))))))
-    assert len(half.notes) == 1 and half.precision == "fp32"
+    assert sum("not finite" in note for note in half.notes) == 1 and half.precision == "fp32"
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1
 
 
@@ -248,6 +248,17 @@ def test_devices_and_precisions() -> None:
         pick_device("banana")
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
     assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+
+
+def test_half_precision_that_a_cpu_lacks_is_told(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes(precision: str, capable: bool) -> list[str]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+        model = Export3D(animator.model.config)
+        return Animator(model, animator.tracker, device=torch.device("cpu"), precision=precision).notes
+
+    assert notes("fp32", False) == [] and notes("bf16", True) == []
+    (note,) = notes("bf16", False)
+    assert "bf16" in note and "auto" in note
 
 
 def test_quality_is_how_finely_the_volume_is_sampled(tiny_weights: Path) -> None:

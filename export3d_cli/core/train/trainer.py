@@ -14,7 +14,7 @@ from torch import Tensor
 from export3d_cli.core import weights
 from export3d_cli.core.checkpoint import load_into, load_weights, save_weights
 from export3d_cli.core.config import TrainConfig, save_yaml
-from export3d_cli.core.device import pick_device
+from export3d_cli.core.device import pick_device, slow_precision
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.files import hold
@@ -68,6 +68,8 @@ def _train(run: Run) -> TrainSummary:
         save_yaml(config, run.folder / "config.yaml")
     else:
         world.wait()  # the first process makes the caches
+    for message in slow_precision("bf16" if run.bf16 else "fp32", run.device):
+        run.tell("data", 0, 0, message=message)
     sets = load_sets(config.data, config.model.image_size, progress=lambda m: run.tell("data", 0, 0, message=m))
     if world.main:
         world.wait()
