@@ -38,6 +38,7 @@ STAGES = (  # what is told -> part of the model and its method
     ("render", "", "render"),
     ("flow", "", "_photo_detail"),
     ("super-resolution", "superres", "forward"),
+    ("mouth", "painter", "paint"),  # of frames with lips that part, where the weights have it
 )
 
 
@@ -238,6 +239,8 @@ def _around(animator: Animator, guard: Guard) -> Iterator[None]:
     placed = []
     for stage, part, method in STAGES:
         owner = getattr(animator.model, part) if part else animator.model
+        if owner is None:
+            continue
         setattr(owner, method, _guarded(getattr(owner, method), stage, guard))
         placed.append((owner, method))
     try:

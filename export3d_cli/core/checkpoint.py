@@ -31,7 +31,7 @@ def save_weights(
     *,
     half: bool = True,
     keep: tuple[str, ...] = KEEP_FP32,
-    licence: str = LICENCE,
+    licence: str = "",
 ) -> None:
     """Write a weights file whose header carries the model's config, the training record and the licence.
 
@@ -42,7 +42,8 @@ def save_weights(
         record: JSON-able account of how the weights came to be (steps, data, options).
         half: store matrices and kernels as float16; vectors (biases, norms) stay float32.
         keep: prefixes of names that stay float32 all the same.
-        licence: SPDX name of the weights' licence.
+        licence: SPDX name of the weights' licence; empty: that of `record`, which tells it where the weights came from
+            others, else `LICENCE`.
     """
 
     def stored(name: str, value: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def save_weights(
         "format": FORMAT,
         "config": json.dumps(to_dict(config)),
         "record": json.dumps(record),
-        "licence": licence,
+        "licence": licence or record.get("licence", LICENCE),
     }
     _write(Path(path), {name: stored(name, value) for name, value in state.items()}, header)
 
@@ -77,12 +78,17 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     return state, config, record
 
 
+def licence_of(path: Path | str) -> str:
+    """What the header of a weights file says of its licence."""
+    return str(_read(Path(path))[1].get("licence", LICENCE))
+
+
 def check_promise(config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Raise `WeightsError` for a header that promises a far larger network than its file holds; before it is built."""
     held = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
     sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
-    sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
+    sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width, config.mouth)
     sides += (*config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
         raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")

@@ -75,7 +75,7 @@ PRESETS: dict[str, ModelConfig] = {
         plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
         coarse_samples=4, fine_samples=4, superres=(8, 8), mesh_size=32, flow_size=16, flow_width=8,
     ),
-    "compact": ModelConfig(basis=20, code_hidden=256, face_shift=0.15),
+    "compact": ModelConfig(basis=20, code_hidden=256, face_shift=0.15, mouth=24),
     "paper": ModelConfig(
         code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
         plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64, raw_channels=32,

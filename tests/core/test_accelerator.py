@@ -13,6 +13,7 @@ from accelerator import CUDA, Pretended
 from export3d_cli.core.animate import Animator
 from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.media.image import read_image
+from export3d_cli.core.model.painter import MouthPainter
 from export3d_cli.core.views import NovelViewOptions, orbit_cameras
 from export3d_cli.core.weights import example
 
@@ -30,9 +31,13 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
 def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = read_image(example("source.jpg"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    painted: list[str] = []
 
     def made(where: str) -> list[np.ndarray]:
         animator = Animator.from_weights(tiny_weights, device=where, precision="fp32", batch=2, quality="best")
+        torch.manual_seed(0)
+        animator.model.painter = MouthPainter(4).eval().to(animator.device)
+        animator.model.painter.register_forward_hook(lambda *_: painted.append(where))
         motion = animator.set_source(photo)
         cameras = orbit_cameras(animator.source_camera(), NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
         turned = replace(motion_rows(motion, np.zeros(3, int)), camera=cameras)
@@ -44,6 +49,6 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
     on_cpu = made("cpu")
     with Pretended() as pretended:
         on_gpu = made("cuda")
-    assert pretended.calls > 1000
+    assert pretended.calls > 1000 and {"cpu", "cuda"} == set(painted)
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert np.abs(a.astype(float) - b.astype(float)).mean() < 0.5

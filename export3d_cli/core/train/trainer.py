@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core import weights
-from export3d_cli.core.checkpoint import load_into, load_weights, save_weights
+from export3d_cli.core.checkpoint import licence_of, load_into, load_weights, save_weights
 from export3d_cli.core.config import TrainConfig, save_yaml
 from export3d_cli.core.device import pick_device, slow_precision
 from export3d_cli.core.errors import ConfigError, TrainingError
@@ -154,7 +154,9 @@ def _record(config: TrainConfig, step: int) -> dict[str, Any]:
     }
     for key in ("init", "expression"):  # what came from elsewhere keeps its own record
         if getattr(config, key):
-            record[key] = load_weights(weights.resolve(getattr(config, key)))[2]
+            path = weights.resolve(getattr(config, key))
+            record[key] = load_weights(path)[2]
+            record["licence"] = licence_of(path)  # what they allow holds for what is made of them
     return record
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.checkpoint import load_state, load_weights
+from export3d_cli.core.checkpoint import licence_of, load_state, load_weights, save_weights
 from export3d_cli.core.config import MouthConfig, TrainConfig, train_config
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face
@@ -79,10 +79,12 @@ def test_the_stages_after_it_leave_the_painter_alone(run: TrainConfig) -> None:
 
 def test_weights_without_a_painter_get_one(run: TrainConfig, tiny: TrainConfig, tmp_path: Path) -> None:
     first = train(replace(tiny, stages=("reconstruction",), steps=1))
+    save_weights(first.weights, *load_weights(first.weights), licence="only for this test")
     second = train(replace(run, run=str(tmp_path / "second"), init=str(first.weights)))
     before, after = load_weights(first.weights), load_weights(second.weights)
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
     assert (before[1].mouth, after[1].mouth) == (0, 4)
+    assert licence_of(second.weights) == "only for this test"  # what is made of them is theirs
     with pytest.raises(ConfigError, match="another size"):
         train(replace(run, run=str(tmp_path / "third"), init=str(first.weights), stages=("reconstruction",)))
 
