@@ -135,6 +135,7 @@ class MouthConfig:
     batch: int = 16  # close-ups of one update, over all processes
     lr: float = 1e-3  # falls to a tenth, evenly
     open: float = 0.02  # least opening of lips that are looked at, in distances between the eyes
+    jitter: float = 0.05  # in place of data.jitter: teeth are white, whatever the light
     partly: float = 0.25  # share of holes that leave what a photo with lips a little apart would show
     l1: float = 1.0  # mean absolute difference where it was hidden
     perceptual: float = 3.0  # of the whole close-up, with loss.backbone

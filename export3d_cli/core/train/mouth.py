@@ -73,7 +73,7 @@ class Mouths:
         data, people = s.sets[d], self.rows[d]
         row = int(rng.choice(people[int(rng.integers(len(people)))]))
         flip = s.config.flip and rng.random() < 0.5
-        table = colour_table(rng, s.config.jitter)
+        table = colour_table(rng, config.jitter)
         wider = rng.uniform(*SLIGHTLY) if rng.random() < config.partly else WIDEST
         picture, marks, camera = data.frames[row], data.landmarks[row : row + 1], data.camera[row : row + 1]
         if flip:
