@@ -19,6 +19,7 @@ from export3d_cli.core.model.mouth import (
     LOWER_LIP,
     RIMS,
     UPPER_LIP,
+    WIDEST,
     anchored_places,
     lip_edges,
     mouth_places,
@@ -31,6 +32,9 @@ WIDER = 1.3  # than the lips
 LIPS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146)  # outer
 SHUT = 0.012  # opening, in distances between the eyes, below which nothing is painted; all from twice that on
 AT_LIP = 0.75  # `mouth.shown_above` at the lower lip of a mouth as open as in the photo: there nothing is hidden
+# A slit between lips shows little: in a photo with less than CLEAR, and all the more by SLIT less, what it shows is soon
+# given up for what is painted, as if the lips were opened so many times farther; unless they open no farther.
+CLEAR, SLIT, DOUBT = 0.1, 0.06, 10.0
 FACTS = 7  # channels of `Hole.facts`
 
 
@@ -201,7 +205,10 @@ class MouthPainter(nn.Module):
         """
         uv, _ = project(points, camera)
         uv_photo, _ = project(photo, photo_camera)
-        view, hole = mouth_hole(points, uv, lip_edges(uv_photo, photo, points)[..., 4:])
+        wider = lip_edges(uv_photo, photo, points)[..., 4:]
+        doubt = ((CLEAR - opening(photo)) / SLIT).clamp(0, 1) * DOUBT
+        wider = (1 + (wider - 1) * (1 + doubt[:, None, None])).clamp(0, WIDEST)
+        view, hole = mouth_hole(points, uv, wider)
         if not bool(hole.hidden.any()):
             return None
         around = warp(image, view.positions(SIDE)) * (1 - hole.hidden)

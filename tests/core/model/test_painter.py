@@ -86,6 +86,23 @@ def test_nothing_is_painted_into_lips_that_touch(points: Tensor, orbit: Callable
     assert painter.paint(torch.zeros(1, 3, 64, 64), shut, orbit(0.0), shut, orbit(5.0)) is None
 
 
+def test_a_slit_is_soon_given_up(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """Of two mouths that open to half as wide again, the one that the photo hardly shows is painted more of."""
+    painter, camera = MouthPainter(4), orbit(0.0)
+    eyes = (points[:, 263] - points[:, 33]).norm()
+    shut = points.clone()
+    shut[:, list(LOWER_LIP)] = shut[:, list(UPPER_LIP)]
+
+    def hidden(gap: float, wider: float) -> float:
+        photo, result = opened(shut, gap * float(eyes)), opened(shut, wider * gap * float(eyes))
+        found = painter.paint(torch.zeros(1, 3, 64, 64), photo, camera, result, camera)
+        inside = mouth_hole(result, project(result, camera)[0], torch.full((1, 478, 1), WIDEST))[1].hidden
+        return 0.0 if found is None else float(found.hidden.sum() / inside.sum())
+
+    assert hidden(0.05, 1.5) > hidden(0.2, 1.5) + 0.2
+    assert hidden(0.05, 1.0) == hidden(0.2, 1.0) == 0  # what is as open as in the photo stays the photo's
+
+
 def test_what_is_painted_lies_where_it_was_seen(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     uv, _ = project(points, orbit(12.0))
     view = close_up(uv)
