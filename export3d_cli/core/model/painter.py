@@ -32,8 +32,8 @@ WIDER = 1.3  # than the lips
 LIPS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146)  # outer
 SHUT = 0.012  # opening, in distances between the eyes, below which nothing is painted; all from twice that on
 AT_LIP = 0.75  # `mouth.shown_above` at the lower lip of a mouth as open as in the photo: there nothing is hidden
-# A slit between lips shows little: where a photo's lips are less than CLEAR apart, all the more by SLIT less, what is seen
-# between them is soon given up for what is painted, as if they were opened farther; unless they open no farther.
+# A slit between lips shows little: where a photo's lips are less than CLEAR apart, all the more by SLIT less, what is
+# seen between them is soon given up for what is painted, as if they opened farther; unless they open no farther.
 CLEAR, SLIT, DOUBT = 0.1, 0.06, 10.0
 FACTS = 7  # channels of `Hole.facts`
 
