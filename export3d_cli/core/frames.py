@@ -19,8 +19,8 @@ RIM = 0.25  # of a crop's side: how much around it is kept of a photo, for heads
 ENOUGH = 1.5  # sides of the model's picture that the photo must show for frames of twice its size
 
 # Side of the volume's picture and samples of a ray, as shares of what the weights were trained with, and on a CPU how
-# far lambda may be from that of blended tri-planes (`keys`). PSNR against best on the bundled example: balanced 45 to
-# 49 dB driven, 38 to 49 dB turned by up to 30 degrees; fast 38 to 48, 35 to 46.
+# far lambda may be from that of blended tri-planes (`keys`). PSNR against best of three driven portraits, frame by
+# frame: balanced 39 to 45 dB, fast 37 to 43.
 QUALITIES: dict[Quality, tuple[float, float, float]] = {
     "fast": (0.5, 0.5, 6.0), "balanced": (0.5, 0.75, 3.5), "best": (1.0, 1.0, 0.0)
 }  # fmt: skip
