@@ -27,6 +27,7 @@ from export3d_cli.core.train.data import Prefetcher, Sampler, colour_table, load
 from export3d_cli.core.train.losses import Perceptual
 from export3d_cli.core.train.lpips import load_distance
 from export3d_cli.core.train.run import Run
+from export3d_cli.core.train.stage import part
 
 STAGE, SEED = "mouth", 3
 SLIGHTLY = (1.3, 4.0)  # how much wider than in a photo with lips a little apart
@@ -129,18 +130,15 @@ class MouthStage:
         return {"model.": self.model, "critic.": self.critic, "average.": self.average}
 
     def _resume(self, tensors: dict[str, Tensor], info: dict[str, object]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
         for prefix, module in self._parts().items():
-            load_into(module, part(prefix), "the training state")
-        unpack_optimizer(self.optimizer, part("painter."))
-        unpack_optimizer(self.against, part("against."))
+            load_into(module, part(tensors, prefix), "the training state")
+        unpack_optimizer(self.optimizer, part(tensors, "painter."))
+        unpack_optimizer(self.against, part(tensors, "against."))
         self.step = int(str(info["step"]))
 
     def save(self) -> None:
         """Write the training state."""
-        tensors = {f"{prefix}{k}": v for prefix, part in self._parts().items() for k, v in part.state_dict().items()}
+        tensors = {f"{prefix}{k}": v for prefix, own in self._parts().items() for k, v in own.state_dict().items()}
         for prefix, optimizer in (("painter.", self.optimizer), ("against.", self.against)):
             tensors |= {f"{prefix}{k}": v for k, v in pack_optimizer(optimizer).items()}
         self.run.save(STAGE, self.step, tensors)
