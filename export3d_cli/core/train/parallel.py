@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import os
 from collections.abc import Iterable, Iterator
@@ -106,6 +107,9 @@ def join(device: torch.device) -> Iterator[World]:
             raise ConfigError(f"process {local} has no CUDA device of its own: start at most one a device")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    # Its functions keep the group they find while they are defined. An optimiser's first step would load them, and the
+    # threads of the group they keep would outlive it and, now and then, abort the process while Python ends.
+    importlib.import_module("torch.distributed.nn.functional")
     # the others wait while the first one decodes a data set, which may take long
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:

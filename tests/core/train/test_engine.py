@@ -44,6 +44,8 @@ torch.set_num_threads(1)
 from export3d_cli.core.config import load_train_config
 from export3d_cli.core.train.trainer import train
 train(load_train_config(Path(sys.argv[1])))
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in names if "gloo" in name], names  # they would wait for a Python that is no more
 """
 KILLED = """
 import os, signal, sys
