@@ -38,7 +38,8 @@ STAGES = (  # what is told -> part of the model and its method
     ("render", "", "render"),
     ("flow", "", "_photo_detail"),
     ("super-resolution", "superres", "forward"),
-    ("mouth", "painter", "paint"),  # of frames with lips that part, where the weights have it
+    ("mouth", "painters.mouth", "paint"),  # of frames with lips that part, where the weights have it
+    ("eyes", "painters.eyes", "paint"),  # of frames with eyes wider open than in the photo
 )
 
 
@@ -237,8 +238,9 @@ def limited(stage: Stage, work: Work | None, machine: Machine) -> Stage:
 def _around(animator: Animator, guard: Guard) -> Iterator[None]:
     """A guard, such as a clock, around the methods of `STAGES`, for a while."""
     placed = []
+    modules = dict(animator.model.named_modules())
     for stage, part, method in STAGES:
-        owner = getattr(animator.model, part) if part else animator.model
+        owner = modules.get(part)
         if owner is None:
             continue
         setattr(owner, method, _guarded(getattr(owner, method), stage, guard))

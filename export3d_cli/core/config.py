@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from export3d_cli.core.config_rules import check, check_model
 from export3d_cli.core.errors import ConfigError
 from export3d_cli.core.plain import build, parse_yaml, read_yaml, shown
 
@@ -59,6 +59,7 @@ class ModelConfig:
     flow_size: int = 64  # side at which the candidate flows are blended
     flow_width: int = 32  # channels of the network that blends the candidate flows
     mouth: int = 0  # first width of the network that paints what a photo with shut lips hides; 0: none
+    eyes: int = 0  # and of that which paints what narrow eyes hide
     face_shift: float = 0.0  # share of the flow's learned shift that a face takes; above 0 the shift knows lambda, too
 
     @property
@@ -67,7 +68,7 @@ class ModelConfig:
         return BETA_DIM if self.expression == "direct" else self.basis
 
 
-STAGES = ("clebs", "mouth", "reconstruction", "adversarial")  # in the order they are trained
+STAGES = ("clebs", "mouth", "eyes", "reconstruction", "adversarial")  # in the order they are trained
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -75,7 +76,7 @@ PRESETS: dict[str, ModelConfig] = {
         plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
         coarse_samples=4, fine_samples=4, superres=(8, 8), mesh_size=32, flow_size=16, flow_width=8,
     ),
-    "compact": ModelConfig(basis=20, code_hidden=256, face_shift=0.15, mouth=24),
+    "compact": ModelConfig(basis=20, code_hidden=256, face_shift=0.15, mouth=24, eyes=16),
     "paper": ModelConfig(
         code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
         plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64, raw_channels=32,
@@ -127,16 +128,14 @@ class ClebsConfig:
 
 
 @dataclass(frozen=True)
-class MouthConfig:
-    """The stage `mouth` (beyond the paper): holes in pictures of open mouths are filled, `model.painter`."""
+class HoleConfig:
+    """What the stages `mouth` and `eyes` (beyond the paper) have in common: holes in pictures are filled."""
 
     steps: int = 8000
     weight: tuple[float, ...] = ()  # sampling share of each data set in this stage; empty: data.weight
     batch: int = 16  # close-ups of one update, over all processes
     lr: float = 1e-3  # falls to a tenth, evenly
-    open: float = 0.02  # least opening of lips that are looked at, in distances between the eyes
     jitter: float = 0.05  # in place of data.jitter: teeth are white, whatever the light
-    partly: float = 0.25  # share of holes that leave what a photo with lips a little apart would show
     l1: float = 1.0  # mean absolute difference where it was hidden
     perceptual: float = 3.0  # of the whole close-up, with loss.backbone
     adversarial: float = 0.1  # what a critic of the inside makes of it, from `after` on
@@ -145,6 +144,22 @@ class MouthConfig:
     critic_width: int = 16  # its first channels
     r1: float = 0.02  # gamma of `gamma / 2 * |dD/dx|^2` on real close-ups, every 8 steps
     ema: float = 0.998
+
+
+@dataclass(frozen=True)
+class MouthConfig(HoleConfig):
+    """The stage `mouth`: open mouths."""
+
+    open: float = 0.02  # least opening of lips that are looked at, in distances between the eyes
+    partly: float = 0.25  # share of holes that leave what a photo with lips a little apart would show
+
+
+@dataclass(frozen=True)
+class EyesConfig(HoleConfig):
+    """The stage `eyes`: open eyes."""
+
+    open: float = 0.2  # least opening of lids that are looked at, in widths of the eye
+    guess: float = 0.1  # share of holes that are filled without the iris' colour, as where a photo has the eyes shut
 
 
 @dataclass(frozen=True)
@@ -211,6 +226,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     clebs: ClebsConfig = field(default_factory=ClebsConfig)
     mouth: MouthConfig = field(default_factory=MouthConfig)
+    eyes: EyesConfig = field(default_factory=EyesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     stages: tuple[str, ...] = ("clebs", "reconstruction")
@@ -243,8 +259,8 @@ class TrainConfig:
     def steps_of(self, stage: str) -> int:
         """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
         clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
-        steps = {"clebs": clebs, "mouth": self.mouth.steps, "reconstruction": self.steps}
-        return (steps | {"adversarial": self.adversarial.steps})[stage]
+        own = {"mouth": self.mouth, "eyes": self.eyes, "reconstruction": self, "adversarial": self.adversarial}
+        return clebs if stage == "clebs" else own[stage].steps  # type: ignore[attr-defined,no-any-return]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -263,7 +279,7 @@ def model_from_dict(data: dict[str, Any]) -> ModelConfig:
     if not isinstance(data, dict):
         raise ConfigError("the model's configuration is not a mapping of keys to values")
     model: ModelConfig = build(ModelConfig, data, "model")
-    _check_model(model)
+    check_model(model)
     return model
 
 
@@ -289,7 +305,7 @@ def train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> Train
         raise ConfigError("model must be a section of the configuration")
     data["model"] = {**to_dict(PRESETS[preset]), **model}
     config: TrainConfig = build(TrainConfig, data, "")
-    _check(config)
+    check(config, STAGES)
     return config
 
 
@@ -301,93 +317,3 @@ def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfi
 def save_yaml(config: Any, path: Path) -> None:
     """Write a resolved config so that `load_train_config` reads the same."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-
-
-_LIMITS = {"image_size": 2048, "plane_size": 2048, "raw_size": 2048, "mesh_size": 2048, "flow_size": 2048}
-_LIMITS |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096, "fine_samples": 4096}
-
-
-def _check_model(model: ModelConfig) -> None:
-    """Sizes that a network can have, whoever asks for it: the header of a weights file is not to be trusted."""
-    for name, value in vars(model).items():
-        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples", "mouth") else 1
-        for size in value if isinstance(value, tuple) else (value,):
-            if type(size) is int and not least <= size <= _LIMITS.get(name, 65_536):
-                raise ConfigError(f"model.{name} must be {least} to {_LIMITS.get(name, 65_536)}, got {shown(value)}")
-    if model.image_size % 16:
-        raise ConfigError(f"model.image_size must be a multiple of 16, got {model.image_size}")
-    if model.width % model.heads:
-        raise ConfigError(f"model.width ({model.width}) must be divisible by model.heads ({model.heads})")
-    if model.basis > model.code_dim:
-        raise ConfigError(f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})")
-    if model.plane_ema >= 1:
-        raise ConfigError(f"model.plane_ema must be below 1, got {model.plane_ema}")
-
-
-def _check(config: TrainConfig) -> None:
-    """Cross-field rules, before any data or device is touched."""
-    _check_model(config.model)
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", config.device):
-        raise ConfigError(f"device {shown(config.device)} is unknown: use auto, cpu, cuda, cuda:N or mps")
-    if config.ema >= 1:
-        raise ConfigError(f"ema must be below 1, got {config.ema}")
-    if config.batch < 1 or config.steps < 0:
-        raise ConfigError(f"batch must be positive and steps not negative, got {config.batch} and {config.steps}")
-    unknown = [stage for stage in config.stages if stage not in STAGES]
-    if unknown:
-        raise ConfigError(f"unknown stage {shown(unknown[0])}: choose from {', '.join(STAGES)}")
-    if list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
-        raise ConfigError(f"stages must be each at most once and in the order {', '.join(STAGES)}")
-    if config.accumulate < 1 or config.batch % config.accumulate:
-        raise ConfigError(f"batch ({config.batch}) must be a multiple of accumulate ({config.accumulate})")
-    if config.skip_nonfinite < 0 or config.keep < 1:
-        raise ConfigError("skip_nonfinite must not be negative, and keep must be 1 or more")
-    if config.loss.adversarial != LossConfig.adversarial:
-        raise ConfigError("loss.adversarial has moved: set adversarial.weight")
-    adversarial = config.adversarial
-    if (
-        min(adversarial.r1_every, adversarial.group, adversarial.channels, adversarial.base) < 1
-        or adversarial.steps < 0
-    ):
-        raise ConfigError("adversarial.r1_every, group, channels and base must be positive, and steps not negative")
-    if not (
-        0 <= adversarial.augment < 1
-        and 0 <= adversarial.ada < 1
-        and min(adversarial.ada_every, adversarial.ada_images) > 0
-    ):
-        raise ConfigError("adversarial.augment and ada must be in 0..1, ada_every and ada_images positive")
-    if min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.pairs) < 1:
-        raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
-    weights = {"data": config.data.weight, "clebs": config.clebs.weight, "mouth": config.mouth.weight}
-    for name, weight in weights.items():
-        if weight and (len(weight) != len(config.data.path) or not any(weight)):
-            raise ConfigError(f"{name}.weight needs one number per data.path, not all 0, got {weight}")
-    if "mouth" in config.stages and not (config.model.mouth and config.model.flow):
-        raise ConfigError("the stage mouth needs model.mouth, the width of its network, and model.flow")
-    if min(config.mouth.batch, config.mouth.critic_width) < 1 or config.mouth.steps < 0:
-        raise ConfigError("mouth.batch and critic_width must be 1 or more, and steps not negative")
-    _check_losses(config)
-
-
-def _check_losses(config: TrainConfig) -> None:
-    loss, clebs = config.loss, config.clebs
-    if loss.identity > 0 and not loss.embedder:
-        raise ConfigError("loss.identity needs loss.embedder: name a TorchScript face embedder, or set it to 0")
-    if loss.lpips and not loss.backbone:
-        raise ConfigError("loss.lpips needs loss.backbone: name the VGG16 file that its weights belong to")
-    if loss.lpips and min(config.raw_start or config.model.raw_size, config.model.raw_size) < 16:
-        raise ConfigError("loss.lpips needs a raw render of 16 pixels or more: set raw_start to 16, or 0")
-    if min(loss.scales, loss.l2_scales) < 1 or config.model.image_size >> (loss.scales - 1) < 16:
-        raise ConfigError(
-            f"loss.scales ({loss.scales}) must leave 16 pixels of {config.model.image_size}, and be 1 or more"
-        )
-    if min(clebs.groups, clebs.negatives) < 1 or clebs.temperature <= 0:
-        raise ConfigError("clebs.groups and negatives must be 1 or more, and temperature positive")
-    if not 0 <= config.clebs.one_sided <= config.model.basis:
-        raise ConfigError(
-            f"clebs.one_sided must be 0 to model.basis ({config.model.basis}), got {config.clebs.one_sided}"
-        )
-    if not 0 <= config.raw_start <= config.model.raw_size:
-        raise ConfigError(f"raw_start ({config.raw_start}) must be 0 to model.raw_size ({config.model.raw_size})")
-    if config.data.workers < 0 or min(config.checkpoint_every, config.log_every) < 1:
-        raise ConfigError("data.workers must not be negative, checkpoint_every and log_every must be 1 or more")

@@ -13,7 +13,8 @@ from accelerator import CUDA, Pretended
 from export3d_cli.core.animate import Animator
 from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.model.painter import MouthPainter
+from export3d_cli.core.model.eye_painter import EyePainter
+from export3d_cli.core.model.mouth_painter import MouthPainter
 from export3d_cli.core.views import NovelViewOptions, orbit_cameras
 from export3d_cli.core.weights import example
 
@@ -31,13 +32,14 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
 def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = read_image(example("source.jpg"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    painted: list[str] = []
+    painted: list[tuple[str, str]] = []
 
     def made(where: str) -> list[np.ndarray]:
         animator = Animator.from_weights(tiny_weights, device=where, precision="fp32", batch=2, quality="best")
         torch.manual_seed(0)
-        animator.model.painter = MouthPainter(4).eval().to(animator.device)
-        animator.model.painter.register_forward_hook(lambda *_: painted.append(where))
+        for name, kind in (("mouth", MouthPainter), ("eyes", EyePainter)):
+            animator.model.painters[name] = kind(4).eval().to(animator.device)
+            animator.model.painters[name].register_forward_hook(lambda *_, name=name: painted.append((name, where)))
         motion = animator.set_source(photo)
         cameras = orbit_cameras(animator.source_camera(), NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
         turned = replace(motion_rows(motion, np.zeros(3, int)), camera=cameras)
@@ -49,6 +51,7 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
     on_cpu = made("cpu")
     with Pretended() as pretended:
         on_gpu = made("cuda")
-    assert pretended.calls > 1000 and {"cpu", "cuda"} == set(painted)
+    assert pretended.calls > 1000
+    assert set(painted) == {(name, where) for name in ("mouth", "eyes") for where in ("cpu", "cuda")}
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert np.abs(a.astype(float) - b.astype(float)).mean() < 0.5

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
 from export3d_cli.core.model import lean, render
 from export3d_cli.core.model.expression import DirectCode, LeBS
+from export3d_cli.core.model.eye_painter import EyePainter
 from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
-from export3d_cli.core.model.painter import MouthPainter, Painted
+from export3d_cli.core.model.mouth_painter import MouthPainter
+from export3d_cli.core.model.painter import HolePainter, Painted
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
 from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolution, enlarge
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
@@ -95,14 +97,21 @@ class Output(NamedTuple):
     painted: Tensor | None = None  # (B, 3, H, W) what of the image is not the photo's
     ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
     shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
-    mouth: Painted | None = None  # what of the image is painted in close-up
+    fills: tuple[Painted, ...] = ()  # what of the image is painted in close-up: mouth, eyes
 
     def enlarged(self, photo: Tensor, size: int) -> Tensor:
         """The image as (B, 3, size, size), with the detail of a larger photo (B, 3, M, M): `superres.enlarge`."""
         if self.painted is None or self.ways is None or self.shares is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
         large = enlarge(self.painted, Layers(self.ways, self.shares), photo, size)
-        return large if self.mouth is None else self.mouth.on(large)
+        return lay(large, self.fills)
+
+
+def lay(image: Tensor, fills: tuple[Painted, ...]) -> Tensor:
+    """Pictures (B, 3, ., .) with what is painted on them."""
+    for fill in fills:
+        image = fill.on(image)
+    return image
 
 
 class Export3D(nn.Module):
@@ -118,7 +127,11 @@ class Export3D(nn.Module):
         self.flow = BasisFlow(config) if config.flow else None
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
-        self.painter = MouthPainter(config.mouth) if config.mouth else None  # has a training of its own
+        self.painters = nn.ModuleDict()  # each has a training of its own
+        if config.mouth:
+            self.painters["mouth"] = MouthPainter(config.mouth)
+        if config.eyes:
+            self.painters["eyes"] = EyePainter(config.eyes)
         # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
         self.rows: tuple[int, int, int] | None = None
 
@@ -212,15 +225,22 @@ class Export3D(nn.Module):
         full = resize(features, self.config.image_size // 4)
         made = self.superres(full, full[:, :3], detail)
         rough = self._roughness(source, posed) if self.training else None
-        image, mouth = made.image, None
-        if self.painter is not None and posed.mesh is not None and not self.training:
-            moved = posed.mesh.points[:, :POINTS]
-            mouth = self.painter.paint(image, source.points, source.camera, moved, camera)
-            image = image if mouth is None else mouth.on(image)
+        fills = () if self.training else self._paint(source, posed, made.image, camera)
         return Output(
-            image, features[:, :3], depth, opacity, made.offset, weights, rough, made.sampled, made.known,
-            made.painted, made.ways, made.shares, mouth,
+            lay(made.image, fills), features[:, :3], depth, opacity, made.offset, weights, rough, made.sampled,
+            made.known, made.painted, made.ways, made.shares, fills,
         )  # fmt: skip
+
+    def _paint(self, source: Source, posed: Posed, image: Tensor, camera: Tensor) -> tuple[Painted, ...]:
+        """What the photo hides of mouth and eyes."""
+        if posed.mesh is None:
+            return ()
+        photo, moved = (source.image, source.points, source.camera), posed.mesh.points[:, :POINTS]
+        fills: list[Painted] = []
+        for painter in self.painters.values():
+            assert isinstance(painter, HolePainter)
+            fills += painter.paint(image, *photo, moved, camera)
+        return tuple(fills)
 
     def forward(
         self,

@@ -11,6 +11,8 @@ from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.generator import ResBlock, leaky
 from export3d_cli.core.model.render import project
 
+BESIDE = 2 / 64  # how far from what is not known nothing is known either, in sizes of the picture
+
 
 class SourceView(nn.Module):
     """Pixel-aligned features of the photo (as pixelNeRF), and a background that does not turn with the head."""
@@ -45,8 +47,10 @@ def inpaint(image: Tensor, known: Tensor, size: int) -> Tensor:
     Returns:
         (B, C, size, size) float32.
     """
-    # edges of masks are not exact: what is beside the unknown is not known either
-    known = 1 - F.max_pool2d(1 - F.interpolate(known.float(), (size, size), mode="area"), 3, stride=1, padding=1)
+    # edges of masks are not exact, and hair is stray: what is beside the unknown is not known either
+    reach = max(1, round(BESIDE * size))
+    known = F.interpolate(known.float(), (size, size), mode="area")
+    known = 1 - F.max_pool2d(1 - known, 2 * reach + 1, stride=1, padding=reach)
     levels = [(F.interpolate(image.float(), (size, size), mode="area") * known, known)]
     while levels[-1][0].shape[-1] % 2 == 0:
         levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))

@@ -23,7 +23,7 @@ MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
 PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
           ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
 PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
-SEAM = 64  # masks are widened to each side by a 64th of the picture
+SEAM, FRINGE = 64, 16  # masks are widened to each side by a 64th of the picture; stray hair reaches a 16th
 APART = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
 TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
@@ -160,9 +160,9 @@ class Inside(nn.Module):
         return mouth, eye, place / (mouth + eye).clamp_min(0.1)
 
 
-def widen(mask: Tensor) -> Tensor:
-    """A mask (B, 1, m, m) with the seam around it, where a photo shows some of both sides."""
-    reach = mask.shape[-1] // SEAM
+def widen(mask: Tensor, share: int = SEAM) -> Tensor:
+    """A mask (B, 1, m, m) with the seam around it, where a photo shows some of both sides; `share` of the picture."""
+    reach = mask.shape[-1] // share
     return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
 
 
@@ -256,8 +256,11 @@ class SuperResolution(nn.Module):
         # unless both layers moved alike and it is the outline still
         away = (flow.rest - flow.head).detach().square().sum(1, keepdim=True).sqrt()
         alike = (1 - away / APART).clamp_min(0)
-        head, person = warp(torch.cat([widen(detail.head), detail.head + detail.body], 1), flow.rest).split(1, dim=1)
+        stray = widen(detail.head, FRINGE) * (1 - detail.body)  # nor hair that stands off it, before no body
+        masks = torch.cat([widen(detail.head), detail.head + detail.body, stray], dim=1)
+        head, person, stray = warp(masks, flow.rest).split(1, dim=1)
         here = 1 - (head - widen(mesh.weight) * alike).clamp_min(0)
+        here = torch.minimum(here, 1 - (stray - widen(mesh.weight, FRINGE) * alike).clamp_min(0))
         here = here * (1 - flow.solid * (1 - person))  # nor what is behind the person before a neck or an ear
         face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
         rest = 1 - flow.share

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from export3d_cli.core import weights
 from export3d_cli.core.checkpoint import licence_of, load_into, load_weights, save_weights
-from export3d_cli.core.config import TrainConfig, save_yaml
+from export3d_cli.core.config import STAGES, TrainConfig, save_yaml
 from export3d_cli.core.device import pick_device, slow_precision
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
@@ -21,7 +21,7 @@ from export3d_cli.core.files import hold
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train.cache import load_sets
 from export3d_cli.core.train.data import Sampler
-from export3d_cli.core.train.mouth import MouthStage
+from export3d_cli.core.train.holes import HoleStage
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
 from export3d_cli.core.train.parallel import join
 from export3d_cli.core.train.pretrain import clebs_stage, clebs_steps
@@ -29,6 +29,8 @@ from export3d_cli.core.train.run import Run, TrainEvent
 from export3d_cli.core.train.stage import ImageStages
 
 __all__ = ["TrainSummary", "learning_rate", "raw_size", "reconstruction_loss", "train"]
+
+HOLES = ("mouth", "eyes")  # stages that train a painter each
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,14 @@ def _train(run: Run) -> TrainSummary:
             return _summary(run, "clebs", done, finished=False, values={})
         world.copy_first(model)
         run.resumed = None  # the state of the next stage starts empty
-    if "mouth" in config.stages and resumed_stage in ("clebs", "mouth"):
-        done = MouthStage(run, model, sampler).train()
-        if done < config.mouth.steps:
-            return _summary(run, "mouth", done, finished=False, values={})
-        run.resumed = None
-    if model.painter is not None:
-        model.painter.requires_grad_(False)  # it is not asked in the stages that follow
-    stages = [stage for stage in config.stages if stage not in ("clebs", "mouth")]
+    for name in HOLES:
+        if name in config.stages and STAGES.index(resumed_stage) <= STAGES.index(name):
+            done = HoleStage(run, model, sampler, name).train()
+            if done < config.steps_of(name):
+                return _summary(run, name, done, finished=False, values={})
+            run.resumed = None
+    model.painters.requires_grad_(False)  # they are not asked in the stages that follow
+    stages = [stage for stage in config.stages if stage not in ("clebs", *HOLES)]
     if not stages:
         if world.main:
             save_weights(run.folder / "weights.safetensors", model.state_dict(), config.model, _record(config, 0))
@@ -126,9 +128,10 @@ def _start_from(model: Export3D, config: TrainConfig) -> None:
         state, found, _ = load_weights(weights.resolve(config.init))
         same = replace(found, raw_size=config.model.raw_size)
         new: dict[str, Tensor] = {}
-        if not same.mouth and "mouth" in config.stages:  # it is this run that gives the model one
-            same = replace(same, mouth=config.model.mouth)
-            new = {k: v for k, v in model.state_dict().items() if k.startswith("painter.")}
+        for name in HOLES:
+            if not getattr(same, name) and name in config.stages:  # it is this run that gives the model one
+                same = replace(same, **{name: getattr(config.model, name)})  # type: ignore[arg-type]
+                new |= {k: v for k, v in model.state_dict().items() if k.startswith(f"painters.{name}.")}
         if same != config.model:
             raise ConfigError(f"init {config.init} holds a model of another size: use its configuration")
         load_into(model, {**new, **state}, f"the weights {config.init}")
@@ -141,11 +144,11 @@ def _start_from(model: Export3D, config: TrainConfig) -> None:
 def _record(config: TrainConfig, step: int) -> dict[str, Any]:
     """The training record in the weights' header: enough to know what the weights saw, no paths."""
     own = "clebs" in config.stages
-    record = {
+    record: dict[str, Any] = {
         "stages": list(config.stages),
         "steps": step,
         "clebs_steps": config.clebs.steps if own and config.model.expression == "clebs" else 0,
-        "mouth_steps": config.mouth.steps if "mouth" in config.stages else 0,
+        **{f"{name}_steps": config.steps_of(name) for name in HOLES if name in config.stages},
         "denominator": config.clebs.denominator if own else "",
         "batch": config.batch,
         "seed": config.seed,

@@ -10,22 +10,22 @@ from accelerator import Pretended
 
 from export3d_cli.core.checkpoint import load_weights
 from export3d_cli.core.config import TrainConfig
-from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.trainer import HOLES, train
 
 
 def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages = ("clebs", "mouth", "reconstruction", "adversarial")
+    stages = ("clebs", "mouth", "eyes", "reconstruction", "adversarial")
     adversarial = replace(tiny.adversarial, steps=2, channels=8, base=64, mapping=1, r1=1.0, r1_every=1, ada=0.6)
     terms = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
     loss = replace(tiny.loss, l2_scales=2, **terms)
-    mouth = replace(tiny.mouth, steps=2, batch=2, open=0.0, after=0, critic_width=2)
-    model = replace(tiny.model, mouth=4)
+    holes = {name: replace(getattr(tiny, name), steps=2, batch=2, open=0.0, after=0, critic_width=2) for name in HOLES}
+    model = replace(tiny.model, **dict.fromkeys(HOLES, 4))
     config = replace(
-        tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss, mouth=mouth, model=model
+        tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss, model=model, **holes
     )
     with Pretended() as pretended:
-        found = train(config)
+        found = train(replace(config, **holes))
     assert found.finished and pretended.calls > 5000
     _, _, record = load_weights(found.weights)
     assert record["adversarial_steps"] == 2

@@ -1,13 +1,12 @@
-"""The stage `mouth` (beyond the paper): holes cut into pictures of open mouths are filled, and a critic looks at them.
+"""The stages `mouth` and `eyes` (beyond the paper): holes cut into pictures are filled, and a critic looks at them.
 
-Every frame and still with parted lips teaches it by itself; neither pairs nor the rest of the network take part.
+Every frame and still with parted lips, or open eyes, teaches it by itself; no pairs, no other network takes part.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,75 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.checkpoint import load_into, pack_optimizer, unpack_optimizer
-from export3d_cli.core.config import MouthConfig
-from export3d_cli.core.errors import ConfigError, TrainingError
-from export3d_cli.core.face.motion import head_points, mirror_camera, mirror_landmarks
+from export3d_cli.core.errors import ConfigError
 from export3d_cli.core.media.image import to_uint8, write_image
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.model.flow import warp
-from export3d_cli.core.model.mouth import WIDEST
-from export3d_cli.core.model.painter import FACTS, SIDE, Hole, MouthPainter, mouth_hole, opening, soften
-from export3d_cli.core.train.data import Prefetcher, Sampler, colour_table, loaders, recolour
+from export3d_cli.core.model.painter import FACTS, SIDE, Hole, HolePainter, soften
+from export3d_cli.core.train.close_ups import DRAWERS, Drawn
+from export3d_cli.core.train.data import Prefetcher, Sampler, loaders
 from export3d_cli.core.train.losses import Perceptual
 from export3d_cli.core.train.lpips import load_distance
 from export3d_cli.core.train.run import Run
 from export3d_cli.core.train.stage import part
 
-STAGE, SEED = "mouth", 3
-SLIGHTLY = (1.3, 4.0)  # how much wider than in a photo with lips a little apart
+SEED_OF = {"mouth": 3, "eyes": 4}  # the number of a stage in `Run.seed`
 R1_EVERY = 8
 
 
-class Drawn(NamedTuple):
-    """Close-ups of open mouths, (B, ., SIDE, SIDE)."""
-
-    picture: Tensor  # (B, 3, ., .) in [-1, 1]
-    hole: Hole
-
-
-class Mouths:
-    """Draws close-ups: data set by weight, then person, so that nobody fills the training."""
-
-    def __init__(self, sampler: Sampler, config: MouthConfig) -> None:
-        self.sampler, self.config = sampler, config
-        self.rows: list[list[np.ndarray]] = []  # of each data set: of each person the frames with open lips
-        for data, people in zip(sampler.sets, sampler.people, strict=True):
-            open_ = opening(torch.from_numpy(data.landmarks)).numpy() > config.open
-            spans = [np.concatenate([np.arange(c.start, c.start + c.count) for c in own]) for own in people.values()]
-            self.rows.append([rows[open_[rows]] for rows in spans if open_[rows].any()])
-        weight = np.array(config.weight) if config.weight else sampler.weight
-        weight = weight * [bool(rows) for rows in self.rows]
-        if weight.sum() <= 0:
-            raise TrainingError(f"no frame of the data sets shows lips apart by mouth.open ({config.open}): lower it")
-        self.weight = weight / weight.sum()
-
-    def batch(self, seed: int, step: int, rank: int, size: int) -> Drawn:
-        """The close-ups of one step: a pure function of (seed, step, rank)."""
-        rng = np.random.default_rng([seed, step, 6, rank])
-        drawn = [self._draw(rng) for _ in range(size)]
-        images, marks, cameras, wider = (np.stack(x).astype(np.float32) for x in zip(*drawn, strict=True))
-        marks3 = torch.from_numpy(head_points(marks, cameras).astype(np.float32))
-        wide = torch.from_numpy(wider)[:, None, None].expand(-1, marks.shape[1], 1)
-        view, hole = mouth_hole(marks3, torch.from_numpy(marks[..., :2]), wide)
-        return Drawn(warp(torch.from_numpy(images), view.positions(SIDE)), hole)
-
-    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """A picture (3, H, W), its landmarks and camera, and how much wider than in a photo the lips are to be."""
-        s, config = self.sampler, self.config
-        d = int(rng.choice(len(s.sets), p=self.weight))
-        data, people = s.sets[d], self.rows[d]
-        row = int(rng.choice(people[int(rng.integers(len(people)))]))
-        flip = s.config.flip and rng.random() < 0.5
-        table = colour_table(rng, config.jitter)
-        wider = rng.uniform(*SLIGHTLY) if rng.random() < config.partly else WIDEST
-        picture, marks, camera = data.frames[row], data.landmarks[row : row + 1], data.camera[row : row + 1]
-        if flip:
-            picture, marks, camera = picture[:, ::-1], mirror_landmarks(marks, s.mirror), mirror_camera(camera)
-        return recolour(picture[None], table)[0], marks[0], camera[0], wider
-
-
 class Critic(nn.Module):
-    """How real the insides of mouths look, patch by patch; what is around them it does not see."""
+    """How real the insides of mouths, or eyes, look, patch by patch; what is around them it does not see."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,27 +50,30 @@ class Critic(nn.Module):
         return logits, weight / weight.sum().clamp_min(1e-6)
 
 
-class MouthStage:
-    """Painter, critic, and what trains them."""
+class HoleStage:
+    """Painter, critic, and what trains them: the stage `mouth` or `eyes`."""
 
-    def __init__(self, run: Run, model: Export3D, sampler: Sampler) -> None:
-        assert model.painter is not None
-        self.run, self.model, self.config = run, model, run.config.mouth
+    def __init__(self, run: Run, model: Export3D, sampler: Sampler, name: str) -> None:
+        painter = model.painters[name]
+        assert isinstance(painter, HolePainter)
+        self.run, self.model, self.name, self.config = run, model, name, getattr(run.config, name)
         if self.config.batch % run.world.size:
-            raise ConfigError(f"mouth.batch ({self.config.batch}) must be a multiple of the {run.world.size} processes")
-        self.mouths = Mouths(sampler, self.config)
+            raise ConfigError(
+                f"{name}.batch ({self.config.batch}) must be a multiple of the {run.world.size} processes"
+            )
+        self.drawer = DRAWERS[name](sampler, self.config)
         self.workers = loaders(sampler.config, run.device)
-        self.painter = model.painter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch.manual_seed(run.config.seed + 31)
+        self.painter = painter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.manual_seed(run.config.seed + 28 + SEED_OF[name])
         self.critic = Critic(self.config.critic_width).to(run.device)
         self.optimizer = torch.optim.Adam(self.painter.parameters(), lr=self.config.lr, betas=(0.5, 0.99))
         self.against = torch.optim.Adam(self.critic.parameters(), lr=self.config.critic_lr, betas=(0.0, 0.99))
-        self.average = MouthPainter(run.config.model.mouth).to(run.device)
-        self.average.load_state_dict(self.painter.state_dict())
+        self.average = type(painter)(getattr(run.config.model, name)).to(run.device)
+        self.average.load_state_dict(painter.state_dict())
         distance = load_distance(run.config.loss)
         self.perceptual: Perceptual | None = distance.to(run.device) if distance is not None else None
         self.step = 0
-        if run.resumed is not None and run.resumed[1]["stage"] == STAGE:
+        if run.resumed is not None and run.resumed[1]["stage"] == name:
             self._resume(*run.resumed)
 
     def _parts(self) -> dict[str, nn.Module]:
@@ -141,7 +91,7 @@ class MouthStage:
         tensors = {f"{prefix}{k}": v for prefix, own in self._parts().items() for k, v in own.state_dict().items()}
         for prefix, optimizer in (("painter.", self.optimizer), ("against.", self.against)):
             tensors |= {f"{prefix}{k}": v for k, v in pack_optimizer(optimizer).items()}
-        self.run.save(STAGE, self.step, tensors)
+        self.run.save(self.name, self.step, tensors)
 
     def train(self) -> int:
         """Take the steps that are left; then the painter is its moving average, and frozen. The steps done."""
@@ -150,11 +100,11 @@ class MouthStage:
         sums: dict[str, list[float]] = {}
 
         def draw(step: int) -> Drawn:
-            return self.mouths.batch(run.config.seed, step, run.world.rank, size)
+            return self.drawer.batch(run.config.seed, step, run.world.rank, size)
 
         with Prefetcher(draw, self.step, config.steps, self.workers) as batches:
             while self.step < config.steps and not run.out_of_time():
-                run.seed(SEED, self.step)
+                run.seed(SEED_OF[self.name], self.step)
                 picture, hole = batches.next()
                 drawn = Drawn(picture.to(run.device), Hole(*(x.to(run.device) for x in hole)))
                 for optimizer, lr in ((self.optimizer, config.lr), (self.against, config.critic_lr)):
@@ -168,14 +118,14 @@ class MouthStage:
                     for key, term in terms.items():
                         sums.setdefault(key, []).append(term)
                 elif skipped > run.config.skip_nonfinite:
-                    run.check_finite(terms["loss"], STAGE, self.step, terms)
+                    run.check_finite(terms["loss"], self.name, self.step, terms)
                 self.step += 1
                 self.update_average()
                 if (self.step % run.config.log_every == 0 or self.step == config.steps) and sums:
                     values = {k: float(np.mean(v)) for k, v in sums.items()}
                     values["seconds_a_step"] = (run.minutes() - clock) * 60 / len(sums["loss"])
                     values["images_a_second"] = config.batch / max(values["seconds_a_step"], 1e-9)
-                    run.log(STAGE, self.step, config.steps, values)
+                    run.log(self.name, self.step, config.steps, values)
                     sums, clock = {}, run.minutes()
                 if run.config.sample_every and self.step % run.config.sample_every == 0:
                     self.sample()
@@ -246,17 +196,17 @@ class MouthStage:
         """Write a grid of pictures, their holes, and these filled, the same over the run."""
         if not self.run.world.main:
             return
-        picture, hole = self.mouths.batch(self.run.config.seed + 1, 2**31, 0, rows * columns)
+        picture, hole = self.drawer.batch(self.run.config.seed + 1, 2**31, 0, rows * columns)
         picture, hole = picture.to(self.run.device), Hole(*(x.to(self.run.device) for x in hole))
         with self.run.autocast():
             shown = torch.cat([picture, picture * (1 - hole.hidden), fill(self.average, picture, hole)], dim=-1)
         grid = shown.view(rows, columns, 3, SIDE, 3 * SIDE).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         folder = Path(self.run.folder) / "samples"
         folder.mkdir(exist_ok=True)
-        write_image(folder / f"{STAGE}-{self.step:07d}.png", to_uint8(grid.cpu()))
+        write_image(folder / f"{self.name}-{self.step:07d}.png", to_uint8(grid.cpu()))
 
 
-def fill(painter: MouthPainter, picture: Tensor, hole: Hole, around: Tensor | None = None) -> Tensor:
+def fill(painter: HolePainter, picture: Tensor, hole: Hole, around: Tensor | None = None) -> Tensor:
     """Close-ups (B, 3, s, s) with their holes painted; `around`: what is seen of them instead of the pictures."""
     around = picture if around is None else around
     return torch.lerp(picture, painter(around * (1 - hole.hidden), hole), hole.hidden)

@@ -1,0 +1,135 @@
+"""The close-up of an eye, the colour of its iris, and when it is painted, on the canonical face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.face.mesh import canonical_face
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.eye_painter import (
+    OTHER,
+    SAME,
+    SHUT,
+    EyePainter,
+    close_up,
+    eye_hole,
+    iris_colour,
+    lids,
+    opening,
+)
+from export3d_cli.core.model.mouth import RIMS
+from export3d_cli.core.model.render import pixel_grid, project
+from export3d_cli.core.weights import weights_dir
+
+GREY = torch.zeros(1, 3, 64, 64)
+
+
+def lidded(points: Tensor, share: float) -> Tensor:
+    """Landmarks whose eyes are open by `share` of what they were; the irises stay."""
+    out = points.clone()
+    for side in (0, 1):
+        upper, lower = (list(lid) for lid in lids(side))
+        middle = (points[:, upper] + points[:, lower]) / 2
+        for lid in (upper, lower):
+            out[:, lid] = middle + (points[:, lid] - middle) * share
+    return out
+
+
+def test_both_eyes_look_alike_in_close_up(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    mirror = torch.from_numpy(canonical_face(weights_dir() / "face_landmarker.task").mirror.copy())
+    uv, _ = project(points, orbit(15.0))
+    mirrored = uv[:, mirror] * torch.tensor([-1.0, 1.0]) + torch.tensor([1.0, 0.0])
+    left, right = close_up(uv, 1), close_up(mirrored, 0)
+    torch.testing.assert_close(left.side, right.side)
+    torch.testing.assert_close(left.place(uv)[:, mirror], right.place(mirrored), atol=1e-5, rtol=0)
+    corners = right.place(mirrored)[0, [RIMS[0][1][0], RIMS[0][1][8]]]
+    assert corners[0, 0] < 0.3 and corners[1, 0] > 0.7  # outer corner left, the nose to the right
+    assert corners.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
+
+
+def test_the_colour_is_that_of_the_iris(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    camera, own, points = orbit(0.0), torch.tensor([0.4, -0.2, -0.6]), points.clone()
+    for iris, rim in RIMS:  # the canonical face has no more than their centres
+        width = (points[:, rim[0]] - points[:, rim[8]]).norm()
+        ring = torch.tensor([[1.0, 0, 0], [0, -1, 0], [-1, 0, 0], [0, 1, 0]]) * 0.2 * width
+        points[:, iris + 1 : iris + 5] = points[:, iris : iris + 1] + ring
+    for side in (0, 1):
+        for open_ in (1.0, 0.4):
+            uv, _ = project(lidded(points, open_), camera)
+            iris = uv[0, RIMS[side][0] : RIMS[side][0] + 5]
+            radius = (iris[1:] - iris[0]).norm(dim=-1).mean()
+            disc = ((pixel_grid(512) - iris[0]).norm(dim=-1) < radius).view(1, 1, 512, 512).float()
+            image = disc * own.view(1, 3, 1, 1) + (1 - disc)  # a white eye with a brown iris
+            colour, known = iris_colour(image, uv, side)
+            assert (colour[0] - own).abs().max() < 0.15 and known.item() == 1
+            band, _ = iris_colour(image, uv, side, torch.tensor([0.5]))
+            assert (band[0] - own).abs().max() < 0.15
+        shut, _ = project(lidded(points, 0.0), camera)
+        assert iris_colour(image, shut, side)[1].item() == 0
+
+
+def test_only_eyes_that_open_wider_than_in_the_photo_are_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    painter, camera = EyePainter(4), orbit(0.0)
+    full = min(opening(points, side).item() for side in (0, 1))
+    assert full > 4 * SHUT
+
+    def amounts(before: float, after: float) -> list[float]:
+        photo, result = lidded(points, before), lidded(points, after)
+        return [fill.hidden.amax().item() for fill in painter.paint(GREY, GREY, photo, camera, result, camera)]
+
+    assert amounts(1.0, 1.0) == amounts(1.0, 0.3) == amounts(0.5, 0.49 * SAME) == []
+    assert amounts(0.0, 0.5 * SHUT / full) == []  # nearly shut in both
+    half = (SAME + OTHER) / 2
+    assert amounts(0.5, 0.5 * half) == pytest.approx([0.5, 0.5], abs=0.02)
+    assert amounts(0.5, 1.0) == amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_the_hole_is_the_eye_and_tells_what_is_known(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv, _ = project(points, orbit(0.0))
+    colour = torch.tensor([[0.5, 0.1, -0.3]])
+    view, hole = eye_hole(points, uv, 1, colour, torch.tensor([0.5]))
+    inside = hole.facts[:, :1]
+    upper, lower = lids(1)
+    x, y = view.place(uv)[0, [*upper, *lower[-2:0:-1]]].T
+    area = (x * y.roll(-1) - y * x.roll(-1)).sum().abs() / 2
+    assert inside.mean().item() == pytest.approx(float(area), rel=0.05)
+    assert (hole.hidden >= inside - 1e-6).all() and hole.hidden.sum() < 2 * inside.sum()
+    within = hole.facts[0][:, inside[0, 0] > 0]
+    torch.testing.assert_close(within[1:5].T, torch.tensor([0.5, 0.25, 0.05, -0.15]).expand(within.shape[1], 4))
+    assert (hole.facts[0][:, inside[0, 0] == 0] == 0).all()
+    about = hole.facts[0, 5:, 48, 48]  # in the middle of the eye is the iris
+    assert about.abs().max() < 0.25
+
+
+def test_only_the_eyes_of_a_result_are_painted(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    torch.manual_seed(1)
+    model = Export3D(replace(PRESETS["tiny"], eyes=4)).eval()
+    model.load_state_dict({**model.state_dict(), **tiny.state_dict()})
+    assert model.flow is not None and tiny.flow is not None
+    narrow, camera = lidded(points, 0.4), orbit(0.0)
+    for m in (tiny, model):
+        assert m.flow is not None
+        m.flow.basis.zero_()[0] = (points - narrow)[0]
+    with torch.no_grad():
+        pair = []
+        for m in (tiny, model):
+            source = m.encode_source(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)),
+                                     torch.zeros(1, 64), camera, narrow)  # fmt: skip
+            pair.append(m.drive(source, None, camera, lam=source.lam + torch.eye(len(source.lam[0]))[:1]))
+        same = model.drive(source, None, camera, lam=source.lam)
+    plain, painted = pair
+    assert not same.fills and len(painted.fills) == 2
+    changed = (plain.image - painted.image).abs().sum(1)[0] > 1e-6
+    assert changed.any()
+    away = []
+    for side in (0, 1):
+        eye = 64 * project(points, camera)[0][0, list(RIMS[side][1])]
+        place = pixel_grid(64).view(64, 64, 2) * 64
+        away.append(((place - eye.amin(0) + 3).clamp_max(0).abs() + (place - eye.amax(0) - 3).clamp_min(0)).sum(-1))
+    assert (torch.minimum(*away)[changed] == 0).all()
