@@ -14,7 +14,8 @@ CORE_RULES = {
     "errors.py": (),
     "files.py": (),
     "plain.py": (),
-    "config.py": (),
+    "config.py": ("config_rules",),
+    "config_rules.py": (),
     "camera.py": (),
     "hub.py": (),
     "weights.py": ("hub",),
@@ -87,6 +88,7 @@ CORE_RULES = {
 FORBIDDEN = {  # part -> packages from outside it must not import, not even in a function
     "errors.py": {"click", "torch", "numpy"},
     "config.py": {"torch", "cv2"},
+    "config_rules.py": {"torch", "cv2"},
     "camera.py": {"torch"},
     "hub.py": {"torch"},
     "watermark.py": {"torch"},

@@ -259,8 +259,8 @@ class TrainConfig:
     def steps_of(self, stage: str) -> int:
         """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
         clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
-        own = {"mouth": self.mouth, "eyes": self.eyes, "reconstruction": self, "adversarial": self.adversarial}
-        return clebs if stage == "clebs" else own[stage].steps  # type: ignore[attr-defined,no-any-return]
+        steps = {"clebs": clebs, "mouth": self.mouth.steps, "eyes": self.eyes.steps, "reconstruction": self.steps}
+        return (steps | {"adversarial": self.adversarial.steps})[stage]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

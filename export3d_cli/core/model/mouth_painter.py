@@ -62,11 +62,11 @@ def mouth_hole(points: Tensor, uv: Tensor, wider: Tensor) -> tuple[CloseUp, Hole
         points: (B, 478, 3) landmarks of the result, head frame. uv: (B, 478, 2) where they are seen.
         wider: (B, 478, 1) how much wider than in the photo the lips are open, see `mouth.lip_edges`.
     """
-    view = close_up(uv)
-    raster, within = inside(view, uv, strip(UPPER_LIP, LOWER_LIP, uv.device))
+    view, triangles = close_up(uv), strip(UPPER_LIP, LOWER_LIP, uv.device)
+    raster, within = inside(view, uv, triangles)
     places = mouth_places().to(uv.device).expand(len(uv), -1, -1)
     vertex = torch.cat([places, anchored_places(points).clamp(-2, 2), wider], dim=-1)  # (B, 478, 7)
-    facts = interpolate(raster, vertex, strip(UPPER_LIP, LOWER_LIP, uv.device))  # (B, P, 7), 0 where no triangle is
+    facts = interpolate(raster, vertex, triangles)  # (B, P, 7), 0 where no triangle is
     hidden = within * (1 - shown_above(facts[..., 1:2], facts[..., 6:]) / AT_LIP).clamp_min(0)
     fade = ((opening(points) - SHUT) / SHUT).clamp(0, 1)
     return view, Hole(
