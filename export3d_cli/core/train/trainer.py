@@ -20,6 +20,7 @@ from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.files import hold
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train.cache import load_sets
+from export3d_cli.core.train.close_ups import DRAWERS
 from export3d_cli.core.train.data import Sampler
 from export3d_cli.core.train.holes import HoleStage
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
@@ -30,7 +31,7 @@ from export3d_cli.core.train.stage import ImageStages
 
 __all__ = ["TrainSummary", "learning_rate", "raw_size", "reconstruction_loss", "train"]
 
-HOLES = ("mouth", "eyes")  # stages that train a painter each
+HOLES = tuple(DRAWERS)  # stages that train a painter each
 
 
 @dataclass(frozen=True)
