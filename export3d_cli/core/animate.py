@@ -72,7 +72,7 @@ class Animator:
         self.tracker = tracker
         self.device = device
         self.precision = precision
-        self.batch = batch or (16 if device.type == "cuda" else 2)
+        self.batch = batch or (32 if device.type == "cuda" else 2)
         self._reach = QUALITIES[quality][2] if device.type == "cpu" else 0.0  # elsewhere many at once cost little
         self._keys: PlaneKeys | None = None  # of the source, where tri-planes are blended
         self._in_memory = InMemory()

@@ -246,6 +246,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int = 0  # 0: torch's default
     compile: str = ""  # backend of torch.compile for the model, e.g. inductor; empty: not compiled
+    cuda_graph: bool = True  # the reconstruction stage on one GPU: forward and backward as one CUDA graph
     skip_nonfinite: int = 0  # steps in a row left out because their loss is no number, before giving up
     raw_start: int = 0  # side of the raw render at first; 0: model.raw_size at once
     raw_grow: int = 0  # step at which the raw render takes its full side

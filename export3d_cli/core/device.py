@@ -55,8 +55,10 @@ def slow_precision(name: str, device: torch.device) -> list[str]:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Compute in bf16 or fp16; fp32: as it is."""
+    """Compute in bf16 or fp16; fp32: as it is, and not in TF32 on CUDA."""
     kind = KINDS.get(precision)
+    if kind is None and device.type == "cuda":
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     return contextlib.nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
 
 

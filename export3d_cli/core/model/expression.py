@@ -27,6 +27,7 @@ class LeBS(nn.Module):
         self.weight = nn.Parameter(torch.randn(config.code_dim, config.basis))  # W (d, n) of eq. 3
         self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
         self.register_buffer("beta_std", torch.ones(BETA_DIM))
+        self._kept: tuple[tuple[int, int], Tensor] | None = None  # the basis of a W that is not trained
 
     def coefficients(self, beta: Tensor) -> Tensor:
         """Expression `beta` (B, 64) -> basis coefficients lambda (B, n), unbounded and possibly negative."""
@@ -48,7 +49,17 @@ class LeBS(nn.Module):
     def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
         """Coefficients lambda (B, n) -> beta' (B, d), eq. 2; `basis` is what `basis()` gave for the same weights."""
         with torch.autocast(lam.device.type, enabled=False):
-            return lam.float() @ (self.basis() if basis is None else basis)
+            return lam.float() @ (self._basis() if basis is None else basis)
+
+    def _basis(self) -> Tensor:
+        """`basis()`; made once where the stages that follow train all but W."""
+        if self.weight.requires_grad or not torch.is_grad_enabled():
+            return self.basis()
+        state = (self.weight.data_ptr(), self.weight._version)
+        if self._kept is None or self._kept[0] != state:
+            with torch.no_grad():
+                self._kept = (state, self.basis())
+        return self._kept[1]
 
     def forward(self, beta: Tensor) -> Tensor:
         """Expression `beta` (B, 64) -> beta' (B, d)."""

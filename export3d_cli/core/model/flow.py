@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import POINTS, ModelConfig
+from export3d_cli.core.model.constants import constant, rows
 from export3d_cli.core.model.mouth import CHIN, RIMS, anchored_places, behind_lips, lip_edges, mouth_places
 from export3d_cli.core.model.render import pixel_grid, project
 
@@ -61,7 +62,28 @@ class Raster(NamedTuple):
     corners: Tensor  # (B, P, 3) barycentric coordinates
 
 
-def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int) -> Raster:
+class Windows:
+    """How wide the windows are on which `rasterize` tests triangles of like size: as wide as the largest one needs.
+
+    Once they are `fixed`, as wide as they ever were, and some more; what is larger still is cut off there. A CUDA graph
+    cannot ask what it needs.
+    """
+
+    def __init__(self) -> None:
+        self.widest: dict[int, list[int]] = {}  # by the size of the picture
+        self.fixed = False
+
+    def __call__(self, largest: Tensor, size: int) -> list[int]:
+        """The largest extents of each group, pixels -> their windows."""
+        before = self.widest.get(size, [0] * len(largest))
+        if self.fixed:
+            return [min(round(w * 1.25) + 2, size + 1) for w in before]
+        found = [int(x) + 1 for x in largest.tolist()]  # asked at once: a GPU is waited for
+        self.widest[size] = [max(pair) for pair in zip(before, found, strict=True)]
+        return found
+
+
+def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: Windows | None = None) -> Raster:
     """Nearest front-facing triangle at each pixel centre, batched, no loop over triangles.
 
     Triangles of like size are tested together, on a window as large as the largest one needs; a scatter keeps the
@@ -69,6 +91,7 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int) -> Raster
 
     Args:
         uv: (B, V, 2) positions in image sizes. depth: (B, V). triangles: (T, 3) int64. size: pixels a side.
+        windows: how wide they are; None: as wide as needed.
     """
     B, T = uv.shape[0], triangles.shape[0]
     pixel = uv.float() * size - 0.5  # integers are pixel centres
@@ -76,13 +99,14 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int) -> Raster
     low = corner.amin(2).ceil()  # first pixel centre inside the bounding box
     reach = (corner.amax(2) - low).amax((0, 2)).clamp(0, size)  # (T,)
     z, cell, order = [], [], []
-    for part in reach.argsort().tensor_split(SIZES):
-        if len(part):
-            window = int(reach[part].amax().item()) + 1
-            found = _cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], window, size)
-            z.append(found[0])
-            cell.append(found[1])
-            order.append(part[:, None].expand(-1, window * window).reshape(1, -1))
+    extent, by_size = reach.sort()
+    parts = [part for part in by_size.tensor_split(SIZES) if len(part)]
+    largest = torch.stack([part[-1] for part in extent.tensor_split(SIZES) if len(part)])
+    for part, window in zip(parts, (windows or Windows())(largest, size), strict=True):
+        found = _cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], window, size)
+        z.append(found[0])
+        cell.append(found[1])
+        order.append(part[:, None].expand(-1, window * window).reshape(1, -1))
     height, at, number = torch.cat(z, 1), torch.cat(cell, 1), torch.cat(order, 1)
     nearest = torch.full((B, size * size), torch.inf, device=uv.device).scatter_reduce(1, at, height, "amin")
     wins = (height < torch.inf) & (height <= nearest.gather(1, at))
@@ -147,7 +171,7 @@ def interpolate(raster: Raster, vertex: Tensor, triangles: Tensor) -> Tensor:
 
 def with_rings(points: Tensor) -> Tensor:
     """Landmarks (B, 478, 3) in the head frame -> (B, 478 + 72, 3): the outline widened twice and set back."""
-    oval = points[:, list(OVAL)]
+    oval = points[:, rows(OVAL, points)]
     centre = oval.mean(1, keepdim=True)
     rings = [points]
     for widen, back, _ in RINGS:
@@ -171,7 +195,7 @@ def ring_triangles() -> Tensor:
 def ring_weights(device: torch.device) -> Tensor:
     """How near every vertex is to the face, (478 + 72,): 1 on it, 0 at the outer ring."""
     n = len(OVAL)
-    return torch.tensor([1.0] * POINTS + [w for *_, weight in RINGS for w in [weight] * n], device=device)
+    return constant((1.0,) * POINTS + tuple(weight for *_, weight in RINGS for _ in range(n)), device)
 
 
 class BasisFlow(nn.Module):
@@ -179,7 +203,7 @@ class BasisFlow(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size = config.mesh_size
+        self.size, self.windows = config.mesh_size, Windows()
         self.register_buffer("basis", torch.zeros(config.coefficients, POINTS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("rings", ring_triangles(), persistent=False)
@@ -216,7 +240,7 @@ class BasisFlow(nn.Module):
         own = self(points, camera, points, camera)
         if person is None:
             return own.weight
-        uv, _ = project(points.float()[:, [CHIN, FOREHEAD]], camera)
+        uv, _ = project(points.float()[:, rows((CHIN, FOREHEAD), points)], camera)
         chin, up = uv[:, 0], uv[:, 1] - uv[:, 0]  # (B, 2)
         away = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
         height = (away * up[:, None]).sum(-1) / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
@@ -246,7 +270,7 @@ class BasisFlow(nn.Module):
         triangles = torch.cat([self.triangles.long(), self.rings])
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_target, depth = project(mesh.points, camera)
-        raster = rasterize(uv_target, depth, triangles, s)
+        raster = rasterize(uv_target, depth, triangles, s, self.windows)
         per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 14)
         (a, b, c), (at_a, at_b, at_c) = per_triangle.unbind(2), raster.corners.split(1, dim=-1)
         value = torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)  # (B, P, 14)
@@ -259,7 +283,7 @@ class BasisFlow(nn.Module):
         hole = (kind > 0).float()
         shown = (before > 0).float() * (1 - hole * (1 - ratio.square()))
         # a lid that closes is drawn out of the few rows of skin above an open eye: lashes and iris must not smear
-        lid = torch.isin(triangles, self.rims).any(1) & (kind == 0)
+        lid = (triangles[..., None] == self.rims).flatten(1).any(1) & (kind == 0)
         shown = shown * (1 - LID_DOUBT * lid * (stretch - 0.5).clamp(0, 1))
         shut = hole * (1 - 2 * ratio).clamp_min(0)
         facts = _pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
@@ -288,7 +312,8 @@ class BasisFlow(nn.Module):
         """
         triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
         points = with_rings(points.float())
-        raster = rasterize(points[..., :2] / (2 * SURFACE_REACH) + 0.5, points[..., 2], triangles, SURFACE_SIZE)
+        front = points[..., :2] / (2 * SURFACE_REACH) + 0.5
+        raster = rasterize(front, points[..., 2], triangles, SURFACE_SIZE, self.windows)
         weight = (2 * ring_weights(points.device)).clamp_max(1)[None, :, None].expand(len(points), -1, -1)
         vertex = torch.cat([points[..., 2:], weight, torch.ones_like(weight)], dim=-1)  # (B, V, 3)
         value = interpolate(raster, vertex, triangles)  # (B, P, 3)

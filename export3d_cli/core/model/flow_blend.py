@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
+from export3d_cli.core.model.constants import constant
 from export3d_cli.core.model.flow import MeshFlow, own_place, resize, warp
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
 from export3d_cli.core.model.render import project
@@ -36,7 +37,7 @@ def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera:
 
 def drift_flow(source_camera: Tensor, camera: Tensor, size: int) -> Tensor:
     """Cameras (B, 25) -> uv (B, 2, size, size): the image shifts and scales with the neck, but does not turn."""
-    neck = camera.new_tensor(PIVOT).expand(len(camera), 1, 3)
+    neck = constant(PIVOT, camera.device).expand(len(camera), 1, 3)
     (there, z0), (here, z1) = project(neck, source_camera), project(neck, camera)
     there, here = there.view(-1, 2, 1, 1), here.view(-1, 2, 1, 1)
     return there + (own_place(size, camera) - here) * (z1 / z0).view(-1, 1, 1, 1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
+from export3d_cli.core.model.constants import constant
 
 
 def leaky(x: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def zero_start(layer: nn.Module) -> None:
 
 def lowpass(x: Tensor) -> Tensor:
     """Gaussian 3x3 filter (1 2 1): takes out the grid that a pixel shuffle leaves. (B, C, h, w) -> the same."""
-    tap = torch.tensor([0.25, 0.5, 0.25], device=x.device, dtype=x.dtype)
+    tap = constant((0.25, 0.5, 0.25), x.device, x.dtype)
     kernel = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config import POINTS
+from export3d_cli.core.model.constants import constant, rows
 
 # Inner lips from the right corner of the mouth to the left (the person's), for places inside an open mouth.
 UPPER_LIP = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
@@ -36,17 +37,18 @@ def anchored_places(points: Tensor) -> Tensor:
     stretch them: a texture in these coordinates stays in place.
     """
     flat = points[..., :2]
-    right, left = (flat[:, [rim[0], rim[8]]].mean(1) for _, rim in RIMS)
+    right, left = (flat[:, rows((rim[0], rim[8]), flat)].mean(1) for _, rim in RIMS)
     size = (left - right).norm(dim=-1)[:, None, None].clamp_min(1e-6)
 
     def relative(part: Tensor, anchor: int, box: tuple[tuple[float, float], tuple[float, float]]) -> Tensor:
         place = (part - flat[:, anchor : anchor + 1]) / size
-        return (place - place.new_tensor(box[0])) / place.new_tensor(box[1])
+        centre, half = constant(box, place.device, place.dtype)
+        return (place - centre) / half
 
     places = torch.cat([relative(flat, UNDER_NOSE, UPPER_TEETH), relative(flat, CHIN, LOWER_TEETH)], dim=-1)
     for side, (iris, rim) in zip((1.0, -1.0), RIMS, strict=True):
-        own = [iris, *rim]
-        about = relative(flat[:, own], iris, IRIS) * flat.new_tensor([side, 1.0])
+        own = rows((iris, *rim), flat)
+        about = relative(flat[:, own], iris, IRIS) * constant((side, 1.0), flat.device, flat.dtype)
         places[:, own] = torch.cat([about, about], dim=-1)
     return places
 
@@ -60,7 +62,7 @@ def lip_edges(uv: Tensor, points: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B, 478, 5); 0 but at the inner lips.
     """
-    upper, lower = list(UPPER_LIP), list(LOWER_LIP)
+    upper, lower = rows(UPPER_LIP, uv), rows(LOWER_LIP, uv)
     before, after = ((p[:, upper] - p[:, lower]).norm(dim=-1) for p in (points, target))  # (B, 11)
     ratio = (after / before.clamp_min(1e-4)).clamp_max(WIDEST)
     ratio = torch.cat([ratio[:, 1:2], ratio[:, 1:-1], ratio[:, -2:-1]], dim=1)  # corners open with what is beside them

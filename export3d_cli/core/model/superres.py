@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
+from export3d_cli.core.model.constants import constant
 from export3d_cli.core.model.flow import MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import LayeredFlow
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
@@ -64,7 +65,7 @@ def upsampled(weight: Tensor, x: Tensor) -> Tensor:
     (K, C), (B, _, h, w) = weight.shape[:2], x.shape
     if min(h, w) < 4:
         return F.conv2d(upsample(x), weight, padding=1)
-    taps = torch.tensor(PHASES, device=x.device)
+    taps = constant(PHASES, x.device)
     both = torch.einsum("pau,qbv,kcuv->pqkcab", taps, taps, weight.float()).reshape(4 * K, C, 3, 3)
     four = F.conv2d(x, both.to(weight.dtype, memory_format=torch.channels_last), padding=1)
     four = four.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, K).transpose(2, 3)

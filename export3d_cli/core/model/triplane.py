@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config import ModelConfig
+from export3d_cli.core.model.constants import constant, rows
 
 # The planes are xy, yz, zx: each pair of axes is seen once. (first axis -> column, second -> row)
 PLANE_AXES = ((0, 1), (1, 2), (2, 0))
@@ -29,7 +30,7 @@ def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
     """
     B, K, C, P, _ = planes.shape
     N = points.shape[1]
-    grid = torch.stack([points[..., list(axes)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)
+    grid = torch.stack([points[..., rows(axes, points)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)
     planes = planes.float().reshape(B * K, C, P, P)
     taken = F.grid_sample(planes, grid.float().view(B * K, 1, N, 2), align_corners=False)  # (B*3, C, 1, N)
     return taken.view(B, K, C, N).mean(1).transpose(1, 2)
@@ -37,8 +38,8 @@ def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
 
 def head_prior(points: Tensor) -> Tensor:
     """How much inside the head ellipsoid a point is: 1 at its centre, 0 on its surface, negative outside; (B, N)."""
-    centre = points.new_tensor(HEAD_CENTRE)
-    axes = points.new_tensor(HEAD_AXES)
+    centre = constant(HEAD_CENTRE, points.device, points.dtype)
+    axes = constant(HEAD_AXES, points.device, points.dtype)
     return 1 - ((points - centre) / axes).square().sum(-1)
 
 

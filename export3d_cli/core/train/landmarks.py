@@ -34,6 +34,7 @@ class LandmarkNetwork(nn.Module):
         self.result = next(d["index"] for d in reader.get_output_details() if d["shape"][-1] == 3 * POINTS)
         self.start = reader.get_input_details()[0]["index"]
         self.steps: list[tuple[str, list[int], int, int]] = []  # operation, its inputs, its output, stride
+        self.wider: dict[int, list[int]] = {}  # output of an operation PAD -> channels added before and after
         stored: dict[int, int] = {}  # where the half-precision original of a tensor is
         made = {self.start}
         for operation in reader._get_ops_details():  # the runtime's public interface does not tell the graph
@@ -46,6 +47,8 @@ class LandmarkNetwork(nn.Module):
                 if value.ndim == 4:  # (out, h, w, in) of a convolution, (1, h, w, channels) of a depthwise one
                     value = value.permute(3, 0, 1, 2) if name.startswith("DEPTH") else value.permute(0, 3, 1, 2)
                 self.register_buffer(f"of_{index}", value.float() if value.is_floating_point() else value)
+            if name == "PAD":
+                self.wider[out] = reader.get_tensor(inputs[1])[3].tolist()
             self.steps.append((name, inputs, out, round(shapes[inputs[0]][1] / shapes[out][1])))
             made.add(out)
             if out == self.result:
@@ -73,7 +76,7 @@ class LandmarkNetwork(nn.Module):
             elif name == "MAX_POOL_2D":
                 x = F.max_pool2d(x, stride)
             elif name == "PAD":  # of channels
-                x = F.pad(x, (0, 0, 0, 0, *value(inputs[1])[3].tolist()))
+                x = F.pad(x, (0, 0, 0, 0, *self.wider[out]))
             else:
                 raise ValueError(f"the landmark network has an operation {name}, which is not known here")
             values[out] = x

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
+from export3d_cli.core.model.constants import rows
 from export3d_cli.core.model.flow import resize, warp
 from export3d_cli.core.model.render import pixel_grid
 
@@ -47,13 +48,14 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
     pixels = pixel_grid(size, landmarks.device).view(size, size, 2)
     mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
-        points = landmarks[:, list(region)].float()  # (B, R, 2)
+        points = landmarks[:, rows(region, landmarks)].float()  # (B, R, 2)
         centre = points.mean(1)  # (B, 2)
         away = points - centre[:, None]
         spread = away.transpose(1, 2) @ away / len(region)  # (B, 2, 2)
         # closed eyes and lips are lines: no region is thinner than 3 % of the crop
         spread = spread + (0.015**2) * torch.eye(2, device=landmarks.device)
-        inverse = torch.linalg.inv(spread)
+        a, b, d = spread[:, 0, 0], spread[:, 0, 1], spread[:, 1, 1]  # by hand: `inv` asks whether it can be done
+        inverse = torch.stack([d, -b, -b, a], dim=-1).view(-1, 2, 2) / (a * d - b * b)[:, None, None]
         offset = pixels[None] - centre[:, None, None]  # (B, H, W, 2)
         # points on an ellipse lie at a squared Mahalanobis distance of 2 from its centre
         distance = ((offset @ inverse[:, None]) * offset).sum(-1) / (2 * grow**2)
@@ -70,7 +72,7 @@ def close_ups(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
     around = pixel_grid(side, image.device).T.view(2, side, side) - 0.5
     found = []
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
-        points = landmarks[:, list(region)].float()  # (B, R, 2)
+        points = landmarks[:, rows(region, landmarks)].float()  # (B, R, 2)
         low, high = points.amin(1), points.amax(1)
         wide = 1.4 * (high - low).amax(1).clamp_min(0.01)
         found.append(warp(image, (low + high)[:, :, None, None] / 2 + around * wide[:, None, None, None]))

@@ -38,7 +38,7 @@ def reconstruction_loss(
     identity: Identity | None = None,
     landmarks: Landmarks | None = None,
     head: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight.
 
     `head` (B, 1, ., .) is where the target shows the head: the opacity wanted.
@@ -76,4 +76,4 @@ def reconstruction_loss(
         wanted = losses.downsample(head, output.opacity.shape[-1])
         terms["silhouette"] = w.silhouette * losses.l1(output.opacity, wanted)
     loss = torch.stack([t.float() for t in terms.values()]).sum()
-    return loss, {k: float(v.detach()) for k, v in terms.items()}
+    return loss, {k: v.detach().float() for k, v in terms.items()}

@@ -18,6 +18,7 @@ from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.augment import Adaptive, augment
 from export3d_cli.core.train.data import Batch, Prefetcher, Sampler, loaders
+from export3d_cli.core.train.graph import StepGraph
 from export3d_cli.core.train.identity import load_identity
 from export3d_cli.core.train.landmarks import LandmarkNetwork, Landmarks
 from export3d_cli.core.train.losses import Perceptual
@@ -57,6 +58,8 @@ class ImageStages:
             self._resume(*run.resumed)
         compiled = torch.compile(model, backend=config.compile) if config.compile else model
         self.wrapped: nn.Module = run.world.wrap(compiled)  # type: ignore[arg-type]
+        self.names: tuple[str, ...] = ()  # of a step's terms
+        self.graph = self._graph()
 
     def _perceptual(self) -> Perceptual | None:
         found = load_distance(self.config.loss)
@@ -65,6 +68,16 @@ class ImageStages:
             return None
         self.run.tell("reconstruction", 0, 0, message=f"perceptual term: {found.title}")
         return found.to(self.run.device)
+
+    def _graph(self) -> StepGraph | None:
+        """Where a step is one CUDA graph: one device takes the whole batch at once."""
+        config, run = self.config, self.run
+        alone = run.world.size == 1 and config.accumulate == 1 and not config.compile
+        if not (config.cuda_graph and alone and run.device.type == "cuda"):
+            return None
+        flow, generator = self.model.flow, self.model.generator
+        windows = None if flow is None else flow.windows
+        return StepGraph(self.gradients, self.parameters, [generator.plane_ema], windows)
 
     def _share(self) -> range:
         """Which rows of every batch this process takes."""
@@ -178,28 +191,49 @@ class ImageStages:
         self.model.train()
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
+
+        def seed() -> None:
+            self.run.seed(SEED_OF[self.stage], self.step)  # every part draws what the whole batch would
+
+        if self.graph is not None and self.discriminator is None:
+            try:
+                image, values = self.graph(parts[0], raw_size(config, self.done), seed)
+                return [image], dict(zip(self.names, values.tolist(), strict=True))
+            except RuntimeError as error:
+                self.graph.end()
+                self.graph = None
+                why = str(error).partition("\n")[0]
+                told = f"the step cannot be one CUDA graph ({why}): on, slower, with its operations one by one"
+                self.run.tell(self.stage, self.step, self.steps, message=told)
         self.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(parts, 1):
-            self.run.seed(SEED_OF[self.stage], self.step)  # every part draws what the whole batch would
+            seed()
             rows = range(first, first := first + len(batch.source))
             if self.model.generator.plane_means is not None:
                 self.model.rows = (rows.start, rows.stop, config.batch)
             with waiting(self.wrapped, last=number == len(parts)):
-                with self.run.autocast():
-                    output = self.forward(self.wrapped, batch, raw_size(config, self.done))
-                    loss, terms = reconstruction_loss(
-                        output, batch, config, self.perceptual, self.identity, self.landmarks, self.heads(batch)
-                    )
-                if self.discriminator is not None:  # eq. 14
-                    shown = self.shown(output.image, 0, rows)
-                    fooled = adversary.generator_loss(self.discriminator(shown, batch.target_camera))
-                    loss, terms["g_adv"] = loss + config.adversarial.weight * fooled, float(fooled.detach())
-                (loss / len(parts) if len(parts) > 1 else loss).backward()
-            for key, term in {"loss": float(loss.detach()), **terms}.items():
+                image, values = self.gradients(batch, raw_size(config, self.done), rows, len(parts))
+            for key, term in zip(self.names, values.tolist(), strict=True):
                 sums[key] = sums.get(key, 0.0) + term / len(parts)
-            fakes.append(output.image.detach())
+            fakes.append(image)
         self.model.rows = None
         return fakes, dict(zip(sums, self.run.world.mean(list(sums.values())), strict=True))
+
+    def gradients(self, batch: Batch, raw: int, rows: range | None = None, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Add a part's gradients, without asking the device for anything; the result, and the terms of `names`."""
+        config = self.config
+        with self.run.autocast():
+            output = self.forward(self.wrapped, batch, raw)
+            loss, terms = reconstruction_loss(
+                output, batch, config, self.perceptual, self.identity, self.landmarks, self.heads(batch)
+            )
+        if self.discriminator is not None and rows is not None:  # eq. 14
+            shown = self.shown(output.image, 0, rows)
+            fooled = adversary.generator_loss(self.discriminator(shown, batch.target_camera))
+            loss, terms["g_adv"] = loss + config.adversarial.weight * fooled, fooled.detach()
+        (loss / parts if parts > 1 else loss).backward()
+        self.names = ("loss", *terms)
+        return output.image.detach(), torch.stack([loss.detach(), *terms.values()])
 
     @torch.no_grad()
     def heads(self, batch: Batch) -> Tensor | None:

@@ -1,0 +1,25 @@
+"""Numbers that the model knows, as tensors on its device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def constant(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of `values`, a number or (nested) tuples of them, made once for each device; not to be changed.
+
+    Copied anew each time, numbers would have a GPU waited for. A CUDA graph cannot do that at all, and needs them to
+    stay where they are.
+    """
+    with torch.inference_mode(False):  # it may be needed with gradients, too
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
+def rows(numbers: tuple[int, ...], like: Tensor) -> Tensor:
+    """Indices, int64, on the device of what they are to pick from."""
+    return constant(numbers, like.device, torch.int64)
