@@ -33,6 +33,7 @@ from export3d_cli.core.device import (
     pick_device,
     pick_precision,
     slow_precision,
+    tracking_threads,
     widen,
 )
 from export3d_cli.core.driver import DriverStream, motion_rows, sound_of
@@ -108,10 +109,8 @@ class Animator:
         load_into(model, state)
         place = pick_device(device)
         keep_memory()
-        return cls(
-            model, landmark_tracker(), device=place, precision=pick_precision(precision, place), batch=batch,
-            quality=quality,
-        )  # fmt: skip
+        tracker, precision = landmark_tracker(threads=tracking_threads(place)), pick_precision(precision, place)
+        return cls(model, tracker, device=place, precision=precision, batch=batch, quality=quality)
 
     @property
     def device_name(self) -> str:

@@ -30,6 +30,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def tracking_threads(device: torch.device) -> int:
+    """How many threads look for the face in a frame: beside a GPU the processor has little else to do."""
+    return 1 if device.type == "cpu" else min(4, max(1, torch.get_num_threads() // 2))
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 makes the device faster: CUDA, and CPUs that multiply it natively."""
     if device.type != "cpu":

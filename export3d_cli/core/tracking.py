@@ -13,9 +13,9 @@ from export3d_cli.core.weights import resolve
 TrackerName = Literal["landmarker", "fan"]
 
 
-def landmark_tracker() -> Tracker:
-    """The landmarker with its shipped networks. Raises `WeightsError`."""
-    return Tracker(resolve("face_landmarker"), detector=FaceDetector(resolve("yunet")))
+def landmark_tracker(*, threads: int = 1) -> Tracker:
+    """The landmarker with its shipped networks, `threads` of each. Raises `WeightsError`."""
+    return Tracker(resolve("face_landmarker"), detector=FaceDetector(resolve("yunet")), threads=threads)
 
 
 def open_tracker(name: TrackerName, *, device: str | None = None) -> FaceTracker:
