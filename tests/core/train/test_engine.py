@@ -253,7 +253,7 @@ def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pyte
     monkeypatch.setattr(
         stages,
         "reconstruction_loss",
-        lambda *args: (loss(*args)[0] * (float("nan") if next(calls) > 2 else 1), {"l2": 0.25}),
+        lambda *args: (loss(*args)[0] * (float("nan") if next(calls) > 2 else 1), {"l2": torch.tensor(0.25)}),
     )
     good = r"nan at step 3 \(loss nan, l2 0\.25, .*last good checkpoint, .*state\.safetensors \(stage recon.*, step 2\)"
     with pytest.raises(TrainingError, match=good):
