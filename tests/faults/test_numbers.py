@@ -18,6 +18,7 @@ from export3d_cli.core.checkpoint import load_weights, save_weights
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.weights import example
 
 SMALL = ("--device", "cpu", "--precision", "fp32", "--audio", "none", "--batch", "2")
@@ -134,17 +135,16 @@ def test_twice_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_gives_what_the_cpu_gives(good: SimpleNamespace) -> None:
-    """In fp32: no more than 2 of 1000 values further than 6 of 255 (a CPU leaves out what hardly shows), 0.1 in the
-    mean."""
+def test_cuda_gives_what_the_cpu_gives(good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32: no pixel further than 6 of 255, and 0.05 in the mean, of all that a CPU otherwise leaves out in part."""
+    monkeypatch.setattr(Export3D, "_lean", lambda *_: False)
     frames = []
     for device in ("cpu", "cuda"):
-        animator = Animator.from_weights(None, device=device, precision="fp32")
+        animator = Animator.from_weights(None, device=device, precision="fp32", quality="best")
         animator.set_source(read_image(good.source))
         frames.append(np.stack(list(animator.drive([motion_of(3, 4)]))).astype(int))
-    away = np.abs(frames[0] - frames[1])
-    assert (away > 6).mean() <= 0.002
-    assert away.mean() <= 0.1
+    assert np.abs(frames[0] - frames[1]).max() <= 6
+    assert np.abs(frames[0] - frames[1]).mean() <= 0.05
 
 
 def test_bytes_of_what_is_no_number() -> None:
