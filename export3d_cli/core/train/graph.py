@@ -46,9 +46,8 @@ class StepGraph:
         `seed` sets the random numbers of the step. Results are overwritten by the next call.
         """
         if kind != self.kind:
-            self.kind, self.graph, self.taken = kind, None, 0
-            if self.windows is not None:
-                self.windows.fixed = False
+            self.end()
+            self.kind, self.taken = kind, 0
         if self.taken < FIRST:
             self.taken += 1
             seed()
@@ -57,8 +56,8 @@ class StepGraph:
         if self.graph is None:
             self._record(batch, kind)
         assert self.batch is not None and self.graph is not None
-        for name in (f.name for f in fields(Batch)):
-            getattr(self.batch, name).copy_(getattr(batch, name))
+        for field in fields(Batch):
+            getattr(self.batch, field.name).copy_(getattr(batch, field.name))
         seed()
         self.graph.replay()
         return self.result
