@@ -2,7 +2,7 @@
 
 Each basis vector v_i owns a displacement field b_i (478 landmarks, head frame). The source's landmarks move by
 `sum_i (lambda_i(D) - lambda_i(S)) b_i`, the driver's camera projects them, and the rasterised mesh says, for each pixel
-of the result, where in the photo it comes from. Two rings of points around the face, moving rigidly with the head,
+of the result, where in the photo it comes from. Three rings of points around the face, moving rigidly with the head,
 carry ears, upper neck and hair as far as the photo shows any; `flow_blend` has the rest. Positions are in image sizes,
 (0, 0) the top left corner.
 """
@@ -26,8 +26,11 @@ OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379
         150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
 FOREHEAD = 10  # its top
 SIZES = 6  # groups of triangles of like size
-RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0))  # widening of the outline, depth added, nearness to the face (there 1)
+# Widening of the outline, depth added, nearness to the face (there 1). The last one is there for hair on top.
+RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 NECK = 0.3  # heights of the face below the chin at which a neck no longer moves with the head
+TOP = (0.6, 0.9)  # and above it, from which on hair is the head's however high it is,
+ASIDE = (0.6, 0.75)  # where it is not farther aside than this
 LID_DOUBT = 0.7  # how little the photo is trusted on a lid drawn out to twice its size and more
 SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
 
@@ -36,7 +39,7 @@ class MeshFlow(NamedTuple):
     """The mesh as the driver's camera sees it; each (B, ., s, s)."""
 
     uv: Tensor  # (B, 2): where in the photo the pixel comes from; its own place outside the mesh
-    weight: Tensor  # (B, 1): 1 where the head is, hair included; without a mask of it falling to 0 at the outer ring
+    weight: Tensor  # (B, 1): 1 where the head is, hair included; without a mask of it falling to 0 at the second ring
     valid: Tensor  # (B, 1): 1 where the photo shows this piece of the face, 0 where it is hidden or shut there
     stretch: Tensor  # (B, 1): log2 of how much larger the piece is in the result than in the photo
     mouth: Tensor  # (B, 1): 1 inside the mouth
@@ -149,6 +152,11 @@ def _cross(a: Tensor, b: Tensor) -> Tensor:
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
+def _between(x: Tensor, low: float, high: float) -> Tensor:
+    """0 up to `low`, 1 from `high` on."""
+    return ((x - low) / (high - low)).clamp(0, 1)
+
+
 def _area(uv: Tensor, triangles: Tensor) -> Tensor:
     """Positions (B, V, 2), triangles (T, 3) -> twice the signed areas (B, T)."""
     a, b, c = uv[:, triangles].unbind(2)
@@ -170,7 +178,7 @@ def interpolate(raster: Raster, vertex: Tensor, triangles: Tensor) -> Tensor:
 
 
 def with_rings(points: Tensor) -> Tensor:
-    """Landmarks (B, 478, 3) in the head frame -> (B, 478 + 72, 3): the outline widened twice and set back."""
+    """Landmarks (B, 478, 3) in the head frame -> (B, 478 + 108, 3): the outline widened three times and set back."""
     oval = points[:, rows(OVAL, points)]
     centre = oval.mean(1, keepdim=True)
     rings = [points]
@@ -181,7 +189,7 @@ def with_rings(points: Tensor) -> Tensor:
 
 
 def ring_triangles() -> Tensor:
-    """Triangles between outline and rings, (144, 4), wound as the face's."""
+    """Triangles between outline and rings, (216, 4), wound as the face's."""
     n = len(OVAL)
     loops = [list(OVAL), *([POINTS + r * n + k for k in range(n)] for r in range(len(RINGS)))]
     rows = []
@@ -193,7 +201,7 @@ def ring_triangles() -> Tensor:
 
 
 def ring_weights(device: torch.device) -> Tensor:
-    """How near every vertex is to the face, (478 + 72,): 1 on it, 0 at the outer ring."""
+    """How near every vertex is to the face, (478 + 108,): 1 on it, 0 at the second ring, less beyond."""
     n = len(OVAL)
     return constant((1.0,) * POINTS + tuple(weight for *_, weight in RINGS for _ in range(n)), device)
 
@@ -245,7 +253,10 @@ class BasisFlow(nn.Module):
         away = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
         height = (away * up[:, None]).sum(-1) / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
         above = (height / NECK + 1).clamp(0, 1).view(-1, 1, self.size, self.size)
-        near = (2 * own.weight).clamp_max(1)  # no farther than half of the outer ring: others may be in the picture
+        aside = _cross(away, up[:, None]).abs() / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        # no farther than half of the second ring, but on top: others may be in the picture
+        top = _between(height, *TOP) * (1 - _between(aside, *ASIDE))
+        near = torch.maximum((2 * own.weight).clamp_max(1), top.view_as(above))
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
         found = (person * own.face).sum((1, 2, 3), keepdim=True) > own.face.sum((1, 2, 3), keepdim=True) / 2
         return torch.where(found, torch.maximum(own.face, person * above * near), own.weight)
@@ -297,24 +308,27 @@ class BasisFlow(nn.Module):
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
         shown, stretch, mouth, shut, eye = (picture(f) for f in (shown, stretch, mouth, shut, eye))
-        near, inside = picture(value[..., 2:3] * covered), picture(value[..., 3:5]) * mouth
+        near, inside = picture((value[..., 2:3] + 1) * covered - 1), picture(value[..., 3:5]) * mouth
         anchored = picture(value[..., 5:9].clamp(-2, 2)) * (mouth + eye)
-        uv, face, weight = picture(uv), (2 * near - 1).clamp_min(0), (2 * near).clamp_max(1)
+        uv, face, weight = picture(uv), (2 * near - 1).clamp_min(0), (2 * near).clamp(0, 1)
         if head is not None:  # around the face the mesh takes along what is head in the photo
-            weight = torch.maximum(face, warp(head, uv) * (near > 0))
+            weight = torch.maximum(face, warp(head, uv) * (near > RINGS[-1][2]))
+            carried = (near >= 0) | (weight > 0.05)  # beyond the second ring nothing but hair
+            uv = torch.where(carried, uv, own_place(s, camera))
+            shown, stretch = shown * carried, stretch * carried
         return MeshFlow(uv, weight, shown, stretch, mouth, shut, inside, eye, anchored, face)
 
     def surface(self, points: Tensor) -> Tensor:
         """The front of a head with landmarks `points` (B, 478, 3), as a field over x and y of the head frame.
 
         Returns (B, 3, s, s) over [-SURFACE_REACH, SURFACE_REACH]: z times what is covered, how sure it is (1 in the
-        face, falling to 0 at the outer ring), and what is covered, 0 or 1.
+        face, falling to 0 at the second ring), and what is covered, 0 or 1.
         """
         triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
         points = with_rings(points.float())
         front = points[..., :2] / (2 * SURFACE_REACH) + 0.5
         raster = rasterize(front, points[..., 2], triangles, SURFACE_SIZE, self.windows)
-        weight = (2 * ring_weights(points.device)).clamp_max(1)[None, :, None].expand(len(points), -1, -1)
+        weight = (2 * ring_weights(points.device)).clamp(0, 1)[None, :, None].expand(len(points), -1, -1)
         vertex = torch.cat([points[..., 2:], weight, torch.ones_like(weight)], dim=-1)  # (B, V, 3)
         value = interpolate(raster, vertex, triangles)  # (B, P, 3)
         return value.transpose(1, 2).reshape(-1, 3, SURFACE_SIZE, SURFACE_SIZE)

@@ -16,6 +16,7 @@ from export3d_cli.core.model.flow import (
     SURFACE_SIZE,
     BasisFlow,
     MeshFlow,
+    own_place,
     rasterize,
     warp,
     with_rings,
@@ -132,7 +133,35 @@ def test_hair_turns_with_the_head_and_what_is_beside_it_does_not(
     middle, above = uv[0, :, 0].mean(), uv[0, :, 1] < uv[0, :, 1].mean()
     right, left = (uv[0, :, 0] > middle + 0.1) & above, (uv[0, :, 0] < middle - 0.1) & above
     assert weight[right].mean() > 0.8 and weight[left].max() < 0.3
-    torch.testing.assert_close(mesh.uv, bare.uv)  # a mask says what moves, not whereto
+    apart = (mesh.uv - bare.uv).abs().amax(1, keepdim=True) > 1e-6  # a mask says what moves, not whereto,
+    assert mesh.weight[apart].max() < 0.06 and bare.weight[apart].max() == 0  # and far out that the rest does not
+    torch.testing.assert_close(mesh.uv, torch.where(apart, own_place(2 * SIZE, mesh.uv), bare.uv))
+
+
+def test_hair_that_stands_high_is_of_the_head_and_what_is_beside_it_is_not(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """A column above the forehead, higher than the second ring, goes where the head goes; one beside it stays."""
+    source, driver = orbit(0), orbit(20)
+    for camera in (source, driver):
+        camera[:, [16, 20]] *= 0.7  # a wider lens: there is room above the head
+    uv, _ = project(points[:, [CHIN, FOREHEAD]], source)
+    chin, brow = uv[0]
+    face = chin[1] - brow[1]
+    head = flow.head(points, source, torch.ones(1, 1, 64, 64))
+
+    def at(picture: Tensor, place: Tensor) -> Tensor:
+        return warp(picture, place.view(1, 2, 1, 1)).flatten()
+
+    assert at(head, brow - torch.stack([face * 0, 0.7 * face])) > 0.9
+    assert at(head, brow + torch.stack([0.9 * face, 0.3 * face])) == 0
+    outer = with_rings(points)[:, 514:].view(1, 2, 36, 3).mean(1)  # between the second and the last ring
+    top = int(project(outer, source)[0][0, :, 1].argmin())
+    before, after = (project(outer[:, top : top + 1], camera)[0].flatten() for camera in (source, driver))
+    assert (after - before).norm() > 0.02
+    mesh = flow(points, source, points, driver, 2 * SIZE, head)
+    torch.testing.assert_close(at(mesh.uv, after), before, atol=0.01, rtol=0)
+    assert at(mesh.weight, after) > 0.8
 
 
 def test_a_turned_head_takes_its_skin_along(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
