@@ -24,7 +24,7 @@ from torch import Tensor
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.checkpoint import check_promise, load_into, load_weights
 from export3d_cli.core.compose import Composer, check_outputs, read_portrait
-from export3d_cli.core.control import Control
+from export3d_cli.core.control import Control, emphasised
 from export3d_cli.core.device import (
     InMemory,
     autocast,
@@ -88,15 +88,9 @@ class Animator:
 
     @classmethod
     def from_weights(
-        cls,
-        weights: str | Path | None = None,
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        threads: int = 0,
-        batch: int = 0,
-        quality: Quality = "balanced",
-    ) -> Animator:
+        cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto", threads: int = 0,
+        batch: int = 0, quality: Quality = "balanced",
+    ) -> Animator:  # fmt: skip
         """Load weights by name, path or `hf:owner/repo`; None takes the embedded ones. Raises `WeightsError`.
 
         `quality` is that of the volume rendering, see `QUALITIES`.
@@ -184,7 +178,7 @@ class Animator:
                 beta, camera = motion.beta[at : at + self.ahead], motion.camera[at : at + self.ahead]
                 lam = control.lam(self._need_source().lam, self._coefficients(beta), rest)
                 seen = control.cameras(own, camera, None if reference is None else reference.camera[0])
-                yield from self._moving(seen, lam)
+                yield from self._moving(seen, emphasised(self._need_source().lam, lam))
 
     def view(self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False) -> Iterator[np.ndarray]:
         """The source seen by cameras (T, 25); one tri-plane serves all as long as the expression stays.
@@ -194,7 +188,7 @@ class Animator:
             beta: expressions (1, 64) or (T, 64); None: the source's own.
             depth: show the depth in colours, near red, far blue, instead of the picture.
         """
-        lam, posed, source = self._need_source().lam if beta is None else self._coefficients(beta), None, None
+        lam, posed, source = self._lam(beta), None, None
         for at in range(0, len(cameras), self.batch):
             part = cameras[at : at + self.batch]
             if len(lam) > 1:
@@ -219,7 +213,7 @@ class Animator:
         `beta` (1, 64) is the expression; None: the source's own.
         """
         source, parts = self._need_source(), []
-        posed = self._computed(self.model.pose, source, source.lam if beta is None else self._coefficients(beta))
+        posed = self._computed(self.model.pose, source, self._lam(beta))
         with torch.inference_mode(), autocast(self.device, self.precision):
             for part in self._tensor(points).split(POINTS):
                 colours, densities = self.model.field(source, posed, part[None])
@@ -258,6 +252,11 @@ class Animator:
         self._need_source()
         assert self._crop is not None
         return self._crop
+
+    def _lam(self, beta: np.ndarray | None) -> Tensor:
+        """What to ask the model for: the source's own, or an expression."""
+        own = self._need_source().lam
+        return own if beta is None else emphasised(own, self._coefficients(beta))
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():

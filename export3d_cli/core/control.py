@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from export3d_cli.core.camera import head_pose, rotation_exp, rotation_log, with_head_pose
@@ -18,6 +19,9 @@ from export3d_cli.core.errors import InputError
 
 T = TypeVar("T")
 PARTS = ("expression", "pose")  # of a driver
+# Reconstruction leans to the photo: faces never seen move some 15 % less than they are asked to, mouths most. Of 1,
+# 1.1, 1.2 and 1.35 this had landmarks nearest to the driver's.
+EMPHASIS = 1.1
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Control:
         unit = self.limit / float(camera[16])  # of the crop's side, at depth 1
         shift = unit * np.tanh((centre[:, :2] / centre[:, 2:] - own[:2] / own[2]) / unit)
         return np.concatenate([(own[:2] / own[2] + shift) * depth[:, None], depth[:, None]], axis=1)
+
+
+def emphasised(own: Tensor, lam: Tensor) -> Tensor:
+    """Lambda of the source (1, n) and as it should be seen (B, n) -> as the model is to be asked for it, (B, n)."""
+    return torch.lerp(own.expand_as(lam), lam, EMPHASIS)
 
 
 def _needed(reference: T | None) -> T:

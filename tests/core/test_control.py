@@ -13,7 +13,7 @@ import torch
 
 from export3d_cli.core.animate import Animator, ReenactOptions, open_driver, reenact
 from export3d_cli.core.camera import Camera, head_pose
-from export3d_cli.core.control import Control
+from export3d_cli.core.control import EMPHASIS, Control, emphasised
 from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.errors import InputError, NoFaceError
 from export3d_cli.core.face.follow import choose_face
@@ -41,6 +41,12 @@ def test_absolute_pose_goes_from_the_source_s_to_the_driver_s() -> None:
         np.testing.assert_allclose(
             angles(Control(pose_scale=scale).cameras(straight, turned, None)), [[yaw, 0, 0]], atol=1e-3
         )
+
+
+def test_what_is_asked_for_lies_beyond_what_should_be_seen_and_one_s_own_stays() -> None:
+    own, seen = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0], [2.0, -2.0], [1.0, 0.0]])
+    torch.testing.assert_close(emphasised(own, seen) - own, EMPHASIS * (seen - own))
+    assert torch.equal(emphasised(own, own), own)
 
 
 def test_relative_pose_moves_the_source_s_own_camera() -> None:
