@@ -24,6 +24,7 @@ from export3d_cli.core.model.render import project
 PIVOT, FOLLOWS = (0.0, 0.12, 0.1), 0.75
 MAX_SHIFT = 0.1  # largest learned shift, in image sizes
 SURE = 2e-3  # nearest to 0 or 1 that a share is at first
+NEAR = 32  # what is behind the head moves no farther from the person than such a share of the picture
 WAYS = 8.0  # how much larger than in image sizes the network sees how far a flow leads
 
 
@@ -49,6 +50,13 @@ def turn(source_camera: Tensor, camera: Tensor) -> Tensor:
     between = second.transpose(1, 2) @ first
     skew = (between - between.transpose(1, 2)) / 2
     return torch.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], dim=1)
+
+
+def around(mask: Tensor) -> Tensor:
+    """A mask (B, 1, m, m) widened by `NEAR`, and as soft."""
+    reach = max(1, mask.shape[-1] // NEAR)
+    wide = F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+    return F.avg_pool2d(wide, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
 
 
 class LayeredFlow(NamedTuple):
@@ -120,15 +128,16 @@ class FlowBlend(nn.Module):
         opacity = (1 - fine.weight) * 0.5 * opacity
         share = fine.weight + opacity
         # what was or is torso follows: standing still, the photo's torso would show beside the one that has moved
-        prior = torch.cat(
-            [share, opacity / share.clamp_min(1e-3), FOLLOWS * torch.maximum(resize(torso, m), resize(body, m))], 1
-        )
+        follow = torch.maximum(resize(torso, m), resize(body, m))
+        prior = torch.cat([share, opacity / share.clamp_min(1e-3), FOLLOWS * follow], 1)
         share, on_rigid, drifts = torch.sigmoid(torch.logit(prior, eps=SURE) + 2 * change).split(1, dim=1)
         on_rigid = on_rigid * solid  # where a ray meets hardly anything its depth is none
         of_head, of_rest = shift.split(2, dim=1)
+        own = own_place(m, photo)
+        moving = around(torch.maximum(follow, resize(head, m)))  # a background stays, whatever a network makes of it
         return LayeredFlow(
             torch.lerp(fine.uv, resize(rigid, m), on_rigid) + of_head * (1 - (1 - self.in_face) * fine.face),
-            torch.lerp(own_place(m, photo), resize(drift, m), drifts) + of_rest,
+            own + moving * (drifts * (resize(drift, m) - own) + of_rest),
             torch.cat([share * (1 - on_rigid), share * on_rigid, (1 - share) * (1 - drifts), (1 - share) * drifts], 1),
             solid,
         )

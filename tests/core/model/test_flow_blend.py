@@ -63,6 +63,27 @@ def test_a_torso_follows_and_a_background_stays(flow: BasisFlow, points: Tensor,
     torch.testing.assert_close(found.share, mesh.weight, atol=0.01, rtol=0)
 
 
+def test_no_training_moves_a_background(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """Away from the photo's person and from where that goes, also a network that shifts everything leaves it."""
+    config, front, moved = PRESETS["tiny"], orbit(0), orbit(0)
+    moved[:, 3] += 0.1
+    blend = FlowBlend(config)
+    for layer in (blend.shift, blend.leave):
+        torch.nn.init.constant_(layer.bias, 3.0)
+    size = flow.size
+    head, body = torch.zeros(2, 1, 1, size, size)
+    head[..., : size // 2, size // 2 :] = 1
+    body[..., -size // 8 :, size // 2 :] = 1
+    small, turned, change = torch.zeros(1, 2, 16, 16), turn(front, moved), torch.zeros(1, config.basis)
+    mesh = flow(points, front, points, moved)
+    found = blend(
+        torch.zeros(1, 3, 64, 64), mesh, small, drift_flow(front, moved, 16), small[:, :1], head, body, turned, change
+    )
+    went = (found.rest - pixel_grid(size).T.view(1, 2, size, size)).norm(dim=1)[0]
+    assert went[:, : size // 4].max() == 0
+    assert went[: size // 4, -size // 4 :].min() > 0.05 and went[-2:, -size // 4 :].min() > 0.05
+
+
 def test_a_face_takes_its_share_of_the_shift_that_an_expression_asks_for(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
