@@ -130,8 +130,11 @@ class ImageStages:
         config, run = self.config, self.run
         if stage != self.stage:
             self.stage, self.step = stage, 0
-        if stage == "adversarial" and self.discriminator is None:
-            self._make_discriminator()
+        if stage == "adversarial":
+            if self.graph is not None:  # such steps are not recorded: the rasteriser need not keep to what was seen
+                self.graph.end()
+            if self.discriminator is None:
+                self._make_discriminator()
         values: dict[str, float] = {}
         sums: dict[str, list[float]] = {}
         self.began = clock = run.minutes()

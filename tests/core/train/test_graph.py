@@ -103,6 +103,25 @@ def test_replayed_steps_are_those_taken_one_by_one(
         assert one == pytest.approx(other, rel=2e-3, abs=1e-5)  # wider windows round otherwise
 
 
+def test_the_adversarial_stage_is_not_held_to_the_windows_of_a_graph(
+    tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held: dict[str, list[bool]] = {"reconstruction": [], "adversarial": []}
+    plain = stage.ImageStages.update_average
+
+    def looking(self: stage.ImageStages) -> None:
+        assert self.model.flow is not None
+        held[self.stage].append(self.model.flow.windows.fixed)
+        plain(self)
+
+    monkeypatch.setattr(stage.ImageStages, "update_average", looking)
+    graphed(monkeypatch)
+    adversarial = replace(tiny.adversarial, steps=2)
+    stages = ("reconstruction", "adversarial")
+    losses(replace(tiny, stages=stages, steps=4, adversarial=adversarial, run=str(tmp_path / "run")))
+    assert held == {"reconstruction": [False, False, True, True], "adversarial": [False, False]}
+
+
 def test_what_cannot_be_recorded_is_trained_all_the_same(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
