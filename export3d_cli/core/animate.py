@@ -28,6 +28,7 @@ from export3d_cli.core.control import Control, emphasised
 from export3d_cli.core.device import (
     InMemory,
     autocast,
+    give_back_memory,
     keep_memory,
     narrow,
     pick_device,
@@ -56,6 +57,7 @@ from export3d_cli.core.weights import resolve
 
 POINTS = 1 << 17  # of a volume, decoded at once
 AHEAD = 2  # batches of the driver's motion that are read before they are asked for
+TIDY = 32  # such batches after which memory is tidied
 
 
 class Animator:
@@ -170,9 +172,8 @@ class Animator:
         `control` says what of them is taken, and counts from the one frame of `reference` what is relative.
         """
         control = control or Control()
-        own, rest = self.source_camera().vector(), None
-        if reference is not None:
-            rest = self._coefficients(reference.beta[:1])
+        own = self.source_camera().vector()
+        rest = None if reference is None else self._coefficients(reference.beta[:1])
         for motion in motions:
             for at in range(0, len(motion), self.ahead):
                 beta, camera = motion.beta[at : at + self.ahead], motion.camera[at : at + self.ahead]
@@ -337,8 +338,7 @@ def reenact(
 
     A `tape` given to several calls with one driver and the same options has it tracked only once.
     """
-    options = options or ReenactOptions()
-    began = time.monotonic()
+    options, began = options or ReenactOptions(), time.monotonic()
     check_outputs([out], options.background)
     check_free(out, options.overwrite)
     torch.manual_seed(options.seed)
@@ -364,10 +364,12 @@ def reenact(
         # the driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself
         nullcontext(stream) if options.tracker == "fan" else Ahead(stream, AHEAD, stop=stream.stop) as parts,
     ):  # fmt: skip
-        for motion, crops in parts:
+        for number, (motion, crops) in enumerate(parts):
             frames = animator.drive([motion], control=control, reference=stream.reference)
             for shown in zip(frames, crops, strict=True):
                 behind.put(shown)
+            if number % TIDY == 0:
+                give_back_memory()
     return Summary(
         out, behind.done, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
         (*stream.notes, *animator.notes),
