@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +61,25 @@ def test_an_expression_that_stays_is_made_once() -> None:
     still = torch.ones(WINDOW, 2)
     assert values(torch.cat([keys(still), keys(still), keys(still[:1])])) == [2.0] * (2 * WINDOW + 1)
     assert make.made == [1]
+
+
+def test_tri_planes_no_longer_needed_are_freed_at_once() -> None:
+    """They are megabytes each: waiting for the garbage to be collected, hundreds of them add up in a long video."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(lam: Tensor) -> Tensor:
+        planes = lam.sum().expand(1, 3, 1, 2, 2).clone()
+        made.append(weakref.ref(planes))
+        return planes
+
+    keys = PlaneKeys(make, reach=0.1)
+    gc.disable()
+    try:
+        keys(torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [3.0, 5.0], [4.0, 0.0]]))
+        alive = sum(planes() is not None for planes in made)
+    finally:
+        gc.enable()
+    assert len(made) == 5 and alive == 1  # the last one: the next frames begin at it
 
 
 def test_the_same_frames_come_again_and_best_blends_nothing(animator: Animator) -> None:
