@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from export3d_cli.core.model.flow import interpolate, warp
+from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import RIMS, anchored_places
 from export3d_cli.core.model.painter import (
     SIDE,
@@ -68,7 +68,7 @@ def iris_colour(image: Tensor, uv: Tensor, side: int, shown: Tensor | None = Non
     """
     view, iris = close_up(uv, side), RIMS[side][0]
     _, within = inside(view, uv, strip(*lids(side), uv.device))
-    clear = -F.max_pool2d(-picture(within), 3, stride=1, padding=1)  # lashes have another colour
+    clear = -dilate(-picture(within), 1)  # lashes have another colour
     at = view.place(uv)[:, iris : iris + 5]
     radius = (at[:, 1:] - at[:, :1]).norm(dim=-1).mean(1)[:, None, None] * IRIS
     away = (pixel_grid(SIDE, uv.device) - at[:, :1]) / radius.clamp_min(1e-4)

@@ -17,6 +17,7 @@ from export3d_cli.core.config import ModelConfig
 from export3d_cli.core.model.constants import constant
 from export3d_cli.core.model.flow import MeshFlow, own_place, resize, warp
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
+from export3d_cli.core.model.masks import box_mean, dilate
 from export3d_cli.core.model.render import project
 
 # Where the spine carries the skull, head frame, and the share of its way a torso goes along: on people not fitted to
@@ -55,8 +56,7 @@ def turn(source_camera: Tensor, camera: Tensor) -> Tensor:
 def around(mask: Tensor) -> Tensor:
     """A mask (B, 1, m, m) widened by `NEAR`, and as soft."""
     reach = max(1, mask.shape[-1] // NEAR)
-    wide = F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
-    return F.avg_pool2d(wide, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
+    return box_mean(dilate(mask, reach), reach)
 
 
 class LayeredFlow(NamedTuple):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.model.flow import Raster, rasterize
 from export3d_cli.core.model.generator import ResBlock, leaky
+from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import RIMS
 from export3d_cli.core.model.render import pixel_grid
 
@@ -104,8 +105,8 @@ def picture(values: Tensor) -> Tensor:
 
 def soften(mask: Tensor) -> Tensor:
     """A mask two pixels wider, and soft: landmarks are not exact, and rims of lips and lids belong to the inside."""
-    wide = F.max_pool2d(mask, 5, stride=1, padding=2)
-    return F.avg_pool2d(F.pad(wide, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    wide = F.pad(dilate(mask, 2), (2, 2, 2, 2), mode="replicate")
+    return F.avg_pool2d(wide, 5, stride=1)
 
 
 class HolePainter(nn.Module):

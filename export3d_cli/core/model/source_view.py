@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config import ModelConfig
 from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.generator import ResBlock, leaky
+from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.render import project
 
 BESIDE = 2 / 64  # how far from what is not known nothing is known either, in sizes of the picture
@@ -50,7 +51,7 @@ def inpaint(image: Tensor, known: Tensor, size: int) -> Tensor:
     # edges of masks are not exact, and hair is stray: what is beside the unknown is not known either
     reach = max(1, round(BESIDE * size))
     known = F.interpolate(known.float(), (size, size), mode="area")
-    known = 1 - F.max_pool2d(1 - known, 2 * reach + 1, stride=1, padding=reach)
+    known = 1 - dilate(1 - known, reach)
     levels = [(F.interpolate(image.float(), (size, size), mode="area") * known, known)]
     while levels[-1][0].shape[-1] % 2 == 0:
         levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))

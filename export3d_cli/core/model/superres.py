@@ -17,6 +17,7 @@ from export3d_cli.core.model.constants import constant
 from export3d_cli.core.model.flow import MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import LayeredFlow
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
+from export3d_cli.core.model.masks import dilate
 
 DETAIL = 16  # channels of stem features taken along the flow
 MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
@@ -163,8 +164,7 @@ class Inside(nn.Module):
 
 def widen(mask: Tensor, share: int = SEAM) -> Tensor:
     """A mask (B, 1, m, m) with the seam around it, where a photo shows some of both sides; `share` of the picture."""
-    reach = mask.shape[-1] // share
-    return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+    return dilate(mask, mask.shape[-1] // share)
 
 
 class Layers(NamedTuple):

@@ -1,0 +1,30 @@
+"""Masks made wider and softer, in time that hardly grows with how far: pooling takes hundreds of steps a pixel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dilate(mask: Tensor, reach: int) -> Tensor:
+    """The largest value of the square up to `reach` pixels to each side, within the picture: (B, C, h, w) as it was."""
+    wide, side = F.pad(mask, (reach,) * 4, value=-torch.inf), 2 * reach + 1
+    for dim in (-2, -1):
+        seen = 1  # by every pixel of `wide`: itself and what follows, which doubles with each step
+        while seen < side:
+            step = min(seen, side - seen)
+            left = wide.shape[dim] - step
+            wide = torch.maximum(wide.narrow(dim, 0, left), wide.narrow(dim, step, left))
+            seen += step
+    return wide
+
+
+def box_mean(mask: Tensor, reach: int) -> Tensor:
+    """The mean of the same square, of a picture (B, C, s, s)."""
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    low, high = (at - reach).clamp_min(0), (at + reach + 1).clamp_max(len(at))
+    for _ in range(2):  # along rows, then along columns
+        sums = F.pad(mask.float().cumsum(-1), (1, 0))
+        mask = ((sums[..., high] - sums[..., low]) / (high - low)).mT
+    return mask
