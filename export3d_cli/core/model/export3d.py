@@ -44,6 +44,7 @@ class Source:
     half: Tensor | None  # (B, 16, H/2, W/2) and
     quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
     small: Tensor | None  # (B, 3, H/2, W/2) the photo
+    front: Tensor | None = None  # (B, 1, m, m) how far away what it shows is, see `BasisFlow.front`
     # without gradients:
     basis: Tensor | None = None  # (n, d) of beta', that of the weights
     view_rows: list[Tensor] | None = None  # of each view, `lean.plane_table`
@@ -151,10 +152,10 @@ class Export3D(nn.Module):
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         stem, tokens = self.generator.encode(image)
         sv, sr = self.source_view, self.superres
-        head, body = None, None
+        head, body, front = None, None, None
         if self.flow is not None:
             with torch.no_grad():
-                head = self.flow.head(points, camera, person)
+                head, front = self.flow.head(points, camera, person), self.flow.front(points, camera)
                 body = (1 - head) * (UNSURE if person is None else resize(person.float(), self.config.mesh_size))
         behind = None if head is None or sv is None else inpaint(image, 1 - head, H // 4)
         view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
@@ -166,7 +167,7 @@ class Export3D(nn.Module):
             stem=stem, tokens=tokens,
             view=view, still=sv.still(stem, behind) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
-            small=F.avg_pool2d(image.float(), 2) if sr.flow else None,
+            small=F.avg_pool2d(image.float(), 2) if sr.flow else None, front=front,
             basis=self.expression.basis() if lasting else None, view_rows=rows,
         )  # fmt: skip
 
@@ -364,7 +365,7 @@ class Export3D(nn.Module):
         assert source.head is not None and source.body is not None
         s = self.config.flow_size
         with torch.no_grad():
-            mesh: MeshFlow = self.flow.seen(moved, camera, size, source.head)
+            mesh: MeshFlow = self.flow.seen(moved, camera, size, source.head, source.front)
         depth, opacity = resize(depth, s), resize(opacity, s)
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)

@@ -31,6 +31,9 @@ RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 NECK = 0.3  # heights of the face below the chin at which a neck no longer moves with the head
 TOP = (0.6, 0.9)  # and above it, from which on hair is the head's however high it is,
 ASIDE = (0.6, 0.75)  # where it is not farther aside than this
+NOTHING = 100.0  # how far away nothing is
+CLEAR = 0.02  # head-frame units: what is this much behind what the photo shows begins to be hidden,
+DRAWN_OUT = (1.6, 2.0)  # and is not shown where log2 of its stretch is as large: of less an ear is made
 LID_DOUBT = 0.7  # how little the photo is trusted on a lid drawn out to twice its size and more
 SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
 
@@ -54,7 +57,8 @@ class Mesh(NamedTuple):
     """A source's mesh moved to an expression, before any camera sees it; V vertices, T triangles."""
 
     points: Tensor  # (B, V, 3) of the head frame, moved
-    corners: Tensor  # (B, T, 42): what is blended over a triangle: uv in the photo, weight, places, lips of each corner
+    corners: Tensor  # (B, T, 45): what is blended over a triangle: of each corner uv in the photo, weight, places, lips
+    # and distance from its camera
     before: Tensor  # (B, T) twice the signed area in the photo
 
 
@@ -229,13 +233,13 @@ class BasisFlow(nn.Module):
 
     def forward(
         self, points: Tensor, source_camera: Tensor, target: Tensor, camera: Tensor, size: int | None = None,
-        head: Tensor | None = None,
+        head: Tensor | None = None, front: Tensor | None = None,
     ) -> MeshFlow:  # fmt: skip
         """Landmarks of the source and those moved, (B, 478, 3) each, and both cameras (B, 25) -> flow at `size`.
 
-        `head` (B, 1, ., .) is where the photo shows the head, see `head`.
+        `head` (B, 1, ., .) is where the photo shows the head, `front` how far away: see there.
         """
-        return self.seen(self.mesh(points, source_camera, target), camera, size, head)
+        return self.seen(self.mesh(points, source_camera, target), camera, size, head, front)
 
     def head(self, points: Tensor, camera: Tensor, person: Tensor | None) -> Tensor:
         """Where a photo shows the head, (B, 1, m, m) in 0..1: what moves with it, down to the upper neck.
@@ -261,6 +265,14 @@ class BasisFlow(nn.Module):
         found = (person * own.face).sum((1, 2, 3), keepdim=True) > own.face.sum((1, 2, 3), keepdim=True) / 2
         return torch.where(found, torch.maximum(own.face, person * above * near), own.weight)
 
+    def front(self, points: Tensor, camera: Tensor) -> Tensor:
+        """How far from its camera is what a photo shows of the mesh, (B, 1, m, m) in head-frame units, or `NOTHING`."""
+        triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
+        uv, depth = project(with_rings(points.float()), camera)
+        raster = rasterize(uv, depth, triangles, self.size, self.windows)
+        away = torch.where(raster.triangle[..., None] < 0, NOTHING, interpolate(raster, depth[..., None], triangles))
+        return away.view(len(points), 1, self.size, self.size)
+
     def mesh(self, points: Tensor, source_camera: Tensor, target: Tensor) -> Mesh:
         """What of `forward` does not depend on the driver's camera."""
         B, triangles = points.shape[0], torch.cat([self.triangles.long(), self.rings])[:, :3]
@@ -268,23 +280,27 @@ class BasisFlow(nn.Module):
         # the rings do not take part in the expression: a jaw that opens must not drag the neck
         rings = source_points[:, POINTS:]
         target_points = torch.cat([target.float(), rings], dim=1)
-        uv_source, _ = project(source_points, source_camera)  # (B, V, 2)
+        uv_source, depth = project(source_points, source_camera)  # (B, V, 2), (B, V)
         n, weight = len(OVAL), ring_weights(points.device)
         fixed = torch.cat([weight[:, None], self.places], dim=-1)
         own = torch.cat([anchored_places(target.float()), lip_edges(uv_source, points.float(), target.float())], dim=-1)
-        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), F.pad(own, (0, 0, 0, len(RINGS) * n))], dim=-1)
+        own = F.pad(own, (0, 0, 0, len(RINGS) * n))
+        vertex = torch.cat([uv_source, fixed.expand(B, -1, -1), own, depth[..., None]], dim=-1)
         return Mesh(target_points, vertex[:, triangles].flatten(2), _area(uv_source, triangles))
 
-    def seen(self, mesh: Mesh, camera: Tensor, size: int | None = None, head: Tensor | None = None) -> MeshFlow:
-        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`; `head` as in `forward`."""
+    def seen(
+        self, mesh: Mesh, camera: Tensor, size: int | None = None, head: Tensor | None = None,
+        front: Tensor | None = None,
+    ) -> MeshFlow:  # fmt: skip
+        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`; `head` and `front` as in `forward`."""
         B, s = camera.shape[0], size or self.size
         triangles = torch.cat([self.triangles.long(), self.rings])
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_target, depth = project(mesh.points, camera)
         raster = rasterize(uv_target, depth, triangles, s, self.windows)
-        per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 14)
+        per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 15)
         (a, b, c), (at_a, at_b, at_c) = per_triangle.unbind(2), raster.corners.split(1, dim=-1)
-        value = torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)  # (B, P, 14)
+        value = torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)  # (B, P, 15)
 
         before, after = mesh.before.expand(B, -1), _area(uv_target, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
@@ -300,7 +316,7 @@ class BasisFlow(nn.Module):
         facts = _pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
         shown, stretch, mouth, shut, eye = (f * covered for f in facts.split(1, dim=-1))  # each (B, P, 1)
-        place, known = behind_lips(value[..., 4:5], value[..., 9:])
+        place, known = behind_lips(value[..., 4:5], value[..., 9:14])
         shown, shut = torch.lerp(shown, known, mouth), torch.lerp(shut, 1 - known, mouth)
         uv = torch.where(covered > 0, torch.lerp(value[..., :2], place, mouth), pixel_grid(s, camera.device))
 
@@ -311,6 +327,9 @@ class BasisFlow(nn.Module):
         near, inside = picture((value[..., 2:3] + 1) * covered - 1), picture(value[..., 3:5]) * mouth
         anchored = picture(value[..., 5:9].clamp(-2, 2)) * (mouth + eye)
         uv, face, weight = picture(uv), (2 * near - 1).clamp_min(0), (2 * near).clamp(0, 1)
+        if front is not None:  # a cheek turned away hides what is behind it: drawn out far, it would be seen twice
+            hidden = _between(picture(value[..., 14:]) - warp(front, uv), CLEAR, 2 * CLEAR) * (1 - mouth - eye)
+            shown = shown * (1 - hidden * _between(stretch, *DRAWN_OUT))
         if head is not None:  # around the face the mesh takes along what is head in the photo
             weight = torch.maximum(face, warp(head, uv) * (near > RINGS[-1][2]))
             carried = (near >= 0) | (weight > 0.05)  # beyond the second ring nothing but hair

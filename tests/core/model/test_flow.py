@@ -188,6 +188,21 @@ def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, or
     assert ((straight.valid == 0) & (straight.weight == 1) & (straight.mouth == 0)).sum() < 0.02 * face.sum()
 
 
+def test_a_cheek_is_not_seen_twice(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """What a cheek turned away hides in the photo is unknown in the result, although its triangles face the camera."""
+    photo, driver = orbit(30), orbit(-10)
+    front = flow.front(points, photo)
+    bare = flow(points, photo, points, driver, SIZE)
+    mesh = flow(points, photo, points, driver, SIZE, front=front)
+    doubted = (bare.valid - mesh.valid > 0.5)[0, 0]
+    assert doubted[:, SIZE // 2 :].sum() > 50 and doubted[:, : SIZE // 2].sum() == 0  # beyond the far cheek
+    own = flow(points, photo, points, photo, SIZE)
+    shown = warp(own.face, bare.uv)[0, 0][doubted]  # there the photo shows the cheek itself, or what is next to it
+    assert shown.mean() > 0.8 and shown.min() > 0
+    alike = flow(points, photo, points, photo, SIZE, front=front)  # from where the photo was taken nothing is drawn out
+    assert torch.equal(alike.valid, own.valid)
+
+
 def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     height = points[0, :, 1]
     jaw = ((height - height[78]) / 0.003).clamp(0, 1)  # all that lies below the corners of the mouth
