@@ -21,6 +21,7 @@ MAX_PIXELS = 64_000_000  # of one image or frame; more is refused before it is d
 MAX_BYTES = 512 * 2**20  # of an image file
 _FILL = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
 _EOI = b"\xff\xd9"  # end of a JPEG picture; above: coded data that means anything, with restarts
+PHONE_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF", b"avis": "AVIF"}
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -37,6 +38,9 @@ def read_image(path: Path) -> np.ndarray:
     data = _read_bytes(path)
     declared = declared_size(data)
     if declared is None:  # OpenCV knows more formats, but would make room for whatever size such a file claims
+        kind = PHONE_FORMATS.get(data[8:12]) if data[4:8] == b"ftyp" else None
+        if kind is not None:
+            raise InputError(f"{path} is {kind}, which is not read: save it as JPEG, PNG or WebP")
         raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
     check_size(*declared, path)
     end = jpeg_end(data)

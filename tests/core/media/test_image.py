@@ -103,7 +103,13 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("none.png", None, "no file"), ("text.png", b"hello", "not an image"), ("empty.png", b"", "empty")],
+    [
+        ("none.png", None, "no file"),
+        ("text.png", b"hello", "not an image"),
+        ("empty.png", b"", "empty"),
+        ("phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC, which is not read: save it as JPEG"),
+        ("web.png", b"\0\0\0\x1cftypavif\0\0\0\0mif1avif", "is AVIF, which"),
+    ],
 )
 def test_what_is_no_image_is_named(tmp_path, name, content, message):
     if content is not None:
