@@ -57,7 +57,7 @@ CORE_RULES = {
     "mesh_export.py": ("animate", "face", "media", "weights"),
     "views.py": ("animate", "compose", "driver", "job", "mesh_export", "media", "pipeline", "watermark"),
     "basis.py": ("animate", "face"),
-    "machine.py": (),
+    "machine.py": ("device",),
     "plot.py": (),
     "curves.py": ("animate", "batch", "driver", "machine", "model", "plot", "face", "media", "weights"),
     "bench.py": ("animate", "driver", "machine", "face", "media", "weights"),

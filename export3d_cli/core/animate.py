@@ -28,6 +28,7 @@ from export3d_cli.core.control import Control, emphasised
 from export3d_cli.core.device import (
     InMemory,
     autocast,
+    give_back_memory,
     keep_memory,
     narrow,
     pick_device,
@@ -56,6 +57,7 @@ from export3d_cli.core.weights import resolve
 
 POINTS = 1 << 17  # of a volume, decoded at once
 AHEAD = 2  # batches of the driver's motion that are read before they are asked for
+TIDY = 32  # such batches after which memory is tidied
 
 
 class Animator:
@@ -362,10 +364,12 @@ def reenact(
         # the driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself
         nullcontext(stream) if options.tracker == "fan" else Ahead(stream, AHEAD, stop=stream.stop) as parts,
     ):  # fmt: skip
-        for motion, crops in parts:
+        for number, (motion, crops) in enumerate(parts):
             frames = animator.drive([motion], control=control, reference=stream.reference)
             for shown in zip(frames, crops, strict=True):
                 behind.put(shown)
+            if number % TIDY == 0:
+                give_back_memory()
     return Summary(
         out, behind.done, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
         (*stream.notes, *animator.notes),

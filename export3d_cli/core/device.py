@@ -80,6 +80,12 @@ def keep_memory() -> None:
         tune(-1, 256 << 20)  # M_TRIM_THRESHOLD
 
 
+def give_back_memory() -> None:
+    """Return what is free to the system, where the C library is glibc: over hours its heap frays, and grows."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def narrow(module: torch.nn.Module, precision: str) -> dict[str, Tensor]:
     """Keep weights of convolutions and linear layers as a CPU multiplies them, instead of casting them each time.
 
