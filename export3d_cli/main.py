@@ -7,6 +7,7 @@ Anything else is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import os
@@ -38,6 +39,7 @@ class LazyGroup(click.Group):
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
         add_opposites(command)
+        _add_settings(command)
         add_examples(command, cmd_name)
         return command
 
@@ -102,11 +104,33 @@ def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.pass_context
 def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
     """Animate a portrait from one photo and a driving video; turn it; change its expression; train the model."""
-    ctx.obj = Settings(verbose=verbose, quiet=quiet)
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    _set(ctx, Settings(verbose=verbose, quiet=quiet))
     if ctx.invoked_subcommand is None:
         click.echo(OVERVIEW, nl=False)
+
+
+def _set(ctx: click.Context, settings: Settings) -> None:
+    ctx.obj = settings
+    if settings.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def _add_settings(command: click.Command) -> None:
+    """Take -v and -q behind a command, too: that is where most people put them."""
+
+    def take(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+        root = ctx.find_root()
+        if value and option.name:
+            root.params[option.name] = value
+            _set(root, dataclasses.replace(root.obj, **{option.name: value}))
+            ctx.obj = root.obj
+
+    for names in (["-v", "--verbose"], ["-q", "--quiet"]):
+        if not {name for own in command.params for name in own.opts} & set(names):
+            command.params.append(click.Option(names, is_flag=True, hidden=True, expose_value=False, callback=take))
+    if isinstance(command, click.Group):
+        for part in command.commands.values():
+            _add_settings(part)
 
 
 class _Interrupt:

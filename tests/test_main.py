@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from export3d_cli import __version__, examples, options
 from export3d_cli.core import errors
+from export3d_cli.core.weights import example
 from export3d_cli.main import _Interrupt, cli
 
 HEAVY = ("torch", "cv2", "ai_edge_litert", "numba", "scipy", "numpy", "rich", "huggingface_hub")
@@ -119,10 +120,20 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, error, code):
     assert result.exit_code == code
     assert result.stderr == "error: it failed\n"
     assert result.stdout == ""
-    loud = run("-v", "weights", "list")
-    assert loud.exit_code == code
-    assert "Traceback" in loud.stderr
-    assert loud.stderr.endswith("error: it failed\n")
+    for where in (["-v", "weights", "list"], ["weights", "-v", "list"], ["weights", "list", "-v"]):
+        loud = run(*where)
+        assert loud.exit_code == code
+        assert "Traceback" in loud.stderr
+        assert loud.stderr.endswith("error: it failed\n")
+
+
+def test_quiet_is_taken_before_and_behind_a_command(tmp_path):
+    track = ["preprocess", example("drive.mp4"), "--max-frames", 2, "-o"]
+    assert run(*track, tmp_path / "a.motion.npz").output
+    for name, where in (("b", ["-q", *track]), ("c", ["preprocess", "-q", *track[1:]])):
+        quiet = run(*where, tmp_path / f"{name}.motion.npz")
+        assert (quiet.exit_code, quiet.output) == (0, "")
+        assert (tmp_path / f"{name}.motion.npz").exists()
 
 
 def test_an_error_after_ctrl_c_is_an_interruption(monkeypatch):
