@@ -17,12 +17,15 @@ import sys
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from export3d_cli.console import Settings
 from export3d_cli.core.errors import Export3DError
 from export3d_cli.core.interrupt import repeat_dropped
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_opposites
+
+VERBOSE, QUIET = "Show the traceback of an error.", "No progress bar and no summary."
 
 
 class LazyGroup(click.Group):
@@ -38,8 +41,8 @@ class LazyGroup(click.Group):
             return None
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
-        add_opposites(command)
         _add_settings(command)
+        add_opposites(command)
         add_examples(command, cmd_name)
         return command
 
@@ -95,8 +98,8 @@ def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-v", "--verbose", count=True, help="Show the traceback of an error.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary.")
+@click.option("-v", "--verbose", count=True, help=VERBOSE)
+@click.option("-q", "--quiet", is_flag=True, help=QUIET)
 @click.option(
     "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
     help="Show versions: this program, Python, torch, CUDA, ffmpeg.",
@@ -119,15 +122,16 @@ def _add_settings(command: click.Command) -> None:
     """Take -v and -q behind a command, too: that is where most people put them."""
 
     def take(ctx: click.Context, option: click.Parameter, value: bool) -> None:
-        root = ctx.find_root()
-        if value and option.name:
+        root, given = ctx.find_root(), ctx.get_parameter_source(option.name or "")
+        if given is ParameterSource.COMMANDLINE and option.name:
             root.params[option.name] = value
             _set(root, dataclasses.replace(root.obj, **{option.name: value}))
             ctx.obj = root.obj
 
-    for names in (["-v", "--verbose"], ["-q", "--quiet"]):
-        if not {name for own in command.params for name in own.opts} & set(names):
-            command.params.append(click.Option(names, is_flag=True, hidden=True, expose_value=False, callback=take))
+    if not any(option.name == "quiet" for option in command.params):
+        for names, text in ((["-v", "--verbose"], VERBOSE), (["-q", "--quiet"], QUIET)):
+            option = click.Option(names, is_flag=True, expose_value=False, callback=take, help=text)
+            command.params.append(option)
     if isinstance(command, click.Group):
         for part in command.commands.values():
             _add_settings(part)
