@@ -44,7 +44,7 @@ class Source:
     half: Tensor | None  # (B, 16, H/2, W/2) and
     quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
     small: Tensor | None  # (B, 3, H/2, W/2) the photo
-    front: Tensor | None = None  # (B, 1, m, m) how far away what it shows is, see `BasisFlow.front`
+    front: Tensor | None  # (B, 2, m, m) what it shows of the mesh, see `BasisFlow.front`
     # without gradients:
     basis: Tensor | None = None  # (n, d) of beta', that of the weights
     view_rows: list[Tensor] | None = None  # of each view, `lean.plane_table`
@@ -155,7 +155,8 @@ class Export3D(nn.Module):
         head, body, front = None, None, None
         if self.flow is not None:
             with torch.no_grad():
-                head, front = self.flow.head(points, camera, person), self.flow.front(points, camera)
+                front = self.flow.front(points, camera)
+                head = self.flow.head(points, camera, person, front)
                 body = (1 - head) * (UNSURE if person is None else resize(person.float(), self.config.mesh_size))
         behind = None if head is None or sv is None else inpaint(image, 1 - head, H // 4)
         view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()

@@ -176,9 +176,14 @@ def _pick(rows: Tensor, index: Tensor) -> Tensor:
 
 def interpolate(raster: Raster, vertex: Tensor, triangles: Tensor) -> Tensor:
     """Values of vertices (B, V, K) over the triangles (T, 3) that cover the pixels -> (B, P, K), 0 where none does."""
-    B, _, K = vertex.shape
-    value = _pick(vertex[:, triangles].flatten(2), raster.triangle).view(B, -1, 3, K)
-    return (value * raster.corners[..., None]).sum(2) * (raster.triangle >= 0)[..., None]
+    return _blend(raster, vertex[:, triangles].flatten(2)) * (raster.triangle >= 0)[..., None]
+
+
+def _blend(raster: Raster, corners: Tensor) -> Tensor:
+    """Values of the corners of triangles, (B, T, 3 * K), over the pixels -> (B, P, K); anything where none covers."""
+    a, b, c = _pick(corners, raster.triangle).chunk(3, dim=-1)
+    at_a, at_b, at_c = raster.corners.split(1, dim=-1)
+    return torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)
 
 
 def with_rings(points: Tensor) -> Tensor:
@@ -210,6 +215,11 @@ def ring_weights(device: torch.device) -> Tensor:
     return constant((1.0,) * POINTS + tuple(weight for *_, weight in RINGS for _ in range(n)), device)
 
 
+def face_and_head(near: Tensor) -> tuple[Tensor, Tensor]:
+    """What is so near to the face, see `ring_weights` -> how much of it is face, and head where that is not known."""
+    return (2 * near - 1).clamp_min(0), (2 * near).clamp(0, 1)
+
+
 class BasisFlow(nn.Module):
     """The fields b_i and the mesh they move."""
 
@@ -237,21 +247,40 @@ class BasisFlow(nn.Module):
     ) -> MeshFlow:  # fmt: skip
         """Landmarks of the source and those moved, (B, 478, 3) each, and both cameras (B, 25) -> flow at `size`.
 
-        `head` (B, 1, ., .) is where the photo shows the head, `front` how far away: see there.
+        `head` (B, 1, ., .) is where the photo shows the head, `front` what it shows of the mesh: see there.
         """
         return self.seen(self.mesh(points, source_camera, target), camera, size, head, front)
 
-    def head(self, points: Tensor, camera: Tensor, person: Tensor | None) -> Tensor:
+    def all_triangles(self) -> Tensor:
+        """Those of the face and of the rings, (T, 4) int64: a, b, c, kind."""
+        return torch.cat([self.triangles.long(), self.rings])
+
+    def front(self, points: Tensor, camera: Tensor) -> Tensor:
+        """What a photo shows of the mesh, (B, 2, m, m): see `ring_weights`, and how far from its camera it is.
+
+        That is in head-frame units. Where the photo shows nothing of it: -1, and `NOTHING`.
+        """
+        triangles = self.all_triangles()[:, :3]
+        uv, depth = project(with_rings(points.float()), camera)
+        raster = rasterize(uv, depth, triangles, self.size, self.windows)
+        near = ring_weights(points.device)[None, :, None].expand(len(points), -1, -1)
+        shown = interpolate(raster, torch.cat([near, depth[..., None]], dim=-1), triangles)  # (B, P, 2)
+        nothing = constant((-1.0, NOTHING), points.device)
+        shown = torch.where(raster.triangle[..., None] < 0, nothing, shown)
+        return shown.transpose(1, 2).reshape(-1, 2, self.size, self.size)
+
+    def head(self, points: Tensor, camera: Tensor, person: Tensor | None, front: Tensor | None = None) -> Tensor:
         """Where a photo shows the head, (B, 1, m, m) in 0..1: what moves with it, down to the upper neck.
 
         Args:
             points: (B, 478, 3) its landmarks. camera: (B, 25).
             person: (B, 1, ., .) where it shows the person, hair and body; None, or a mask that misses the face: not
                 known, the head ends softly all around.
+            front: what `front` makes of the same points and camera, where that is known.
         """
-        own = self(points, camera, points, camera)
+        face, weight = face_and_head((self.front(points, camera) if front is None else front)[:, :1])
         if person is None:
-            return own.weight
+            return weight
         uv, _ = project(points.float()[:, rows((CHIN, FOREHEAD), points)], camera)
         chin, up = uv[:, 0], uv[:, 1] - uv[:, 0]  # (B, 2)
         away = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
@@ -260,22 +289,14 @@ class BasisFlow(nn.Module):
         aside = _cross(away, up[:, None]).abs() / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
         # no farther than half of the second ring, but on top: others may be in the picture
         top = _between(height, *TOP) * (1 - _between(aside, *ASIDE))
-        near = torch.maximum((2 * own.weight).clamp_max(1), top.view_as(above))
+        near = torch.maximum((2 * weight).clamp_max(1), top.view_as(above))
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
-        found = (person * own.face).sum((1, 2, 3), keepdim=True) > own.face.sum((1, 2, 3), keepdim=True) / 2
-        return torch.where(found, torch.maximum(own.face, person * above * near), own.weight)
-
-    def front(self, points: Tensor, camera: Tensor) -> Tensor:
-        """How far from its camera is what a photo shows of the mesh, (B, 1, m, m) in head-frame units, or `NOTHING`."""
-        triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
-        uv, depth = project(with_rings(points.float()), camera)
-        raster = rasterize(uv, depth, triangles, self.size, self.windows)
-        away = torch.where(raster.triangle[..., None] < 0, NOTHING, interpolate(raster, depth[..., None], triangles))
-        return away.view(len(points), 1, self.size, self.size)
+        found = (person * face).sum((1, 2, 3), keepdim=True) > face.sum((1, 2, 3), keepdim=True) / 2
+        return torch.where(found, torch.maximum(face, person * above * near), weight)
 
     def mesh(self, points: Tensor, source_camera: Tensor, target: Tensor) -> Mesh:
         """What of `forward` does not depend on the driver's camera."""
-        B, triangles = points.shape[0], torch.cat([self.triangles.long(), self.rings])[:, :3]
+        B, triangles = points.shape[0], self.all_triangles()[:, :3]
         source_points = with_rings(points.float())
         # the rings do not take part in the expression: a jaw that opens must not drag the neck
         rings = source_points[:, POINTS:]
@@ -294,13 +315,11 @@ class BasisFlow(nn.Module):
     ) -> MeshFlow:  # fmt: skip
         """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`; `head` and `front` as in `forward`."""
         B, s = camera.shape[0], size or self.size
-        triangles = torch.cat([self.triangles.long(), self.rings])
+        triangles = self.all_triangles()
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_target, depth = project(mesh.points, camera)
         raster = rasterize(uv_target, depth, triangles, s, self.windows)
-        per_triangle = _pick(mesh.corners.expand(B, -1, -1), raster.triangle).view(B, -1, 3, 15)
-        (a, b, c), (at_a, at_b, at_c) = per_triangle.unbind(2), raster.corners.split(1, dim=-1)
-        value = torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)  # (B, P, 15)
+        value = _blend(raster, mesh.corners.expand(B, -1, -1))  # (B, P, 15)
 
         before, after = mesh.before.expand(B, -1), _area(uv_target, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
@@ -324,11 +343,11 @@ class BasisFlow(nn.Module):
             return x.transpose(1, 2).reshape(B, -1, s, s)
 
         shown, stretch, mouth, shut, eye = (picture(f) for f in (shown, stretch, mouth, shut, eye))
-        near, inside = picture((value[..., 2:3] + 1) * covered - 1), picture(value[..., 3:5]) * mouth
+        near, inside = picture(torch.where(covered > 0, value[..., 2:3], -1.0)), picture(value[..., 3:5]) * mouth
         anchored = picture(value[..., 5:9].clamp(-2, 2)) * (mouth + eye)
-        uv, face, weight = picture(uv), (2 * near - 1).clamp_min(0), (2 * near).clamp(0, 1)
+        uv, (face, weight) = picture(uv), face_and_head(near)
         if front is not None:  # a cheek turned away hides what is behind it: drawn out far, it would be seen twice
-            hidden = _between(picture(value[..., 14:]) - warp(front, uv), CLEAR, 2 * CLEAR) * (1 - mouth - eye)
+            hidden = _between(picture(value[..., 14:]) - warp(front[:, 1:], uv), CLEAR, 2 * CLEAR) * (1 - mouth - eye)
             shown = shown * (1 - hidden * _between(stretch, *DRAWN_OUT))
         if head is not None:  # around the face the mesh takes along what is head in the photo
             weight = torch.maximum(face, warp(head, uv) * (near > RINGS[-1][2]))
@@ -343,7 +362,7 @@ class BasisFlow(nn.Module):
         Returns (B, 3, s, s) over [-SURFACE_REACH, SURFACE_REACH]: z times what is covered, how sure it is (1 in the
         face, falling to 0 at the second ring), and what is covered, 0 or 1.
         """
-        triangles = torch.cat([self.triangles.long(), self.rings])[:, :3]
+        triangles = self.all_triangles()[:, :3]
         points = with_rings(points.float())
         front = points[..., :2] / (2 * SURFACE_REACH) + 0.5
         raster = rasterize(front, points[..., 2], triangles, SURFACE_SIZE, self.windows)
