@@ -35,30 +35,26 @@ class PlaneKeys:
             rows, first = torch.cat([self._last[0], lam]), 1
             known[0] = self._last[1]
 
-        self._own(rows, known, 0)
-        self._own(rows, known, len(rows) - 1)
-        self._fill(rows, known, 0, len(rows) - 1)
+        def make(k: int) -> None:
+            if k not in known:
+                same = next((j for j in known if torch.equal(rows[j], rows[k])), None)
+                known[k] = self._make(rows[k : k + 1]) if same is None else known[same]
+
+        make(0)
+        make(len(rows) - 1)
+        spans = [(0, len(rows) - 1)]  # not a function that calls itself: it would keep all tri-planes as garbage
+        while spans:
+            low, high = spans.pop()
+            if high - low < 2:
+                continue
+            way, inner = rows[high] - rows[low], rows[low + 1 : high] - rows[low]
+            share = ((inner @ way) / way.square().sum().clamp_min(1e-9)).clamp(0, 1)  # (T',)
+            if bool(((inner - share[:, None] * way).norm(dim=1) <= self._reach).all()):
+                for k, weight in enumerate(share.tolist(), low + 1):
+                    known[k] = torch.lerp(known[low], known[high], weight)
+                continue
+            middle = (low + high) // 2
+            make(middle)
+            spans += [(middle, high), (low, middle)]
         self._last = rows[-1:], known[len(rows) - 1]
         return torch.cat([known[k] for k in range(first, len(rows))])
-
-    # methods: a function within `__call__` that calls itself would keep all tri-planes till the garbage is collected
-    def _own(self, rows: Tensor, known: dict[int, Tensor], k: int) -> None:
-        """Make the tri-plane of row k, unless there is one of the same lambda."""
-        if k not in known:
-            same = next((j for j in known if torch.equal(rows[j], rows[k])), None)
-            known[k] = self._make(rows[k : k + 1]) if same is None else known[same]
-
-    def _fill(self, rows: Tensor, known: dict[int, Tensor], low: int, high: int) -> None:
-        """Blend those between two rows, or make some of them."""
-        if high - low < 2:
-            return
-        way, inner = rows[high] - rows[low], rows[low + 1 : high] - rows[low]
-        share = ((inner @ way) / way.square().sum().clamp_min(1e-9)).clamp(0, 1)  # (T',)
-        if bool(((inner - share[:, None] * way).norm(dim=1) <= self._reach).all()):
-            for k, weight in enumerate(share.tolist(), low + 1):
-                known[k] = torch.lerp(known[low], known[high], weight)
-            return
-        middle = (low + high) // 2
-        self._own(rows, known, middle)
-        self._fill(rows, known, low, middle)
-        self._fill(rows, known, middle, high)
