@@ -122,8 +122,9 @@ def _add_settings(command: click.Command) -> None:
     """Take -v and -q behind a command, too: that is where most people put them."""
 
     def take(ctx: click.Context, option: click.Parameter, value: bool) -> None:
-        root, given = ctx.find_root(), ctx.get_parameter_source(option.name or "")
-        if given is ParameterSource.COMMANDLINE and option.name:
+        assert option.name is not None
+        root = ctx.find_root()
+        if ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
             root.params[option.name] = value
             _set(root, dataclasses.replace(root.obj, **{option.name: value}))
             ctx.obj = root.obj
