@@ -68,14 +68,14 @@ class Animator:
         quality: Quality = "best",
     ) -> None:  # fmt: skip
         self.model = model.to(device).eval()
-        # what is not the expression, which is always computed in fp32
-        self._parts = [part for part in model.children() if part is not model.expression]
+        # what is not always computed in fp32
+        self._parts = [part for part in model.children() if part not in (model.expression, model.decoder)]
         self._full = [narrow(part, precision) for part in self._parts]
         self.quality = quality
         self.tracker = tracker
         self.device = device
         self.precision = precision
-        self.batch = batch or (32 if device.type == "cuda" else 2)
+        self.batch = batch or (32 if device.type == "cuda" else 4)
         self._reach = QUALITIES[quality][2] if device.type == "cpu" else 0.0  # elsewhere many at once cost little
         self._keys: PlaneKeys | None = None  # of the source, where tri-planes are blended
         self._in_memory = InMemory()

@@ -24,6 +24,7 @@ from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
 NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
 UNSURE = 0.2  # how much of what is not head is taken for the person's without a mask
+LARGE_AT_ONCE = 2  # pictures that are enlarged together on a CPU: one needs 250 MB at 2048 x 2048
 Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
 
 
@@ -104,14 +105,16 @@ class Output(NamedTuple):
         """The image as (B, 3, size, size), with the detail of a larger photo (B, 3, M, M): `superres.enlarge`."""
         if self.painted is None or self.ways is None or self.shares is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
-        large = enlarge(self.painted, Layers(self.ways, self.shares), photo, size)
-        return lay(large, self.fills)
+        at_once = LARGE_AT_ONCE if photo.device.type == "cpu" else len(photo)
+        parts = (part.split(at_once) for part in (self.painted, self.ways, self.shares, photo))
+        large = [enlarge(painted, Layers(*taken), own, size) for painted, *taken, own in zip(*parts, strict=True)]
+        return lay(torch.cat(large), self.fills)
 
 
 def lay(image: Tensor, fills: tuple[Painted, ...]) -> Tensor:
-    """Pictures (B, 3, ., .) with what is painted on them."""
-    for fill in fills:
-        image = fill.on(image)
+    """Pictures (B, 3, ., .), which are written into, with what is painted on them."""
+    for painted in fills:
+        painted.fill(image)
     return image
 
 
@@ -162,7 +165,7 @@ class Export3D(nn.Module):
         view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
         rows = None
         if view is not None and self._lean(image):
-            rows = [lean.plane_table(part) for part in view.split(1)]
+            rows = self._view_rows(view)
         return Source(
             image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head, body=body,
             stem=stem, tokens=tokens,
@@ -186,7 +189,16 @@ class Export3D(nn.Module):
                 surface = self.flow.surface(moved) if self.config.head_prior else None
         if not self._lean(planes):
             return Posed(planes, surface, mesh, None)
-        return Posed(planes, surface, mesh, [lean.plane_table(p) for p in planes], bool(planes.isfinite().all()))
+        return Posed(planes, surface, mesh, self._plane_rows(planes), bool(planes.isfinite().all()))
+
+    def _plane_rows(self, planes: Tensor) -> list[Tensor]:
+        """What the decoder's first layer makes of tri-planes (B, 3, C, P, P), `lean.plane_table` of each."""
+        weight = self.decoder.hidden.weight[:, : planes.shape[2]] / planes.shape[1]
+        return [lean.plane_table(part, weight) for part in planes]
+
+    def _view_rows(self, view: Tensor) -> list[Tensor]:
+        """And of source views (B, C, h, w)."""
+        return [lean.plane_table(part, self.decoder.hidden.weight[:, -view.shape[1] :]) for part in view.split(1)]
 
     def _code(self, source: Source, lam: Tensor) -> Tensor:
         """beta' (B, d); with gradients, which reach the basis, it is made anew each time."""
@@ -302,26 +314,23 @@ class Export3D(nn.Module):
         depths = render.coarse_depths(camera, size * size, coarse, jitter=False)
         made, side, surface, views = [], posed.planes.shape[-1], posed.surface, source.view_rows
         if source.view is not None and views is None:
-            views = [lean.plane_table(view) for view in source.view.split(1)]
-
-        def paint(hidden: Tensor) -> Tensor:
-            return decoder.colours(lean.even(hidden))[: len(hidden)]
+            views = self._view_rows(source.view)
 
         for b in range(len(camera)):
 
             def decode(points: Tensor, b: int = b) -> tuple[Tensor, Tensor]:
-                count, points = len(points), lean.even(points)
-                features = lean.sample_rows(rows[b], side, points)
+                flat = points.T.contiguous()
+                hidden = lean.sample_rows(rows[b], side, flat)
                 if source.view is not None and views is not None:
-                    seen = lean.sample_view(views[b], source.view.shape[-1], points, source.camera[b : b + 1])
-                    features = torch.cat([features, seen], dim=-1)
+                    hidden += lean.sample_view(views[b], source.view.shape[-1], flat, source.camera[b : b + 1])
+                hidden = decoder.activate(hidden.add_(decoder.hidden.bias))
                 prior = None
                 if surface is not None:
                     prior = face_prior(points[None], surface[b : b + 1], SURFACE_REACH)[0]
-                hidden = decoder.activate(features)
-                return hidden[:count], decoder.densities(hidden, points, prior)[:count]
+                return hidden, decoder.densities(hidden, points, prior)
 
-            made.append(lean.march(decode, paint, origins[b], directions[b], depths[b], fine))
+            with torch.autocast(camera.device.type, enabled=False):
+                made.append(lean.march(decode, decoder.colours, origins[b], directions[b], depths[b], fine))
         features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
         if not posed.finite:  # what is no number was left out as if it could not be seen: that must show
             features = torch.full_like(features, torch.nan)
@@ -354,7 +363,7 @@ class Export3D(nn.Module):
         like = posed.planes.new_empty(len(posed.planes), NEIGHBOURS, 3, dtype=torch.float32)
         points = render.uniform(like, self.rows) - 0.5
         near = points + REACH * (2 * render.uniform(like, self.rows) - 1)
-        hidden = self.decoder.activate(self._features(source, posed, torch.cat([points, near], dim=1)))
+        hidden = self.decoder.activate(self.decoder.hidden(self._features(source, posed, torch.cat([points, near], dim=1))))
         here, there = self.decoder.logits(hidden).chunk(2, dim=1)
         return (here - there).abs().mean(1)
 

@@ -105,27 +105,30 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: 
     corner = pixel[:, triangles]  # (B, T, 3, 2)
     low = corner.amin(2).ceil()  # first pixel centre inside the bounding box
     reach = (corner.amax(2) - low).amax((0, 2)).clamp(0, size)  # (T,)
-    z, cell, order = [], [], []
     extent, by_size = reach.sort()
     parts = [part for part in by_size.tensor_split(SIZES) if len(part)]
     largest = torch.stack([part[-1] for part in extent.tensor_split(SIZES) if len(part)])
+    found = []
     for part, window in zip(parts, (windows or Windows())(largest, size), strict=True):
-        found = _cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], window, size)
-        z.append(found[0])
-        cell.append(found[1])
-        order.append(part[:, None].expand(-1, window * window).reshape(1, -1))
-    height, at, number = torch.cat(z, 1), torch.cat(cell, 1), torch.cat(order, 1)
-    nearest = torch.full((B, size * size), torch.inf, device=uv.device).scatter_reduce(1, at, height, "amin")
-    wins = (height < torch.inf) & (height <= nearest.gather(1, at))
-    index = torch.full((B, size * size), -1, dtype=torch.int64, device=uv.device)
-    index = index.scatter_reduce(1, at, torch.where(wins, number, -1), "amax")
+        found.append(_cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], part, window, size))
+    height, at, number = (torch.cat(each) for each in zip(*found, strict=True))
+    nearest = torch.full((B * size * size,), torch.inf, device=uv.device).scatter_reduce(0, at, height, "amin")
+    wins = (height < torch.inf) & (height <= nearest[at])
+    index = torch.full(nearest.shape, -1, dtype=torch.int64, device=uv.device)
+    index = index.scatter_reduce(0, at, torch.where(wins, number, -1), "amax").view(B, -1)
     mine = _pick(corner.view(B, T, 6), index).view(B, -1, 3, 2)
     bary, _ = _barycentric(mine, pixel_grid(size, uv.device) * size - 0.5)
     return Raster(index, bary)
 
 
-def _cover(corner: Tensor, depth: Tensor, low: Tensor, window: int, size: int) -> tuple[Tensor, Tensor]:
-    """Triangles (B, T, 3, 2), (B, T, 3) on windows from `low` (B, T, 2) -> z, inf outside, and cells, (B, T * W)."""
+def _cover(
+    corner: Tensor, depth: Tensor, low: Tensor, numbers: Tensor, window: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Triangles (B, T, 3, 2), (B, T, 3), numbered (T,), on windows from `low` (B, T, 2).
+
+    Returns z, inf outside, of cells of the windows, which cells they are among B * size * size, and the triangles'
+    numbers: (N,) each. On a CPU cells outside are left out.
+    """
     step = torch.arange(window, device=corner.device, dtype=torch.float32)
     x, y = low[..., :1, None] + step, low[..., 1:, None] + step[:, None]  # (B, T, 1, w), (B, T, w, 1)
     # barycentric coordinates are linear in x and y: one product for each instead of many passes over the windows
@@ -137,10 +140,17 @@ def _cover(corner: Tensor, depth: Tensor, low: Tensor, window: int, size: int) -
     wb = dx * (ub[..., 1] / safe)[..., None, None] - dy * (ub[..., 0] / safe)[..., None, None]
     wc = dy * (uc[..., 0] / safe)[..., None, None] - dx * (uc[..., 1] / safe)[..., None, None]
     inside = (torch.minimum(torch.minimum(wb, wc), 1 - wb - wc) >= -1e-4) & (area > 1e-8)[..., None, None]
-    inside = inside & ((x >= 0) & (x < size)) & ((y >= 0) & (y < size))
+    inside = inside & ((x >= 0) & (x < size)) & ((y >= 0) & (y < size))  # (B, T, w, w)
     z = za[..., None, None] + wb * (zb - za)[..., None, None] + wc * (zc - za)[..., None, None]
-    cell = y.clamp(0, size - 1).long() * size + x.clamp(0, size - 1).long()
-    return torch.where(inside, z, torch.inf).flatten(1), cell.flatten(1)
+    if z.device.type == "cpu":
+        b, t, row, column = inside.nonzero(as_tuple=True)
+        first = low.long()[b, t]  # (N, 2)
+        at = (b * size + first[:, 1] + row) * size + first[:, 0] + column
+        return z[inside], at, numbers[t]
+    x, y = (each.clamp(0, size - 1).long() for each in (x, y))
+    at = (torch.arange(len(z), device=z.device)[:, None, None, None] * size + y) * size + x
+    each = numbers[:, None, None].expand_as(z)
+    return torch.where(inside, z, torch.inf).flatten(), at.flatten(), each.flatten()
 
 
 def _barycentric(corner: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.model import render
-from export3d_cli.core.model.triplane import PLANE_AXES
+from export3d_cli.core.model.constants import constant
 
 OPAQUE = 1e-3  # less than this of a ray goes on: the rest of its samples are not looked at
 EMPTY = 1e-2  # less than this is stopped by the coarse samples: there are no fine ones
 VISIBLE = 4e-3  # a sample's share of its ray below which its colour is not decoded; the others make up for it
 CHUNK = 1 << 14  # points decoded at once: they stay in the processor's cache
-EVEN = 1 << 11  # points decoded at once are a multiple of this
 NEAR = 9 / 16  # of the coarse samples are looked at before asking which rays go on
 
 Decode = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> hidden (M, h), density (M,)
@@ -29,65 +28,58 @@ Paint = Callable[[Tensor], Tensor]  # hidden (M, h) -> colours (M, C')
 
 
 class Taps(NamedTuple):
-    """Where along one axis a bilinear sample falls; each (...,)."""
+    """Where along some axes bilinear samples fall."""
 
-    low: Tensor  # int64 cell, within the grid
-    high: Tensor
-    w_low: Tensor  # weight of each
-    w_high: Tensor
-
-
-def even(rows: Tensor) -> Tensor:
-    """(M, C) with zeros after it up to a multiple of `EVEN` rows.
-
-    oneDNN prepares, and keeps, a product for every shape it meets: numbers of points that never repeat would cost that
-    time at each, and memory without end.
-    """
-    return F.pad(rows, (0, 0, 0, -len(rows) % EVEN))
+    low: Tensor  # (axes, M) cell, a whole number, fp32; from -1 on, the padding of `plane_table`
+    weights: Tensor  # (2, axes, M) of it and of the one above
 
 
 def taps(place: Tensor, size: int, *, border: bool) -> Taps:
-    """Positions in -1..1 of a grid of `size` cells, as `F.grid_sample` counts them without aligned corners."""
+    """Positions (axes, M) in -1..1 of a grid of `size` cells, as `F.grid_sample` counts them without aligned corners."""
     at = (place + 1) * (0.5 * size) - 0.5
-    if border:
-        at = at.clamp(0, size - 1)
-    low = at.floor()
-    part, cell = at - low, low.clamp(-2, size).long()
-    w_low, w_high = 1 - part, part
-    if not border:
-        w_low = w_low * ((cell >= 0) & (cell < size))
-        w_high = w_high * ((cell >= -1) & (cell < size - 1))
-    return Taps(cell.clamp(0, size - 1), (cell + 1).clamp(0, size - 1), w_low, w_high)
+    at = at.clamp(0, size - 1) if border else at.clamp(-1, size)
+    low = at.floor().clamp_max(size - 1)
+    part = at - low
+    return Taps(low, torch.stack([1 - part, part]))
 
 
-def gather(table: Tensor, grids: list[tuple[Taps, Taps, int]], width: int) -> Tensor:
-    """Sum of bilinear samples of several grids of rows: table (rows, C), (x, y, first row) each -> (M, C)."""
-    index, weight = [], []
-    for x, y, first in grids:
-        for row, w_row in ((y.low, y.w_low), (y.high, y.w_high)):
-            for column, w_column in ((x.low, x.w_low), (x.high, x.w_high)):
-                index.append(row * width + (column + first))
-                weight.append(w_row * w_column)
-    return F.embedding_bag(torch.stack(index, -1), table, mode="sum", per_sample_weights=torch.stack(weight, -1))
+def gather(table: Tensor, x: Taps, y: Taps, size: int) -> Tensor:
+    """Sum of bilinear samples of several grids, which are the axes of both taps, from `plane_table` -> (M, C)."""
+    grids, width = len(x.low), size + 2
+    begin = constant(tuple(k * width * width + width + 1.0 for k in range(grids)), table.device)  # of the first cell
+    first = (torch.add(x.low, y.low, alpha=width) + begin[:, None]).T.contiguous().int()  # (M, grids)
+    near = constant((0, 1, width, width + 1), table.device, torch.int32)
+    index = (first[..., None] + near).view(-1, 4 * grids)
+    weights = (y.weights[:, None] * x.weights).permute(3, 2, 0, 1).reshape(-1, 4 * grids)
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
 
 
-def plane_table(planes: Tensor) -> Tensor:
-    """Planes (K, C, P, P) -> their cells as rows (K * P * P, C), fp32."""
-    return planes.float().permute(0, 2, 3, 1).reshape(-1, planes.shape[1]).contiguous()
+def plane_table(planes: Tensor, weight: Tensor) -> Tensor:
+    """Planes (K, C, P, P) -> the products of their cells with `weight` (h, C) as rows, (K * (P + 2)^2, h), fp32.
+
+    A sample is a sum of cells, so a linear layer may come before it: there are fewer cells than samples. Around each
+    plane lie cells of zeros.
+    """
+    with torch.autocast(planes.device.type, enabled=False):
+        cells = F.pad(planes.float().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        return cells.reshape(-1, planes.shape[1]) @ weight.float().T
 
 
 def sample_rows(table: Tensor, size: int, points: Tensor) -> Tensor:
-    """`triplane.sample_planes` of one head: table of `plane_table`, points (M, 3) -> (M, C)."""
-    axes = [taps(points[:, k] * 2, size, border=False) for k in range(3)]
-    grids = [(axes[a], axes[b], k * size * size) for k, (a, b) in enumerate(PLANE_AXES)]
-    return gather(table, grids, size) / len(grids)
+    """Sum of the bilinear samples of three planes of one head: table of `plane_table`, points (3, M) -> (M, h)."""
+    across = taps(points * 2, size, border=False)
+    down = Taps(across.low.roll(-1, 0), across.weights.roll(-1, 1))  # `triplane.PLANE_AXES`
+    return gather(table, across, down, size)
 
 
 def sample_view(table: Tensor, size: int, points: Tensor, camera: Tensor) -> Tensor:
-    """`source_view.sample_source` of one head: a table of one plane, points (M, 3), camera (1, 25) -> (M, C)."""
-    uv, _ = render.project(points[None], camera)
-    x, y = (taps(uv[0, :, k] * 2 - 1, size, border=True) for k in range(2))
-    return gather(table, [(x, y, 0)], size)
+    """`source_view.sample_source` of one head: a table of one plane, points (3, M), camera (1, 25) -> (M, h)."""
+    cam2world, intrinsics = (each[0] for each in render.split_camera(camera))
+    seen = intrinsics @ cam2world[:3, :3].T  # (3, 3)
+    u, v, depth = torch.addmm(-seen @ cam2world[:3, 3:], seen, points).split(1)  # (1, M) each
+    depth = depth.clamp_min(1e-3)
+    x, y = (taps(each / depth * 2 - 1, size, border=True) for each in (u, v))
+    return gather(table, x, y, size)
 
 
 def march(decode: Decode, paint: Paint, origin: Tensor, directions: Tensor, coarse: Tensor, fine: int) -> Met:

@@ -54,8 +54,8 @@ class Painted(NamedTuple):
     colours: Tensor  # (B, 3, SIDE, SIDE)
     hidden: Tensor  # (B, 1, SIDE, SIDE)
 
-    def on(self, image: Tensor) -> Tensor:
-        """The picture (B, 3, H, W), of any size, with the hole filled."""
+    def fill(self, image: Tensor) -> None:
+        """Fill the hole in a picture (B, 3, H, W) of any size, which is written into."""
         size = image.shape[-1]
         corners = self.view.positions(2)  # centres of the quarters: the square reaches twice as far
         reach = (corners - self.view.centre[:, :, None, None]).abs().amax((2, 3)) * 2  # (B, 2)
@@ -63,15 +63,13 @@ class Painted(NamedTuple):
         high = ((self.view.centre + reach).amax(0) * size).ceil().clamp(0, size).long()
         (left, top), (right, bottom) = low.tolist(), high.tolist()
         if left >= right or top >= bottom:
-            return image
+            return
         pixels = pixel_grid(size, image.device).view(size, size, 2)[top:bottom, left:right]
         grid = self.view.place(pixels.reshape(1, -1, 2)).view(-1, bottom - top, right - left, 2) * 2 - 1
         layers = torch.cat([self.colours * self.hidden, self.hidden], dim=1).float()
         ahead, share = F.grid_sample(layers, grid, align_corners=False).split([3, 1], dim=1)
-        out = image.clone()
-        part = out[:, :, top:bottom, left:right]
+        part = image[:, :, top:bottom, left:right]
         part += ahead - share * part
-        return out
 
 
 def level(uv: Tensor) -> Tensor:

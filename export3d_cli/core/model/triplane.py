@@ -75,12 +75,12 @@ class Decoder(nn.Module):
 
         `prior` (B, N), a log density that is known, stands in for the ellipsoid.
         """
-        x = self.activate(features)  # (B, N, hidden)
+        x = self.activate(self.hidden(features))  # (B, N, hidden)
         return self.colours(x), self.densities(x, points, prior)
 
-    def activate(self, features: Tensor) -> Tensor:
-        """Features (..., C) -> what both heads read, (..., hidden)."""
-        return F.softplus(self.hidden(features))
+    def activate(self, x: Tensor) -> Tensor:
+        """What `hidden` makes of features, (..., hidden) -> what both heads read, the same shape."""
+        return F.softplus(x)
 
     def colours(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., C'), fp32."""

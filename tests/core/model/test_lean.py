@@ -23,14 +23,15 @@ def psnr(a: Tensor, b: Tensor, span: float = 2.0) -> float:
     return -10 * math.log10(max(((a - b).float() / span).square().mean().item(), 1e-12))
 
 
-def test_rows_are_sampled_as_planes_are(orbit: Callable[..., Tensor]) -> None:
+def test_rows_are_sampled_as_planes_are_and_go_through_a_layer(orbit: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside of the cube
-    taken = lean.sample_rows(lean.plane_table(planes[0]), 8, points[0])
-    torch.testing.assert_close(taken, sample_planes(planes, points)[0], atol=1e-5, rtol=0)
+    weight, flat = torch.randn(6, 5), points[0].T.contiguous()
+    taken = lean.sample_rows(lean.plane_table(planes[0], weight / 3), 8, flat)
+    torch.testing.assert_close(taken, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
     view, camera = torch.randn(1, 5, 8, 8), orbit(10)
-    taken = lean.sample_view(lean.plane_table(view), 8, points[0], camera)
-    torch.testing.assert_close(taken, sample_source(view, points, camera)[0], atol=1e-5, rtol=0)
+    taken = lean.sample_view(lean.plane_table(view, weight), 8, flat, camera)
+    torch.testing.assert_close(taken, sample_source(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("solid", [1.0, 30.0])
@@ -44,7 +45,7 @@ def test_the_picture_is_that_of_the_plain_path(
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
         posed = tiny.pose(source, source.lam)
         planes = posed.planes * solid
-        posed = replace(posed, planes=planes, rows=[lean.plane_table(p) for p in planes])
+        posed = replace(posed, planes=planes, rows=tiny._plane_rows(planes))
         soon = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     assert plain.image.requires_grad and not soon.image.requires_grad

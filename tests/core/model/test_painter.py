@@ -103,12 +103,19 @@ def test_what_is_painted_lies_where_it_was_seen(points: Tensor, orbit: Callable[
         place = pixel_grid(size).view(1, size, size, 2).permute(0, 3, 1, 2)
         picture = torch.cat([place, place[:, :1]], dim=1)  # its colours say where
         seen = warp(picture, view.positions(SIDE))
-        whole = Painted(view, seen, torch.ones(1, 1, SIDE, SIDE))
-        torch.testing.assert_close(whole.on(picture), picture, atol=2e-3, rtol=0)
-        nothing = Painted(view, seen + 1, torch.zeros(1, 1, SIDE, SIDE))
-        torch.testing.assert_close(nothing.on(picture), picture)
-    far = CloseUp(view.centre + 5, view.axes, view.side)
-    assert Painted(far, seen, torch.ones(1, 1, SIDE, SIDE)).on(picture) is picture
+        solid = torch.ones(1, 1, SIDE, SIDE)
+        written = picture + 1
+        Painted(view, seen, solid).fill(written)
+        at = (view.place(pixel_grid(size)[None]) - 0.5).abs().amax(-1).view(size, size)  # 0.5 at its rim
+        inside, outside = at < 0.4, at > 0.6
+        torch.testing.assert_close(written[..., inside], picture[..., inside], atol=2e-3, rtol=0)
+        torch.testing.assert_close(written[..., outside], picture[..., outside] + 1)
+        assert inside.any() and outside.any()
+        far = CloseUp(view.centre + 5, view.axes, view.side)
+        for nothing in (Painted(view, seen, 0 * solid), Painted(far, seen, solid)):
+            written = picture + 1
+            nothing.fill(written)
+            torch.testing.assert_close(written, picture + 1)
 
 
 def test_only_the_mouth_of_a_result_is_painted(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
