@@ -251,7 +251,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, 
     return threads
 
 
-@pytest.mark.parametrize(("part", "call"), [("read", 1), ("read", 3), ("make", 3), ("compose", 1), ("write", 3)])
+@pytest.mark.parametrize(("part", "call"), [("read", 1), ("read", 3), ("make", 2), ("compose", 1), ("write", 3)])
 def test_an_error_of_any_part(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, call: int
 ) -> None:

@@ -363,7 +363,8 @@ class Export3D(nn.Module):
         like = posed.planes.new_empty(len(posed.planes), NEIGHBOURS, 3, dtype=torch.float32)
         points = render.uniform(like, self.rows) - 0.5
         near = points + REACH * (2 * render.uniform(like, self.rows) - 1)
-        hidden = self.decoder.activate(self.decoder.hidden(self._features(source, posed, torch.cat([points, near], dim=1))))
+        features = self._features(source, posed, torch.cat([points, near], dim=1))
+        hidden = self.decoder.activate(self.decoder.hidden(features))
         here, there = self.decoder.logits(hidden).chunk(2, dim=1)
         return (here - there).abs().mean(1)
 

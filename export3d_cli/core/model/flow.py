@@ -108,9 +108,10 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: 
     extent, by_size = reach.sort()
     parts = [part for part in by_size.tensor_split(SIZES) if len(part)]
     largest = torch.stack([part[-1] for part in extent.tensor_split(SIZES) if len(part)])
-    found = []
-    for part, window in zip(parts, (windows or Windows())(largest, size), strict=True):
-        found.append(_cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], part, window, size))
+    windows = windows or Windows()
+    few, found = uv.device.type == "cpu" and not windows.fixed, []
+    for part, window in zip(parts, windows(largest, size), strict=True):
+        found.append(_cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], part, window, size, few))
     height, at, number = (torch.cat(each) for each in zip(*found, strict=True))
     nearest = torch.full((B * size * size,), torch.inf, device=uv.device).scatter_reduce(0, at, height, "amin")
     wins = (height < torch.inf) & (height <= nearest[at])
@@ -122,12 +123,12 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: 
 
 
 def _cover(
-    corner: Tensor, depth: Tensor, low: Tensor, numbers: Tensor, window: int, size: int
+    corner: Tensor, depth: Tensor, low: Tensor, numbers: Tensor, window: int, size: int, few: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Triangles (B, T, 3, 2), (B, T, 3), numbered (T,), on windows from `low` (B, T, 2).
 
     Returns z, inf outside, of cells of the windows, which cells they are among B * size * size, and the triangles'
-    numbers: (N,) each. On a CPU cells outside are left out.
+    numbers: (N,) each. `few` leaves out cells outside, which a GPU would have to be waited for.
     """
     step = torch.arange(window, device=corner.device, dtype=torch.float32)
     x, y = low[..., :1, None] + step, low[..., 1:, None] + step[:, None]  # (B, T, 1, w), (B, T, w, 1)
@@ -142,7 +143,7 @@ def _cover(
     inside = (torch.minimum(torch.minimum(wb, wc), 1 - wb - wc) >= -1e-4) & (area > 1e-8)[..., None, None]
     inside = inside & ((x >= 0) & (x < size)) & ((y >= 0) & (y < size))  # (B, T, w, w)
     z = za[..., None, None] + wb * (zb - za)[..., None, None] + wc * (zc - za)[..., None, None]
-    if z.device.type == "cpu":
+    if few:
         b, t, row, column = inside.nonzero(as_tuple=True)
         first = low.long()[b, t]  # (N, 2)
         at = (b * size + first[:, 1] + row) * size + first[:, 0] + column

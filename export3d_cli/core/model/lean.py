@@ -35,7 +35,7 @@ class Taps(NamedTuple):
 
 
 def taps(place: Tensor, size: int, *, border: bool) -> Taps:
-    """Positions (axes, M) in -1..1 of a grid of `size` cells, as `F.grid_sample` counts them without aligned corners."""
+    """Positions (axes, M) in -1..1 of a grid of `size` cells, counted as by `F.grid_sample` without aligned corners."""
     at = (place + 1) * (0.5 * size) - 0.5
     at = at.clamp(0, size - 1) if border else at.clamp(-1, size)
     low = at.floor().clamp_max(size - 1)
