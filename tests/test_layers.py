@@ -37,6 +37,7 @@ CORE_RULES = {
     "frames.py": ("job", "media", "model"),
     "keys.py": (),
     "job.py": ("control", "driver", "face", "tracking", "watermark"),
+    "portrait.py": ("face", "frames", "job"),
     "animate.py": (
         "compose",
         "job",
@@ -50,6 +51,7 @@ CORE_RULES = {
         "media",
         "checkpoint",
         "pipeline",
+        "portrait",
         "tracking",
         "watermark",
         "weights",

@@ -10,13 +10,11 @@ Memory does not grow with the driver's length: the face is tracked, generated an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,19 +36,19 @@ from export3d_cli.core.device import (
     widen,
 )
 from export3d_cli.core.driver import DriverStream, motion_rows, sound_of
-from export3d_cli.core.errors import Export3DError, InputError
-from export3d_cli.core.face.follow import find_face
-from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, crop_image, head_points
-from export3d_cli.core.face.person import PersonMask
+from export3d_cli.core.errors import Export3DError
+from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, head_points
+from export3d_cli.core.face.person import PersonMask, Place
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.frames import QUALITIES, depth_picture, frame_size, mesh_size, pictures, sampling, with_rim
+from export3d_cli.core.frames import QUALITIES, depth_picture, mesh_size, pictures, sampling, shrunk
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.keys import WINDOW, PlaneKeys
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Posed, Source
 from export3d_cli.core.pipeline import Ahead, Behind
+from export3d_cli.core.portrait import portrait_of
 from export3d_cli.core.tracking import TrackerName, landmark_tracker, open_tracker
 from export3d_cli.core.watermark import marker
 from export3d_cli.core.weights import resolve
@@ -84,6 +82,7 @@ class Animator:
         self._crop: np.ndarray | None = None
         self._photo: Tensor | None = None  # (1, 3, M, M), see `superres.enlarge`
         self._motion: Motion | None = None
+        self._faces: Sequence[Place] = ()  # see `PersonMask.alpha`
         self.person_mask = PersonMask(resolve("selfie_segmentation"))
         self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
         self._crop_scale = CROP_SCALE[0]
@@ -121,16 +120,10 @@ class Animator:
         `face` chooses among several: largest, left, right, or index:N, the N-th from the left, from 0. `crop` none
         takes the picture, which must be square, as it is. `size` is the side of the frames, see `frame_size`.
         """
-        height, width = image.shape[:2]
-        if crop == "none" and height != width:
-            raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
-        found = find_face(self.tracker.landmarker, image, name=name, face=face)
-        square = (0.0, 0.0, float(width)) if crop == "none" else None
-        motion = self.tracker.motion([found], Fraction(25), (width, height), crop=square)
-        size = frame_size(self.model.config.image_size, motion.crop[2], size)
-        around = crop_image(image, *with_rim(motion.crop, size))
-        self.set_source_motion(crop_image(image, motion.crop, size), motion, around=around)
-        return motion
+        side = self.model.config.image_size
+        seen = portrait_of(image, self.tracker, side, name=name, face=face, crop=crop, size=size)
+        self.set_source_motion(seen.crop, seen.motion, around=seen.around, faces=seen.faces)
+        return seen.motion
 
     def follower(self, name: TrackerName) -> FaceTracker:
         """The tracker that reads drivers, made when it is first asked for. Raises `WeightsError`."""
@@ -139,25 +132,25 @@ class Animator:
         return self._followers[name]
 
     def set_source_motion(
-        self, crop: np.ndarray, motion: Motion, frame: int = 0, *, around: np.ndarray | None = None
-    ) -> None:
+        self, crop: np.ndarray, motion: Motion, frame: int = 0, *, around: np.ndarray | None = None,
+        faces: Sequence[Place] = (),
+    ) -> None:  # fmt: skip
         """Encode a face crop, uint8 (K, K, 3), already tracked: row `frame` of `motion`.
 
         Frames will be as large; a crop larger than the model's picture gives them its detail, and `around`, (M, M, 3),
-        the same with more of the photo on all sides, also what is there.
+        the same with more of the photo on all sides, also what is there. `faces` are the person's own and those of
+        others, who stay where they are.
         """
         self._motion = own = motion_rows(motion, np.array([frame]))
-        extent = np.ptp(own.landmarks[0, :, :2], axis=0).max()
-        self._crop_scale, self._crop = float(1 / extent), crop
+        self._faces = faces
+        self._crop_scale, self._crop = float(1 / np.ptp(own.landmarks[0, :, :2], axis=0).max()), crop
         shown = crop if around is None and len(crop) > self.model.config.image_size else around
         self._photo = None if shown is None else to_tensor(shown)[None].to(self.device)
         self._encode(crop, own)
 
     def _encode(self, crop: np.ndarray, own: Motion) -> None:
-        side = self.model.config.image_size
-        if len(crop) > side:
-            crop = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
-        person = self._tensor(self.person_mask.alpha(crop)[None, None])
+        crop = shrunk(crop, self.model.config.image_size)
+        person = self._tensor(self.person_mask.alpha(crop, self._faces)[None, None])
         self._source = self._computed(
             self.model.encode_source, to_tensor(crop)[None].to(self.device), self._tensor(own.beta),
             self._tensor(own.camera), self._tensor(head_points(own.landmarks, own.camera)), person,

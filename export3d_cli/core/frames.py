@@ -54,6 +54,11 @@ def with_rim(square: tuple[float, float, float], size: int) -> tuple[tuple[float
     return (x0 - more, y0 - more, side + 2 * more), size + 2 * rim
 
 
+def shrunk(picture: np.ndarray, side: int) -> np.ndarray:
+    """A square picture, uint8 (K, K, 3), of `side` at most."""
+    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) if len(picture) > side else picture
+
+
 def mesh_size(config: ModelConfig, size: int) -> int:
     """Side at which the face mesh is rasterised for frames of that size: larger ones show its steps at an outline."""
     return config.mesh_size * min(size, 2 * config.image_size) // config.image_size

@@ -30,6 +30,7 @@ import numpy as np
 from export3d_cli.core.capture import capture, is_recording
 from export3d_cli.core.clips import Gates, Segment, segments, sharpness
 from export3d_cli.core.errors import Export3DError, InputError, NoFaceError
+from export3d_cli.core.face.beyond import photo_crop
 from export3d_cli.core.face.motion import Tracker, crop_image
 from export3d_cli.core.files import hold, tidy
 from export3d_cli.core.interrupt import repeat_dropped
@@ -289,7 +290,7 @@ def _make_still(job: Job, tracker: Tracker) -> Done:
     reason = replace(job.gates, min_seconds=0.0).reason(segment)
     if reason:
         return Done(job, [], [_reject(job, job.source, reason)])
-    write_image(job.out / f"clips/{job.source}.png", crop_image(image, motion.crop, job.size))
+    write_image(job.out / f"clips/{job.source}.png", photo_crop(image, motion.crop, job.size))
     motion.save(job.out / f"clips/{job.source}.motion.npz")
     return Done(job, [_line(job, job.source, 1, ".png")], [])
 

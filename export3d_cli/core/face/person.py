@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from export3d_cli.core.errors import WeightsError
+from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.litert import Network, quiet_stderr
+from export3d_cli.core.face.motion import Square
 
+Place = tuple[float, float, float]  # of a face: middle and size, in sizes of the picture
 _SIZE = 256  # input and output side of the network, pixels
 _LOW, _HIGH = 0.1, 0.5  # confidences that mean nothing of the person, and all of it: loose hair is seldom sure
 _HOLE = 1000  # gaps within the person of fewer network pixels are the network's mistakes
 _SOFT = 1.3  # standard deviation of the edge's softening, network pixels
 _CALM = 0.3  # share of the new mask where it differs little from the last one
 _MOVED = 0.5  # difference from which the new mask is taken as it is: something moved there
+_BETWEEN = 0.1  # sizes of a face over which one person goes over into another
 _SPREAD = 25  # window, network pixels, over which the colours of the person and of what is behind are found
 
 
@@ -32,10 +37,14 @@ class PersonMask:
             self._network = Network(content, path, threads)
         self._last: np.ndarray | None = None
 
-    def alpha(self, image: np.ndarray) -> np.ndarray:
-        """How much of each pixel is the person's, float32 (H, W) in [0, 1], for a picture by itself."""
+    def alpha(self, image: np.ndarray, faces: Sequence[Place] = ()) -> np.ndarray:
+        """How much of each pixel is the person's, float32 (H, W) in [0, 1], for a picture by itself.
+
+        `faces` are the person's and those of others, who are left out.
+        """
         height, width = image.shape[:2]
-        return cv2.resize(self._mask(image), (width, height), interpolation=cv2.INTER_LINEAR)
+        alpha = cv2.resize(self._mask(image), (width, height), interpolation=cv2.INTER_LINEAR)
+        return alpha * nearest_to_first(faces, height, width) if len(faces) > 1 else alpha
 
     def follow(self, image: np.ndarray) -> np.ndarray:
         """The same for the next frame of a video: edges that stand still do not flicker, those that move keep up."""
@@ -57,6 +66,19 @@ class PersonMask:
         mask = _without_holes(mask)
         mask = cv2.GaussianBlur(mask, (0, 0), _SOFT, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
+
+
+def face_places(faces: Sequence[Face], crop: Square) -> list[Place]:
+    """Where faces of a photo are in a crop of it."""
+    flat = [(face.landmarks[:, :2] - crop[:2]) / crop[2] for face in faces]
+    return [(*points.mean(0).tolist(), float(np.ptp(points, axis=0).max())) for points in flat]
+
+
+def nearest_to_first(faces: Sequence[Place], height: int, width: int) -> np.ndarray:
+    """Where the first of two or more faces is the nearest, counted in sizes of each: float32 (H, W) in [0, 1]."""
+    y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    own, *rest = (np.hypot(x / width - across, y / height - down) / size for across, down, size in faces)
+    return np.clip((np.min(rest, axis=0) - own) / _BETWEEN + 0.5, 0, 1)
 
 
 def foreground(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.model.flow import interpolate, warp
+from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import RIMS, anchored_places
 from export3d_cli.core.model.painter import (
@@ -24,6 +24,7 @@ from export3d_cli.core.model.painter import (
     soften,
     strip,
 )
+from export3d_cli.core.model.raster import interpolate
 from export3d_cli.core.model.render import pixel_grid, project
 
 WIDER = 1.8  # than the eye

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config import POINTS, ModelConfig
 from export3d_cli.core.model.constants import constant, rows
+from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import CHIN, RIMS, anchored_places, behind_lips, lip_edges, mouth_places
+from export3d_cli.core.model.raster import Windows, blend, cross, interpolate, pick, rasterize
 from export3d_cli.core.model.render import pixel_grid, project
 
 TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's inside, 2 eye
@@ -25,12 +27,12 @@ TRIANGLES = 902  # of the face; rows of (a, b, c, kind), kind 0 skin, 1 mouth's 
 OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
         150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
 FOREHEAD = 10  # its top
-SIZES = 6  # groups of triangles of like size
 # Widening of the outline, depth added, nearness to the face (there 1). The last one is there for hair on top.
 RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 NECK = 0.3  # heights of the face below the chin at which a neck no longer moves with the head
 TOP = (0.6, 0.9)  # and above it, from which on hair is the head's however high it is,
-ASIDE = (0.6, 0.75)  # where it is not farther aside than this
+ASIDE = (0.6, 0.75)  # where it is not farther aside than this,
+WIDE, STEPS = (0.9, 1.05), 16  # or than this where it hangs together with such, looked at in so many steps
 NOTHING = 100.0  # how far away nothing is
 CLEAR = 0.02  # head-frame units: what is this much behind what the photo shows begins to be hidden,
 DRAWN_OUT = (1.6, 2.0)  # and is not shown where log2 of its stretch is as large: of less an ear is made
@@ -62,111 +64,6 @@ class Mesh(NamedTuple):
     before: Tensor  # (B, T) twice the signed area in the photo
 
 
-class Raster(NamedTuple):
-    """Which triangle covers each pixel; P = size * size, row by row."""
-
-    triangle: Tensor  # (B, P) int64, -1 where none does
-    corners: Tensor  # (B, P, 3) barycentric coordinates
-
-
-class Windows:
-    """How wide the windows are on which `rasterize` tests triangles of like size: as wide as the largest one needs.
-
-    Once they are `fixed`, as wide as they ever were, and some more; what is larger still is cut off there. A CUDA graph
-    cannot ask what it needs.
-    """
-
-    def __init__(self) -> None:
-        self.widest: dict[int, list[int]] = {}  # by the size of the picture
-        self.fixed = False
-
-    def __call__(self, largest: Tensor, size: int) -> list[int]:
-        """The largest extents of each group, pixels -> their windows."""
-        before = self.widest.get(size, [0] * len(largest))
-        if self.fixed:
-            return [min(round(w * 1.25) + 2, size + 1) for w in before]
-        found = [int(x) + 1 for x in largest.tolist()]  # asked at once: a GPU is waited for
-        self.widest[size] = [max(pair) for pair in zip(before, found, strict=True)]
-        return found
-
-
-def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: Windows | None = None) -> Raster:
-    """Nearest front-facing triangle at each pixel centre, batched, no loop over triangles.
-
-    Triangles of like size are tested together, on a window as large as the largest one needs; a scatter keeps the
-    nearest.
-
-    Args:
-        uv: (B, V, 2) positions in image sizes. depth: (B, V). triangles: (T, 3) int64. size: pixels a side.
-        windows: how wide they are; None: as wide as needed.
-    """
-    B, T = uv.shape[0], triangles.shape[0]
-    pixel = uv.float() * size - 0.5  # integers are pixel centres
-    corner = pixel[:, triangles]  # (B, T, 3, 2)
-    low = corner.amin(2).ceil()  # first pixel centre inside the bounding box
-    reach = (corner.amax(2) - low).amax((0, 2)).clamp(0, size)  # (T,)
-    extent, by_size = reach.sort()
-    parts = [part for part in by_size.tensor_split(SIZES) if len(part)]
-    largest = torch.stack([part[-1] for part in extent.tensor_split(SIZES) if len(part)])
-    windows = windows or Windows()
-    few, found = uv.device.type == "cpu" and not windows.fixed, []
-    for part, window in zip(parts, windows(largest, size), strict=True):
-        found.append(_cover(corner[:, part], depth.float()[:, triangles[part]], low[:, part], part, window, size, few))
-    height, at, number = (torch.cat(each) for each in zip(*found, strict=True))
-    nearest = torch.full((B * size * size,), torch.inf, device=uv.device).scatter_reduce(0, at, height, "amin")
-    wins = (height < torch.inf) & (height <= nearest[at])
-    index = torch.full(nearest.shape, -1, dtype=torch.int64, device=uv.device)
-    index = index.scatter_reduce(0, at, torch.where(wins, number, -1), "amax").view(B, -1)
-    mine = _pick(corner.view(B, T, 6), index).view(B, -1, 3, 2)
-    bary, _ = _barycentric(mine, pixel_grid(size, uv.device) * size - 0.5)
-    return Raster(index, bary)
-
-
-def _cover(
-    corner: Tensor, depth: Tensor, low: Tensor, numbers: Tensor, window: int, size: int, few: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Triangles (B, T, 3, 2), (B, T, 3), numbered (T,), on windows from `low` (B, T, 2).
-
-    Returns z, inf outside, of cells of the windows, which cells they are among B * size * size, and the triangles'
-    numbers: (N,) each. `few` leaves out cells outside, which a GPU would have to be waited for.
-    """
-    step = torch.arange(window, device=corner.device, dtype=torch.float32)
-    x, y = low[..., :1, None] + step, low[..., 1:, None] + step[:, None]  # (B, T, 1, w), (B, T, w, 1)
-    # barycentric coordinates are linear in x and y: one product for each instead of many passes over the windows
-    (a, b, c), (za, zb, zc) = corner.unbind(2), depth.unbind(2)
-    area = _cross(b - a, c - a)
-    safe = torch.where(area.abs() < 1e-12, 1e-12, area)
-    ub, uc = c - a, b - a
-    dx, dy = x - a[..., :1, None], y - a[..., 1:, None]
-    wb = dx * (ub[..., 1] / safe)[..., None, None] - dy * (ub[..., 0] / safe)[..., None, None]
-    wc = dy * (uc[..., 0] / safe)[..., None, None] - dx * (uc[..., 1] / safe)[..., None, None]
-    inside = (torch.minimum(torch.minimum(wb, wc), 1 - wb - wc) >= -1e-4) & (area > 1e-8)[..., None, None]
-    inside = inside & ((x >= 0) & (x < size)) & ((y >= 0) & (y < size))  # (B, T, w, w)
-    z = za[..., None, None] + wb * (zb - za)[..., None, None] + wc * (zc - za)[..., None, None]
-    if few:
-        b, t, row, column = inside.nonzero(as_tuple=True)
-        first = low.long()[b, t]  # (N, 2)
-        at = (b * size + first[:, 1] + row) * size + first[:, 0] + column
-        return z[inside], at, numbers[t]
-    x, y = (each.clamp(0, size - 1).long() for each in (x, y))
-    at = (torch.arange(len(z), device=z.device)[:, None, None, None] * size + y) * size + x
-    each = numbers[:, None, None].expand_as(z)
-    return torch.where(inside, z, torch.inf).flatten(), at.flatten(), each.flatten()
-
-
-def _barycentric(corner: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Triangles (..., 3, 2), points (..., 2) -> barycentric coordinates (..., 3) and twice the signed area."""
-    a, b, c = corner.unbind(-2)
-    area = _cross(b - a, c - a)
-    safe = torch.where(area.abs() < 1e-12, 1e-12, area)
-    wb, wc = _cross(at - a, c - a) / safe, _cross(b - a, at - a) / safe
-    return torch.stack([1 - wb - wc, wb, wc], dim=-1), area
-
-
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
-
-
 def _between(x: Tensor, low: float, high: float) -> Tensor:
     """0 up to `low`, 1 from `high` on."""
     return ((x - low) / (high - low)).clamp(0, 1)
@@ -175,26 +72,7 @@ def _between(x: Tensor, low: float, high: float) -> Tensor:
 def _area(uv: Tensor, triangles: Tensor) -> Tensor:
     """Positions (B, V, 2), triangles (T, 3) -> twice the signed areas (B, T)."""
     a, b, c = uv[:, triangles].unbind(2)
-    return _cross(b - a, c - a)
-
-
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """rows (B, T, K), index (B, P) with -1 for none -> (B, P, K)."""
-    B, T, K = rows.shape
-    first = torch.arange(B, device=rows.device)[:, None] * T
-    return rows.reshape(B * T, K)[index.clamp_min(0) + first]  # whole rows at once: several times as fast as `gather`
-
-
-def interpolate(raster: Raster, vertex: Tensor, triangles: Tensor) -> Tensor:
-    """Values of vertices (B, V, K) over the triangles (T, 3) that cover the pixels -> (B, P, K), 0 where none does."""
-    return _blend(raster, vertex[:, triangles].flatten(2)) * (raster.triangle >= 0)[..., None]
-
-
-def _blend(raster: Raster, corners: Tensor) -> Tensor:
-    """Values of the corners of triangles, (B, T, 3 * K), over the pixels -> (B, P, K); anything where none covers."""
-    a, b, c = _pick(corners, raster.triangle).chunk(3, dim=-1)
-    at_a, at_b, at_c = raster.corners.split(1, dim=-1)
-    return torch.addcmul(torch.addcmul(a * at_a, b, at_b), c, at_c)
+    return cross(b - a, c - a)
 
 
 def with_rings(points: Tensor) -> Tensor:
@@ -297,13 +175,18 @@ class BasisFlow(nn.Module):
         away = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
         height = (away * up[:, None]).sum(-1) / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
         above = (height / NECK + 1).clamp(0, 1).view(-1, 1, self.size, self.size)
-        aside = _cross(away, up[:, None]).abs() / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        aside = cross(away, up[:, None]).abs() / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
         # no farther than half of the second ring, but on top: others may be in the picture
-        top = _between(height, *TOP) * (1 - _between(aside, *ASIDE))
+        high = _between(height, *TOP)
+        top, wide = (high * (1 - _between(aside, *reach)) for reach in (ASIDE, WIDE))
         near = torch.maximum((2 * weight).clamp_max(1), top.view_as(above))
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
+        hair = person * above * near
+        wide = person * wide.view_as(above)
+        for _ in range(STEPS):
+            hair = torch.maximum(hair, torch.minimum(wide, dilate(hair, max(1, self.size // 64))))
         found = (person * face).sum((1, 2, 3), keepdim=True) > face.sum((1, 2, 3), keepdim=True) / 2
-        return torch.where(found, torch.maximum(face, person * above * near), weight)
+        return torch.where(found, torch.maximum(face, hair), weight)
 
     def mesh(self, points: Tensor, source_camera: Tensor, target: Tensor) -> Mesh:
         """What of `forward` does not depend on the driver's camera."""
@@ -330,7 +213,7 @@ class BasisFlow(nn.Module):
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_target, depth = project(mesh.points, camera)
         raster = rasterize(uv_target, depth, triangles, s, self.windows)
-        value = _blend(raster, mesh.corners.expand(B, -1, -1))  # (B, P, 15)
+        value = blend(raster, mesh.corners.expand(B, -1, -1))  # (B, P, 15)
 
         before, after = mesh.before.expand(B, -1), _area(uv_target, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
@@ -343,7 +226,7 @@ class BasisFlow(nn.Module):
         lid = (triangles[..., None] == self.rims).flatten(1).any(1) & (kind == 0)
         shown = shown * (1 - LID_DOUBT * lid * (stretch - 0.5).clamp(0, 1))
         shut = hole * (1 - 2 * ratio).clamp_min(0)
-        facts = _pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
+        facts = pick(torch.stack([shown, stretch, mouth, shut, eye], dim=-1), raster.triangle)  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
         shown, stretch, mouth, shut, eye = (f * covered for f in facts.split(1, dim=-1))  # each (B, P, 1)
         place, known = behind_lips(value[..., 4:5], value[..., 9:14])

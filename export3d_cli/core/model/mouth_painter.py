@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.model.flow import interpolate, warp
+from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.mouth import (
     LOWER_LIP,
     RIMS,
@@ -28,6 +28,7 @@ from export3d_cli.core.model.painter import (
     soften,
     strip,
 )
+from export3d_cli.core.model.raster import interpolate
 from export3d_cli.core.model.render import project
 
 WIDER = 1.3  # than the lips

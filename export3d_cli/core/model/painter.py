@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.model.flow import Raster, rasterize
 from export3d_cli.core.model.generator import ResBlock, leaky
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import RIMS
+from export3d_cli.core.model.raster import Raster, rasterize
 from export3d_cli.core.model.render import pixel_grid
 
 SIDE = 96  # of a close-up, pixels

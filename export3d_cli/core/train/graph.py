@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export3d_cli.core.model.flow import Windows
+from export3d_cli.core.model.raster import Windows
 from export3d_cli.core.train.data import Batch
 
 FIRST = 24  # steps taken one by one before: they tell how wide the windows of the rasteriser must be

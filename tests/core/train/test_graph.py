@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from export3d_cli.core.config import TrainConfig
-from export3d_cli.core.model.flow import Windows
+from export3d_cli.core.model.raster import Windows
 from export3d_cli.core.train import graph, stage
 from export3d_cli.core.train.data import Batch
 from export3d_cli.core.train.graph import StepGraph
