@@ -32,7 +32,7 @@ RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 NECK = 0.3  # heights of the face below the chin at which a neck no longer moves with the head
 TOP = (0.6, 0.9)  # and above it, from which on hair is the head's however high it is,
 ASIDE = (0.6, 0.75)  # where it is not farther aside than this,
-WIDE, STEPS = (0.9, 1.05), 16  # or than this where it hangs together with such, looked at in so many steps
+WIDE, STEPS = (0.9, 1.05), 16  # or than this where it hangs together with such, followed in so many steps
 NOTHING = 100.0  # how far away nothing is
 CLEAR = 0.02  # head-frame units: what is this much behind what the photo shows begins to be hidden,
 DRAWN_OUT = (1.6, 2.0)  # and is not shown where log2 of its stretch is as large: of less an ear is made
@@ -182,9 +182,10 @@ class BasisFlow(nn.Module):
         near = torch.maximum((2 * weight).clamp_max(1), top.view_as(above))
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
         hair = person * above * near
-        wide = person * wide.view_as(above)
+        wide, more = person * wide.view_as(above), hair * (hair > 0.5)
         for _ in range(STEPS):
-            hair = torch.maximum(hair, torch.minimum(wide, dilate(hair, max(1, self.size // 64))))
+            more = torch.minimum(wide, dilate(more, max(1, self.size // 64)))
+        hair = torch.maximum(hair, more)
         found = (person * face).sum((1, 2, 3), keepdim=True) > face.sum((1, 2, 3), keepdim=True) / 2
         return torch.where(found, torch.maximum(face, hair), weight)
 

@@ -59,7 +59,7 @@ def test_a_head_is_the_person_down_to_the_neck(flow: BasisFlow, points: Tensor, 
     (chin_x, chin_y), (_, top_y) = project(points[:, [CHIN, FOREHEAD]], camera)[0][0].tolist()
     own = flow(points, camera, points, camera)
     people = torch.ones(1, 1, 64, 64)
-    people[..., 4:8] = 0
+    people[..., 2:14] = 0
     alone, crowd, lost = (flow.head(points, camera, mask) for mask in (own.face, people, own.face * 0))
     assert (alone >= own.face).all() and (alone - own.face).max() < 0.25  # a face is a head
     torch.testing.assert_close(lost, own.weight)  # a mask that misses the face is none
@@ -120,7 +120,7 @@ def test_hair_that_stands_high_is_of_the_head_and_what_is_beside_it_is_not(
 
 
 def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
-    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hair as far aside as another's head may be, beside the brow: to the right it hangs together, to the left not."""
     camera = orbit(0)
@@ -128,13 +128,14 @@ def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
     uv, _ = project(points[:, [CHIN, FOREHEAD]], camera)
     (middle, chin), (_, brow) = uv[0].tolist()
     face, size = chin - brow, 128
+    monkeypatch.setattr(flow, "size", size)
     x, y = pixel_grid(size).T.view(2, size, size)
     person = flow(points, camera, points, camera, size).face
     person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x > middle - 0.4 * face)] = 1
-    person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x < middle - 0.7 * face)] = 1
+    person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x < middle - 0.8 * face)] = 1
     head = flow.head(points, camera, person)
     near, far, apart = (
-        float(warp(head, torch.tensor([middle + aside * face, brow]).view(1, 2, 1, 1))) for aside in (0.7, 1.15, -0.8)
+        float(warp(head, torch.tensor([middle + aside * face, brow]).view(1, 2, 1, 1))) for aside in (0.85, 1.15, -0.87)
     )
     assert near > 0.95 and far < 0.05 and apart < 0.05
 
