@@ -10,7 +10,7 @@ import numpy as np
 
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.beyond import photo_crop
-from export3d_cli.core.face.follow import find_face, others
+from export3d_cli.core.face.follow import find_face
 from export3d_cli.core.face.motion import Motion, Tracker
 from export3d_cli.core.face.person import Place, face_places
 from export3d_cli.core.frames import frame_size, with_rim
@@ -42,6 +42,6 @@ def portrait_of(
     square = (0.0, 0.0, float(width)) if crop == "none" else None
     motion = tracker.motion([found], Fraction(25), (width, height), crop=square)
     size = frame_size(side, motion.crop[2], size)
-    places = face_places([found, *others(tracker.landmarker.find_all(image), found)], motion.crop)
+    places = face_places(found, tracker.landmarker.find_all(image), motion.crop)
     around = photo_crop(image, *with_rim(motion.crop, size))
     return Portrait(photo_crop(image, motion.crop, size), motion, around, places)

@@ -13,7 +13,6 @@ from export3d_cli.core.media.cuts import SceneCuts
 
 SETTLE = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
 REACH = (0.75, 0.03)  # face boxes that a face may go from one frame to the next, and more for each frame without it
-APART = 0.5  # sizes of a face from which on another one's middle is another's
 PATIENCE = 2  # seconds for which a lost face is waited for at its place before another one is taken
 
 
@@ -54,12 +53,6 @@ def find_face(landmarker: Landmarker, image: np.ndarray, *, name: str = "the pho
     if found is None:
         raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
     return found
-
-
-def others(faces: list[Face], own: Face) -> list[Face]:
-    """Those of the faces in a photo that are not `own`."""
-    size, middle = np.ptp(own.landmarks[:, :2], axis=0).max(), own.landmarks[:, :2].mean(0)
-    return [face for face in faces if np.linalg.norm(face.landmarks[:, :2].mean(0) - middle) > APART * size]
 
 
 class Follower:

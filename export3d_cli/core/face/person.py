@@ -20,6 +20,7 @@ _HOLE = 1000  # gaps within the person of fewer network pixels are the network's
 _SOFT = 1.3  # standard deviation of the edge's softening, network pixels
 _CALM = 0.3  # share of the new mask where it differs little from the last one
 _MOVED = 0.5  # difference from which the new mask is taken as it is: something moved there
+_APART = 0.5  # sizes of a face from which on another one's middle is another's
 _BETWEEN = 0.1  # sizes of a face over which one person goes over into another
 _SPREAD = 25  # window, network pixels, over which the colours of the person and of what is behind are found
 
@@ -68,10 +69,11 @@ class PersonMask:
         return np.clip((mask - 0.35) / 0.6, 0, 1)
 
 
-def face_places(faces: Sequence[Face], crop: Square) -> list[Place]:
-    """Where faces of a photo are in a crop of it."""
-    flat = [(face.landmarks[:, :2] - crop[:2]) / crop[2] for face in faces]
-    return [(*points.mean(0).tolist(), float(np.ptp(points, axis=0).max())) for points in flat]
+def face_places(own: Face, found: Sequence[Face], crop: Square) -> list[Place]:
+    """Where in a crop of a photo a face is, first, and those of all that were `found` that are others."""
+    flat = [(face.landmarks[:, :2] - crop[:2]) / crop[2] for face in (own, *found)]
+    first, *rest = ((*points.mean(0).tolist(), float(np.ptp(points, axis=0).max())) for points in flat)
+    return [first, *(place for place in rest if np.hypot(place[0] - first[0], place[1] - first[1]) > _APART * first[2])]
 
 
 def nearest_to_first(faces: Sequence[Place], height: int, width: int) -> np.ndarray:
