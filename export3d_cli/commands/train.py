@@ -1,4 +1,4 @@
-"""`export3d train --config FILE`: contrastive pre-training, reconstruction, and the adversarial stage."""
+"""`export3d train --config FILE`: contrastive pre-training, reconstruction, and the stages around them."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class ModelConfig:
         return BETA_DIM if self.expression == "direct" else self.basis
 
 
-STAGES = ("clebs", "mouth", "eyes", "reconstruction", "adversarial")  # in the order they are trained
+STAGES = ("clebs", "mouth", "eyes", "reconstruction", "adversarial", "steady")  # in the order they are trained
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -217,6 +217,16 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True)
+class SteadyConfig:
+    """The stage `steady` (beyond the paper): expressions are not to be read as turns of the head."""
+
+    steps: int = 100
+    weight: tuple[float, ...] = ()  # sampling share of each data set in this stage; empty: data.weight
+    batch: int = 4  # sources of a step
+    ridge: float = 30.0  # strength of the regression
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: stages in order, schedule, bookkeeping."""
 
@@ -229,6 +239,7 @@ class TrainConfig:
     eyes: EyesConfig = field(default_factory=EyesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    steady: SteadyConfig = field(default_factory=SteadyConfig)
     stages: tuple[str, ...] = ("clebs", "reconstruction")
     init: str = ""  # weights file to start from
     expression: str = ""  # weights file whose expression code and flow basis are taken instead of the stage clebs
@@ -261,7 +272,7 @@ class TrainConfig:
         """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
         clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
         steps = {"clebs": clebs, "mouth": self.mouth.steps, "eyes": self.eyes.steps, "reconstruction": self.steps}
-        return (steps | {"adversarial": self.adversarial.steps})[stage]
+        return (steps | {"adversarial": self.adversarial.steps, "steady": self.steady.steps})[stage]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def check(config: TrainConfig, stages: tuple[str, ...]) -> None:
         raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
     holes = {"mouth": config.mouth, "eyes": config.eyes}
     weights = {"data": config.data.weight, "clebs": config.clebs.weight, **{k: v.weight for k, v in holes.items()}}
+    weights["steady"] = config.steady.weight
     for name, weight in weights.items():
         if weight and (len(weight) != len(config.data.path) or not any(weight)):
             raise ConfigError(f"{name}.weight needs one number per data.path, not all 0, got {weight}")
@@ -76,6 +77,12 @@ def check(config: TrainConfig, stages: tuple[str, ...]) -> None:
             raise ConfigError(f"the stage {name} needs model.{name}, the width of its network, and model.flow")
         if min(hole.batch, hole.critic_width) < 1 or hole.steps < 0:
             raise ConfigError(f"{name}.batch and critic_width must be 1 or more, and steps not negative")
+    if min(config.steady.batch, config.steady.steps) < 1 or config.steady.ridge < 0:
+        raise ConfigError("steady.batch and steps must be 1 or more, and ridge not negative")
+    if "steady" in config.stages and not config.model.flow:
+        raise ConfigError("the stage steady needs model.flow: it changes the fields of the flow")
+    if config.stages == ("steady",) and not config.init:
+        raise ConfigError("the stage steady looks at what trained weights make: name them in init, or add stages")
     _check_losses(config)
 
 

@@ -19,6 +19,7 @@ from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
 from export3d_cli.core.files import hold
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.train import steady
 from export3d_cli.core.train.cache import load_sets
 from export3d_cli.core.train.close_ups import DRAWERS
 from export3d_cli.core.train.data import Sampler
@@ -105,11 +106,22 @@ def _train(run: Run) -> TrainSummary:
                 return _summary(run, name, done, finished=False, values={})
             run.resumed = None
     model.painters.requires_grad_(False)  # they are not asked in the stages that follow
-    stages = [stage for stage in config.stages if stage not in ("clebs", *HOLES)]
+    if resumed_stage != steady.NAME:
+        summary = _images(run, model, sampler, resumed_stage)
+        if not summary.finished or steady.NAME not in config.stages:
+            return summary
+        run.resumed = None
+    return _steady(run, model, Sampler(sets, steady.draws(config), face.mirror))
+
+
+def _images(run: Run, model: Export3D, sampler: Sampler, resumed_stage: str) -> TrainSummary:
+    """The stages that are trained on whole images, if any; in the end there is a weights file."""
+    config = run.config
+    stages = [stage for stage in config.stages if stage not in ("clebs", *HOLES, steady.NAME)]
     if not stages:
-        if world.main:
+        if run.world.main:
             save_weights(run.folder / "weights.safetensors", model.state_dict(), config.model, _record(config, 0))
-        last = config.stages[-1]
+        last = next((stage for stage in reversed(config.stages) if stage != steady.NAME), steady.NAME)
         return _summary(run, last, config.steps_of(last), finished=True, values={})
     images = ImageStages(run, model, sampler, _record(config, 0))
     if resumed_stage in stages:
@@ -121,6 +133,20 @@ def _train(run: Run) -> TrainSummary:
             break
     finished = images.stage == stages[-1] and images.step >= images.steps
     return _summary(run, images.stage, images.step, finished=finished, values=values)
+
+
+def _steady(run: Run, model: Export3D, sampler: Sampler) -> TrainSummary:
+    """The stage `steady`, of the weights that the stages before it left."""
+    run.world.wait()  # the first process has written them
+    path = run.folder / "weights.safetensors"
+    state, _, record = load_weights(path)
+    load_into(model, state, f"the weights {path}")
+    stage = steady.SteadyStage(run, model, sampler)
+    done = stage.train()
+    finished = done >= run.config.steps_of(steady.NAME)
+    if finished and run.world.main:
+        save_weights(path, model.state_dict(), run.config.model, {**record, "steady_steps": done})
+    return _summary(run, steady.NAME, done, finished=finished, values=stage.values)
 
 
 def _start_from(model: Export3D, config: TrainConfig) -> None:
