@@ -150,7 +150,7 @@ class Animator:
 
     def _encode(self, crop: np.ndarray, own: Motion) -> None:
         crop = shrunk(crop, self.model.config.image_size)
-        person = self._tensor(self.person_mask.alpha(crop, self._faces)[None, None])
+        person = self._tensor(self.person_mask.alpha(crop, self._faces, strands=True)[None, None])
         self._source = self._computed(
             self.model.encode_source, to_tensor(crop)[None].to(self.device), self._tensor(own.beta),
             self._tensor(own.camera), self._tensor(head_points(own.landmarks, own.camera)), person,

@@ -18,6 +18,9 @@ _SIZE = 256  # input and output side of the network, pixels
 _LOW, _HIGH = 0.1, 0.5  # confidences that mean nothing of the person, and all of it: loose hair is seldom sure
 _HOLE = 1000  # gaps within the person of fewer network pixels are the network's mistakes
 _SOFT = 1.3  # standard deviation of the edge's softening, network pixels
+_NEAR = 4  # half the window, pixels of a picture half as large, in which colours of hair and background are compared
+_ALIKE = 1e-3  # squared difference of colours that tells nothing
+_STRAND = (0.2, 0.6)  # what of the comparison means nothing of the person, and all of it
 _CALM = 0.3  # share of the new mask where it differs little from the last one
 _MOVED = 0.5  # difference from which the new mask is taken as it is: something moved there
 _APART = 0.5  # sizes of a face from which on another one's middle is another's
@@ -38,13 +41,18 @@ class PersonMask:
             self._network = Network(content, path, threads)
         self._last: np.ndarray | None = None
 
-    def alpha(self, image: np.ndarray, faces: Sequence[Place] = ()) -> np.ndarray:
+    def alpha(self, image: np.ndarray, faces: Sequence[Place] = (), *, strands: bool = False) -> np.ndarray:
         """How much of each pixel is the person's, float32 (H, W) in [0, 1], for a picture by itself.
 
-        `faces` are the person's and those of others, who are left out.
+        `faces` are the person's and those of others, who are left out. `strands` adds hair that stands off, for what
+        is moved with its surroundings; before another background these would show as a rim.
         """
         height, width = image.shape[:2]
-        alpha = cv2.resize(self._mask(image), (width, height), interpolation=cv2.INTER_LINEAR)
+        mask = self._mask(image)
+        if strands:
+            small = cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+            mask = np.maximum(mask, _strands(small, mask))
+        alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
         return alpha * nearest_to_first(faces, height, width) if len(faces) > 1 else alpha
 
     def follow(self, image: np.ndarray) -> np.ndarray:
@@ -102,6 +110,32 @@ def _spread(picture: np.ndarray, weight: np.ndarray, window: int) -> tuple[np.nd
     """Mean colours (H, W, 3) around each pixel, weighted by (H, W); and where there is any weight, (H, W, 1)."""
     total = cv2.blur(weight, (window, window))[..., None]
     return cv2.blur(picture * weight[..., None], (window, window)) / (total + 1e-4), total > 1e-4
+
+
+def _strands(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Hair that stands off a mask (H, W): what in its neighbourhood has the person's colours, not those behind.
+
+    A guided filter (He et al. 2013): in every window of the picture (H, W, 3) in [0, 1] the mask is fitted as a linear
+    function of colour, at half the size, and the mean of the fits is asked for each pixel.
+    """
+    half = (picture.shape[1] // 2, picture.shape[0] // 2)
+    window = (2 * _NEAR + 1,) * 2
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return cv2.blur(x, window, borderType=cv2.BORDER_REPLICATE)
+
+    colour = cv2.resize(picture, half, interpolation=cv2.INTER_AREA)
+    inside = cv2.resize(mask, half, interpolation=cv2.INTER_AREA)
+    average, share = mean(colour), mean(inside)
+    products = mean((colour[..., :, None] * colour[..., None, :]).reshape(*half[::-1], 9)).reshape(*half[::-1], 3, 3)
+    spread = products - average[..., :, None] * average[..., None, :] + _ALIKE * np.eye(3, dtype=np.float32)
+    along = mean(colour * inside[..., None]) - average * share[..., None]
+    slope = np.linalg.solve(spread, along[..., None])[..., 0]
+    fit = mean(np.concatenate([slope, (share - (slope * average).sum(-1))[..., None]], axis=-1))
+    fit = cv2.resize(fit, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    found = (fit[..., :3] * picture).sum(-1) + fit[..., 3]
+    strands: np.ndarray = np.clip((found - _STRAND[0]) / (_STRAND[1] - _STRAND[0]), 0, 1)
+    return strands
 
 
 def _without_holes(mask: np.ndarray) -> np.ndarray:

@@ -216,7 +216,10 @@ def _build_cache(
 
 def _masks(segment: PersonMask, pictures: np.ndarray) -> np.ndarray:
     """Pictures (N, H, W, 3) -> `FaceSet.person` of them."""
-    alphas = (cv2.resize(segment.alpha(p), (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA) for p in pictures)
+    alphas = (
+        cv2.resize(segment.alpha(p, strands=True), (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA)
+        for p in pictures
+    )
     return np.stack([np.rint(255 * alpha).astype(np.uint8) for alpha in alphas])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.errors import WeightsError
-from export3d_cli.core.face.person import PersonMask, _without_holes, foreground
+from export3d_cli.core.face.person import PersonMask, _strands, _without_holes, foreground
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.weights import example, resolve
 
@@ -55,6 +55,19 @@ def test_small_gaps_in_the_person_are_filled_and_others_are_not() -> None:
     assert filled[250, 110] == 0
     mask[100:140, 100:140] = 0  # large: between an arm and the body
     assert _without_holes(mask)[120, 120] == 0
+
+
+def test_hair_that_stands_off_is_found_by_its_colour() -> None:
+    picture = np.full((256, 256, 3), 0.8, np.float32) + np.random.default_rng(0).normal(0, 0.01, (256, 256, 3))
+    mask = np.zeros((256, 256), np.float32)
+    mask[100:, 80:180] = 1
+    picture[100:, 80:180] = 0.2
+    picture[94:100, 120:124] = picture[120:124, 180:192] = 0.2  # strands that the mask misses
+    found = _strands(picture.astype(np.float32), mask)
+    assert found[95:100, 121:123].min() > 0.8
+    assert found[121:123, 180:184].min() > 0.8
+    assert found[95, 140] == found[140, 186] == found[60, 60] == 0  # beside them, and far away, as before
+    assert found[120:, 90:170].min() == 1
 
 
 def test_what_shines_through_at_an_edge_is_taken_out() -> None:
