@@ -47,6 +47,7 @@ from export3d_cli.core.keys import WINDOW, PlaneKeys
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.export3d import Export3D, Output, Posed, Source
+from export3d_cli.core.model.superres import finer
 from export3d_cli.core.pipeline import Ahead, Behind
 from export3d_cli.core.portrait import portrait_of
 from export3d_cli.core.tracking import TrackerName, landmark_tracker, open_tracker
@@ -80,7 +81,7 @@ class Animator:
         self.notes = slow_precision(precision, device)  # what the user should know
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
-        self._photo: Tensor | None = None  # (1, 3, M, M), see `superres.enlarge`
+        self._more: Tensor | None = None  # (1, 3, M, M) of the photo, see `superres.finer`
         self._motion: Motion | None = None
         self._faces: Sequence[Place] = ()  # see `PersonMask.alpha`
         self.person_mask = PersonMask(resolve("selfie_segmentation"))
@@ -145,7 +146,8 @@ class Animator:
         self._faces = faces
         self._crop_scale, self._crop = float(1 / np.ptp(own.landmarks[0, :, :2], axis=0).max()), crop
         shown = crop if around is None and len(crop) > self.model.config.image_size else around
-        self._photo = None if shown is None else to_tensor(shown)[None].to(self.device)
+        more = None if shown is None else finer(to_tensor(shown)[None], len(crop), self.model.config.image_size)
+        self._more = None if more is None else more.to(self.device)
         self._encode(crop, own)
 
     def _encode(self, crop: np.ndarray, own: Motion) -> None:
@@ -279,7 +281,7 @@ class Animator:
             with torch.inference_mode():
                 seen = camera[part]
                 out = self._drive(seen, lam[part], posed, None if planes is None else planes[part])
-                return depth_picture(out, seen, self.size) if depth else pictures(out, self._photo, self.size)
+                return depth_picture(out, seen, self.size) if depth else pictures(out, self._more, self.size)
 
         yield from self._in_memory(make, 0, len(camera))
 

@@ -64,9 +64,9 @@ def mesh_size(config: ModelConfig, size: int) -> int:
     return config.mesh_size * min(size, 2 * config.image_size) // config.image_size
 
 
-def pictures(out: Output, photo: Tensor | None, size: int) -> np.ndarray:
-    """The model's pictures, uint8 (B, H, W, 3), or (B, size, size, 3) with what a `photo` (1, 3, M, M) knows more."""
-    return to_uint8(out.image if photo is None else out.enlarged(photo.expand(len(out.image), -1, -1, -1), size))
+def pictures(out: Output, more: Tensor | None, size: int) -> np.ndarray:
+    """The model's pictures, uint8 (B, H, W, 3), or (B, size, size, 3) with what a photo has `more`, (1, 3, M, M)."""
+    return to_uint8(out.image if more is None else out.enlarged(more.expand(len(out.image), -1, -1, -1), size))
 
 
 def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:

@@ -96,18 +96,18 @@ class Output(NamedTuple):
     rough: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
     sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
     known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
-    painted: Tensor | None = None  # (B, 3, H, W) what of the image is not the photo's
-    ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
+    bare: Tensor | None = None  # (B, 3, H, W) the image without `fills`
+    ways: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
     shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
     fills: tuple[Painted, ...] = ()  # what of the image is painted in close-up: mouth, eyes
 
-    def enlarged(self, photo: Tensor, size: int) -> Tensor:
-        """The image as (B, 3, size, size), with the detail of a larger photo (B, 3, M, M): `superres.enlarge`."""
-        if self.painted is None or self.ways is None or self.shares is None:
+    def enlarged(self, more: Tensor, size: int) -> Tensor:
+        """The image as (B, 3, size, size), with what a larger photo has `more`, (B, 3, M, M) of `superres.finer`."""
+        if self.bare is None or self.ways is None or self.shares is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
-        at_once = LARGE_AT_ONCE if photo.device.type == "cpu" else len(photo)
-        parts = (part.split(at_once) for part in (self.painted, self.ways, self.shares, photo))
-        large = [enlarge(painted, Layers(*taken), own, size) for painted, *taken, own in zip(*parts, strict=True)]
+        at_once = LARGE_AT_ONCE if more.device.type == "cpu" else len(more)
+        parts = (part.split(at_once) for part in (self.bare, self.ways, self.shares, more))
+        large = [enlarge(bare, Layers(*taken), own, size) for bare, *taken, own in zip(*parts, strict=True)]
         return lay(torch.cat(large), self.fills)
 
 
@@ -241,8 +241,8 @@ class Export3D(nn.Module):
         rough = self._roughness(source, posed) if self.training else None
         fills = () if self.training else self._paint(source, posed, made.image, camera)
         return Output(
-            lay(made.image, fills), features[:, :3], depth, opacity, made.offset, weights, rough, made.sampled,
-            made.known, made.painted, made.ways, made.shares, fills,
+            lay(made.image.clone(), fills) if fills else made.image, features[:, :3], depth, opacity, made.offset,
+            weights, rough, made.sampled, made.known, made.image, made.ways, made.shares, fills,
         )  # fmt: skip
 
     def _paint(self, source: Source, posed: Posed, image: Tensor, camera: Tensor) -> tuple[Painted, ...]:

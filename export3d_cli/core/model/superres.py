@@ -107,8 +107,7 @@ class Refined(NamedTuple):
     offset: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
     sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
     known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
-    painted: Tensor | None = None  # (B, 3, H, W) what of the image is not the photo's
-    ways: Tensor | None = None  # (B, 4, H, W) where in the photo the rest is, and
+    ways: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
     shares: Tensor | None = None  # (B, 2, H, W) how much of it, see `Layers`
 
 
@@ -195,18 +194,29 @@ def layers(flow: LayeredFlow, here: Tensor, size: int, offset: Tensor | None = N
     return Layers(resize(ways, size), resize(shares, size))
 
 
-def enlarge(painted: Tensor, own: Layers, photo: Tensor, size: int) -> Tensor:
+def finer(photo: Tensor, size: int, side: int) -> Tensor:
+    """What a larger copy of the photo, (1, 3, M, M), has beyond the one of `side` that the network sees, as large.
+
+    `size` pixels across it are the photo, (M - size) / 2 on each side are what is around it: the network sees its rim
+    go on there.
+    """
+    rim = (photo.shape[-1] - size) // 2
+    own = photo[..., rim : rim + size, rim : rim + size]
+    seen = resize(F.interpolate(own, (side, side), mode="area"), size)
+    return photo - F.pad(seen, (rim,) * 4, mode="replicate")
+
+
+def enlarge(image: Tensor, own: Layers, more: Tensor, size: int) -> Tensor:
     """The result at `size`, with detail that no network sees: pixels of a larger copy of the photo are only moved.
 
     Args:
-        painted: (B, 3, H, W), what super-resolution made itself; it is enlarged. own: what it took of the photo.
-        photo: (B, 3, M, M), what it is to be taken of instead: `size` pixels across the photo, and (M - size) / 2 on
-            each side of what is around it.
+        image: (B, 3, H, W), the result. own: what it took of the photo.
+        more: (B, 3, M, M) of `finer`. Where both layers meet, and positions in the photo jump, it is near 0, and so
+            nothing is added that the network did not see.
     """
-    rim = (photo.shape[-1] - size) / 2 / size
+    rim = (more.shape[-1] - size) / 2 / size
     ways = (resize(own.ways, size) + rim) / (1 + 2 * rim)
-    # painted and shares are enlarged in one way: where the one's share ends the other's begins
-    return resize(painted, size) + Layers(ways, resize(own.shares, size)).of(photo)
+    return resize(image, size) + Layers(ways, resize(own.shares, size)).of(more)
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:
@@ -280,14 +290,13 @@ class SuperResolution(nn.Module):
 
         facts = resize(facts, 4 * s4)
         at1 = layers(flow, here, 4 * s4, offset)
-        taken = at1.of(detail.photo)  # (B, 3, H, W)
-        sampled = at1.before(taken, base)
+        sampled = at1.before(at1.of(detail.photo), base)  # (B, 3, H, W)
         x = self.block1(self._join(self.to1, x, [sampled, facts], mesh, 4 * s4))
         out = self.colour(leaky(x)).float()
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         image = mask * sampled + (1 - mask) * (base + out[:, :3])
-        return Refined(image, offset, seen, known, image - mask * taken, at1.ways, mask * at1.shares)
+        return Refined(image, offset, seen, known, at1.ways, mask * at1.shares)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""

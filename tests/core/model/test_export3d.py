@@ -49,7 +49,7 @@ def test_shapes_and_ranges(tiny: Export3D, inputs: Inputs, orbit: Callable[..., 
     assert {name: tuple(t.shape) for name, t in out._asdict().items() if isinstance(t, Tensor)} == {
         "image": (1, 3, 64, 64), "raw": (1, 3, 8, 8), "depth": (1, 1, 8, 8), "opacity": (1, 1, 8, 8),
         "offset": (1, 2, 32, 32), "weights": (1, 4, 32, 32), "sampled": (1, 3, 32, 32),
-        "known": (1, 1, 32, 32), "painted": (1, 3, 64, 64), "ways": (1, 4, 64, 64), "shares": (1, 2, 64, 64),
+        "known": (1, 1, 32, 32), "bare": (1, 3, 64, 64), "ways": (1, 4, 64, 64), "shares": (1, 2, 64, 64),
     }  # fmt: skip
     assert out.opacity.min() >= 0
     assert out.opacity.max() <= 1

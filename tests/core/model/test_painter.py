@@ -144,6 +144,6 @@ def test_only_the_mouth_of_a_result_is_painted(tiny: Export3D, points: Tensor, o
     low, high = uv.amin(0) - 3, uv.amax(0) + 3
     assert changed.any() and columns.min() >= low[0] and columns.max() <= high[0]
     assert rows.min() >= low[1] and rows.max() <= high[1]
-    large = [out.enlarged(images.repeat_interleave(2, 2).repeat_interleave(2, 3), 128) for out in pair]
+    large = [out.enlarged(torch.zeros(1, 3, 128, 128), 128) for out in pair]
     share = ((large[0] - large[1]).abs().sum(1) > 1e-6).float().mean() / changed.float().mean()
     assert 0.7 < share < 1.3  # in larger frames, too

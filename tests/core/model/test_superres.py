@@ -15,7 +15,7 @@ from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.flow import resize
 from export3d_cli.core.model.generator import zero_start
-from export3d_cli.core.model.superres import FRINGE, Inside, widen
+from export3d_cli.core.model.superres import FRINGE, Inside, finer, widen
 
 
 def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
@@ -162,16 +162,26 @@ def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Ten
 def test_a_result_enlarged_by_its_own_photo_is_itself(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """What is painted and what is taken of the photo are the whole."""
+    """A photo no larger than what the network sees has no more to show."""
     photo = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
         out = tiny.drive(source, None, orbit(15), lam=source.lam)
-        torch.testing.assert_close(out.enlarged(photo, 64), out.image, atol=1e-4, rtol=0)
+        torch.testing.assert_close(out.enlarged(finer(photo, 64, 64), 64), out.image, atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            out._replace(painted=None).enlarged(photo, 128),
+            out._replace(bare=None).enlarged(photo, 128),
             F.interpolate(out.image, (128, 128), mode="bicubic"),
         )
+
+
+def test_a_photo_has_more_than_its_rim_and_its_small_copy() -> None:
+    photo = torch.rand(1, 3, 160, 160)
+    more = finer(photo, 128, 64)
+    small = F.interpolate(photo[..., 16:-16, 16:-16], (64, 64), mode="area")
+    seen = F.interpolate(small, (128, 128), mode="bilinear")
+    torch.testing.assert_close(more[..., 16:-16, 16:-16] + seen, photo[..., 16:-16, 16:-16])
+    torch.testing.assert_close(more[..., 16:-16, :16] + seen[..., :1], photo[..., 16:-16, :16])
+    assert finer(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
 
 
 def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
@@ -190,7 +200,7 @@ def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
         for target in (points, opened):
             posed = replace(tiny.pose(source, source.lam), mesh=tiny.flow.mesh(points, orbit(0), target))
             out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
-            detail.append(out.enlarged(stripes, 128) - out.enlarged(torch.zeros_like(stripes), 128))
+            detail.append(out.enlarged(finer(stripes, 128, 64), 128) - out.enlarged(torch.zeros_like(stripes), 128))
             seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
     face = (seen[0].face == 1).expand_as(stripes)
     shut = (-F.max_pool2d(-seen[1].shut, 5, 1, 2) > 0.9).expand_as(stripes)

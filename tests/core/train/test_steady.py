@@ -62,7 +62,7 @@ def turning(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(SteadyStage, "results", remember)
     monkeypatch.setattr(SteadyStage, "read", lambda self, frames: (np.ones(len(frames), bool), np.stack(seen)))
-    few = SteadyConfig(steps=4, batch=2, ridge=1e-3)
+    few = SteadyConfig(steps=4, batch=8, ridge=1e-3)
     return replace(tiny, stages=("steady",), init=str(tmp_path / "init.safetensors"), steady=few, checkpoint_every=1)
 
 
