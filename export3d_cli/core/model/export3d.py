@@ -23,6 +23,7 @@ from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolutio
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
 NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
+THIN = (0.1, 0.5)  # opacity of what is left out, as a scrap of hair in the air, and from which on all is shown
 UNSURE = 0.2  # how much of what is not head is taken for the person's without a mask
 LARGE_AT_ONCE = 2  # pictures that are enlarged together on a CPU: one needs 250 MB at 2048 x 2048
 Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
@@ -302,6 +303,9 @@ class Export3D(nn.Module):
             return features
         still, size = source.still.float(), features.shape[-1]
         behind = resize(still, size) if detail is None else warp(still, resize(detail.flow.rest, size))
+        if not self.training:
+            kept = ((opacity - THIN[0]) / (THIN[1] - THIN[0])).clamp(0, 1)
+            features, opacity = features * kept, opacity * kept
         return features + (1 - opacity) * behind
 
     def _march(

@@ -169,10 +169,25 @@ def test_a_torso_behind_the_volume_follows_the_neck_and_a_wall_stays(
     with torch.no_grad():
         source = tiny.encode_source(**inputs, person=person)
         lit = replace(source, still=torch.cat([own, own, own, own], dim=1))  # each pixel tells where it was
-        dark = tiny.drive(replace(source, still=torch.zeros_like(lit.still)), inputs["beta"], moved)
+        dark, white = (
+            tiny.drive(replace(source, still=torch.full_like(lit.still, k)), inputs["beta"], moved) for k in (0, 1)
+        )
         out = tiny.drive(lit, inputs["beta"], moved)
-    went = ((out.raw - dark.raw) / (1 - out.opacity))[:, :1] - own[:, :1]
+    went = ((out.raw - dark.raw) / (white.raw - dark.raw))[:, :1] - own[:, :1]
     torso = FOLLOWS * (drift_flow(here, moved, 16) - own)[0, 0, 0, 0]
     assert torso.abs() > 0.02
     torch.testing.assert_close(went[0, 0, -1, [4, -5]], torso.expand(2), atol=1e-2, rtol=0)
     torch.testing.assert_close(went[0, 0, 1, [4, -5]], torch.zeros(2), atol=1e-2, rtol=0)
+
+
+def test_scraps_in_the_air_are_left_out_and_what_is_solid_stays(tiny: Export3D, inputs: Inputs) -> None:
+    with torch.no_grad():
+        source = tiny.encode_source(*inputs.values())
+        assert source.still is not None
+        opacity = torch.tensor([0.08, 0.3, 0.5, 1.0]).repeat(1, 1, 4, 1)
+        features = opacity * torch.ones(1, source.still.shape[1], 4, 4)
+        behind = tiny._before(source, torch.zeros_like(features), torch.zeros_like(opacity), None)
+        seen = tiny._before(source, features, opacity, None)
+    torch.testing.assert_close(seen[..., 0], behind[..., 0])
+    torch.testing.assert_close(seen[..., 1], 0.15 + 0.85 * behind[..., 1])
+    torch.testing.assert_close(seen[..., 2:], (features + (1 - opacity) * behind)[..., 2:])
