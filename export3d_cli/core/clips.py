@@ -18,11 +18,11 @@ from export3d_cli.core.camera import head_pose
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.mesh import RIGID
+from export3d_cli.core.face.follow import SETTLE
 from export3d_cli.core.face.motion import Motion, Tracker
 from export3d_cli.core.media.cuts import SPANS, SceneCuts
 
 GAP = 0.2  # seconds without a face that do not end a clip
-SETTLE = 3  # times the first frame of a clip is tracked: tracking settles on the region of interest that it keeps
 LOOK_EVERY = 5  # frames between measures of sharpness
 FACE_SIDE = 96  # pixels to which a face is scaled before its sharpness is measured
 JUMP = 0.25  # mean way of the landmarks from one frame to the next, in face boxes, that no head makes

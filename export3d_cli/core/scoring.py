@@ -11,13 +11,13 @@ import numpy as np
 from export3d_cli.core import metrics
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.errors import NoFaceError
+from export3d_cli.core.face.follow import SETTLE
 from export3d_cli.core.face.motion import BETA_NAMES, Motion, Tracker
 from export3d_cli.core.identity import Embedder
 
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each
 Scores = dict[str, float]  # by names of `metrics.METRICS`
 Perceptual = Callable[[Frames, Frames], float]
-SETTLE = 3  # times the first frame is tracked before it counts: tracking settles on a region of interest
 ARKIT = 52  # the first entries of beta are blendshapes
 SHUT = 0.5  # an eye that blinks more shows too little of its iris
 # What must move in the driver for its correlation to count, and by how much (standard deviation).

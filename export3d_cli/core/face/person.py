@@ -48,16 +48,16 @@ class PersonMask:
         is moved with its surroundings; before another background these would show as a rim.
         """
         height, width = image.shape[:2]
-        mask = self._mask(image)
+        small = _small(image)
+        mask = self._mask(small)
         if strands:
-            small = cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
             mask = np.maximum(mask, _strands(small, mask))
         alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
         return alpha * nearest_to_first(faces, height, width) if len(faces) > 1 else alpha
 
     def follow(self, image: np.ndarray) -> np.ndarray:
         """The same for the next frame of a video: edges that stand still do not flicker, those that move keep up."""
-        mask = self._mask(image)
+        mask = self._mask(_small(image))
         if self._last is not None:
             share = _CALM + (1 - _CALM) * np.minimum(np.abs(mask - self._last) / _MOVED, 1)
             mask = self._last + share * (mask - self._last)
@@ -65,16 +65,20 @@ class PersonMask:
         height, width = image.shape[:2]
         return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
 
-    def _mask(self, image: np.ndarray) -> np.ndarray:
-        """(256, 256) float32: confidences, their steep edges softened inwards, so that no background shines through."""
-        small = cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
-        small = small.astype(np.float32) * (1 / 255)
+    def _mask(self, small: np.ndarray) -> np.ndarray:
+        """(256, 256) float32 of a `_small` picture: confidences, their steep edges softened inwards, so that no
+        background shines through."""
         # loose hair that the network misses it often sees in the mirror
         found = np.maximum(self._network(small)[0][0, ..., 0], self._network(small[:, ::-1])[0][0, :, ::-1, 0])
         mask: np.ndarray = np.clip((found - _LOW) / (_HIGH - _LOW), 0, 1)
         mask = _without_holes(mask)
         mask = cv2.GaussianBlur(mask, (0, 0), _SOFT, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    """A picture as the network sees it, (256, 256, 3) float32 in [0, 1]."""
+    return cv2.resize(image, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA).astype(np.float32) * (1 / 255)
 
 
 def face_places(own: Face, found: Sequence[Face], crop: Square) -> list[Place]:

@@ -211,8 +211,8 @@ def enlarge(image: Tensor, own: Layers, more: Tensor, size: int) -> Tensor:
 
     Args:
         image: (B, 3, H, W), the result. own: what it took of the photo.
-        more: (B, 3, M, M) of `finer`. Where both layers meet, and positions in the photo jump, it is near 0, and so
-            nothing is added that the network did not see.
+        more: (B, 3, M, M) of `finer`. Being fine detail only, it draws no lines where both layers meet and positions
+            in the photo jump; the colours there are those of the result.
     """
     rim = (more.shape[-1] - size) / 2 / size
     ways = (resize(own.ways, size) + rim) / (1 + 2 * rim)

@@ -19,7 +19,7 @@ from torch import Tensor
 from export3d_cli.core.camera import head_pose, rotation_log
 from export3d_cli.core.checkpoint import load_into
 from export3d_cli.core.config import DataConfig, TrainConfig
-from export3d_cli.core.errors import ConfigError, NoFaceError
+from export3d_cli.core.errors import NoFaceError
 from export3d_cli.core.face.follow import SETTLE
 from export3d_cli.core.face.motion import Tracker
 from export3d_cli.core.media.image import to_uint8
@@ -47,8 +47,7 @@ class SteadyStage:
     """Measures and turns back, `steady.steps` steps in all."""
 
     def __init__(self, run: Run, model: Export3D, sampler: Sampler) -> None:
-        if model.flow is None:
-            raise ConfigError("the stage steady needs model.flow")
+        assert model.flow is not None  # a rule of the configuration
         self.run, self.model, self.flow, self.sampler, self.config = run, model, model.flow, sampler, run.config.steady
         self.tracker = Tracker(resolve("face_landmarker"))
         self.step, self.values = 0, dict[str, float]()  # the last log line
@@ -138,11 +137,11 @@ class SteadyStage:
             if self.run.world.main:
                 self.run.tell(NAME, self.step, self.config.steps, message="no face is found in results: nothing to do")
             return 0.0
-        a_unit = fit_turns(self.asked, self.turned, self.config.ridge)  # (n, 3)
-        left = mean_angle(self.turned - self.asked @ a_unit)
+        turns = fit_turns(self.asked, self.turned, self.config.ridge)  # (n, 3)
+        left = mean_angle(self.turned - self.asked @ turns)
         middle = self.middle.mean(0)
         about = middle - middle.mean(0)  # (478, 3)
-        field = torch.linalg.cross(a_unit[:, None].expand(-1, len(about), -1), about.expand(len(a_unit), -1, -1))
+        field = torch.linalg.cross(turns[:, None].expand(-1, len(about), -1), about.expand(len(turns), -1, -1))
         self.flow.basis.sub_(field.to(self.flow.basis))
         self.asked, self.turned, self.middle = self.asked[:0], self.turned[:0], self.middle[:0]
         return left
