@@ -13,6 +13,8 @@ from export3d_cli import console, options
 if TYPE_CHECKING:
     from export3d_cli.core.basis import BasisDescription
 
+GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to the person's usual one
+
 
 @click.command("edit-basis")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
 @click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
-@click.option("--grid", is_flag=True, help="Write a contact sheet: a row a --v (default: all), five values (-8 to 8).")
+@click.option("--grid", is_flag=True, help="Write a contact sheet: a row a --v (default: all), five values (-6 to 6).")
 @click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
 @options.source_options
 @options.frames_option(60)
@@ -71,7 +73,7 @@ def edit_basis(
         _describe(core.describe_basis(animator), as_json)
         return
     vectors = vectors or tuple(range(1, animator.model.config.coefficients + 1))
-    scales = scales if len(scales) > 1 else (scales or ((-8.0, 8.0),)) * len(vectors)
+    scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
         grid=grid, watermark=watermark, face=face, crop=crop, size=size, fps=fps,

@@ -27,6 +27,7 @@ PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
 PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
 SEAM, FRINGE = 64, 16  # masks are widened to each side by a 64th of the picture; stray hair reaches a 16th
 APART = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
+LEFT_OUT = (0.15, 0.35)  # blends that are taken for none of the photo, and from which on it is trusted
 TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
 
@@ -219,6 +220,18 @@ def enlarge(image: Tensor, own: Layers, more: Tensor, size: int) -> Tensor:
     return resize(image, size) + Layers(ways, resize(own.shares, size)).of(more)
 
 
+def _finest(mask: Tensor, facts: Tensor) -> Tensor:
+    """How much of what is finer than the network sees is shown: blend (B, 1, s, s) -> that of both layers (B, 2, s, s).
+
+    Of a head that moves the blend takes about half from the photo, and nothing else has such detail: where the photo
+    is known it is shown in full, unless the blend leaves the photo out. `facts` (B, 2, s, s): known, and mouth.
+    """
+    known, mouth = facts.split(1, dim=1)
+    missing = (known * (1 - mouth) - mask).clamp_min(0)
+    trusted = ((mask - LEFT_OUT[0]) / (LEFT_OUT[1] - LEFT_OUT[0])).clamp(0, 1)
+    return torch.cat([mask + missing * trusted, mask], dim=1)
+
+
 def _around(where: Tensor, size: int) -> tuple[int, int]:
     """First and number of the rows (or columns) of a patch that holds `where` and a rim, within 0 to `size`."""
     first, last = (int(x) for x in where.aminmax())
@@ -296,7 +309,7 @@ class SuperResolution(nn.Module):
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         image = mask * sampled + (1 - mask) * (base + out[:, :3])
-        return Refined(image, offset, seen, known, at1.ways, mask * at1.shares)
+        return Refined(image, offset, seen, known, at1.ways, _finest(mask, facts[:, :2]) * at1.shares)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""
