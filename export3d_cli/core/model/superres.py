@@ -109,7 +109,7 @@ class Refined(NamedTuple):
     sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
     known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
     ways: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
-    shares: Tensor | None = None  # (B, 2, H, W) how much of it, see `Layers`
+    shares: Tensor | None = None  # (B, 2, H, W) how much of its detail, see `Layers`
 
 
 class Inside(nn.Module):
@@ -220,16 +220,22 @@ def enlarge(image: Tensor, own: Layers, more: Tensor, size: int) -> Tensor:
     return resize(image, size) + Layers(ways, resize(own.shares, size)).of(more)
 
 
-def _finest(mask: Tensor, facts: Tensor) -> Tensor:
-    """How much of what is finer than the network sees is shown: blend (B, 1, s, s) -> that of both layers (B, 2, s, s).
+def _lacking(mask: Tensor, facts: Tensor) -> Tensor:
+    """What a blend (B, 1, s, s) leaves out of the photo's finest detail and should not, 0 to 1, as large.
 
     Of a head that moves the blend takes about half from the photo, and nothing else has such detail: where the photo
-    is known it is shown in full, unless the blend leaves the photo out. `facts` (B, 2, s, s): known, and mouth.
+    is known all of it may be seen, unless the blend leaves the photo out. `facts` (B, 2, s, s): known, and mouth.
     """
     known, mouth = facts.split(1, dim=1)
-    missing = (known * (1 - mouth) - mask).clamp_min(0)
     trusted = ((mask - LEFT_OUT[0]) / (LEFT_OUT[1] - LEFT_OUT[0])).clamp(0, 1)
-    return torch.cat([mask + missing * trusted, mask], dim=1)
+    return (known * (1 - mouth) - mask).clamp_min(0) * trusted
+
+
+def finest(x: Tensor) -> Tensor:
+    """What a picture (B, C, s, s) has beyond its means over 3 x 3 pixels, those in the middle counting twice."""
+    wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    rows = wide[..., :-2, :] + 2 * wide[..., 1:-1, :] + wide[..., 2:, :]
+    return x - (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:
@@ -309,7 +315,12 @@ class SuperResolution(nn.Module):
         mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         image = mask * sampled + (1 - mask) * (base + out[:, :3])
-        return Refined(image, offset, seen, known, at1.ways, _finest(mask, facts[:, :2]) * at1.shares)
+        shares = mask * at1.shares
+        if torch.is_grad_enabled():
+            return Refined(image, offset, seen, known, at1.ways, shares)
+        lacking = _lacking(mask, facts[:, :2]) * at1.shares[:, :1]  # of the head
+        shares[:, :1] += lacking
+        return Refined(image + lacking * finest(sampled), offset, seen, known, at1.ways, shares)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""
