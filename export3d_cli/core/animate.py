@@ -41,7 +41,7 @@ from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, head_poin
 from export3d_cli.core.face.person import PersonMask, Place
 from export3d_cli.core.face.tape import FaceTape
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.frames import QUALITIES, depth_picture, mesh_size, pictures, sampling, shrunk
+from export3d_cli.core.frames import QUALITIES, depth_picture, mesh_size, pictures, room_around, sampling, shrunk
 from export3d_cli.core.job import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.keys import WINDOW, PlaneKeys
 from export3d_cli.core.media.image import to_tensor
@@ -82,6 +82,7 @@ class Animator:
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
         self._more: Tensor | None = None  # (1, 3, M, M) of the photo, see `superres.finer`
+        self._room: Tensor | None = None  # see `Export3D.encode_source`
         self._motion: Motion | None = None
         self._faces: Sequence[Place] = ()  # see `PersonMask.alpha`
         self.person_mask = PersonMask(resolve("selfie_segmentation"))
@@ -148,6 +149,7 @@ class Animator:
         shown = crop if around is None and len(crop) > self.model.config.image_size else around
         more = None if shown is None else finer(to_tensor(shown)[None], len(crop), self.model.config.image_size)
         self._more = None if more is None else more.to(self.device)
+        self._room = None if around is None else self._tensor(room_around(own.crop, own.size)[None])
         self._encode(crop, own)
 
     def _encode(self, crop: np.ndarray, own: Motion) -> None:
@@ -155,7 +157,7 @@ class Animator:
         person = self._tensor(self.person_mask.alpha(crop, self._faces, strands=True)[None, None])
         self._source = self._computed(
             self.model.encode_source, to_tensor(crop)[None].to(self.device), self._tensor(own.beta),
-            self._tensor(own.camera), self._tensor(head_points(own.landmarks, own.camera)), person,
+            self._tensor(own.camera), self._tensor(head_points(own.landmarks, own.camera)), person, self._room,
         )  # fmt: skip
         self._keys = PlaneKeys(self._planes, self._reach) if self._reach else None
 

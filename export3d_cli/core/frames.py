@@ -54,6 +54,15 @@ def with_rim(square: tuple[float, float, float], size: int) -> tuple[tuple[float
     return (x0 - more, y0 - more, side + 2 * more), size + 2 * rim
 
 
+def room_around(square: tuple[float, float, float], size: tuple[int, int]) -> np.ndarray:
+    """How far a photo of `size` (width, height) goes on to the left, the top and the right of a crop, (3,) float32.
+
+    In sides of the crop, `RIM` at most.
+    """
+    x0, y0, side = square
+    return np.array([x0, y0, size[0] - x0 - side], np.float32).clip(0, RIM * side) / side
+
+
 def shrunk(picture: np.ndarray, side: int) -> np.ndarray:
     """A square picture, uint8 (K, K, 3), of `side` at most."""
     return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) if len(picture) > side else picture

@@ -11,7 +11,7 @@ from export3d_cli.core.camera import Camera
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.errors import InputError
 from export3d_cli.core.face.motion import crop_image
-from export3d_cli.core.frames import frame_size, mesh_size
+from export3d_cli.core.frames import RIM, frame_size, mesh_size, room_around
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.weights import example
 
@@ -24,6 +24,11 @@ def test_frames_are_as_large_as_asked_or_as_the_photo_allows() -> None:
     for bad in (64, 254, 2050):
         with pytest.raises(InputError, match=f"size {bad} is out of range.* 256 to 2048"):
             frame_size(256, 4000.0, bad)
+
+
+def test_a_photo_goes_on_around_a_crop_as_far_as_it_is_kept() -> None:
+    assert room_around((20.0, 5.0, 100.0), (130, 90)).tolist() == pytest.approx([0.2, 0.05, 0.1])
+    assert room_around((-20.0, 500.0, 100.0), (80, 700)).tolist() == pytest.approx([0, RIM, 0])
 
 
 def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> None:

@@ -47,6 +47,7 @@ class Source:
     quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
     small: Tensor | None  # (B, 3, H/2, W/2) the photo
     front: Tensor | None  # (B, 2, m, m) what it shows of the mesh, see `BasisFlow.front`
+    room: Tensor | None  # (B, 3) how far it goes on beyond its border, see `BasisFlow.seen`
     # without gradients:
     basis: Tensor | None = None  # (n, d) of beta', that of the weights
     view_rows: list[Tensor] | None = None  # of each view, `lean.plane_table`
@@ -141,11 +142,13 @@ class Export3D(nn.Module):
         self.rows: tuple[int, int, int] | None = None
 
     def encode_source(
-        self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor, person: Tensor | None = None
-    ) -> Source:
+        self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor, person: Tensor | None = None,
+        room: Tensor | None = None,
+    ) -> Source:  # fmt: skip
         """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs.
 
         `person` (B, 1, ., .), 0..1, is where the photo shows the person: without it hair is taken for background.
+        `room` (B, 3) is how far a larger photo goes on to the left, the top and the right, in image sizes.
         """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
@@ -172,7 +175,7 @@ class Export3D(nn.Module):
             stem=stem, tokens=tokens,
             view=view, still=sv.still(stem, behind) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
-            small=F.avg_pool2d(image.float(), 2) if sr.flow else None, front=front,
+            small=F.avg_pool2d(image.float(), 2) if sr.flow else None, front=front, room=room,
             basis=self.expression.basis() if lasting else None, view_rows=rows,
         )  # fmt: skip
 
@@ -380,7 +383,7 @@ class Export3D(nn.Module):
         assert source.head is not None and source.body is not None
         s = self.config.flow_size
         with torch.no_grad():
-            mesh: MeshFlow = self.flow.seen(moved, camera, size, source.head, source.front)
+            mesh: MeshFlow = self.flow.seen(moved, camera, size, source.head, source.front, source.room)
         depth, opacity = resize(depth, s), resize(opacity, s)
         origin, directions = render.rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)

@@ -37,6 +37,7 @@ NOTHING = 100.0  # how far away nothing is
 CLEAR = 0.02  # head-frame units: what is this much behind what the photo shows begins to be hidden,
 DRAWN_OUT = (1.6, 2.0)  # and is not shown where log2 of its stretch is as large: of less an ear is made
 LID_DOUBT = 0.7  # how little the photo is trusted on a lid drawn out to twice its size and more
+BEYOND = 0.05  # image sizes in which hair ends that the photo's border cuts
 SURFACE_SIZE, SURFACE_REACH = 64, 0.35  # cells a side and half extent (head frame) of the field of `BasisFlow.surface`
 
 
@@ -206,9 +207,12 @@ class BasisFlow(nn.Module):
 
     def seen(
         self, mesh: Mesh, camera: Tensor, size: int | None = None, head: Tensor | None = None,
-        front: Tensor | None = None,
+        front: Tensor | None = None, room: Tensor | None = None,
     ) -> MeshFlow:  # fmt: skip
-        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`; `head` and `front` as in `forward`."""
+        """The mesh (one, or one a camera) as cameras (B, 25) see it, at `size`; `head` and `front` as in `forward`.
+
+        `room` (B, 3) is how far a head that the photo cuts is known to go on to the left, the top and the right.
+        """
         B, s = camera.shape[0], size or self.size
         triangles = self.all_triangles()
         kind, triangles = triangles[:, 3], triangles[:, :3]
@@ -245,7 +249,7 @@ class BasisFlow(nn.Module):
             hidden = _between(picture(value[..., 14:]) - warp(front[:, 1:], uv), CLEAR, 2 * CLEAR) * (1 - mouth - eye)
             shown = shown * (1 - hidden * _between(stretch, *DRAWN_OUT))
         if head is not None:  # around the face the mesh takes along what is head in the photo
-            weight = torch.maximum(face, warp(head, uv) * (near > RINGS[-1][2]))
+            weight = torch.maximum(face, warp(head, uv) * (near > RINGS[-1][2]) * within(uv, room))
             carried = (near >= 0) | (weight > 0.05)  # beyond the second ring nothing but hair
             uv = torch.where(carried, uv, own_place(s, camera))
             shown, stretch = shown * carried, stretch * carried
@@ -265,6 +269,17 @@ class BasisFlow(nn.Module):
         vertex = torch.cat([points[..., 2:], weight, torch.ones_like(weight)], dim=-1)  # (B, V, 3)
         value = interpolate(raster, vertex, triangles)  # (B, P, 3)
         return value.transpose(1, 2).reshape(-1, 3, SURFACE_SIZE, SURFACE_SIZE)
+
+
+def within(uv: Tensor, room: Tensor | None) -> Tensor:
+    """Positions (B, 2, s, s) and how far there is something beyond the photo, see `BasisFlow.seen` -> (B, 1, s, s).
+
+    1 where a head may be, falling to 0 at `BEYOND` farther out; below, bodies go on.
+    """
+    x, y = uv.split(1, dim=1)
+    left, top, right = (0, 0, 0) if room is None else room[:, :, None, None, None].unbind(1)
+    out = torch.maximum(torch.maximum(-x - left, x - 1 - right), -y - top)
+    return (1 - out.clamp_min(0) / BEYOND).clamp_min(0)
 
 
 def own_place(size: int, like: Tensor) -> Tensor:

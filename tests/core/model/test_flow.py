@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.model.flow import (
+    BEYOND,
     FOREHEAD,
     OVAL,
     SURFACE_REACH,
@@ -138,6 +139,26 @@ def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
         float(warp(head, torch.tensor([middle + aside * face, brow]).view(1, 2, 1, 1))) for aside in (0.85, 1.15, -0.87)
     )
     assert near > 0.95 and far < 0.05 and apart < 0.05
+
+
+def test_hair_that_the_border_cuts_ends_beyond_it_unless_the_photo_goes_on(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """Not so below, where a body goes on."""
+    source, camera, everywhere = orbit(0), orbit(0), torch.ones(1, 1, SIZE, SIZE)
+    source[:, 18] -= 0.2  # the head is at the photo's left border
+    camera[:, [16, 20]] *= 0.5  # a wider lens: there is room around the head
+    mesh = flow.mesh(points, source, points)
+    x, y = flow.seen(mesh, camera, SIZE).uv[0]  # where in the photo
+    rooms = (None, torch.tensor([[0.0, 0.25, 0.0]]), torch.full((1, 3), 0.25))
+    cut, top, whole = (flow.seen(mesh, camera, SIZE, everywhere, room=room).weight[0, 0] for room in rooms)
+    within_x, far = (x > 0) & (x < 1), whole > 0.9
+    above, below = far & within_x & (y < -BEYOND), far & within_x & (y > 1 + BEYOND)
+    aside = far & (y > 0) & (x < -BEYOND)
+    assert min(above.sum(), below.sum(), aside.sum()) > 20
+    assert cut[above].max() == cut[aside].max() == top[aside].max() == 0
+    for same, where in ((top, above), (cut, below), (cut, within_x & (y > 0)), (top, within_x & (y > 0))):
+        assert torch.equal(same[where], whole[where])
 
 
 def test_a_turned_head_takes_its_skin_along(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
