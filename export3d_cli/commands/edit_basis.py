@@ -13,7 +13,7 @@ from export3d_cli import console, options
 if TYPE_CHECKING:
     from export3d_cli.core.basis import BasisDescription
 
-GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to the person's usual one
+GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to the usual one of their clip
 
 
 @click.command("edit-basis")
