@@ -13,7 +13,16 @@ from export3d_cli.core.config import PRESETS
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.mouth import LOWER_LIP, UPPER_LIP, WIDEST
-from export3d_cli.core.model.mouth_painter import SHUT, MouthPainter, close_up, mouth_hole, opening
+from export3d_cli.core.model.mouth_painter import (
+    KEPT,
+    SHUT,
+    VIOLET,
+    MouthPainter,
+    close_up,
+    less_violet,
+    mouth_hole,
+    opening,
+)
 from export3d_cli.core.model.painter import SIDE, CloseUp, Painted
 from export3d_cli.core.model.render import pixel_grid, project
 
@@ -147,3 +156,18 @@ def test_only_the_mouth_of_a_result_is_painted(tiny: Export3D, points: Tensor, o
     large = [out.enlarged(torch.zeros(1, 3, 128, 128), 128) for out in pair]
     share = ((large[0] - large[1]).abs().sum(1) > 1e-6).float().mean() / changed.float().mean()
     assert 0.7 < share < 1.3  # in larger frames, too
+
+
+def test_a_mouth_is_no_more_violet_than_the_face_allows() -> None:
+    """In blue light it may be bluer: what counts is the difference."""
+    hidden = torch.zeros(1, 1, 8, 8)
+    hidden[..., 2:6, 2:6] = 1
+    tongue = torch.tensor([[0.3, -0.3, -0.2], [0.3, -0.3, 0.3]]).view(2, 3, 1, 1).expand(-1, -1, 8, 8)
+    for light in (0.0, 0.4):
+        face = torch.tensor([0.4, 0.1, 0.1 + light]).view(1, 3, 1, 1) * (1 - hidden)
+        natural, violet = (
+            less_violet(colours[None], face, hidden)[0, :, 3, 3]
+            for colours in tongue + light * tongue.new_tensor([0, 0, 1]).view(3, 1, 1)
+        )
+        assert natural.tolist() == pytest.approx([0.3, -0.3, -0.2 + light])
+        assert violet.tolist() == pytest.approx([0.3, -0.3, -0.3 + light + VIOLET + KEPT * (0.6 - VIOLET)])
