@@ -16,8 +16,7 @@ import numpy as np
 
 from export3d_cli.core.camera import head_pose
 from export3d_cli.core.errors import InputError
-from export3d_cli.core.face.follow import SETTLE
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.landmarker import SETTLE, Face
 from export3d_cli.core.face.mesh import RIGID
 from export3d_cli.core.face.motion import Motion, Tracker
 from export3d_cli.core.media.cuts import SPANS, SceneCuts

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
 from export3d_cli.core import metrics
 from export3d_cli.core.camera import Camera
-from export3d_cli.core.errors import NoFaceError
-from export3d_cli.core.face.follow import SETTLE
 from export3d_cli.core.face.motion import BETA_NAMES, Motion, Tracker
 from export3d_cli.core.identity import Embedder
 
@@ -59,18 +56,8 @@ class Ruler:
 
     def track(self, frames: Frames, *, apart: bool = False) -> Tracked:
         """The face in square frames; `apart`: frames that do not follow each other."""
-        size, landmarker = frames[0].shape[0], self.tracker.landmarker
-        if apart:
-            faces = [self.tracker.follow([frame] * SETTLE)[-1] for frame in frames]
-        else:
-            faces = self.tracker.follow([*frames[:1] * SETTLE, *frames])[SETTLE:]
-        landmarker.reset()
-        found = np.array([face is not None for face in faces])
-        try:
-            motion = self.tracker.motion(faces, Fraction(25), (size, size), crop=(0.0, 0.0, float(size)))
-        except NoFaceError:
-            return Tracked(frames, None, found)
-        return Tracked(frames, motion, found)
+        motion = self.tracker.read(frames, apart=apart)
+        return Tracked(frames, motion, np.zeros(len(frames), bool) if motion is None else motion.found)
 
     def embed(self, tracked: Tracked, rows: np.ndarray) -> np.ndarray:
         """Unit vectors (F, D) of those of the rows that show a face; F = 0 without an embedder too."""

@@ -7,11 +7,10 @@ from fractions import Fraction
 import numpy as np
 
 from export3d_cli.core.errors import InputError, NoFaceError
-from export3d_cli.core.face.landmarker import Face, Landmarker
+from export3d_cli.core.face.landmarker import SETTLE, Face, Landmarker
 from export3d_cli.core.face.tracker import FaceFinder
 from export3d_cli.core.media.cuts import SceneCuts
 
-SETTLE = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
 REACH = (0.75, 0.03)  # face boxes that a face may go from one frame to the next, and more for each frame without it
 PATIENCE = 2  # seconds for which a lost face is waited for at its place before another one is taken
 

@@ -42,6 +42,7 @@ ARKIT_NAMES: tuple[str, ...] = (
     *("mouthUpperUpLeft", "mouthUpperUpRight", "noseSneerLeft", "noseSneerRight", "tongueOut"),
 )
 
+SETTLE = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
 _DETECTOR_SIZE = 128  # input side of the detector, pixels
 _MESH_SIZE = 256  # input side of the landmark network, pixels
 _MIN_SCORE = 0.5  # both the detector's and the presence threshold, MediaPipe's defaults

@@ -22,7 +22,7 @@ from export3d_cli.core.camera import FOCAL, default_intrinsics
 from export3d_cli.core.errors import InputError, NoFaceError
 from export3d_cli.core.face import mesh
 from export3d_cli.core.face.detector import FaceDetector
-from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face, Landmarker
+from export3d_cli.core.face.landmarker import ARKIT_NAMES, SETTLE, Face, Landmarker
 from export3d_cli.core.files import DAMAGED_ZIP, check_file, write_atomic
 
 MEASURES = (
@@ -141,6 +141,22 @@ class Tracker:
         """Track the face through frames, uint8 (H, W, 3) RGB, taken one at a time."""
         self.landmarker.reset()
         return [self.landmarker.track(frame) for frame in frames]
+
+    def read(self, frames: Sequence[np.ndarray], *, apart: bool = False) -> Motion | None:
+        """The face in square frames, which are the crop; `apart`: frames that do not follow each other.
+
+        None where no frame shows one.
+        """
+        side = len(frames[0])
+        if apart:
+            faces = [self.follow([frame] * SETTLE)[-1] for frame in frames]
+        else:
+            faces = self.follow([*[frames[0]] * SETTLE, *frames])[SETTLE:]
+        self.landmarker.reset()
+        try:
+            return self.motion(faces, Fraction(25), (side, side), crop=(0.0, 0.0, float(side)))
+        except NoFaceError:
+            return None
 
     def settle(self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:
         """The crop of a clip of which these faces are known."""

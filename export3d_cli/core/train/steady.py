@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor
 from export3d_cli.core.camera import head_pose, rotation_log
 from export3d_cli.core.checkpoint import load_into
 from export3d_cli.core.config import DataConfig, TrainConfig
-from export3d_cli.core.errors import NoFaceError
-from export3d_cli.core.face.follow import SETTLE
 from export3d_cli.core.face.motion import Tracker
 from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Export3D
@@ -123,11 +120,8 @@ class SteadyStage:
 
     def read(self, frames: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Which frames show a face, (F,), and the head's rotations in them (F, 3, 3)."""
-        faces = [self.tracker.follow([frame] * SETTLE)[-1] for frame in frames]
-        side = len(frames[0])
-        try:
-            motion = self.tracker.motion(faces, Fraction(25), (side, side), crop=(0.0, 0.0, float(side)))
-        except NoFaceError:
+        motion = self.tracker.read(frames, apart=True)
+        if motion is None:
             return np.zeros(len(frames), bool), np.zeros((len(frames), 3, 3))
         return motion.found, head_pose(motion.camera)[0]
 
