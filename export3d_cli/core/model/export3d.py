@@ -19,7 +19,7 @@ from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.mouth_painter import MouthPainter
 from export3d_cli.core.model.painter import HolePainter, Painted
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
-from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolution, enlarge
+from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolution, enlarge, finest
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
 
 NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
@@ -49,6 +49,7 @@ class Source:
     front: Tensor | None  # (B, 2, m, m) what it shows of the mesh, see `BasisFlow.front`
     room: Tensor | None  # (B, 3) how far it goes on beyond its border, see `BasisFlow.seen`
     # without gradients:
+    finest: Tensor | None = None  # (B, 1, H, W) of it, see `superres.finest`
     basis: Tensor | None = None  # (n, d) of beta', that of the weights
     view_rows: list[Tensor] | None = None  # of each view, `lean.plane_table`
 
@@ -176,6 +177,7 @@ class Export3D(nn.Module):
             view=view, still=sv.still(stem, behind) if sv is not None else None,
             half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
             small=F.avg_pool2d(image.float(), 2) if sr.flow else None, front=front, room=room,
+            finest=finest(image) if lasting and sr.flow else None,
             basis=self.expression.basis() if lasting else None, view_rows=rows,
         )  # fmt: skip
 
@@ -391,4 +393,4 @@ class Export3D(nn.Module):
         turned, change = turn(source.camera, camera), lam - source.lam
         flow = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head, source.body, turned, change)
         halves = (source.image, source.small, source.half, source.quarter)
-        return PhotoDetail(*halves, flow, mesh, source.head, source.body, self._code(source, lam))
+        return PhotoDetail(*halves, flow, mesh, source.head, source.body, self._code(source, lam), source.finest)

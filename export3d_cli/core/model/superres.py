@@ -99,6 +99,7 @@ class PhotoDetail(NamedTuple):
     head: Tensor  # (B, 1, m, m) where the photo shows the head
     body: Tensor  # (B, 1, m, m) and where the rest of the person
     code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
+    finest: Tensor | None  # (B, 1, H, W) without gradients: `finest` of the photo
 
 
 class Refined(NamedTuple):
@@ -231,8 +232,12 @@ def _lacking(mask: Tensor, facts: Tensor) -> Tensor:
     return (known * (1 - mouth) - mask).clamp_min(0) * trusted
 
 
-def finest(x: Tensor) -> Tensor:
-    """What a picture (B, C, s, s) has beyond its means over 3 x 3 pixels, those in the middle counting twice."""
+def finest(photo: Tensor) -> Tensor:
+    """What the brightness of pictures (B, 3, s, s) has beyond its means over 3 x 3 pixels, (B, 1, s, s).
+
+    The middle counts twice. Taken before the photo is moved, it knows nothing of where positions jump.
+    """
+    x = photo.float().mean(1, keepdim=True)
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
     rows = wide[..., :-2, :] + 2 * wide[..., 1:-1, :] + wide[..., 2:, :]
     return x - (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
@@ -316,11 +321,11 @@ class SuperResolution(nn.Module):
         mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
         image = mask * sampled + (1 - mask) * (base + out[:, :3])
         shares = mask * at1.shares
-        if torch.is_grad_enabled():
-            return Refined(image, offset, seen, known, at1.ways, shares)
-        lacking = _lacking(mask, facts[:, :2]) * at1.shares[:, :1]  # of the head
-        shares[:, :1] += lacking
-        return Refined(image + lacking * finest(sampled), offset, seen, known, at1.ways, shares)
+        if detail.finest is not None:
+            lacking = _lacking(mask, facts[:, :2]) * at1.shares[:, :1]  # of the head
+            shares[:, :1] += lacking
+            image = image + lacking * warp(detail.finest, at1.ways[:, :2])
+        return Refined(image, offset, seen, known, at1.ways, shares)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""

@@ -226,6 +226,24 @@ def test_a_blended_face_shows_all_of_the_photos_finest_detail(
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
             face = tiny.flow(points, orbit(0), points, orbit(0), size).face == 1
-            share = finest(out.enlarged(finer(photo, size, 64), size)) / finest(photo)
+            share = finest(out.enlarged(finer(photo, size, 64), size)) / finest(photo)  # (1, 1, size, size)
             assert share[face.expand_as(share)].median() == pytest.approx(shown, abs=0.03)
             assert share[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
+
+
+def test_no_detail_is_made_where_positions_in_the_photo_jump(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """A photo of one slope has none, though beside a turned head its colours jump."""
+    assert tiny.superres.colour.bias is not None
+    for learned in (tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    slope = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    with torch.no_grad():
+        tiny.superres.colour.bias[3] = (3 - TRUST) / 4  # a blend of half, where all that lacks is added
+        source = tiny.encode_source(slope, torch.zeros(1, 64), orbit(0), points, torch.ones(1, 1, 64, 64))
+        out, plain = (
+            tiny.drive(one, None, orbit(30), lam=one.lam).image for one in (source, replace(source, finest=None))
+        )
+    assert finest(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
+    torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
