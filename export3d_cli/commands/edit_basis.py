@@ -24,7 +24,10 @@ GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to t
 )  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
 @click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
-@click.option("--grid", is_flag=True, help="Write a contact sheet: a row a --v (default: all), five values (-6 to 6).")
+@click.option(
+    "--grid", is_flag=True,
+    help=f"Write a contact sheet: a row a --v (default: all), five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",
+)  # fmt: skip
 @click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
 @options.source_options
 @options.frames_option(60)

@@ -16,6 +16,7 @@ from export3d_cli.core.model.eye_painter import EyePainter
 from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
+from export3d_cli.core.model.masks import between
 from export3d_cli.core.model.mouth_painter import MouthPainter
 from export3d_cli.core.model.painter import HolePainter, Painted
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
@@ -309,7 +310,7 @@ class Export3D(nn.Module):
         still, size = source.still.float(), features.shape[-1]
         behind = resize(still, size) if detail is None else warp(still, resize(detail.flow.rest, size))
         if not self.training:
-            kept = ((opacity - THIN[0]) / (THIN[1] - THIN[0])).clamp(0, 1)
+            kept = between(opacity, *THIN)
             features, opacity = features * kept, opacity * kept
         return features + (1 - opacity) * behind
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.model.flow import warp
-from export3d_cli.core.model.masks import dilate
+from export3d_cli.core.model.masks import between, dilate
 from export3d_cli.core.model.mouth import RIMS, anchored_places
 from export3d_cli.core.model.painter import (
     SIDE,
@@ -106,7 +106,7 @@ class EyePainter(HolePainter):
         amounts = []
         for side in (0, 1):
             before, after = opening(photo_points, side), opening(points, side)
-            wider = ((after / before.clamp_min(1e-3) - SAME) / (OTHER - SAME)).clamp(0, 1)
+            wider = between(after / before.clamp_min(1e-3), SAME, OTHER)
             amounts.append(wider * ((after - SHUT) / SHUT).clamp(0, 1))
         if not any(bool(amount.any()) for amount in amounts):
             return []

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config import POINTS, ModelConfig
 from export3d_cli.core.model.constants import constant, rows
-from export3d_cli.core.model.masks import dilate
+from export3d_cli.core.model.masks import between, dilate
 from export3d_cli.core.model.mouth import CHIN, RIMS, anchored_places, behind_lips, lip_edges, mouth_places
 from export3d_cli.core.model.raster import Windows, blend, cross, interpolate, pick, rasterize
 from export3d_cli.core.model.render import pixel_grid, project
@@ -63,11 +63,6 @@ class Mesh(NamedTuple):
     corners: Tensor  # (B, T, 45): what is blended over a triangle: of each corner uv in the photo, weight, places, lips
     # and distance from its camera
     before: Tensor  # (B, T) twice the signed area in the photo
-
-
-def _between(x: Tensor, low: float, high: float) -> Tensor:
-    """0 up to `low`, 1 from `high` on."""
-    return ((x - low) / (high - low)).clamp(0, 1)
 
 
 def _area(uv: Tensor, triangles: Tensor) -> Tensor:
@@ -178,8 +173,8 @@ class BasisFlow(nn.Module):
         above = (height / NECK + 1).clamp(0, 1).view(-1, 1, self.size, self.size)
         aside = cross(away, up[:, None]).abs() / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
         # no farther than half of the second ring, but on top: others may be in the picture
-        high = _between(height, *TOP)
-        top, wide = (high * (1 - _between(aside, *reach)) for reach in (ASIDE, WIDE))
+        high = between(height, *TOP)
+        top, wide = (high * (1 - between(aside, *reach)) for reach in (ASIDE, WIDE))
         near = torch.maximum((2 * weight).clamp_max(1), top.view_as(above))
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
         hair = person * above * near
@@ -246,8 +241,8 @@ class BasisFlow(nn.Module):
         anchored = picture(value[..., 5:9].clamp(-2, 2)) * (mouth + eye)
         uv, (face, weight) = picture(uv), face_and_head(near)
         if front is not None:  # a cheek turned away hides what is behind it: drawn out far, it would be seen twice
-            hidden = _between(picture(value[..., 14:]) - warp(front[:, 1:], uv), CLEAR, 2 * CLEAR) * (1 - mouth - eye)
-            shown = shown * (1 - hidden * _between(stretch, *DRAWN_OUT))
+            hidden = between(picture(value[..., 14:]) - warp(front[:, 1:], uv), CLEAR, 2 * CLEAR) * (1 - mouth - eye)
+            shown = shown * (1 - hidden * between(stretch, *DRAWN_OUT))
         if head is not None:  # around the face the mesh takes along what is head in the photo
             weight = torch.maximum(face, warp(head, uv) * (near > RINGS[-1][2]) * within(uv, room))
             carried = (near >= 0) | (weight > 0.05)  # beyond the second ring nothing but hair

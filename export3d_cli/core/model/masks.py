@@ -1,10 +1,15 @@
-"""Masks made wider and softer, in time that hardly grows with how far: pooling takes hundreds of steps a pixel."""
+"""Masks from measures; and made wider and softer, in time that hardly grows with how far, as that of pooling does."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def between(x: Tensor, low: float, high: float) -> Tensor:
+    """0 up to `low`, 1 from `high` on."""
+    return ((x - low) / (high - low)).clamp(0, 1)
 
 
 def dilate(mask: Tensor, reach: int) -> Tensor:

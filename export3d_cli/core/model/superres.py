@@ -17,7 +17,7 @@ from export3d_cli.core.model.constants import constant
 from export3d_cli.core.model.flow import MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import LayeredFlow
 from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
-from export3d_cli.core.model.masks import dilate
+from export3d_cli.core.model.masks import between, dilate
 
 DETAIL = 16  # channels of stem features taken along the flow
 MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
@@ -228,8 +228,7 @@ def _lacking(mask: Tensor, facts: Tensor) -> Tensor:
     is known all of it may be seen, unless the blend leaves the photo out. `facts` (B, 2, s, s): known, and mouth.
     """
     known, mouth = facts.split(1, dim=1)
-    trusted = ((mask - LEFT_OUT[0]) / (LEFT_OUT[1] - LEFT_OUT[0])).clamp(0, 1)
-    return (known * (1 - mouth) - mask).clamp_min(0) * trusted
+    return (known * (1 - mouth) - mask).clamp_min(0) * between(mask, *LEFT_OUT)
 
 
 def finest(photo: Tensor) -> Tensor:
