@@ -40,6 +40,7 @@ STAGES = (  # what is told -> part of the model and its method
     ("super-resolution", "superres", "forward"),
     ("mouth", "painters.mouth", "paint"),  # of frames with lips that part, where the weights have it
     ("eyes", "painters.eyes", "paint"),  # of frames with eyes wider open than in the photo
+    ("lids", "painters.lids", "paint"),  # and with eyes that are shut, or nearly
 )
 
 

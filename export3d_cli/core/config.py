@@ -59,7 +59,8 @@ class ModelConfig:
     flow_size: int = 64  # side at which the candidate flows are blended
     flow_width: int = 32  # channels of the network that blends the candidate flows
     mouth: int = 0  # first width of the network that paints what a photo with shut lips hides; 0: none
-    eyes: int = 0  # and of that which paints what narrow eyes hide
+    eyes: int = 0  # of that which paints what narrow eyes hide
+    lids: int = 0  # and of that which paints the lids of eyes that shut
     face_shift: float = 0.0  # share of the flow's learned shift that a face takes; above 0 the shift knows lambda, too
 
     @property
@@ -68,7 +69,8 @@ class ModelConfig:
         return BETA_DIM if self.expression == "direct" else self.basis
 
 
-STAGES = ("clebs", "mouth", "eyes", "reconstruction", "adversarial", "steady")  # in the order they are trained
+HOLES = ("mouth", "eyes", "lids")  # stages that train a painter each, of the same name in `ModelConfig`
+STAGES = ("clebs", *HOLES, "reconstruction", "adversarial", "steady")  # in the order they are trained
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -76,7 +78,7 @@ PRESETS: dict[str, ModelConfig] = {
         plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
         coarse_samples=4, fine_samples=4, superres=(8, 8), mesh_size=32, flow_size=16, flow_width=8,
     ),
-    "compact": ModelConfig(basis=20, code_hidden=256, face_shift=0.15, mouth=24, eyes=16),
+    "compact": ModelConfig(basis=20, code_hidden=256, face_shift=0.15, mouth=24, eyes=16, lids=16),
     "paper": ModelConfig(
         code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
         plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64, raw_channels=32,
@@ -129,7 +131,7 @@ class ClebsConfig:
 
 @dataclass(frozen=True)
 class HoleConfig:
-    """What the stages `mouth` and `eyes` (beyond the paper) have in common: holes in pictures are filled."""
+    """What the stages `mouth`, `eyes` and `lids` (beyond the paper) have in common: holes in pictures are filled."""
 
     steps: int = 8000
     weight: tuple[float, ...] = ()  # sampling share of each data set in this stage; empty: data.weight
@@ -160,6 +162,14 @@ class EyesConfig(HoleConfig):
 
     open: float = 0.2  # least opening of lids that are looked at, in widths of the eye
     guess: float = 0.1  # share of holes that are filled without the iris' colour, as where a photo has the eyes shut
+
+
+@dataclass(frozen=True)
+class LidsConfig(HoleConfig):
+    """The stage `lids`: eyes that are shut, or nearly."""
+
+    jitter: float = 0.2  # skin has the colour of the light
+    shut: float = 0.2  # widest opening of lids that are looked at, in widths of the eye
 
 
 @dataclass(frozen=True)
@@ -237,6 +247,7 @@ class TrainConfig:
     clebs: ClebsConfig = field(default_factory=ClebsConfig)
     mouth: MouthConfig = field(default_factory=MouthConfig)
     eyes: EyesConfig = field(default_factory=EyesConfig)
+    lids: LidsConfig = field(default_factory=LidsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     steady: SteadyConfig = field(default_factory=SteadyConfig)
@@ -271,7 +282,8 @@ class TrainConfig:
     def steps_of(self, stage: str) -> int:
         """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
         clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
-        steps = {"clebs": clebs, "mouth": self.mouth.steps, "eyes": self.eyes.steps, "reconstruction": self.steps}
+        steps = {"clebs": clebs, "mouth": self.mouth.steps, "eyes": self.eyes.steps, "lids": self.lids.steps}
+        steps |= {"reconstruction": self.steps}
         return (steps | {"adversarial": self.adversarial.steps, "steady": self.steady.steps})[stage]
 
 
@@ -315,7 +327,10 @@ def train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> Train
     model = data.get("model") or {}
     if not isinstance(model, dict):
         raise ConfigError("model must be a section of the configuration")
-    data["model"] = {**to_dict(PRESETS[preset]), **model}
+    stages = data.get("stages", TrainConfig.stages)
+    known = HOLES if data.get("init") or not isinstance(stages, (list, tuple)) else stages
+    untrained = {name: 0 for name in HOLES if name not in known}  # they would paint noise
+    data["model"] = {**to_dict(PRESETS[preset]), **untrained, **model}
     config: TrainConfig = build(TrainConfig, data, "")
     check(config, STAGES)
     return config

@@ -18,7 +18,7 @@ _LIMITS |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096,
 def check_model(model: ModelConfig) -> None:
     """Sizes that a network can have, whoever asks for it: the header of a weights file is not to be trusted."""
     for name, value in vars(model).items():
-        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples", "mouth", "eyes") else 1
+        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples", "mouth", "eyes", "lids") else 1
         for size in value if isinstance(value, tuple) else (value,):
             if type(size) is int and not least <= size <= _LIMITS.get(name, 65_536):
                 raise ConfigError(f"model.{name} must be {least} to {_LIMITS.get(name, 65_536)}, got {shown(value)}")
@@ -66,7 +66,7 @@ def check(config: TrainConfig, stages: tuple[str, ...]) -> None:
         raise ConfigError("adversarial.augment and ada must be in 0..1, ada_every and ada_images positive")
     if min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.pairs) < 1:
         raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
-    holes = {"mouth": config.mouth, "eyes": config.eyes}
+    holes = {"mouth": config.mouth, "eyes": config.eyes, "lids": config.lids}
     weights = {"data": config.data.weight, "clebs": config.clebs.weight, **{k: v.weight for k, v in holes.items()}}
     weights["steady"] = config.steady.weight
     for name, weight in weights.items():
@@ -75,6 +75,10 @@ def check(config: TrainConfig, stages: tuple[str, ...]) -> None:
     for name, hole in holes.items():
         if name in config.stages and not (getattr(config.model, name) and config.model.flow):
             raise ConfigError(f"the stage {name} needs model.{name}, the width of its network, and model.flow")
+        if getattr(config.model, name) and name not in config.stages and not config.init:
+            raise ConfigError(
+                f"model.{name} is trained by the stage {name}: add it, or weights as init, or set it to 0"
+            )
         if min(hole.batch, hole.critic_width) < 1 or hole.steps < 0:
             raise ConfigError(f"{name}.batch and critic_width must be 1 or more, and steps not negative")
     if min(config.steady.batch, config.steady.steps) < 1 or config.steady.ridge < 0:

@@ -14,6 +14,7 @@ from export3d_cli.core.animate import Animator
 from export3d_cli.core.driver import motion_rows
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.eye_painter import EyePainter
+from export3d_cli.core.model.lid_painter import LidPainter
 from export3d_cli.core.model.mouth_painter import MouthPainter
 from export3d_cli.core.views import NovelViewOptions, orbit_cameras
 from export3d_cli.core.weights import example
@@ -33,11 +34,12 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
     photo = read_image(example("source.jpg"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     painted: list[tuple[str, str]] = []
+    kinds = {"mouth": MouthPainter, "eyes": EyePainter, "lids": LidPainter}
 
     def made(where: str) -> list[np.ndarray]:
         animator = Animator.from_weights(tiny_weights, device=where, precision="fp32", batch=2, quality="best")
         torch.manual_seed(0)
-        for name, kind in (("mouth", MouthPainter), ("eyes", EyePainter)):
+        for name, kind in kinds.items():
             animator.model.painters[name] = kind(4).eval().to(animator.device)
             animator.model.painters[name].register_forward_hook(lambda *_, name=name: painted.append((name, where)))
         motion = animator.set_source(photo)
@@ -52,6 +54,6 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
     with Pretended() as pretended:
         on_gpu = made("cuda")
     assert pretended.calls > 1000
-    assert set(painted) == {(name, where) for name in ("mouth", "eyes") for where in ("cpu", "cuda")}
+    assert set(painted) == {(name, where) for name in kinds for where in ("cpu", "cuda")}
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert np.abs(a.astype(float) - b.astype(float)).mean() < 0.5

@@ -16,6 +16,7 @@ from export3d_cli.core.model.eye_painter import EyePainter
 from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
 from export3d_cli.core.model.generator import Generator
+from export3d_cli.core.model.lid_painter import LidPainter
 from export3d_cli.core.model.masks import between
 from export3d_cli.core.model.mouth_painter import MouthPainter
 from export3d_cli.core.model.painter import HolePainter, Painted
@@ -103,7 +104,7 @@ class Output(NamedTuple):
     bare: Tensor | None = None  # (B, 3, H, W) the image without `fills`
     ways: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
     shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
-    fills: tuple[Painted, ...] = ()  # what of the image is painted in close-up: mouth, eyes
+    fills: tuple[Painted, ...] = ()  # what of the image is painted in close-up: mouth, eyes, lids
 
     def enlarged(self, more: Tensor, size: int) -> Tensor:
         """The image as (B, 3, size, size), with what a larger photo has `more`, (B, 3, M, M) of `superres.finer`."""
@@ -140,6 +141,8 @@ class Export3D(nn.Module):
             self.painters["mouth"] = MouthPainter(config.mouth)
         if config.eyes:
             self.painters["eyes"] = EyePainter(config.eyes)
+        if config.lids:
+            self.painters["lids"] = LidPainter(config.lids)
         # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
         self.rows: tuple[int, int, int] | None = None
 
@@ -253,7 +256,7 @@ class Export3D(nn.Module):
         )  # fmt: skip
 
     def _paint(self, source: Source, posed: Posed, image: Tensor, camera: Tensor) -> tuple[Painted, ...]:
-        """What the photo hides of mouth and eyes."""
+        """What the photo hides of mouth, eyes and lids."""
         if posed.mesh is None:
             return ()
         photo, moved = (source.image, source.points, source.camera), posed.mesh.points[:, :POINTS]

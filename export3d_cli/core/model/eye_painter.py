@@ -115,9 +115,4 @@ class EyePainter(HolePainter):
         seen = [iris_colour(photo, uv_photo, side) for side in (0, 1)]
         share = torch.stack([known for _, known in seen])  # (2, B)
         colour = (torch.stack([c for c, _ in seen]) * share[..., None]).sum(0) / share.sum(0).clamp_min(1e-3)[:, None]
-        views, holes = zip(*(eye_hole(points, uv, side, colour, share.amax(0)) for side in (0, 1)), strict=True)
-        hole = Hole(*(torch.cat(parts) for parts in zip(*holes, strict=True)))  # both eyes at once
-        around = torch.cat([warp(image, view.positions(SIDE)) for view in views]) * (1 - hole.hidden)
-        shown = hole.hidden * torch.cat(amounts)[:, None, None, None]
-        both = zip(views, self(around, hole).chunk(2), shown.chunk(2), strict=True)
-        return [Painted(view, colours, hidden) for view, colours, hidden in both]
+        return self.filled(image, [eye_hole(points, uv, side, colour, share.amax(0)) for side in (0, 1)], amounts)

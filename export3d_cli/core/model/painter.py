@@ -1,8 +1,8 @@
-"""Holes in results, painted in close-up (beyond the paper): what a photo with shut lips or narrow eyes hides.
+"""Holes in results, painted in close-up (beyond the paper): what a photo with shut lips, narrow or open eyes hides.
 
 A photo says nothing about teeth that it does not show, and a network that is to match the person's own makes the mean
-of all: grey. So the inside of such a mouth or eye is cut out of the result and filled again from what surrounds it, by
-a network that has learned nothing else, on holes in pictures of open ones, with a critic.
+of all: grey. So the inside of such a mouth or eye, or a lid, is cut out of the result and filled again from what
+surrounds it, by a network that has learned nothing else, on holes in pictures that show it, with a critic.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.generator import ResBlock, leaky
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import RIMS
@@ -41,7 +42,7 @@ class CloseUp(NamedTuple):
 
 
 class Hole(NamedTuple):
-    """The inside of a mouth or an eye in close-up; each (B, ., SIDE, SIDE)."""
+    """The inside of a mouth or an eye, or a lid, in close-up; each (B, ., SIDE, SIDE)."""
 
     hidden: Tensor  # (B, 1): 1 where it is to be painted, softly ending
     facts: Tensor  # (B, 7): 1 inside; what tells where and how; last, where on each of the learned textures it is
@@ -157,6 +158,15 @@ class HolePainter(nn.Module):
             whole = texture.expand(len(place), -1, -1, -1)
             rows.append(F.grid_sample(whole, place, align_corners=False, padding_mode="border") * inside)
         return torch.cat(rows, dim=1)
+
+    def filled(self, image: Tensor, holes: list[tuple[CloseUp, Hole]], amounts: list[Tensor]) -> list[Painted]:
+        """Holes in pictures (B, 3, H, W) filled, all at once; `amounts`, (B,) each, say how far that is to be seen."""
+        hole = Hole(*(torch.cat(parts) for parts in zip(*(hole for _, hole in holes), strict=True)))
+        around = torch.cat([warp(image, view.positions(SIDE)) for view, _ in holes]) * (1 - hole.hidden)
+        shown = hole.hidden * torch.cat(amounts)[:, None, None, None]
+        colours = self(around, hole)
+        parts = zip(holes, colours.chunk(len(holes)), shown.chunk(len(holes)), strict=True)
+        return [Painted(view, own, hidden) for (view, _), own, hidden in parts]
 
     def paint(
         self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor

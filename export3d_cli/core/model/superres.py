@@ -27,6 +27,7 @@ PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
 PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
 SEAM, FRINGE = 64, 16  # masks are widened to each side by a 64th of the picture; stray hair reaches a 16th
 APART = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
+LEAP = (1.7, 2.6)  # distances of neighbours' positions in the photo, in pixels, of all and of none of its finest detail
 LEFT_OUT = (0.15, 0.35)  # blends that are taken for none of the photo, and from which on it is trusted
 TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
 
@@ -187,13 +188,25 @@ class Layers(NamedTuple):
 def layers(flow: LayeredFlow, here: Tensor, size: int, offset: Tensor | None = None) -> Layers:
     """Both layers of a flow at `size`.
 
-    What is behind the head is shown where `here` (B, 1, m, m) says that the photo knows it; `offset` moves both.
+    What is behind the head is shown where `here` (B, 1, m, m) says that the photo knows it. `offset` moves both; where
+    it is given, the head's outline is smooth, too, not in steps as the triangles are drawn.
     """
-    ways = torch.cat([flow.head, flow.rest], dim=1)
+    ways, share = torch.cat([flow.head, flow.rest], dim=1), flow.share
     if offset is not None:
         ways = resize(ways, offset.shape[-1]) + offset.repeat(1, 2, 1, 1)
-    shares = torch.cat([flow.share, here * (1 - flow.share)], dim=1)
+        share, here = smooth(resize(share, size)), resize(here, size)
+    shares = torch.cat([share, here * (1 - share)], dim=1)
     return Layers(resize(ways, size), resize(shares, size))
+
+
+def leap(ways: Tensor) -> Tensor:
+    """How far apart neighbours are in the photo, at most: `Layers.ways` (B, 4, s, s) -> (B, 2, s, s), in pixels."""
+    B, _, s, _ = ways.shape
+    by_layer = ways.view(B, 2, 2, s, s) * s
+    across, down = (by_layer.diff(dim=dim).square().sum(2) for dim in (4, 3))  # (B, 2, s, s - 1), (B, 2, s - 1, s)
+    across = torch.maximum(F.pad(across, (1, 0)), F.pad(across, (0, 1)))
+    down = torch.maximum(F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1)))
+    return torch.maximum(across, down).sqrt()
 
 
 def finer(photo: Tensor, size: int, side: int) -> Tensor:
@@ -234,12 +247,17 @@ def _lacking(mask: Tensor, facts: Tensor) -> Tensor:
 def finest(photo: Tensor) -> Tensor:
     """What the brightness of pictures (B, 3, s, s) has beyond its means over 3 x 3 pixels, (B, 1, s, s).
 
-    The middle counts twice. Taken before the photo is moved, it knows nothing of where positions jump.
+    Taken before the photo is moved, it knows nothing of where positions jump.
     """
     x = photo.float().mean(1, keepdim=True)
+    return x - smooth(x)
+
+
+def smooth(x: Tensor) -> Tensor:
+    """Means over 3 x 3 pixels, of which the middle ones count twice, of pictures (B, C, s, s)."""
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
     rows = wide[..., :-2, :] + 2 * wide[..., 1:-1, :] + wide[..., 2:, :]
-    return x - (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:
@@ -323,7 +341,10 @@ class SuperResolution(nn.Module):
         if detail.finest is not None:
             lacking = _lacking(mask, facts[:, :2]) * at1.shares[:, :1]  # of the head
             shares[:, :1] += lacking
-            image = image + lacking * warp(detail.finest, at1.ways[:, :2])
+            # a face seen from the side is many of the photo's pixels in one, and at its outline positions jump
+            near = 1 - between(leap(at1.ways), *LEAP)
+            shares = shares * near
+            image = image + lacking * near[:, :1] * warp(detail.finest, at1.ways[:, :2])
         return Refined(image, offset, seen, known, at1.ways, shares)
 
     def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The stages `mouth` and `eyes` (beyond the paper): holes cut into pictures are filled, and a critic looks at them.
+"""The stages `mouth`, `eyes` and `lids` (beyond the paper): holes cut into pictures are filled, under a critic's eyes.
 
-Every frame and still with parted lips, or open eyes, teaches it by itself; no pairs, no other network takes part.
+Every frame and still with parted lips, open or shut eyes, teaches it by itself; no pairs, no other network takes part.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from export3d_cli.core.train.lpips import load_distance
 from export3d_cli.core.train.run import Run
 from export3d_cli.core.train.stage import part
 
-SEED_OF = {"mouth": 3, "eyes": 4}  # the number of a stage in `Run.seed`
+SEED_OF = {"mouth": 3, "eyes": 4, "lids": 6}  # the number of a stage in `Run.seed`
 R1_EVERY = 8
 
 
 class Critic(nn.Module):
-    """How real the insides of mouths, or eyes, look, patch by patch; what is around them it does not see."""
+    """How real the insides of mouths or eyes, or lids, look, patch by patch; what is around them it does not see."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Critic(nn.Module):
 
 
 class HoleStage:
-    """Painter, critic, and what trains them: the stage `mouth` or `eyes`."""
+    """Painter, critic, and what trains them: the stage `mouth`, `eyes` or `lids`."""
 
     def __init__(self, run: Run, model: Export3D, sampler: Sampler, name: str) -> None:
         painter = model.painters[name]

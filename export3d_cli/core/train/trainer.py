@@ -13,7 +13,7 @@ from torch import Tensor
 
 from export3d_cli.core import weights
 from export3d_cli.core.checkpoint import licence_of, load_into, load_weights, save_weights
-from export3d_cli.core.config import STAGES, TrainConfig, save_yaml
+from export3d_cli.core.config import HOLES, STAGES, TrainConfig, save_yaml
 from export3d_cli.core.device import pick_device, slow_precision
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face, flow_triangles
@@ -21,7 +21,6 @@ from export3d_cli.core.files import hold
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.train import steady
 from export3d_cli.core.train.cache import load_sets
-from export3d_cli.core.train.close_ups import DRAWERS
 from export3d_cli.core.train.data import Sampler
 from export3d_cli.core.train.holes import HoleStage
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
@@ -31,8 +30,6 @@ from export3d_cli.core.train.run import Run, TrainEvent
 from export3d_cli.core.train.stage import ImageStages
 
 __all__ = ["TrainSummary", "learning_rate", "raw_size", "reconstruction_loss", "train"]
-
-HOLES = tuple(DRAWERS)  # stages that train a painter each
 
 
 @dataclass(frozen=True)

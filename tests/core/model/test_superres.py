@@ -16,7 +16,8 @@ from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.flow import resize
 from export3d_cli.core.model.generator import zero_start
-from export3d_cli.core.model.superres import FRINGE, TRUST, Inside, finer, finest, widen
+from export3d_cli.core.model.render import pixel_grid
+from export3d_cli.core.model.superres import FRINGE, LEAP, TRUST, Inside, finer, finest, leap, smooth, widen
 
 
 def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
@@ -247,3 +248,35 @@ def test_no_detail_is_made_where_positions_in_the_photo_jump(
         )
     assert finest(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
+
+
+def test_leaps_are_distances_between_neighbours() -> None:
+    at = pixel_grid(16).T.reshape(1, 2, 16, 16)
+    torn = at + 0.5 * (at[:, :1] > 0.5)
+    found = leap(torch.cat([at * 3, torn], dim=1))
+    torch.testing.assert_close(found[:, 0], torch.full((1, 16, 16), 3.0))
+    expected = torch.ones(16)
+    expected[7:9] = math.hypot(1 + 8, 8)  # a pixel and half a picture across, half a picture down
+    torch.testing.assert_close(found[0, 1], expected.expand(16, 16))
+
+
+def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    for learned in (tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    noise, shown = torch.rand(1, 3, 128, 128), []
+    with torch.no_grad():
+        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
+        for nearer in (1.0, 1 / (LEAP[1] + 0.2)):
+            camera = orbit(0).clone()
+            camera[:, [16, 20]] *= nearer
+            out = tiny.drive(source, None, camera, lam=source.lam)
+            shown.append((out.enlarged(noise, 128) - out.enlarged(noise * 0, 128))[..., 56:72, 56:72].std())
+    assert shown[0] > 0.2 and shown[1] < 0.01
+
+
+def test_outlines_are_smooth() -> None:
+    step = (torch.arange(16) > 7).float().expand(1, 1, 16, 16)
+    torch.testing.assert_close(smooth(step)[0, 0, 3, 6:10], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    torch.testing.assert_close(smooth(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 8, 8))

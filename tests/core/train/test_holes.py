@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from export3d_cli.core.checkpoint import licence_of, load_state, load_weights, save_weights
-from export3d_cli.core.config import EyesConfig, HoleConfig, MouthConfig, TrainConfig, train_config
+from export3d_cli.core.config import EyesConfig, HoleConfig, LidsConfig, MouthConfig, TrainConfig, train_config
 from export3d_cli.core.errors import ConfigError, TrainingError
 from export3d_cli.core.face.mesh import canonical_face
 from export3d_cli.core.model import eye_painter, mouth_painter
@@ -24,10 +24,12 @@ from export3d_cli.core.train.trainer import train
 
 from .conftest import BUNDLE, SIZE
 
-FEW = {"steps": 3, "batch": 2, "open": 0.0, "after": 1, "critic_width": 2}
-# the canonical lips touch but for a slit; the clips move all lips alike
-SMALL: dict[str, HoleConfig] = {"mouth": MouthConfig(**FEW), "eyes": EyesConfig(**FEW)}
-both = pytest.mark.parametrize("name", SMALL)
+FEW = {"steps": 3, "batch": 2, "after": 1, "critic_width": 2}
+# the canonical lips touch but for a slit; the clips move all lips alike, and shut no eyes
+SMALL: dict[str, HoleConfig] = {
+    "mouth": MouthConfig(open=0.0, **FEW), "eyes": EyesConfig(open=0.0, **FEW), "lids": LidsConfig(shut=1.0, **FEW)
+}  # fmt: skip
+each = pytest.mark.parametrize("name", SMALL)
 
 
 def of_stage(config: TrainConfig, name: str) -> TrainConfig:
@@ -42,14 +44,15 @@ def sampler(tiny: TrainConfig) -> Sampler:
     return Sampler(load_sets(tiny.data, SIZE), tiny.data, canonical_face(BUNDLE).mirror)
 
 
-@both
-def test_draws_are_repeatable_and_of_what_is_open(sampler: Sampler, name: str) -> None:
+@each
+def test_draws_are_repeatable_and_of_what_is_asked_for(sampler: Sampler, name: str) -> None:
     def opening(points: torch.Tensor) -> torch.Tensor:
         return mouth_painter.opening(points) if name == "mouth" else eye_painter.opening(points, 0)
 
-    widest = [float(opening(torch.from_numpy(data.landmarks)).max()) for data in sampler.sets]
-    with pytest.raises(TrainingError, match=rf"{name}\.open"):
-        DRAWERS[name](sampler, replace(SMALL[name], open=max(widest) + 0.01))
+    found = torch.cat([opening(torch.from_numpy(data.landmarks)) for data in sampler.sets])
+    none = {"shut": float(found.min()) - 0.01} if name == "lids" else {"open": float(found.max()) + 0.01}
+    with pytest.raises(TrainingError, match=rf"{name}\.{next(iter(none))}"):
+        DRAWERS[name](sampler, replace(SMALL[name], **none))
     drawer = DRAWERS[name](sampler, SMALL[name])
     a, b, other = (drawer.batch(0, 5, rank, 3) for rank in (0, 0, 1))
     assert a.picture.shape == (3, 3, SIDE, SIDE) and a.hole.facts.shape == (3, FACTS, SIDE, SIDE)
@@ -57,7 +60,7 @@ def test_draws_are_repeatable_and_of_what_is_open(sampler: Sampler, name: str) -
     assert not torch.equal(a.picture, other.picture)
 
 
-@both
+@each
 def test_resume_is_exact(tiny: TrainConfig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = of_stage(tiny, name)
     whole = train(run)
@@ -79,8 +82,9 @@ def test_resume_is_exact(tiny: TrainConfig, name: str, tmp_path: Path, monkeypat
 
 
 def test_the_stages_after_them_leave_the_painters_alone(tiny: TrainConfig) -> None:
-    stages = ("clebs", "mouth", "eyes")
-    config = of_stage(of_stage(tiny, "mouth"), "eyes")
+    stages, config = ("clebs", *SMALL), tiny
+    for name in SMALL:
+        config = of_stage(config, name)
     whole = train(replace(config, stages=(*stages, "reconstruction"), steps=1))
     assert (whole.finished, whole.stage) == (True, "reconstruction")
     state = load_weights(whole.weights)[0]
@@ -90,7 +94,7 @@ def test_the_stages_after_them_leave_the_painters_alone(tiny: TrainConfig) -> No
         assert names and all(torch.equal(state[k], before[k]) for k in names)
 
 
-@both
+@each
 def test_weights_without_a_painter_get_one(tiny: TrainConfig, name: str, tmp_path: Path) -> None:
     run = of_stage(tiny, name)
     first = train(replace(tiny, stages=("reconstruction",), steps=1))
@@ -104,7 +108,7 @@ def test_weights_without_a_painter_get_one(tiny: TrainConfig, name: str, tmp_pat
         train(replace(run, run=str(tmp_path / "third"), init=str(first.weights), stages=("reconstruction",)))
 
 
-@both
+@each
 def test_it_learns_to_fill(tiny: TrainConfig, name: str) -> None:
     long = replace(SMALL[name], steps=40, lr=0.01, adversarial=0.0)
     summary = train(replace(of_stage(tiny, name), **{name: long}))
@@ -114,7 +118,7 @@ def test_it_learns_to_fill(tiny: TrainConfig, name: str) -> None:
     assert (summary.run / "samples").is_dir()
 
 
-@both
+@each
 def test_what_cannot_be_trained_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{name}"):
         train_config({"preset": "tiny", "stages": [name]})
@@ -122,3 +126,13 @@ def test_what_cannot_be_trained_is_refused(name: str) -> None:
         train_config({"preset": "compact", "stages": [name], name: {"batch": 0}})
     with pytest.raises(ConfigError, match=rf"{name}\.weight"):
         train_config({"preset": "compact", "data": {"path": ["a", "b"]}, name: {"weight": [1.0]}})
+
+
+@each
+def test_a_painter_that_nothing_trains_is_left_out(name: str) -> None:
+    """It would paint noise."""
+    assert getattr(train_config({"preset": "compact"}).model, name) == 0
+    for kept in ({"stages": [name]}, {"init": "export3d-compact"}):
+        assert getattr(train_config({"preset": "compact", **kept}).model, name) > 0
+    with pytest.raises(ConfigError, match=rf"model\.{name}.*stage {name}"):
+        train_config({"preset": "compact", "model": {name: 8}})

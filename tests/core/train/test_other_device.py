@@ -9,17 +9,19 @@ import torch
 from accelerator import Pretended
 
 from export3d_cli.core.checkpoint import load_weights
-from export3d_cli.core.config import TrainConfig
-from export3d_cli.core.train.trainer import HOLES, train
+from export3d_cli.core.config import HOLES, TrainConfig
+from export3d_cli.core.train.trainer import train
 
 
 def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages = ("clebs", "mouth", "eyes", "reconstruction", "adversarial")
+    stages = ("clebs", *HOLES, "reconstruction", "adversarial")
     adversarial = replace(tiny.adversarial, steps=2, channels=8, base=64, mapping=1, r1=1.0, r1_every=1, ada=0.6)
     terms = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
     loss = replace(tiny.loss, l2_scales=2, **terms)
-    holes = {name: replace(getattr(tiny, name), steps=2, batch=2, open=0.0, after=0, critic_width=2) for name in HOLES}
+    every = {"mouth": {"open": 0.0}, "eyes": {"open": 0.0}, "lids": {"shut": 1.0}}  # frames are looked at
+    few = {"steps": 2, "batch": 2, "after": 0, "critic_width": 2}
+    holes = {name: replace(getattr(tiny, name), **few, **every[name]) for name in HOLES}
     model = replace(tiny.model, **dict.fromkeys(HOLES, 4))
     config = replace(
         tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss, model=model, **holes

@@ -1,0 +1,107 @@
+"""The hole over a shut eye, what it tells of the photo, and when a lid is painted, on the canonical face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.config import PRESETS
+from export3d_cli.core.face.mesh import canonical_face
+from export3d_cli.core.model import eye_painter
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.lid_painter import OTHER, SAME, LidPainter, height, lid, lid_hole
+from export3d_cli.core.model.render import pixel_grid, project
+from export3d_cli.core.weights import weights_dir
+
+GREY = torch.zeros(1, 3, 64, 64)
+
+
+def shut(points: Tensor, share: float = 1.0) -> Tensor:
+    """Landmarks whose upper lids have come down to the lower ones by `share`; folds stay."""
+    out = points.clone()
+    for side in (0, 1):
+        upper, lower = (list(edge) for edge in eye_painter.lids(side))
+        out[:, upper] = torch.lerp(points[:, upper], points[:, lower], share)
+    return out
+
+
+def test_folds_lie_above_the_rims_on_both_sides(points: Tensor) -> None:
+    mirror = canonical_face(weights_dir() / "face_landmarker.task").mirror
+    assert lid(1) == tuple(tuple(mirror[list(edge)].tolist()) for edge in lid(0))
+    for side in (0, 1):
+        fold, rim = (points[0, list(edge)] for edge in lid(side))
+        assert len(fold) == len(rim) and torch.equal(fold[[0, -1]], rim[[0, -1]])
+        assert (fold[1:-1, 1] < rim[1:-1, 1]).all()  # y down
+        eye = (rim[0] - rim[-1]).norm()
+        assert height(points, side).item() == pytest.approx(float((fold - rim)[3:6].norm(dim=1).mean() / eye))
+        assert height(shut(points), side) > height(shut(points, 0.5), side) > height(points, side)
+
+
+def test_the_hole_is_lid_and_lashes_and_holds_what_the_photo_has(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    (uv, _), (uv_photo, _) = project(shut(points), orbit(0.0)), project(points, orbit(20.0))
+    photo = pixel_grid(256).T.reshape(1, 2, 256, 256)  # its colours tell where they are
+    photo = torch.cat([photo, photo[:, :1] * 0 + 0.3], dim=1)
+    for side in (0, 1):
+        view, hole = lid_hole(uv, side, photo, uv_photo, torch.ones(1))
+        inside, (fold, rim) = hole.facts[:, :1], lid(side)
+        at = view.place(uv)[0] * hole.facts.shape[-1]
+        for k in range(2, 7):
+            x, low, high = int(at[rim[k], 0]), at[rim[k], 1], at[fold[k], 1]
+            column = inside[0, 0, :, x].nonzero()[:, 0]
+            assert abs(column[0].item() - high.item()) < 2.5  # from the fold
+            assert 1 < column[-1].item() - low.item() < 6  # to the lashes below the rim
+            ends = hole.facts[0, 2:4, [column[0], column[-1]], x].T
+            torch.testing.assert_close(ends, uv_photo[0, [fold[k], rim[k]]], atol=0.008, rtol=0)
+        assert (hole.hidden >= inside - 1e-6).all() and hole.hidden.sum() < 2 * inside.sum()
+        within = hole.facts[0][:, inside[0, 0] > 0]
+        assert (within[1] == 1).all() and (within[4] - 0.3).abs().max() < 1e-5 and within[5:].abs().max() <= 1.01
+        assert (hole.facts[0][:, inside[0, 0] == 0] == 0).all()
+        unknown = lid_hole(uv, side, photo, uv_photo, torch.zeros(1))[1]
+        assert (unknown.facts[:, 1:5] == 0).all() and torch.equal(unknown.hidden, hole.hidden)
+        assert torch.equal(unknown.facts[:, 5:], hole.facts[:, 5:])
+
+
+def test_only_lids_lower_than_in_the_photo_are_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    painter, camera = LidPainter(4), orbit(0.0)
+
+    def amounts(before: float, after: float) -> list[float]:
+        photo, result = shut(points, before), shut(points, after)
+        return [fill.hidden.amax().item() for fill in painter.paint(GREY, GREY, photo, camera, result, camera)]
+
+    assert amounts(0.0, 0.0) == amounts(1.0, 1.0) == amounts(1.0, 0.0) == amounts(0.5, 0.3) == []
+    assert amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
+    grown = [height(shut(points), side) / height(points, side) for side in (0, 1)]
+    assert min(grown) > OTHER
+    at = [((SAME + OTHER) / 2 - 1) / (float(g) - 1) for g in grown]
+    assert amounts(0.0, sum(at) / 2) == pytest.approx([0.5, 0.5], abs=0.15)
+
+
+def test_only_the_lids_of_a_result_are_painted(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    torch.manual_seed(1)
+    model = Export3D(replace(PRESETS["tiny"], lids=4)).eval()
+    model.load_state_dict({**model.state_dict(), **tiny.state_dict()})
+    camera = orbit(0.0)
+    for m in (tiny, model):
+        assert m.flow is not None
+        m.flow.basis.zero_()[0] = (shut(points) - points)[0]
+    with torch.no_grad():
+        pair = []
+        for m in (tiny, model):
+            source = m.encode_source(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2)),
+                                     torch.zeros(1, 64), camera, points)  # fmt: skip
+            pair.append(m.drive(source, None, camera, lam=source.lam + torch.eye(len(source.lam[0]))[:1]))
+        same = model.drive(source, None, camera, lam=source.lam)
+    plain, painted = pair
+    assert not same.fills and len(painted.fills) == 2
+    changed = (plain.image - painted.image).abs().sum(1)[0] > 1e-6
+    assert changed.any()
+    away = []
+    for side in (0, 1):
+        edge = 64 * project(shut(points), camera)[0][0, [i for line in lid(side) for i in line]]
+        place = pixel_grid(64).view(64, 64, 2) * 64
+        away.append(((place - edge.amin(0) + 4).clamp_max(0).abs() + (place - edge.amax(0) - 4).clamp_min(0)).sum(-1))
+    assert (torch.minimum(*away)[changed] == 0).all()
