@@ -13,7 +13,9 @@ from export3d_cli.core.config import PRESETS
 from export3d_cli.core.face.mesh import canonical_face
 from export3d_cli.core.model import eye_painter
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.lid_painter import OTHER, SAME, LidPainter, height, lid, lid_hole
+from export3d_cli.core.model.painter import SIDE
 from export3d_cli.core.model.render import pixel_grid, project
 from export3d_cli.core.weights import weights_dir
 
@@ -105,3 +107,18 @@ def test_only_the_lids_of_a_result_are_painted(tiny: Export3D, points: Tensor, o
         place = pixel_grid(64).view(64, 64, 2) * 64
         away.append(((place - edge.amin(0) + 4).clamp_max(0).abs() + (place - edge.amax(0) - 4).clamp_min(0)).sum(-1))
     assert (torch.minimum(*away)[changed] == 0).all()
+
+
+def test_lids_take_the_colour_of_skin_and_light(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv, _ = project(shut(points), orbit(0.0))
+    torch.manual_seed(0)
+    painter, face = LidPainter(4), torch.rand(1, 3, 64, 64) * 0.5  # of 1
+    with torch.no_grad():
+        made = []
+        for light in (torch.ones(3), torch.tensor([1.6, 0.7, 0.3])):
+            photo = face * light.view(1, 3, 1, 1) * 2 - 1
+            view, hole = lid_hole(uv, 0, photo, uv, torch.ones(1))
+            seen = warp(photo, view.positions(SIDE)) * (1 - hole.hidden)
+            made.append((painter(seen, hole) + 1) / light.view(1, 3, 1, 1))
+    assert made[0].std() > 0.01
+    torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=1e-4)
