@@ -31,8 +31,7 @@ FOLDS = ((247, 30, 29, 27, 28, 56, 190), (467, 260, 259, 257, 258, 286, 414))
 LASHES = 0.06  # how far they hang below the rim of the lid, in widths of the eye
 # How much higher the lid is than in the photo: up to SAME times the photo's own is shown, from OTHER times on none.
 SAME, OTHER = 1.15, 1.5
-GREY = 0.4  # what the face around is made, of 1, before the painter sees it: any skin in any light is alike to it
-DARKEST = 0.02  # face around, of 1
+DARKEST = 0.02  # of a channel of the face around, of 1
 
 
 def lid(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -76,10 +75,10 @@ class LidPainter(HolePainter):
     """Its texture is a lid. Facts: inside; whether a photo is known; what it has there; one place."""
 
     def forward(self, around: Tensor, hole: Hole) -> Tensor:
-        """See `HolePainter.forward`. The colour of skin and light is taken out before, and given back."""
+        """See `HolePainter.forward`. To the painter all faces are grey: it gives back the colour of skin and light."""
         seen = 1 - hole.hidden
         mean = (around + seen).sum((2, 3), keepdim=True) / 2 / seen.sum((2, 3), keepdim=True).clamp_min(1)
-        gain = GREY / mean.clamp_min(DARKEST)  # (B, 3, 1, 1)
+        gain = mean.mean(1, keepdim=True).clamp_min(DARKEST) / mean.clamp_min(DARKEST)  # (B, 3, 1, 1)
         inside, known, drawn, about = hole.facts.split([1, 1, 3, 2], dim=1)
         facts = torch.cat([inside, known, (drawn + known) * gain - known, about], dim=1)
         colours = super().forward((around + seen) * gain - seen, Hole(hole.hidden, facts))
