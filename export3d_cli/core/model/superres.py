@@ -342,7 +342,7 @@ class SuperResolution(nn.Module):
             lacking = _lacking(mask, facts[:, :2]) * at1.shares[:, :1]  # of the head
             shares[:, :1] += lacking
             # a face seen from the side is many of the photo's pixels in one, and at its outline positions jump
-            near = 1 - between(leap(at1.ways), *LEAP)
+            near = resize(1 - between(leap(at1.ways[..., ::2, ::2]), *LEAP), 4 * s4)  # they are not finer than that
             shares = shares * near
             image = image + lacking * near[:, :1] * warp(detail.finest, at1.ways[:, :2])
         return Refined(image, offset, seen, known, at1.ways, shares)
