@@ -34,6 +34,7 @@ SHUT = 0.06  # opening, in widths of the eye, below which nothing is painted; al
 SAME, OTHER = 1.1, 1.35
 IRIS = 0.8  # of its radius: where its colour is read
 ENOUGH = 20.0  # pixels of a close-up that tell a colour
+ASIDE = (0.8, 0.9)  # sine of how far an eye is turned away, up to which all of it is seen, and from which on the nose
 
 
 def lids(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -56,6 +57,13 @@ def opening(points: Tensor, side: int) -> Tensor:
     """How far apart the lids are in their middle, (B, 478, 3) -> (B,), in widths of the eye."""
     rim = points[:, list(RIMS[side][1])]
     return (rim[:, UPPER] - rim[:, LOWER]).norm(dim=-1) / (rim[:, 0] - rim[:, 8]).norm(dim=-1).clamp_min(1e-6)
+
+
+def in_sight(points: Tensor, depth: Tensor, side: int) -> Tensor:
+    """How far an eye of landmarks (B, 478, 3) at depths (B, 478) is not behind the nose, (B,) in 0..1."""
+    outer, inner = RIMS[side][1][0], RIMS[side][1][8]
+    away = (depth[:, outer] - depth[:, inner]).abs()
+    return 1 - between(away / (points[:, outer] - points[:, inner]).norm(dim=-1).clamp_min(1e-6), *ASIDE)
 
 
 def iris_colour(image: Tensor, uv: Tensor, side: int, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +118,8 @@ class EyePainter(HolePainter):
             amounts.append(wider * ((after - SHUT) / SHUT).clamp(0, 1))
         if not any(bool(amount.any()) for amount in amounts):
             return []
-        uv, _ = project(points, camera)
+        uv, depth = project(points, camera)
+        amounts = [amount * in_sight(points, depth, side) for side, amount in enumerate(amounts)]
         uv_photo, _ = project(photo_points, photo_camera)
         seen = [iris_colour(photo, uv_photo, side) for side in (0, 1)]
         share = torch.stack([known for _, known in seen])  # (2, B)

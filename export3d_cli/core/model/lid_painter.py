@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.model.eye_painter import close_up
+from export3d_cli.core.model.eye_painter import close_up, in_sight
 from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.masks import between
 from export3d_cli.core.model.mouth import RIMS
@@ -93,7 +93,8 @@ class LidPainter(HolePainter):
         ]
         if not any(bool(amount.any()) for amount in amounts):
             return []
-        uv, _ = project(points, camera)
+        uv, depth = project(points, camera)
+        amounts = [amount * in_sight(points, depth, side) for side, amount in enumerate(amounts)]
         uv_photo, _ = project(photo_points, photo_camera)
         known = torch.ones_like(amounts[0])
         holes = [lid_hole(uv, side, photo, uv_photo, known) for side in (0, 1)]

@@ -23,6 +23,7 @@ from export3d_cli.core.model.eye_painter import (
     lids,
     opening,
 )
+from export3d_cli.core.model.lid_painter import LidPainter
 from export3d_cli.core.model.mouth import RIMS
 from export3d_cli.core.model.render import pixel_grid, project
 from export3d_cli.core.weights import weights_dir
@@ -88,6 +89,17 @@ def test_only_eyes_that_open_wider_than_in_the_photo_are_painted(points: Tensor,
     half = (SAME + OTHER) / 2
     assert amounts(0.5, 0.5 * half) == pytest.approx([0.5, 0.5], abs=0.02)
     assert amounts(0.5, 1.0) == amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_an_eye_behind_the_nose_is_not_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    narrow = lidded(points, 0.4)
+    for painter, photo, result in ((EyePainter(4), narrow, points), (LidPainter(4), points, narrow)):
+        shown = []
+        for yaw in (-60.0, -30.0, 30.0, 60.0):
+            fills = painter.paint(GREY, GREY, photo, orbit(0.0), result, orbit(yaw))
+            shown.append([fill.hidden.amax().item() > 0.1 for fill in fills])
+        near = [[True, False], [True, True], [True, True], [False, True]]
+        assert shown in (near, near[::-1])
 
 
 def test_the_hole_is_the_eye_and_tells_what_is_known(points: Tensor, orbit: Callable[..., Tensor]) -> None:
