@@ -95,7 +95,6 @@ class LidPainter(HolePainter):
             return []
         uv, depth = project(points, camera)
         amounts = [amount * in_sight(points, depth, side) for side, amount in enumerate(amounts)]
-        uv_photo, _ = project(photo_points, photo_camera)
-        known = torch.ones_like(amounts[0])
-        holes = [lid_hole(uv, side, photo, uv_photo, known) for side in (0, 1)]
-        return self.filled(image, holes, amounts)
+        uv_photo, depth = project(photo_points, photo_camera)
+        known = [in_sight(photo_points, depth, side) for side in (0, 1)]
+        return self.filled(image, [lid_hole(uv, side, photo, uv_photo, known[side]) for side in (0, 1)], amounts)
