@@ -120,8 +120,8 @@ class EyePainter(HolePainter):
             return []
         uv, depth = project(points, camera)
         amounts = [amount * in_sight(points, depth, side) for side, amount in enumerate(amounts)]
-        uv_photo, _ = project(photo_points, photo_camera)
+        uv_photo, depth = project(photo_points, photo_camera)
         seen = [iris_colour(photo, uv_photo, side) for side in (0, 1)]
-        share = torch.stack([known for _, known in seen])  # (2, B)
+        share = torch.stack([known * in_sight(photo_points, depth, side) for side, (_, known) in enumerate(seen)])
         colour = (torch.stack([c for c, _ in seen]) * share[..., None]).sum(0) / share.sum(0).clamp_min(1e-3)[:, None]
         return self.filled(image, [eye_hole(points, uv, side, colour, share.amax(0)) for side in (0, 1)], amounts)

@@ -42,6 +42,16 @@ def lidded(points: Tensor, share: float) -> Tensor:
     return out
 
 
+def with_irises(points: Tensor) -> Tensor:
+    """Landmarks with irises: the canonical face has no more than their centres."""
+    out = points.clone()
+    for iris, rim in RIMS:
+        width = (points[:, rim[0]] - points[:, rim[8]]).norm()
+        ring = torch.tensor([[1.0, 0, 0], [0, -1, 0], [-1, 0, 0], [0, 1, 0]]) * 0.2 * width
+        out[:, iris + 1 : iris + 5] = points[:, iris : iris + 1] + ring
+    return out
+
+
 def test_both_eyes_look_alike_in_close_up(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     mirror = torch.from_numpy(canonical_face(weights_dir() / "face_landmarker.task").mirror.copy())
     uv, _ = project(points, orbit(15.0))
@@ -55,11 +65,7 @@ def test_both_eyes_look_alike_in_close_up(points: Tensor, orbit: Callable[..., T
 
 
 def test_the_colour_is_that_of_the_iris(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    camera, own, points = orbit(0.0), torch.tensor([0.4, -0.2, -0.6]), points.clone()
-    for iris, rim in RIMS:  # the canonical face has no more than their centres
-        width = (points[:, rim[0]] - points[:, rim[8]]).norm()
-        ring = torch.tensor([[1.0, 0, 0], [0, -1, 0], [-1, 0, 0], [0, 1, 0]]) * 0.2 * width
-        points[:, iris + 1 : iris + 5] = points[:, iris : iris + 1] + ring
+    camera, own, points = orbit(0.0), torch.tensor([0.4, -0.2, -0.6]), with_irises(points)
     for side in (0, 1):
         for open_ in (1.0, 0.4):
             uv, _ = project(lidded(points, open_), camera)
@@ -145,3 +151,13 @@ def test_only_the_eyes_of_a_result_are_painted(tiny: Export3D, points: Tensor, o
         place = pixel_grid(64).view(64, 64, 2) * 64
         away.append(((place - eye.amin(0) + 3).clamp_max(0).abs() + (place - eye.amax(0) - 3).clamp_min(0)).sum(-1))
     assert (torch.minimum(*away)[changed] == 0).all()
+
+
+def test_the_colour_of_an_eye_behind_the_nose_is_not_asked_for(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    painter, told, points = EyePainter(4), [], with_irises(points)
+    painter.register_forward_pre_hook(lambda _, args: told.append(args[1].facts[0, 2].amax().item()))
+    uv, _ = project(points, orbit(60.0))
+    halves = (pixel_grid(256)[:, 0] > uv[0, 168, 0]).float().view(1, 1, 256, 256).expand(1, 3, -1, -1)
+    for photo in (halves, 1 - halves):  # eyes of two colours
+        painter.paint(GREY, photo, lidded(points, 0.6), orbit(60.0), points, orbit(0.0))
+    assert sorted(round(colour, 3) for colour in told) == [0, 1]
