@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from export3d_cli.core.camera import Camera
 from export3d_cli.core.config import PRESETS
 from export3d_cli.core.face.mesh import CanonicalFace, canonical_face, flow_triangles
-from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.flow import BasisFlow
+from export3d_cli.core.model.render import pixel_grid
 from export3d_cli.core.weights import weights_dir
 
 
@@ -57,3 +59,39 @@ def tiny(canonical: CanonicalFace) -> Export3D:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+@pytest.fixture
+def painted_results(tiny: Export3D, orbit: Callable[..., Tensor]) -> Callable[..., tuple[Output, Output, Output]]:
+    """Frontal results of moved landmarks: of `tiny`, of the same with a painter, and of the latter as the photo is."""
+
+    def results(name: str, points: Tensor, moved: Tensor) -> tuple[Output, Output, Output]:
+        torch.manual_seed(1)
+        painting = Export3D(replace(PRESETS["tiny"], **{name: 4})).eval()
+        painting.load_state_dict({**painting.state_dict(), **tiny.state_dict()})
+        image, camera = torch.rand(1, 3, 64, 64), orbit(0.0)
+        made = []
+        with torch.no_grad():
+            for model in (tiny, painting):
+                assert model.flow is not None
+                model.flow.basis.zero_()[0] = (moved - points)[0]
+                source = model.encode_source(image, torch.zeros(1, 64), camera, points)
+                lam = source.lam + torch.eye(len(source.lam[0]))[:1]
+                made.append(model.drive(source, None, camera, lam=lam))
+            return made[0], made[1], painting.drive(source, None, camera, lam=source.lam)
+
+    return results
+
+
+@pytest.fixture
+def differ_only_near() -> Callable[..., bool]:
+    """Whether two results of 64 x 64 differ, and only within 3 pixels of boxes around landmarks uv (N, 2)."""
+
+    def check(a: Output, b: Output, *uvs: Tensor) -> bool:
+        changed = (a.image - b.image).abs().sum(1)[0] > 1e-6
+        place = pixel_grid(64).view(64, 64, 2) * 64
+        boxes = [(64 * uv.amin(0) - 3, 64 * uv.amax(0) + 3) for uv in uvs]
+        within = torch.stack([((place >= low) & (place <= high)).all(-1) for low, high in boxes]).any(0)
+        return bool(changed.any() and within[changed].all())
+
+    return check
