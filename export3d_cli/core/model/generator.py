@@ -22,10 +22,11 @@ def zero_start(layer: nn.Module) -> None:
 
 
 def lowpass(x: Tensor) -> Tensor:
-    """Gaussian 3x3 filter (1 2 1): takes out the grid that a pixel shuffle leaves. (B, C, h, w) -> the same."""
+    """Gaussian 3x3 filter (1 2 1): takes out the grid that a pixel shuffle leaves. (B, C, h, w) -> alike, same type."""
     tap = constant((0.25, 0.5, 0.25), x.device, x.dtype)
     kernel = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
-    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from export3d_cli.core.config import ModelConfig
 from export3d_cli.core.model.constants import constant
 from export3d_cli.core.model.flow import MeshFlow, resize, warp
 from export3d_cli.core.model.flow_blend import LayeredFlow
-from export3d_cli.core.model.generator import ResBlock, leaky, zero_start
+from export3d_cli.core.model.generator import ResBlock, leaky, lowpass, zero_start
 from export3d_cli.core.model.masks import between, dilate
 
 DETAIL = 16  # channels of stem features taken along the flow
@@ -194,7 +194,7 @@ def layers(flow: LayeredFlow, here: Tensor, size: int, offset: Tensor | None = N
     ways, share = torch.cat([flow.head, flow.rest], dim=1), flow.share
     if offset is not None:
         ways = resize(ways, offset.shape[-1]) + offset.repeat(1, 2, 1, 1)
-        share, here = smooth(resize(share, size)), resize(here, size)
+        share, here = lowpass(resize(share, size)), resize(here, size)
     shares = torch.cat([share, here * (1 - share)], dim=1)
     return Layers(resize(ways, size), resize(shares, size))
 
@@ -245,19 +245,12 @@ def _lacking(mask: Tensor, facts: Tensor) -> Tensor:
 
 
 def finest(photo: Tensor) -> Tensor:
-    """What the brightness of pictures (B, 3, s, s) has beyond its means over 3 x 3 pixels, (B, 1, s, s).
+    """What `lowpass` takes of the brightness of pictures (B, 3, s, s), (B, 1, s, s).
 
     Taken before the photo is moved, it knows nothing of where positions jump.
     """
     x = photo.float().mean(1, keepdim=True)
-    return x - smooth(x)
-
-
-def smooth(x: Tensor) -> Tensor:
-    """Means over 3 x 3 pixels, of which the middle ones count twice, of pictures (B, C, s, s)."""
-    wide = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    rows = wide[..., :-2, :] + 2 * wide[..., 1:-1, :] + wide[..., 2:, :]
-    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
+    return x - lowpass(x)
 
 
 def _around(where: Tensor, size: int) -> tuple[int, int]:

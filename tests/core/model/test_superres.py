@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from export3d_cli.core.face.mesh import CanonicalFace, flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.flow import resize
-from export3d_cli.core.model.generator import zero_start
+from export3d_cli.core.model.generator import lowpass, zero_start
 from export3d_cli.core.model.render import pixel_grid
-from export3d_cli.core.model.superres import FRINGE, TRUST, Inside, finer, finest, leap, smooth, widen
+from export3d_cli.core.model.superres import FRINGE, TRUST, Inside, finer, finest, leap, widen
 
 
 def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
@@ -278,5 +278,5 @@ def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
 
 def test_outlines_are_smooth() -> None:
     step = (torch.arange(16) > 7).float().expand(1, 1, 16, 16)
-    torch.testing.assert_close(smooth(step)[0, 0, 3, 6:10], torch.tensor([0.0, 0.25, 0.75, 1.0]))
-    torch.testing.assert_close(smooth(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 8, 8))
+    torch.testing.assert_close(lowpass(step)[0, 0, 3, 6:10], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    torch.testing.assert_close(lowpass(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 8, 8))
