@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from export3d_cli.core.config import ModelConfig, model_from_dict, to_dict
+from export3d_cli.core.config import HOLES, ModelConfig, model_from_dict, to_dict
 from export3d_cli.core.errors import ConfigError, Export3DError, TrainingError, WeightsError
 from export3d_cli.core.files import write_atomic
 
@@ -89,8 +89,7 @@ def check_promise(config: ModelConfig, state: dict[str, Tensor]) -> None:
     blocks = config.eadaln_blocks + config.plain_blocks
     sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
     sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
-    sides += (config.mouth, config.eyes, config.lids)
-    sides += (*config.stem, *config.superres)
+    sides += (*(getattr(config, name) for name in HOLES), *config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
         raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")
 

@@ -281,10 +281,10 @@ class TrainConfig:
 
     def steps_of(self, stage: str) -> int:
         """How many steps a stage takes; `clebs` none where the expression code is an ablation."""
-        clebs = self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
-        steps = {"clebs": clebs, "mouth": self.mouth.steps, "eyes": self.eyes.steps, "lids": self.lids.steps}
-        steps |= {"reconstruction": self.steps}
-        return (steps | {"adversarial": self.adversarial.steps, "steady": self.steady.steps})[stage]
+        if stage == "clebs":
+            return self.clebs.warm + self.clebs.steps if self.model.expression == "clebs" else 0
+        steps: int = self.steps if stage == "reconstruction" else getattr(self, stage).steps
+        return steps
 
 
 def to_dict(config: Any) -> dict[str, Any]:
