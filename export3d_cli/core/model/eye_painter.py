@@ -34,7 +34,9 @@ SHUT = 0.06  # opening, in widths of the eye, below which nothing is painted; al
 SAME, OTHER = 1.1, 1.35
 IRIS = 0.8  # of its radius: where its colour is read
 ENOUGH = 20.0  # pixels of a close-up that tell a colour
-ASIDE = (0.8, 0.9)  # sine of how far an eye is turned away, up to which all of it is seen, and from which on the nose
+# Sine of how far an eye is turned away: up to the first all of it is seen, from the second on the nose is before it.
+ASIDE = (0.8, 0.9)
+EyeHole = tuple[CloseUp, Hole]
 
 
 def lids(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -104,24 +106,47 @@ def eye_hole(points: Tensor, uv: Tensor, side: int, colour: Tensor, known: Tenso
     return view, Hole(soften(picture(within)), picture(torch.cat([within, within * told, about], dim=-1)))
 
 
-class EyePainter(HolePainter):
-    """Its texture is an eye, held by the iris. Facts: inside; how surely the colour is known; the colour; one place."""
+class BothEyesPainter(HolePainter):
+    """Paints something of both eyes, so far as the nose does not hide it."""
+
+    def amount(self, photo_points: Tensor, points: Tensor, side: int) -> Tensor:
+        """How far landmarks (B, 478, 3) of a result need it, (B,) in 0..1."""
+        raise NotImplementedError
+
+    def holes(self, photo: Tensor, uv_photo: Tensor, known: list[Tensor], points: Tensor, uv: Tensor) -> list[EyeHole]:
+        """Of each eye; `known` (B,), of each, is how far the photo shows it."""
+        raise NotImplementedError
 
     def paint(
         self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
     ) -> list[Painted]:
-        """Fill eyes that are wider open than in the photo, see `HolePainter.paint`."""
-        amounts = []
-        for side in (0, 1):
-            before, after = opening(photo_points, side), opening(points, side)
-            wider = between(after / before.clamp_min(1e-3), SAME, OTHER)
-            amounts.append(wider * ((after - SHUT) / SHUT).clamp(0, 1))
+        """See `HolePainter.paint`."""
+        amounts = [self.amount(photo_points, points, side) for side in (0, 1)]
         if not any(bool(amount.any()) for amount in amounts):
             return []
-        uv, depth = project(points, camera)
+        (uv, depth), (uv_photo, depth_photo) = project(points, camera), project(photo_points, photo_camera)
         amounts = [amount * in_sight(points, depth, side) for side, amount in enumerate(amounts)]
-        uv_photo, depth = project(photo_points, photo_camera)
+        known = [in_sight(photo_points, depth_photo, side) for side in (0, 1)]
+        views, holes = zip(*self.holes(photo, uv_photo, known, points, uv), strict=True)
+        hole = Hole(*(torch.cat(parts) for parts in zip(*holes, strict=True)))  # both eyes at once
+        around = torch.cat([warp(image, view.positions(SIDE)) for view in views]) * (1 - hole.hidden)
+        shown = hole.hidden * torch.cat(amounts)[:, None, None, None]
+        both = zip(views, self(around, hole).chunk(2), shown.chunk(2), strict=True)
+        return [Painted(view, colours, hidden) for view, colours, hidden in both]
+
+
+class EyePainter(BothEyesPainter):
+    """Its texture is an eye, held by the iris. Facts: inside; how surely the colour is known; the colour; one place."""
+
+    def amount(self, photo_points: Tensor, points: Tensor, side: int) -> Tensor:
+        """Eyes that are wider open than in the photo."""
+        before, after = opening(photo_points, side), opening(points, side)
+        wider = between(after / before.clamp_min(1e-3), SAME, OTHER)
+        return wider * ((after - SHUT) / SHUT).clamp(0, 1)
+
+    def holes(self, photo: Tensor, uv_photo: Tensor, known: list[Tensor], points: Tensor, uv: Tensor) -> list[EyeHole]:
+        """The whole inside of both, in the colour that they have in the photo."""
         seen = [iris_colour(photo, uv_photo, side) for side in (0, 1)]
-        share = torch.stack([known * in_sight(photo_points, depth, side) for side, (_, known) in enumerate(seen)])
+        share = torch.stack([told * own for (_, told), own in zip(seen, known, strict=True)])  # (2, B)
         colour = (torch.stack([c for c, _ in seen]) * share[..., None]).sum(0) / share.sum(0).clamp_min(1e-3)[:, None]
-        return self.filled(image, [eye_hole(points, uv, side, colour, share.amax(0)) for side in (0, 1)], amounts)
+        return [eye_hole(points, uv, side, colour, share.amax(0)) for side in (0, 1)]

@@ -9,22 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.model.eye_painter import close_up, in_sight
+from export3d_cli.core.model.eye_painter import BothEyesPainter, EyeHole, close_up
 from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.masks import between
 from export3d_cli.core.model.mouth import RIMS
 from export3d_cli.core.model.painter import (
     CloseUp,
     Hole,
-    HolePainter,
-    Painted,
     inside,
     picture,
     soften,
     strip,
 )
 from export3d_cli.core.model.raster import interpolate
-from export3d_cli.core.model.render import project
 
 # Landmarks along the fold above each eye, from its outer corner to the inner one, between the corners.
 FOLDS = ((247, 30, 29, 27, 28, 56, 190), (467, 260, 259, 257, 258, 286, 414))
@@ -71,7 +68,7 @@ def lid_hole(uv: Tensor, side: int, photo: Tensor, uv_photo: Tensor, known: Tens
     return view, Hole(soften(facts[:, :1]), torch.cat([facts[:, :2], drawn, facts[:, 2:]], dim=1))
 
 
-class LidPainter(HolePainter):
+class LidPainter(BothEyesPainter):
     """Its texture is a lid. Facts: inside; whether a photo is known; what it has there; one place."""
 
     def forward(self, around: Tensor, hole: Hole) -> Tensor:
@@ -84,17 +81,10 @@ class LidPainter(HolePainter):
         colours = super().forward((around + seen) * gain - seen, Hole(hole.hidden, facts))
         return ((colours + 1) / gain - 1).clamp(-1, 1)
 
-    def paint(
-        self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
-    ) -> list[Painted]:
-        """Paint lids that are lower than in the photo, see `HolePainter.paint`."""
-        amounts = [
-            between(height(points, side) / height(photo_points, side).clamp_min(1e-3), SAME, OTHER) for side in (0, 1)
-        ]
-        if not any(bool(amount.any()) for amount in amounts):
-            return []
-        uv, depth = project(points, camera)
-        amounts = [amount * in_sight(points, depth, side) for side, amount in enumerate(amounts)]
-        uv_photo, depth = project(photo_points, photo_camera)
-        known = [in_sight(photo_points, depth, side) for side in (0, 1)]
-        return self.filled(image, [lid_hole(uv, side, photo, uv_photo, known[side]) for side in (0, 1)], amounts)
+    def amount(self, photo_points: Tensor, points: Tensor, side: int) -> Tensor:
+        """Lids that are lower than in the photo."""
+        return between(height(points, side) / height(photo_points, side).clamp_min(1e-3), SAME, OTHER)
+
+    def holes(self, photo: Tensor, uv_photo: Tensor, known: list[Tensor], points: Tensor, uv: Tensor) -> list[EyeHole]:
+        """Both upper lids and their lashes."""
+        return [lid_hole(uv, side, photo, uv_photo, known[side]) for side in (0, 1)]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.model.flow import warp
 from export3d_cli.core.model.generator import ResBlock, leaky
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.mouth import RIMS
@@ -158,15 +157,6 @@ class HolePainter(nn.Module):
             whole = texture.expand(len(place), -1, -1, -1)
             rows.append(F.grid_sample(whole, place, align_corners=False, padding_mode="border") * inside)
         return torch.cat(rows, dim=1)
-
-    def filled(self, image: Tensor, holes: list[tuple[CloseUp, Hole]], amounts: list[Tensor]) -> list[Painted]:
-        """Holes in pictures (B, 3, H, W) filled, all at once; `amounts`, (B,) each, say how far that is to be seen."""
-        hole = Hole(*(torch.cat(parts) for parts in zip(*(hole for _, hole in holes), strict=True)))
-        around = torch.cat([warp(image, view.positions(SIDE)) for view, _ in holes]) * (1 - hole.hidden)
-        shown = hole.hidden * torch.cat(amounts)[:, None, None, None]
-        colours = self(around, hole)
-        parts = zip(holes, colours.chunk(len(holes)), shown.chunk(len(holes)), strict=True)
-        return [Painted(view, own, hidden) for (view, _), own, hidden in parts]
 
     def paint(
         self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
