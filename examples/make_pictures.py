@@ -27,10 +27,10 @@ from export3d_cli.core import (
     novel_view,
     reenact,
 )
+from export3d_cli.core.animation.views import orbit_cameras
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import SYNTHETIC, VideoReader
-from export3d_cli.core.views import orbit_cameras
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pictures"

@@ -20,8 +20,8 @@ import click
 from click.core import ParameterSource
 
 from export3d_cli.console import Settings
-from export3d_cli.core.errors import Export3DError
-from export3d_cli.core.interrupt import repeat_dropped
+from export3d_cli.core.runtime.errors import Export3DError
+from export3d_cli.core.runtime.interrupts import repeat_dropped
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_opposites
 

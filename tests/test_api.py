@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from export3d_cli import core
-from export3d_cli.core import animate, weights
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.animation import animator as animate
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.runtime import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """

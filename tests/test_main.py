@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from export3d_cli import __version__, examples, options
-from export3d_cli.core import errors
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime import errors
+from export3d_cli.core.runtime.weights import example
 from export3d_cli.main import _Interrupt, cli
 
 HEAVY = ("torch", "cv2", "ai_edge_litert", "numba", "scipy", "numpy", "rich", "huggingface_hub")

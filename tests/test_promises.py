@@ -14,13 +14,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from export3d_cli.core import animate, weights
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.animation import animator as animate
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import probe
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime import weights
+from export3d_cli.core.runtime.weights import example
 from export3d_cli.main import cli
 
 PACKAGE = Path(__file__).resolve().parents[1] / "export3d_cli"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime.weights import example
 
 pty = pytest.importorskip("pty", reason="a system without pseudo-terminals")
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,8 +3,8 @@ import hashlib
 import pytest
 import yaml
 
-from export3d_cli.core import weights
-from export3d_cli.core.errors import WeightsError
+from export3d_cli.core.runtime import weights
+from export3d_cli.core.runtime.errors import WeightsError
 
 
 @pytest.fixture

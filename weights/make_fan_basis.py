@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.camera import head_pose, rotation_exp, rotation_log
-from export3d_cli.core.face.fan import in_head, measures68
-from export3d_cli.core.face.fit import FaceBasis, fit_frames, fit_neutral
+from export3d_cli.core.face.fan_tracker import in_head, measures68
+from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.mesh import IBUG68, IBUG68_MIRROR, canonical_face
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, canonical_face
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.weights import weights_dir
+from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log
+from export3d_cli.core.runtime.weights import weights_dir
 
 # Vertices of the base mesh where iBUG has its points, picked on the neutral head and on one with an open mouth: those
 # on the image's left or in its middle; the others are their mirror images.

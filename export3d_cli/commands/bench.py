@@ -10,8 +10,8 @@ import click
 from export3d_cli import console, options
 
 if TYPE_CHECKING:
-    from export3d_cli.core.bench import Bench
-    from export3d_cli.core.curves import Curves
+    from export3d_cli.core.diagnostics.benchmark import Bench
+    from export3d_cli.core.diagnostics.cost_curves import Curves
 
 
 @click.command()

@@ -11,7 +11,7 @@ import click
 from export3d_cli import console, options
 
 if TYPE_CHECKING:
-    from export3d_cli.core.basis import BasisDescription
+    from export3d_cli.core.animation.basis_description import BasisDescription
 
 GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to the usual one of their clip
 

@@ -10,7 +10,7 @@ import click
 from export3d_cli import console, options
 
 if TYPE_CHECKING:
-    from export3d_cli.core.evaluate import Evaluation
+    from export3d_cli.core.evaluation.evaluate import Evaluation
 
 _FOLDER, _EXISTING_FOLDER = (click.Path(exists=there, file_okay=False, path_type=Path) for there in (False, True))
 

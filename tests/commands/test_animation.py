@@ -8,12 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader, probe
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime.weights import example
 from export3d_cli.main import cli
 
 

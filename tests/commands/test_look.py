@@ -8,16 +8,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from export3d_cli.core import doctor, weights
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
-from export3d_cli.core.errors import MediaError
-from export3d_cli.core.face.mesh import canonical_face, flow_triangles
+from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.diagnostics import doctor
+from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
 from export3d_cli.core.face.motion import BETA_NAMES
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import SYNTHETIC, VideoReader
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime import weights
+from export3d_cli.core.runtime.errors import MediaError
+from export3d_cli.core.runtime.weights import example
 from export3d_cli.main import cli
 
 
@@ -91,8 +92,8 @@ def test_depth_and_a_driver_s_expression(tiny, tmp_path):
 
 def test_a_mesh_is_written_alone_or_beside_pictures(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("export3d_cli.core.mesh_export.RESOLUTION", 24)
-    monkeypatch.setattr("export3d_cli.core.mesh_export.LEVEL", 0.5)
+    monkeypatch.setattr("export3d_cli.core.animation.mesh_export.RESOLUTION", 24)
+    monkeypatch.setattr("export3d_cli.core.animation.mesh_export.LEVEL", 0.5)
     result = look(tiny, "novel-view", "--mesh", "head.ply", "--drive", example("source.jpg"), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["out"] == "head.ply"

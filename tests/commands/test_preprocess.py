@@ -3,7 +3,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime.weights import example
 from export3d_cli.main import cli
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from export3d_cli import console
-from export3d_cli.core.config import load_train_config
+from export3d_cli.core.config.schema import load_train_config
 from export3d_cli.main import cli
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from export3d_cli.core.animate import Animator
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
-from export3d_cli.core.face.mesh import canonical_face, flow_triangles
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
 from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example, weights_dir
 
 MakeClip = Callable[..., Path]
 

@@ -17,7 +17,7 @@ import numpy as np
 from faultkit import Bad
 
 from export3d_cli.core.media.probe import ffmpeg
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime.weights import example
 
 Make = Callable[[Path], None]
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.camera import Camera
-from export3d_cli.core.checkpoint import save_weights
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.mesh import canonical_face, flow_triangles
+from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example, weights_dir
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.weights import example, weights_dir
 
 SIDE, FRAMES = 64, 8
 

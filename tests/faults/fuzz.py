@@ -27,18 +27,18 @@ from bad_media import clip, encoded, y4m
 from bad_numbers import npz, safetensors, zipped
 from faultkit import TookTooLongError, memory, within
 
-from export3d_cli.core.camera import Camera
-from export3d_cli.core.checkpoint import load_state, load_weights
-from export3d_cli.core.config import PRESETS, load_train_config, to_dict
-from export3d_cli.core.errors import Export3DError
+from export3d_cli.core.config.schema import PRESETS, load_train_config, to_dict
+from export3d_cli.core.dataset.manifest import Lists
 from export3d_cli.core.face import arkit
-from export3d_cli.core.face.mesh import canonical_face
+from export3d_cli.core.face.landmarks import canonical_face
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.lists import Lists
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
-from export3d_cli.core.train.cache import load_set
-from export3d_cli.core.weights import example, info, weights_dir
+from export3d_cli.core.model.checkpoint import load_state, load_weights
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.errors import Export3DError
+from export3d_cli.core.runtime.weights import example, info, weights_dir
+from export3d_cli.core.train.frame_cache import load_set
 
 NUMBERS = [0, 1, -1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1]
 WORDS = [b"nan",

@@ -12,13 +12,13 @@ import pytest
 from bad_media import with_exif
 from faultkit import check_error, left, run
 
-from export3d_cli.core.driver import DriverStream
-from export3d_cli.core.errors import InputError
+from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.face.motion import Tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg
 from export3d_cli.core.media.video import VideoReader
-from export3d_cli.core.weights import example, resolve
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import example, resolve
 
 END = b"\xff\xd9"
 JPEG = {

@@ -16,9 +16,9 @@ import pytest
 from faultkit import descendants, left
 from test_resources import READING, ROOT, SMALL, WRITING, script
 
-from export3d_cli.core.errors import MediaError
-from export3d_cli.core.media import process
+from export3d_cli.core.media import ffmpeg_process as process
 from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.runtime.errors import MediaError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="programs and signals of POSIX")
 SLEEP = "import time; time.sleep(600)"

@@ -19,7 +19,7 @@ from faultkit import command, left, memory, run, spawn
 
 from export3d_cli.core.media.probe import ffmpeg, probe
 from export3d_cli.core.media.video import VideoReader
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime.weights import example
 
 MINUTES = int(os.environ.get("FAULTS_MINUTES", "10"))
 BEEP_EVERY = 60  # seconds

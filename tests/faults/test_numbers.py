@@ -12,15 +12,15 @@ import torch
 from conftest import motion_of
 from faultkit import run
 
-from export3d_cli.core.animate import Animator, reenact
-from export3d_cli.core.camera import Camera
-from export3d_cli.core.checkpoint import load_weights, save_weights
+from export3d_cli.core.animation.animator import Animator, reenact
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.job import ReenactOptions
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.weights import example
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.weights import example
 
 SMALL = ("--device", "cpu", "--precision", "fp32", "--audio", "none", "--batch", "2")
 

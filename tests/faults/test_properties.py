@@ -16,10 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 
-from export3d_cli.core.config import PRESETS, TrainConfig, load_train_config, model_from_dict, to_dict, train_config
-from export3d_cli.core.errors import ConfigError, InputError
+from export3d_cli.core.config.schema import (
+    PRESETS,
+    TrainConfig,
+    load_train_config,
+    model_from_dict,
+    to_dict,
+    train_config,
+)
+from export3d_cli.core.dataset.manifest import Lists
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.lists import Lists
+from export3d_cli.core.runtime.errors import ConfigError, InputError
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.dates(),

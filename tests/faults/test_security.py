@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export3d_cli.core import output_paths
-from export3d_cli.core.errors import InputError
-from export3d_cli.core.evaluate import EvaluateOptions, Evaluation
-from export3d_cli.core.preprocess import _sources
-from export3d_cli.core.report import METRICS, write_report
+from export3d_cli.core.dataset.preprocess import _sources
+from export3d_cli.core.evaluation.evaluate import EvaluateOptions, Evaluation
+from export3d_cli.core.evaluation.report import METRICS, write_report
+from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,7 +218,7 @@ def test_a_token_is_never_shown(more: list[str], tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_manifest_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from export3d_cli.core import weights
+    from export3d_cli.core.runtime import weights
 
     folder = tmp_path / "weights"
     folder.mkdir()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from faultkit import left
 
-from export3d_cli.core import files
-from export3d_cli.core.errors import Export3DError, InputError, MediaError
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.runtime import files
+from export3d_cli.core.runtime.errors import Export3DError, InputError, MediaError
 
 NAMES = ["00000.png", "00001.png", "00002.png"]
 

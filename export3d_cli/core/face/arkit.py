@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.camera import head_pose, rotation_exp, with_head_pose
-from export3d_cli.core.errors import InputError, WeightsError
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.motion import MEASURES, Motion
-from export3d_cli.core.files import DAMAGED_ZIP, check_file, write_atomic
+from export3d_cli.core.runtime.camera import head_pose, rotation_exp, with_head_pose
+from export3d_cli.core.runtime.errors import InputError, WeightsError
+from export3d_cli.core.runtime.files import DAMAGED_ZIP, check_file, write_atomic
 
 ANGLES = ("HeadYaw", "HeadPitch", "HeadRoll")
 RIDGE = 1e-4  # of the fit, against coefficients that never moved

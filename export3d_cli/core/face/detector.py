@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.errors import WeightsError
-from export3d_cli.core.files import quiet_stderr
+from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.files import quiet_stderr
 
 LOOK = (640, 1280)  # longer side of the picture in a quick look and in a thorough one, pixels
 _MIN_SCORE, _NMS_IOU, _MOST = 0.6, 0.3, 1000

@@ -23,10 +23,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.errors import InputError, WeightsError
 from export3d_cli.core.face.detector import LOOK, Detection, FaceDetector
 from export3d_cli.core.face.litert import Network, quiet_stderr
-from export3d_cli.core.files import DAMAGED_ZIP
+from export3d_cli.core.runtime.errors import InputError, WeightsError
+from export3d_cli.core.runtime.files import DAMAGED_ZIP
 
 ARKIT_NAMES: tuple[str, ...] = (
     *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight"),

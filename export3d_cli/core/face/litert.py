@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-from export3d_cli.core.errors import WeightsError
-from export3d_cli.core.files import quiet_stderr
+from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.files import quiet_stderr
 
 __all__ = ["Network", "quiet_stderr"]
 

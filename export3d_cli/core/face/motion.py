@@ -18,12 +18,12 @@ import cv2
 import numpy as np
 
 from export3d_cli import __version__
-from export3d_cli.core.camera import FOCAL, default_intrinsics
-from export3d_cli.core.errors import InputError, NoFaceError
-from export3d_cli.core.face import mesh
+from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmarker import ARKIT_NAMES, SETTLE, Face, Landmarker
-from export3d_cli.core.files import DAMAGED_ZIP, check_file, write_atomic
+from export3d_cli.core.runtime.camera import FOCAL, default_intrinsics
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.files import DAMAGED_ZIP, check_file, write_atomic
 
 MEASURES = (
     "lipGapLeft", "lipGapCentre", "lipGapRight", "mouthWidth", "mouthCornerHeightLeft", "mouthCornerHeightRight",

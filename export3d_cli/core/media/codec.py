@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export3d_cli.core.errors import InputError
+from export3d_cli.core.runtime.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
 ALPHA_SUFFIXES = (".webm", ".mov")  # videos that keep transparency

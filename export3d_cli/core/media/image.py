@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export3d_cli.core.errors import InputError, MediaError
-from export3d_cli.core.files import check_file, quiet_stderr, write_atomic
-from export3d_cli.core.media.header import PROGRESSIVE, declared_size, is_cut, jpeg_end
+from export3d_cli.core.media.image_header import PROGRESSIVE, declared_size, is_cut, jpeg_end
+from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.runtime.files import check_file, quiet_stderr, write_atomic
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,10 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from export3d_cli.core.errors import InputError, MediaError
-from export3d_cli.core.media.folder import PICTURE_RATE, pictures
+from export3d_cli.core.media.ffmpeg_process import ask
 from export3d_cli.core.media.image import check_size, read_image
-from export3d_cli.core.media.process import ask
+from export3d_cli.core.media.image_folder import PICTURE_RATE, pictures
+from export3d_cli.core.runtime.errors import InputError, MediaError
 
 _SCAN_SECONDS = 30  # of timestamps looked at to tell constant from variable rate
 _NO_TIME = str(-(2**63))  # AV_NOPTS_VALUE

@@ -16,13 +16,13 @@ from types import TracebackType
 
 import numpy as np
 
-from export3d_cli.core.errors import InputError, MediaError
-from export3d_cli.core.files import write_atomic, write_folder
 from export3d_cli.core.media.codec import VIDEO_SUFFIXES, check_name, encoder
-from export3d_cli.core.media.folder import PictureSequence, pictures, read_pictures
+from export3d_cli.core.media.ffmpeg_process import Process
 from export3d_cli.core.media.image import check_size
+from export3d_cli.core.media.image_folder import PictureSequence, pictures, read_pictures
 from export3d_cli.core.media.probe import VideoInfo, audio_codec, ffmpeg, file_url, has_tone_mapping, probe
-from export3d_cli.core.media.process import Process
+from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.runtime.files import write_atomic, write_folder
 
 SYNTHETIC = "synthetic media: generated with export3d (AI), not a recording"
 __all__ = ["VIDEO_SUFFIXES", "VideoInfo", "VideoReader", "VideoWriter", "probe"]

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
-from export3d_cli.core.model import lean, render
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
+from export3d_cli.core.model import volume_renderer as render
 from export3d_cli.core.model.expression import DirectCode, LeBS
-from export3d_cli.core.model.eye_painter import EyePainter
-from export3d_cli.core.model.flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
-from export3d_cli.core.model.flow_blend import FlowBlend, drift_flow, rigid_flow, turn
+from export3d_cli.core.model.fast import sparse_renderer as lean
 from export3d_cli.core.model.generator import Generator
-from export3d_cli.core.model.lid_painter import LidPainter
+from export3d_cli.core.model.inpaint.eyelids import LidPainter
+from export3d_cli.core.model.inpaint.eyes import EyePainter
+from export3d_cli.core.model.inpaint.inpainter import HolePainter, Painted
+from export3d_cli.core.model.inpaint.mouth import MouthPainter
 from export3d_cli.core.model.masks import between
-from export3d_cli.core.model.mouth_painter import MouthPainter
-from export3d_cli.core.model.painter import HolePainter, Painted
 from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
-from export3d_cli.core.model.superres import Layers, PhotoDetail, SuperResolution, enlarge, finest
+from export3d_cli.core.model.super_resolution import Layers, PhotoDetail, SuperResolution, enlarge, finest
 from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
+from export3d_cli.core.model.warp.flow_blending import FlowBlend, drift_flow, rigid_flow, turn
+from export3d_cli.core.model.warp.mesh_flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
 
 NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
 THIN = (0.1, 0.5)  # opacity of what is left out, as a scrap of hair in the air, and from which on all is shown

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export3d_cli.core.config import BETA_DIM, ModelConfig
+from export3d_cli.core.config.schema import BETA_DIM, ModelConfig
 
 
 class LeBS(nn.Module):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config import ModelConfig
-from export3d_cli.core.model.flow import warp
+from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.generator import ResBlock, leaky
 from export3d_cli.core.model.masks import dilate
-from export3d_cli.core.model.render import project
+from export3d_cli.core.model.volume_renderer import project
+from export3d_cli.core.model.warp.mesh_flow import warp
 
 BESIDE = 2 / 64  # how far from what is not known nothing is known either, in sizes of the picture
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config import ModelConfig
+from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.constants import constant, rows
 
 # The planes are xy, yz, zx: each pair of axes is seen once. (first axis -> column, second -> row)

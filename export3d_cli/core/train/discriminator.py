@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config import CAMERA_DIM, AdversarialConfig
+from export3d_cli.core.config.schema import CAMERA_DIM, AdversarialConfig
 from export3d_cli.core.model.generator import leaky
 
 GAIN = math.sqrt(2)  # keeps the variance behind a leaky ReLU

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from export3d_cli.core.errors import InputError
-from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
+from export3d_cli.core.face.landmarks import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.model.constants import rows
-from export3d_cli.core.model.flow import resize, warp
-from export3d_cli.core.model.render import pixel_grid
+from export3d_cli.core.model.volume_renderer import pixel_grid
+from export3d_cli.core.model.warp.mesh_flow import resize, warp
+from export3d_cli.core.runtime.errors import InputError
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAFFE_BGR = (103.939, 116.779, 123.68)

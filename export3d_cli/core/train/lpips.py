@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export3d_cli.core.config import LossConfig
-from export3d_cli.core.errors import ConfigError, InputError, WeightsError
-from export3d_cli.core.hub import HubFile, digest, fetch
+from export3d_cli.core.config.schema import LossConfig
+from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
+from export3d_cli.core.runtime.hub import HubFile, digest, fetch
 from export3d_cli.core.train import losses
 
 OFFICIAL_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # torchvision, IMAGENET1K_V1

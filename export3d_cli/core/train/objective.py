@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config import TrainConfig
+from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.train import losses
-from export3d_cli.core.train.data import Batch
-from export3d_cli.core.train.identity import Identity
-from export3d_cli.core.train.landmarks import Landmarks
+from export3d_cli.core.train.identity_loss import Identity
+from export3d_cli.core.train.landmark_loss import Landmarks
+from export3d_cli.core.train.pair_sampler import Batch
 
 CLOSE = 64  # side of close-ups, pixels
 

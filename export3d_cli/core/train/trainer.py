@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export3d_cli.core import weights
-from export3d_cli.core.checkpoint import licence_of, load_into, load_weights, save_weights
-from export3d_cli.core.config import HOLES, STAGES, TrainConfig, save_yaml
-from export3d_cli.core.device import pick_device, slow_precision
-from export3d_cli.core.errors import ConfigError, TrainingError
-from export3d_cli.core.face.mesh import canonical_face, flow_triangles
-from export3d_cli.core.files import hold
+from export3d_cli.core.config.schema import HOLES, STAGES, TrainConfig, save_yaml
+from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
+from export3d_cli.core.model.checkpoint import licence_of, load_into, load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.train import steady
-from export3d_cli.core.train.cache import load_sets
-from export3d_cli.core.train.data import Sampler
-from export3d_cli.core.train.holes import HoleStage
+from export3d_cli.core.runtime import weights
+from export3d_cli.core.runtime.device import pick_device, slow_precision
+from export3d_cli.core.runtime.errors import ConfigError, TrainingError
+from export3d_cli.core.runtime.files import hold
+from export3d_cli.core.train import pose_debias_stage as steady
+from export3d_cli.core.train.clebs_stage import clebs_stage, clebs_steps
+from export3d_cli.core.train.distributed import join
+from export3d_cli.core.train.frame_cache import load_sets
+from export3d_cli.core.train.image_stage import ImageStages
+from export3d_cli.core.train.inpaint_stage import HoleStage
 from export3d_cli.core.train.objective import learning_rate, raw_size, reconstruction_loss
-from export3d_cli.core.train.parallel import join
-from export3d_cli.core.train.pretrain import clebs_stage, clebs_steps
-from export3d_cli.core.train.run import Run, TrainEvent
-from export3d_cli.core.train.stage import ImageStages
+from export3d_cli.core.train.pair_sampler import Sampler
+from export3d_cli.core.train.training_run import Run, TrainEvent
 
 __all__ = ["TrainSummary", "learning_rate", "raw_size", "reconstruction_loss", "train"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.camera import Camera
-from export3d_cli.core.errors import InputError, WeightsError
 from export3d_cli.core.face.arkit import constant_rate, fit_measures, read_csv, save_measures
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.motion import BETA_NAMES, MEASURES, Motion
-from export3d_cli.core.weights import resolve
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.errors import InputError, WeightsError
+from export3d_cli.core.runtime.weights import resolve
 
 EYES = ("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll")
 COLUMNS = [name[0].upper() + name[1:] for name in reversed(ARKIT_NAMES)] + ["HeadYaw", "HeadPitch", "HeadRoll", *EYES]

@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export3d_cli.core.camera import FOCAL, Camera
-from export3d_cli.core.errors import InputError, NoFaceError
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.mesh import RIGID, RIGID_WEIGHTS, CanonicalFace, canonical_face
+from export3d_cli.core.face.landmarks import RIGID, RIGID_WEIGHTS, CanonicalFace, canonical_face
 from export3d_cli.core.face.motion import (
     BETA_NAMES,
     CROP_SCALE,
@@ -33,7 +31,9 @@ from export3d_cli.core.face.motion import (
     mirror_landmarks,
 )
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.weights import example, weights_dir
+from export3d_cli.core.runtime.camera import FOCAL, Camera
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import example, weights_dir
 
 BUNDLE = weights_dir() / "face_landmarker.task"
 POSES = [(0, 0, 0), (20, 0, 0), (-20, 0, 0), (0, 15, 0), (0, -15, 0), (0, 0, 25), (30, 10, -10), (-35, -12, 8)]

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.errors import InputError
 from export3d_cli.core.media.probe import ffmpeg, probe
 from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.errors import InputError
 from export3d_cli.core.media.image import MAX_PIXELS, read_image, to_tensor, to_uint8, write_image
+from export3d_cli.core.runtime.errors import InputError
 
 
 def gradient(height=20, width=30):

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.media import video
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.probe import audio_codec
 from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
+from export3d_cli.core.runtime.errors import InputError, MediaError
 
 RED = "color=0xC03040:s=32x32:r=5:d=1"
 

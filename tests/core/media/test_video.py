@@ -5,10 +5,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from export3d_cli.core.errors import InputError, MediaError
 from export3d_cli.core.media import video
 from export3d_cli.core.media.probe import audio_codec, ffmpeg
 from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
+from export3d_cli.core.runtime.errors import InputError, MediaError
 
 
 def frames(count, size=(64, 48)):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export3d_cli.core.camera import Camera
-from export3d_cli.core.config import PRESETS
-from export3d_cli.core.face.mesh import CanonicalFace, canonical_face, flow_triangles
+from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.face.landmarks import CanonicalFace, canonical_face, flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
-from export3d_cli.core.model.flow import BasisFlow
-from export3d_cli.core.model.render import pixel_grid
-from export3d_cli.core.weights import weights_dir
+from export3d_cli.core.model.volume_renderer import pixel_grid
+from export3d_cli.core.model.warp.mesh_flow import BasisFlow
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.weights import weights_dir
 
 
 @pytest.fixture(scope="session")

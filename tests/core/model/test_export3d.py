@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.export3d import Export3D, Output
-from export3d_cli.core.model.flow import own_place
-from export3d_cli.core.model.flow_blend import FOLLOWS, drift_flow
+from export3d_cli.core.model.warp.flow_blending import FOLLOWS, drift_flow
+from export3d_cli.core.model.warp.mesh_flow import own_place
 
 Inputs = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.expression import ImageEncoder, LeBS, contrastive_loss
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.generator import EAdaLN, Generator, ResBlock, lowpass
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export3d_cli.core.config import PRESETS
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.triplane import HEAD_AXES, HEAD_CENTRE, Decoder, face_prior, head_prior, sample_planes
 
 X, Y, Z = range(3)

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.camera import Camera
-from export3d_cli.core.config import TrainConfig, train_config
+from export3d_cli.core.config.schema import TrainConfig, train_config
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.mesh import LIPS, canonical_face
+from export3d_cli.core.face.landmarks import LIPS, canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoWriter
-from export3d_cli.core.weights import weights_dir
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.weights import weights_dir
 
 SIZE, FRAMES = 64, 12
 BUNDLE = weights_dir() / "face_landmarker.task"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from export3d_cli.core.checkpoint import load_state, load_weights
-from export3d_cli.core.config import AdversarialConfig, TrainConfig, train_config
-from export3d_cli.core.errors import ConfigError, TrainingError
+from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig, train_config
+from export3d_cli.core.model.checkpoint import load_state, load_weights
+from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.trainer import train
 

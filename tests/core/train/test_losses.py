@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export3d_cli.core.config import train_config
-from export3d_cli.core.errors import InputError
-from export3d_cli.core.face.mesh import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
+from export3d_cli.core.config.schema import train_config
+from export3d_cli.core.face.landmarks import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.model.export3d import Output
-from export3d_cli.core.model.flow import resize
+from export3d_cli.core.model.warp.mesh_flow import resize
+from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.train import losses
-from export3d_cli.core.train.data import Batch
+from export3d_cli.core.train.clebs_stage import mirror_loss, person_loss
 from export3d_cli.core.train.objective import reconstruction_loss
-from export3d_cli.core.train.pretrain import mirror_loss, person_loss
+from export3d_cli.core.train.pair_sampler import Batch
 
 from .conftest import motion_of
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from export3d_cli.core.config import LossConfig, TrainConfig, train_config
-from export3d_cli.core.errors import ConfigError, InputError, WeightsError
-from export3d_cli.core.hub import HubFile
+from export3d_cli.core.config.schema import LossConfig, TrainConfig, train_config
+from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
+from export3d_cli.core.runtime.hub import HubFile
 from export3d_cli.core.train import lpips
 from export3d_cli.core.train.trainer import train
 

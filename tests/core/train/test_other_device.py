@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerator import Pretended
 
-from export3d_cli.core.checkpoint import load_weights
-from export3d_cli.core.config import HOLES, TrainConfig
+from export3d_cli.core.config.schema import HOLES, TrainConfig
+from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.train.trainer import train
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from export3d_cli.core.checkpoint import load_state, load_weights
-from export3d_cli.core.config import LossConfig, TrainConfig
-from export3d_cli.core.errors import ConfigError, TrainingError
+from export3d_cli.core.config.schema import LossConfig, TrainConfig
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.mesh import LIPS, canonical_face
+from export3d_cli.core.face.landmarks import LIPS, canonical_face
+from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.expression import LeBS
+from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
-from export3d_cli.core.train.cache import load_sets
-from export3d_cli.core.train.data import Sampler
-from export3d_cli.core.train.pretrain import fit_flow_basis
-from export3d_cli.core.train.run import AGAIN, Run
+from export3d_cli.core.train.clebs_stage import fit_flow_basis
+from export3d_cli.core.train.frame_cache import load_sets
+from export3d_cli.core.train.pair_sampler import Sampler
 from export3d_cli.core.train.trainer import learning_rate, raw_size, train
+from export3d_cli.core.train.training_run import AGAIN, Run
 
 from .conftest import BUNDLE, SIZE
 

@@ -1,0 +1,185 @@
+"""Several portraits, one driver: it is tracked once, and one failure does not stop the others; or only a plan of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export3d_cli.core.animation.animator import (
+    Animator,
+    Progress,
+    ReenactOptions,
+    Summary,
+    compose_source,
+    open_driver,
+    reenact,
+)
+from export3d_cli.core.animation.compositor import check_outputs
+from export3d_cli.core.animation.driver_stream import motion_rows
+from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
+
+_PLACE = re.compile(r"\{(src|drive)\}")
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What became of each source."""
+
+    done: tuple[Summary, ...]
+    skipped: tuple[Path, ...]  # outputs that were there already
+    failed: tuple[str, ...]  # "source: reason"
+    seconds: float  # wall-clock
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """One portrait that would be animated."""
+
+    source: Path
+    face: tuple[int, int, int, int]  # the box of the face taken: x0, y0, x1, y1 in pixels
+    size: tuple[int, int]  # width, height of the result
+    out: Path
+    exists: bool  # whether there is something at `out` already
+
+    def __str__(self) -> str:
+        width, height = self.size
+        return f"{self.source} -> {self.out}{' (exists)' * self.exists}, {width}x{height}, face at {self.face}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; nothing was written."""
+
+    sources: tuple[PlannedSource, ...]
+    driver: Path
+    frames: int  # of each result
+    fps: Fraction
+    device: str
+    memory_mb: int | None  # the most so far, after one batch: it does not grow with the driver; None: unknown
+    seconds: float  # estimate for all, from one batch
+    notes: tuple[str, ...] = field(default=())
+
+
+def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
+    """Where each source's result goes: `out`, with {src} and {drive} replaced by the files' names.
+
+    Names are stripped of everything but letters, digits, `_`, `-` and `.`, so that the result stays in its folder.
+    """
+    left = _PLACE.sub("", out)
+    if "{" in left or "}" in left:
+        raise InputError(f"{out} has a place other than {{src}} and {{drive}}: use these two")
+    if out.endswith(("/", os.sep)) or Path(out).is_dir():
+        out = os.path.join(out, "{src}-{drive}.mp4")
+    names = [{"src": _plain(source.stem), "drive": _plain(driver.name.split(".")[0])} for source in sources]
+    paths = [Path(_PLACE.sub(lambda match, name=name: name[match[1]], out)) for name in names]  # type: ignore[misc]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        hint = "rename one of the sources" if "{src}" in out else "use a template such as {src}-{drive}.mp4"
+        raise InputError(f"several sources would be written to {twice}: {hint}")
+    return paths
+
+
+def reenact_all(
+    animator: Animator,
+    sources: Sequence[Path],
+    driver: Path,
+    out: str,
+    options: ReenactOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> BatchSummary:
+    """Animate each source by the one driver into the template `out`; existing results are kept unless overwritten."""
+    options = options or ReenactOptions()
+    began = time.monotonic()
+    done: list[Summary] = []
+    skipped: list[Path] = []
+    failed: list[str] = []
+    paths = output_paths(sources, driver, out)
+    check_outputs(paths, options.background)
+    with FaceTape() as tape:
+        for source, path in zip(sources, paths, strict=True):
+            if os.path.lexists(path) and not options.overwrite:
+                skipped.append(path)
+                continue
+            try:
+                done.append(
+                    reenact(animator, source, driver, path, options, progress=_named(progress, source), tape=tape)
+                )
+            except (Export3DError, OSError) as error:
+                failed.append(f"{source}: {error}")
+    notes = [f"{path} exists and is kept: pass --overwrite to replace it" for path in skipped]
+    notes += dict.fromkeys(note for summary in done for note in summary.notes)
+    return BatchSummary(tuple(done), tuple(skipped), tuple(failed), time.monotonic() - began, tuple(notes))
+
+
+def plan(
+    animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None
+) -> Plan:
+    """What `reenact_all` would do: faces are looked for and one batch is made to measure, nothing is written."""
+    options = options or ReenactOptions()
+    paths = output_paths(sources, driver, out)
+    check_outputs(paths, options.background)
+    faces = []
+    for source, path in zip(sources, paths, strict=True):
+        composer = compose_source(animator, source, options)
+        own = animator.source_motion()
+        points = own.landmarks[0, :, :2] * own.crop[2] + own.crop[:2]
+        x0, y0, x1, y1 = (int(v) for v in (*points.min(0).round(), *points.max(0).round()))
+        faces.append(PlannedSource(source, (x0, y0, x1, y1), composer.size, path, os.path.lexists(path)))
+    with open_driver(animator, driver, options) as stream:
+        frames, fps, notes = stream.total, stream.fps, tuple(stream.notes)
+    few = replace(options, max_frames=10, compare=False, reference_frame=0)
+    with open_driver(animator, driver, few) as stream:
+        try:
+            part = next(iter(stream))[0]
+        except NoFaceError:
+            part, notes = own, (*notes, f"no face in the first frames of {driver}")
+    first = motion_rows(part, np.array([0]))
+    seconds = []
+    for _ in range(2):  # the first time warms up
+        began = time.monotonic()
+        for result in animator.drive([part], control=options.control, reference=first):
+            composer(result)
+        seconds.append((time.monotonic() - began) / len(part))
+    began = time.monotonic()
+    animator.follower(options.tracker).landmarker.track(composer.still)
+    tracking = time.monotonic() - began
+    todo = sum(options.overwrite or not planned.exists for planned in faces)
+    return Plan(
+        tuple(faces), driver, frames, fps, animator.device_name, _peak_memory(animator.device),
+        frames * (tracking + todo * seconds[-1]), (*notes, *animator.notes),
+    )  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    """A file's name that can be part of another, whatever system it came from."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._")[:100] or "file"
+
+
+def _named(progress: Progress | None, source: Path) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{source.name}: {stage}", done, total)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """MB this process took at most: of the GPU where it computes there, else of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)

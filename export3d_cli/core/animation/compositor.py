@@ -1,0 +1,173 @@
+"""From the animated crop to the frame that is written: before another background, back in the whole photograph."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.face.matting import PersonMask, foreground
+from export3d_cli.core.media.codec import VIDEO_SUFFIXES, check_name
+from export3d_cli.core.media.image import is_image, read_image
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import resolve
+
+FEATHER = 0.08  # of the crop's side: over this width the result becomes the photograph
+_NO_PORTRAITS = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
+Square = tuple[float, float, float]
+
+
+def read_portrait(path: Path) -> np.ndarray:
+    """A photo to be animated, uint8 (H, W, 3) RGB; says of a video that it is none."""
+    if path.suffix.lower() in _NO_PORTRAITS:
+        raise InputError(f"{path} cannot be the portrait, which is one photo: save a frame of it as .png and give that")
+    return read_image(path)
+
+
+def check_outputs(outputs: list[Path], background: str) -> None:
+    """Raise `InputError` for names that cannot be written, for what is no background, and where both do not fit."""
+    for out in outputs:
+        check_name(out, alpha=background == "transparent")
+    if background in ("source", "transparent"):
+        return
+    if background.startswith("#"):
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", background):
+            raise InputError(f"background {background!r} is no colour: give six hexadecimal digits such as #00ff00")
+    else:
+        path = Path(background)
+        if not path.exists():
+            raise InputError(f"background {background!r} does not exist: use source, transparent, #rrggbb or a picture")
+        if not is_image(path):
+            raise InputError(f"background {background} is no picture: give a .jpg, .png or .webp file")
+
+
+class Composer:
+    """Makes of every result (S, S, 3) the frame to write: uint8 (H, W, 3), or (H, W, 4) where it is transparent.
+
+    Args:
+        photo: the source, uint8 (H, W, 3) RGB.
+        source: its crop that is animated, uint8 (S, S, 3).
+        square: x0, y0, side of that crop in pixels of the photo; it may reach outside.
+        paste_back: the frame is the whole photo, else the crop.
+        background: source, transparent, #rrggbb or the path of a picture.
+        compare: the frame is source | driver | result, the driver's picture as high as the others and square.
+
+    `size` is (width, height) of the frames, `still` what shows the source itself.
+    """
+
+    def __init__(
+        self, photo: np.ndarray, source: np.ndarray, square: Square, *, paste_back: bool = False,
+        background: str = "source", compare: bool = False,
+    ) -> None:  # fmt: skip
+        self.still = photo if paste_back else source
+        height, width = self.still.shape[:2]
+        self.size = (2 * width + height, height) if compare else (width, height)
+        self.transparent = background == "transparent"
+        self._paste = PasteBack(photo, square, len(source)) if paste_back else None
+        self._person: PersonMask | None = None
+        if background == "source":
+            return
+        self._person = PersonMask(resolve("selfie_segmentation"))
+        self._behind = None if self.transparent else backdrop(background, (width, height))
+        if self._paste is None:
+            return
+        alpha, inner = self._person.alpha(photo), self._person.alpha(source)  # the closer look knows better
+        self._alpha = self._paste.blend(inner, alpha)
+        self._colours = foreground(photo, self._alpha)
+        self._canvas = over(self._colours, self._alpha, self._behind)
+
+    def __call__(self, result: np.ndarray, driver: np.ndarray | None = None) -> np.ndarray:
+        """The next frame; with the driver's picture (H, H, 3) where they are compared."""
+        frame = self._frame(result)
+        if driver is None:
+            return frame
+        before = np.concatenate([self.still, driver], axis=1)
+        if self.transparent:
+            before = np.dstack([before, np.full(before.shape[:2], 255, np.uint8)])
+        return np.concatenate([before, frame], axis=1)
+
+    def _frame(self, result: np.ndarray) -> np.ndarray:
+        paste = self._paste
+        if self._person is None:
+            return result if paste is None else paste.blend(result, paste.photo)
+        alpha = self._person.follow(result)
+        colours = foreground(result, alpha)
+        if paste is None:
+            return over(colours, alpha, self._behind)
+        at = paste.region
+        frame = self._canvas.copy()
+        behind = None if self._behind is None else self._behind[at]
+        frame[at] = over(paste.blend_region(colours, self._colours), paste.blend_region(alpha, self._alpha), behind)
+        return frame
+
+
+class PasteBack:
+    """Lays results (S, S) or (S, S, 3) of one square of a photo into it, feathered; outside, the photo is untouched."""
+
+    def __init__(self, photo: np.ndarray, square: Square, size: int) -> None:
+        height, width = photo.shape[:2]
+        x0, y0, side = square
+        self.photo = photo
+        left, right = max(0, math.floor(x0)), min(width, math.ceil(x0 + side))
+        top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y0 + side))
+        self.region = slice(top, bottom), slice(left, right)
+        self._shape = (right - left, bottom - top)
+        step = side / size  # photo pixels a pixel of the result
+        self._grid = tuple(max(2, round(n / step)) for n in self._shape)  # the region in pixels of about the result's
+        fx, fy = (n / g / step for n, g in zip(self._shape, self._grid, strict=True))
+        dx, dy = (left - x0) / step, (top - y0) / step
+        self._matrix = np.array([[fx, 0, dx + 0.5 * fx - 0.5], [0, fy, dy + 0.5 * fy - 0.5]])
+        across = _feather(np.arange(left, right) + 0.5, x0, side, width)
+        down = _feather(np.arange(top, bottom) + 0.5, y0, side, height)
+        self.weight = np.outer(down, across).astype(np.float32)
+        self._rest = 1 - self.weight
+
+    def blend(self, result: np.ndarray, photo: np.ndarray) -> np.ndarray:
+        """`result` in the middle of its square of a copy of `photo`, (H, W) or (H, W, 3)."""
+        frame = photo.copy()
+        frame[self.region] = self.blend_region(result, photo)
+        return frame
+
+    def blend_region(self, result: np.ndarray, photo: np.ndarray) -> np.ndarray:
+        """That part of the photo alone which the square covers."""
+        kind = cv2.INTER_LANCZOS4 if result.ndim == 3 else cv2.INTER_LINEAR  # a mask must not overshoot
+        flags = kind | cv2.WARP_INVERSE_MAP
+        # aligned while it is small, then enlarged by whole pixels: several times as fast as one warp
+        aligned = cv2.warpAffine(result, self._matrix, self._grid, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        smaller = self._grid[0] > self._shape[0]
+        large = cv2.resize(aligned, self._shape, interpolation=cv2.INTER_AREA if smaller else kind)
+        return cv2.blendLinear(large, np.ascontiguousarray(photo[self.region]), self.weight, self._rest)
+
+
+def over(colours: np.ndarray, alpha: np.ndarray, behind: np.ndarray | None) -> np.ndarray:
+    """Colours (H, W, 3) with alpha (H, W) before a picture; before None, alpha becomes a fourth channel."""
+    if behind is None:
+        return np.dstack([colours, np.rint(255 * alpha).astype(np.uint8)])
+    return cv2.blendLinear(colours, np.ascontiguousarray(behind), alpha, 1 - alpha)
+
+
+def backdrop(background: str, size: tuple[int, int]) -> np.ndarray:
+    """#rrggbb, or a picture that covers (width, height), its middle kept -> uint8 (height, width, 3)."""
+    width, height = size
+    if background.startswith("#"):
+        return np.full((height, width, 3), list(bytes.fromhex(background[1:])), np.uint8)
+    picture = read_image(Path(background))
+    scale = max(width / picture.shape[1], height / picture.shape[0])
+    w, h = max(width, round(picture.shape[1] * scale)), max(height, round(picture.shape[0] * scale))
+    picture = cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LANCZOS4)
+    x, y = (w - width) // 2, (h - height) // 2
+    return np.ascontiguousarray(picture[y : y + height, x : x + width])
+
+
+def _feather(at: np.ndarray, start: float, side: float, end: int) -> np.ndarray:
+    """Share of the result at positions of one axis: 0 from the square's border on, 1 deep inside.
+
+    Where the square reaches the photo's own border there is nothing to blend with.
+    """
+    low = (at - start) / (FEATHER * side) if start > 0 else np.ones_like(at)
+    high = (start + side - at) / (FEATHER * side) if start + side < end else np.ones_like(at)
+    t = np.clip(np.minimum(low, high), 0, 1)
+    return t * t * (3 - 2 * t)

@@ -1,0 +1,183 @@
+"""Is everything there that the commands need, and does it work? Each finding says what to do where it does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export3d_cli import __version__
+from export3d_cli.core.runtime.errors import Export3DError
+
+_REINSTALL = "`pip install --force-reinstall export3d-cli` repairs it"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    advice: str  # what to do; '' where nothing is wrong
+
+
+def versions() -> dict[str, str]:
+    """Versions of what matters to results, without loading any of it; 'missing' for what is not there."""
+    try:
+        encoder = _ffmpeg_version()
+    except (Export3DError, OSError, ImportError):
+        encoder = "missing"
+    return {
+        "export3d": __version__,
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "cuda": _cuda_of_torch() or "none",
+        "ffmpeg": encoder,
+    }
+
+
+def examine(weights: str | None = None) -> list[Finding]:
+    """Everything there is to say about this machine; `weights` names others than the default ones."""
+    checks: list[tuple[str, Callable[[], Iterator[Finding]], str]] = [
+        ("python", _python, "use Python 3.10 to 3.13"),
+        ("torch", _torch, "install torch: https://pytorch.org/get-started/locally"),
+        ("cv2", _opencv, "`pip install --force-reinstall opencv-python` (on a server: opencv-python-headless)"),
+        ("ffmpeg", _ffmpeg, "`pip install --force-reinstall imageio-ffmpeg`, or name one in IMAGEIO_FFMPEG_EXE"),
+        ("weights", lambda: _weights(weights), _REINSTALL),
+        ("litert", _tracker, "`pip install --force-reinstall ai-edge-litert`"),
+        ("hub", _hub, "`pip install --force-reinstall huggingface-hub`; embedded weights work without it"),
+    ]
+    findings = []
+    for what, check, advice in checks:
+        try:
+            findings += list(check())
+        except Export3DError as error:
+            findings.append(Finding(what, False, *_split(str(error), advice)))
+        except Exception as error:  # whatever is broken there, the other findings are still wanted
+            reason = " ".join(str(error).split())[:200]
+            findings.append(Finding(what, False, f"{type(error).__name__}: {reason}", advice))
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    supported = (3, 10) <= sys.version_info[:2] < (3, 14)
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, export3d {__version__}"
+    yield Finding("python", supported, found, "" if supported else "use Python 3.10 to 3.13")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    torch.zeros(2, 2) @ torch.zeros(2, 2)
+    yield Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}", "")
+    built = torch.version.cuda
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            found = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {built}"
+            torch.zeros(1, device=f"cuda:{index}").add_(1).cpu()
+            yield Finding(f"cuda:{index}", True, found, "")
+    elif built and Path("/proc/driver/nvidia").exists():
+        found = f"a driver, and a torch built for CUDA {built}, but no usable GPU"
+        yield Finding("cuda", False, found, "`nvidia-smi` shows the driver's CUDA: install a torch built for it")
+    else:
+        yield Finding("cuda", True, "none: the CPU is used", "")
+    if torch.backends.mps.is_available():
+        yield Finding("mps", True, "usable with --device mps", "")
+
+
+def _opencv() -> Iterator[Finding]:
+    import cv2
+
+    yield Finding("cv2", True, str(cv2.__version__), "")
+
+
+def _ffmpeg() -> Iterator[Finding]:
+    from export3d_cli.core.media.ffmpeg_process import ask
+    from export3d_cli.core.media.probe import ffmpeg
+
+    program = ffmpeg()
+    command = [program, "-hide_banner", "-nostdin", "-f", "lavfi", "-i", "color=size=64x64:rate=25:duration=0.2"]
+    done = ask([*command, "-c:v", "libx264", "-f", "null", "-"])
+    if done.returncode:
+        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1][:200]
+        advice = "use an ffmpeg with libx264: `pip install imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"
+        yield Finding("ffmpeg", False, f"{program} cannot encode H.264: {reason}", advice)
+    else:
+        yield Finding("ffmpeg", True, f"{_ffmpeg_version()}, encodes H.264 ({program})", "")
+
+
+def _weights(name: str | None) -> Iterator[Finding]:
+    from export3d_cli.core.runtime.weights import DEFAULT, info, manifest, verify
+
+    listed = manifest()
+    for entry in listed.values():
+        try:
+            verify(entry)
+            yield Finding(f"weights {entry.name}", True, f"as listed, {entry.size / 1e6:.1f} MB, {entry.licence}", "")
+        except Export3DError as error:
+            yield Finding(f"weights {entry.name}", False, *_split(str(error), _REINSTALL))
+    name = name or DEFAULT
+    if name == DEFAULT and name not in listed:
+        advice = "name a file or hf:owner/repo with --weights"
+        yield Finding(f"weights {name}", False, "the default weights are not part of this installation", advice)
+    elif name not in listed or listed[name].path.is_file():
+        about = info(name)
+        found = f"{about.parameters or 0:,} numbers, licence {about.licence}, {about.path}"
+        yield Finding(f"header of {name}", bool(about.config), found, "" if about.config else "give weights of a model")
+
+
+def _tracker() -> Iterator[Finding]:
+    from export3d_cli.core.face.motion import Tracker
+    from export3d_cli.core.media.image import read_image
+    from export3d_cli.core.runtime.weights import example, resolve
+
+    found = any(Tracker(resolve("face_landmarker")).follow([read_image(example("source.jpg"))] * 2))
+    does = "tracks the example's face" if found else "finds no face in the example"
+    yield Finding("litert", found, f"{_version('ai-edge-litert')}, {does}", "" if found else _REINSTALL)
+
+
+def _hub() -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    where = "offline" if constants.HF_HUB_OFFLINE else re.sub(r"//[^/@]+@", "//", constants.ENDPOINT)
+    yield Finding("hub", True, f"{_version('huggingface-hub')}, {where}, cache {constants.HF_HUB_CACHE}", "")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA that torch was built for, from its version file alone: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _ffmpeg_version() -> str:
+    from export3d_cli.core.media.ffmpeg_process import ask
+    from export3d_cli.core.media.probe import ffmpeg
+
+    told = ask([ffmpeg(), "-version"]).stdout.decode("utf-8", "replace")
+    found = re.match(r"ffmpeg version (\S+)", told)
+    return found.group(1) if found else "unknown"
+
+
+def _split(message: str, advice: str) -> tuple[str, str]:
+    """Our own messages end in what to do, behind the last colon."""
+    found, _, todo = message.rpartition(": ")
+    return (found, todo) if found else (message, advice)

@@ -1,0 +1,60 @@
+"""Tracked faces kept in a temporary file, so that one pass over a driver serves several sources in flat memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+
+import numpy as np
+
+from export3d_cli.core.face import landmarks as mesh
+from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face
+
+_POINTS = mesh.POINTS * 3
+_RECORD = 2 + _POINTS + len(ARKIT_NAMES)  # score (0: no face), how many landmarks, these, coefficients; float32
+
+
+class FaceTape:
+    """The faces of one driver's frames, in order; a context manager. `complete` once all of them are there."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="export3d-")  # noqa: SIM115 - closed by __exit__
+        self.size = (0, 0)  # width, height of the frames
+        self.complete = False
+
+    def __enter__(self) -> FaceTape:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._file.seek(0)
+        self._file.truncate()
+        self.complete = False
+
+    def append(self, face: Face | None, size: tuple[int, int]) -> None:
+        """Record the next frame, of `size` (width, height)."""
+        record = np.zeros(_RECORD, dtype=np.float32)
+        if face is not None:
+            count = len(face.landmarks)
+            record[:2], record[2 + _POINTS :] = (face.score, count), face.blendshapes
+            record[2 : 2 + 3 * count] = face.landmarks.ravel()
+        self.size = size
+        self._file.write(record.tobytes())
+
+    def __iter__(self) -> Iterator[Face | None]:
+        at = 0
+        while True:
+            self._file.seek(at)
+            content = self._file.read(4 * _RECORD)
+            if not content:
+                return
+            at += len(content)
+            record = np.frombuffer(content, dtype=np.float32)
+            landmarks = record[2 : 2 + 3 * int(record[1])].reshape(-1, 3)
+            yield Face(landmarks, record[2 + _POINTS :], float(record[0])) if record[0] else None

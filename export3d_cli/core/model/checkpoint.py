@@ -1,0 +1,207 @@
+"""Weights files and training state: safetensors and JSON, never pickle; written beside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from export3d_cli.core.config.schema import HOLES, ModelConfig, model_from_dict, to_dict
+from export3d_cli.core.runtime.errors import ConfigError, Export3DError, TrainingError, WeightsError
+from export3d_cli.core.runtime.files import write_atomic
+
+FORMAT = "export3d-1"
+LICENCE = "Apache-2.0"
+KEEP_FP32 = ("expression.", "flow.basis")  # small, and every frame's geometry passes through them
+
+
+def save_weights(
+    path: Path | str,
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    record: dict[str, Any],
+    *,
+    half: bool = True,
+    keep: tuple[str, ...] = KEEP_FP32,
+    licence: str = "",
+) -> None:
+    """Write a weights file whose header carries the model's config, the training record and the licence.
+
+    Args:
+        path: file to write, replaced atomically.
+        state: the model's `state_dict()`.
+        config: size of the network, rebuilt from the file on loading.
+        record: JSON-able account of how the weights came to be (steps, data, options).
+        half: store matrices and kernels as float16; vectors (biases, norms) stay float32.
+        keep: prefixes of names that stay float32 all the same.
+        licence: SPDX name of the weights' licence; empty: that of `record`, which tells it where the weights came from
+            others, else `LICENCE`.
+    """
+
+    def stored(name: str, value: Tensor) -> Tensor:
+        small = half and value.is_floating_point() and value.ndim > 1 and not name.startswith(keep)
+        return value.detach().cpu().to(torch.float16 if small else value.dtype).contiguous().clone()
+
+    header = {
+        "format": FORMAT,
+        "config": json.dumps(to_dict(config)),
+        "record": json.dumps(record),
+        "licence": licence or record.get("licence", LICENCE),
+    }
+    _write(Path(path), {name: stored(name, value) for name, value in state.items()}, header)
+
+
+def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
+    """Read a weights file: tensors (floating ones as float32, on the CPU), the model's config, the training record."""
+    path = Path(path)
+    state, header = _read(path)
+    if header.get("format") != FORMAT:
+        raise WeightsError(f"{path} holds no export3d weights (format {header.get('format')!r}, not {FORMAT!r})")
+    try:
+        config = model_from_dict(json.loads(header["config"]))
+        record = json.loads(header["record"])
+    except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
+        raise WeightsError(
+            f"the header of {path} cannot be read: {error}; was it written by a newer version?"
+        ) from error
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    if not all(bool(v.isfinite().all()) for v in state.values()):
+        raise WeightsError(f"{path} holds numbers that are not finite: it is damaged, or its training diverged")
+    return state, config, record
+
+
+def licence_of(path: Path | str) -> str:
+    """What the header of a weights file says of its licence."""
+    return str(_read(Path(path))[1].get("licence", LICENCE))
+
+
+def check_promise(config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Raise `WeightsError` for a header that promises a far larger network than its file holds; before it is built."""
+    held = sum(value.numel() for value in state.values())
+    blocks = config.eadaln_blocks + config.plain_blocks
+    sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
+    sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
+    sides += (*(getattr(config, name) for name in HOLES), *config.stem, *config.superres)
+    if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
+        raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weights") -> None:
+    """Fill `model` from `state`; every name and every shape must fit, or `WeightsError`."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or extra or wrong:
+        parts = [
+            f"{what} {names[:3]}" for what, names in (("miss", missing), ("add", extra), ("reshape", wrong)) if names
+        ]
+        raise WeightsError(
+            f"{where} do not fit this model, they {', '.join(parts)}: made by another version? "
+            "Train them anew, or use those that came with this one"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *, keep: int = 1) -> None:
+    """Write all that resume needs: `state.safetensors` (with `info` in its header) and `state.json`, its readable copy.
+
+    The last `keep` states stay: the one before the newest as `state.1.safetensors`, and so on.
+    """
+    newest = folder / "state.safetensors"
+    for age in range(max(keep, 1) - 1, 0, -1):
+        older = folder / f"state.{age}.safetensors"
+        younger = folder / f"state.{age - 1}.safetensors" if age > 1 else newest
+        if not younger.exists():
+            continue
+        if age > 1:
+            os.replace(younger, older)
+        else:  # the newest must never be missing, not even for a moment
+            older.unlink(missing_ok=True)
+            try:
+                os.link(newest, older)
+            except OSError:
+                shutil.copyfile(newest, older)
+    cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    _write(newest, cpu, {"format": "export3d-state-1", "info": json.dumps(info)})
+    write_text(folder / "state.json", json.dumps(info, indent=1) + "\n")
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest training state of a run folder, or None where there is none."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return None
+    try:
+        tensors, header = _read(path)
+        return tensors, json.loads(header["info"])
+    except (WeightsError, KeyError, ValueError) as error:
+        raise TrainingError(
+            f"training state {path} is damaged ({error}); rename state.1.safetensors to it, or remove it to start again"
+        ) from error
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments and counters of an optimiser as flat named tensors, for `save_state`."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{key}": torch.as_tensor(v) for i, values in state.items() for key, v in values.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `pack_optimizer`; the learning rate stays what the optimiser was made with."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            if value.shape == parameters[int(index)].shape:  # fused optimisers need the parameter's memory layout
+                value = torch.empty_like(parameters[int(index)], device="cpu").copy_(value)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with write_atomic(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    with write_atomic(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
+        try:
+            save_file(tensors, beside, metadata=header)
+        except SafetensorError as error:
+            raise Export3DError(f"cannot write {path} ({error}): make room, or choose another") from error
+        _order_header(beside)
+        beside.chmod(mode)
+
+
+def _order_header(path: Path) -> None:
+    """Lay the header's entries in order: safetensors shuffles them, and the same training gives the same bytes."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise WeightsError(f"{path} is no readable safetensors file: {str(error)[:200]}") from error

@@ -1,0 +1,203 @@
+"""Weights on the Hugging Face hub: fetch a file, cached and checked; upload one with its card.
+
+Everything goes through huggingface_hub, which honours HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN, resumes what
+broke off, and draws its own progress bar. What goes wrong becomes a `WeightsError` that says what to do. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export3d_cli.core.runtime.errors import WeightsError
+
+TRIES = 3  # of a download that the hub or the network broke off
+PAUSE = 1.0  # seconds before the second try; twice as long before the third
+_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
+_FILE = "model.safetensors"  # the hub's usual name, when none is given
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """`hf:owner/repo[@revision][:file]`."""
+
+    repo: str
+    revision: str | None = None  # branch, tag or commit; None: the main branch
+    file: str = _FILE
+
+    @classmethod
+    def parse(cls, text: str) -> HubFile:
+        """Take the name apart; raises `WeightsError`."""
+        match = _NAME.fullmatch(text)
+        if not match:
+            raise WeightsError(f"{text!r} is not of the form hf:owner/repo[@revision][:file]")
+        return cls(match["repo"], match["revision"], match["file"] or _FILE)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf:{self.repo}{revision}" + (f":{self.file}" if self.file != _FILE else "")
+
+    def at(self, commit: str) -> HubFile:
+        """The same file at one commit."""
+        return HubFile(self.repo, commit or self.revision, self.file)
+
+
+def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> Path:
+    """The file in the hub's cache, downloaded when it is not there.
+
+    Args:
+        name: what to fetch.
+        sha256: what it must be; None: what the hub itself says of large files.
+        force: download it again even if it is cached.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = constants.HF_HUB_CACHE
+    for attempt in range(1, TRIES + 1):
+        try:
+            cached = huggingface_hub.try_to_load_from_cache(name.repo, name.file, cache, revision=name.revision)
+            if not isinstance(cached, str):
+                _reach(name)
+            fetched = huggingface_hub.hf_hub_download(
+                name.repo,
+                name.file,
+                revision=name.revision,
+                cache_dir=cache,
+                force_download=force,
+                endpoint=_endpoint(),
+            )
+            break
+        except Exception as error:  # the library's errors, and those of its HTTP client, differ between its versions
+            if attempt == TRIES or not _may_pass(error):
+                raise WeightsError(_explain(error, name)) from error
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+    path = Path(fetched)
+    stored = path.resolve()
+    found = digest(path)
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and found != stored.name:  # large files are kept under their sha256
+        stored.unlink()
+        path.unlink(missing_ok=True)
+        raise WeightsError(f"{name} arrived damaged (sha256 {found[:12]}...) and was removed: {_fetch_again(name)}")
+    if sha256 and found != sha256:
+        where = name.at(commit_of(path))
+        raise WeightsError(f"{where} has sha256 {found[:12]}..., not the {sha256[:12]}... listed for it: do not use it")
+    return path
+
+
+def _reach(name: HubFile) -> None:
+    """Fail at once where the hub cannot be reached: a download would first try for half a minute."""
+    import huggingface_hub
+
+    url = huggingface_hub.hf_hub_url(name.repo, name.file, revision=name.revision, endpoint=_endpoint())
+    huggingface_hub.get_hf_file_metadata(url, timeout=10)
+
+
+def commit_of(path: Path) -> str:
+    """The commit a file of the hub's cache belongs to; '' for other files."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else ""
+
+
+def push(path: Path, name: HubFile, card: str, *, private: bool = False) -> str:
+    """Upload a weights file, and `card` as README.md where the repository has none; returns the commit's address."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(endpoint=_endpoint())
+    try:
+        api.create_repo(name.repo, private=private, exist_ok=True)
+        files: dict[str, Path | bytes] = {name.file: path}
+        if not api.file_exists(name.repo, "README.md", revision=name.revision):
+            files["README.md"] = card.encode()
+        adds = [huggingface_hub.CommitOperationAdd(where, what) for where, what in files.items()]
+        message = f"Add {name.file} with export3d"
+        return str(api.create_commit(name.repo, adds, commit_message=message, revision=name.revision).commit_url)
+    except Exception as error:  # as above
+        raise WeightsError(_explain(error, name, verb="upload")) from error
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error."""
+    for link in _chain(error):
+        status = getattr(getattr(link, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _kinds(error: BaseException) -> set[str]:
+    return {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again can help: a server in trouble, or a body that broke off."""
+    if "LocalEntryNotFoundError" in _kinds(error):  # the library has tried again already
+        return False
+    status = _status(error)
+    broken = {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead"}
+    return status in (408, 429) or (status or 0) >= 500 or bool(broken & _kinds(error)) or "Consistency" in str(error)
+
+
+def _fetch_again(name: HubFile) -> str:
+    return f"`export3d weights download {name}` fetches it"
+
+
+def _explain(error: BaseException, name: HubFile, verb: str = "fetch") -> str:
+    """What was wrong and what to do, on one line; never a token."""
+    kinds, status = _kinds(error), _status(error)
+    again = _fetch_again(name) if verb == "fetch" else "then push again"
+    sign_in = "sign in (`hf auth login`) or set HF_TOKEN"
+    if "OfflineModeIsEnabled" in kinds:
+        if verb == "upload":
+            return f"cannot upload {name}: HF_HUB_OFFLINE is set"
+        return f"{name} is not on this machine and HF_HUB_OFFLINE is set: unset it, and {again}"
+    if "LocalTokenNotFoundError" in kinds:
+        return f"the hub wants to know who you are: {sign_in}, {again}"
+    if status in (401, 403) or "GatedRepoError" in kinds:
+        why = "it does not exist, or is private or gated"
+        return f"the hub refuses to {verb} {name} ({status}): {why}; {sign_in}, {again}"
+    for kind, what in (
+        ("RevisionNotFoundError", f"the repository has no revision {name.revision!r}"),
+        ("EntryNotFoundError", f"the repository has no file {name.file!r}"),
+        ("RepositoryNotFoundError", "there is no such repository"),
+    ):
+        if kind in kinds and status == 404:
+            return f"cannot {verb} {name}: {what} ({status}); check the name"
+    if status is not None and status >= 500:
+        return f"cannot {verb} {name}: the hub answered {status}; later, {again}"
+    if kinds & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
+        where = _without_secrets(_endpoint() or "https://huggingface.co")
+        lacking = f"{name} is not on this machine and" if verb == "fetch" else f"cannot upload {name}:"
+        return f"{lacking} {where} cannot be reached: where there is a network, {again}"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"cannot {verb} {name} ({_without_secrets(first)}): {again}"
+
+
+def _without_secrets(text: str) -> str:
+    for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
+        text = text.replace(secret, "***") if secret else text
+    return re.sub(r"//[^/@\s]+@", "//", re.sub(r"hf_\w{8,}", "***", text))

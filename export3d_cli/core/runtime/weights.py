@@ -1,0 +1,226 @@
+"""From the name of weights to a local file: embedded ones by the manifest, any by path, others from the hub.
+
+The manifest says of each embedded file what it is, where it came from, under which licence, and its sha256, which is
+checked whenever the file is asked for. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from export3d_cli.core.runtime.errors import InputError, WeightsError
+from export3d_cli.core.runtime.hub import HubFile, commit_of, digest, fetch, push
+
+DEFAULT = "export3d-compact"  # what animates when nothing else is named
+_PACKAGE = Path(__file__).resolve().parents[1]
+_MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the manifest."""
+
+    name: str
+    file: str  # within `weights_dir()`
+    sha256: str
+    size: int  # bytes
+    licence: str  # SPDX name
+    source: str  # where it came from
+    what: str  # one sentence
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies, whether or not it is there."""
+        return weights_dir() / self.file
+
+
+def weights_dir() -> Path:
+    """The folder of the embedded weights: package data in an installed wheel, `weights/` in a clone."""
+    return _shipped("weights")
+
+
+def example(name: str) -> Path:
+    """A bundled example: `source.jpg` or `drive.mp4`."""
+    path = _shipped("examples") / name
+    if not path.is_file():
+        raise InputError(f"the bundled example {name} is missing from {path.parent}: name a file of your own")
+    return path
+
+
+def manifest() -> dict[str, Entry]:
+    """Every embedded file by its name."""
+    path = weights_dir() / "manifest.yaml"
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8"))["weights"]
+        entries = [Entry(**row) for row in rows]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise WeightsError(f"cannot read {path} ({error}): install export3d-cli again") from error
+    return {entry.name: entry for entry in entries}
+
+
+def resolve(name: str | Path | None = None, *, force: bool = False) -> Path:
+    """A verified local file.
+
+    Args:
+        name: a name of the manifest, a path, or `hf:owner/repo[@revision][:file]`; None: the default weights.
+        force: fetch from the hub again what is cached.
+
+    Raises:
+        WeightsError: no such weights, a damaged file, or no way to fetch it; says what to do.
+    """
+    text = DEFAULT if name is None else str(name)
+    if text.startswith("hf:"):
+        wanted = HubFile.parse(text)
+        return fetch(wanted, sha256=_listed_sha256(wanted), force=force)
+    entries = manifest()
+    if text in entries and not isinstance(name, Path):
+        entry = entries[text]
+        origin = _origin(entry)
+        if origin is not None and not entry.path.is_file():  # listed, but too large to be embedded
+            return fetch(origin, sha256=entry.sha256, force=force)
+        verify(entry)
+        return entry.path
+    if Path(text).is_file():
+        return Path(text)
+    names = ", ".join(entries)
+    raise WeightsError(f"there are no weights {text!r}: give a file, hf:owner/repo[:file], or one of {names}")
+
+
+def verify(entry: Entry) -> None:
+    """Raise `WeightsError` unless the file is there, whole and unchanged."""
+    if not entry.path.is_file():
+        fetched = f"run `export3d weights download {entry.name}`" if _origin(entry) else "install export3d-cli again"
+        raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): {fetched}")
+    size = entry.path.stat().st_size
+    if size != entry.size:
+        raise WeightsError(f"{entry.path} has {size} bytes, not {entry.size}: install export3d-cli again")
+    found = digest(entry.path)
+    if found != entry.sha256:
+        raise WeightsError(f"{entry.path} is damaged (sha256 {found[:12]}..., not {entry.sha256[:12]}...): reinstall")
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a weights file says of itself; its tensors are not read."""
+
+    path: Path
+    size: int  # bytes
+    sha256: str
+    revision: str  # commit on the hub; '' for other files
+    licence: str  # SPDX name
+    parameters: int | None  # numbers stored; None for a file that is no safetensors
+    config: dict[str, Any]  # of the model
+    record: dict[str, Any]  # how it was trained
+
+
+def info(name: str | Path | None = None) -> WeightsInfo:
+    """Config, training record, licence and size, from the header of a weights file."""
+    path = resolve(name)
+    listed = next((e for e in manifest().values() if e.path == path), None)
+    facts: dict[str, Any] = {
+        "path": path,
+        "size": path.stat().st_size,
+        "sha256": digest(path),
+        "revision": commit_of(path),
+    }
+    if listed and path.suffix != ".safetensors":
+        return WeightsInfo(**facts, licence=listed.licence, parameters=None, config={}, record={})
+    header = _header(path)
+    meta = header.pop("__metadata__", {})
+    try:
+        config, record = json.loads(meta["config"]), json.loads(meta["record"])
+        count = sum(_product(tensor["shape"]) for tensor in header.values())
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} holds no export3d weights: its header has no config and record") from error
+    return WeightsInfo(**facts, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
+
+
+def card(about: WeightsInfo, name: str) -> str:
+    """A model card in Markdown for a repository of the hub, made from the header of the weights."""
+    front = {
+        "license": about.licence.lower() or "other", "library_name": "export3d", "pipeline_tag": "image-to-video",
+        "tags": ["portrait-animation", "face-reenactment", "tri-plane"],
+    }  # fmt: skip
+
+    def rows(facts: dict[str, Any]) -> str:
+        return "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in facts.items()) or "| - | - |"
+
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# Weights for export3d
+
+Animates a portrait from one photo and a driving video.
+
+```bash
+export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
+```
+
+{about.parameters:,} numbers, {about.size / 1e6:.1f} MB, licence {about.licence or "not stated"}, sha256
+`{about.sha256}`. Animate only people who agreed to it.
+
+## Training
+
+| what | value |
+|---|---|
+{rows(about.record)}
+
+## Network
+
+| key | value |
+|---|---|
+{rows(about.config)}
+"""
+
+
+def upload(path: Path, name: str, *, private: bool = False) -> str:
+    """Upload a weights file with its card to `hf:owner/repo[@branch][:file]`; returns the commit's address."""
+    return push(path, HubFile.parse(name), card(info(path), name), private=private)
+
+
+def _origin(entry: Entry) -> HubFile | None:
+    """Where on the hub a listed file comes from."""
+    return HubFile.parse(entry.source) if entry.source.startswith("hf:") else None
+
+
+def _listed_sha256(wanted: HubFile) -> str | None:
+    """A listed file must be that very file, wherever it comes from; another revision may be another file."""
+    for entry in manifest().values():
+        origin = _origin(entry)
+        if origin is None or origin.repo != wanted.repo or wanted.file not in (entry.file, origin.file):
+            continue
+        if wanted.revision in (None, origin.revision):
+            return entry.sha256
+    return None
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON at the beginning of a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, path.stat().st_size):
+                raise ValueError(f"a header of {length} bytes")
+            header: dict[str, Any] = json.loads(file.read(length))
+            return dict(header.items())
+    except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is no safetensors file ({error}): give weights written by export3d") from error
+
+
+def _product(shape: list[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _shipped(folder: str) -> Path:
+    packaged = _PACKAGE / f"_{folder}"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / folder

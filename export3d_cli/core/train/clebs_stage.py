@@ -1,0 +1,357 @@
+"""The CLeBS stage (sec. 3.1, 6.2): f_e learns expressions by contrast; then the basis flow is fitted in closed form."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export3d_cli.core.config.schema import POINTS, ClebsConfig, TrainConfig
+from export3d_cli.core.face.landmarks import LEFT_EYE, LEFT_IRIS, LIPS, RIGHT_EYE, RIGHT_IRIS
+from export3d_cli.core.face.motion import mirror_beta
+from export3d_cli.core.model.checkpoint import pack_optimizer, unpack_optimizer, write_text
+from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
+from export3d_cli.core.train.basis_rotation import axes
+from export3d_cli.core.train.linear_probe import probe
+from export3d_cli.core.train.pair_sampler import Prefetcher, Sampler, loaders
+from export3d_cli.core.train.training_run import Run
+
+LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
+LAMBDA_SIZE = 3.0  # standard deviation of the coefficients over the training data
+PEOPLE, PERSON_FRAMES = 96, 16  # looked at in a step to keep people apart from lambda
+REPORT_GROUPS = 16  # groups the contrastive accuracy is measured on
+REPORT_FRAMES = 4000  # frames of a data set that probes look at, about
+_CHUNK = 500  # pairs drawn at a time for the closed-form fit
+
+
+@dataclass(frozen=True)
+class FlowReport:
+    """How well the basis flow moves landmarks, in pixels of a 256 image: mean distance, and that of a rigid face."""
+
+    all: float
+    all_rigid: float
+    lips: float
+    lips_rigid: float
+    eyes: float
+    eyes_rigid: float
+
+
+def measure_beta(lebs: LeBS | DirectCode, sampler: Sampler, seed: int) -> None:
+    """Set the mean and deviation by which f_e standardises beta."""
+    beta = torch.cat([x for s in range(4) for x in sampler.geometry(seed, -1 - s + 2**31, 500)[:2]])
+    lebs.beta_mean.copy_(beta.mean(0))
+    # coefficients that hardly ever move would otherwise be amplified into noise
+    lebs.beta_std.copy_(beta.std(0).clamp_min(0.02))
+
+
+def clebs_steps(config: TrainConfig) -> int:
+    """Steps of the stage; none where the expression code is an ablation that is trained with the rest."""
+    return config.steps_of("clebs")
+
+
+def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler) -> int:
+    """Train `lebs`, then fill `flow_basis` (n, 478, 3), both in place; resumes with `run`. Returns the steps done.
+
+    Several processes share the `clebs.groups` of a step where their number divides it. Otherwise every one of them
+    takes all, which gains nothing, and says so.
+    """
+    config, clebs = run.config, run.config.clebs
+    if config.model.expression != "clebs" or isinstance(lebs, DirectCode):
+        measure_beta(lebs, sampler, config.seed)
+        if isinstance(lebs, DirectCode):  # lambda is known already; that of `lebs` moves on, and its basis flow stays 0
+            finish_expression(run, lebs, flow_basis, sampler)
+        return 0
+    torch.manual_seed(config.seed + 17)
+    encoder = ImageEncoder(lebs.weight.shape[0], clebs.encoder_width).to(run.device)
+    readout = nn.Linear(lebs.weight.shape[1], POINTS * 3, bias=False).to(run.device)
+    with torch.no_grad():
+        readout.weight.mul_(0.1)
+    modules = nn.ModuleDict({"lebs": lebs, "encoder": encoder, "readout": readout})
+    optimizer = torch.optim.Adam([p for p in modules.parameters() if p.requires_grad], lr=clebs.lr)
+    start = 0
+    if run.resumed is not None:
+        tensors, info = run.resumed
+        modules.load_state_dict({k.removeprefix("clebs."): v for k, v in tensors.items() if k.startswith("clebs.")})
+        unpack_optimizer(optimizer, tensors)
+        start = info["step"]
+    else:
+        measure_beta(lebs, sampler, config.seed)
+    scale = _motion_scale(sampler, config.seed).to(run.device)
+    pool = _Pool(sampler, config.seed, clebs.pairs)
+
+    def save(step: int) -> None:
+        run.save("clebs", step, {f"clebs.{k}": v for k, v in modules.state_dict().items()} | pack_optimizer(optimizer))
+
+    def draw(step: int) -> list[tuple[Tensor, Tensor]]:
+        if step < clebs.warm:
+            return []
+        size, side = clebs.negatives + 1, clebs.image_size
+        return [sampler.group(config.seed, step, size, side, LEAST_GROUP, number) for number in share]
+
+    modules.train()
+    share, total, skipped = _share(run), clebs_steps(config), 0
+    images, clock, logged = 0, run.minutes(), start
+    with Prefetcher(draw, start, total, loaders(config.data, run.device)) as groups:
+        for step in range(start, total):
+            if run.out_of_time():
+                save(step)
+                return step
+            run.seed(0, step)
+            drawn = groups.next()
+            loss, terms = _clebs_loss(run, modules, drawn, sampler, pool, step, scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if len(share) < clebs.groups:
+                run.world.average_gradients(modules.parameters())
+            values = dict(zip(terms, run.world.mean(list(terms.values())), strict=True))
+            norm = float(nn.utils.clip_grad_norm_(modules.parameters(), 5.0))
+            optimizer.param_groups[0]["lr"] = clebs.lr * (1 - 0.9 * step / total)
+            skipped = 0 if math.isfinite(values["loss"] + norm) else skipped + 1
+            if skipped == 0:
+                optimizer.step()
+            elif skipped > config.skip_nonfinite:
+                run.check_finite(values["loss"] + norm, "clebs", step, values | {"grad": norm})
+            images += sum(len(beta) for _, beta in drawn) * (clebs.groups // len(share))
+            if (step + 1) % config.log_every == 0 or step + 1 == total:
+                seconds = (run.minutes() - clock) * 60
+                speed = {"seconds_a_step": seconds / (step + 1 - logged)}
+                if images:  # the first steps may look at geometry alone
+                    speed["images_a_second"] = images / max(seconds, 1e-9)
+                run.log("clebs", step + 1, total, values | speed)
+                images, clock, logged = 0, run.minutes(), step + 1
+            if (step + 1) % config.checkpoint_every == 0:
+                save(step + 1)
+    finish_expression(run, lebs, flow_basis, sampler)
+    report_expression(run, lebs, encoder, sampler)
+    return total
+
+
+def _share(run: Run) -> range:
+    """Which groups of every step this process takes."""
+    world, groups = run.world, run.config.clebs.groups
+    if world.size == 1:
+        return range(groups)
+    if groups % world.size:
+        whose = f"clebs.groups ({groups}) is no multiple of the {world.size} processes"
+        run.tell("clebs", 0, 0, message=f"{whose}: the stage clebs is not shared, every process takes all of it")
+        return range(groups)
+    own = groups // world.size
+    return range(world.rank * own, (world.rank + 1) * own)
+
+
+class _Pool:
+    """Pairs to read geometry from. Drawing is slow beside learning, so each is used several times over some steps."""
+
+    STEPS, REUSE = 50, 4
+
+    def __init__(self, sampler: Sampler, seed: int, pairs: int) -> None:
+        self.sampler, self.seed, self.pairs = sampler, seed, pairs
+        self.age = -1
+        self.drawn: tuple[Tensor, ...] = ()
+
+    def draw(self, step: int) -> tuple[Tensor, ...]:
+        """beta_k, beta_j, points_k, points_j of this step, a function of (seed, step)."""
+        if self.age != step // self.STEPS:
+            self.age = step // self.STEPS
+            count = max(self.pairs * self.STEPS // self.REUSE, self.pairs)
+            self.drawn = self.sampler.geometry(self.seed, self.age, count)[:4]
+        order = np.random.default_rng([self.seed, step, 4]).permutation(len(self.drawn[0]))
+        rows = torch.from_numpy(order[: self.pairs])
+        return tuple(x[rows] for x in self.drawn)
+
+
+def _clebs_loss(
+    run: Run, modules: nn.ModuleDict, groups: list[tuple[Tensor, Tensor]], sampler: Sampler, pool: _Pool, step: int,
+    scale: Tensor,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """One step: eq. 1 on groups of one clip's frames each, plus the geometry read linearly from lambda."""
+    clebs: ClebsConfig = run.config.clebs
+    lebs, encoder, readout = modules["lebs"], modules["encoder"], modules["readout"]
+    assert isinstance(lebs, LeBS)
+    loss = torch.zeros((), device=run.device)
+    values: dict[str, float] = {}
+    for images, beta in groups:
+        with run.autocast():
+            codes = encoder(images.to(run.device))
+        contrast, accuracy = contrastive_loss(codes, lebs(beta.to(run.device)), clebs.temperature, clebs.denominator)
+        loss = loss + contrast / len(groups)
+        for key, value in (("contrast", contrast.item()), ("accuracy", accuracy.item()), ("chance", 1 / len(beta))):
+            values[key] = values.get(key, 0.0) + value / len(groups)
+    pairs = pool.draw(step) if clebs.geometry > 0 or clebs.mirror > 0 else ()
+    if clebs.geometry > 0:
+        beta_k, beta_j, points_k, points_j = (x.to(run.device) for x in pairs)
+        change = lebs.coefficients(beta_j) - lebs.coefficients(beta_k)  # (N, n)
+        wanted = (points_j - points_k).flatten(1) / scale
+        geometry = F.smooth_l1_loss(readout(change), wanted)
+        loss = loss + clebs.geometry * geometry
+        with torch.no_grad():
+            values |= {"geometry": geometry.item(), "rigid": F.smooth_l1_loss(torch.zeros_like(wanted), wanted).item()}
+    if clebs.person > 0:
+        person = person_loss(_lam_of_people(run, lebs, sampler, step))
+        loss = loss + clebs.person * person
+        values["person"] = person.item()
+    if clebs.mirror > 0:
+        beta = pairs[1]
+        mirrored = torch.from_numpy(mirror_beta(beta.numpy()))
+        sides = [lebs.coefficients(x.to(run.device)) for x in (beta, mirrored)]
+        mirror = mirror_loss(sides[0], sides[1], clebs.one_sided)
+        loss = loss + clebs.mirror * mirror
+        values["mirror"] = mirror.item()
+    values["loss"] = loss.item()
+    return loss, values
+
+
+def _lam_of_people(run: Run, lebs: LeBS, sampler: Sampler, step: int) -> Tensor:
+    """lambda of some frames of some people, (PEOPLE, PERSON_FRAMES, n)."""
+    beta = sampler.persons(run.config.seed, step, PEOPLE, PERSON_FRAMES).to(run.device)
+    return lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2])
+
+
+def person_loss(lam: Tensor) -> Tensor:
+    """How far people lie apart in lambda, beyond the paper: (people, frames, n) -> 0 where their means agree.
+
+    The variance of people's means in units of how each one's lambda varies (Fisher's criterion, trace(S_w^-1 S_b) / n),
+    so that a scale or a rotation of lambda changes nothing.
+    """
+    mean = lam.mean(1, keepdim=True)
+    around, apart = (lam - mean).flatten(0, 1), (mean - mean.mean(0)).squeeze(1)
+    within = around.T @ around / (lam.shape[0] * (lam.shape[1] - 1))  # (n, n)
+    within = within + 1e-3 * within.diagonal().mean() * torch.eye(len(within), device=lam.device)
+    return torch.linalg.solve(within, apart.T @ apart / len(apart)).diagonal().mean()
+
+
+def mirror_loss(lam: Tensor, mirrored: Tensor, one_sided: int) -> Tensor:
+    """How far lambda (N, n) of faces and of their mirror images differ; the last `one_sided` change sign."""
+    sign = torch.ones(lam.shape[1], device=lam.device)
+    sign[lam.shape[1] - one_sided :] = -1
+    return (mirrored - sign * lam).square().mean() / lam.detach().var(0).mean().clamp_min(1e-6)
+
+
+def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
+    """What each coordinate's motion is divided by, (1434,): one size, since pixels are what counts; depth a third.
+
+    Lips, lids and irises, where an expression is read, count half as much again.
+    """
+    _, _, points_k, points_j, _ = sampler.geometry(seed, 2**31 + 7, 500)
+    size = (points_j - points_k).square().mean().sqrt().clamp_min(1e-6)
+    scale = size * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS, 1)
+    scale[list(LIPS + LEFT_EYE + RIGHT_EYE + LEFT_IRIS + RIGHT_IRIS)] /= 1.5
+    return scale.flatten()
+
+
+@torch.no_grad()
+def finish_expression(
+    run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler
+) -> FlowReport | None:
+    """Bring lambda to a size where 1 to 10 is natural (the cosines of eq. 1 do not see it); fit the basis flow, and
+    with it give lambda the axes of `directions`."""
+    lebs.eval()
+    if isinstance(lebs, LeBS):
+        beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
+        size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6) / LAMBDA_SIZE
+        lebs.fc2.weight.div_(size)
+        lebs.fc2.bias.div_(size)
+    if flow_basis is None:
+        return None
+    fitted, report = fit_flow_basis(
+        lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
+    )
+    if isinstance(lebs, LeBS):
+        lam = _lam_of_people(run, lebs, sampler, 2**31 + 9)
+        seen = fitted.flatten(1) / _motion_scale(sampler, run.config.seed)
+        away = (lam - lam.mean(1, keepdim=True)).flatten(0, 1)
+        mixture = axes(away, seen, run.config.clebs.one_sided, LAMBDA_SIZE).to(run.device)
+        lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
+        lebs.fc2.bias.copy_(mixture @ lebs.fc2.bias)
+        fitted = torch.linalg.solve(mixture.T.cpu(), fitted.flatten(1)).view_as(fitted)
+    flow_basis.copy_(fitted.to(flow_basis))
+    total = clebs_steps(run.config)
+    run.log("clebs", total, total, {f"flow_{k}": v for k, v in asdict(report).items()})
+    return report
+
+
+@torch.no_grad()
+def fit_flow_basis(
+    lebs: LeBS | DirectCode, sampler: Sampler, seed: int, pairs: int, ridge: float, device: torch.device | str = "cpu"
+) -> tuple[Tensor, FlowReport]:
+    """Displacement b_i of every basis vector, (n, 478, 3) in the head frame, by ridge regression.
+
+    `points_j - points_k = sum_i (lambda_i(j) - lambda_i(k)) b_i` over pairs of frames of one clip, people drawn
+    equally often. Fitted twice: the second time without the hundredth of the pairs that fitted worst (lost tracks).
+    """
+    chunks = []
+    for at in range(0, max(pairs, 2), _CHUNK):
+        drawn = sampler.geometry(seed, 2**31 + 100 + at, min(_CHUNK, max(pairs, 2) - at))
+        change = lebs.coefficients(drawn[1].to(device)) - lebs.coefficients(drawn[0].to(device))
+        chunks.append((change.cpu(), *drawn[2:]))
+    change, before, after, camera = (torch.cat(x) for x in zip(*chunks, strict=True))
+    moved = (after - before).flatten(1)
+
+    def solve(rows: Tensor) -> Tensor:
+        x, y = change[rows].double(), moved[rows].double()
+        return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).float()
+
+    every = torch.ones(len(moved), dtype=torch.bool)
+    basis = solve(every)
+    residual = (moved - change @ basis).square().sum(1)
+    basis = solve(residual <= residual.quantile(0.99))
+    wanted, rigid = project(after, camera), project(before, camera)
+    got = project(before + (change @ basis).view_as(before), camera)
+    distance = {"": (got - wanted).norm(dim=-1) * 256, "_rigid": (rigid - wanted).norm(dim=-1) * 256}
+    regions = {"all": list(range(POINTS)), "lips": list(LIPS), "eyes": list(LEFT_EYE + RIGHT_EYE)}
+    report = FlowReport(
+        **{f"{r}{kind}": float(d[:, idx].mean()) for r, idx in regions.items() for kind, d in distance.items()}
+    )
+    return basis.view(-1, POINTS, 3), report
+
+
+def project(points: Tensor, camera: Tensor) -> Tensor:
+    """Head-frame points (N, P, 3) seen by cameras (N, 25) -> (N, P, 2) in image sizes."""
+    pose = camera[:, :16].view(-1, 4, 4)
+    local = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+    return local[..., :2] / local[..., 2:] * camera[:, 16].view(-1, 1, 1) + 0.5
+
+
+@torch.no_grad()
+def report_expression(run: Run, lebs: LeBS, encoder: ImageEncoder, sampler: Sampler) -> dict[str, float]:
+    """Write clebs.json and clebs.png: contrastive accuracy on groups the training did not draw, and linear probes."""
+    clebs, seed = run.config.clebs, run.config.seed
+    accuracies, chances = [], []
+    for k in range(REPORT_GROUPS if clebs.steps > 0 else 0):
+        images, beta = sampler.group(seed, 2**31 + 50 + k, clebs.negatives + 1, clebs.image_size, LEAST_GROUP)
+        codes = encoder(images.to(run.device))
+        accuracies.append(contrastive_loss(codes, lebs(beta.to(run.device)), clebs.temperature)[1].item())
+        chances.append(1 / len(beta))
+    values: dict[str, float] = {}
+    if accuracies:
+        values = {"accuracy": float(np.mean(accuracies)), "chance": float(np.mean(chances))}
+    if not run.world.main:
+        return values
+    seen, person, fit = _known_people(sampler)
+    if len(np.unique(person)) > 1:
+        code = lebs(torch.from_numpy(seen).to(run.device)).cpu().numpy()
+        values |= asdict(probe(seen, code, person, fit, picture=run.folder / "clebs.png"))
+    write_text(run.folder / "clebs.json", json.dumps(values, indent=1) + "\n")
+    return values
+
+
+def _known_people(sampler: Sampler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """beta (N, 64) and person (N,) of some frames of every clip, and which to fit to: the first half of each clip."""
+    rows: list[np.ndarray] = []
+    person: list[str] = []
+    fit: list[np.ndarray] = []
+    for number, (data, people) in enumerate(zip(sampler.sets, sampler.moving, strict=True)):
+        clips = sum(len(own) for own in people.values())
+        each = max(REPORT_FRAMES // max(clips, 1), 4)
+        for name, own in people.items():
+            for clip in own:
+                taken = np.unique(np.linspace(0, clip.count - 1, min(each, clip.count)).round().astype(int))
+                rows.append(data.beta[clip.start + taken])
+                person += [f"{number}/{name}"] * len(taken)
+                fit.append(taken < clip.count / 2)
+    return np.concatenate(rows).astype(np.float32), np.array(person), np.concatenate(fit)

@@ -1,0 +1,88 @@
+"""Identity loss (beyond the paper): the result should look like the same person to a face embedder the user gives."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export3d_cli.core.face.landmarks import LEFT_EYE, RIGHT_EYE
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.train.losses import _IMAGENET_MEAN, _IMAGENET_STD
+
+SIDE = 112
+# ArcFace's template in pixel indices of that side, in the image's order: eyes, nose, mouth corners.
+TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+
+
+def five_points(landmarks: Tensor) -> Tensor:
+    """Landmarks (B, 478, 2) -> eyes, nose and mouth corners (B, 5, 2), in the image's order."""
+    eyes = [landmarks[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]
+    return torch.stack([*eyes, landmarks[:, 1], landmarks[:, 61], landmarks[:, 291]], dim=1)
+
+
+def align(image: Tensor, five: Tensor, side: int = SIDE) -> Tensor:
+    """The faces of (B, 3, H, W) whose five points (B, 5, 2) are given in crop units, laid on the template.
+
+    A rotation, scale and shift in least squares; gradients reach `image`. Returns (B, 3, side, side).
+    """
+    template = five.new_tensor(TEMPLATE) + 0.5  # pixel centres
+    points, wanted = five.float(), template * (side / SIDE)
+    middle, wanted_middle = points.mean(1, keepdim=True), wanted.mean(0)
+    x, u = points - middle, wanted - wanted_middle  # (B, 5, 2), (5, 2)
+    size = x.square().sum((1, 2)).clamp_min(1e-12)
+    a = (x * u).sum((1, 2)) / size
+    b = (x[..., 0] * u[:, 1] - x[..., 1] * u[:, 0]).sum(1) / size
+    # the inverse: where in the image each pixel of the template lies
+    axis = torch.arange(side, device=image.device, dtype=torch.float32) + 0.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1) - wanted_middle  # (side, side, 2)
+    back = torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], 1) / (a * a + b * b)[:, None, None]
+    where = torch.einsum("bij,hwj->bhwi", back, grid) + middle[:, None]  # (B, side, side, 2), crop units
+    return F.grid_sample(image.float(), where * 2 - 1, align_corners=False, padding_mode="border")
+
+
+class Identity(nn.Module):
+    """1 - cosine of the embeddings of two images of one face; the embedder is TorchScript and stays as it is."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.eval()
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor, target: Tensor, landmarks: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units; gradients reach `image`."""
+        with torch.autocast(image.device.type, enabled=False):
+            five = five_points(landmarks)
+            with torch.no_grad():
+                wanted = self.embed(align(target, five))
+            return (1 - F.cosine_similarity(self.embed(align(image, five)), wanted, dim=1)).mean()
+
+    def embed(self, face: Tensor) -> Tensor:
+        """Aligned faces (B, 3, 112, 112) in [-1, 1] -> (B, D)."""
+        found: Tensor = self.network((face * 0.5 + 0.5 - self.mean) / self.std)
+        return found
+
+
+def load_identity(path: str, device: torch.device) -> Identity:
+    """Read a TorchScript embedder and try it once."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            identity = Identity(torch.jit.load(path, map_location=device)).to(device)
+        with torch.no_grad():
+            shape = identity.embed(torch.zeros(2, 3, SIDE, SIDE, device=device)).shape
+        if len(shape) != 2 or shape[0] != 2:
+            raise ValueError(f"it answers {tuple(shape)} for two faces, not (2, D)")
+    except (RuntimeError, ValueError, OSError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise InputError(f"loss.embedder {Path(path)} is no TorchScript face embedder: {reason}") from error
+    return identity

@@ -1,0 +1,114 @@
+"""Landmark loss (beyond the paper): the face landmarker is to see in the result what it sees in the driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from torch import Tensor, nn
+
+from export3d_cli.core.config.schema import POINTS
+from export3d_cli.core.face.landmarker import read_bundle
+from export3d_cli.core.face.litert import quiet_stderr
+from export3d_cli.core.model.volume_renderer import pixel_grid
+from export3d_cli.core.model.warp.mesh_flow import warp
+
+SIDE = 256  # of the network's view of a face, pixels
+MARGIN = 1.5  # how much larger than the landmarks' box it is
+CORNERS = (33, 263)  # outer eye corners: the view is turned so that they are level
+
+
+class LandmarkNetwork(nn.Module):
+    """The landmark network of a `face_landmarker.task` bundle, in PyTorch: gradients pass through it."""
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__()
+        (content,) = read_bundle(bundle, "face_landmarks_detector.tflite")
+        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # whose operations are those of the file
+        with quiet_stderr():
+            reader = Interpreter(model_content=content, experimental_op_resolver_type=plain)
+            reader.allocate_tensors()
+        shapes = {d["index"]: d["shape"].tolist() for d in reader.get_tensor_details()}
+        self.result = next(d["index"] for d in reader.get_output_details() if d["shape"][-1] == 3 * POINTS)
+        self.start = reader.get_input_details()[0]["index"]
+        self.steps: list[tuple[str, list[int], int, int]] = []  # operation, its inputs, its output, stride
+        self.wider: dict[int, list[int]] = {}  # output of an operation PAD -> channels added before and after
+        stored: dict[int, int] = {}  # where the half-precision original of a tensor is
+        made = {self.start}
+        for operation in reader._get_ops_details():  # the runtime's public interface does not tell the graph
+            name, inputs, (out,) = operation["op_name"], operation["inputs"].tolist(), operation["outputs"].tolist()
+            if name == "DEQUANTIZE":
+                stored[out] = inputs[0]
+                continue
+            for index in set(inputs) - made:
+                value = torch.from_numpy(reader.get_tensor(stored.get(index, index)).copy())
+                if value.ndim == 4:  # (out, h, w, in) of a convolution, (1, h, w, channels) of a depthwise one
+                    value = value.permute(3, 0, 1, 2) if name.startswith("DEPTH") else value.permute(0, 3, 1, 2)
+                self.register_buffer(f"of_{index}", value.float() if value.is_floating_point() else value)
+            if name == "PAD":
+                self.wider[out] = reader.get_tensor(inputs[1])[3].tolist()
+            self.steps.append((name, inputs, out, round(shapes[inputs[0]][1] / shapes[out][1])))
+            made.add(out)
+            if out == self.result:
+                break
+
+    def forward(self, face: Tensor) -> Tensor:
+        """Views (B, 3, 256, 256) in [0, 1] -> (B, 478, 3) in pixels of the view."""
+        values = {self.start: face}
+
+        def value(index: int) -> Tensor:
+            found: Tensor = values[index] if index in values else getattr(self, f"of_{index}")
+            return found
+
+        for name, inputs, out, stride in self.steps:
+            x = value(inputs[0])
+            if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+                weight, bias = value(inputs[1]), value(inputs[2])
+                short = max(weight.shape[-1] - stride, 0)  # all is square, and as TensorFlow's "same" pads it
+                x = F.pad(x, (short // 2, short - short // 2) * 2)
+                x = F.conv2d(x, weight, bias, stride, groups=1 if name == "CONV_2D" else x.shape[1])
+            elif name == "PRELU":
+                x = F.prelu(x, value(inputs[1]).flatten())
+            elif name == "ADD":
+                x = x + value(inputs[1])
+            elif name == "MAX_POOL_2D":
+                x = F.max_pool2d(x, stride)
+            elif name == "PAD":  # of channels
+                x = F.pad(x, (0, 0, 0, 0, *self.wider[out]))
+            else:
+                raise ValueError(f"the landmark network has an operation {name}, which is not known here")
+            values[out] = x
+        return values[self.result].flatten(1).view(-1, POINTS, 3)
+
+
+class Landmarks(nn.Module):
+    """Mean distance of the landmarks that the network sees in two images of one face, along each axis."""
+
+    def __init__(self, network: LandmarkNetwork) -> None:
+        super().__init__()
+        self.network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, image: Tensor, target: Tensor, landmarks: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units -> percent of the view's side.
+
+        Gradients reach `image`.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            where = face_view(landmarks.float())
+            with torch.no_grad():
+                wanted = self.network(warp(target, where) / 2 + 0.5)
+            return (self.network(warp(image, where) / 2 + 0.5) - wanted).abs().mean() * (100 / SIDE)
+
+
+def face_view(landmarks: Tensor) -> Tensor:
+    """Where the landmark network looks: landmarks (B, 478, 2) -> positions (B, 2, 256, 256), in crop units."""
+    low, high = landmarks.amin(1), landmarks.amax(1)
+    side = MARGIN * (high - low).amax(1)  # (B,)
+    along = landmarks[:, CORNERS[1]] - landmarks[:, CORNERS[0]]
+    along = side[:, None] * along / along.norm(dim=1, keepdim=True).clamp_min(1e-6)  # (B, 2), the view's x axis
+    across = torch.stack([-along[:, 1], along[:, 0]], dim=1)
+    grid = pixel_grid(SIDE, landmarks.device) - 0.5  # (P, 2)
+    where = grid[None, :, :1] * along[:, None] + grid[None, :, 1:] * across[:, None] + ((low + high) / 2)[:, None]
+    return where.transpose(1, 2).reshape(-1, 2, SIDE, SIDE)

@@ -1,0 +1,127 @@
+"""Several sources and one driver, and the plan of it, with tiny untrained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
+from export3d_cli.core.animation.batch import output_paths, plan, reenact_all
+from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import example
+
+MakeClip = Callable[..., Path]
+SOURCE = example("source.jpg")
+FAST = ReenactOptions(audio="none", max_frames=3)
+
+
+@pytest.fixture
+def portraits(tmp_path: Path) -> list[Path]:
+    """Two photos, the second mirrored, and a wall between them."""
+    photo = read_image(SOURCE)
+    for name, image in (("a", photo), ("wall", np.full_like(photo, 90)), ("b", np.ascontiguousarray(photo[:, ::-1]))):
+        write_image(tmp_path / f"{name}.png", image)
+    return [tmp_path / f"{name}.png" for name in ("a", "wall", "b")]
+
+
+def test_a_driver_is_tracked_once_and_a_failure_stops_no_other(
+    animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = make_clip("gap2.mp4", filters="drawbox=enable='between(n,3,4)':t=fill:color=black:w=iw:h=ih")
+    options = ReenactOptions(audio="none", crf=0, compare=True)
+    alone = tmp_path / "alone.mp4"
+    reenact(animator, portraits[2], clip, alone, options)
+    tracked = []
+    track = animator.tracker.landmarker.track
+    monkeypatch.setattr(animator.tracker.landmarker, "track", lambda image: tracked.append(image.shape) or track(image))
+    summary = reenact_all(animator, portraits, clip, str(tmp_path / "out" / "{src}-{drive}.mp4"), options)
+    assert [s.out.name for s in summary.done] == ["a-gap2.mp4", "b-gap2.mp4"]
+    assert [s.missing for s in summary.done] == [2, 2]
+    assert len(summary.failed) == 1
+    assert "wall.png" in summary.failed[0]
+    assert (
+        len(tracked) == 3 * 3 + 9
+    )  # each source three times; the driver once, a first frame and one after a cut three times, a repeated one never
+    shared, own = (list(VideoReader(path)) for path in (tmp_path / "out" / "b-gap2.mp4", alone))
+    np.testing.assert_array_equal(shared, own)  # from the tape as from the driver
+
+
+def test_existing_results_are_kept_unless_overwritten(
+    animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path
+) -> None:
+    out = tmp_path / "a-clip.mp4"
+    out.write_bytes(b"mine")
+    args = (animator, portraits[::2], make_clip("clip.mp4"), str(tmp_path))
+    summary = reenact_all(*args, FAST)
+    assert (summary.skipped, len(summary.done), summary.failed) == ((out,), 1, ())
+    assert "--overwrite" in summary.notes[0]
+    assert out.read_bytes() == b"mine"
+    again = reenact_all(*args, ReenactOptions(audio="none", max_frames=3, overwrite=True))
+    assert (again.skipped, len(again.done)) == ((), 2)
+    assert len(list(VideoReader(out))) == 3
+
+
+def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
+    sources = [Path("x/my photo.jpg"), Path("..me.jpg"), Path("y/日本.png"), Path("z/a;rm -rf $HOME.png")]
+    paths = output_paths(sources, Path("d/drive.motion.npz"), f"{tmp_path}/{{src}}/{{src}}-{{drive}}.mp4")
+    assert [str(p.relative_to(tmp_path)) for p in paths] == [
+        "my_photo/my_photo-drive.mp4", "me/me-drive.mp4",
+        "日本/日本-drive.mp4", "a_rm_-rf_HOME/a_rm_-rf_HOME-drive.mp4",
+    ]  # fmt: skip
+    assert output_paths(sources[:1], Path("d.mp4"), str(tmp_path)) == [tmp_path / "my_photo-d.mp4"]
+    assert output_paths([Path("..")], Path("d.mp4"), "{src}.mp4") == [Path("file.mp4")]
+    with pytest.raises(InputError, match="template"):
+        output_paths(sources, Path("d.mp4"), "out.mp4")
+    with pytest.raises(InputError, match="rename"):
+        output_paths([Path("x/a.png"), Path("y/a.jpg")], Path("d.mp4"), "{src}.mp4")
+    for bad in ("{name}.mp4", "{src.parent}.mp4", "{src", "{0}.mp4"):
+        with pytest.raises(InputError, match="place"):
+            output_paths(sources[:1], Path("d.mp4"), bad)
+
+
+def test_a_plan_says_what_would_be_done_and_writes_nothing(
+    animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path
+) -> None:
+    clip = make_clip("clip.mp4")
+    before = sorted(tmp_path.rglob("*"))
+    told = plan(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (told.frames, told.fps, told.device) == (6, reenact_rate(clip), "cpu fp32")
+    assert [s.size for s in told.sources] == [(384, 128)] * 2
+    assert [s.out.name for s in told.sources] == ["a-clip.mp4", "b-clip.mp4"]
+    width = read_image(SOURCE).shape[1]
+    (a, b) = (s.face for s in told.sources)
+    assert abs(a[0] - (width - b[2])) < 0.05 * width  # mirrored
+    assert told.seconds > 0
+    assert told.memory_mb is None or told.memory_mb > 50
+    with pytest.raises(NoFaceError, match="wall"):
+        plan(animator, portraits, clip, str(tmp_path))
+
+
+def reenact_rate(clip: Path) -> object:
+    with VideoReader(clip) as reader:
+        return reader.info.fps
+
+
+def test_a_tape_gives_back_what_was_recorded() -> None:
+    rng = np.random.default_rng(0)
+    faces = [Face(rng.random((478, 3), np.float32), rng.random(52, np.float32), 0.75), None]
+    with FaceTape() as tape:
+        for _ in range(2):
+            tape.clear()
+            for face in faces:
+                tape.append(face, (640, 480))
+        first, second = tape
+        assert list(tape)[1] is second is None
+        assert first is not None
+        assert faces[0] is not None
+        np.testing.assert_array_equal(first.landmarks, faces[0].landmarks)
+        np.testing.assert_array_equal(first.blendshapes, faces[0].blendshapes)
+        assert (first.score, tape.size, tape.complete) == (0.75, (640, 480), False)

@@ -1,0 +1,162 @@
+"""A driver as a stream: the same motion whatever the batch, frames without a face, motion files at other rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.animation.driver_stream import DriverStream, chosen_rows
+from export3d_cli.core.face.motion import Motion, Tracker, crop_image
+from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import example, weights_dir
+
+MakeClip = Callable[..., Path]
+BLACK = "drawbox=enable='{}':t=fill:color=black:w=iw:h=ih"  # over the frames n that meet a condition
+
+
+@pytest.fixture(scope="module")
+def tracker() -> Tracker:
+    return Tracker(weights_dir() / "face_landmarker.task")
+
+
+def stream(driver: Path, tracker: Tracker, **options: Any) -> DriverStream:
+    return DriverStream(driver, tracker, **{"batch": 4, "crop_scale": 2.1, **options})
+
+
+def read(driver: DriverStream) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
+    """beta, landmarks and crops of all frames."""
+    with driver:
+        parts = list(driver)
+    assert all(len(motion) == len(crops) <= driver.batch for motion, crops in parts)
+    beta, landmarks = (np.concatenate([getattr(m, k) for m, _ in parts]) for k in ("beta", "landmarks"))
+    return beta, landmarks, [crop for _, crops in parts for crop in crops]
+
+
+def test_batches_do_not_change_the_motion(make_clip: MakeClip, tracker: Tracker) -> None:
+    clip = make_clip("clip.mp4")
+    results = [read(stream(clip, tracker, batch=batch)) for batch in (1, 4, 100)]
+    for beta, landmarks, crops in results:
+        assert len(beta) == 6
+        assert crops == [None] * 6
+        np.testing.assert_array_equal(beta, results[0][0])
+        np.testing.assert_array_equal(landmarks, results[0][1])
+
+
+def test_crop_known_early_changes_nothing_for_a_short_clip(
+    make_clip: MakeClip, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames leave before the clip has ended, as they do in a long one, shown frames in step with the motion."""
+    clip = make_clip("dark.mp4", filters=BLACK.format("between(n,3,4)"), frames=8)
+    waited = read(stream(clip, tracker, batch=2, shown=32))
+    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD", 0)
+    early = read(stream(clip, tracker, batch=2, shown=32))
+    np.testing.assert_allclose(early[0], waited[0], atol=1e-3)
+    assert [int(crop.mean()) < 5 for crop in early[2]] == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: Tracker) -> None:
+    clip = make_clip("clip.mp4")
+    with stream(clip, tracker, shown=48, max_frames=3) as driver:
+        motion, crops = next(iter(driver))
+    frames = list(VideoReader(clip))
+    for frame, crop in zip(frames, crops, strict=False):
+        np.testing.assert_array_equal(crop, crop_image(frame, motion.crop, 48))
+    assert len(crops) == 3
+    extent = np.ptp(motion.landmarks[..., :2], axis=1).max(-1)
+    assert 1 / np.median(extent) == pytest.approx(2.1, rel=1e-3)  # side of the crop in face boxes
+
+
+def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip, tracker: Tracker) -> None:
+    clip = make_clip("gap.mp4", filters=BLACK.format("eq(n,0)+between(n,3,4)"))
+    held = stream(clip, tracker)
+    beta, landmarks, _ = read(held)
+    assert (len(beta), held.missing, held.total) == (6, 3, 6)
+    for frame, source in ((0, 1), (3, 2), (4, 2)):  # before the first face, it is the first face
+        np.testing.assert_array_equal(beta[frame], beta[source])
+        np.testing.assert_array_equal(landmarks[frame], landmarks[source])
+    assert (beta[5] != beta[2]).any()
+    left_out = stream(clip, tracker, on_missing="skip")
+    np.testing.assert_array_equal(read(left_out)[0], beta[[1, 2, 5]])
+    assert left_out.missing == 3
+    with pytest.raises(NoFaceError, match=r"frame 0 of .*gap"):
+        read(stream(clip, tracker, on_missing="fail"))
+
+
+def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tracker: Tracker) -> None:
+    two = "scale=192:192,split[a][b];[b]hflip,crop=160:160,scale=192:192[c];[a][c]hstack"
+    hidden = "drawbox=enable='between(n,3,4)':t=fill:color=gray:x={}:y=30:w=120:h=130"
+    clip = make_clip("two.mp4", filters=two + "," + hidden.format(36), frames=7)
+    middles = []
+    for face, missing in (("left", 2), ("right", 0), ("largest", 0)):
+        with stream(clip, tracker, face=face, batch=10) as driver:
+            ((motion, _),) = list(driver)
+        assert driver.missing == missing
+        middles.append(motion.crop[0] + motion.crop[2] / 2)
+    assert middles[0] < 192 < middles[1] == middles[2]  # the right one is the larger
+
+
+@pytest.mark.parametrize("on_missing", ["hold", "skip"])
+def test_a_driver_without_any_face(make_clip: MakeClip, tracker: Tracker, on_missing: str) -> None:
+    clip = make_clip("black.mp4", filters=BLACK.format("1"))
+    with pytest.raises(NoFaceError, match=r"black\.mp4"):
+        read(stream(clip, tracker, on_missing=on_missing))
+
+
+def test_a_folder_of_pictures_drives_as_the_video_does(make_clip: MakeClip, tracker: Tracker, tmp_path: Path) -> None:
+    clip = make_clip("clip.mp4")
+    for i, frame in enumerate(VideoReader(clip)):
+        write_image(tmp_path / f"{i + 7}.png", frame)
+    folder = stream(tmp_path, tracker, shown=32)
+    assert (folder.fps, folder.total) == (25, 6)
+    beta, landmarks, crops = read(folder)
+    expected = read(stream(clip, tracker))
+    np.testing.assert_array_equal(beta, expected[0])
+    np.testing.assert_array_equal(landmarks, expected[1])
+    assert all(crop is not None for crop in crops)
+
+
+def test_a_picture_is_one_frame(tracker: Tracker) -> None:
+    driver = stream(example("source.jpg"), tracker, shown=16)
+    beta, _, crops = read(driver)
+    assert (len(beta), driver.total, driver.fps) == (1, 1, 25)
+    assert crops[0].shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("fps", "start", "duration", "expected"),
+    [
+        ("25", 0.0, None, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("25", 0.12, 0.08, [3, 4]),
+        ("25", 0.32, 9.0, [8, 9]),
+        ("25", 0.4, None, []),
+        ("50", 0.2, 0.08, [5, 5, 6, 6]),  # the same seconds in twice as many frames
+        ("25/2", 0.0, None, [0, 2, 4, 6, 8]),
+        ("1", 0.0, None, [0]),
+    ],
+)
+def test_rows_of_a_motion_keep_its_time(fps: str, start: float, duration: float | None, expected: list[int]) -> None:
+    assert chosen_rows(10, Fraction(25), Fraction(fps), start, duration).tolist() == expected
+
+
+def test_a_motion_file_streams_its_rows(make_clip: MakeClip, tracker: Tracker, tmp_path: Path) -> None:
+    frames = list(VideoReader(make_clip("clip.mp4")))
+    motion = tracker.motion(tracker.follow(frames), Fraction(25), (frames[0].shape[1], frames[0].shape[0]))
+    motion.found[2] = False
+    path = tmp_path / "a.motion.npz"
+    motion.save(path)
+    driver = stream(path, tracker, start=0.04, max_frames=4)
+    beta, _, crops = read(driver)
+    np.testing.assert_array_equal(beta, motion.beta[1:5])
+    assert (driver.total, driver.missing, driver.fps, crops) == (4, 1, 25, [None] * 4)
+    with pytest.raises(InputError, match="lies behind the end"):
+        stream(path, tracker, start=5.0)
+    with pytest.raises(InputError, match="no pictures"):
+        stream(path, tracker, shown=16)
+    assert isinstance(Motion.load(path), Motion)

@@ -1,0 +1,95 @@
+"""The head as a mesh: of a volume whose surface is known, and of the tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from export3d_cli.core.animation import mesh_export
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.mesh_export import LEVEL, head_mesh, write_mesh
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.video import SYNTHETIC
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import example
+
+CENTRE = np.array([0.1, -0.05, 0.08])  # in the head frame: right, up and behind
+RADIUS = 0.2
+
+
+def glb_colours(path: Path) -> np.ndarray:
+    """COLOR_0 of the one part of a .glb of a matt material, (V, 4) uint8."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[12:16], "little")
+    tree = json.loads(data[20 : 20 + length])
+    assert tree["materials"][0]["pbrMetallicRoughness"]["metallicFactor"] == 0
+    (part,) = tree["meshes"][0]["primitives"]
+    assert {"POSITION", "NORMAL", "COLOR_0"} <= set(part["attributes"])
+    accessor = tree["accessors"][part["attributes"]["COLOR_0"]]
+    start = 28 + length + tree["bufferViews"][accessor["bufferView"]]["byteOffset"]
+    return np.frombuffer(data, np.uint8, accessor["count"] * 4, start).reshape(-1, 4)
+
+
+@pytest.fixture
+def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
+    """An animator whose volume is a ball, redder to the image's right, with a crumb beside it."""
+
+    def field(points: np.ndarray, *, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        assert beta is None
+        away = np.linalg.norm(points - CENTRE, axis=1)
+        crumb = np.linalg.norm(points + 0.3, axis=1) < 0.04
+        colours = np.stack([np.sign(points[:, 0] - CENTRE[0]), 0 * away, 0 * away - 2], axis=1)
+        return colours, np.where(crumb, 2 * LEVEL, LEVEL * (1 + (RADIUS - away) / 0.1)).clip(0)
+
+    animator.set_source(read_image(example("source.jpg")))
+    monkeypatch.setattr(animator, "field", field)
+    monkeypatch.setattr(mesh_export, "_person", lambda animator, points: np.ones(len(points)))
+    return animator
+
+
+def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Animator, tmp_path: Path) -> None:
+    mesh = head_mesh(ball, resolution=48)
+    centre = CENTRE * [0.5, -0.5, -0.5]  # y up, z to the viewer
+    away = np.linalg.norm(mesh.vertices - centre, axis=1)
+    np.testing.assert_allclose(away, RADIUS / 2, atol=0.5 / 48 / 4)
+    right = mesh.vertices[:, 0] > centre[0] + 0.01
+    assert (mesh.colours[right] == (255, 128, 0)).all()
+    for name in ("a.ply", "a.glb"):
+        write_mesh(tmp_path / name, mesh)
+        read = trimesh.load_mesh(tmp_path / name)
+        read = read if isinstance(read, trimesh.Trimesh) else read.to_geometry()
+        assert read.is_watertight
+        assert read.volume == pytest.approx(4 / 3 * np.pi * (RADIUS / 2) ** 3, rel=0.03)  # faces look outwards
+        np.testing.assert_allclose(read.centroid, centre, atol=2e-3)
+        assert SYNTHETIC.encode() in (tmp_path / name).read_bytes()
+        if name == "a.ply":
+            assert (np.asarray(read.visual.vertex_colors)[right, :3] == (255, 128, 0)).all()
+    assert (glb_colours(tmp_path / "a.glb")[right, :3] == (255, 55, 0)).all()  # glTF's are linear
+
+
+def test_the_tiny_model_s_head_is_cut_out_of_its_surroundings(animator: Animator) -> None:
+    animator.set_source(read_image(example("source.jpg")))
+    mesh = head_mesh(animator, resolution=32)
+    assert len(mesh.vertices) > 100
+    assert mesh.faces.max() == len(mesh.vertices) - 1
+    assert np.abs(mesh.vertices).max() <= 0.26
+    at = animator.source_camera().project(mesh.vertices * [2, -2, -2])
+    assert at.min() > -0.1
+    assert at.max() < 1.1
+
+
+def test_what_is_missing_or_misnamed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"\.obj"):
+        mesh_export.check_mesh(Path("a.obj"))
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(InputError, match=r"pip install 'export3d-cli\[mesh\]'"):
+        mesh_export.check_mesh(Path("a.ply"))

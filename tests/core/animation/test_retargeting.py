@@ -1,0 +1,180 @@
+"""What of the driver reaches the source: identities that hold for any weights and any face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export3d_cli.core.animation.animator import Animator, ReenactOptions, open_driver, reenact
+from export3d_cli.core.animation.driver_stream import motion_rows
+from export3d_cli.core.animation.retargeting import EMPHASIS, Control, emphasised
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.target_face import choose_face
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.runtime.camera import Camera, head_pose
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import example
+
+MakeClip = Callable[..., Path]
+SOURCE = example("source.jpg")
+OWN = Camera.orbit(15, 5, -3, radius=2.9).vector()
+CAMERAS = np.stack([Camera.orbit(y, p, r, radius=2.6).vector() for y, p, r in ((0, 0, 0), (20, -10, 5), (-30, 8, 0))])
+
+
+def angles(cameras: np.ndarray) -> np.ndarray:
+    return np.array([Camera.from_vector(camera).angles() for camera in cameras])
+
+
+def test_absolute_pose_goes_from_the_source_s_to_the_driver_s() -> None:
+    np.testing.assert_array_equal(Control().cameras(OWN, CAMERAS, None), CAMERAS)
+    for still in (Control(drive=("expression",)), Control(pose_scale=0)):
+        np.testing.assert_allclose(still.cameras(OWN, CAMERAS, None), OWN[None].repeat(3, axis=0), atol=1e-6)
+    straight = Camera.orbit(10, radius=2.7).vector()
+    turned = np.stack([Camera.orbit(30, radius=2.7).vector()])
+    for scale, yaw in ((0.5, 20), (1.5, 40)):
+        np.testing.assert_allclose(
+            angles(Control(pose_scale=scale).cameras(straight, turned, None)), [[yaw, 0, 0]], atol=1e-3
+        )
+
+
+def test_what_is_asked_for_lies_beyond_what_should_be_seen_and_one_s_own_stays() -> None:
+    own, seen = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0], [2.0, -2.0], [1.0, 0.0]])
+    torch.testing.assert_close(emphasised(own, seen) - own, EMPHASIS * (seen - own))
+    assert torch.equal(emphasised(own, own), own)
+
+
+def test_relative_pose_moves_the_source_s_own_camera() -> None:
+    relative = Control(pose="relative")
+    np.testing.assert_allclose(relative.cameras(OWN, CAMERAS[:1], CAMERAS[0])[0], OWN, atol=1e-6)  # at the reference
+    np.testing.assert_allclose(relative.cameras(CAMERAS[1], CAMERAS, CAMERAS[1]), CAMERAS, atol=1e-5)  # itself
+    nod = np.stack([Camera.orbit(0, -12, radius=2.6).vector()])  # from frontal, the nose down by 12 degrees
+    side = Camera.orbit(40, radius=2.9).vector()
+    (rotation,), _ = head_pose(relative.cameras(side, nod, CAMERAS[0]))
+    ears = np.array([1.0, 0.0, 0.0])
+    np.testing.assert_allclose(rotation @ ears, head_pose(side)[0] @ ears, atol=1e-5)  # about the axis through its ears
+    shifted = CAMERAS[:1].copy()
+    shifted[0, 3] -= 0.1  # the camera to the left: the head appears further right
+    seen = relative.cameras(side, shifted, CAMERAS[0])
+    centre = [Camera.from_vector(c).project(np.zeros((1, 3)))[0] for c in (side, seen[0])]
+    assert centre[1][0] > centre[0][0] + 0.05
+    assert centre[1][1] == pytest.approx(centre[0][1], abs=1e-6)
+
+
+def test_expression_arithmetic_is_in_lambda() -> None:
+    own, rest = torch.full((1, 4), 2.0), torch.full((1, 4), 1.0)
+    driver = torch.arange(8.0).view(2, 4)
+    assert Control().lam(own, driver, None) is driver
+    assert torch.equal(Control(drive=("pose",)).lam(own, driver, None), own.expand(2, 4))
+    assert torch.allclose(Control(expression_scale=2).lam(own, driver, None), 2 * driver - 2)
+    relative = Control(relative_expression=True, expression_scale=0.5)
+    assert torch.allclose(relative.lam(own, driver, rest), 2 + 0.5 * (driver - 1))
+    with pytest.raises(InputError, match="reference"):
+        relative.lam(own, driver, None)
+    for bad in ((), ("hair",)):
+        with pytest.raises(InputError, match="name expression"):
+            Control(drive=bad)
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
+    animator: Animator, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    """However early frames may leave, the stream waits for the reference frame."""
+    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD", 0)
+    clip = make_clip("clip.mp4")
+    options = ReenactOptions(pose="relative", relative_expression=True, reference_frame=late)
+    own = animator.set_source(read_image(SOURCE))
+    (still,) = animator.drive([own])
+    frames = []
+    with open_driver(animator, clip, options) as stream:
+        for motion, _ in stream:
+            frames += animator.drive([motion], control=options.control, reference=stream.reference)
+    assert len(frames) == 6
+    difference = [np.abs(frame.astype(int) - still).max() for frame in frames]
+    assert difference[late] <= 1
+    assert max(difference) > 2
+    with (
+        pytest.raises(InputError, match="6 frames"),
+        open_driver(animator, clip, replace(options, reference_frame=6)) as stream,
+    ):
+        next(iter(stream))
+
+
+def test_a_motion_file_has_a_reference_too(animator: Animator, tmp_path: Path) -> None:
+    own = animator.set_source(read_image(SOURCE))
+    motion = motion_rows(own, np.zeros(5, dtype=np.int64))
+    motion.camera[:] = Camera.orbit(12).vector()
+    motion.save(tmp_path / "a.motion.npz")
+    options = ReenactOptions(pose="relative", reference_frame=4)
+    with open_driver(animator, tmp_path / "a.motion.npz", options) as stream:
+        parts = [part for part, _ in stream]
+        assert stream.reference is not None
+        np.testing.assert_allclose(stream.reference.camera, motion.camera[:1], atol=1e-6)
+    assert sum(map(len, parts)) == 5
+    with (
+        pytest.raises(InputError, match="5 frames"),
+        open_driver(animator, tmp_path / "a.motion.npz", replace(options, reference_frame=5)) as stream,
+    ):
+        next(iter(stream))
+
+
+def test_smoothing_is_off_or_on(animator: Animator, make_clip: MakeClip) -> None:
+    animator.set_source(read_image(SOURCE))
+    turns = {}
+    for smooth in ("off", "strong"):
+        with open_driver(animator, make_clip("clip.mp4"), ReenactOptions(smooth=smooth)) as stream:
+            camera = np.concatenate([part.camera for part, _ in stream])
+        turns[smooth] = np.abs(np.diff(camera, axis=0)).sum()
+    assert turns["strong"] < 0.8 * turns["off"]
+
+
+def test_faces_are_chosen_from_left_to_right(animator: Animator, tmp_path: Path) -> None:
+    photo = read_image(SOURCE)
+    small = photo[::2, ::2]
+    pair = np.full((photo.shape[0], photo.shape[1] + small.shape[1], 3), 255, np.uint8)
+    pair[: small.shape[0], : small.shape[1]], pair[:, small.shape[1] :] = small, photo
+    across = {}
+    for face in ("largest", "left", "right", "index:0", "index:1"):
+        motion: Motion = animator.set_source(pair, face=face)
+        across[face] = motion.crop[0] + motion.crop[2] / 2 > small.shape[1]  # whether it is the right one
+    assert across == {"largest": True, "left": False, "right": True, "index:0": False, "index:1": True}
+    with pytest.raises(InputError, match="shows 2 face"):
+        animator.set_source(pair, face="index:2")
+    with pytest.raises(NoFaceError, match=r"wall"):
+        choose_face([], "left", "wall.png")
+
+
+def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
+    from export3d_cli.core.face.landmarker import ARKIT_NAMES
+
+    header = ["Timecode", "BlendshapeCount", *ARKIT_NAMES, "HeadYaw", "HeadPitch", "HeadRoll"]
+    rows = [f"00:00:01:{k * 1.001:06.3f},61,{','.join(['0.1'] * 52)},{k * 0.05},0,0" for k in range(6)]
+    (tmp_path / "take.csv").write_text("\n".join([",".join(header), *rows]))
+    summary = reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "out.mp4")
+    assert (summary.frames, summary.missing, summary.fps) == (6, 0, Fraction(60000, 1001))
+    with pytest.raises(InputError, match="no pictures"):
+        reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "no.mp4", ReenactOptions(compare=True))
+
+
+def test_a_limit_keeps_the_head_near_its_place_and_its_size() -> None:
+    own = Camera.orbit(10, 5).vector()
+    far = np.stack([Camera.orbit(yaw, radius=radius).vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
+    pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
+    pose[:, 0, 3] += [0.002, 0.4, -0.4]
+    far[:, :16] = np.linalg.inv(pose).reshape(-1, 16)
+    free, kept = (Control(limit=limit).cameras(own, far, None) for limit in (None, 0.05))
+    np.testing.assert_array_equal(free, far)
+    own_uv = Camera.from_vector(own).project(np.zeros((1, 3)))
+    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - own_uv[0] for row in kept])
+    assert np.abs(shift).max() <= 0.0501
+    assert shift[0, 0] == pytest.approx(0.002 * 4.2647 / 2.7, rel=0.02)  # what is small stays
+    for row, wanted in zip(kept, far, strict=True):
+        rotation, centre = head_pose(row)
+        np.testing.assert_allclose(rotation, head_pose(wanted)[0], atol=1e-5)  # it may turn
+        assert abs(np.log(centre[2] / 2.7)) <= 0.0501

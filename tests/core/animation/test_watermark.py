@@ -1,0 +1,148 @@
+"""Marks in pictures, on the bundled examples: seen or not, found again or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from export3d_cli.core.animation.watermark import THRESHOLD, find_marks, marker
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import example
+from export3d_cli.main import cli
+
+MakeClip = Callable[..., Path]
+PLAIN = {"metadata": {"comment": "", "title": "anything"}}  # without the mark
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    with VideoReader(example("drive.mp4"), size=(256, 256), duration=0.5) as reader:
+        return list(reader)
+
+
+def written(path: Path, frames: list[np.ndarray], crf: int = 18, **options: object) -> Path:
+    height, width = frames[0].shape[:2]
+    with VideoWriter(path, size=(width, height), fps=Fraction(25), crf=crf, **options) as writer:  # type: ignore[arg-type]
+        for frame in frames:
+            writer.write(frame)
+    return path
+
+
+def test_the_invisible_mark_is_faint(frames: list[np.ndarray]) -> None:
+    for frame in (*frames[:2], read_image(example("source.jpg"))):
+        change = marker("invisible")(frame).astype(float) - frame
+        assert 10 * np.log10(255**2 / (change**2).mean()) > 44  # dB
+        assert np.abs(change).max() <= 12
+        assert np.abs(change.mean()) < 0.05
+
+
+@pytest.mark.parametrize(("crf", "size"), [(23, 256), (28, 256), (23, 192), (23, 384)])
+def test_it_survives_h264_and_a_resize(frames: list[np.ndarray], tmp_path: Path, crf: int, size: int) -> None:
+    marked = [cv2.resize(marker("invisible")(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in frames]
+    marks = find_marks(written(tmp_path / "a.mp4", marked, crf, **PLAIN))
+    assert (marks.found, marks.invisible, marks.metadata, marks.frames) == (True, True, False, len(frames))
+    assert marks.score > THRESHOLD
+
+
+def test_it_survives_cut_borders_and_jpeg(frames: list[np.ndarray], tmp_path: Path) -> None:
+    marked = [np.ascontiguousarray(marker("invisible")(frame)[8:-18, 20:-6]) for frame in frames]
+    assert find_marks(written(tmp_path / "cut.mp4", marked, 23, **PLAIN)).invisible
+    write_image(tmp_path / "one.jpg", marker("invisible")(frames[0]))
+    assert find_marks(tmp_path / "one.jpg").invisible
+
+
+def test_what_was_not_marked_is_not_found(frames: list[np.ndarray], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    write_image(tmp_path / "noise.png", rng.integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    write_image(tmp_path / "grey.png", np.full((64, 64, 3), 90, np.uint8))
+    for path in (tmp_path / "noise.png", tmp_path / "grey.png", example("source.jpg"), example("drive.mp4")):
+        assert not find_marks(path).found, path
+    assert not find_marks(written(tmp_path / "a.mp4", frames, 23, **PLAIN)).found
+
+
+@pytest.mark.parametrize("suffix", [*VIDEO_SUFFIXES, ".png", ".jpg"])
+def test_the_mark_of_the_metadata_is_found_in_every_format(
+    frames: list[np.ndarray], tmp_path: Path, suffix: str
+) -> None:
+    from export3d_cli.core.media.video import SYNTHETIC
+
+    path = tmp_path / f"a{suffix}"
+    if suffix in VIDEO_SUFFIXES:
+        written(path, frames[:2])
+    else:
+        write_image(path, frames[0], comment=SYNTHETIC)
+    marks = find_marks(path)
+    assert (marks.found, marks.metadata, marks.invisible) == (True, True, False)
+
+
+@pytest.mark.parametrize("size", [64, 256, 720])
+def test_the_badge_is_small_in_a_corner_and_legible(size: int) -> None:
+    frame = np.full((size, 2 * size, 3), 200, np.uint8)
+    badged = marker("visible")(frame)
+    assert (frame == 200).all()
+    rows, columns = np.nonzero((badged != frame).any(-1))
+    assert rows.min() > 0.88 * size
+    assert columns.min() > 1.65 * size
+    plate = badged[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1, 0].astype(int)
+    assert plate.max() - plate.min() > (100 if size < 256 else 150)  # light letters on dark
+    assert 0.02 < (plate > 110).mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["none", "visible", "invisible"])
+def test_transparency_stays(kind: str) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (96, 128, 4), dtype=np.uint8)
+    marked = marker(kind)(frame)  # type: ignore[arg-type]
+    assert (marked[:60, :60, 3] == frame[:60, :60, 3]).all()
+    assert (marked[..., :3] != frame[..., :3]).any() == (kind != "none")
+    with pytest.raises(InputError, match="none, visible or invisible"):
+        marker("loud")  # type: ignore[arg-type]
+
+
+def verify(*args: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["verify-mark", *map(str, args)], catch_exceptions=False)
+    return result.exit_code, result.stdout + result.stderr
+
+
+def test_the_command_tells_both_marks(tmp_path: Path, frames: list[np.ndarray]) -> None:
+    code, told = verify(example("source.jpg"))
+    assert code == 1
+    assert "metadata: none\ninvisible mark: none (score" in told
+    written(tmp_path / "a.mp4", [marker("invisible")(frame) for frame in frames])
+    code, told = verify(tmp_path / "a.mp4", "--json")
+    marks = json.loads(told)
+    assert (code, marks["found"], marks["metadata"], marks["invisible"]) == (0, True, True, True)
+    (tmp_path / "text.mp4").write_text("no video")
+    assert verify(tmp_path / "text.mp4")[0] == 2
+    assert verify(tmp_path / "nowhere.mp4")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "command", [["novel-view", "--yaw", "0:20", "--frames", "2"], ["novel-view", "--grid"],
+                ["edit-basis", "--v", "1", "--scale", "0:1", "--frames", "2"],
+                ["reenact", example("source.jpg"), example("drive.mp4"), "--max-frames", "2"]]
+)  # fmt: skip
+def test_every_command_that_animates_marks_what_it_writes(
+    command: list[object], tiny_weights: Path, tmp_path: Path
+) -> None:
+    """The badge, because what tiny weights make is too small for the pattern: the frames differ in their corner."""
+    pictures = {}
+    for kind in ("none", "visible"):
+        out = tmp_path / f"{kind}{'.png' if '--grid' in command else '.mkv'}"
+        args = [*command, "-o", out, "--watermark", kind, "--weights", tiny_weights, "--device", "cpu"]
+        args += ["--crf", 0]  # so that the encoder changes nothing
+        result = CliRunner().invoke(cli, list(map(str, args)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        pictures[kind] = next(iter(VideoReader(out))).astype(int)
+    height, width = pictures["none"].shape[:2]
+    change = np.abs(pictures["visible"] - pictures["none"]).max(-1)
+    assert change[-height // 8 :, -width // 3 :].max() > 60
+    assert change[: height // 2].max() < 20

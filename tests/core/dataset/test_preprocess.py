@@ -1,0 +1,233 @@
+import json
+import shutil
+import subprocess
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.dataset import preprocess as module
+from export3d_cli.core.dataset.manifest import Lists
+from export3d_cli.core.dataset.preprocess import preprocess
+from export3d_cli.core.dataset.segmentation import Gates
+from export3d_cli.core.face.landmarker import ARKIT_NAMES
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.video import VideoReader, probe
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.train.frame_cache import load_set
+
+make_clips = module._make_clips
+SHORT = Gates(min_seconds=0.3)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    """12 frames; a cut; 12 others, mirrored and of other colours; 9 black ones; 4 more."""
+    path = tmp_path_factory.mktemp("talk") / "in" / "deep er" / "Ünï_1.mp4"
+    path.parent.mkdir(parents=True)
+    base = "[0:v]scale=256:256,split=3[a][b][c];[a]trim=end_frame=12[x];"
+    base += "[b]trim=start_frame=20:end_frame=32,setpts=PTS-STARTPTS,hflip,negate,lutrgb=r=val*0.8:g=val*0.9[y];"
+    base += "[c]trim=start_frame=40:end_frame=44,setpts=PTS-STARTPTS[z];color=black:s=256x256:r=25:d=0.36[k];"
+    base = base.replace("negate,lutrgb=r=val*0.8:g=val*0.9", "lutrgb=r=val*0.4:g=val*0.7+30")
+    command = [ffmpeg(), "-loglevel", "error", "-i", str(example("drive.mp4")), "-filter_complex"]
+    command += [base + "[x][y][k][z]concat=n=4[v]", "-map", "[v]", "-r", "25", "-crf", "12", str(path)]
+    subprocess.run(command, check=True)
+    return path.parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(talk, tmp_path_factory):
+    out = tmp_path_factory.mktemp("data")
+    return out, preprocess([talk], out, size=64, gates=SHORT, report=True)
+
+
+def test_a_video_becomes_a_clip_per_scene(data):
+    out, summary = data
+    found = lines(out / "manifest.jsonl")
+    assert [(line["id"], line["frames"], line["person"]) for line in found] == [
+        ("deep er-Ünï_1-c01", 12, "Ünï"), ("deep er-Ünï_1-c02", 12, "Ünï"),
+    ]  # fmt: skip
+    assert summary.clips == 2
+    assert summary.frames == 24
+    (rejected,) = lines(out / "rejected.jsonl")
+    assert rejected["reason"].startswith("too short: 0.16 s")
+    assert (rejected["id"], rejected["start"]) == ("deep er-Ünï_1-c03", 1.32)
+    assert sorted(p.name for p in out.iterdir()) == ["clips", "manifest.jsonl", "rejected.jsonl", "report.png"]
+    assert len(list((out / "clips").iterdir())) == 4
+
+
+def test_crops_and_motion_belong_together(data):
+    out, _ = data
+    for line in lines(out / "manifest.jsonl"):
+        motion = Motion.load(out / line["motion"])
+        info = probe(out / line["file"])
+        assert (info.width, info.height, info.fps, info.frames) == (64, 64, 25, len(motion))
+        assert np.abs(np.median(motion.landmarks[:, 1, :2], axis=0) - 0.5).max() < 0.02
+        tracker = module.landmark_tracker()
+        with VideoReader(out / line["file"], size=(256, 256)) as reader:
+            face = tracker.landmarker.find(next(iter(reader)))
+        assert np.abs(face.landmarks[:, :2] / 256 - motion.landmarks[0, :, :2]).mean() < 0.02
+
+
+def test_the_trainer_reads_it(data):
+    found = load_set(data[0], 64)
+    assert [clip.count for clip in found.clips] == [12, 12]
+    shutil.rmtree(data[0] / "cache-64")
+
+
+def test_the_report_is_a_picture(data):
+    assert read_image(data[0] / "report.png").shape == (96 + 14 + 400, 1152, 3)
+    assert "report.png" in data[1].notes[0]
+
+
+def test_what_is_finished_is_not_done_again(talk, data, monkeypatch):
+    monkeypatch.setattr(module, "_make_clips", lambda job: pytest.fail("done again"))
+    again = preprocess([talk], data[0], size=64, gates=SHORT)
+    assert (again.clips, again.rejected) == (2, [])
+
+
+def test_a_data_set_without_sources_stays(tmp_path, monkeypatch):
+    old = {"id": "drive", "person": "p", "file": "clips/drive.mp4", "motion": "m", "frames": 3, "fps": "25/1"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
+    monkeypatch.setattr(module, "_make_clips", lambda job: pytest.fail("done again"))
+    assert preprocess([example("drive.mp4")], tmp_path).frames == 3
+    assert lines(tmp_path / "manifest.jsonl") == [old]
+
+
+@pytest.fixture
+def stills(tmp_path):
+    """Five photos, of which one shows nobody and one cannot be read."""
+    folder = tmp_path / "in"
+    for name in ("a_1", "a_2", "b_1"):
+        folder.joinpath(name[0]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(example("source.jpg"), folder / name[0] / f"{name}.jpg")
+    write_image(folder / "empty.png", np.full((64, 64, 3), 128, np.uint8))
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_shards_share_the_inputs_and_are_merged(stills, tmp_path):
+    out = tmp_path / "out"
+    for i in (1, 2):
+        preprocess([stills], out, size=32, shard=(i, 2))
+    parts = [lines(out / f"manifest-{i}of2.jsonl") for i in (1, 2)]
+    assert sorted(line["id"] for part in parts for line in part) == ["a-a_1-still", "a-a_2-still", "b-b_1-still"]
+    assert all(parts)
+    assert not (out / "manifest.jsonl").exists()
+    summary = preprocess([stills], out, size=32)
+    assert summary.clips == 3
+    assert [line["id"] for line in lines(out / "rejected.jsonl")] == ["broken-still", "empty-still"]
+    assert sorted(p.name for p in out.iterdir()) == ["clips", "manifest.jsonl", "rejected.jsonl"]
+    assert len(summary.rejected) == 1  # what could not be read is tried again
+
+
+def test_a_killed_run_goes_on(stills, tmp_path, monkeypatch):
+    """What it left of inputs that it did not finish goes; a line that it left half written is written again."""
+    out = tmp_path / "out"
+    preprocess([stills], out, size=32)
+    manifest = out / "manifest.jsonl"
+    whole = manifest.read_text(encoding="utf-8")
+    first, second, third = whole.splitlines(keepends=True)
+    manifest.write_text(first + second + third[:40], encoding="utf-8")
+    for name in (
+        "b-b_1-still-c03.mp4",
+        "b-b_1-still.mp4",
+        "a-a_2-still-c01.motion.npz",
+        "other.png",
+        "a-a_1-still-c01.mp4",
+    ):
+        (out / "clips" / name).touch()
+    done = []
+    monkeypatch.setattr(module, "_make_clips", lambda job: done.append(job.source) or make_clips(job))
+    assert preprocess([stills], out, size=32).clips == 3
+    assert sorted(done) == ["a-a_2-still", "b-b_1-still", "broken-still"]  # the one before may be of the same input
+    assert manifest.read_text(encoding="utf-8") == whole
+    left = {p.name for p in (out / "clips").iterdir() if p.stat().st_size == 0}
+    assert left == {"other.png", "a-a_1-still-c01.mp4"}  # of an input that is finished, and of none
+
+
+def test_lists_are_added_to_not_rewritten(tmp_path, monkeypatch):
+    lists = Lists(tmp_path, None)
+    written = []
+    monkeypatch.setattr(lists, "_write_all", lambda: written.append(1))
+    for i in range(50):
+        lists.add([{"id": f"{50 - i}", "source": "s"}], [{"id": f"r{i}", "source": "s", "reason": "r"}] * (i % 2))
+    assert len(written) == 1
+    assert [line["id"] for line in lines(tmp_path / "manifest.jsonl")] == [f"{50 - i}" for i in range(50)]
+    again = Lists(tmp_path, None)
+    assert (len(again.lines), len(again.rejected), again.finished) == (50, 25, {"s"})
+
+
+def test_a_video_named_like_a_clip_is_no_clip_of_another(tmp_path):
+    for name in ("a.mp4", "a-c01.mp4", "a.mkv", "a-c01-video.mp4"):
+        (tmp_path / name).touch()
+    names = [name for _, name in module._sources([tmp_path], tmp_path / "out")]
+    assert names == ["a-c01-video", "a-c01-video-2", "a", "a-2"]
+    (tmp_path / "out" / "clips").mkdir(parents=True)
+    (tmp_path / "out" / "clips" / "a.mp4").touch()
+    with pytest.raises(InputError, match="lies in the output folder"):
+        module._sources([tmp_path / "out" / "clips" / "a.mp4"], tmp_path / "out")
+
+
+def test_workers_do_the_same(stills, tmp_path):
+    one = preprocess([stills], tmp_path / "one", size=32)
+    two = preprocess([stills], tmp_path / "two", size=32, workers=2, person="folder")
+    assert (one.clips, sorted(one.rejected)) == (two.clips, sorted(two.rejected))
+    assert [line["person"] for line in lines(tmp_path / "two/manifest.jsonl")] == ["a", "a", "b"]
+
+
+def test_gates_hold_for_photos_and_nothing_left_is_an_error(stills, tmp_path):
+    with pytest.raises(NoFaceError, match="none of the 5 inputs"):
+        preprocess([stills], tmp_path / "out", gates=Gates(min_face=2000))
+    assert "too small" in lines(tmp_path / "out/rejected.jsonl")[0]["reason"]
+
+
+def test_the_output_is_no_input(stills):
+    assert preprocess([stills], stills / "out", size=32).clips == 3
+    assert preprocess([stills], stills / "out", size=32).clips == 3
+
+
+def test_an_overlay_is_drawn(make_clip, tmp_path):
+    clip = make_clip("overlay.mp4", frames=3)
+    preprocess([clip], tmp_path / "x.motion.npz", overlay=tmp_path / "o.mp4")
+    with VideoReader(tmp_path / "o.mp4") as marked, VideoReader(clip) as plain:
+        assert marked.info.fps == plain.info.fps
+        pairs = list(zip(marked, plain, strict=True))
+    assert len(pairs) == 3
+    assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in pairs)
+    with pytest.raises(InputError, match="overlay"):
+        preprocess([clip], tmp_path / "set", overlay=tmp_path / "o.mp4")
+
+
+def test_a_phone_s_csv_is_one_motion(tmp_path):
+    path = tmp_path / "take.csv"
+    rows = [f"00:00:01:{k:02}.000," + ",".join([f"{k / 100:.2f}"] * 52) for k in range(30)]
+    path.write_text("\n".join(["Timecode," + ",".join(ARKIT_NAMES), *rows]) + "\n", encoding="utf-8")
+    for fps, count in ((None, 30), (Fraction(30), 15)):
+        assert preprocess([path], tmp_path / "x.motion.npz", fps=fps).frames == count
+        with DriverStream(tmp_path / "x.motion.npz", None, batch=100, crop_scale=2.0) as driver:
+            ((motion, _),) = list(driver)
+        assert (driver.fps, len(motion)) == (fps or 60, count)
+        np.testing.assert_allclose(motion.beta[-1, 0], (29 if fps is None else 28) / 100, atol=1e-6)
+    with pytest.raises(InputError, match="no pictures"):
+        preprocess([path], tmp_path / "x.motion.npz", overlay=tmp_path / "o.mp4")
+
+
+def test_a_folder_of_pictures_is_one_motion(make_clip, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    with VideoReader(make_clip("overlay.mp4", frames=3)) as reader:
+        for i, frame in enumerate(reader):
+            write_image(folder / f"{i + 8}.png", frame)
+    for fps in (None, Fraction(12)):
+        preprocess([folder], tmp_path / "x.motion.npz", fps=fps)
+        motion = Motion.load(tmp_path / "x.motion.npz")
+        assert (len(motion), motion.fps) == (3, fps or 25)

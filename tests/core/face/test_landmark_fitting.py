@@ -1,0 +1,128 @@
+"""The fit of 68 points, on landmarks that are exact projections of a known face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.face import landmark_fitting as fitting
+from export3d_cli.core.face.fan_tracker import Dialect
+from export3d_cli.core.face.landmark_fitting import SEEN, FaceBasis, Fit, fit_frames, fit_neutral
+from export3d_cli.core.face.landmarker import ARKIT_NAMES
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, canonical_face
+from export3d_cli.core.runtime.camera import rotation_from_angles
+from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.weights import weights_dir
+
+FILE = weights_dir() / "fan_basis.npz"
+POSES = [(0, 0, 0), (30, 0, 0), (-40, 10, 5), (10, -20, -15), (0, 15, 80)]  # yaw, pitch, roll in degrees
+
+
+@pytest.fixture(scope="module")
+def basis() -> FaceBasis:
+    return FaceBasis.load(FILE)
+
+
+@pytest.fixture(scope="module")
+def person(basis: FaceBasis) -> np.ndarray:
+    """Somebody's face at rest, (68, 3)."""
+    size = np.random.default_rng(3).normal(size=len(basis.identity))
+    return basis.mean + np.tensordot(0.8 * size, basis.identity, 1)
+
+
+def seen(basis: FaceBasis, neutral: np.ndarray, poses: list[tuple[float, ...]], **expression: float) -> Fit:
+    """The face as it is seen in each pose, with coefficients of these names."""
+    coefficients = np.zeros((len(poses), len(ARKIT_NAMES)))
+    for name, value in expression.items():
+        coefficients[:, [i for i, known in enumerate(ARKIT_NAMES) if known.startswith(name)]] = value
+    rotation = np.stack([rotation_from_angles(*pose) for pose in poses])
+    centre = np.array([0.02, -0.03, 2.6]) + 0.01 * np.arange(len(poses))[:, None]
+    return Fit(rotation, centre, coefficients, basis.shape(neutral, coefficients))
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Angles between rotations, degrees."""
+    return np.degrees(np.arccos(((np.trace(np.swapaxes(a, 1, 2) @ b, axis1=1, axis2=2) - 1) / 2).clip(-1, 1)))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [{}, {"jawOpen": 0.6}, {"eyeBlink": 0.9}, {"mouthSmile": 0.8, "browOuterUp": 0.8}, {"mouthPucker": 0.8}],
+)
+def test_pose_and_coefficients_of_exact_landmarks(
+    basis: FaceBasis, person: np.ndarray, expression: dict[str, float]
+) -> None:
+    truth = seen(basis, person, POSES, **expression)
+    found = fit_frames(truth.projected(), basis, person)
+    assert apart(truth.rotation, found.rotation).max() < 1.5
+    np.testing.assert_allclose(found.centre, truth.centre, atol=0.03)
+    assert np.abs(found.coefficients - truth.coefficients).max() < 0.3
+    assert np.abs(found.coefficients - truth.coefficients).mean() < 0.02
+    assert np.linalg.norm(found.projected() - truth.projected(), axis=-1).mean() < 0.5 / 256
+
+
+def test_without_a_prior_the_fit_is_exact(
+    basis: FaceBasis, person: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SPARSITY": 0, "COEFFICIENT_SD": 1e4, "STEPS": 12, "SWEEPS": 150}.items():
+        monkeypatch.setattr(fitting, name, value)
+    truth = seen(basis, person, POSES[:4], jawOpen=0.5, eyeBlink=0.6, mouthSmile=0.4)
+    found = fit_frames(truth.projected(), basis, person)
+    np.testing.assert_allclose(found.projected(), truth.projected(), atol=1e-4)
+    assert apart(truth.rotation, found.rotation).max() < 0.1
+    assert np.abs(found.coefficients - truth.coefficients).max() < 0.05
+
+
+def test_the_face_at_rest_is_found_while_it_moves(basis: FaceBasis, person: np.ndarray) -> None:
+    poses = [(yaw, 5.0 * np.sin(yaw), 0.0) for yaw in range(-30, 31, 5)]
+    parts = [seen(basis, person, poses[i::3], jawOpen=0.3 * i, eyeBlink=0.5 * (2 - i)) for i in range(3)]
+    found = fit_neutral(np.concatenate([part.projected() for part in parts]), basis)
+    before = np.linalg.norm(basis.mean - person, axis=1).mean()
+    assert np.linalg.norm(found - person, axis=1).mean() < 0.5 * before
+
+
+def test_coefficients_keep_to_their_bounds_whatever_is_seen(basis: FaceBasis) -> None:
+    rng = np.random.default_rng(0)
+    points = seen(basis, basis.mean, POSES).projected() + rng.normal(0, 0.03, (len(POSES), 68, 2))
+    found = fit_frames(points, basis, basis.mean)
+    assert found.coefficients.min() >= 0
+    assert found.coefficients.max() <= 1
+    assert (found.coefficients[:, ~SEEN] == 0).all()
+    assert np.isfinite(found.centre).all()
+
+
+def test_a_mirrored_face_has_mirrored_coefficients(basis: FaceBasis) -> None:
+    truth = seen(basis, basis.mean, [(20, 5, 3)], mouthSmileLeft=0.8, eyeBlinkRight=0.7)
+    points = truth.projected()
+    mirrored = points[:, list(IBUG68_MIRROR)] * [-1, 1] + [1, 0]
+    one, two = (fit_frames(p, basis, basis.mean).coefficients[0] for p in (points, mirrored))
+    swap = {"Left": "Right", "Right": "Left"}
+    for i, name in enumerate(ARKIT_NAMES):
+        side = next((side for side in swap if name.endswith(side)), None)
+        j = i if side is None else ARKIT_NAMES.index(name.removesuffix(side) + swap[side])
+        assert two[j] == pytest.approx(one[i], abs=0.05), name
+
+
+def test_the_basis_lies_on_the_canonical_face_and_is_symmetric(basis: FaceBasis) -> None:
+    canonical = canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
+    assert np.linalg.norm(basis.mean - canonical, axis=1).mean() < 0.02  # 1 cm
+    np.testing.assert_allclose(basis.mean[list(IBUG68_MIRROR)], basis.mean * [-1, 1, 1], atol=2e-3)
+    jaw = basis.expression[ARKIT_NAMES.index("jawOpen")]
+    assert jaw[8, 1] > 0.03  # the chin goes down
+    assert np.abs(jaw[36:48]).max() < 1e-3  # the eyes stay
+
+
+def test_damaged_files_are_weights_errors(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"none\.npz"):
+        FaceBasis.load(tmp_path / "none.npz")
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(FILE.read_bytes()[:1000])
+    small = tmp_path / "small.npz"
+    np.savez(small, mean=np.zeros((5, 3)), identity=np.zeros((1, 5, 3)), expression=np.zeros((52, 5, 3)))
+    for path in (broken, small):
+        with pytest.raises(WeightsError, match="install"):
+            FaceBasis.load(path)
+        with pytest.raises(WeightsError, match="install"):
+            Dialect.load(path)

@@ -1,0 +1,82 @@
+"""The trackers by name, and what a portrait that does not stand upright is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.dataset.preprocess import preprocess
+from export3d_cli.core.face import fan_tracker as fan
+from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.landmarks import IBUG68
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.open_tracker import landmark_tracker, open_tracker
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
+from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.main import cli
+
+MakeClip = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("quarters", "told"),
+    [
+        (1, "lies on its side: rotate the photo by 90 degrees clockwise"),
+        (2, "is upside down: rotate the photo by 180 degrees clockwise"),
+        (3, "lies on its side: rotate the photo by 270 degrees clockwise"),
+    ],
+)
+def test_a_portrait_that_does_not_stand_upright(animator: Animator, quarters: int, told: str) -> None:
+    photo = np.ascontiguousarray(np.rot90(read_image(example("source.jpg")), quarters))
+    with pytest.raises(NoFaceError, match=f"the face in photo {told}"):
+        animator.set_source(photo, name="photo")
+
+
+def test_small_faces_are_found_by_the_tracker_that_commands_use() -> None:
+    photo = read_image(example("source.jpg"))[::8, ::8]
+    canvas = np.full((720, 1280, 3), 90, np.uint8)
+    canvas[600 : 600 + len(photo), 1000 : 1000 + photo.shape[1]] = photo
+    assert landmark_tracker().landmarker.find(canvas) is not None
+
+
+def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StandIn:
+        landmarker = Landmarker(weights_dir() / "face_landmarker.task")
+
+        def get_landmarks_from_image(self, image: np.ndarray, **_: object) -> list[np.ndarray]:
+            face = self.landmarker.find(image)
+            assert face is not None
+            return [face.landmarks[list(IBUG68), :2]]
+
+    monkeypatch.setattr(fan, "_load_network", lambda device: StandIn())
+    out = tmp_path / "a.motion.npz"
+    preprocess([make_clip("clip.mp4")], out, tracker="fan")
+    motion = Motion.load(out, points=(68,))
+    assert motion.found.all()
+    with pytest.raises(InputError, match="478"):  # it is no source
+        Motion.load(out)
+    with pytest.raises(InputError, match="choice of face or tracker"):
+        preprocess([make_clip("clip.mp4")], tmp_path / "set", tracker="fan")
+    animator = Animator.__new__(Animator)
+    animator._followers, animator.device = {}, "cpu"
+    assert animator.follower("fan") is animator.follower("fan")
+    assert ReenactOptions().tracker == "landmarker"
+
+
+def test_without_its_package_fan_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "face_alignment", None)
+    with pytest.raises(WeightsError, match=r"pip install 'export3d-cli\[fan\]'") as caught:
+        open_tracker("fan", device="cpu")
+    assert caught.value.exit_code == 4
+    command = ["preprocess", str(example("drive.mp4")), "-o", str(tmp_path / "a.motion.npz"), "--tracker", "fan"]
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, WeightsError) or result.exit_code == 4
+    assert not (tmp_path / "a.motion.npz").exists()

@@ -1,0 +1,138 @@
+"""Smoothing, on tracks whose truth is known: less jitter, little lag, and nothing at all where nothing moves."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.smoothing import MotionFilter, Smooth
+from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
+
+NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # what the tracker's own comes to
+FPS = Fraction(25)
+
+
+class Track(NamedTuple):
+    beta: np.ndarray  # (T, 64)
+    turn: np.ndarray  # (T, 3) rotation vector of the head
+    centre: np.ndarray  # (T, 3)
+
+
+def speaking(t: np.ndarray) -> Track:
+    """Jaw at 3 Hz, a blink a second, the head turning and swaying as people do."""
+    beta = np.full((len(t), 64), 0.2)
+    beta[:, 24] = 0.25 + 0.25 * np.sin(2 * np.pi * 3 * t)
+    beta[:, 8] = np.exp(-(((t % 1.0 - 0.5) / 0.07) ** 2))
+    turn = np.stack([0.15 * np.sin(2.4 * t), 0.35 * np.sin(1.7 * t), 0.08 * np.sin(1.1 * t)], axis=1)
+    centre = np.stack([0.06 * np.sin(1.7 * t), 0.05 * np.sin(2.4 * t), 2.7 + 0.25 * np.sin(1.3 * t)], axis=1)
+    return Track(beta, turn, centre)
+
+
+def motion_of(track: Track, fps: Fraction = FPS) -> Motion:
+    T = len(track.beta)
+    cameras = np.repeat(Camera.orbit(0).vector()[None], T, axis=0)
+    cameras = with_head_pose(cameras, rotation_exp(track.turn), track.centre)
+    points = np.zeros((T, 0, 3), np.float32)
+    return Motion(track.beta.astype(np.float32), cameras, points, np.ones(T, bool), fps, (0.0, 0.0, 1.0), (1, 1))
+
+
+def track_of(motion: Motion) -> Track:
+    rotation, centre = head_pose(motion.camera)
+    return Track(motion.beta.astype(float), rotation_log(rotation), centre)
+
+
+def noisy(track: Track, seed: int = 0) -> Track:
+    rng = np.random.default_rng(seed)
+    return Track(*(np.asarray(x + NOISE[k] * rng.standard_normal(x.shape)) for k, x in track._asdict().items()))
+
+
+def jitter(x: np.ndarray) -> float:
+    """RMS of the second difference: what the eye sees as trembling."""
+    return float(np.sqrt(np.mean(np.diff(x[10:], 2, axis=0) ** 2)))
+
+
+def lag(out: np.ndarray, truth: np.ndarray) -> float:
+    """Frames by which `out` comes after `truth`: the shift, between frames, that explains it best."""
+    t = np.arange(len(truth))
+    shifts = np.arange(-1, 4, 0.05)
+    inside = slice(20, -20)
+    error = [np.mean((np.interp(t - s, t, truth)[inside] - out[inside]) ** 2) for s in shifts]
+    return float(shifts[np.argmin(error)])
+
+
+def measure(smooth: Smooth, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
+    """Jitter of a still face, as a share of the unfiltered, and lag in frames of a speaking one; per signal."""
+    t = np.arange(round(20 * fps)) / float(fps)
+    still = noisy(Track(*(np.repeat(x[:1], len(t), axis=0) for x in speaking(t))))
+    moving, given = speaking(t), noisy(speaking(t))
+    calm = track_of(MotionFilter(smooth, fps)(motion_of(still, fps)))
+    followed = track_of(MotionFilter(smooth, fps)(motion_of(given, fps)))
+    columns = {"jaw": ("beta", 24), "blink": ("beta", 8), "yaw": ("turn", 1), "x": ("centre", 0), "z": ("centre", 2)}
+    return {
+        name: (
+            jitter(getattr(calm, kind)[:, k]) / jitter(getattr(still, kind)[:, k]),
+            lag(getattr(followed, kind)[:, k], getattr(moving, kind)[:, k]),
+        )
+        for name, (kind, k) in columns.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("smooth", "most_jitter", "most_lag"), [("off", 1.001, 0.01), ("light", 0.5, 0.99), ("strong", 0.3, 2.5)]
+)
+def test_jitter_falls_and_lag_stays_small(smooth: Smooth, most_jitter: float, most_lag: float) -> None:
+    for name, (left, late) in measure(smooth).items():
+        assert left <= most_jitter, f"{name} keeps {left:.2f} of its jitter"
+        assert late <= most_lag, f"{name} comes {late:.2f} frames late"
+
+
+@pytest.mark.parametrize("smooth", ["light", "strong"])
+def test_what_stands_still_stays_to_the_bit(smooth: Smooth) -> None:
+    one = speaking(np.array([0.3]))
+    motion = MotionFilter(smooth, FPS)(motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one))))
+    np.testing.assert_array_equal(motion.beta, motion.beta[:1].repeat(50, axis=0))
+    np.testing.assert_array_equal(motion.camera, motion.camera[:1].repeat(50, axis=0))
+
+
+def test_a_long_driver_takes_no_more_memory_than_a_short_one() -> None:
+    part = motion_of(noisy(speaking(np.arange(8) / 25)))
+    smoothed = MotionFilter("light", FPS)
+    smoothed(part)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(100):
+        smoothed(part)
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert after - before < 10_000
+
+
+def test_parts_and_frames_without_a_face() -> None:
+    """One pass in parts gives what one pass at once gives; a frame without a face repeats the last one shown."""
+    whole = motion_of(noisy(speaking(np.arange(30) / 25)))
+    whole.found[10:13] = False
+    at_once, parts = MotionFilter("light", FPS), MotionFilter("light", FPS)
+    expected = at_once(whole)
+    cut = [[0, 7], [7, 8], [8, 30]]
+    got = [
+        parts(replace(whole, **{k: getattr(whole, k)[a:b] for k in ("beta", "camera", "landmarks", "found")}))
+        for a, b in cut
+    ]
+    np.testing.assert_array_equal(np.concatenate([m.beta for m in got]), expected.beta)
+    np.testing.assert_array_equal(np.concatenate([m.camera for m in got]), expected.camera)
+    np.testing.assert_array_equal(expected.camera[10:13], expected.camera[[9, 9, 9]])
+    assert (expected.beta[13] != expected.beta[9]).any()
+
+
+def test_rotation_vectors_and_back() -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, 3))
+    vectors *= np.linspace(0, 3.1, 50)[:, None] / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(rotation_log(rotation_exp(vectors)), vectors, atol=1e-7)
+    cameras = np.stack([Camera.orbit(20, -10, 5, radius=3).vector(), Camera.orbit(-40).vector()])
+    np.testing.assert_allclose(with_head_pose(cameras, *head_pose(cameras)), cameras, atol=1e-6)

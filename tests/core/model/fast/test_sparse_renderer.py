@@ -1,0 +1,163 @@
+"""What is left out or computed otherwise without gradients gives the picture of the plain path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export3d_cli.core.model import volume_renderer as render
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.fast import sparse_renderer as lean
+from export3d_cli.core.model.generator import attention
+from export3d_cli.core.model.source_view import sample_source
+from export3d_cli.core.model.super_resolution import Inside, Patch, join, join_soon, upsample, upsampled
+from export3d_cli.core.model.triplane import sample_planes
+
+
+def psnr(a: Tensor, b: Tensor, span: float = 2.0) -> float:
+    return -10 * math.log10(max(((a - b).float() / span).square().mean().item(), 1e-12))
+
+
+def test_rows_are_sampled_as_planes_are_and_go_through_a_layer(orbit: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside of the cube
+    weight, flat = torch.randn(6, 5), points[0].T.contiguous()
+    taken = lean.sample_rows(lean.plane_table(planes[0], weight / 3), 8, flat)
+    torch.testing.assert_close(taken, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
+    view, camera = torch.randn(1, 5, 8, 8), orbit(10)
+    taken = lean.sample_view(lean.plane_table(view, weight), 8, flat, camera)
+    torch.testing.assert_close(taken, sample_source(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("solid", [1.0, 30.0])
+def test_the_picture_is_that_of_the_plain_path(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], solid: float
+) -> None:
+    """Fog and a solid head: 45 dB, in colours, opacity and depth."""
+    torch.manual_seed(2)
+    image, beta, camera = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 64), orbit(-25, 30)
+    with torch.no_grad():
+        source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
+        posed = tiny.pose(source, source.lam)
+        planes = posed.planes * solid
+        posed = replace(posed, planes=planes, rows=tiny._plane_rows(planes))
+        soon = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
+    plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
+    assert plain.image.requires_grad and not soon.image.requires_grad
+    for name, span in (("image", 2.0), ("raw", 2.0), ("opacity", 1.0), ("depth", 1.0)):
+        assert psnr(getattr(soon, name), getattr(plain, name), span) > 45, name
+    assert plain.raw.std() > 0.02
+
+
+def test_what_cannot_be_seen_is_left_out() -> None:
+    """A wall behind the first samples, on half of the rays; nothing on the others."""
+    asked: list[int] = []
+    directions = torch.tensor([[0.0, 0.0, 1.0]]).repeat(8, 1)
+    directions[4:, 0] = 1.0
+    depths = torch.linspace(0.1, 1, 16).expand(8, 16)
+
+    def decode(points: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(len(points))
+        wall = (points[:, 0] < 0.05) & (points[:, 2] > 0.4)
+        return points, torch.where(wall, 500.0, 0.0)
+
+    def paint(hidden: Tensor) -> Tensor:
+        asked.append(-len(hidden))
+        return hidden.new_ones(len(hidden), 2) * 0.5
+
+    colours, depth, opacity = lean.march(decode, paint, torch.zeros(3), directions, depths, 16)
+    assert asked[:3] == [8 * 9, 4 * 7, 4 * 16]  # all, those that go on, those that met something
+    assert 0 < -asked[3] <= 4 * 16
+    torch.testing.assert_close(colours, torch.tensor([0.5] * 4 + [0.0] * 4)[:, None].expand(-1, 2))
+    torch.testing.assert_close(opacity, torch.tensor([1.0] * 4 + [0.0] * 4))
+    assert (depth[:4] - 0.4).abs().max() < 0.06 and (depth[4:] == 1).all()
+
+
+@pytest.mark.parametrize("fine", [0, 4])
+def test_rays_are_composited_as_by_the_sum(fine: int) -> None:
+    torch.manual_seed(0)
+    field = torch.rand(3, 3)
+
+    def decode(points: Tensor) -> tuple[Tensor, Tensor]:
+        return points, 4 * (points @ field[:, :1]).sin().square()[:, 0]
+
+    def paint(hidden: Tensor) -> Tensor:
+        return (hidden @ field).sin()
+
+    directions, depths = torch.rand(40, 3) + 0.5, torch.linspace(0.2, 2, 12).expand(40, 12)
+    found = lean.march(decode, paint, torch.zeros(3), directions, depths, fine)
+    all_depths = depths
+    if fine:
+        _, sigma = decode((directions[:, None] * depths[..., None]).view(-1, 3))
+        weights, _ = render.ray_weights(sigma.view(1, 40, 12), depths[None])
+        more = render.importance_depths(depths[None], weights, fine, jitter=False)[0]
+        all_depths = torch.cat([depths, more], -1).sort(-1).values
+    points = directions[:, None] * all_depths[..., None]
+    sigma = decode(points.view(-1, 3))[1].view(1, *all_depths.shape)
+    plain = render.composite(paint(points)[None], sigma, all_depths[None])
+    for a, b in zip(found, plain, strict=True):
+        assert psnr(a, b[0], 1.0) > 45
+
+
+def test_attention_in_half_precision() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 64, 24).bfloat16()
+    with torch.no_grad():
+        assert psnr(attention(q, k, v), F.scaled_dot_product_attention(q.float(), k.float(), v.float())) > 45
+
+
+def test_a_joined_convolution_is_that_of_the_parts_side_by_side() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(12, 5, 3, padding=1)
+    x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
+    plain = conv(torch.cat([upsample(x), a, b], 1))
+    torch.testing.assert_close(join(conv, x, [a, b]), plain, atol=1e-5, rtol=0)
+    part = b.new_zeros(b.shape)
+    part[:, :, 3:10, 8:15] = b[:, :, 3:10, 8:15]
+    plain = conv(torch.cat([upsample(x), a, part], 1))
+    with torch.no_grad():
+        soon = join_soon(conv, x, [a], Patch(part[:, :, 2:12, 7:16], 2, 7))
+        torch.testing.assert_close(soon, plain, atol=1e-5, rtol=0)
+        without = join_soon(conv, x, [a], Patch(part[:, :, :0, :0], 0, 0))
+        torch.testing.assert_close(without, conv(torch.cat([upsample(x), a, 0 * b], 1)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (16, 7), (3, 8)])
+def test_a_convolution_of_an_enlarged_picture_is_one_of_the_small_one(height: int, width: int) -> None:
+    """At the rims too, where one goes on with zeros and the other with its last row."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6, height, width), torch.randn(5, 6, 3, 3)
+    plain = F.conv2d(upsample(x), weight, padding=1)
+    torch.testing.assert_close(upsampled(weight, x), plain, atol=1e-5, rtol=0)
+    half = upsampled(weight.bfloat16(), x.bfloat16()).float()
+    assert psnr(half, plain, float(plain.max() - plain.min())) > 45
+
+
+def test_textures_are_the_same_where_only_they_are_sampled(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    assert tiny.flow is not None
+    opened = points.repeat(2, 1, 1)
+    opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
+    camera = orbit(0, 20)
+    mesh, inside = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), Inside()
+    for size in (24, 96, 160):  # at the smallest a patch is the picture
+        with torch.no_grad():
+            values, top, left = inside.patch(mesh, size)
+            plain = inside(mesh, size)
+        assert plain.abs().sum() > 1
+        height, width = values.shape[-2:]
+        seen = torch.zeros_like(plain)
+        seen[:, :, top : top + height, left : left + width] = values
+        torch.testing.assert_close(seen, plain, atol=1e-6, rtol=0)
+    assert height < size and width < size
+    assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # for the convolution's reach
+    with torch.no_grad():
+        shut = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
+        assert inside.patch(shut, 96).values.numel() == 0

@@ -1,0 +1,98 @@
+"""Tri-planes made for some frames and blended for those between: against a function that is known."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.driver_stream import motion_rows
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.model.fast.triplane_interpolation import WINDOW, PlaneKeys
+from export3d_cli.core.runtime.weights import example
+
+
+class Counted:
+    """A tri-plane that is linear in lambda, and how often one was made."""
+
+    def __init__(self) -> None:
+        self.made: list[float] = []
+
+    def __call__(self, lam: Tensor) -> Tensor:
+        assert lam.shape == (1, 2)
+        self.made.append(float(lam[0, 0]))
+        return lam.sum().expand(1, 3, 1, 2, 2).clone()
+
+
+def values(planes: Tensor) -> list[float]:
+    return planes[:, 0, 0, 0, 0].tolist()
+
+
+def test_frames_on_a_straight_line_share_tri_planes() -> None:
+    make = Counted()
+    keys = PlaneKeys(make, reach=0.1)
+    line = torch.stack([torch.arange(9.0), 2 * torch.arange(9.0)], dim=1)
+    first, then = keys(line[:5]), keys(line[5:])
+    assert make.made == [0, 4, 8]
+    assert values(torch.cat([first, then])) == pytest.approx((3 * torch.arange(9.0)).tolist())
+
+
+def test_frames_off_the_line_get_their_own() -> None:
+    make = Counted()
+    bent = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0], [3.0, 0.05], [4.0, 0.0]])
+    got = values(PlaneKeys(make, reach=0.3)(bent))
+    assert sorted(make.made) == [0, 1, 2, 3, 4]
+    assert got == pytest.approx(bent.sum(1).tolist())
+    make = Counted()
+    got = values(PlaneKeys(make, reach=0.6)(bent))  # 1 and 3 are .45 from the lines by way of 2
+    assert sorted(make.made) == [0, 2, 4]
+    assert got != pytest.approx(bent.sum(1).tolist()) and got[2] == 3
+
+
+def test_an_expression_that_stays_is_made_once() -> None:
+    make = Counted()
+    keys = PlaneKeys(make, reach=0.1)
+    still = torch.ones(WINDOW, 2)
+    assert values(torch.cat([keys(still), keys(still), keys(still[:1])])) == [2.0] * (2 * WINDOW + 1)
+    assert make.made == [1]
+
+
+def test_tri_planes_no_longer_needed_are_freed_at_once() -> None:
+    """They are megabytes each: waiting for the garbage to be collected, hundreds of them add up in a long video."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(lam: Tensor) -> Tensor:
+        planes = lam.sum().expand(1, 3, 1, 2, 2).clone()
+        made.append(weakref.ref(planes))
+        return planes
+
+    keys = PlaneKeys(make, reach=0.1)
+    gc.disable()
+    try:
+        keys(torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [3.0, 5.0], [4.0, 0.0]]))
+        alive = sum(planes() is not None for planes in made)
+    finally:
+        gc.enable()
+    assert len(made) == 5 and alive == 1  # the last one: the next frames begin at it
+
+
+def test_the_same_frames_come_again_and_best_blends_nothing(animator: Animator) -> None:
+    best = Animator(animator.model, animator.tracker, device=animator.device, precision="fp32", quality="best")
+    assert best.ahead == best.batch and animator.ahead == WINDOW
+    photo = read_image(example("source.jpg"))
+    seen = animator.set_source(photo)
+    moving = motion_rows(seen, np.zeros(6, dtype=int))
+    beta = moving.beta + np.linspace(0, 0.2, 6, dtype=np.float32)[:, None]
+    moving = Motion(**{**moving.__dict__, "beta": beta})
+    made = []
+    for one in (animator, animator, best):
+        one.set_source(photo)
+        made.append(np.stack(list(one.drive([moving]))).astype(int))
+    assert len(made[0]) == 6 and (made[0] == made[1]).all()
+    assert 0 < np.abs(made[0] - made[2]).mean() < 10  # finer in other ways, too

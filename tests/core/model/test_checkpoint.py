@@ -1,0 +1,57 @@
+"""Weights files and training state come back as they were, and damage is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.model.checkpoint import load_into, load_state, load_weights, save_state, save_weights
+from export3d_cli.core.runtime.errors import TrainingError, WeightsError
+
+
+def test_weights_round_trip(tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4), "expression.w": torch.randn(4, 4)}
+    save_weights(tmp_path / "w.safetensors", state, PRESETS["tiny"], {"steps": 3})
+    back, config, record = load_weights(tmp_path / "w.safetensors")
+    assert config == PRESETS["tiny"]
+    assert record == {"steps": 3}
+    assert all(v.dtype == torch.float32 for v in back.values())
+    assert torch.equal(back["a.weight"], state["a.weight"].half().float())  # matrices are halved ...
+    assert torch.equal(back["a.bias"], state["a.bias"])  # ... vectors and the expression code are not
+    assert torch.equal(back["expression.w"], state["expression.w"])
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_weights_that_cannot_be_used_are_weights_errors(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="does not exist"):
+        load_weights(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"not a weights file")
+    with pytest.raises(WeightsError, match="no readable"):
+        load_weights(tmp_path / "bad.safetensors")
+    save_state(tmp_path, {"x": torch.zeros(1)}, {})
+    with pytest.raises(WeightsError, match="no export3d weights"):
+        load_weights(tmp_path / "state.safetensors")
+
+
+def test_strict_load_names_what_does_not_fit() -> None:
+    model = nn.Linear(2, 3)
+    with pytest.raises(WeightsError, match=r"miss .*bias.*add .*other.*reshape .*weight"):
+        load_into(model, {"weight": torch.zeros(1, 1), "other": torch.zeros(1)})
+
+
+def test_state_keeps_the_last_ones(tmp_path: Path) -> None:
+    assert load_state(tmp_path) is None
+    for step in (1, 2, 3):
+        save_state(tmp_path, {"x": torch.full((2,), float(step))}, {"step": step}, keep=2)
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    assert loaded[1] == {"step": 3}
+    assert loaded[0]["x"].tolist() == [3.0, 3.0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.1.safetensors", "state.json", "state.safetensors"]
+    (tmp_path / "state.safetensors").write_bytes(b"cut off")
+    with pytest.raises(TrainingError, match="damaged"):
+        load_state(tmp_path)

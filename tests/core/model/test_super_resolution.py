@@ -1,0 +1,282 @@
+"""What super-resolution knows of the inside of mouths and eyes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export3d_cli.core.face.landmarks import CanonicalFace, flow_triangles
+from export3d_cli.core.model.export3d import Export3D, Output
+from export3d_cli.core.model.generator import lowpass, zero_start
+from export3d_cli.core.model.super_resolution import FRINGE, TRUST, Inside, finer, finest, leap, widen
+from export3d_cli.core.model.volume_renderer import pixel_grid
+from export3d_cli.core.model.warp.mesh_flow import resize
+
+
+def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    assert tiny.flow is not None
+    opened = points.clone()
+    opened[:, [14, 87, 317, 178, 402], 1] += 0.08
+    mesh = tiny.flow(points, orbit(0), opened, orbit(0), 128)
+    inside = Inside()
+    seen = inside(mesh, 128)
+    assert seen.shape == (1, inside.channels, 128, 128)
+    assert seen[:, :, (mesh.mouth + mesh.eye)[0, 0] == 0].abs().max() == 0
+    lower = seen[:, 8:16]
+    assert lower[:, :, mesh.mouth[0, 0] > 0].abs().mean() > 0.05
+    assert lower[:, :, mesh.eye[0, 0] > 0].abs().max() == 0  # only teeth have a lower row
+
+
+def test_hair_is_not_copied_to_where_the_head_no_longer_is(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """Whatever colour the hair has, it does not stay behind when the head turns."""
+    assert tiny.flow is not None and tiny.flow_blend is not None
+    zero_start(tiny.flow_blend.leave)  # what is blended and copied is then a matter of geometry alone
+    zero_start(tiny.superres.colour)
+    size = tiny.config.image_size
+    person = torch.ones(1, 1, size, size)
+    photo = torch.zeros(1, 3, size, size)
+    with torch.no_grad():
+        blank = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
+        assert blank.head is not None
+        hair = resize(blank.head, size) > 0.98
+        other = replace(blank, image=torch.where(hair, 1.0, photo))
+        made, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, other))
+        seen = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head)
+    assert made.weights is not None
+    changed = (made.image - marked.image).abs().amax(1, keepdim=True)
+    beside = (F.max_pool2d(seen.weight, 5, 1, 2) == 0) & (resize(made.weights[:, 1:2], size) < 0.05)
+    assert (hair & beside).sum() > 20
+    assert changed[hair & beside].max() < 0.1
+    assert changed[(seen.weight == 1) & (seen.mouth == 0)].mean() > 0.5
+
+
+def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
+    tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """At a head's outline the photo knows both sides; not where what is behind comes from elsewhere in the head."""
+    net = Export3D(replace(tiny.config, mesh_size=128)).eval()
+    assert net.flow is not None and net.flow_blend is not None
+    net.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    person, photo = torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64)
+    person[..., 10:54] = 1
+    camera = orbit(0)
+    camera[:, 3] += 0.25
+    with torch.no_grad():
+        source = net.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
+        out = net.drive(source, None, camera, lam=source.lam)
+        seen = net.flow(points, orbit(0), points, camera, 128, source.head)
+    assert out.known is not None and out.weights is not None and source.head is not None
+    rim = (widen(seen.weight) - seen.weight > 0.1) & (source.head > 0.9)
+    behind = out.known - out.weights[:, :2].sum(1, keepdim=True)
+    assert rim.sum() > 500
+    assert behind[rim].mean() < 0.02
+
+
+def test_hair_that_stands_off_a_head_does_not_stay_on_the_wall(
+    tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Masks miss stray hair: where a head was, the wall beside it is not trusted; the body below it is."""
+    net = Export3D(replace(tiny.config, mesh_size=128)).eval()
+    assert net.flow is not None
+    net.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    whole, person = net.render, torch.zeros(1, 1, 64, 64)
+    person[..., 12:52] = 1  # a head, and what is below it
+
+    def nothing(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        features, depth, opacity = whole(*args)
+        return features, depth, torch.zeros_like(opacity)
+
+    monkeypatch.setattr(net, "render", nothing)  # only the mesh says where the head is
+    camera = orbit(0)
+    camera[:, 3] += 0.3
+    with torch.no_grad():
+        source = net.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
+        there, moved = (net.drive(source, None, c, lam=source.lam) for c in (orbit(0), camera))
+    assert source.head is not None and source.body is not None
+    beside = (widen(source.head, FRINGE) > 0.95) & (widen(source.head) < 0.05) & (source.body < 0.05)
+
+    def trusted(out: Output, where: Tensor) -> float:
+        """How far the photo is trusted in what is not the head's."""
+        assert out.known is not None and out.weights is not None
+        rest = 1 - out.weights[:, :2].sum(1, keepdim=True)
+        seen = where & (rest > 0.9)
+        assert seen.sum() > 50
+        return ((out.known - 1 + rest) / rest)[seen].mean().item()
+
+    assert there.weights is not None and moved.weights is not None
+    still, torso = moved.weights[:, 2:3] > 0.9, moved.weights[:, 3:] > 0.5
+    assert trusted(there, beside) > 0.95
+    assert trusted(moved, beside & still) < 0.05
+    assert trusted(moved, torso) > 0.85
+
+
+def test_before_a_solid_neck_the_photo_shows_no_wall(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    person = torch.zeros(1, 1, 64, 64)
+    person[..., 16:48] = 1
+    whole = tiny.render
+    with torch.no_grad():
+        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
+
+    def behind(opacity: float) -> Tensor:
+        """How far the photo is trusted in what is not the head's."""
+
+        def render(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+            features, depth, old = whole(*args)
+            return features, depth, torch.full_like(old, opacity)
+
+        monkeypatch.setattr(tiny, "render", render)
+        with torch.no_grad():
+            out = tiny.drive(source, None, orbit(0), lam=source.lam)
+        assert out.known is not None and out.weights is not None
+        rest = 1 - out.weights[:, :2].sum(1, keepdim=True)
+        return (out.known - 1 + rest)[0, 0] / rest[0, 0].clamp_min(0.01)
+
+    thin, solid = behind(0.0), behind(1.0)
+    assert thin[:, [2, -3]].min() > 0.95 and solid[:, [2, -3]].max() < 0.05  # the wall
+    assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
+
+
+def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    assert tiny.flow is not None
+    opened = points.clone()
+    opened[:, [14, 87, 317, 178, 402], 1] += 0.08
+    mesh = tiny.flow(points, orbit(0), opened, orbit(0), 64)
+    inside = Inside()
+    inside(mesh, 64).square().sum().backward()
+    assert inside.textures.grad is not None
+    assert all(float(grad.abs().sum()) > 0 for grad in inside.textures.grad)
+
+
+def test_a_result_enlarged_by_its_own_photo_is_itself(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """A photo no larger than what the network sees has no more to show."""
+    photo = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
+        out = tiny.drive(source, None, orbit(15), lam=source.lam)
+        torch.testing.assert_close(out.enlarged(finer(photo, 64, 64), 64), out.image, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            out._replace(bare=None).enlarged(photo, 128),
+            F.interpolate(out.image, (128, 128), mode="bicubic"),
+        )
+
+
+def test_a_photo_has_more_than_its_rim_and_its_small_copy() -> None:
+    photo = torch.rand(1, 3, 160, 160)
+    more = finer(photo, 128, 64)
+    small = F.interpolate(photo[..., 16:-16, 16:-16], (64, 64), mode="area")
+    seen = F.interpolate(small, (128, 128), mode="bilinear")
+    torch.testing.assert_close(more[..., 16:-16, 16:-16] + seen, photo[..., 16:-16, 16:-16])
+    torch.testing.assert_close(more[..., 16:-16, :16] + seen[..., :1], photo[..., 16:-16, :16])
+    assert finer(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
+
+
+def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """Stripes of one pixel, which are grey at the model's size; a shut mouth that opens must not show them."""
+    assert tiny.flow is not None and tiny.flow_blend is not None
+    for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    stripes = torch.tensor([0.5, -0.5]).repeat(64).expand(1, 3, 128, 128)
+    opened, lower = points.clone(), torch.tensor([14, 17, 87, 317, 178, 402, 88, 318, 95, 324])
+    opened[:, lower, 1] += 0.2
+    detail, seen = [], []
+    with torch.no_grad():
+        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
+        for target in (points, opened):
+            posed = replace(tiny.pose(source, source.lam), mesh=tiny.flow.mesh(points, orbit(0), target))
+            out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
+            detail.append(out.enlarged(finer(stripes, 128, 64), 128) - out.enlarged(torch.zeros_like(stripes), 128))
+            seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
+    face = (seen[0].face == 1).expand_as(stripes)
+    shut = (-F.max_pool2d(-seen[1].shut, 5, 1, 2) > 0.9).expand_as(stripes)
+    assert face.sum() > 3000 and shut.sum() > 50
+    assert (detail[0] * stripes)[face].mean() > 0.9 * 0.25
+    assert detail[1][shut].abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("blend", "shown"), [(0.95, 1.0), (0.5, 1.0), (0.05, 0.05)])
+def test_a_blended_face_shows_all_of_the_photos_finest_detail(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], blend: float, shown: float
+) -> None:
+    """But where the blend leaves the photo out; and what is behind the head as it was blended."""
+    assert tiny.flow is not None and tiny.flow_blend is not None and tiny.superres.colour.bias is not None
+    for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    stripes = torch.tensor([0.5, -0.5]).repeat(64)
+    with torch.no_grad():
+        tiny.superres.colour.bias[3] = (math.log(blend / (1 - blend)) + 3 - TRUST) / 4
+        for size in (64, 128):  # as large as what the network sees; and what only a larger photo has
+            photo = stripes[:size].expand(1, 3, size, size)
+            source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
+            out = tiny.drive(source, None, orbit(0), lam=source.lam)
+            face = tiny.flow(points, orbit(0), points, orbit(0), size).face == 1
+            share = finest(out.enlarged(finer(photo, size, 64), size)) / finest(photo)  # (1, 1, size, size)
+            assert share[face.expand_as(share)].median() == pytest.approx(shown, abs=0.03)
+            assert share[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
+
+
+def test_no_detail_is_made_where_positions_in_the_photo_jump(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """A photo of one slope has none, though beside a turned head its colours jump."""
+    assert tiny.superres.colour.bias is not None
+    for learned in (tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    slope = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    with torch.no_grad():
+        tiny.superres.colour.bias[3] = (3 - TRUST) / 4  # a blend of half, where all that lacks is added
+        source = tiny.encode_source(slope, torch.zeros(1, 64), orbit(0), points, torch.ones(1, 1, 64, 64))
+        out, plain = (
+            tiny.drive(one, None, orbit(30), lam=one.lam).image for one in (source, replace(source, finest=None))
+        )
+    assert finest(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
+    torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
+
+
+def test_leaps_are_distances_between_neighbours() -> None:
+    at = pixel_grid(16).T.reshape(1, 2, 16, 16)
+    torn = at + 0.5 * (at[:, :1] > 0.5)
+    found = leap(torch.cat([at * 3, torn], dim=1))
+    torch.testing.assert_close(found[:, 0], torch.full((1, 16, 16), 3.0))
+    expected = torch.ones(16)
+    expected[7:9] = math.hypot(1 + 8, 8)  # a pixel and half a picture across, half a picture down
+    torch.testing.assert_close(found[0, 1], expected.expand(16, 16))
+
+
+def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    for learned in (tiny.superres.offset, tiny.superres.colour):
+        zero_start(learned)
+    noise, shown = torch.rand(1, 3, 128, 128), []
+    with torch.no_grad():
+        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
+        for nearer in (1.0, 1 / 3):
+            camera = orbit(0).clone()
+            camera[:, [16, 20]] *= nearer
+            out = tiny.drive(source, None, camera, lam=source.lam)
+            shown.append((out.enlarged(noise, 128) - out.enlarged(noise * 0, 128))[..., 56:72, 56:72].std())
+    assert shown[0] > 0.2 and shown[1] < 0.01
+
+
+def test_outlines_are_smooth() -> None:
+    step = (torch.arange(16) > 7).float().expand(1, 1, 16, 16)
+    torch.testing.assert_close(lowpass(step)[0, 0, 3, 6:10], torch.tensor([0.0, 0.25, 0.75, 1.0]))
+    torch.testing.assert_close(lowpass(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 8, 8))

@@ -1,0 +1,65 @@
+"""Frames at once: as many as memory holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.runtime.device import InMemory
+from export3d_cli.core.runtime.weights import example
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_where_memory_runs_out_half_as_many_are_made(error: RuntimeError) -> None:
+    asked: list[int] = []
+
+    def make(part: slice) -> np.ndarray:
+        asked.append(part.stop - part.start)
+        if asked[-1] > 3:
+            raise error
+        return np.arange(part.start, part.stop)
+
+    fitting = InMemory()
+    assert list(fitting(make, 0, 16)) == list(range(16))
+    assert asked[:3] == [16, 8, 4]  # then 2 each
+    tried = len(asked)
+    assert list(fitting(make, 0, 5)) == list(range(5))
+    assert max(asked[tried:]) <= 2  # it remembers
+
+
+def test_one_that_does_not_fit_and_other_errors_are_raised() -> None:
+    def never(part: slice) -> np.ndarray:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        list(InMemory()(never, 0, 4))
+
+    def broken(part: slice) -> np.ndarray:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(InMemory()(broken, 0, 4))
+
+
+def test_an_animator_short_of_memory_makes_the_same_frames(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = animator.set_source(read_image(example("source.jpg")))
+    cameras = np.repeat(own.camera, 4, axis=0)
+    monkeypatch.setattr(animator, "batch", 4)
+    whole = list(animator.view(cameras))
+    drive = animator.model.drive
+
+    def little(source, *args, **named):  # type: ignore[no-untyped-def]
+        if len(source.lam) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return drive(source, *args, **named)
+
+    monkeypatch.setattr(animator, "_in_memory", InMemory())
+    monkeypatch.setattr(animator.model, "drive", little)
+    parts = list(animator.view(cameras))
+    assert len(parts) == 4
+    assert np.abs(np.stack(parts).astype(int) - np.stack(whole)).max() <= 1

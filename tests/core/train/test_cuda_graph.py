@@ -1,0 +1,184 @@
+"""A training step as one CUDA graph: recorded by a stand-in, since no GPU is needed to see what is asked of one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from export3d_cli.core.config.schema import TrainConfig
+from export3d_cli.core.model.warp.rasterizer import Windows
+from export3d_cli.core.train import cuda_graph as graph
+from export3d_cli.core.train import image_stage as stage
+from export3d_cli.core.train.cuda_graph import StepGraph
+from export3d_cli.core.train.pair_sampler import Batch
+from export3d_cli.core.train.trainer import train
+
+ASKS = ("_local_scalar_dense", "lift_fresh", "nonzero", "unique", "masked_select")
+DECOMPOSES = ("linalg_inv", "linalg_solve", "linalg_qr")
+TERMS = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
+
+
+class Recorder:
+    """Stands in for `torch.cuda.CUDAGraph`: what was recorded is computed again, into the same tensors."""
+
+    recorded = 0
+    step: StepGraph
+
+    def replay(self) -> None:
+        step = self.step
+        assert step.batch is not None
+        for parameter in step.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # a graph writes them where it did, it does not add to them
+        for old, new in zip(step.result, step.compute(step.batch, step.kind), strict=True):
+            old.copy_(new)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    class Own(Recorder):
+        pass
+
+    @contextlib.contextmanager
+    def recording(made: Any) -> Iterator[None]:
+        Own.recorded += 1
+        yield
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    original = StepGraph._record
+
+    def record(self: StepGraph, *args: Any) -> None:
+        original(self, *args)
+        assert isinstance(self.graph, Recorder)
+        self.graph.step = self
+
+    monkeypatch.setattr(StepGraph, "_record", record)
+    for name, value in (
+        ("CUDAGraph", Own), ("graph", recording), ("Stream", Stream), ("current_stream", Stream),
+        ("stream", lambda _: contextlib.nullcontext()),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graph, "FIRST", 2)
+    return Own
+
+
+def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reconstruction stage take its steps by a graph, on whatever device."""
+
+    def made(self: stage.ImageStages) -> StepGraph:
+        assert self.model.flow is not None
+        return StepGraph(self.gradients, self.parameters, [self.model.generator.plane_ema], self.model.flow.windows)
+
+    monkeypatch.setattr(stage.ImageStages, "_graph", made)
+
+
+def losses(config: TrainConfig) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = []
+    train(config, progress=lambda event: found.append(event.values) if event.values else None)
+    return [{k: v for k, v in values.items() if "second" not in k} for values in found]
+
+
+def test_replayed_steps_are_those_taken_one_by_one(
+    tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loss = replace(tiny.loss, **TERMS)
+    config = replace(tiny, stages=("reconstruction",), steps=9, log_every=1, loss=loss, raw_start=8, raw_grow=5)
+    plain = losses(replace(config, run=str(tmp_path / "plain")))
+    graphed(monkeypatch)
+    replayed = losses(replace(config, run=str(tmp_path / "replayed")))
+    assert recorder.recorded == 2  # again where the raw render has grown
+    assert len(plain) == len(replayed) == 9
+    for one, other in zip(plain, replayed, strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-5)  # wider windows round otherwise
+
+
+def test_the_adversarial_stage_is_not_held_to_the_windows_of_a_graph(
+    tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held: dict[str, list[bool]] = {"reconstruction": [], "adversarial": []}
+    plain = stage.ImageStages.update_average
+
+    def looking(self: stage.ImageStages) -> None:
+        assert self.model.flow is not None
+        held[self.stage].append(self.model.flow.windows.fixed)
+        plain(self)
+
+    monkeypatch.setattr(stage.ImageStages, "update_average", looking)
+    graphed(monkeypatch)
+    adversarial = replace(tiny.adversarial, steps=2)
+    stages = ("reconstruction", "adversarial")
+    losses(replace(tiny, stages=stages, steps=4, adversarial=adversarial, run=str(tmp_path / "run")))
+    assert held == {"reconstruction": [False, False, True, True], "adversarial": [False, False]}
+
+
+def test_what_cannot_be_recorded_is_trained_all_the_same(
+    tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = replace(tiny, stages=("reconstruction",), steps=5, log_every=1)
+    plain = losses(replace(config, run=str(tmp_path / "plain")))
+
+    @contextlib.contextmanager
+    def refused(made: Any) -> Iterator[None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    graphed(monkeypatch)
+    told: list[str] = []
+    found: list[dict[str, float]] = []
+    summary = train(
+        replace(config, run=str(tmp_path / "refused")),
+        progress=lambda event: told.append(event.message) if event.message else found.append(event.values),
+    )
+    assert summary.finished
+    assert any("cannot be one CUDA graph (operation not permitted when stream is capturing)" in t for t in told)
+    assert [v["loss"] for v in found] == [v["loss"] for v in plain]
+
+
+def test_a_step_asks_the_device_for_nothing(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads a number back, or brings one there, cannot be recorded, and has a GPU waited for."""
+    asked: Counter[str] = Counter()
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(name in str(func) for name in ASKS + DECOMPOSES):
+                asked[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    plain = stage.ImageStages.gradients
+    taken: list[bool] = []
+
+    def listening(self: stage.ImageStages, batch: Batch, raw: int, *args: Any) -> tuple[Tensor, Tensor]:
+        self.model.expression.requires_grad_(False)  # as after the stage clebs
+        plain(self, batch, raw, *args)  # windows are measured, constants are made
+        assert self.model.flow is not None
+        self.model.flow.windows.fixed = True
+        with Listener():
+            taken.append(True)
+            return plain(self, batch, raw, *args)
+
+    monkeypatch.setattr(stage.ImageStages, "gradients", listening)
+    train(replace(tiny, stages=("reconstruction",), steps=1, loss=replace(tiny.loss, **TERMS)))
+    assert taken == [True]
+    assert not asked
+
+
+def test_fixed_windows_have_room_to_grow() -> None:
+    windows = Windows()
+    assert windows(torch.tensor([3.4, 10.0]), 32) == [4, 11]
+    assert windows(torch.tensor([7.9, 2.0]), 32) == [8, 3]
+    windows.fixed = True
+    assert windows(torch.tensor([30.0, 30.0]), 32) == [12, 16]
+    assert windows(torch.tensor([30.0, 30.0]), 8) == [2, 2]  # never measured at this size

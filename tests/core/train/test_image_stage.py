@@ -1,0 +1,358 @@
+"""The engine: parts and processes give the gradients of the whole batch; ablations; crashes; numbers that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig, save_yaml, train_config
+from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.model.checkpoint import load_state, load_weights
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.errors import ConfigError, TrainingError
+from export3d_cli.core.train import clebs_stage as pretrain
+from export3d_cli.core.train import discriminator as adversary
+from export3d_cli.core.train import image_stage as stages
+from export3d_cli.core.train.distributed import World
+from export3d_cli.core.train.pair_sampler import Batch
+from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_plan import plan
+from export3d_cli.core.train.training_run import Run
+
+from .conftest import BUNDLE
+
+ADVERSARIAL = AdversarialConfig(
+    steps=1, channels=8, base=256, mapping=1, group=2, r1=1.0, r1_every=1, ada=0.6, augment=0.5
+)
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from export3d_cli.core.config.schema import load_train_config
+from export3d_cli.core.train.trainer import train
+train(load_train_config(Path(sys.argv[1])))
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in names if "gloo" in name], names  # they would wait for a Python that is no more
+"""
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from export3d_cli.core.model import checkpoint
+from export3d_cli.core.config.schema import load_train_config
+from export3d_cli.core.train.trainer import train
+whole, calls = checkpoint.save_file, []
+def save_file(tensors, path, metadata=None):
+    if "state" in Path(path).name:
+        calls.append(path)
+    if len(calls) == 3:
+        whole(tensors, path, metadata=metadata)
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(tensors, path, metadata=metadata)
+checkpoint.save_file = save_file
+train(load_train_config(Path(sys.argv[1])))
+"""
+
+
+def states(config: TrainConfig) -> dict[str, torch.Tensor]:
+    found = load_state(Path(config.run))
+    assert found is not None
+    return found[0]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Equal but for the order of sums. Adam's first step is of one size whatever the gradient, so moments tell more."""
+    assert a.keys() == b.keys()
+    for start in ("optimizer.", "against.", "model.generator.plane_ema"):
+        keys = [k for k in a if k.startswith(start) and (k.endswith(("exp_avg", "plane_ema")))]
+        away = sum(float((a[k] - b[k]).square().sum()) for k in keys)
+        size = sum(float(a[k].square().sum()) for k in keys)
+        assert away <= 1e-8 * size, f"{start} differs by {away} of {size}"  # other jitter makes it 1e-5
+
+
+@pytest.fixture
+def joined(tiny: TrainConfig) -> TrainConfig:
+    """One step of both stages on a batch of four pairs."""
+    return replace(
+        tiny,
+        stages=("reconstruction", "adversarial"),
+        steps=1,
+        batch=4,
+        lr=1e-6,
+        clip_grad=0.0,
+        adversarial=ADVERSARIAL,
+    )
+
+
+def test_parts_give_the_gradients_of_the_whole_batch(joined: TrainConfig, tmp_path: Path) -> None:
+    train(joined)
+    parts = replace(joined, run=str(tmp_path / "parts"), accumulate=2)
+    train(parts)
+    same(states(joined), states(parts))
+
+
+def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: Path) -> None:
+    train(joined)
+    two = replace(joined, run=str(tmp_path / "two"))
+    in_two_processes(two, tmp_path)
+    same(states(joined), states(two))
+    lines = [json.loads(s) for s in (Path(two.run) / "stats.jsonl").read_text().splitlines()]
+    assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of them
+
+
+def test_two_processes_go_on_after_a_checkpoint_of_a_run_that_decays_by_the_clock(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(
+        tiny, stages=("reconstruction",), steps=3, checkpoint_every=1, decay_by_time=True, max_minutes=60.0
+    )
+    in_two_processes(config, tmp_path)
+    found = load_state(Path(config.run))
+    assert found is not None
+    assert found[1]["step"] == 3
+    assert 0 < found[1]["decayed"] < 0.1
+
+
+def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
+    one = replace(
+        tiny, stages=("clebs",), checkpoint_every=1, clebs=replace(tiny.clebs, warm=0, steps=1, groups=2, ridge_pairs=8)
+    )
+    train(one)
+    two = replace(one, run=str(tmp_path / "two"))
+    in_two_processes(two, tmp_path)
+    a, b = states(one), states(two)
+    moments = [k for k in a if k.endswith("exp_avg")]
+    away = sum(float((a[k] - b[k]).square().sum()) for k in moments)
+    assert away <= 1e-8 * sum(float(a[k].square().sum()) for k in moments)
+    logs = [json.loads((Path(c.run) / "stats.jsonl").read_text().splitlines()[0]) for c in (one, two)]
+    assert logs[0]["contrast"] == pytest.approx(logs[1]["contrast"], rel=1e-4)
+
+
+def test_groups_that_cannot_be_shared_are_all_taken_and_told(tiny: TrainConfig) -> None:
+    told: list[str] = []
+    three = replace(tiny, clebs=replace(tiny.clebs, groups=3))
+    run = Run(three, Path(tiny.run), torch.device("cpu"), False, lambda event: told.append(event.message), World())
+    assert pretrain._share(run) == range(3)
+    run.world = World(rank=0, size=2)
+    assert pretrain._share(run) == range(3)
+    assert "is not shared" in told[0]
+    run.world = World(rank=2, size=3)
+    assert pretrain._share(run) == range(2, 3)
+
+
+def in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
+    save_yaml(config, tmp_path / "two.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / "two.yaml")],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        _, errors = worker.communicate(timeout=240)
+        assert worker.returncode == 0, errors
+
+
+def test_batch_must_be_divisible(tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="multiple of accumulate"):
+        train_config({"batch": 4, "accumulate": 3})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expression": "lebs"}, {"expression": "direct"}, {"conditioning": "cross_attention"}, {"source_skip": False},
+        {"plane_ema": 0.0}, {"lowpass": False},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
+)  # fmt: skip
+def test_ablations_train_and_sample(tiny: TrainConfig, options: dict[str, object]) -> None:
+    config = replace(tiny, model=replace(tiny.model, **options), steps=2, sample_every=2)
+    summary = train(config)
+    assert summary.finished
+    state, found, _ = load_weights(summary.weights)
+    assert found == config.model
+    Export3D(found).load_state_dict(state)
+    assert read_image(Path(config.run) / "samples" / "0000002.png").shape == (4 * 64, 5 * 64, 3)
+    trained = states(config)
+    moments = [k for k in trained if k.endswith("exp_avg")]
+    own = len(list(Export3D(found).expression.parameters()))
+    every = len(list(Export3D(found).parameters()))
+    assert len(moments) == every - (own if found.expression == "clebs" else 0)  # ablations are trained end to end
+    assert ("generator.blocks.0.cross.out.weight" in state) == (found.conditioning == "cross_attention")
+
+
+def test_options_leave_the_presets_alone() -> None:
+    names = set(Export3D(PRESETS["tiny"]).state_dict())
+    assert not any("cross" in name or "linear" in name for name in names)
+    with pytest.raises(ConfigError, match="clebs, lebs, direct"):
+        train_config({"model": {"expression": "learned"}})
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of what is no leaf
+def test_compiled_model_takes_the_same_steps(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, stages=("reconstruction",), steps=1)
+    train(config)
+    compiled = replace(config, run=str(tmp_path / "compiled"), compile="eager")
+    train(compiled)
+    same(states(config), states(compiled))
+
+
+def test_the_volume_is_judged_by_where_the_target_shows_its_head(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, stages=("reconstruction",), steps=1, loss=replace(tiny.loss, silhouette=1.0))
+    loss, seen = stages.reconstruction_loss, []
+
+    def noted(*args: Any) -> object:
+        seen.append((args[1], args[-1]))
+        return loss(*args)
+
+    monkeypatch.setattr(stages, "reconstruction_loss", noted)
+    train(config)
+    (batch, head), flow = seen[0], Export3D(config.model).flow
+    assert flow is not None
+    flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical_face(BUNDLE))))
+    torch.testing.assert_close(head, flow.head(batch.target_points, batch.target_camera, batch.target_person))
+    assert not torch.equal(head, flow.head(batch.source_points, batch.source_camera, batch.source_person))
+
+
+def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny, stages=("reconstruction",), skip_nonfinite=2)
+    calls = iter(range(100))
+    loss = stages.reconstruction_loss
+
+    def sometimes(*args: object) -> object:
+        value, terms = loss(*args)  # type: ignore[arg-type]
+        return (value * float("nan") if next(calls) in (1, 2) else value), terms
+
+    monkeypatch.setattr(stages, "reconstruction_loss", sometimes)
+    assert train(config).finished
+    assert all(torch.isfinite(v).all() for v in states(config).values() if v.is_floating_point())
+    calls = iter(range(100))
+    broken = replace(config, run=config.run + "-broken", skip_nonfinite=0)
+    monkeypatch.setattr(
+        stages,
+        "reconstruction_loss",
+        lambda *args: (loss(*args)[0] * (float("nan") if next(calls) > 2 else 1), {"l2": torch.tensor(0.25)}),
+    )
+    good = r"nan at step 3 \(loss nan, l2 0\.25, .*last good checkpoint, .*state\.safetensors \(stage recon.*, step 2\)"
+    with pytest.raises(TrainingError, match=good):
+        train(broken)
+    with pytest.raises(TrainingError, match="nan at step 2"):
+        train(replace(config, run=config.run + "-hopeless"))
+
+
+def test_steps_without_numbers_are_left_out_of_the_other_stages(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, stages=("clebs",), skip_nonfinite=1, clebs=replace(tiny.clebs, warm=0, steps=3))
+    contrast, fair, calls = pretrain.contrastive_loss, adversary.discriminator_loss, iter(range(100))
+
+    def sometimes(*args: object) -> object:
+        value, accuracy = contrast(*args)  # type: ignore[arg-type]
+        return (value * float("nan") if next(calls) == 1 else value), accuracy
+
+    monkeypatch.setattr(pretrain, "contrastive_loss", sometimes)
+    assert train(config).finished
+    weights = load_weights(Path(config.run) / "weights.safetensors")[0]
+    assert all(torch.isfinite(v).all() for v in weights.values())
+    calls = iter(range(100))
+    strict = replace(config, run=config.run + "-strict", skip_nonfinite=0)
+    with pytest.raises(TrainingError, match=r"stage clebs is nan at step 1 .*there is no checkpoint yet"):
+        train(replace(strict, checkpoint_every=9))
+    monkeypatch.setattr(adversary, "discriminator_loss", lambda real, fake: fair(real, fake) * float("nan"))
+    last = replace(tiny, stages=("reconstruction", "adversarial"), steps=1, adversarial=ADVERSARIAL)
+    assert train(replace(last, run=config.run + "-last", skip_nonfinite=1)).finished
+    with pytest.raises(TrainingError, match="stage adversarial is nan at step 0"):
+        train(replace(last, run=config.run + "-last-strict"))
+
+
+def test_kill_in_the_middle_of_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, stages=("reconstruction",), checkpoint_every=1, keep=3)
+    save_yaml(config, tmp_path / "config.yaml")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = Path(config.run)
+    assert list(run.glob(".state.*.part.safetensors"))  # what it was writing
+    found = load_state(run)
+    assert found is not None
+    assert found[1]["step"] == 2
+    assert train(config).finished
+    assert not list(run.glob(".*.part.*"))
+    assert sorted(p.name for p in run.glob("state*.safetensors")) == [
+        "state.1.safetensors", "state.2.safetensors", "state.safetensors",
+    ]  # fmt: skip
+    whole = replace(config, run=str(tmp_path / "whole"))
+    train(whole)
+    a, b = states(config), states(whole)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_loss_plot_is_drawn(tiny: TrainConfig) -> None:
+    train(replace(tiny, steps=2))
+    run = Path(tiny.run)
+    assert read_image(run / "loss.png").shape == (640, 900, 3)  # two stages
+    report = json.loads((run / "clebs.json").read_text())
+    assert report["people"] == 2 and 0 <= report["person_code"] <= 1 and 0 < report["chance"] < report["accuracy"] + 1
+    assert read_image(run / "clebs.png").shape == (960, 960, 3)
+
+
+def test_plan_counts_what_is_there() -> None:
+    found = plan(train_config({"preset": "tiny", "batch": 4, "stages": ["reconstruction", "adversarial"]}))
+    model = Export3D(PRESETS["tiny"])
+    assert found.total_parameters == sum(p.numel() for p in model.parameters())
+    assert found.parameters["generator"] == sum(p.numel() for p in model.generator.parameters())
+    assert found.parameters["discriminator"] > 0
+    assert found.gflops_frame > 0 and found.gflops_source > 0
+    boxes = {name: value for name, value in found.gflops.items() if name != "discriminator"}
+    assert sum(boxes.values()) == pytest.approx(found.gflops_frame + found.gflops_source)
+    assert found.gflops["between the boxes"] < 1e-5
+    side, hidden, samples = PRESETS["tiny"].raw_size, PRESETS["tiny"].decoder_hidden, 8
+    layers = hidden * 2 * PRESETS["tiny"].plane_channels + hidden * (PRESETS["tiny"].raw_channels + 1)
+    assert found.gflops["decoder"] == pytest.approx(2e-9 * side * side * samples * layers)
+    assert found.memory_mib == pytest.approx(found.weights_mib + 4 * found.activations_mib_a_pair)
+
+
+def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> None:
+    model = Export3D(PRESETS["tiny"])
+    kinds: dict[str, set[torch.dtype]] = {"ray": set(), "layer": set()}
+    whole = model._decode
+
+    def decode(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        colours, densities = whole(*args)  # type: ignore[arg-type]
+        kinds["ray"] |= {x.dtype for x in (*args[2:], colours, densities) if isinstance(x, torch.Tensor)}
+        return colours, densities
+
+    model._decode = decode  # type: ignore[method-assign]
+    model.decoder.hidden.register_forward_hook(lambda module, args, out: kinds["layer"].add(out.dtype))
+    camera = torch.from_numpy(Camera.orbit(0, 0).vector()).float()[None].expand(2, -1)
+    beta, image = torch.rand(2, 64), torch.rand(2, 3, 64, 64)
+    marks = torch.rand(2, 478, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(image, beta, camera, torch.zeros(2, 478, 3), beta, camera)
+        loss, _ = stages.reconstruction_loss(
+            output, Batch(image, beta, camera, beta, image, image, beta, camera, marks, marks, image), tiny, None
+        )
+    assert kinds["ray"] == {torch.float32}
+    assert kinds["layer"] == {torch.bfloat16}  # what is between them is not
+    assert {output.depth.dtype, output.opacity.dtype, output.raw.dtype, loss.dtype} == {torch.float32}
