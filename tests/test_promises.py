@@ -1,4 +1,4 @@
-"""Lines of the contract (`test_contract.py`) that no other test holds."""
+"""What users can count on and no other test holds."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.compositor import Composer, check_outputs, read_portrait
-from export3d_cli.core.animation.driver_stream import DriverStream, motion_rows, sound_of
+from export3d_cli.core.animation.driver_stream import DriverStream, sound_of
 from export3d_cli.core.animation.options import Crop, Progress, Quality, ReenactOptions, Summary, check_free
 from export3d_cli.core.animation.output_size import (
     QUALITIES,
@@ -36,7 +36,7 @@ from export3d_cli.core.animation.retargeting import Control, emphasised
 from export3d_cli.core.animation.source_crop import portrait_of
 from export3d_cli.core.animation.watermark import marker
 from export3d_cli.core.face.matting import PersonMask, Place
-from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, head_points
+from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, head_points, motion_rows
 from export3d_cli.core.face.open_tracker import TrackerName, landmark_tracker, open_tracker
 from export3d_cli.core.face.track_cache import FaceTape
 from export3d_cli.core.face.tracker_protocol import FaceTracker

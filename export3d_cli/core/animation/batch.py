@@ -24,7 +24,7 @@ from export3d_cli.core.animation.animator import (
     reenact,
 )
 from export3d_cli.core.animation.compositor import check_outputs
-from export3d_cli.core.animation.driver_stream import motion_rows
+from export3d_cli.core.face.motion import motion_rows
 from export3d_cli.core.face.track_cache import FaceTape
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 

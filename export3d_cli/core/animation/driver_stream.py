@@ -18,7 +18,7 @@ from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.fan_tracker import POINTS as FAN_POINTS
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, Square, crop_image
+from export3d_cli.core.face.motion import Motion, Square, chosen_rows, crop_image, motion_rows
 from export3d_cli.core.face.smoothing import MotionFilter, Smooth
 from export3d_cli.core.face.target_face import Follower
 from export3d_cli.core.face.track_cache import FaceTape
@@ -269,18 +269,3 @@ def sound_of(driver: Path, audio: str, start: float) -> tuple[Path | None, float
     if audio == "driver":
         return (None if holds_motion(driver) else driver), start
     return (None if audio == "none" else Path(audio)), 0.0
-
-
-def chosen_rows(count: int, own: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
-    """Rows of a motion of `count` frames at rate `own` that are seen at rate `fps`, from `start` for `duration` s."""
-    first = round(start * own)
-    last = count if duration is None else min(count, first + round(duration * own))
-    if first >= last:
-        return np.zeros(0, dtype=np.int64)
-    frames = max(1, round((last - first) * fps / own))
-    return first + np.array([int(t * own / fps) for t in range(frames)]).clip(max=last - first - 1)
-
-
-def motion_rows(motion: Motion, rows: np.ndarray) -> Motion:
-    """The motion of some frames only."""
-    return replace(motion, **{k: getattr(motion, k)[rows] for k in ("beta", "camera", "landmarks", "found")})

@@ -8,10 +8,9 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from export3d_cli.core.animation.driver_stream import chosen_rows, motion_rows
 from export3d_cli.core.face.arkit import read_csv
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.motion import Motion, chosen_rows, motion_rows
 from export3d_cli.core.face.open_tracker import TrackerName, open_tracker
 from export3d_cli.core.face.target_face import Follower, choose_face
 from export3d_cli.core.media.image import is_image, read_image

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
-from export3d_cli.core.animation.driver_stream import motion_rows
 from export3d_cli.core.diagnostics.machine import Counter, Machine, Work, measure_machine, peak_memory, wait
-from export3d_cli.core.face.motion import Motion, crop_image
+from export3d_cli.core.face.motion import Motion, crop_image, motion_rows
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import InputError

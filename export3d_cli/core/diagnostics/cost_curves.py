@@ -14,9 +14,8 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
 from export3d_cli.core.animation.batch import reenact_all
-from export3d_cli.core.animation.driver_stream import motion_rows
 from export3d_cli.core.diagnostics.machine import Peak, wait
-from export3d_cli.core.face.motion import Motion, crop_image
+from export3d_cli.core.face.motion import Motion, crop_image, motion_rows
 from export3d_cli.core.media import plot
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -361,3 +361,18 @@ def mirror_landmarks(landmarks: np.ndarray, order: np.ndarray) -> np.ndarray:
     out = landmarks[..., order, :].copy()
     out[..., 0] = 1 - out[..., 0]
     return out
+
+
+def chosen_rows(count: int, own: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
+    """Rows of a motion of `count` frames at rate `own` that are seen at rate `fps`, from `start` for `duration` s."""
+    first = round(start * own)
+    last = count if duration is None else min(count, first + round(duration * own))
+    if first >= last:
+        return np.zeros(0, dtype=np.int64)
+    frames = max(1, round((last - first) * fps / own))
+    return first + np.array([int(t * own / fps) for t in range(frames)]).clip(max=last - first - 1)
+
+
+def motion_rows(motion: Motion, rows: np.ndarray) -> Motion:
+    """The motion of some frames only."""
+    return replace(motion, **{k: getattr(motion, k)[rows] for k in ("beta", "camera", "landmarks", "found")})

@@ -18,7 +18,7 @@ from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.hub import HubFile, commit_of, digest, fetch, push
 
 DEFAULT = "export3d-compact"  # what animates when nothing else is named
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export3d_cli.core.animation.driver_stream import DriverStream, chosen_rows
-from export3d_cli.core.face.motion import Motion, Tracker, crop_image
+from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.face.motion import Motion, Tracker, chosen_rows, crop_image
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError

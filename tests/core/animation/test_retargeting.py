@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, open_driver, reenact
-from export3d_cli.core.animation.driver_stream import motion_rows
 from export3d_cli.core.animation.retargeting import EMPHASIS, Control, emphasised
-from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.motion import Motion, motion_rows
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera, head_pose

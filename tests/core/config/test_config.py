@@ -19,7 +19,7 @@ from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "configs"
 
 
 def test_overrides_beat_the_file_beats_the_preset() -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export3d_cli.core.animation.driver_stream import chosen_rows
+from export3d_cli.core.face.motion import chosen_rows
 from export3d_cli.core.media import probe
 
 TELEVISION = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)]

@@ -11,8 +11,8 @@ import torch
 from accelerator import CUDA, Pretended
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.driver_stream import motion_rows
 from export3d_cli.core.animation.views import NovelViewOptions, orbit_cameras
+from export3d_cli.core.face.motion import motion_rows
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.inpaint.eyelids import LidPainter
 from export3d_cli.core.model.inpaint.eyes import EyePainter

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.driver_stream import motion_rows
-from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.motion import Motion, motion_rows
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.fast.triplane_interpolation import WINDOW, PlaneKeys
 from export3d_cli.core.runtime.weights import example
