@@ -29,8 +29,8 @@ from export3d_cli.core import (
 )
 from export3d_cli.core.animation.views import orbit_cameras
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.probe import ffmpeg
-from export3d_cli.core.media.video import SYNTHETIC, VideoReader
+from export3d_cli.core.media.probe import ffmpeg_path
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoReader
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pictures"
@@ -116,7 +116,7 @@ def failures(animator: Animator) -> None:
     for number, portrait in enumerate((SOURCE, PHOTO)):
         photo = read_image(portrait)
         animator.set_source(photo)
-        changes = np.zeros((3, animator.model.config.coefficients), np.float32)
+        changes = np.zeros((3, animator.model.config.num_coefficients), np.float32)
         changes[range(3), [0, 1, 4]] = 20, 15, -15
         views = NovelViewOptions(yaw=(45, 0), pitch=(0, 30), frames=2, grid=True)
         turned = animator.view(orbit_cameras(animator.source_camera(), views))
@@ -168,7 +168,7 @@ def row(tiles: list[np.ndarray], captions: tuple[str, ...] = ()) -> np.ndarray:
 def keep(name: str, *rows: np.ndarray) -> None:
     """Rows one under another, as a JPEG of some ten kilobytes that says it is synthetic."""
     picture = np.vstack(rows)
-    write_image(OUT / name, picture, comment=SYNTHETIC)
+    write_image(OUT / name, picture, comment=SYNTHETIC_COMMENT)
     ok, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     assert ok
     marked = (OUT / name).read_bytes()
@@ -179,7 +179,18 @@ def keep(name: str, *rows: np.ndarray) -> None:
 def animation(pictures: list[np.ndarray], between: Path, out: Path) -> None:
     """A GIF of 12.5 frames/s with one palette for all frames."""
     height, width = pictures[0].shape[:2]
-    command = [ffmpeg(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command = [
+        ffmpeg_path(),
+        "-loglevel",
+        "error",
+        "-y",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+    ]
     palette = (
         "split[a][b];[a]palettegen=max_colors=128[p];[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
     )

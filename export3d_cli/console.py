@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
+ProgressCallback = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Settings:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
+def show_progress() -> Iterator[ProgressCallback]:
     """A callback that draws one bar per stage on stderr; nothing where stderr is no terminal, or with -q."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    if settings().quiet or not console.is_terminal:
+    if current_settings().quiet or not console.is_terminal:
         yield lambda stage, done, total: None
         return
     rate = TextColumn("{task.fields[rate]}")
@@ -52,16 +52,16 @@ def progress() -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def training() -> Iterator[Callable[[Any], None]]:
+def show_training() -> Iterator[Callable[[Any], None]]:
     """A callback for `TrainEvent`: a table on stderr that stays current, or plain lines where that is no terminal."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True)
-    if settings().quiet:
+    if current_settings().quiet:
         yield lambda event: None
     elif not console.is_terminal:
-        yield _training_lines()
+        yield _log_training()
     else:
         rows: dict[str, Any] = {}
         with Live(console=console, auto_refresh=False) as live:
@@ -76,7 +76,7 @@ def training() -> Iterator[Callable[[Any], None]]:
             yield show
 
 
-def _training_lines(every: float = 10.0) -> Callable[[Any], None]:
+def _log_training(interval_s: float = 10.0) -> Callable[[Any], None]:
     """Sentences at once; of steps the first and the last of a stage, and else one in so many seconds."""
     told: dict[str, float] = {}
 
@@ -84,9 +84,9 @@ def _training_lines(every: float = 10.0) -> Callable[[Any], None]:
         if event.message:
             click.echo(event.message, err=True)
         now = time.monotonic()
-        if event.steps and (now - told.get(event.stage, -every) >= every or event.step >= event.steps):
+        if event.steps and (now - told.get(event.stage, -interval_s) >= interval_s or event.step >= event.steps):
             told[event.stage] = now
-            click.echo(f"{event.stage} " + ", ".join(cell for cell in _training_cells(event) if cell), err=True)
+            click.echo(f"{event.stage} " + ", ".join(cell for cell in _training_columns(event) if cell), err=True)
 
     return show
 
@@ -96,18 +96,18 @@ def _training_table(rows: dict[str, Any]) -> Any:
 
     table = Table("stage", "step", "images/s", "time left", "losses")
     for stage, event in rows.items():
-        step, speed, left, losses = _training_cells(event)
+        step, speed, left, losses = _training_columns(event)
         table.add_row(stage, step, speed.removesuffix(" images/s"), left.removesuffix(" left"), losses)
     return table
 
 
-def _training_cells(event: Any) -> tuple[str, str, str, str]:
+def _training_columns(event: Any) -> tuple[str, str, str, str]:
     """Step, speed, time left and losses of an event in words; '' for what is not known."""
     values = dict(event.values)
     speed = values.pop("images_a_second", 0.0)
     for key in ("seconds_a_step", "lr"):
         values.pop(key, None)
-    left = "" if event.left is None else f"{timedelta(seconds=round(event.left))} left"
+    left = "" if event.seconds_left is None else f"{timedelta(seconds=round(event.seconds_left))} left"
     return (
         f"{event.step}/{event.steps}",
         f"{speed:.1f} images/s" if speed else "",
@@ -116,35 +116,35 @@ def _training_cells(event: Any) -> tuple[str, str, str, str]:
     )
 
 
-def finish(summary: Any, *, as_json: bool = False) -> None:
+def print_summary(summary: Any, *, as_json: bool = False) -> None:
     """Tell what was done: a line (and a line per note) on stderr, or the whole summary as JSON on stdout."""
     fields = dataclasses.asdict(summary)
     if as_json:
-        click.echo(json.dumps(fields, default=_plain))
+        click.echo(json.dumps(fields, default=_to_json))
         return
-    if settings().quiet:
+    if current_settings().quiet:
         return
     for note in fields.pop("notes", []):
         click.echo(f"note: {note}", err=True)
     if not fields.get("fps", True):  # a picture has none
         del fields["fps"]
-    click.echo(", ".join(f"{key} {_short(value)}" for key, value in fields.items()), err=True)
+    click.echo(", ".join(f"{key} {_format_value(value)}" for key, value in fields.items()), err=True)
 
 
-def tell(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Lines on stderr, also with -q."""
     for line in lines:
         click.echo(line, err=True)
 
 
-def settings() -> Settings:
+def current_settings() -> Settings:
     """The group's options; the defaults where no command is running."""
     context = click.get_current_context(silent=True)
     found = context.find_object(Settings) if context else None
     return found or Settings()
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict) and all(isinstance(v, float) for v in value.values()):
         return " ".join(f"{key} {v:.3g}" for key, v in value.items())
     if isinstance(value, (list, tuple)) and (not value or isinstance(value[0], (dict, Path, str))):
@@ -152,7 +152,7 @@ def _short(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, (Path, Fraction)):
         return str(value)
     return value.item() if hasattr(value, "item") else str(value)

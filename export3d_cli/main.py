@@ -21,11 +21,11 @@ from click.core import ParameterSource
 
 from export3d_cli.console import Settings
 from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.interrupts import repeat_dropped
+from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
-from export3d_cli.options import add_opposites
+from export3d_cli.options import add_negations
 
-VERBOSE, QUIET = "Show the traceback of an error.", "No progress bar and no summary."
+VERBOSE_HELP, QUIET_HELP = "Show the traceback of an error.", "No progress bar and no summary."
 
 
 class LazyGroup(click.Group):
@@ -41,8 +41,8 @@ class LazyGroup(click.Group):
             return None
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
-        _add_settings(command)
-        add_opposites(command)
+        _add_global_options(command)
+        add_negations(command)
         add_examples(command, cmd_name)
         return command
 
@@ -51,11 +51,13 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _interrupted(ctx)
+            _exit_interrupted(ctx)
         except Exception as error:
-            if _Interrupt.seen:  # Ctrl-C ends ffmpeg, too, and its end may be noticed first
-                _interrupted(ctx)
-            reason = str(error) if isinstance(error, Export3DError) else _misuse(error) or _shortage(error)
+            if _InterruptHandler.received:  # Ctrl-C ends ffmpeg, too, and its end may be noticed first
+                _exit_interrupted(ctx)
+            reason = (
+                str(error) if isinstance(error, Export3DError) else _usage_message(error) or _resource_message(error)
+            )
             if not reason:
                 raise
             if ctx.params.get("verbose"):
@@ -68,27 +70,39 @@ class LazyGroup(click.Group):
             ctx.exit(getattr(error, "exit_code", 1))
 
 
-def _misuse(error: Exception) -> str:
+def _usage_message(error: Exception) -> str:
     """What Click does not accept, and where to read on; empty for other errors, and for a group named alone."""
     if not isinstance(error, click.UsageError) or error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
         return ""
     return f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`"
 
 
-_SHORTAGES = {"ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "EACCES", "EPERM"}
-_NO_MEMORY = re.compile(r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory", re.IGNORECASE)
+_RESOURCE_ERRORS = {
+    "ENOSPC",
+    "EDQUOT",
+    "EFBIG",
+    "EIO",
+    "EROFS",
+    "ENOMEM",
+    "EMFILE",
+    "ENFILE",
+    "EAGAIN",
+    "EACCES",
+    "EPERM",
+}
+_OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory", re.IGNORECASE)
 
 
-def _shortage(error: Exception) -> str:
+def _resource_message(error: Exception) -> str:
     """What the machine lacks, where that is what an error says; empty otherwise."""
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return "out of memory: close other programs, or try a smaller --batch, picture or video"
-    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _SHORTAGES:
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _RESOURCE_ERRORS:
         return f"the system refuses: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return ""
 
 
-def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from export3d_cli import core
 
@@ -98,27 +112,27 @@ def _versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-v", "--verbose", count=True, help=VERBOSE)
-@click.option("-q", "--quiet", is_flag=True, help=QUIET)
+@click.option("-v", "--verbose", count=True, help=VERBOSE_HELP)
+@click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)
 @click.option(
-    "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
+    "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
     help="Show versions: this program, Python, torch, CUDA, ffmpeg.",
 )  # fmt: skip
 @click.pass_context
 def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
     """Animate a portrait from one photo and a driving video; turn it; change its expression; train the model."""
-    _set(ctx, Settings(verbose=verbose, quiet=quiet))
+    _apply_settings(ctx, Settings(verbose=verbose, quiet=quiet))
     if ctx.invoked_subcommand is None:
         click.echo(OVERVIEW, nl=False)
 
 
-def _set(ctx: click.Context, settings: Settings) -> None:
+def _apply_settings(ctx: click.Context, settings: Settings) -> None:
     ctx.obj = settings
     if settings.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def _add_settings(command: click.Command) -> None:
+def _add_global_options(command: click.Command) -> None:
     """Take -v and -q behind a command, too: that is where most people put them."""
 
     def take(ctx: click.Context, option: click.Parameter, value: bool) -> None:
@@ -126,30 +140,30 @@ def _add_settings(command: click.Command) -> None:
         root = ctx.find_root()
         if ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
             root.params[option.name] = value
-            _set(root, dataclasses.replace(root.obj, **{option.name: value}))
+            _apply_settings(root, dataclasses.replace(root.obj, **{option.name: value}))
             ctx.obj = root.obj
 
     if not any(option.name == "quiet" for option in command.params):
-        for names, text in ((["-v", "--verbose"], VERBOSE), (["-q", "--quiet"], QUIET)):
+        for names, text in ((["-v", "--verbose"], VERBOSE_HELP), (["-q", "--quiet"], QUIET_HELP)):
             option = click.Option(names, is_flag=True, expose_value=False, callback=take, help=text)
             command.params.append(option)
     if isinstance(command, click.Group):
         for part in command.commands.values():
-            _add_settings(part)
+            _add_global_options(part)
 
 
-class _Interrupt:
+class _InterruptHandler:
     """Ctrl-C, and that it came."""
 
-    seen = False
+    received = False
 
     @classmethod
-    def come(cls, *_: object) -> None:
-        cls.seen = True
+    def handle(cls, *_: object) -> None:
+        cls.received = True
         raise KeyboardInterrupt
 
 
-def _interrupted(ctx: click.Context) -> NoReturn:
+def _exit_interrupted(ctx: click.Context) -> NoReturn:
     click.echo("interrupted", err=True)
     ctx.exit(130)
 
@@ -159,6 +173,6 @@ def main() -> None:
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
-        signal.signal(signal.SIGINT, _Interrupt.come)
-        repeat_dropped()
+        signal.signal(signal.SIGINT, _InterruptHandler.handle)
+        reraise_dropped_interrupts()
     cli(prog_name="export3d")

@@ -13,7 +13,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Seen(click.Path):
+class ExistingPath(click.Path):
     """A file or folder that exists; `-` is refused, for what is read twice cannot come from a pipe."""
 
     def __init__(self, *, dir_okay: bool = True) -> None:
@@ -26,12 +26,12 @@ class Seen(click.Path):
         return super().convert(value, param, ctx)
 
 
-EXISTING_FILE = Seen(dir_okay=False)
-EXISTING_PATH = Seen()
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+EXISTING_FILE = ExistingPath(dir_okay=False)
+EXISTING_PATH = ExistingPath()
+OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-class Range(click.ParamType):
+class NumberRange(click.ParamType):
     """`A:B`, or one number for both ends."""
 
     name = "A:B"
@@ -50,7 +50,7 @@ class Range(click.ParamType):
         return numbers[0], numbers[-1]
 
 
-class Rate(click.ParamType):
+class FrameRate(click.ParamType):
     """Frames per second, exactly: `25`, `30000/1001`; 29.97 means 30000/1001."""
 
     name = "fps"
@@ -71,33 +71,33 @@ class Rate(click.ParamType):
         return ntsc if rounded else rate
 
 
-class AutoOr(click.ParamType):
+class AutoInt(click.ParamType):
     """`auto`, which is 0, or a number whose digits match a pattern; `told` says what another value is."""
 
     name = "auto|N"
 
-    def __init__(self, digits: str, told: str) -> None:
-        self.digits, self.told = digits, told
+    def __init__(self, pattern: str, error: str) -> None:
+        self.pattern, self.error = pattern, error
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """A number from 0."""
         text = "0" if value == "auto" else str(value)
-        if not re.fullmatch(self.digits, text, flags=re.ASCII):
-            self.fail(f"{value!r} is {self.told}", param, ctx)
+        if not re.fullmatch(self.pattern, text, flags=re.ASCII):
+            self.fail(f"{value!r} is {self.error}", param, ctx)
         return int(text)
 
 
-BATCH = AutoOr(r"\d{1,6}", "not a number of frames: give auto or a whole number such as 8")
-SIZE = AutoOr(r"\d{0,5}[02468]", "no size: give auto or an even number of pixels such as 512")  # ffmpeg wants it even
+BATCH = AutoInt(r"\d{1,6}", "not a number of frames: give auto or a whole number such as 8")
+SIZE = AutoInt(r"\d{0,5}[02468]", "no size: give auto or an even number of pixels such as 512")  # ffmpeg wants it even
 
 
-def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _validate_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise click.BadParameter(f"{value!r} is not a device: use auto, cpu, mps, cuda or cuda:N", ctx, param)
     return value
 
 
-def check_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def validate_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A rule that chooses one face of several."""
     if not re.fullmatch(r"largest|left|right|index:\d{1,6}", value, flags=re.ASCII):
         raise click.BadParameter(f"{value!r} is no face; use largest, left, right or index:N (from 0)", ctx, param)
@@ -115,7 +115,7 @@ def source_options(command: F) -> F:
         help="Of SRC: a square around the face, or the picture (a square) as it is.",
     )(command)  # fmt: skip
     return click.option(
-        "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=check_face,
+        "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=validate_face,
         help="Face of SRC, where there are several; index counts from the left, from 0.",
     )(command)  # fmt: skip
 
@@ -125,7 +125,7 @@ def model_options(command: F) -> F:
     precisions = click.Choice(["auto", "fp32", "bf16", "fp16"])
     for option in reversed([
         click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Weights.  [default: the embedded ones]"),
-        click.option("--device", default="auto", show_default=True, callback=_device, metavar="auto|cpu|cuda[:N]|mps",
+        click.option("--device", default="auto", show_default=True, callback=_validate_device, metavar="auto|cpu|cuda[:N]|mps",
                      help="Where to compute; auto takes CUDA when usable, else the CPU."),
         click.option("--precision", type=precisions, default="auto", show_default=True, help="Of the network."),
         click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: all]"),
@@ -176,16 +176,16 @@ def frames_option(default: int) -> Callable[[F], F]:
     return click.option("--frames", type=click.IntRange(1, 100_000), default=default, show_default=True, help="Length.")
 
 
-def add_opposites(command: click.Command) -> None:
+def add_negations(command: click.Command) -> None:
     """Give every flag `--x` of a command, and of those below it, its `--no-x`: what a script said before is undone."""
     for option in command.params:
         if isinstance(option, click.Option) and option.is_flag and not option.secondary_opts:
             option.secondary_opts = [f"--no-{name[2:]}" for name in option.opts if name.startswith("--")]
     if isinstance(command, click.Group):
         for part in command.commands.values():
-            add_opposites(part)
+            add_negations(part)
 
 
-def rate_option(command: F) -> F:
+def fps_option(command: F) -> F:
     """--fps of what has no driver."""
-    return click.option("--fps", type=Rate(), default="25", show_default=True, help="Frames a second.")(command)
+    return click.option("--fps", type=FrameRate(), default="25", show_default=True, help="Frames a second.")(command)

@@ -14,7 +14,7 @@ import torch
 from export3d_cli import core
 from export3d_cli.core.animation import animator as animate
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime import weights
@@ -49,22 +49,24 @@ def tiny_by_default(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     torch.manual_seed(0)
     save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
-    monkeypatch.setattr(animate, "resolve", lambda name=None: path if name is None else weights.resolve(name))
+    monkeypatch.setattr(
+        animate, "resolve_weights", lambda name=None: path if name is None else weights.resolve_weights(name)
+    )
 
 
 def test_the_python_of_the_readme_runs(
     tiny_by_default: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("src.jpg").write_bytes(core.example("source.jpg").read_bytes())
+    Path("src.jpg").write_bytes(core.example_path("source.jpg").read_bytes())
     Path("config.yaml").write_text(CONFIG)
     Path("videos").mkdir()
     cut = [
-        ffmpeg(),
+        ffmpeg_path(),
         "-loglevel",
         "error",
         "-i",
-        str(core.example("drive.mp4")),
+        str(core.example_path("drive.mp4")),
         "-frames:v",
         "26",
         "-vf",

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from export3d_cli import __version__, examples, options
 from export3d_cli.core.runtime import errors
-from export3d_cli.core.runtime.weights import example
-from export3d_cli.main import _Interrupt, cli
+from export3d_cli.core.runtime.weights import example_path
+from export3d_cli.main import _InterruptHandler, cli
 
 HEAVY = ("torch", "cv2", "ai_edge_litert", "numba", "scipy", "numpy", "rich", "huggingface_hub")
 COMMANDS = tuple(examples.COMMANDS)
@@ -26,7 +26,7 @@ def failing(monkeypatch, error):
     def manifest():
         raise error
 
-    monkeypatch.setattr("export3d_cli.core.manifest", manifest, raising=False)
+    monkeypatch.setattr("export3d_cli.core.weights_manifest", manifest, raising=False)
 
 
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -128,7 +128,7 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, error, code):
 
 
 def test_quiet_is_taken_before_and_behind_a_command(tmp_path):
-    track = ["preprocess", example("drive.mp4"), "--max-frames", 2, "-o"]
+    track = ["preprocess", example_path("drive.mp4"), "--max-frames", 2, "-o"]
     assert run(*track, tmp_path / "a.motion.npz").output
     for name, where in (("b", ["-q", *track]), ("c", ["preprocess", "-q", *track[1:]])):
         quiet = run(*where, tmp_path / f"{name}.motion.npz")
@@ -137,7 +137,7 @@ def test_quiet_is_taken_before_and_behind_a_command(tmp_path):
 
 
 def test_an_error_after_ctrl_c_is_an_interruption(monkeypatch):
-    monkeypatch.setattr(_Interrupt, "seen", True)
+    monkeypatch.setattr(_InterruptHandler, "received", True)
     failing(monkeypatch, errors.MediaError("ffmpeg was ended by signal 2"))
     result = run("weights", "list")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
@@ -210,13 +210,13 @@ def test_misuse_is_2_and_says_why(args):
 
 
 def test_ranges_and_rates():
-    assert options.Range().convert("-30:30", None, None) == (-30.0, 30.0)
-    assert options.Range().convert("4", None, None) == (4.0, 4.0)
+    assert options.NumberRange().convert("-30:30", None, None) == (-30.0, 30.0)
+    assert options.NumberRange().convert("4", None, None) == (4.0, 4.0)
     rates = {"25": "25", "29.97": "30000/1001", "23.976": "24000/1001", "30000/1001": "30000/1001", "12.5": "25/2"}
     for text, rate in rates.items():
-        assert str(options.Rate().convert(text, None, None)) == rate
+        assert str(options.FrameRate().convert(text, None, None)) == rate
     with pytest.raises(click.BadParameter):
-        options.Rate().convert("1/0", None, None)
+        options.FrameRate().convert("1/0", None, None)
 
 
 def test_weights_list_and_verify():

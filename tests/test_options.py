@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from export3d_cli import options
 from export3d_cli.main import cli
 
-RATE, RANGE = options.Rate(), options.Range()
+RATE, RANGE = options.FrameRate(), options.NumberRange()
 FINITE = st.floats(-999_999, 999_999)
 
 

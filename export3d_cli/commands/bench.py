@@ -10,8 +10,8 @@ import click
 from export3d_cli import console, options
 
 if TYPE_CHECKING:
-    from export3d_cli.core.diagnostics.benchmark import Bench
-    from export3d_cli.core.diagnostics.cost_curves import Curves
+    from export3d_cli.core.diagnostics.benchmark import BenchmarkResult
+    from export3d_cli.core.diagnostics.cost_curves import CostCurves
 
 
 @click.command()
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--driver", type=options.EXISTING_FILE, help="Video that drives it.  [default: the bundled example]")
 @click.option("--frames", type=click.IntRange(2, 10_000), default=30, show_default=True, help="Frames to measure.")
 @options.batch_option
-@click.option("--curves", type=options.NEW_FILE, help="Draw time and memory against sizes there (.png) instead.")
+@click.option("--curves", type=options.OUTPUT_FILE, help="Draw time and memory against sizes there (.png) instead.")
 @options.model_options
 @options.json_option
 def bench(
@@ -46,22 +46,22 @@ def bench(
         raise click.BadParameter(f"{str(curves)!r} is no picture: give a name that ends in .png or .jpg")
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, batch=batch)
     if curves is not None:
-        with console.progress() as report:
+        with console.show_progress() as report:
             found = core.cost_curves(animator, curves, progress=report)
         if as_json:
-            console.finish(found, as_json=True)
+            console.print_summary(found, as_json=True)
         else:
-            _show_curves(found)
+            _print_curves(found)
         return
-    with console.progress() as report:
-        result = core.run_bench(animator, source, driver, frames=frames, progress=report)
+    with console.show_progress() as report:
+        result = core.run_benchmark(animator, source, driver, frames=frames, progress=report)
     if as_json:
-        console.finish(result, as_json=True)
+        console.print_summary(result, as_json=True)
     else:
-        _show(result)
+        _print_result(result)
 
 
-def _show(result: Bench) -> None:
+def _print_result(result: BenchmarkResult) -> None:
     """The table is what was asked for: it goes to stdout, with -q too."""
     click.echo(f"{result.device}, {result.threads} threads, {result.frames} frames, {result.batch} at once")
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in result.machine.matrix.items())
@@ -85,7 +85,7 @@ def _show(result: Bench) -> None:
             click.echo(f"{peak / 2**20:.0f} MiB at most in the {what}")
 
 
-def _show_curves(result: Curves) -> None:
+def _print_curves(result: CostCurves) -> None:
     click.echo(f"{result.device}, {result.threads} threads")
     for curve in result.curves:
         power = "^2" if curve.name == "resolution" else ""

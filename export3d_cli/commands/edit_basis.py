@@ -19,11 +19,13 @@ GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to t
 @click.command("edit-basis")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
 @click.option(
-    "-o", "--output", type=options.NEW_FILE,
+    "-o", "--output", type=options.OUTPUT_FILE,
     help="Video, or .png/.jpg with --grid.  [default: edit_basis.mp4 or .png, replaced]",
 )  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
-@click.option("--scale", "scales", type=options.Range(), multiple=True, help="Its value, A to B; may be negative.")
+@click.option(
+    "--scale", "scales", type=options.NumberRange(), multiple=True, help="Its value, A to B; may be negative."
+)
 @click.option(
     "--grid", is_flag=True,
     help=f"Write a contact sheet: a row a --v (default: all), five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",
@@ -31,7 +33,7 @@ GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to t
 @click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
 @options.source_options
 @options.frames_option(60)
-@options.rate_option
+@options.fps_option
 @options.quality_option
 @options.model_options
 @options.output_options
@@ -70,27 +72,27 @@ def edit_basis(
     if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
         raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
     if output is not None:
-        core.check_free(output, overwrite)
+        core.check_overwrite(output, overwrite)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
     if describe:
-        _describe(core.describe_basis(animator), as_json)
+        _print_basis(core.describe_basis(animator), as_json)
         return
-    vectors = vectors or tuple(range(1, animator.model.config.coefficients + 1))
+    vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
     scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
         grid=grid, watermark=watermark, face=face, crop=crop, size=size, fps=fps,
     )  # fmt: skip
     out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
-    with console.progress() as report:
-        summary = core.edit_basis(animator, source or core.example("source.jpg"), out, chosen, progress=report)
-    console.finish(summary, as_json=as_json)
+    with console.show_progress() as report:
+        summary = core.edit_basis(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
+    console.print_summary(summary, as_json=as_json)
 
 
-def _describe(basis: BasisDescription, as_json: bool) -> None:
+def _print_basis(basis: BasisDescription, as_json: bool) -> None:
     """One line for each vector: what moves lambda_i (per standard deviation), what b_i moves (pixels at 256)."""
     if as_json:
-        console.finish(basis, as_json=True)
+        console.print_summary(basis, as_json=True)
         return
     for vector in basis.vectors:
         by = ", ".join(f"{name} {change:+.2f}" for name, change in vector.moved_by.items())

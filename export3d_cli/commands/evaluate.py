@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FOLDER, _EXISTING_FOLDER = (click.Path(exists=there, file_okay=False, path_type=Path) for there in (False, True))
 
 
-def _identity(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def _check_identity(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is not None and value != "dlib" and not Path(value).is_file():
         raise click.BadParameter(f"{value!r} is neither dlib nor a file", ctx, param)
     return value
@@ -33,7 +33,7 @@ def _identity(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="How many, with --cross.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of pairs and intervals.")
 @click.option(
-    "--identity", metavar="dlib|FILE", callback=_identity,
+    "--identity", metavar="dlib|FILE", callback=_check_identity,
     help="Measure identity with dlib (pip install 'export3d-cli[eval]') or a TorchScript face embedder.",
 )  # fmt: skip
 @click.option(
@@ -85,17 +85,19 @@ def evaluate(
     )  # fmt: skip
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality="best")
     if write_inputs is not None:
-        console.tell(map(str, core.write_inputs(dataset, chosen, write_inputs, animator.model.config.image_size)))
+        console.print_lines(
+            map(str, core.write_inputs(dataset, chosen, write_inputs, animator.model.config.image_size))
+        )
         return
-    with console.progress() as report:
+    with console.show_progress() as report:
         result = core.evaluate_model(animator, dataset, chosen, out=output, progress=report)
     if as_json:
-        console.finish(result, as_json=True)
-    elif not console.settings().quiet:
-        _show(result)
+        console.print_summary(result, as_json=True)
+    elif not console.current_settings().quiet:
+        _print_table(result)
 
 
-def _show(result: Evaluation) -> None:
+def _print_table(result: Evaluation) -> None:
     """A row for each metric, a column for each method, on stderr."""
     from rich.console import Console
     from rich.table import Table
@@ -117,4 +119,4 @@ def _show(result: Evaluation) -> None:
         if any(cell != "-" for cell in cells):
             table.add_row(f"{key.replace('_', ' ')} {metric.unit}".strip(), *map(Text, cells), metric.better)
     Console(stderr=True, width=None if Console(stderr=True).is_terminal else 120).print(table)
-    console.tell(map(str, result.files))
+    console.print_lines(map(str, result.files))

@@ -13,24 +13,24 @@ from export3d_cli import console, options
 @click.command("novel-view")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
 @click.option(
-    "-o", "--output", type=options.NEW_FILE,
+    "-o", "--output", type=options.OUTPUT_FILE,
     help="Video, or .png/.jpg for one view.  [default: novel_view.mp4 or .png, replaced]",
 )  # fmt: skip
 @click.option(
-    "--yaw", type=options.Range(), default="-30:30", show_default=True, help="Degrees, + is to the image's right."
+    "--yaw", type=options.NumberRange(), default="-30:30", show_default=True, help="Degrees, + is to the image's right."
 )
-@click.option("--pitch", type=options.Range(), help="Degrees, + is up.")
-@click.option("--roll", type=options.Range(), help="Degrees, + is clockwise.")
+@click.option("--pitch", type=options.NumberRange(), help="Degrees, + is up.")
+@click.option("--roll", type=options.NumberRange(), help="Degrees, + is clockwise.")
 @click.option("--frames", type=click.IntRange(1, 100_000), help="Length.  [default: 60; 9 views with --grid]")
 @click.option("--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True, help="Path.")
 @click.option("--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, with yaw and pitch.")
 @click.option("--depth", is_flag=True, help="Show the depth in colours: near is red, far is blue.")
 @click.option(
-    "--mesh", type=options.NEW_FILE, metavar="OUT.ply|OUT.glb",
+    "--mesh", type=options.OUTPUT_FILE, metavar="OUT.ply|OUT.glb",
     help="Write the head as a mesh (metres, y up), and pictures only where -o, --grid or --depth ask for them.",
 )  # fmt: skip
 @options.source_options
-@options.rate_option
+@options.fps_option
 @click.option("--drive", type=options.EXISTING_FILE, help="Take the expression of this image, video or .motion.npz.")
 @options.quality_option
 @options.model_options
@@ -75,11 +75,11 @@ def novel_view(
     picture = grid or (chosen.single and drive is None)
     out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")
     if mesh is not None:
-        core.check_mesh(mesh)
+        core.check_mesh_output(mesh)
         out = out if output or grid or depth else None
     if out is not None:
-        core.check_free(out, chosen.overwrite)
+        core.check_overwrite(out, chosen.overwrite)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
-    with console.progress() as report:
-        summary = core.novel_view(animator, source or core.example("source.jpg"), out, chosen, progress=report)
-    console.finish(summary, as_json=as_json)
+    with console.show_progress() as report:
+        summary = core.novel_view(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
+    console.print_summary(summary, as_json=as_json)

@@ -11,7 +11,7 @@ import click
 from export3d_cli import console, options
 
 
-def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
     found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", value)
@@ -20,7 +20,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return int(found[1]), int(found[2])
 
 
-def _inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
     for path in value:
         if str(path) == "-":
             raise click.BadParameter("- (standard input) cannot be read twice: give a file", ctx, param)
@@ -31,7 +31,7 @@ def _inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...])
 
 @click.command()
 @click.argument(
-    "inputs", type=click.Path(path_type=Path), metavar="INPUT...", nargs=-1, required=True, callback=_inputs
+    "inputs", type=click.Path(path_type=Path), metavar="INPUT...", nargs=-1, required=True, callback=_check_inputs
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
@@ -41,7 +41,7 @@ def _inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...])
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Videos tracked at once.")
 @click.option("--max-frames", type=click.IntRange(1), help="Frames taken of each video.  [default: all]")
 @click.option(
-    "--fps", type=options.Rate(), help="Rate of X.motion.npz.  [default: the video's; 25 of a picture folder]"
+    "--fps", type=options.FrameRate(), help="Rate of X.motion.npz.  [default: the video's; 25 of a picture folder]"
 )
 @click.option("--min-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a clip.")
 @click.option("--max-seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="Longer ones are split.")
@@ -53,13 +53,15 @@ def _inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...])
     "--person", type=click.Choice(["name", "folder"]), default="name", show_default=True,
     help="Who is seen: a file's name up to its last _, or its folder.",
 )  # fmt: skip
-@click.option("--shard", metavar="I/N", callback=_shard, help="Do every N-th input; a run without --shard merges.")
 @click.option(
-    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=options.check_face,
+    "--shard", metavar="I/N", callback=_parse_shard, help="Do every N-th input; a run without --shard merges."
+)
+@click.option(
+    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=options.validate_face,
     help="Of X.motion.npz: whose, where there are several.",
 )  # fmt: skip
 @options.tracker_option
-@click.option("--overlay", type=options.NEW_FILE, help="For X.motion.npz: the video with what was found drawn in.")
+@click.option("--overlay", type=options.OUTPUT_FILE, help="For X.motion.npz: the video with what was found drawn in.")
 @click.option("--report", is_flag=True, help="Write report.png: clips, poses and expressions of the data set.")
 @options.json_option
 def preprocess(
@@ -89,11 +91,11 @@ def preprocess(
     """
     from export3d_cli import core
 
-    gates = core.Gates(min_seconds=min_seconds, max_seconds=max_seconds, min_face=min_face, max_yaw=max_yaw)
-    with console.progress() as progress:
+    gates = core.ClipFilter(min_seconds=min_seconds, max_seconds=max_seconds, min_face_px=min_face, max_yaw=max_yaw)
+    with console.show_progress() as progress:
         summary = core.build_dataset(
-            list(inputs), output, size=size, workers=workers, max_frames=max_frames, fps=fps, gates=gates,
+            list(inputs), output, size=size, workers=workers, max_frames=max_frames, fps=fps, clip_filter=gates,
             person=person, shard=shard, face=face, tracker=tracker, overlay=overlay, report=report,
             progress=progress,
         )  # fmt: skip
-    console.finish(summary, as_json=as_json)
+    console.print_summary(summary, as_json=as_json)

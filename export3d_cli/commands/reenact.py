@@ -10,20 +10,20 @@ import click
 from export3d_cli import console, options
 
 
-def _audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _check_audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value not in ("driver", "none") and not Path(value).is_file():
         raise click.BadParameter(f"there is no file {value!r}; use driver, none or a file with sound", ctx, param)
     return value
 
 
-def _parts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     parts = tuple(dict.fromkeys(value.split(",")))
     if not set(parts) <= {"expression", "pose"}:
         raise click.BadParameter(f"{value!r} cannot be driven; use expression, pose or expression,pose", ctx, param)
     return parts
 
 
-SCALE = click.FloatRange(-10, 10)
+SCALE_RANGE = click.FloatRange(-10, 10)
 
 
 @click.command()
@@ -33,9 +33,14 @@ SCALE = click.FloatRange(-10, 10)
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of DRIVE to skip.")
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of DRIVE to use.  [default: all]")
 @click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames.")
-@click.option("--fps", type=options.Rate(), help="Frame rate of the result.  [default: the driver's, exactly]")
+@click.option("--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: the driver's, exactly]")
 @click.option(
-    "--audio", default="driver", show_default=True, metavar="driver|none|FILE", callback=_audio, help="Sound to add."
+    "--audio",
+    default="driver",
+    show_default=True,
+    metavar="driver|none|FILE",
+    callback=_check_audio,
+    help="Sound to add.",
 )
 @click.option(
     "--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
@@ -44,14 +49,16 @@ SCALE = click.FloatRange(-10, 10)
 @options.source_options
 @click.option(
     "--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
-    callback=options.check_face, help="Face of DRIVE to follow, chosen where it first shows any.",
+    callback=options.validate_face, help="Face of DRIVE to follow, chosen where it first shows any.",
 )  # fmt: skip
 @click.option(
-    "--drive", default="expression,pose", show_default=True, metavar="expression,pose", callback=_parts,
+    "--drive", default="expression,pose", show_default=True, metavar="expression,pose", callback=_parse_drive,
     help="What of DRIVE to follow; the rest stays SRC's own.",
 )  # fmt: skip
-@click.option("--expression-scale", type=SCALE, default=1.0, help="0: SRC's own, 1: DRIVE's, and on.  [default: 1]")
-@click.option("--pose-scale", type=SCALE, default=1.0, help="The same for the head's pose.  [default: 1]")
+@click.option(
+    "--expression-scale", type=SCALE_RANGE, default=1.0, help="0: SRC's own, 1: DRIVE's, and on.  [default: 1]"
+)
+@click.option("--pose-scale", type=SCALE_RANGE, default=1.0, help="The same for the head's pose.  [default: 1]")
 @click.option(
     "--pose", type=click.Choice(["absolute", "relative"]), default="absolute", show_default=True,
     help="The pose of DRIVE, or SRC's own moved as DRIVE moves from its reference frame.",
@@ -101,19 +108,19 @@ def reenact(
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background)
     if len(paths) == 1 and not dry_run:  # of several, those that are there are left out
-        core.check_free(paths[0], job.overwrite)
+        core.check_overwrite(paths[0], job.overwrite)
     animator = core.Animator.from_weights(**model, batch=job.batch)
     if dry_run:
         planned = core.plan_reenact(animator, sources, driver, output, job)
-        console.tell(map(str, planned.sources))
-        console.finish(planned, as_json=as_json)
+        console.print_lines(map(str, planned.sources))
+        console.print_summary(planned, as_json=as_json)
         return
-    with console.progress() as report:
+    with console.show_progress() as report:
         if len(sources) == 1:
             summary = core.reenact(animator, sources[0], driver, paths[0], job, progress=report)
         else:
             summary = core.reenact_all(animator, sources, driver, output, job, progress=report)
-    console.finish(summary, as_json=as_json)
+    console.print_summary(summary, as_json=as_json)
     if len(sources) > 1 and summary.failed:
-        console.tell(f"failed: {line}" for line in summary.failed)
+        console.print_lines(f"failed: {line}" for line in summary.failed)
         ctx.exit(1)

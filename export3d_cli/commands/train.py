@@ -42,15 +42,15 @@ def train(
             overrides = (*overrides, f"{key}={value}")
     resolved = core.load_train_config(config, overrides)
     if dry_run:
-        _show(core.to_dict(resolved), core.to_dict(core.plan_training(resolved)), as_json=as_json)
+        _print_plan(core.to_dict(resolved), core.to_dict(core.plan_training(resolved)), as_json=as_json)
         return
-    with console.training() as show:
+    with console.show_training() as show:
         summary = core.train_model(resolved, progress=show)
     if os.environ.get("RANK", "0") == "0":
-        console.finish(summary, as_json=as_json)
+        console.print_summary(summary, as_json=as_json)
 
 
-def _show(config: dict[str, Any], plan: dict[str, Any], *, as_json: bool) -> None:
+def _print_plan(config: dict[str, Any], plan: dict[str, Any], *, as_json: bool) -> None:
     """The configuration as YAML, with what it costs as comments: the output is a configuration file itself."""
     import json
 

@@ -22,13 +22,13 @@ def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
 
     marks = core.find_marks(file)
     if as_json:
-        console.finish(marks, as_json=True)
+        console.print_summary(marks, as_json=True)
     else:
-        click.echo(f"metadata: {_said(marks.metadata)}")
+        click.echo(f"metadata: {_found_or_none(marks.metadata)}")
         score = f"score {marks.score:.1f}, {marks.threshold:.0f} or more is a find, {marks.frames} frames"
-        click.echo(f"invisible mark: {_said(marks.invisible)} ({score})")
+        click.echo(f"invisible mark: {_found_or_none(marks.invisible)} ({score})")
     ctx.exit(0 if marks.found else 1)
 
 
-def _said(found: bool) -> str:
+def _found_or_none(found: bool) -> str:
     return "found" if found else "none"

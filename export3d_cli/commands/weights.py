@@ -26,7 +26,7 @@ def list_(as_json: bool) -> None:
     """Name, size, licence and origin of every embedded file."""
     from export3d_cli import core
 
-    entries = core.manifest().values()
+    entries = core.weights_manifest().values()
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(entry) for entry in entries]))
         return
@@ -43,8 +43,8 @@ def download(names: tuple[str, ...], force: bool, as_json: bool) -> None:
     from export3d_cli import core
 
     for name in names:
-        path = core.resolve(name, force=force)
-        _tell(core.weights_info(path), ("path", "size", "revision", "sha256"), as_json)
+        path = core.resolve_weights(name, force=force)
+        _print_info(core.weights_info(path), ("path", "size", "revision", "sha256"), as_json)
 
 
 @weights.command()
@@ -53,11 +53,11 @@ def verify(names: tuple[str, ...]) -> None:
     """Compare files with the sha256 of the manifest; all of them when no NAME is given."""
     from export3d_cli import core
 
-    entries = core.manifest()
+    entries = core.weights_manifest()
     for name in names or tuple(entries):
         if name not in entries:
             raise click.BadParameter(f"{name!r} is not listed; choose from {', '.join(entries)}")
-        core.verify(entries[name])
+        core.verify_weights(entries[name])
         click.echo(f"{name}: as listed")
 
 
@@ -69,7 +69,7 @@ def info(name: str | None, as_json: bool) -> None:
     from export3d_cli import core
 
     about = core.weights_info(name)
-    _tell(about, tuple(field.name for field in dataclasses.fields(about)), as_json)
+    _print_info(about, tuple(field.name for field in dataclasses.fields(about)), as_json)
 
 
 @weights.command()
@@ -86,14 +86,14 @@ def push(file: Path, target: str, private: bool, dry_run: bool) -> None:
     if dry_run:
         click.echo(core.weights_card(core.weights_info(file), target), nl=False)
         return
-    address = core.upload(file, target, private=private)
-    if not console.settings().quiet:
+    address = core.upload_weights(file, target, private=private)
+    if not console.current_settings().quiet:
         click.echo(address)
 
 
-def _tell(about: Any, fields: tuple[str, ...], as_json: bool) -> None:
+def _print_info(about: Any, fields: tuple[str, ...], as_json: bool) -> None:
     if as_json:
-        console.finish(about, as_json=True)
+        console.print_summary(about, as_json=True)
         return
     for key in fields:
         value = getattr(about, key)

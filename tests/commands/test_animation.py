@@ -13,7 +13,7 @@ from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader, probe
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 
@@ -30,7 +30,7 @@ def run(*args):
 
 
 def reenact(tiny, out, *args, source=None, driver=None):
-    files = source or example("source.jpg"), driver or example("drive.mp4")
+    files = source or example_path("source.jpg"), driver or example_path("drive.mp4")
     return run("reenact", *files, "-o", out, "--weights", tiny, "--device", "cpu", *args)
 
 
@@ -42,9 +42,9 @@ def test_reenact_keeps_the_rate_and_tells_in_json(tiny, tmp_path):
     assert summary["frames"] == 5
     assert Path(summary["out"]) == out
     info = probe(out)
-    assert info.fps == probe(example("drive.mp4")).fps
+    assert info.fps == probe(example_path("drive.mp4")).fps
     assert str(info.fps) == summary["fps"]
-    assert (info.width, info.height, info.frames) == (128, 128, 5)
+    assert (info.width, info.height, info.frame_count) == (128, 128, 5)
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
@@ -59,7 +59,7 @@ def test_compare_start_duration_and_fps(tiny, tmp_path):
     result = reenact(tiny, out, "--compare", "--start", "0.2", "--duration", "0.5", "--fps", "10")
     assert result.exit_code == 0, result.output
     info = probe(out)
-    assert (info.width, info.height, info.fps, info.frames) == (384, 128, 10, 5)
+    assert (info.width, info.height, info.fps, info.frame_count) == (384, 128, 10, 5)
 
 
 def test_an_existing_output_is_kept(tiny, tmp_path):
@@ -69,7 +69,7 @@ def test_an_existing_output_is_kept(tiny, tmp_path):
     assert result.exit_code == 2
     assert "--overwrite" in result.stderr
     assert out.read_bytes() == b"mine"
-    files = example("source.jpg"), example("drive.mp4")
+    files = example_path("source.jpg"), example_path("drive.mp4")
     for command in (("reenact", *files), ("novel-view",), ("edit-basis", "--grid")):
         early = run(*command, "-o", out, "--weights", "nowhere")  # told before weights are looked for
         assert early.exit_code == 2, early.output
@@ -97,7 +97,7 @@ def test_bad_files_are_2_and_bad_weights_4(tiny, tmp_path):
 
 def test_a_preprocessed_motion_drives(tiny, tmp_path):
     motion = tmp_path / "drive.motion.npz"
-    assert run("preprocess", example("drive.mp4"), "-o", motion, "--max-frames", "4").exit_code == 0
+    assert run("preprocess", example_path("drive.mp4"), "-o", motion, "--max-frames", "4").exit_code == 0
     assert reenact(tiny, tmp_path / "out.mp4", driver=motion).exit_code == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 4
 
@@ -123,7 +123,7 @@ def test_a_basis_vector_that_does_not_exist_is_2(tiny, tmp_path):
 
 def test_several_sources_and_a_failure_is_1(tiny, tmp_path):
     write_image(tmp_path / "wall.png", np.full((200, 200, 3), 128, np.uint8))
-    files = [example("source.jpg"), tmp_path / "wall.png", example("drive.mp4")]
+    files = [example_path("source.jpg"), tmp_path / "wall.png", example_path("drive.mp4")]
     options = ["--weights", tiny, "--device", "cpu", "--max-frames", "2", "--audio", "none"]
     result = run("reenact", *files, "-o", tmp_path / "{src}-{drive}.mp4", *options)
     assert result.exit_code == 1
@@ -168,16 +168,16 @@ def test_a_folder_of_pictures_drives_and_pictures_come_out(tiny, tmp_path):
     shots = tmp_path / "shots"
     shots.mkdir()
     for i in range(2):
-        (shots / f"{i}.jpg").write_bytes(example("source.jpg").read_bytes())
+        (shots / f"{i}.jpg").write_bytes(example_path("source.jpg").read_bytes())
     out = tmp_path / "frames" / "%03d.png"
-    result = run("reenact", example("source.jpg"), shots, "-o", out, "--weights", tiny, "--device", "cpu")
+    result = run("reenact", example_path("source.jpg"), shots, "-o", out, "--weights", tiny, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert sorted(path.name for path in out.parent.iterdir()) == ["000.png", "001.png"]
 
 
 def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
     fast = ["--max-frames", "2", "--audio", "none"]
-    photo = read_image(example("source.jpg"))
+    photo = read_image(example_path("source.jpg"))
     out = tmp_path / "back.mp4"
     assert reenact(tiny, out, *fast, "--paste-back", "--crf", "0").exit_code == 0
     with VideoReader(out) as reader:
@@ -188,11 +188,11 @@ def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
     assert json.loads(told.stdout)["sources"][0]["size"] == [3 * 512, 512]
     for name, args in (
         ("a.webm", ["transparent", "--compare"]), ("f/%02d.png", ["transparent", "--paste-back"]),
-        ("b.mp4", ["#00ff00"]), ("c.mp4", [example("source.jpg"), "--paste-back", "--compare"]),
+        ("b.mp4", ["#00ff00"]), ("c.mp4", [example_path("source.jpg"), "--paste-back", "--compare"]),
     ):  # fmt: skip
         result = reenact(tiny, tmp_path / name, *fast, "--background", *args)
         assert result.exit_code == 0, result.output
-    assert probe(tmp_path / "a.webm").alpha
+    assert probe(tmp_path / "a.webm").alpha_source
     assert (probe(tmp_path / "a.webm").width, probe(tmp_path / "c.mp4").width) == (3 * 128, 3 * 512)
     assert len(list((tmp_path / "f").iterdir())) == 2
 
@@ -202,7 +202,7 @@ def test_what_goes_not_together_is_2_before_weights_are_read(tmp_path):
         ("a.mp4", ["--background", "transparent"], ".webm"),
         ("a.mp4", ["--background", "#12345"], "#00ff00"),
         ("a.mp4", ["--background", "no-such.png"], "no-such.png"),
-        ("a.mp4", ["--background", example("drive.mp4")], "no picture"),
+        ("a.mp4", ["--background", example_path("drive.mp4")], "no picture"),
         ("a.xyz", ["--dry-run"], ".xyz"),
     ):
         result = reenact("no-such-weights", tmp_path / name, *args)
@@ -213,7 +213,7 @@ def test_what_goes_not_together_is_2_before_weights_are_read(tmp_path):
 
 
 def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
-    film = example("drive.mp4")
+    film = example_path("drive.mp4")
     for result in (
         reenact(tiny, tmp_path / "a.mp4", source=film),
         run("novel-view", film, "--weights", tiny, "--device", "cpu", "-o", tmp_path / "b.mp4"),
@@ -238,7 +238,7 @@ def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
     assert reenact(tiny, tmp_path / "d.mp4", *still, "--compare").exit_code == 0
     with VideoReader(tmp_path / "d.mp4") as reader:
         left = next(iter(reader))[:, :64].astype(int)
-    photo = read_image(example("source.jpg"))
+    photo = read_image(example_path("source.jpg"))
     whole = photo.reshape(64, 8, 64, 8, 3).mean((1, 3))
     assert np.abs(left - whole).mean() < 6
     write_image(tmp_path / "wide.png", photo[:400])

@@ -10,15 +10,15 @@ from click.testing import CliRunner
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.diagnostics import doctor
-from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
+from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import BETA_NAMES
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import SYNTHETIC, VideoReader
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoReader
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime import weights
 from export3d_cli.core.runtime.errors import MediaError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
         lebs.fc2.weight[2, 5] = -1.5
         lebs.beta_std.fill_(0.25)
         bundle = weights.weights_dir() / "face_landmarker.task"
-        model.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical_face(bundle))))
+        model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(load_canonical_face(bundle))))
         model.flow.basis[2, [13, 14], 0] = 0.01
     for parameter in model.parameters():
         if not parameter.any():  # what starts at 0 would show nothing
@@ -60,7 +60,7 @@ def test_one_angle_is_a_marked_picture(tiny, tmp_path, monkeypatch):
     assert look(tiny, "novel-view", "--frames", "1", "-o", "one.jpg").exit_code == 0
     for name in ("novel_view.png", "one.jpg"):
         assert read_image(Path(name)).shape == (128, 128, 3)
-        assert SYNTHETIC.encode() in Path(name).read_bytes()[:200]
+        assert SYNTHETIC_COMMENT.encode() in Path(name).read_bytes()[:200]
     many = look(tiny, "novel-view", "-o", "many.png")
     assert many.exit_code == 2
     assert "--grid" in many.stderr
@@ -82,8 +82,8 @@ def test_sheets_hold_the_sweep_and_every_basis_vector(tiny, tmp_path):
 def test_depth_and_a_driver_s_expression(tiny, tmp_path):
     for name, args in (
         ("depth.mp4", ["--depth"]),
-        ("driven.mp4", ["--drive", example("drive.mp4")]),
-        ("image.mp4", ["--drive", example("source.jpg")]),
+        ("driven.mp4", ["--drive", example_path("drive.mp4")]),
+        ("image.mp4", ["--drive", example_path("source.jpg")]),
     ):
         result = look(tiny, "novel-view", "--frames", "3", "-o", tmp_path / name, *args)
         assert result.exit_code == 0, result.output
@@ -93,8 +93,8 @@ def test_depth_and_a_driver_s_expression(tiny, tmp_path):
 def test_a_mesh_is_written_alone_or_beside_pictures(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("export3d_cli.core.animation.mesh_export.RESOLUTION", 24)
-    monkeypatch.setattr("export3d_cli.core.animation.mesh_export.LEVEL", 0.5)
-    result = look(tiny, "novel-view", "--mesh", "head.ply", "--drive", example("source.jpg"), "--json")
+    monkeypatch.setattr("export3d_cli.core.animation.mesh_export.SURFACE_DENSITY", 0.5)
+    result = look(tiny, "novel-view", "--mesh", "head.ply", "--drive", example_path("source.jpg"), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["out"] == "head.ply"
     assert [path.name for path in tmp_path.iterdir()] == ["head.ply"]
@@ -154,7 +154,7 @@ def test_doctor_says_what_to_do(tiny, tmp_path, monkeypatch):
     def broken():
         raise MediaError("no ffmpeg found: bring one")
 
-    monkeypatch.setattr("export3d_cli.core.media.probe.ffmpeg", broken)
+    monkeypatch.setattr("export3d_cli.core.media.probe.ffmpeg_path", broken)
     monkeypatch.setattr(doctor, "_tracker", lambda: 1 / 0)
     (tmp_path / "manifest.yaml").write_text("weights: []")
     monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)

@@ -3,7 +3,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 
@@ -20,7 +20,7 @@ def run(*args):
         ([__file__, "-o", "out", "--shard", "half"], "I from 1 to N"),
         ([__file__, "-o", "out", "--min-seconds", "9", "--max-seconds", "5"], "min <= max"),
         ([__file__, "-o", "out", "--overlay", "o.mp4"], "for one video"),
-        ([example("source.jpg"), "-o", __file__], "cannot write to"),
+        ([example_path("source.jpg"), "-o", __file__], "cannot write to"),
     ],
 )
 def test_misuse_is_2_and_says_why(args, message):
@@ -31,7 +31,7 @@ def test_misuse_is_2_and_says_why(args, message):
 
 def test_photos_with_leading_dashes_and_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "-a b.jpg").write_bytes(example("source.jpg").read_bytes())
+    (tmp_path / "-a b.jpg").write_bytes(example_path("source.jpg").read_bytes())
     result = run("preprocess", "-o", "out", "--size", "64", "--report", "--json", "--", "-a b.jpg")
     assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout)

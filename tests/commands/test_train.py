@@ -44,7 +44,7 @@ def event(stage: str, step: int, message: str = "", **values: float) -> SimpleNa
 
 
 def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.training() as show:
+    with console.show_training() as show:
         show(event("data", 0, message="clips decoded"))
         show(event("reconstruction", 10, loss=0.5, lr=1e-4, images_a_second=3.25, seconds_a_step=1.0))
         show(event("reconstruction", 20, loss=0.4, images_a_second=3.0))  # too soon after the first to be told
@@ -61,7 +61,7 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
 def test_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     monkeypatch.setenv("COLUMNS", "120")
-    with console.training() as show:
+    with console.show_training() as show:
         show(event("data", 0, message="[clips] decoded"))
         show(event("clebs", 10, contrast=3.1, images_a_second=40.0))
         show(event("reconstruction", 20, loss=0.25, images_a_second=12.0))
@@ -74,7 +74,7 @@ def test_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def test_quiet_tells_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "settings", lambda: console.Settings(quiet=True))
-    with console.training() as show:
+    monkeypatch.setattr(console, "current_settings", lambda: console.Settings(quiet=True))
+    with console.show_training() as show:
         show(event("reconstruction", 20, message="words", loss=0.4))
     assert capsys.readouterr().err == ""

@@ -12,11 +12,11 @@ from torch import nn
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 MakeClip = Callable[..., Path]
 
@@ -29,7 +29,7 @@ def make_clip(tmp_path_factory: pytest.TempPathFactory) -> MakeClip:
     def make(name: str, *args: str, frames: int = 6, rate: str = "30000/1001", filters: str = "null") -> Path:
         path = folder / name
         if not path.exists():
-            command = [ffmpeg(), "-loglevel", "error", "-i", str(example("drive.mp4")), *args]
+            command = [ffmpeg_path(), "-loglevel", "error", "-i", str(example_path("drive.mp4")), *args]
             command += ["-vf", f"{filters},settb=AVTB,setpts=N/({rate})/TB", "-r", rate, "-frames:v", str(frames)]
             command += ["-c:v", "libx264", "-crf", "0", "-pix_fmt", "yuv420p"]
             subprocess.run([*command, *([] if args else ["-an"]), str(path)], check=True)
@@ -45,7 +45,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
-    triangles = flow_triangles(canonical_face(weights_dir() / "face_landmarker.task"))
+    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
     model.flow.triangles.copy_(torch.from_numpy(triangles))
     model.flow.basis.normal_(std=0.003)
     for parameter in model.parameters():

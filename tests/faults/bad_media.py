@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from faultkit import Bad
 
-from export3d_cli.core.media.probe import ffmpeg
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.media.probe import ffmpeg_path
+from export3d_cli.core.runtime.weights import example_path
 
 Make = Callable[[Path], None]
 
@@ -52,7 +52,7 @@ def not_plain(file: str) -> Iterator[tuple[str, Make]]:
 @functools.lru_cache
 def encoded(suffix: str, *, alpha: bool = False, depth: type = np.uint8) -> bytes:
     """The example portrait in another format."""
-    picture = cv2.resize(cv2.imread(str(example("source.jpg"))), (192, 192)).astype(depth)
+    picture = cv2.resize(cv2.imread(str(example_path("source.jpg"))), (192, 192)).astype(depth)
     if alpha:
         picture = np.dstack([picture, np.full(picture.shape[:2], 255, depth)])
     return cv2.imencode(suffix, picture)[1].tobytes()
@@ -85,7 +85,7 @@ def tiff(width: int, height: int) -> bytes:
 
 def with_jpeg_size(width: int, height: int) -> bytes:
     """The example portrait, which says it is of another size."""
-    data = bytearray(example("source.jpg").read_bytes())
+    data = bytearray(example_path("source.jpg").read_bytes())
     at = next(i for i in range(2, len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(data)
@@ -93,13 +93,13 @@ def with_jpeg_size(width: int, height: int) -> bytes:
 
 def with_exif(body: bytes) -> bytes:
     """The example portrait with this as its EXIF data."""
-    data = example("source.jpg").read_bytes()
+    data = example_path("source.jpg").read_bytes()
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 8) + b"Exif\0\0" + body + data[2:]
 
 
 def pictures() -> Iterator[Bad]:
     """Everything that is no usable photo."""
-    jpeg, text = example("source.jpg").read_bytes(), b"This is not a picture.\n" * 50
+    jpeg, text = example_path("source.jpg").read_bytes(), b"This is not a picture.\n" * 50
 
     def bad(name: str, data: bytes | Make, file: str = "bad.jpg", *, harmless: bool = False) -> Bad:
         return Bad("image", name, data if callable(data) else holding(data), file, harmless)
@@ -175,10 +175,10 @@ def clip(suffix: str = ".mp4", *args: str) -> bytes:
     """Eight frames of the bundled driver with sound, 256 x 256."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip{suffix}"
-        inputs = ["-i", str(example("drive.mp4")), "-f", "lavfi", "-i", "sine=d=1", "-map", "0:v", "-map", "1:a"]
+        inputs = ["-i", str(example_path("drive.mp4")), "-f", "lavfi", "-i", "sine=d=1", "-map", "0:v", "-map", "1:a"]
         inputs = inputs[:-2] if suffix == ".gif" else inputs
         options = ["-frames:v", "8", "-t", "0.32", "-vf", "scale=256:256", *args]
-        subprocess.run([ffmpeg(), "-loglevel", "error", *inputs, *options, str(path)], check=True)
+        subprocess.run([ffmpeg_path(), "-loglevel", "error", *inputs, *options, str(path)], check=True)
         return path.read_bytes()
 
 
@@ -250,7 +250,7 @@ def _test(size: str) -> tuple[str, ...]:
 
 
 def _ffmpeg(*args: str | Path) -> None:
-    subprocess.run([ffmpeg(), "-loglevel", "quiet", "-y", *map(str, args)], check=False)
+    subprocess.run([ffmpeg_path(), "-loglevel", "quiet", "-y", *map(str, args)], check=False)
 
 
 def _folder(make: Make | None) -> Make:

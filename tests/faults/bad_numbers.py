@@ -226,7 +226,7 @@ def configs() -> Iterator[Bad]:
         "model: {width: -32}", "model: {image_size: 0}", "model: {image_size: -64}", "model: {basis: -1}",
         "model: {image_size: 1600000}", "model: {width: 4000000000}", "model: {plane_size: 0}", "model: {raw_size: 0}",
         "model: {stem: [1]}", "model: {stem: []}", "model: {superres: [8, 8, 8]}", "model: {coarse_samples: -1}",
-        "model: {eadaln_blocks: 100000000}", "model: {mesh_size: -1}", "model: {plane_ema: .nan}", "keep: 0",
+        "model: {eadaln_blocks: 100000000}", "model: {mesh_size: -1}", "model: {plane_ema: .nan}", "keep_checkpoints: 0",
         "skip_nonfinite: -1", "data: {weight: [1, 2]}", "data: {path: {a: 1}}", "data: 7", "loss: {adversarial: 3}",
         "adversarial: {group: 0}", "adversarial: {betas: [0]}", "adversarial: {base: 0}", "learning_rate: 3", "1: 2",
         "[1]: 2", "? {a: 1}\n: 2", "ema: 7", "log_every: 0", "checkpoint_every: 0", "clebs: {negatives: 0}",

@@ -15,15 +15,15 @@ import torch
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
+from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 SIDE, FRAMES = 64, 8
 
@@ -32,11 +32,11 @@ SIDE, FRAMES = 64, 8
 def good(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Paths of whole files: source, clip (8 frames with sound), motion, csv, weights, data (a data set), config."""
     folder = tmp_path_factory.mktemp("good")
-    source = example("source.jpg")
+    source = example_path("source.jpg")
     clip = folder / "clip.mp4"
-    inputs = ["-i", str(example("drive.mp4")), "-f", "lavfi", "-i", "sine=d=1", "-map", "0:v", "-map", "1:a"]
+    inputs = ["-i", str(example_path("drive.mp4")), "-f", "lavfi", "-i", "sine=d=1", "-map", "0:v", "-map", "1:a"]
     encode = ["-frames:v", str(FRAMES), "-t", "0.32", "-vf", "scale=256:256", "-c:v", "libx264", "-preset", "ultrafast"]
-    subprocess.run([ffmpeg(), "-loglevel", "error", *inputs, *encode, "-c:a", "aac", str(clip)], check=True)
+    subprocess.run([ffmpeg_path(), "-loglevel", "error", *inputs, *encode, "-c:a", "aac", str(clip)], check=True)
     return SimpleNamespace(
         folder=folder, source=source, clip=clip, motion=_motion(folder), csv=_csv(folder), weights=_weights(folder),
         data=_data(folder), config=_config(folder),
@@ -46,14 +46,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def motion_of(seed: int, frames: int) -> Motion:
     """A head that turns a little, made without a tracker."""
     rng = np.random.default_rng(seed)
-    face = canonical_face(weights_dir() / "face_landmarker.task").points
+    face = load_canonical_face(weights_dir() / "face_landmarker.task").points
     cameras = [Camera.orbit(rng.uniform(-15, 15), rng.uniform(-8, 8)) for _ in range(frames)]
     marks = []
     for camera in cameras:
         depth = ((face - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
         marks.append(np.column_stack([camera.project(face), (depth - 2.7) * 4.2647 / 2.7]))
     return Motion(
-        rng.uniform(0, 0.3, (frames, 64)).astype(np.float32), np.stack([c.vector() for c in cameras]),
+        rng.uniform(0, 0.3, (frames, 64)).astype(np.float32), np.stack([c.to_vector() for c in cameras]),
         np.stack(marks).astype(np.float32), np.ones(frames, bool), Fraction(25), (0.0, 0.0, 64.0), (SIDE, SIDE),
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def _weights(folder: Path) -> Path:
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
-    triangles = flow_triangles(canonical_face(weights_dir() / "face_landmarker.task"))
+    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
     model.flow.triangles.copy_(torch.from_numpy(triangles))
     model.flow.basis.normal_(std=0.003)
     save_weights(path, model.state_dict(), PRESETS["tiny"], {})

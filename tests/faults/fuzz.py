@@ -28,17 +28,17 @@ from bad_numbers import npz, safetensors, zipped
 from faultkit import TookTooLongError, memory, within
 
 from export3d_cli.core.config.schema import PRESETS, load_train_config, to_dict
-from export3d_cli.core.dataset.manifest import Lists
+from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face import arkit
-from export3d_cli.core.face.landmarks import canonical_face
+from export3d_cli.core.face.landmarks import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.weights import example, info, weights_dir
-from export3d_cli.core.train.frame_cache import load_set
+from export3d_cli.core.runtime.weights import example_path, weights_dir, weights_info
+from export3d_cli.core.train.frame_cache import load_dataset
 
 NUMBERS = [0, 1, -1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1]
 WORDS = [b"nan",
@@ -108,13 +108,13 @@ class Reader:
 
 def readers() -> dict[str, Reader]:
     """All of them."""
-    jpeg = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(example("source.jpg"))), (96, 96)))[1].tobytes()
+    jpeg = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(example_path("source.jpg"))), (96, 96)))[1].tobytes()
     motion, still = _motion(2), _motion(1)
     tensors = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
     meta = {"format": "export3d-1", "config": json.dumps(to_dict(PRESETS["tiny"])), "record": "{}"}
     weights = safetensors({**tensors, "__metadata__": meta}, bytes(16))
     state = safetensors({**tensors, "__metadata__": {"info": '{"stage": "clebs", "step": 1}'}}, bytes(16))
-    columns = ",".join(["Timecode", *arkit.ARKIT_NAMES, *arkit.ANGLES])
+    columns = ",".join(["Timecode", *arkit.ARKIT_NAMES, *arkit.ANGLE_COLUMNS])
     take = "\n".join([columns, *(f"10:00:00:{i:02d}.000" + ",0.1" * 55 for i in range(4))]).encode()
     line = {"id": "a", "source": "a", "file": "clips/a.mp4", "motion": "clips/a.motion.npz", "frames": 2}
     manifest = (json.dumps(line) + "\n" + json.dumps({**line, "id": "b"}) + "\n").encode()
@@ -124,7 +124,7 @@ def readers() -> dict[str, Reader]:
     yaml += b"data:\n  path: [x]\n"
     bundle = zipped({"geometry_pipeline_metadata_landmarks.binarypb": _geometry()})
     measures = weights_dir() / "arkit_measures.npz"
-    camera = Camera.orbit(0, 0).vector()
+    camera = Camera.orbit(0, 0).to_vector()
 
     def video(path: Path) -> None:
         with VideoReader(path) as reader:
@@ -139,19 +139,19 @@ def readers() -> dict[str, Reader]:
                         cost=20),
         "motion": Reader([motion], ".motion.npz", Motion.load, mutate_zip),
         "weights": Reader([weights], ".safetensors", load_weights, mutate_safetensors),
-        "weights info": Reader([weights], ".safetensors", info, mutate_safetensors),
+        "weights info": Reader([weights], ".safetensors", weights_info, mutate_safetensors),
         "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
         "config": Reader([yaml], ".yaml", load_train_config),
-        "manifest of preprocess": Reader([manifest], "/manifest.jsonl", lambda path: Lists(path.parent, None).close()),
+        "manifest of preprocess": Reader([manifest], "/manifest.jsonl", lambda path: DatasetManifest(path.parent, None).close()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, measures, camera)),
         "measures": Reader([measures.read_bytes()], ".npz", lambda path: _take(path, take, camera), mutate_zip),
-        "bundle": Reader([bundle], ".task", lambda path: canonical_face.__wrapped__(path), mutate_zip),
+        "bundle": Reader([bundle], ".task", lambda path: load_canonical_face.__wrapped__(path), mutate_zip),
     }  # fmt: skip
 
 
 def _motion(frames: int) -> bytes:
-    pose = np.tile(Camera.orbit(0, 0).vector(), (frames, 1))
+    pose = np.tile(Camera.orbit(0, 0).to_vector(), (frames, 1))
     return npz({"beta": np.zeros((frames, 64)), "camera": pose, "landmarks": np.zeros((frames, 478, 3)),
                 "found": np.ones(frames, bool), "fps": np.array([25, 1]), "crop": np.array([0.0, 0, 64]),
                 "size": np.array([64, 64])})  # fmt: skip
@@ -163,7 +163,7 @@ def _train(data: Path, motion: bytes) -> None:
     (data / "clips/a.png").write_bytes(cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes())
     (data / "clips/a.motion.npz").write_bytes(motion)
     try:
-        load_set(data, 64)
+        load_dataset(data, 64)
     finally:
         shutil.rmtree(data / "cache-64", ignore_errors=True)
 

@@ -13,12 +13,12 @@ from bad_media import with_exif
 from faultkit import check_error, left, run
 
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.face.motion import Tracker
+from export3d_cli.core.face.motion import LandmarkerTracker
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example, resolve
+from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
 END = b"\xff\xd9"
 JPEG = {
@@ -32,7 +32,7 @@ JPEG = {
 
 
 def jpeg(kind: str) -> bytes:
-    picture = cv2.resize(cv2.imread(str(example("source.jpg"))), (237, 189))
+    picture = cv2.resize(cv2.imread(str(example_path("source.jpg"))), (237, 189))
     picture = picture[..., 0] if kind == "grey" else picture
     return cv2.imencode(".jpg", picture, JPEG[kind])[1].tobytes()
 
@@ -72,7 +72,7 @@ def test_cut_jpegs_are_refused(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
 def test_other_cut_pictures_are_refused(suffix: str, tmp_path: Path) -> None:
-    picture = cv2.resize(cv2.imread(str(example("source.jpg"))), (96, 64))
+    picture = cv2.resize(cv2.imread(str(example_path("source.jpg"))), (96, 64))
     for layers in (picture, np.dstack([picture, picture[..., :1]])):
         data = cv2.imencode(suffix, layers)[1].tobytes()
         assert read(data + b"junk" * 9, tmp_path).shape == (64, 96, 3)
@@ -91,7 +91,7 @@ def test_a_chunk_longer_than_the_file_takes_no_time(tmp_path: Path) -> None:
 def test_markers_in_what_a_camera_adds_are_no_end(tmp_path: Path) -> None:
     """A small picture inside the EXIF data, with its own marker of the end."""
     inner = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
-    assert np.array_equal(read(with_exif(inner), tmp_path), read_image(example("source.jpg")))
+    assert np.array_equal(read(with_exif(inner), tmp_path), read_image(example_path("source.jpg")))
 
 
 def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) 
 
 def video(path: Path, *args: object) -> Path:
     """Three seconds of the bundled driver, with two of sound."""
-    inputs = ["-i", example("drive.mp4"), "-f", "lavfi", "-i", "sine=d=2", "-map", "0:v", "-map", "1:a", *args]
+    inputs = ["-i", example_path("drive.mp4"), "-f", "lavfi", "-i", "sine=d=2", "-map", "0:v", "-map", "1:a", *args]
     options = ["-frames:v", "75", "-vf", "scale=128:128", "-c:v", "libx264", "-preset", "ultrafast", "-c:a", "aac"]
-    subprocess.run([ffmpeg(), "-loglevel", "error", *map(str, inputs), *options, str(path)], check=True)
+    subprocess.run([ffmpeg_path(), "-loglevel", "error", *map(str, inputs), *options, str(path)], check=True)
     return path
 
 
@@ -121,6 +121,6 @@ def test_a_cut_video_is_told(suffix: str, args: list[str], good: SimpleNamespace
         reader = VideoReader(path, **more)
         assert 0 < len(list(reader)) <= 75
         assert any("its picture ends after" in note for note in reader.notes) == short
-    stream = DriverStream(cut, Tracker(resolve("face_landmarker")), batch=8, crop_scale=2.2)
+    stream = DriverStream(cut, LandmarkerTracker(resolve_weights("face_landmarker")), batch=8, crop_scale=2.2)
     assert 0 < sum(len(motion) for motion, _ in stream) < 50
     assert [note for note in stream.notes if " s of 3.0 s: cut off" in note]

@@ -36,7 +36,7 @@ READS = ("answers", "tells", "reads", "reads on")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "STALL", 1.5)
+    monkeypatch.setattr(process, "STALL_S", 1.5)
 
 
 @pytest.mark.parametrize("kind", WHEN)
@@ -97,18 +97,16 @@ def test_slow_is_not_hung(good: SimpleNamespace, tmp_path: Path, monkeypatch: py
 
 def test_busy_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that works and works and gives nothing has ten times as long."""
-    monkeypatch.setattr(process, "STALL", 0.2)
+    monkeypatch.setattr(process, "STALL_S", 0.2)
     with pytest.raises(MediaError, match="no progress"):
-        process.ask([sys.executable, "-c", "while True: pass"])
+        process.run_ffmpeg([sys.executable, "-c", "while True: pass"])
 
 
 def test_a_stopped_encoder(good: SimpleNamespace, tmp_path: Path) -> None:
     """SIGSTOP to the ffmpeg that a command has started: exit code 1, one line, what was there before stays."""
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the one before")
-    code = (
-        "from export3d_cli.core.media import process; process.STALL = 2.0; from export3d_cli.main import main; main()"
-    )
+    code = "from export3d_cli.core.media import ffmpeg_process; ffmpeg_process.STALL_S = 2.0; from export3d_cli.main import main; main()"
     args = ["reenact", good.source, good.motion, "-o", out, "--overwrite", "--weights", good.weights, *SMALL]
     work = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)], env={**os.environ, "PYTHONPATH": str(ROOT)},

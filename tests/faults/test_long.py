@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from faultkit import command, left, memory, run, spawn
 
-from export3d_cli.core.media.probe import ffmpeg, probe
+from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.video import VideoReader
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 MINUTES = int(os.environ.get("FAULTS_MINUTES", "10"))
 BEEP_EVERY = 60  # seconds
@@ -30,16 +30,29 @@ def long_driver(path: Path) -> int:
     tone = "aevalsrc='if(lt(mod(t,{every}),0.1),sin(2*PI*1000*t),0)':s=16000:d={all}"
     sound = tone.format(every=BEEP_EVERY, all=MINUTES * 60)
     frames = MINUTES * 60 * 25
-    inputs = ["-stream_loop", "-1", "-i", str(example("drive.mp4")), "-f", "lavfi", "-i", sound]
+    inputs = ["-stream_loop", "-1", "-i", str(example_path("drive.mp4")), "-f", "lavfi", "-i", sound]
     picture = ["-vf", "scale=256:256,settb=1/25,setpts=N", "-r", "25", "-frames:v", str(frames), "-c:v", "libx264"]
     maps = ["-map", "0:v", "-map", "1:a", *picture, "-preset", "ultrafast", "-c:a", "aac", str(path)]
-    subprocess.run([ffmpeg(), "-loglevel", "error", *inputs, *maps], check=True)
+    subprocess.run([ffmpeg_path(), "-loglevel", "error", *inputs, *maps], check=True)
     return frames
 
 
 def packets(path: Path, stream: str) -> int:
     """How many packets a stream has."""
-    listing = [ffmpeg(), "-loglevel", "error", "-i", str(path), "-map", stream, "-c", "copy", "-f", "framecrc", "-"]
+    listing = [
+        ffmpeg_path(),
+        "-loglevel",
+        "error",
+        "-i",
+        str(path),
+        "-map",
+        stream,
+        "-c",
+        "copy",
+        "-f",
+        "framecrc",
+        "-",
+    ]
     lines = subprocess.run(listing, check=True, capture_output=True).stdout.splitlines()
     return sum(not line.startswith(b"#") for line in lines)
 
@@ -47,7 +60,7 @@ def packets(path: Path, stream: str) -> int:
 def beeps(path: Path) -> np.ndarray:
     """Seconds at which beeps begin."""
     decode = [
-        ffmpeg(),
+        ffmpeg_path(),
         "-loglevel",
         "error",
         "-i",
@@ -150,7 +163,7 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
             "--precision", "fp32", "--overwrite"]  # fmt: skip
     codes, told = together(args)
     assert codes == [0, 0], told
-    assert probe(tmp_path / "out.mp4").frames == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
+    assert probe(tmp_path / "out.mp4").frame_count == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
     assert left(tmp_path) == ["out.mp4"]
 
     data = tmp_path / "data"

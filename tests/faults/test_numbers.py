@@ -20,7 +20,7 @@ from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 SMALL = ("--device", "cpu", "--precision", "fp32", "--audio", "none", "--batch", "2")
 
@@ -53,12 +53,12 @@ def finite(animator: Animator, **more: object) -> None:
 
 def test_extremes_stay_finite(animator: Animator) -> None:
     """Coefficients of a million, cameras behind the head, in it, far away and at its centre."""
-    animator.set_source(read_image(example("source.jpg")))
-    count = animator.model.config.coefficients
+    animator.set_source(read_image(example_path("source.jpg")))
+    count = animator.model.config.num_coefficients
     finite(animator, edit=np.concatenate([np.eye(count)[:2] * 1e6, np.full((1, count), -1e6), np.zeros((1, count))]))
     turned = [Camera.orbit(yaw, pitch) for yaw, pitch in ((180, 0), (90, 89), (-90, -89), (0, 180), (0, 90))]
-    vectors = np.stack([camera.vector() for camera in turned])
-    moved = np.repeat(Camera.orbit(0, 0).vector()[None], 5, axis=0)
+    vectors = np.stack([camera.to_vector() for camera in turned])
+    moved = np.repeat(Camera.orbit(0, 0).to_vector()[None], 5, axis=0)
     for row, distance in enumerate((0.3, 0.01, 0.0, 1e3, 1e6)):  # of its centre from the head's
         moved[row, [3, 7, 11]] *= distance / np.linalg.norm(moved[row, [3, 7, 11]])
     finite(animator, view=np.concatenate([vectors, moved]))
@@ -139,7 +139,7 @@ def test_twice_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_gives_what_the_cpu_gives(good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32: no pixel further than 6 of 255, and 0.05 in the mean, of all that a CPU otherwise leaves out in part."""
-    monkeypatch.setattr(Export3D, "_lean", lambda *_: False)
+    monkeypatch.setattr(Export3D, "_use_sparse_path", lambda *_: False)
     frames = []
     for device in ("cpu", "cuda"):
         animator = Animator.from_weights(None, device=device, precision="fp32", quality="best")

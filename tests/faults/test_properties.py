@@ -20,11 +20,11 @@ from export3d_cli.core.config.schema import (
     PRESETS,
     TrainConfig,
     load_train_config,
-    model_from_dict,
+    make_train_config,
+    model_config_from_dict,
     to_dict,
-    train_config,
 )
-from export3d_cli.core.dataset.manifest import Lists
+from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 
@@ -42,19 +42,19 @@ SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 @given(data=st.dictionaries(KEYS, PLAIN | st.dictionaries(KEYS, PLAIN, max_size=3), max_size=4))
 def test_configurations(data: dict[str, Any]) -> None:
     try:
-        config = train_config({"preset": "tiny", **data})
+        config = make_train_config({"preset": "tiny", **data})
     except ConfigError:
         return
     numbers = [v for v in vars(config).values() if isinstance(v, (int, float))]
     assert all(math.isfinite(v) and v >= 0 for v in numbers)
-    assert train_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert make_train_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
 @settings(max_examples=120, deadline=None)
 @given(data=st.dictionaries(KEYS, PLAIN, max_size=4) | PLAIN)
 def test_models_of_headers(data: Any) -> None:
     try:
-        config = model_from_dict({**to_dict(PRESETS["tiny"]), **data} if isinstance(data, dict) else data)
+        config = model_config_from_dict({**to_dict(PRESETS["tiny"]), **data} if isinstance(data, dict) else data)
     except ConfigError:
         return
     assert config.image_size % 16 == 0 < config.image_size <= 2048
@@ -138,10 +138,10 @@ def test_manifests(lines: list[Any], rejected: list[Any], junk: bytes) -> None:
         (out / "manifest.jsonl").write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + junk)
         (out / "rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rejected))
         try:
-            known = Lists(out, None)
+            known = DatasetManifest(out, None)
         except InputError:
             return
         known.close()
-        again = Lists(out, None)
-        assert again.finished >= {str(line.get("source", line["id"])) for line in known.lines}
-        assert len({str(line["id"]) for line in again.lines}) == len(again.lines) == len(known.lines)
+        again = DatasetManifest(out, None)
+        assert again.finished_sources >= {str(line.get("source", line["id"])) for line in known.clips}
+        assert len({str(line["id"]) for line in again.clips}) == len(again.clips) == len(known.clips)

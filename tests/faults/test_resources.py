@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from faultkit import command, left, limited
 
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import VideoReader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and capabilities as Linux has them")
@@ -49,7 +49,7 @@ def without_privileges() -> None:
 
 def script(path: Path, text: str) -> dict[str, str]:
     """A program that stands for ffmpeg, as the environment names it."""
-    path.write_text(f"#!{sys.executable}\nimport os, signal, subprocess, sys\nreal = {ffmpeg()!r}\n{text}")
+    path.write_text(f"#!{sys.executable}\nimport os, signal, subprocess, sys\nreal = {ffmpeg_path()!r}\n{text}")
     path.chmod(0o755)
     return {"IMAGEIO_FFMPEG_EXE": str(path)}
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export3d_cli.core import output_paths
-from export3d_cli.core.dataset.preprocess import _sources
+from export3d_cli.core.dataset.preprocess import _find_inputs
 from export3d_cli.core.evaluation.evaluate import EvaluateOptions, Evaluation
 from export3d_cli.core.evaluation.report import METRICS, write_report
 from export3d_cli.core.runtime.errors import InputError
@@ -149,7 +149,7 @@ def test_links_in_circles_end_and_hidden_folders_stay_closed(tmp_path: Path) -> 
     (videos / "again").symlink_to(".")
     (videos / "deeper" / "up").symlink_to("..")
     (videos / "me.mp4").symlink_to("me.mp4")
-    assert [name for _, name in _sources([videos], tmp_path / "out")] == ["a", "deeper-b"]
+    assert [name for _, name in _find_inputs([videos], tmp_path / "out")] == ["a", "deeper-b"]
 
 
 @pytest.mark.parametrize("name", ["a\x1b]0;title\x07.jpg", "a\r\nerror: b.jpg", "a\u202egpj.jpg"])

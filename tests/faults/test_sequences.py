@@ -52,7 +52,7 @@ def test_the_folder_where_we_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with VideoWriter(Path("%05d.png"), size=(8, 4), fps=Fraction(25)) as to:
         write(to)
         (name,) = left(tmp_path)
-        assert files._TEMPORARY.fullmatch(name)  # so that it is removed, should we be killed
+        assert files._TEMPORARY_NAME.fullmatch(name)  # so that it is removed, should we be killed
     assert left(tmp_path) == NAMES
 
 
@@ -95,9 +95,9 @@ def test_who_comes_second_is_told(there: bool, tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_tidied", set())
-    dead = tmp_path / f".frames.{files._HOST}-{2**22 + 1}-00000000.part"  # beyond the largest number of a process
-    alive = tmp_path / f".frames.{files._HOST}-1-00000000.part"
+    monkeypatch.setattr(files, "_cleaned_folders", set())
+    dead = tmp_path / f".frames.{files._HOST_ID}-{2**22 + 1}-00000000.part"  # beyond the largest number of a process
+    alive = tmp_path / f".frames.{files._HOST_ID}-1-00000000.part"
     for folder in (dead, alive):
         folder.mkdir()
         (folder / NAMES[0]).write_bytes(b"")

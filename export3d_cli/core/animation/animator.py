@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export3d_cli.core.animation.compositor import Composer, check_outputs, read_portrait
-from export3d_cli.core.animation.driver_stream import DriverStream, sound_of
-from export3d_cli.core.animation.options import Crop, Progress, Quality, ReenactOptions, Summary, check_free
+from export3d_cli.core.animation.compositor import Compositor, check_outputs, read_portrait
+from export3d_cli.core.animation.driver_stream import DriverStream, select_audio
+from export3d_cli.core.animation.options import Crop, Progress, Quality, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.output_size import (
     QUALITIES,
     depth_picture,
@@ -31,36 +31,36 @@ from export3d_cli.core.animation.output_size import (
     sampling,
     shrunk,
 )
-from export3d_cli.core.animation.pipeline import Ahead, Behind
-from export3d_cli.core.animation.retargeting import Control, emphasised
+from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
+from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.animation.source_crop import portrait_of
-from export3d_cli.core.animation.watermark import marker
-from export3d_cli.core.face.matting import PersonMask, Place
-from export3d_cli.core.face.motion import CROP_SCALE, Motion, Tracker, head_points, motion_rows
-from export3d_cli.core.face.open_tracker import TrackerName, landmark_tracker, open_tracker
-from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.face.matting import FacePosition, PersonMatting
+from export3d_cli.core.face.motion import CROP_SCALE, LandmarkerTracker, Motion, landmarks_to_head_frame, select_frames
+from export3d_cli.core.face.open_tracker import TrackerName, open_landmarker_tracker, open_tracker
+from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker_protocol import FaceTracker
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
-from export3d_cli.core.model.checkpoint import check_promise, load_into, load_weights
-from export3d_cli.core.model.export3d import Export3D, Output, Posed, Source
-from export3d_cli.core.model.fast.triplane_interpolation import WINDOW, PlaneKeys
-from export3d_cli.core.model.super_resolution import finer
+from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
+from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
+from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
+from export3d_cli.core.model.super_resolution import photo_residual
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.device import (
-    InMemory,
+    AdaptiveBatcher,
     autocast,
-    give_back_memory,
-    keep_memory,
-    narrow,
+    cast_weights,
     pick_device,
     pick_precision,
-    slow_precision,
-    tracking_threads,
-    widen,
+    precision_notes,
+    restore_fp32,
+    tracking_thread_count,
+    trim_heap,
+    tune_malloc,
 )
 from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
 POINTS = 1 << 17  # of a volume, decoded at once
 AHEAD = 2  # batches of the driver's motion that are read before they are asked for
@@ -71,29 +71,29 @@ class Animator:
     """One model, one source at a time."""
 
     def __init__(
-        self, model: Export3D, tracker: Tracker, *, device: torch.device, precision: str, batch: int = 0,
+        self, model: Export3D, tracker: LandmarkerTracker, *, device: torch.device, precision: str, batch: int = 0,
         quality: Quality = "best",
     ) -> None:  # fmt: skip
         self.model = model.to(device).eval()
         # what is not always computed in fp32
         self._parts = [part for part in model.children() if part not in (model.expression, model.decoder)]
-        self._full = [narrow(part, precision) for part in self._parts]
+        self._full = [cast_weights(part, precision) for part in self._parts]
         self.quality = quality
         self.tracker = tracker
         self.device = device
         self.precision = precision
         self.batch = batch or (32 if device.type == "cuda" else 4)
         self._reach = QUALITIES[quality][2] if device.type == "cpu" else 0.0  # elsewhere many at once cost little
-        self._keys: PlaneKeys | None = None  # of the source, where tri-planes are blended
-        self._in_memory = InMemory()
-        self.notes = slow_precision(precision, device)  # what the user should know
+        self._keys: TriplaneInterpolator | None = None  # of the source, where tri-planes are blended
+        self._in_memory = AdaptiveBatcher()
+        self.notes = precision_notes(precision, device)  # what the user should know
         self._source: Source | None = None
         self._crop: np.ndarray | None = None
         self._more: Tensor | None = None  # (1, 3, M, M) of the photo, see `superres.finer`
         self._room: Tensor | None = None  # see `Export3D.encode_source`
         self._motion: Motion | None = None
-        self._faces: Sequence[Place] = ()  # see `PersonMask.alpha`
-        self.person_mask = PersonMask(resolve("selfie_segmentation"))
+        self._faces: Sequence[FacePosition] = ()  # see `PersonMask.alpha`
+        self.person_mask = PersonMatting(resolve_weights("selfie_segmentation"))
         self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
         self._crop_scale = CROP_SCALE[0]
 
@@ -108,13 +108,16 @@ class Animator:
         """
         if threads:
             torch.set_num_threads(threads)
-        state, config, _ = load_weights(resolve(weights))
-        check_promise(config, state)
+        state, config, _ = load_weights(resolve_weights(weights))
+        check_header_size(config, state)
         model = Export3D(config)
         load_into(model, state)
         place = pick_device(device)
-        keep_memory()
-        tracker, precision = landmark_tracker(threads=tracking_threads(place)), pick_precision(precision, place)
+        tune_malloc()
+        tracker, precision = (
+            open_landmarker_tracker(threads=tracking_thread_count(place)),
+            pick_precision(precision, place),
+        )
         return cls(model, tracker, device=place, precision=precision, batch=batch, quality=quality)
 
     @property
@@ -143,7 +146,7 @@ class Animator:
 
     def set_source_motion(
         self, crop: np.ndarray, motion: Motion, frame: int = 0, *, around: np.ndarray | None = None,
-        faces: Sequence[Place] = (),
+        faces: Sequence[FacePosition] = (),
     ) -> None:  # fmt: skip
         """Encode a face crop, uint8 (K, K, 3), already tracked: row `frame` of `motion`.
 
@@ -151,23 +154,25 @@ class Animator:
         the same with more of the photo on all sides, also what is there. `faces` are the person's own and those of
         others, who stay where they are.
         """
-        self._motion = own = motion_rows(motion, np.array([frame]))
+        self._motion = own = select_frames(motion, np.array([frame]))
         self._faces = faces
         self._crop_scale, self._crop = float(1 / np.ptp(own.landmarks[0, :, :2], axis=0).max()), crop
         shown = crop if around is None and len(crop) > self.model.config.image_size else around
-        more = None if shown is None else finer(to_tensor(shown)[None], len(crop), self.model.config.image_size)
+        more = (
+            None if shown is None else photo_residual(to_tensor(shown)[None], len(crop), self.model.config.image_size)
+        )
         self._more = None if more is None else more.to(self.device)
         self._room = None if around is None else self._tensor(room_around(own.crop, own.size)[None])
         self._encode(crop, own)
 
     def _encode(self, crop: np.ndarray, own: Motion) -> None:
         crop = shrunk(crop, self.model.config.image_size)
-        person = self._tensor(self.person_mask.alpha(crop, self._faces, strands=True)[None, None])
+        person = self._tensor(self.person_mask.alpha(crop, self._faces, hair_strands=True)[None, None])
         self._source = self._computed(
             self.model.encode_source, to_tensor(crop)[None].to(self.device), self._tensor(own.beta),
-            self._tensor(own.camera), self._tensor(head_points(own.landmarks, own.camera)), person, self._room,
+            self._tensor(own.camera), self._tensor(landmarks_to_head_frame(own.landmarks, own.camera)), person, self._room,
         )  # fmt: skip
-        self._keys = PlaneKeys(self._planes, self._reach) if self._reach else None
+        self._keys = TriplaneInterpolator(self._planes, self._reach) if self._reach else None
 
     def drive(
         self, motions: Iterable[Motion], *, control: Control | None = None, reference: Motion | None = None
@@ -177,14 +182,14 @@ class Animator:
         `control` says what of them is taken, and counts from the one frame of `reference` what is relative.
         """
         control = control or Control()
-        own = self.source_camera().vector()
+        own = self.source_camera().to_vector()
         rest = None if reference is None else self._coefficients(reference.beta[:1])
         for motion in motions:
             for at in range(0, len(motion), self.ahead):
                 beta, camera = motion.beta[at : at + self.ahead], motion.camera[at : at + self.ahead]
-                lam = control.lam(self._need_source().lam, self._coefficients(beta), rest)
-                seen = control.cameras(own, camera, None if reference is None else reference.camera[0])
-                yield from self._moving(seen, emphasised(self._need_source().lam, lam))
+                lam = control.target_expression(self._need_source().lam, self._coefficients(beta), rest)
+                seen = control.target_cameras(own, camera, None if reference is None else reference.camera[0])
+                yield from self._moving(seen, amplify_expression(self._need_source().lam, lam))
 
     def view(self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False) -> Iterator[np.ndarray]:
         """The source seen by cameras (T, 25); one tri-plane serves all as long as the expression stays.
@@ -202,7 +207,7 @@ class Animator:
                 continue
             if posed is None or source is not self._source:  # it is another one after `widen`
                 source = self._need_source()
-                posed = self._computed(self.model.pose, source, lam)
+                posed = self._computed(self.model.pose_head, source, lam)
             yield from self._frames(part, lam=lam.expand(len(part), -1), posed=posed, depth=depth)
 
     def edit(self, changes: np.ndarray) -> Iterator[np.ndarray]:
@@ -211,7 +216,7 @@ class Animator:
         lam = source.lam + self._tensor(changes)
         for at in range(0, len(lam), self.ahead):
             part = lam[at : at + self.ahead]
-            yield from self._moving(np.repeat(self.source_camera().vector()[None], len(part), axis=0), part)
+            yield from self._moving(np.repeat(self.source_camera().to_vector()[None], len(part), axis=0), part)
 
     def field(self, points: np.ndarray, *, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """RGB (N, 3) in about [-1, 1] and density (N,) of the volume at points (N, 3) of the head frame, both float32.
@@ -219,10 +224,10 @@ class Animator:
         `beta` (1, 64) is the expression; None: the source's own.
         """
         source, parts = self._need_source(), []
-        posed = self._computed(self.model.pose, source, self._lam(beta))
+        posed = self._computed(self.model.pose_head, source, self._lam(beta))
         with torch.inference_mode(), autocast(self.device, self.precision):
             for part in self._tensor(points).split(POINTS):
-                colours, densities = self.model.field(source, posed, part[None])
+                colours, densities = self.model.query_field(source, posed, part[None])
                 parts.append(torch.cat([colours[0, :, :3], densities[0, :, None]], dim=-1).float().cpu())
         found = torch.cat(parts).numpy()
         return found[:, :3], found[:, 3]
@@ -240,7 +245,7 @@ class Animator:
     @property
     def ahead(self) -> int:
         """Frames of a driver that are best given together."""
-        return max(self.batch, WINDOW) if self._reach else self.batch
+        return max(self.batch, KEYFRAME_WINDOW) if self._reach else self.batch
 
     @property
     def crop_scale(self) -> float:
@@ -262,14 +267,14 @@ class Animator:
     def _lam(self, beta: np.ndarray | None) -> Tensor:
         """What to ask the model for: the source's own, or an expression."""
         own = self._need_source().lam
-        return own if beta is None else emphasised(own, self._coefficients(beta))
+        return own if beta is None else amplify_expression(own, self._coefficients(beta))
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
             return self.model.expression.coefficients(self._tensor(beta))
 
     def _planes(self, lam: Tensor) -> Tensor:
-        return self._computed(self.model.planes, self._need_source(), lam)
+        return self._computed(self.model.generate_planes, self._need_source(), lam)
 
     def _computed(self, part: Callable[..., Any], *args: Any) -> Any:
         with torch.inference_mode(), autocast(self.device, self.precision):
@@ -284,7 +289,7 @@ class Animator:
             yield from self._frames(camera[part], lam=lam[part], planes=own)
 
     def _frames(
-        self, camera: np.ndarray, *, lam: Tensor, posed: Posed | None = None, depth: bool = False,
+        self, camera: np.ndarray, *, lam: Tensor, posed: PosedHead | None = None, depth: bool = False,
         planes: Tensor | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         def make(part: slice) -> np.ndarray:
@@ -295,7 +300,7 @@ class Animator:
 
         yield from self._in_memory(make, 0, len(camera))
 
-    def _drive(self, camera: np.ndarray, lam: Tensor, posed: Posed | None, planes: Tensor | None = None) -> Output:
+    def _drive(self, camera: np.ndarray, lam: Tensor, posed: PosedHead | None, planes: Tensor | None = None) -> Output:
         """The model on frames; what overflows in half precision is made again in fp32, and all that follows too.
 
         `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each.
@@ -304,7 +309,7 @@ class Animator:
         size, samples = sampling(self.model.config, self.quality)
         with autocast(self.device, self.precision):
             posed = posed and posed.expand(len(camera))
-            posed = posed if planes is None else self.model.pose(source, lam, planes)
+            posed = posed if planes is None else self.model.pose_head(source, lam, planes)
             out = self.model.drive(
                 source, None, self._tensor(camera), lam=lam, posed=posed, raw_size=size, samples=samples,
                 mesh_size=mesh_size(self.model.config, self.size),
@@ -316,7 +321,7 @@ class Animator:
         self.notes.append(f"{self.precision} gave numbers that are not finite: went on in fp32")
         self.precision = "fp32"
         for part, full in zip(self._parts, self._full, strict=True):
-            widen(part, full)
+            restore_fp32(part, full)
         self._encode(self._crop, self.source_motion())
         return self._drive(camera, lam.float(), None)
 
@@ -337,7 +342,7 @@ def reenact(
     options: ReenactOptions | None = None,
     *,
     progress: Progress | None = None,
-    tape: FaceTape | None = None,
+    tape: TrackCache | None = None,
 ) -> Summary:
     """Animate the portrait `source` by `driver` (video, image, `.motion.npz` or ARKit CSV) into the video `out`.
 
@@ -345,12 +350,12 @@ def reenact(
     """
     options, began = options or ReenactOptions(), time.monotonic()
     check_outputs([out], options.background)
-    check_free(out, options.overwrite)
+    check_overwrite(out, options.overwrite)
     torch.manual_seed(options.seed)
-    control, mark = options.control, marker(options.watermark)
+    control, mark = options.control, get_watermarker(options.watermark)
     composer = compose_source(animator, source, options)
-    stream = open_driver(animator, driver, options, tape=tape, shown=composer.still.shape[0])
-    audio, audio_start = sound_of(driver, options.audio, options.start)
+    stream = open_driver(animator, driver, options, tape=tape, shown=composer.source_frame.shape[0])
+    audio, audio_start = select_audio(driver, options.audio, options.start)
 
     def write(shown: tuple[np.ndarray, np.ndarray | None]) -> None:
         writer.write(mark(composer(*shown)))
@@ -365,41 +370,41 @@ def reenact(
             out, size=composer.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
             alpha=composer.transparent,
         ) as writer,
-        Behind(write, animator.batch, told=told, stop=writer.stop) as behind,
+        BackgroundWriter(write, animator.batch, on_written=told, stop=writer.abort) as behind,
         # the driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself
-        nullcontext(stream) if options.tracker == "fan" else Ahead(stream, AHEAD, stop=stream.stop) as parts,
+        nullcontext(stream) if options.tracker == "fan" else PrefetchIterator(stream, AHEAD, stop=stream.stop) as parts,
     ):  # fmt: skip
         for number, (motion, crops) in enumerate(parts):
             frames = animator.drive([motion], control=control, reference=stream.reference)
             for shown in zip(frames, crops, strict=True):
                 behind.put(shown)
             if number % TIDY == 0:
-                give_back_memory()
+                trim_heap()
     return Summary(
-        out, behind.done, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
+        out, behind.written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
         (*stream.notes, *animator.notes),
     )  # fmt: skip
 
 
-def compose_source(animator: Animator, source: Path, options: ReenactOptions) -> Composer:
+def compose_source(animator: Animator, source: Path, options: ReenactOptions) -> Compositor:
     """Set the source, and make what puts its results into frames."""
     photo = read_portrait(source)
     motion = animator.set_source(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
-    return Composer(
+    return Compositor(
         photo, animator.source_crop(), motion.crop, paste_back=options.paste_back, background=options.background,
         compare=options.compare,
     )  # fmt: skip
 
 
 def open_driver(
-    animator: Animator, driver: Path, options: ReenactOptions, *, tape: FaceTape | None = None, shown: int = 0
+    animator: Animator, driver: Path, options: ReenactOptions, *, tape: TrackCache | None = None, shown: int = 0
 ) -> DriverStream:
     """The driver's motion as `options` want it, for the animator's source; `shown`: side of its pictures, 0: usual."""
     return DriverStream(
         driver, animator.follower(options.tracker), face=options.driver_face, batch=animator.ahead,
         crop_scale=animator.crop_scale, fps=options.fps,
-        shown=(shown or animator.size) if options.compare else None,
+        crop_size=(shown or animator.size) if options.compare else None,
         start=options.start, duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing,
         smooth=options.smooth, reference=options.reference_frame if options.control.needs_reference else None,
-        camera=animator.source_camera().vector(), tape=tape,
+        camera=animator.source_camera().to_vector(), track_cache=tape,
     )  # fmt: skip

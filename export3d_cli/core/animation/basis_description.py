@@ -12,15 +12,15 @@ from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.motion import BETA_NAMES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS
 
-STILL = 0.0201  # entries of beta at the least deviation, 0.02, hardly moved in training and mean nothing
-SAMPLES = 256  # expressions around the mean over which the Jacobian is averaged
-PIXELS = 256  # side of the picture in which motion is told
-_JAW = (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397)  # the chin's outline
+MIN_BETA_STD = 0.0201  # entries of beta at the least deviation, 0.02, hardly moved in training and mean nothing
+JACOBIAN_SAMPLES = 256  # expressions around the mean over which the Jacobian is averaged
+IMAGE_SIZE_PX = 256  # side of the picture in which motion is told
+_JAWLINE = (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397)  # the chin's outline
 REGIONS: dict[str, tuple[int, ...]] = {
     "lips": mesh.LIPS,
     "eyes": mesh.LEFT_EYE + mesh.RIGHT_EYE + mesh.LEFT_IRIS + mesh.RIGHT_IRIS,
     "brows": mesh.LEFT_BROW + mesh.RIGHT_BROW,
-    "jaw": _JAW,
+    "jaw": _JAWLINE,
 }
 
 
@@ -40,21 +40,21 @@ class BasisDescription:
     vectors: tuple[BasisVector, ...]
 
 
-def describe_basis(animator: Animator, *, most: int = 4) -> BasisDescription:
+def describe_basis(animator: Animator, *, top: int = 4) -> BasisDescription:
     """The `most` entries of beta that move each lambda_i most, by the mean Jacobian of f_e; the regions b_i moves."""
     expression, flow = animator.model.expression, animator.model.flow
     generator = torch.Generator().manual_seed(0)
-    spread = torch.randn(SAMPLES, len(BETA_NAMES), generator=generator).to(animator.device)
+    spread = torch.randn(JACOBIAN_SAMPLES, len(BETA_NAMES), generator=generator).to(animator.device)
     with torch.enable_grad():
         beta = (expression.beta_mean + spread * expression.beta_std).detach().requires_grad_()
         lam = expression.coefficients(beta)  # (SAMPLES, n)
         slopes = [torch.autograd.grad(column.sum(), beta, retain_graph=True)[0] for column in lam.unbind(1)]
-    moving = expression.beta_std > STILL
+    moving = expression.beta_std > MIN_BETA_STD
     jacobian = (torch.stack(slopes).mean(1) * expression.beta_std * moving).detach().cpu().numpy()  # (n, 64)
-    per_unit = FOCAL / RADIUS * PIXELS  # pixels a unit of the head frame, seen from the usual distance
+    per_unit = FOCAL / RADIUS * IMAGE_SIZE_PX  # pixels a unit of the head frame, seen from the usual distance
     vectors = []
     for i, row in enumerate(jacobian):
-        strongest = np.argsort(-np.abs(row))[:most]
+        strongest = np.argsort(-np.abs(row))[:top]
         moves = {}
         if flow is not None:
             motion = flow.basis[i, :, :2].float().norm(dim=-1).cpu().numpy() * per_unit  # (478,)

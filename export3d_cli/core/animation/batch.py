@@ -24,11 +24,11 @@ from export3d_cli.core.animation.animator import (
     reenact,
 )
 from export3d_cli.core.animation.compositor import check_outputs
-from export3d_cli.core.face.motion import motion_rows
-from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.face.motion import select_frames
+from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 
-_PLACE = re.compile(r"\{(src|drive)\}")
+_PLACEHOLDER = re.compile(r"\{(src|drive)\}")
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,15 @@ def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
 
     Names are stripped of everything but letters, digits, `_`, `-` and `.`, so that the result stays in its folder.
     """
-    left = _PLACE.sub("", out)
+    left = _PLACEHOLDER.sub("", out)
     if "{" in left or "}" in left:
         raise InputError(f"{out} has a place other than {{src}} and {{drive}}: use these two")
     if out.endswith(("/", os.sep)) or Path(out).is_dir():
         out = os.path.join(out, "{src}-{drive}.mp4")
-    names = [{"src": _plain(source.stem), "drive": _plain(driver.name.split(".")[0])} for source in sources]
-    paths = [Path(_PLACE.sub(lambda match, name=name: name[match[1]], out)) for name in names]  # type: ignore[misc]
+    names = [
+        {"src": _sanitize_name(source.stem), "drive": _sanitize_name(driver.name.split(".")[0])} for source in sources
+    ]
+    paths = [Path(_PLACEHOLDER.sub(lambda match, name=name: name[match[1]], out)) for name in names]  # type: ignore[misc]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         hint = "rename one of the sources" if "{src}" in out else "use a template such as {src}-{drive}.mp4"
@@ -107,14 +109,16 @@ def reenact_all(
     failed: list[str] = []
     paths = output_paths(sources, driver, out)
     check_outputs(paths, options.background)
-    with FaceTape() as tape:
+    with TrackCache() as tape:
         for source, path in zip(sources, paths, strict=True):
             if os.path.lexists(path) and not options.overwrite:
                 skipped.append(path)
                 continue
             try:
                 done.append(
-                    reenact(animator, source, driver, path, options, progress=_named(progress, source), tape=tape)
+                    reenact(
+                        animator, source, driver, path, options, progress=_prefix_stage(progress, source), tape=tape
+                    )
                 )
             except (Export3DError, OSError) as error:
                 failed.append(f"{source}: {error}")
@@ -123,7 +127,7 @@ def reenact_all(
     return BatchSummary(tuple(done), tuple(skipped), tuple(failed), time.monotonic() - began, tuple(notes))
 
 
-def plan(
+def plan_reenact(
     animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None
 ) -> Plan:
     """What `reenact_all` would do: faces are looked for and one batch is made to measure, nothing is written."""
@@ -145,7 +149,7 @@ def plan(
             part = next(iter(stream))[0]
         except NoFaceError:
             part, notes = own, (*notes, f"no face in the first frames of {driver}")
-    first = motion_rows(part, np.array([0]))
+    first = select_frames(part, np.array([0]))
     seconds = []
     for _ in range(2):  # the first time warms up
         began = time.monotonic()
@@ -153,27 +157,27 @@ def plan(
             composer(result)
         seconds.append((time.monotonic() - began) / len(part))
     began = time.monotonic()
-    animator.follower(options.tracker).landmarker.track(composer.still)
+    animator.follower(options.tracker).landmarker.track(composer.source_frame)
     tracking = time.monotonic() - began
     todo = sum(options.overwrite or not planned.exists for planned in faces)
     return Plan(
-        tuple(faces), driver, frames, fps, animator.device_name, _peak_memory(animator.device),
+        tuple(faces), driver, frames, fps, animator.device_name, _peak_memory_mb(animator.device),
         frames * (tracking + todo * seconds[-1]), (*notes, *animator.notes),
     )  # fmt: skip
 
 
-def _plain(name: str) -> str:
+def _sanitize_name(name: str) -> str:
     """A file's name that can be part of another, whatever system it came from."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._")[:100] or "file"
 
 
-def _named(progress: Progress | None, source: Path) -> Progress | None:
+def _prefix_stage(progress: Progress | None, source: Path) -> Progress | None:
     if progress is None:
         return None
     return lambda stage, done, total: progress(f"{source.name}: {stage}", done, total)
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def _peak_memory_mb(device: torch.device) -> int | None:
     """MB this process took at most: of the GPU where it computes there, else of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device) / 2**20)

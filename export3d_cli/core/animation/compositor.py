@@ -9,20 +9,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.matting import PersonMask, foreground
-from export3d_cli.core.media.codec import VIDEO_SUFFIXES, check_name
-from export3d_cli.core.media.image import is_image, read_image
+from export3d_cli.core.face.matting import PersonMatting, estimate_foreground
+from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_output_suffix
+from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
 FEATHER = 0.08  # of the crop's side: over this width the result becomes the photograph
-_NO_PORTRAITS = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
+_VIDEO_SUFFIXES = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
 Square = tuple[float, float, float]
 
 
 def read_portrait(path: Path) -> np.ndarray:
     """A photo to be animated, uint8 (H, W, 3) RGB; says of a video that it is none."""
-    if path.suffix.lower() in _NO_PORTRAITS:
+    if path.suffix.lower() in _VIDEO_SUFFIXES:
         raise InputError(f"{path} cannot be the portrait, which is one photo: save a frame of it as .png and give that")
     return read_image(path)
 
@@ -30,7 +30,7 @@ def read_portrait(path: Path) -> np.ndarray:
 def check_outputs(outputs: list[Path], background: str) -> None:
     """Raise `InputError` for names that cannot be written, for what is no background, and where both do not fit."""
     for out in outputs:
-        check_name(out, alpha=background == "transparent")
+        check_output_suffix(out, alpha=background == "transparent")
     if background in ("source", "transparent"):
         return
     if background.startswith("#"):
@@ -40,11 +40,11 @@ def check_outputs(outputs: list[Path], background: str) -> None:
         path = Path(background)
         if not path.exists():
             raise InputError(f"background {background!r} does not exist: use source, transparent, #rrggbb or a picture")
-        if not is_image(path):
+        if not has_image_suffix(path):
             raise InputError(f"background {background} is no picture: give a .jpg, .png or .webp file")
 
 
-class Composer:
+class Compositor:
     """Makes of every result (S, S, 3) the frame to write: uint8 (H, W, 3), or (H, W, 4) where it is transparent.
 
     Args:
@@ -62,45 +62,47 @@ class Composer:
         self, photo: np.ndarray, source: np.ndarray, square: Square, *, paste_back: bool = False,
         background: str = "source", compare: bool = False,
     ) -> None:  # fmt: skip
-        self.still = photo if paste_back else source
-        height, width = self.still.shape[:2]
+        self.source_frame = photo if paste_back else source
+        height, width = self.source_frame.shape[:2]
         self.size = (2 * width + height, height) if compare else (width, height)
         self.transparent = background == "transparent"
         self._paste = PasteBack(photo, square, len(source)) if paste_back else None
-        self._person: PersonMask | None = None
+        self._matting: PersonMatting | None = None
         if background == "source":
             return
-        self._person = PersonMask(resolve("selfie_segmentation"))
-        self._behind = None if self.transparent else backdrop(background, (width, height))
+        self._matting = PersonMatting(resolve_weights("selfie_segmentation"))
+        self._backdrop = None if self.transparent else load_backdrop(background, (width, height))
         if self._paste is None:
             return
-        alpha, inner = self._person.alpha(photo), self._person.alpha(source)  # the closer look knows better
+        alpha, inner = self._matting.alpha(photo), self._matting.alpha(source)  # the closer look knows better
         self._alpha = self._paste.blend(inner, alpha)
-        self._colours = foreground(photo, self._alpha)
-        self._canvas = over(self._colours, self._alpha, self._behind)
+        self._colours = estimate_foreground(photo, self._alpha)
+        self._canvas = composite_over(self._colours, self._alpha, self._backdrop)
 
     def __call__(self, result: np.ndarray, driver: np.ndarray | None = None) -> np.ndarray:
         """The next frame; with the driver's picture (H, H, 3) where they are compared."""
         frame = self._frame(result)
         if driver is None:
             return frame
-        before = np.concatenate([self.still, driver], axis=1)
+        before = np.concatenate([self.source_frame, driver], axis=1)
         if self.transparent:
             before = np.dstack([before, np.full(before.shape[:2], 255, np.uint8)])
         return np.concatenate([before, frame], axis=1)
 
     def _frame(self, result: np.ndarray) -> np.ndarray:
         paste = self._paste
-        if self._person is None:
+        if self._matting is None:
             return result if paste is None else paste.blend(result, paste.photo)
-        alpha = self._person.follow(result)
-        colours = foreground(result, alpha)
+        alpha = self._matting.next_alpha(result)
+        colours = estimate_foreground(result, alpha)
         if paste is None:
-            return over(colours, alpha, self._behind)
+            return composite_over(colours, alpha, self._backdrop)
         at = paste.region
         frame = self._canvas.copy()
-        behind = None if self._behind is None else self._behind[at]
-        frame[at] = over(paste.blend_region(colours, self._colours), paste.blend_region(alpha, self._alpha), behind)
+        behind = None if self._backdrop is None else self._backdrop[at]
+        frame[at] = composite_over(
+            paste.blend_region(colours, self._colours), paste.blend_region(alpha, self._alpha), behind
+        )
         return frame
 
 
@@ -123,7 +125,7 @@ class PasteBack:
         across = _feather(np.arange(left, right) + 0.5, x0, side, width)
         down = _feather(np.arange(top, bottom) + 0.5, y0, side, height)
         self.weight = np.outer(down, across).astype(np.float32)
-        self._rest = 1 - self.weight
+        self._photo_weight = 1 - self.weight
 
     def blend(self, result: np.ndarray, photo: np.ndarray) -> np.ndarray:
         """`result` in the middle of its square of a copy of `photo`, (H, W) or (H, W, 3)."""
@@ -139,17 +141,17 @@ class PasteBack:
         aligned = cv2.warpAffine(result, self._matrix, self._grid, flags=flags, borderMode=cv2.BORDER_REPLICATE)
         smaller = self._grid[0] > self._shape[0]
         large = cv2.resize(aligned, self._shape, interpolation=cv2.INTER_AREA if smaller else kind)
-        return cv2.blendLinear(large, np.ascontiguousarray(photo[self.region]), self.weight, self._rest)
+        return cv2.blendLinear(large, np.ascontiguousarray(photo[self.region]), self.weight, self._photo_weight)
 
 
-def over(colours: np.ndarray, alpha: np.ndarray, behind: np.ndarray | None) -> np.ndarray:
+def composite_over(colours: np.ndarray, alpha: np.ndarray, backdrop: np.ndarray | None) -> np.ndarray:
     """Colours (H, W, 3) with alpha (H, W) before a picture; before None, alpha becomes a fourth channel."""
-    if behind is None:
+    if backdrop is None:
         return np.dstack([colours, np.rint(255 * alpha).astype(np.uint8)])
-    return cv2.blendLinear(colours, np.ascontiguousarray(behind), alpha, 1 - alpha)
+    return cv2.blendLinear(colours, np.ascontiguousarray(backdrop), alpha, 1 - alpha)
 
 
-def backdrop(background: str, size: tuple[int, int]) -> np.ndarray:
+def load_backdrop(background: str, size: tuple[int, int]) -> np.ndarray:
     """#rrggbb, or a picture that covers (width, height), its middle kept -> uint8 (height, width, 3)."""
     width, height = size
     if background.startswith("#"):

@@ -16,22 +16,24 @@ import numpy as np
 
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.fan_tracker import POINTS as FAN_POINTS
+from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS as FAN_POINTS
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, Square, chosen_rows, crop_image, motion_rows
-from export3d_cli.core.face.smoothing import MotionFilter, Smooth
-from export3d_cli.core.face.target_face import Follower
-from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.face.motion import Motion, Square, crop_image, resample_rows, select_frames
+from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
+from export3d_cli.core.face.target_face import TargetFaceTracker
+from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker_protocol import FaceTracker
-from export3d_cli.core.media.image import is_image, read_image
+from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
-LOOKAHEAD = 10  # seconds of the driver over which its crop is measured
+LOOKAHEAD_S = 10  # seconds of the driver over which its crop is measured
 OnMissing = Literal["hold", "skip", "fail"]  # what becomes of frames without a face
-Part = tuple[Motion, "list[np.ndarray | None]"]  # motion of some frames, and their face crops where they are shown
+MotionBatch = tuple[
+    Motion, "list[np.ndarray | None]"
+]  # motion of some frames, and their face crops where they are shown
 
 
 class DriverStream:
@@ -66,52 +68,52 @@ class DriverStream:
         batch: int,
         crop_scale: float,
         face: str = "largest",
-        shown: int | None = None,
+        crop_size: int | None = None,
         fps: Fraction | None = None,
         start: float = 0.0,
         duration: float | None = None,
         max_frames: int | None = None,
         on_missing: OnMissing = "hold",
-        smooth: Smooth = "off",
+        smooth: SmoothingLevel = "off",
         reference: int | None = None,
         camera: np.ndarray | None = None,
-        tape: FaceTape | None = None,
+        track_cache: TrackCache | None = None,
     ) -> None:
         self.driver, self.tracker = driver, tracker
-        self.batch, self.crop_scale, self.shown = batch, crop_scale, shown
+        self.batch, self.crop_scale, self.crop_size = batch, crop_scale, crop_size
         self.max_frames, self.on_missing = max_frames, on_missing
-        self.smooth, self.tape, self.face = smooth, tape, face
+        self.smooth, self.track_cache, self.face = smooth, track_cache, face
         self.missing = 0
         self.notes: list[str] = []
         self.reference: Motion | None = None
         self._reference_row = reference
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
-        self._second: VideoReader | None = None  # the same frames again, to be shown
-        self._again: Iterator[tuple[int, np.ndarray]] | None = None
+        self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
+        self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
         self._stopped = False
-        if holds_motion(driver):
-            if shown is not None:
+        if is_motion_file(driver):
+            if crop_size is not None:
                 raise InputError(f"{driver} holds no pictures to show beside the result: leave out --compare")
             if driver.suffix.lower() == ".csv":
-                camera = Camera.orbit(0).vector() if camera is None else camera
-                motion, self.notes = arkit.read_csv(driver, resolve("arkit_measures"), camera)
+                camera = Camera.orbit(0).to_vector() if camera is None else camera
+                motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), camera)
             else:
-                motion = Motion.load(driver, points=(mesh.POINTS, FAN_POINTS, 0))
+                motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, FAN_POINTS, 0))
             self.fps = motion.fps if fps is None else fps
-            chosen = chosen_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
+            chosen = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
             if not len(chosen):
                 raise InputError(f"start {start} s lies behind the end of {driver}")
-            self._motion = motion_rows(motion, chosen)
+            self._motion = select_frames(motion, chosen)
             self.total = len(chosen)
-        elif is_image(driver):
+        elif has_image_suffix(driver):
             self.fps, self.total = fps or Fraction(25), 1
         else:
             self._reader = VideoReader(driver, fps=fps, start=start, duration=duration)
-            if shown is not None:
-                self._second = VideoReader(driver, fps=fps, start=start, duration=duration)
+            if crop_size is not None:
+                self._crop_reader = VideoReader(driver, fps=fps, start=start, duration=duration)
             info = self._reader.info
-            self.fps, self.total = info.fps, min(info.frames, max_frames or info.frames)
+            self.fps, self.total = info.fps, min(info.frame_count, max_frames or info.frame_count)
             self.notes += self._reader.notes
 
     def __enter__(self) -> DriverStream:
@@ -123,22 +125,22 @@ class DriverStream:
     def stop(self) -> None:
         """Have an iteration that goes on in another thread fail at its next frame."""
         self._stopped = True
-        for reader in (self._reader, self._second):
+        for reader in (self._reader, self._crop_reader):
             if reader is not None:
                 reader.close()
 
-    def __iter__(self) -> Iterator[Part]:
-        self._filter = MotionFilter(self.smooth, self.fps)
+    def __iter__(self) -> Iterator[MotionBatch]:
+        self._filter = MotionSmoother(self.smooth, self.fps)
         if self._motion is None:
-            yield from self._follow()
+            yield from self._track()
             return
         self.missing = int((~self._motion.found).sum())
         if self._reference_row is not None:
             self._check_reference(self.total)
-            before = motion_rows(self._motion, np.arange(self._reference_row + 1))
-            self.reference = self._last(MotionFilter(self.smooth, self.fps)(before))
+            before = select_frames(self._motion, np.arange(self._reference_row + 1))
+            self.reference = self._last_row(MotionSmoother(self.smooth, self.fps)(before))
         for at in range(0, self.total, self.batch):
-            part = motion_rows(self._motion, np.arange(at, min(at + self.batch, self.total)))
+            part = select_frames(self._motion, np.arange(at, min(at + self.batch, self.total)))
             yield self._filter(part), [None] * len(part)
 
     def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
@@ -154,31 +156,31 @@ class DriverStream:
 
     def _faces(self) -> Iterator[tuple[Face | None, tuple[int, int]]]:
         """The face of each frame, and the frame's size: tracked, or from the tape."""
-        if self.tape is not None and self.tape.complete:
-            for face in self.tape:
-                yield face, self.tape.size
+        if self.track_cache is not None and self.track_cache.complete:
+            for face in self.track_cache:
+                yield face, self.track_cache.size
             return
-        if self.tape is not None:
-            self.tape.clear()
-        follow = Follower(self.tracker.landmarker, self.fps, which=self.face, name=str(self.driver))
+        if self.track_cache is not None:
+            self.track_cache.clear()
+        follow = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
         for image in self._images(self._reader):
             size = (image.shape[1], image.shape[0])
             face = follow(image)
-            if self.tape is not None:
-                self.tape.append(face, size)
+            if self.track_cache is not None:
+                self.track_cache.append(face, size)
             yield face, size
         if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
-        if self.tape is not None:
-            self.tape.complete = True
+        if self.track_cache is not None:
+            self.track_cache.complete = True
 
-    def _follow(self) -> Iterator[Part]:
+    def _track(self) -> Iterator[MotionBatch]:
         """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""
         waiting: list[tuple[int, Face | None]] = []  # frame number, face
         crop: Square | None = None
         held: Face | None = None
         size = (0, 0)
-        ahead = max(1, round(LOOKAHEAD * self.fps), (self._reference_row or 0) + 1)
+        ahead = max(1, round(LOOKAHEAD_S * self.fps), (self._reference_row or 0) + 1)
         for index, (face, size) in enumerate(self._faces()):
             if face is None:
                 self.missing += 1
@@ -188,27 +190,27 @@ class DriverStream:
                     continue
             waiting.append((index, face))
             if crop is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
-                crop = self._begin(waiting, size)
+                crop = self._start(waiting, size)
             if crop is not None and len(waiting) >= self.batch:
                 held = yield from self._flush(waiting, held, crop, size)
         if not any(f is not None for _, f in waiting) and held is None:
             raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
         if waiting:
-            crop = crop or self._begin(waiting, size)
+            crop = crop or self._start(waiting, size)
             yield from self._flush(waiting, held, crop, size, rest=True)
 
-    def _begin(self, waiting: list[tuple[int, Face | None]], size: tuple[int, int]) -> Square:
+    def _start(self, waiting: list[tuple[int, Face | None]], size: tuple[int, int]) -> Square:
         """The crop, once enough frames wait; and the reference frame's motion, smoothed like the frames."""
-        crop = self._crop([f for _, f in waiting], size)
+        crop = self._compute_crop([f for _, f in waiting], size)
         if self._reference_row is not None:
             self._check_reference(len(waiting))
-            smoothed = MotionFilter(self.smooth, self.fps)
+            smoothed = MotionSmoother(self.smooth, self.fps)
             held = None
             for at in range(0, self._reference_row + 1, self.batch):
                 part = waiting[at : min(at + self.batch, self._reference_row + 1)]
                 first = held or next(f for _, f in waiting if f is not None)
-                motion, held = self._motion_of(part, first, crop, size)
-                self.reference = self._last(smoothed(motion))
+                motion, held = self._to_motion(part, first, crop, size)
+                self.reference = self._last_row(smoothed(motion))
         return crop
 
     def _check_reference(self, frames: int) -> None:
@@ -216,10 +218,10 @@ class DriverStream:
             raise InputError(f"{self.driver} has {frames} frames: there is no reference frame {self._reference_row}")
 
     @staticmethod
-    def _last(motion: Motion) -> Motion:
-        return motion_rows(motion, np.array([-1]))
+    def _last_row(motion: Motion) -> Motion:
+        return select_frames(motion, np.array([-1]))
 
-    def _motion_of(
+    def _to_motion(
         self, part: list[tuple[int, Face | None]], last: Face, crop: Square, size: tuple[int, int]
     ) -> tuple[Motion, Face]:
         """Motion of some frames, those without a face repeating the last one with one, which is returned."""
@@ -227,45 +229,47 @@ class DriverStream:
         for _, face in part:
             last = face or last
             faces.append(last)
-        motion = self.tracker.motion(faces, self.fps, size, crop=crop)
+        motion = self.tracker.make_motion(faces, self.fps, size, crop=crop)
         return replace(motion, found=np.array([face is not None for _, face in part])), last
 
-    def _crop(self, faces: list[Face | None], size: tuple[int, int]) -> Square:
+    def _compute_crop(self, faces: list[Face | None], size: tuple[int, int]) -> Square:
         """The driver's crop, as many face boxes wide as the source's, so that both faces have one size."""
-        return self.tracker.settle([f for f in faces if f is not None], size, (self.crop_scale, self.crop_scale))
+        return self.tracker.calibrate_clip(
+            [f for f in faces if f is not None], size, (self.crop_scale, self.crop_scale)
+        )
 
     def _flush(
         self, waiting: list[tuple[int, Face | None]], held: Face | None, crop: Square, size: tuple[int, int],
         *, rest: bool = False,
-    ) -> Generator[Part, None, Face]:  # fmt: skip
+    ) -> Generator[MotionBatch, None, Face]:  # fmt: skip
         """Turn waiting frames into batches; those without a face repeat the last one with one, which is returned."""
         last = held or next(f for _, f in waiting if f is not None)
         while len(waiting) >= self.batch or (rest and waiting):
             part, waiting[:] = waiting[: self.batch], waiting[self.batch :]
-            motion, last = self._motion_of(part, last, crop, size)
-            yield self._filter(motion), [self._shown(index, crop) for index, _ in part]
+            motion, last = self._to_motion(part, last, crop, size)
+            yield self._filter(motion), [self._driver_crop(index, crop) for index, _ in part]
         return last
 
-    def _shown(self, index: int, crop: Square) -> np.ndarray | None:
+    def _driver_crop(self, index: int, crop: Square) -> np.ndarray | None:
         """The driver's frame to be shown, read a second time so that none has to wait in memory."""
-        if self.shown is None:
+        if self.crop_size is None:
             return None
-        if self._again is None:
-            self._again = enumerate(self._images(self._second))
-        image = next(image for number, image in self._again if number == index)
-        return crop_image(image, crop, self.shown)
+        if self._crop_frames is None:
+            self._crop_frames = enumerate(self._images(self._crop_reader))
+        image = next(image for number, image in self._crop_frames if number == index)
+        return crop_image(image, crop, self.crop_size)
 
 
-def holds_motion(driver: Path) -> bool:
+def is_motion_file(driver: Path) -> bool:
     """Whether a driver is a file of numbers, with neither pictures nor sound."""
     return driver.suffix.lower() in (".npz", ".csv")
 
 
-def sound_of(driver: Path, audio: str, start: float) -> tuple[Path | None, float]:
+def select_audio(driver: Path, audio: str, start: float) -> tuple[Path | None, float]:
     """The file whose sound joins the result, and where in it to begin: only the driver's own is skipped along.
 
     `audio` is driver, none or a file, as in `ReenactOptions`.
     """
     if audio == "driver":
-        return (None if holds_motion(driver) else driver), start
+        return (None if is_motion_file(driver) else driver), start
     return (None if audio == "none" else Path(audio)), 0.0

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.media.video import SYNTHETIC
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import write_atomic
 
 MESH_SUFFIXES = (".ply", ".glb")
-LEVEL = 8.0  # density, per unit of the head frame: the surface that follows the rendered depth best
+SURFACE_DENSITY = 8.0  # density, per unit of the head frame: the surface that follows the rendered depth best
 RESOLUTION = 192  # samples along each side of the cube
-METRES = 0.5  # a unit of the head frame
+METRES_PER_UNIT = 0.5  # a unit of the head frame
 
 
 @dataclass(frozen=True)
-class Mesh:
+class HeadMesh:
     """A surface of triangles, counter-clockwise seen from outside; see the module's docstring for the frame."""
 
     vertices: np.ndarray  # (V, 3) float32, metres
@@ -33,15 +33,15 @@ class Mesh:
     colours: np.ndarray  # (V, 3) uint8, sRGB
 
 
-def check_mesh(path: Path) -> None:
+def check_mesh_output(path: Path) -> None:
     """Raise `InputError` unless a mesh can be written to `path`, and the libraries that make one are there."""
     if path.suffix.lower() not in MESH_SUFFIXES:
         raise InputError(f"cannot write meshes of type {path.suffix!r}: use .ply or .glb")
     for name in ("skimage.measure", "trimesh"):
-        _library(name)
+        _import_library(name)
 
 
-def head_mesh(animator: Animator, *, beta: np.ndarray | None = None, resolution: int = 0) -> Mesh:
+def extract_head_mesh(animator: Animator, *, beta: np.ndarray | None = None, resolution: int = 0) -> HeadMesh:
     """The source's head, with its own expression or with beta (1, 64), `resolution` (0: 192) samples along an axis.
 
     What the photo shows beside the person is cut away, and of the rest the largest connected surface is kept. Raises
@@ -51,25 +51,29 @@ def head_mesh(animator: Animator, *, beta: np.ndarray | None = None, resolution:
 
     resolution = resolution or RESOLUTION
     points = _grid(resolution)
-    density = animator.field(points, beta=beta)[1] * _person(animator, points)
+    density = animator.field(points, beta=beta)[1] * _person_alpha(animator, points)
     level = np.pad(density.reshape((resolution,) * 3), 1)  # what reaches the border of the cube is closed there
-    parts = measure.label(level > LEVEL, connectivity=1)
+    parts = measure.label(level > SURFACE_DENSITY, connectivity=1)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     if not sizes.any():
         raise InputError("these weights show no surface in this portrait: choose other weights")
-    level = np.where((parts == sizes.argmax()) | (level <= LEVEL), level, 0)
-    corners, faces, _, _ = measure.marching_cubes(level, LEVEL)
+    level = np.where((parts == sizes.argmax()) | (level <= SURFACE_DENSITY), level, 0)
+    corners, faces, _, _ = measure.marching_cubes(level, SURFACE_DENSITY)
     points = ((corners[:, ::-1] - 0.5) / resolution - 0.5).astype(np.float32)  # index (z, y, x) -> head frame
     colours = animator.field(points, beta=beta)[0]
     shown = np.clip(colours * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
-    return Mesh(points * np.array([METRES, -METRES, -METRES], np.float32), faces.astype(np.int32), shown)
+    return HeadMesh(
+        points * np.array([METRES_PER_UNIT, -METRES_PER_UNIT, -METRES_PER_UNIT], np.float32),
+        faces.astype(np.int32),
+        shown,
+    )
 
 
-def write_mesh(path: Path, mesh: Mesh) -> None:
+def write_mesh(path: Path, mesh: HeadMesh) -> None:
     """Write `.ply` (binary, sRGB colours) or `.glb` (linear colours, as glTF wants), marked as synthetic."""
-    check_mesh(path)
-    trimesh = _library("trimesh")
+    check_mesh_output(path)
+    trimesh = _import_library("trimesh")
     glb = path.suffix.lower() == ".glb"
     colours = mesh.colours
     if glb:
@@ -77,13 +81,13 @@ def write_mesh(path: Path, mesh: Mesh) -> None:
         linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
         colours = np.rint(255 * linear).astype(np.uint8)
     surface = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=colours, process=False)
-    surface.metadata["comment"] = SYNTHETIC
+    surface.metadata["comment"] = SYNTHETIC_COMMENT
     if glb:
-        scene = trimesh.Scene(surface, metadata={"comment": SYNTHETIC})
-        data = scene.export(file_type="glb", include_normals=True, tree_postprocessor=_matt)
+        scene = trimesh.Scene(surface, metadata={"comment": SYNTHETIC_COMMENT})
+        data = scene.export(file_type="glb", include_normals=True, tree_postprocessor=_set_matte_material)
     else:
         head, rest = surface.export(file_type="ply").split(b"\n", 1)
-        data = head + b"\ncomment " + SYNTHETIC.encode() + b"\n" + rest
+        data = head + b"\ncomment " + SYNTHETIC_COMMENT.encode() + b"\n" + rest
     with write_atomic(path) as temporary:
         temporary.write_bytes(data)
 
@@ -95,7 +99,7 @@ def _grid(resolution: int) -> np.ndarray:
     return np.stack([x, y, z], axis=-1).reshape(-1, 3)
 
 
-def _person(animator: Animator, points: np.ndarray) -> np.ndarray:
+def _person_alpha(animator: Animator, points: np.ndarray) -> np.ndarray:
     """How much of the person, (N,) in [0, 1], is where the source's camera sees points (N, 3); 0 beside its picture."""
     alpha = animator.person_mask.alpha(animator.source_crop())
     at = np.floor(animator.source_camera().project(points) * len(alpha)).astype(int)
@@ -104,7 +108,7 @@ def _person(animator: Animator, points: np.ndarray) -> np.ndarray:
     return alpha[row, column] * inside
 
 
-def _matt(tree: dict[str, Any]) -> None:
+def _set_matte_material(tree: dict[str, Any]) -> None:
     """Give a glTF tree a matt material: without one, its surfaces are polished metal."""
     tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
     for mesh in tree["meshes"]:
@@ -112,7 +116,7 @@ def _matt(tree: dict[str, Any]) -> None:
             part["material"] = 0
 
 
-def _library(name: str) -> Any:
+def _import_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:

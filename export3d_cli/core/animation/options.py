@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 from export3d_cli.core.animation.driver_stream import OnMissing
-from export3d_cli.core.animation.retargeting import PARTS, Control
+from export3d_cli.core.animation.retargeting import DRIVABLE, Control
 from export3d_cli.core.animation.watermark import Watermark
 from export3d_cli.core.face.open_tracker import TrackerName
-from export3d_cli.core.face.smoothing import Smooth
+from export3d_cli.core.face.smoothing import SmoothingLevel
 from export3d_cli.core.runtime.errors import InputError
 
 Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 Crop = Literal["auto", "none"]
 Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
-STAYS = 0.03  # of the crop's side: how far the head may leave its place where the photograph goes on around it
+PASTE_BACK_MAX_TRAVEL = (
+    0.03  # of the crop's side: how far the head may leave its place where the photograph goes on around it
+)
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,20 @@ class ReenactOptions:
     face: str = "largest"  # of the source, where it shows several: largest | left | right | index:N
     driver_face: str = "largest"  # of the driver
     tracker: TrackerName = "landmarker"  # reads the driver; the source is always read by the landmarker
-    drive: tuple[str, ...] = PARTS  # what of the driver is followed
+    drive: tuple[str, ...] = DRIVABLE  # what of the driver is followed
     expression_scale: float = 1.0  # 0: the source's own, 1: the driver's
     pose_scale: float = 1.0
     pose: Literal["absolute", "relative"] = "absolute"  # the driver's camera, or the source's moved by the driver's
     relative_expression: bool = False  # the source's expression changed by the driver's change
     reference_frame: int = 0  # of the driver's frames that are used: what relative control counts from
-    smooth: Smooth = "light"
+    smooth: SmoothingLevel = "light"
     seed: int = 0
     watermark: Watermark = "none"  # beside the mark in the metadata
 
     @property
     def control(self) -> Control:
         """What of the driver reaches the source."""
-        limit = STAYS if self.paste_back else None
+        limit = PASTE_BACK_MAX_TRAVEL if self.paste_back else None
         return Control(self.drive, self.expression_scale, self.pose_scale, self.pose, self.relative_expression, limit)
 
 
@@ -73,7 +75,7 @@ class Summary:
     notes: tuple[str, ...] = field(default=())
 
 
-def check_free(out: Path, overwrite: bool) -> None:
+def check_overwrite(out: Path, overwrite: bool) -> None:
     """Raise `InputError` where something would be replaced that must not be."""
     if os.path.lexists(out) and not overwrite:
         raise InputError(f"{out} exists: choose another output or pass --overwrite")

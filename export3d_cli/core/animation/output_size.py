@@ -75,7 +75,7 @@ def mesh_size(config: ModelConfig, size: int) -> int:
 
 def pictures(out: Output, more: Tensor | None, size: int) -> np.ndarray:
     """The model's pictures, uint8 (B, H, W, 3), or (B, size, size, 3) with what a photo has `more`, (1, 3, M, M)."""
-    return to_uint8(out.image if more is None else out.enlarged(more.expand(len(out.image), -1, -1, -1), size))
+    return to_uint8(out.image if more is None else out.upscale(more.expand(len(out.image), -1, -1, -1), size))
 
 
 def depth_picture(out: Output, camera: np.ndarray, size: int) -> np.ndarray:

@@ -16,22 +16,22 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_Self = TypeVar("_Self", bound="_Thread")
+_Self = TypeVar("_Self", bound="_Worker")
 _END = object()
 
 
-def _nothing(*_: object) -> None:
+def _noop(*_: object) -> None:
     pass
 
 
-class _Thread:
+class _Worker:
     """A thread between `__enter__` and `_leave`; `_room` bounds, and `_queue` carries, what goes from side to side."""
 
     def __init__(self, depth: int, stop: Callable[[], None]) -> None:
         # a semaphore is written in Python, and Ctrl-C in the middle of it would leave it locked
-        self._room: SimpleQueue[None] = SimpleQueue()
+        self._slots: SimpleQueue[None] = SimpleQueue()
         for _ in range(depth):
-            self._room.put(None)
+            self._slots.put(None)
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._stop = stop
         self._leaving = self._ended = False
@@ -62,18 +62,18 @@ class _Thread:
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._loop()
         except BaseException as error:  # to be raised in the other one
             self._error = error
         self._ended = True
         self._wake()
 
-    def _work(self) -> None:
+    def _loop(self) -> None:
         raise NotImplementedError
 
     def _wake(self) -> None:
         """Let go whichever side waits for the other."""
-        self._room.put(None)
+        self._slots.put(None)
         self._queue.put(_END)
 
     def _check(self) -> None:
@@ -81,7 +81,7 @@ class _Thread:
             raise self._error
 
 
-class Ahead(_Thread, Generic[T]):
+class PrefetchIterator(_Worker, Generic[T]):
     """Iterate over items that a thread makes, at most `depth` of them before they are asked for.
 
     A context manager, one pass. What the items raise is raised in their place.
@@ -92,7 +92,7 @@ class Ahead(_Thread, Generic[T]):
         stop: called where the block is left before the last item, so that the next one is not waited for.
     """
 
-    def __init__(self, items: Iterable[T], depth: int, *, stop: Callable[[], None] = _nothing) -> None:
+    def __init__(self, items: Iterable[T], depth: int, *, stop: Callable[[], None] = _noop) -> None:
         super().__init__(depth, stop)
         self._items = items
 
@@ -101,19 +101,19 @@ class Ahead(_Thread, Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         while (item := self._queue.get()) is not _END:
-            self._room.put(None)
+            self._slots.put(None)
             yield item
         self._check()
 
-    def _work(self) -> None:
+    def _loop(self) -> None:
         items = iter(self._items)
-        self._room.get()
+        self._slots.get()
         while not self._leaving and (item := next(items, _END)) is not _END:
             self._queue.put(item)
-            self._room.get()
+            self._slots.get()
 
 
-class Behind(_Thread, Generic[T]):
+class BackgroundWriter(_Worker, Generic[T]):
     """Has a thread do something with each item that is `put`, in order, while at most `depth` of them are not done.
 
     A context manager: at its end all is done, or, where it is left by an exception, what waits is dropped. What `do`
@@ -127,13 +127,13 @@ class Behind(_Thread, Generic[T]):
     """
 
     def __init__(
-        self, do: Callable[[T], object], depth: int, *, told: Callable[[int], None] = _nothing,
-        stop: Callable[[], None] = _nothing,
+        self, write: Callable[[T], object], depth: int, *, on_written: Callable[[int], None] = _noop,
+        stop: Callable[[], None] = _noop,
     ) -> None:  # fmt: skip
         super().__init__(depth, stop)
-        self._do, self._depth, self._told = do, depth, told
-        self._count = 0
-        self.done = 0
+        self._write, self._depth, self._on_written = write, depth, on_written
+        self._reported = 0
+        self.written = 0
 
     def put(self, item: T) -> None:
         """Hand over the next item; waits while there is no room."""
@@ -152,14 +152,14 @@ class Behind(_Thread, Generic[T]):
 
     def _wait(self) -> None:
         self._check()
-        self._room.get()
+        self._slots.get()
         self._check()
-        while self._count < self.done:
-            self._count += 1
-            self._told(self._count)
+        while self._reported < self.written:
+            self._reported += 1
+            self._on_written(self._reported)
 
-    def _work(self) -> None:
+    def _loop(self) -> None:
         while (item := self._queue.get()) is not _END and not self._leaving:
-            self._do(item)
-            self.done += 1
-            self._room.put(None)
+            self._write(item)
+            self.written += 1
+            self._slots.put(None)

@@ -18,27 +18,27 @@ from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_l
 from export3d_cli.core.runtime.errors import InputError
 
 T = TypeVar("T")
-PARTS = ("expression", "pose")  # of a driver
+DRIVABLE = ("expression", "pose")  # of a driver
 # Reconstruction leans to the photo: faces never seen move some 15 % less than they are asked to, mouths most. Of 1,
 # 1.1, 1.2 and 1.35 this had landmarks nearest to the driver's.
-EMPHASIS = 1.1
+EXPRESSION_GAIN = 1.1
 
 
 @dataclass(frozen=True)
 class Control:
     """Which parts are driven, how much, and counted from where."""
 
-    drive: tuple[str, ...] = PARTS
+    drive: tuple[str, ...] = DRIVABLE
     expression_scale: float = 1.0
     pose_scale: float = 1.0
     pose: Literal["absolute", "relative"] = "absolute"
     relative_expression: bool = False
-    limit: float | None = None  # the head's centre stays within this part of the crop's side from the source's own
+    max_travel: float | None = None  # the head's centre stays within this part of the crop's side from the source's own
 
     def __post_init__(self) -> None:
         if not np.isfinite([self.expression_scale, self.pose_scale]).all():
             raise InputError(f"scales {self.expression_scale} and {self.pose_scale} must be finite numbers")
-        if not self.drive or not set(self.drive) <= set(PARTS):
+        if not self.drive or not set(self.drive) <= set(DRIVABLE):
             raise InputError(f"cannot drive {','.join(self.drive) or 'nothing'}: name expression, pose or both")
 
     @property
@@ -46,46 +46,48 @@ class Control:
         """Whether it takes the driver's reference frame."""
         return self.relative_expression or self.pose == "relative"
 
-    def lam(self, own: Tensor, driver: Tensor, reference: Tensor | None) -> Tensor:
+    def target_expression(self, own: Tensor, driver: Tensor, reference: Tensor | None) -> Tensor:
         """Coefficients lambda of the source (1, n), the driver (B, n) and its reference (1, n) -> (B, n)."""
         scale = self.expression_scale if "expression" in self.drive else 0.0
         if not self.relative_expression and scale == 1:
             return driver
-        return own + scale * (driver - (_needed(reference) if self.relative_expression else own))
+        return own + scale * (driver - (_require_reference(reference) if self.relative_expression else own))
 
-    def cameras(self, own: np.ndarray, driver: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
+    def target_cameras(self, own: np.ndarray, driver: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
         """Cameras of the source (25,), the driver (T, 25) and its reference (25,) -> (T, 25) float32.
 
         Turns are counted about the head's own axes, so that a nod stays a nod whichever way the source looks; shifts
         along the camera's, so that to the right stays to the right.
         """
         scale = self.pose_scale if "pose" in self.drive else 0.0
-        if self.pose == "absolute" and scale == 1 and self.limit is None:
+        if self.pose == "absolute" and scale == 1 and self.max_travel is None:
             return driver
         rotation, centre = head_pose(own)
         turned, shifted = head_pose(driver)
-        first, begin = head_pose(_needed(reference)) if self.pose == "relative" else (rotation, centre)
+        first, begin = head_pose(_require_reference(reference)) if self.pose == "relative" else (rotation, centre)
         turn = rotation_exp(scale * rotation_log(first.T @ turned))
         cameras = np.repeat(np.asarray(own, dtype=np.float32)[None], len(driver), axis=0)
-        return with_head_pose(cameras, rotation @ turn, self._inside(centre, centre + scale * (shifted - begin), own))
+        return with_head_pose(
+            cameras, rotation @ turn, self._limit_travel(centre, centre + scale * (shifted - begin), own)
+        )
 
-    def _inside(self, own: np.ndarray, centre: np.ndarray, camera: np.ndarray) -> np.ndarray:
+    def _limit_travel(self, own: np.ndarray, centre: np.ndarray, camera: np.ndarray) -> np.ndarray:
         """Head centres (T, 3) of the camera frame, softly kept near the source's own (3,), in place and in size."""
-        if self.limit is None:
+        if self.max_travel is None:
             return centre
-        growth = self.limit * np.tanh(np.log(own[2] / centre[:, 2]) / self.limit)
+        growth = self.max_travel * np.tanh(np.log(own[2] / centre[:, 2]) / self.max_travel)
         depth = own[2] * np.exp(-growth)
-        unit = self.limit / float(camera[16])  # of the crop's side, at depth 1
+        unit = self.max_travel / float(camera[16])  # of the crop's side, at depth 1
         shift = unit * np.tanh((centre[:, :2] / centre[:, 2:] - own[:2] / own[2]) / unit)
         return np.concatenate([(own[:2] / own[2] + shift) * depth[:, None], depth[:, None]], axis=1)
 
 
-def emphasised(own: Tensor, lam: Tensor) -> Tensor:
+def amplify_expression(own: Tensor, lam: Tensor) -> Tensor:
     """Lambda of the source (1, n) and as it should be seen (B, n) -> as the model is to be asked for it, (B, n)."""
-    return torch.lerp(own.expand_as(lam), lam, EMPHASIS)
+    return torch.lerp(own.expand_as(lam), lam, EXPRESSION_GAIN)
 
 
-def _needed(reference: T | None) -> T:
+def _require_reference(reference: T | None) -> T:
     if reference is None:
         raise InputError("relative control needs the driver's reference frame")
     return reference

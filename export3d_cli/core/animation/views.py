@@ -18,12 +18,12 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import read_portrait
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.animation.mesh_export import check_mesh, head_mesh, write_mesh
-from export3d_cli.core.animation.options import Crop, Progress, Summary, check_free
-from export3d_cli.core.animation.pipeline import Behind
-from export3d_cli.core.animation.watermark import Watermark, marker
+from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
+from export3d_cli.core.animation.options import Crop, Progress, Summary, check_overwrite
+from export3d_cli.core.animation.pipeline import BackgroundWriter
+from export3d_cli.core.animation.watermark import Watermark, get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
-from export3d_cli.core.media.video import SYNTHETIC, VideoWriter
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 
@@ -92,15 +92,15 @@ def novel_view(
     options = options or NovelViewOptions()
     began = time.monotonic()
     if options.mesh is not None:
-        check_mesh(options.mesh)
-        check_free(options.mesh, options.overwrite)
+        check_mesh_output(options.mesh)
+        check_overwrite(options.mesh, options.overwrite)
     if out is None:
         if options.mesh is None:
             raise InputError("nothing to write: give an output, a mesh, or both")
         _set_source(animator, source, options)
         _mesh(animator, options.mesh, _expressions(animator, options.drive, options.fps, 1), progress)
         return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
-    check_free(out, options.overwrite)
+    check_overwrite(out, options.overwrite)
     picture = _is_picture(out)
     if options.grid and not picture:
         raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
@@ -129,8 +129,8 @@ def edit_basis(
     """Move basis coefficients of the portrait's expression (fig. 9): lambda_i changes, nothing else does."""
     options = options or EditOptions()
     began = time.monotonic()
-    check_free(out, options.overwrite)
-    n, picture = animator.model.config.coefficients, _is_picture(out)
+    check_overwrite(out, options.overwrite)
+    n, picture = animator.model.config.num_coefficients, _is_picture(out)
     for v, _ in options.edits:
         if not 1 <= v <= n:
             raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")
@@ -171,7 +171,7 @@ def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
     for t in where:
         yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
         pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
-        out.append(Camera(np.linalg.inv(pose), camera.intrinsics).vector())
+        out.append(Camera(np.linalg.inv(pose), camera.intrinsics).to_vector())
     return np.stack(out)
 
 
@@ -211,7 +211,7 @@ def _mesh(animator: Animator, path: Path, beta: np.ndarray | None, progress: Pro
     """Write the head with the first of the expressions."""
     if progress is not None:
         progress("mesh", 0, 1)
-    write_mesh(path, head_mesh(animator, beta=None if beta is None else beta[:1]))
+    write_mesh(path, extract_head_mesh(animator, beta=None if beta is None else beta[:1]))
     if progress is not None:
         progress("mesh", 1, 1)
 
@@ -258,10 +258,12 @@ def _video(
     animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: NovelViewOptions | EditOptions,
     began: float,
 ) -> Summary:  # fmt: skip
-    size, mark = animator.size, marker(options.watermark)
+    size, mark = animator.size, get_watermarker(options.watermark)
     with (
         VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer,
-        Behind[np.ndarray](lambda frame: writer.write(mark(frame)), animator.batch, stop=writer.stop) as behind,
+        BackgroundWriter[np.ndarray](
+            lambda frame: writer.write(mark(frame)), animator.batch, stop=writer.abort
+        ) as behind,
     ):
         for frame in frames:
             behind.put(frame)
@@ -276,5 +278,7 @@ def _picture(
     if total * size * size > MAX_PIXELS:
         most = MAX_PIXELS // (size * size)
         raise InputError(f"a contact sheet of {total} views would be too large: {most} fit, set --frames or --size")
-    write_image(out, marker(watermark)(contact_sheet(list(frames), columns, labels)), comment=SYNTHETIC)
+    write_image(
+        out, get_watermarker(watermark)(contact_sheet(list(frames), columns, labels)), comment=SYNTHETIC_COMMENT
+    )
     return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)

@@ -15,12 +15,12 @@ import yaml
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.runtime.files import check_file
 
-MAX_BYTES = 2**20  # of a YAML file
+MAX_YAML_BYTES = 2**20  # of a YAML file
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 80
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value in an error message: short, whatever it is (a few lines of YAML can make gigabytes of text)."""
     return _REPR.repr(value)
 
@@ -28,7 +28,7 @@ def shown(value: Any) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; raises `ConfigError`."""
     try:
-        check_file(path, MAX_BYTES)
+        check_file(path, MAX_YAML_BYTES)
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, InputError) as error:
         raise ConfigError(f"cannot read configuration {path}: {error}") from error
@@ -48,7 +48,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"cannot read {where}: it is nested too deep") from error
 
 
-def build(cls: type, data: dict[str, Any], where: str) -> Any:
+def build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
     """Dataclass `cls` from plain data: nested, tuples restored, unknown keys and wrong types refused.
 
     Numbers have to be finite and not negative: no field of a configuration means anything else.
@@ -61,38 +61,38 @@ def build(cls: type, data: dict[str, Any], where: str) -> Any:
             name = f"{where}.{key}" if where and isinstance(key, str) else key
             near = difflib.get_close_matches(key, fields, n=1) if isinstance(key, str) and len(key) < 80 else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown key {shown(name)} in the configuration{hint}")
+            raise ConfigError(f"unknown key {short_repr(name)} in the configuration{hint}")
         name = f"{where}.{key}" if where else key
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
-                raise ConfigError(f"{name} must be a section, got {shown(value)}")
-            values[key] = build(hint, value, name)  # type: ignore[arg-type]
+                raise ConfigError(f"{name} must be a section, got {short_repr(value)}")
+            values[key] = build_dataclass(hint, value, name)  # type: ignore[arg-type]
         elif get_origin(hint) is tuple:
-            values[key] = _items(value, get_args(hint), name)
+            values[key] = _parse_tuple(value, get_args(hint), name)
         else:
-            values[key] = _value(value, hint, name)
+            values[key] = _parse_value(value, hint, name)
     return cls(**values)
 
 
-def _items(value: Any, kinds: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+def _parse_tuple(value: Any, kinds: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     items = value if isinstance(value, (list, tuple)) else [value]
     if kinds[-1] is not Ellipsis and len(items) != len(kinds):
-        raise ConfigError(f"{name} must be {len(kinds)} values, got {shown(value)}")
-    return tuple(_value(item, kinds[0], name) for item in items)
+        raise ConfigError(f"{name} must be {len(kinds)} values, got {short_repr(value)}")
+    return tuple(_parse_value(item, kinds[0], name) for item in items)
 
 
-def _value(value: Any, kind: Any, name: str) -> Any:
+def _parse_value(value: Any, kind: Any, name: str) -> Any:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {short_repr(value)}")
         return value
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4 as text
     if type(value) is not kind:
-        raise ConfigError(f"{name} must be {kind.__name__}, got {shown(value)}")
+        raise ConfigError(f"{name} must be {kind.__name__}, got {short_repr(value)}")
     if kind in (int, float) and not (value >= 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be a number of 0 or more, got {shown(value)}")
+        raise ConfigError(f"{name} must be a number of 0 or more, got {short_repr(value)}")
     return value

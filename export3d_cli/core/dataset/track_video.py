@@ -10,29 +10,29 @@ from pathlib import Path
 
 from export3d_cli.core.face.arkit import read_csv
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, chosen_rows, motion_rows
+from export3d_cli.core.face.motion import Motion, resample_rows, select_frames
 from export3d_cli.core.face.open_tracker import TrackerName, open_tracker
-from export3d_cli.core.face.target_face import Follower, choose_face
-from export3d_cli.core.media.image import is_image, read_image
-from export3d_cli.core.media.image_folder import PICTURE_RATE
+from export3d_cli.core.face.target_face import TargetFaceTracker, choose_face
+from export3d_cli.core.media.image import has_image_suffix, read_image
+from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import NoFaceError
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
 
-def is_recording(path: Path) -> bool:
+def is_arkit_csv(path: Path) -> bool:
     """Whether a file is a phone's recording of a face: numbers without pictures."""
     return path.suffix.lower() == ".csv"
 
 
-def capture(
+def extract_motion(
     path: Path,
     *,
     fps: Fraction | None = None,
     max_frames: int | None = None,
     face: str = "largest",
-    name: TrackerName = "landmarker",
+    tracker_name: TrackerName = "landmarker",
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> tuple[Motion, list[str]]:
     """Motion of one face of a video, read in a stream, or of a photo (one frame); and what the user should know.
@@ -47,27 +47,27 @@ def capture(
 
     Raises `NoFaceError` when there is none.
     """
-    if is_recording(path):
-        motion, notes = read_csv(path, resolve("arkit_measures"), Camera.orbit(0).vector())
+    if is_arkit_csv(path):
+        motion, notes = read_csv(path, resolve_weights("arkit_measures"), Camera.orbit(0).to_vector())
         rate = fps or motion.fps
-        rows = chosen_rows(len(motion), motion.fps, rate, 0.0, None)[:max_frames]
-        return replace(motion_rows(motion, rows), fps=rate), notes
-    tracker = open_tracker(name)
+        rows = resample_rows(len(motion), motion.fps, rate, 0.0, None)[:max_frames]
+        return replace(select_frames(motion, rows), fps=rate), notes
+    tracker = open_tracker(tracker_name)
     faces: list[Face | None] = []
-    if is_image(path):
+    if has_image_suffix(path):
         image = read_image(path)
         found = tracker.landmarker.find_all(image)
         faces += [choose_face(found, face, str(path))] if found else []
-        rate, size, notes = PICTURE_RATE, (image.shape[1], image.shape[0]), []
+        rate, size, notes = DEFAULT_FOLDER_FPS, (image.shape[1], image.shape[0]), []
     else:
         with VideoReader(path, fps=fps) as reader:
             rate, size, notes = reader.info.fps, (reader.info.width, reader.info.height), reader.notes
-            total = min(reader.info.frames, max_frames or reader.info.frames)
-            follow = Follower(tracker.landmarker, rate, which=face, name=str(path))
+            total = min(reader.info.frame_count, max_frames or reader.info.frame_count)
+            follow = TargetFaceTracker(tracker.landmarker, rate, choice=face, name=str(path))
             for frame in itertools.islice(reader, max_frames):
                 faces.append(follow(frame))
                 if progress is not None:
                     progress("tracking", len(faces), total)
     if not any(found is not None for found in faces):
         raise NoFaceError(f"no face found in {path}: use one where a face is large, upright and turned to the camera")
-    return tracker.motion(faces, rate, size), notes
+    return tracker.make_motion(faces, rate, size), notes

@@ -20,31 +20,38 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
-from export3d_cli.core.diagnostics.machine import Counter, Machine, Work, measure_machine, peak_memory, wait
-from export3d_cli.core.face.motion import Motion, crop_image, motion_rows
+from export3d_cli.core.diagnostics.machine import (
+    Machine,
+    OpCounter,
+    OpCounts,
+    measure_machine,
+    process_peak_memory,
+    synchronize,
+)
+from export3d_cli.core.face.motion import Motion, crop_image, select_frames
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 Progress = Callable[[str, int, "int | None"], None]
-Guard = Callable[[str, int], contextlib.AbstractContextManager[None]]  # stage, frames in the batch
-WARM = 2  # batches before the clocks run
-ENCODES = 3  # times the source and the video are encoded
+StageHook = Callable[[str, int], contextlib.AbstractContextManager[None]]  # stage, frames in the batch
+WARMUP_BATCHES = 2  # batches before the clocks run
+ENCODE_REPEATS = 3  # times the source and the video are encoded
 STAGES = (  # what is told -> part of the model and its method
     ("expression", "expression", "coefficients"),  # beta to lambda; beta' is one product more, within the tri-plane
-    ("tri-plane", "", "planes"),
+    ("tri-plane", "", "generate_planes"),
     ("render", "", "render"),
-    ("flow", "", "_photo_detail"),
+    ("flow", "", "_prepare_photo_detail"),
     ("super-resolution", "superres", "forward"),
-    ("mouth", "painters.mouth", "paint"),  # of frames with lips that part, where the weights have it
-    ("eyes", "painters.eyes", "paint"),  # of frames with eyes wider open than in the photo
-    ("lids", "painters.lids", "paint"),  # and with eyes that are shut, or nearly
+    ("mouth", "inpainters.mouth", "inpaint"),  # of frames with lips that part, where the weights have it
+    ("eyes", "inpainters.eyes", "inpaint"),  # of frames with eyes wider open than in the photo
+    ("lids", "inpainters.lids", "inpaint"),  # and with eyes that are shut, or nearly
 )
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageTiming:
     """Milliseconds a frame; of `encode source` a photo, of `tri-plane` each that is made, see `Bench.tri_planes`.
 
     `limit` is what the work would take at the machine's measured rates, the slower of its FLOPs and its bytes; `share`
@@ -64,14 +71,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchmarkResult:
     """What was measured."""
 
     device: str  # and precision
     threads: int
     batch: int  # frames at once
     frames: int
-    stages: dict[str, Stage]
+    stages: dict[str, StageTiming]
     machine: Machine
     fps: float  # frames/s of `reenact` from files to file, tracking and encoding included
     seconds: float  # of that
@@ -80,16 +87,16 @@ class Bench:
     tri_planes: float  # made for a frame; below 1 where others are blended
 
 
-def bench(
+def run_benchmark(
     animator: Animator,
     source: Path | None = None,
     driver: Path | None = None,
     *,
     frames: int = 30,
     progress: Progress | None = None,
-) -> Bench:
+) -> BenchmarkResult:
     """Time the stages on `frames` frames of the driver, then the whole of `reenact`."""
-    source, driver = source or example("source.jpg"), driver or example("drive.mp4")
+    source, driver = source or example_path("source.jpg"), driver or example_path("drive.mp4")
     cuda = animator.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(animator.device)
@@ -101,71 +108,71 @@ def bench(
 
     machine = measure_machine(animator.device, animator.precision)
     step()
-    clock = _Clock(animator.device)
-    images, rate = _decode(driver, frames, clock)
+    clock = _StageClock(animator.device)
+    images, rate = _time_decoding(driver, frames, clock)
     step()
     faces = []
     animator.tracker.landmarker.reset()
     for image in images:
         with clock("track"):
             faces.append(animator.tracker.landmarker.track(image))
-    motion = animator.tracker.motion(faces, rate, (images[0].shape[1], images[0].shape[0]))
+    motion = animator.tracker.make_motion(faces, rate, (images[0].shape[1], images[0].shape[0]))
     step()
     photo = read_image(source)
     seen = animator.set_source(photo, name=str(source))
     crop = crop_image(photo, seen.crop, animator.model.config.image_size)
-    for _ in range(ENCODES):
+    for _ in range(ENCODE_REPEATS):
         with clock("encode source"):
             animator.set_source_motion(crop, seen)
     step()
-    made = _drive(animator, motion, crop, seen, clock)
+    made = _time_network(animator, motion, crop, seen, clock)
     step()
-    work = _counted(animator, motion, crop, seen)
+    work = _count_work(animator, motion, crop, seen)
     step()
     with tempfile.TemporaryDirectory() as folder:
-        _encode(made, rate, Path(folder) / "stage.mp4", clock)
+        _time_encoding(made, rate, Path(folder) / "stage.mp4", clock)
         step()
         began = time.perf_counter()
         options = ReenactOptions(max_frames=len(images), audio="none", size=animator.model.config.image_size)
         summary = reenact(animator, source, driver, Path(folder) / "all.mp4", options)
         seconds = time.perf_counter() - began
-    return Bench(
+    return BenchmarkResult(
         animator.device_name, torch.get_num_threads(), animator.batch, len(images),
-        {name: limited(stage, work.get(name), machine) for name, stage in clock.stages().items()}, machine,
-        summary.frames / seconds, seconds, peak_memory(),
+        {name: add_roofline(stage, work.get(name), machine) for name, stage in clock.stages().items()}, machine,
+        summary.frames / seconds, seconds, process_peak_memory(),
         torch.cuda.max_memory_allocated(animator.device) if cuda else None,
-        min(clock.made.get("tri-plane", 0) / len(images), 1.0),
+        min(clock.counts.get("tri-plane", 0) / len(images), 1.0),
     )  # fmt: skip
 
 
-class _Clock:
+class _StageClock:
     """Milliseconds by stage; waits for the GPU before and after."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.times: dict[str, list[float]] = {}
-        self.made: dict[str, int] = {}  # how many of what each stage makes
+        self.counts: dict[str, int] = {}  # how many of what each stage makes
 
     @contextlib.contextmanager
     def __call__(self, stage: str, per: int = 1) -> Iterator[None]:
-        wait(self.device)
+        synchronize(self.device)
         began = time.perf_counter()
         yield
-        wait(self.device)
+        synchronize(self.device)
         self.times.setdefault(stage, []).append(1000 * (time.perf_counter() - began) / per)
-        self.made[stage] = self.made.get(stage, 0) + per
+        self.counts[stage] = self.counts.get(stage, 0) + per
 
-    def stages(self) -> dict[str, Stage]:
+    def stages(self) -> dict[str, StageTiming]:
         """What was timed, in that order."""
-        return {name: _stage(values) for name, values in self.times.items()}
+        return {name: _summarise_times(values) for name, values in self.times.items()}
 
 
-def _stage(values: list[float]) -> Stage:
+def _summarise_times(values: list[float]) -> StageTiming:
     low, median, high = np.percentile(values, [10, 50, 90])
-    return Stage(round(float(median), 3), round(float(low), 3), round(float(high), 3), len(values))
+    return StageTiming(round(float(median), 3), round(float(low), 3), round(float(high), 3), len(values))
 
 
-def _decode(driver: Path, frames: int, clock: _Clock) -> tuple[list[np.ndarray], Any]:
+def _time_decoding(driver: Path, frames: int, clock: _StageClock) -> tuple[list[np.ndarray], Any]:
     images = []
     with VideoReader(driver) as reader:
         stream = iter(reader)
@@ -181,13 +188,15 @@ def _decode(driver: Path, frames: int, clock: _Clock) -> tuple[list[np.ndarray],
         return images, reader.info.fps
 
 
-def _drive(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion, clock: _Clock) -> list[np.ndarray]:
+def _time_network(
+    animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion, clock: _StageClock
+) -> list[np.ndarray]:
     """Drive the source by the motion with clocks in the network; then time the conversion alone."""
-    for part in itertools.islice(animator.drive([motion]), WARM * animator.batch):
+    for part in itertools.islice(animator.drive([motion]), WARMUP_BATCHES * animator.batch):
         assert part.dtype == np.uint8
     batch = animator.batch
     animator.set_source_motion(crop, seen)  # the tri-planes of the frames that warmed up are forgotten
-    with _around(animator, clock):
+    with _hook_stages(animator, clock):
         made = list(animator.drive([motion]))
     picture = torch.zeros(batch, 3, *made[0].shape[:2], device=animator.device)
     for _ in range(max(1, len(made) // batch)):
@@ -196,21 +205,21 @@ def _drive(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion, c
     return made
 
 
-def _counted(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion) -> dict[str, Work]:
+def _count_work(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion) -> dict[str, OpCounts]:
     """The work of each stage for one frame, counted over one batch; of `encode source` for the photo."""
-    work: dict[str, Work] = {}
+    work: dict[str, OpCounts] = {}
 
     @contextlib.contextmanager
     def counting(stage: str, per: int = 1) -> Iterator[None]:
-        with Counter() as counter:
+        with OpCounter() as counter:
             yield
         flops = {name: count / per for name, count in counter.work.flops.items()}
-        work[stage] = Work(flops, counter.work.bytes / per)
+        work[stage] = OpCounts(flops, counter.work.bytes / per)
 
     with counting("encode source"):
         animator.set_source_motion(crop, seen)
-    with _around(animator, counting):
-        list(animator.drive([motion_rows(motion, np.arange(min(animator.batch, len(motion))))]))
+    with _hook_stages(animator, counting):
+        list(animator.drive([select_frames(motion, np.arange(min(animator.batch, len(motion))))]))
     size = animator.model.config.image_size
     picture = torch.zeros(1, 3, size, size, device=animator.device)
     with counting("convert"):
@@ -218,7 +227,7 @@ def _counted(animator: Animator, motion: Motion, crop: np.ndarray, seen: Motion)
     return work
 
 
-def limited(stage: Stage, work: Work | None, machine: Machine) -> Stage:
+def add_roofline(stage: StageTiming, work: OpCounts | None, machine: Machine) -> StageTiming:
     """The stage with its work and how near the machine's limit it came."""
     if work is None:
         return stage
@@ -233,7 +242,7 @@ def limited(stage: Stage, work: Work | None, machine: Machine) -> Stage:
 
 
 @contextlib.contextmanager
-def _around(animator: Animator, guard: Guard) -> Iterator[None]:
+def _hook_stages(animator: Animator, guard: StageHook) -> Iterator[None]:
     """A guard, such as a clock, around the methods of `STAGES`, for a while."""
     placed = []
     modules = dict(animator.model.named_modules())
@@ -241,7 +250,7 @@ def _around(animator: Animator, guard: Guard) -> Iterator[None]:
         owner = modules.get(part)
         if owner is None:
             continue
-        setattr(owner, method, _guarded(getattr(owner, method), stage, guard))
+        setattr(owner, method, _with_hook(getattr(owner, method), stage, guard))
         placed.append((owner, method))
     try:
         yield
@@ -250,7 +259,7 @@ def _around(animator: Animator, guard: Guard) -> Iterator[None]:
             delattr(owner, method)
 
 
-def _guarded(function: Callable[..., Any], stage: str, guard: Guard) -> Callable[..., Any]:
+def _with_hook(function: Callable[..., Any], stage: str, guard: StageHook) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         tensors = (a for a in reversed(args) if isinstance(a, torch.Tensor))
         first = next(tensors, None)
@@ -260,10 +269,10 @@ def _guarded(function: Callable[..., Any], stage: str, guard: Guard) -> Callable
     return guarded
 
 
-def _encode(frames: list[np.ndarray], rate: Any, out: Path, clock: _Clock) -> None:
+def _time_encoding(frames: list[np.ndarray], rate: Any, out: Path, clock: _StageClock) -> None:
     """The whole file each time: ffmpeg works behind a pipe, so single frames cannot be timed."""
     height, width = frames[0].shape[:2]
-    for _ in range(ENCODES):
+    for _ in range(ENCODE_REPEATS):
         with clock("encode video", len(frames)), VideoWriter(out, size=(width, height), fps=rate) as writer:
             for frame in frames:
                 writer.write(frame)

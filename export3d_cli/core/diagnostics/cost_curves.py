@@ -14,13 +14,13 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
 from export3d_cli.core.animation.batch import reenact_all
-from export3d_cli.core.diagnostics.machine import Peak, wait
-from export3d_cli.core.face.motion import Motion, crop_image, motion_rows
+from export3d_cli.core.diagnostics.machine import PeakMemory, synchronize
+from export3d_cli.core.face.motion import Motion, crop_image, select_frames
 from export3d_cli.core.media import plot
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 Progress = Callable[[str, int, "int | None"], None]
 SIZES = {  # what is measured; resolution in percent of the weights' own, samples in all on a ray
@@ -30,16 +30,16 @@ SIZES = {  # what is measured; resolution in percent of the weights' own, sample
     "samples": (8, 16, 32, 64, 96),
     "batch": (1, 2, 4, 8),
 }
-WHAT = {
+TIMED_QUANTITY = {
     "frames": "s for a clip, files to file", "sources": "s for all, one driver of 8 frames", "resolution": "s a frame",
     "samples": "s a frame", "batch": "s a batch",
 }  # fmt: skip
-AXES = {
+AXIS_LABELS = {
     "frames": "frames", "sources": "sources", "resolution": "side in pixels", "samples": "samples a ray",
     "batch": "frames at once",
 }  # fmt: skip
 ROW = 250  # pixels of a curve's height
-SHORT = 8  # frames that drive each of several sources
+CLIP_FRAMES = 8  # frames that drive each of several sources
 REPEATS = 3  # of a batch, after one that warms up
 SIDES = ("image_size", "raw_size", "plane_size", "mesh_size", "flow_size")  # of the configuration, that grow together
 
@@ -66,7 +66,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Curves:
+class CostCurves:
     """All of them, and where they were drawn."""
 
     device: str  # and precision
@@ -81,10 +81,10 @@ def cost_curves(
     *,
     sizes: Mapping[str, tuple[int, ...]] | None = None,
     progress: Progress | None = None,
-) -> Curves:
+) -> CostCurves:
     """Measure on the bundled example and draw into the picture `out`; `sizes` (default `SIZES`) have to ascend."""
     sizes = sizes or SIZES
-    bench = _Bench(animator)
+    bench = _CurveRunner(animator)
     total, done = sum(map(len, sizes.values())), 0
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -96,19 +96,19 @@ def cost_curves(
                 done += 1
                 if progress is not None:
                     progress("points", done, total)
-            found.append(fitted(name, tuple(points)))
+            found.append(fit_line(name, tuple(points)))
     write_image(out, picture(found))
-    return Curves(animator.device_name, torch.get_num_threads(), tuple(found), out)
+    return CostCurves(animator.device_name, torch.get_num_threads(), tuple(found), out)
 
 
-def fitted(name: str, points: tuple[Point, ...]) -> Curve:
+def fit_line(name: str, points: tuple[Point, ...]) -> Curve:
     """Points with the line through them in least squares."""
     x = np.array([point.x for point in points], dtype=np.float64) ** (2 if name == "resolution" else 1)
     y = np.array([point.seconds for point in points])
     (fixed, each), *_ = np.linalg.lstsq(np.stack([np.ones_like(x), x], axis=1), y, rcond=None)
     spread = float(((y - y.mean()) ** 2).sum())
     left = float(((y - fixed - each * x) ** 2).sum())
-    return Curve(name, WHAT[name], points, float(fixed), float(each), 1 - left / spread if spread else 1.0)
+    return Curve(name, TIMED_QUANTITY[name], points, float(fixed), float(each), 1 - left / spread if spread else 1.0)
 
 
 def formula(curve: Curve) -> str:
@@ -123,40 +123,42 @@ def picture(curves: list[Curve]) -> np.ndarray:
     for curve in curves:
         title, half = f"{curve.name}: {curve.what}", plot.WIDTH // 2
         seconds = {"s": [(p.x, p.seconds) for p in curve.points]}
-        fit = f"{AXES[curve.name]}; {formula(curve)}"
-        panel = plot.curves(title, seconds, x_name=fit, width=half, height=ROW, dots=True)
+        fit = f"{AXIS_LABELS[curve.name]}; {formula(curve)}"
+        panel = plot.plot_curves(title, seconds, x_label=fit, width=half, height=ROW, markers=True)
         mib = {"MiB": [(p.x, p.memory / 2**20) for p in curve.points if p.memory is not None]}
         beside = np.full_like(panel, 255)
         if mib["MiB"]:
-            beside = plot.curves("MiB at most", mib, x_name=AXES[curve.name], width=half, height=ROW, dots=True)
+            beside = plot.plot_curves(
+                "MiB at most", mib, x_label=AXIS_LABELS[curve.name], width=half, height=ROW, markers=True
+            )
         rows.append(np.concatenate([panel, beside], axis=1))
     return np.concatenate(rows)
 
 
-class _Bench:
+class _CurveRunner:
     """The example's photo and driver, and how each curve's points are run."""
 
     def __init__(self, animator: Animator) -> None:
-        self.animator, self.peak = animator, Peak(animator.device)
-        self.source = example("source.jpg")
+        self.animator, self.peak = animator, PeakMemory(animator.device)
+        self.source = example_path("source.jpg")
         self.photo = read_image(self.source)
 
     def prepare(self, folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> None:
         """Files as long and as many as will be needed, and the motion of a few frames."""
         self.folder, self.driver = folder, folder / "driver.mp4"
-        with VideoReader(example("drive.mp4")) as reader:
-            frames = [frame for frame, _ in zip(reader, range(SHORT), strict=False)]
+        with VideoReader(example_path("drive.mp4")) as reader:
+            frames = [frame for frame, _ in zip(reader, range(CLIP_FRAMES), strict=False)]
             rate = reader.info.fps
         height, width = frames[0].shape[:2]
         with VideoWriter(self.driver, size=(width, height), fps=rate) as writer:
-            for index in range(max(SHORT, *sizes.get("frames", (0,)))):
+            for index in range(max(CLIP_FRAMES, *sizes.get("frames", (0,)))):
                 writer.write(frames[index % len(frames)])
         self.sources = []
         for index in range(max(sizes.get("sources", (1,)))):
             self.sources.append(folder / f"source{index}{self.source.suffix}")
             shutil.copyfile(self.source, self.sources[-1])
         tracker = self.animator.tracker
-        self.motion = tracker.motion(tracker.follow(frames), rate, (width, height))
+        self.motion = tracker.make_motion(tracker.track_frames(frames), rate, (width, height))
         self.seen = self.animator.set_source(self.photo)
 
     def measure(self, name: str, x: int) -> Point:
@@ -174,13 +176,13 @@ class _Bench:
             batch = x
         animator = variant(self.animator, batch, changes)
         animator.set_source_motion(crop_image(self.photo, self.seen.crop, side), self.seen)
-        part: Motion = motion_rows(self.motion, np.arange(batch) % len(self.motion))
+        part: Motion = select_frames(self.motion, np.arange(batch) % len(self.motion))
         list(animator.drive([part]))
         return Point(x, *self._run(lambda: list(animator.drive([part])), REPEATS))
 
     def _files(self, name: str, x: int) -> Callable[[], object]:
         out = str(self.folder / "{src}-out.mp4")
-        length, size = x if name == "frames" else SHORT, self.animator.model.config.image_size
+        length, size = x if name == "frames" else CLIP_FRAMES, self.animator.model.config.image_size
         options = ReenactOptions(max_frames=length, audio="none", overwrite=True, size=size)
         if name == "frames":
             return lambda: reenact(self.animator, self.source, self.driver, self.folder / "out.mp4", options)
@@ -190,10 +192,10 @@ class _Bench:
         self.peak.start()
         seconds = []
         for _ in range(repeats):
-            wait(self.animator.device)
+            synchronize(self.animator.device)
             began = time.perf_counter()
             run()
-            wait(self.animator.device)
+            synchronize(self.animator.device)
             seconds.append(time.perf_counter() - began)
         return float(np.median(seconds)), self.peak.bytes()
 

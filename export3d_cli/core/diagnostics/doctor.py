@@ -60,7 +60,7 @@ def examine(weights: str | None = None) -> list[Finding]:
         try:
             findings += list(check())
         except Export3DError as error:
-            findings.append(Finding(what, False, *_split(str(error), advice)))
+            findings.append(Finding(what, False, *_split_advice(str(error), advice)))
         except Exception as error:  # whatever is broken there, the other findings are still wanted
             reason = " ".join(str(error).split())[:200]
             findings.append(Finding(what, False, f"{type(error).__name__}: {reason}", advice))
@@ -101,12 +101,12 @@ def _opencv() -> Iterator[Finding]:
 
 
 def _ffmpeg() -> Iterator[Finding]:
-    from export3d_cli.core.media.ffmpeg_process import ask
-    from export3d_cli.core.media.probe import ffmpeg
+    from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
+    from export3d_cli.core.media.probe import ffmpeg_path
 
-    program = ffmpeg()
+    program = ffmpeg_path()
     command = [program, "-hide_banner", "-nostdin", "-f", "lavfi", "-i", "color=size=64x64:rate=25:duration=0.2"]
-    done = ask([*command, "-c:v", "libx264", "-f", "null", "-"])
+    done = run_ffmpeg([*command, "-c:v", "libx264", "-f", "null", "-"])
     if done.returncode:
         reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1][:200]
         advice = "use an ffmpeg with libx264: `pip install imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"
@@ -116,31 +116,33 @@ def _ffmpeg() -> Iterator[Finding]:
 
 
 def _weights(name: str | None) -> Iterator[Finding]:
-    from export3d_cli.core.runtime.weights import DEFAULT, info, manifest, verify
+    from export3d_cli.core.runtime.weights import DEFAULT_WEIGHTS, verify_weights, weights_info, weights_manifest
 
-    listed = manifest()
+    listed = weights_manifest()
     for entry in listed.values():
         try:
-            verify(entry)
+            verify_weights(entry)
             yield Finding(f"weights {entry.name}", True, f"as listed, {entry.size / 1e6:.1f} MB, {entry.licence}", "")
         except Export3DError as error:
-            yield Finding(f"weights {entry.name}", False, *_split(str(error), _REINSTALL))
-    name = name or DEFAULT
-    if name == DEFAULT and name not in listed:
+            yield Finding(f"weights {entry.name}", False, *_split_advice(str(error), _REINSTALL))
+    name = name or DEFAULT_WEIGHTS
+    if name == DEFAULT_WEIGHTS and name not in listed:
         advice = "name a file or hf:owner/repo with --weights"
         yield Finding(f"weights {name}", False, "the default weights are not part of this installation", advice)
     elif name not in listed or listed[name].path.is_file():
-        about = info(name)
+        about = weights_info(name)
         found = f"{about.parameters or 0:,} numbers, licence {about.licence}, {about.path}"
         yield Finding(f"header of {name}", bool(about.config), found, "" if about.config else "give weights of a model")
 
 
 def _tracker() -> Iterator[Finding]:
-    from export3d_cli.core.face.motion import Tracker
+    from export3d_cli.core.face.motion import LandmarkerTracker
     from export3d_cli.core.media.image import read_image
-    from export3d_cli.core.runtime.weights import example, resolve
+    from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
-    found = any(Tracker(resolve("face_landmarker")).follow([read_image(example("source.jpg"))] * 2))
+    found = any(
+        LandmarkerTracker(resolve_weights("face_landmarker")).track_frames([read_image(example_path("source.jpg"))] * 2)
+    )
     does = "tracks the example's face" if found else "finds no face in the example"
     yield Finding("litert", found, f"{_version('ai-edge-litert')}, {does}", "" if found else _REINSTALL)
 
@@ -169,15 +171,15 @@ def _cuda_of_torch() -> str | None:
 
 
 def _ffmpeg_version() -> str:
-    from export3d_cli.core.media.ffmpeg_process import ask
-    from export3d_cli.core.media.probe import ffmpeg
+    from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
+    from export3d_cli.core.media.probe import ffmpeg_path
 
-    told = ask([ffmpeg(), "-version"]).stdout.decode("utf-8", "replace")
+    told = run_ffmpeg([ffmpeg_path(), "-version"]).stdout.decode("utf-8", "replace")
     found = re.match(r"ffmpeg version (\S+)", told)
     return found.group(1) if found else "unknown"
 
 
-def _split(message: str, advice: str) -> tuple[str, str]:
+def _split_advice(message: str, advice: str) -> tuple[str, str]:
     """Our own messages end in what to do, behind the last colon."""
     found, _, todo = message.rpartition(": ")
     return (found, todo) if found else (message, advice)

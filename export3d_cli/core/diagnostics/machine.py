@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from export3d_cli.core.runtime.device import give_back_memory
+from export3d_cli.core.runtime.device import trim_heap
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1536}  # large enough that the rate grows no more
@@ -35,7 +35,7 @@ class Machine:
 
 
 @dataclass
-class Work:
+class OpCounts:
     """What some code asks of the machine."""
 
     flops: dict[str, float] = field(default_factory=dict)  # of products, convolutions and attention, by precision
@@ -54,7 +54,7 @@ def measure_machine(device: torch.device, precision: str) -> Machine:
     return Machine(rates, 2 * COPY_BYTES[kind] / _fastest(lambda: target.copy_(source), device) / 1e9)
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Until the GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -66,20 +66,20 @@ def _fastest(run: Callable[[], Any], device: torch.device) -> float:
     seconds = []
     with torch.inference_mode():
         for _ in range(1 + REPEATS):  # the first warms up
-            wait(device)
+            synchronize(device)
             began = time.perf_counter()
             run()
-            wait(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
 
-class Counter(TorchDispatchMode):
+class OpCounter(TorchDispatchMode):
     """Within it, operations are added to `work`; those that only look at memory differently cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.work = Work()
+        self.work = OpCounts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,7 +126,7 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-class Peak:
+class PeakMemory:
     """The most memory, in bytes, since `start`: of the GPU where there is one, else of the process (Linux alone)."""
 
     def __init__(self, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        give_back_memory()
+        trim_heap()
         with contextlib.suppress(OSError):
             _CLEAR.write_text("5")  # resets the high-water mark of the resident set
 
@@ -154,7 +154,7 @@ class Peak:
         return int(found[1]) * 1024 if found else None
 
 
-def peak_memory() -> int | None:
+def process_peak_memory() -> int | None:
     """Most memory the process ever held, bytes; a subprocess such as ffmpeg is not part of it."""
     try:
         import resource

@@ -30,28 +30,28 @@ from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.protocol import (
     Case,
-    chosen_rows,
+    consecutive_frames,
     cross_cases,
-    decode,
-    finished,
-    frontal,
-    photo_of,
+    decode_frames,
+    load_result_frames,
+    load_source_image,
+    most_frontal_frame,
     read_clips,
-    steady_run,
+    select_frames,
 )
-from export3d_cli.core.evaluation.report import captioned, write_report
-from export3d_cli.core.evaluation.scorer import Frames, Ruler, Sample, Scores
-from export3d_cli.core.face.motion import Motion, head_points
+from export3d_cli.core.evaluation.report import draw_caption, write_report
+from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
+from export3d_cli.core.face.motion import Motion, landmarks_to_head_frame
 from export3d_cli.core.media.image import to_tensor, to_uint8, write_image
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.runtime.errors import InputError
 
 Progress = Callable[[str, int, "int | None"], None]
-VIEWS = 7  # novel views of each source
-VIEW_YAW = 30.0  # degrees to both sides
+NUM_VIEWS = 7  # novel views of each source
+MAX_VIEW_YAW = 30.0  # degrees to both sides
 SHEET_COLUMNS = 6
-SHEETS = 8  # at most, where there is no truth to rank by
+MAX_SHEETS = 8  # at most, where there is no truth to rank by
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,21 @@ def evaluate(
     options = options or EvaluateOptions()
     began = time.monotonic()
     cases = find_cases(dataset, options)
-    ruler = _ruler(animator, options)
+    ruler = _make_metric_suite(animator, options)
     rows: list[dict[str, Any]] = []
     views: list[list[Scores]] = []
     for count, case in enumerate(cases, start=1):
-        scored, seen = _score(animator, case, options, ruler)
+        scored, seen = _score_case(animator, case, options, ruler)
         rows += scored
         views += [seen] if seen else []
         if progress is not None:
             progress("clips", count, len(cases))
     if not rows:
         raise InputError(f"no clip of {dataset} has a frame with a face")
-    result = _summary(dataset, options, rows, views, animator.device_name, began)
+    result = _summarise(dataset, options, rows, views, animator.device_name, began)
     if out is None:
         return result
-    return replace(result, files=write_report(result, _sheets(animator, cases, result), out))
+    return replace(result, files=write_report(result, _comparison_sheets(animator, cases, result), out))
 
 
 def find_cases(dataset: Path, options: EvaluateOptions) -> list[Case]:
@@ -138,22 +138,22 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path, size: int) 
     files = []
     for case in find_cases(dataset, options):
         files += [out / f"{case.name}-source.png", out / f"{case.name}-driver{case.driver.file.suffix}"]
-        write_image(files[-2], photo_of(case.source, size))
+        write_image(files[-2], load_source_image(case.source, size))
         shutil.copyfile(case.driver.file, files[-1])
     return files
 
 
-def _ruler(animator: Animator, options: EvaluateOptions) -> Ruler:
+def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSuite:
     embedder = None if options.identity is None else load_embedder(options.identity, animator.device)
     if options.perceptual is None and options.lpips is not None:
         raise InputError(f"{options.lpips} holds LPIPS' linear weights alone: give its VGG16 as --perceptual")
     if options.perceptual is None:
-        return Ruler(animator.tracker, embedder)
+        return MetricSuite(animator.tracker, embedder)
     from export3d_cli.core.config.schema import LossConfig
-    from export3d_cli.core.train.lpips import load_distance
+    from export3d_cli.core.train.lpips import load_perceptual_term
 
     backbone, heads = (str(path or "") for path in (options.perceptual, options.lpips))
-    network = load_distance(LossConfig(backbone=backbone, lpips=heads))
+    network = load_perceptual_term(LossConfig(backbone=backbone, lpips=heads))
     assert network is not None
     network = network.to(animator.device).eval()
 
@@ -165,10 +165,10 @@ def _ruler(animator: Animator, options: EvaluateOptions) -> Ruler:
                 parts.append(float(network(x, y, scales=1)) * len(x))
         return sum(parts) / len(a)
 
-    return Ruler(animator.tracker, embedder, distance, _backbone(network))
+    return MetricSuite(animator.tracker, embedder, distance, _perceptual_metric_name(network))
 
 
-def _backbone(network: Any) -> str:
+def _perceptual_metric_name(network: Any) -> str:
     """The column of a perceptual distance: only the official weights make it LPIPS."""
     if network.name == "lpips":
         return "lpips"
@@ -177,38 +177,40 @@ def _backbone(network: Any) -> str:
     return "vgg16" if first.shape[1] == 64 else "mobilenetv2"  # VGG16's first stage has 64 channels
 
 
-def _score(
-    animator: Animator, case: Case, options: EvaluateOptions, ruler: Ruler
+def _score_case(
+    animator: Animator, case: Case, options: EvaluateOptions, ruler: MetricSuite
 ) -> tuple[list[dict[str, Any]], list[Scores]]:
     """One row of metrics for each method, and those of each novel view."""
     size = animator.model.config.image_size
-    rows = chosen_rows(case, options.max_frames, options.take)
+    rows = select_frames(case, options.max_frames, options.take)
     if not len(rows):
         return [], []
-    run = steady_run(case, len(rows))
+    run = consecutive_frames(case, len(rows))
     union = np.union1d(rows, run)
-    sample = Sample(np.searchsorted(union, rows), np.searchsorted(union, run))
-    photo = photo_of(case.source, size)
-    made = make(animator, case, photo, union, options)
-    truth = ruler.track(decode(case.target or case.driver, union, size))
+    sample = FrameSample(np.searchsorted(union, rows), np.searchsorted(union, run))
+    photo = load_source_image(case.source, size)
+    made = render_methods(animator, case, photo, union, options)
+    truth = ruler.track(decode_frames(case.target or case.driver, union, size))
     face = ruler.embed(ruler.track([photo]), np.array([0]))
     scored: list[dict[str, Any]] = []
     for method, frames in made.items():
-        scores = ruler.score(ruler.track(frames), truth, sample, known=case.target is not None, face=face)
+        scores = ruler.score(
+            ruler.track(frames), truth, sample, has_ground_truth=case.target is not None, source_embedding=face
+        )
         scored.append({"case": case.name, "method": method, "frames": len(rows), **scores})
     seen: list[Scores] = []
     if options.views and options.model and not options.cross:
-        pictures, cameras = novel_views(animator, case, photo)
-        seen = ruler.score_views(ruler.track(pictures, apart=True), cameras, face)
-        scored[0] |= {key: metrics.mean_of([view[key] for view in seen]) for key in seen[0]}
+        pictures, cameras = render_novel_views(animator, case, photo)
+        seen = ruler.score_views(ruler.track(pictures, independent=True), cameras, face)
+        scored[0] |= {key: metrics.finite_mean([view[key] for view in seen]) for key in seen[0]}
     return scored, seen
 
 
-def make(
+def render_methods(
     animator: Animator, case: Case, photo: np.ndarray, rows: np.ndarray, options: EvaluateOptions
 ) -> dict[str, Frames]:
     """What each method makes of the source's photo for the driver's frames `rows`."""
-    size, row = animator.model.config.image_size, frontal(case.source.motion)
+    size, row = animator.model.config.image_size, most_frontal_frame(case.source.motion)
     made: dict[str, Frames] = {}
     if options.model:
         motion = case.driver.motion
@@ -218,22 +220,24 @@ def make(
         animator.set_source_motion(photo, case.source.motion, row)
         made["model"] = list(animator.drive([driver]))
         if animator.model.flow is not None:
-            made["flow"] = list(_flow_only(animator, photo, case.source.motion, row, driver))
+            made["flow"] = list(_render_flow_baseline(animator, photo, case.source.motion, row, driver))
     for folder in options.results:
         name = folder.resolve().name
-        made[name if name not in made else str(folder)] = finished(folder, case, rows, size)
+        made[name if name not in made else str(folder)] = load_result_frames(folder, case, rows, size)
     return {**made, "repeat": [photo] * len(rows)}
 
 
-def novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tuple[Frames, np.ndarray]:
+def render_novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tuple[Frames, np.ndarray]:
     """The source's photo seen from `VIEWS` sides -> pictures and cameras (V, 25)."""
-    animator.set_source_motion(photo, case.source.motion, frontal(case.source.motion))
-    options = NovelViewOptions(yaw=(-VIEW_YAW, VIEW_YAW), frames=VIEWS, loop="once")
+    animator.set_source_motion(photo, case.source.motion, most_frontal_frame(case.source.motion))
+    options = NovelViewOptions(yaw=(-MAX_VIEW_YAW, MAX_VIEW_YAW), frames=NUM_VIEWS, loop="once")
     cameras = orbit_cameras(animator.source_camera(), options)
     return list(animator.view(cameras)), cameras
 
 
-def _flow_only(animator: Animator, photo: np.ndarray, motion: Motion, row: int, driver: Motion) -> Iterator[np.ndarray]:
+def _render_flow_baseline(
+    animator: Animator, photo: np.ndarray, motion: Motion, row: int, driver: Motion
+) -> Iterator[np.ndarray]:
     """The photo warped by the basis flow, and left as it is away from the face."""
     model, device, side = animator.model, animator.device, animator.model.config.image_size // 2
     assert model.flow is not None
@@ -243,7 +247,7 @@ def _flow_only(animator: Animator, photo: np.ndarray, motion: Motion, row: int, 
 
     with torch.inference_mode():
         seen = motion.camera[row : row + 1]
-        camera, points = tensor(seen), tensor(head_points(motion.landmarks[row : row + 1], seen))
+        camera, points = tensor(seen), tensor(landmarks_to_head_frame(motion.landmarks[row : row + 1], seen))
         lam = model.expression.coefficients(tensor(motion.beta[row : row + 1]))
         image = to_tensor(photo)[None].to(device)
         still = pixel_grid(side, device).T.reshape(1, 2, side, side)
@@ -251,14 +255,14 @@ def _flow_only(animator: Animator, photo: np.ndarray, motion: Motion, row: int, 
             beta, seen_by = tensor(driver.beta[at : at + 8]), tensor(driver.camera[at : at + 8])
             b = len(beta)
             p = points.expand(b, -1, -1)
-            target = model.flow.moved(p, model.expression.coefficients(beta) - lam)
+            target = model.flow.deform_landmarks(p, model.expression.coefficients(beta) - lam)
             mesh = model.flow(p, camera.expand(b, -1), target, seen_by, side)
             uv = mesh.weight * mesh.uv + (1 - mesh.weight) * still
             uv = F.interpolate(uv, scale_factor=2, mode="bilinear", align_corners=False)
             yield from to_uint8(warp(image.expand(b, -1, -1, -1), uv))
 
 
-def _sheets(animator: Animator, cases: list[Case], result: Evaluation) -> dict[str, np.ndarray]:
+def _comparison_sheets(animator: Animator, cases: list[Case], result: Evaluation) -> dict[str, np.ndarray]:
     """Pictures of the best, the median and the worst clip, of the first method; of some pairs where there is no truth.
 
     Each shows the source, then driver, target and the methods over time; and novel views beneath each other.
@@ -269,36 +273,38 @@ def _sheets(animator: Animator, cases: list[Case], result: Evaluation) -> dict[s
     known = {case.name: case for case in cases if case.name in score}
     ranked = sorted(known, key=lambda name: np.inf if score[name] is None else score[name])
     if key == "aed":
-        some = dict.fromkeys(np.linspace(0, len(ranked) - 1, min(SHEETS, len(ranked))).round().astype(int).tolist())
+        some = dict.fromkeys(np.linspace(0, len(ranked) - 1, min(MAX_SHEETS, len(ranked))).round().astype(int).tolist())
         names = {f"{place:02d}": ranked[place] for place in some}
     else:
         names = {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
-    sheets = {f"{place}-{name}": _sheet(animator, known[name], result.options) for place, name in names.items()}
+    sheets = {
+        f"{place}-{name}": _comparison_sheet(animator, known[name], result.options) for place, name in names.items()
+    }
     if result.views:
         chosen = [known[name] for name in dict.fromkeys(names.values())]
         size = animator.model.config.image_size
-        seen = [novel_views(animator, case, photo_of(case.source, size))[0] for case in chosen]
+        seen = [render_novel_views(animator, case, load_source_image(case.source, size))[0] for case in chosen]
         sheets["views"] = np.concatenate([np.concatenate(pictures, axis=1) for pictures in seen])
     return sheets
 
 
-def _sheet(animator: Animator, case: Case, options: EvaluateOptions) -> np.ndarray:
+def _comparison_sheet(animator: Animator, case: Case, options: EvaluateOptions) -> np.ndarray:
     size = animator.model.config.image_size
-    rows = chosen_rows(case, SHEET_COLUMNS)
-    photo = photo_of(case.source, size)
-    lines = {"driver": decode(case.driver, rows, size)}
+    rows = select_frames(case, SHEET_COLUMNS)
+    photo = load_source_image(case.source, size)
+    lines = {"driver": decode_frames(case.driver, rows, size)}
     if case.target is not None and case.target is not case.driver:
-        lines["truth"] = decode(case.target, rows, size)
-    made = make(animator, case, photo, rows, options)
+        lines["truth"] = decode_frames(case.target, rows, size)
+    made = render_methods(animator, case, photo, rows, options)
     lines |= {method: frames for method, frames in made.items() if method != "repeat"}
     blank = np.full_like(photo, 255)
     return np.concatenate([
-        np.concatenate([captioned(blank if i else photo, name if i else ""), *line], axis=1)
+        np.concatenate([draw_caption(blank if i else photo, name if i else ""), *line], axis=1)
         for i, (name, line) in enumerate(lines.items())
     ])  # fmt: skip
 
 
-def _summary(
+def _summarise(
     dataset: Path, options: EvaluateOptions, rows: list[dict[str, Any]], views: list[list[Scores]], device: str,
     began: float,
 ) -> Evaluation:  # fmt: skip
@@ -308,20 +314,20 @@ def _summary(
     interval: dict[str, dict[str, tuple[float, float] | None]] = {}
     for method in methods:
         values = {key: [row[key] for row in rows if row["method"] == method] for key in metrics.METRICS}
-        mean[method] = {key: _plain(metrics.mean_of(of)) for key, of in values.items()}
-        bounds = {key: metrics.bootstrap(of, seed=options.seed) for key, of in values.items()}
+        mean[method] = {key: _nan_to_none(metrics.finite_mean(of)) for key, of in values.items()}
+        bounds = {key: metrics.bootstrap_interval(of, seed=options.seed) for key, of in values.items()}
         interval[method] = {key: pair if np.isfinite(pair[0]) else None for key, pair in bounds.items()}
     counted = [row for row in rows if row["method"] == methods[0]]
     told: list[dict[str, float | None]] = []
-    for number, yaw in enumerate(np.linspace(-VIEW_YAW, VIEW_YAW, VIEWS)) if views else []:
-        seen = {key: metrics.mean_of([clip[number][key] for clip in views]) for key in views[0][0]}
-        told.append({"yaw": float(yaw), **{key: _plain(value) for key, value in seen.items()}})
+    for number, yaw in enumerate(np.linspace(-MAX_VIEW_YAW, MAX_VIEW_YAW, NUM_VIEWS)) if views else []:
+        seen = {key: metrics.finite_mean([clip[number][key] for clip in views]) for key in views[0][0]}
+        told.append({"yaw": float(yaw), **{key: _nan_to_none(value) for key, value in seen.items()}})
     return Evaluation(
         dataset, "cross" if options.cross else "self", len(counted), sum(row["frames"] for row in counted), mean,
-        interval, [{key: _plain(value) for key, value in row.items()} for row in rows], told, options,
+        interval, [{key: _nan_to_none(value) for key, value in row.items()} for row in rows], told, options,
         time.monotonic() - began, device,
     )  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -23,8 +23,8 @@ from export3d_cli.core.runtime.errors import InputError
 
 # frames, uint8 (H, W, 3) each, and their landmarks (F, 478, 2) in pixels -> unit vectors (F, D) float32
 Embedder = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
-DLIB_SIDE, DLIB_PADDING = 150, 0.25  # the face chips dlib's network was trained on
-DLIB_POINTS = (
+DLIB_CHIP_SIZE_PX, DLIB_PADDING = 150, 0.25  # the face chips dlib's network was trained on
+DLIB_LANDMARKS = (
     263,
     362,
     33,
@@ -34,9 +34,9 @@ DLIB_POINTS = (
 _DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"
 
 
-def load_embedder(which: str, device: torch.device) -> Embedder:
+def load_embedder(name: str, device: torch.device) -> Embedder:
     """`dlib`, or the path of a TorchScript file. Raises `InputError` for what is not there or cannot be read."""
-    return DlibEmbedder() if which == "dlib" else TorchScriptEmbedder(Path(which), device)
+    return DlibEmbedder() if name == "dlib" else TorchScriptEmbedder(Path(name), device)
 
 
 class TorchScriptEmbedder:
@@ -58,7 +58,7 @@ class TorchScriptEmbedder:
         """Unit vectors (F, D) of frames with landmarks (F, 478, 2)."""
         eyes = [points[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]  # in the image's order
         five = np.stack([*eyes, points[:, 1], points[:, 61], points[:, 291]], axis=1)
-        crops = [metrics.arcface_crop(frame, at) for frame, at in zip(frames, five, strict=True)]
+        crops = [metrics.crop_to_arcface(frame, at) for frame, at in zip(frames, five, strict=True)]
         batch = (to_tensor(np.stack(crops)).to(self.device) * 0.5 + 0.5 - self.mean) / self.std
         with torch.inference_mode():
             vectors = torch.cat([self.network(part) for part in batch.split(32)])
@@ -79,7 +79,7 @@ class DlibEmbedder:
 
     def __call__(self, frames: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
         """Unit vectors (F, 128) of frames with landmarks (F, 478, 2)."""
-        chips = [self._chip(frame, five) for frame, five in zip(frames, points[:, list(DLIB_POINTS)], strict=True)]
+        chips = [self._chip(frame, five) for frame, five in zip(frames, points[:, list(DLIB_LANDMARKS)], strict=True)]
         vectors = np.array([self.network.compute_face_descriptor(chip) for chip in chips], dtype=np.float32)
         unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
@@ -89,5 +89,5 @@ class DlibEmbedder:
         for x, y in five:
             parts.append(self.dlib.point(round(float(x)), round(float(y))))
         face = self.dlib.full_object_detection(self.dlib.rectangle(0, 0, frame.shape[1], frame.shape[0]), parts)
-        chip: np.ndarray = self.dlib.get_face_chip(frame, face, size=DLIB_SIDE, padding=DLIB_PADDING)
+        chip: np.ndarray = self.dlib.get_face_chip(frame, face, size=DLIB_CHIP_SIZE_PX, padding=DLIB_PADDING)
         return chip

@@ -22,7 +22,7 @@ class Metric:
     better: Literal["higher", "lower", ""]  # "": neither
     unit: str
     digits: int
-    what: str
+    description: str
 
 
 # Every column of a score, in the order in which they are told.
@@ -57,11 +57,13 @@ METRICS = {
     "view_identity": Metric("higher", "cos", 3, "Novel views: cosine of embeddings of the source and the view."),
     "view_lost": Metric("lower", "", 3, "Novel views: share in which no face is found."),
 }  # fmt: skip
-PIXELS = 256  # image side in which landmark distances are told, whatever the images' own
+REFERENCE_SIZE_PX = 256  # image side in which landmark distances are told, whatever the images' own
 # ArcFace's template at 112 pixels, in the image's order: left eye, right eye, nose, left and right mouth corner.
-ARCFACE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
-ARCFACE_SIDE = 112
-_SIGMA, _RADIUS = 1.5, 5  # SSIM's Gaussian window of side 11
+ARCFACE_TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+ARCFACE_SIZE_PX = 112
+_SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # SSIM's Gaussian window of side 11
 IRIS_RADIUS = 10.5 / 63  # an iris circles its eye's centre of rotation at 10.5 mm; of 63 mm between the eyes
 
 
@@ -74,11 +76,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Structural similarity (Wang et al. 2004), mean over RGB: Gaussian window of side 11, sigma 1.5."""
     x, y = a.astype(np.float64), b.astype(np.float64)
-    kernel = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
+    kernel = np.exp(-0.5 * (np.arange(-_SSIM_RADIUS, _SSIM_RADIUS + 1) / _SSIM_SIGMA) ** 2)
     kernel /= kernel.sum()
 
     def blur(image: np.ndarray) -> np.ndarray:
-        return cv2.sepFilter2D(image, cv2.CV_64F, kernel, kernel)[_RADIUS:-_RADIUS, _RADIUS:-_RADIUS]
+        return cv2.sepFilter2D(image, cv2.CV_64F, kernel, kernel)[
+            _SSIM_RADIUS:-_SSIM_RADIUS, _SSIM_RADIUS:-_SSIM_RADIUS
+        ]
 
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
@@ -89,28 +93,28 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 def landmark_distance(a: np.ndarray, b: np.ndarray, points: tuple[int, ...] | None = None) -> float:
     """AKD: mean distance of (T, 478, 3) landmarks in the image plane, or of some of the points, in pixels at 256."""
     chosen = slice(None) if points is None else list(points)
-    return float(np.linalg.norm((a[:, chosen] - b[:, chosen])[..., :2], axis=-1).mean() * PIXELS)
+    return float(np.linalg.norm((a[:, chosen] - b[:, chosen])[..., :2], axis=-1).mean() * REFERENCE_SIZE_PX)
 
 
-def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+def mean_abs_difference(a: np.ndarray, b: np.ndarray) -> float:
     """Mean absolute difference; of blendshapes (T, 52) this is AED, of angles in degrees the pose error."""
     return float(np.abs(a - b).mean())
 
 
-def pose_numbers(camera: np.ndarray) -> np.ndarray:
+def pose_vector(camera: np.ndarray) -> np.ndarray:
     """Cameras (T, 25) -> the pose (T, 6) that APD compares: rotation vector in radians, centre in the camera frame."""
     rotation, centre = head_pose(camera)
     return np.concatenate([rotation_log(rotation), centre], axis=-1)
 
 
-def turn_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def rotation_angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Angle in degrees of the rotation that takes the heads before cameras (T, 25) into each other -> (T,)."""
     turn = head_pose(a)[0] @ np.swapaxes(head_pose(b)[0], -1, -2)
     angle: np.ndarray = np.degrees(np.linalg.norm(rotation_log(turn), axis=-1))
     return angle
 
 
-def gaze(iris: np.ndarray) -> np.ndarray:
+def gaze_direction(iris: np.ndarray) -> np.ndarray:
     """Lines of sight in the head frame: unit vectors (..., 3), x to the image's right, y down, z away from the camera.
 
     `iris` (..., 2) is where irises stand off the middle of their eyes' corners, in inter-ocular distances.
@@ -133,25 +137,25 @@ def flicker(result: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs(np.diff(error, n=2, axis=0)).mean())
 
 
-def jitter(result: np.ndarray, truth: np.ndarray) -> float:
+def excess_jitter(result: np.ndarray, truth: np.ndarray) -> float:
     """How much less steady landmarks (T, 478, 3) are than others, T >= 3: second differences, in pixels at 256."""
     a, b = (np.linalg.norm(np.diff(x[..., :2], n=2, axis=0), axis=-1).mean() for x in (result, truth))
-    return float((a - b) * PIXELS)
+    return float((a - b) * REFERENCE_SIZE_PX)
 
 
-def correlation(truth: np.ndarray, result: np.ndarray, least: float) -> float:
+def correlation(truth: np.ndarray, result: np.ndarray, min_std: float) -> float:
     """Pearson's correlation of two series (T,); NaN where the truth's deviation stays below `least`.
 
     A result that hardly moves (a tenth of `least`) follows nothing: 0, not the correlation of its noise.
     """
-    if len(truth) < 3 or truth.std() < least:
+    if len(truth) < 3 or truth.std() < min_std:
         return float("nan")
-    if result.std() < least / 10:
+    if result.std() < min_std / 10:
         return 0.0
     return float(np.corrcoef(truth, result)[0, 1])
 
 
-def similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
+def fit_similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The rotation, scale and shift that lay points (N, 2) on `target` (N, 2) in least squares -> (2, 3)."""
     x, y = points[:, 0], points[:, 1]
     one, zero = np.ones_like(x), np.zeros_like(x)
@@ -160,18 +164,22 @@ def similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([[a, -b, tx], [b, a, ty]])
 
 
-def arcface_crop(image: np.ndarray, five: np.ndarray) -> np.ndarray:
+def crop_to_arcface(image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """The face whose five points (5, 2) lie at pixels of `image`, laid on ArcFace's template: uint8 (112, 112, 3)."""
-    return cv2.warpAffine(image, similarity(five, ARCFACE), (ARCFACE_SIDE, ARCFACE_SIDE), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(
+        image, fit_similarity(keypoints, ARCFACE_TEMPLATE), (ARCFACE_SIZE_PX, ARCFACE_SIZE_PX), flags=cv2.INTER_LINEAR
+    )
 
 
-def mean_of(values: list[float]) -> float:
+def finite_mean(values: list[float]) -> float:
     """Mean of what is a number; NaN of nothing."""
     known = [value for value in values if np.isfinite(value)]
     return float(np.mean(known)) if known else float("nan")
 
 
-def bootstrap(values: list[float], *, level: float = 0.95, resamples: int = 4000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: list[float], *, level: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of what is a number; NaN of fewer than two."""
     known = np.array([value for value in values if np.isfinite(value)])
     if len(known) < 2:

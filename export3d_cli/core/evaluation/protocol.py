@@ -9,15 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.evaluation.scorer import Frames, angles
+from export3d_cli.core.evaluation.scorer import Frames, yaw_pitch
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.media.image import is_image, read_image
+from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.files import MAX_LIST, check_file, check_inside, shared_track
+from export3d_cli.core.runtime.files import MAX_MANIFEST_BYTES, check_file, driver_track_id, ensure_relative
 
-STEADY = 12  # consecutive frames, at most, that steadiness is measured on
-ASPECT = 0.02  # how far from square a finished video may be
+MAX_RUN_FRAMES = 12  # consecutive frames, at most, that steadiness is measured on
+ASPECT_TOLERANCE = 0.02  # how far from square a finished video may be
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Clip:
     @property
     def track(self) -> str:
         """See `shared_track`."""
-        return shared_track(self.id)
+        return driver_track_id(self.id)
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def read_clips(dataset: Path) -> list[Clip]:
     if not path.is_file():
         raise InputError(f"{dataset} is not a data set (it has no {path.name}): make one with `export3d preprocess`")
     try:
-        check_file(path, MAX_LIST)
+        check_file(path, MAX_MANIFEST_BYTES)
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         named = [(str(line["id"]), str(line.get("person") or line["id"])) for line in lines]
         for line in lines:
-            check_inside(line["file"])
-            check_inside(line["motion"])
+            ensure_relative(line["file"])
+            ensure_relative(line["motion"])
             if Path(str(line["id"])).name != str(line["id"]):  # files are named after it
                 raise ValueError(f"{str(line['id'])[:80]!r} is no name of a clip")
         paths = [(dataset / line["file"], dataset / line["motion"]) for line in lines]
@@ -92,34 +92,34 @@ def cross_cases(clips: list[Clip], pairs: int, seed: int) -> list[Case]:
     return cases[:pairs]
 
 
-def frontal(motion: Motion) -> int:
+def most_frontal_frame(motion: Motion) -> int:
     """The frame that looks most into the camera."""
-    yaw, pitch = angles(motion.camera).T
+    yaw, pitch = yaw_pitch(motion.camera).T
     score = np.abs(yaw) + np.abs(pitch - np.median(pitch))
     return int(np.where(motion.found, score, np.inf).argmin())
 
 
-def photo_of(clip: Clip, size: int) -> np.ndarray:
+def load_source_image(clip: Clip, size: int) -> np.ndarray:
     """The source's picture: its most frontal frame, uint8 (size, size, 3)."""
-    return decode(clip, np.array([frontal(clip.motion)]), size)[0]
+    return decode_frames(clip, np.array([most_frontal_frame(clip.motion)]), size)[0]
 
 
-def chosen_rows(case: Case, most: int | None, take: str = "spread") -> np.ndarray:
+def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> np.ndarray:
     """Frames of the driver, and alike of the target, in which a face was tracked: at most `most`, spread or first.
 
     The source's own frame is none of them: repeating it there would be perfect, and count as 100 dB.
     """
-    rows = np.flatnonzero(_tracked(case))
+    rows = np.flatnonzero(_tracked_frames(case))
     if case.driver is case.source:
-        rows = rows[rows != frontal(case.source.motion)]
-    if most is None or len(rows) <= most:
+        rows = rows[rows != most_frontal_frame(case.source.motion)]
+    if max_frames is None or len(rows) <= max_frames:
         return rows
-    return rows[:most] if take == "first" else rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    return rows[:max_frames] if take == "first" else rows[np.linspace(0, len(rows) - 1, max_frames).round().astype(int)]
 
 
-def steady_run(case: Case, frames: int) -> np.ndarray:
+def consecutive_frames(case: Case, frames: int) -> np.ndarray:
     """Consecutive tracked frames about the clip's middle, a quarter of `frames` but 3 to 12; none: an empty array."""
-    tracked, length = _tracked(case), min(STEADY, max(3, frames // 4))
+    tracked, length = _tracked_frames(case), min(MAX_RUN_FRAMES, max(3, frames // 4))
     starts = [s for s in range(len(tracked) - length + 1) if tracked[s : s + length].all()]
     if not starts:
         return np.zeros(0, dtype=np.int64)
@@ -127,7 +127,7 @@ def steady_run(case: Case, frames: int) -> np.ndarray:
     return np.arange(first, first + length)
 
 
-def _tracked(case: Case) -> np.ndarray:
+def _tracked_frames(case: Case) -> np.ndarray:
     found = case.driver.motion.found
     if case.target is None:
         return found
@@ -136,20 +136,20 @@ def _tracked(case: Case) -> np.ndarray:
     return both
 
 
-def decode(clip: Clip, rows: np.ndarray, size: int) -> Frames:
+def decode_frames(clip: Clip, rows: np.ndarray, size: int) -> Frames:
     """Frames `rows` (ascending) of a clip as squares of side `size`."""
-    if is_image(clip.file):
+    if has_image_suffix(clip.file):
         image = read_image(clip.file)
         if image.shape[0] != size:
             image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
         return [image] * len(rows)
-    frames = _frames(clip.file, rows, size)
+    frames = _decode_rows(clip.file, rows, size)
     if len(frames) < len(rows):
         raise InputError(f"{clip.file} has fewer frames than its motion file: preprocess it again")
     return frames
 
 
-def finished(folder: Path, case: Case, rows: np.ndarray, size: int) -> Frames:
+def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: int) -> Frames:
     """Frames `rows` of another tool's result for a case: `<case>.mp4` (or alike) or the folder `<case>` of pictures."""
     files = (folder / f"{case.name}{suffix}" for suffix in VIDEO_SUFFIXES)
     path = next((file for file in files if file.is_file()), None)
@@ -159,9 +159,9 @@ def finished(folder: Path, case: Case, rows: np.ndarray, size: int) -> Frames:
         raise InputError(f"{folder} has no result for {case.name}: give {case.name}.mp4 or a folder {case.name}")
     with VideoReader(path) as reader:
         width, height = reader.info.width, reader.info.height
-    if abs(width - height) > ASPECT * max(width, height):
+    if abs(width - height) > ASPECT_TOLERANCE * max(width, height):
         raise InputError(f"{path} is {width}x{height}: results have to be square, framed as the clip {case.driver.id}")
-    frames = _frames(path, rows, size)
+    frames = _decode_rows(path, rows, size)
     if len(frames) < len(rows):
         raise InputError(
             f"{path} is too short: it needs a frame for each of the {len(case.driver.motion)} of its driver"
@@ -169,7 +169,7 @@ def finished(folder: Path, case: Case, rows: np.ndarray, size: int) -> Frames:
     return frames
 
 
-def _frames(path: Path, rows: np.ndarray, size: int) -> Frames:
+def _decode_rows(path: Path, rows: np.ndarray, size: int) -> Frames:
     wanted, frames = set(rows.tolist()), []
     with VideoReader(path, size=(size, size)) as reader:
         for index, frame in enumerate(reader):

@@ -21,10 +21,10 @@ from export3d_cli.core.runtime.files import write_atomic
 if TYPE_CHECKING:
     from export3d_cli.core.evaluation.evaluate import Evaluation
 
-PICTURE_WIDTH = 1400  # pixels of a picture inside the HTML, at most
-BEST = ' class="best"'
-SIGNS = {"higher": "↑", "lower": "↓", "": ""}
-NOTES = {
+MAX_PICTURE_WIDTH_PX = 1400  # pixels of a picture inside the HTML, at most
+BEST_CLASS = ' class="best"'
+ARROWS = {"higher": "↑", "lower": "↓", "": ""}
+SHEET_TITLES = {
     "best": "Best clip", "median": "Median clip", "worst": "Worst clip",
     "views": "Novel views of these sources, yaw -30 to 30 degrees",
 }  # fmt: skip
@@ -48,23 +48,23 @@ def write_report(result: Evaluation, pictures: dict[str, np.ndarray], out: Path)
     with write_atomic(files[0]) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["case", "method", "frames", *METRICS], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, "case": plain_cell(str(row["case"]))} for row in result.clips)
+        writer.writerows({**row, "case": escape_csv_cell(str(row["case"]))} for row in result.clips)
     facts = dataclasses.asdict(dataclasses.replace(result, files=files))
     with write_atomic(files[1]) as temporary:
         temporary.write_text(json.dumps(facts, default=str, indent=1) + "\n", encoding="utf-8")
     with write_atomic(files[2]) as temporary:
-        temporary.write_text(page(result, pictures), encoding="utf-8")
+        temporary.write_text(render_html(result, pictures), encoding="utf-8")
     for path, picture in zip(files[3:], pictures.values(), strict=True):
         write_image(path, picture)
     return files
 
 
-def plain_cell(text: str) -> str:
+def escape_csv_cell(text: str) -> str:
     """A name from a data set as a cell that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def page(result: Evaluation, pictures: dict[str, np.ndarray]) -> str:
+def render_html(result: Evaluation, pictures: dict[str, np.ndarray]) -> str:
     """The report as HTML, with the pictures inside."""
     known = [key for key in METRICS if any(row[key] is not None for row in result.mean.values())]
     options = result.options
@@ -80,15 +80,15 @@ def page(result: Evaluation, pictures: dict[str, np.ndarray]) -> str:
         '<meta name="viewport" content="width=device-width"><style>', STYLE, "</style></head><body>",
         f'<h1>{title}</h1><p class="facts">{escape(" · ".join(facts))}</p>',
         "<p>Mean over clips, with its 95 % interval by bootstrap over clips. ↑ higher is better, ↓ lower is.</p>",
-        _means(result, known), *(_figure(name, picture) for name, picture in pictures.items()),
-        _views(result), "<h2>Every clip</h2>", _clips(result, known), "<h2>What is measured</h2><dl>",
-        *(f"<dt>{escape(_title(key))}</dt><dd>{escape(METRICS[key].what)}</dd>" for key in known),
+        _means_table(result, known), *(_figure(name, picture) for name, picture in pictures.items()),
+        _views_table(result), "<h2>Every clip</h2>", _clips_table(result, known), "<h2>What is measured</h2><dl>",
+        *(f"<dt>{escape(_title(key))}</dt><dd>{escape(METRICS[key].description)}</dd>" for key in known),
         "</dl></body></html>",
     ]  # fmt: skip
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def captioned(cell: np.ndarray, text: str) -> np.ndarray:
+def draw_caption(cell: np.ndarray, text: str) -> np.ndarray:
     """A copy of a picture with a line of dark text in its middle, as large as fits."""
     cell = cell.copy()
     if text:
@@ -104,7 +104,7 @@ def _title(key: str) -> str:
     return " ".join(part for part in (key.replace("_", " "), metric.unit and f"({metric.unit})") if part)
 
 
-def _number(key: str, value: float | None) -> str:
+def _format_value(key: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.{METRICS[key].digits}f}"
 
 
@@ -115,35 +115,40 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def _means(result: Evaluation, known: list[str]) -> str:
+def _means_table(result: Evaluation, known: list[str]) -> str:
     rows = []
     for key in known:
         values = {method: row[key] for method, row in result.mean.items()}
         better = METRICS[key].better
-        told = {method: _number(key, v) for method, v in values.items()}
+        told = {method: _format_value(key, v) for method, v in values.items()}
         there = {float(told[m]) for m, v in values.items() if v is not None and m != "repeat"}
         best = (max if better == "higher" else min)(there) if better and len(there) > 1 else None
-        cells = [f"{escape(_title(key))} {SIGNS[better]}"]
+        cells = [f"{escape(_title(key))} {ARROWS[better]}"]
         for method, value in values.items():
             bounds = result.interval[method][key]
-            spread = "" if bounds is None else f" <small>{' to '.join(_number(key, b) for b in bounds)}</small>"
+            spread = "" if bounds is None else f" <small>{' to '.join(_format_value(key, b) for b in bounds)}</small>"
             wins = best is not None and value is not None and method != "repeat" and float(told[method]) == best
-            cells.append(f"<td{BEST if wins else ''}>{told[method]}{spread}</td>")
+            cells.append(f"<td{BEST_CLASS if wins else ''}>{told[method]}{spread}</td>")
         rows.append(cells)
     return _table(["", *(escape(method) for method in result.mean)], rows)
 
 
-def _views(result: Evaluation) -> str:
+def _views_table(result: Evaluation) -> str:
     if not result.views:
         return ""
     keys = [key for key in result.views[0] if key != "yaw" and any(view[key] is not None for view in result.views)]
-    rows = [[f"{view['yaw']:+.0f}", *(_number(key, view[key]) for key in keys)] for view in result.views]
+    rows = [[f"{view['yaw']:+.0f}", *(_format_value(key, view[key]) for key in keys)] for view in result.views]
     return "<h2>Novel views</h2>" + _table(["yaw (deg)", *(escape(_title(key)) for key in keys)], rows)
 
 
-def _clips(result: Evaluation, known: list[str]) -> str:
+def _clips_table(result: Evaluation, known: list[str]) -> str:
     rows = [
-        [escape(row["case"]), escape(row["method"]), str(row["frames"]), *(_number(key, row.get(key)) for key in known)]
+        [
+            escape(row["case"]),
+            escape(row["method"]),
+            str(row["frames"]),
+            *(_format_value(key, row.get(key)) for key in known),
+        ]
         for row in result.clips
     ]
     return _table(["clip", "method", "frames", *(escape(key.replace("_", " ")) for key in known)], rows)
@@ -151,21 +156,21 @@ def _clips(result: Evaluation, known: list[str]) -> str:
 
 def _figure(name: str, picture: np.ndarray) -> str:
     place, _, clip = name.partition("-")
-    title = NOTES.get(place, "Pair")
+    title = SHEET_TITLES.get(place, "Pair")
     caption = f"{title}: {clip}" if clip else title
     if clip:
         caption += ". First the source; beside it the driver; below, what should come out where known, and the methods."
-    data = base64.b64encode(_jpeg(picture)).decode()
+    data = base64.b64encode(_encode_jpeg(picture)).decode()
     return (
         f'<figure><h2>{escape(title)}</h2><img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _jpeg(picture: np.ndarray) -> bytes:
-    scale = PICTURE_WIDTH / picture.shape[1]
+def _encode_jpeg(picture: np.ndarray) -> bytes:
+    scale = MAX_PICTURE_WIDTH_PX / picture.shape[1]
     if scale < 1:
-        size = (PICTURE_WIDTH, round(picture.shape[0] * scale))
+        size = (MAX_PICTURE_WIDTH_PX, round(picture.shape[0] * scale))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     _, data = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])
     return data.tobytes()

@@ -21,22 +21,24 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.motion import MEASURES, Motion
+from export3d_cli.core.face.motion import MEASURE_NAMES, Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, with_head_pose
 from export3d_cli.core.runtime.errors import InputError, WeightsError
-from export3d_cli.core.runtime.files import DAMAGED_ZIP, check_file, write_atomic
+from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
 
-ANGLES = ("HeadYaw", "HeadPitch", "HeadRoll")
-RIDGE = 1e-4  # of the fit, against coefficients that never moved
+ANGLE_COLUMNS = ("HeadYaw", "HeadPitch", "HeadRoll")
+RIDGE_WEIGHT = 1e-4  # of the fit, against coefficients that never moved
 MAX_BYTES = 2**30  # about eight hours at 60 frames a second
-MAX_GAP = 60  # seconds between two rows
-MAX_RATE = 1000  # rows a second
+MAX_GAP_S = 60  # seconds between two rows
+MAX_ROWS_PER_S = 1000  # rows a second
 _TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
-_CLOCKS = (24, 25, 30, 48, 50, 60, 100, 120)  # frames that a timecode counts a second
-_RATES = [Fraction(n) for n in _CLOCKS] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
+_TIMECODE_BASES = (24, 25, 30, 48, 50, 60, 100, 120)  # frames that a timecode counts a second
+_STANDARD_RATES = (
+    [Fraction(n) for n in _TIMECODE_BASES] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
+)
 
 
-def read_csv(path: Path, measures: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
+def read_csv(path: Path, measures_file: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
     """A Live Link Face CSV as Motion without landmarks, (T, 0, 3), and what the user should know of it.
 
     Raises `InputError` for a file that is not one.
@@ -47,13 +49,13 @@ def read_csv(path: Path, measures: Path, camera: np.ndarray) -> tuple[Motion, li
         camera: (25,), seen from as far away as it sees the head, and where in the image; without head angles in the
             CSV, from as it does.
     """
-    values, timecodes = _read(path)
+    values, timecodes = _read_columns(path)
     count, notes = len(timecodes), list[str]()
     zeros = np.zeros(count)
     shapes = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
     cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], count, axis=0)
-    if all(name in values for name in ANGLES):
-        angles = np.stack([values[name] for name in ANGLES], axis=1)
+    if all(name in values for name in ANGLE_COLUMNS):
+        angles = np.stack([values[name] for name in ANGLE_COLUMNS], axis=1)
         most = float(np.abs(angles).max())
         if most > 360:
             raise InputError(f"{path} has a head angle of {most:.3g}: they must be in radians, or in degrees")
@@ -61,9 +63,9 @@ def read_csv(path: Path, measures: Path, camera: np.ndarray) -> tuple[Motion, li
             angles = np.radians(angles)
             notes.append(f"{path}: head angles up to {most:.3g}, taken for degrees")
         cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
-    seconds, clock = _seconds(path, timecodes)
-    fps, chosen = constant_rate(seconds, clock)
-    slope, offset = _load_measures(measures)
+    seconds, clock = _timecodes_to_seconds(path, timecodes)
+    fps, chosen = estimate_frame_rate(seconds, clock)
+    slope, offset = _load_measure_map(measures_file)
     beta = np.concatenate([shapes, shapes @ slope + offset], axis=1).astype(np.float32)[chosen]
     found = np.ones(len(chosen), dtype=bool)
     points = np.zeros((len(chosen), 0, 3), np.float32)
@@ -77,18 +79,18 @@ def head_rotations(angles: np.ndarray) -> np.ndarray:
     return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)  # type: ignore[no-any-return]
 
 
-def constant_rate(seconds: np.ndarray, clock: int) -> tuple[Fraction, np.ndarray]:
+def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fraction, np.ndarray]:
     """The rate at which rows at `seconds` (T,) were taken, and the row to show in each frame at that rate.
 
     A frame that the phone lost repeats the row before or after it, so that the take keeps its length.
     """
     steps = np.diff(seconds)
     if not len(steps):
-        return Fraction(clock), np.zeros(1, dtype=np.int64)
+        return Fraction(timecode_base), np.zeros(1, dtype=np.int64)
     usual = float(np.median(steps))
     steady = steps[steps < 1.5 * usual]  # without lost frames
     rate = 1 / float(steady.mean())
-    nearest = min(_RATES, key=lambda known: abs(float(known) / rate - 1))
+    nearest = min(_STANDARD_RATES, key=lambda known: abs(float(known) / rate - 1))
     fps = nearest if abs(float(nearest) / rate - 1) < 2e-3 else Fraction(rate).limit_denominator(1000)
     times = seconds[0] + np.arange(round((seconds[-1] - seconds[0]) * fps) + 1) / float(fps)
     after = np.searchsorted(seconds, times).clip(1, len(seconds) - 1)
@@ -96,14 +98,14 @@ def constant_rate(seconds: np.ndarray, clock: int) -> tuple[Fraction, np.ndarray
     return fps, chosen
 
 
-def fit_measures(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
+def fit_measure_map(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
     """Least squares over the frames of clips: slope (52, 12) and offset (12,) from coefficients to `MEASURES`.
 
     The slope is that within a clip, where the face stays the same; the offset that of the mean face.
     """
     n = len(ARKIT_NAMES)
-    total, count = np.zeros(n + len(MEASURES)), 0
-    scatter = np.zeros((n + len(MEASURES),) * 2)
+    total, count = np.zeros(n + len(MEASURE_NAMES)), 0
+    scatter = np.zeros((n + len(MEASURE_NAMES),) * 2)
     for motion in motions:
         beta = motion.beta[motion.found].astype(np.float64)
         if len(beta):
@@ -112,50 +114,50 @@ def fit_measures(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
             total, count = total + beta.sum(0), count + len(beta)
     if not count:
         raise InputError("there is no frame with a face to fit the measures to")
-    slope = np.linalg.solve(scatter[:n, :n] + RIDGE * count * np.eye(n), scatter[:n, n:])
+    slope = np.linalg.solve(scatter[:n, :n] + RIDGE_WEIGHT * count * np.eye(n), scatter[:n, n:])
     mean = total / count
     return slope, mean[n:] - mean[:n] @ slope
 
 
-def save_measures(path: Path, slope: np.ndarray, offset: np.ndarray) -> None:
+def save_measure_map(path: Path, slope: np.ndarray, offset: np.ndarray) -> None:
     """Write what `fit_measures` found."""
     with write_atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, slope=slope.astype(np.float32), offset=offset.astype(np.float32))
 
 
-def _load_measures(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _load_measure_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             slope, offset = data["slope"].astype(np.float32), data["offset"].astype(np.float32)
-    except DAMAGED_ZIP as error:
+    except DAMAGED_ZIP_ERRORS as error:
         raise WeightsError(f"{path} does not hold the measures of ARKit coefficients ({error}): reinstall") from error
-    if slope.shape != (len(ARKIT_NAMES), len(MEASURES)) or offset.shape != (len(MEASURES),):
+    if slope.shape != (len(ARKIT_NAMES), len(MEASURE_NAMES)) or offset.shape != (len(MEASURE_NAMES),):
         raise WeightsError(f"{path} holds measures of shapes {slope.shape}, {offset.shape}: reinstall")
     if not (np.isfinite(slope).all() and np.isfinite(offset).all()):
         raise WeightsError(f"{path} holds measures that are not finite: reinstall")
     return slope, offset
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Numbers of each column that is used, by its name in `ARKIT_NAMES` or `ANGLES`, and the timecodes (T, 4)."""
     try:
         check_file(path, MAX_BYTES)
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return _parse(path, csv.reader(file))
+            return _parse_rows(path, csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV ({error}): export it from Live Link Face") from error
 
 
-def _parse(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _parse_rows(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Row by row, so that only numbers stay in memory."""
     header = [name.strip().lower().replace("_", "") for name in next(lines, [])]
-    columns = [(name, header.index(name.lower())) for name in (*ARKIT_NAMES, *ANGLES) if name.lower() in header]
+    columns = [(name, header.index(name.lower())) for name in (*ARKIT_NAMES, *ANGLE_COLUMNS) if name.lower() in header]
     values, times = array("d"), array("d")
     for number, row in enumerate(lines, start=2):
         if not any(cell.strip() for cell in row):
             continue
         if number == 2:
-            _check_names(path, header)
+            _check_columns(path, header)
         if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
             raise InputError(f"{path} has {len(row)} values in row {number}, not {len(header)}: export it again")
         for name, at in columns:
@@ -176,7 +178,7 @@ def _parse(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray
     return {name: table[:, k] for k, (name, _) in enumerate(columns)}, np.array(times).reshape(-1, 4)
 
 
-def _check_names(path: Path, header: list[str]) -> None:
+def _check_columns(path: Path, header: list[str]) -> None:
     missing = [name for name in ARKIT_NAMES if name.lower() not in header and name != "tongueOut"]
     if missing:
         raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
@@ -184,7 +186,7 @@ def _check_names(path: Path, header: list[str]) -> None:
         raise InputError(f"{path} lacks the column Timecode, which tells its rate: export it from Live Link Face")
 
 
-def _seconds(path: Path, parts: np.ndarray) -> tuple[np.ndarray, int]:
+def _timecodes_to_seconds(path: Path, parts: np.ndarray) -> tuple[np.ndarray, int]:
     """Timecodes (T, 4) -> the time of each row in seconds, and how many frames the timecode counts a second."""
     whole, frames = parts[:, :3] @ [3600, 60, 1], parts[:, 3]
     clock = 120 if frames.max() >= 60 else 60  # Live Link Face counts 60
@@ -192,18 +194,18 @@ def _seconds(path: Path, parts: np.ndarray) -> tuple[np.ndarray, int]:
     inside = np.diff(frames)[np.diff(whole) == 0]
     if len(over) and len(inside):
         full = float(np.median(frames[over] + np.median(inside) - frames[over + 1]))
-        clock = min(_CLOCKS, key=lambda n: abs(n - full))
+        clock = min(_TIMECODE_BASES, key=lambda n: abs(n - full))
     seconds = whole + frames / clock
     seconds += 86400 * np.cumsum(np.diff(seconds, prepend=seconds[0]) < -43200)  # past midnight
     steps = np.diff(seconds)
     if len(steps) and steps.min() <= 0:
         raise InputError(f"{path} goes back in time, or stands, at row {int(steps.argmin()) + 3}: give one take")
-    if len(steps) and steps.max() > MAX_GAP:
+    if len(steps) and steps.max() > MAX_GAP_S:
         raise InputError(f"{path} has a gap of {steps.max():.0f} s before row {int(steps.argmax()) + 3}: give one take")
-    if len(steps) and np.median(steps) < 1 / MAX_RATE:
-        raise InputError(f"{path} has more than {MAX_RATE} rows a second: export it again")
+    if len(steps) and np.median(steps) < 1 / MAX_ROWS_PER_S:
+        raise InputError(f"{path} has more than {MAX_ROWS_PER_S} rows a second: export it again")
     return seconds, clock
 
 
 if __name__ == "__main__":
-    save_measures(Path(sys.argv[1]), *fit_measures(Motion.load(Path(name)) for name in sys.argv[2:]))
+    save_measure_map(Path(sys.argv[1]), *fit_measure_map(Motion.load(Path(name)) for name in sys.argv[2:]))

@@ -11,8 +11,8 @@ import numpy as np
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.files import quiet_stderr
 
-LOOK = (640, 1280)  # longer side of the picture in a quick look and in a thorough one, pixels
-_MIN_SCORE, _NMS_IOU, _MOST = 0.6, 0.3, 1000
+SEARCH_SIDES_PX = (640, 1280)  # longer side of the picture in a quick look and in a thorough one, pixels
+_MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES = 0.6, 0.3, 1000
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class FaceDetector:
         self.network = Path(network)
         self._net: cv2.FaceDetectorYN | None = None
 
-    def __call__(self, image: np.ndarray, *, longest: int = LOOK[1]) -> list[Detection]:
+    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[1]) -> list[Detection]:
         """All faces, the largest first, in the image shrunk to `longest` pixels where it is larger.
 
         Raises `WeightsError` when the network cannot be loaded.
         """
         net = self._load()
         h, w = image.shape[:2]
-        scale = min(1.0, longest / max(h, w))
+        scale = min(1.0, max_side / max(h, w))
         size = max(1, round(w * scale)), max(1, round(h * scale))
         if scale < 1:
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -58,7 +58,7 @@ class FaceDetector:
             try:
                 with quiet_stderr():
                     self._net = cv2.FaceDetectorYN.create(
-                        str(self.network), "", LOOK[:1] * 2, _MIN_SCORE, _NMS_IOU, _MOST
+                        str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES
                     )
             except cv2.error as error:
                 told = f"does not load in OpenCV {cv2.__version__}: install export3d-cli again, with OpenCV 5 or later"

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.files import DAMAGED_ZIP
+from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 
-_DAMAGED: tuple[type[Exception], ...] = (StopIteration, IndexError, *DAMAGED_ZIP)
+_READ_ERRORS: tuple[type[Exception], ...] = (StopIteration, IndexError, *DAMAGED_ZIP_ERRORS)
 UNITS_PER_CM = 1 / 58  # head-frame units: a face whose box is 1/2.1 of the crop is then seen from EG3D's radius 2.7
-POINTS, SURFACE = 478, 468  # all points; those of the mesh proper, without the irises
+NUM_LANDMARKS, NUM_MESH_VERTICES = 478, 468  # all points; those of the mesh proper, without the irises
 
 # Eyes, seen from the front: "left" is the person's left, at the image's right.
 LEFT_EYE = (362, 398, 384, 385, 386, 387, 388, 466, 263, 249, 390, 373, 374, 380, 381, 382)
@@ -27,7 +27,7 @@ OUTER_LIPS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 31
 LIPS = INNER_LIPS + OUTER_LIPS
 LEFT_BROW = (276, 283, 282, 295, 285, 300, 293, 334, 296, 336)
 RIGHT_BROW = (46, 53, 52, 65, 55, 70, 63, 105, 66, 107)
-OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
+FACE_OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149,
         150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)  # fmt: skip
 # Points that tell the head's pose whatever the face does, with their weights: those of MediaPipe's own pose solver.
 RIGID_WEIGHTS = {
@@ -36,7 +36,7 @@ RIGID_WEIGHTS = {
     205: 0.04725, 263: 0.05872, 284: 0.00767, 297: 0.00908, 346: 0.00979, 348: 0.01457, 350: 0.01859, 356: 0.0052,
     358: 0.12063, 361: 0.00556, 362: 0.05329, 365: 0.06689, 372: 0.01482, 376: 0.01426, 420: 0.02546, 425: 0.04725,
 }  # fmt: skip
-RIGID = tuple(RIGID_WEIGHTS)
+RIGID_POINTS = tuple(RIGID_WEIGHTS)
 # The 68 points of iBUG (jaw, brows, nose, eyes, outer and inner lips) among the 478, as commonly chosen.
 IBUG68 = (
     162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389, 71, 63, 105, 66, 107, 336, 296,
@@ -60,17 +60,17 @@ class CanonicalFace:
 
 
 @functools.lru_cache(maxsize=4)
-def canonical_face(bundle: Path) -> CanonicalFace:
+def load_canonical_face(bundle: Path) -> CanonicalFace:
     """Read the mesh inside a face landmarker bundle; raises `WeightsError` when it is not there."""
     try:
         with zipfile.ZipFile(bundle) as archive:
             data = archive.read("geometry_pipeline_metadata_landmarks.binarypb")
-        mesh = next(v for f, v in _fields(data) if f == 1 and isinstance(v, bytes))
-        vertices = [struct.unpack("<f", v)[0] for f, v in _fields(mesh) if f == 3 and isinstance(v, bytes)]
-        indices = [v for f, v in _fields(mesh) if f == 4 and isinstance(v, int)]
-        surface = np.array(vertices, dtype=np.float64).reshape(SURFACE, 5)[:, :3]
+        mesh = next(v for f, v in _protobuf_fields(data) if f == 1 and isinstance(v, bytes))
+        vertices = [struct.unpack("<f", v)[0] for f, v in _protobuf_fields(mesh) if f == 3 and isinstance(v, bytes)]
+        indices = [v for f, v in _protobuf_fields(mesh) if f == 4 and isinstance(v, int)]
+        surface = np.array(vertices, dtype=np.float64).reshape(NUM_MESH_VERTICES, 5)[:, :3]
         triangles = np.array(indices, dtype=np.int64).reshape(-1, 3)
-    except _DAMAGED as error:
+    except _READ_ERRORS as error:
         raise WeightsError(f"{bundle} holds no canonical face ({error}): install export3d-cli again") from error
     points = surface * [1, -1, -1] * UNITS_PER_CM  # MediaPipe: centimetres, y up, z towards the camera
     irises = [points[list(RIGHT_EYE)].mean(0)] * 5 + [points[list(LEFT_EYE)].mean(0)] * 5
@@ -83,7 +83,7 @@ def canonical_face(bundle: Path) -> CanonicalFace:
 _IRIS_MIRROR = np.array([473, 476, 475, 474, 477, 468, 471, 470, 469, 472])
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]
@@ -94,18 +94,18 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The (number, value) pairs of a protocol buffer message: integers as int, everything else as bytes."""
     at = 0
     while at < len(data):
-        key, at = _varint(data, at)
+        key, at = _read_varint(data, at)
         kind = key & 7
         if kind == 0:
-            number, at = _varint(data, at)
+            number, at = _read_varint(data, at)
             yield key >> 3, number
             continue
         if kind == 2:
-            size, at = _varint(data, at)
+            size, at = _read_varint(data, at)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
@@ -114,7 +114,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
-def flow_triangles(canonical: CanonicalFace) -> np.ndarray:
+def make_flow_triangles(canonical: CanonicalFace) -> np.ndarray:
     """Triangles of the basis flow, (902, 4) int32: three points, then the kind: 0 skin, 1 mouth's inside, 2 eye.
 
     The canonical mesh, all seen from the front with the same winding (positive area with y down); the eyes are fanned

@@ -10,10 +10,10 @@ from ai_edge_litert.interpreter import Interpreter
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.files import quiet_stderr
 
-__all__ = ["Network", "quiet_stderr"]
+__all__ = ["LiteRTNetwork", "quiet_stderr"]
 
 
-class Network:
+class LiteRTNetwork:
     """One tflite network with a single float32 input; `origin` is the file it came from."""
 
     def __init__(self, content: bytes, origin: Path, threads: int) -> None:

@@ -20,26 +20,26 @@ import numpy as np
 from export3d_cli import __version__
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.detector import FaceDetector
-from export3d_cli.core.face.landmarker import ARKIT_NAMES, SETTLE, Face, Landmarker
+from export3d_cli.core.face.landmarker import ARKIT_NAMES, WARMUP_PASSES, Face, Landmarker
 from export3d_cli.core.runtime.camera import FOCAL, default_intrinsics
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.files import DAMAGED_ZIP, check_file, write_atomic
+from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
 
-MEASURES = (
+MEASURE_NAMES = (
     "lipGapLeft", "lipGapCentre", "lipGapRight", "mouthWidth", "mouthCornerHeightLeft", "mouthCornerHeightRight",
     "eyeOpeningLeft", "eyeOpeningRight", "irisXLeft", "irisYLeft", "irisXRight", "irisYRight",
 )  # fmt: skip
-BETA_NAMES = ARKIT_NAMES + MEASURES
-RIGID_MEAN = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
-Z_SCALE = 1.1  # the tracker flattens faces: with this, turning heads read their true angle
+BETA_NAMES = ARKIT_NAMES + MEASURE_NAMES
+RIGID_CENTROID = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
+TRACKER_Z_SCALE = 1.1  # the tracker flattens faces: with this, turning heads read their true angle
 # How much of that depth a face has: with it the landmarks of a frame, seen by another frame's camera, come nearest to
 # those of the other. The same of 63 filmed people and of 445 rendered heads, at turns of 5 and of 30 degrees.
-RELIEF = 0.94
-_DAMAGED: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP)
+RELIEF_SCALE = 0.94
+_READ_ERRORS: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP_ERRORS)
 MAX_BYTES = 2**31  # of a motion file, unpacked: about four hours at 25 frames a second
-RATES = (Fraction(1, 1000), Fraction(1000))  # frames a second, least and most
-LARGEST = 1e6  # of any number in a motion file
-PART = 1024  # frames computed at once: a long video's landmarks are in memory, but not in double precision
+FPS_RANGE = (Fraction(1, 1000), Fraction(1000))  # frames a second, least and most
+MAX_VALUE = 1e6  # of any number in a motion file
+CHUNK_FRAMES = 1024  # frames computed at once: a long video's landmarks are in memory, but not in double precision
 CROP_SCALE = (2.1, 1.6)  # crop side in face boxes: wanted, and the least to fall back to before borders are replicated
 Square = tuple[float, float, float]  # x0, y0, side in pixels
 
@@ -71,7 +71,7 @@ class Motion:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub of its flag
 
     @classmethod
-    def load(cls, path: Path, *, points: tuple[int, ...] = (mesh.POINTS,)) -> Motion:
+    def load(cls, path: Path, *, landmark_counts: tuple[int, ...] = (mesh.NUM_LANDMARKS,)) -> Motion:
         """Read a `.motion.npz` with as many landmarks a face; raises `InputError` for a file that is not one."""
         path = Path(path)
         try:
@@ -83,30 +83,32 @@ class Motion:
                 file.seek(0)
                 with warnings.catch_warnings(), np.load(file, allow_pickle=False) as data:
                     warnings.simplefilter("ignore")  # of headers as Python 2 wrote them: errors are told on one line
-                    motion = cls._of_arrays(data)
-        except _DAMAGED as error:
+                    motion = cls._from_arrays(data)
+        except _READ_ERRORS as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
         T = len(motion.beta) if motion.beta.ndim else 0
         shapes = (motion.beta.shape, motion.camera.shape, motion.landmarks.shape, motion.found.shape)
-        if T == 0 or shapes not in [((T, 64), (T, 25), (T, count, 3), (T,)) for count in points]:
-            expected = f"(T, 64), (T, 25), (T, {points[0]}, 3), (T,)"
+        if T == 0 or shapes not in [((T, 64), (T, 25), (T, count, 3), (T,)) for count in landmark_counts]:
+            expected = f"(T, 64), (T, 25), (T, {landmark_counts[0]}, 3), (T,)"
             raise InputError(f"{path} is a motion file of shapes {shapes}: expected {expected}")
         finite = all(np.isfinite(a).all() for a in (motion.beta, motion.camera, motion.landmarks, motion.crop))
         if not finite or motion.fps <= 0:
             raise InputError(f"{path} holds numbers that are not finite or a rate that is not positive")
         if len(motion.crop) != 3 or len(motion.size) != 2:
             raise InputError(f"{path} holds a crop {motion.crop} of frames {motion.size}: expected 3 and 2 numbers")
-        if not RATES[0] <= motion.fps <= RATES[1]:
+        if not FPS_RANGE[0] <= motion.fps <= FPS_RANGE[1]:
             raise InputError(f"{path} has a rate of {float(motion.fps):.3g} frames/s: it must be 1/1000 to 1000")
         turn = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
         arrays = (motion.beta, motion.camera, motion.landmarks, motion.crop)
         largest = max(float(np.abs(array).max(initial=0)) for array in arrays)
-        if largest > LARGEST or np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
-            raise InputError(f"{path} holds numbers beyond {LARGEST:g}, or cameras that are no rotation: make it again")
+        if largest > MAX_VALUE or np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
+            raise InputError(
+                f"{path} holds numbers beyond {MAX_VALUE:g}, or cameras that are no rotation: make it again"
+            )
         return motion
 
     @classmethod
-    def _of_arrays(cls, data: Mapping[str, np.ndarray]) -> Motion:
+    def _from_arrays(cls, data: Mapping[str, np.ndarray]) -> Motion:
         """What a file holds, its shapes not yet looked at."""
 
         def numbers(name: str) -> np.ndarray:
@@ -127,42 +129,44 @@ class Motion:
         )  # fmt: skip
 
 
-class Tracker:
+class LandmarkerTracker:
     """A landmarker, the canonical face that goes with it, and the way from its faces to `Motion`."""
 
-    points = mesh.POINTS
+    num_landmarks = mesh.NUM_LANDMARKS
 
     def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
         """See `Landmarker`."""
         self.landmarker = Landmarker(bundle, detector=detector, threads=threads)
-        self.canonical = mesh.canonical_face(bundle)
+        self.canonical = mesh.load_canonical_face(bundle)
 
-    def follow(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
+    def track_frames(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
         """Track the face through frames, uint8 (H, W, 3) RGB, taken one at a time."""
         self.landmarker.reset()
         return [self.landmarker.track(frame) for frame in frames]
 
-    def read(self, frames: Sequence[np.ndarray], *, apart: bool = False) -> Motion | None:
+    def track_crops(self, frames: Sequence[np.ndarray], *, independent: bool = False) -> Motion | None:
         """The face in square frames, which are the crop; `apart`: frames that do not follow each other.
 
         None where no frame shows one.
         """
         side = len(frames[0])
-        if apart:
-            faces = [self.follow([frame] * SETTLE)[-1] for frame in frames]
+        if independent:
+            faces = [self.track_frames([frame] * WARMUP_PASSES)[-1] for frame in frames]
         else:
-            faces = self.follow([*[frames[0]] * SETTLE, *frames])[SETTLE:]
+            faces = self.track_frames([*[frames[0]] * WARMUP_PASSES, *frames])[WARMUP_PASSES:]
         self.landmarker.reset()
         try:
-            return self.motion(faces, Fraction(25), (side, side), crop=(0.0, 0.0, float(side)))
+            return self.make_motion(faces, Fraction(25), (side, side), crop=(0.0, 0.0, float(side)))
         except NoFaceError:
             return None
 
-    def settle(self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:
+    def calibrate_clip(
+        self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
+    ) -> Square:
         """The crop of a clip of which these faces are known."""
-        return clip_crop(np.stack([face.landmarks for face in faces]), size, scale)
+        return fit_clip_crop(np.stack([face.landmarks for face in faces]), size, scale)
 
-    def motion(
+    def make_motion(
         self,
         faces: Sequence[Face | None],
         fps: Fraction,
@@ -175,25 +179,25 @@ class Tracker:
 
         Raises `NoFaceError` when no frame has a face.
         """
-        present, found, held = hold_missing(faces)
+        present, found, held = hold_missing_faces(faces)
         landmarks = np.stack([face.landmarks for face in present]).astype(np.float32, copy=False)  # (F, 478, 3)
-        x0, y0, side = crop if crop is not None else clip_crop(landmarks, size, scale)
+        x0, y0, side = crop if crop is not None else fit_clip_crop(landmarks, size, scale)
         cameras = np.empty((len(present), 25), np.float32)
         beta = np.empty((len(present), len(BETA_NAMES)), np.float32)
-        for at in range(0, len(present), PART):
-            part = slice(at, at + PART)
+        for at in range(0, len(present), CHUNK_FRAMES):
+            part = slice(at, at + CHUNK_FRAMES)
             points = (landmarks[part].astype(np.float64) - [x0, y0, 0]) / side
             cameras[part] = fit_cameras(points, self.canonical.points)
             beta[part, : len(ARKIT_NAMES)] = [face.blendshapes for face in present[part]]
             # at full relief: beta, which weights were trained on, does not change with it
-            beta[part, len(ARKIT_NAMES) :] = measures(head_points(points, cameras[part], 1.0))
+            beta[part, len(ARKIT_NAMES) :] = compute_measures(landmarks_to_head_frame(points, cameras[part], 1.0))
             landmarks[part] = points
         if not found.all():
             beta, cameras, landmarks = beta[held], cameras[held], landmarks[held]
         return Motion(beta, cameras, landmarks, found, fps, (x0, y0, side), size)
 
 
-def hold_missing(faces: Sequence[Face | None]) -> tuple[list[Face], np.ndarray, np.ndarray]:
+def hold_missing_faces(faces: Sequence[Face | None]) -> tuple[list[Face], np.ndarray, np.ndarray]:
     """The faces that are there, which frames those are (T,), and each frame's row among them, the last one held (T,).
 
     Raises `NoFaceError` when there is none.
@@ -219,14 +223,14 @@ def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
     """
     weights = np.array(list(mesh.RIGID_WEIGHTS.values()))
     weights /= weights.sum()
-    model = canonical[list(mesh.RIGID)]
+    model = canonical[list(mesh.RIGID_POINTS)]
     model_mean = weights @ model
     centred = model - model_mean
     spread = float((weights * (centred**2).sum(-1)).sum())
-    seen = landmarks[:, list(mesh.RIGID)].astype(np.float64)
+    seen = landmarks[:, list(mesh.RIGID_POINTS)].astype(np.float64)
     depth = np.full(len(seen), 2.7)
     for _ in range(4):
-        cloud = _unproject(seen, depth, weights, Z_SCALE)  # (F, K, 3), camera frame
+        cloud = _unproject(seen, depth, weights, TRACKER_Z_SCALE)  # (F, K, 3), camera frame
         cloud_mean = np.einsum("k,fki->fi", weights, cloud)
         cross = np.einsum("k,fki,kj->fij", weights, cloud - cloud_mean[:, None], centred)
         u, s, vt = np.linalg.svd(cross)
@@ -251,16 +255,16 @@ def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray, z_sca
     return rays * depths[..., None]
 
 
-def clip_crop(pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:
+def fit_clip_crop(pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:
     """One square for a clip: the median nose at its centre, its side the wanted number of face boxes.
 
     Where the frames are cut tighter than wanted the square shrinks to stay inside them, down to the least scale.
     """
     extent = pixels[..., :2].max(1) - pixels[..., :2].min(1)  # (F, 2)
-    return square_around(pixels[:, 1, :2], extent.max(-1), size, scale)
+    return fit_crop_square(pixels[:, 1, :2], extent.max(-1), size, scale)
 
 
-def square_around(noses: np.ndarray, boxes: np.ndarray, size: tuple[int, int], scale: tuple[float, float]) -> Square:
+def fit_crop_square(noses: np.ndarray, boxes: np.ndarray, size: tuple[int, int], scale: tuple[float, float]) -> Square:
     """`clip_crop` for noses (F, 2) and longer sides of the faces' boxes (F,)."""
     nose, box = np.median(noses, axis=0), float(np.median(boxes))
     room = 2 * min(nose[0], nose[1], size[0] - nose[0], size[1] - nose[1])
@@ -284,7 +288,7 @@ def crop_image(image: np.ndarray, crop: tuple[float, float, float], size: int) -
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def head_points(landmarks: np.ndarray, camera: np.ndarray, relief: float = RELIEF) -> np.ndarray:
+def landmarks_to_head_frame(landmarks: np.ndarray, camera: np.ndarray, relief: float = RELIEF_SCALE) -> np.ndarray:
     """Landmarks (T, 478, 3) in crop units, seen by cameras (T, 25) -> (T, 478, 3) float32 in the head frame.
 
     Each point stays on its ray; its depth is `relief` times the one by which the pose is read, with the rigid points'
@@ -293,14 +297,14 @@ def head_points(landmarks: np.ndarray, camera: np.ndarray, relief: float = RELIE
     landmarks = np.asarray(landmarks, dtype=np.float64)
     cam2world = np.asarray(camera, dtype=np.float64)[:, :16].reshape(-1, 4, 4)
     R, t = cam2world[:, :3, :3], cam2world[:, :3, 3]
-    depth = np.einsum("tji,tj->ti", R, RIGID_MEAN - t)[:, 2]  # of the rigid points' mean, in the camera frame
-    weights = np.zeros(mesh.POINTS)
-    weights[list(mesh.RIGID)] = list(mesh.RIGID_WEIGHTS.values())
-    cloud = _unproject(landmarks, depth, weights / weights.sum(), relief * Z_SCALE)
+    depth = np.einsum("tji,tj->ti", R, RIGID_CENTROID - t)[:, 2]  # of the rigid points' mean, in the camera frame
+    weights = np.zeros(mesh.NUM_LANDMARKS)
+    weights[list(mesh.RIGID_POINTS)] = list(mesh.RIGID_WEIGHTS.values())
+    cloud = _unproject(landmarks, depth, weights / weights.sum(), relief * TRACKER_Z_SCALE)
     return (np.einsum("tij,tnj->tni", R, cloud) + t[:, None]).astype(np.float32)
 
 
-def measures(points: np.ndarray) -> np.ndarray:
+def compute_measures(points: np.ndarray) -> np.ndarray:
     """The 12 `MEASURES` of head-frame points (T, 478, 3) -> (T, 12), in inter-ocular distances; x right, heights up."""
 
     def eye(corners: tuple[int, int]) -> np.ndarray:
@@ -363,16 +367,16 @@ def mirror_landmarks(landmarks: np.ndarray, order: np.ndarray) -> np.ndarray:
     return out
 
 
-def chosen_rows(count: int, own: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
+def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
     """Rows of a motion of `count` frames at rate `own` that are seen at rate `fps`, from `start` for `duration` s."""
-    first = round(start * own)
-    last = count if duration is None else min(count, first + round(duration * own))
+    first = round(start * source_fps)
+    last = count if duration is None else min(count, first + round(duration * source_fps))
     if first >= last:
         return np.zeros(0, dtype=np.int64)
-    frames = max(1, round((last - first) * fps / own))
-    return first + np.array([int(t * own / fps) for t in range(frames)]).clip(max=last - first - 1)
+    frames = max(1, round((last - first) * fps / source_fps))
+    return first + np.array([int(t * source_fps / fps) for t in range(frames)]).clip(max=last - first - 1)
 
 
-def motion_rows(motion: Motion, rows: np.ndarray) -> Motion:
+def select_frames(motion: Motion, rows: np.ndarray) -> Motion:
     """The motion of some frames only."""
     return replace(motion, **{k: getattr(motion, k)[rows] for k in ("beta", "camera", "landmarks", "found")})

@@ -6,16 +6,18 @@ from typing import Literal
 
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.fan_tracker import FanTracker
-from export3d_cli.core.face.motion import Tracker
+from export3d_cli.core.face.motion import LandmarkerTracker
 from export3d_cli.core.face.tracker_protocol import FaceTracker
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
 TrackerName = Literal["landmarker", "fan"]
 
 
-def landmark_tracker(*, threads: int = 1) -> Tracker:
+def open_landmarker_tracker(*, threads: int = 1) -> LandmarkerTracker:
     """The landmarker with its shipped networks, `threads` of each. Raises `WeightsError`."""
-    return Tracker(resolve("face_landmarker"), detector=FaceDetector(resolve("yunet")), threads=threads)
+    return LandmarkerTracker(
+        resolve_weights("face_landmarker"), detector=FaceDetector(resolve_weights("yunet")), threads=threads
+    )
 
 
 def open_tracker(name: TrackerName, *, device: str | None = None) -> FaceTracker:
@@ -24,9 +26,9 @@ def open_tracker(name: TrackerName, *, device: str | None = None) -> FaceTracker
     Raises `WeightsError` where what it needs is not there and cannot be fetched.
     """
     if name == "landmarker":
-        return landmark_tracker()
+        return open_landmarker_tracker()
     if device is None:
         from export3d_cli.core.runtime.device import pick_device  # imports torch, which only fan needs
 
         device = str(pick_device("auto"))
-    return FanTracker(resolve("fan_basis"), FaceDetector(resolve("yunet")), device=device)
+    return FanTracker(resolve_weights("fan_basis"), FaceDetector(resolve_weights("yunet")), device=device)

@@ -6,40 +6,42 @@ from fractions import Fraction
 
 import numpy as np
 
-from export3d_cli.core.face.landmarker import SETTLE, Face, Landmarker
+from export3d_cli.core.face.landmarker import WARMUP_PASSES, Face, Landmarker
 from export3d_cli.core.face.tracker_protocol import FaceFinder
-from export3d_cli.core.media.scene_detection import SceneCuts
+from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
-REACH = (0.75, 0.03)  # face boxes that a face may go from one frame to the next, and more for each frame without it
-PATIENCE = 2  # seconds for which a lost face is waited for at its place before another one is taken
+MAX_JUMP = (0.75, 0.03)  # face boxes that a face may go from one frame to the next, and more for each frame without it
+PATIENCE_S = 2  # seconds for which a lost face is waited for at its place before another one is taken
 
 
-def choose_face(faces: list[Face], which: str, name: str) -> Face:
+def choose_face(faces: list[Face], choice: str, name: str) -> Face:
     """largest, left, right or index:N (from the left, from 0) of the faces in a photo, given the largest first."""
     if not faces:
         raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
-    if which == "largest":
+    if choice == "largest":
         return faces[0]
     across = sorted(faces, key=lambda face: float(face.landmarks[:, 0].mean()))
-    index = {"left": 0, "right": len(faces) - 1}.get(which)
+    index = {"left": 0, "right": len(faces) - 1}.get(choice)
     if index is None:
-        kind, _, number = which.partition(":")
+        kind, _, number = choice.partition(":")
         if kind != "index" or not number.isdecimal():
-            raise InputError(f"face {which!r} is none: use largest, left, right or index:N")
+            raise InputError(f"face {choice!r} is none: use largest, left, right or index:N")
         index = int(number)
     if index >= len(faces):
-        raise InputError(f"{name} shows {len(faces)} face(s): {which} does not exist, index:0 is the leftmost")
+        raise InputError(f"{name} shows {len(faces)} face(s): {choice} does not exist, index:0 is the leftmost")
     return across[index]
 
 
-def find_face(landmarker: Landmarker, image: np.ndarray, *, name: str = "the photo", face: str = "largest") -> Face:
+def find_photo_face(
+    landmarker: Landmarker, image: np.ndarray, *, name: str = "the photo", face: str = "largest"
+) -> Face:
     """The face of a photo, uint8 (H, W, 3) RGB, as if it were a video's; `face` as in `choose_face`.
 
     Raises:
         NoFaceError: there is none, or it is not upright.
     """
-    turn = landmarker.upright_turn(image)
+    turn = landmarker.rotation_to_upright(image)
     if turn:
         how = "is upside down" if turn == 180 else "lies on its side"
         raise NoFaceError(f"the face in {name} {how}: rotate the photo by {turn} degrees clockwise")
@@ -47,14 +49,14 @@ def find_face(landmarker: Landmarker, image: np.ndarray, *, name: str = "the pho
     found: Face | None = None
     if face != "largest":
         landmarker.follow(choose_face(landmarker.find_all(image), face, name), image)
-    for _ in range(SETTLE):
+    for _ in range(WARMUP_PASSES):
         found = landmarker.track(image)
     if found is None:
         raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
     return found
 
 
-class Follower:
+class TargetFaceTracker:
     """Fed the frames of a video, uint8 (H, W, 3) RGB, one after the other; gives the face of each, or None.
 
     The face is chosen in the first frame that shows any, and again after a cut. In between, faces elsewhere in the
@@ -68,53 +70,58 @@ class Follower:
     """
 
     def __init__(
-        self, landmarker: FaceFinder, fps: Fraction, *, which: str = "largest", name: str = "the video"
+        self, landmarker: FaceFinder, fps: Fraction, *, choice: str = "largest", name: str = "the video"
     ) -> None:
-        self._landmarker, self._which, self._name = landmarker, which, name
-        self._patience = round(PATIENCE * fps)
-        self._cuts = SceneCuts()
-        self._before: np.ndarray | None = None
+        self._landmarker, self._choice, self._name = landmarker, choice, name
+        self._patience_frames = round(PATIENCE_S * fps)
+        self._cuts = SceneCutDetector()
+        self._previous_image: np.ndarray | None = None
         self._face: Face | None = None  # of the frame before
-        self._last: Face | None = None  # the last one there was
-        self._missing = 0  # frames since then
+        self._last_face: Face | None = None  # the last one there was
+        self._missing_frames = 0  # frames since then
         landmarker.reset()
 
     def __call__(self, image: np.ndarray) -> Face | None:
         """The face in the next frame."""
-        if self._before is not None and np.array_equal(image, self._before):  # a repeated frame has the same face
+        if self._previous_image is not None and np.array_equal(
+            image, self._previous_image
+        ):  # a repeated frame has the same face
             return self._face
-        self._before = image
+        self._previous_image = image
         if self._cuts(image) is not None:
             self._landmarker.reset()
-            self._last, self._which = None, self._which if ":" not in self._which else "largest"
-        self._face = self._choose(image) if self._last is None else self._stay(image, self._last)
-        self._missing = 0 if self._face is not None else self._missing + 1
-        self._last = self._face or self._last
+            self._last_face, self._choice = None, self._choice if ":" not in self._choice else "largest"
+        self._face = self._choose(image) if self._last_face is None else self._follow_last(image, self._last_face)
+        self._missing_frames = 0 if self._face is not None else self._missing_frames + 1
+        self._last_face = self._face or self._last_face
         return self._face
 
     def _choose(self, image: np.ndarray) -> Face | None:
         face = self._landmarker.track(image)
         if face is None:
             return None
-        if self._which != "largest":
-            self._landmarker.follow(choose_face(self._landmarker.find_all(image), self._which, self._name), image)
-        for _ in range(SETTLE - 1):
+        if self._choice != "largest":
+            self._landmarker.follow(choose_face(self._landmarker.find_all(image), self._choice, self._name), image)
+        for _ in range(WARMUP_PASSES - 1):
             face = self._landmarker.track(image)
         return face
 
-    def _stay(self, image: np.ndarray, last: Face) -> Face | None:
+    def _follow_last(self, image: np.ndarray, last: Face) -> Face | None:
         face = self._landmarker.track(image)
-        if face is None or _way(last, face) <= REACH[0] + REACH[1] * self._missing:
+        if face is None or _relative_distance(last, face) <= MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames:
             return face
-        nearest = min(self._landmarker.find_all(image), key=lambda other: _way(last, other), default=face)
-        if _way(last, nearest) > REACH[0] + REACH[1] * self._missing and self._missing < self._patience:
+        nearest = min(self._landmarker.find_all(image), key=lambda other: _relative_distance(last, other), default=face)
+        if (
+            _relative_distance(last, nearest) > MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames
+            and self._missing_frames < self._patience_frames
+        ):
             self._landmarker.follow(last, image)  # another one: look at the old place again in the next frame
             return None
         self._landmarker.follow(nearest, image)
         return self._landmarker.track(image)
 
 
-def _way(one: Face, two: Face) -> float:
+def _relative_distance(one: Face, two: Face) -> float:
     """Distance of two faces, in boxes of the smaller."""
     boxes = [face.landmarks[:, :2].max(0) - face.landmarks[:, :2].min(0) for face in (one, two)]
     way = np.linalg.norm(one.landmarks[:, :2].mean(0) - two.landmarks[:, :2].mean(0))

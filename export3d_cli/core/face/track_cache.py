@@ -11,11 +11,13 @@ import numpy as np
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face
 
-_POINTS = mesh.POINTS * 3
-_RECORD = 2 + _POINTS + len(ARKIT_NAMES)  # score (0: no face), how many landmarks, these, coefficients; float32
+_LANDMARK_VALUES = mesh.NUM_LANDMARKS * 3
+_RECORD_LENGTH = (
+    2 + _LANDMARK_VALUES + len(ARKIT_NAMES)
+)  # score (0: no face), how many landmarks, these, coefficients; float32
 
 
-class FaceTape:
+class TrackCache:
     """The faces of one driver's frames, in order; a context manager. `complete` once all of them are there."""
 
     def __init__(self) -> None:
@@ -23,7 +25,7 @@ class FaceTape:
         self.size = (0, 0)  # width, height of the frames
         self.complete = False
 
-    def __enter__(self) -> FaceTape:
+    def __enter__(self) -> TrackCache:
         return self
 
     def __exit__(
@@ -39,10 +41,10 @@ class FaceTape:
 
     def append(self, face: Face | None, size: tuple[int, int]) -> None:
         """Record the next frame, of `size` (width, height)."""
-        record = np.zeros(_RECORD, dtype=np.float32)
+        record = np.zeros(_RECORD_LENGTH, dtype=np.float32)
         if face is not None:
             count = len(face.landmarks)
-            record[:2], record[2 + _POINTS :] = (face.score, count), face.blendshapes
+            record[:2], record[2 + _LANDMARK_VALUES :] = (face.score, count), face.blendshapes
             record[2 : 2 + 3 * count] = face.landmarks.ravel()
         self.size = size
         self._file.write(record.tobytes())
@@ -51,10 +53,10 @@ class FaceTape:
         at = 0
         while True:
             self._file.seek(at)
-            content = self._file.read(4 * _RECORD)
+            content = self._file.read(4 * _RECORD_LENGTH)
             if not content:
                 return
             at += len(content)
             record = np.frombuffer(content, dtype=np.float32)
             landmarks = record[2 : 2 + 3 * int(record[1])].reshape(-1, 3)
-            yield Face(landmarks, record[2 + _POINTS :], float(record[0])) if record[0] else None
+            yield Face(landmarks, record[2 + _LANDMARK_VALUES :], float(record[0])) if record[0] else None

@@ -32,17 +32,17 @@ class FaceTracker(Protocol):
     """A finder and the way from its faces to `Motion`."""
 
     @property
-    def points(self) -> int:
+    def num_landmarks(self) -> int:
         """Landmarks of a face."""
 
     @property
     def landmarker(self) -> FaceFinder:
         """Finds the faces."""
 
-    def settle(self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float]) -> Square:
+    def calibrate_clip(self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float]) -> Square:
         """Measure what stays the same in a clip, from faces of its frames; returns its crop."""
 
-    def motion(
+    def make_motion(
         self,
         faces: Sequence[Face | None],
         fps: Fraction,

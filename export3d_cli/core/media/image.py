@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export3d_cli.core.media.image_header import PROGRESSIVE, declared_size, is_cut, jpeg_end
+from export3d_cli.core.media.image_header import PROGRESSIVE, find_jpeg_end, is_truncated, read_header_size
 from export3d_cli.core.runtime.errors import InputError, MediaError
 from export3d_cli.core.runtime.files import check_file, quiet_stderr, write_atomic
 
@@ -18,14 +18,21 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 64_000_000  # of one image or frame; more is refused before it is decoded
-MAX_BYTES = 512 * 2**20  # of an image file
-_FILL = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
-_EOI = b"\xff\xd9"  # end of a JPEG picture; above: coded data that means anything, with restarts
-PHONE_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF", b"avis": "AVIF"}
+MAX_FILE_BYTES = 512 * 2**20  # of an image file
+_PADDING_SCANS = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
+_JPEG_END_MARKER = b"\xff\xd9"  # end of a JPEG picture; above: coded data that means anything, with restarts
+_UNSUPPORTED_BRANDS = {
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"mif1": "HEIC",
+    b"msf1": "HEIC",
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+}
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
-def is_image(path: Path) -> bool:
+def has_image_suffix(path: Path) -> bool:
     """Whether the name is that of a still image."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
@@ -36,18 +43,18 @@ def read_image(path: Path) -> np.ndarray:
 
     path = Path(path)
     data = _read_bytes(path)
-    declared = declared_size(data)
+    declared = read_header_size(data)
     if declared is None:  # OpenCV knows more formats, but would make room for whatever size such a file claims
-        kind = PHONE_FORMATS.get(data[8:12]) if data[4:8] == b"ftyp" else None
+        kind = _UNSUPPORTED_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
         if kind is not None:
             raise InputError(f"{path} is {kind}, which is not read: save it as JPEG, PNG or WebP")
         raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
-    check_size(*declared, path)
-    end = jpeg_end(data)
+    check_pixel_count(*declared, path)
+    end = find_jpeg_end(data)
     if end is not None:  # many a camera leaves out the marker of the end, and OpenCV does not go without
-        data = data[: end[0]] + _EOI
+        data = data[: end[0]] + _JPEG_END_MARKER
     try:
-        if is_cut(data) or (end is not None and _is_short(data[:-2], progressive=end[1] == PROGRESSIVE)):
+        if is_truncated(data) or (end is not None and _is_truncated_jpeg(data[:-2], progressive=end[1] == PROGRESSIVE)):
             raise InputError(f"{path} ends before its picture does: copy or download it again")
         buffer = np.frombuffer(data, dtype=np.uint8)
         image = None
@@ -55,14 +62,14 @@ def read_image(path: Path) -> np.ndarray:
             if not data.startswith(b"\xff\xd8"):  # JPEG has no alpha; and only IMREAD_COLOR applies EXIF
                 image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
             if image is not None and image.ndim == 3 and image.shape[2] == 4:
-                image = _upright(_on_white(image), _png_orientation(data))
+                image = _apply_orientation(_composite_on_white(image), _png_orientation(data))
             else:
                 image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise InputError(f"{path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
     if image is None:
         raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
-    check_size(image.shape[1], image.shape[0], path)
+    check_pixel_count(image.shape[1], image.shape[0], path)
     return np.ascontiguousarray(image[..., ::-1])
 
 
@@ -77,7 +84,7 @@ def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
     channels = (3, 4) if path.suffix.lower() == ".png" else (3,)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in channels:
         raise InputError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    if not is_image(path):
+    if not has_image_suffix(path):
         raise InputError(f"cannot write images of type {path.suffix!r}: use .png, .jpg or .webp")
     jpeg = path.suffix.lower() in (".jpg", ".jpeg")  # OpenCV 5 warns of a setting that the format does not have
     settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if jpeg else []
@@ -85,7 +92,7 @@ def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
     if not ok:
         raise MediaError(f"{path} could not be encoded")
     with write_atomic(path) as temporary:
-        temporary.write_bytes(_commented(data.tobytes(), comment.encode("ascii", "replace")))
+        temporary.write_bytes(_add_comment(data.tobytes(), comment.encode("ascii", "replace")))
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -104,7 +111,7 @@ def to_uint8(tensor: torch.Tensor) -> np.ndarray:
     return np.asarray(scaled.movedim(-3, -1).contiguous().cpu().numpy())
 
 
-def _commented(data: bytes, text: bytes) -> bytes:
+def _add_comment(data: bytes, text: bytes) -> bytes:
     """A PNG or JPEG file with a comment in its metadata; other formats as they are."""
     if text and data.startswith(b"\xff\xd8"):  # a COM segment, first of all
         return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + data[2:]
@@ -115,14 +122,14 @@ def _commented(data: bytes, text: bytes) -> bytes:
     return data
 
 
-def check_size(width: int, height: int, path: Path) -> None:
+def check_pixel_count(width: int, height: int, path: Path) -> None:
     """Refuse pictures that would not fit into memory."""
     if width * height > MAX_PIXELS:
         limit = MAX_PIXELS // 1_000_000
         raise InputError(f"{path} is {width}x{height}, more than {limit} megapixels: make it smaller first")
 
 
-def _is_short(jpeg: bytes, *, progressive: bool) -> bool:
+def _is_truncated_jpeg(jpeg: bytes, *, progressive: bool) -> bool:
     """Whether a JPEG picture lacks data at its end, which decoders fill with grey: then bytes put there change it.
 
     Behind a whole picture they are skipped. At an eighth of its size, where parts are missing and not merely details.
@@ -131,13 +138,13 @@ def _is_short(jpeg: bytes, *, progressive: bool) -> bool:
 
     flag = cv2.IMREAD_COLOR if progressive else cv2.IMREAD_REDUCED_COLOR_8
     with quiet_stderr():
-        made = cv2.imdecode(np.frombuffer(jpeg + _EOI, np.uint8), flag)
-        filled = cv2.imdecode(np.frombuffer(jpeg + _FILL + _EOI, np.uint8), flag)
+        made = cv2.imdecode(np.frombuffer(jpeg + _JPEG_END_MARKER, np.uint8), flag)
+        filled = cv2.imdecode(np.frombuffer(jpeg + _PADDING_SCANS + _JPEG_END_MARKER, np.uint8), flag)
     return made is not None and (filled is None or not np.array_equal(made, filled))
 
 
 def _read_bytes(path: Path) -> bytes:
-    check_file(path, MAX_BYTES)
+    check_file(path, MAX_FILE_BYTES)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -166,7 +173,7 @@ def _png_orientation(data: bytes) -> int:
     return 1
 
 
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
     """A picture as its EXIF orientation says that it is to be seen."""
     turn, mirror = {2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (1, 1), 6: (-1, 0), 7: (-1, 1), 8: (1, 0)}.get(
         orientation, (0, 0)
@@ -174,7 +181,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.rot90(image[:, ::-1] if mirror else image, turn)
 
 
-def _on_white(image: np.ndarray) -> np.ndarray:
+def _composite_on_white(image: np.ndarray) -> np.ndarray:
     """BGRA of 8 or 16 bits -> uint8 BGR over white."""
     top = float(np.iinfo(image.dtype).max)
     alpha = image[..., 3:].astype(np.float32) / top

@@ -9,24 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.media.image import is_image, read_image, write_image
+from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
-PICTURE_RATE = Fraction(25)  # frames/s of pictures of which no rate is said
+DEFAULT_FOLDER_FPS = Fraction(25)  # frames/s of pictures of which no rate is said
 
 
-def pictures(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """The pictures of a folder in the order in which they are shown; raises `InputError` when there is none."""
     try:
-        found = [path for path in Path(folder).iterdir() if is_image(path) and not path.name.startswith(".")]
+        found = [path for path in Path(folder).iterdir() if has_image_suffix(path) and not path.name.startswith(".")]
     except OSError as error:
         raise InputError(f"cannot read folder {folder}: {error.strerror}") from error
     if not found:
         raise InputError(f"{folder} is a folder without pictures (.png, .jpg, .webp): give a video file or pictures")
-    return sorted(found, key=lambda path: ([_part(text) for text in re.split(r"(\d+)", path.name)], path.name))
+    return sorted(
+        found, key=lambda path: ([_natural_sort_key(text) for text in re.split(r"(\d+)", path.name)], path.name)
+    )
 
 
-def read_pictures(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
+def read_images(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The pictures one at a time, uint8 (H, W, 3) RGB; all have to be of one size (width, height)."""
     for path in paths:
         image = read_image(path)
@@ -36,7 +38,7 @@ def read_pictures(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarr
         yield image
 
 
-class PictureSequence:
+class ImageSequenceWriter:
     """Frames as pictures `name%05d.png`, numbered from 0."""
 
     def __init__(self, pattern: Path) -> None:
@@ -44,22 +46,22 @@ class PictureSequence:
         if not found:
             raise InputError(f"{pattern} would be one picture: for a picture a frame give a name such as %05d.png")
         self.folder, (head, self._digits, tail) = pattern.parent, found.groups()
-        self._head, self._tail = head, tail
+        self._prefix, self._suffix = head, tail
         there = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
         if self.folder.is_dir() and any(there.fullmatch(path.name) for path in self.folder.iterdir()):
             raise InputError(f"{self.folder} holds such pictures already: give another folder")
-        self.place: Path | None = None  # where they are written; they go to `folder` together
+        self.temporary_folder: Path | None = None  # where they are written; they go to `folder` together
         self._count = 0
 
     def write(self, frame: np.ndarray, comment: str) -> None:
         """Write the next frame, uint8 (H, W, 3) RGB."""
-        if self.place is None:
+        if self.temporary_folder is None:
             raise MediaError("the video writer is not open: use it in a `with` block")
         number = str(self._count).zfill(int(self._digits or 1))
-        write_image(self.place / f"{self._head}{number}{self._tail}", frame, comment=comment)
+        write_image(self.temporary_folder / f"{self._prefix}{number}{self._suffix}", frame, comment=comment)
         self._count += 1
 
 
-def _part(text: str) -> tuple[int, str]:
+def _natural_sort_key(text: str) -> tuple[int, str]:
     """Digits by value and before other text; the parts alternate, so that like is compared with like."""
     return (int(text), "") if text.isdecimal() else (0, text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import struct
 
-_MARKER = re.compile(rb"\xff+[^\xff\0\x01\xd0-\xd7]")  # in coded data; not escaped, nor a restart
-_HUFFMAN = (0xC0, 0xC1, 0xC2)  # frames whose data may be followed by other bytes; arithmetic coding reads on
+_SEGMENT_MARKER = re.compile(rb"\xff+[^\xff\0\x01\xd0-\xd7]")  # in coded data; not escaped, nor a restart
+_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # frames whose data may be followed by other bytes; arithmetic coding reads on
 PROGRESSIVE = 0xC2
 
 
-def declared_size(data: bytes) -> tuple[int, int] | None:
+def read_header_size(data: bytes) -> tuple[int, int] | None:
     """Width and height from the header of a JPEG, PNG, WebP, BMP or TIFF; None for other formats and broken headers."""
     readers = {
         b"\xff\xd8": _jpeg,
@@ -82,7 +82,7 @@ def _tiff(data: bytes) -> tuple[int, int] | None:
     return (sides[256], sides[257]) if len(sides) == 2 else None
 
 
-def is_cut(data: bytes) -> bool:
+def is_truncated(data: bytes) -> bool:
     """Whether a PNG or WebP file ends before it says so; other formats are left to their decoders."""
     if data.startswith(b"RIFF"):
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
@@ -97,17 +97,17 @@ def is_cut(data: bytes) -> bool:
     return False
 
 
-def jpeg_end(data: bytes) -> tuple[int, int] | None:
+def find_jpeg_end(data: bytes) -> tuple[int, int] | None:
     """Where the coded data of a JPEG file ends, be it by its end marker or that of the file; and its kind of frame.
 
     None for what is no JPEG of Huffman codes, or has no coded data.
     """
     at, frame, coded = 2, 0, False
     while data.startswith(b"\xff\xd8") and at < len(data):
-        found = _MARKER.search(data, at)  # what lies between segments is skipped, as decoders do
+        found = _SEGMENT_MARKER.search(data, at)  # what lies between segments is skipped, as decoders do
         if found is None or data[found.end() - 1] == 0xD9:
             end = found.start() if found else len(data)
-            return (end, frame) if coded and frame in _HUFFMAN else None
+            return (end, frame) if coded and frame in _HUFFMAN_FRAMES else None
         kind, at = data[found.end() - 1], found.end()
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             frame = kind

@@ -14,20 +14,20 @@ Colour = tuple[int, int, int]
 Lines = Mapping[str, Sequence[tuple[float, float]]]  # name -> points (x, y)
 
 
-def palette(count: int) -> list[Colour]:
+def hue_palette(count: int) -> list[Colour]:
     """`count` colours that differ in hue."""
     shades = [colorsys.hsv_to_rgb(i / max(count, 1), 0.9, 0.75) for i in range(count)]
     return [(int(r * 255), int(g * 255), int(b * 255)) for r, g, b in shades]
 
 
-def write(picture: np.ndarray, text: str, at: tuple[int, int], size: float = 0.42, colour: Colour = BLACK) -> None:
+def draw_text(picture: np.ndarray, text: str, at: tuple[int, int], size: float = 0.42, colour: Colour = BLACK) -> None:
     """Text with its lower left corner at a pixel (x, y)."""
     cv2.putText(picture, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
-def curves(
-    title: str, lines: Lines, *, x_name: str, log: bool = False, width: int = WIDTH, height: int = HEIGHT,
-    bold: str = "", dots: bool = False,
+def plot_curves(
+    title: str, lines: Lines, *, x_label: str, log_y: bool = False, width: int = WIDTH, height: int = HEIGHT,
+    bold_line: str = "", markers: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """A panel, uint8 (height, width, 3): every line in its colour, named at the right where there are several.
 
@@ -36,7 +36,7 @@ def curves(
     picture = np.full((height, width, 3), 255, np.uint8)
     every = np.array([point for line in lines.values() for point in line], np.float64)
     first, last = every[:, 0].min(), every[:, 0].max()
-    ticks, names = _ticks(every[:, 1], log)
+    ticks, names = _ticks(every[:, 1], log_y)
     right = width - (3 * MARGIN if len(lines) > 1 else MARGIN // 2)
     bottom = height - MARGIN
 
@@ -46,23 +46,23 @@ def curves(
 
     for tick, name in zip(ticks, names, strict=True):
         cv2.line(picture, (MARGIN, place(first, tick)[1]), (right, place(first, tick)[1]), GREY, 1)
-        write(picture, name, (8, place(first, tick)[1] + 4))
-    write(picture, title, (MARGIN, MARGIN - 24), 0.6)
-    write(picture, x_name, (MARGIN, bottom + 40))
-    told = sorted({x for x, _ in every}) if dots else [first, last]
+        draw_text(picture, name, (8, place(first, tick)[1] + 4))
+    draw_text(picture, title, (MARGIN, MARGIN - 24), 0.6)
+    draw_text(picture, x_label, (MARGIN, bottom + 40))
+    told = sorted({x for x, _ in every}) if markers else [first, last]
     free = 0  # no number is written over another
     for x in told:
         at = place(x, ticks[0])[0] - 8
         if at >= free:
-            write(picture, f"{x:g}", (at, bottom + 20))
+            draw_text(picture, f"{x:g}", (at, bottom + 20))
             free = at + 10 * (len(f"{x:g}") + 1)
-    for row, (colour, (name, line)) in enumerate(zip(palette(len(lines)), lines.items(), strict=True)):
-        points = np.array([place(x, np.log10(y) if log else y) for x, y in line], np.int32)
-        cv2.polylines(picture, [points], False, colour, 2 if name == bold else 1, cv2.LINE_AA)
-        for point in points if dots or len(points) == 1 else []:
+    for row, (colour, (name, line)) in enumerate(zip(hue_palette(len(lines)), lines.items(), strict=True)):
+        points = np.array([place(x, np.log10(y) if log_y else y) for x, y in line], np.int32)
+        cv2.polylines(picture, [points], False, colour, 2 if name == bold_line else 1, cv2.LINE_AA)
+        for point in points if markers or len(points) == 1 else []:
             cv2.circle(picture, point.tolist(), 3, colour, -1, cv2.LINE_AA)
         if len(lines) > 1:
-            write(picture, name, (right + 16, MARGIN + 18 * row), colour=colour)
+            draw_text(picture, name, (right + 16, MARGIN + 18 * row), colour=colour)
     return picture
 
 

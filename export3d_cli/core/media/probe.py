@@ -11,15 +11,17 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from export3d_cli.core.media.ffmpeg_process import ask
-from export3d_cli.core.media.image import check_size, read_image
-from export3d_cli.core.media.image_folder import PICTURE_RATE, pictures
+from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
+from export3d_cli.core.media.image import check_pixel_count, read_image
+from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS, list_images
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
-_SCAN_SECONDS = 30  # of timestamps looked at to tell constant from variable rate
-_NO_TIME = str(-(2**63))  # AV_NOPTS_VALUE
-_VFR_MAX = 60  # frames/s given to a video of variable rate at most
-_MAX_HOURS = 24  # that a video may last; more is what a damaged file claims, and would be filled with repeated frames
+_TIMESTAMP_SCAN_S = 30  # of timestamps looked at to tell constant from variable rate
+_NO_TIMESTAMP = str(-(2**63))  # AV_NOPTS_VALUE
+_MAX_VFR_FPS = 60  # frames/s given to a video of variable rate at most
+_MAX_DURATION_H = (
+    24  # that a video may last; more is what a damaged file claims, and would be filled with repeated frames
+)
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,18 @@ class VideoInfo:
     width: int
     height: int
     fps: Fraction  # exact; of a variable-rate video, the constant rate it is resampled to
-    frames: int  # estimate at `fps`; 0 when the file does not say
+    frame_count: int  # estimate at `fps`; 0 when the file does not say
     duration: float  # seconds; 0 when the file does not say
     has_audio: bool
     rotation: int = 0  # degrees of the display matrix, already applied to width and height
     vfr: bool = False  # timestamps are not evenly spaced
-    hdr: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG) of a video of high dynamic range
+    hdr_transfer: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG) of a video of high dynamic range
     interlaced: bool = False  # flagged so
-    claimed: float = 0.0  # seconds that the container's header tells, where it tells them exactly
-    alpha: str = ""  # "plain": in the picture format; "vp8", "vp9": beside it, for libvpx to decode
+    header_duration: float = 0.0  # seconds that the container's header tells, where it tells them exactly
+    alpha_source: str = ""  # "plain": in the picture format; "vp8", "vp9": beside it, for libvpx to decode
 
 
-def ffmpeg() -> str:
+def ffmpeg_path() -> str:
     """The ffmpeg binary (the environment variable IMAGEIO_FFMPEG_EXE names another one)."""
     import imageio_ffmpeg
 
@@ -49,14 +51,14 @@ def ffmpeg() -> str:
     except RuntimeError as error:
         raise MediaError("no ffmpeg found: `pip install --force-reinstall imageio-ffmpeg` brings one") from error
     if os.environ.get("IMAGEIO_FFMPEG_EXE"):  # imageio-ffmpeg tries out its own one only
-        _try_out(found)
+        _check_runnable(found)
     return found
 
 
 @lru_cache(maxsize=4)
-def _try_out(program: str) -> None:
+def _check_runnable(program: str) -> None:
     try:
-        ask([program, "-version"]).check_returncode()
+        run_ffmpeg([program, "-version"]).check_returncode()
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "strerror", None) or "it fails"
         raise MediaError(f"IMAGEIO_FFMPEG_EXE names {program}, which cannot be run ({reason}): unset it") from error
@@ -65,10 +67,10 @@ def _try_out(program: str) -> None:
 def probe(path: Path) -> VideoInfo:
     """What the file (or folder of pictures) holds; `InputError` if it is missing, is no video, or has sound only."""
     if Path(path).is_dir():
-        found = pictures(path)
+        found = list_images(path)
         height, width = read_image(found[0]).shape[:2]
-        return VideoInfo(width, height, PICTURE_RATE, len(found), float(len(found) / PICTURE_RATE), False)
-    path = _existing(path)
+        return VideoInfo(width, height, DEFAULT_FOLDER_FPS, len(found), float(len(found) / DEFAULT_FOLDER_FPS), False)
+    path = _check_video_file(path)
     stat = path.stat()
     return _probe(path.resolve(), stat.st_mtime_ns, stat.st_size)
 
@@ -77,13 +79,13 @@ def audio_codec(path: Path) -> str | None:
     """The codec of the first sound track ("aac", ...), or None."""
     if Path(path).is_dir():
         return None
-    found = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _header(_existing(path)))
+    found = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _read_header(_check_video_file(path)))
     return found.group(1) if found else None
 
 
 @lru_cache(maxsize=64)
 def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
-    header = _header(path)
+    header = _read_header(path)
     # the first one, but for cover art, as "-map 0:V:0" does
     stream = re.search(r"Stream #0:\d+.*?: Video: ((?!.*\(attached pic\)|.*\(still image\)).*)", header)
     has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
@@ -100,30 +102,32 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     rotation = round(float(turn.group(1))) if turn else 0
     if rotation % 180 == 90:
         width, height = height, width
-    check_size(width, height, path)
+    check_pixel_count(width, height, path)
     clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
     duration = int(clock.group(1)) * 3600 + int(clock.group(2)) * 60 + float(clock.group(3)) if clock else 0.0
     if "_pipe" in header.partition(" from ")[0] or "Input #0, image2" in header:  # a still image
         return VideoInfo(
-            width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha=_alpha(header, stream.group(1))
+            width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha_source=_find_alpha(header, stream.group(1))
         )
     claimed = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others guess from the size
-    tick, times = _timestamps(path)
-    fps, vfr = _rate(tick, times, _number(stream.group(1), "fps"), _number(stream.group(1), "tbr"))
-    if len(times) > 2 and (not duration or duration < _SCAN_SECONDS / 2):  # all was seen: exact, not to 10 ms
+    tick, times = _read_timestamps(path)
+    fps, vfr = _estimate_rate(tick, times, _parse_rate(stream.group(1), "fps"), _parse_rate(stream.group(1), "tbr"))
+    if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all was seen: exact, not to 10 ms
         duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late picture is shown from the start
-    if duration > _MAX_HOURS * 3600:
-        raise InputError(f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_HOURS}: cut it first")
+    if duration > _MAX_DURATION_H * 3600:
+        raise InputError(
+            f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_DURATION_H}: cut it first"
+        )
     hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
     return VideoInfo(
         width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,
-        hdr=hdr.group() if hdr else "", claimed=claimed,
+        hdr_transfer=hdr.group() if hdr else "", header_duration=claimed,
         interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream.group(1))),
-        alpha=_alpha(header, stream.group(1)),
+        alpha_source=_find_alpha(header, stream.group(1)),
     )  # fmt: skip
 
 
-def _alpha(header: str, stream: str) -> str:
+def _find_alpha(header: str, stream: str) -> str:
     codec = re.match(r"vp[89]\b", stream)
     if codec and re.search(r"alpha_mode\s*: 1", header, flags=re.IGNORECASE):
         return codec.group()
@@ -133,11 +137,13 @@ def _alpha(header: str, stream: str) -> str:
 @lru_cache(maxsize=1)
 def has_tone_mapping() -> bool:
     """Whether this ffmpeg can bring high dynamic range down."""
-    text = ask([ffmpeg(), "-hide_banner", "-filters"]).stdout.decode()
+    text = run_ffmpeg([ffmpeg_path(), "-hide_banner", "-filters"]).stdout.decode()
     return all(re.search(rf"^ \S+\s+{name} ", text, flags=re.MULTILINE) for name in ("zscale", "tonemap"))
 
 
-def _rate(tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None) -> tuple[Fraction, bool]:
+def _estimate_rate(
+    tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None
+) -> tuple[Fraction, bool]:
     """Frame rate and whether it varies, from the first timestamps and ffmpeg's "fps" and "tbr"."""
     steps = [b - a for a, b in itertools.pairwise(times) if b > a]
     if not steps:
@@ -146,18 +152,18 @@ def _rate(tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fr
     told = [rate for rate in (mean, base) if rate]
     if min(steps) == max(steps) and tick < Fraction(1, 1000):
         near = [rate for rate in told if abs(average - 1 / rate) * len(steps) <= tick]
-        return near[0] if near else _standard(1 / average), False
+        return near[0] if near else _nearest_standard_rate(1 / average), False
     spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
     rounding = max(2 * tick, Fraction(2, 1000))  # containers that count milliseconds (or GIF's hundredths)
     if spread < rounding and spread < average / 2:  # constant, but for that
         near = [rate for rate in told if abs(rate * average - 1) < rounding / (average * len(steps))]
-        return near[0] if near else _standard(1 / average), False
+        return near[0] if near else _nearest_standard_rate(1 / average), False
     common = 1 / sorted(steps)[len(steps) // 2]
     near = [rate for rate in reversed(told) if abs(rate / common - 1) < Fraction(1, 10)]
-    return min(near[0] if near else _standard(common), Fraction(_VFR_MAX)), True
+    return min(near[0] if near else _nearest_standard_rate(common), Fraction(_MAX_VFR_FPS)), True
 
 
-def _standard(rate: Fraction) -> Fraction:
+def _nearest_standard_rate(rate: Fraction) -> Fraction:
     """The usual rate nearest to a measured or rounded one (29.97 -> 30000/1001), or the value itself."""
     whole = round(rate)
     usual = [Fraction(whole), Fraction(whole * 1000, 1001), Fraction(round(rate * 2), 2)]
@@ -167,36 +173,40 @@ def _standard(rate: Fraction) -> Fraction:
     return rate.limit_denominator(100_000)
 
 
-def _number(text: str, unit: str) -> Fraction | None:
+def _parse_rate(text: str, unit: str) -> Fraction | None:
     found = re.search(rf"([\d.]+)(k?) {unit}\b", text)
     if not found:
         return None
-    return _standard(Fraction(found.group(1)) * (1000 if found.group(2) else 1)) if float(found.group(1)) else None
+    return (
+        _nearest_standard_rate(Fraction(found.group(1)) * (1000 if found.group(2) else 1))
+        if float(found.group(1))
+        else None
+    )
 
 
-def _timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
+def _read_timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
     """The container's tick and the first presentation times of the picture, in seconds; nothing is decoded."""
-    command = [ffmpeg(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
-    command += ["-i", file_url(path), "-map", "0:V:0", "-c", "copy", "-t", str(_SCAN_SECONDS)]
+    command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
+    command += ["-i", file_url(path), "-map", "0:V:0", "-c", "copy", "-t", str(_TIMESTAMP_SCAN_S)]
     command += ["-f", "framecrc", "pipe:1"]
-    text = ask(command).stdout.decode()
+    text = run_ffmpeg(command).stdout.decode()
     base = re.search(r"#tb 0: (\d+)/(\d+)", text)
     packets = re.findall(r"^0,\s*[^,]+,\s*([^,]+),", text, flags=re.MULTILINE)
-    if not base or _NO_TIME in packets:
+    if not base or _NO_TIMESTAMP in packets:
         return Fraction(0), []  # AVI and raw streams keep no presentation times
     tick = Fraction(int(base.group(1)), int(base.group(2)))
     times = sorted(int(stamp) * tick for stamp in packets)
-    if times and times[-1] - times[0] > _SCAN_SECONDS * 0.8:
+    if times and times[-1] - times[0] > _TIMESTAMP_SCAN_S * 0.8:
         del times[-16:]  # the cut may have fallen between frames stored out of order
     return tick, times
 
 
-def _header(path: Path) -> str:
-    command = [ffmpeg(), "-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", file_url(path)]
-    return ask(command).stderr.decode("utf-8", "replace")
+def _read_header(path: Path) -> str:
+    command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", file_url(path)]
+    return run_ffmpeg(command).stderr.decode("utf-8", "replace")
 
 
-def _existing(path: Path) -> Path:
+def _check_video_file(path: Path) -> Path:
     path = Path(path)
     if str(path) == "-" and not path.exists():
         raise InputError("- (standard input) cannot be read twice, as videos are: give a file")

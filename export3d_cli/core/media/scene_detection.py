@@ -7,20 +7,20 @@ from collections import deque
 import cv2
 import numpy as np
 
-SIDE = 32  # pixels of the small pictures that are compared
-SPANS = (64, 48, 32, 24, 16)  # frames over which a dissolve is looked for
-CHANGE = 18.0  # grey levels by which the scenes before and after a dissolve differ, mean
-BEND = 0.24  # share of that by which a frame may lie beside the straight way from the one to the other
-LIGHT = 12.0  # grey levels of the change that another exposure does not explain
+THUMBNAIL_SIDE_PX = 32  # pixels of the small pictures that are compared
+DISSOLVE_SPANS = (64, 48, 32, 24, 16)  # frames over which a dissolve is looked for
+MIN_DISSOLVE_CHANGE = 18.0  # grey levels by which the scenes before and after a dissolve differ, mean
+MAX_LINEARITY_ERROR = 0.24  # share of that by which a frame may lie beside the straight way from the one to the other
+MIN_RELIT_RESIDUAL = 12.0  # grey levels of the change that another exposure does not explain
 
 
-class SceneCuts:
+class SceneCutDetector:
     """Fed the frames of a video one after the other; keeps the last 65 of them, 32 pixels wide."""
 
     def __init__(self) -> None:
-        self._usual: deque[float] = deque(maxlen=12)
-        self._last: deque[np.ndarray] = deque(maxlen=SPANS[0] + 1)
-        self._colours = np.zeros(64)
+        self._recent_changes: deque[float] = deque(maxlen=12)
+        self._thumbnails: deque[np.ndarray] = deque(maxlen=DISSOLVE_SPANS[0] + 1)
+        self._colour_histogram = np.zeros(64)
 
     def __call__(self, frame: np.ndarray) -> int | None:
         """Whether uint8 (H, W, 3) `frame` shows another scene than those before.
@@ -29,47 +29,47 @@ class SceneCuts:
             None if it does not; 0 after a cut; after a dissolve or a fade the number of frames, just before this one,
             which mix both scenes.
         """
-        small = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(frame, (THUMBNAIL_SIDE_PX, THUMBNAIL_SIDE_PX), interpolation=cv2.INTER_AREA)
         bins = (small // 64).astype(np.int64) @ [16, 4, 1]
-        before, self._colours = self._colours, np.bincount(bins.ravel(), minlength=64) / bins.size
-        self._last.append(small.astype(np.float32))
-        if len(self._last) < 2:
+        before, self._colour_histogram = self._colour_histogram, np.bincount(bins.ravel(), minlength=64) / bins.size
+        self._thumbnails.append(small.astype(np.float32))
+        if len(self._thumbnails) < 2:
             return None
-        mixed = 0 if self._is_cut(float(np.abs(self._colours - before).sum() / 2)) else self._dissolve()
+        mixed = 0 if self._is_cut(float(np.abs(self._colour_histogram - before).sum() / 2)) else self._find_dissolve()
         if mixed is not None:
-            self._usual.clear()
-            self._last.clear()
-            self._last.append(small.astype(np.float32))
+            self._recent_changes.clear()
+            self._thumbnails.clear()
+            self._thumbnails.append(small.astype(np.float32))
         return mixed
 
     def _is_cut(self, colours: float) -> bool:
         """Against the last frames, a jump, and other colours; `colours` is the share of pixels that changed theirs."""
-        change = float(np.abs(self._last[-1] - self._last[-2]).mean())
-        usual = float(np.median(self._usual)) if self._usual else 0.0
-        self._usual.append(change)
+        change = float(np.abs(self._thumbnails[-1] - self._thumbnails[-2]).mean())
+        usual = float(np.median(self._recent_changes)) if self._recent_changes else 0.0
+        self._recent_changes.append(change)
         return change > max(12.0, 4 * usual) and (colours > 0.25 or change > 40)
 
-    def _dissolve(self) -> int | None:
+    def _find_dissolve(self) -> int | None:
         """In a dissolve, pictures go straight from one to another, as neither motion nor light lets them do."""
-        now = self._last[-1]
-        for span in SPANS:
-            if len(self._last) <= span or np.abs(now - self._last[-span - 1]).mean() < CHANGE:
+        now = self._thumbnails[-1]
+        for span in DISSOLVE_SPANS:
+            if len(self._thumbnails) <= span or np.abs(now - self._thumbnails[-span - 1]).mean() < MIN_DISSOLVE_CHANGE:
                 continue
-            frames = np.stack(list(self._last)[-span - 1 :])
+            frames = np.stack(list(self._thumbnails)[-span - 1 :])
             way = now - frames[0]
             share = np.einsum("thwc,hwc->t", frames - frames[0], way) / (way**2).sum()  # 0 before, 1 after
             beside = np.abs(frames - frames[0] - share[:, None, None, None] * way).mean((1, 2, 3))
             fastest = (share[8:] - share[:-8]).max() / 8
             ended = (share[-1] - share[-5]) / 4 < 0.4 * fastest
-            if ended and beside.max() < BEND * np.abs(way).mean() and _other_picture(frames[0], now):
+            if ended and beside.max() < MAX_LINEARITY_ERROR * np.abs(way).mean() and _is_other_scene(frames[0], now):
                 return span - int(np.argmax(share > 0.07))
         return None
 
 
-def _other_picture(one: np.ndarray, two: np.ndarray) -> bool:
+def _is_other_scene(one: np.ndarray, two: np.ndarray) -> bool:
     """Whether no change of exposure or white balance makes one picture from the other, or it is nearly one colour."""
     a, b = (x.reshape(-1, 3) - x.reshape(-1, 3).mean(0) for x in (one, two))
     gain = (a * b).sum(0) / np.maximum((a**2).sum(0), 1e-3)
     left = np.abs(b - gain * a).mean()
     flat = min(a.std(), b.std()) < 0.15 * max(a.std(), b.std())
-    return bool(left > LIGHT or flat)
+    return bool(left > MIN_RELIT_RESIDUAL or flat)

@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from export3d_cli.core.config.schema import HOLES, ModelConfig, model_from_dict, to_dict
+from export3d_cli.core.config.schema import INPAINTERS, ModelConfig, model_config_from_dict, to_dict
 from export3d_cli.core.runtime.errors import ConfigError, Export3DError, TrainingError, WeightsError
 from export3d_cli.core.runtime.files import write_atomic
 
 FORMAT = "export3d-1"
 LICENCE = "Apache-2.0"
+RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden_textures."}  # old prefix: new
+RENAMED_FIELDS = {"face_shift": "face_residual_ratio"}  # of ModelConfig, old: new
 KEEP_FP32 = ("expression.", "flow.basis")  # small, and every frame's geometry passes through them
 
 
@@ -66,35 +68,48 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path} holds no export3d weights (format {header.get('format')!r}, not {FORMAT!r})")
     try:
-        config = model_from_dict(json.loads(header["config"]))
+        config = model_config_from_dict(_current_fields(json.loads(header["config"])))
         record = json.loads(header["record"])
     except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise WeightsError(
             f"the header of {path} cannot be read: {error}; was it written by a newer version?"
         ) from error
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    state = {_current_key(k): v.float() if v.is_floating_point() else v for k, v in state.items()}
     if not all(bool(v.isfinite().all()) for v in state.values()):
         raise WeightsError(f"{path} holds numbers that are not finite: it is damaged, or its training diverged")
     return state, config, record
 
 
-def licence_of(path: Path | str) -> str:
+def _current_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a header with the fields' current names."""
+    return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def _current_key(key: str) -> str:
+    """Return the name of a tensor that an earlier version may have called otherwise."""
+    for old, new in RENAMED_KEYS.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+def read_licence(path: Path | str) -> str:
     """What the header of a weights file says of its licence."""
     return str(_read(Path(path))[1].get("licence", LICENCE))
 
 
-def check_promise(config: ModelConfig, state: dict[str, Tensor]) -> None:
+def check_header_size(config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Raise `WeightsError` for a header that promises a far larger network than its file holds; before it is built."""
     held = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
     sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
     sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
-    sides += (*(getattr(config, name) for name in HOLES), *config.stem, *config.superres)
+    sides += (*(getattr(config, name) for name in INPAINTERS), *config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
         raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weights") -> None:
+def load_into(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
     """Fill `model` from `state`; every name and every shape must fit, or `WeightsError`."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -104,7 +119,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], where: str = "the weig
             f"{what} {names[:3]}" for what, names in (("miss", missing), ("add", extra), ("reshape", wrong)) if names
         ]
         raise WeightsError(
-            f"{where} do not fit this model, they {', '.join(parts)}: made by another version? "
+            f"{origin} do not fit this model, they {', '.join(parts)}: made by another version? "
             "Train them anew, or use those that came with this one"
         )
     model.load_state_dict(state, strict=True)
@@ -181,11 +196,11 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
             save_file(tensors, beside, metadata=header)
         except SafetensorError as error:
             raise Export3DError(f"cannot write {path} ({error}): make room, or choose another") from error
-        _order_header(beside)
+        _sort_header(beside)
         beside.chmod(mode)
 
 
-def _order_header(path: Path) -> None:
+def _sort_header(path: Path) -> None:
     """Lay the header's entries in order: safetensors shuffles them, and the same training gives the same bytes."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))

@@ -9,27 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, POINTS, ModelConfig
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, ModelConfig
 from export3d_cli.core.model import volume_renderer as render
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.fast import sparse_renderer as lean
 from export3d_cli.core.model.generator import Generator
-from export3d_cli.core.model.inpaint.eyelids import LidPainter
-from export3d_cli.core.model.inpaint.eyes import EyePainter
-from export3d_cli.core.model.inpaint.inpainter import HolePainter, Painted
-from export3d_cli.core.model.inpaint.mouth import MouthPainter
-from export3d_cli.core.model.masks import between
-from export3d_cli.core.model.source_view import SourceView, inpaint, sample_source
-from export3d_cli.core.model.super_resolution import Layers, PhotoDetail, SuperResolution, enlarge, finest
-from export3d_cli.core.model.triplane import Decoder, face_prior, sample_planes
-from export3d_cli.core.model.warp.flow_blending import FlowBlend, drift_flow, rigid_flow, turn
-from export3d_cli.core.model.warp.mesh_flow import SURFACE_REACH, BasisFlow, Mesh, MeshFlow, resize, warp
+from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
+from export3d_cli.core.model.inpaint.eyes import EyeInpainter
+from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
+from export3d_cli.core.model.inpaint.mouth import MouthInpainter
+from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
+from export3d_cli.core.model.super_resolution import (
+    LayerWarp,
+    PhotoDetail,
+    SuperResolution,
+    highpass,
+    upscale_with_detail,
+)
+from export3d_cli.core.model.triplane import Decoder, face_log_density, sample_planes
+from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
+from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, MeshFlow, resize, warp
 
-NEIGHBOURS, REACH = 1024, 0.008  # places of `_roughness`, and half the distance of neighbours along each axis
-THIN = (0.1, 0.5)  # opacity of what is left out, as a scrap of hair in the air, and from which on all is shown
-UNSURE = 0.2  # how much of what is not head is taken for the person's without a mask
-LARGE_AT_ONCE = 2  # pictures that are enlarged together on a CPU: one needs 250 MB at 2048 x 2048
-Samples = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
+DENSITY_TV_POINTS, DENSITY_TV_DISTANCE = (
+    1024,
+    0.008,
+)  # places of `_roughness`, and half the distance of neighbours along each axis
+OPACITY_FADE = (0.1, 0.5)  # opacity of what is left out, as a scrap of hair in the air, and from which on all is shown
+DEFAULT_BODY_WEIGHT = 0.2  # how much of what is not head is taken for the person's without a mask
+CPU_UPSCALE_BATCH = 2  # pictures that are enlarged together on a CPU: one needs 250 MB at 2048 x 2048
+SampleCounts = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
 
 
 @dataclass(frozen=True)
@@ -38,55 +47,61 @@ class Source:
 
     image: Tensor  # (B, 3, H, W) in [-1, 1]
     camera: Tensor  # (B, 25), head frame
-    points: Tensor  # (B, 478, 3) landmarks in the head frame
+    landmarks: Tensor  # (B, 478, 3) landmarks in the head frame
     lam: Tensor  # (B, n) its own expression
-    head: Tensor | None  # (B, 1, m, m) where the photo shows the head, hair included
-    body: Tensor | None  # (B, 1, m, m) and where the rest of the person
+    head_mask: Tensor | None  # (B, 1, m, m) where the photo shows the head, hair included
+    body_mask: Tensor | None  # (B, 1, m, m) and where the rest of the person
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
-    view: Tensor | None  # (B, C, H/4, W/4) source-view plane
-    still: Tensor | None  # (B, C', H/4, W/4) background
-    half: Tensor | None  # (B, 16, H/2, W/2) and
-    quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
-    small: Tensor | None  # (B, 3, H/2, W/2) the photo
-    front: Tensor | None  # (B, 2, m, m) what it shows of the mesh, see `BasisFlow.front`
-    room: Tensor | None  # (B, 3) how far it goes on beyond its border, see `BasisFlow.seen`
+    view_plane: Tensor | None  # (B, C, H/4, W/4) source-view plane
+    background: Tensor | None  # (B, C', H/4, W/4) background
+    features_half: Tensor | None  # (B, 16, H/2, W/2) and
+    features_quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
+    image_half: Tensor | None  # (B, 3, H/2, W/2) the photo
+    visibility: Tensor | None  # (B, 2, m, m) what it shows of the mesh, see `BasisFlow.front`
+    margins: Tensor | None  # (B, 3) how far it goes on beyond its border, see `BasisFlow.seen`
     # without gradients:
-    finest: Tensor | None = None  # (B, 1, H, W) of it, see `superres.finest`
+    highpass: Tensor | None = None  # (B, 1, H, W) of it, see `superres.finest`
     basis: Tensor | None = None  # (n, d) of beta', that of the weights
-    view_rows: list[Tensor] | None = None  # of each view, `lean.plane_table`
+    view_tables: list[Tensor] | None = None  # of each view, `lean.plane_table`
 
     def expand(self, batch: int) -> Source:
         """The same single source for a batch of drivers; no memory is copied."""
-        kept = {"basis": self.basis, "view_rows": self.view_rows and self.view_rows * batch}
-        grown = {k: _grow(v, batch) for k, v in vars(self).items() if k not in ("stem", *kept)}
+        kept = {"basis": self.basis, "view_tables": self.view_tables and self.view_tables * batch}
+        grown = {k: _expand_batch(v, batch) for k, v in vars(self).items() if k not in ("stem", *kept)}
         return Source(stem=[f.expand(batch, *f.shape[1:]) for f in self.stem], **grown, **kept)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Posed:
+class PosedHead:
     """A source with an expression: everything that no camera changes; made once, seen often."""
 
     planes: Tensor  # (B, 3, C, P, P)
     surface: Tensor | None  # (B, 3, s, s), see `BasisFlow.surface`
-    mesh: Mesh | None
-    rows: list[Tensor] | None  # of the planes of each head, `lean.plane_table`; None where that is not used
-    finite: bool = True  # whether all numbers of the planes are; known where there are `rows`
+    mesh: DeformedMesh | None
+    plane_tables: list[Tensor] | None  # of the planes of each head, `lean.plane_table`; None where that is not used
+    planes_finite: bool = True  # whether all numbers of the planes are; known where there are `rows`
 
-    def expand(self, batch: int) -> Posed:
+    def expand(self, batch: int) -> PosedHead:
         """The same single head for a batch of cameras; no memory is copied."""
-        mesh = None if self.mesh is None else Mesh(*(x.expand(batch, *x.shape[1:]) for x in self.mesh))
+        mesh = None if self.mesh is None else DeformedMesh(*(x.expand(batch, *x.shape[1:]) for x in self.mesh))
         planes = self.planes.expand(batch, *self.planes.shape[1:])
-        return Posed(planes, _grow(self.surface, batch), mesh, self.rows and self.rows * batch, self.finite)
+        return PosedHead(
+            planes,
+            _expand_batch(self.surface, batch),
+            mesh,
+            self.plane_tables and self.plane_tables * batch,
+            self.planes_finite,
+        )
 
 
-def _pictures(met: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rays_to_maps(met: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
     """What rays have met, (B, size * size, C) or (B, size * size), as pictures (B, ., size, size)."""
     features, depth, opacity = (x.view(len(x), size, size, -1).permute(0, 3, 1, 2) for x in met)
     return features, depth, opacity
 
 
-def _grow(value: Tensor | None, batch: int) -> Tensor | None:
+def _expand_batch(value: Tensor | None, batch: int) -> Tensor | None:
     return None if value is None else value.expand(batch, *value.shape[1:])
 
 
@@ -97,30 +112,32 @@ class Output(NamedTuple):
     raw: Tensor  # (B, 3, h, w) the volume rendering before super-resolution
     depth: Tensor  # (B, 1, h, w) distance along the camera's axis, head-frame units
     opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
-    offset: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
-    weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
-    rough: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
-    sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
-    known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
-    bare: Tensor | None = None  # (B, 3, H, W) the image without `fills`
-    ways: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
-    shares: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
-    fills: tuple[Painted, ...] = ()  # what of the image is painted in close-up: mouth, eyes, lids
+    residual_flow: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
+    flow_weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
+    density_tv: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
+    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
+    source_visibility: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
+    before_inpainting: Tensor | None = None  # (B, 3, H, W) the image without `fills`
+    sample_grid: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
+    blend_weights: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
+    inpainted: tuple[InpaintedPatch, ...] = ()  # what of the image is painted in close-up: mouth, eyes, lids
 
-    def enlarged(self, more: Tensor, size: int) -> Tensor:
+    def upscale(self, detail: Tensor, size: int) -> Tensor:
         """The image as (B, 3, size, size), with what a larger photo has `more`, (B, 3, M, M) of `superres.finer`."""
-        if self.bare is None or self.ways is None or self.shares is None:
+        if self.before_inpainting is None or self.sample_grid is None or self.blend_weights is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
-        at_once = LARGE_AT_ONCE if more.device.type == "cpu" else len(more)
-        parts = (part.split(at_once) for part in (self.bare, self.ways, self.shares, more))
-        large = [enlarge(bare, Layers(*taken), own, size) for bare, *taken, own in zip(*parts, strict=True)]
-        return lay(torch.cat(large), self.fills)
+        at_once = CPU_UPSCALE_BATCH if detail.device.type == "cpu" else len(detail)
+        parts = (part.split(at_once) for part in (self.before_inpainting, self.sample_grid, self.blend_weights, detail))
+        large = [
+            upscale_with_detail(bare, LayerWarp(*taken), own, size) for bare, *taken, own in zip(*parts, strict=True)
+        ]
+        return composite_patches(torch.cat(large), self.inpainted)
 
 
-def lay(image: Tensor, fills: tuple[Painted, ...]) -> Tensor:
+def composite_patches(image: Tensor, patches: tuple[InpaintedPatch, ...]) -> Tensor:
     """Pictures (B, 3, ., .), which are written into, with what is painted on them."""
-    for painted in fills:
-        painted.fill(image)
+    for painted in patches:
+        painted.paste_into(image)
     return image
 
 
@@ -137,19 +154,19 @@ class Export3D(nn.Module):
         self.flow = BasisFlow(config) if config.flow else None
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
-        self.painters = nn.ModuleDict()  # each has a training of its own
+        self.inpainters = nn.ModuleDict()  # each has a training of its own
         if config.mouth:
-            self.painters["mouth"] = MouthPainter(config.mouth)
+            self.inpainters["mouth"] = MouthInpainter(config.mouth)
         if config.eyes:
-            self.painters["eyes"] = EyePainter(config.eyes)
+            self.inpainters["eyes"] = EyeInpainter(config.eyes)
         if config.lids:
-            self.painters["lids"] = LidPainter(config.lids)
+            self.inpainters["lids"] = EyelidInpainter(config.lids)
         # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
-        self.rows: tuple[int, int, int] | None = None
+        self.batch_rows: tuple[int, int, int] | None = None
 
     def encode_source(
-        self, image: Tensor, beta: Tensor, camera: Tensor, points: Tensor, person: Tensor | None = None,
-        room: Tensor | None = None,
+        self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
+        margins: Tensor | None = None,
     ) -> Source:  # fmt: skip
         """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs.
 
@@ -159,7 +176,7 @@ class Export3D(nn.Module):
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
             ("image", image, (B, 3, H, H)), ("beta", beta, (B, BETA_DIM)), ("camera", camera, (B, CAMERA_DIM)),
-            ("points", points, (B, POINTS, 3)),
+            ("points", landmarks, (B, NUM_LANDMARKS, 3)),
         ):  # fmt: skip
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
@@ -168,54 +185,58 @@ class Export3D(nn.Module):
         head, body, front = None, None, None
         if self.flow is not None:
             with torch.no_grad():
-                front = self.flow.front(points, camera)
-                head = self.flow.head(points, camera, person, front)
-                body = (1 - head) * (UNSURE if person is None else resize(person.float(), self.config.mesh_size))
-        behind = None if head is None or sv is None else inpaint(image, 1 - head, H // 4)
-        view, lasting = sv.plane(stem) if sv is not None else None, not torch.is_grad_enabled()
+                front = self.flow.source_visibility(landmarks, camera)
+                head = self.flow.head_mask(landmarks, camera, person_mask, front)
+                body = (1 - head) * (
+                    DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), self.config.mesh_size)
+                )
+        behind = None if head is None or sv is None else fill_push_pull(image, 1 - head, H // 4)
+        view, lasting = sv.make_view_plane(stem) if sv is not None else None, not torch.is_grad_enabled()
         rows = None
-        if view is not None and self._lean(image):
-            rows = self._view_rows(view)
+        if view is not None and self._use_sparse_path(image):
+            rows = self._make_view_tables(view)
         return Source(
-            image=image, camera=camera, points=points, lam=self.expression.coefficients(beta), head=head, body=body,
+            image=image, camera=camera, landmarks=landmarks, lam=self.expression.coefficients(beta), head_mask=head, body_mask=body,
             stem=stem, tokens=tokens,
-            view=view, still=sv.still(stem, behind) if sv is not None else None,
-            half=sr.detail2(stem[0]) if sr.flow else None, quarter=sr.detail4(stem[1]) if sr.flow else None,
-            small=F.avg_pool2d(image.float(), 2) if sr.flow else None, front=front, room=room,
-            finest=finest(image) if lasting and sr.flow else None,
-            basis=self.expression.basis() if lasting else None, view_rows=rows,
+            view_plane=view, background=sv.make_background(stem, behind) if sv is not None else None,
+            features_half=sr.detail2(stem[0]) if sr.uses_flow else None, features_quarter=sr.detail4(stem[1]) if sr.uses_flow else None,
+            image_half=F.avg_pool2d(image.float(), 2) if sr.uses_flow else None, visibility=front, margins=margins,
+            highpass=highpass(image) if lasting and sr.uses_flow else None,
+            basis=self.expression.basis() if lasting else None, view_tables=rows,
         )  # fmt: skip
 
-    def planes(self, source: Source, lam: Tensor) -> Tensor:
+    def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
         """Coefficients lambda (B, n) on the source -> tri-plane (B, 3, C, P, P)."""
-        return self.generator(source.stem, source.tokens, self._code(source, lam))
+        return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
-    def pose(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> Posed:
+    def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
         """The source with coefficients lambda (B, n), for `drive` by many cameras; `planes` where they are known."""
-        planes, surface, mesh = self.planes(source, lam) if planes is None else planes, None, None
+        planes, surface, mesh = self.generate_planes(source, lam) if planes is None else planes, None, None
         if self.flow is not None:
             with torch.no_grad():
-                moved = self.flow.moved(source.points, lam - source.lam)
-                mesh = self.flow.mesh(source.points, source.camera, moved)
-                surface = self.flow.surface(moved) if self.config.head_prior else None
-        if not self._lean(planes):
-            return Posed(planes, surface, mesh, None)
-        return Posed(planes, surface, mesh, self._plane_rows(planes), bool(planes.isfinite().all()))
+                moved = self.flow.deform_landmarks(source.landmarks, lam - source.lam)
+                mesh = self.flow.deform_mesh(source.landmarks, source.camera, moved)
+                surface = self.flow.rasterize_surface(moved) if self.config.head_prior else None
+        if not self._use_sparse_path(planes):
+            return PosedHead(planes, surface, mesh, None)
+        return PosedHead(planes, surface, mesh, self._make_plane_tables(planes), bool(planes.isfinite().all()))
 
-    def _plane_rows(self, planes: Tensor) -> list[Tensor]:
+    def _make_plane_tables(self, planes: Tensor) -> list[Tensor]:
         """What the decoder's first layer makes of tri-planes (B, 3, C, P, P), `lean.plane_table` of each."""
         weight = self.decoder.hidden.weight[:, : planes.shape[2]] / planes.shape[1]
-        return [lean.plane_table(part, weight) for part in planes]
+        return [lean.make_feature_table(part, weight) for part in planes]
 
-    def _view_rows(self, view: Tensor) -> list[Tensor]:
+    def _make_view_tables(self, view: Tensor) -> list[Tensor]:
         """And of source views (B, C, h, w)."""
-        return [lean.plane_table(part, self.decoder.hidden.weight[:, -view.shape[1] :]) for part in view.split(1)]
+        return [
+            lean.make_feature_table(part, self.decoder.hidden.weight[:, -view.shape[1] :]) for part in view.split(1)
+        ]
 
-    def _code(self, source: Source, lam: Tensor) -> Tensor:
+    def _expression_code(self, source: Source, lam: Tensor) -> Tensor:
         """beta' (B, d); with gradients, which reach the basis, it is made anew each time."""
         return self.expression.code(lam, None if torch.is_grad_enabled() else source.basis)
 
-    def _lean(self, like: Tensor) -> bool:
+    def _use_sparse_path(self, like: Tensor) -> bool:
         """Whether what cannot be seen is left out: on a CPU without gradients."""
         return like.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
 
@@ -226,9 +247,9 @@ class Export3D(nn.Module):
         camera: Tensor,
         *,
         lam: Tensor | None = None,
-        posed: Posed | None = None,
+        posed: PosedHead | None = None,
         raw_size: int | None = None,
-        samples: Samples | None = None,
+        samples: SampleCounts | None = None,
         mesh_size: int | None = None,
     ) -> Output:
         """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25).
@@ -239,32 +260,32 @@ class Export3D(nn.Module):
             if beta is None:
                 raise ValueError("drive needs beta or lam")
             lam = self.expression.coefficients(beta)
-        posed = self.pose(source, lam) if posed is None else posed
+        posed = self.pose_head(source, lam) if posed is None else posed
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, camera, size, samples)
         detail, weights = None, None
         if posed.mesh is not None:
-            detail = self._photo_detail(source, posed.mesh, lam, camera, depth, opacity, mesh_size)
+            detail = self._prepare_photo_detail(source, posed.mesh, lam, camera, depth, opacity, mesh_size)
             weights = detail.flow.weights
-        features = self._before(source, features, opacity, detail)
+        features = self._composite_background(source, features, opacity, detail)
         full = resize(features, self.config.image_size // 4)
         made = self.superres(full, full[:, :3], detail)
-        rough = self._roughness(source, posed) if self.training else None
-        fills = () if self.training else self._paint(source, posed, made.image, camera)
+        rough = self._density_tv(source, posed) if self.training else None
+        fills = () if self.training else self._inpaint(source, posed, made.image, camera)
         return Output(
-            lay(made.image.clone(), fills) if fills else made.image, features[:, :3], depth, opacity, made.offset,
-            weights, rough, made.sampled, made.known, made.image, made.ways, made.shares, fills,
+            composite_patches(made.image.clone(), fills) if fills else made.image, features[:, :3], depth, opacity, made.residual_flow,
+            weights, rough, made.warped_photo, made.source_visibility, made.image, made.sample_grid, made.blend_weights, fills,
         )  # fmt: skip
 
-    def _paint(self, source: Source, posed: Posed, image: Tensor, camera: Tensor) -> tuple[Painted, ...]:
+    def _inpaint(self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor) -> tuple[InpaintedPatch, ...]:
         """What the photo hides of mouth, eyes and lids."""
         if posed.mesh is None:
             return ()
-        photo, moved = (source.image, source.points, source.camera), posed.mesh.points[:, :POINTS]
-        fills: list[Painted] = []
-        for painter in self.painters.values():
-            assert isinstance(painter, HolePainter)
-            fills += painter.paint(image, *photo, moved, camera)
+        photo, moved = (source.image, source.landmarks, source.camera), posed.mesh.points[:, :NUM_LANDMARKS]
+        fills: list[InpaintedPatch] = []
+        for painter in self.inpainters.values():
+            assert isinstance(painter, Inpainter)
+            fills += painter.inpaint(image, *photo, moved, camera)
         return tuple(fills)
 
     def forward(
@@ -272,130 +293,159 @@ class Export3D(nn.Module):
         source_image: Tensor,
         source_beta: Tensor,
         source_camera: Tensor,
-        source_points: Tensor,
+        source_landmarks: Tensor,
         driver_beta: Tensor,
         driver_camera: Tensor,
-        person: Tensor | None = None,
+        person_mask: Tensor | None = None,
         raw_size: int | None = None,
     ) -> Output:
         """Encode and drive at once, for training."""
-        source = self.encode_source(source_image, source_beta, source_camera, source_points, person)
+        source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
         return self.drive(source, driver_beta, driver_camera, raw_size=raw_size)
 
     def render(
-        self, source: Source, posed: Posed, camera: Tensor, size: int, samples: Samples | None = None
+        self, source: Source, posed: PosedHead, camera: Tensor, size: int, samples: SampleCounts | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32.
 
         Where there is a background it is still to be laid behind them.
         """
         cfg = self.config
-        origin, directions = render.rays(camera, size)
-        if posed.rows is not None and self._lean(camera):
-            return _pictures(self._march(source, posed, posed.rows, camera, size, samples), size)
+        origin, directions = render.camera_rays(camera, size)
+        if posed.plane_tables is not None and self._use_sparse_path(camera):
+            return _rays_to_maps(self._render_sparse(source, posed, posed.plane_tables, camera, size, samples), size)
         coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
-        depths = render.coarse_depths(camera, size * size, coarse, jitter=self.training, rows=self.rows)
-        colours, densities = self._decode(source, posed, origin, directions, depths)
+        depths = render.sample_coarse_depths(
+            camera, size * size, coarse, jitter=self.training, batch_rows=self.batch_rows
+        )
+        colours, densities = self._decode_samples(source, posed, origin, directions, depths)
         if fine:
             with torch.no_grad():
                 weights, _ = render.ray_weights(densities, depths)
-                more = render.importance_depths(depths, weights, fine, jitter=self.training, rows=self.rows)
-            more_colours, more_densities = self._decode(source, posed, origin, directions, more)
+                more = render.sample_importance_depths(
+                    depths, weights, fine, jitter=self.training, batch_rows=self.batch_rows
+                )
+            more_colours, more_densities = self._decode_samples(source, posed, origin, directions, more)
             depths, order = torch.sort(torch.cat([depths, more], dim=-1), dim=-1)
             densities = torch.cat([densities, more_densities], dim=-1).gather(-1, order)
             colours = torch.cat([colours, more_colours], dim=-2)
             colours = colours.gather(-2, order[..., None].expand_as(colours))
-        return _pictures(render.composite(colours, densities, depths), size)
+        return _rays_to_maps(render.composite(colours, densities, depths), size)
 
-    def _before(self, source: Source, features: Tensor, opacity: Tensor, detail: PhotoDetail | None) -> Tensor:
+    def _composite_background(
+        self, source: Source, features: Tensor, opacity: Tensor, detail: PhotoDetail | None
+    ) -> Tensor:
         """The rendered head before what is behind it: it moves as the flow says, not with the head's turning."""
-        if source.still is None:
+        if source.background is None:
             return features
-        still, size = source.still.float(), features.shape[-1]
-        behind = resize(still, size) if detail is None else warp(still, resize(detail.flow.rest, size))
+        still, size = source.background.float(), features.shape[-1]
+        behind = resize(still, size) if detail is None else warp(still, resize(detail.flow.background, size))
         if not self.training:
-            kept = between(opacity, *THIN)
+            kept = linear_step(opacity, *OPACITY_FADE)
             features, opacity = features * kept, opacity * kept
         return features + (1 - opacity) * behind
 
-    def _march(
-        self, source: Source, posed: Posed, rows: list[Tensor], camera: Tensor, size: int, samples: Samples | None
+    def _render_sparse(
+        self,
+        source: Source,
+        posed: PosedHead,
+        rows: list[Tensor],
+        camera: Tensor,
+        size: int,
+        samples: SampleCounts | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same without gradients: what cannot be seen is left out."""
         cfg, decoder = self.config, self.decoder
         coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
-        origins, directions = render.rays(camera, size)
-        depths = render.coarse_depths(camera, size * size, coarse, jitter=False)
-        made, side, surface, views = [], posed.planes.shape[-1], posed.surface, source.view_rows
-        if source.view is not None and views is None:
-            views = self._view_rows(source.view)
+        origins, directions = render.camera_rays(camera, size)
+        depths = render.sample_coarse_depths(camera, size * size, coarse, jitter=False)
+        made, side, surface, views = [], posed.planes.shape[-1], posed.surface, source.view_tables
+        if source.view_plane is not None and views is None:
+            views = self._make_view_tables(source.view_plane)
 
         for b in range(len(camera)):
 
             def decode(points: Tensor, b: int = b) -> tuple[Tensor, Tensor]:
                 flat = points.T.contiguous()
-                hidden = lean.sample_rows(rows[b], side, flat)
-                if source.view is not None and views is not None:
-                    hidden += lean.sample_view(views[b], source.view.shape[-1], flat, source.camera[b : b + 1])
+                hidden = lean.sample_plane_table(rows[b], side, flat)
+                if source.view_plane is not None and views is not None:
+                    hidden += lean.sample_view_table(
+                        views[b], source.view_plane.shape[-1], flat, source.camera[b : b + 1]
+                    )
                 hidden = decoder.activate(hidden.add_(decoder.hidden.bias))
                 prior = None
                 if surface is not None:
-                    prior = face_prior(points[None], surface[b : b + 1], SURFACE_REACH)[0]
-                return hidden, decoder.densities(hidden, points, prior)
+                    prior = face_log_density(points[None], surface[b : b + 1], SURFACE_HALF_EXTENT)[0]
+                return hidden, decoder.decode_densities(hidden, points, prior)
 
             with torch.autocast(camera.device.type, enabled=False):
-                made.append(lean.march(decode, decoder.colours, origins[b], directions[b], depths[b], fine))
+                made.append(
+                    lean.render_rays(decode, decoder.decode_colours, origins[b], directions[b], depths[b], fine)
+                )
         features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
-        if not posed.finite:  # what is no number was left out as if it could not be seen: that must show
+        if not posed.planes_finite:  # what is no number was left out as if it could not be seen: that must show
             features = torch.full_like(features, torch.nan)
         return features, depth, opacity
 
-    def _decode(
-        self, source: Source, posed: Posed, origin: Tensor, directions: Tensor, depths: Tensor
+    def _decode_samples(
+        self, source: Source, posed: PosedHead, origin: Tensor, directions: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Colours (B, R, S, C') and densities (B, R, S) at the depths of the rays."""
         B, R, S = depths.shape
         points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
-        colours, densities = self.field(source, posed, points)
+        colours, densities = self.query_field(source, posed, points)
         return colours.view(B, R, S, -1), densities.view(B, R, S)
 
-    def field(self, source: Source, posed: Posed, points: Tensor) -> tuple[Tensor, Tensor]:
+    def query_field(self, source: Source, posed: PosedHead, points: Tensor) -> tuple[Tensor, Tensor]:
         """Colours (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
-        features = self._features(source, posed, points)
-        prior = None if posed.surface is None else face_prior(points, posed.surface, SURFACE_REACH)
+        features = self._sample_features(source, posed, points)
+        prior = None if posed.surface is None else face_log_density(points, posed.surface, SURFACE_HALF_EXTENT)
         return self.decoder(features, points, prior)
 
-    def _features(self, source: Source, posed: Posed, points: Tensor) -> Tensor:
+    def _sample_features(self, source: Source, posed: PosedHead, points: Tensor) -> Tensor:
         """What the decoder reads at points (B, N, 3), (B, N, C)."""
         features = sample_planes(posed.planes, points)
-        if source.view is not None:
-            features = torch.cat([features, sample_source(source.view, points, source.camera)], dim=-1)
+        if source.view_plane is not None:
+            features = torch.cat([features, sample_view_plane(source.view_plane, points, source.camera)], dim=-1)
         return features
 
-    def _roughness(self, source: Source, posed: Posed) -> Tensor:
+    def _density_tv(self, source: Source, posed: PosedHead) -> Tensor:
         """EG3D's density regularisation: mean difference of the log densities of neighbours in the volume, (B,)."""
-        like = posed.planes.new_empty(len(posed.planes), NEIGHBOURS, 3, dtype=torch.float32)
-        points = render.uniform(like, self.rows) - 0.5
-        near = points + REACH * (2 * render.uniform(like, self.rows) - 1)
-        features = self._features(source, posed, torch.cat([points, near], dim=1))
+        like = posed.planes.new_empty(len(posed.planes), DENSITY_TV_POINTS, 3, dtype=torch.float32)
+        points = render.uniform_noise(like, self.batch_rows) - 0.5
+        near = points + DENSITY_TV_DISTANCE * (2 * render.uniform_noise(like, self.batch_rows) - 1)
+        features = self._sample_features(source, posed, torch.cat([points, near], dim=1))
         hidden = self.decoder.activate(self.decoder.hidden(features))
-        here, there = self.decoder.logits(hidden).chunk(2, dim=1)
+        here, there = self.decoder.density_logits(hidden).chunk(2, dim=1)
         return (here - there).abs().mean(1)
 
-    def _photo_detail(
-        self, source: Source, moved: Mesh, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor, size: int | None
+    def _prepare_photo_detail(
+        self,
+        source: Source,
+        moved: DeformedMesh,
+        lam: Tensor,
+        camera: Tensor,
+        depth: Tensor,
+        opacity: Tensor,
+        size: int | None,
     ) -> PhotoDetail:
-        assert self.flow is not None and self.flow_blend is not None and source.small is not None
-        assert source.half is not None and source.quarter is not None
-        assert source.head is not None and source.body is not None
+        assert self.flow is not None and self.flow_blend is not None and source.image_half is not None
+        assert source.features_half is not None and source.features_quarter is not None
+        assert source.head_mask is not None and source.body_mask is not None
         s = self.config.flow_size
         with torch.no_grad():
-            mesh: MeshFlow = self.flow.seen(moved, camera, size, source.head, source.front, source.room)
+            mesh: MeshFlow = self.flow.render_flow(
+                moved, camera, size, source.head_mask, source.visibility, source.margins
+            )
         depth, opacity = resize(depth, s), resize(opacity, s)
-        origin, directions = render.rays(camera, s)
+        origin, directions = render.camera_rays(camera, s)
         rigid = rigid_flow(depth, directions, origin, source.camera)
-        drift = drift_flow(source.camera, camera, s)
-        turned, change = turn(source.camera, camera), lam - source.lam
-        flow = self.flow_blend(source.image, mesh, rigid, drift, opacity, source.head, source.body, turned, change)
-        halves = (source.image, source.small, source.half, source.quarter)
-        return PhotoDetail(*halves, flow, mesh, source.head, source.body, self._code(source, lam), source.finest)
+        drift = neck_flow(source.camera, camera, s)
+        turned, change = relative_rotation(source.camera, camera), lam - source.lam
+        flow = self.flow_blend(
+            source.image, mesh, rigid, drift, opacity, source.head_mask, source.body_mask, turned, change
+        )
+        halves = (source.image, source.image_half, source.features_half, source.features_quarter)
+        return PhotoDetail(
+            *halves, flow, mesh, source.head_mask, source.body_mask, self._expression_code(source, lam), source.highpass
+        )

@@ -27,7 +27,7 @@ class LeBS(nn.Module):
         self.weight = nn.Parameter(torch.randn(config.code_dim, config.basis))  # W (d, n) of eq. 3
         self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
         self.register_buffer("beta_std", torch.ones(BETA_DIM))
-        self._kept: tuple[tuple[int, int], Tensor] | None = None  # the basis of a W that is not trained
+        self._frozen_basis: tuple[tuple[int, int], Tensor] | None = None  # the basis of a W that is not trained
 
     def coefficients(self, beta: Tensor) -> Tensor:
         """Expression `beta` (B, 64) -> basis coefficients lambda (B, n), unbounded and possibly negative."""
@@ -49,17 +49,17 @@ class LeBS(nn.Module):
     def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
         """Coefficients lambda (B, n) -> beta' (B, d), eq. 2; `basis` is what `basis()` gave for the same weights."""
         with torch.autocast(lam.device.type, enabled=False):
-            return lam.float() @ (self._basis() if basis is None else basis)
+            return lam.float() @ (self._current_basis() if basis is None else basis)
 
-    def _basis(self) -> Tensor:
+    def _current_basis(self) -> Tensor:
         """`basis()`; made once where the stages that follow train all but W."""
         if self.weight.requires_grad or not torch.is_grad_enabled():
             return self.basis()
         state = (self.weight.data_ptr(), self.weight._version)
-        if self._kept is None or self._kept[0] != state:
+        if self._frozen_basis is None or self._frozen_basis[0] != state:
             with torch.no_grad():
-                self._kept = (state, self.basis())
-        return self._kept[1]
+                self._frozen_basis = (state, self.basis())
+        return self._frozen_basis[1]
 
     def forward(self, beta: Tensor) -> Tensor:
         """Expression `beta` (B, 64) -> beta' (B, d)."""
@@ -101,17 +101,19 @@ class DirectCode(nn.Module):
 class _SEBlock(nn.Module):
     """Basic residual block of ResNet-18 with squeeze-and-excitation."""
 
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.norm1 = _norm(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.norm2 = _norm(outside)
-        squeezed = max(outside // 16, 4)
-        self.squeeze, self.excite = nn.Linear(outside, squeezed), nn.Linear(squeezed, outside)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm1 = _batch_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.norm2 = _batch_norm(out_channels)
+        squeezed = max(out_channels // 16, 4)
+        self.squeeze, self.excite = nn.Linear(out_channels, squeezed), nn.Linear(squeezed, out_channels)
         self.short: nn.Module = nn.Identity()
-        if stride != 1 or inside != outside:
-            self.short = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), _norm(outside))
+        if stride != 1 or in_channels != out_channels:
+            self.short = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _batch_norm(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -120,7 +122,7 @@ class _SEBlock(nn.Module):
         return F.relu(self.short(x) + y * scale[:, :, None, None])
 
 
-def _norm(channels: int) -> nn.Module:
+def _batch_norm(channels: int) -> nn.Module:
     # Always the statistics of the batch: a batch is frames of ONE clip, so normalising over it takes away what those
     # frames share (who, where, which light) and leaves what differs. No running averages: f_I is never evaluated alone.
     return nn.BatchNorm2d(channels, track_running_stats=False)
@@ -132,7 +134,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, code_dim: int, width: int = 64) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.norm = _norm(width)
+        self.norm = _batch_norm(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.blocks = nn.Sequential(
             *(

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.model.constants import constant
+from export3d_cli.core.model.cached_tensors import cached_tensor
 
 
-def leaky(x: Tensor) -> Tensor:
+def leaky_relu(x: Tensor) -> Tensor:
     """Leaky ReLU of slope 0.2."""
     return F.leaky_relu(x, 0.2)
 
 
-def zero_start(layer: nn.Module) -> None:
+def zero_init(layer: nn.Module) -> None:
     """Set every parameter of `layer` to 0: what it adds to starts unchanged."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -23,7 +23,7 @@ def zero_start(layer: nn.Module) -> None:
 
 def lowpass(x: Tensor) -> Tensor:
     """Gaussian 3x3 filter (1 2 1): takes out the grid that a pixel shuffle leaves. (B, C, h, w) -> alike, same type."""
-    tap = constant((0.25, 0.5, 0.25), x.device, x.dtype)
+    tap = cached_tensor((0.25, 0.5, 0.25), x.device, x.dtype)
     kernel = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> the same."""
-        return x + self.second(leaky(self.first(leaky(x))))
+        return x + self.second(leaky_relu(self.first(leaky_relu(x))))
 
 
 class Stem(nn.Module):
@@ -68,7 +68,7 @@ class Stem(nn.Module):
         for down, block in zip(self.downs, self.blocks, strict=True):
             x = block(down(x))
             features.append(x)
-            x = leaky(x)
+            x = leaky_relu(x)
         return features
 
 
@@ -80,7 +80,7 @@ class EAdaLN(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=code_dim is None)
         self.affine = nn.Linear(code_dim, 2 * width) if code_dim is not None else None
         if self.affine is not None:  # sigma = 1, mu = 0 at first: training starts unconditioned
-            zero_start(self.affine)
+            zero_init(self.affine)
 
     def forward(self, x: Tensor, code: Tensor | None) -> Tensor:
         """x (B, N, h), code beta' (B, d) -> (B, N, h)."""
@@ -122,7 +122,7 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(code_dim, 2 * width)
         self.out = nn.Linear(width, width)
-        zero_start(self.out)  # training starts unconditioned, as with EAdaLN
+        zero_init(self.out)  # training starts unconditioned, as with EAdaLN
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """x (B, N, h), beta' (B, d) -> what is added to x, (B, N, h)."""
@@ -133,7 +133,7 @@ class CrossAttention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, h))
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     """ViT block: multi-head self-attention and Mix-FFN, each after (EAda)LN."""
 
     def __init__(self, width: int, heads: int, ratio: int, code_dim: int | None, conditioning: str = "eadaln") -> None:
@@ -171,14 +171,16 @@ class Generator(nn.Module):
         self.merge = nn.Conv2d(c8, h, 3, stride=2, padding=1)  # overlap patch merge (SegFormer)
         self.merge_norm = nn.LayerNorm(h)
         self.blocks = nn.ModuleList(
-            Block(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning)
+            ViTBlock(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning)
             for _ in range(config.eadaln_blocks)
         )
         # 16 -> 32 by pixel shuffle, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
         w = h // 2
         self.to_half = nn.Conv2d(h, 4 * w, 1)
         self.join_half = nn.Conv2d(w + (c8 if config.source_skip else 0), w, 1)
-        self.plain = nn.ModuleList(Block(w, config.heads, config.ffn_ratio, None) for _ in range(config.plain_blocks))
+        self.plain = nn.ModuleList(
+            ViTBlock(w, config.heads, config.ffn_ratio, None) for _ in range(config.plain_blocks)
+        )
         ups, joins, blocks = [], [], []
         size, channels = config.image_size // 8, w
         skips = [config.stem[1], config.stem[0]]
@@ -200,7 +202,7 @@ class Generator(nn.Module):
     def encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """The part that depends on the photo alone: stem features and tokens (B, N, h)."""
         stem = self.stem(image)
-        tokens = self.merge(leaky(stem[2])).flatten(2).transpose(1, 2)  # (B, H*W/256, h)
+        tokens = self.merge(leaky_relu(stem[2])).flatten(2).transpose(1, 2)  # (B, H*W/256, h)
         return stem, self.merge_norm(tokens)
 
     def forward(self, stem: list[Tensor], tokens: Tensor, code: Tensor) -> Tensor:
@@ -212,23 +214,23 @@ class Generator(nn.Module):
         B, N, _ = x.shape
         s = int(N**0.5)
         x = x.transpose(1, 2).reshape(B, -1, s, s)  # (B, h, H/16, W/16)
-        x = self._shuffle(self.to_half(x))  # (B, h/2, H/8, W/8)
+        x = self._pixel_shuffle(self.to_half(x))  # (B, h/2, H/8, W/8)
         x = self.join_half(torch.cat([x, stem[2]], 1) if cfg.source_skip else x)
         tokens = x.flatten(2).transpose(1, 2)
         for block in self.plain:
             tokens = block(tokens)
         x = tokens.transpose(1, 2).reshape(x.shape)
         for up, join, conv, skip in zip(self.ups, self.joins, self.convs, [stem[1], stem[0], None], strict=False):
-            x = self._shuffle(up(x))  # (B, w, 2s, 2s)
+            x = self._pixel_shuffle(up(x))  # (B, w, 2s, 2s)
             x = conv(join(torch.cat([x, skip], 1) if cfg.source_skip and skip is not None else x))
-        planes = self.to_planes(leaky(x)).float().view(B, 3, cfg.plane_channels, cfg.plane_size, cfg.plane_size)
-        return self._with_ema(planes)
+        planes = self.to_planes(leaky_relu(x)).float().view(B, 3, cfg.plane_channels, cfg.plane_size, cfg.plane_size)
+        return self._add_plane_ema(planes)
 
-    def _shuffle(self, x: Tensor) -> Tensor:
+    def _pixel_shuffle(self, x: Tensor) -> Tensor:
         x = F.pixel_shuffle(x, 2)
         return lowpass(x) if self.config.lowpass else x
 
-    def _with_ema(self, planes: Tensor) -> Tensor:
+    def _add_plane_ema(self, planes: Tensor) -> Tensor:
         """Online EMA of the tri-plane: the output carries the average before this batch (eq. 12)."""
         delta = self.config.plane_ema
         if not delta:

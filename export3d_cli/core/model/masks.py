@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def between(x: Tensor, low: float, high: float) -> Tensor:
+def linear_step(x: Tensor, low: float, high: float) -> Tensor:
     """0 up to `low`, 1 from `high` on."""
     return ((x - low) / (high - low)).clamp(0, 1)
 
 
-def dilate(mask: Tensor, reach: int) -> Tensor:
+def dilate(mask: Tensor, radius: int) -> Tensor:
     """The largest value of the square up to `reach` pixels to each side, within the picture: (B, C, h, w) as it was."""
-    wide, side = F.pad(mask, (reach,) * 4, value=-torch.inf), 2 * reach + 1
+    wide, side = F.pad(mask, (radius,) * 4, value=-torch.inf), 2 * radius + 1
     for dim in (-2, -1):
         seen = 1  # by every pixel of `wide`: itself and what follows, which doubles with each step
         while seen < side:
@@ -25,10 +25,10 @@ def dilate(mask: Tensor, reach: int) -> Tensor:
     return wide
 
 
-def box_mean(mask: Tensor, reach: int) -> Tensor:
+def box_mean(mask: Tensor, radius: int) -> Tensor:
     """The mean of the same square, of a picture (B, C, s, s)."""
     at = torch.arange(mask.shape[-1], device=mask.device)
-    low, high = (at - reach).clamp_min(0), (at + reach + 1).clamp_max(len(at))
+    low, high = (at - radius).clamp_min(0), (at + radius + 1).clamp_max(len(at))
     for _ in range(2):  # along rows, then along columns
         sums = F.pad(mask.float().cumsum(-1), (1, 0))
         mask = ((sums[..., high] - sums[..., low]) / (high - low)).mT

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.model.generator import ResBlock, leaky
+from export3d_cli.core.model.generator import ResBlock, leaky_relu
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import warp
 
-BESIDE = 2 / 64  # how far from what is not known nothing is known either, in sizes of the picture
+MASK_MARGIN = 2 / 64  # how far from what is not known nothing is known either, in sizes of the picture
 
 
 class SourceView(nn.Module):
@@ -28,18 +28,18 @@ class SourceView(nn.Module):
             nn.Conv2d(config.raw_channels, config.raw_channels, 3, padding=1),
         )  # fmt: skip
 
-    def plane(self, stem: list[Tensor]) -> Tensor:
+    def make_view_plane(self, stem: list[Tensor]) -> Tensor:
         """Stem features -> the fourth plane, (B, C, H/4, W/4), in the source camera."""
         up = F.interpolate(self.eighth(stem[2]), scale_factor=2, mode="bilinear", align_corners=False)
-        return leaky(self.quarter(stem[1]) + up)
+        return leaky_relu(self.quarter(stem[1]) + up)
 
-    def still(self, stem: list[Tensor], behind: Tensor | None = None) -> Tensor:
+    def make_background(self, stem: list[Tensor], filled_photo: Tensor | None = None) -> Tensor:
         """Stem features, the photo without the head (B, 3, H/4, W/4) -> what is behind the head, (B, C', H/4, W/4)."""
-        still = self.background(leaky(stem[1]))
-        return still if behind is None else torch.cat([still[:, :3] + behind, still[:, 3:]], dim=1)
+        still = self.background(leaky_relu(stem[1]))
+        return still if filled_photo is None else torch.cat([still[:, :3] + filled_photo, still[:, 3:]], dim=1)
 
 
-def inpaint(image: Tensor, known: Tensor, size: int) -> Tensor:
+def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
     """Pictures at `size`, what is not known in them filled from around: by ever coarser means, then back (push-pull).
 
     Args:
@@ -49,7 +49,7 @@ def inpaint(image: Tensor, known: Tensor, size: int) -> Tensor:
         (B, C, size, size) float32.
     """
     # edges of masks are not exact, and hair is stray: what is beside the unknown is not known either
-    reach = max(1, round(BESIDE * size))
+    reach = max(1, round(MASK_MARGIN * size))
     known = F.interpolate(known.float(), (size, size), mode="area")
     known = 1 - dilate(1 - known, reach)
     levels = [(F.interpolate(image.float(), (size, size), mode="area") * known, known)]
@@ -63,7 +63,7 @@ def inpaint(image: Tensor, known: Tensor, size: int) -> Tensor:
     return filled
 
 
-def sample_source(plane: Tensor, points: Tensor, camera: Tensor) -> Tensor:
+def sample_view_plane(plane: Tensor, points: Tensor, camera: Tensor) -> Tensor:
     """Features of the plane (B, C, h, w) where the source camera (B, 25) sees points (B, N, 3) -> (B, N, C)."""
     uv, _ = project(points, camera)
     return warp(plane, uv.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)

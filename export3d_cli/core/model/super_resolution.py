@@ -13,74 +13,82 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.model.constants import constant
-from export3d_cli.core.model.generator import ResBlock, leaky, lowpass, zero_start
-from export3d_cli.core.model.masks import between, dilate
+from export3d_cli.core.model.cached_tensors import cached_tensor
+from export3d_cli.core.model.generator import ResBlock, leaky_relu, lowpass, zero_init
+from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, resize, warp
 
-DETAIL = 16  # channels of stem features taken along the flow
-MAX_OFFSET = 4 / 256  # largest residual offset, in image sizes
+PHOTO_FEATURES = 16  # channels of stem features taken along the flow
+MAX_RESIDUAL_FLOW = 4 / 256  # largest residual offset, in image sizes
 # Three rows of a picture of twice the size as sums of three of the picture's own: around an even row and an odd one.
-PHASES = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
+PHASE_WEIGHTS = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
           ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
-PATCH = 32  # sides of a patch are multiples of this: few shapes come again and again
-SEAM, FRINGE = 64, 16  # masks are widened to each side by a 64th of the picture; stray hair reaches a 16th
-APART = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
-LEAP = (1.7, 2.6)  # distances of neighbours' positions in the photo, in pixels, of all and of none of its finest detail
-LEFT_OUT = (0.15, 0.35)  # blends that are taken for none of the photo, and from which on it is trusted
-TRUST = 7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
+WINDOW_STEP_PX = 32  # sides of a patch are multiples of this: few shapes come again and again
+SEAM_DIVISOR, FRINGE_DIVISOR = (
+    64,
+    16,
+)  # masks are widened to each side by a 64th of the picture; stray hair reaches a 16th
+LAYER_GAP = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
+DISCONTINUITY_FADE = (
+    1.7,
+    2.6,
+)  # distances of neighbours' positions in the photo, in pixels, of all and of none of its finest detail
+BLEND_FADE = (0.15, 0.35)  # blends that are taken for none of the photo, and from which on it is trusted
+PHOTO_LOGIT_BIAS = (
+    7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
+)
 
 
-def upsample(x: Tensor) -> Tensor:
+def upsample_2x(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, C, 2h, 2w), bilinear; with a pixel's channels side by side, six times as fast on a CPU."""
     if x.shape[1] > 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def join(conv: nn.Conv2d, x: Tensor, rest: list[Tensor]) -> Tensor:
+def upsample_concat_conv(conv: nn.Conv2d, x: Tensor, others: list[Tensor]) -> Tensor:
     """The 3x3 convolution of `upsample(x)` and `rest` side by side, (B, ., h, w) each, without laying them so."""
     first, second = conv.weight.split([x.shape[1], conv.in_channels - x.shape[1]], dim=1)
-    beside = torch.cat([part.to(x.dtype) for part in rest], dim=1).contiguous(memory_format=torch.channels_last)
-    return F.conv2d(upsample(x), first, conv.bias, padding=1) + F.conv2d(beside, second, padding=1)
+    beside = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(upsample_2x(x), first, conv.bias, padding=1) + F.conv2d(beside, second, padding=1)
 
 
-def join_soon(conv: nn.Conv2d, x: Tensor, rest: list[Tensor], inside: Patch) -> Tensor:
+def upsample_concat_conv_inference(conv: nn.Conv2d, x: Tensor, others: list[Tensor], window: PatchWindow) -> Tensor:
     """`join` with the values of a patch as the last of `rest`, 0 around it; without gradients, on a CPU."""
-    own, beside = x.shape[1], sum(part.shape[1] for part in rest)
+    own, beside = x.shape[1], sum(part.shape[1] for part in others)
     first, second, third = conv.weight.split([own, beside, conv.in_channels - own - beside], dim=1)
-    out = upsampled(first, x)
-    dense = torch.cat([part.to(x.dtype) for part in rest], dim=1).contiguous(memory_format=torch.channels_last)
+    out = upsample_conv(first, x)
+    dense = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
     out += F.conv2d(dense, second, conv.bias, padding=1)
-    if inside.values.numel():
-        height, width = inside.values.shape[-2:]
-        seen = out[:, :, inside.top : inside.top + height, inside.left : inside.left + width]
-        seen += F.conv2d(inside.values.to(x.dtype), third, padding=1)
+    if window.values.numel():
+        height, width = window.values.shape[-2:]
+        seen = out[:, :, window.top : window.top + height, window.left : window.left + width]
+        seen += F.conv2d(window.values.to(x.dtype), third, padding=1)
     return out
 
 
-def upsampled(weight: Tensor, x: Tensor) -> Tensor:
+def upsample_conv(weight: Tensor, x: Tensor) -> Tensor:
     """The 3x3 convolution of `upsample(x)`, padded with zeros, as one of `x` for each of four neighbouring pixels.
 
     (K, C, 3, 3), (B, C, h, w) -> (B, K, 2h, 2w). As many products, without the large picture between.
     """
     (K, C), (B, _, h, w) = weight.shape[:2], x.shape
     if min(h, w) < 4:
-        return F.conv2d(upsample(x), weight, padding=1)
-    taps = constant(PHASES, x.device)
+        return F.conv2d(upsample_2x(x), weight, padding=1)
+    taps = cached_tensor(PHASE_WEIGHTS, x.device)
     both = torch.einsum("pau,qbv,kcuv->pqkcab", taps, taps, weight.float()).reshape(4 * K, C, 3, 3)
     four = F.conv2d(x, both.to(weight.dtype, memory_format=torch.channels_last), padding=1)
     four = four.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, K).transpose(2, 3)
     out = four.reshape(B, 2 * h, 2 * w, K).permute(0, 3, 1, 2)
     # at the rims the large picture goes on with zeros, but the small one with its last row
     for to, rim in ((slice(0, 2), slice(0, 3)), (slice(-2, None), slice(-3, None))):
-        out[:, :, to] = F.conv2d(upsample(x[:, :, rim]), weight, padding=1)[:, :, to]
-        out[..., to] = F.conv2d(upsample(x[..., rim]), weight, padding=1)[..., to]
+        out[:, :, to] = F.conv2d(upsample_2x(x[:, :, rim]), weight, padding=1)[:, :, to]
+        out[..., to] = F.conv2d(upsample_2x(x[..., rim]), weight, padding=1)[..., to]
     return out
 
 
-class Patch(NamedTuple):
+class PatchWindow(NamedTuple):
     """A part of a picture; 0 around it."""
 
     values: Tensor  # (B, C, h, w), none where there is nothing
@@ -91,43 +99,45 @@ class Patch(NamedTuple):
 class PhotoDetail(NamedTuple):
     """What super-resolution takes from the photo."""
 
-    photo: Tensor  # (B, 3, H, W)
-    small: Tensor  # (B, 3, H/2, W/2), the same
-    half: Tensor  # (B, 16, H/2, W/2) stem features
-    quarter: Tensor  # (B, 16, H/4, W/4)
+    image: Tensor  # (B, 3, H, W)
+    image_half: Tensor  # (B, 3, H/2, W/2), the same
+    features_half: Tensor  # (B, 16, H/2, W/2) stem features
+    features_quarter: Tensor  # (B, 16, H/4, W/4)
     flow: LayeredFlow
     mesh: MeshFlow
-    head: Tensor  # (B, 1, m, m) where the photo shows the head
-    body: Tensor  # (B, 1, m, m) and where the rest of the person
+    head_mask: Tensor  # (B, 1, m, m) where the photo shows the head
+    body_mask: Tensor  # (B, 1, m, m) and where the rest of the person
     code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
-    finest: Tensor | None  # (B, 1, H, W) without gradients: `finest` of the photo
+    highpass: Tensor | None  # (B, 1, H, W) without gradients: `finest` of the photo
 
 
-class Refined(NamedTuple):
+class SuperResolutionOutput(NamedTuple):
     """What super-resolution makes; without a flow the image alone."""
 
     image: Tensor  # (B, 3, H, W)
-    offset: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
-    sampled: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
-    known: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
-    ways: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
-    shares: Tensor | None = None  # (B, 2, H, W) how much of its detail, see `Layers`
+    residual_flow: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
+    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
+    source_visibility: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
+    sample_grid: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
+    blend_weights: Tensor | None = None  # (B, 2, H, W) how much of its detail, see `Layers`
 
 
-class Inside(nn.Module):
+class HiddenTextures(nn.Module):
     """What a photo with a shut mouth or eye hides: learned textures of teeth and eyes, held by skull, jaw and iris."""
 
-    side = (24, 48)  # rows and columns of a texture
-    features = 8  # channels of each
-    channels = 2 * features + 1  # of the result
+    texture_size = (24, 48)  # rows and columns of a texture
+    texture_channels = 8  # channels of each
+    out_channels = 2 * texture_channels + 1  # of the result
 
     def __init__(self) -> None:
         super().__init__()
-        self.textures = nn.Parameter(torch.randn(3, self.features, *self.side) * 0.3)  # upper and lower teeth, eye
+        self.textures = nn.Parameter(
+            torch.randn(3, self.texture_channels, *self.texture_size) * 0.3
+        )  # upper and lower teeth, eye
 
     def forward(self, mesh: MeshFlow, size: int) -> Tensor:
         """(B, 17, size, size): upper teeth or eye, lower teeth, and where an eye is; 0 outside mouth and eyes."""
-        mouth, eye, place = self._places(mesh, size)
+        mouth, eye, place = self._texture_coordinates(mesh, size)
         above, below = (x.permute(0, 2, 3, 1) for x in place.split(2, dim=1))  # (B, size, size, 2)
 
         def look(texture: Tensor, grid: Tensor) -> Tensor:
@@ -137,12 +147,12 @@ class Inside(nn.Module):
         upper, lower, iris = self.textures.split(1)
         return torch.cat([look(upper, above) * mouth + look(iris, above) * eye, look(lower, below) * mouth, eye], dim=1)
 
-    def patch(self, mesh: MeshFlow, size: int) -> Patch:
+    def render_window(self, mesh: MeshFlow, size: int) -> PatchWindow:
         """The same where there is anything, a few of a hundred pixels, and a rim of zeros."""
-        mouth, eye, place = self._places(mesh, size)
+        mouth, eye, place = self._texture_coordinates(mesh, size)
         b, row, column = ((mouth + eye)[:, 0] > 0).nonzero(as_tuple=True)
         if not len(b):
-            return Patch(mouth.new_zeros(len(mouth), self.channels, 0, 0), 0, 0)
+            return PatchWindow(mouth.new_zeros(len(mouth), self.out_channels, 0, 0), 0, 0)
         mouth_, eye_ = mouth[b, 0, row, column][:, None], eye[b, 0, row, column][:, None]  # (M, 1)
         grid = place[b, :, row, column].view(1, -1, 2, 2)  # above, below
         textures = self.textures.float()
@@ -152,64 +162,66 @@ class Inside(nn.Module):
 
         above, below = grid[:, :, :1], grid[:, :, 1:]
         upper, iris, lower = look(textures[0], above), look(textures[2], above), look(textures[1], below)
-        top, height = _around(row, size)
-        left, width = _around(column, size)
-        out = mouth.new_zeros(len(mouth), height, width, self.channels)
+        top, height = _window_range(row, size)
+        left, width = _window_range(column, size)
+        out = mouth.new_zeros(len(mouth), height, width, self.out_channels)
         out[b, row - top, column - left] = torch.cat([upper * mouth_ + iris * eye_, lower * mouth_, eye_], dim=1)
-        return Patch(out.permute(0, 3, 1, 2), top, left)
+        return PatchWindow(out.permute(0, 3, 1, 2), top, left)
 
-    def _places(self, mesh: MeshFlow, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored))
+    def _texture_coordinates(self, mesh: MeshFlow, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored_coords))
         # what is looked at fades to 0 at the rims, where it must not slide instead
         return mouth, eye, place / (mouth + eye).clamp_min(0.1)
 
 
-def widen(mask: Tensor, share: int = SEAM) -> Tensor:
+def widen_mask(mask: Tensor, divisor: int = SEAM_DIVISOR) -> Tensor:
     """A mask (B, 1, m, m) with the seam around it, where a photo shows some of both sides; `share` of the picture."""
-    return dilate(mask, mask.shape[-1] // share)
+    return dilate(mask, mask.shape[-1] // divisor)
 
 
-class Layers(NamedTuple):
+class LayerWarp(NamedTuple):
     """What a picture (B, ., s, s) takes of the photo: where its two layers find it, and how much of each is shown."""
 
-    ways: Tensor  # (B, 4, s, s) positions in the photo: of the head, and of what is behind it
-    shares: Tensor  # (B, 2, s, s)
+    sample_grid: Tensor  # (B, 4, s, s) positions in the photo: of the head, and of what is behind it
+    blend_weights: Tensor  # (B, 2, s, s)
 
-    def of(self, photo: Tensor) -> Tensor:
+    def sample(self, photo: Tensor) -> Tensor:
         """The photo's (B, C, ., .) along both layers -> (B, C, s, s), 0 where neither is shown."""
-        (head, rest), (ahead, behind) = self.ways.split(2, dim=1), self.shares.split(1, dim=1)
+        (head, rest), (ahead, behind) = self.sample_grid.split(2, dim=1), self.blend_weights.split(1, dim=1)
         return torch.addcmul(warp(photo, head) * ahead, warp(photo, rest), behind)
 
-    def before(self, taken: Tensor, fill: Tensor) -> Tensor:
+    def composite_over(self, taken: Tensor, fill: Tensor) -> Tensor:
         """What `of` has taken before `fill`, (B, C, s, s) both."""
-        return torch.addcmul(taken, fill, 1 - self.shares.sum(1, keepdim=True))
+        return torch.addcmul(taken, fill, 1 - self.blend_weights.sum(1, keepdim=True))
 
 
-def layers(flow: LayeredFlow, here: Tensor, size: int, offset: Tensor | None = None) -> Layers:
+def make_layer_warp(
+    flow: LayeredFlow, background_visibility: Tensor, size: int, residual_flow: Tensor | None = None
+) -> LayerWarp:
     """Both layers of a flow at `size`.
 
     What is behind the head is shown where `here` (B, 1, m, m) says that the photo knows it. `offset` moves both; where
     it is given, the head's outline is smooth, too, not in steps as the triangles are drawn.
     """
-    ways, share = torch.cat([flow.head, flow.rest], dim=1), flow.share
-    if offset is not None:
-        ways = resize(ways, offset.shape[-1]) + offset.repeat(1, 2, 1, 1)
-        share, here = lowpass(resize(share, size)), resize(here, size)
-    shares = torch.cat([share, here * (1 - share)], dim=1)
-    return Layers(resize(ways, size), resize(shares, size))
+    ways, share = torch.cat([flow.head, flow.background], dim=1), flow.head_weight
+    if residual_flow is not None:
+        ways = resize(ways, residual_flow.shape[-1]) + residual_flow.repeat(1, 2, 1, 1)
+        share, background_visibility = lowpass(resize(share, size)), resize(background_visibility, size)
+    shares = torch.cat([share, background_visibility * (1 - share)], dim=1)
+    return LayerWarp(resize(ways, size), resize(shares, size))
 
 
-def leap(ways: Tensor) -> Tensor:
+def warp_discontinuity(sample_grid: Tensor) -> Tensor:
     """How far apart neighbours are in the photo, at most: `Layers.ways` (B, 4, s, s) -> (B, 2, s, s), in pixels."""
-    B, _, s, _ = ways.shape
-    by_layer = ways.view(B, 2, 2, s, s) * s
+    B, _, s, _ = sample_grid.shape
+    by_layer = sample_grid.view(B, 2, 2, s, s) * s
     across, down = (by_layer.diff(dim=dim).square().sum(2) for dim in (4, 3))  # (B, 2, s, s - 1), (B, 2, s - 1, s)
     across = torch.maximum(F.pad(across, (1, 0)), F.pad(across, (0, 1)))
     down = torch.maximum(F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1)))
     return torch.maximum(across, down).sqrt()
 
 
-def finer(photo: Tensor, size: int, side: int) -> Tensor:
+def photo_residual(photo: Tensor, size: int, side: int) -> Tensor:
     """What a larger copy of the photo, (1, 3, M, M), has beyond the one of `side` that the network sees, as large.
 
     `size` pixels across it are the photo, (M - size) / 2 on each side are what is around it: the network sees its rim
@@ -221,7 +233,7 @@ def finer(photo: Tensor, size: int, side: int) -> Tensor:
     return photo - F.pad(seen, (rim,) * 4, mode="replicate")
 
 
-def enlarge(image: Tensor, own: Layers, more: Tensor, size: int) -> Tensor:
+def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, detail: Tensor, size: int) -> Tensor:
     """The result at `size`, with detail that no network sees: pixels of a larger copy of the photo are only moved.
 
     Args:
@@ -229,22 +241,22 @@ def enlarge(image: Tensor, own: Layers, more: Tensor, size: int) -> Tensor:
         more: (B, 3, M, M) of `finer`. Being fine detail only, it draws no lines where both layers meet and positions
             in the photo jump; the colours there are those of the result.
     """
-    rim = (more.shape[-1] - size) / 2 / size
-    ways = (resize(own.ways, size) + rim) / (1 + 2 * rim)
-    return resize(image, size) + Layers(ways, resize(own.shares, size)).of(more)
+    rim = (detail.shape[-1] - size) / 2 / size
+    ways = (resize(layer_warp.sample_grid, size) + rim) / (1 + 2 * rim)
+    return resize(image, size) + LayerWarp(ways, resize(layer_warp.blend_weights, size)).sample(detail)
 
 
-def _lacking(mask: Tensor, facts: Tensor) -> Tensor:
+def _missing_detail(mask: Tensor, facts: Tensor) -> Tensor:
     """What a blend (B, 1, s, s) leaves out of the photo's finest detail and should not, 0 to 1, as large.
 
     Of a head that moves the blend takes about half from the photo, and nothing else has such detail: where the photo
     is known all of it may be seen, unless the blend leaves the photo out. `facts` (B, 2, s, s): known, and mouth.
     """
     known, mouth = facts.split(1, dim=1)
-    return (known * (1 - mouth) - mask).clamp_min(0) * between(mask, *LEFT_OUT)
+    return (known * (1 - mouth) - mask).clamp_min(0) * linear_step(mask, *BLEND_FADE)
 
 
-def finest(photo: Tensor) -> Tensor:
+def highpass(photo: Tensor) -> Tensor:
     """What `lowpass` takes of the brightness of pictures (B, 3, s, s), (B, 1, s, s).
 
     Taken before the photo is moved, it knows nothing of where positions jump.
@@ -253,10 +265,10 @@ def finest(photo: Tensor) -> Tensor:
     return x - lowpass(x)
 
 
-def _around(where: Tensor, size: int) -> tuple[int, int]:
+def _window_range(where: Tensor, size: int) -> tuple[int, int]:
     """First and number of the rows (or columns) of a patch that holds `where` and a rim, within 0 to `size`."""
     first, last = (int(x) for x in where.aminmax())
-    length = min(size, -(-(last - first + 3) // PATCH) * PATCH)
+    length = min(size, -(-(last - first + 3) // WINDOW_STEP_PX) * WINDOW_STEP_PX)
     return max(0, min(first - 1, size - length)), length
 
 
@@ -266,9 +278,9 @@ class SuperResolution(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c2, c1 = config.superres
-        self.flow = config.flow
-        hidden = Inside.channels if config.flow else 0
-        extra = (DETAIL + 8, 3 + DETAIL + 4 + hidden, 3 + 4 + hidden) if config.flow else (0, 0, 0)
+        self.uses_flow = config.flow
+        hidden = HiddenTextures.out_channels if config.flow else 0
+        extra = (PHOTO_FEATURES + 8, 3 + PHOTO_FEATURES + 4 + hidden, 3 + 4 + hidden) if config.flow else (0, 0, 0)
         self.enter = nn.Conv2d(config.raw_channels + extra[0], c2, 3, padding=1)
         self.block4 = ResBlock(c2)
         self.to2 = nn.Conv2d(c2 + extra[1], c2, 3, padding=1)
@@ -276,72 +288,82 @@ class SuperResolution(nn.Module):
         self.to1 = nn.Conv2d(c2 + extra[2], c1, 3, padding=1)
         self.block1 = ResBlock(c1)
         self.colour = nn.Conv2d(c1, 4 if config.flow else 3, 3, padding=1)
-        zero_start(self.colour)
+        zero_init(self.colour)
         if config.flow:
-            self.inside = Inside()
-            self.detail2 = nn.Conv2d(config.stem[0], DETAIL, 1)
-            self.detail4 = nn.Conv2d(config.stem[1], DETAIL, 1)
+            self.hidden_textures = HiddenTextures()
+            self.detail2 = nn.Conv2d(config.stem[0], PHOTO_FEATURES, 1)
+            self.detail4 = nn.Conv2d(config.stem[1], PHOTO_FEATURES, 1)
             self.offset = nn.Conv2d(c2, 2, 3, padding=1)
-            zero_start(self.offset)
+            zero_init(self.offset)
             self.expression = nn.Linear(config.code_dim, c2)
-            zero_start(self.expression)
+            zero_init(self.expression)
 
-    def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> Refined:
+    def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> SuperResolutionOutput:
         """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> the image and what it was made of."""
-        half = upsample(rgb.float())
-        base = upsample(half)
+        half = upsample_2x(rgb.float())
+        base = upsample_2x(half)
         if detail is None:
             x = self.block4(self.enter(features))
-            x = self.block2(self.to2(upsample(leaky(x))))
-            x = self.block1(self.to1(upsample(leaky(x))))
-            return Refined(base + self.colour(leaky(x)).float())
+            x = self.block2(self.to2(upsample_2x(leaky_relu(x))))
+            x = self.block1(self.to1(upsample_2x(leaky_relu(x))))
+            return SuperResolutionOutput(base + self.colour(leaky_relu(x)).float())
 
         mesh, flow, s4 = detail.mesh, detail.flow, features.shape[-1]
         # where the head was and is no more, the photo does not know what is behind: not even its outline is to be seen,
         # unless both layers moved alike and it is the outline still
-        away = (flow.rest - flow.head).detach().square().sum(1, keepdim=True).sqrt()
-        alike = (1 - away / APART).clamp_min(0)
-        stray = widen(detail.head, FRINGE) * (1 - detail.body)  # nor hair that stands off it, before no body
-        masks = torch.cat([widen(detail.head), detail.head + detail.body, stray], dim=1)
-        head, person, stray = warp(masks, flow.rest).split(1, dim=1)
-        here = 1 - (head - widen(mesh.weight) * alike).clamp_min(0)
-        here = torch.minimum(here, 1 - (stray - widen(mesh.weight, FRINGE) * alike).clamp_min(0))
-        here = here * (1 - flow.solid * (1 - person))  # nor what is behind the person before a neck or an ear
+        away = (flow.background - flow.head).detach().square().sum(1, keepdim=True).sqrt()
+        alike = (1 - away / LAYER_GAP).clamp_min(0)
+        stray = widen_mask(detail.head_mask, FRINGE_DIVISOR) * (
+            1 - detail.body_mask
+        )  # nor hair that stands off it, before no body
+        masks = torch.cat([widen_mask(detail.head_mask), detail.head_mask + detail.body_mask, stray], dim=1)
+        head, person, stray = warp(masks, flow.background).split(1, dim=1)
+        here = 1 - (head - widen_mask(mesh.weight) * alike).clamp_min(0)
+        here = torch.minimum(here, 1 - (stray - widen_mask(mesh.weight, FRINGE_DIVISOR) * alike).clamp_min(0))
+        here = here * (1 - flow.head_occlusion * (1 - person))  # nor what is behind the person before a neck or an ear
         face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
-        rest = 1 - flow.share
+        rest = 1 - flow.head_weight
         known = face * mesh.valid + rigid + rest * here
-        facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.inside], dim=1), s4)
-        x = self.enter(torch.cat([features, layers(flow, here, s4).of(detail.quarter), facts], dim=1))
-        x = leaky(self.block4(x))  # (B, c2, H/4, W/4)
+        facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.mouth_coords], dim=1), s4)
+        x = self.enter(
+            torch.cat([features, make_layer_warp(flow, here, s4).sample(detail.features_quarter), facts], dim=1)
+        )
+        x = leaky_relu(self.block4(x))  # (B, c2, H/4, W/4)
 
-        facts = resize(torch.cat([known, mesh.mouth, mesh.inside], dim=1), 2 * s4)
-        at2 = layers(flow, here, 2 * s4)
-        seen = at2.before(at2.of(detail.small), half)
-        x = self._join(self.to2, x, [seen, at2.of(detail.half), facts], mesh, 2 * s4)
+        facts = resize(torch.cat([known, mesh.mouth, mesh.mouth_coords], dim=1), 2 * s4)
+        at2 = make_layer_warp(flow, here, 2 * s4)
+        seen = at2.composite_over(at2.sample(detail.image_half), half)
+        x = self._upsample_concat_conv(self.to2, x, [seen, at2.sample(detail.features_half), facts], mesh, 2 * s4)
         x = self.block2(x + self.expression(detail.code)[:, :, None, None])
-        offset = MAX_OFFSET * torch.tanh(self.offset(leaky(x)).float())
-        x = leaky(x)  # (B, c2, H/2, W/2)
+        offset = MAX_RESIDUAL_FLOW * torch.tanh(self.offset(leaky_relu(x)).float())
+        x = leaky_relu(x)  # (B, c2, H/2, W/2)
 
         facts = resize(facts, 4 * s4)
-        at1 = layers(flow, here, 4 * s4, offset)
-        sampled = at1.before(at1.of(detail.photo), base)  # (B, 3, H, W)
-        x = self.block1(self._join(self.to1, x, [sampled, facts], mesh, 4 * s4))
-        out = self.colour(leaky(x)).float()
-        mask = torch.sigmoid(4 * out[:, 3:] + TRUST * facts[:, :1] - 3)  # the photo where it is known, at first
-        mask = mask * (1 - resize(mesh.shut, 4 * s4))  # closed lips must not be copied into an open mouth
+        at1 = make_layer_warp(flow, here, 4 * s4, offset)
+        sampled = at1.composite_over(at1.sample(detail.image), base)  # (B, 3, H, W)
+        x = self.block1(self._upsample_concat_conv(self.to1, x, [sampled, facts], mesh, 4 * s4))
+        out = self.colour(leaky_relu(x)).float()
+        mask = torch.sigmoid(
+            4 * out[:, 3:] + PHOTO_LOGIT_BIAS * facts[:, :1] - 3
+        )  # the photo where it is known, at first
+        mask = mask * (1 - resize(mesh.closed_in_photo, 4 * s4))  # closed lips must not be copied into an open mouth
         image = mask * sampled + (1 - mask) * (base + out[:, :3])
-        shares = mask * at1.shares
-        if detail.finest is not None:
-            lacking = _lacking(mask, facts[:, :2]) * at1.shares[:, :1]  # of the head
+        shares = mask * at1.blend_weights
+        if detail.highpass is not None:
+            lacking = _missing_detail(mask, facts[:, :2]) * at1.blend_weights[:, :1]  # of the head
             shares[:, :1] += lacking
             # a face seen from the side is many of the photo's pixels in one, and at its outline positions jump
-            near = resize(1 - between(leap(at1.ways[..., ::2, ::2]), *LEAP), 4 * s4)  # they are not finer than that
+            near = resize(
+                1 - linear_step(warp_discontinuity(at1.sample_grid[..., ::2, ::2]), *DISCONTINUITY_FADE), 4 * s4
+            )  # they are not finer than that
             shares = shares * near
-            image = image + lacking * near[:, :1] * warp(detail.finest, at1.ways[:, :2])
-        return Refined(image, offset, seen, known, at1.ways, shares)
+            image = image + lacking * near[:, :1] * warp(detail.highpass, at1.sample_grid[:, :2])
+        return SuperResolutionOutput(image, offset, seen, known, at1.sample_grid, shares)
 
-    def _join(self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int) -> Tensor:
+    def _upsample_concat_conv(
+        self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int
+    ) -> Tensor:
         """Twice as large, with `rest` and what mouth and eyes hide beside it."""
         if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return join_soon(conv, x, rest, self.inside.patch(mesh, size))
-        return join(conv, x, [*rest, self.inside(mesh, size)])
+            return upsample_concat_conv_inference(conv, x, rest, self.hidden_textures.render_window(mesh, size))
+        return upsample_concat_conv(conv, x, [*rest, self.hidden_textures(mesh, size)])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.model.constants import constant, rows
+from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 
 # The planes are xy, yz, zx: each pair of axes is seen once. (first axis -> column, second -> row)
 PLANE_AXES = ((0, 1), (1, 2), (2, 0))
@@ -15,7 +15,10 @@ PLANE_AXES = ((0, 1), (1, 2), (2, 0))
 # A head as an ellipsoid of the head frame: centre and half axes, in its units.
 HEAD_CENTRE = (0.0, -0.02, 0.03)
 HEAD_AXES = (0.14, 0.2, 0.17)
-STEEP, SKIN = 800.0, 0.035  # growth of the log density behind a known surface, and how far before it that begins
+SURFACE_STEEPNESS, SURFACE_OFFSET = (
+    800.0,
+    0.035,
+)  # growth of the log density behind a known surface, and how far before it that begins
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
@@ -30,33 +33,33 @@ def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
     """
     B, K, C, P, _ = planes.shape
     N = points.shape[1]
-    grid = torch.stack([points[..., rows(axes, points)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)
+    grid = torch.stack([points[..., index_tensor(axes, points)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)
     planes = planes.float().reshape(B * K, C, P, P)
     taken = F.grid_sample(planes, grid.float().view(B * K, 1, N, 2), align_corners=False)  # (B*3, C, 1, N)
     return taken.view(B, K, C, N).mean(1).transpose(1, 2)
 
 
-def head_prior(points: Tensor) -> Tensor:
+def ellipsoid_level(points: Tensor) -> Tensor:
     """How much inside the head ellipsoid a point is: 1 at its centre, 0 on its surface, negative outside; (B, N)."""
-    centre = constant(HEAD_CENTRE, points.device, points.dtype)
-    axes = constant(HEAD_AXES, points.device, points.dtype)
+    centre = cached_tensor(HEAD_CENTRE, points.device, points.dtype)
+    axes = cached_tensor(HEAD_AXES, points.device, points.dtype)
     return 1 - ((points - centre) / axes).square().sum(-1)
 
 
-def face_prior(points: Tensor, surface: Tensor, reach: float) -> Tensor:
+def face_log_density(points: Tensor, surface: Tensor, half_extent: float) -> Tensor:
     """Log density of a head of which the front is known (`BasisFlow.surface`), (B, N); the ellipsoid elsewhere.
 
     Args:
         points: (B, N, 3), head frame.
         surface: (B, 3, s, s), z times coverage, certainty, coverage; over [-reach, reach].
     """
-    grid = (points[..., :2] / reach)[:, None]  # (B, 1, N, 2)
+    grid = (points[..., :2] / half_extent)[:, None]  # (B, 1, N, 2)
     height, sure, cover = F.grid_sample(surface, grid, align_corners=False)[:, :, 0].unbind(1)  # (B, N) each
     z = points[..., 2]
-    front = STEEP * (z - height / cover.clamp_min(1e-3) + SKIN)
+    front = SURFACE_STEEPNESS * (z - height / cover.clamp_min(1e-3) + SURFACE_OFFSET)
     behind = 20 * (1 - ((z - HEAD_CENTRE[2]).clamp_min(0) / HEAD_AXES[2]).square())
     face = torch.minimum(front, behind * 2).clamp(-4, 40)
-    return sure * face + (1 - sure) * (20 * head_prior(points)).clamp(-4, 20)
+    return sure * face + (1 - sure) * (20 * ellipsoid_level(points)).clamp(-4, 20)
 
 
 class Decoder(nn.Module):
@@ -68,33 +71,33 @@ class Decoder(nn.Module):
         self.hidden = nn.Linear(inputs, config.decoder_hidden)
         self.colour = nn.Linear(config.decoder_hidden, config.raw_channels)
         self.density = nn.Linear(config.decoder_hidden, 1)
-        self.prior = config.head_prior
+        self.has_head_prior = config.head_prior
 
-    def forward(self, features: Tensor, points: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, points: Tensor, log_prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1], densities (B, N) >= 0; fp32.
 
         `prior` (B, N), a log density that is known, stands in for the ellipsoid.
         """
         x = self.activate(self.hidden(features))  # (B, N, hidden)
-        return self.colours(x), self.densities(x, points, prior)
+        return self.decode_colours(x), self.decode_densities(x, points, log_prior)
 
     def activate(self, x: Tensor) -> Tensor:
         """What `hidden` makes of features, (..., hidden) -> what both heads read, the same shape."""
         return F.softplus(x)
 
-    def colours(self, x: Tensor) -> Tensor:
+    def decode_colours(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., C'), fp32."""
         return torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
 
-    def logits(self, x: Tensor) -> Tensor:
+    def density_logits(self, x: Tensor) -> Tensor:
         """(..., hidden) -> what the network adds to the log density of a head, (...), fp32."""
         return self.density(x).float().squeeze(-1)
 
-    def densities(self, x: Tensor, points: Tensor, prior: Tensor | None = None) -> Tensor:
+    def decode_densities(self, x: Tensor, points: Tensor, log_prior: Tensor | None = None) -> Tensor:
         """(..., hidden), points (..., 3) -> (...), fp32."""
-        logit = self.logits(x) - 1
-        if prior is not None:
-            logit = logit + prior
-        elif self.prior:
-            logit = logit + (20 * head_prior(points)).clamp(-4, 20)
+        logit = self.density_logits(x) - 1
+        if log_prior is not None:
+            logit = logit + log_prior
+        elif self.has_head_prior:
+            logit = logit + (20 * ellipsoid_level(points)).clamp(-4, 20)
         return F.softplus(logit)

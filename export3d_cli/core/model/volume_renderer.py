@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HALF_DEPTH = 0.5  # the volume is the cube of side 1 at the origin: rays look this far around the head centre
+HALF_EXTENT = 0.5  # the volume is the cube of side 1 at the origin: rays look this far around the head centre
 
 
 def split_camera(camera: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def pixel_grid(size: int, device: torch.device | None = None) -> Tensor:
     return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
-def rays(camera: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def camera_rays(camera: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Origins (B, 3) and directions (B, R, 3) through the pixel centres, R = size * size, scaled to camera depth 1."""
     cam2world, intrinsics = split_camera(camera)
     grid = pixel_grid(size, camera.device)  # (R, 2)
@@ -49,29 +49,31 @@ def project(points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
     return uv, depth
 
 
-Rows = tuple[int, int, int]  # (first, end, all): which rows of a larger batch these are
+BatchRows = tuple[int, int, int]  # (first, end, all): which rows of a larger batch these are
 
 
-def uniform(like: Tensor, rows: Rows | None) -> Tensor:
+def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
     """Random numbers in [0, 1); with `rows` the same that the whole batch would get."""
-    if rows is None:
+    if batch_rows is None:
         return torch.rand_like(like)
-    first, end, all_rows = rows
+    first, end, all_rows = batch_rows
     return torch.rand(all_rows, *like.shape[1:], device=like.device, dtype=like.dtype)[first:end]
 
 
-def coarse_depths(camera: Tensor, rays_count: int, samples: int, *, jitter: bool, rows: Rows | None = None) -> Tensor:
+def sample_coarse_depths(
+    camera: Tensor, ray_count: int, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
+) -> Tensor:
     """Camera depths (B, R, S) in equal bins around the head centre: mid-points, or in training a random one a bin."""
     cam2world, _ = split_camera(camera)
-    distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_DEPTH + 0.1)  # (B,)
+    distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_EXTENT + 0.1)  # (B,)
     edges = torch.arange(samples, device=camera.device, dtype=torch.float32)
-    where = edges.expand(camera.shape[0], rays_count, samples)
-    where = where + (uniform(where, rows) if jitter else 0.5)
-    return (distance - HALF_DEPTH)[:, None, None] + where / samples * (2 * HALF_DEPTH)
+    where = edges.expand(camera.shape[0], ray_count, samples)
+    where = where + (uniform_noise(where, batch_rows) if jitter else 0.5)
+    return (distance - HALF_EXTENT)[:, None, None] + where / samples * (2 * HALF_EXTENT)
 
 
-def importance_depths(
-    depths: Tensor, weights: Tensor, samples: int, *, jitter: bool, rows: Rows | None = None
+def sample_importance_depths(
+    depths: Tensor, weights: Tensor, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
 ) -> Tensor:
     """More depths (B, R, samples) where the weights of the intervals between depths (B, R, S) are.
 
@@ -81,7 +83,7 @@ def importance_depths(
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
     cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # (B, R, S)
     where = torch.arange(samples, device=depths.device, dtype=torch.float32).expand(*depths.shape[:2], samples)
-    u = (where + (uniform(where, rows) if jitter else 0.5)) / samples
+    u = (where + (uniform_noise(where, batch_rows) if jitter else 0.5)) / samples
     above = torch.searchsorted(cdf.contiguous(), u.contiguous(), right=True).clamp(1, cdf.shape[-1] - 1)
     below = above - 1
     c0, c1 = cdf.gather(-1, below), cdf.gather(-1, above)

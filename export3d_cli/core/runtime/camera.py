@@ -15,7 +15,7 @@ from export3d_cli.core.runtime.errors import InputError
 
 FOCAL = 4.2647  # EG3D's, in image sizes: a field of view of 18.837 degrees
 RADIUS = 2.7  # EG3D's usual distance between camera and head centre
-_EG3D = np.diag([1.0, -1.0, -1.0, 1.0])
+_EG3D_AXES = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Camera:
             raise InputError(f"a camera has 25 numbers, got an array of shape {p.shape}")
         return cls(p[:16].reshape(4, 4), p[16:].reshape(3, 3))
 
-    def vector(self) -> np.ndarray:
+    def to_vector(self) -> np.ndarray:
         """The 25 numbers, (25,) float32."""
         return np.concatenate([self.cam2world.ravel(), self.intrinsics.ravel()]).astype(np.float32)
 
@@ -55,7 +55,7 @@ class Camera:
 
     def to_eg3d(self) -> Camera:
         """The same camera with EG3D's world axes (y up, z towards the camera)."""
-        return Camera(_EG3D @ self.cam2world, self.intrinsics)
+        return Camera(_EG3D_AXES @ self.cam2world, self.intrinsics)
 
     @classmethod
     def from_eg3d(cls, camera: Camera) -> Camera:

@@ -11,7 +11,7 @@ Export3DError            exit 1   something failed
 
 from __future__ import annotations
 
-LONGEST = 1600  # characters of a message
+MAX_MESSAGE_CHARS = 1600  # characters of a message
 
 
 class Export3DError(Exception):
@@ -23,7 +23,11 @@ class Export3DError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} ... {message[-400:]}")
+        super().__init__(
+            message
+            if len(message) <= MAX_MESSAGE_CHARS
+            else f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[-400:]}"
+        )
 
 
 class InputError(Export3DError):

@@ -19,15 +19,15 @@ from pathlib import Path
 
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 
-_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # machine, process
-DAMAGED_ZIP: tuple[type[Exception], ...] = (  # what zipfile and NumPy raise for archives that somebody has changed
+_HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"
+_TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # machine, process
+DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...] = (  # what zipfile and NumPy raise for archives that somebody has changed
     OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, MemoryError, RecursionError, RuntimeError,
     SyntaxError, AttributeError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-MAX_LIST = 2**30  # bytes of a list of clips
-_FORGOTTEN = 86_400  # seconds after which a temporary file of another machine is nobody's
-_tidied: set[Path] = set()  # folders that this process has looked through
+MAX_MANIFEST_BYTES = 2**30  # bytes of a list of clips
+_STALE_AFTER_S = 86_400  # seconds after which a temporary file of another machine is nobody's
+_cleaned_folders: set[Path] = set()  # folders that this process has looked through
 
 
 @contextlib.contextmanager
@@ -38,10 +38,10 @@ def write_atomic(path: Path) -> Iterator[Path]:
     `Export3DError` where it fails on the way (a full disk).
     """
     path = Path(path)
-    _make_ready(path.parent)
+    _prepare_folder(path.parent)
     temporary = _temporary_name(path.parent, path)
     try:
-        with _told(path):
+        with translate_os_errors(path):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -57,10 +57,10 @@ def write_folder(folder: Path) -> Iterator[Path]:
     another. Raises as `write_atomic` does.
     """
     where = folder if folder.is_dir() else folder.parent
-    _make_ready(where)
+    _prepare_folder(where)
     temporary = _temporary_name(where, folder.absolute())  # "." has no name
     try:
-        with _told(folder):
+        with translate_os_errors(folder):
             temporary.mkdir()
             yield temporary
             if where == folder:
@@ -74,7 +74,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _make_ready(folder: Path) -> None:
+def _prepare_folder(folder: Path) -> None:
     """Make the folder of an output, and remove what killed processes left there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,18 +83,18 @@ def _make_ready(folder: Path) -> None:
     if not os.access(folder, os.W_OK):  # said before the work, not by ffmpeg after it
         raise InputError(f"cannot write to folder {folder} (no permission): choose another output")
     folder = folder.absolute()
-    if folder not in _tidied:  # once a process, for folders can be large
-        _tidied.add(folder)
-        tidy(folder)
+    if folder not in _cleaned_folders:  # once a process, for folders can be large
+        _cleaned_folders.add(folder)
+        remove_stale_temporaries(folder)
 
 
 def _temporary_name(folder: Path, path: Path) -> Path:
     """One that tells whose it is."""
-    return folder / f".{path.stem[:80]}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
+    return folder / f".{path.stem[:80]}.{_HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def translate_os_errors(path: Path) -> Iterator[None]:
     """What the system says against writing, as our errors."""
     try:
         yield
@@ -106,11 +106,11 @@ def _told(path: Path) -> Iterator[None]:
         raise Export3DError(f"cannot write {path} ({error.strerror or error}): make room, or choose another") from error
 
 
-def tidy(folder: Path) -> None:
+def remove_stale_temporaries(folder: Path) -> None:
     """Remove what processes that are no more left in a folder."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            found = _TEMPORARY.fullmatch(entry.name)
+            found = _TEMPORARY_NAME.fullmatch(entry.name)
             if found and _is_abandoned(found[1], int(found[2]), entry):
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -119,8 +119,8 @@ def tidy(folder: Path) -> None:
 
 
 def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
-    if host != _HOST or os.name == "nt":  # there is no asking whether it lives
-        return time.time() - entry.stat().st_mtime > _FORGOTTEN
+    if host != _HOST_ID or os.name == "nt":  # there is no asking whether it lives
+        return time.time() - entry.stat().st_mtime > _STALE_AFTER_S
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -135,7 +135,7 @@ def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Keep other processes from working in `folder`, which is made; ends with the process, however it ends.
 
     Args:
@@ -165,13 +165,13 @@ def hold(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
         os.close(handle)
 
 
-def shared_track(clip: str) -> str:
+def driver_track_id(clip: str) -> str:
     """`tNN` of a clip `<head>_tNN`, the same motion on several heads, or ''."""
     head, _, tail = clip.rpartition("_t")
     return f"t{tail}" if head and tail.isdigit() else ""
 
 
-def check_file(path: Path, most: int) -> None:
+def check_file(path: Path, max_bytes: int) -> None:
     """Raise `InputError` unless `path` is a plain file of at most `most` bytes: devices and pipes may never end."""
     try:
         status = path.stat()
@@ -183,8 +183,8 @@ def check_file(path: Path, most: int) -> None:
         raise InputError(f"{path} is a folder: give a file")
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is a device or a pipe: give a file")
-    if status.st_size > most:
-        raise InputError(f"{path} is larger than {most >> 20} MiB: make it smaller first")
+    if status.st_size > max_bytes:
+        raise InputError(f"{path} is larger than {max_bytes >> 20} MiB: make it smaller first")
 
 
 @contextlib.contextmanager
@@ -204,7 +204,7 @@ def quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def check_inside(name: str) -> None:
+def ensure_relative(name: str) -> None:
     """A list that came from elsewhere names nothing outside its data set; raises `ValueError` where it does."""
     if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{name[:80]!r} is no file inside the data set")

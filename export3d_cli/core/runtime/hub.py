@@ -16,10 +16,10 @@ from pathlib import Path
 
 from export3d_cli.core.runtime.errors import WeightsError
 
-TRIES = 3  # of a download that the hub or the network broke off
-PAUSE = 1.0  # seconds before the second try; twice as long before the third
-_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
-_FILE = "model.safetensors"  # the hub's usual name, when none is given
+MAX_TRIES = 3  # of a download that the hub or the network broke off
+RETRY_PAUSE_S = 1.0  # seconds before the second try; twice as long before the third
+_NAME_PATTERN = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
+_DEFAULT_FILE = "model.safetensors"  # the hub's usual name, when none is given
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class HubFile:
 
     repo: str
     revision: str | None = None  # branch, tag or commit; None: the main branch
-    file: str = _FILE
+    file: str = _DEFAULT_FILE
 
     @classmethod
     def parse(cls, text: str) -> HubFile:
         """Take the name apart; raises `WeightsError`."""
-        match = _NAME.fullmatch(text)
+        match = _NAME_PATTERN.fullmatch(text)
         if not match:
             raise WeightsError(f"{text!r} is not of the form hf:owner/repo[@revision][:file]")
-        return cls(match["repo"], match["revision"], match["file"] or _FILE)
+        return cls(match["repo"], match["revision"], match["file"] or _DEFAULT_FILE)
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.repo}{revision}" + (f":{self.file}" if self.file != _FILE else "")
+        return f"hf:{self.repo}{revision}" + (f":{self.file}" if self.file != _DEFAULT_FILE else "")
 
-    def at(self, commit: str) -> HubFile:
+    def at_commit(self, commit: str) -> HubFile:
         """The same file at one commit."""
         return HubFile(self.repo, commit or self.revision, self.file)
 
@@ -59,11 +59,11 @@ def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> P
     from huggingface_hub import constants
 
     cache = constants.HF_HUB_CACHE
-    for attempt in range(1, TRIES + 1):
+    for attempt in range(1, MAX_TRIES + 1):
         try:
             cached = huggingface_hub.try_to_load_from_cache(name.repo, name.file, cache, revision=name.revision)
             if not isinstance(cached, str):
-                _reach(name)
+                _check_reachable(name)
             fetched = huggingface_hub.hf_hub_download(
                 name.repo,
                 name.file,
@@ -74,23 +74,23 @@ def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> P
             )
             break
         except Exception as error:  # the library's errors, and those of its HTTP client, differ between its versions
-            if attempt == TRIES or not _may_pass(error):
-                raise WeightsError(_explain(error, name)) from error
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+            if attempt == MAX_TRIES or not _is_transient(error):
+                raise WeightsError(_error_message(error, name)) from error
+            time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
     path = Path(fetched)
     stored = path.resolve()
-    found = digest(path)
+    found = file_sha256(path)
     if re.fullmatch(r"[0-9a-f]{64}", stored.name) and found != stored.name:  # large files are kept under their sha256
         stored.unlink()
         path.unlink(missing_ok=True)
-        raise WeightsError(f"{name} arrived damaged (sha256 {found[:12]}...) and was removed: {_fetch_again(name)}")
+        raise WeightsError(f"{name} arrived damaged (sha256 {found[:12]}...) and was removed: {_download_hint(name)}")
     if sha256 and found != sha256:
-        where = name.at(commit_of(path))
+        where = name.at_commit(commit_of(path))
         raise WeightsError(f"{where} has sha256 {found[:12]}..., not the {sha256[:12]}... listed for it: do not use it")
     return path
 
 
-def _reach(name: HubFile) -> None:
+def _check_reachable(name: HubFile) -> None:
     """Fail at once where the hub cannot be reached: a download would first try for half a minute."""
     import huggingface_hub
 
@@ -118,10 +118,10 @@ def push(path: Path, name: HubFile, card: str, *, private: bool = False) -> str:
         message = f"Add {name.file} with export3d"
         return str(api.create_commit(name.repo, adds, commit_message=message, revision=name.revision).commit_url)
     except Exception as error:  # as above
-        raise WeightsError(_explain(error, name, verb="upload")) from error
+        raise WeightsError(_error_message(error, name, verb="upload")) from error
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     found = hashlib.sha256()
     with path.open("rb") as file:
@@ -134,42 +134,47 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def _http_status(error: BaseException) -> int | None:
     """The HTTP status behind an error."""
-    for link in _chain(error):
+    for link in _error_chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
     return None
 
 
-def _kinds(error: BaseException) -> set[str]:
-    return {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+def _class_names(error: BaseException) -> set[str]:
+    return {kind.__name__ for link in _error_chain(error) for kind in type(link).__mro__}
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether trying again can help: a server in trouble, or a body that broke off."""
-    if "LocalEntryNotFoundError" in _kinds(error):  # the library has tried again already
+    if "LocalEntryNotFoundError" in _class_names(error):  # the library has tried again already
         return False
-    status = _status(error)
+    status = _http_status(error)
     broken = {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead"}
-    return status in (408, 429) or (status or 0) >= 500 or bool(broken & _kinds(error)) or "Consistency" in str(error)
+    return (
+        status in (408, 429)
+        or (status or 0) >= 500
+        or bool(broken & _class_names(error))
+        or "Consistency" in str(error)
+    )
 
 
-def _fetch_again(name: HubFile) -> str:
+def _download_hint(name: HubFile) -> str:
     return f"`export3d weights download {name}` fetches it"
 
 
-def _explain(error: BaseException, name: HubFile, verb: str = "fetch") -> str:
+def _error_message(error: BaseException, name: HubFile, verb: str = "fetch") -> str:
     """What was wrong and what to do, on one line; never a token."""
-    kinds, status = _kinds(error), _status(error)
-    again = _fetch_again(name) if verb == "fetch" else "then push again"
+    kinds, status = _class_names(error), _http_status(error)
+    again = _download_hint(name) if verb == "fetch" else "then push again"
     sign_in = "sign in (`hf auth login`) or set HF_TOKEN"
     if "OfflineModeIsEnabled" in kinds:
         if verb == "upload":
@@ -190,14 +195,14 @@ def _explain(error: BaseException, name: HubFile, verb: str = "fetch") -> str:
     if status is not None and status >= 500:
         return f"cannot {verb} {name}: the hub answered {status}; later, {again}"
     if kinds & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
-        where = _without_secrets(_endpoint() or "https://huggingface.co")
+        where = _redact(_endpoint() or "https://huggingface.co")
         lacking = f"{name} is not on this machine and" if verb == "fetch" else f"cannot upload {name}:"
         return f"{lacking} {where} cannot be reached: where there is a network, {again}"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot {verb} {name} ({_without_secrets(first)}): {again}"
+    return f"cannot {verb} {name} ({_redact(first)}): {again}"
 
 
-def _without_secrets(text: str) -> str:
+def _redact(text: str) -> str:
     for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
         text = text.replace(secret, "***") if secret else text
     return re.sub(r"//[^/@\s]+@", "//", re.sub(r"hf_\w{8,}", "***", text))

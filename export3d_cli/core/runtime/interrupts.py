@@ -7,14 +7,14 @@ import sys
 import threading
 from collections.abc import Callable
 
-AGAIN = 0.05  # seconds until then
+RERAISE_DELAY_S = 0.05  # seconds until then
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
-def repeat_dropped(before: Callable[[], None] = _nothing) -> None:
+def reraise_dropped_interrupts(before: Callable[[], None] = _do_nothing) -> None:
     """Have a dropped KeyboardInterrupt raised anew in the main thread, after `before`, without a traceback."""
 
     def dropped(told: sys.UnraisableHookArgs) -> None:
@@ -22,7 +22,7 @@ def repeat_dropped(before: Callable[[], None] = _nothing) -> None:
             sys.__unraisablehook__(told)
             return
         before()
-        again = threading.Timer(AGAIN, _thread.interrupt_main)
+        again = threading.Timer(RERAISE_DELAY_S, _thread.interrupt_main)
         again.daemon = True
         again.start()
 

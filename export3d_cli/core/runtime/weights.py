@@ -15,15 +15,15 @@ from typing import Any
 import yaml
 
 from export3d_cli.core.runtime.errors import InputError, WeightsError
-from export3d_cli.core.runtime.hub import HubFile, commit_of, digest, fetch, push
+from export3d_cli.core.runtime.hub import HubFile, commit_of, fetch, file_sha256, push
 
-DEFAULT = "export3d-compact"  # what animates when nothing else is named
+DEFAULT_WEIGHTS = "export3d-compact"  # what animates when nothing else is named
 _PACKAGE = Path(__file__).resolve().parents[2]
 _MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
 
 
 @dataclass(frozen=True)
-class Entry:
+class ManifestEntry:
     """One line of the manifest."""
 
     name: str
@@ -42,29 +42,29 @@ class Entry:
 
 def weights_dir() -> Path:
     """The folder of the embedded weights: package data in an installed wheel, `weights/` in a clone."""
-    return _shipped("weights")
+    return _bundled_folder("weights")
 
 
-def example(name: str) -> Path:
+def example_path(name: str) -> Path:
     """A bundled example: `source.jpg` or `drive.mp4`."""
-    path = _shipped("examples") / name
+    path = _bundled_folder("examples") / name
     if not path.is_file():
         raise InputError(f"the bundled example {name} is missing from {path.parent}: name a file of your own")
     return path
 
 
-def manifest() -> dict[str, Entry]:
+def weights_manifest() -> dict[str, ManifestEntry]:
     """Every embedded file by its name."""
     path = weights_dir() / "manifest.yaml"
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))["weights"]
-        entries = [Entry(**row) for row in rows]
+        entries = [ManifestEntry(**row) for row in rows]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise WeightsError(f"cannot read {path} ({error}): install export3d-cli again") from error
     return {entry.name: entry for entry in entries}
 
 
-def resolve(name: str | Path | None = None, *, force: bool = False) -> Path:
+def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> Path:
     """A verified local file.
 
     Args:
@@ -74,17 +74,17 @@ def resolve(name: str | Path | None = None, *, force: bool = False) -> Path:
     Raises:
         WeightsError: no such weights, a damaged file, or no way to fetch it; says what to do.
     """
-    text = DEFAULT if name is None else str(name)
+    text = DEFAULT_WEIGHTS if name is None else str(name)
     if text.startswith("hf:"):
         wanted = HubFile.parse(text)
-        return fetch(wanted, sha256=_listed_sha256(wanted), force=force)
-    entries = manifest()
+        return fetch(wanted, sha256=_manifest_sha256(wanted), force=force)
+    entries = weights_manifest()
     if text in entries and not isinstance(name, Path):
         entry = entries[text]
-        origin = _origin(entry)
+        origin = _hub_origin(entry)
         if origin is not None and not entry.path.is_file():  # listed, but too large to be embedded
             return fetch(origin, sha256=entry.sha256, force=force)
-        verify(entry)
+        verify_weights(entry)
         return entry.path
     if Path(text).is_file():
         return Path(text)
@@ -92,15 +92,17 @@ def resolve(name: str | Path | None = None, *, force: bool = False) -> Path:
     raise WeightsError(f"there are no weights {text!r}: give a file, hf:owner/repo[:file], or one of {names}")
 
 
-def verify(entry: Entry) -> None:
+def verify_weights(entry: ManifestEntry) -> None:
     """Raise `WeightsError` unless the file is there, whole and unchanged."""
     if not entry.path.is_file():
-        fetched = f"run `export3d weights download {entry.name}`" if _origin(entry) else "install export3d-cli again"
+        fetched = (
+            f"run `export3d weights download {entry.name}`" if _hub_origin(entry) else "install export3d-cli again"
+        )
         raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): {fetched}")
     size = entry.path.stat().st_size
     if size != entry.size:
         raise WeightsError(f"{entry.path} has {size} bytes, not {entry.size}: install export3d-cli again")
-    found = digest(entry.path)
+    found = file_sha256(entry.path)
     if found != entry.sha256:
         raise WeightsError(f"{entry.path} is damaged (sha256 {found[:12]}..., not {entry.sha256[:12]}...): reinstall")
 
@@ -119,19 +121,19 @@ class WeightsInfo:
     record: dict[str, Any]  # how it was trained
 
 
-def info(name: str | Path | None = None) -> WeightsInfo:
+def weights_info(name: str | Path | None = None) -> WeightsInfo:
     """Config, training record, licence and size, from the header of a weights file."""
-    path = resolve(name)
-    listed = next((e for e in manifest().values() if e.path == path), None)
+    path = resolve_weights(name)
+    listed = next((e for e in weights_manifest().values() if e.path == path), None)
     facts: dict[str, Any] = {
         "path": path,
         "size": path.stat().st_size,
-        "sha256": digest(path),
+        "sha256": file_sha256(path),
         "revision": commit_of(path),
     }
     if listed and path.suffix != ".safetensors":
         return WeightsInfo(**facts, licence=listed.licence, parameters=None, config={}, record={})
-    header = _header(path)
+    header = _read_header(path)
     meta = header.pop("__metadata__", {})
     try:
         config, record = json.loads(meta["config"]), json.loads(meta["record"])
@@ -141,7 +143,7 @@ def info(name: str | Path | None = None) -> WeightsInfo:
     return WeightsInfo(**facts, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
 
 
-def card(about: WeightsInfo, name: str) -> str:
+def weights_card(about: WeightsInfo, name: str) -> str:
     """A model card in Markdown for a repository of the hub, made from the header of the weights."""
     front = {
         "license": about.licence.lower() or "other", "library_name": "export3d", "pipeline_tag": "image-to-video",
@@ -180,20 +182,20 @@ export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 """
 
 
-def upload(path: Path, name: str, *, private: bool = False) -> str:
+def upload_weights(path: Path, name: str, *, private: bool = False) -> str:
     """Upload a weights file with its card to `hf:owner/repo[@branch][:file]`; returns the commit's address."""
-    return push(path, HubFile.parse(name), card(info(path), name), private=private)
+    return push(path, HubFile.parse(name), weights_card(weights_info(path), name), private=private)
 
 
-def _origin(entry: Entry) -> HubFile | None:
+def _hub_origin(entry: ManifestEntry) -> HubFile | None:
     """Where on the hub a listed file comes from."""
     return HubFile.parse(entry.source) if entry.source.startswith("hf:") else None
 
 
-def _listed_sha256(wanted: HubFile) -> str | None:
+def _manifest_sha256(wanted: HubFile) -> str | None:
     """A listed file must be that very file, wherever it comes from; another revision may be another file."""
-    for entry in manifest().values():
-        origin = _origin(entry)
+    for entry in weights_manifest().values():
+        origin = _hub_origin(entry)
         if origin is None or origin.repo != wanted.repo or wanted.file not in (entry.file, origin.file):
             continue
         if wanted.revision in (None, origin.revision):
@@ -201,7 +203,7 @@ def _listed_sha256(wanted: HubFile) -> str | None:
     return None
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     """The JSON at the beginning of a safetensors file."""
     try:
         with path.open("rb") as file:
@@ -221,6 +223,6 @@ def _product(shape: list[int]) -> int:
     return count
 
 
-def _shipped(folder: str) -> Path:
+def _bundled_folder(folder: str) -> Path:
     packaged = _PACKAGE / f"_{folder}"
     return packaged if packaged.is_dir() else _PACKAGE.parent / folder

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def axes(away: Tensor, basis: Tensor, one_sided: int, size: float) -> Tensor:
+def fit_lambda_axes(lam_deviations: Tensor, basis: Tensor, antisymmetric_dims: int, max_std: float) -> Tensor:
     """The mixture A that brings lambda to such axes, lambda' = A lambda (n, n), strongest first.
 
     Within the symmetric and within the one-sided coefficients: made uncorrelated over the frames of a person, then
@@ -21,11 +21,11 @@ def axes(away: Tensor, basis: Tensor, one_sided: int, size: float) -> Tensor:
         one_sided: how many coefficients, the last ones, change sign when a face is mirrored.
         size: deviation of the strongest coefficient of either kind.
     """
-    n = away.shape[1]
+    n = lam_deviations.shape[1]
     out = torch.zeros(n, n, dtype=torch.float64)
-    away, basis = away.double().cpu(), basis.double().cpu()
-    for block in (slice(0, n - one_sided), slice(n - one_sided, n)):
-        x = away[:, block]
+    lam_deviations, basis = lam_deviations.double().cpu(), basis.double().cpu()
+    for block in (slice(0, n - antisymmetric_dims), slice(n - antisymmetric_dims, n)):
+        x = lam_deviations[:, block]
         if not x.shape[1]:
             continue
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))
@@ -33,18 +33,18 @@ def axes(away: Tensor, basis: Tensor, one_sided: int, size: float) -> Tensor:
         whiten, restore = vectors / root @ vectors.T, vectors * root @ vectors.T
         turn = varimax((restore @ basis[block]).T)  # (k, k)
         moved, order = (turn.T @ restore @ basis[block]).norm(dim=1).sort(descending=True)
-        own = size * (moved / moved[0]).sqrt()[:, None] * (turn.T @ whiten)[order]
+        own = max_std * (moved / moved[0]).sqrt()[:, None] * (turn.T @ whiten)[order]
         seen = x @ own.T
         own = own * torch.where(seen.pow(3).mean(0) < 0, -1.0, 1.0)[:, None]
         out[block, block] = own
     return out.float()
 
 
-def varimax(loadings: Tensor, *, rounds: int = 200) -> Tensor:
+def varimax(loadings: Tensor, *, iterations: int = 200) -> Tensor:
     """Kaiser's rotation (k, k): the columns of loadings (K, k) turned by it vary most in their squares."""
     k = loadings.shape[1]
     turn, before = torch.eye(k, dtype=loadings.dtype), 0.0
-    for _ in range(rounds):
+    for _ in range(iterations):
         turned = loadings @ turn
         u, s, vt = torch.linalg.svd(loadings.T @ (turned**3 - turned * turned.square().mean(0)))
         turn, now = u @ vt, float(s.sum())

@@ -11,22 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export3d_cli.core.config.schema import POINTS, ClebsConfig, TrainConfig
+from export3d_cli.core.config.schema import NUM_LANDMARKS, ClebsConfig, TrainConfig
 from export3d_cli.core.face.landmarks import LEFT_EYE, LEFT_IRIS, LIPS, RIGHT_EYE, RIGHT_IRIS
 from export3d_cli.core.face.motion import mirror_beta
 from export3d_cli.core.model.checkpoint import pack_optimizer, unpack_optimizer, write_text
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
-from export3d_cli.core.train.basis_rotation import axes
-from export3d_cli.core.train.linear_probe import probe
-from export3d_cli.core.train.pair_sampler import Prefetcher, Sampler, loaders
-from export3d_cli.core.train.training_run import Run
+from export3d_cli.core.train.basis_rotation import fit_lambda_axes
+from export3d_cli.core.train.linear_probe import probe_expression_code
+from export3d_cli.core.train.pair_sampler import PairSampler, Prefetcher, num_loader_threads
+from export3d_cli.core.train.training_run import TrainingRun
 
-LEAST_GROUP = 8  # frames a clip needs to be contrasted with itself
-LAMBDA_SIZE = 3.0  # standard deviation of the coefficients over the training data
-PEOPLE, PERSON_FRAMES = 96, 16  # looked at in a step to keep people apart from lambda
+MIN_CLIP_FRAMES = 8  # frames a clip needs to be contrasted with itself
+LAMBDA_STD = 3.0  # standard deviation of the coefficients over the training data
+PEOPLE_PER_STEP, FRAMES_PER_PERSON = 96, 16  # looked at in a step to keep people apart from lambda
 REPORT_GROUPS = 16  # groups the contrastive accuracy is measured on
 REPORT_FRAMES = 4000  # frames of a data set that probes look at, about
-_CHUNK = 500  # pairs drawn at a time for the closed-form fit
+_FIT_CHUNK_PAIRS = 500  # pairs drawn at a time for the closed-form fit
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class FlowReport:
     eyes_rigid: float
 
 
-def measure_beta(lebs: LeBS | DirectCode, sampler: Sampler, seed: int) -> None:
+def set_beta_statistics(lebs: LeBS | DirectCode, sampler: PairSampler, seed: int) -> None:
     """Set the mean and deviation by which f_e standardises beta."""
-    beta = torch.cat([x for s in range(4) for x in sampler.geometry(seed, -1 - s + 2**31, 500)[:2]])
+    beta = torch.cat([x for s in range(4) for x in sampler.draw_landmark_pairs(seed, -1 - s + 2**31, 500)[:2]])
     lebs.beta_mean.copy_(beta.mean(0))
     # coefficients that hardly ever move would otherwise be amplified into noise
     lebs.beta_std.copy_(beta.std(0).clamp_min(0.02))
@@ -51,10 +51,10 @@ def measure_beta(lebs: LeBS | DirectCode, sampler: Sampler, seed: int) -> None:
 
 def clebs_steps(config: TrainConfig) -> int:
     """Steps of the stage; none where the expression code is an ablation that is trained with the rest."""
-    return config.steps_of("clebs")
+    return config.stage_steps("clebs")
 
 
-def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler) -> int:
+def train_clebs(run: TrainingRun, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: PairSampler) -> int:
     """Train `lebs`, then fill `flow_basis` (n, 478, 3), both in place; resumes with `run`. Returns the steps done.
 
     Several processes share the `clebs.groups` of a step where their number divides it. Otherwise every one of them
@@ -62,53 +62,53 @@ def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sa
     """
     config, clebs = run.config, run.config.clebs
     if config.model.expression != "clebs" or isinstance(lebs, DirectCode):
-        measure_beta(lebs, sampler, config.seed)
+        set_beta_statistics(lebs, sampler, config.seed)
         if isinstance(lebs, DirectCode):  # lambda is known already; that of `lebs` moves on, and its basis flow stays 0
-            finish_expression(run, lebs, flow_basis, sampler)
+            finalize_expression(run, lebs, flow_basis, sampler)
         return 0
     torch.manual_seed(config.seed + 17)
     encoder = ImageEncoder(lebs.weight.shape[0], clebs.encoder_width).to(run.device)
-    readout = nn.Linear(lebs.weight.shape[1], POINTS * 3, bias=False).to(run.device)
+    readout = nn.Linear(lebs.weight.shape[1], NUM_LANDMARKS * 3, bias=False).to(run.device)
     with torch.no_grad():
         readout.weight.mul_(0.1)
     modules = nn.ModuleDict({"lebs": lebs, "encoder": encoder, "readout": readout})
     optimizer = torch.optim.Adam([p for p in modules.parameters() if p.requires_grad], lr=clebs.lr)
     start = 0
-    if run.resumed is not None:
-        tensors, info = run.resumed
+    if run.resumed_state is not None:
+        tensors, info = run.resumed_state
         modules.load_state_dict({k.removeprefix("clebs."): v for k, v in tensors.items() if k.startswith("clebs.")})
         unpack_optimizer(optimizer, tensors)
         start = info["step"]
     else:
-        measure_beta(lebs, sampler, config.seed)
+        set_beta_statistics(lebs, sampler, config.seed)
     scale = _motion_scale(sampler, config.seed).to(run.device)
-    pool = _Pool(sampler, config.seed, clebs.pairs)
+    pool = _PairPool(sampler, config.seed, clebs.geometry_pairs)
 
     def save(step: int) -> None:
         run.save("clebs", step, {f"clebs.{k}": v for k, v in modules.state_dict().items()} | pack_optimizer(optimizer))
 
     def draw(step: int) -> list[tuple[Tensor, Tensor]]:
-        if step < clebs.warm:
+        if step < clebs.geometry_warmup_steps:
             return []
         size, side = clebs.negatives + 1, clebs.image_size
-        return [sampler.group(config.seed, step, size, side, LEAST_GROUP, number) for number in share]
+        return [sampler.draw_clip_group(config.seed, step, size, side, MIN_CLIP_FRAMES, number) for number in share]
 
     modules.train()
-    share, total, skipped = _share(run), clebs_steps(config), 0
-    images, clock, logged = 0, run.minutes(), start
-    with Prefetcher(draw, start, total, loaders(config.data, run.device)) as groups:
+    share, total, skipped = _local_groups(run), clebs_steps(config), 0
+    images, clock, logged = 0, run.elapsed_minutes(), start
+    with Prefetcher(draw, start, total, num_loader_threads(config.data, run.device)) as groups:
         for step in range(start, total):
             if run.out_of_time():
                 save(step)
                 return step
-            run.seed(0, step)
+            run.seed_step(0, step)
             drawn = groups.next()
             loss, terms = _clebs_loss(run, modules, drawn, sampler, pool, step, scale)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if len(share) < clebs.groups:
+            if len(share) < clebs.clips_per_step:
                 run.world.average_gradients(modules.parameters())
-            values = dict(zip(terms, run.world.mean(list(terms.values())), strict=True))
+            values = dict(zip(terms, run.world.all_reduce_mean(list(terms.values())), strict=True))
             norm = float(nn.utils.clip_grad_norm_(modules.parameters(), 5.0))
             optimizer.param_groups[0]["lr"] = clebs.lr * (1 - 0.9 * step / total)
             skipped = 0 if math.isfinite(values["loss"] + norm) else skipped + 1
@@ -116,40 +116,42 @@ def clebs_stage(run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sa
                 optimizer.step()
             elif skipped > config.skip_nonfinite:
                 run.check_finite(values["loss"] + norm, "clebs", step, values | {"grad": norm})
-            images += sum(len(beta) for _, beta in drawn) * (clebs.groups // len(share))
+            images += sum(len(beta) for _, beta in drawn) * (clebs.clips_per_step // len(share))
             if (step + 1) % config.log_every == 0 or step + 1 == total:
-                seconds = (run.minutes() - clock) * 60
+                seconds = (run.elapsed_minutes() - clock) * 60
                 speed = {"seconds_a_step": seconds / (step + 1 - logged)}
                 if images:  # the first steps may look at geometry alone
                     speed["images_a_second"] = images / max(seconds, 1e-9)
                 run.log("clebs", step + 1, total, values | speed)
-                images, clock, logged = 0, run.minutes(), step + 1
+                images, clock, logged = 0, run.elapsed_minutes(), step + 1
             if (step + 1) % config.checkpoint_every == 0:
                 save(step + 1)
-    finish_expression(run, lebs, flow_basis, sampler)
-    report_expression(run, lebs, encoder, sampler)
+    finalize_expression(run, lebs, flow_basis, sampler)
+    write_expression_report(run, lebs, encoder, sampler)
     return total
 
 
-def _share(run: Run) -> range:
+def _local_groups(run: TrainingRun) -> range:
     """Which groups of every step this process takes."""
-    world, groups = run.world, run.config.clebs.groups
+    world, groups = run.world, run.config.clebs.clips_per_step
     if world.size == 1:
         return range(groups)
     if groups % world.size:
         whose = f"clebs.groups ({groups}) is no multiple of the {world.size} processes"
-        run.tell("clebs", 0, 0, message=f"{whose}: the stage clebs is not shared, every process takes all of it")
+        run.report_progress(
+            "clebs", 0, 0, message=f"{whose}: the stage clebs is not shared, every process takes all of it"
+        )
         return range(groups)
     own = groups // world.size
     return range(world.rank * own, (world.rank + 1) * own)
 
 
-class _Pool:
+class _PairPool:
     """Pairs to read geometry from. Drawing is slow beside learning, so each is used several times over some steps."""
 
     STEPS, REUSE = 50, 4
 
-    def __init__(self, sampler: Sampler, seed: int, pairs: int) -> None:
+    def __init__(self, sampler: PairSampler, seed: int, pairs: int) -> None:
         self.sampler, self.seed, self.pairs = sampler, seed, pairs
         self.age = -1
         self.drawn: tuple[Tensor, ...] = ()
@@ -159,14 +161,14 @@ class _Pool:
         if self.age != step // self.STEPS:
             self.age = step // self.STEPS
             count = max(self.pairs * self.STEPS // self.REUSE, self.pairs)
-            self.drawn = self.sampler.geometry(self.seed, self.age, count)[:4]
+            self.drawn = self.sampler.draw_landmark_pairs(self.seed, self.age, count)[:4]
         order = np.random.default_rng([self.seed, step, 4]).permutation(len(self.drawn[0]))
         rows = torch.from_numpy(order[: self.pairs])
         return tuple(x[rows] for x in self.drawn)
 
 
 def _clebs_loss(
-    run: Run, modules: nn.ModuleDict, groups: list[tuple[Tensor, Tensor]], sampler: Sampler, pool: _Pool, step: int,
+    run: TrainingRun, modules: nn.ModuleDict, groups: list[tuple[Tensor, Tensor]], sampler: PairSampler, pool: _PairPool, step: int,
     scale: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """One step: eq. 1 on groups of one clip's frames each, plus the geometry read linearly from lambda."""
@@ -191,28 +193,28 @@ def _clebs_loss(
         loss = loss + clebs.geometry * geometry
         with torch.no_grad():
             values |= {"geometry": geometry.item(), "rigid": F.smooth_l1_loss(torch.zeros_like(wanted), wanted).item()}
-    if clebs.person > 0:
-        person = person_loss(_lam_of_people(run, lebs, sampler, step))
-        loss = loss + clebs.person * person
+    if clebs.identity_leakage > 0:
+        person = identity_leakage_loss(_lambda_by_person(run, lebs, sampler, step))
+        loss = loss + clebs.identity_leakage * person
         values["person"] = person.item()
     if clebs.mirror > 0:
         beta = pairs[1]
         mirrored = torch.from_numpy(mirror_beta(beta.numpy()))
         sides = [lebs.coefficients(x.to(run.device)) for x in (beta, mirrored)]
-        mirror = mirror_loss(sides[0], sides[1], clebs.one_sided)
+        mirror = mirror_loss(sides[0], sides[1], clebs.antisymmetric_dims)
         loss = loss + clebs.mirror * mirror
         values["mirror"] = mirror.item()
     values["loss"] = loss.item()
     return loss, values
 
 
-def _lam_of_people(run: Run, lebs: LeBS, sampler: Sampler, step: int) -> Tensor:
+def _lambda_by_person(run: TrainingRun, lebs: LeBS, sampler: PairSampler, step: int) -> Tensor:
     """lambda of some frames of some people, (PEOPLE, PERSON_FRAMES, n)."""
-    beta = sampler.persons(run.config.seed, step, PEOPLE, PERSON_FRAMES).to(run.device)
+    beta = sampler.draw_person_betas(run.config.seed, step, PEOPLE_PER_STEP, FRAMES_PER_PERSON).to(run.device)
     return lebs.coefficients(beta.flatten(0, 1)).unflatten(0, beta.shape[:2])
 
 
-def person_loss(lam: Tensor) -> Tensor:
+def identity_leakage_loss(lam: Tensor) -> Tensor:
     """How far people lie apart in lambda, beyond the paper: (people, frames, n) -> 0 where their means agree.
 
     The variance of people's means in units of how each one's lambda varies (Fisher's criterion, trace(S_w^-1 S_b) / n),
@@ -225,35 +227,35 @@ def person_loss(lam: Tensor) -> Tensor:
     return torch.linalg.solve(within, apart.T @ apart / len(apart)).diagonal().mean()
 
 
-def mirror_loss(lam: Tensor, mirrored: Tensor, one_sided: int) -> Tensor:
+def mirror_loss(lam: Tensor, mirrored: Tensor, antisymmetric_dims: int) -> Tensor:
     """How far lambda (N, n) of faces and of their mirror images differ; the last `one_sided` change sign."""
     sign = torch.ones(lam.shape[1], device=lam.device)
-    sign[lam.shape[1] - one_sided :] = -1
+    sign[lam.shape[1] - antisymmetric_dims :] = -1
     return (mirrored - sign * lam).square().mean() / lam.detach().var(0).mean().clamp_min(1e-6)
 
 
-def _motion_scale(sampler: Sampler, seed: int) -> Tensor:
+def _motion_scale(sampler: PairSampler, seed: int) -> Tensor:
     """What each coordinate's motion is divided by, (1434,): one size, since pixels are what counts; depth a third.
 
     Lips, lids and irises, where an expression is read, count half as much again.
     """
-    _, _, points_k, points_j, _ = sampler.geometry(seed, 2**31 + 7, 500)
+    _, _, points_k, points_j, _ = sampler.draw_landmark_pairs(seed, 2**31 + 7, 500)
     size = (points_j - points_k).square().mean().sqrt().clamp_min(1e-6)
-    scale = size * torch.tensor([1.0, 1.0, 3.0]).repeat(POINTS, 1)
+    scale = size * torch.tensor([1.0, 1.0, 3.0]).repeat(NUM_LANDMARKS, 1)
     scale[list(LIPS + LEFT_EYE + RIGHT_EYE + LEFT_IRIS + RIGHT_IRIS)] /= 1.5
     return scale.flatten()
 
 
 @torch.no_grad()
-def finish_expression(
-    run: Run, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: Sampler
+def finalize_expression(
+    run: TrainingRun, lebs: LeBS | DirectCode, flow_basis: Tensor | None, sampler: PairSampler
 ) -> FlowReport | None:
     """Bring lambda to a size where 1 to 10 is natural (the cosines of eq. 1 do not see it); fit the basis flow, and
     with it give lambda the axes of `directions`."""
     lebs.eval()
     if isinstance(lebs, LeBS):
-        beta = sampler.geometry(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
-        size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6) / LAMBDA_SIZE
+        beta = sampler.draw_landmark_pairs(run.config.seed, 2**31 + 8, 1000)[1].to(run.device)
+        size = lebs.coefficients(beta).std(0).square().mean().sqrt().clamp_min(1e-6) / LAMBDA_STD
         lebs.fc2.weight.div_(size)
         lebs.fc2.bias.div_(size)
     if flow_basis is None:
@@ -262,10 +264,10 @@ def finish_expression(
         lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
     )
     if isinstance(lebs, LeBS):
-        lam = _lam_of_people(run, lebs, sampler, 2**31 + 9)
+        lam = _lambda_by_person(run, lebs, sampler, 2**31 + 9)
         seen = fitted.flatten(1) / _motion_scale(sampler, run.config.seed)
         away = (lam - lam.mean(1, keepdim=True)).flatten(0, 1)
-        mixture = axes(away, seen, run.config.clebs.one_sided, LAMBDA_SIZE).to(run.device)
+        mixture = fit_lambda_axes(away, seen, run.config.clebs.antisymmetric_dims, LAMBDA_STD).to(run.device)
         lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
         lebs.fc2.bias.copy_(mixture @ lebs.fc2.bias)
         fitted = torch.linalg.solve(mixture.T.cpu(), fitted.flatten(1)).view_as(fitted)
@@ -277,7 +279,12 @@ def finish_expression(
 
 @torch.no_grad()
 def fit_flow_basis(
-    lebs: LeBS | DirectCode, sampler: Sampler, seed: int, pairs: int, ridge: float, device: torch.device | str = "cpu"
+    lebs: LeBS | DirectCode,
+    sampler: PairSampler,
+    seed: int,
+    pairs: int,
+    ridge: float,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, FlowReport]:
     """Displacement b_i of every basis vector, (n, 478, 3) in the head frame, by ridge regression.
 
@@ -285,8 +292,8 @@ def fit_flow_basis(
     equally often. Fitted twice: the second time without the hundredth of the pairs that fitted worst (lost tracks).
     """
     chunks = []
-    for at in range(0, max(pairs, 2), _CHUNK):
-        drawn = sampler.geometry(seed, 2**31 + 100 + at, min(_CHUNK, max(pairs, 2) - at))
+    for at in range(0, max(pairs, 2), _FIT_CHUNK_PAIRS):
+        drawn = sampler.draw_landmark_pairs(seed, 2**31 + 100 + at, min(_FIT_CHUNK_PAIRS, max(pairs, 2) - at))
         change = lebs.coefficients(drawn[1].to(device)) - lebs.coefficients(drawn[0].to(device))
         chunks.append((change.cpu(), *drawn[2:]))
     change, before, after, camera = (torch.cat(x) for x in zip(*chunks, strict=True))
@@ -300,17 +307,17 @@ def fit_flow_basis(
     basis = solve(every)
     residual = (moved - change @ basis).square().sum(1)
     basis = solve(residual <= residual.quantile(0.99))
-    wanted, rigid = project(after, camera), project(before, camera)
-    got = project(before + (change @ basis).view_as(before), camera)
+    wanted, rigid = project_points(after, camera), project_points(before, camera)
+    got = project_points(before + (change @ basis).view_as(before), camera)
     distance = {"": (got - wanted).norm(dim=-1) * 256, "_rigid": (rigid - wanted).norm(dim=-1) * 256}
-    regions = {"all": list(range(POINTS)), "lips": list(LIPS), "eyes": list(LEFT_EYE + RIGHT_EYE)}
+    regions = {"all": list(range(NUM_LANDMARKS)), "lips": list(LIPS), "eyes": list(LEFT_EYE + RIGHT_EYE)}
     report = FlowReport(
         **{f"{r}{kind}": float(d[:, idx].mean()) for r, idx in regions.items() for kind, d in distance.items()}
     )
-    return basis.view(-1, POINTS, 3), report
+    return basis.view(-1, NUM_LANDMARKS, 3), report
 
 
-def project(points: Tensor, camera: Tensor) -> Tensor:
+def project_points(points: Tensor, camera: Tensor) -> Tensor:
     """Head-frame points (N, P, 3) seen by cameras (N, 25) -> (N, P, 2) in image sizes."""
     pose = camera[:, :16].view(-1, 4, 4)
     local = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
@@ -318,34 +325,38 @@ def project(points: Tensor, camera: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def report_expression(run: Run, lebs: LeBS, encoder: ImageEncoder, sampler: Sampler) -> dict[str, float]:
+def write_expression_report(
+    run: TrainingRun, lebs: LeBS, encoder: ImageEncoder, sampler: PairSampler
+) -> dict[str, float]:
     """Write clebs.json and clebs.png: contrastive accuracy on groups the training did not draw, and linear probes."""
     clebs, seed = run.config.clebs, run.config.seed
     accuracies, chances = [], []
     for k in range(REPORT_GROUPS if clebs.steps > 0 else 0):
-        images, beta = sampler.group(seed, 2**31 + 50 + k, clebs.negatives + 1, clebs.image_size, LEAST_GROUP)
+        images, beta = sampler.draw_clip_group(
+            seed, 2**31 + 50 + k, clebs.negatives + 1, clebs.image_size, MIN_CLIP_FRAMES
+        )
         codes = encoder(images.to(run.device))
         accuracies.append(contrastive_loss(codes, lebs(beta.to(run.device)), clebs.temperature)[1].item())
         chances.append(1 / len(beta))
     values: dict[str, float] = {}
     if accuracies:
         values = {"accuracy": float(np.mean(accuracies)), "chance": float(np.mean(chances))}
-    if not run.world.main:
+    if not run.world.is_main:
         return values
-    seen, person, fit = _known_people(sampler)
+    seen, person, fit = _labelled_frames(sampler)
     if len(np.unique(person)) > 1:
         code = lebs(torch.from_numpy(seen).to(run.device)).cpu().numpy()
-        values |= asdict(probe(seen, code, person, fit, picture=run.folder / "clebs.png"))
+        values |= asdict(probe_expression_code(seen, code, person, fit, figure_path=run.folder / "clebs.png"))
     write_text(run.folder / "clebs.json", json.dumps(values, indent=1) + "\n")
     return values
 
 
-def _known_people(sampler: Sampler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _labelled_frames(sampler: PairSampler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """beta (N, 64) and person (N,) of some frames of every clip, and which to fit to: the first half of each clip."""
     rows: list[np.ndarray] = []
     person: list[str] = []
     fit: list[np.ndarray] = []
-    for number, (data, people) in enumerate(zip(sampler.sets, sampler.moving, strict=True)):
+    for number, (data, people) in enumerate(zip(sampler.datasets, sampler.video_clips_by_person, strict=True)):
         clips = sum(len(own) for own in people.values())
         each = max(REPORT_FRAMES // max(clips, 1), 4)
         for name, own in people.items():

@@ -9,41 +9,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import CAMERA_DIM, AdversarialConfig
-from export3d_cli.core.model.generator import leaky
+from export3d_cli.core.model.generator import leaky_relu
 
-GAIN = math.sqrt(2)  # keeps the variance behind a leaky ReLU
-LAST_SIDE = 4  # side of the features where the blocks end
+LRELU_GAIN = math.sqrt(2)  # keeps the variance behind a leaky ReLU
+FINAL_SIZE_PX = 4  # side of the features where the blocks end
 MAPPING_DIM = 128  # most numbers the camera is mapped to
-MAPPING_RATE = 0.01  # the mapping learns slower than the rest
+MAPPING_LR_MULTIPLIER = 0.01  # the mapping learns slower than the rest
 
 
-class EqualLinear(nn.Module):
+class EqualizedLinear(nn.Module):
     """Linear layer whose weights are all of size 1 and scaled when used: every layer learns at the same speed."""
 
-    def __init__(self, inside: int, outside: int, *, rate: float = 1.0) -> None:
+    def __init__(self, in_features: int, out_features: int, *, lr_multiplier: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outside, inside) / rate)
-        self.bias = nn.Parameter(torch.zeros(outside))
-        self.scale, self.rate = rate / math.sqrt(inside), rate
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.scale, self.lr_multiplier = lr_multiplier / math.sqrt(in_features), lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inside) -> (B, outside)."""
-        return F.linear(x, self.weight * self.scale, self.bias * self.rate)
+        return F.linear(x, self.weight * self.scale, self.bias * self.lr_multiplier)
 
 
-class EqualConv(nn.Module):
+class EqualizedConv2d(nn.Module):
     """Convolution of the same kind; with `down` after a low-pass filter, at half the side."""
 
-    def __init__(self, inside: int, outside: int, side: int, *, down: bool = False, bias: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, downsample: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outside, inside, side, side))
-        self.bias = nn.Parameter(torch.zeros(outside)) if bias else None
-        self.scale, self.down = 1 / math.sqrt(inside * side * side), down
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.scale, self.downsample = 1 / math.sqrt(in_channels * kernel_size * kernel_size), downsample
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inside, h, w) -> (B, outside, h, w) or (B, outside, h/2, w/2)."""
         side = self.weight.shape[-1]
-        if not self.down:
+        if not self.downsample:
             return F.conv2d(x, self.weight * self.scale, self.bias, padding=side // 2)
         if side == 1:  # nothing is lost by filtering and dropping first
             return F.conv2d(blur(x, stride=2), self.weight * self.scale, self.bias)
@@ -61,23 +63,23 @@ def blur(x: Tensor, *, stride: int = 1, grow: int = 0) -> Tensor:
 class DiscriminatorBlock(nn.Module):
     """Residual block to half the side."""
 
-    def __init__(self, inside: int, outside: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.first = EqualConv(inside, inside, 3)
-        self.second = EqualConv(inside, outside, 3, down=True)
-        self.skip = EqualConv(inside, outside, 1, down=True, bias=False)
+        self.first = EqualizedConv2d(in_channels, in_channels, 3)
+        self.second = EqualizedConv2d(in_channels, out_channels, 3, downsample=True)
+        self.skip = EqualizedConv2d(in_channels, out_channels, 1, downsample=True, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h/2, w/2)."""
-        y = GAIN * leaky(self.first(x))
-        y = GAIN * leaky(self.second(y))
+        y = LRELU_GAIN * leaky_relu(self.first(x))
+        y = LRELU_GAIN * leaky_relu(self.second(y))
         return (self.skip(x) + y) * math.sqrt(0.5)
 
 
-def minibatch_deviation(x: Tensor, group: int) -> Tensor:
+def minibatch_stddev(x: Tensor, group_size: int) -> Tensor:
     """One more channel: how much the images of a group of neighbours in the batch differ. (B, C, h, w) -> C + 1."""
     B, _, h, w = x.shape
-    G = math.gcd(min(group, B), B)
+    G = math.gcd(min(group_size, B), B)
     y = x.view(B // G, G, *x.shape[1:])
     deviation = (y.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (B/G,)
     return torch.cat([x, deviation.repeat_interleave(G).view(B, 1, 1, 1).expand(B, 1, h, w)], dim=1)
@@ -88,15 +90,17 @@ class CameraMapping(nn.Module):
 
     def __init__(self, dim: int, layers: int) -> None:
         super().__init__()
-        self.embed = EqualLinear(CAMERA_DIM, dim)
-        self.layers = nn.ModuleList(EqualLinear(dim, dim, rate=MAPPING_RATE) for _ in range(layers))
+        self.embed = EqualizedLinear(CAMERA_DIM, dim)
+        self.layers = nn.ModuleList(
+            EqualizedLinear(dim, dim, lr_multiplier=MAPPING_LR_MULTIPLIER) for _ in range(layers)
+        )
 
     def forward(self, camera: Tensor) -> Tensor:
         """(B, 25) -> (B, dim)."""
         x = self.embed(camera)
         x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
         for layer in self.layers:
-            x = GAIN * leaky(layer(x))
+            x = LRELU_GAIN * leaky_relu(layer(x))
         return x
 
 
@@ -107,28 +111,28 @@ class Discriminator(nn.Module):
         super().__init__()
 
         def width(side: int) -> int:
-            return max(min(config.channels, config.base // side), 1)
+            return max(min(config.channel_max, config.channel_base // side), 1)
 
-        self.group = config.group
-        self.colours = EqualConv(3, width(image_size), 1)
+        self.mbstd_group_size = config.mbstd_group_size
+        self.colours = EqualizedConv2d(3, width(image_size), 1)
         blocks, side = [], image_size
-        while side > LAST_SIDE and side % 2 == 0:
+        while side > FINAL_SIZE_PX and side % 2 == 0:
             blocks.append(DiscriminatorBlock(width(side), width(side // 2)))
             side //= 2
         self.blocks = nn.Sequential(*blocks)
-        last, dim = width(side), min(config.channels, MAPPING_DIM)
-        self.last = EqualConv(last + 1, last, 3)
-        self.dense = EqualLinear(last * side * side, last)
-        self.out = EqualLinear(last, dim)
-        self.mapping = CameraMapping(dim, config.mapping)
+        last, dim = width(side), min(config.channel_max, MAPPING_DIM)
+        self.last = EqualizedConv2d(last + 1, last, 3)
+        self.dense = EqualizedLinear(last * side * side, last)
+        self.out = EqualizedLinear(last, dim)
+        self.mapping = CameraMapping(dim, config.mapping_layers)
 
     def forward(self, image: Tensor, camera: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], (B, 25) -> logits (B,), positive for real."""
         with torch.autocast(image.device.type, enabled=False):
-            x = GAIN * leaky(self.colours(image.float()))  # (B, C, H, W)
+            x = LRELU_GAIN * leaky_relu(self.colours(image.float()))  # (B, C, H, W)
             x = self.blocks(x)  # (B, C, 4, 4)
-            x = GAIN * leaky(self.last(minibatch_deviation(x, self.group)))
-            x = self.out(GAIN * leaky(self.dense(x.flatten(1))))  # (B, dim)
+            x = LRELU_GAIN * leaky_relu(self.last(minibatch_stddev(x, self.mbstd_group_size)))
+            x = self.out(LRELU_GAIN * leaky_relu(self.dense(x.flatten(1))))  # (B, dim)
             return (x * self.mapping(camera.float())).sum(1) / math.sqrt(x.shape[1])
 
 
@@ -149,8 +153,8 @@ def r1_penalty(discriminator: nn.Module, image: Tensor, camera: Tensor) -> Tenso
     return gradient.square().sum((1, 2, 3)).mean()
 
 
-def discriminator_optimizer(discriminator: nn.Module, config: AdversarialConfig) -> torch.optim.Adam:
+def make_discriminator_optimizer(discriminator: nn.Module, config: AdversarialConfig) -> torch.optim.Adam:
     """Adam, corrected for the lazy R1 as `AdversarialConfig` says."""
-    c = config.r1_every / (config.r1_every + 1) if config.r1 > 0 else 1.0
+    c = config.r1_interval / (config.r1_interval + 1) if config.r1_gamma > 0 else 1.0
     betas = (config.betas[0] ** c, config.betas[1] ** c)
     return torch.optim.Adam(discriminator.parameters(), lr=config.lr * c, betas=betas, eps=1e-8)

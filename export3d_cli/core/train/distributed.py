@@ -26,16 +26,16 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             distributed.barrier()
 
-    def mean(self, values: list[float]) -> list[float]:
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
         """The mean over the processes of each number."""
         if self.size == 1:
             return values
@@ -43,7 +43,7 @@ class World:
         distributed.all_reduce(shared)
         return (shared / self.size).tolist()
 
-    def first(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """What the first process says, so that clocks cannot disagree."""
         if self.size == 1:
             return value
@@ -51,7 +51,7 @@ class World:
         distributed.broadcast(shared, 0)
         return float(shared)
 
-    def average_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_mean_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its mean over the processes."""
         if self.size > 1:
             distributed.all_reduce(tensor)
@@ -63,11 +63,11 @@ class World:
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not grads:
             return
-        flat = self.average_(torch.cat([g.flatten() for g in grads]))
+        flat = self.all_reduce_mean_(torch.cat([g.flatten() for g in grads]))
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
-    def copy_first(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         """Parameters and buffers of the first process to all."""
         if self.size > 1:
             for tensor in module.state_dict().values():
@@ -75,7 +75,7 @@ class World:
                 distributed.broadcast(contiguous, 0)
                 tensor.copy_(contiguous)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap_ddp(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over the processes in every backward pass."""
         if self.size == 1:
             return module
@@ -87,15 +87,15 @@ class World:
         return nn.parallel.DistributedDataParallel(module, **options)
 
 
-def waiting(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
+def no_sync(module: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[object]:
     """Keeps a wrapped module from averaging before the last part of a batch."""
-    if last or not isinstance(module, nn.parallel.DistributedDataParallel):
+    if is_last or not isinstance(module, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()
 
 
 @contextlib.contextmanager
-def join(device: torch.device) -> Iterator[World]:
+def init_distributed(device: torch.device) -> Iterator[World]:
     """Meet the other processes of torchrun (gloo on CPUs, NCCL on CUDA), and part from them at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -14,14 +14,20 @@ from typing import Any
 import cv2
 import numpy as np
 
-from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, POINTS, DataConfig
-from export3d_cli.core.face.matting import PersonMask
-from export3d_cli.core.face.motion import Motion, head_points
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, DataConfig
+from export3d_cli.core.face.matting import PersonMatting
+from export3d_cli.core.face.motion import Motion, landmarks_to_head_frame
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import Export3DError, InputError
-from export3d_cli.core.runtime.files import MAX_LIST, check_file, check_inside, hold, shared_track
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.files import (
+    MAX_MANIFEST_BYTES,
+    check_file,
+    driver_track_id,
+    ensure_relative,
+    folder_lock,
+)
+from export3d_cli.core.runtime.weights import resolve_weights
 
 MASK_SIZE = 64  # side of the masks kept
 
@@ -39,11 +45,11 @@ class Clip:
     @property
     def track(self) -> str:
         """See `shared_track`."""
-        return shared_track(self.id)
+        return driver_track_id(self.id)
 
 
 @dataclass(frozen=True)
-class FaceSet:
+class FaceDataset:
     """One data set in memory, its pictures memory-mapped."""
 
     name: str
@@ -51,25 +57,25 @@ class FaceSet:
     beta: np.ndarray  # (F, 64)
     camera: np.ndarray  # (F, 25)
     landmarks: np.ndarray  # (F, 478, 3) crop units
-    person: np.ndarray  # (F, MASK_SIZE, MASK_SIZE) uint8, how much of each cell is the person's
-    number: np.ndarray  # (F,) index of the frame in its clip's file
+    person_mask: np.ndarray  # (F, MASK_SIZE, MASK_SIZE) uint8, how much of each cell is the person's
+    frame_index: np.ndarray  # (F,) index of the frame in its clip's file
     clips: tuple[Clip, ...]
 
     def points(self, rows: np.ndarray) -> np.ndarray:
         """Landmarks of `rows` in the head frame, (N, 478, 3) float32."""
-        return head_points(self.landmarks[rows], self.camera[rows]).astype(np.float32)
+        return landmarks_to_head_frame(self.landmarks[rows], self.camera[rows]).astype(np.float32)
 
 
-def load_sets(config: DataConfig, size: int, *, progress: Callable[[str], None] | None = None) -> list[FaceSet]:
+def load_datasets(config: DataConfig, size: int, *, progress: Callable[[str], None] | None = None) -> list[FaceDataset]:
     """Open every data set of `config`, building caches of pictures of side `size` that are not there yet."""
     if not config.path:
         raise InputError("data.path is empty: name at least one data set folder written by `export3d preprocess`")
-    return [load_set(Path(p), size, config.cache_stride, config.cache, progress=progress) for p in config.path]
+    return [load_dataset(Path(p), size, config.cache_stride, config.cache, progress=progress) for p in config.path]
 
 
-def load_set(
+def load_dataset(
     folder: Path, size: int, stride: int = 1, cache: str = "", *, progress: Callable[[str], None] | None = None
-) -> FaceSet:
+) -> FaceDataset:
     """Open one data set folder; decodes it into its cache first when the cache is missing or stale."""
     entries = _read_manifest(folder)
     name = f"cache-{size}" + (f"-every{stride}" if stride > 1 else "")
@@ -77,38 +83,38 @@ def load_set(
     if cache:  # two data sets may share a folder name, not a path
         place = Path(cache) / f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}-{name}"
     stamp = hashlib.sha256(json.dumps([entries, size, stride], sort_keys=True).encode()).hexdigest()
-    if _stamp_of(place) != stamp:
-        with hold(place.parent, wait=True):
-            if _stamp_of(place) != stamp:  # nobody has built it while we waited
+    if _read_stamp(place) != stamp:
+        with folder_lock(place.parent, wait=True):
+            if _read_stamp(place) != stamp:  # nobody has built it while we waited
                 _build_cache(folder, entries, place, size, stride, stamp, progress)
     try:
         index = json.loads((place / "index.json").read_text(encoding="utf-8"))
         count = index["count"]
-        found = FaceSet(
+        found = FaceDataset(
             name=folder.name,
             frames=np.load(place / "frames.npy", mmap_mode="r")[:count],
             beta=np.load(place / "beta.npy"),
             camera=np.load(place / "camera.npy"),
             landmarks=np.load(place / "landmarks.npy"),
-            person=np.load(place / "person.npy", mmap_mode="r"),
-            number=np.load(place / "number.npy"),
+            person_mask=np.load(place / "person.npy", mmap_mode="r"),
+            frame_index=np.load(place / "number.npy"),
             clips=tuple(Clip(**clip) for clip in index["clips"]),
         )
-        _check_set(found, count, size)
+        _validate_dataset(found, count, size)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(f"the cache {place} is damaged ({error}): remove it, it is made again") from error
     return found
 
 
-def _check_set(found: FaceSet, count: int, size: int) -> None:
+def _validate_dataset(found: FaceDataset, count: int, size: int) -> None:
     """A cache comes with a data set that may be a stranger's: raises `ValueError` unless all fits together."""
     shapes = {
         "frames": (count, size, size, 3), "beta": (count, BETA_DIM), "camera": (count, CAMERA_DIM),
-        "landmarks": (count, POINTS, 3), "person": (count, MASK_SIZE, MASK_SIZE), "number": (count,),
+        "landmarks": (count, NUM_LANDMARKS, 3), "person_mask": (count, MASK_SIZE, MASK_SIZE), "frame_index": (count,),
     }  # fmt: skip
     for name, shape in shapes.items():
         array = getattr(found, name)
-        kind = {"frames": "u", "person": "u", "number": "i"}.get(name, "f")
+        kind = {"frames": "u", "person_mask": "u", "frame_index": "i"}.get(name, "f")
         if array.shape != shape or array.dtype.kind != kind:
             raise ValueError(f"{name} are {array.dtype} {array.shape}, not {shape}")
         if kind == "f" and not np.isfinite(array).all():
@@ -125,14 +131,14 @@ def _check_set(found: FaceSet, count: int, size: int) -> None:
 def _read_manifest(folder: Path) -> list[dict[str, Any]]:
     path = folder / "manifest.jsonl"
     try:
-        check_file(path, MAX_LIST)
+        check_file(path, MAX_MANIFEST_BYTES)
         lines = path.read_text(encoding="utf-8").splitlines()
         entries = [json.loads(line) for line in lines if line.strip()]
         kept = [e for e in entries if e.get("split", "train") in ("train", "", None)]
         for entry in kept:
             entry["id"], entry["file"], entry["motion"] = str(entry["id"]), str(entry["file"]), str(entry["motion"])
-            check_inside(entry["file"])
-            check_inside(entry["motion"])
+            ensure_relative(entry["file"])
+            ensure_relative(entry["motion"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise InputError(f"cannot read the data set's list {path} ({why}); was it written by preprocess?") from error
@@ -141,7 +147,7 @@ def _read_manifest(folder: Path) -> list[dict[str, Any]]:
     return kept
 
 
-def _stamp_of(place: Path) -> str:
+def _read_stamp(place: Path) -> str:
     try:
         if not (place / "person.npy").is_file():  # made before masks were kept
             return ""
@@ -171,25 +177,25 @@ def _build_cache(
             beside / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(room, 1), size, size, 3)
         )
         tracks: dict[str, list[np.ndarray]] = {"beta": [], "camera": [], "landmarks": [], "person": [], "number": []}
-        segment = PersonMask(resolve("selfie_segmentation"))
+        segment = PersonMatting(resolve_weights("selfie_segmentation"))
         clips: list[dict[str, Any]] = []
         row = 0
         for i, (entry, motion) in enumerate(zip(entries, motions, strict=True)):
             still = Path(entry["file"]).suffix.lower() != ".mp4"
             good = np.asarray(motion.found, bool) & np.isfinite(motion.landmarks).all((1, 2))
             used: list[int] = []
-            for number, picture in _decode(folder / entry["file"], still, stride):
+            for number, picture in _decode_frames(folder / entry["file"], still, stride):
                 if number >= len(good):
                     break
                 if good[number]:
-                    frames[row + len(used)] = fit_picture(picture, size)
+                    frames[row + len(used)] = resize_square(picture, size)
                     used.append(number)
             if not used:
                 continue
             rows = np.array(used)
             for key in ("beta", "camera", "landmarks"):
                 tracks[key].append(np.asarray(getattr(motion, key), np.float32)[rows])
-            tracks["person"].append(_masks(segment, frames[row : row + len(used)]))
+            tracks["person"].append(_person_masks(segment, frames[row : row + len(used)]))
             tracks["number"].append(rows.astype(np.int32))
             person = str(entry.get("person") or entry["id"])
             clips.append({"id": entry["id"], "person": person, "start": row, "count": len(used), "still": still})
@@ -214,16 +220,16 @@ def _build_cache(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _masks(segment: PersonMask, pictures: np.ndarray) -> np.ndarray:
+def _person_masks(segment: PersonMatting, pictures: np.ndarray) -> np.ndarray:
     """Pictures (N, H, W, 3) -> `FaceSet.person` of them."""
     alphas = (
-        cv2.resize(segment.alpha(p, strands=True), (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA)
+        cv2.resize(segment.alpha(p, hair_strands=True), (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA)
         for p in pictures
     )
     return np.stack([np.rint(255 * alpha).astype(np.uint8) for alpha in alphas])
 
 
-def _decode(path: Path, still: bool, stride: int) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_frames(path: Path, still: bool, stride: int) -> Iterator[tuple[int, np.ndarray]]:
     if still:
         yield 0, read_image(path)
         return
@@ -233,7 +239,7 @@ def _decode(path: Path, still: bool, stride: int) -> Iterator[tuple[int, np.ndar
                 yield number, picture
 
 
-def fit_picture(picture: np.ndarray, size: int) -> np.ndarray:
+def resize_square(picture: np.ndarray, size: int) -> np.ndarray:
     """A square picture (., ., 3) resized to (size, size, 3), uint8."""
     if picture.shape[:2] == (size, size):
         return picture

@@ -11,26 +11,26 @@ from torch import Tensor, nn
 
 from export3d_cli.core.face.landmarks import LEFT_EYE, RIGHT_EYE
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.train.losses import _IMAGENET_MEAN, _IMAGENET_STD
+from export3d_cli.core.train.losses import IMAGENET_MEAN, IMAGENET_STD
 
-SIDE = 112
+FACE_SIZE_PX = 112
 # ArcFace's template in pixel indices of that side, in the image's order: eyes, nose, mouth corners.
-TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 
 
-def five_points(landmarks: Tensor) -> Tensor:
+def arcface_points(landmarks: Tensor) -> Tensor:
     """Landmarks (B, 478, 2) -> eyes, nose and mouth corners (B, 5, 2), in the image's order."""
     eyes = [landmarks[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]
     return torch.stack([*eyes, landmarks[:, 1], landmarks[:, 61], landmarks[:, 291]], dim=1)
 
 
-def align(image: Tensor, five: Tensor, side: int = SIDE) -> Tensor:
+def align_face(image: Tensor, points: Tensor, side: int = FACE_SIZE_PX) -> Tensor:
     """The faces of (B, 3, H, W) whose five points (B, 5, 2) are given in crop units, laid on the template.
 
     A rotation, scale and shift in least squares; gradients reach `image`. Returns (B, 3, side, side).
     """
-    template = five.new_tensor(TEMPLATE) + 0.5  # pixel centres
-    points, wanted = five.float(), template * (side / SIDE)
+    template = points.new_tensor(ARCFACE_TEMPLATE) + 0.5  # pixel centres
+    points, wanted = points.float(), template * (side / FACE_SIZE_PX)
     middle, wanted_middle = points.mean(1, keepdim=True), wanted.mean(0)
     x, u = points - middle, wanted - wanted_middle  # (B, 5, 2), (5, 2)
     size = x.square().sum((1, 2)).clamp_min(1e-12)
@@ -44,7 +44,7 @@ def align(image: Tensor, five: Tensor, side: int = SIDE) -> Tensor:
     return F.grid_sample(image.float(), where * 2 - 1, align_corners=False, padding_mode="border")
 
 
-class Identity(nn.Module):
+class IdentityLoss(nn.Module):
     """1 - cosine of the embeddings of two images of one face; the embedder is TorchScript and stays as it is."""
 
     mean: Tensor
@@ -55,16 +55,16 @@ class Identity(nn.Module):
         self.network = network.eval()
         for parameter in network.parameters():
             parameter.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor, target: Tensor, landmarks: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units; gradients reach `image`."""
         with torch.autocast(image.device.type, enabled=False):
-            five = five_points(landmarks)
+            five = arcface_points(landmarks)
             with torch.no_grad():
-                wanted = self.embed(align(target, five))
-            return (1 - F.cosine_similarity(self.embed(align(image, five)), wanted, dim=1)).mean()
+                wanted = self.embed(align_face(target, five))
+            return (1 - F.cosine_similarity(self.embed(align_face(image, five)), wanted, dim=1)).mean()
 
     def embed(self, face: Tensor) -> Tensor:
         """Aligned faces (B, 3, 112, 112) in [-1, 1] -> (B, D)."""
@@ -72,14 +72,14 @@ class Identity(nn.Module):
         return found
 
 
-def load_identity(path: str, device: torch.device) -> Identity:
+def load_identity_loss(path: str, device: torch.device) -> IdentityLoss:
     """Read a TorchScript embedder and try it once."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            identity = Identity(torch.jit.load(path, map_location=device)).to(device)
+            identity = IdentityLoss(torch.jit.load(path, map_location=device)).to(device)
         with torch.no_grad():
-            shape = identity.embed(torch.zeros(2, 3, SIDE, SIDE, device=device)).shape
+            shape = identity.embed(torch.zeros(2, 3, FACE_SIZE_PX, FACE_SIZE_PX, device=device)).shape
         if len(shape) != 2 or shape[0] != 2:
             raise ValueError(f"it answers {tuple(shape)} for two faces, not (2, D)")
     except (RuntimeError, ValueError, OSError, AttributeError) as error:

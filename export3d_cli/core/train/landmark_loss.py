@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from torch import Tensor, nn
 
-from export3d_cli.core.config.schema import POINTS
+from export3d_cli.core.config.schema import NUM_LANDMARKS
 from export3d_cli.core.face.landmarker import read_bundle
 from export3d_cli.core.face.litert import quiet_stderr
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
 
-SIDE = 256  # of the network's view of a face, pixels
-MARGIN = 1.5  # how much larger than the landmarks' box it is
-CORNERS = (33, 263)  # outer eye corners: the view is turned so that they are level
+VIEW_SIZE_PX = 256  # of the network's view of a face, pixels
+VIEW_MARGIN = 1.5  # how much larger than the landmarks' box it is
+OUTER_EYE_CORNERS = (33, 263)  # outer eye corners: the view is turned so that they are level
 
 
 class LandmarkNetwork(nn.Module):
@@ -31,12 +31,12 @@ class LandmarkNetwork(nn.Module):
             reader = Interpreter(model_content=content, experimental_op_resolver_type=plain)
             reader.allocate_tensors()
         shapes = {d["index"]: d["shape"].tolist() for d in reader.get_tensor_details()}
-        self.result = next(d["index"] for d in reader.get_output_details() if d["shape"][-1] == 3 * POINTS)
-        self.start = reader.get_input_details()[0]["index"]
-        self.steps: list[tuple[str, list[int], int, int]] = []  # operation, its inputs, its output, stride
-        self.wider: dict[int, list[int]] = {}  # output of an operation PAD -> channels added before and after
+        self.output_index = next(d["index"] for d in reader.get_output_details() if d["shape"][-1] == 3 * NUM_LANDMARKS)
+        self.input_index = reader.get_input_details()[0]["index"]
+        self.operations: list[tuple[str, list[int], int, int]] = []  # operation, its inputs, its output, stride
+        self.channel_padding: dict[int, list[int]] = {}  # output of an operation PAD -> channels added before and after
         stored: dict[int, int] = {}  # where the half-precision original of a tensor is
-        made = {self.start}
+        made = {self.input_index}
         for operation in reader._get_ops_details():  # the runtime's public interface does not tell the graph
             name, inputs, (out,) = operation["op_name"], operation["inputs"].tolist(), operation["outputs"].tolist()
             if name == "DEQUANTIZE":
@@ -48,21 +48,21 @@ class LandmarkNetwork(nn.Module):
                     value = value.permute(3, 0, 1, 2) if name.startswith("DEPTH") else value.permute(0, 3, 1, 2)
                 self.register_buffer(f"of_{index}", value.float() if value.is_floating_point() else value)
             if name == "PAD":
-                self.wider[out] = reader.get_tensor(inputs[1])[3].tolist()
-            self.steps.append((name, inputs, out, round(shapes[inputs[0]][1] / shapes[out][1])))
+                self.channel_padding[out] = reader.get_tensor(inputs[1])[3].tolist()
+            self.operations.append((name, inputs, out, round(shapes[inputs[0]][1] / shapes[out][1])))
             made.add(out)
-            if out == self.result:
+            if out == self.output_index:
                 break
 
     def forward(self, face: Tensor) -> Tensor:
         """Views (B, 3, 256, 256) in [0, 1] -> (B, 478, 3) in pixels of the view."""
-        values = {self.start: face}
+        values = {self.input_index: face}
 
         def value(index: int) -> Tensor:
             found: Tensor = values[index] if index in values else getattr(self, f"of_{index}")
             return found
 
-        for name, inputs, out, stride in self.steps:
+        for name, inputs, out, stride in self.operations:
             x = value(inputs[0])
             if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
                 weight, bias = value(inputs[1]), value(inputs[2])
@@ -76,14 +76,14 @@ class LandmarkNetwork(nn.Module):
             elif name == "MAX_POOL_2D":
                 x = F.max_pool2d(x, stride)
             elif name == "PAD":  # of channels
-                x = F.pad(x, (0, 0, 0, 0, *self.wider[out]))
+                x = F.pad(x, (0, 0, 0, 0, *self.channel_padding[out]))
             else:
                 raise ValueError(f"the landmark network has an operation {name}, which is not known here")
             values[out] = x
-        return values[self.result].flatten(1).view(-1, POINTS, 3)
+        return values[self.output_index].flatten(1).view(-1, NUM_LANDMARKS, 3)
 
 
-class Landmarks(nn.Module):
+class LandmarkLoss(nn.Module):
     """Mean distance of the landmarks that the network sees in two images of one face, along each axis."""
 
     def __init__(self, network: LandmarkNetwork) -> None:
@@ -96,19 +96,19 @@ class Landmarks(nn.Module):
         Gradients reach `image`.
         """
         with torch.autocast(image.device.type, enabled=False):
-            where = face_view(landmarks.float())
+            where = landmarker_view_grid(landmarks.float())
             with torch.no_grad():
                 wanted = self.network(warp(target, where) / 2 + 0.5)
-            return (self.network(warp(image, where) / 2 + 0.5) - wanted).abs().mean() * (100 / SIDE)
+            return (self.network(warp(image, where) / 2 + 0.5) - wanted).abs().mean() * (100 / VIEW_SIZE_PX)
 
 
-def face_view(landmarks: Tensor) -> Tensor:
+def landmarker_view_grid(landmarks: Tensor) -> Tensor:
     """Where the landmark network looks: landmarks (B, 478, 2) -> positions (B, 2, 256, 256), in crop units."""
     low, high = landmarks.amin(1), landmarks.amax(1)
-    side = MARGIN * (high - low).amax(1)  # (B,)
-    along = landmarks[:, CORNERS[1]] - landmarks[:, CORNERS[0]]
+    side = VIEW_MARGIN * (high - low).amax(1)  # (B,)
+    along = landmarks[:, OUTER_EYE_CORNERS[1]] - landmarks[:, OUTER_EYE_CORNERS[0]]
     along = side[:, None] * along / along.norm(dim=1, keepdim=True).clamp_min(1e-6)  # (B, 2), the view's x axis
     across = torch.stack([-along[:, 1], along[:, 0]], dim=1)
-    grid = pixel_grid(SIDE, landmarks.device) - 0.5  # (P, 2)
+    grid = pixel_grid(VIEW_SIZE_PX, landmarks.device) - 0.5  # (P, 2)
     where = grid[None, :, :1] * along[:, None] + grid[None, :, 1:] * across[:, None] + ((low + high) / 2)[:, None]
-    return where.transpose(1, 2).reshape(-1, 2, SIDE, SIDE)
+    return where.transpose(1, 2).reshape(-1, 2, VIEW_SIZE_PX, VIEW_SIZE_PX)

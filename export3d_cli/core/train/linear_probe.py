@@ -14,7 +14,7 @@ import numpy as np
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.train.training_plots import scatter
 
-PEOPLE, FRAMES = 10, 10  # in the picture, as in the paper's figure 8
+FIGURE_PEOPLE, FIGURE_FRAMES = 10, 10  # in the picture, as in the paper's figure 8
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, *, r
     return float(((x[~fit] @ solution).argmax(1) == index[~fit]).mean())
 
 
-def chance(labels: np.ndarray, fit: np.ndarray) -> float:
+def majority_accuracy(labels: np.ndarray, fit: np.ndarray) -> float:
     """Accuracy of always naming the label most frequent among the rows to fit to."""
     names, counts = np.unique(labels[fit], return_counts=True)
     return float((labels[~fit] == names[counts.argmax()]).mean())
@@ -89,7 +89,7 @@ def principal(features: np.ndarray, axes: int = 2) -> np.ndarray:
     return x @ np.linalg.svd(x, full_matrices=False)[2][:axes].T
 
 
-def places(features: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
+def project_to_plane(features: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
     """(N, D) laid out in the plane, (N, 2), and how: by t-SNE where scikit-learn is installed, else by PCA."""
     if importlib.util.find_spec("sklearn") is None or len(features) < 5:
         return principal(features), "PCA"
@@ -99,27 +99,27 @@ def places(features: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
     return tsne.fit_transform(features.astype(np.float64)), "t-SNE"
 
 
-def chosen(person: np.ndarray) -> np.ndarray:
+def select_figure_rows(person: np.ndarray) -> np.ndarray:
     """Rows of the picture: at most 10 people, spread over all who have 10 frames, and 10 frames spread over each."""
     names, counts = np.unique(person, return_counts=True)
-    names = names[counts >= min(FRAMES, counts.max())]
-    names = names[np.unique(np.linspace(0, len(names) - 1, min(PEOPLE, len(names))).round().astype(int))]
+    names = names[counts >= min(FIGURE_FRAMES, counts.max())]
+    names = names[np.unique(np.linspace(0, len(names) - 1, min(FIGURE_PEOPLE, len(names))).round().astype(int))]
     rows = [np.flatnonzero(person == name) for name in names]
-    return np.concatenate([r[np.linspace(0, len(r) - 1, min(FRAMES, len(r))).round().astype(int)] for r in rows])
+    return np.concatenate([r[np.linspace(0, len(r) - 1, min(FIGURE_FRAMES, len(r))).round().astype(int)] for r in rows])
 
 
-def figure(
+def draw_figure(
     beta: np.ndarray, code: np.ndarray, person: np.ndarray, expression: np.ndarray, told: ProbeReport
 ) -> np.ndarray:
     """The paper's figure 8 of `chosen` frames, beta above beta', with the probes' figures; uint8 (H, W, 3)."""
-    rows = chosen(person)
+    rows = select_figure_rows(person)
     beta = beta / np.maximum(beta.std(0), 0.02)
     lines = []
     for name, values, who, what in (
         ("beta", beta, told.person_beta, told.expression_beta),
         ("beta'", code, told.person_code, told.expression_code),
     ):
-        points, how = places(values[rows])
+        points, how = project_to_plane(values[rows])
         panels = [
             scatter(
                 points,
@@ -144,8 +144,8 @@ def expression_labels(beta: np.ndarray, person: np.ndarray, count: int = 8) -> n
     return clusters(away / np.maximum(away.std(0), 0.02), min(count, len(beta)))
 
 
-def probe(
-    beta: np.ndarray, code: np.ndarray, person: np.ndarray, fit: np.ndarray, *, picture: Path | None = None
+def probe_expression_code(
+    beta: np.ndarray, code: np.ndarray, person: np.ndarray, fit: np.ndarray, *, figure_path: Path | None = None
 ) -> ProbeReport:
     """Compare beta (N, 64) with beta' (N, d) of frames of known people; with `picture` also draw some of them.
 
@@ -160,13 +160,13 @@ def probe(
     report = ProbeReport(
         person_beta=linear_probe(beta, person, fit),
         person_code=linear_probe(code, person, fit),
-        person_chance=chance(person, fit),
+        person_chance=majority_accuracy(person, fit),
         expression_beta=linear_probe(beta, expression, fit),
         expression_code=linear_probe(code, expression, fit),
-        expression_chance=chance(expression, fit),
+        expression_chance=majority_accuracy(expression, fit),
         frames=len(beta),
         people=len(np.unique(person)),
     )
-    if picture is not None:
-        write_image(picture, figure(beta, code, person, expression, report))
+    if figure_path is not None:
+        write_image(figure_path, draw_figure(beta, code, person, expression, report))
     return report

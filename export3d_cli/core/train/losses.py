@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export3d_cli.core.face.landmarks import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
-from export3d_cli.core.model.constants import rows
+from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import resize, warp
 from export3d_cli.core.runtime.errors import InputError
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAFFE_BGR = (103.939, 116.779, 123.68)
 VGG16_NAMES = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]  # torchvision's
 
@@ -48,7 +48,7 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
     pixels = pixel_grid(size, landmarks.device).view(size, size, 2)
     mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
-        points = landmarks[:, rows(region, landmarks)].float()  # (B, R, 2)
+        points = landmarks[:, index_tensor(region, landmarks)].float()  # (B, R, 2)
         centre = points.mean(1)  # (B, 2)
         away = points - centre[:, None]
         spread = away.transpose(1, 2) @ away / len(region)  # (B, 2, 2)
@@ -63,7 +63,7 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
     return mask[:, None]
 
 
-def close_ups(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
+def crop_eyes_and_mouth(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
     """Mouth and eyes by themselves, upright squares somewhat wider than each, (3 B, C, side, side).
 
     Args:
@@ -72,14 +72,14 @@ def close_ups(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
     around = pixel_grid(side, image.device).T.view(2, side, side) - 0.5
     found = []
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
-        points = landmarks[:, rows(region, landmarks)].float()  # (B, R, 2)
+        points = landmarks[:, index_tensor(region, landmarks)].float()  # (B, R, 2)
         low, high = points.amin(1), points.amax(1)
         wide = 1.4 * (high - low).amax(1).clamp_min(0.01)
         found.append(warp(image, (low + high)[:, :, None, None] / 2 + around * wide[:, None, None, None]))
     return torch.cat(found)
 
 
-def flow_loss(sampled: Tensor, target: Tensor, known: Tensor) -> Tensor:
+def flow_loss(sampled: Tensor, target: Tensor, source_visibility: Tensor) -> Tensor:
     """Photometric loss of the flow: the photo's colours along it against the target, where the photo knows it.
 
     Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off is pulled, too.
@@ -88,7 +88,7 @@ def flow_loss(sampled: Tensor, target: Tensor, known: Tensor) -> Tensor:
         sampled: (B, 3, h, w). target: (B, 3, H, W). known: (B, 1, m, m) in 0..1; no gradient reaches it.
     """
     size = sampled.shape[-1]
-    away = (sampled.float() - downsample(target.float(), size)) * resize(known.detach().float(), size)
+    away = (sampled.float() - downsample(target.float(), size)) * resize(source_visibility.detach().float(), size)
     cells = [away, F.avg_pool2d(away, 4), F.avg_pool2d(away, 8)]
     return torch.stack([x.abs().mean() for x in cells]).mean()
 
@@ -98,7 +98,7 @@ def mask_loss(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (mask * (image.float() - target.float()).abs()).mean()
 
 
-class Perceptual(nn.Module):
+class PerceptualDistance(nn.Module):
     """Multi-scale perceptual distance, the LPIPS terms of eq. 13, on a frozen VGG16 or MobileNetV2.
 
     Channels are normalised to unit length at every pixel, squared differences summed over channels and averaged over
@@ -146,7 +146,7 @@ class Perceptual(nn.Module):
         return found
 
 
-def read_tensors(path: Path, what: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+def read_tensors(path: Path, label: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors of a file whose names begin with one of `prefixes`, float32; `what` names it in errors."""
     try:
         if path.suffix in (".pth", ".pt"):  # torchvision's own file, e.g. vgg16-397923af.pth; tensors only, no code
@@ -155,10 +155,10 @@ def read_tensors(path: Path, what: str, prefixes: tuple[str, ...]) -> dict[str, 
             read = load_file(path)
         return {k: v.float() for k, v in read.items() if k.startswith(prefixes)}
     except Exception as error:  # a damaged file raises whatever its reader stumbled over
-        raise InputError(f"{what} {path} cannot be read: {error}") from error
+        raise InputError(f"{label} {path} cannot be read: {error}") from error
 
 
-def load_perceptual(path: Path | str) -> Perceptual:
+def load_perceptual(path: Path | str) -> PerceptualDistance:
     """A frozen backbone from safetensors or torchvision's .pth: VGG16 or MobileNetV2, known by its tensors' names."""
     path = Path(path)
     state = read_tensors(path, "loss.backbone", ("conv", "features."))
@@ -166,13 +166,13 @@ def load_perceptual(path: Path | str) -> Perceptual:
         if "conv1_1.weight" in state:
             names = [f"conv{b}_{k}" for b, count in enumerate((2, 2, 3, 3, 3), 1) for k in range(1, count + 1)]
             mean = tuple(2 * m / 255 - 1 for m in _CAFFE_BGR)
-            return Perceptual(_vgg(state, names), mean, (127.5,) * 3, bgr=True)
-        mean = tuple(2 * m - 1 for m in _IMAGENET_MEAN)
-        scale = tuple(0.5 / s for s in _IMAGENET_STD)
+            return PerceptualDistance(build_vgg_stages(state, names), mean, (127.5,) * 3, bgr=True)
+        mean = tuple(2 * m - 1 for m in IMAGENET_MEAN)
+        scale = tuple(0.5 / s for s in IMAGENET_STD)
         if "features.0.0.weight" in state:
-            return Perceptual(_mobilenet(state), mean, scale, bgr=False)
+            return PerceptualDistance(_build_mobilenet_stages(state), mean, scale, bgr=False)
         if "features.0.weight" in state:
-            return Perceptual(_vgg(state, VGG16_NAMES), mean, scale, bgr=False)
+            return PerceptualDistance(build_vgg_stages(state, VGG16_NAMES), mean, scale, bgr=False)
     except KeyError as error:
         raise InputError(f"loss.backbone {path} lacks the tensor {error}") from error
     raise InputError(
@@ -180,27 +180,29 @@ def load_perceptual(path: Path | str) -> Perceptual:
     )
 
 
-def _conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def _make_conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     out, inside, side, _ = weight.shape
     conv = nn.Conv2d(inside * groups, out, side, stride, side // 2, groups=groups)
     conv.load_state_dict({"weight": weight, "bias": bias})
     return conv
 
 
-def _vgg(state: dict[str, Tensor], names: list[str], counts: tuple[int, ...] = (2, 2, 3, 3)) -> list[nn.Module]:
+def build_vgg_stages(
+    state: dict[str, Tensor], names: list[str], counts: tuple[int, ...] = (2, 2, 3, 3)
+) -> list[nn.Module]:
     """The 13 convolutions cut into stages that end before each pooling; without `counts` all but the coarsest one."""
     stages: list[nn.Module] = []
     at = 0
     for block, count in enumerate(counts):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if block else []
         for name in names[at : at + count]:
-            layers += [_conv(state[f"{name}.weight"], state[f"{name}.bias"]), nn.ReLU()]
+            layers += [_make_conv(state[f"{name}.weight"], state[f"{name}.bias"]), nn.ReLU()]
         at += count
         stages.append(nn.Sequential(*layers))
     return stages
 
 
-class _Inverted(nn.Module):
+class _InvertedResidual(nn.Module):
     """MobileNetV2's inverted residual, its batch norms folded into the convolutions."""
 
     def __init__(self, layers: nn.Sequential, *, residual: bool) -> None:
@@ -212,7 +214,7 @@ class _Inverted(nn.Module):
         return x + y if self.residual else y
 
 
-def _mobilenet(state: dict[str, Tensor]) -> list[nn.Module]:
+def _build_mobilenet_stages(state: dict[str, Tensor]) -> list[nn.Module]:
     """The first 11 blocks (to H/16), in stages at H/2, H/4, H/8 and H/16."""
 
     def folded(conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
@@ -220,7 +222,7 @@ def _mobilenet(state: dict[str, Tensor]) -> list[nn.Module]:
         weight = state[f"{conv}.weight"]
         groups = len(weight) if weight.shape[1] == 1 else 1
         bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * gain
-        return _conv(weight * gain[:, None, None, None], bias, stride, groups)
+        return _make_conv(weight * gain[:, None, None, None], bias, stride, groups)
 
     blocks: list[nn.Module] = [nn.Sequential(folded("features.0.0", "features.0.1", 2), nn.ReLU6())]
     strides = {2: 2, 4: 2, 7: 2}
@@ -234,5 +236,5 @@ def _mobilenet(state: dict[str, Tensor]) -> list[nn.Module]:
         last = folded(f"{name}.{depthwise + 1}", f"{name}.{depthwise + 2}")
         inside = state[f"{name}.0.0.weight"].shape[1 if depthwise else 0]
         residual = stride == 1 and inside == last.out_channels
-        blocks.append(_Inverted(nn.Sequential(*layers, last), residual=residual))
+        blocks.append(_InvertedResidual(nn.Sequential(*layers, last), residual=residual))
     return [nn.Sequential(*blocks[a:b]) for a, b in ((0, 2), (2, 4), (4, 7), (7, 11))]

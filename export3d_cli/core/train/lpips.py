@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import LossConfig
 from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
-from export3d_cli.core.runtime.hub import HubFile, digest, fetch
+from export3d_cli.core.runtime.hub import HubFile, fetch, file_sha256
 from export3d_cli.core.train import losses
 
 OFFICIAL_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # torchvision, IMAGENET1K_V1
-OFFICIAL_HEADS = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"  # lpips/weights/v0.1/vgg.pth
-HEAD = "lin{}.model.1.weight"  # (1, C, 1, 1), one for each stage
+OFFICIAL_LINEAR_WEIGHTS = (
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"  # lpips/weights/v0.1/vgg.pth
+)
+LINEAR_WEIGHT_NAME = "lin{}.model.1.weight"  # (1, C, 1, 1), one for each stage
 _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of RGB in [-1, 1], as LPIPS has them
-_STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG16 before each pooling
+_CONVS_PER_STAGE = (2, 2, 3, 3, 3)  # convolutions of VGG16 before each pooling
 
 
-class LPIPS(losses.Perceptual):
+class LPIPS(losses.PerceptualDistance):
     """Sum over VGG16's five stages of the weighted squared difference of unit-length features, averaged over pixels."""
 
     def __init__(self, stages: list[nn.Module], heads: list[Tensor], *, official: bool) -> None:
@@ -61,34 +63,37 @@ class LPIPS(losses.Perceptual):
         return found
 
 
-def load_distance(loss: LossConfig) -> losses.Perceptual | None:
+def load_perceptual_term(loss: LossConfig) -> losses.PerceptualDistance | None:
     """The perceptual term that `loss` names, files of the hub fetched; None without a backbone."""
     if not loss.backbone:
         return None
-    backbone, found = _file(loss.backbone, loss.backbone_sha256)
+    backbone, found = _resolve_file(loss.backbone, loss.backbone_sha256)
     heads_at, official_heads = backbone, False
     if loss.lpips:
-        heads_at, heads_found = _file(loss.lpips)
-        official_heads = heads_found == OFFICIAL_HEADS
+        heads_at, heads_found = _resolve_file(loss.lpips)
+        official_heads = heads_found == OFFICIAL_LINEAR_WEIGHTS
     heads = losses.read_tensors(heads_at, "loss.lpips", ("lin",))
     if not heads and not loss.lpips:
         return losses.load_perceptual(backbone)
     state = losses.read_tensors(backbone, "loss.backbone", ("features.",))
     try:
-        stages = losses._vgg(state, losses.VGG16_NAMES, _STAGES)
-        weights = [heads[HEAD.format(number)] for number in range(len(_STAGES))]
+        stages = losses.build_vgg_stages(state, losses.VGG16_NAMES, _CONVS_PER_STAGE)
+        weights = [heads[LINEAR_WEIGHT_NAME.format(number)] for number in range(len(_CONVS_PER_STAGE))]
         model = LPIPS(stages, weights, official=official_heads and found == OFFICIAL_VGG16)
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{backbone} and {heads_at} are not VGG16 under torchvision's names and linear weights of LPIPS: {error}"
         ) from error
-    widths = [int(state[f"{losses.VGG16_NAMES[sum(_STAGES[: k + 1]) - 1]}.bias"].numel()) for k in range(len(_STAGES))]
+    widths = [
+        int(state[f"{losses.VGG16_NAMES[sum(_CONVS_PER_STAGE[: k + 1]) - 1]}.bias"].numel())
+        for k in range(len(_CONVS_PER_STAGE))
+    ]
     if [w.numel() for w in weights] != widths:
         raise InputError(f"{heads_at} weighs {[w.numel() for w in weights]} channels, but the backbone has {widths}")
     return model
 
 
-def _file(name: str, sha256: str = "") -> tuple[Path, str]:
+def _resolve_file(name: str, sha256: str = "") -> tuple[Path, str]:
     """A local file for a path or a name of the hub, and its sha256, which is checked where it is known.
 
     It is known from the configuration, or from torchvision's habit of ending a name with its first eight digits.
@@ -98,7 +103,7 @@ def _file(name: str, sha256: str = "") -> tuple[Path, str]:
         raise ConfigError(
             f"loss.backbone or loss.lpips names {name!r}, which is no file: give one, or hf:owner/repo:file"
         )
-    found = digest(path)
+    found = file_sha256(path)
     in_name = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     wanted = sha256.lower() or (in_name.group(1) if in_name else "")
     if not found.startswith(wanted):

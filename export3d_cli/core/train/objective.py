@@ -10,11 +10,11 @@ from torch import Tensor
 
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.train import losses
-from export3d_cli.core.train.identity_loss import Identity
-from export3d_cli.core.train.landmark_loss import Landmarks
+from export3d_cli.core.train.identity_loss import IdentityLoss
+from export3d_cli.core.train.landmark_loss import LandmarkLoss
 from export3d_cli.core.train.pair_sampler import Batch
 
-CLOSE = 64  # side of close-ups, pixels
+CROP_SIZE_PX = 64  # side of close-ups, pixels
 
 
 def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
@@ -25,19 +25,23 @@ def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
     return lr
 
 
-def raw_size(config: TrainConfig, step: int) -> int:
+def scheduled_raw_size(config: TrainConfig, step: int) -> int:
     """Side of the raw render at a step: small at first, where `raw_start` says so."""
-    return config.raw_start if config.raw_start > 0 and step < config.raw_grow else config.model.raw_size
+    return (
+        config.raw_size_start
+        if config.raw_size_start > 0 and step < config.raw_size_grow_step
+        else config.model.raw_size
+    )
 
 
 def reconstruction_loss(
     output: Any,
     batch: Batch,
     config: TrainConfig,
-    perceptual: losses.Perceptual | None,
-    identity: Identity | None = None,
-    landmarks: Landmarks | None = None,
-    head: Tensor | None = None,
+    perceptual: losses.PerceptualDistance | None,
+    identity: IdentityLoss | None = None,
+    landmarks: LandmarkLoss | None = None,
+    head_mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight.
 
@@ -53,12 +57,15 @@ def reconstruction_loss(
         terms["l1"] = w.l1 * losses.l1(output.image, batch.target)
         terms["l1_raw"] = w.raw * w.l1 * losses.l1(output.raw, small)
     if perceptual is not None and w.perceptual > 0:
-        terms[perceptual.name] = w.perceptual * perceptual(output.image, batch.target, scales=w.scales)
+        terms[perceptual.name] = w.perceptual * perceptual(output.image, batch.target, scales=w.perceptual_scales)
         if w.raw > 0:
             terms[f"{perceptual.name}_raw"] = w.raw * w.perceptual * perceptual(output.raw, small, scales=1)
-        if w.close > 0:
-            seen = (losses.close_ups(x, batch.target_landmarks, CLOSE) for x in (output.image, batch.target))
-            terms["close"] = w.close * perceptual(*seen, scales=1)
+        if w.crop_perceptual > 0:
+            seen = (
+                losses.crop_eyes_and_mouth(x, batch.target_landmarks, CROP_SIZE_PX)
+                for x in (output.image, batch.target)
+            )
+            terms["close"] = w.crop_perceptual * perceptual(*seen, scales=1)
     if w.mask > 0:
         mask = losses.face_mask(batch.target_landmarks, batch.target.shape[-1])
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
@@ -66,14 +73,14 @@ def reconstruction_loss(
         terms["identity"] = w.identity * identity(output.image, batch.target, batch.target_landmarks)
     if landmarks is not None and w.landmarks > 0:
         terms["landmarks"] = w.landmarks * landmarks(output.image, batch.target, batch.target_landmarks)
-    if w.offset > 0 and getattr(output, "offset", None) is not None:
-        terms["offset"] = w.offset * output.offset.float().square().mean()
-    if w.flow > 0 and output.sampled is not None:
-        terms["flow"] = w.flow * losses.flow_loss(output.sampled, batch.target, output.known)
-    if w.rough > 0 and output.rough is not None:
-        terms["rough"] = w.rough * output.rough.mean()
-    if w.silhouette > 0 and head is not None:
-        wanted = losses.downsample(head, output.opacity.shape[-1])
+    if w.residual_flow > 0 and getattr(output, "residual_flow", None) is not None:
+        terms["offset"] = w.residual_flow * output.residual_flow.float().square().mean()
+    if w.flow > 0 and output.warped_photo is not None:
+        terms["flow"] = w.flow * losses.flow_loss(output.warped_photo, batch.target, output.source_visibility)
+    if w.density_tv > 0 and output.density_tv is not None:
+        terms["rough"] = w.density_tv * output.density_tv.mean()
+    if w.silhouette > 0 and head_mask is not None:
+        wanted = losses.downsample(head_mask, output.opacity.shape[-1])
         terms["silhouette"] = w.silhouette * losses.l1(output.opacity, wanted)
     loss = torch.stack([t.float() for t in terms.values()]).sum()
     return loss, {k: v.detach().float() for k, v in terms.items()}

@@ -18,12 +18,15 @@ from numpy.random import Generator
 from torch import Tensor
 
 from export3d_cli.core.config.schema import DataConfig
-from export3d_cli.core.face.motion import head_points, mirror_beta, mirror_camera, mirror_landmarks
+from export3d_cli.core.face.motion import landmarks_to_head_frame, mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.runtime.errors import TrainingError
-from export3d_cli.core.train.frame_cache import Clip, FaceSet, fit_picture
+from export3d_cli.core.train.frame_cache import Clip, FaceDataset, resize_square
 
-CANDIDATES = 8  # drivers looked at when one is picked for being different
-CLIPS, VIEWS = 4, 16  # clips of one data set, and frames of each, among which a pair far apart in view is looked for
+HARD_PAIR_CANDIDATES = 8  # drivers looked at when one is picked for being different
+WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = (
+    4,
+    16,
+)  # clips of one data set, and frames of each, among which a pair far apart in view is looked for
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class Batch:
     source_beta: Tensor  # (B, 64)
     source_camera: Tensor  # (B, 25)
     source_points: Tensor  # (B, 478, 3) head frame
-    source_person: Tensor  # (B, 1, m, m) in 0..1, how much of each cell is the person's
+    source_person_mask: Tensor  # (B, 1, m, m) in 0..1, how much of each cell is the person's
     target: Tensor  # (B, 3, H, W)
     target_beta: Tensor  # (B, 64)
     target_camera: Tensor  # (B, 25)
     target_landmarks: Tensor  # (B, 478, 2) crop units
     target_points: Tensor  # (B, 478, 3) head frame
-    target_person: Tensor  # (B, 1, m, m)
+    target_person_mask: Tensor  # (B, 1, m, m)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -54,48 +57,48 @@ class Batch:
         return [Batch(*tensors) for tensors in parts]
 
 
-class Sampler:
+class PairSampler:
     """Draws pairs and groups: data set by weight, then person, then clip, so that nobody fills the training."""
 
-    def __init__(self, sets: list[FaceSet], config: DataConfig, mirror: np.ndarray) -> None:
-        self.sets, self.config, self.mirror = sets, config, mirror  # mirror: `CanonicalFace.mirror`, (478,)
-        weight = np.array(config.weight or [1.0] * len(sets), np.float64)
-        self.weight = weight / weight.sum()
-        self.people = [_people(s) for s in sets]
-        self.moving = [_people(s, least=2) for s in sets]
-        self.shared = [_shared_tracks(s) for s in sets]
-        seen = np.concatenate([s.beta[:: max(len(s.beta) // 5000, 1)] for s in sets])
+    def __init__(self, datasets: list[FaceDataset], config: DataConfig, mirror: np.ndarray) -> None:
+        self.datasets, self.config, self.mirror = datasets, config, mirror  # mirror: `CanonicalFace.mirror`, (478,)
+        weight = np.array(config.weight or [1.0] * len(datasets), np.float64)
+        self.dataset_weights = weight / weight.sum()
+        self.clips_by_person = [_group_by_person(s) for s in datasets]
+        self.video_clips_by_person = [_group_by_person(s, min_frames=2) for s in datasets]
+        self.clips_by_track = [_group_by_track(s) for s in datasets]
+        seen = np.concatenate([s.beta[:: max(len(s.beta) // 5000, 1)] for s in datasets])
         self.beta_scale = np.maximum(seen.std(0), 0.02)
 
-    def batch(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
+    def draw_pairs(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
         """The pairs of one training step, or those `rows` of them that a process needs."""
         rng = np.random.default_rng([seed, step, 1])
         wanted = range(size) if rows is None else rows
-        pairs = [self._pair(rng, wanted=row in wanted) for row in range(wanted.stop)]
+        pairs = [self._draw_pair(rng, is_needed=row in wanted) for row in range(wanted.stop)]
         return _collate([pair for pair in pairs if pair])
 
-    def group(
-        self, seed: int, step: int, size: int, side: int, least: int = 8, number: int = 0
+    def draw_clip_group(
+        self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8, group_index: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Frames of one clip for eq. 1: images (N, 3, side, side) and beta (N, 64), least <= N <= size.
 
         `number` tells the groups of one step apart.
         """
-        rng = np.random.default_rng([seed, step, 2] + [number] * (number > 0))
+        rng = np.random.default_rng([seed, step, 2] + [group_index] * (group_index > 0))
         for _ in range(1000):
-            data, clip = self._clip(rng, self.moving)
-            if clip.count < least:
+            data, clip = self._draw_clip(rng, self.video_clips_by_person)
+            if clip.count < min_frames:
                 continue
             rows = clip.start + np.sort(rng.permutation(clip.count)[:size])
             flip = self.config.flip and rng.random() < 0.5
             beta = mirror_beta(data.beta[rows]) if flip else data.beta[rows]
-            pictures = np.stack([fit_picture(data.frames[r], side) for r in rows])
+            pictures = np.stack([resize_square(data.frames[r], image_size) for r in rows])
             pictures = pictures[:, :, ::-1] if flip else pictures
-            table = colour_table(rng, self.config.jitter)
-            return torch.from_numpy(recolour(pictures, table)), _tensor(beta)
-        raise TrainingError(f"no clip with {least} frames or more: contrastive training needs longer clips")
+            table = make_color_lut(rng, self.config.jitter)
+            return torch.from_numpy(apply_color_lut(pictures, table)), _to_tensor(beta)
+        raise TrainingError(f"no clip with {min_frames} frames or more: contrastive training needs longer clips")
 
-    def geometry(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def draw_landmark_pairs(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Pairs of frames without pictures: beta (N, 64), head-frame points (N, 478, 3) of both, camera of the second.
 
         Returns `(beta_k, beta_j, points_k, points_j, camera_j)`.
@@ -103,9 +106,9 @@ class Sampler:
         rng = np.random.default_rng([seed, step, 3])
         parts: list[list[np.ndarray]] = [[], [], [], [], []]
         for _ in range(size):
-            data, clip = self._clip(rng, self.moving)
+            data, clip = self._draw_clip(rng, self.video_clips_by_person)
             k = clip.start + int(rng.integers(clip.count))
-            j = self._driver(rng, data, clip, k)
+            j = self._draw_driver(rng, data, clip, k)
             beta, camera = data.beta[[k, j]], data.camera[[k, j]]
             marks = data.landmarks[[k, j]]
             if self.config.flip and rng.random() < 0.5:
@@ -113,52 +116,61 @@ class Sampler:
             for part, value in zip(parts, (beta[0], beta[1], marks[0], marks[1], camera), strict=True):
                 part.append(value)
         beta_k, beta_j, marks_k, marks_j, cameras = (np.stack(p) for p in parts)
-        points_k, points_j = head_points(marks_k, cameras[:, 0]), head_points(marks_j, cameras[:, 1])
-        return _tensor(beta_k), _tensor(beta_j), _tensor(points_k), _tensor(points_j), _tensor(cameras[:, 1])
+        points_k, points_j = (
+            landmarks_to_head_frame(marks_k, cameras[:, 0]),
+            landmarks_to_head_frame(marks_j, cameras[:, 1]),
+        )
+        return (
+            _to_tensor(beta_k),
+            _to_tensor(beta_j),
+            _to_tensor(points_k),
+            _to_tensor(points_j),
+            _to_tensor(cameras[:, 1]),
+        )
 
-    def persons(self, seed: int, step: int, count: int, frames: int) -> Tensor:
+    def draw_person_betas(self, seed: int, step: int, count: int, frames: int) -> Tensor:
         """Expressions of people who were filmed, beta (count, frames, 64), any of their frames each."""
         rng = np.random.default_rng([seed, step, 5])
         rows = []
         for _ in range(count):
-            data, clips = self._person(rng, self.moving)
+            data, clips = self._draw_person(rng, self.video_clips_by_person)
             every = np.concatenate([np.arange(c.start, c.start + c.count) for c in clips])
             rows.append(data.beta[rng.choice(every, frames)])
-        return _tensor(np.stack(rows))
+        return _to_tensor(np.stack(rows))
 
-    def _clip(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceSet, Clip]:
-        data, clips = self._person(rng, people)
+    def _draw_clip(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceDataset, Clip]:
+        data, clips = self._draw_person(rng, people)
         return data, clips[int(rng.integers(len(clips)))]
 
-    def _person(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceSet, list[Clip]]:
+    def _draw_person(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceDataset, list[Clip]]:
         """Somebody's clips; stills among them as seldom as `config.stills` says."""
         usable = np.array([bool(p) for p in people])
         if not usable.any():
             raise TrainingError("the data sets hold no clip of two frames or more")
-        share = self.weight * usable
-        d = int(rng.choice(len(self.sets), p=share / share.sum()))
+        share = self.dataset_weights * usable
+        d = int(rng.choice(len(self.datasets), p=share / share.sum()))
         names = list(people[d])
         for _ in range(1000):
             clips = people[d][names[int(rng.integers(len(names)))]]
             only_stills = all(c.still for c in clips)
-            if not only_stills or rng.random() < self.config.stills:
+            if not only_stills or rng.random() < self.config.still_image_ratio:
                 break
         moving = [c for c in clips if not c.still]
-        if moving and len(moving) < len(clips) and rng.random() >= self.config.stills:
+        if moving and len(moving) < len(clips) and rng.random() >= self.config.still_image_ratio:
             clips = moving
-        return self.sets[d], clips
+        return self.datasets[d], clips
 
-    def _driver(self, rng: Generator, data: FaceSet, clip: Clip, source: int) -> int:
+    def _draw_driver(self, rng: Generator, data: FaceDataset, clip: Clip, source: int) -> int:
         """Another frame of the clip: any, or the most different of a few in head pose and expression."""
         if clip.count < 2:
             return source
-        picks = clip.start + rng.integers(clip.count - 1, size=CANDIDATES)
+        picks = clip.start + rng.integers(clip.count - 1, size=HARD_PAIR_CANDIDATES)
         picks = picks + (picks >= source)
-        if rng.random() >= self.config.spread:
+        if rng.random() >= self.config.hard_pair_ratio:
             return int(picks[0])
-        return int(picks[np.argmax(self.difference(data, source, picks))])
+        return int(picks[np.argmax(self.pose_expression_distance(data, source, picks))])
 
-    def difference(self, data: FaceSet, row: int, others: np.ndarray) -> np.ndarray:
+    def pose_expression_distance(self, data: FaceDataset, row: int, others: np.ndarray) -> np.ndarray:
         """How far `others` are from `row`: 1 is about 10 degrees of rotation, or one deviation of every coefficient."""
         turn = data.camera[np.append(others, row), :16].reshape(-1, 4, 4)[:, :3, :3]
         cos = (np.einsum("nij,ij->n", turn[:-1], turn[-1]) - 1) / 2
@@ -166,32 +178,32 @@ class Sampler:
         beta = (data.beta[others] - data.beta[row]) / self.beta_scale
         return angle / 10 + np.sqrt((beta**2).mean(1))
 
-    def _pair(self, rng: Generator, *, wanted: bool = True) -> dict[str, np.ndarray]:
+    def _draw_pair(self, rng: Generator, *, is_needed: bool = True) -> dict[str, np.ndarray]:
         """One pair; one that is not wanted is drawn all the same, so that those after it stay what they are."""
-        if self.config.turn > 0 and rng.random() < self.config.turn:
-            data, source, target = self._turned(rng)
+        if self.config.wide_view_ratio > 0 and rng.random() < self.config.wide_view_ratio:
+            data, source, target = self._draw_wide_view_pair(rng)
         else:
-            data, clip = self._clip(rng, self.people)
+            data, clip = self._draw_clip(rng, self.clips_by_person)
             source = clip.start + int(rng.integers(clip.count))
-            target = self._driver(rng, data, clip, source)
+            target = self._draw_driver(rng, data, clip, source)
         beta = data.beta[target]
-        if self.config.cross > 0 and rng.random() < self.config.cross:
-            crossed = self._crossed(rng)
+        if self.config.cross_identity_ratio > 0 and rng.random() < self.config.cross_identity_ratio:
+            crossed = self._draw_cross_identity_pair(rng)
             if crossed is not None:
                 data, source, target, beta = crossed
         rows = np.array([source, target])
         marks, cameras = data.landmarks[rows], data.camera[rows]
         betas = np.stack([data.beta[source], beta])
         flip = self.config.flip and rng.random() < 0.5
-        table = colour_table(rng, self.config.jitter)
-        if not wanted:
+        table = make_color_lut(rng, self.config.jitter)
+        if not is_needed:
             return {}
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
-        pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person[rows][:, None]
+        pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person_mask[rows][:, None]
         if flip:
             pictures, person = pictures[:, :, ::-1], person[..., ::-1]
-        images, points = recolour(pictures, table), head_points(marks, cameras)
+        images, points = apply_color_lut(pictures, table), landmarks_to_head_frame(marks, cameras)
         person = person / np.float32(255)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
@@ -200,14 +212,16 @@ class Sampler:
             "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person": person[1],
         }  # fmt: skip
 
-    def _turned(self, rng: Generator) -> tuple[FaceSet, int, int]:
+    def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:
         """Two frames of a clip, the furthest apart in view among a few of a few clips: few who are filmed turn far."""
-        data, clip = self._clip(rng, self.moving)
-        same = [people if s is data else {} for s, people in zip(self.sets, self.moving, strict=True)]
-        clips = [clip, *(self._clip(rng, same)[1] for _ in range(CLIPS - 1))]
+        data, clip = self._draw_clip(rng, self.video_clips_by_person)
+        same = [
+            people if s is data else {} for s, people in zip(self.datasets, self.video_clips_by_person, strict=True)
+        ]
+        clips = [clip, *(self._draw_clip(rng, same)[1] for _ in range(WIDE_VIEW_CLIPS - 1))]
         best, found = 2.0, (0, 0)
         for clip in clips:
-            rows = clip.start + rng.permutation(clip.count)[:VIEWS]  # so either of two frames may come first
+            rows = clip.start + rng.permutation(clip.count)[:WIDE_VIEW_FRAMES]  # so either of two frames may come first
             axes = data.camera[rows][:, 2:11:4]  # where the camera looks, head frame
             cos = axes @ axes.T
             np.fill_diagonal(cos, 2.0)  # never a frame with itself
@@ -216,21 +230,21 @@ class Sampler:
                 best, found = float(cos[k, j]), (int(rows[k]), int(rows[j]))
         return data, *found
 
-    def _crossed(self, rng: Generator) -> tuple[FaceSet, int, int, np.ndarray] | None:
+    def _draw_cross_identity_pair(self, rng: Generator) -> tuple[FaceDataset, int, int, np.ndarray] | None:
         """A pair whose expression comes from another head on the same track; the camera is that of the target's own
         crop, since crops are framed head by head."""
-        share = self.weight * np.array([bool(s) for s in self.shared])
+        share = self.dataset_weights * np.array([bool(s) for s in self.clips_by_track])
         if share.sum() <= 0:
             return None
-        d = int(rng.choice(len(self.sets), p=share / share.sum()))
-        data, tracks = self.sets[d], self.shared[d]
+        d = int(rng.choice(len(self.datasets), p=share / share.sum()))
+        data, tracks = self.datasets[d], self.clips_by_track[d]
         clips = tracks[list(tracks)[int(rng.integers(len(tracks)))]]
         first, second = rng.choice(len(clips), 2, replace=False)
         target_clip, driver_clip = clips[int(first)], clips[int(second)]
-        own = self.people[d][target_clip.person]
+        own = self.clips_by_person[d][target_clip.person]
         source_clip = own[int(rng.integers(len(own)))]
-        numbers = data.number[target_clip.start : target_clip.start + target_clip.count]
-        theirs = data.number[driver_clip.start : driver_clip.start + driver_clip.count]
+        numbers = data.frame_index[target_clip.start : target_clip.start + target_clip.count]
+        theirs = data.frame_index[driver_clip.start : driver_clip.start + driver_clip.count]
         both, at, there = np.intersect1d(numbers, theirs, return_indices=True)
         if len(both) == 0:
             return None
@@ -245,19 +259,19 @@ class Prefetcher:
     def __init__(self, make: Callable[[int], Any], start: int, stop: int, workers: int = 1) -> None:
         self._make, self._steps = make, iter(range(start, stop))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        self._ahead: deque[Future[Any]] = deque()
+        self._pending: deque[Future[Any]] = deque()
         for _ in range(workers + 2):
-            self._begin()
+            self._submit_next()
 
-    def _begin(self) -> None:
+    def _submit_next(self) -> None:
         for step in self._steps:
-            self._ahead.append(self._pool.submit(self._make, step))
+            self._pending.append(self._pool.submit(self._make, step))
             return
 
     def next(self) -> Any:
         """The next step's result, or its error raised."""
-        result = self._ahead.popleft().result()
-        self._begin()
+        result = self._pending.popleft().result()
+        self._submit_next()
         return result
 
     def __enter__(self) -> Prefetcher:
@@ -267,20 +281,20 @@ class Prefetcher:
         self._pool.shutdown(cancel_futures=True)
 
 
-def loaders(config: DataConfig, device: torch.device) -> int:
+def num_loader_threads(config: DataConfig, device: torch.device) -> int:
     """How many threads draw batches ahead."""
     return config.workers or (1 if device.type == "cpu" else 4)
 
 
-def _people(data: FaceSet, least: int = 1) -> dict[str, list[Clip]]:
+def _group_by_person(data: FaceDataset, min_frames: int = 1) -> dict[str, list[Clip]]:
     people: dict[str, list[Clip]] = {}
     for clip in data.clips:
-        if clip.count >= least and not (clip.still and least > 1):
+        if clip.count >= min_frames and not (clip.still and min_frames > 1):
             people.setdefault(clip.person, []).append(clip)
     return people
 
 
-def _shared_tracks(data: FaceSet) -> dict[str, list[Clip]]:
+def _group_by_track(data: FaceDataset) -> dict[str, list[Clip]]:
     tracks: dict[str, list[Clip]] = {}
     for clip in data.clips:
         if clip.track:
@@ -288,7 +302,7 @@ def _shared_tracks(data: FaceSet) -> dict[str, list[Clip]]:
     return {track: clips for track, clips in tracks.items() if len({c.person for c in clips}) == len(clips) > 1}
 
 
-def colour_table(rng: Generator, jitter: float) -> np.ndarray:
+def make_color_lut(rng: Generator, jitter: float) -> np.ndarray:
     """A lookup table (256, 3) from uint8 to [-1, 1]: gamma, gain of every channel and brightness, once per pair."""
     x = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, 1)
     if jitter > 0:
@@ -297,7 +311,7 @@ def colour_table(rng: Generator, jitter: float) -> np.ndarray:
     return (x * 2 - 1).astype(np.float32)
 
 
-def recolour(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
+def apply_color_lut(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) through the table."""
     out = np.empty((len(pictures), 3, *pictures.shape[1:3]), np.float32)
     for picture, planes in zip(pictures, out, strict=True):
@@ -306,9 +320,9 @@ def recolour(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
     return out
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def _to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
 def _collate(pairs: list[dict[str, np.ndarray]]) -> Batch:
-    return Batch(**{f.name: _tensor(np.stack([p[f.name] for p in pairs])) for f in fields(Batch)})
+    return Batch(**{f.name: _to_tensor(np.stack([p[f.name] for p in pairs])) for f in fields(Batch)})

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 
-class Board:
+class TensorBoardLogger:
     """Writes scalars as `stage/term` over the steps of all stages together; does nothing without TensorBoard."""
 
-    def __init__(self, folder: Path, *, wanted: bool, first: int = 0) -> None:
+    def __init__(self, folder: Path, *, enabled: bool, first_step: int = 0) -> None:
         """Write to `folder`; what an earlier call wrote of steps from `first` on is forgotten."""
         self.writer: Any = None
-        if wanted and importlib.util.find_spec("tensorboard") is not None:
+        if enabled and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=first or None, max_queue=100)
+            self.writer = SummaryWriter(str(folder), purge_step=first_step or None, max_queue=100)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One line of the log."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, POINTS, TrainConfig
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, TrainConfig
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.train.discriminator import Discriminator
 
-COPIES = 5  # of the weights in training: themselves, gradients, two moments of Adam, moving average
+WEIGHT_COPIES = 5  # of the weights in training: themselves, gradients, two moments of Adam, moving average
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainPlan:
     # discriminator's activations left out
 
 
-class _Call(nn.Module):
+class _MethodModule(nn.Module):
     """A method of a module as a module: the counter names what it counts by the modules it enters."""
 
     def __init__(self, model: nn.Module, method: Callable[..., Any]) -> None:
@@ -52,17 +52,17 @@ def _frame_flops(model: Export3D, inputs: tuple[Tensor, ...]) -> tuple[dict[str,
     source: Any = None
     for method in (model.encode_source, model.drive):
         with FlopCounterMode(display=False) as counter:
-            source = _Call(model, method)(*(inputs[:4] if source is None else (source, *inputs[4:])))
-        for box, flops in _by_box(counter.get_flop_counts()).items():
+            source = _MethodModule(model, method)(*(inputs[:4] if source is None else (source, *inputs[4:])))
+        for box, flops in _group_by_child(counter.get_flop_counts()).items():
             boxes[box] = boxes.get(box, 0.0) + flops / 1e9
         totals.append(counter.get_total_flops() / 1e9)
     boxes["between the boxes"] = sum(totals) - sum(boxes.values())
     return boxes, totals[0], totals[1]
 
 
-def _by_box(counts: dict[str, dict[Any, int]]) -> dict[str, float]:
+def _group_by_child(counts: dict[str, dict[Any, int]]) -> dict[str, float]:
     """Counts by module -> by child of the model: of nested modules only the outermost one that was entered."""
-    start = f"{_Call.__name__}.model."
+    start = f"{_MethodModule.__name__}.model."
     entered = {name for name in counts if name.startswith(start)}
     found: dict[str, float] = {}
     for name in entered:
@@ -90,7 +90,7 @@ def _activation_bytes(model: Export3D, inputs: tuple[Tensor, ...]) -> int:
     return sum(kept.values())
 
 
-def plan(config: TrainConfig, *, processes: int = 1) -> TrainPlan:
+def plan_training(config: TrainConfig, *, processes: int = 1) -> TrainPlan:
     """Build the model of `config` on the CPU, run it once on zeros and measure."""
     size = config.model.image_size
     with torch.random.fork_rng(devices=[]):
@@ -105,12 +105,12 @@ def plan(config: TrainConfig, *, processes: int = 1) -> TrainPlan:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 against(torch.zeros(1, 3, size, size), torch.zeros(1, CAMERA_DIM))
             critic = {"discriminator": counter.get_total_flops() / 1e9}
-        camera = torch.from_numpy(Camera.orbit(0, 0).vector()).float()[None]
-        beta, points = torch.zeros(1, BETA_DIM), torch.zeros(1, POINTS, 3)
+        camera = torch.from_numpy(Camera.orbit(0, 0).to_vector()).float()[None]
+        beta, points = torch.zeros(1, BETA_DIM), torch.zeros(1, NUM_LANDMARKS, 3)
         inputs = (torch.zeros(1, 3, size, size), beta, camera, points, beta, camera)
         gflops, source, frame = _frame_flops(model, inputs)
         activations = _activation_bytes(model, inputs) / 2**20
-    weights = (COPIES * total + (COPIES - 1) * discriminator) * 4 / 2**20
+    weights = (WEIGHT_COPIES * total + (WEIGHT_COPIES - 1) * discriminator) * 4 / 2**20
     pairs = max(config.batch // (config.accumulate * processes), 1)
     memory = weights + pairs * activations
     return TrainPlan(boxes, total, gflops | critic, source, frame, activations, weights, memory)

@@ -18,17 +18,17 @@ from export3d_cli.core.animation.views import EditOptions, NovelViewOptions, edi
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import VideoReader, probe
 from export3d_cli.core.model.checkpoint import load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.device import pick_device, pick_precision, widen
+from export3d_cli.core.runtime.device import pick_device, pick_precision, restore_fp32
 from export3d_cli.core.runtime.errors import Export3DError, InputError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
-SOURCE = example("source.jpg")
+SOURCE = example_path("source.jpg")
 LOSSLESS = {"audio": "none", "crf": 0}
 
 
@@ -44,7 +44,7 @@ def test_length_and_rate_are_the_driver_s(animator: Animator, make_clip: MakeCli
     )
     info = probe(out)
     assert info.fps == summary.fps == Fraction(30000, 1001)
-    assert (info.width, info.height, info.frames) == (128, 128, 6)
+    assert (info.width, info.height, info.frame_count) == (128, 128, 6)
     assert (summary.frames, summary.missing, summary.out, summary.notes) == (6, 0, out, ())
     assert told == [("frames", k, 6) for k in range(1, 7)]
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
@@ -91,12 +91,12 @@ def test_a_crop_is_as_wide_in_the_driver_as_in_the_source(animator: Animator) ->
     extent = np.ptp(motion.landmarks[0, :, :2], axis=0).max()
     assert animator.crop_scale == pytest.approx(1 / extent)
     assert animator.source_crop().shape == (128, 128, 3)
-    np.testing.assert_allclose(animator.source_camera().vector(), motion.camera[0], atol=1e-6)
+    np.testing.assert_allclose(animator.source_camera().to_vector(), motion.camera[0], atol=1e-6)
 
 
 def onset(path: Path) -> float:
     """Seconds before a file is first heard."""
-    command = [ffmpeg(), "-loglevel", "error", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", "8000", "pipe:1"]
+    command = [ffmpeg_path(), "-loglevel", "error", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", "8000", "pipe:1"]
     samples = np.frombuffer(subprocess.run(command, check=True, capture_output=True).stdout, np.int16)
     return float(np.argmax(np.abs(samples.astype(int)) > 2000)) / 8000
 
@@ -108,7 +108,7 @@ def test_the_driver_s_sound_is_skipped_along_and_another_file_s_is_not(
     tone = ["-f", "lavfi", "-i", "sine=f=800:d=1,volume=8,adelay=600"]
     clip = make_clip("sound.mkv", *tone, "-map", "0:v", "-map", "1:a", "-c:a", "pcm_s16le", frames=12, rate="10")
     other, motion = tmp_path / "other.wav", tmp_path / "a.motion.npz"
-    subprocess.run([ffmpeg(), "-loglevel", "error", *tone, str(other)], check=True)
+    subprocess.run([ffmpeg_path(), "-loglevel", "error", *tone, str(other)], check=True)
     animator.set_source(read_image(SOURCE)).save(motion)
     heard = {}
     for name, driver, options in (
@@ -170,7 +170,7 @@ def test_a_sweep_goes_on_in_full_precision_where_half_overflows(
 ) -> None:
     """Its one tri-plane was no number: it is made again."""
     half = Animator.from_weights(tiny_weights, device="cpu", precision="bf16", batch=2)
-    make = half.model.planes
+    make = half.model.generate_planes
     monkeypatch.setattr(
         half.model, "planes", lambda *given: make(*given) * (torch.inf if half.precision == "bf16" else 1)
     )
@@ -228,7 +228,7 @@ def test_calls_out_of_order_say_what_comes_first(tiny_weights: Path, animator: A
     load_into(model, state)
     fresh = Animator(model, animator.tracker, device=torch.device("cpu"), precision="fp32")
     empty = Motion(
-        np.zeros((1, 64), np.float32), Camera.orbit(0).vector()[None], np.zeros((1, 478, 3), np.float32),
+        np.zeros((1, 64), np.float32), Camera.orbit(0).to_vector()[None], np.zeros((1, 478, 3), np.float32),
         np.ones(1, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1),
     )  # fmt: skip
     for call in (
@@ -273,7 +273,7 @@ def test_quality_is_how_finely_the_volume_is_sampled(tiny_weights: Path) -> None
         made[quality] = next(animator.edit(np.zeros((1, 10), np.float32))).astype(float)
         with torch.inference_mode():
             lam = animator._need_source().lam
-            rays[quality] = animator._drive(animator.source_camera().vector()[None], lam, None).raw.shape[-1]
+            rays[quality] = animator._drive(animator.source_camera().to_vector()[None], lam, None).raw.shape[-1]
     assert rays == {"fast": 8, "balanced": 8, "best": 16}
     assert 0 < np.square(made["balanced"] - made["best"]).mean() < 255**2 / 10**3.8
 
@@ -290,6 +290,6 @@ def test_half_precision_keeps_its_weights_and_full_ones_for_when_it_fails(tiny_w
     assert np.square(made["bf16"] - made["fp32"]).mean() < 255**2 / 10**3.8
     assert not torch.equal(weights["bf16"]["superres.to1.weight"].float(), weights["fp32"]["superres.to1.weight"])
     for part, full in zip(animator._parts, animator._full, strict=True):
-        widen(part, full)
+        restore_fp32(part, full)
     for name, parameter in animator.model.named_parameters():
         assert torch.equal(parameter, weights["fp32"][name]), name

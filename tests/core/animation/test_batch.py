@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
-from export3d_cli.core.animation.batch import output_paths, plan, reenact_all
+from export3d_cli.core.animation.batch import output_paths, plan_reenact, reenact_all
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
-SOURCE = example("source.jpg")
+SOURCE = example_path("source.jpg")
 FAST = ReenactOptions(audio="none", max_frames=3)
 
 
@@ -91,7 +91,7 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(
 ) -> None:
     clip = make_clip("clip.mp4")
     before = sorted(tmp_path.rglob("*"))
-    told = plan(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
+    told = plan_reenact(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
     assert sorted(tmp_path.rglob("*")) == before
     assert (told.frames, told.fps, told.device) == (6, reenact_rate(clip), "cpu fp32")
     assert [s.size for s in told.sources] == [(384, 128)] * 2
@@ -102,7 +102,7 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(
     assert told.seconds > 0
     assert told.memory_mb is None or told.memory_mb > 50
     with pytest.raises(NoFaceError, match="wall"):
-        plan(animator, portraits, clip, str(tmp_path))
+        plan_reenact(animator, portraits, clip, str(tmp_path))
 
 
 def reenact_rate(clip: Path) -> object:
@@ -113,7 +113,7 @@ def reenact_rate(clip: Path) -> object:
 def test_a_tape_gives_back_what_was_recorded() -> None:
     rng = np.random.default_rng(0)
     faces = [Face(rng.random((478, 3), np.float32), rng.random(52, np.float32), 0.75), None]
-    with FaceTape() as tape:
+    with TrackCache() as tape:
         for _ in range(2):
             tape.clear()
             for face in faces:

@@ -8,11 +8,18 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.animation.compositor import FEATHER, Composer, PasteBack, backdrop, check_outputs, read_portrait
+from export3d_cli.core.animation.compositor import (
+    FEATHER,
+    Compositor,
+    PasteBack,
+    check_outputs,
+    load_backdrop,
+    read_portrait,
+)
 from export3d_cli.core.face.motion import crop_image
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 SQUARE = (151.3, 90.6, 301.7)  # within the photo
 
@@ -20,7 +27,7 @@ SQUARE = (151.3, 90.6, 301.7)  # within the photo
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
     """A portrait in a wide picture, 640 x 481."""
-    face = cv2.resize(read_image(example("source.jpg")), (400, 400), interpolation=cv2.INTER_AREA)
+    face = cv2.resize(read_image(example_path("source.jpg")), (400, 400), interpolation=cv2.INTER_AREA)
     wide = np.full((481, 640, 3), 140, np.uint8)
     wide[60:460, 100:500] = face
     return wide
@@ -64,10 +71,10 @@ def test_squares_may_reach_outside_or_be_smaller_than_the_result(photo: np.ndarr
 def test_without_options_a_result_is_the_frame(photo: np.ndarray) -> None:
     source = crop_image(photo, SQUARE, 64)
     result = source[::-1].copy()
-    composer = Composer(photo, source, SQUARE)
+    composer = Compositor(photo, source, SQUARE)
     assert composer(result) is result
     assert composer.size == (64, 64)
-    compared = Composer(photo, source, SQUARE, compare=True, paste_back=True)
+    compared = Compositor(photo, source, SQUARE, compare=True, paste_back=True)
     assert compared.size == (640 * 2 + 481, 481)
     frame = compared(result, np.full((481, 481, 3), 9, np.uint8))
     assert frame.shape == (481, 1761, 3)
@@ -77,19 +84,19 @@ def test_without_options_a_result_is_the_frame(photo: np.ndarray) -> None:
 
 def test_backgrounds_are_put_behind_the_person(photo: np.ndarray, tmp_path: Path) -> None:
     source = crop_image(photo, SQUARE, 256)
-    green = Composer(photo, source, SQUARE, background="#00ff10")(source)
+    green = Compositor(photo, source, SQUARE, background="#00ff10")(source)
     assert (green[3, 3] == (0, 255, 16)).all()
     assert np.abs(green[100:150, 110:150].astype(int) - source[100:150, 110:150]).max() <= 2  # the face
-    cut = Composer(photo, source, SQUARE, background="transparent")(source)
+    cut = Compositor(photo, source, SQUARE, background="transparent")(source)
     assert cut.shape == (256, 256, 4)
     assert (cut[3, 3, 3], cut[128, 128, 3]) == (0, 255)
     assert cut[..., 3][(cut[..., 3] > 0) & (cut[..., 3] < 255)].size > 200  # soft edges
     write_image(tmp_path / "wall.png", np.full((20, 90, 3), (1, 2, 3), np.uint8))
-    whole = Composer(photo, source, SQUARE, background=str(tmp_path / "wall.png"), paste_back=True)(source)
+    whole = Compositor(photo, source, SQUARE, background=str(tmp_path / "wall.png"), paste_back=True)(source)
     assert whole.shape == photo.shape
     assert (whole[3, 3] == (1, 2, 3)).all()
     assert (whole[3, 630] == (1, 2, 3)).all()
-    both = Composer(photo, source, SQUARE, background="transparent", paste_back=True, compare=True)
+    both = Compositor(photo, source, SQUARE, background="transparent", paste_back=True, compare=True)
     frame = both(source, np.zeros((481, 481, 3), np.uint8))
     assert frame.shape == (481, 1761, 4)
     assert (frame[:, :1121, 3] == 255).all()
@@ -99,7 +106,7 @@ def test_backgrounds_are_put_behind_the_person(photo: np.ndarray, tmp_path: Path
 def test_with_paste_back_the_person_s_edge_runs_on_through_the_square_s_border(photo: np.ndarray) -> None:
     """The same picture in the square as around it: the alpha of both blends into one."""
     source = crop_image(photo, SQUARE, 256)
-    composer = Composer(photo, source, SQUARE, background="transparent", paste_back=True)
+    composer = Compositor(photo, source, SQUARE, background="transparent", paste_back=True)
     first = composer(source)
     np.testing.assert_array_equal(composer(source), first)  # still
     assert (first[300:450, 280:330, 3] == 255).all()  # neck to chest, across the lower border at 392
@@ -109,10 +116,10 @@ def test_a_picture_covers_the_frame_with_its_middle(tmp_path: Path) -> None:
     stripes = np.zeros((10, 30, 3), np.uint8)
     stripes[:, 10:20] = 200
     write_image(tmp_path / "wide.png", stripes)
-    cover = backdrop(str(tmp_path / "wide.png"), (40, 40))
+    cover = load_backdrop(str(tmp_path / "wide.png"), (40, 40))
     assert cover.shape == (40, 40, 3)
     assert cover[:, 8:32].min() > 190
-    assert (backdrop("#0a0B0c", (4, 2)) == (10, 11, 12)).all()
+    assert (load_backdrop("#0a0B0c", (4, 2)) == (10, 11, 12)).all()
 
 
 def test_what_cannot_be_written_or_read_is_said_first(tmp_path: Path) -> None:
@@ -128,6 +135,6 @@ def test_what_cannot_be_written_or_read_is_said_first(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=bad):
             check_outputs([tmp_path / "a.mp4"], bad)
     with pytest.raises(InputError, match="no picture"):
-        check_outputs([tmp_path / "a.mp4"], str(example("drive.mp4")))
+        check_outputs([tmp_path / "a.mp4"], str(example_path("drive.mp4")))
     with pytest.raises(InputError, match="one photo"):
-        read_portrait(example("drive.mp4"))
+        read_portrait(example_path("drive.mp4"))

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.face.motion import Motion, Tracker, chosen_rows, crop_image
+from export3d_cli.core.face.motion import LandmarkerTracker, Motion, crop_image, resample_rows
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 MakeClip = Callable[..., Path]
 BLACK = "drawbox=enable='{}':t=fill:color=black:w=iw:h=ih"  # over the frames n that meet a condition
 
 
 @pytest.fixture(scope="module")
-def tracker() -> Tracker:
-    return Tracker(weights_dir() / "face_landmarker.task")
+def tracker() -> LandmarkerTracker:
+    return LandmarkerTracker(weights_dir() / "face_landmarker.task")
 
 
-def stream(driver: Path, tracker: Tracker, **options: Any) -> DriverStream:
+def stream(driver: Path, tracker: LandmarkerTracker, **options: Any) -> DriverStream:
     return DriverStream(driver, tracker, **{"batch": 4, "crop_scale": 2.1, **options})
 
 
@@ -39,7 +39,7 @@ def read(driver: DriverStream) -> tuple[np.ndarray, np.ndarray, list[np.ndarray 
     return beta, landmarks, [crop for _, crops in parts for crop in crops]
 
 
-def test_batches_do_not_change_the_motion(make_clip: MakeClip, tracker: Tracker) -> None:
+def test_batches_do_not_change_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("clip.mp4")
     results = [read(stream(clip, tracker, batch=batch)) for batch in (1, 4, 100)]
     for beta, landmarks, crops in results:
@@ -50,18 +50,18 @@ def test_batches_do_not_change_the_motion(make_clip: MakeClip, tracker: Tracker)
 
 
 def test_crop_known_early_changes_nothing_for_a_short_clip(
-    make_clip: MakeClip, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frames leave before the clip has ended, as they do in a long one, shown frames in step with the motion."""
     clip = make_clip("dark.mp4", filters=BLACK.format("between(n,3,4)"), frames=8)
     waited = read(stream(clip, tracker, batch=2, shown=32))
-    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD", 0)
+    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0)
     early = read(stream(clip, tracker, batch=2, shown=32))
     np.testing.assert_allclose(early[0], waited[0], atol=1e-3)
     assert [int(crop.mean()) < 5 for crop in early[2]] == [False] * 3 + [True] * 2 + [False] * 3
 
 
-def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: Tracker) -> None:
+def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("clip.mp4")
     with stream(clip, tracker, shown=48, max_frames=3) as driver:
         motion, crops = next(iter(driver))
@@ -73,7 +73,7 @@ def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: Track
     assert 1 / np.median(extent) == pytest.approx(2.1, rel=1e-3)  # side of the crop in face boxes
 
 
-def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip, tracker: Tracker) -> None:
+def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("gap.mp4", filters=BLACK.format("eq(n,0)+between(n,3,4)"))
     held = stream(clip, tracker)
     beta, landmarks, _ = read(held)
@@ -89,7 +89,7 @@ def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip,
         read(stream(clip, tracker, on_missing="fail"))
 
 
-def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tracker: Tracker) -> None:
+def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     two = "scale=192:192,split[a][b];[b]hflip,crop=160:160,scale=192:192[c];[a][c]hstack"
     hidden = "drawbox=enable='between(n,3,4)':t=fill:color=gray:x={}:y=30:w=120:h=130"
     clip = make_clip("two.mp4", filters=two + "," + hidden.format(36), frames=7)
@@ -103,13 +103,15 @@ def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tra
 
 
 @pytest.mark.parametrize("on_missing", ["hold", "skip"])
-def test_a_driver_without_any_face(make_clip: MakeClip, tracker: Tracker, on_missing: str) -> None:
+def test_a_driver_without_any_face(make_clip: MakeClip, tracker: LandmarkerTracker, on_missing: str) -> None:
     clip = make_clip("black.mp4", filters=BLACK.format("1"))
     with pytest.raises(NoFaceError, match=r"black\.mp4"):
         read(stream(clip, tracker, on_missing=on_missing))
 
 
-def test_a_folder_of_pictures_drives_as_the_video_does(make_clip: MakeClip, tracker: Tracker, tmp_path: Path) -> None:
+def test_a_folder_of_pictures_drives_as_the_video_does(
+    make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path
+) -> None:
     clip = make_clip("clip.mp4")
     for i, frame in enumerate(VideoReader(clip)):
         write_image(tmp_path / f"{i + 7}.png", frame)
@@ -122,8 +124,8 @@ def test_a_folder_of_pictures_drives_as_the_video_does(make_clip: MakeClip, trac
     assert all(crop is not None for crop in crops)
 
 
-def test_a_picture_is_one_frame(tracker: Tracker) -> None:
-    driver = stream(example("source.jpg"), tracker, shown=16)
+def test_a_picture_is_one_frame(tracker: LandmarkerTracker) -> None:
+    driver = stream(example_path("source.jpg"), tracker, shown=16)
     beta, _, crops = read(driver)
     assert (len(beta), driver.total, driver.fps) == (1, 1, 25)
     assert crops[0].shape == (16, 16, 3)
@@ -142,12 +144,12 @@ def test_a_picture_is_one_frame(tracker: Tracker) -> None:
     ],
 )
 def test_rows_of_a_motion_keep_its_time(fps: str, start: float, duration: float | None, expected: list[int]) -> None:
-    assert chosen_rows(10, Fraction(25), Fraction(fps), start, duration).tolist() == expected
+    assert resample_rows(10, Fraction(25), Fraction(fps), start, duration).tolist() == expected
 
 
-def test_a_motion_file_streams_its_rows(make_clip: MakeClip, tracker: Tracker, tmp_path: Path) -> None:
+def test_a_motion_file_streams_its_rows(make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path) -> None:
     frames = list(VideoReader(make_clip("clip.mp4")))
-    motion = tracker.motion(tracker.follow(frames), Fraction(25), (frames[0].shape[1], frames[0].shape[0]))
+    motion = tracker.make_motion(tracker.track_frames(frames), Fraction(25), (frames[0].shape[1], frames[0].shape[0]))
     motion.found[2] = False
     path = tmp_path / "a.motion.npz"
     motion.save(path)

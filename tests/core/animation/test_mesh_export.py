@@ -12,11 +12,11 @@ import trimesh
 
 from export3d_cli.core.animation import mesh_export
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.mesh_export import LEVEL, head_mesh, write_mesh
+from export3d_cli.core.animation.mesh_export import SURFACE_DENSITY, extract_head_mesh, write_mesh
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import SYNTHETIC
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 CENTRE = np.array([0.1, -0.05, 0.08])  # in the head frame: right, up and behind
 RADIUS = 0.2
@@ -44,16 +44,16 @@ def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
         away = np.linalg.norm(points - CENTRE, axis=1)
         crumb = np.linalg.norm(points + 0.3, axis=1) < 0.04
         colours = np.stack([np.sign(points[:, 0] - CENTRE[0]), 0 * away, 0 * away - 2], axis=1)
-        return colours, np.where(crumb, 2 * LEVEL, LEVEL * (1 + (RADIUS - away) / 0.1)).clip(0)
+        return colours, np.where(crumb, 2 * SURFACE_DENSITY, SURFACE_DENSITY * (1 + (RADIUS - away) / 0.1)).clip(0)
 
-    animator.set_source(read_image(example("source.jpg")))
-    monkeypatch.setattr(animator, "field", field)
-    monkeypatch.setattr(mesh_export, "_person", lambda animator, points: np.ones(len(points)))
+    animator.set_source(read_image(example_path("source.jpg")))
+    monkeypatch.setattr(animator, "query_field", field)
+    monkeypatch.setattr(mesh_export, "_person_alpha", lambda animator, points: np.ones(len(points)))
     return animator
 
 
 def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Animator, tmp_path: Path) -> None:
-    mesh = head_mesh(ball, resolution=48)
+    mesh = extract_head_mesh(ball, resolution=48)
     centre = CENTRE * [0.5, -0.5, -0.5]  # y up, z to the viewer
     away = np.linalg.norm(mesh.vertices - centre, axis=1)
     np.testing.assert_allclose(away, RADIUS / 2, atol=0.5 / 48 / 4)
@@ -66,15 +66,15 @@ def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Ani
         assert read.is_watertight
         assert read.volume == pytest.approx(4 / 3 * np.pi * (RADIUS / 2) ** 3, rel=0.03)  # faces look outwards
         np.testing.assert_allclose(read.centroid, centre, atol=2e-3)
-        assert SYNTHETIC.encode() in (tmp_path / name).read_bytes()
+        assert SYNTHETIC_COMMENT.encode() in (tmp_path / name).read_bytes()
         if name == "a.ply":
             assert (np.asarray(read.visual.vertex_colors)[right, :3] == (255, 128, 0)).all()
     assert (glb_colours(tmp_path / "a.glb")[right, :3] == (255, 55, 0)).all()  # glTF's are linear
 
 
 def test_the_tiny_model_s_head_is_cut_out_of_its_surroundings(animator: Animator) -> None:
-    animator.set_source(read_image(example("source.jpg")))
-    mesh = head_mesh(animator, resolution=32)
+    animator.set_source(read_image(example_path("source.jpg")))
+    mesh = extract_head_mesh(animator, resolution=32)
     assert len(mesh.vertices) > 100
     assert mesh.faces.max() == len(mesh.vertices) - 1
     assert np.abs(mesh.vertices).max() <= 0.26
@@ -85,11 +85,11 @@ def test_the_tiny_model_s_head_is_cut_out_of_its_surroundings(animator: Animator
 
 def test_what_is_missing_or_misnamed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"\.obj"):
-        mesh_export.check_mesh(Path("a.obj"))
+        mesh_export.check_mesh_output(Path("a.obj"))
 
     def missing(name: str) -> None:
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(InputError, match=r"pip install 'export3d-cli\[mesh\]'"):
-        mesh_export.check_mesh(Path("a.ply"))
+        mesh_export.check_mesh_output(Path("a.ply"))

@@ -13,9 +13,9 @@ from export3d_cli.core.face.motion import crop_image
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
-PHOTO = read_image(example("source.jpg"))
+PHOTO = read_image(example_path("source.jpg"))
 
 
 def test_frames_are_as_large_as_asked_or_as_the_photo_allows() -> None:
@@ -51,7 +51,7 @@ def test_what_is_around_the_crop_comes_into_view_when_the_head_gets_smaller(anim
     motion = animator.set_source(wide, size=64)
     pose = np.linalg.inv(animator.source_camera().cam2world)
     pose[:3, 3] *= 1.4
-    cameras = Camera(np.linalg.inv(pose), animator.source_camera().intrinsics).vector()[None]
+    cameras = Camera(np.linalg.inv(pose), animator.source_camera().intrinsics).to_vector()[None]
     (known,) = animator.view(cameras)
     animator.set_source_motion(crop_image(wide, motion.crop, 64), motion)
     (unknown,) = animator.view(cameras)

@@ -16,18 +16,18 @@ import pytest
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, compose_source, open_driver, reenact
 from export3d_cli.core.animation.batch import reenact_all
-from export3d_cli.core.animation.compositor import Composer
+from export3d_cli.core.animation.compositor import Compositor
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.animation.pipeline import Ahead, Behind
+from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
 from export3d_cli.core.animation.views import NovelViewOptions, novel_view
-from export3d_cli.core.animation.watermark import marker
+from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import MediaError, NoFaceError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
-SOURCE = example("source.jpg")
+SOURCE = example_path("source.jpg")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ class Counting:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_items_come_in_order_and_never_far_ahead(depth: int) -> None:
     items, got = Counting(40), []
-    with Ahead(items, depth) as ahead:
+    with PrefetchIterator(items, depth) as ahead:
         until(lambda: items.made == depth)
         time.sleep(0.02)  # it would go on now
         for k in ahead:
@@ -95,7 +95,7 @@ def test_what_is_put_is_done_in_order_and_told_here(depth: int) -> None:
         assert threading.current_thread() is threading.main_thread() and len(done) >= count
         told.append(count)
 
-    with Behind(do, depth, told=tell) as behind:
+    with BackgroundWriter(do, depth, on_written=tell) as behind:
         for k in range(20):
             if k >= depth:  # no room before one more is done
                 assert len(done) == k - depth
@@ -103,25 +103,28 @@ def test_what_is_put_is_done_in_order_and_told_here(depth: int) -> None:
             behind.put(k)
         assert told == list(range(1, 21 - depth))
         gate.release(depth)
-    assert done == list(range(20)) and told == list(range(1, 21)) and behind.done == 20
+    assert done == list(range(20)) and told == list(range(1, 21)) and behind.written == 20
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
 def test_nothing_to_do() -> None:
-    with Ahead([], 2) as ahead, Behind(print, 2) as behind:
+    with PrefetchIterator([], 2) as ahead, BackgroundWriter(print, 2) as behind:
         assert list(ahead) == []
-    assert behind.done == 0
+    assert behind.written == 0
 
 
 def put_all(do: Callable[[int], object], depth: int, items: Iterable[int]) -> None:
-    with Behind(do, depth) as behind:
+    with BackgroundWriter(do, depth) as behind:
         for k in items:
             behind.put(k)
 
 
 def test_errors_keep_type_place_and_order() -> None:
     got: list[int] = []
-    with Ahead(Counting(3, NoFaceError("none here")), 2) as ahead, pytest.raises(NoFaceError, match="none") as told:
+    with (
+        PrefetchIterator(Counting(3, NoFaceError("none here")), 2) as ahead,
+        pytest.raises(NoFaceError, match="none") as told,
+    ):
         got.extend(ahead)
     assert got == [0, 1, 2]
     assert "raise self.error" in "".join(traceback.format_tb(told.value.__traceback__))
@@ -141,7 +144,7 @@ def test_errors_keep_type_place_and_order() -> None:
 
 
 def test_who_swallows_an_error_meets_it_again() -> None:
-    with pytest.raises(ZeroDivisionError), Behind(lambda k: 1 / k, 1) as behind:  # noqa: PT012 - also at the end
+    with pytest.raises(ZeroDivisionError), BackgroundWriter(lambda k: 1 / k, 1) as behind:  # noqa: PT012 - also at the end
         behind.put(0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
@@ -160,7 +163,7 @@ def test_leaving_early_ends_both_threads(error: type[BaseException]) -> None:
         done.append(k)
 
     def run() -> None:
-        with Behind(do, 5, stop=stopped.set) as behind, Ahead(items, 2) as ahead:
+        with BackgroundWriter(do, 5, stop=stopped.set) as behind, PrefetchIterator(items, 2) as ahead:
             for k in ahead:
                 behind.put(k)
                 if k == 3:
@@ -181,10 +184,10 @@ def test_a_stuck_source_is_stopped() -> None:
         assert stopped.wait(10)
         raise MediaError("cut off")
 
-    with Ahead(items(), 2, stop=stopped.set) as ahead:
+    with PrefetchIterator(items(), 2, stop=stopped.set) as ahead:
         assert next(iter(ahead)) == 0
         assert stuck.wait(10)
-    with Ahead([1, 2], 1, stop=lambda: pytest.fail("it had ended")) as ahead:
+    with PrefetchIterator([1, 2], 1, stop=lambda: pytest.fail("it had ended")) as ahead:
         assert list(ahead) == [1, 2]
 
 
@@ -194,21 +197,21 @@ def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
     items = Counting(3)
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(MemoryError, match="new thread"), Ahead(items, 1):
+    with pytest.raises(MemoryError, match="new thread"), PrefetchIterator(items, 1):
         pass
     assert items.made == 0
 
 
 def plain(animator: Animator, driver: Path, out: Path, options: ReenactOptions) -> tuple[int, int, tuple[str, ...]]:
     """`reenact` without threads: frames, those without a face, notes."""
-    composer, mark = compose_source(animator, SOURCE, options), marker(options.watermark)
-    stream = open_driver(animator, driver, options, shown=composer.still.shape[0])
+    composer, mark = compose_source(animator, SOURCE, options), get_watermarker(options.watermark)
+    stream = open_driver(animator, driver, options, shown=composer.source_frame.shape[0])
     with stream, VideoWriter(out, size=composer.size, fps=stream.fps, crf=options.crf) as writer:
         for motion, crops in stream:
             frames = animator.drive([motion], control=options.control, reference=stream.reference)
             for result, crop in zip(frames, crops, strict=True):
                 writer.write(mark(composer(result, crop)))
-    return writer.frames, stream.missing, tuple(stream.notes)
+    return writer.frame_count, stream.missing, tuple(stream.notes)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +261,7 @@ def test_an_error_of_any_part(
     """It comes as it is, nothing stays behind, and the next run is as if nothing had been."""
     clip, out = make_clip("clip.mp4"), tmp_path / "out.mp4"
     owner, name = {
-        "read": (Landmarker, "track"), "make": (Animator, "_drive"), "compose": (Composer, "__call__"),
+        "read": (Landmarker, "track"), "make": (Animator, "_drive"), "compose": (Compositor, "__call__"),
         "write": (VideoWriter, "write"),
     }[part]  # fmt: skip
     seen = 3 * (part == "read")  # the source's own
@@ -309,7 +312,7 @@ def test_left_before_the_first_frame(
     options = ReenactOptions()
     compose_source(animator, SOURCE, options)
     stream = open_driver(animator, clip, options)
-    with stream, Ahead(stream, 2, stop=stream.stop):
+    with stream, PrefetchIterator(stream, 2, stop=stream.stop):
         until(lambda: len(frames) > 3)
     assert len(frames) < 40
 
@@ -323,7 +326,7 @@ def test_a_failed_source_leaves_no_half_tape(
         path.write_bytes(SOURCE.read_bytes())
     fail_at(monkeypatch, VideoWriter, "write", 1, MediaError("full"))
     clip = make_clip("long.mp4", frames=40)
-    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD", 0.1)
+    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0.1)
     summary = reenact_all(animator, sources, clip, str(tmp_path / "{src}.mp4"))
     assert [line.rpartition(" ")[2] for line in summary.failed] == ["full"]
     assert [done.frames for done in summary.done] == [40]
@@ -335,21 +338,21 @@ def test_a_hung_ffmpeg_is_not_waited_for(make_clip: MakeClip, tmp_path: Path, si
     """Left while a thread waits for one that was stopped: it is killed, long before it is taken for hung."""
     if side == "reader":
         reader = VideoReader(make_clip("long.mp4", frames=40))
-        with reader, Ahead(reader, 40, stop=reader.close) as ahead:
+        with reader, PrefetchIterator(reader, 40, stop=reader.close) as ahead:
             assert next(iter(ahead)).shape == (512, 512, 3)
             process = reader._process
             assert process is not None
-            os.kill(process._run.pid, signal.SIGSTOP)
+            os.kill(process._popen.pid, signal.SIGSTOP)
     else:
         writer = VideoWriter(tmp_path / "out.mp4", size=(1024, 512), fps=Fraction(25))
-        with pytest.raises(KeyboardInterrupt), writer, Behind(writer.write, 8, stop=writer.stop) as behind:  # noqa: PT012
+        with pytest.raises(KeyboardInterrupt), writer, BackgroundWriter(writer.write, 8, stop=writer.abort) as behind:  # noqa: PT012
             process = writer._process
             assert process is not None
-            os.kill(process._run.pid, signal.SIGSTOP)
+            os.kill(process._popen.pid, signal.SIGSTOP)
             for _ in range(8):  # more than a pipe holds
                 behind.put(np.zeros((512, 1024, 3), np.uint8))
             raise KeyboardInterrupt
-    assert process._run.returncode == -signal.SIGKILL and not process.stalled
+    assert process._popen.returncode == -signal.SIGKILL and not process.stalled
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,18 +12,20 @@ import pytest
 import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, open_driver, reenact
-from export3d_cli.core.animation.retargeting import EMPHASIS, Control, emphasised
-from export3d_cli.core.face.motion import Motion, motion_rows
+from export3d_cli.core.animation.retargeting import EXPRESSION_GAIN, Control, amplify_expression
+from export3d_cli.core.face.motion import Motion, select_frames
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera, head_pose
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
-SOURCE = example("source.jpg")
-OWN = Camera.orbit(15, 5, -3, radius=2.9).vector()
-CAMERAS = np.stack([Camera.orbit(y, p, r, radius=2.6).vector() for y, p, r in ((0, 0, 0), (20, -10, 5), (-30, 8, 0))])
+SOURCE = example_path("source.jpg")
+OWN = Camera.orbit(15, 5, -3, radius=2.9).to_vector()
+CAMERAS = np.stack(
+    [Camera.orbit(y, p, r, radius=2.6).to_vector() for y, p, r in ((0, 0, 0), (20, -10, 5), (-30, 8, 0))]
+)
 
 
 def angles(cameras: np.ndarray) -> np.ndarray:
@@ -31,35 +33,37 @@ def angles(cameras: np.ndarray) -> np.ndarray:
 
 
 def test_absolute_pose_goes_from_the_source_s_to_the_driver_s() -> None:
-    np.testing.assert_array_equal(Control().cameras(OWN, CAMERAS, None), CAMERAS)
+    np.testing.assert_array_equal(Control().target_cameras(OWN, CAMERAS, None), CAMERAS)
     for still in (Control(drive=("expression",)), Control(pose_scale=0)):
-        np.testing.assert_allclose(still.cameras(OWN, CAMERAS, None), OWN[None].repeat(3, axis=0), atol=1e-6)
-    straight = Camera.orbit(10, radius=2.7).vector()
-    turned = np.stack([Camera.orbit(30, radius=2.7).vector()])
+        np.testing.assert_allclose(still.target_cameras(OWN, CAMERAS, None), OWN[None].repeat(3, axis=0), atol=1e-6)
+    straight = Camera.orbit(10, radius=2.7).to_vector()
+    turned = np.stack([Camera.orbit(30, radius=2.7).to_vector()])
     for scale, yaw in ((0.5, 20), (1.5, 40)):
         np.testing.assert_allclose(
-            angles(Control(pose_scale=scale).cameras(straight, turned, None)), [[yaw, 0, 0]], atol=1e-3
+            angles(Control(pose_scale=scale).target_cameras(straight, turned, None)), [[yaw, 0, 0]], atol=1e-3
         )
 
 
 def test_what_is_asked_for_lies_beyond_what_should_be_seen_and_one_s_own_stays() -> None:
     own, seen = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0], [2.0, -2.0], [1.0, 0.0]])
-    torch.testing.assert_close(emphasised(own, seen) - own, EMPHASIS * (seen - own))
-    assert torch.equal(emphasised(own, own), own)
+    torch.testing.assert_close(amplify_expression(own, seen) - own, EXPRESSION_GAIN * (seen - own))
+    assert torch.equal(amplify_expression(own, own), own)
 
 
 def test_relative_pose_moves_the_source_s_own_camera() -> None:
     relative = Control(pose="relative")
-    np.testing.assert_allclose(relative.cameras(OWN, CAMERAS[:1], CAMERAS[0])[0], OWN, atol=1e-6)  # at the reference
-    np.testing.assert_allclose(relative.cameras(CAMERAS[1], CAMERAS, CAMERAS[1]), CAMERAS, atol=1e-5)  # itself
-    nod = np.stack([Camera.orbit(0, -12, radius=2.6).vector()])  # from frontal, the nose down by 12 degrees
-    side = Camera.orbit(40, radius=2.9).vector()
-    (rotation,), _ = head_pose(relative.cameras(side, nod, CAMERAS[0]))
+    np.testing.assert_allclose(
+        relative.target_cameras(OWN, CAMERAS[:1], CAMERAS[0])[0], OWN, atol=1e-6
+    )  # at the reference
+    np.testing.assert_allclose(relative.target_cameras(CAMERAS[1], CAMERAS, CAMERAS[1]), CAMERAS, atol=1e-5)  # itself
+    nod = np.stack([Camera.orbit(0, -12, radius=2.6).to_vector()])  # from frontal, the nose down by 12 degrees
+    side = Camera.orbit(40, radius=2.9).to_vector()
+    (rotation,), _ = head_pose(relative.target_cameras(side, nod, CAMERAS[0]))
     ears = np.array([1.0, 0.0, 0.0])
     np.testing.assert_allclose(rotation @ ears, head_pose(side)[0] @ ears, atol=1e-5)  # about the axis through its ears
     shifted = CAMERAS[:1].copy()
     shifted[0, 3] -= 0.1  # the camera to the left: the head appears further right
-    seen = relative.cameras(side, shifted, CAMERAS[0])
+    seen = relative.target_cameras(side, shifted, CAMERAS[0])
     centre = [Camera.from_vector(c).project(np.zeros((1, 3)))[0] for c in (side, seen[0])]
     assert centre[1][0] > centre[0][0] + 0.05
     assert centre[1][1] == pytest.approx(centre[0][1], abs=1e-6)
@@ -68,13 +72,13 @@ def test_relative_pose_moves_the_source_s_own_camera() -> None:
 def test_expression_arithmetic_is_in_lambda() -> None:
     own, rest = torch.full((1, 4), 2.0), torch.full((1, 4), 1.0)
     driver = torch.arange(8.0).view(2, 4)
-    assert Control().lam(own, driver, None) is driver
-    assert torch.equal(Control(drive=("pose",)).lam(own, driver, None), own.expand(2, 4))
-    assert torch.allclose(Control(expression_scale=2).lam(own, driver, None), 2 * driver - 2)
+    assert Control().target_expression(own, driver, None) is driver
+    assert torch.equal(Control(drive=("pose",)).target_expression(own, driver, None), own.expand(2, 4))
+    assert torch.allclose(Control(expression_scale=2).target_expression(own, driver, None), 2 * driver - 2)
     relative = Control(relative_expression=True, expression_scale=0.5)
-    assert torch.allclose(relative.lam(own, driver, rest), 2 + 0.5 * (driver - 1))
+    assert torch.allclose(relative.target_expression(own, driver, rest), 2 + 0.5 * (driver - 1))
     with pytest.raises(InputError, match="reference"):
-        relative.lam(own, driver, None)
+        relative.target_expression(own, driver, None)
     for bad in ((), ("hair",)):
         with pytest.raises(InputError, match="name expression"):
             Control(drive=bad)
@@ -85,7 +89,7 @@ def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
     animator: Animator, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, late: int
 ) -> None:
     """However early frames may leave, the stream waits for the reference frame."""
-    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD", 0)
+    monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0)
     clip = make_clip("clip.mp4")
     options = ReenactOptions(pose="relative", relative_expression=True, reference_frame=late)
     own = animator.set_source(read_image(SOURCE))
@@ -107,8 +111,8 @@ def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
 
 def test_a_motion_file_has_a_reference_too(animator: Animator, tmp_path: Path) -> None:
     own = animator.set_source(read_image(SOURCE))
-    motion = motion_rows(own, np.zeros(5, dtype=np.int64))
-    motion.camera[:] = Camera.orbit(12).vector()
+    motion = select_frames(own, np.zeros(5, dtype=np.int64))
+    motion.camera[:] = Camera.orbit(12).to_vector()
     motion.save(tmp_path / "a.motion.npz")
     options = ReenactOptions(pose="relative", reference_frame=4)
     with open_driver(animator, tmp_path / "a.motion.npz", options) as stream:
@@ -162,12 +166,12 @@ def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
 
 
 def test_a_limit_keeps_the_head_near_its_place_and_its_size() -> None:
-    own = Camera.orbit(10, 5).vector()
-    far = np.stack([Camera.orbit(yaw, radius=radius).vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
+    own = Camera.orbit(10, 5).to_vector()
+    far = np.stack([Camera.orbit(yaw, radius=radius).to_vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
     pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
     pose[:, 0, 3] += [0.002, 0.4, -0.4]
     far[:, :16] = np.linalg.inv(pose).reshape(-1, 16)
-    free, kept = (Control(limit=limit).cameras(own, far, None) for limit in (None, 0.05))
+    free, kept = (Control(max_travel=limit).target_cameras(own, far, None) for limit in (None, 0.05))
     np.testing.assert_array_equal(free, far)
     own_uv = Camera.from_vector(own).project(np.zeros((1, 3)))
     shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - own_uv[0] for row in kept])

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export3d_cli.core.animation.watermark import THRESHOLD, find_marks, marker
+from export3d_cli.core.animation.watermark import THRESHOLD, find_marks, get_watermarker
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 MakeClip = Callable[..., Path]
@@ -25,7 +25,7 @@ PLAIN = {"metadata": {"comment": "", "title": "anything"}}  # without the mark
 
 @pytest.fixture(scope="module")
 def frames() -> list[np.ndarray]:
-    with VideoReader(example("drive.mp4"), size=(256, 256), duration=0.5) as reader:
+    with VideoReader(example_path("drive.mp4"), size=(256, 256), duration=0.5) as reader:
         return list(reader)
 
 
@@ -38,8 +38,8 @@ def written(path: Path, frames: list[np.ndarray], crf: int = 18, **options: obje
 
 
 def test_the_invisible_mark_is_faint(frames: list[np.ndarray]) -> None:
-    for frame in (*frames[:2], read_image(example("source.jpg"))):
-        change = marker("invisible")(frame).astype(float) - frame
+    for frame in (*frames[:2], read_image(example_path("source.jpg"))):
+        change = get_watermarker("invisible")(frame).astype(float) - frame
         assert 10 * np.log10(255**2 / (change**2).mean()) > 44  # dB
         assert np.abs(change).max() <= 12
         assert np.abs(change.mean()) < 0.05
@@ -47,16 +47,18 @@ def test_the_invisible_mark_is_faint(frames: list[np.ndarray]) -> None:
 
 @pytest.mark.parametrize(("crf", "size"), [(23, 256), (28, 256), (23, 192), (23, 384)])
 def test_it_survives_h264_and_a_resize(frames: list[np.ndarray], tmp_path: Path, crf: int, size: int) -> None:
-    marked = [cv2.resize(marker("invisible")(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in frames]
+    marked = [
+        cv2.resize(get_watermarker("invisible")(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in frames
+    ]
     marks = find_marks(written(tmp_path / "a.mp4", marked, crf, **PLAIN))
     assert (marks.found, marks.invisible, marks.metadata, marks.frames) == (True, True, False, len(frames))
     assert marks.score > THRESHOLD
 
 
 def test_it_survives_cut_borders_and_jpeg(frames: list[np.ndarray], tmp_path: Path) -> None:
-    marked = [np.ascontiguousarray(marker("invisible")(frame)[8:-18, 20:-6]) for frame in frames]
+    marked = [np.ascontiguousarray(get_watermarker("invisible")(frame)[8:-18, 20:-6]) for frame in frames]
     assert find_marks(written(tmp_path / "cut.mp4", marked, 23, **PLAIN)).invisible
-    write_image(tmp_path / "one.jpg", marker("invisible")(frames[0]))
+    write_image(tmp_path / "one.jpg", get_watermarker("invisible")(frames[0]))
     assert find_marks(tmp_path / "one.jpg").invisible
 
 
@@ -64,7 +66,7 @@ def test_what_was_not_marked_is_not_found(frames: list[np.ndarray], tmp_path: Pa
     rng = np.random.default_rng(0)
     write_image(tmp_path / "noise.png", rng.integers(0, 256, (300, 400, 3), dtype=np.uint8))
     write_image(tmp_path / "grey.png", np.full((64, 64, 3), 90, np.uint8))
-    for path in (tmp_path / "noise.png", tmp_path / "grey.png", example("source.jpg"), example("drive.mp4")):
+    for path in (tmp_path / "noise.png", tmp_path / "grey.png", example_path("source.jpg"), example_path("drive.mp4")):
         assert not find_marks(path).found, path
     assert not find_marks(written(tmp_path / "a.mp4", frames, 23, **PLAIN)).found
 
@@ -73,13 +75,13 @@ def test_what_was_not_marked_is_not_found(frames: list[np.ndarray], tmp_path: Pa
 def test_the_mark_of_the_metadata_is_found_in_every_format(
     frames: list[np.ndarray], tmp_path: Path, suffix: str
 ) -> None:
-    from export3d_cli.core.media.video import SYNTHETIC
+    from export3d_cli.core.media.video import SYNTHETIC_COMMENT
 
     path = tmp_path / f"a{suffix}"
     if suffix in VIDEO_SUFFIXES:
         written(path, frames[:2])
     else:
-        write_image(path, frames[0], comment=SYNTHETIC)
+        write_image(path, frames[0], comment=SYNTHETIC_COMMENT)
     marks = find_marks(path)
     assert (marks.found, marks.metadata, marks.invisible) == (True, True, False)
 
@@ -87,7 +89,7 @@ def test_the_mark_of_the_metadata_is_found_in_every_format(
 @pytest.mark.parametrize("size", [64, 256, 720])
 def test_the_badge_is_small_in_a_corner_and_legible(size: int) -> None:
     frame = np.full((size, 2 * size, 3), 200, np.uint8)
-    badged = marker("visible")(frame)
+    badged = get_watermarker("visible")(frame)
     assert (frame == 200).all()
     rows, columns = np.nonzero((badged != frame).any(-1))
     assert rows.min() > 0.88 * size
@@ -100,11 +102,11 @@ def test_the_badge_is_small_in_a_corner_and_legible(size: int) -> None:
 @pytest.mark.parametrize("kind", ["none", "visible", "invisible"])
 def test_transparency_stays(kind: str) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (96, 128, 4), dtype=np.uint8)
-    marked = marker(kind)(frame)  # type: ignore[arg-type]
+    marked = get_watermarker(kind)(frame)  # type: ignore[arg-type]
     assert (marked[:60, :60, 3] == frame[:60, :60, 3]).all()
     assert (marked[..., :3] != frame[..., :3]).any() == (kind != "none")
     with pytest.raises(InputError, match="none, visible or invisible"):
-        marker("loud")  # type: ignore[arg-type]
+        get_watermarker("loud")  # type: ignore[arg-type]
 
 
 def verify(*args: object) -> tuple[int, str]:
@@ -113,10 +115,10 @@ def verify(*args: object) -> tuple[int, str]:
 
 
 def test_the_command_tells_both_marks(tmp_path: Path, frames: list[np.ndarray]) -> None:
-    code, told = verify(example("source.jpg"))
+    code, told = verify(example_path("source.jpg"))
     assert code == 1
     assert "metadata: none\ninvisible mark: none (score" in told
-    written(tmp_path / "a.mp4", [marker("invisible")(frame) for frame in frames])
+    written(tmp_path / "a.mp4", [get_watermarker("invisible")(frame) for frame in frames])
     code, told = verify(tmp_path / "a.mp4", "--json")
     marks = json.loads(told)
     assert (code, marks["found"], marks["metadata"], marks["invisible"]) == (0, True, True, True)
@@ -128,7 +130,7 @@ def test_the_command_tells_both_marks(tmp_path: Path, frames: list[np.ndarray]) 
 @pytest.mark.parametrize(
     "command", [["novel-view", "--yaw", "0:20", "--frames", "2"], ["novel-view", "--grid"],
                 ["edit-basis", "--v", "1", "--scale", "0:1", "--frames", "2"],
-                ["reenact", example("source.jpg"), example("drive.mp4"), "--max-frames", "2"]]
+                ["reenact", example_path("source.jpg"), example_path("drive.mp4"), "--max-frames", "2"]]
 )  # fmt: skip
 def test_every_command_that_animates_marks_what_it_writes(
     command: list[object], tiny_weights: Path, tmp_path: Path

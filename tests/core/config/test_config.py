@@ -10,33 +10,35 @@ import pytest
 from export3d_cli.core.config.schema import (
     PRESETS,
     load_train_config,
-    model_from_dict,
+    make_train_config,
+    model_config_from_dict,
     save_yaml,
     to_dict,
-    train_config,
 )
 from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.runtime.errors import ConfigError
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "configs"
 
 
 def test_overrides_beat_the_file_beats_the_preset() -> None:
-    config = train_config({"preset": "tiny", "model": {"width": 64}, "lr": "1e-3"}, ("model.width=96", "clebs.steps=5"))
+    config = make_train_config(
+        {"preset": "tiny", "model": {"width": 64}, "lr": "1e-3"}, ("model.width=96", "clebs.steps=5")
+    )
     assert config.model == dataclasses.replace(PRESETS["tiny"], width=96)
     assert (config.lr, config.clebs.steps) == (1e-3, 5)
 
 
 def test_yaml_there_and_back(tmp_path: Path) -> None:
-    config = train_config({"preset": "paper", "data": {"path": ["a", "b"], "weight": [1, 2]}, "stages": ["clebs"]})
+    config = make_train_config({"preset": "paper", "data": {"path": ["a", "b"], "weight": [1, 2]}, "stages": ["clebs"]})
     save_yaml(config, tmp_path / "config.yaml")
     assert load_train_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_model_there_and_back(name: str) -> None:
-    assert model_from_dict(to_dict(PRESETS[name])) == PRESETS[name]
+    assert model_config_from_dict(to_dict(PRESETS[name])) == PRESETS[name]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
@@ -46,7 +48,7 @@ def test_examples_load(path: Path) -> None:
 
 def test_the_example_that_goes_on_from_weights_has_their_model() -> None:
     config = load_train_config(EXAMPLES / "finetune.yaml")
-    _, model, _ = load_weights(resolve(config.init))
+    _, model, _ = load_weights(resolve_weights(config.init))
     assert config.model == model
 
 
@@ -69,7 +71,7 @@ def test_the_example_that_goes_on_from_weights_has_their_model() -> None:
 )
 def test_mistakes_are_named(data: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        train_config(data)
+        make_train_config(data)
 
 
 def test_broken_files_are_config_errors(tmp_path: Path) -> None:
@@ -79,4 +81,4 @@ def test_broken_files_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a mapping"):
         load_train_config(tmp_path / "list.yaml")
     with pytest.raises(ConfigError, match="key=value"):
-        train_config({}, ("steps",))
+        make_train_config({}, ("steps",))

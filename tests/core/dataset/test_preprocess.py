@@ -8,20 +8,20 @@ import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.dataset import preprocess as module
-from export3d_cli.core.dataset.manifest import Lists
+from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.dataset.preprocess import preprocess
-from export3d_cli.core.dataset.segmentation import Gates
+from export3d_cli.core.dataset.segmentation import ClipFilter
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import VideoReader, probe
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example
-from export3d_cli.core.train.frame_cache import load_set
+from export3d_cli.core.runtime.weights import example_path
+from export3d_cli.core.train.frame_cache import load_dataset
 
-make_clips = module._make_clips
-SHORT = Gates(min_seconds=0.3)
+make_clips = module._process_input
+SHORT = ClipFilter(min_seconds=0.3)
 
 
 def lines(path):
@@ -37,7 +37,7 @@ def talk(tmp_path_factory):
     base += "[b]trim=start_frame=20:end_frame=32,setpts=PTS-STARTPTS,hflip,negate,lutrgb=r=val*0.8:g=val*0.9[y];"
     base += "[c]trim=start_frame=40:end_frame=44,setpts=PTS-STARTPTS[z];color=black:s=256x256:r=25:d=0.36[k];"
     base = base.replace("negate,lutrgb=r=val*0.8:g=val*0.9", "lutrgb=r=val*0.4:g=val*0.7+30")
-    command = [ffmpeg(), "-loglevel", "error", "-i", str(example("drive.mp4")), "-filter_complex"]
+    command = [ffmpeg_path(), "-loglevel", "error", "-i", str(example_path("drive.mp4")), "-filter_complex"]
     command += [base + "[x][y][k][z]concat=n=4[v]", "-map", "[v]", "-r", "25", "-crf", "12", str(path)]
     subprocess.run(command, check=True)
     return path.parent.parent
@@ -46,7 +46,7 @@ def talk(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(talk, tmp_path_factory):
     out = tmp_path_factory.mktemp("data")
-    return out, preprocess([talk], out, size=64, gates=SHORT, report=True)
+    return out, preprocess([talk], out, size=64, clip_filter=SHORT, report=True)
 
 
 def test_a_video_becomes_a_clip_per_scene(data):
@@ -69,16 +69,16 @@ def test_crops_and_motion_belong_together(data):
     for line in lines(out / "manifest.jsonl"):
         motion = Motion.load(out / line["motion"])
         info = probe(out / line["file"])
-        assert (info.width, info.height, info.fps, info.frames) == (64, 64, 25, len(motion))
+        assert (info.width, info.height, info.fps, info.frame_count) == (64, 64, 25, len(motion))
         assert np.abs(np.median(motion.landmarks[:, 1, :2], axis=0) - 0.5).max() < 0.02
-        tracker = module.landmark_tracker()
+        tracker = module.open_landmarker_tracker()
         with VideoReader(out / line["file"], size=(256, 256)) as reader:
             face = tracker.landmarker.find(next(iter(reader)))
         assert np.abs(face.landmarks[:, :2] / 256 - motion.landmarks[0, :, :2]).mean() < 0.02
 
 
 def test_the_trainer_reads_it(data):
-    found = load_set(data[0], 64)
+    found = load_dataset(data[0], 64)
     assert [clip.count for clip in found.clips] == [12, 12]
     shutil.rmtree(data[0] / "cache-64")
 
@@ -89,16 +89,16 @@ def test_the_report_is_a_picture(data):
 
 
 def test_what_is_finished_is_not_done_again(talk, data, monkeypatch):
-    monkeypatch.setattr(module, "_make_clips", lambda job: pytest.fail("done again"))
-    again = preprocess([talk], data[0], size=64, gates=SHORT)
+    monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("done again"))
+    again = preprocess([talk], data[0], size=64, clip_filter=SHORT)
     assert (again.clips, again.rejected) == (2, [])
 
 
 def test_a_data_set_without_sources_stays(tmp_path, monkeypatch):
     old = {"id": "drive", "person": "p", "file": "clips/drive.mp4", "motion": "m", "frames": 3, "fps": "25/1"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
-    monkeypatch.setattr(module, "_make_clips", lambda job: pytest.fail("done again"))
-    assert preprocess([example("drive.mp4")], tmp_path).frames == 3
+    monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("done again"))
+    assert preprocess([example_path("drive.mp4")], tmp_path).frames == 3
     assert lines(tmp_path / "manifest.jsonl") == [old]
 
 
@@ -108,7 +108,7 @@ def stills(tmp_path):
     folder = tmp_path / "in"
     for name in ("a_1", "a_2", "b_1"):
         folder.joinpath(name[0]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(example("source.jpg"), folder / name[0] / f"{name}.jpg")
+        shutil.copy(example_path("source.jpg"), folder / name[0] / f"{name}.jpg")
     write_image(folder / "empty.png", np.full((64, 64, 3), 128, np.uint8))
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on(stills, tmp_path, monkeypatch):
     ):
         (out / "clips" / name).touch()
     done = []
-    monkeypatch.setattr(module, "_make_clips", lambda job: done.append(job.source) or make_clips(job))
+    monkeypatch.setattr(module, "_process_input", lambda job: done.append(job.source) or make_clips(job))
     assert preprocess([stills], out, size=32).clips == 3
     assert sorted(done) == ["a-a_2-still", "b-b_1-still", "broken-still"]  # the one before may be of the same input
     assert manifest.read_text(encoding="utf-8") == whole
@@ -155,26 +155,26 @@ def test_a_killed_run_goes_on(stills, tmp_path, monkeypatch):
 
 
 def test_lists_are_added_to_not_rewritten(tmp_path, monkeypatch):
-    lists = Lists(tmp_path, None)
+    lists = DatasetManifest(tmp_path, None)
     written = []
     monkeypatch.setattr(lists, "_write_all", lambda: written.append(1))
     for i in range(50):
         lists.add([{"id": f"{50 - i}", "source": "s"}], [{"id": f"r{i}", "source": "s", "reason": "r"}] * (i % 2))
     assert len(written) == 1
     assert [line["id"] for line in lines(tmp_path / "manifest.jsonl")] == [f"{50 - i}" for i in range(50)]
-    again = Lists(tmp_path, None)
-    assert (len(again.lines), len(again.rejected), again.finished) == (50, 25, {"s"})
+    again = DatasetManifest(tmp_path, None)
+    assert (len(again.clips), len(again.rejected), again.finished_sources) == (50, 25, {"s"})
 
 
 def test_a_video_named_like_a_clip_is_no_clip_of_another(tmp_path):
     for name in ("a.mp4", "a-c01.mp4", "a.mkv", "a-c01-video.mp4"):
         (tmp_path / name).touch()
-    names = [name for _, name in module._sources([tmp_path], tmp_path / "out")]
+    names = [name for _, name in module._find_inputs([tmp_path], tmp_path / "out")]
     assert names == ["a-c01-video", "a-c01-video-2", "a", "a-2"]
     (tmp_path / "out" / "clips").mkdir(parents=True)
     (tmp_path / "out" / "clips" / "a.mp4").touch()
     with pytest.raises(InputError, match="lies in the output folder"):
-        module._sources([tmp_path / "out" / "clips" / "a.mp4"], tmp_path / "out")
+        module._find_inputs([tmp_path / "out" / "clips" / "a.mp4"], tmp_path / "out")
 
 
 def test_workers_do_the_same(stills, tmp_path):
@@ -186,7 +186,7 @@ def test_workers_do_the_same(stills, tmp_path):
 
 def test_gates_hold_for_photos_and_nothing_left_is_an_error(stills, tmp_path):
     with pytest.raises(NoFaceError, match="none of the 5 inputs"):
-        preprocess([stills], tmp_path / "out", gates=Gates(min_face=2000))
+        preprocess([stills], tmp_path / "out", clip_filter=ClipFilter(min_face_px=2000))
     assert "too small" in lines(tmp_path / "out/rejected.jsonl")[0]["reason"]
 
 

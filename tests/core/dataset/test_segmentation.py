@@ -6,10 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from export3d_cli.core.dataset.segmentation import Gates, Segment, angles, jitter, segments, sharpness
+from export3d_cli.core.dataset.segmentation import (
+    ClipFilter,
+    Segment,
+    landmark_jitter,
+    sharpness,
+    track_segments,
+    yaw_pitch_roll,
+)
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarks import canonical_face
-from export3d_cli.core.face.motion import Motion, Tracker
+from export3d_cli.core.face.landmarks import load_canonical_face
+from export3d_cli.core.face.motion import LandmarkerTracker, Motion
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import weights_dir
@@ -27,7 +34,7 @@ def scene(colour, shift=0):
 
 @pytest.fixture(scope="module")
 def canonical():
-    return canonical_face(weights_dir() / "face_landmarker.task")
+    return load_canonical_face(weights_dir() / "face_landmarker.task")
 
 
 @pytest.fixture
@@ -53,10 +60,10 @@ def follow(canonical):
             return seen["face"]
 
         tracker.landmarker = SimpleNamespace(track=track, reset=lambda: None)
-        tracker.motion = lambda *args: Tracker.motion(tracker, *args)
+        tracker.motion = lambda *args: LandmarkerTracker.make_motion(tracker, *args)
         if frames is None:
             frames = [scene((90, 120, 90), i % 2) for i in range(len(places))]
-        return list(segments(frames, tracker, RATE, SIZE, max_seconds))
+        return list(track_segments(frames, tracker, RATE, SIZE, max_seconds))
 
     return run
 
@@ -130,7 +137,7 @@ def motion(count=50, yaw=0.0, pitch=0.0, shake=0.0):
     rng = np.random.default_rng(1)
     landmarks = np.tile(rng.random((1, 478, 3)) / 2 + 0.25, (count, 1, 1))
     landmarks[..., :2] += rng.normal(0, 1, (count, 1, 2)) * shake
-    camera = np.tile(Camera.orbit(yaw, pitch).vector(), (count, 1))
+    camera = np.tile(Camera.orbit(yaw, pitch).to_vector(), (count, 1))
     found = np.ones(count, bool)
     return Motion(
         np.zeros((count, 64), np.float32), camera, landmarks.astype(np.float32), found, RATE, (0, 0, 200), SIZE
@@ -139,9 +146,9 @@ def motion(count=50, yaw=0.0, pitch=0.0, shake=0.0):
 
 def test_gates_say_why():
     good = Segment(0, motion(), 100.0, 0.1)
-    gates = Gates()
-    assert gates.reason(good) == ""
-    assert gates.reason(replace(good, motion=motion(yaw=45, pitch=-20))) == ""
+    gates = ClipFilter()
+    assert gates.rejection_reason(good) == ""
+    assert gates.rejection_reason(replace(good, motion=motion(yaw=45, pitch=-20))) == ""
     lost = replace(motion(), found=np.arange(50) % 2 == 0)
     for part, reason in (
         (replace(good, motion=motion(20)), "too short: 0.80 s"),
@@ -152,23 +159,23 @@ def test_gates_say_why():
         (replace(good, sharpness=0.001), "blurred"),
         (replace(good, motion=motion(shake=0.05)), "unsteady"),
     ):
-        assert reason in gates.reason(part)
+        assert reason in gates.rejection_reason(part)
     with pytest.raises(InputError, match="min <= max"):
-        Gates(min_seconds=5, max_seconds=2)
+        ClipFilter(min_seconds=5, max_seconds=2)
 
 
 def test_angles_are_those_of_the_camera():
     cameras = [Camera.orbit(20, -10, 5), Camera.orbit(-35, 12, -3)]
-    got = angles(np.stack([camera.vector() for camera in cameras]))
+    got = yaw_pitch_roll(np.stack([camera.to_vector() for camera in cameras]))
     assert np.allclose(got, [camera.angles() for camera in cameras], atol=1e-3)
 
 
 def test_jitter_does_not_count_steady_motion():
     still = motion(30)
     moving = replace(still, landmarks=still.landmarks + np.linspace(0, 0.3, 30, dtype=np.float32)[:, None, None])
-    assert jitter(moving, 100.0) < 1e-4
-    assert jitter(motion(30, shake=0.01), 100.0) > 0.01
-    assert jitter(motion(1), 100.0) == 0.0
+    assert landmark_jitter(moving, 100.0) < 1e-4
+    assert landmark_jitter(motion(30, shake=0.01), 100.0) > 0.01
+    assert landmark_jitter(motion(1), 100.0) == 0.0
 
 
 def test_a_blurred_face_is_less_sharp():

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from export3d_cli.core.diagnostics import benchmark as module
 from export3d_cli.core.diagnostics import cost_curves as curves
 from export3d_cli.core.diagnostics import machine
-from export3d_cli.core.diagnostics.benchmark import Stage, bench, limited
-from export3d_cli.core.diagnostics.cost_curves import Point, cost_curves, fitted, variant
-from export3d_cli.core.diagnostics.machine import Machine, Work
+from export3d_cli.core.diagnostics.benchmark import StageTiming, add_roofline, run_benchmark
+from export3d_cli.core.diagnostics.cost_curves import Point, cost_curves, fit_line, variant
+from export3d_cli.core.diagnostics.machine import Machine, OpCounts
 from export3d_cli.core.media.image import read_image
 from export3d_cli.main import cli
 
@@ -24,19 +24,19 @@ def small_machine(monkeypatch):
 
 def test_limit_is_the_slower_of_products_and_memory():
     rates = Machine({"fp32": 100.0, "bf16": 200.0}, 10.0)  # GFLOP/s, GB/s
-    stage = Stage(50.0, 49.0, 51.0, 3)
-    found = limited(stage, Work({"fp32": 1e9, "bf16": 2e9}, 5e7), rates)
+    stage = StageTiming(50.0, 49.0, 51.0, 3)
+    found = add_roofline(stage, OpCounts({"fp32": 1e9, "bf16": 2e9}, 5e7), rates)
     assert found.limit == pytest.approx(10 + 10) and found.gflops == pytest.approx(3) and found.megabytes == 50
     assert found.matrix_share == pytest.approx(0.4) and found.bandwidth_share == pytest.approx(0.1)
     assert found.share == found.matrix_share
-    assert limited(stage, Work({}, 4e8), rates).limit == pytest.approx(40)
-    assert limited(stage, None, rates) is stage
+    assert add_roofline(stage, OpCounts({}, 4e8), rates).limit == pytest.approx(40)
+    assert add_roofline(stage, None, rates) is stage
 
 
 def test_every_stage_is_told(animator, monkeypatch):
-    monkeypatch.setattr(module, "ENCODES", 1)
+    monkeypatch.setattr(module, "ENCODE_REPEATS", 1)
     steps = []
-    result = bench(animator, frames=2, progress=lambda stage, done, total: steps.append((done, total)))
+    result = run_benchmark(animator, frames=2, progress=lambda stage, done, total: steps.append((done, total)))
     network = ["expression", "tri-plane", "render", "flow", "super-resolution"]
     assert list(result.stages) == ["decode", "track", "encode source", *network, "convert", "encode video"]
     for name in ("encode source", *network, "convert"):
@@ -51,10 +51,10 @@ def test_every_stage_is_told(animator, monkeypatch):
 def test_counted_flops_of_a_frame_are_those_of_one_pass(animator):
     from torch.utils.flop_counter import FlopCounterMode
 
-    photo = read_image(module.example("source.jpg"))
+    photo = read_image(module.example_path("source.jpg"))
     seen = animator.set_source(photo)
     crop = module.crop_image(photo, seen.crop, 64)
-    work = module._counted(animator, seen, crop, seen)
+    work = module._count_work(animator, seen, crop, seen)
     animator.set_source_motion(crop, seen)  # a tri-plane that is known is not made again
     with FlopCounterMode(display=False) as counter:
         list(animator.drive([seen]))
@@ -64,12 +64,12 @@ def test_counted_flops_of_a_frame_are_those_of_one_pass(animator):
 
 def test_line_through_points():
     points = tuple(Point(x, 0.5 + 0.25 * x, None) for x in (1, 2, 4))
-    found = fitted("batch", points)
+    found = fit_line("batch", points)
     assert (found.fixed, found.each, found.r2) == pytest.approx((0.5, 0.25, 1.0))
-    squares = fitted("resolution", tuple(Point(x, 2e-6 * x * x, 1) for x in (128, 256, 512)))
+    squares = fit_line("resolution", tuple(Point(x, 2e-6 * x * x, 1) for x in (128, 256, 512)))
     assert curves.formula(found) == "0.5 + 0.25 x, R2 1.000" and curves.formula(squares).endswith("2e-06 x^2, R2 1.000")
     assert squares.each == pytest.approx(2e-6) and squares.r2 == pytest.approx(1.0)
-    assert fitted("batch", tuple(Point(x, x**3, None) for x in range(1, 9))).r2 < 0.9
+    assert fit_line("batch", tuple(Point(x, x**3, None) for x in range(1, 9))).r2 < 0.9
 
 
 def test_variant_keeps_the_weights_that_fit(animator):
@@ -84,7 +84,7 @@ def test_variant_keeps_the_weights_that_fit(animator):
 
 
 def test_curves_are_measured_and_drawn(animator, tmp_path, monkeypatch):
-    monkeypatch.setattr(curves, "SHORT", 2)
+    monkeypatch.setattr(curves, "CLIP_FRAMES", 2)
     monkeypatch.setattr(curves, "REPEATS", 1)
     sizes = {"frames": (2, 4), "sources": (1, 2), "resolution": (50, 100), "samples": (4, 8), "batch": (1, 2)}
     steps = []
@@ -98,7 +98,7 @@ def test_curves_are_measured_and_drawn(animator, tmp_path, monkeypatch):
 def test_command(tiny_weights, tmp_path, monkeypatch):
     args = ["bench", "--weights", str(tiny_weights), "--device", "cpu"]
     assert CliRunner().invoke(cli, [*args, "--curves", str(tmp_path / "c.txt")]).exit_code == 2
-    monkeypatch.setattr(curves, "SIZES", {"batch": (1,)})
+    monkeypatch.setattr(curves, "SIZE_GROUPS", {"batch": (1,)})
     done = CliRunner().invoke(cli, [*args, "--curves", str(tmp_path / "c.png"), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["curves"][0]["points"][0]["x"] == 1

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from export3d_cli.core.diagnostics import machine
-from export3d_cli.core.diagnostics.machine import Counter, Peak
+from export3d_cli.core.diagnostics.machine import OpCounter, PeakMemory
 
 
 def work(run):
-    with torch.inference_mode(), Counter() as counter:
+    with torch.inference_mode(), OpCounter() as counter:
         run()
     return counter.work
 
@@ -69,7 +69,7 @@ def test_rates_are_measured(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="told by Linux alone")
 def test_peak_forgets_what_was():
-    peak = Peak(torch.device("cpu"))
+    peak = PeakMemory(torch.device("cpu"))
     peak.start()
     large = np.ones(60 * 2**20, np.uint8)
     with_large = peak.bytes()
@@ -78,4 +78,4 @@ def test_peak_forgets_what_was():
     without = peak.bytes()
     if with_large is None:
         pytest.skip("no /proc here")
-    assert with_large - without > 40 * 2**20 and machine.peak_memory() > 40 * 2**20
+    assert with_large - without > 40 * 2**20 and machine.process_peak_memory() > 40 * 2**20

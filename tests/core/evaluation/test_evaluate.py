@@ -21,14 +21,14 @@ from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, wri
 from export3d_cli.core.evaluation.metrics import METRICS
 from export3d_cli.core.evaluation.protocol import (
     Case,
-    chosen_rows,
+    consecutive_frames,
     cross_cases,
-    decode,
-    frontal,
+    decode_frames,
+    most_frontal_frame,
     read_clips,
-    steady_run,
+    select_frames,
 )
-from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
+from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_tensor
 from export3d_cli.core.media.video import VideoWriter
@@ -36,7 +36,7 @@ from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 from export3d_cli.core.train.losses import load_perceptual
 from export3d_cli.main import cli
 
@@ -47,7 +47,7 @@ FRAMES = 10
 def data_set(tmp_path_factory):
     """The example driver as a clip, and the same moving picture as two heads that share their tracks."""
     folder = tmp_path_factory.mktemp("faces")
-    preprocess([example("drive.mp4")], folder, size=64, max_frames=FRAMES)
+    preprocess([example_path("drive.mp4")], folder, size=64, max_frames=FRAMES)
     return folder
 
 
@@ -69,7 +69,7 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
-    triangles = flow_triangles(canonical_face(weights_dir() / "face_landmarker.task"))
+    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
     model.flow.triangles.copy_(torch.from_numpy(triangles))
     save_weights(path, model.state_dict(), PRESETS["tiny"], {}, half=False)
     return path
@@ -117,11 +117,11 @@ def test_tables_and_pictures_are_written(result):
 def test_source_is_the_most_frontal_frame(data_set):
     motion = Motion.load(next(data_set.glob("clips/*.npz")))
     camera = motion.camera.copy()
-    camera[:] = Camera.orbit(20.0).vector()
-    camera[3], camera[5] = Camera.orbit(1.0).vector(), Camera.orbit(0.0).vector()
+    camera[:] = Camera.orbit(20.0).to_vector()
+    camera[3], camera[5] = Camera.orbit(1.0).to_vector(), Camera.orbit(0.0).to_vector()
     found = np.ones(len(motion), bool)
     found[5] = False
-    assert frontal(Motion(**{**vars(motion), "camera": camera, "found": found})) == 3
+    assert most_frontal_frame(Motion(**{**vars(motion), "camera": camera, "found": found})) == 3
 
 
 def test_heads_that_share_tracks_have_a_truth(animator, heads):
@@ -202,12 +202,12 @@ def test_rows_are_spread_or_first_and_steadiness_has_neighbours(data_set):
     }, "found": found})  # fmt: skip
     clip = replace(clip, motion=motion)
     case = Case(clip, clip, clip)
-    assert chosen_rows(case, 5, "first").tolist() == [1, 2, 3, 5, 6]  # 0 is the source
-    assert chosen_rows(case, 3).tolist() == [1, 21, 39] and len(chosen_rows(case, None)) == 37
-    assert steady_run(case, 4).tolist() == [17, 18, 19]
-    assert len(steady_run(case, 50)) == 12 and 20 not in steady_run(case, 50)
+    assert select_frames(case, 5, "first").tolist() == [1, 2, 3, 5, 6]  # 0 is the source
+    assert select_frames(case, 3).tolist() == [1, 21, 39] and len(select_frames(case, None)) == 37
+    assert consecutive_frames(case, 4).tolist() == [17, 18, 19]
+    assert len(consecutive_frames(case, 50)) == 12 and 20 not in consecutive_frames(case, 50)
     found[:] = np.arange(40) % 3 != 0
-    assert len(steady_run(case, 50)) == 0
+    assert len(consecutive_frames(case, 50)) == 0
 
 
 def test_pairs_are_fixed_by_the_seed(heads):
@@ -233,8 +233,8 @@ def test_perceptual_distance_is_named_after_its_backbone(animator, data_set, bac
     told = result.mean["repeat"]
     assert told["lpips"] is None and told["mobilenetv2"] is None
     clip = read_clips(data_set)[0]
-    truth = decode(clip, chosen_rows(Case(clip, clip, clip), 3), 64)
-    photo = to_tensor(decode(clip, np.array([frontal(clip.motion)]), 64)[0])
+    truth = decode_frames(clip, select_frames(Case(clip, clip, clip), 3), 64)
+    photo = to_tensor(decode_frames(clip, np.array([most_frontal_frame(clip.motion)]), 64)[0])
     expected = [float(load_perceptual(backbone)(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
     assert told["vgg16"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
     with pytest.raises(InputError, match="give its VGG16"):

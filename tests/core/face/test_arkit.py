@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.arkit import constant_rate, fit_measures, read_csv, save_measures
+from export3d_cli.core.face.arkit import estimate_frame_rate, fit_measure_map, read_csv, save_measure_map
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.motion import BETA_NAMES, MEASURES, Motion
+from export3d_cli.core.face.motion import BETA_NAMES, MEASURE_NAMES, Motion
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, WeightsError
-from export3d_cli.core.runtime.weights import resolve
+from export3d_cli.core.runtime.weights import resolve_weights
 
 EYES = ("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll")
 COLUMNS = [name[0].upper() + name[1:] for name in reversed(ARKIT_NAMES)] + ["HeadYaw", "HeadPitch", "HeadRoll", *EYES]
-CAMERA = Camera.orbit(20, 5, radius=3.1).vector()
+CAMERA = Camera.orbit(20, 5, radius=3.1).to_vector()
 Write = Callable[..., Path]
 
 
@@ -46,7 +46,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def read(path: Path) -> Motion:
-    return read_csv(path, resolve("arkit_measures"), CAMERA)[0]
+    return read_csv(path, resolve_weights("arkit_measures"), CAMERA)[0]
 
 
 def test_coefficients_go_by_name_and_measures_follow(write: Write) -> None:
@@ -72,10 +72,10 @@ def test_the_rate_comes_from_the_timecodes(write: Write, rate: Fraction) -> None
 
 def test_lost_frames_keep_their_time() -> None:
     kept = np.delete(np.arange(200), [50, 51, 52, 120])
-    fps, rows = constant_rate(kept / 60, 60)
+    fps, rows = estimate_frame_rate(kept / 60, 60)
     assert (fps, len(rows)) == (60, 200)
     assert np.abs(kept[rows] - np.arange(200)).max() <= 2
-    assert constant_rate(np.zeros(1), 60)[0] == 60
+    assert estimate_frame_rate(np.zeros(1), 60)[0] == 60
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_head_angles_turn_the_camera_at_the_source_s_distance(
 def test_angles_in_degrees_are_known_by_their_size(write: Write) -> None:
     degrees = [{"HeadYaw": 20.0, "HeadPitch": -10.0, "HeadRoll": 2.0}, {"HeadYaw": 1.0}]
     radians = [{name: float(np.radians(angle)) for name, angle in row.items()} for row in degrees]
-    motion, notes = read_csv(write(degrees), resolve("arkit_measures"), CAMERA)
+    motion, notes = read_csv(write(degrees), resolve_weights("arkit_measures"), CAMERA)
     assert "degrees" in notes[0]
-    same, none = read_csv(write(radians), resolve("arkit_measures"), CAMERA)
+    same, none = read_csv(write(radians), resolve_weights("arkit_measures"), CAMERA)
     assert none == []
     np.testing.assert_allclose(motion.camera, same.camera, atol=1e-6)
 
@@ -146,11 +146,11 @@ def test_the_fit_finds_the_map_within_faces_that_differ(tmp_path: Path) -> None:
         beta = np.concatenate([shapes, shapes @ slope + own + 1.0], axis=1).astype(np.float32)
         cameras = np.repeat(CAMERA[None], 60, axis=0)
         motions.append(Motion(beta, cameras, np.zeros((60, 0, 3)), np.ones(60, bool), Fraction(25), (0, 0, 1), (1, 1)))
-    found, offset = fit_measures(motions)
+    found, offset = fit_measure_map(motions)
     np.testing.assert_allclose(found, slope, atol=2e-3)
-    assert offset.shape == (len(MEASURES),)
+    assert offset.shape == (len(MEASURE_NAMES),)
     np.testing.assert_allclose(offset, 1.0, atol=0.3)
-    save_measures(tmp_path / "m.npz", found, offset)
+    save_measure_map(tmp_path / "m.npz", found, offset)
     (tmp_path / "bad.npz").write_bytes(b"no")
     with pytest.raises(WeightsError, match=r"bad\.npz"):
         read_csv(_minimal(tmp_path), tmp_path / "bad.npz", CAMERA)

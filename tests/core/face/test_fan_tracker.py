@@ -14,17 +14,17 @@ import torch
 
 from export3d_cli.core.face import fan_tracker as fan
 from export3d_cli.core.face.detector import FaceDetector
-from export3d_cli.core.face.fan_tracker import Fan, FanTracker
+from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
 from export3d_cli.core.face.landmark_fitting import FaceBasis
 from export3d_cli.core.face.landmarker import ARKIT_NAMES, Landmarker
 from export3d_cli.core.face.landmarks import IBUG68
-from export3d_cli.core.face.motion import MEASURES, Motion, Tracker
-from export3d_cli.core.face.track_cache import FaceTape
+from export3d_cli.core.face.motion import MEASURE_NAMES, LandmarkerTracker, Motion
+from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 BASIS = weights_dir() / "fan_basis.npz"
 WEIGHTS = "3DFAN4-7835d9f11d.pth.tar"
@@ -37,7 +37,7 @@ class StandIn:
         self.landmarker = Landmarker(weights_dir() / "face_landmarker.task")
 
     def get_landmarks_from_image(self, image: np.ndarray, detected_faces: list[np.ndarray]) -> list[np.ndarray]:
-        (x0, y0, x1, y1), side = detected_faces[0], fan.PATCH
+        (x0, y0, x1, y1), side = detected_faces[0], fan.INPUT_SIDE_PX
         assert (x1 - x0 + y1 - y0) / 195 * 200 == pytest.approx(side)  # what it looks at is the whole patch
         assert ((x0 + x1) / 2, (y0 + y1) / 2 - 0.12 * (y1 - y0)) == pytest.approx((side / 2, side / 2))
         face = self.landmarker.find(image)
@@ -57,13 +57,13 @@ def tracker(detector: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> FanTrack
 
 def motions(tracker: FanTracker, step: int = 6) -> tuple[Motion, Motion]:
     """The bundled driver as fan and as the landmarker read it."""
-    with VideoReader(example("drive.mp4")) as reader:
+    with VideoReader(example_path("drive.mp4")) as reader:
         frames = list(reader)[::step]
         size, fps = (reader.info.width, reader.info.height), reader.info.fps / step
     tracker.landmarker.reset()
-    ours = tracker.motion([tracker.landmarker.track(frame) for frame in frames], fps, size)
-    other = Tracker(weights_dir() / "face_landmarker.task")
-    return ours, other.motion(other.follow(frames), fps, size)
+    ours = tracker.make_motion([tracker.landmarker.track(frame) for frame in frames], fps, size)
+    other = LandmarkerTracker(weights_dir() / "face_landmarker.task")
+    return ours, other.make_motion(other.track_frames(frames), fps, size)
 
 
 def test_it_tells_what_the_landmarker_tells(tracker: FanTracker) -> None:
@@ -79,23 +79,23 @@ def test_it_tells_what_the_landmarker_tells(tracker: FanTracker) -> None:
         k = ARKIT_NAMES.index(name)
         assert np.corrcoef(ours.beta[:, k], theirs.beta[:, k])[0, 1] > 0.7, name
     for name in ("lipGapCentre", "mouthWidth", "eyeOpeningLeft", "eyeOpeningRight"):
-        k = len(ARKIT_NAMES) + MEASURES.index(name)
+        k = len(ARKIT_NAMES) + MEASURE_NAMES.index(name)
         assert np.corrcoef(ours.beta[:, k], theirs.beta[:, k])[0, 1] > 0.9, name
         assert np.abs(ours.beta[:, k] - theirs.beta[:, k]).mean() < 0.05, name
 
 
 def test_beta_is_that_of_a_batch_whatever_its_size(tracker: FanTracker) -> None:
-    image = read_image(example("source.jpg"))
+    image = read_image(example_path("source.jpg"))
     size = (image.shape[1], image.shape[0])
     face = tracker.landmarker.track(image)
     moved = tracker.landmarker.track(np.roll(image, 9, axis=1))
     assert face is not None
     assert moved is not None
-    crop = tracker.settle([face, moved], size)
-    whole = tracker.motion([face, None, moved], Fraction(25), size, crop=crop)
+    crop = tracker.calibrate_clip([face, moved], size)
+    whole = tracker.make_motion([face, None, moved], Fraction(25), size, crop=crop)
     assert whole.found.tolist() == [True, False, True]
     np.testing.assert_array_equal(whole.beta[0], whole.beta[1])
-    single = tracker.motion([moved], Fraction(25), size, crop=crop)
+    single = tracker.make_motion([moved], Fraction(25), size, crop=crop)
     np.testing.assert_allclose(single.beta[0], whole.beta[2], atol=1e-5)
     np.testing.assert_allclose(single.camera[0], whole.camera[2], atol=1e-5)
     seen = Camera.from_vector(whole.camera[0]).project(np.zeros((1, 3)))  # the head's centre lies within the face
@@ -103,7 +103,7 @@ def test_beta_is_that_of_a_batch_whatever_its_size(tracker: FanTracker) -> None:
 
 
 def test_faces_come_go_and_are_chosen(tracker: FanTracker) -> None:
-    image, finder = read_image(example("source.jpg")), tracker.landmarker
+    image, finder = read_image(example_path("source.jpg")), tracker.landmarker
     black = np.zeros_like(image)
     assert finder.track(black) is None
     assert finder.find_all(black) == []
@@ -121,14 +121,14 @@ def test_faces_come_go_and_are_chosen(tracker: FanTracker) -> None:
 
 
 def test_its_motion_is_kept_in_files_and_on_tape(tracker: FanTracker, tmp_path: Path) -> None:
-    image = read_image(example("source.jpg"))
+    image = read_image(example_path("source.jpg"))
     face = tracker.landmarker.track(image)
     assert face is not None
-    motion = tracker.motion([face], Fraction(25), (image.shape[1], image.shape[0]))
+    motion = tracker.make_motion([face], Fraction(25), (image.shape[1], image.shape[0]))
     motion.save(tmp_path / "a.motion.npz")
-    again = Motion.load(tmp_path / "a.motion.npz", points=(478, 68))
+    again = Motion.load(tmp_path / "a.motion.npz", landmark_counts=(478, 68))
     np.testing.assert_array_equal(again.landmarks, motion.landmarks)
-    with FaceTape() as tape:
+    with TrackCache() as tape:
         tape.append(face, (9, 9))
         tape.append(None, (9, 9))
         first, second = tape
@@ -148,7 +148,7 @@ def test_the_network_itself_with_planted_weights(
 ) -> None:
     if importlib.util.find_spec("face_alignment") is None:
         pytest.skip("the extra fan is not installed")
-    package = fan.import_package()
+    package = fan.import_face_alignment()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     mean = FaceBasis.load(BASIS).mean
     folder = tmp_path / "hub" / "checkpoints"
@@ -158,17 +158,17 @@ def test_the_network_itself_with_planted_weights(
 
     monkeypatch.setattr("face_alignment.utils.download_url_to_file", offline)
     with pytest.raises(WeightsError, match=rf"{WEIGHTS} and cannot be fetched .*no network"):
-        Fan(detector, mean)
+        FanLandmarker(detector, mean)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(b"not weights")
     with pytest.raises(WeightsError, match=rf"{WEIGHTS} does not load .*\): delete it"):
-        Fan(detector, mean)
+        FanLandmarker(detector, mean)
     shapes = {name: entry.shape for name, entry in package.models.FAN(4).state_dict().items()}
     noise = torch.rand(max(shape.numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0))
     torch.save({name: noise[: shape.numel()].view(shape) for name, shape in shapes.items()}, folder / WEIGHTS)
-    finder = Fan(detector, mean)
-    image = read_image(example("source.jpg"))
-    points = finder.look(image, (100.0, 50.0, 300.0))
+    finder = FanLandmarker(detector, mean)
+    image = read_image(example_path("source.jpg"))
+    points = finder.predict_points(image, (100.0, 50.0, 300.0))
     assert points.shape == (68, 2)
     assert (points >= (100, 50)).all()
     assert (points <= (400, 350)).all()

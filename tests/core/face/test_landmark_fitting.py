@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face import landmark_fitting as fitting
-from export3d_cli.core.face.fan_tracker import Dialect
-from export3d_cli.core.face.landmark_fitting import SEEN, FaceBasis, Fit, fit_frames, fit_neutral
+from export3d_cli.core.face.fan_tracker import BetaCalibration
+from export3d_cli.core.face.landmark_fitting import OBSERVABLE, FaceBasis, FaceFit, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, canonical_face
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, load_canonical_face
 from export3d_cli.core.runtime.camera import rotation_from_angles
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.weights import weights_dir
@@ -32,14 +32,14 @@ def person(basis: FaceBasis) -> np.ndarray:
     return basis.mean + np.tensordot(0.8 * size, basis.identity, 1)
 
 
-def seen(basis: FaceBasis, neutral: np.ndarray, poses: list[tuple[float, ...]], **expression: float) -> Fit:
+def seen(basis: FaceBasis, neutral: np.ndarray, poses: list[tuple[float, ...]], **expression: float) -> FaceFit:
     """The face as it is seen in each pose, with coefficients of these names."""
     coefficients = np.zeros((len(poses), len(ARKIT_NAMES)))
     for name, value in expression.items():
         coefficients[:, [i for i, known in enumerate(ARKIT_NAMES) if known.startswith(name)]] = value
     rotation = np.stack([rotation_from_angles(*pose) for pose in poses])
     centre = np.array([0.02, -0.03, 2.6]) + 0.01 * np.arange(len(poses))[:, None]
-    return Fit(rotation, centre, coefficients, basis.shape(neutral, coefficients))
+    return FaceFit(rotation, centre, coefficients, basis.deform(neutral, coefficients))
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -55,12 +55,12 @@ def test_pose_and_coefficients_of_exact_landmarks(
     basis: FaceBasis, person: np.ndarray, expression: dict[str, float]
 ) -> None:
     truth = seen(basis, person, POSES, **expression)
-    found = fit_frames(truth.projected(), basis, person)
+    found = fit_frames(truth.project(), basis, person)
     assert apart(truth.rotation, found.rotation).max() < 1.5
     np.testing.assert_allclose(found.centre, truth.centre, atol=0.03)
     assert np.abs(found.coefficients - truth.coefficients).max() < 0.3
     assert np.abs(found.coefficients - truth.coefficients).mean() < 0.02
-    assert np.linalg.norm(found.projected() - truth.projected(), axis=-1).mean() < 0.5 / 256
+    assert np.linalg.norm(found.project() - truth.project(), axis=-1).mean() < 0.5 / 256
 
 
 def test_without_a_prior_the_fit_is_exact(
@@ -69,8 +69,8 @@ def test_without_a_prior_the_fit_is_exact(
     for name, value in {"SPARSITY": 0, "COEFFICIENT_SD": 1e4, "STEPS": 12, "SWEEPS": 150}.items():
         monkeypatch.setattr(fitting, name, value)
     truth = seen(basis, person, POSES[:4], jawOpen=0.5, eyeBlink=0.6, mouthSmile=0.4)
-    found = fit_frames(truth.projected(), basis, person)
-    np.testing.assert_allclose(found.projected(), truth.projected(), atol=1e-4)
+    found = fit_frames(truth.project(), basis, person)
+    np.testing.assert_allclose(found.project(), truth.project(), atol=1e-4)
     assert apart(truth.rotation, found.rotation).max() < 0.1
     assert np.abs(found.coefficients - truth.coefficients).max() < 0.05
 
@@ -78,24 +78,24 @@ def test_without_a_prior_the_fit_is_exact(
 def test_the_face_at_rest_is_found_while_it_moves(basis: FaceBasis, person: np.ndarray) -> None:
     poses = [(yaw, 5.0 * np.sin(yaw), 0.0) for yaw in range(-30, 31, 5)]
     parts = [seen(basis, person, poses[i::3], jawOpen=0.3 * i, eyeBlink=0.5 * (2 - i)) for i in range(3)]
-    found = fit_neutral(np.concatenate([part.projected() for part in parts]), basis)
+    found = fit_neutral(np.concatenate([part.project() for part in parts]), basis)
     before = np.linalg.norm(basis.mean - person, axis=1).mean()
     assert np.linalg.norm(found - person, axis=1).mean() < 0.5 * before
 
 
 def test_coefficients_keep_to_their_bounds_whatever_is_seen(basis: FaceBasis) -> None:
     rng = np.random.default_rng(0)
-    points = seen(basis, basis.mean, POSES).projected() + rng.normal(0, 0.03, (len(POSES), 68, 2))
+    points = seen(basis, basis.mean, POSES).project() + rng.normal(0, 0.03, (len(POSES), 68, 2))
     found = fit_frames(points, basis, basis.mean)
     assert found.coefficients.min() >= 0
     assert found.coefficients.max() <= 1
-    assert (found.coefficients[:, ~SEEN] == 0).all()
+    assert (found.coefficients[:, ~OBSERVABLE] == 0).all()
     assert np.isfinite(found.centre).all()
 
 
 def test_a_mirrored_face_has_mirrored_coefficients(basis: FaceBasis) -> None:
     truth = seen(basis, basis.mean, [(20, 5, 3)], mouthSmileLeft=0.8, eyeBlinkRight=0.7)
-    points = truth.projected()
+    points = truth.project()
     mirrored = points[:, list(IBUG68_MIRROR)] * [-1, 1] + [1, 0]
     one, two = (fit_frames(p, basis, basis.mean).coefficients[0] for p in (points, mirrored))
     swap = {"Left": "Right", "Right": "Left"}
@@ -106,7 +106,7 @@ def test_a_mirrored_face_has_mirrored_coefficients(basis: FaceBasis) -> None:
 
 
 def test_the_basis_lies_on_the_canonical_face_and_is_symmetric(basis: FaceBasis) -> None:
-    canonical = canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
+    canonical = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
     assert np.linalg.norm(basis.mean - canonical, axis=1).mean() < 0.02  # 1 cm
     np.testing.assert_allclose(basis.mean[list(IBUG68_MIRROR)], basis.mean * [-1, 1, 1], atol=2e-3)
     jaw = basis.expression[ARKIT_NAMES.index("jawOpen")]
@@ -125,4 +125,4 @@ def test_damaged_files_are_weights_errors(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match="install"):
             FaceBasis.load(path)
         with pytest.raises(WeightsError, match="install"):
-            Dialect.load(path)
+            BetaCalibration.load(path)

@@ -149,7 +149,7 @@ def test_a_face_behind_a_mask_or_dark_glasses(landmarker: Landmarker, photo: np.
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
 def test_how_a_photo_must_be_turned(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
     """Turned anticlockwise by so many quarters; upside down, the landmark network sees an upright face."""
-    assert landmarker.upright_turn(np.rot90(photo, quarters)) == 90 * quarters
+    assert landmarker.rotation_to_upright(np.rot90(photo, quarters)) == 90 * quarters
 
 
 def test_no_face(landmarker: Landmarker) -> None:
@@ -157,7 +157,7 @@ def test_no_face(landmarker: Landmarker) -> None:
     assert landmarker.detect(black) == []
     assert landmarker.find(black) is None
     assert landmarker.find_all(black) == []
-    assert landmarker.upright_turn(black) is None
+    assert landmarker.rotation_to_upright(black) is None
     for shape in ((1, 1, 3), (1, 3000, 3), (3000, 2, 3)):
         assert landmarker.find(np.zeros(shape, np.uint8)) is None
 

@@ -8,23 +8,23 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.matting import PersonMask, _strands, _without_holes, foreground
+from export3d_cli.core.face.matting import PersonMatting, _fill_holes, _find_hair_strands, estimate_foreground
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.weights import example, resolve
+from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    return cv2.resize(read_image(example("source.jpg")), (256, 256), interpolation=cv2.INTER_AREA)
+    return cv2.resize(read_image(example_path("source.jpg")), (256, 256), interpolation=cv2.INTER_AREA)
 
 
 @pytest.fixture
-def mask() -> PersonMask:
-    return PersonMask(resolve("selfie_segmentation"))
+def mask() -> PersonMatting:
+    return PersonMatting(resolve_weights("selfie_segmentation"))
 
 
-def test_the_person_is_in_the_middle_and_not_in_the_corners(mask: PersonMask, photo: np.ndarray) -> None:
+def test_the_person_is_in_the_middle_and_not_in_the_corners(mask: PersonMatting, photo: np.ndarray) -> None:
     alpha = mask.alpha(photo)
     assert alpha.shape == (256, 256)
     assert alpha.dtype == np.float32
@@ -34,14 +34,14 @@ def test_the_person_is_in_the_middle_and_not_in_the_corners(mask: PersonMask, ph
     assert mask.alpha(photo[:, :200]).shape == (256, 200)
 
 
-def test_noise_moves_a_followed_mask_less_and_a_new_picture_at_once(mask: PersonMask, photo: np.ndarray) -> None:
+def test_noise_moves_a_followed_mask_less_and_a_new_picture_at_once(mask: PersonMatting, photo: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     noisy = [np.clip(photo + rng.normal(0, 12, photo.shape), 0, 255).astype(np.uint8) for _ in range(6)]
     alone = np.stack([mask.alpha(frame) for frame in noisy])
-    followed = np.stack([mask.follow(frame) for frame in noisy])
+    followed = np.stack([mask.next_alpha(frame) for frame in noisy])
     assert np.abs(np.diff(followed[1:], axis=0)).mean() < 0.7 * np.abs(np.diff(alone[1:], axis=0)).mean()
     turned = np.ascontiguousarray(photo[::-1])
-    assert np.abs(mask.follow(turned) - mask.alpha(turned)).mean() < 0.02
+    assert np.abs(mask.next_alpha(turned) - mask.alpha(turned)).mean() < 0.02
 
 
 def test_small_gaps_in_the_person_are_filled_and_others_are_not() -> None:
@@ -50,11 +50,11 @@ def test_small_gaps_in_the_person_are_filled_and_others_are_not() -> None:
     whole = mask.copy()
     mask[100:120, 100:120] = 0  # within the person
     mask[240:, 100:120] = 0  # open to the picture's border
-    filled = _without_holes(mask)
+    filled = _fill_holes(mask)
     np.testing.assert_array_equal(filled[:240], whole[:240])
     assert filled[250, 110] == 0
     mask[100:140, 100:140] = 0  # large: between an arm and the body
-    assert _without_holes(mask)[120, 120] == 0
+    assert _fill_holes(mask)[120, 120] == 0
 
 
 def test_hair_that_stands_off_is_found_by_its_colour() -> None:
@@ -63,7 +63,7 @@ def test_hair_that_stands_off_is_found_by_its_colour() -> None:
     mask[100:, 80:180] = 1
     picture[100:, 80:180] = 0.2
     picture[94:100, 120:124] = picture[120:124, 180:192] = 0.2  # strands that the mask misses
-    found = _strands(picture.astype(np.float32), mask)
+    found = _find_hair_strands(picture.astype(np.float32), mask)
     assert found[95:100, 121:123].min() > 0.8
     assert found[121:123, 180:184].min() > 0.8
     assert found[95, 140] == found[140, 186] == found[60, 60] == 0  # beside them, and far away, as before
@@ -74,7 +74,7 @@ def test_what_shines_through_at_an_edge_is_taken_out() -> None:
     alpha = np.tile(np.clip((np.arange(256) - 120) / 8, 0, 1), (256, 1)).astype(np.float32)
     red, green = np.array([200, 40, 40]), np.array([20, 220, 20])
     image = (alpha[..., None] * red + (1 - alpha[..., None]) * green).round().astype(np.uint8)
-    colours = foreground(image, alpha)
+    colours = estimate_foreground(image, alpha)
     edge = colours[128, 122:128].astype(int)  # alpha from 0.25 to 0.9
     assert np.abs(edge - red).max() <= 20
     assert colours[:, :60].max() == 0  # far from the person nothing hides behind alpha 0
@@ -82,7 +82,7 @@ def test_what_shines_through_at_an_edge_is_taken_out() -> None:
 
 def test_a_missing_network_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="install export3d-cli again"):
-        PersonMask(tmp_path / "none.tflite")
+        PersonMatting(tmp_path / "none.tflite")
     (tmp_path / "bad.tflite").write_bytes(b"nothing")
     with pytest.raises(WeightsError, match=r"bad\.tflite"):
-        PersonMask(tmp_path / "bad.tflite")
+        PersonMatting(tmp_path / "bad.tflite")

@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarks import RIGID, RIGID_WEIGHTS, CanonicalFace, canonical_face
+from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS, CanonicalFace, load_canonical_face
 from export3d_cli.core.face.motion import (
     BETA_NAMES,
     CROP_SCALE,
-    RELIEF,
-    Z_SCALE,
+    RELIEF_SCALE,
+    TRACKER_Z_SCALE,
+    LandmarkerTracker,
     Motion,
-    Tracker,
-    clip_crop,
+    compute_measures,
     crop_image,
     fit_cameras,
-    head_points,
-    measures,
+    fit_clip_crop,
+    landmarks_to_head_frame,
     mirror_beta,
     mirror_camera,
     mirror_landmarks,
@@ -33,7 +33,7 @@ from export3d_cli.core.face.motion import (
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import FOCAL, Camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 BUNDLE = weights_dir() / "face_landmarker.task"
 POSES = [(0, 0, 0), (20, 0, 0), (-20, 0, 0), (0, 15, 0), (0, -15, 0), (0, 0, 25), (30, 10, -10), (-35, -12, 8)]
@@ -41,19 +41,19 @@ POSES = [(0, 0, 0), (20, 0, 0), (-20, 0, 0), (0, 15, 0), (0, -15, 0), (0, 0, 25)
 
 @pytest.fixture(scope="module")
 def canonical() -> CanonicalFace:
-    return canonical_face(BUNDLE)
+    return load_canonical_face(BUNDLE)
 
 
 @pytest.fixture(scope="module")
-def tracker() -> Tracker:
-    return Tracker(BUNDLE)
+def tracker() -> LandmarkerTracker:
+    return LandmarkerTracker(BUNDLE)
 
 
 def seen(points: np.ndarray, camera: Camera) -> np.ndarray:
     """Landmarks (478, 3) in crop units of a tracker without error: z from the rigid points' mean, as flat as its."""
     depth = ((points - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
-    middle = np.average(depth[list(RIGID)], weights=list(RIGID_WEIGHTS.values()))
-    return np.column_stack([camera.project(points), (depth / middle - 1) * FOCAL / Z_SCALE])
+    middle = np.average(depth[list(RIGID_POINTS)], weights=list(RIGID_WEIGHTS.values()))
+    return np.column_stack([camera.project(points), (depth / middle - 1) * FOCAL / TRACKER_Z_SCALE])
 
 
 @pytest.mark.parametrize("pose", POSES)
@@ -85,17 +85,17 @@ def test_a_moved_and_rescaled_head_moves_the_camera_only(canonical: CanonicalFac
 def test_head_points_give_the_head_back(canonical: CanonicalFace) -> None:
     cameras = [Camera.orbit(*pose) for pose in POSES]
     landmarks = np.stack([seen(canonical.points, camera) for camera in cameras])
-    vectors = np.stack([camera.vector() for camera in cameras])
-    points = head_points(landmarks, vectors, 1.0)
+    vectors = np.stack([camera.to_vector() for camera in cameras])
+    points = landmarks_to_head_frame(landmarks, vectors, 1.0)
     assert points.dtype == np.float32
     np.testing.assert_allclose(points, np.broadcast_to(canonical.points, points.shape), atol=1e-4)
 
 
 def test_relief_flattens_a_head_along_the_rays(canonical: CanonicalFace) -> None:
     camera = Camera.orbit(0.0)
-    landmarks, vector = seen(canonical.points, camera)[None], camera.vector()[None]
-    flat, full = head_points(landmarks, vector)[0], head_points(landmarks, vector, 1.0)[0]
-    assert np.ptp(flat[:, 2]) / np.ptp(full[:, 2]) == pytest.approx(RELIEF, rel=1e-3)
+    landmarks, vector = seen(canonical.points, camera)[None], camera.to_vector()[None]
+    flat, full = landmarks_to_head_frame(landmarks, vector)[0], landmarks_to_head_frame(landmarks, vector, 1.0)[0]
+    assert np.ptp(flat[:, 2]) / np.ptp(full[:, 2]) == pytest.approx(RELIEF_SCALE, rel=1e-3)
     np.testing.assert_allclose(camera.project(flat), camera.project(full), atol=1e-5)
 
 
@@ -105,13 +105,13 @@ def test_head_points_project_to_the_landmarks(canonical: CanonicalFace) -> None:
     landmarks = np.stack([seen(canonical.points, Camera.orbit(*pose)) for pose in POSES])
     landmarks += rng.normal(0, 0.01, landmarks.shape)
     cameras = fit_cameras(landmarks, canonical.points)
-    for row, points, camera in zip(landmarks, head_points(landmarks, cameras), cameras, strict=True):
+    for row, points, camera in zip(landmarks, landmarks_to_head_frame(landmarks, cameras), cameras, strict=True):
         np.testing.assert_allclose(Camera.from_vector(camera).project(points), row[:, :2], atol=1e-5)
 
 
 def test_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:
     def of(points: np.ndarray) -> dict[str, float]:
-        return dict(zip(BETA_NAMES[52:], measures(points[None])[0], strict=True))
+        return dict(zip(BETA_NAMES[52:], compute_measures(points[None])[0], strict=True))
 
     still = of(canonical.points)
     assert still["eyeOpeningLeft"] == pytest.approx(still["eyeOpeningRight"], rel=0.05)
@@ -133,7 +133,7 @@ def test_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:
 def test_mirrors_are_their_own_inverse(canonical: CanonicalFace) -> None:
     rng = np.random.default_rng(0)
     beta, landmarks = rng.normal(size=(3, 64)).astype(np.float32), rng.random((3, 478, 3))
-    camera = np.stack([Camera.orbit(a, b, c).vector() for a, b, c in POSES[:3]])
+    camera = np.stack([Camera.orbit(a, b, c).to_vector() for a, b, c in POSES[:3]])
     np.testing.assert_array_equal(mirror_beta(mirror_beta(beta)), beta)
     np.testing.assert_array_equal(mirror_camera(mirror_camera(camera)), camera)
     np.testing.assert_array_equal(canonical.mirror[canonical.mirror], np.arange(478))
@@ -142,24 +142,24 @@ def test_mirrors_are_their_own_inverse(canonical: CanonicalFace) -> None:
 
 
 def test_mirrored_camera_turns_the_other_way() -> None:
-    mirrored = Camera.from_vector(mirror_camera(Camera.orbit(20, 10, 5).vector()))
+    mirrored = Camera.from_vector(mirror_camera(Camera.orbit(20, 10, 5).to_vector()))
     assert mirrored.angles() == pytest.approx((-20, 10, -5), abs=1e-4)
 
 
 def test_mirrored_points_lie_on_the_mirrored_head(canonical: CanonicalFace) -> None:
-    landmarks, camera = seen(canonical.points, Camera.orbit(25, 10, 5))[None], Camera.orbit(25, 10, 5).vector()[None]
-    direct = head_points(landmarks, camera)[:, canonical.mirror] * [-1, 1, 1]
-    mirrored = head_points(mirror_landmarks(landmarks, canonical.mirror), mirror_camera(camera))
+    landmarks, camera = seen(canonical.points, Camera.orbit(25, 10, 5))[None], Camera.orbit(25, 10, 5).to_vector()[None]
+    direct = landmarks_to_head_frame(landmarks, camera)[:, canonical.mirror] * [-1, 1, 1]
+    mirrored = landmarks_to_head_frame(mirror_landmarks(landmarks, canonical.mirror), mirror_camera(camera))
     np.testing.assert_allclose(mirrored, direct, atol=2e-3)  # the canonical face is all but symmetric
 
 
-def test_mirror_agrees_with_tracking_the_flipped_picture(tracker: Tracker) -> None:
-    image = read_image(example("source.jpg"))
+def test_mirror_agrees_with_tracking_the_flipped_picture(tracker: LandmarkerTracker) -> None:
+    image = read_image(example_path("source.jpg"))
     size = (image.shape[1], image.shape[0])
 
     def track(picture: np.ndarray) -> Motion:
-        face = tracker.follow([picture] * 3)[-1]
-        return tracker.motion([face], Fraction(25), size, crop=(0.0, 0.0, float(size[0])))
+        face = tracker.track_frames([picture] * 3)[-1]
+        return tracker.make_motion([face], Fraction(25), size, crop=(0.0, 0.0, float(size[0])))
 
     own, flipped = track(image), track(np.ascontiguousarray(image[:, ::-1]))
     expected = mirror_landmarks(own.landmarks, tracker.canonical.mirror)
@@ -189,7 +189,7 @@ def boxes(nose: tuple[float, float], side: float, frames: int = 3) -> np.ndarray
 )  # fmt: skip
 def test_crop_is_a_square_around_the_nose(x: float, y: float, part: float, size: tuple[int, int]) -> None:
     nose, box = (x * size[0], y * size[1]), part * min(size)
-    x0, y0, side = clip_crop(boxes(nose, box), size)
+    x0, y0, side = fit_clip_crop(boxes(nose, box), size)
     assert (x0 + side / 2, y0 + side / 2) == pytest.approx(nose, abs=1e-6 * max(size))
     wanted, least = CROP_SCALE
     assert least * box * (1 - 1e-9) <= side <= wanted * box * (1 + 1e-9)
@@ -201,13 +201,13 @@ def test_crop_is_a_square_around_the_nose(x: float, y: float, part: float, size:
 
 def test_crop_is_steady_against_one_wild_frame() -> None:
     pixels = boxes((500, 400), 200, frames=9)
-    expected = clip_crop(pixels, (1000, 800))
+    expected = fit_clip_crop(pixels, (1000, 800))
     pixels[4] = boxes((20, 20), 40, frames=1)
-    assert clip_crop(pixels, (1000, 800)) == pytest.approx(expected)
+    assert fit_clip_crop(pixels, (1000, 800)) == pytest.approx(expected)
 
 
 def test_crop_scales_with_the_picture() -> None:
-    small, large = clip_crop(boxes((50, 45), 30), (100, 90)), clip_crop(boxes((100, 90), 60), (200, 180))
+    small, large = fit_clip_crop(boxes((50, 45), 30), (100, 90)), fit_clip_crop(boxes((100, 90), 60), (200, 180))
     assert large == pytest.approx([2 * v for v in small])
 
 
@@ -231,27 +231,27 @@ def face(points: np.ndarray, value: float = 0.0) -> Face:
     return Face(points.astype(np.float32), np.full(52, value, np.float32), 1.0)
 
 
-def test_frames_without_a_face_repeat_the_last(tracker: Tracker) -> None:
+def test_frames_without_a_face_repeat_the_last(tracker: LandmarkerTracker) -> None:
     points = seen(tracker.canonical.points, Camera.orbit(0)) * 100
     faces = [None, face(points, 0.1), None, face(points + [5, 0, 0], 0.2), None]
-    motion = tracker.motion(faces, Fraction(30), (100, 100), crop=(0.0, 0.0, 100.0))
+    motion = tracker.make_motion(faces, Fraction(30), (100, 100), crop=(0.0, 0.0, 100.0))
     assert motion.found.tolist() == [False, True, False, True, False]
     np.testing.assert_allclose(motion.beta[:, 0], [0.1, 0.1, 0.1, 0.2, 0.2])
     np.testing.assert_array_equal(motion.landmarks[0], motion.landmarks[2])
     np.testing.assert_allclose(motion.landmarks[4] - motion.landmarks[0], [[0.05, 0, 0]] * 478, atol=1e-6)
     with pytest.raises(NoFaceError):
-        tracker.motion([None, None], Fraction(30), (100, 100))
+        tracker.make_motion([None, None], Fraction(30), (100, 100))
 
 
-def test_parts_make_no_difference(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_make_no_difference(tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     points = [
         seen(tracker.canonical.points, Camera.orbit(5 * i)) * 100 + rng.normal(0, 0.3, (478, 3)) for i in range(7)
     ]
     faces = [face(row, i / 10) if i != 3 else None for i, row in enumerate(points)]
-    whole = tracker.motion(faces, Fraction(30), (100, 100))
-    monkeypatch.setattr("export3d_cli.core.face.motion.PART", 2)
-    parts = tracker.motion(faces, Fraction(30), (100, 100))
+    whole = tracker.make_motion(faces, Fraction(30), (100, 100))
+    monkeypatch.setattr("export3d_cli.core.face.motion.CHUNK_FRAMES", 2)
+    parts = tracker.make_motion(faces, Fraction(30), (100, 100))
     for name in ("beta", "camera", "landmarks", "found"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)
     before = np.stack([row.landmarks for row in faces if row is not None])
@@ -264,7 +264,7 @@ def motion(canonical: CanonicalFace) -> Motion:
     landmarks = np.stack([seen(canonical.points, camera) for camera in cameras]).astype(np.float32)
     beta = np.random.default_rng(0).random((3, 64)).astype(np.float32)
     found = np.array([True, False, True])
-    vectors = np.stack([camera.vector() for camera in cameras])
+    vectors = np.stack([camera.to_vector() for camera in cameras])
     return Motion(beta, vectors, landmarks, found, Fraction(30000, 1001), (-3.5, 2.25, 100.0), (640, 480))
 
 

@@ -17,10 +17,10 @@ from export3d_cli.core.face import fan_tracker as fan
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.open_tracker import landmark_tracker, open_tracker
+from export3d_cli.core.face.open_tracker import open_landmarker_tracker, open_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
-from export3d_cli.core.runtime.weights import example, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 from export3d_cli.main import cli
 
 MakeClip = Callable[..., Path]
@@ -35,16 +35,16 @@ MakeClip = Callable[..., Path]
     ],
 )
 def test_a_portrait_that_does_not_stand_upright(animator: Animator, quarters: int, told: str) -> None:
-    photo = np.ascontiguousarray(np.rot90(read_image(example("source.jpg")), quarters))
+    photo = np.ascontiguousarray(np.rot90(read_image(example_path("source.jpg")), quarters))
     with pytest.raises(NoFaceError, match=f"the face in photo {told}"):
         animator.set_source(photo, name="photo")
 
 
 def test_small_faces_are_found_by_the_tracker_that_commands_use() -> None:
-    photo = read_image(example("source.jpg"))[::8, ::8]
+    photo = read_image(example_path("source.jpg"))[::8, ::8]
     canvas = np.full((720, 1280, 3), 90, np.uint8)
     canvas[600 : 600 + len(photo), 1000 : 1000 + photo.shape[1]] = photo
-    assert landmark_tracker().landmarker.find(canvas) is not None
+    assert open_landmarker_tracker().landmarker.find(canvas) is not None
 
 
 def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fan, "_load_network", lambda device: StandIn())
     out = tmp_path / "a.motion.npz"
     preprocess([make_clip("clip.mp4")], out, tracker="fan")
-    motion = Motion.load(out, points=(68,))
+    motion = Motion.load(out, landmark_counts=(68,))
     assert motion.found.all()
     with pytest.raises(InputError, match="478"):  # it is no source
         Motion.load(out)
@@ -76,7 +76,7 @@ def test_without_its_package_fan_says_what_to_install(monkeypatch: pytest.Monkey
     with pytest.raises(WeightsError, match=r"pip install 'export3d-cli\[fan\]'") as caught:
         open_tracker("fan", device="cpu")
     assert caught.value.exit_code == 4
-    command = ["preprocess", str(example("drive.mp4")), "-o", str(tmp_path / "a.motion.npz"), "--tracker", "fan"]
+    command = ["preprocess", str(example_path("drive.mp4")), "-o", str(tmp_path / "a.motion.npz"), "--tracker", "fan"]
     result = CliRunner().invoke(cli, command)
     assert isinstance(result.exception, WeightsError) or result.exit_code == 4
     assert not (tmp_path / "a.motion.npz").exists()

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.motion import Square, crop_image
-from export3d_cli.core.face.padded_crop import photo_crop
+from export3d_cli.core.face.padded_crop import crop_with_padding
 
 STRIPES = np.tile(np.repeat([40, 200], 4).astype(np.uint8)[None, :, None], (96, 12, 3))  # 96 x 96, 8 pixels a period
 
 
 @pytest.mark.parametrize("square", [(0.0, 0.0, 96.0), (10.5, 3.25, 60.0)])
 def test_within_the_photo_it_is_the_photo(square: Square) -> None:
-    np.testing.assert_array_equal(photo_crop(STRIPES, square, 64), crop_image(STRIPES, square, 64))
+    np.testing.assert_array_equal(crop_with_padding(STRIPES, square, 64), crop_image(STRIPES, square, 64))
 
 
 @pytest.mark.parametrize("scale", [1, 8])
 def test_stripes_end_softly_and_keep_their_light(scale: int) -> None:
-    crop = photo_crop(STRIPES, (0.0, 48.0, 96.0), 96 * scale)  # its lower half is beyond
+    crop = crop_with_padding(STRIPES, (0.0, 48.0, 96.0), 96 * scale)  # its lower half is beyond
     shown = crop_image(STRIPES, (0.0, 48.0, 96.0), 96 * scale)
     np.testing.assert_array_equal(crop[: 48 * scale], shown[: 48 * scale])
     middle = crop[:, 40 * scale : -40 * scale]  # two periods
@@ -30,6 +30,6 @@ def test_stripes_end_softly_and_keep_their_light(scale: int) -> None:
 
 def test_a_corner_is_the_farther_beyond() -> None:
     gradient = np.repeat(np.arange(96, dtype=np.uint8)[:, None, None] * 2, 96, axis=1).repeat(3, axis=2)
-    crop = photo_crop(gradient, (40.0, 40.0, 96.0), 96)
+    crop = crop_with_padding(gradient, (40.0, 40.0, 96.0), 96)
     np.testing.assert_array_equal(crop[:56, :56], gradient[40:, 40:])
     assert crop.shape == (96, 96, 3) and crop[80, 80].min() > 150  # of the nearest corner

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import MotionFilter, Smooth
+from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
 from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
 
 NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # what the tracker's own comes to
@@ -36,7 +36,7 @@ def speaking(t: np.ndarray) -> Track:
 
 def motion_of(track: Track, fps: Fraction = FPS) -> Motion:
     T = len(track.beta)
-    cameras = np.repeat(Camera.orbit(0).vector()[None], T, axis=0)
+    cameras = np.repeat(Camera.orbit(0).to_vector()[None], T, axis=0)
     cameras = with_head_pose(cameras, rotation_exp(track.turn), track.centre)
     points = np.zeros((T, 0, 3), np.float32)
     return Motion(track.beta.astype(np.float32), cameras, points, np.ones(T, bool), fps, (0.0, 0.0, 1.0), (1, 1))
@@ -66,13 +66,13 @@ def lag(out: np.ndarray, truth: np.ndarray) -> float:
     return float(shifts[np.argmin(error)])
 
 
-def measure(smooth: Smooth, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
+def measure(smooth: SmoothingLevel, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
     """Jitter of a still face, as a share of the unfiltered, and lag in frames of a speaking one; per signal."""
     t = np.arange(round(20 * fps)) / float(fps)
     still = noisy(Track(*(np.repeat(x[:1], len(t), axis=0) for x in speaking(t))))
     moving, given = speaking(t), noisy(speaking(t))
-    calm = track_of(MotionFilter(smooth, fps)(motion_of(still, fps)))
-    followed = track_of(MotionFilter(smooth, fps)(motion_of(given, fps)))
+    calm = track_of(MotionSmoother(smooth, fps)(motion_of(still, fps)))
+    followed = track_of(MotionSmoother(smooth, fps)(motion_of(given, fps)))
     columns = {"jaw": ("beta", 24), "blink": ("beta", 8), "yaw": ("turn", 1), "x": ("centre", 0), "z": ("centre", 2)}
     return {
         name: (
@@ -86,23 +86,23 @@ def measure(smooth: Smooth, fps: Fraction = FPS) -> dict[str, tuple[float, float
 @pytest.mark.parametrize(
     ("smooth", "most_jitter", "most_lag"), [("off", 1.001, 0.01), ("light", 0.5, 0.99), ("strong", 0.3, 2.5)]
 )
-def test_jitter_falls_and_lag_stays_small(smooth: Smooth, most_jitter: float, most_lag: float) -> None:
+def test_jitter_falls_and_lag_stays_small(smooth: SmoothingLevel, most_jitter: float, most_lag: float) -> None:
     for name, (left, late) in measure(smooth).items():
         assert left <= most_jitter, f"{name} keeps {left:.2f} of its jitter"
         assert late <= most_lag, f"{name} comes {late:.2f} frames late"
 
 
 @pytest.mark.parametrize("smooth", ["light", "strong"])
-def test_what_stands_still_stays_to_the_bit(smooth: Smooth) -> None:
+def test_what_stands_still_stays_to_the_bit(smooth: SmoothingLevel) -> None:
     one = speaking(np.array([0.3]))
-    motion = MotionFilter(smooth, FPS)(motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one))))
+    motion = MotionSmoother(smooth, FPS)(motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one))))
     np.testing.assert_array_equal(motion.beta, motion.beta[:1].repeat(50, axis=0))
     np.testing.assert_array_equal(motion.camera, motion.camera[:1].repeat(50, axis=0))
 
 
 def test_a_long_driver_takes_no_more_memory_than_a_short_one() -> None:
     part = motion_of(noisy(speaking(np.arange(8) / 25)))
-    smoothed = MotionFilter("light", FPS)
+    smoothed = MotionSmoother("light", FPS)
     smoothed(part)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -117,7 +117,7 @@ def test_parts_and_frames_without_a_face() -> None:
     """One pass in parts gives what one pass at once gives; a frame without a face repeats the last one shown."""
     whole = motion_of(noisy(speaking(np.arange(30) / 25)))
     whole.found[10:13] = False
-    at_once, parts = MotionFilter("light", FPS), MotionFilter("light", FPS)
+    at_once, parts = MotionSmoother("light", FPS), MotionSmoother("light", FPS)
     expected = at_once(whole)
     cut = [[0, 7], [7, 8], [8, 30]]
     got = [
@@ -134,5 +134,5 @@ def test_rotation_vectors_and_back() -> None:
     vectors = np.random.default_rng(0).standard_normal((50, 3))
     vectors *= np.linspace(0, 3.1, 50)[:, None] / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(rotation_log(rotation_exp(vectors)), vectors, atol=1e-7)
-    cameras = np.stack([Camera.orbit(20, -10, 5, radius=3).vector(), Camera.orbit(-40).vector()])
+    cameras = np.stack([Camera.orbit(20, -10, 5, radius=3).to_vector(), Camera.orbit(-40).to_vector()])
     np.testing.assert_allclose(with_head_pose(cameras, *head_pose(cameras)), cameras, atol=1e-6)

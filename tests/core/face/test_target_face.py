@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.target_face import Follower
+from export3d_cli.core.face.target_face import TargetFaceTracker
 from export3d_cli.core.runtime.errors import InputError
 
 Row = Sequence[tuple[float, float]]  # centre and size of each face of a frame
@@ -53,7 +53,7 @@ def place(face: Face) -> float:
 def followed(rows: Sequence[Row], which: str = "largest", scenes: Sequence[int] = ()) -> list[float | None]:
     """Where the face is in each frame; `scenes` are the frames at which the picture changes."""
     seen = Seen(rows)
-    follow = Follower(seen, Fraction(5), which=which, name="film.mp4")  # type: ignore[arg-type]
+    follow = TargetFaceTracker(seen, Fraction(5), choice=which, name="film.mp4")  # type: ignore[arg-type]
     out, rng = [], np.random.default_rng(0)
     picture = rng.integers(0, 255, (8, 8, 3))
     for k in range(len(rows)):

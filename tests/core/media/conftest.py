@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from export3d_cli.core.media.probe import ffmpeg
+from export3d_cli.core.media.probe import ffmpeg_path
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def make(tmp_path):
 
     def run(name, *args):
         path = tmp_path / name
-        subprocess.run([ffmpeg(), "-loglevel", "error", "-y", *args, str(path)], check=True)
+        subprocess.run([ffmpeg_path(), "-loglevel", "error", "-y", *args, str(path)], check=True)
         return path
 
     return run

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.media.probe import ffmpeg, probe
+from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 
@@ -30,13 +30,13 @@ def frames() -> list[np.ndarray]:
 @pytest.mark.parametrize("sound", [False, True])
 def test_alpha_survives_in_videos(frames: list[np.ndarray], tmp_path: Path, name: str, sound: bool) -> None:
     tone = tmp_path / "tone.wav"
-    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=f=400:d=1", str(tone)], check=True)
+    subprocess.run([ffmpeg_path(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=f=400:d=1", str(tone)], check=True)
     audio = tone if sound else None
     with VideoWriter(tmp_path / name, size=(64, 48), fps=Fraction(25), crf=4, alpha=True, audio=audio) as writer:
         for frame in frames:
             writer.write(frame)
     info = probe(tmp_path / name)
-    assert info.alpha
+    assert info.alpha_source
     assert info.has_audio is sound
     with VideoReader(tmp_path / name) as reader:
         seen = list(reader)  # over white

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from export3d_cli.core.media.probe import audio_codec, ffmpeg
+from export3d_cli.core.media.probe import audio_codec, ffmpeg_path
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 
 AT = 0.4  # seconds: when it flashes and beeps, for 0.2 s
@@ -77,7 +77,9 @@ CASES = [
 
 
 def run(*args: str) -> bytes:
-    done = subprocess.run([ffmpeg(), "-hide_banner", "-loglevel", "error", *args], capture_output=True, check=False)
+    done = subprocess.run(
+        [ffmpeg_path(), "-hide_banner", "-loglevel", "error", *args], capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 
@@ -127,7 +129,7 @@ def test_what_is_read_keeps_rate_length_and_step(tmp_path: Path, case: Case) -> 
     path = make(tmp_path, case)
     reader, frames, flash = copy(path, tmp_path / "out.mkv", path)
     info, fps = reader.info, Fraction(case.fps or case.rate)
-    assert (info.fps, frames, info.frames, info.width, info.height) == (fps, case.frames, case.frames, *case.shown)
+    assert (info.fps, frames, info.frame_count, info.width, info.height) == (fps, case.frames, case.frames, *case.shown)
     assert abs(info.duration - case.frames / fps) < 1 / fps
     assert {mark for mark in ("rotation", "vfr", "hdr", "interlaced", "alpha") if getattr(info, mark)} == set(
         case.marks
@@ -181,7 +183,7 @@ def test_what_is_written_keeps_rate_length_and_step(tmp_path: Path, case: Sound)
         return
     again = VideoReader(out)
     light = [frame.mean() > 100 for frame in again]
-    assert len(light) == again.info.frames == 30
+    assert len(light) == again.info.frame_count == 30
     assert light.index(True) == round(flash * Fraction(30000, 1001))
     if case.out == ".gif":  # counts hundredths of a second
         assert abs(again.info.fps - Fraction(30000, 1001)) < 0.5
@@ -205,7 +207,7 @@ def test_ten_minutes_stay_in_step(tmp_path: Path) -> None:
     run("-f", "lavfi", "-i", flash, "-f", "lavfi", "-i", beep, *X264, "-c:a", "libvorbis", str(path))
     with VideoReader(path) as reader:
         light = np.array([frame[0, 0, 0] > 100 for frame in reader])
-    assert (reader.info.fps, len(light)) == (fps, reader.info.frames)
+    assert (reader.info.fps, len(light)) == (fps, reader.info.frame_count)
     np.testing.assert_array_equal(np.flatnonzero(light[1:] & ~light[:-1]) + 1, first)
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     frames[1] = 255

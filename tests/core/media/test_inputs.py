@@ -64,7 +64,7 @@ def test_odd_sizes_keep_every_line(picture, size):
 )
 def test_transparency_lies_on_white(make, name, args, alpha):
     path = make(name, "-f", "lavfi", "-i", RED.replace("40", "40@0.5") + ",format=rgba", *args)
-    assert probe(path).alpha == alpha
+    assert probe(path).alpha_source == alpha
     assert np.abs(middle(path) - (np.array([0xC0, 0x30, 0x40]) + 255) / 2).max() < 10
 
 
@@ -75,7 +75,7 @@ HDR = ["-vf", "format=gray10le,geq=lum='X*1023/31',format=yuv420p10le", "-c:v", 
 def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
     tags = f"log-level=none:colorprim=bt2020:transfer={hdr}:colormatrix=bt2020nc"
     path = make("a.mp4", "-f", "lavfi", "-i", "color=gray:s=32x32:r=5:d=1", *HDR, tags)
-    assert probe(path).hdr == hdr
+    assert probe(path).hdr_transfer == hdr
     mapped, flat = VideoReader(path), VideoReader(path)
     assert mapped.notes == [f"{path}: high dynamic range, tone-mapped"]
     row = next(iter(mapped))[16].astype(int).mean(-1)
@@ -86,7 +86,7 @@ def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
     monkeypatch.setattr(video, "has_tone_mapping", lambda: False)
     flat = VideoReader(path)
     assert "cannot tone-map" in flat.notes[0]
-    assert "tonemap" not in flat._filters()
+    assert "tonemap" not in flat._filter_graph()
 
 
 def test_interlaced_video_is_made_whole(make):
@@ -107,7 +107,7 @@ def test_interlaced_video_is_made_whole(make):
 
 def test_one_frame_is_a_video(picture):
     path = picture("a.mp4", "25", 1)
-    assert probe(path).frames == 1
+    assert probe(path).frame_count == 1
     assert len(list(VideoReader(path))) == 1
     assert len(list(VideoReader(path, fps=Fraction(50)))) in (1, 2)
 
@@ -157,10 +157,10 @@ def folder(tmp_path):
 
 def test_a_folder_of_pictures_is_a_video(folder):
     reader = VideoReader(folder)
-    assert (reader.info.fps, reader.info.frames, reader.info.duration) == (25, 12, 0.48)
+    assert (reader.info.fps, reader.info.frame_count, reader.info.duration) == (25, 12, 0.48)
     assert [frame[0, 0, 0] for frame in reader] == [10 * i for i in range(12)]
     slow = VideoReader(folder, fps=Fraction(10), start=0.2, duration=0.5, size=(4, 3))
-    assert (slow.info.fps, slow.info.frames) == (10, 5)
+    assert (slow.info.fps, slow.info.frame_count) == (10, 5)
     assert [frame[0, 0, 0] for frame in slow] == [20, 30, 40, 50, 60]
     assert next(iter(slow)).shape == (3, 4, 3)
     assert audio_codec(folder) is None

@@ -12,9 +12,9 @@ def where(picture, colour):
 
 
 def test_a_line_runs_from_corner_to_corner():
-    picture = plot.curves("t", {"a": [(0, 0.0), (10, 5.0)]}, x_name="x", dots=True)
+    picture = plot.plot_curves("t", {"a": [(0, 0.0), (10, 5.0)]}, x_label="x", markers=True)
     assert picture.shape == (plot.HEIGHT, plot.WIDTH, 3)
-    drawn = where(picture, plot.palette(1)[0])
+    drawn = where(picture, plot.hue_palette(1)[0])
     (low_row, left), (top, right) = drawn[drawn[:, 1].argmin()], drawn[drawn[:, 1].argmax()]
     assert abs(left - plot.MARGIN) < 5 and abs(low_row - (plot.HEIGHT - plot.MARGIN)) < 5
     assert abs(right - (plot.WIDTH - plot.MARGIN // 2)) < 5 and abs(top - plot.MARGIN) < 5
@@ -35,8 +35,8 @@ def test_marks_of_a_logarithmic_axis_are_powers_of_ten():
 
 def test_several_lines_are_named_and_one_point_is_a_dot():
     lines = {"loss": [(3, 0.5)], "l2": [(3, 0.05)]}
-    picture = plot.curves("stage", lines, x_name="step", log=True)
-    assert all(len(where(picture, colour)) > 10 for colour in plot.palette(2))
+    picture = plot.plot_curves("stage", lines, x_label="step", log_y=True)
+    assert all(len(where(picture, colour)) > 10 for colour in plot.hue_palette(2))
     assert (picture[:, plot.WIDTH - 3 * plot.MARGIN + 8 :] < 200).any()
-    alone = plot.curves("stage", {"loss": lines["loss"]}, x_name="step", log=True)
+    alone = plot.plot_curves("stage", {"loss": lines["loss"]}, x_label="step", log_y=True)
     assert (alone[plot.HEIGHT // 2, -plot.MARGIN // 2 + 2 :] == 255).all()

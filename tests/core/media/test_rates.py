@@ -7,7 +7,7 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export3d_cli.core.face.motion import chosen_rows
+from export3d_cli.core.face.motion import resample_rows
 from export3d_cli.core.media import probe
 
 TELEVISION = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)]
@@ -21,8 +21,8 @@ def test_a_constant_rate_is_found_exactly_however_coarse_the_clock(
 ) -> None:
     tick = Fraction(1, ticks)
     times = [round((start + k) / rate / tick) * tick for k in range(frames)]
-    told = probe._number(f"{float(rate):.2f}".rstrip("0").rstrip(".") + " fps", "fps")  # as ffmpeg prints it
-    assert probe._rate(tick, times, told, told) == (rate, False)
+    told = probe._parse_rate(f"{float(rate):.2f}".rstrip("0").rstrip(".") + " fps", "fps")  # as ffmpeg prints it
+    assert probe._estimate_rate(tick, times, told, told) == (rate, False)
 
 
 @settings(deadline=None)
@@ -30,8 +30,8 @@ def test_a_constant_rate_is_found_exactly_however_coarse_the_clock(
 def test_holes_make_a_rate_variable_and_leave_it_what_it_is(rate: Fraction, frames: int, holes: set[int]) -> None:
     tick = Fraction(1, 90000)
     times = [round(k / rate / tick) * tick for k in range(frames) if k not in holes]
-    told = probe._number(f"{float(rate):.2f} tbr", "tbr")
-    fps, varies = probe._rate(tick, times, None, told)
+    told = probe._parse_rate(f"{float(rate):.2f} tbr", "tbr")
+    fps, varies = probe._estimate_rate(tick, times, None, told)
     assert varies
     assert fps == min(rate, Fraction(60))
 
@@ -43,7 +43,7 @@ def test_holes_make_a_rate_variable_and_leave_it_what_it_is(rate: Fraction, fram
 def test_rows_at_another_rate_last_as_long(
     count: int, own: Fraction, fps: Fraction, start: float, duration: float | None
 ) -> None:
-    rows = chosen_rows(count, own, fps, start, duration)
+    rows = resample_rows(count, own, fps, start, duration)
     first = round(start * own)
     last = count if duration is None else min(count, first + round(duration * own))
     if first >= last:

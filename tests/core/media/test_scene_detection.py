@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export3d_cli.core.media.scene_detection import SceneCuts
+from export3d_cli.core.media.scene_detection import SceneCutDetector
 
 
 def picture(seed: int) -> np.ndarray:
@@ -16,7 +16,7 @@ def picture(seed: int) -> np.ndarray:
 
 def told(frames: list[np.ndarray]) -> list[tuple[int, int]]:
     """Frames that begin another scene, and how many mixed ones came before each."""
-    cuts, rng = SceneCuts(), np.random.default_rng(0)
+    cuts, rng = SceneCutDetector(), np.random.default_rng(0)
     noisy = ((frame + rng.normal(0, 4, frame.shape)).clip(0, 255).astype(np.uint8) for frame in frames)
     return [(i, mixed) for i, frame in enumerate(noisy) if (mixed := cuts(frame)) is not None]
 

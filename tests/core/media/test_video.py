@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.media import video
-from export3d_cli.core.media.probe import audio_codec, ffmpeg
+from export3d_cli.core.media.probe import audio_codec, ffmpeg_path
 from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
@@ -20,7 +20,7 @@ def frames(count, size=(64, 48)):
 
 
 def header(path):
-    return subprocess.run([ffmpeg(), "-i", str(path)], capture_output=True, check=False).stderr.decode()
+    return subprocess.run([ffmpeg_path(), "-i", str(path)], capture_output=True, check=False).stderr.decode()
 
 
 def seconds(path):
@@ -34,7 +34,7 @@ def test_the_frame_rate_is_exact(picture, rate, suffix):
     path = picture("a" + suffix, rate)
     info = probe(path)
     assert info.fps == Fraction(rate)
-    assert (info.frames, info.vfr, info.width, info.height) == (12, False, 64, 48)
+    assert (info.frame_count, info.vfr, info.width, info.height) == (12, False, 64, 48)
     assert len(list(VideoReader(path))) == 12
 
 
@@ -42,7 +42,7 @@ def test_the_frame_rate_is_exact(picture, rate, suffix):
 def test_other_containers_are_read(picture, name):
     info = probe(picture(name, "25", 10, *(["-bf", "0"] if name == "a.avi" else [])))
     assert info.fps == 25
-    assert info.frames == 10
+    assert info.frame_count == 10
 
 
 def test_rotation_is_applied_and_the_size_agrees(picture, make):
@@ -82,7 +82,7 @@ def test_start_duration_rate_and_size(picture):
     every = list(VideoReader(path))
     part = VideoReader(path, start=0.4, duration=0.8)
     got = list(part)
-    assert part.info.frames == len(got) == 20
+    assert part.info.frame_count == len(got) == 20
     assert np.array_equal(got[0], every[10])
     assert len(list(VideoReader(path, fps=Fraction(10)))) == 20
     assert next(iter(VideoReader(path, size=(20, 10)))).shape == (10, 20, 3)
@@ -92,10 +92,10 @@ def test_a_reader_left_early_leaves_no_process(picture):
     with VideoReader(picture("a.mp4", "25", 200, size="320x240")) as reader:
         next(iter(reader))
         process = reader._process or None
-    assert process is None or process._run.poll() is not None
+    assert process is None or process._popen.poll() is not None
     iterator = iter(reader)
     next(iterator)
-    running = reader._process._run
+    running = reader._process._popen
     reader.close()
     assert running.poll() is not None
 
@@ -145,7 +145,7 @@ def test_what_is_written_is_read_again(tmp_path, suffix):
             writer.write(frame)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     info = probe(path)
-    assert (info.fps, info.frames, info.has_audio) == (Fraction(30000, 1001), 20, False)
+    assert (info.fps, info.frame_count, info.has_audio) == (Fraction(30000, 1001), 20, False)
     for sent, got in zip(given, VideoReader(path), strict=True):
         assert np.abs(sent.astype(int) - got).mean() < 3
     text = header(path)
@@ -160,7 +160,7 @@ def test_a_gif_is_written_with_its_mark(tmp_path):
         for frame in frames(6):
             writer.write(frame)
     assert "comment         : synthetic" in header(path)
-    assert probe(path).frames == len(list(VideoReader(path))) == 6
+    assert probe(path).frame_count == len(list(VideoReader(path))) == 6
 
 
 def test_a_gif_is_no_faster_than_browsers_play(tmp_path):
@@ -168,7 +168,7 @@ def test_a_gif_is_no_faster_than_browsers_play(tmp_path):
     with VideoWriter(path, size=(64, 48), fps=Fraction(60)) as writer:
         for frame in frames(60):
             writer.write(frame)
-    assert (probe(path).fps, probe(path).frames) == (50, 50)
+    assert (probe(path).fps, probe(path).frame_count) == (50, 50)
 
 
 def test_odd_sizes_lose_a_line(tmp_path):
@@ -231,7 +231,7 @@ def test_an_exception_leaves_neither_file_nor_process(tmp_path, sound, error):
     processes = []
     with pytest.raises(error), writer:  # noqa: PT012
         writer.write(frames(1)[0])
-        processes.append(writer._process._run)
+        processes.append(writer._process._popen)
         raise error
     assert processes[0].poll() is not None
     assert (tmp_path / "a.mp4").read_bytes() == b"what was there"
@@ -239,7 +239,7 @@ def test_an_exception_leaves_neither_file_nor_process(tmp_path, sound, error):
 
 
 def test_a_dead_encoder_is_reported_with_its_last_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(VideoWriter, "_tags", lambda self: ["-c:v", "nonsense"])
+    monkeypatch.setattr(VideoWriter, "_metadata_arguments", lambda self: ["-c:v", "nonsense"])
     writer = VideoWriter(tmp_path / "a.mp4", size=(640, 480), fps=Fraction(25))
     with pytest.raises(MediaError, match="nonsense"), writer:  # noqa: PT012
         for frame in frames(50, (640, 480)):

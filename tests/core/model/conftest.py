@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.landmarks import CanonicalFace, canonical_face, flow_triangles
+from export3d_cli.core.face.landmarks import CanonicalFace, load_canonical_face, make_flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import BasisFlow
@@ -21,7 +21,7 @@ from export3d_cli.core.runtime.weights import weights_dir
 
 @pytest.fixture(scope="session")
 def canonical() -> CanonicalFace:
-    return canonical_face(weights_dir() / "face_landmarker.task")
+    return load_canonical_face(weights_dir() / "face_landmarker.task")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def orbit() -> Callable[..., Tensor]:
     """Yaw angles (and one pitch) in degrees -> cameras (B, 25)."""
 
     def cameras(*yaws: float, pitch: float = 0.0) -> Tensor:
-        return torch.from_numpy(np.stack([Camera.orbit(yaw, pitch).vector() for yaw in yaws]))
+        return torch.from_numpy(np.stack([Camera.orbit(yaw, pitch).to_vector() for yaw in yaws]))
 
     return cameras
 
@@ -44,7 +44,7 @@ def orbit() -> Callable[..., Tensor]:
 def flow(canonical: CanonicalFace) -> BasisFlow:
     """The tiny preset's, on the canonical face's triangles."""
     flow = BasisFlow(PRESETS["tiny"])
-    flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
     return flow
 
 
@@ -54,7 +54,7 @@ def tiny(canonical: CanonicalFace) -> Export3D:
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
-    model.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.export3d import Export3D, Output
-from export3d_cli.core.model.warp.flow_blending import FOLLOWS, drift_flow
-from export3d_cli.core.model.warp.mesh_flow import own_place
+from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO, neck_flow
+from export3d_cli.core.model.warp.mesh_flow import identity_grid
 
 Inputs = dict[str, Tensor]
 
@@ -71,7 +71,7 @@ def test_lambda_stands_in_for_beta(tiny: Export3D, inputs: Inputs) -> None:
         source = tiny.encode_source(**inputs)
         by_beta = tiny.drive(source, inputs["beta"], inputs["camera"])
         same(tiny.drive(source, None, inputs["camera"], lam=source.lam), by_beta)
-        posed = tiny.pose(source, source.lam)
+        posed = tiny.pose_head(source, source.lam)
         same(tiny.drive(source, None, inputs["camera"], lam=source.lam, posed=posed), by_beta)
         with pytest.raises(ValueError, match="beta or lam"):
             tiny.drive(source, None, inputs["camera"])
@@ -84,7 +84,7 @@ def test_a_pose_seen_by_many_cameras_is_seen_by_each(
     with torch.no_grad():
         source = tiny.encode_source(**inputs)
         lam = source.lam + torch.randn(1, 10)
-        posed = tiny.pose(source, lam)
+        posed = tiny.pose_head(source, lam)
         at_once = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
         for k in range(3):
             alone = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
@@ -165,16 +165,16 @@ def test_a_torso_behind_the_volume_follows_the_neck_and_a_wall_stays(
     moved[:, 3] += 0.06
     person = torch.zeros(1, 1, 64, 64)
     person[..., 44:, :] = 1
-    own = own_place(16, here)
+    own = identity_grid(16, here)
     with torch.no_grad():
-        source = tiny.encode_source(**inputs, person=person)
+        source = tiny.encode_source(**inputs, person_mask=person)
         lit = replace(source, still=torch.cat([own, own, own, own], dim=1))  # each pixel tells where it was
         dark, white = (
-            tiny.drive(replace(source, still=torch.full_like(lit.still, k)), inputs["beta"], moved) for k in (0, 1)
+            tiny.drive(replace(source, still=torch.full_like(lit.background, k)), inputs["beta"], moved) for k in (0, 1)
         )
         out = tiny.drive(lit, inputs["beta"], moved)
     went = ((out.raw - dark.raw) / (white.raw - dark.raw))[:, :1] - own[:, :1]
-    torso = FOLLOWS * (drift_flow(here, moved, 16) - own)[0, 0, 0, 0]
+    torso = TORSO_FOLLOW_RATIO * (neck_flow(here, moved, 16) - own)[0, 0, 0, 0]
     assert torso.abs() > 0.02
     torch.testing.assert_close(went[0, 0, -1, [4, -5]], torso.expand(2), atol=1e-2, rtol=0)
     torch.testing.assert_close(went[0, 0, 1, [4, -5]], torch.zeros(2), atol=1e-2, rtol=0)
@@ -183,11 +183,11 @@ def test_a_torso_behind_the_volume_follows_the_neck_and_a_wall_stays(
 def test_scraps_in_the_air_are_left_out_and_what_is_solid_stays(tiny: Export3D, inputs: Inputs) -> None:
     with torch.no_grad():
         source = tiny.encode_source(*inputs.values())
-        assert source.still is not None
+        assert source.background is not None
         opacity = torch.tensor([0.08, 0.3, 0.5, 1.0]).repeat(1, 1, 4, 1)
-        features = opacity * torch.ones(1, source.still.shape[1], 4, 4)
-        behind = tiny._before(source, torch.zeros_like(features), torch.zeros_like(opacity), None)
-        seen = tiny._before(source, features, opacity, None)
+        features = opacity * torch.ones(1, source.background.shape[1], 4, 4)
+        behind = tiny._composite_background(source, torch.zeros_like(features), torch.zeros_like(opacity), None)
+        seen = tiny._composite_background(source, features, opacity, None)
     torch.testing.assert_close(seen[..., 0], behind[..., 0])
     torch.testing.assert_close(seen[..., 1], 0.15 + 0.85 * behind[..., 1])
     torch.testing.assert_close(seen[..., 2:], (features + (1 - opacity) * behind)[..., 2:])

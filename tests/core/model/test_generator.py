@@ -38,21 +38,21 @@ def test_eadaln_starts_as_a_layer_norm() -> None:
 def test_average_of_the_planes_is_equation_12() -> None:
     generator = Generator(replace(TINY, plane_ema=0.9))
     first, second = (torch.rand(b, *generator.plane_ema.shape, requires_grad=True) for b in (2, 3))
-    out1, out2 = generator._with_ema(first), generator._with_ema(second)
+    out1, out2 = generator._add_plane_ema(first), generator._add_plane_ema(second)
     torch.testing.assert_close(out1, first)  # the average starts at 0, and joins after its batch
     torch.testing.assert_close(out2, second + 0.1 * first.mean(0))
     expected = 0.9 * 0.1 * first.mean(0) + 0.1 * second.mean(0)
     torch.testing.assert_close(generator.plane_ema, expected.detach())
     assert not generator.plane_ema.requires_grad
     generator.eval()
-    torch.testing.assert_close(generator._with_ema(first), first + expected)
+    torch.testing.assert_close(generator._add_plane_ema(first), first + expected)
     torch.testing.assert_close(generator.plane_ema, expected.detach())  # only training moves it
 
 
 def test_average_can_be_turned_off() -> None:
     generator = Generator(replace(TINY, plane_ema=0.0))
     planes = torch.rand(2, *generator.plane_ema.shape)
-    assert torch.equal(generator._with_ema(planes), planes)
+    assert torch.equal(generator._add_plane_ema(planes), planes)
     assert not generator.plane_ema.any()
 
 
@@ -95,8 +95,8 @@ def test_the_paper_preset_has_no_extensions() -> None:
     count = sum(p.numel() for p in model.parameters())
     assert 50e6 < count < 500e6
     assert model.flow is model.flow_blend is model.source_view is None
-    assert not model.decoder.prior
-    assert not model.superres.flow
+    assert not model.decoder.has_head_prior
+    assert not model.superres.uses_flow
     assert model.superres.colour.out_channels == 3
     assert model.generator.join_half.in_channels == 512  # no features of the stem beside the tokens
     assert model.decoder.hidden.in_features == 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from export3d_cli.core.model.source_view import inpaint
+from export3d_cli.core.model.source_view import fill_push_pull
 
 
 def test_the_unknown_is_filled_from_around() -> None:
@@ -13,7 +13,7 @@ def test_the_unknown_is_filled_from_around() -> None:
     known = torch.ones(1, 1, 32, 32)
     known[..., 10:22, 10:22] = 0
     hole = torch.nn.functional.interpolate(known, (64, 64)) == 0
-    filled, other = (inpaint(ramp.masked_fill(hole, colour), known, 16) for colour in (-9.0, 9.0))
+    filled, other = (fill_push_pull(ramp.masked_fill(hole, colour), known, 16) for colour in (-9.0, 9.0))
     torch.testing.assert_close(filled, other)
     truth = torch.nn.functional.interpolate(ramp, (16, 16), mode="area")
     assert (filled - truth).abs().max() < 0.35
@@ -21,4 +21,4 @@ def test_the_unknown_is_filled_from_around() -> None:
 
 
 def test_a_picture_of_which_nothing_is_known_is_grey() -> None:
-    assert inpaint(torch.ones(1, 3, 32, 32), torch.zeros(1, 1, 8, 8), 8).abs().max() == 0
+    assert fill_push_pull(torch.ones(1, 3, 32, 32), torch.zeros(1, 1, 8, 8), 8).abs().max() == 0

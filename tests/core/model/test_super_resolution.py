@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.face.landmarks import CanonicalFace, flow_triangles
+from export3d_cli.core.face.landmarks import CanonicalFace, make_flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
-from export3d_cli.core.model.generator import lowpass, zero_start
-from export3d_cli.core.model.super_resolution import FRINGE, TRUST, Inside, finer, finest, leap, widen
+from export3d_cli.core.model.generator import lowpass, zero_init
+from export3d_cli.core.model.super_resolution import (
+    FRINGE_DIVISOR,
+    PHOTO_LOGIT_BIAS,
+    HiddenTextures,
+    highpass,
+    photo_residual,
+    warp_discontinuity,
+    widen_mask,
+)
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import resize
 
@@ -27,9 +35,9 @@ def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
     mesh = tiny.flow(points, orbit(0), opened, orbit(0), 128)
-    inside = Inside()
+    inside = HiddenTextures()
     seen = inside(mesh, 128)
-    assert seen.shape == (1, inside.channels, 128, 128)
+    assert seen.shape == (1, inside.out_channels, 128, 128)
     assert seen[:, :, (mesh.mouth + mesh.eye)[0, 0] == 0].abs().max() == 0
     lower = seen[:, 8:16]
     assert lower[:, :, mesh.mouth[0, 0] > 0].abs().mean() > 0.05
@@ -41,21 +49,21 @@ def test_hair_is_not_copied_to_where_the_head_no_longer_is(
 ) -> None:
     """Whatever colour the hair has, it does not stay behind when the head turns."""
     assert tiny.flow is not None and tiny.flow_blend is not None
-    zero_start(tiny.flow_blend.leave)  # what is blended and copied is then a matter of geometry alone
-    zero_start(tiny.superres.colour)
+    zero_init(tiny.flow_blend.leave)  # what is blended and copied is then a matter of geometry alone
+    zero_init(tiny.superres.colour)
     size = tiny.config.image_size
     person = torch.ones(1, 1, size, size)
     photo = torch.zeros(1, 3, size, size)
     with torch.no_grad():
         blank = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
-        assert blank.head is not None
-        hair = resize(blank.head, size) > 0.98
+        assert blank.head_mask is not None
+        hair = resize(blank.head_mask, size) > 0.98
         other = replace(blank, image=torch.where(hair, 1.0, photo))
         made, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, other))
-        seen = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head)
-    assert made.weights is not None
+        seen = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head_mask)
+    assert made.flow_weights is not None
     changed = (made.image - marked.image).abs().amax(1, keepdim=True)
-    beside = (F.max_pool2d(seen.weight, 5, 1, 2) == 0) & (resize(made.weights[:, 1:2], size) < 0.05)
+    beside = (F.max_pool2d(seen.weight, 5, 1, 2) == 0) & (resize(made.flow_weights[:, 1:2], size) < 0.05)
     assert (hair & beside).sum() > 20
     assert changed[hair & beside].max() < 0.1
     assert changed[(seen.weight == 1) & (seen.mouth == 0)].mean() > 0.5
@@ -67,7 +75,7 @@ def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
     """At a head's outline the photo knows both sides; not where what is behind comes from elsewhere in the head."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None and net.flow_blend is not None
-    net.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
     person, photo = torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64)
     person[..., 10:54] = 1
     camera = orbit(0)
@@ -75,10 +83,10 @@ def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
     with torch.no_grad():
         source = net.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
         out = net.drive(source, None, camera, lam=source.lam)
-        seen = net.flow(points, orbit(0), points, camera, 128, source.head)
-    assert out.known is not None and out.weights is not None and source.head is not None
-    rim = (widen(seen.weight) - seen.weight > 0.1) & (source.head > 0.9)
-    behind = out.known - out.weights[:, :2].sum(1, keepdim=True)
+        seen = net.flow(points, orbit(0), points, camera, 128, source.head_mask)
+    assert out.source_visibility is not None and out.flow_weights is not None and source.head_mask is not None
+    rim = (widen_mask(seen.weight) - seen.weight > 0.1) & (source.head_mask > 0.9)
+    behind = out.source_visibility - out.flow_weights[:, :2].sum(1, keepdim=True)
     assert rim.sum() > 500
     assert behind[rim].mean() < 0.02
 
@@ -90,7 +98,7 @@ def test_hair_that_stands_off_a_head_does_not_stay_on_the_wall(
     """Masks miss stray hair: where a head was, the wall beside it is not trusted; the body below it is."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None
-    net.flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical)))
+    net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
     whole, person = net.render, torch.zeros(1, 1, 64, 64)
     person[..., 12:52] = 1  # a head, and what is below it
 
@@ -104,19 +112,23 @@ def test_hair_that_stands_off_a_head_does_not_stay_on_the_wall(
     with torch.no_grad():
         source = net.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
         there, moved = (net.drive(source, None, c, lam=source.lam) for c in (orbit(0), camera))
-    assert source.head is not None and source.body is not None
-    beside = (widen(source.head, FRINGE) > 0.95) & (widen(source.head) < 0.05) & (source.body < 0.05)
+    assert source.head_mask is not None and source.body_mask is not None
+    beside = (
+        (widen_mask(source.head_mask, FRINGE_DIVISOR) > 0.95)
+        & (widen_mask(source.head_mask) < 0.05)
+        & (source.body_mask < 0.05)
+    )
 
     def trusted(out: Output, where: Tensor) -> float:
         """How far the photo is trusted in what is not the head's."""
-        assert out.known is not None and out.weights is not None
-        rest = 1 - out.weights[:, :2].sum(1, keepdim=True)
+        assert out.source_visibility is not None and out.flow_weights is not None
+        rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
         seen = where & (rest > 0.9)
         assert seen.sum() > 50
-        return ((out.known - 1 + rest) / rest)[seen].mean().item()
+        return ((out.source_visibility - 1 + rest) / rest)[seen].mean().item()
 
-    assert there.weights is not None and moved.weights is not None
-    still, torso = moved.weights[:, 2:3] > 0.9, moved.weights[:, 3:] > 0.5
+    assert there.flow_weights is not None and moved.flow_weights is not None
+    still, torso = moved.flow_weights[:, 2:3] > 0.9, moved.flow_weights[:, 3:] > 0.5
     assert trusted(there, beside) > 0.95
     assert trusted(moved, beside & still) < 0.05
     assert trusted(moved, torso) > 0.85
@@ -141,9 +153,9 @@ def test_before_a_solid_neck_the_photo_shows_no_wall(
         monkeypatch.setattr(tiny, "render", render)
         with torch.no_grad():
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
-        assert out.known is not None and out.weights is not None
-        rest = 1 - out.weights[:, :2].sum(1, keepdim=True)
-        return (out.known - 1 + rest)[0, 0] / rest[0, 0].clamp_min(0.01)
+        assert out.source_visibility is not None and out.flow_weights is not None
+        rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
+        return (out.source_visibility - 1 + rest)[0, 0] / rest[0, 0].clamp_min(0.01)
 
     thin, solid = behind(0.0), behind(1.0)
     assert thin[:, [2, -3]].min() > 0.95 and solid[:, [2, -3]].max() < 0.05  # the wall
@@ -155,7 +167,7 @@ def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Ten
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
     mesh = tiny.flow(points, orbit(0), opened, orbit(0), 64)
-    inside = Inside()
+    inside = HiddenTextures()
     inside(mesh, 64).square().sum().backward()
     assert inside.textures.grad is not None
     assert all(float(grad.abs().sum()) > 0 for grad in inside.textures.grad)
@@ -169,21 +181,21 @@ def test_a_result_enlarged_by_its_own_photo_is_itself(
     with torch.no_grad():
         source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
         out = tiny.drive(source, None, orbit(15), lam=source.lam)
-        torch.testing.assert_close(out.enlarged(finer(photo, 64, 64), 64), out.image, atol=1e-4, rtol=0)
+        torch.testing.assert_close(out.upscale(photo_residual(photo, 64, 64), 64), out.image, atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            out._replace(bare=None).enlarged(photo, 128),
+            out._replace(bare=None).upscale(photo, 128),
             F.interpolate(out.image, (128, 128), mode="bicubic"),
         )
 
 
 def test_a_photo_has_more_than_its_rim_and_its_small_copy() -> None:
     photo = torch.rand(1, 3, 160, 160)
-    more = finer(photo, 128, 64)
+    more = photo_residual(photo, 128, 64)
     small = F.interpolate(photo[..., 16:-16, 16:-16], (64, 64), mode="area")
     seen = F.interpolate(small, (128, 128), mode="bilinear")
     torch.testing.assert_close(more[..., 16:-16, 16:-16] + seen, photo[..., 16:-16, 16:-16])
     torch.testing.assert_close(more[..., 16:-16, :16] + seen[..., :1], photo[..., 16:-16, :16])
-    assert finer(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
+    assert photo_residual(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
 
 
 def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
@@ -192,7 +204,7 @@ def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
     """Stripes of one pixel, which are grey at the model's size; a shut mouth that opens must not show them."""
     assert tiny.flow is not None and tiny.flow_blend is not None
     for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
-        zero_start(learned)
+        zero_init(learned)
     stripes = torch.tensor([0.5, -0.5]).repeat(64).expand(1, 3, 128, 128)
     opened, lower = points.clone(), torch.tensor([14, 17, 87, 317, 178, 402, 88, 318, 95, 324])
     opened[:, lower, 1] += 0.2
@@ -200,9 +212,11 @@ def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
     with torch.no_grad():
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
         for target in (points, opened):
-            posed = replace(tiny.pose(source, source.lam), mesh=tiny.flow.mesh(points, orbit(0), target))
+            posed = replace(tiny.pose_head(source, source.lam), mesh=tiny.flow.deform_mesh(points, orbit(0), target))
             out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
-            detail.append(out.enlarged(finer(stripes, 128, 64), 128) - out.enlarged(torch.zeros_like(stripes), 128))
+            detail.append(
+                out.upscale(photo_residual(stripes, 128, 64), 128) - out.upscale(torch.zeros_like(stripes), 128)
+            )
             seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
     face = (seen[0].face == 1).expand_as(stripes)
     shut = (-F.max_pool2d(-seen[1].shut, 5, 1, 2) > 0.9).expand_as(stripes)
@@ -218,16 +232,16 @@ def test_a_blended_face_shows_all_of_the_photos_finest_detail(
     """But where the blend leaves the photo out; and what is behind the head as it was blended."""
     assert tiny.flow is not None and tiny.flow_blend is not None and tiny.superres.colour.bias is not None
     for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
-        zero_start(learned)
+        zero_init(learned)
     stripes = torch.tensor([0.5, -0.5]).repeat(64)
     with torch.no_grad():
-        tiny.superres.colour.bias[3] = (math.log(blend / (1 - blend)) + 3 - TRUST) / 4
+        tiny.superres.colour.bias[3] = (math.log(blend / (1 - blend)) + 3 - PHOTO_LOGIT_BIAS) / 4
         for size in (64, 128):  # as large as what the network sees; and what only a larger photo has
             photo = stripes[:size].expand(1, 3, size, size)
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
             face = tiny.flow(points, orbit(0), points, orbit(0), size).face == 1
-            share = finest(out.enlarged(finer(photo, size, 64), size)) / finest(photo)  # (1, 1, size, size)
+            share = highpass(out.upscale(photo_residual(photo, size, 64), size)) / highpass(photo)  # (1, 1, size, size)
             assert share[face.expand_as(share)].median() == pytest.approx(shown, abs=0.03)
             assert share[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
 
@@ -238,22 +252,22 @@ def test_no_detail_is_made_where_positions_in_the_photo_jump(
     """A photo of one slope has none, though beside a turned head its colours jump."""
     assert tiny.superres.colour.bias is not None
     for learned in (tiny.superres.offset, tiny.superres.colour):
-        zero_start(learned)
+        zero_init(learned)
     slope = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
     with torch.no_grad():
-        tiny.superres.colour.bias[3] = (3 - TRUST) / 4  # a blend of half, where all that lacks is added
+        tiny.superres.colour.bias[3] = (3 - PHOTO_LOGIT_BIAS) / 4  # a blend of half, where all that lacks is added
         source = tiny.encode_source(slope, torch.zeros(1, 64), orbit(0), points, torch.ones(1, 1, 64, 64))
         out, plain = (
             tiny.drive(one, None, orbit(30), lam=one.lam).image for one in (source, replace(source, finest=None))
         )
-    assert finest(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
+    assert highpass(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
 def test_leaps_are_distances_between_neighbours() -> None:
     at = pixel_grid(16).T.reshape(1, 2, 16, 16)
     torn = at + 0.5 * (at[:, :1] > 0.5)
-    found = leap(torch.cat([at * 3, torn], dim=1))
+    found = warp_discontinuity(torch.cat([at * 3, torn], dim=1))
     torch.testing.assert_close(found[:, 0], torch.full((1, 16, 16), 3.0))
     expected = torch.ones(16)
     expected[7:9] = math.hypot(1 + 8, 8)  # a pixel and half a picture across, half a picture down
@@ -264,7 +278,7 @@ def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
     for learned in (tiny.superres.offset, tiny.superres.colour):
-        zero_start(learned)
+        zero_init(learned)
     noise, shown = torch.rand(1, 3, 128, 128), []
     with torch.no_grad():
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
@@ -272,7 +286,7 @@ def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
             camera = orbit(0).clone()
             camera[:, [16, 20]] *= nearer
             out = tiny.drive(source, None, camera, lam=source.lam)
-            shown.append((out.enlarged(noise, 128) - out.enlarged(noise * 0, 128))[..., 56:72, 56:72].std())
+            shown.append((out.upscale(noise, 128) - out.upscale(noise * 0, 128))[..., 56:72, 56:72].std())
     assert shown[0] > 0.2 and shown[1] < 0.01
 
 

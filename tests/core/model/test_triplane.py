@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.model.triplane import HEAD_AXES, HEAD_CENTRE, Decoder, face_prior, head_prior, sample_planes
+from export3d_cli.core.model.triplane import (
+    HEAD_AXES,
+    HEAD_CENTRE,
+    Decoder,
+    ellipsoid_level,
+    face_log_density,
+    sample_planes,
+)
 
 X, Y, Z = range(3)
 SIDE = 16
@@ -45,7 +52,7 @@ def test_each_of_a_batch_is_sampled_from_its_own_planes() -> None:
 def test_head_prior_is_an_ellipsoid_in_which_density_starts_high() -> None:
     centre, axes = torch.tensor(HEAD_CENTRE), torch.tensor(HEAD_AXES)
     points = torch.stack([centre, centre + torch.diag(axes)[1], centre + 2 * torch.diag(axes)[2]])[None]
-    torch.testing.assert_close(head_prior(points), torch.tensor([[1.0, 0.0, -3.0]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ellipsoid_level(points), torch.tensor([[1.0, 0.0, -3.0]]), atol=1e-5, rtol=0)
     torch.manual_seed(0)
     decoder = Decoder(PRESETS["tiny"])
     colours, densities = decoder(torch.zeros(1, 3, 16), points)
@@ -58,10 +65,12 @@ def test_a_known_front_is_where_density_begins() -> None:
     surface = torch.tensor([-0.1, 1.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
     surface[..., :4] = 0  # known on one side only
     known = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
-    prior = face_prior(known, surface, 0.35)[0]
+    prior = face_log_density(known, surface, 0.35)[0]
     assert prior[0] == -4  # before the face
     assert prior[1] > 15
     assert (prior[2:4] > 15).all()  # the head is solid
     assert prior[4] == -4  # behind it
     elsewhere = known * torch.tensor([-1.0, 1, 1])
-    torch.testing.assert_close(face_prior(elsewhere, surface, 0.35), (20 * head_prior(elsewhere)).clamp(-4, 20))
+    torch.testing.assert_close(
+        face_log_density(elsewhere, surface, 0.35), (20 * ellipsoid_level(elsewhere)).clamp(-4, 20)
+    )

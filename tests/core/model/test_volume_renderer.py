@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.model.volume_renderer import (
-    HALF_DEPTH,
-    coarse_depths,
+    HALF_EXTENT,
+    camera_rays,
     composite,
-    importance_depths,
     pixel_grid,
     project,
-    rays,
+    sample_coarse_depths,
+    sample_importance_depths,
     split_camera,
 )
 from export3d_cli.core.runtime.camera import RADIUS, Camera
@@ -57,7 +57,7 @@ def test_compositing_is_differentiable() -> None:
 
 def test_project_inverts_rays(orbit: Callable[..., Tensor]) -> None:
     camera = orbit(-25, 0, 40, pitch=10)
-    origin, directions = rays(camera, 6)
+    origin, directions = camera_rays(camera, 6)
     depth = 2 + torch.rand(3, 36)
     uv, found = project(origin[:, None] + directions * depth[..., None], camera)
     torch.testing.assert_close(uv, pixel_grid(6).expand(3, -1, -1), atol=1e-5, rtol=0)
@@ -67,7 +67,7 @@ def test_project_inverts_rays(orbit: Callable[..., Tensor]) -> None:
 def test_project_agrees_with_the_camera() -> None:
     camera = Camera.orbit(20, -10, 5)
     points = np.random.default_rng(0).uniform(-0.3, 0.3, (20, 3))
-    uv, _ = project(torch.from_numpy(points)[None], torch.from_numpy(camera.vector())[None])
+    uv, _ = project(torch.from_numpy(points)[None], torch.from_numpy(camera.to_vector())[None])
     np.testing.assert_allclose(uv[0].numpy(), camera.project(points), atol=1e-5)
 
 
@@ -82,10 +82,10 @@ def test_wrong_camera_is_named() -> None:
 
 def test_coarse_depths_are_the_middles_of_equal_bins(orbit: Callable[..., Tensor]) -> None:
     camera, S = orbit(0, 30), 4
-    depths = coarse_depths(camera, 5, S, jitter=False)
-    middles = RADIUS - HALF_DEPTH + (torch.arange(S) + 0.5) / S
+    depths = sample_coarse_depths(camera, 5, S, jitter=False)
+    middles = RADIUS - HALF_EXTENT + (torch.arange(S) + 0.5) / S
     torch.testing.assert_close(depths, middles.expand(2, 5, S))
-    jittered = coarse_depths(camera, 5, S, jitter=True)
+    jittered = sample_coarse_depths(camera, 5, S, jitter=True)
     assert (jittered != depths).any()
     assert ((jittered - depths).abs() <= 0.5 / S + 1e-6).all()  # each in its own bin
 
@@ -94,19 +94,19 @@ def test_importance_depths_gather_where_the_weights_are() -> None:
     depths = torch.linspace(0, 1, 33).view(1, 1, 33)
     weights = torch.zeros(1, 1, 32)
     weights[..., 20] = 1.0
-    fine = importance_depths(depths, weights, 64, jitter=False)
+    fine = sample_importance_depths(depths, weights, 64, jitter=False)
     assert fine.shape == (1, 1, 64)
     assert ((fine >= depths[0, 0, 20]) & (fine <= depths[0, 0, 21])).float().mean() > 0.9
     assert (fine.diff() >= 0).all()
-    assert torch.equal(fine, importance_depths(depths, weights, 64, jitter=False))
-    jittered = importance_depths(depths, weights, 64, jitter=True)
+    assert torch.equal(fine, sample_importance_depths(depths, weights, 64, jitter=False))
+    jittered = sample_importance_depths(depths, weights, 64, jitter=True)
     assert jittered.min() >= 0
     assert jittered.max() <= 1
 
 
 def test_importance_depths_of_equal_weights_are_spread_evenly() -> None:
     depths = torch.linspace(0, 1, 11).view(1, 1, 11)
-    fine = importance_depths(depths, torch.ones(1, 1, 10), 18, jitter=False)
+    fine = sample_importance_depths(depths, torch.ones(1, 1, 10), 18, jitter=False)
     expected = (torch.arange(18) + 0.5) / 18
     torch.testing.assert_close(fine[0, 0], expected, atol=1e-5, rtol=0)
 
@@ -115,7 +115,7 @@ def test_importance_depths_follow_a_distribution() -> None:
     """The share of fine depths in a bin is the bin's share of the weight."""
     depths = torch.linspace(0, 1, 9).view(1, 1, 9)
     weights = torch.rand(1, 1, 8, generator=torch.Generator().manual_seed(1)) + 0.1
-    fine = importance_depths(depths, weights, 20_000, jitter=False)[0, 0]
+    fine = sample_importance_depths(depths, weights, 20_000, jitter=False)[0, 0]
     share = torch.histogram(fine, depths[0, 0]).hist / len(fine)
     inner = weights[0, 0] + 1e-3
     torch.testing.assert_close(share, inner / inner.sum(), atol=1e-3, rtol=0)

@@ -12,12 +12,12 @@ from accelerator import CUDA, Pretended
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.views import NovelViewOptions, orbit_cameras
-from export3d_cli.core.face.motion import motion_rows
+from export3d_cli.core.face.motion import select_frames
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.model.inpaint.eyelids import LidPainter
-from export3d_cli.core.model.inpaint.eyes import EyePainter
-from export3d_cli.core.model.inpaint.mouth import MouthPainter
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
+from export3d_cli.core.model.inpaint.eyes import EyeInpainter
+from export3d_cli.core.model.inpaint.mouth import MouthInpainter
+from export3d_cli.core.runtime.weights import example_path
 
 
 def test_it_refuses_what_a_gpu_refuses() -> None:
@@ -31,21 +31,21 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
 
 
 def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photo = read_image(example("source.jpg"))
+    photo = read_image(example_path("source.jpg"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     painted: list[tuple[str, str]] = []
-    kinds = {"mouth": MouthPainter, "eyes": EyePainter, "lids": LidPainter}
+    kinds = {"mouth": MouthInpainter, "eyes": EyeInpainter, "lids": EyelidInpainter}
 
     def made(where: str) -> list[np.ndarray]:
         animator = Animator.from_weights(tiny_weights, device=where, precision="fp32", batch=2, quality="best")
         torch.manual_seed(0)
         for name, kind in kinds.items():
-            animator.model.painters[name] = kind(4).eval().to(animator.device)
-            animator.model.painters[name].register_forward_hook(lambda *_, name=name: painted.append((name, where)))
+            animator.model.inpainters[name] = kind(4).eval().to(animator.device)
+            animator.model.inpainters[name].register_forward_hook(lambda *_, name=name: painted.append((name, where)))
         motion = animator.set_source(photo)
         cameras = orbit_cameras(animator.source_camera(), NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
-        turned = replace(motion_rows(motion, np.zeros(3, int)), camera=cameras)
-        lam = np.eye(3, animator.model.config.coefficients, dtype=np.float32)
+        turned = replace(select_frames(motion, np.zeros(3, int)), camera=cameras)
+        lam = np.eye(3, animator.model.config.num_coefficients, dtype=np.float32)
         points = np.random.default_rng(0).uniform(-0.2, 0.2, (50, 3)).astype(np.float32)
         pictures = [*animator.drive([turned]), *animator.view(cameras), *animator.edit(lam)]
         return [*pictures, *animator.view(cameras, depth=True), *animator.field(points)]

@@ -70,7 +70,7 @@ def test_frontal_camera_in_eg3d_s_world() -> None:
 
 def test_25_numbers_round_trip() -> None:
     camera = Camera.orbit(10, -5, 3)
-    vector = camera.vector()
+    vector = camera.to_vector()
     assert vector.shape == (25,)
     assert vector.dtype == np.float32
     np.testing.assert_array_equal(vector[16:], default_intrinsics().ravel().astype(np.float32))

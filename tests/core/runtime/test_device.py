@@ -8,8 +8,8 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.device import InMemory
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.runtime.device import AdaptiveBatcher
+from export3d_cli.core.runtime.weights import example_path
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_where_memory_runs_out_half_as_many_are_made(error: RuntimeError) -> Non
             raise error
         return np.arange(part.start, part.stop)
 
-    fitting = InMemory()
+    fitting = AdaptiveBatcher()
     assert list(fitting(make, 0, 16)) == list(range(16))
     assert asked[:3] == [16, 8, 4]  # then 2 each
     tried = len(asked)
@@ -37,17 +37,17 @@ def test_one_that_does_not_fit_and_other_errors_are_raised() -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        list(InMemory()(never, 0, 4))
+        list(AdaptiveBatcher()(never, 0, 4))
 
     def broken(part: slice) -> np.ndarray:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        list(InMemory()(broken, 0, 4))
+        list(AdaptiveBatcher()(broken, 0, 4))
 
 
 def test_an_animator_short_of_memory_makes_the_same_frames(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = animator.set_source(read_image(example("source.jpg")))
+    own = animator.set_source(read_image(example_path("source.jpg")))
     cameras = np.repeat(own.camera, 4, axis=0)
     monkeypatch.setattr(animator, "batch", 4)
     whole = list(animator.view(cameras))
@@ -58,7 +58,7 @@ def test_an_animator_short_of_memory_makes_the_same_frames(animator: Animator, m
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return drive(source, *args, **named)
 
-    monkeypatch.setattr(animator, "_in_memory", InMemory())
+    monkeypatch.setattr(animator, "_in_memory", AdaptiveBatcher())
     monkeypatch.setattr(animator.model, "drive", little)
     parts = list(animator.view(cameras))
     assert len(parts) == 4

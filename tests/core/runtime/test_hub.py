@@ -159,7 +159,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what a broken body is kept by
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub_module, "PAUSE", 0.0)
+    monkeypatch.setattr(hub_module, "RETRY_PAUSE_S", 0.0)
     yield server
     server.close()
 
@@ -192,19 +192,19 @@ def test_a_file_is_fetched_once_pinned_and_checked(hub: Hub, tmp_path: Path) -> 
 
 def test_a_server_in_trouble_is_asked_again_and_a_broken_body_resumed(hub: Hub) -> None:
     hub.failures = 2
-    assert weights.resolve("hf:me/model").read_bytes() == hub.files["model.safetensors"]
+    assert weights.resolve_weights("hf:me/model").read_bytes() == hub.files["model.safetensors"]
     assert len(hub.gets()) == 3
     hub.files["b.bin"] = os.urandom(1000)
     hub.broken = 1
-    assert weights.resolve("hf:me/model:b.bin").read_bytes() == hub.files["b.bin"]
+    assert weights.resolve_weights("hf:me/model:b.bin").read_bytes() == hub.files["b.bin"]
     assert hub.gets()[-1] == "bytes=500-"  # where it broke off
 
 
 def test_a_server_that_stays_in_trouble_is_an_error(hub: Hub) -> None:
     hub.failures = 99
     with pytest.raises(WeightsError, match=r"hub answered 503.*`export3d weights download hf:me/model`"):
-        weights.resolve("hf:me/model")
-    assert len(hub.gets()) == hub_module.TRIES
+        weights.resolve_weights("hf:me/model")
+    assert len(hub.gets()) == hub_module.MAX_TRIES
 
 
 @pytest.mark.parametrize(
@@ -232,13 +232,13 @@ def test_private_weights_need_a_token_which_is_never_shown(hub: Hub, monkeypatch
     assert "HF_TOKEN" in refused.stderr
     assert "wrongwrong" not in refused.output
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    assert weights.resolve("hf:me/model").is_file()
+    assert weights.resolve_weights("hf:me/model").is_file()
 
 
 def test_a_wrong_hash_is_refused_and_not_kept(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.wrong_hash = True
     with pytest.raises(WeightsError, match="damaged"):
-        weights.resolve("hf:me/model")
+        weights.resolve_weights("hf:me/model")
     hub.wrong_hash = False
     row = {"name": "m", "file": "m.safetensors", "sha256": "0" * 64, "size": 1000, "licence": "CC0-1.0"}
     row |= {"source": "hf:me/model", "what": "A test."}
@@ -246,20 +246,20 @@ def test_a_wrong_hash_is_refused_and_not_kept(hub: Hub, tmp_path: Path, monkeypa
     monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
     for name in ("m", "hf:me/model"):  # listed, not embedded: fetched, and compared with the list
         with pytest.raises(WeightsError, match=rf"@{COMMIT} has sha256 .* 000000000000\.\.\. listed"):
-            weights.resolve(name)
+            weights.resolve_weights(name)
     row["sha256"] = hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
     (tmp_path / "manifest.yaml").write_text(yaml.safe_dump({"weights": [row]}))
-    assert weights.resolve("m") == weights.resolve("hf:me/model")
+    assert weights.resolve_weights("m") == weights.resolve_weights("hf:me/model")
 
 
 def test_no_network_and_offline_say_which_command_fetches_it(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert weights.resolve("hf:me/model").is_file()
+    assert weights.resolve_weights("hf:me/model").is_file()
     monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9")
-    assert weights.resolve("hf:me/model").is_file()  # from the cache
+    assert weights.resolve_weights("hf:me/model").is_file()  # from the cache
     with pytest.raises(WeightsError, match=r"//127.0.0.1:9 cannot be reached.*`export3d weights download .*` fetches"):
-        weights.resolve("hf:me/model:x.st")
+        weights.resolve_weights("hf:me/model:x.st")
     command = [sys.executable, "-m", "export3d_cli", "weights", "download", "hf:me/model@v1:x.st"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.config.schema import TrainConfig, train_config
+from export3d_cli.core.config.schema import TrainConfig, make_train_config
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import LIPS, canonical_face
+from export3d_cli.core.face.landmarks import LIPS, load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoWriter
@@ -24,7 +24,7 @@ BUNDLE = weights_dir() / "face_landmarker.task"
 
 def motion_of(seed: int, frames: int) -> Motion:
     rng = np.random.default_rng(seed)
-    face = canonical_face(BUNDLE).points * rng.uniform(0.95, 1.05, 3)
+    face = load_canonical_face(BUNDLE).points * rng.uniform(0.95, 1.05, 3)
     beta = rng.uniform(0, 0.01, (frames, 64)).astype(np.float32)
     jaw = rng.uniform(0, 1, frames)
     beta[:, ARKIT_NAMES.index("jawOpen")] = jaw
@@ -33,7 +33,7 @@ def motion_of(seed: int, frames: int) -> Motion:
         camera = Camera.orbit(rng.uniform(-20, 20), rng.uniform(-10, 10))
         points = face.copy()
         points[list(LIPS), 1] += 0.05 * jaw[t]
-        cameras.append(camera.vector())
+        cameras.append(camera.to_vector())
         depth = ((points - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
         landmarks.append(np.column_stack([camera.project(points), (depth - 2.7) * 4.2647 / 2.7]))
     found = np.ones(frames, bool)
@@ -71,15 +71,15 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(data_set: Path, tmp_path: Path) -> TrainConfig:
     """A run of a few steps on that data set."""
-    return train_config(
+    return make_train_config(
         {
             "run": str(tmp_path / "run"), "preset": "tiny", "device": "cpu", "precision": "fp32", "batch": 2,
             "steps": 4, "checkpoint_every": 2, "sample_every": 0, "log_every": 1, "tensorboard": False,
             "data": {"path": [str(data_set)]},
             "clebs": {
-                "steps": 2, "warm": 1, "negatives": 9, "image_size": 32, "encoder_width": 4,
-                "geometry": 1.0, "pairs": 8, "ridge_pairs": 64, "ridge": 1e-3,
-                "person": 0.1, "mirror": 0.1, "one_sided": 3,
+                "steps": 2, "geometry_warmup_steps": 1, "negatives": 9, "image_size": 32, "encoder_width": 4,
+                "geometry": 1.0, "geometry_pairs": 8, "ridge_pairs": 64, "ridge": 1e-3,
+                "identity_leakage": 0.1, "mirror": 0.1, "antisymmetric_dims": 3,
             },
         }
     )  # fmt: skip

@@ -9,30 +9,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig, train_config
+from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig, make_train_config
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.trainer import train
 
 SMALL = AdversarialConfig(
-    steps=3, channels=8, base=256, mapping=2, group=2, r1=1.0, r1_every=2, ada=0.5, ada_every=2, ada_images=20
+    steps=3,
+    channel_max=8,
+    channel_base=256,
+    mapping_layers=2,
+    mbstd_group_size=2,
+    r1_gamma=1.0,
+    r1_interval=2,
+    ada=0.5,
+    ada_every=2,
+    ada_images=20,
 )
 
 
 def test_blur_keeps_constants_and_halves() -> None:
     x = torch.ones(1, 2, 8, 8)
     torch.testing.assert_close(adversary.blur(x, stride=2)[..., 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
-    conv = adversary.EqualConv(2, 3, 3, down=True)
+    conv = adversary.EqualizedConv2d(2, 3, 3, downsample=True)
     assert conv(x).shape == (1, 3, 4, 4)
 
 
 def test_minibatch_deviation_sees_its_own_group() -> None:
     x = torch.zeros(4, 2, 3, 3)
     x[3] = 2  # the second group of two differs, the first does not
-    added = adversary.minibatch_deviation(x, 2)[:, 2, 0, 0]
+    added = adversary.minibatch_stddev(x, 2)[:, 2, 0, 0]
     torch.testing.assert_close(added, torch.tensor([0.0, 0.0, 1.0, 1.0]), atol=1e-3, rtol=0)
-    assert adversary.minibatch_deviation(x[:3], 2).shape == (3, 3, 3, 3)
+    assert adversary.minibatch_stddev(x[:3], 2).shape == (3, 3, 3, 3)
 
 
 def test_logits_depend_on_image_and_camera() -> None:
@@ -59,10 +68,10 @@ def test_r1_of_a_linear_critic_is_its_squared_slope() -> None:
 
 def test_adam_is_corrected_for_lazy_r1() -> None:
     d = adversary.Discriminator(16, SMALL)
-    group = adversary.discriminator_optimizer(d, SMALL).param_groups[0]
+    group = adversary.make_discriminator_optimizer(d, SMALL).param_groups[0]
     assert group["lr"] == pytest.approx(1e-5 * 2 / 3)
     assert group["betas"] == pytest.approx((0.0, 0.99 ** (2 / 3)))
-    assert adversary.discriminator_optimizer(d, replace(SMALL, r1=0.0)).param_groups[0]["lr"] == 1e-5
+    assert adversary.make_discriminator_optimizer(d, replace(SMALL, r1_gamma=0.0)).param_groups[0]["lr"] == 1e-5
 
 
 def test_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -93,6 +102,6 @@ def test_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
 
 def test_stages_keep_their_order() -> None:
     with pytest.raises(ConfigError, match="order"):
-        train_config({"stages": ["adversarial", "reconstruction"]})
+        make_train_config({"stages": ["adversarial", "reconstruction"]})
     with pytest.raises(ConfigError, match=r"adversarial\.weight"):
-        train_config({"loss": {"adversarial": 0.1}})
+        make_train_config({"loss": {"adversarial": 0.1}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import AdversarialConfig, train_config
+from export3d_cli.core.config.schema import AdversarialConfig, make_train_config
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train.augmentation import Adaptive, apply, augment, draw
 
@@ -78,4 +78,4 @@ def test_probability_follows_the_sign() -> None:
     fixed.update(1.0, 8)
     assert fixed.p == 0.3
     with pytest.raises(ConfigError, match=r"augment and ada must be in 0\.\.1"):
-        train_config({"adversarial": {"augment": 1.5}})
+        make_train_config({"adversarial": {"augment": 1.5}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export3d_cli.core.train.basis_rotation import axes, varimax
+from export3d_cli.core.train.basis_rotation import fit_lambda_axes, varimax
 
 
 def mixed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def mixed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_mixed_knobs_come_apart_strongest_first() -> None:
     knobs, moves, lam, basis = mixed()
-    found = axes(lam - lam.mean(0), basis, 2, 3.0)
+    found = fit_lambda_axes(lam - lam.mean(0), basis, 2, 3.0)
     apart, moved = lam @ found.T, torch.linalg.solve(found.T, basis)
     torch.testing.assert_close(apart @ moved, knobs @ moves, rtol=1e-3, atol=1e-3)
     assert not found[:3, 3:].any()
@@ -36,7 +36,7 @@ def test_mixed_knobs_come_apart_strongest_first() -> None:
 @pytest.mark.parametrize("one_sided", [0, 5])
 def test_a_kind_may_be_empty(one_sided: int) -> None:
     _, _, lam, basis = mixed()
-    assert torch.linalg.matrix_rank(axes(lam, basis, one_sided, 3.0)) == 5
+    assert torch.linalg.matrix_rank(fit_lambda_axes(lam, basis, one_sided, 3.0)) == 5
 
 
 def test_varimax_turns_back() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from export3d_cli.core.config.schema import TrainConfig
-from export3d_cli.core.model.warp.rasterizer import Windows
+from export3d_cli.core.model.warp.rasterizer import RasterWindows
 from export3d_cli.core.train import cuda_graph as graph
 from export3d_cli.core.train import image_stage as stage
 from export3d_cli.core.train.cuda_graph import StepGraph
@@ -35,11 +35,11 @@ class Recorder:
 
     def replay(self) -> None:
         step = self.step
-        assert step.batch is not None
+        assert step.static_batch is not None
         for parameter in step.parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()  # a graph writes them where it did, it does not add to them
-        for old, new in zip(step.result, step.compute(step.batch, step.kind), strict=True):
+        for old, new in zip(step.static_result, step.compute(step.static_batch, step.graph_key), strict=True):
             old.copy_(new)
 
 
@@ -64,13 +64,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
         assert isinstance(self.graph, Recorder)
         self.graph.step = self
 
-    monkeypatch.setattr(StepGraph, "_record", record)
+    monkeypatch.setattr(StepGraph, "_training_record", record)
     for name, value in (
         ("CUDAGraph", Own), ("graph", recording), ("Stream", Stream), ("current_stream", Stream),
         ("stream", lambda _: contextlib.nullcontext()),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(graph, "FIRST", 2)
+    monkeypatch.setattr(graph, "EAGER_STEPS", 2)
     return Own
 
 
@@ -79,9 +79,11 @@ def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def made(self: stage.ImageStages) -> StepGraph:
         assert self.model.flow is not None
-        return StepGraph(self.gradients, self.parameters, [self.model.generator.plane_ema], self.model.flow.windows)
+        return StepGraph(
+            self.accumulate_gradients, self.parameters, [self.model.generator.plane_ema], self.model.flow.windows
+        )
 
-    monkeypatch.setattr(stage.ImageStages, "_graph", made)
+    monkeypatch.setattr(stage.ImageStages, "_make_cuda_graph", made)
 
 
 def losses(config: TrainConfig) -> list[dict[str, float]]:
@@ -94,7 +96,9 @@ def test_replayed_steps_are_those_taken_one_by_one(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loss = replace(tiny.loss, **TERMS)
-    config = replace(tiny, stages=("reconstruction",), steps=9, log_every=1, loss=loss, raw_start=8, raw_grow=5)
+    config = replace(
+        tiny, stages=("reconstruction",), steps=9, log_every=1, loss=loss, raw_size_start=8, raw_size_grow_step=5
+    )
     plain = losses(replace(config, run=str(tmp_path / "plain")))
     graphed(monkeypatch)
     replayed = losses(replace(config, run=str(tmp_path / "replayed")))
@@ -108,14 +112,14 @@ def test_the_adversarial_stage_is_not_held_to_the_windows_of_a_graph(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     held: dict[str, list[bool]] = {"reconstruction": [], "adversarial": []}
-    plain = stage.ImageStages.update_average
+    plain = stage.ImageStages.update_ema
 
     def looking(self: stage.ImageStages) -> None:
         assert self.model.flow is not None
         held[self.stage].append(self.model.flow.windows.fixed)
         plain(self)
 
-    monkeypatch.setattr(stage.ImageStages, "update_average", looking)
+    monkeypatch.setattr(stage.ImageStages, "update_ema", looking)
     graphed(monkeypatch)
     adversarial = replace(tiny.adversarial, steps=2)
     stages = ("reconstruction", "adversarial")
@@ -157,7 +161,7 @@ def test_a_step_asks_the_device_for_nothing(tiny: TrainConfig, monkeypatch: pyte
                 asked[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
-    plain = stage.ImageStages.gradients
+    plain = stage.ImageStages.accumulate_gradients
     taken: list[bool] = []
 
     def listening(self: stage.ImageStages, batch: Batch, raw: int, *args: Any) -> tuple[Tensor, Tensor]:
@@ -169,14 +173,14 @@ def test_a_step_asks_the_device_for_nothing(tiny: TrainConfig, monkeypatch: pyte
             taken.append(True)
             return plain(self, batch, raw, *args)
 
-    monkeypatch.setattr(stage.ImageStages, "gradients", listening)
+    monkeypatch.setattr(stage.ImageStages, "accumulate_gradients", listening)
     train(replace(tiny, stages=("reconstruction",), steps=1, loss=replace(tiny.loss, **TERMS)))
     assert taken == [True]
     assert not asked
 
 
 def test_fixed_windows_have_room_to_grow() -> None:
-    windows = Windows()
+    windows = RasterWindows()
     assert windows(torch.tensor([3.4, 10.0]), 32) == [4, 11]
     assert windows(torch.tensor([7.9, 2.0]), 32) == [8, 3]
     windows.fixed = True

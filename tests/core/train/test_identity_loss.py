@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import LossConfig, TrainConfig, train_config
+from export3d_cli.core.config.schema import LossConfig, TrainConfig, make_train_config
 from export3d_cli.core.runtime.errors import ConfigError, InputError
-from export3d_cli.core.train.identity_loss import TEMPLATE, align, five_points, load_identity
+from export3d_cli.core.train.identity_loss import ARCFACE_TEMPLATE, align_face, arcface_points, load_identity_loss
 from export3d_cli.core.train.trainer import train
 
 from .conftest import motion_of
@@ -38,26 +38,26 @@ def test_aligned_face_is_that_of_opencv() -> None:
     rng = np.random.default_rng(0)
     picture = cv2.GaussianBlur(rng.uniform(-1, 1, (128, 128, 3)).astype(np.float32), (0, 0), 4)
     turn = np.array([[0.8, -0.3], [0.3, 0.8]]) * 0.55
-    five = (np.array(TEMPLATE) - 56) @ turn.T + 64 + rng.normal(0, 0.5, (5, 2))  # pixel indices
-    mean, wanted = five.mean(0), np.array(TEMPLATE).mean(0)
+    five = (np.array(ARCFACE_TEMPLATE) - 56) @ turn.T + 64 + rng.normal(0, 0.5, (5, 2))  # pixel indices
+    mean, wanted = five.mean(0), np.array(ARCFACE_TEMPLATE).mean(0)
     a, b = np.linalg.lstsq(  # the same similarity, solved as equations
         np.concatenate([np.stack([x := five[:, 0] - mean[0], -(y := five[:, 1] - mean[1])], 1), np.stack([y, x], 1)]),
-        np.concatenate([np.array(TEMPLATE)[:, 0] - wanted[0], np.array(TEMPLATE)[:, 1] - wanted[1]]), rcond=None,
+        np.concatenate([np.array(ARCFACE_TEMPLATE)[:, 0] - wanted[0], np.array(ARCFACE_TEMPLATE)[:, 1] - wanted[1]]), rcond=None,
     )[0]  # fmt: skip
     linear = np.array([[a, -b], [b, a]])
     matrix = np.column_stack([linear, wanted - linear @ mean])
     expected = cv2.warpAffine(picture, matrix, (112, 112), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     crop_units = torch.from_numpy((five + 0.5) / 128)[None].float()
-    got = align(torch.from_numpy(picture).permute(2, 0, 1)[None], crop_units)[0].permute(1, 2, 0).numpy()
+    got = align_face(torch.from_numpy(picture).permute(2, 0, 1)[None], crop_units)[0].permute(1, 2, 0).numpy()
     inside = np.abs(got - expected)[8:-8, 8:-8]
     assert inside.max() < 0.02  # OpenCV rounds places to a 32nd of a pixel
 
 
 def test_loss_sees_faces_and_reaches_the_image(embedder: str) -> None:
-    identity = load_identity(embedder, torch.device("cpu"))
+    identity = load_identity_loss(embedder, torch.device("cpu"))
     landmarks = torch.from_numpy(motion_of(0, 2).landmarks[..., :2])
-    assert five_points(landmarks).shape == (2, 5, 2)
-    assert (five_points(landmarks)[:, 0, 0] < five_points(landmarks)[:, 1, 0]).all()
+    assert arcface_points(landmarks).shape == (2, 5, 2)
+    assert (arcface_points(landmarks)[:, 0, 0] < arcface_points(landmarks)[:, 1, 0]).all()
     target = torch.rand(2, 3, 64, 64) * 2 - 1
     assert identity(target, target, landmarks).item() == pytest.approx(0, abs=1e-6)
     image = torch.zeros(2, 3, 64, 64)
@@ -75,12 +75,12 @@ def test_loss_sees_faces_and_reaches_the_image(embedder: str) -> None:
 def test_wrong_embedders_are_named(tmp_path: Path) -> None:
     (tmp_path / "no.pt").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"no\.pt is no TorchScript face embedder"):
-        load_identity(str(tmp_path / "no.pt"), torch.device("cpu"))
+        load_identity_loss(str(tmp_path / "no.pt"), torch.device("cpu"))
     torch.jit.script(torch.nn.Flatten(0)).save(str(tmp_path / "flat.pt"))
     with pytest.raises(InputError, match=r"not \(2, D\)"):
-        load_identity(str(tmp_path / "flat.pt"), torch.device("cpu"))
+        load_identity_loss(str(tmp_path / "flat.pt"), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"needs loss\.embedder"):
-        train_config({"loss": {"identity": 1.0}})
+        make_train_config({"loss": {"identity": 1.0}})
 
 
 def test_it_is_a_term_of_a_run(tiny: TrainConfig, embedder: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig, save_yaml, train_config
-from export3d_cli.core.face.landmarks import canonical_face, flow_triangles
+from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig, make_train_config, save_yaml
+from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.export3d import Export3D
@@ -28,13 +28,21 @@ from export3d_cli.core.train import image_stage as stages
 from export3d_cli.core.train.distributed import World
 from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
-from export3d_cli.core.train.training_plan import plan
-from export3d_cli.core.train.training_run import Run
+from export3d_cli.core.train.training_plan import plan_training
+from export3d_cli.core.train.training_run import TrainingRun
 
 from .conftest import BUNDLE
 
 ADVERSARIAL = AdversarialConfig(
-    steps=1, channels=8, base=256, mapping=1, group=2, r1=1.0, r1_every=1, ada=0.6, augment=0.5
+    steps=1,
+    channel_max=8,
+    channel_base=256,
+    mapping_layers=1,
+    mbstd_group_size=2,
+    r1_gamma=1.0,
+    r1_interval=1,
+    ada=0.6,
+    augment=0.5,
 )
 WORKER = """
 import sys
@@ -129,7 +137,10 @@ def test_two_processes_go_on_after_a_checkpoint_of_a_run_that_decays_by_the_cloc
 
 def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
     one = replace(
-        tiny, stages=("clebs",), checkpoint_every=1, clebs=replace(tiny.clebs, warm=0, steps=1, groups=2, ridge_pairs=8)
+        tiny,
+        stages=("clebs",),
+        checkpoint_every=1,
+        clebs=replace(tiny.clebs, geometry_warmup_steps=0, steps=1, clips_per_step=2, ridge_pairs=8),
     )
     train(one)
     two = replace(one, run=str(tmp_path / "two"))
@@ -144,14 +155,16 @@ def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tm
 
 def test_groups_that_cannot_be_shared_are_all_taken_and_told(tiny: TrainConfig) -> None:
     told: list[str] = []
-    three = replace(tiny, clebs=replace(tiny.clebs, groups=3))
-    run = Run(three, Path(tiny.run), torch.device("cpu"), False, lambda event: told.append(event.message), World())
-    assert pretrain._share(run) == range(3)
+    three = replace(tiny, clebs=replace(tiny.clebs, clips_per_step=3))
+    run = TrainingRun(
+        three, Path(tiny.run), torch.device("cpu"), False, lambda event: told.append(event.message), World()
+    )
+    assert pretrain._local_groups(run) == range(3)
     run.world = World(rank=0, size=2)
-    assert pretrain._share(run) == range(3)
+    assert pretrain._local_groups(run) == range(3)
     assert "is not shared" in told[0]
     run.world = World(rank=2, size=3)
-    assert pretrain._share(run) == range(2, 3)
+    assert pretrain._local_groups(run) == range(2, 3)
 
 
 def in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
@@ -174,7 +187,7 @@ def in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
 
 def test_batch_must_be_divisible(tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="multiple of accumulate"):
-        train_config({"batch": 4, "accumulate": 3})
+        make_train_config({"batch": 4, "accumulate": 3})
 
 
 @pytest.mark.parametrize(
@@ -205,7 +218,7 @@ def test_options_leave_the_presets_alone() -> None:
     names = set(Export3D(PRESETS["tiny"]).state_dict())
     assert not any("cross" in name or "linear" in name for name in names)
     with pytest.raises(ConfigError, match="clebs, lebs, direct"):
-        train_config({"model": {"expression": "learned"}})
+        make_train_config({"model": {"expression": "learned"}})
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of what is no leaf
@@ -231,9 +244,9 @@ def test_the_volume_is_judged_by_where_the_target_shows_its_head(
     train(config)
     (batch, head), flow = seen[0], Export3D(config.model).flow
     assert flow is not None
-    flow.triangles.copy_(torch.from_numpy(flow_triangles(canonical_face(BUNDLE))))
-    torch.testing.assert_close(head, flow.head(batch.target_points, batch.target_camera, batch.target_person))
-    assert not torch.equal(head, flow.head(batch.source_points, batch.source_camera, batch.source_person))
+    flow.triangles.copy_(torch.from_numpy(make_flow_triangles(load_canonical_face(BUNDLE))))
+    torch.testing.assert_close(head, flow.head_mask(batch.target_points, batch.target_camera, batch.target_person_mask))
+    assert not torch.equal(head, flow.head_mask(batch.source_points, batch.source_camera, batch.source_person_mask))
 
 
 def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +278,9 @@ def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pyte
 def test_steps_without_numbers_are_left_out_of_the_other_stages(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny, stages=("clebs",), skip_nonfinite=1, clebs=replace(tiny.clebs, warm=0, steps=3))
+    config = replace(
+        tiny, stages=("clebs",), skip_nonfinite=1, clebs=replace(tiny.clebs, geometry_warmup_steps=0, steps=3)
+    )
     contrast, fair, calls = pretrain.contrastive_loss, adversary.discriminator_loss, iter(range(100))
 
     def sometimes(*args: object) -> object:
@@ -288,7 +303,7 @@ def test_steps_without_numbers_are_left_out_of_the_other_stages(
 
 
 def test_kill_in_the_middle_of_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = replace(tiny, stages=("reconstruction",), checkpoint_every=1, keep=3)
+    config = replace(tiny, stages=("reconstruction",), checkpoint_every=1, keep_checkpoints=3)
     save_yaml(config, tmp_path / "config.yaml")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -318,7 +333,9 @@ def test_loss_plot_is_drawn(tiny: TrainConfig) -> None:
 
 
 def test_plan_counts_what_is_there() -> None:
-    found = plan(train_config({"preset": "tiny", "batch": 4, "stages": ["reconstruction", "adversarial"]}))
+    found = plan_training(
+        make_train_config({"preset": "tiny", "batch": 4, "stages": ["reconstruction", "adversarial"]})
+    )
     model = Export3D(PRESETS["tiny"])
     assert found.total_parameters == sum(p.numel() for p in model.parameters())
     assert found.parameters["generator"] == sum(p.numel() for p in model.generator.parameters())
@@ -336,16 +353,16 @@ def test_plan_counts_what_is_there() -> None:
 def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> None:
     model = Export3D(PRESETS["tiny"])
     kinds: dict[str, set[torch.dtype]] = {"ray": set(), "layer": set()}
-    whole = model._decode
+    whole = model._decode_samples
 
     def decode(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
         colours, densities = whole(*args)  # type: ignore[arg-type]
         kinds["ray"] |= {x.dtype for x in (*args[2:], colours, densities) if isinstance(x, torch.Tensor)}
         return colours, densities
 
-    model._decode = decode  # type: ignore[method-assign]
+    model._decode_samples = decode  # type: ignore[method-assign]
     model.decoder.hidden.register_forward_hook(lambda module, args, out: kinds["layer"].add(out.dtype))
-    camera = torch.from_numpy(Camera.orbit(0, 0).vector()).float()[None].expand(2, -1)
+    camera = torch.from_numpy(Camera.orbit(0, 0).to_vector()).float()[None].expand(2, -1)
     beta, image = torch.rand(2, 64), torch.rand(2, 3, 64, 64)
     marks = torch.rand(2, 478, 2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,25 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import EyesConfig, HoleConfig, LidsConfig, MouthConfig, TrainConfig, train_config
-from export3d_cli.core.face.landmarks import canonical_face
-from export3d_cli.core.model.checkpoint import licence_of, load_state, load_weights, save_weights
+from export3d_cli.core.config.schema import (
+    EyesConfig,
+    InpaintConfig,
+    LidsConfig,
+    MouthConfig,
+    TrainConfig,
+    make_train_config,
+)
+from export3d_cli.core.face.landmarks import load_canonical_face
+from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence, save_weights
 from export3d_cli.core.model.inpaint import eyes as eye_painter
 from export3d_cli.core.model.inpaint import mouth as mouth_painter
-from export3d_cli.core.model.inpaint.inpainter import FACTS, SIDE
+from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, CROP_SIZE_PX
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
-from export3d_cli.core.train.frame_cache import load_sets
-from export3d_cli.core.train.inpaint_data import DRAWERS
-from export3d_cli.core.train.pair_sampler import Sampler
+from export3d_cli.core.train.frame_cache import load_datasets
+from export3d_cli.core.train.inpaint_data import INPAINT_SAMPLERS
+from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.trainer import train
 
 from .conftest import BUNDLE, SIZE
 
 FEW = {"steps": 3, "batch": 2, "after": 1, "critic_width": 2}
 # the canonical lips touch but for a slit; the clips move all lips alike, and shut no eyes
-SMALL: dict[str, HoleConfig] = {
-    "mouth": MouthConfig(open=0.0, **FEW), "eyes": EyesConfig(open=0.0, **FEW), "lids": LidsConfig(shut=1.0, **FEW)
+SMALL: dict[str, InpaintConfig] = {
+    "mouth": MouthConfig(min_opening=0.0, **FEW), "eyes": EyesConfig(min_opening=0.0, **FEW), "lids": LidsConfig(max_opening=1.0, **FEW)
 }  # fmt: skip
 each = pytest.mark.parametrize("name", SMALL)
 
@@ -41,24 +48,29 @@ def of_stage(config: TrainConfig, name: str) -> TrainConfig:
 
 
 @pytest.fixture
-def sampler(tiny: TrainConfig) -> Sampler:
-    return Sampler(load_sets(tiny.data, SIZE), tiny.data, canonical_face(BUNDLE).mirror)
+def sampler(tiny: TrainConfig) -> PairSampler:
+    return PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face(BUNDLE).mirror)
 
 
 @each
-def test_draws_are_repeatable_and_of_what_is_asked_for(sampler: Sampler, name: str) -> None:
+def test_draws_are_repeatable_and_of_what_is_asked_for(sampler: PairSampler, name: str) -> None:
     def opening(points: torch.Tensor) -> torch.Tensor:
-        return mouth_painter.opening(points) if name == "mouth" else eye_painter.opening(points, 0)
+        return mouth_painter.mouth_opening(points) if name == "mouth" else eye_painter.eye_opening(points, 0)
 
-    found = torch.cat([opening(torch.from_numpy(data.landmarks)) for data in sampler.sets])
+    found = torch.cat([opening(torch.from_numpy(data.landmarks)) for data in sampler.datasets])
     none = {"shut": float(found.min()) - 0.01} if name == "lids" else {"open": float(found.max()) + 0.01}
     with pytest.raises(TrainingError, match=rf"{name}\.{next(iter(none))}"):
-        DRAWERS[name](sampler, replace(SMALL[name], **none))
-    drawer = DRAWERS[name](sampler, SMALL[name])
-    a, b, other = (drawer.batch(0, 5, rank, 3) for rank in (0, 0, 1))
-    assert a.picture.shape == (3, 3, SIDE, SIDE) and a.hole.facts.shape == (3, FACTS, SIDE, SIDE)
-    assert torch.equal(a.picture, b.picture) and torch.equal(a.hole.hidden, b.hole.hidden)
-    assert not torch.equal(a.picture, other.picture)
+        INPAINT_SAMPLERS[name](sampler, replace(SMALL[name], **none))
+    drawer = INPAINT_SAMPLERS[name](sampler, SMALL[name])
+    a, b, other = (drawer.draw_batch(0, 5, rank, 3) for rank in (0, 0, 1))
+    assert a.crops.shape == (3, 3, CROP_SIZE_PX, CROP_SIZE_PX) and a.hole.condition.shape == (
+        3,
+        CONDITION_CHANNELS,
+        CROP_SIZE_PX,
+        CROP_SIZE_PX,
+    )
+    assert torch.equal(a.crops, b.crops) and torch.equal(a.hole.mask, b.hole.mask)
+    assert not torch.equal(a.crops, other.crops)
 
 
 @each
@@ -68,7 +80,7 @@ def test_resume_is_exact(tiny: TrainConfig, name: str, tmp_path: Path, monkeypat
     assert (whole.finished, whole.stage, whole.step) == (True, name, 3)
     broken = replace(run, run=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "out_of_time", lambda self: (self.folder / "state.json").exists())
+        patch.setattr(trainer.TrainingRun, "out_of_time", lambda self: (self.folder / "state.json").exists())
         stopped = train(broken)
     assert (stopped.finished, stopped.stage, stopped.step) == (False, name, 1)
     assert train(broken).finished
@@ -104,7 +116,7 @@ def test_weights_without_a_painter_get_one(tiny: TrainConfig, name: str, tmp_pat
     before, after = load_weights(first.weights), load_weights(second.weights)
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
     assert (getattr(before[1], name), getattr(after[1], name)) == (0, 4)
-    assert licence_of(second.weights) == "only for this test"  # what is made of them is theirs
+    assert read_licence(second.weights) == "only for this test"  # what is made of them is theirs
     with pytest.raises(ConfigError, match="another size"):
         train(replace(run, run=str(tmp_path / "third"), init=str(first.weights), stages=("reconstruction",)))
 
@@ -122,18 +134,18 @@ def test_it_learns_to_fill(tiny: TrainConfig, name: str) -> None:
 @each
 def test_what_cannot_be_trained_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{name}"):
-        train_config({"preset": "tiny", "stages": [name]})
+        make_train_config({"preset": "tiny", "stages": [name]})
     with pytest.raises(ConfigError, match=rf"{name}\.batch"):
-        train_config({"preset": "compact", "stages": [name], name: {"batch": 0}})
+        make_train_config({"preset": "compact", "stages": [name], name: {"batch": 0}})
     with pytest.raises(ConfigError, match=rf"{name}\.weight"):
-        train_config({"preset": "compact", "data": {"path": ["a", "b"]}, name: {"weight": [1.0]}})
+        make_train_config({"preset": "compact", "data": {"path": ["a", "b"]}, name: {"weight": [1.0]}})
 
 
 @each
 def test_a_painter_that_nothing_trains_is_left_out(name: str) -> None:
     """It would paint noise."""
-    assert getattr(train_config({"preset": "compact"}).model, name) == 0
+    assert getattr(make_train_config({"preset": "compact"}).model, name) == 0
     for kept in ({"stages": [name]}, {"init": "export3d-compact"}):
-        assert getattr(train_config({"preset": "compact", **kept}).model, name) > 0
+        assert getattr(make_train_config({"preset": "compact", **kept}).model, name) > 0
     with pytest.raises(ConfigError, match=rf"model\.{name}.*stage {name}"):
-        train_config({"preset": "compact", "model": {name: 8}})
+        make_train_config({"preset": "compact", "model": {name: 8}})

@@ -8,27 +8,29 @@ import pytest
 import torch
 
 from export3d_cli.core.face.landmarker import Landmarker, read_bundle
-from export3d_cli.core.face.litert import Network
+from export3d_cli.core.face.litert import LiteRTNetwork
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.warp.mesh_flow import warp
-from export3d_cli.core.runtime.weights import example, resolve
-from export3d_cli.core.train.landmark_loss import SIDE, LandmarkNetwork, Landmarks, face_view
+from export3d_cli.core.runtime.weights import example_path, resolve_weights
+from export3d_cli.core.train.landmark_loss import VIEW_SIZE_PX, LandmarkLoss, LandmarkNetwork, landmarker_view_grid
 
 
 @pytest.fixture(scope="module")
 def network() -> LandmarkNetwork:
-    return LandmarkNetwork(resolve("face_landmarker"))
+    return LandmarkNetwork(resolve_weights("face_landmarker"))
 
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
     """(256, 256, 3) uint8."""
-    return cv2.resize(read_image(example("source.jpg")), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return cv2.resize(
+        read_image(example_path("source.jpg")), (VIEW_SIZE_PX, VIEW_SIZE_PX), interpolation=cv2.INTER_AREA
+    )
 
 
 def test_it_answers_as_the_files_own_runtime(network: LandmarkNetwork, photo: np.ndarray) -> None:
-    bundle = resolve("face_landmarker")
-    own = Network(*read_bundle(bundle, "face_landmarks_detector.tflite"), bundle, 1)
+    bundle = resolve_weights("face_landmarker")
+    own = LiteRTNetwork(*read_bundle(bundle, "face_landmarks_detector.tflite"), bundle, 1)
     face = photo.astype(np.float32) / 255
     with torch.no_grad():
         found = network(torch.from_numpy(face).permute(2, 0, 1)[None])[0]
@@ -37,30 +39,32 @@ def test_it_answers_as_the_files_own_runtime(network: LandmarkNetwork, photo: np
 
 def test_the_view_is_where_the_landmarker_looks(network: LandmarkNetwork, photo: np.ndarray) -> None:
     """Landmarks read in the view of a tilted face and carried back are the landmarker's."""
-    tilted = cv2.warpAffine(photo, cv2.getRotationMatrix2D((128, 128), 20, 0.8), (SIDE, SIDE))
-    landmarker = Landmarker(resolve("face_landmarker"))
+    tilted = cv2.warpAffine(photo, cv2.getRotationMatrix2D((128, 128), 20, 0.8), (VIEW_SIZE_PX, VIEW_SIZE_PX))
+    landmarker = Landmarker(resolve_weights("face_landmarker"))
     face = landmarker.track(tilted)
     face = landmarker.track(tilted)  # where the first look has found it
     assert face is not None
-    where = face_view(torch.from_numpy(face.landmarks[None, :, :2]) / SIDE)
+    where = landmarker_view_grid(torch.from_numpy(face.landmarks[None, :, :2]) / VIEW_SIZE_PX)
     image = torch.from_numpy(tilted).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         seen = network(warp(image, where))[0, :, :2]
-    back = warp(where, seen.T[None, :, None] / SIDE)
-    np.testing.assert_allclose(back[0, :, 0].T.numpy() * SIDE, face.landmarks[:, :2], atol=1.0)
+    back = warp(where, seen.T[None, :, None] / VIEW_SIZE_PX)
+    np.testing.assert_allclose(back[0, :, 0].T.numpy() * VIEW_SIZE_PX, face.landmarks[:, :2], atol=1.0)
 
 
 def test_what_looks_alike_costs_nothing_and_a_moved_mouth_does(network: LandmarkNetwork, photo: np.ndarray) -> None:
-    face = Landmarker(resolve("face_landmarker")).find(photo)
+    face = Landmarker(resolve_weights("face_landmarker")).find(photo)
     assert face is not None
-    marks = torch.from_numpy(face.landmarks[None, :, :2]) / SIDE
+    marks = torch.from_numpy(face.landmarks[None, :, :2]) / VIEW_SIZE_PX
     image = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1
-    loss = Landmarks(network)
+    loss = LandmarkLoss(network)
     assert loss(image, image, marks) == 0
     moved = image.roll(3, dims=3).requires_grad_()
     found = loss(moved, image, marks)
-    wide = (face_view(marks)[0, 0, 0, -1] - face_view(marks)[0, 0, 0, 0]).item()  # shares of the picture
-    assert found.item() == pytest.approx(100 * 3 / SIDE / wide / 3, rel=0.3)  # along one axis of three
+    wide = (
+        landmarker_view_grid(marks)[0, 0, 0, -1] - landmarker_view_grid(marks)[0, 0, 0, 0]
+    ).item()  # shares of the picture
+    assert found.item() == pytest.approx(100 * 3 / VIEW_SIZE_PX / wide / 3, rel=0.3)  # along one axis of three
     found.backward()
     assert moved.grad is not None and moved.grad.isfinite().all() and moved.grad.any()
     assert not [p for p in loss.parameters() if p.requires_grad]

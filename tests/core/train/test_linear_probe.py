@@ -9,7 +9,14 @@ import pytest
 
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.train import linear_probe as probes
-from export3d_cli.core.train.linear_probe import chance, clusters, expression_labels, linear_probe, principal, probe
+from export3d_cli.core.train.linear_probe import (
+    clusters,
+    expression_labels,
+    linear_probe,
+    majority_accuracy,
+    principal,
+    probe_expression_code,
+)
 
 
 @pytest.fixture
@@ -28,7 +35,7 @@ def test_probe_reads_what_is_there_and_nothing_else(frames: tuple[np.ndarray, ..
     assert linear_probe(beta, expression, fit) > 0.99
     noise = np.random.default_rng(1).normal(size=(600, 8))
     assert linear_probe(noise, person, fit) < 0.4
-    assert 0.2 < chance(person, fit) < 0.35
+    assert 0.2 < majority_accuracy(person, fit) < 0.35
     with pytest.raises(ValueError, match="rows to classify"):
         linear_probe(beta, person, np.ones(600, bool))
 
@@ -49,7 +56,7 @@ def test_first_axis_is_that_of_most_variance() -> None:
 def test_code_without_people_is_told_from_beta(frames: tuple[np.ndarray, ...], tmp_path: Path) -> None:
     beta, person, expression, fit = frames
     code = np.eye(3)[expression] @ np.random.default_rng(2).normal(size=(3, 16))
-    report = probe(beta, code, person, fit, picture=tmp_path / "axes.png")
+    report = probe_expression_code(beta, code, person, fit, figure_path=tmp_path / "axes.png")
     assert report.person_beta > 0.99 > 0.4 > report.person_code
     assert min(report.expression_beta, report.expression_code) > report.expression_chance + 0.1
     assert (report.frames, report.people) == (600, 4)
@@ -58,13 +65,13 @@ def test_code_without_people_is_told_from_beta(frames: tuple[np.ndarray, ...], t
 
 def test_picture_shows_ten_people_ten_times(frames: tuple[np.ndarray, ...]) -> None:
     person = np.repeat([f"p{i:02d}" for i in range(30)], 20)
-    rows = probes.chosen(np.concatenate([person, ["seldom"] * 3]))
+    rows = probes.select_figure_rows(np.concatenate([person, ["seldom"] * 3]))
     assert len(rows) == len(set(rows.tolist())) == 100
     names, counts = np.unique(person[rows], return_counts=True)
     assert (len(names), set(counts)) == (10, {10})
     assert {"p00", "p29"} <= set(names)
-    assert len(probes.chosen(frames[1])) == 40  # all four people there are
-    assert len(probes.chosen(np.array(["a", "a", "b"]))) == 2  # b has too few
+    assert len(probes.select_figure_rows(frames[1])) == 40  # all four people there are
+    assert len(probes.select_figure_rows(np.array(["a", "a", "b"]))) == 2  # b has too few
 
 
 def test_places_keep_clusters_apart(frames: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +79,9 @@ def test_places_keep_clusters_apart(frames: tuple[np.ndarray, ...], monkeypatch:
     group = 4 * expression[:120] + person[:120]
 
     def apart() -> tuple[float, str]:
-        points, how = probes.places(beta[:120])
+        points, how = probes.project_to_plane(beta[:120])
         assert points.shape == (120, 2)
-        assert np.array_equal(points, probes.places(beta[:120])[0])
+        assert np.array_equal(points, probes.project_to_plane(beta[:120])[0])
         centres = np.stack([points[group == g].mean(0) for g in np.unique(group)])
         away = np.linalg.norm(points[:, None] - centres, axis=-1)
         return float((np.unique(group)[away.argmin(1)] == group).mean()), how

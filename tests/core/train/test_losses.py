@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export3d_cli.core.config.schema import train_config
+from export3d_cli.core.config.schema import make_train_config
 from export3d_cli.core.face.landmarks import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.warp.mesh_flow import resize
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.train import losses
-from export3d_cli.core.train.clebs_stage import mirror_loss, person_loss
+from export3d_cli.core.train.clebs_stage import identity_leakage_loss, mirror_loss
 from export3d_cli.core.train.objective import reconstruction_loss
 from export3d_cli.core.train.pair_sampler import Batch
 
@@ -83,7 +83,7 @@ def test_folded_batch_norm_is_batch_norm() -> None:
     slow = torch.nn.functional.batch_norm(
         slow, *(state[f"features.0.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
     ).clamp(0, 6)
-    torch.testing.assert_close(losses._mobilenet(state)[0][0](x), slow, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses._build_mobilenet_stages(state)[0][0](x), slow, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_backbone_is_an_input_error(tmp_path: Path) -> None:
@@ -122,12 +122,14 @@ def test_people_apart_are_told_by_fishers_criterion() -> None:
     torch.manual_seed(0)
     lam = torch.randn(30, 400, 5)
     lam = lam - lam.mean(1, keepdim=True)
-    assert person_loss(lam) < 1e-8
+    assert identity_leakage_loss(lam) < 1e-8
     means = torch.randn(30, 1, 5)
     apart = (means - means.mean(0)).square().mean((0, 1))  # in variances of 1 within a person
-    assert person_loss(lam + means) == pytest.approx(apart.mean().item(), rel=0.05)
+    assert identity_leakage_loss(lam + means) == pytest.approx(apart.mean().item(), rel=0.05)
     turn = torch.linalg.qr(torch.randn(5, 5))[0]
-    assert person_loss(3 * (lam + means) @ turn) == pytest.approx(person_loss(lam + means).item(), rel=1e-2)
+    assert identity_leakage_loss(3 * (lam + means) @ turn) == pytest.approx(
+        identity_leakage_loss(lam + means).item(), rel=1e-2
+    )
 
 
 def test_a_mirrored_face_has_the_same_lambda_but_for_what_is_one_sided() -> None:
@@ -145,7 +147,7 @@ def test_close_ups_show_mouth_and_eyes() -> None:
     for centre, wide, region in ((0.3, 0.1, LEFT_EYE), (0.6, 0.1, RIGHT_EYE), (0.5, 0.2, OUTER_LIPS)):
         marks[:, list(region)] = centre
         marks[:, region[0], 0], marks[:, region[1], 0] = centre - wide / 2, centre + wide / 2
-    seen = losses.close_ups(image, marks, 8)
+    seen = losses.crop_eyes_and_mouth(image, marks, 8)
     assert seen.shape == (6, 2, 8, 8)
     for k, (centre, wide) in enumerate(((0.3, 0.1), (0.6, 0.1), (0.5, 0.2))):
         part = seen[2 * k : 2 * k + 2]
@@ -157,14 +159,16 @@ def test_close_ups_show_mouth_and_eyes() -> None:
 def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
     target, known = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 8, 8)
     known[..., :4] = 1
-    config = train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "flow": 2}})
+    config = make_train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "flow": 2}})
     beside = torch.ones(1, 3, 16, 16)
     beside[..., 1::2] = -1  # differences of single pixels cancel out in cells
     marks = torch.zeros(1, 478, 2)
     batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known)
     for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (beside, 2 * 0.5 / 3)):
         shown = resize(known, 16).mean().item() / 0.5  # the mask's rim is soft
-        output = Output(target, target, known, known, None, None, sampled=sampled.requires_grad_(), known=known)
+        output = Output(
+            target, target, known, known, None, None, warped_photo=sampled.requires_grad_(), source_visibility=known
+        )
         total, terms = reconstruction_loss(output, batch, config, None)
         assert terms["flow"] == pytest.approx(wanted * shown, rel=0.15)
         total.backward()
@@ -173,7 +177,7 @@ def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
 
 
 def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:
-    config = train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "silhouette": 2, "rough": 3}})
+    config = make_train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "silhouette": 2, "density_tv": 3}})
     image, head = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     head[..., :4] = 1
     opacity = torch.full((1, 1, 4, 4), 0.25)
@@ -181,6 +185,6 @@ def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
     marks = torch.zeros(1, 478, 2)
     batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head)
-    total, terms = reconstruction_loss(output, batch, config, None, head=head)
+    total, terms = reconstruction_loss(output, batch, config, None, head_mask=head)
     assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["rough"] == pytest.approx(3 * 0.5)
     assert float(total) == pytest.approx(2.5)

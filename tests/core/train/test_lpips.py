@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from export3d_cli.core.config.schema import LossConfig, TrainConfig, train_config
+from export3d_cli.core.config.schema import LossConfig, TrainConfig, make_train_config
 from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
 from export3d_cli.core.runtime.hub import HubFile
 from export3d_cli.core.train import lpips
@@ -71,7 +71,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_distance_is_the_published_formula(files: tuple[str, str]) -> None:
-    model = lpips.load_distance(LossConfig(backbone=files[0], lpips=files[1]))
+    model = lpips.load_perceptual_term(LossConfig(backbone=files[0], lpips=files[1]))
     assert isinstance(model, lpips.LPIPS)
     image, target = images()
     assert model(image, target, scales=1).item() == pytest.approx(by_hand(image, target), rel=1e-5)
@@ -84,7 +84,7 @@ def test_distance_is_the_published_formula(files: tuple[str, str]) -> None:
 
 
 def test_gradient_is_finite_where_features_are_dead(files: tuple[str, str]) -> None:
-    model = lpips.load_distance(LossConfig(backbone=files[0], lpips=files[1]))
+    model = lpips.load_perceptual_term(LossConfig(backbone=files[0], lpips=files[1]))
     assert model is not None
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,14 +99,14 @@ def test_only_published_files_are_called_lpips(files: tuple[str, str], monkeypat
     loss = LossConfig(backbone=files[0], lpips=files[1])
 
     def name() -> str:
-        model = lpips.load_distance(loss)
+        model = lpips.load_perceptual_term(loss)
         assert model is not None
         assert ("not LPIPS" in model.title) == (model.name != "lpips")
         return model.name
 
     assert name() == "perceptual"
     known = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files]
-    monkeypatch.setattr(lpips, "OFFICIAL_HEADS", known[1])
+    monkeypatch.setattr(lpips, "OFFICIAL_LINEAR_WEIGHTS", known[1])
     assert name() == "perceptual"
     monkeypatch.setattr(lpips, "OFFICIAL_VGG16", known[0])
     assert name() == "lpips"
@@ -114,8 +114,8 @@ def test_only_published_files_are_called_lpips(files: tuple[str, str], monkeypat
 
 def test_one_file_may_hold_both(tmp_path: Path, files: tuple[str, str]) -> None:
     save_file({**vgg16(), **heads()}, tmp_path / "both.safetensors")
-    both = lpips.load_distance(LossConfig(backbone=str(tmp_path / "both.safetensors")))
-    two = lpips.load_distance(LossConfig(backbone=files[0], lpips=files[1]))
+    both = lpips.load_perceptual_term(LossConfig(backbone=str(tmp_path / "both.safetensors")))
+    two = lpips.load_perceptual_term(LossConfig(backbone=files[0], lpips=files[1]))
     assert both is not None
     assert two is not None
     assert torch.equal(both(*images()), two(*images()))
@@ -125,23 +125,23 @@ def test_one_file_may_hold_both(tmp_path: Path, files: tuple[str, str]) -> None:
 def test_files_are_checked(files: tuple[str, str], tmp_path: Path) -> None:
     found = hashlib.sha256(Path(files[0]).read_bytes()).hexdigest()
     loss = LossConfig(backbone=files[0], lpips=files[1])
-    assert lpips.load_distance(replace(loss, backbone_sha256=found.upper())) is not None
+    assert lpips.load_perceptual_term(replace(loss, backbone_sha256=found.upper())) is not None
     with pytest.raises(WeightsError, match="not 000000"):
-        lpips.load_distance(replace(loss, backbone_sha256="0" * 64))
+        lpips.load_perceptual_term(replace(loss, backbone_sha256="0" * 64))
     wrong = tmp_path / "vgg16-397923af.pth"  # torchvision's name promises the first digits of its sha256
     wrong.write_bytes(Path(files[0]).read_bytes())
     with pytest.raises(WeightsError, match=r"not 397923af"):
-        lpips.load_distance(replace(loss, backbone=str(wrong)))
+        lpips.load_perceptual_term(replace(loss, backbone=str(wrong)))
     with pytest.raises(ConfigError, match="is no file"):
-        lpips.load_distance(replace(loss, lpips=str(tmp_path / "none.pth")))
+        lpips.load_perceptual_term(replace(loss, lpips=str(tmp_path / "none.pth")))
     save_file({"features.0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "short.safetensors")
     with pytest.raises(InputError, match="are not VGG16"):
-        lpips.load_distance(replace(loss, backbone=str(tmp_path / "short.safetensors")))
+        lpips.load_perceptual_term(replace(loss, backbone=str(tmp_path / "short.safetensors")))
     save_file({**heads(), "lin2.model.1.weight": torch.ones(1, 5, 1, 1)}, tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match=r"weighs \[4, 6, 5, 10, 10\] channels"):
-        lpips.load_distance(replace(loss, lpips=str(tmp_path / "wide.safetensors")))
+        lpips.load_perceptual_term(replace(loss, lpips=str(tmp_path / "wide.safetensors")))
     with pytest.raises(ConfigError, match=r"needs loss\.backbone"):
-        train_config({"loss": {"lpips": "vgg.pth"}})
+        make_train_config({"loss": {"lpips": "vgg.pth"}})
 
 
 def test_files_of_the_hub_are_fetched(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,9 @@ def test_files_of_the_hub_are_fetched(files: tuple[str, str], monkeypatch: pytes
         return Path(files[0] if name.file == "vgg16.pth" else files[1])
 
     monkeypatch.setattr(lpips, "fetch", fetch)
-    model = lpips.load_distance(LossConfig(backbone="hf:someone/vgg:vgg16.pth", lpips="hf:someone/vgg@v1:vgg.pth"))
+    model = lpips.load_perceptual_term(
+        LossConfig(backbone="hf:someone/vgg:vgg16.pth", lpips="hf:someone/vgg@v1:vgg.pth")
+    )
     assert isinstance(model, lpips.LPIPS)
     assert asked == ["hf:someone/vgg:vgg16.pth", "hf:someone/vgg@v1:vgg.pth"]
 
@@ -167,7 +169,7 @@ def test_nothing_else_is_called_lpips_in_a_run(
     assert {"perceptual", "perceptual_raw"} <= json.loads(told).keys()
     assert "lpips" not in told.lower()
     monkeypatch.setattr(lpips, "OFFICIAL_VGG16", hashlib.sha256(Path(files[0]).read_bytes()).hexdigest())
-    monkeypatch.setattr(lpips, "OFFICIAL_HEADS", hashlib.sha256(Path(files[1]).read_bytes()).hexdigest())
+    monkeypatch.setattr(lpips, "OFFICIAL_LINEAR_WEIGHTS", hashlib.sha256(Path(files[1]).read_bytes()).hexdigest())
     official = replace(config, run=config.run + "-official")
     train(official)
     assert {"lpips", "lpips_raw"} <= json.loads((Path(official.run) / "stats.jsonl").read_text()).keys()

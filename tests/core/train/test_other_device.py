@@ -8,21 +8,34 @@ import pytest
 import torch
 from accelerator import Pretended
 
-from export3d_cli.core.config.schema import HOLES, TrainConfig
+from export3d_cli.core.config.schema import INPAINTERS, TrainConfig
 from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.train.trainer import train
 
 
 def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages = ("clebs", *HOLES, "reconstruction", "adversarial")
-    adversarial = replace(tiny.adversarial, steps=2, channels=8, base=64, mapping=1, r1=1.0, r1_every=1, ada=0.6)
+    stages = ("clebs", *INPAINTERS, "reconstruction", "adversarial")
+    adversarial = replace(
+        tiny.adversarial,
+        steps=2,
+        channel_max=8,
+        channel_base=64,
+        mapping_layers=1,
+        r1_gamma=1.0,
+        r1_interval=1,
+        ada=0.6,
+    )
     terms = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
     loss = replace(tiny.loss, l2_scales=2, **terms)
-    every = {"mouth": {"open": 0.0}, "eyes": {"open": 0.0}, "lids": {"shut": 1.0}}  # frames are looked at
+    every = {
+        "mouth": {"min_opening": 0.0},
+        "eyes": {"min_opening": 0.0},
+        "lids": {"max_opening": 1.0},
+    }  # frames are looked at
     few = {"steps": 2, "batch": 2, "after": 0, "critic_width": 2}
-    holes = {name: replace(getattr(tiny, name), **few, **every[name]) for name in HOLES}
-    model = replace(tiny.model, **dict.fromkeys(HOLES, 4))
+    holes = {name: replace(getattr(tiny, name), **few, **every[name]) for name in INPAINTERS}
+    model = replace(tiny.model, **dict.fromkeys(INPAINTERS, 4))
     config = replace(
         tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss, model=model, **holes
     )

@@ -11,46 +11,48 @@ import pytest
 import torch
 
 from export3d_cli.core.config.schema import DataConfig
-from export3d_cli.core.face.landmarks import canonical_face
+from export3d_cli.core.face.landmarks import load_canonical_face
 from export3d_cli.core.face.motion import BETA_NAMES
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, TrainingError
-from export3d_cli.core.train.frame_cache import load_set, load_sets
-from export3d_cli.core.train.pair_sampler import Prefetcher, Sampler, loaders, recolour
+from export3d_cli.core.train.frame_cache import load_dataset, load_datasets
+from export3d_cli.core.train.pair_sampler import PairSampler, Prefetcher, apply_color_lut, num_loader_threads
 
 from .conftest import BUNDLE, FRAMES, SIZE
 
 
 @pytest.fixture
-def sampler(data_set: Path) -> Sampler:
-    config = DataConfig(path=(str(data_set),), jitter=0.0, flip=False, stills=0.0)
-    return Sampler(load_sets(config, SIZE), config, canonical_face(BUNDLE).mirror)
+def sampler(data_set: Path) -> PairSampler:
+    config = DataConfig(path=(str(data_set),), jitter=0.0, flip=False, still_image_ratio=0.0)
+    return PairSampler(load_datasets(config, SIZE), config, load_canonical_face(BUNDLE).mirror)
 
 
 def test_cache_holds_the_frames_with_a_face_and_is_made_once(data_set: Path) -> None:
-    faces = load_set(data_set, SIZE)
+    faces = load_dataset(data_set, SIZE)
     assert len(faces.frames) == 4 * (FRAMES - 1) + 1
-    assert 3 not in faces.number[faces.clips[0].start : faces.clips[0].start + faces.clips[0].count]
+    assert 3 not in faces.frame_index[faces.clips[0].start : faces.clips[0].start + faces.clips[0].count]
     levels = faces.frames[:11, 32, 32, 0].astype(int)  # frame t of the first clip is a field of 20 t
-    assert np.abs(levels - 20 * faces.number[:11]).max() <= 4
+    assert np.abs(levels - 20 * faces.frame_index[:11]).max() <= 4
     assert faces.clips[4].still
     assert faces.clips[0].track == "t00"
     assert faces.clips[4].track == ""
-    assert faces.person.shape == (len(faces.frames), 64, 64) and faces.person.max() < 25  # nobody is in plain fields
+    assert (
+        faces.person_mask.shape == (len(faces.frames), 64, 64) and faces.person_mask.max() < 25
+    )  # nobody is in plain fields
     before = (data_set / f"cache-{SIZE}" / "frames.npy").stat().st_mtime_ns
-    load_set(data_set, SIZE)
+    load_dataset(data_set, SIZE)
     assert (data_set / f"cache-{SIZE}" / "frames.npy").stat().st_mtime_ns == before
     assert not list(data_set.glob("*.tmp"))
 
 
 def test_cache_is_made_again_when_the_data_set_changed(data_set: Path, tmp_path: Path) -> None:
-    assert len(load_set(data_set, SIZE, 2, str(tmp_path)).frames) == 4 * 6 + 1
+    assert len(load_dataset(data_set, SIZE, 2, str(tmp_path)).frames) == 4 * 6 + 1
     place = next(tmp_path.iterdir())
     (place / "index.json").write_text("{}")
-    assert len(load_set(data_set, SIZE, 2, str(tmp_path)).frames) == 4 * 6 + 1
+    assert len(load_dataset(data_set, SIZE, 2, str(tmp_path)).frames) == 4 * 6 + 1
     (place / "person.npy").unlink()  # as in one made before masks were kept
-    assert len(load_set(data_set, SIZE, 2, str(tmp_path)).person) == 4 * 6 + 1
+    assert len(load_dataset(data_set, SIZE, 2, str(tmp_path)).person_mask) == 4 * 6 + 1
 
 
 @pytest.mark.parametrize(
@@ -64,49 +66,49 @@ def test_cache_is_made_again_when_the_data_set_changed(data_set: Path, tmp_path:
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(data_set: Path, tmp_path: Path, name: str, array: np.ndarray) -> None:
-    load_set(data_set, SIZE, 1, str(tmp_path))
+    load_dataset(data_set, SIZE, 1, str(tmp_path))
     np.save(next(tmp_path.iterdir()) / f"{name}.npy", array)
     with pytest.raises(InputError, match=rf"damaged .*{name}.*remove it"):
-        load_set(data_set, SIZE, 1, str(tmp_path))
+        load_dataset(data_set, SIZE, 1, str(tmp_path))
 
 
 def test_clips_of_a_cache_lie_inside_its_frames(data_set: Path, tmp_path: Path) -> None:
-    load_set(data_set, SIZE, 1, str(tmp_path))
+    load_dataset(data_set, SIZE, 1, str(tmp_path))
     index = next(tmp_path.iterdir()) / "index.json"
     index.write_text(index.read_text().replace('"start": 0', '"start": 4000'))
     with pytest.raises(InputError, match="outside its frames"):
-        load_set(data_set, SIZE, 1, str(tmp_path))
+        load_dataset(data_set, SIZE, 1, str(tmp_path))
 
 
 def test_unreadable_list_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest\.jsonl"):
-        load_set(tmp_path, SIZE)
+        load_dataset(tmp_path, SIZE)
 
 
-def test_batches_repeat_and_differ_by_step(sampler: Sampler) -> None:
-    a, b, c = sampler.batch(0, 5, 4), sampler.batch(0, 5, 4), sampler.batch(0, 6, 4)
+def test_batches_repeat_and_differ_by_step(sampler: PairSampler) -> None:
+    a, b, c = sampler.draw_pairs(0, 5, 4), sampler.draw_pairs(0, 5, 4), sampler.draw_pairs(0, 6, 4)
     assert all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     assert not torch.equal(a.target_beta, c.target_beta)
     assert a.source.shape == (4, 3, SIZE, SIZE)
     assert a.source_points.shape == (4, 478, 3)
 
 
-def test_frames_of_a_person_come_from_all_clips_of_that_person(sampler: Sampler) -> None:
-    beta = sampler.persons(0, 1, 6, 40)
+def test_frames_of_a_person_come_from_all_clips_of_that_person(sampler: PairSampler) -> None:
+    beta = sampler.draw_person_betas(0, 1, 6, 40)
     assert beta.shape == (6, 40, 64)
-    assert torch.equal(beta, sampler.persons(0, 1, 6, 40))
-    data = sampler.sets[0]
+    assert torch.equal(beta, sampler.draw_person_betas(0, 1, 6, 40))
+    data = sampler.datasets[0]
     frames = [
         {data.beta[r].tobytes() for c in clips for r in range(c.start, c.start + c.count)}
-        for clips in sampler.moving[0].values()
+        for clips in sampler.video_clips_by_person[0].values()
     ]
     assert all(any({row.tobytes() for row in rows.numpy()} <= own for own in frames) for rows in beta)
 
 
-def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
-    always = Sampler(sampler.sets, replace(sampler.config, flip=True), sampler.mirror)
-    straight = sampler.geometry(0, 1, 40)
-    flipped = always.geometry(0, 1, 40)
+def test_mirrored_points_are_the_mirrored_head(sampler: PairSampler) -> None:
+    always = PairSampler(sampler.datasets, replace(sampler.config, flip=True), sampler.mirror)
+    straight = sampler.draw_landmark_pairs(0, 1, 40)
+    flipped = always.draw_landmark_pairs(0, 1, 40)
     for beta, points in ((straight[0], straight[2]), (flipped[0], flipped[2])):
         assert torch.isfinite(points).all()
         assert torch.isfinite(beta).all()
@@ -114,19 +116,23 @@ def test_mirrored_points_are_the_mirrored_head(sampler: Sampler) -> None:
         assert (points[:, 263, 0] > points[:, 33, 0]).all()
 
 
-def test_mirrored_pair_is_one_mirrored_scene(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirrored_pair_is_one_mirrored_scene(sampler: PairSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = np.tile(np.arange(SIZE, dtype=np.uint8)[:, None], (SIZE, 1, 3))
-    mask = np.broadcast_to(np.arange(64, dtype=np.uint8), sampler.sets[0].person.shape)
-    shown = replace(sampler.sets[0], frames=np.broadcast_to(ramp, sampler.sets[0].frames.shape), person=mask)
-    straight = Sampler([shown], sampler.config, sampler.mirror)
-    always = Sampler([shown], replace(sampler.config, flip=True), sampler.mirror)
-    step = next(
-        s for s in range(50) if always.batch(0, s, 1).source[0, 0, 0, 0] > straight.batch(0, s, 1).source[0, 0, 0, 0]
+    mask = np.broadcast_to(np.arange(64, dtype=np.uint8), sampler.datasets[0].person_mask.shape)
+    shown = replace(
+        sampler.datasets[0], frames=np.broadcast_to(ramp, sampler.datasets[0].frames.shape), identity_leakage=mask
     )
-    a, b = straight.batch(0, step, 1), always.batch(0, step, 1)
+    straight = PairSampler([shown], sampler.config, sampler.mirror)
+    always = PairSampler([shown], replace(sampler.config, flip=True), sampler.mirror)
+    step = next(
+        s
+        for s in range(50)
+        if always.draw_pairs(0, s, 1).source[0, 0, 0, 0] > straight.draw_pairs(0, s, 1).source[0, 0, 0, 0]
+    )
+    a, b = straight.draw_pairs(0, step, 1), always.draw_pairs(0, step, 1)
     assert torch.equal(b.source, a.source.flip(3)) and torch.equal(b.target, a.target.flip(3))
-    assert torch.equal(b.source_person, a.source_person.flip(3)) and a.source_person[0, 0, 0, 51] == 0.2
-    assert torch.equal(b.target_person, a.target_person.flip(3))
+    assert torch.equal(b.source_person_mask, a.source_person_mask.flip(3)) and a.source_person_mask[0, 0, 0, 51] == 0.2
+    assert torch.equal(b.target_person_mask, a.target_person_mask.flip(3))
     for batch in (a, b):
         marks, _ = project(batch.target_points, batch.target_camera)
         torch.testing.assert_close(marks, batch.target_landmarks, atol=1e-4, rtol=0)
@@ -144,93 +150,97 @@ def test_mirrored_pair_is_one_mirrored_scene(sampler: Sampler, monkeypatch: pyte
     assert target[1] == pytest.approx(Camera.from_vector(a.target_camera[0].numpy()).angles()[1], abs=1e-3)
 
 
-def test_people_then_clips_are_drawn_equally_often(sampler: Sampler) -> None:
-    data = sampler.sets[0]
+def test_people_then_clips_are_drawn_equally_often(sampler: PairSampler) -> None:
+    data = sampler.datasets[0]
     # one of a's clips is counted as that of a third person, who then has a clip as a and as many draws
-    clips = tuple(replace(c, person="third") if c.id == "a_t01" else c for c in data.clips)
-    drawn = Sampler([replace(data, clips=clips)], sampler.config, sampler.mirror)
+    clips = tuple(replace(c, identity_leakage="third") if c.id == "a_t01" else c for c in data.clips)
+    drawn = PairSampler([replace(data, clips=clips)], sampler.config, sampler.mirror)
     rng = np.random.default_rng(0)
-    picked = [drawn._clip(rng, drawn.moving)[1] for _ in range(3000)]
+    picked = [drawn._draw_clip(rng, drawn.video_clips_by_person)[1] for _ in range(3000)]
     people = [sum(c.person == p for c in picked) / 3000 for p in ("a", "b", "third")]
     assert people == pytest.approx([1 / 3] * 3, abs=0.03)
     assert sum(c.id == "b_t00" for c in picked) / 3000 == pytest.approx(1 / 6, abs=0.03)
-    stills = Sampler([data], replace(sampler.config, stills=0.5), sampler.mirror)
-    shown = [stills._clip(rng, stills.people)[1].person == "c" for _ in range(3000)]
+    stills = PairSampler([data], replace(sampler.config, still_image_ratio=0.5), sampler.mirror)
+    shown = [stills._draw_clip(rng, stills.clips_by_person)[1].person == "c" for _ in range(3000)]
     assert np.mean(shown) == pytest.approx(0.5 / 2.5, abs=0.03)
 
 
-def test_data_sets_are_drawn_by_weight(sampler: Sampler) -> None:
-    other = replace(sampler.sets[0], name="other")
-    weighed = Sampler([sampler.sets[0], other], replace(sampler.config, weight=(3.0, 1.0)), sampler.mirror)
+def test_data_sets_are_drawn_by_weight(sampler: PairSampler) -> None:
+    other = replace(sampler.datasets[0], name="other")
+    weighed = PairSampler([sampler.datasets[0], other], replace(sampler.config, weight=(3.0, 1.0)), sampler.mirror)
     rng = np.random.default_rng(0)
-    share = np.mean([weighed._clip(rng, weighed.moving)[0].name == "other" for _ in range(2000)])
+    share = np.mean([weighed._draw_clip(rng, weighed.video_clips_by_person)[0].name == "other" for _ in range(2000)])
     assert share == pytest.approx(0.25, abs=0.03)
 
 
-def test_cached_frames_are_mapped_andrecoloured_by_table(sampler: Sampler) -> None:
-    frames = sampler.sets[0].frames
+def test_cached_frames_are_mapped_andrecoloured_by_table(sampler: PairSampler) -> None:
+    frames = sampler.datasets[0].frames
     base = frames
     while not isinstance(base, np.memmap) and base is not None:
         base = base.base
     assert isinstance(base, np.memmap)  # no copy of the pictures is held
     rng = np.random.default_rng(0)
     table, pictures = rng.normal(size=(256, 3)).astype(np.float32), rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
-    found = recolour(pictures[:, :, ::-1], table)
+    found = apply_color_lut(pictures[:, :, ::-1], table)
     assert np.array_equal(found, np.stack([table[pictures[:, :, ::-1, c], c] for c in range(3)], axis=1))
 
 
-def test_different_drivers_are_preferred(sampler: Sampler) -> None:
-    data, config = sampler.sets[0], sampler.config
+def test_different_drivers_are_preferred(sampler: PairSampler) -> None:
+    data, config = sampler.datasets[0], sampler.config
 
     def mean_difference(spread: float) -> float:
-        s = Sampler(sampler.sets, replace(config, spread=spread), sampler.mirror)
+        s = PairSampler(sampler.datasets, replace(config, hard_pair_ratio=spread), sampler.mirror)
         rng = np.random.default_rng(0)
-        drawn = [(5, s._driver(rng, data, data.clips[0], 5)) for _ in range(100)]
+        drawn = [(5, s._draw_driver(rng, data, data.clips[0], 5)) for _ in range(100)]
         assert all(k != j for k, j in drawn)
-        return float(np.mean([s.difference(data, k, np.array([j]))[0] for k, j in drawn]))
+        return float(np.mean([s.pose_expression_distance(data, k, np.array([j]))[0] for k, j in drawn]))
 
     assert mean_difference(1.0) > 1.2 * mean_difference(0.0)
 
 
-def test_turned_pairs_are_far_apart_in_view(sampler: Sampler) -> None:
-    axes = sampler.sets[0].camera[:, 2:11:4]
+def test_turned_pairs_are_far_apart_in_view(sampler: PairSampler) -> None:
+    axes = sampler.datasets[0].camera[:, 2:11:4]
 
     def mean_angle(pairs: list[tuple[int, int]]) -> float:
         return float(np.degrees(np.mean([np.arccos(min(axes[k] @ axes[j], 1.0)) for k, j in pairs])))
 
     rng, turned = np.random.default_rng(0), []
     for _ in range(50):
-        data, source, target = sampler._turned(rng)
+        data, source, target = sampler._draw_wide_view_pair(rng)
         assert any(c.start <= min(source, target) < max(source, target) < c.start + c.count for c in data.clips)
         turned.append((source, target))
-    clip = sampler.sets[0].clips[0]
+    clip = sampler.datasets[0].clips[0]
     usual = [(clip.start, clip.start + int(rng.integers(1, clip.count))) for _ in range(50)]
     assert mean_angle(turned) > 1.2 * mean_angle(usual)
-    only = Sampler(sampler.sets, replace(sampler.config, turn=1.0, cross=0.0, flip=False), sampler.mirror)
-    batch = only.batch(0, 0, 20)
+    only = PairSampler(
+        sampler.datasets,
+        replace(sampler.config, wide_view_ratio=1.0, cross_identity_ratio=0.0, flip=False),
+        sampler.mirror,
+    )
+    batch = only.draw_pairs(0, 0, 20)
     looks = batch.source_camera[:, 2:11:4], batch.target_camera[:, 2:11:4]
     assert float(torch.rad2deg(torch.arccos((looks[0] * looks[1]).sum(-1))).mean()) > 1.2 * mean_angle(usual)
 
 
-def test_crossed_pairs_take_the_expression_of_the_other_head(sampler: Sampler) -> None:
-    data = sampler.sets[0]
+def test_crossed_pairs_take_the_expression_of_the_other_head(sampler: PairSampler) -> None:
+    data = sampler.datasets[0]
     for i in range(20):
-        crossed = sampler._crossed(np.random.default_rng(i))
+        crossed = sampler._draw_cross_identity_pair(np.random.default_rng(i))
         assert crossed is not None
         _, source, target, beta = crossed
         clip = {row: c for c in data.clips for row in range(c.start, c.start + c.count)}
         driver = int(np.flatnonzero((data.beta == beta).all(1))[0])
         assert clip[source].person == clip[target].person != clip[driver].person
         assert clip[driver].track == clip[target].track
-        assert data.number[driver] == data.number[target]
+        assert data.frame_index[driver] == data.frame_index[target]
 
 
-def test_groups_need_long_clips(sampler: Sampler) -> None:
-    images, beta = sampler.group(0, 0, 33, 32)
+def test_groups_need_long_clips(sampler: PairSampler) -> None:
+    images, beta = sampler.draw_clip_group(0, 0, 33, 32)
     assert images.shape == (FRAMES - 1, 3, 32, 32)
     assert beta.shape == (FRAMES - 1, 64)
     with pytest.raises(TrainingError, match="longer clips"):
-        sampler.group(0, 0, 33, 32, least=50)
+        sampler.draw_clip_group(0, 0, 33, 32, min_frames=50)
 
 
 def test_prefetcher_keeps_order_and_passes_errors_on() -> None:
@@ -248,5 +258,5 @@ def test_prefetcher_keeps_order_and_passes_errors_on() -> None:
     with Prefetcher(lambda step: slow.wait(5) if step == 0 else step, 0, 4, 2) as ahead:
         slow.set()
         assert [ahead.next() for _ in range(4)] == [True, 1, 2, 3]
-    assert loaders(DataConfig(), torch.device("cpu")) == 1
-    assert loaders(DataConfig(workers=3), torch.device("cuda")) == 3
+    assert num_loader_threads(DataConfig(), torch.device("cpu")) == 1
+    assert num_loader_threads(DataConfig(workers=3), torch.device("cuda")) == 3

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config.schema import SteadyConfig, TrainConfig, train_config
-from export3d_cli.core.face.landmarks import canonical_face
+from export3d_cli.core.config.schema import PoseDebiasConfig, TrainConfig, make_train_config
+from export3d_cli.core.face.landmarks import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import rotation_log
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.pair_sampler import Batch
-from export3d_cli.core.train.pose_debias_stage import SteadyStage, fit_turns
+from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, fit_rotations
 from export3d_cli.core.train.trainer import train
 
 from .conftest import BUNDLE
 
-FACE = canonical_face(BUNDLE).points
+FACE = load_canonical_face(BUNDLE).points
 
 
 def rigid_turn(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -38,8 +38,8 @@ def test_turns_are_found_among_lost_tracks() -> None:
     true = torch.from_numpy(rng.normal(size=(4, 3))).float() / 100
     turned = asked @ true + torch.from_numpy(rng.normal(size=(400, 3))).float() / 1000
     turned[::20] += 1  # another face, or none
-    torch.testing.assert_close(fit_turns(asked, turned, 1.0), true, atol=5e-4, rtol=0)
-    assert fit_turns(asked, turned, 1e9).abs().max() < 1e-4
+    torch.testing.assert_close(fit_rotations(asked, turned, 1.0), true, atol=5e-4, rtol=0)
+    assert fit_rotations(asked, turned, 1e9).abs().max() < 1e-4
 
 
 @pytest.fixture
@@ -52,18 +52,24 @@ def turning(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     turns = [np.cross(w, about) for w in rng.normal(size=(tiny.model.basis, 3)) / 300]
     model.flow.basis.copy_(torch.from_numpy(np.stack(turns)))
     save_weights(tmp_path / "init.safetensors", model.state_dict(), tiny.model, {})
-    results, seen = SteadyStage.results, []
+    results, seen = PoseDebiasStage.render_expressions, []
 
-    def remember(self: SteadyStage, batch: Batch, row: int, beta: Tensor) -> tuple[Tensor, Tensor, list[np.ndarray]]:
+    def remember(
+        self: PoseDebiasStage, batch: Batch, row: int, beta: Tensor
+    ) -> tuple[Tensor, Tensor, list[np.ndarray]]:
         own, asked, frames = results(self, batch, row, beta)
-        moved = self.flow.moved(torch.from_numpy(FACE).float()[None], torch.cat([own, asked]) - own)
+        moved = self.flow.deform_landmarks(torch.from_numpy(FACE).float()[None], torch.cat([own, asked]) - own)
         seen[:] = [rigid_turn(FACE, points) for points in moved.double().numpy()]
         return own, asked, frames
 
-    monkeypatch.setattr(SteadyStage, "results", remember)
-    monkeypatch.setattr(SteadyStage, "read", lambda self, frames: (np.ones(len(frames), bool), np.stack(seen)))
-    few = SteadyConfig(steps=4, batch=8, ridge=1e-3)
-    return replace(tiny, stages=("steady",), init=str(tmp_path / "init.safetensors"), steady=few, checkpoint_every=1)
+    monkeypatch.setattr(PoseDebiasStage, "render_expressions", remember)
+    monkeypatch.setattr(
+        PoseDebiasStage, "track_rotations", lambda self, frames: (np.ones(len(frames), bool), np.stack(seen))
+    )
+    few = PoseDebiasConfig(steps=4, batch=8, ridge=1e-3)
+    return replace(
+        tiny, stages=("pose_debias",), init=str(tmp_path / "init.safetensors"), pose_debias=few, checkpoint_every=1
+    )
 
 
 def turns_of(basis: Tensor) -> np.ndarray:
@@ -74,7 +80,7 @@ def test_expressions_no_longer_turn_the_face(turning: TrainConfig) -> None:
     before = load_weights(turning.init)[0]
     done = train(turning)
     after, _, record = load_weights(done.weights)
-    assert (done.stage, done.step, done.finished, record["steady_steps"]) == ("steady", 4, True, 4)
+    assert (done.stage, done.step, done.finished, record["steady_steps"]) == ("pose_debias", 4, True, 4)
     old, new = (np.abs(turns_of(state["flow.basis"])).max() for state in (before, after))
     assert old > 0.002 and new < 0.05 * old
     own = {k for k in before if not torch.equal(before[k], after[k])}
@@ -88,7 +94,7 @@ def test_resume_is_exact(turning: TrainConfig, tmp_path: Path, monkeypatch: pyte
         with monkeypatch.context() as patch:
             start = load_state(Path(broken.run))
             step = 0 if start is None else int(start[1]["step"])
-            patch.setattr(SteadyStage, "look", counted(SteadyStage.look, patch))
+            patch.setattr(PoseDebiasStage, "measure", counted(PoseDebiasStage.measure, patch))
             stopped = train(broken)
         assert (stopped.finished, stopped.step) == (False, step + 1)
     assert train(broken).finished
@@ -99,16 +105,18 @@ def test_resume_is_exact(turning: TrainConfig, tmp_path: Path, monkeypatch: pyte
 def counted(look: object, patch: pytest.MonkeyPatch) -> object:
     """`look`, after which time is over."""
 
-    def once(self: SteadyStage) -> None:
+    def once(self: PoseDebiasStage) -> None:
         look(self)  # type: ignore[operator]
-        patch.setattr(trainer.Run, "out_of_time", lambda run: True)
+        patch.setattr(trainer.TrainingRun, "out_of_time", lambda run: True)
 
     return once
 
 
 def test_it_follows_the_other_stages(tiny: TrainConfig) -> None:
-    done = train(replace(tiny, stages=("clebs", "reconstruction", "steady"), steady=SteadyConfig(steps=2, batch=1)))
-    assert (done.stage, done.step, done.finished) == ("steady", 2, True)  # grey pictures: no face is found
+    done = train(
+        replace(tiny, stages=("clebs", "reconstruction", "pose_debias"), pose_debias=PoseDebiasConfig(steps=2, batch=1))
+    )
+    assert (done.stage, done.step, done.finished) == ("pose_debias", 2, True)  # grey pictures: no face is found
     record = load_weights(done.weights)[2]
     assert (record["steps"], record["steady_steps"]) == (4, 2)
 
@@ -116,12 +124,12 @@ def test_it_follows_the_other_stages(tiny: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"stages": ["steady"]}, "init"),
-        ({"model": {"flow": False}, "stages": ["reconstruction", "steady"]}, r"model\.flow"),
-        ({"steady": {"batch": 0}}, r"steady\.batch"),
-        ({"steady": {"weight": [1, 2]}, "data": {"path": ["a"]}}, r"steady\.weight"),
+        ({"stages": ["pose_debias"]}, "init"),
+        ({"model": {"flow": False}, "stages": ["reconstruction", "pose_debias"]}, r"model\.flow"),
+        ({"pose_debias": {"batch": 0}}, r"pose_debias\.batch"),
+        ({"pose_debias": {"weight": [1, 2]}, "data": {"path": ["a"]}}, r"pose_debias\.weight"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, object], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        train_config({"preset": "tiny", **change})
+        make_train_config({"preset": "tiny", **change})

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig
-from export3d_cli.core.train.tensorboard_logger import Board
-from export3d_cli.core.train.training_run import Run
+from export3d_cli.core.train.tensorboard_logger import TensorBoardLogger
+from export3d_cli.core.train.training_run import TrainingRun
 
 
 def test_nothing_is_written_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    board = Board(tmp_path / "board", wanted=True)
+    board = TensorBoardLogger(tmp_path / "board", enabled=True)
     board.write("clebs", 1, {"loss": 1.0})
     board.close()
     assert not (tmp_path / "board").exists()
@@ -23,8 +23,8 @@ def test_nothing_is_written_without_tensorboard(tmp_path: Path, monkeypatch: pyt
 
 def test_steps_go_on_over_the_stages(tiny: TrainConfig) -> None:
     config = replace(tiny, stages=("clebs", "reconstruction", "adversarial"), adversarial=AdversarialConfig(steps=5))
-    run = Run.open(replace(config, tensorboard=False), None)
-    assert [run._all_steps(s, 2) for s in config.stages] == [2, 3 + 2, 3 + 4 + 2]
+    run = TrainingRun.open(replace(config, tensorboard=False), None)
+    assert [run._global_step(s, 2) for s in config.stages] == [2, 3 + 2, 3 + 4 + 2]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -33,11 +33,11 @@ def test_scalars_can_be_read_back_and_a_resumed_run_replaces_what_it_repeats(tmp
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, steps in ((0, (1, 2, 3)), (3, (3, 4))):  # the second call resumes after step 2
-        board = Board(tmp_path, wanted=True, first=first)
+        board = TensorBoardLogger(tmp_path, enabled=True, first_step=first)
         for step in steps:
             board.write("reconstruction", step, {"loss": step + 10.0 * (first > 0), "lr": 0.5})
         board.close()
-    assert Board(tmp_path / "unwanted", wanted=False).writer is None
+    assert TensorBoardLogger(tmp_path / "unwanted", enabled=False).writer is None
     found = EventAccumulator(str(tmp_path))
     found.Reload()
     assert set(found.Tags()["scalars"]) == {"reconstruction/loss", "reconstruction/lr"}

@@ -11,16 +11,16 @@ import torch
 
 from export3d_cli.core.config.schema import LossConfig, TrainConfig
 from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import LIPS, canonical_face
+from export3d_cli.core.face.landmarks import LIPS, load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.expression import LeBS
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.clebs_stage import fit_flow_basis
-from export3d_cli.core.train.frame_cache import load_sets
-from export3d_cli.core.train.pair_sampler import Sampler
-from export3d_cli.core.train.trainer import learning_rate, raw_size, train
-from export3d_cli.core.train.training_run import AGAIN, Run
+from export3d_cli.core.train.frame_cache import load_datasets
+from export3d_cli.core.train.pair_sampler import PairSampler
+from export3d_cli.core.train.trainer import learning_rate, scheduled_raw_size, train
+from export3d_cli.core.train.training_run import WARM_RESTART_PROGRESS, TrainingRun
 
 from .conftest import BUNDLE, SIZE
 
@@ -28,13 +28,13 @@ from .conftest import BUNDLE, SIZE
 def test_the_first_stage_draws_by_its_own_shares(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[list[float]]] = {"geometry": [], "batch": []}
     for name, shares in seen.items():
-        plain = getattr(Sampler, name)
+        plain = getattr(PairSampler, name)
 
-        def told(self: Sampler, *args: object, plain=plain, shares=shares) -> object:  # type: ignore[no-untyped-def]
-            shares.append(self.weight.tolist())
+        def told(self: PairSampler, *args: object, plain=plain, shares=shares) -> object:  # type: ignore[no-untyped-def]
+            shares.append(self.dataset_weights.tolist())
             return plain(self, *args)
 
-        monkeypatch.setattr(Sampler, name, told)
+        monkeypatch.setattr(PairSampler, name, told)
     data, clebs = replace(tiny.data, path=tiny.data.path * 2), replace(tiny.clebs, weight=(3.0, 1.0))
     train(replace(tiny, data=data, clebs=clebs, steps=1))
     assert seen["geometry"] and all(shares == [0.75, 0.25] for shares in seen["geometry"])
@@ -79,7 +79,7 @@ def test_clebs_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path, monkeypa
     whole = train(config)
     broken = replace(config, run=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "out_of_time", lambda self: (self.folder / "state.json").exists())
+        patch.setattr(trainer.TrainingRun, "out_of_time", lambda self: (self.folder / "state.json").exists())
         stopped = train(broken)
     assert not stopped.finished
     assert stopped.stage == "clebs"
@@ -92,7 +92,7 @@ def test_clebs_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path, monkeypa
 def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny, stages=("reconstruction",), steps=1000, max_minutes=1.0, decay_by_time=True)
     clock = iter(x / 10 for x in range(10_000))
-    monkeypatch.setattr(trainer.Run, "minutes", lambda self: next(clock))
+    monkeypatch.setattr(trainer.TrainingRun, "elapsed_minutes", lambda self: next(clock))
     summary = train(config)
     assert not summary.finished
     assert 0 < summary.step < 20
@@ -100,7 +100,7 @@ def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.Monk
     assert saved is not None
     assert saved[1]["step"] == summary.step
     assert saved[1]["decayed"] == 1.0
-    assert Run.open(config, None).decayed == AGAIN  # given more time
+    assert TrainingRun.open(config, None).decay_progress == WARM_RESTART_PROGRESS  # given more time
 
 
 def test_loss_that_is_no_number_stops(tiny: TrainConfig) -> None:
@@ -128,15 +128,15 @@ def test_expression_is_taken_from_other_weights(tiny: TrainConfig, tmp_path: Pat
 
 
 def test_schedules(tiny: TrainConfig) -> None:
-    config = replace(tiny, lr=1.0, warmup=4, decay=True, raw_start=8, raw_grow=10)
+    config = replace(tiny, lr=1.0, warmup=4, decay=True, raw_size_start=8, raw_size_grow_step=10)
     assert learning_rate(config, 0, 0.0) == 0.25
     assert learning_rate(config, 100, 0.5) == pytest.approx(0.55)
     assert learning_rate(config, 100, 1.0) == pytest.approx(0.1)
-    assert (raw_size(config, 9), raw_size(config, 10)) == (8, 16)
+    assert (scheduled_raw_size(config, 9), scheduled_raw_size(config, 10)) == (8, 16)
 
 
 def test_flow_basis_recovers_a_linear_motion(tiny: TrainConfig) -> None:
-    sampler = Sampler(load_sets(tiny.data, SIZE), tiny.data, canonical_face(BUNDLE).mirror)
+    sampler = PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face(BUNDLE).mirror)
     torch.manual_seed(0)
     lebs = LeBS(tiny.model)
     basis, report = fit_flow_basis(lebs, sampler, 0, 400, 1e-4)

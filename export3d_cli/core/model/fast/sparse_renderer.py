@@ -14,47 +14,49 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.model import volume_renderer as render
-from export3d_cli.core.model.constants import constant
+from export3d_cli.core.model.cached_tensors import cached_tensor
 
-OPAQUE = 1e-3  # less than this of a ray goes on: the rest of its samples are not looked at
-EMPTY = 1e-2  # less than this is stopped by the coarse samples: there are no fine ones
-VISIBLE = 4e-3  # a sample's share of its ray below which its colour is not decoded; the others make up for it
-CHUNK = 1 << 14  # points decoded at once: they stay in the processor's cache
-NEAR = 9 / 16  # of the coarse samples are looked at before asking which rays go on
+MIN_TRANSMITTANCE = 1e-3  # less than this of a ray goes on: the rest of its samples are not looked at
+MIN_RAY_OPACITY = 1e-2  # less than this is stopped by the coarse samples: there are no fine ones
+MIN_SAMPLE_WEIGHT = 4e-3  # a sample's share of its ray below which its colour is not decoded; the others make up for it
+CHUNK_POINTS = 1 << 14  # points decoded at once: they stay in the processor's cache
+FIRST_PASS_RATIO = 9 / 16  # of the coarse samples are looked at before asking which rays go on
 
-Decode = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> hidden (M, h), density (M,)
-Met = tuple[Tensor, Tensor, Tensor]  # colours (R, C'), depth (R,) and opacity (R,)
-Paint = Callable[[Tensor], Tensor]  # hidden (M, h) -> colours (M, C')
+DecodeHidden = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> hidden (M, h), density (M,)
+RayOutputs = tuple[Tensor, Tensor, Tensor]  # colours (R, C'), depth (R,) and opacity (R,)
+DecodeColours = Callable[[Tensor], Tensor]  # hidden (M, h) -> colours (M, C')
 
 
-class Taps(NamedTuple):
+class BilinearTaps(NamedTuple):
     """Where along some axes bilinear samples fall."""
 
-    low: Tensor  # (axes, M) cell, a whole number, fp32; from -1 on, the padding of `plane_table`
+    cell: Tensor  # (axes, M) cell, a whole number, fp32; from -1 on, the padding of `plane_table`
     weights: Tensor  # (2, axes, M) of it and of the one above
 
 
-def taps(place: Tensor, size: int, *, border: bool) -> Taps:
+def bilinear_taps(position: Tensor, size: int, *, border: bool) -> BilinearTaps:
     """Positions (axes, M) in -1..1 of a grid of `size` cells, counted as by `F.grid_sample` without aligned corners."""
-    at = (place + 1) * (0.5 * size) - 0.5
+    at = (position + 1) * (0.5 * size) - 0.5
     at = at.clamp(0, size - 1) if border else at.clamp(-1, size)
     low = at.floor().clamp_max(size - 1)
     part = at - low
-    return Taps(low, torch.stack([1 - part, part]))
+    return BilinearTaps(low, torch.stack([1 - part, part]))
 
 
-def gather(table: Tensor, x: Taps, y: Taps, size: int) -> Tensor:
+def gather_bilinear(table: Tensor, x: BilinearTaps, y: BilinearTaps, size: int) -> Tensor:
     """Sum of bilinear samples of several grids, which are the axes of both taps, from `plane_table` -> (M, C)."""
-    grids, width = len(x.low), size + 2
-    begin = constant(tuple(k * width * width + width + 1.0 for k in range(grids)), table.device)  # of the first cell
-    first = (torch.add(x.low, y.low, alpha=width) + begin[:, None]).T.contiguous().int()  # (M, grids)
-    near = constant((0, 1, width, width + 1), table.device, torch.int32)
+    grids, width = len(x.cell), size + 2
+    begin = cached_tensor(
+        tuple(k * width * width + width + 1.0 for k in range(grids)), table.device
+    )  # of the first cell
+    first = (torch.add(x.cell, y.cell, alpha=width) + begin[:, None]).T.contiguous().int()  # (M, grids)
+    near = cached_tensor((0, 1, width, width + 1), table.device, torch.int32)
     index = (first[..., None] + near).view(-1, 4 * grids)
     weights = (y.weights[:, None] * x.weights).permute(3, 2, 0, 1).reshape(-1, 4 * grids)
     return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
 
 
-def plane_table(planes: Tensor, weight: Tensor) -> Tensor:
+def make_feature_table(planes: Tensor, weight: Tensor) -> Tensor:
     """Planes (K, C, P, P) -> the products of their cells with `weight` (h, C) as rows, (K * (P + 2)^2, h), fp32.
 
     A sample is a sum of cells, so a linear layer may come before it: there are fewer cells than samples. Around each
@@ -65,24 +67,31 @@ def plane_table(planes: Tensor, weight: Tensor) -> Tensor:
         return cells.reshape(-1, planes.shape[1]) @ weight.float().T
 
 
-def sample_rows(table: Tensor, size: int, points: Tensor) -> Tensor:
+def sample_plane_table(table: Tensor, size: int, points: Tensor) -> Tensor:
     """Sum of the bilinear samples of three planes of one head: table of `plane_table`, points (3, M) -> (M, h)."""
-    across = taps(points * 2, size, border=False)
-    down = Taps(across.low.roll(-1, 0), across.weights.roll(-1, 1))  # `triplane.PLANE_AXES`
-    return gather(table, across, down, size)
+    across = bilinear_taps(points * 2, size, border=False)
+    down = BilinearTaps(across.cell.roll(-1, 0), across.weights.roll(-1, 1))  # `triplane.PLANE_AXES`
+    return gather_bilinear(table, across, down, size)
 
 
-def sample_view(table: Tensor, size: int, points: Tensor, camera: Tensor) -> Tensor:
+def sample_view_table(table: Tensor, size: int, points: Tensor, camera: Tensor) -> Tensor:
     """`source_view.sample_source` of one head: a table of one plane, points (3, M), camera (1, 25) -> (M, h)."""
     cam2world, intrinsics = (each[0] for each in render.split_camera(camera))
     seen = intrinsics @ cam2world[:3, :3].T  # (3, 3)
     u, v, depth = torch.addmm(-seen @ cam2world[:3, 3:], seen, points).split(1)  # (1, M) each
     depth = depth.clamp_min(1e-3)
-    x, y = (taps(each / depth * 2 - 1, size, border=True) for each in (u, v))
-    return gather(table, x, y, size)
+    x, y = (bilinear_taps(each / depth * 2 - 1, size, border=True) for each in (u, v))
+    return gather_bilinear(table, x, y, size)
 
 
-def march(decode: Decode, paint: Paint, origin: Tensor, directions: Tensor, coarse: Tensor, fine: int) -> Met:
+def render_rays(
+    decode_hidden: DecodeHidden,
+    decode_colours: DecodeColours,
+    origin: Tensor,
+    directions: Tensor,
+    coarse: Tensor,
+    fine: int,
+) -> RayOutputs:
     """Render the rays of one head.
 
     Args:
@@ -98,37 +107,39 @@ def march(decode: Decode, paint: Paint, origin: Tensor, directions: Tensor, coar
     def look(rays: Tensor | slice, depths: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal count
         points = origin + directions[rays][:, None] * depths[..., None]  # (R', S', 3)
-        parts = [decode(part) for part in points.view(-1, 3).split(CHUNK)]
+        parts = [decode_hidden(part) for part in points.view(-1, 3).split(CHUNK_POINTS)]
         hidden.extend(h for h, _ in parts)
         row = torch.arange(count, count + depths.numel(), device=depths.device).view(depths.shape)
         count += depths.numel()
         return torch.cat([sigma for _, sigma in parts]).view(depths.shape), row
 
-    near = max(2, round(S * NEAR))
+    near = max(2, round(S * FIRST_PASS_RATIO))
     sigma, rows = torch.zeros_like(coarse), torch.zeros(R, S, dtype=torch.int64, device=coarse.device)
     sigma[:, :near], rows[:, :near] = look(slice(None), coarse[:, :near])
     _, stopped = render.ray_weights(sigma[:, :near], coarse[:, :near])
-    on = (stopped < 1 - OPAQUE).nonzero()[:, 0]
+    on = (stopped < 1 - MIN_TRANSMITTANCE).nonzero()[:, 0]
     if len(on) and near < S:
         sigma[on, near:], rows[on, near:] = look(on, coarse[on, near:])
     weights, opacity = render.ray_weights(sigma, coarse)
     parts = [torch.arange(R, device=coarse.device)] * 2
     if fine:
-        parts = [(opacity > EMPTY).nonzero()[:, 0], (opacity <= EMPTY).nonzero()[:, 0]]
+        parts = [(opacity > MIN_RAY_OPACITY).nonzero()[:, 0], (opacity <= MIN_RAY_OPACITY).nonzero()[:, 0]]
     groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [
         (parts[1], coarse[parts[1]], sigma[parts[1]], rows[parts[1]])
     ]
     if fine and len(parts[0]):
         some = parts[0]
-        more = render.importance_depths(coarse[some][None], weights[some][None], fine, jitter=False)[0]
+        more = render.sample_importance_depths(coarse[some][None], weights[some][None], fine, jitter=False)[0]
         more_sigma, more_rows = look(some, more)
         depths, order = torch.sort(torch.cat([coarse[some], more], -1), -1)
         densities = torch.cat([sigma[some], more_sigma], -1).gather(-1, order)
         groups.append((some, depths, densities, torch.cat([rows[some], more_rows], -1).gather(-1, order)))
-    return _composite(groups, torch.cat(hidden), paint, R)
+    return _composite(groups, torch.cat(hidden), decode_colours, R)
 
 
-def _composite(groups: list[tuple[Tensor, Tensor, Tensor, Tensor]], hidden: Tensor, paint: Paint, count: int) -> Met:
+def _composite(
+    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]], hidden: Tensor, paint: DecodeColours, count: int
+) -> RayOutputs:
     """Rays, depths, densities and rows of `hidden` of some rays each -> colours, depth and opacity of all."""
     depth, opacity = (hidden.new_zeros(count, dtype=torch.float32) for _ in range(2))
     chosen_rays, chosen_rows, chosen_shares = [], [], []
@@ -138,13 +149,13 @@ def _composite(groups: list[tuple[Tensor, Tensor, Tensor, Tensor]], hidden: Tens
         depth[rays] = (weights * middle).sum(-1) + (1 - opacity[rays]) * depths[:, -1]
         # the sum of interval weights times mean colours of their ends is a sum over samples
         share = 0.5 * (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1)))  # (R', S')
-        kept = share * (share > VISIBLE)
-        kept = kept * (share.sum(-1) / kept.sum(-1).clamp_min(VISIBLE))[:, None]
+        kept = share * (share > MIN_SAMPLE_WEIGHT)
+        kept = kept * (share.sum(-1) / kept.sum(-1).clamp_min(MIN_SAMPLE_WEIGHT))[:, None]
         where = kept.nonzero(as_tuple=True)
         chosen_rays.append(rays[where[0]])
         chosen_rows.append(rows[where])
         chosen_shares.append(kept[where])
-    chosen = zip(*(torch.cat(c).split(CHUNK) for c in (chosen_rays, chosen_rows, chosen_shares)), strict=True)
+    chosen = zip(*(torch.cat(c).split(CHUNK_POINTS) for c in (chosen_rays, chosen_rows, chosen_shares)), strict=True)
     out: Tensor | None = None
     for rays, rows, shares in chosen:
         colours = paint(hidden[rows]).mul_(shares[:, None])

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WINDOW = 4  # frames of which at least one has a tri-plane of its own
+KEYFRAME_WINDOW = 4  # frames of which at least one has a tri-plane of its own
 
 
-class PlaneKeys:
+class TriplaneInterpolator:
     """Makes the tri-planes of consecutive frames of one source.
 
     Args:
@@ -22,8 +22,8 @@ class PlaneKeys:
             instead; units of lambda, of which an expression has about 3.
     """
 
-    def __init__(self, make: Callable[[Tensor], Tensor], reach: float) -> None:
-        self._make, self._reach = make, reach
+    def __init__(self, generate: Callable[[Tensor], Tensor], max_deviation: float) -> None:
+        self._generate, self._max_deviation = generate, max_deviation
         self._last: tuple[Tensor, Tensor] | None = None  # lambda (1, n) of the frame before, and its tri-plane
 
     @torch.inference_mode()
@@ -38,7 +38,7 @@ class PlaneKeys:
         def make(k: int) -> None:
             if k not in known:
                 same = next((j for j in known if torch.equal(rows[j], rows[k])), None)
-                known[k] = self._make(rows[k : k + 1]) if same is None else known[same]
+                known[k] = self._generate(rows[k : k + 1]) if same is None else known[same]
 
         make(0)
         make(len(rows) - 1)
@@ -49,7 +49,7 @@ class PlaneKeys:
                 continue
             way, inner = rows[high] - rows[low], rows[low + 1 : high] - rows[low]
             share = ((inner @ way) / way.square().sum().clamp_min(1e-9)).clamp(0, 1)  # (T',)
-            if bool(((inner - share[:, None] * way).norm(dim=1) <= self._reach).all()):
+            if bool(((inner - share[:, None] * way).norm(dim=1) <= self._max_deviation).all()):
                 for k, weight in enumerate(share.tolist(), low + 1):
                     known[k] = torch.lerp(known[low], known[high], weight)
                 continue

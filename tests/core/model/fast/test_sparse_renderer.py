@@ -15,8 +15,15 @@ from export3d_cli.core.model import volume_renderer as render
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.fast import sparse_renderer as lean
 from export3d_cli.core.model.generator import attention
-from export3d_cli.core.model.source_view import sample_source
-from export3d_cli.core.model.super_resolution import Inside, Patch, join, join_soon, upsample, upsampled
+from export3d_cli.core.model.source_view import sample_view_plane
+from export3d_cli.core.model.super_resolution import (
+    HiddenTextures,
+    PatchWindow,
+    upsample_2x,
+    upsample_concat_conv,
+    upsample_concat_conv_inference,
+    upsample_conv,
+)
 from export3d_cli.core.model.triplane import sample_planes
 
 
@@ -28,11 +35,11 @@ def test_rows_are_sampled_as_planes_are_and_go_through_a_layer(orbit: Callable[.
     torch.manual_seed(0)
     planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside of the cube
     weight, flat = torch.randn(6, 5), points[0].T.contiguous()
-    taken = lean.sample_rows(lean.plane_table(planes[0], weight / 3), 8, flat)
+    taken = lean.sample_plane_table(lean.make_feature_table(planes[0], weight / 3), 8, flat)
     torch.testing.assert_close(taken, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
     view, camera = torch.randn(1, 5, 8, 8), orbit(10)
-    taken = lean.sample_view(lean.plane_table(view, weight), 8, flat, camera)
-    torch.testing.assert_close(taken, sample_source(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
+    taken = lean.sample_view_table(lean.make_feature_table(view, weight), 8, flat, camera)
+    torch.testing.assert_close(taken, sample_view_plane(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("solid", [1.0, 30.0])
@@ -44,9 +51,9 @@ def test_the_picture_is_that_of_the_plain_path(
     image, beta, camera = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 64), orbit(-25, 30)
     with torch.no_grad():
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
-        posed = tiny.pose(source, source.lam)
+        posed = tiny.pose_head(source, source.lam)
         planes = posed.planes * solid
-        posed = replace(posed, planes=planes, rows=tiny._plane_rows(planes))
+        posed = replace(posed, planes=planes, rows=tiny._make_plane_tables(planes))
         soon = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     assert plain.image.requires_grad and not soon.image.requires_grad
@@ -71,7 +78,7 @@ def test_what_cannot_be_seen_is_left_out() -> None:
         asked.append(-len(hidden))
         return hidden.new_ones(len(hidden), 2) * 0.5
 
-    colours, depth, opacity = lean.march(decode, paint, torch.zeros(3), directions, depths, 16)
+    colours, depth, opacity = lean.render_rays(decode, paint, torch.zeros(3), directions, depths, 16)
     assert asked[:3] == [8 * 9, 4 * 7, 4 * 16]  # all, those that go on, those that met something
     assert 0 < -asked[3] <= 4 * 16
     torch.testing.assert_close(colours, torch.tensor([0.5] * 4 + [0.0] * 4)[:, None].expand(-1, 2))
@@ -91,12 +98,12 @@ def test_rays_are_composited_as_by_the_sum(fine: int) -> None:
         return (hidden @ field).sin()
 
     directions, depths = torch.rand(40, 3) + 0.5, torch.linspace(0.2, 2, 12).expand(40, 12)
-    found = lean.march(decode, paint, torch.zeros(3), directions, depths, fine)
+    found = lean.render_rays(decode, paint, torch.zeros(3), directions, depths, fine)
     all_depths = depths
     if fine:
         _, sigma = decode((directions[:, None] * depths[..., None]).view(-1, 3))
         weights, _ = render.ray_weights(sigma.view(1, 40, 12), depths[None])
-        more = render.importance_depths(depths[None], weights, fine, jitter=False)[0]
+        more = render.sample_importance_depths(depths[None], weights, fine, jitter=False)[0]
         all_depths = torch.cat([depths, more], -1).sort(-1).values
     points = directions[:, None] * all_depths[..., None]
     sigma = decode(points.view(-1, 3))[1].view(1, *all_depths.shape)
@@ -116,16 +123,16 @@ def test_a_joined_convolution_is_that_of_the_parts_side_by_side() -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(12, 5, 3, padding=1)
     x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
-    plain = conv(torch.cat([upsample(x), a, b], 1))
-    torch.testing.assert_close(join(conv, x, [a, b]), plain, atol=1e-5, rtol=0)
+    plain = conv(torch.cat([upsample_2x(x), a, b], 1))
+    torch.testing.assert_close(upsample_concat_conv(conv, x, [a, b]), plain, atol=1e-5, rtol=0)
     part = b.new_zeros(b.shape)
     part[:, :, 3:10, 8:15] = b[:, :, 3:10, 8:15]
-    plain = conv(torch.cat([upsample(x), a, part], 1))
+    plain = conv(torch.cat([upsample_2x(x), a, part], 1))
     with torch.no_grad():
-        soon = join_soon(conv, x, [a], Patch(part[:, :, 2:12, 7:16], 2, 7))
+        soon = upsample_concat_conv_inference(conv, x, [a], PatchWindow(part[:, :, 2:12, 7:16], 2, 7))
         torch.testing.assert_close(soon, plain, atol=1e-5, rtol=0)
-        without = join_soon(conv, x, [a], Patch(part[:, :, :0, :0], 0, 0))
-        torch.testing.assert_close(without, conv(torch.cat([upsample(x), a, 0 * b], 1)), atol=1e-5, rtol=0)
+        without = upsample_concat_conv_inference(conv, x, [a], PatchWindow(part[:, :, :0, :0], 0, 0))
+        torch.testing.assert_close(without, conv(torch.cat([upsample_2x(x), a, 0 * b], 1)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (16, 7), (3, 8)])
@@ -133,9 +140,9 @@ def test_a_convolution_of_an_enlarged_picture_is_one_of_the_small_one(height: in
     """At the rims too, where one goes on with zeros and the other with its last row."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 6, height, width), torch.randn(5, 6, 3, 3)
-    plain = F.conv2d(upsample(x), weight, padding=1)
-    torch.testing.assert_close(upsampled(weight, x), plain, atol=1e-5, rtol=0)
-    half = upsampled(weight.bfloat16(), x.bfloat16()).float()
+    plain = F.conv2d(upsample_2x(x), weight, padding=1)
+    torch.testing.assert_close(upsample_conv(weight, x), plain, atol=1e-5, rtol=0)
+    half = upsample_conv(weight.bfloat16(), x.bfloat16()).float()
     assert psnr(half, plain, float(plain.max() - plain.min())) > 45
 
 
@@ -146,10 +153,10 @@ def test_textures_are_the_same_where_only_they_are_sampled(
     opened = points.repeat(2, 1, 1)
     opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
     camera = orbit(0, 20)
-    mesh, inside = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), Inside()
+    mesh, inside = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), HiddenTextures()
     for size in (24, 96, 160):  # at the smallest a patch is the picture
         with torch.no_grad():
-            values, top, left = inside.patch(mesh, size)
+            values, top, left = inside.render_window(mesh, size)
             plain = inside(mesh, size)
         assert plain.abs().sum() > 1
         height, width = values.shape[-2:]
@@ -160,4 +167,4 @@ def test_textures_are_the_same_where_only_they_are_sampled(
     assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # for the convolution's reach
     with torch.no_grad():
         shut = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
-        assert inside.patch(shut, 96).values.numel() == 0
+        assert inside.render_window(shut, 96).values.numel() == 0

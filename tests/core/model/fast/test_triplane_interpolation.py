@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.face.motion import Motion, motion_rows
+from export3d_cli.core.face.motion import Motion, select_frames
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.model.fast.triplane_interpolation import WINDOW, PlaneKeys
-from export3d_cli.core.runtime.weights import example
+from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
+from export3d_cli.core.runtime.weights import example_path
 
 
 class Counted:
@@ -35,7 +35,7 @@ def values(planes: Tensor) -> list[float]:
 
 def test_frames_on_a_straight_line_share_tri_planes() -> None:
     make = Counted()
-    keys = PlaneKeys(make, reach=0.1)
+    keys = TriplaneInterpolator(make, max_deviation=0.1)
     line = torch.stack([torch.arange(9.0), 2 * torch.arange(9.0)], dim=1)
     first, then = keys(line[:5]), keys(line[5:])
     assert make.made == [0, 4, 8]
@@ -45,20 +45,20 @@ def test_frames_on_a_straight_line_share_tri_planes() -> None:
 def test_frames_off_the_line_get_their_own() -> None:
     make = Counted()
     bent = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0], [3.0, 0.05], [4.0, 0.0]])
-    got = values(PlaneKeys(make, reach=0.3)(bent))
+    got = values(TriplaneInterpolator(make, max_deviation=0.3)(bent))
     assert sorted(make.made) == [0, 1, 2, 3, 4]
     assert got == pytest.approx(bent.sum(1).tolist())
     make = Counted()
-    got = values(PlaneKeys(make, reach=0.6)(bent))  # 1 and 3 are .45 from the lines by way of 2
+    got = values(TriplaneInterpolator(make, max_deviation=0.6)(bent))  # 1 and 3 are .45 from the lines by way of 2
     assert sorted(make.made) == [0, 2, 4]
     assert got != pytest.approx(bent.sum(1).tolist()) and got[2] == 3
 
 
 def test_an_expression_that_stays_is_made_once() -> None:
     make = Counted()
-    keys = PlaneKeys(make, reach=0.1)
-    still = torch.ones(WINDOW, 2)
-    assert values(torch.cat([keys(still), keys(still), keys(still[:1])])) == [2.0] * (2 * WINDOW + 1)
+    keys = TriplaneInterpolator(make, max_deviation=0.1)
+    still = torch.ones(KEYFRAME_WINDOW, 2)
+    assert values(torch.cat([keys(still), keys(still), keys(still[:1])])) == [2.0] * (2 * KEYFRAME_WINDOW + 1)
     assert make.made == [1]
 
 
@@ -71,7 +71,7 @@ def test_tri_planes_no_longer_needed_are_freed_at_once() -> None:
         made.append(weakref.ref(planes))
         return planes
 
-    keys = PlaneKeys(make, reach=0.1)
+    keys = TriplaneInterpolator(make, max_deviation=0.1)
     gc.disable()
     try:
         keys(torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [3.0, 5.0], [4.0, 0.0]]))
@@ -83,10 +83,10 @@ def test_tri_planes_no_longer_needed_are_freed_at_once() -> None:
 
 def test_the_same_frames_come_again_and_best_blends_nothing(animator: Animator) -> None:
     best = Animator(animator.model, animator.tracker, device=animator.device, precision="fp32", quality="best")
-    assert best.ahead == best.batch and animator.ahead == WINDOW
-    photo = read_image(example("source.jpg"))
+    assert best.ahead == best.batch and animator.ahead == KEYFRAME_WINDOW
+    photo = read_image(example_path("source.jpg"))
     seen = animator.set_source(photo)
-    moving = motion_rows(seen, np.zeros(6, dtype=int))
+    moving = select_frames(seen, np.zeros(6, dtype=int))
     beta = moving.beta + np.linspace(0, 0.2, 6, dtype=np.float32)[:, None]
     moving = Motion(**{**moving.__dict__, "beta": beta})
     made = []

@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import canonical_face
+from export3d_cli.core.face.landmarks import load_canonical_face
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.inpaint import eyes as eye_painter
-from export3d_cli.core.model.inpaint.eyelids import OTHER, SAME, LidPainter, height, lid, lid_hole
-from export3d_cli.core.model.inpaint.inpainter import SIDE
+from export3d_cli.core.model.inpaint.eyelids import (
+    OTHER,
+    SAME,
+    EyelidInpainter,
+    eyelid_fold_and_rim,
+    eyelid_height,
+    eyelid_hole,
+)
+from export3d_cli.core.model.inpaint.inpainter import CROP_SIZE_PX
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.runtime.weights import weights_dir
@@ -24,21 +31,21 @@ def shut(points: Tensor, share: float = 1.0) -> Tensor:
     """Landmarks whose upper lids have come down to the lower ones by `share`; folds stay."""
     out = points.clone()
     for side in (0, 1):
-        upper, lower = (list(edge) for edge in eye_painter.lids(side))
+        upper, lower = (list(edge) for edge in eye_painter.eyelid_rims(side))
         out[:, upper] = torch.lerp(points[:, upper], points[:, lower], share)
     return out
 
 
 def test_folds_lie_above_the_rims_on_both_sides(points: Tensor) -> None:
-    mirror = canonical_face(weights_dir() / "face_landmarker.task").mirror
-    assert lid(1) == tuple(tuple(mirror[list(edge)].tolist()) for edge in lid(0))
+    mirror = load_canonical_face(weights_dir() / "face_landmarker.task").mirror
+    assert eyelid_fold_and_rim(1) == tuple(tuple(mirror[list(edge)].tolist()) for edge in eyelid_fold_and_rim(0))
     for side in (0, 1):
-        fold, rim = (points[0, list(edge)] for edge in lid(side))
+        fold, rim = (points[0, list(edge)] for edge in eyelid_fold_and_rim(side))
         assert len(fold) == len(rim) and torch.equal(fold[[0, -1]], rim[[0, -1]])
         assert (fold[1:-1, 1] < rim[1:-1, 1]).all()  # y down
         eye = (rim[0] - rim[-1]).norm()
-        assert height(points, side).item() == pytest.approx(float((fold - rim)[3:6].norm(dim=1).mean() / eye))
-        assert height(shut(points), side) > height(shut(points, 0.5), side) > height(points, side)
+        assert eyelid_height(points, side).item() == pytest.approx(float((fold - rim)[3:6].norm(dim=1).mean() / eye))
+        assert eyelid_height(shut(points), side) > eyelid_height(shut(points, 0.5), side) > eyelid_height(points, side)
 
 
 def test_the_hole_is_lid_and_lashes_and_holds_what_the_photo_has(points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -46,35 +53,35 @@ def test_the_hole_is_lid_and_lashes_and_holds_what_the_photo_has(points: Tensor,
     photo = pixel_grid(256).T.reshape(1, 2, 256, 256)  # its colours tell where they are
     photo = torch.cat([photo, photo[:, :1] * 0 + 0.3], dim=1)
     for side in (0, 1):
-        view, hole = lid_hole(uv, side, photo, uv_photo, torch.ones(1))
-        inside, (fold, rim) = hole.facts[:, :1], lid(side)
-        at = view.place(uv)[0] * hole.facts.shape[-1]
+        view, hole = eyelid_hole(uv, side, photo, uv_photo, torch.ones(1))
+        inside, (fold, rim) = hole.condition[:, :1], eyelid_fold_and_rim(side)
+        at = view.to_crop(uv)[0] * hole.condition.shape[-1]
         for k in range(2, 7):
             x, low, high = int(at[rim[k], 0]), at[rim[k], 1], at[fold[k], 1]
             column = inside[0, 0, :, x].nonzero()[:, 0]
             assert abs(column[0].item() - high.item()) < 2.5  # from the fold
             assert 1 < column[-1].item() - low.item() < 6  # to the lashes below the rim
-            ends = hole.facts[0, 2:4, [column[0], column[-1]], x].T
+            ends = hole.condition[0, 2:4, [column[0], column[-1]], x].T
             torch.testing.assert_close(ends, uv_photo[0, [fold[k], rim[k]]], atol=0.008, rtol=0)
-        assert (hole.hidden >= inside - 1e-6).all() and hole.hidden.sum() < 2 * inside.sum()
-        within = hole.facts[0][:, inside[0, 0] > 0]
+        assert (hole.mask >= inside - 1e-6).all() and hole.mask.sum() < 2 * inside.sum()
+        within = hole.condition[0][:, inside[0, 0] > 0]
         assert (within[1] == 1).all() and (within[4] - 0.3).abs().max() < 1e-5 and within[5:].abs().max() <= 1.01
-        assert (hole.facts[0][:, inside[0, 0] == 0] == 0).all()
-        unknown = lid_hole(uv, side, photo, uv_photo, torch.zeros(1))[1]
-        assert (unknown.facts[:, 1:5] == 0).all() and torch.equal(unknown.hidden, hole.hidden)
-        assert torch.equal(unknown.facts[:, 5:], hole.facts[:, 5:])
+        assert (hole.condition[0][:, inside[0, 0] == 0] == 0).all()
+        unknown = eyelid_hole(uv, side, photo, uv_photo, torch.zeros(1))[1]
+        assert (unknown.condition[:, 1:5] == 0).all() and torch.equal(unknown.mask, hole.mask)
+        assert torch.equal(unknown.condition[:, 5:], hole.condition[:, 5:])
 
 
 def test_only_lids_lower_than_in_the_photo_are_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    painter, camera = LidPainter(4), orbit(0.0)
+    painter, camera = EyelidInpainter(4), orbit(0.0)
 
     def amounts(before: float, after: float) -> list[float]:
         photo, result = shut(points, before), shut(points, after)
-        return [fill.hidden.amax().item() for fill in painter.paint(GREY, GREY, photo, camera, result, camera)]
+        return [fill.mask.amax().item() for fill in painter.inpaint(GREY, GREY, photo, camera, result, camera)]
 
     assert amounts(0.0, 0.0) == amounts(1.0, 1.0) == amounts(1.0, 0.0) == amounts(0.5, 0.3) == []
     assert amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
-    grown = [height(shut(points), side) / height(points, side) for side in (0, 1)]
+    grown = [eyelid_height(shut(points), side) / eyelid_height(points, side) for side in (0, 1)]
     assert min(grown) > OTHER
     at = [((SAME + OTHER) / 2 - 1) / (float(g) - 1) for g in grown]
     assert amounts(0.0, sum(at) / 2) == pytest.approx([0.5, 0.5], abs=0.15)
@@ -85,22 +92,24 @@ def test_only_the_lids_of_a_result_are_painted(
     differ_only_near: Callable[..., bool],
 ) -> None:  # fmt: skip
     plain, painted, same = painted_results("lids", points, shut(points))
-    assert not same.fills and len(painted.fills) == 2
+    assert not same.inpainted and len(painted.inpainted) == 2
     uv, _ = project(shut(points), orbit(0.0))
-    assert differ_only_near(plain, painted, *(uv[0, [*lid(side)[0], *lid(side)[1]]] for side in (0, 1)))
+    assert differ_only_near(
+        plain, painted, *(uv[0, [*eyelid_fold_and_rim(side)[0], *eyelid_fold_and_rim(side)[1]]] for side in (0, 1))
+    )
 
 
 def test_lids_take_the_colour_of_skin_and_light(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     uv, _ = project(shut(points), orbit(0.0))
     torch.manual_seed(0)
-    painter, face = LidPainter(4), torch.rand(1, 3, 64, 64) * 0.5  # of 1
+    painter, face = EyelidInpainter(4), torch.rand(1, 3, 64, 64) * 0.5  # of 1
     with torch.no_grad():
         made, light = [], torch.ones(1, 3, 1, 1)
         for _ in range(2):
-            view, hole = lid_hole(uv, 0, face * light * 2 - 1, uv, torch.ones(1))
-            seen = warp(face * light * 2 - 1, view.positions(SIDE)) * (1 - hole.hidden)
+            view, hole = eyelid_hole(uv, 0, face * light * 2 - 1, uv, torch.ones(1))
+            seen = warp(face * light * 2 - 1, view.pixel_positions(CROP_SIZE_PX)) * (1 - hole.mask)
             made.append((painter(seen, hole) + 1) / light)
-            mean = (seen + 1 - hole.hidden).sum((2, 3), keepdim=True)
+            mean = (seen + 1 - hole.mask).sum((2, 3), keepdim=True)
             light = torch.tensor([1.6, 0.7, 0.3]).view(1, 3, 1, 1)
             light = light * mean.mean() / (light * mean).mean()  # as bright as before
     assert made[0].std() > 0.01
@@ -108,8 +117,8 @@ def test_lids_take_the_colour_of_skin_and_light(points: Tensor, orbit: Callable[
 
 
 def test_of_an_eye_behind_the_nose_a_photo_tells_nothing(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    painter, known = LidPainter(4), []
+    painter, known = EyelidInpainter(4), []
     painter.register_forward_pre_hook(lambda _, args: known.append(args[1].facts[:, 1].amax((1, 2)).tolist()))
     for yaw in (-60.0, 0.0, 60.0):
-        painter.paint(GREY, GREY, points, orbit(yaw), shut(points), orbit(0.0))
+        painter.inpaint(GREY, GREY, points, orbit(yaw), shut(points), orbit(0.0))
     assert known[1] == [1, 1] and known[0] == known[2][::-1] and sorted(known[0]) == [0, 1]

@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import canonical_face
+from export3d_cli.core.face.landmarks import load_canonical_face
 from export3d_cli.core.model.export3d import Output
-from export3d_cli.core.model.inpaint.eyelids import LidPainter
+from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
 from export3d_cli.core.model.inpaint.eyes import (
+    MIN_EYE_OPENING,
     OTHER,
     SAME,
-    SHUT,
-    EyePainter,
-    close_up,
+    EyeInpainter,
+    eye_crop,
     eye_hole,
+    eye_opening,
+    eyelid_rims,
     iris_colour,
-    lids,
-    opening,
 )
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.model.warp.mouth_eye_interior import RIMS
+from export3d_cli.core.model.warp.mouth_eye_interior import EYE_RIMS
 from export3d_cli.core.runtime.weights import weights_dir
 
 GREY = torch.zeros(1, 3, 64, 64)
@@ -33,7 +33,7 @@ def lidded(points: Tensor, share: float) -> Tensor:
     """Landmarks whose eyes are open by `share` of what they were; the irises stay."""
     out = points.clone()
     for side in (0, 1):
-        upper, lower = (list(lid) for lid in lids(side))
+        upper, lower = (list(lid) for lid in eyelid_rims(side))
         middle = (points[:, upper] + points[:, lower]) / 2
         for lid in (upper, lower):
             out[:, lid] = middle + (points[:, lid] - middle) * share
@@ -43,7 +43,7 @@ def lidded(points: Tensor, share: float) -> Tensor:
 def with_irises(points: Tensor) -> Tensor:
     """Landmarks with irises: the canonical face has no more than their centres."""
     out = points.clone()
-    for iris, rim in RIMS:
+    for iris, rim in EYE_RIMS:
         width = (points[:, rim[0]] - points[:, rim[8]]).norm()
         ring = torch.tensor([[1.0, 0, 0], [0, -1, 0], [-1, 0, 0], [0, 1, 0]]) * 0.2 * width
         out[:, iris + 1 : iris + 5] = points[:, iris : iris + 1] + ring
@@ -51,13 +51,13 @@ def with_irises(points: Tensor) -> Tensor:
 
 
 def test_both_eyes_look_alike_in_close_up(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    mirror = torch.from_numpy(canonical_face(weights_dir() / "face_landmarker.task").mirror.copy())
+    mirror = torch.from_numpy(load_canonical_face(weights_dir() / "face_landmarker.task").mirror.copy())
     uv, _ = project(points, orbit(15.0))
     mirrored = uv[:, mirror] * torch.tensor([-1.0, 1.0]) + torch.tensor([1.0, 0.0])
-    left, right = close_up(uv, 1), close_up(mirrored, 0)
+    left, right = eye_crop(uv, 1), eye_crop(mirrored, 0)
     torch.testing.assert_close(left.side, right.side)
-    torch.testing.assert_close(left.place(uv)[:, mirror], right.place(mirrored), atol=1e-5, rtol=0)
-    corners = right.place(mirrored)[0, [RIMS[0][1][0], RIMS[0][1][8]]]
+    torch.testing.assert_close(left.to_crop(uv)[:, mirror], right.to_crop(mirrored), atol=1e-5, rtol=0)
+    corners = right.to_crop(mirrored)[0, [EYE_RIMS[0][1][0], EYE_RIMS[0][1][8]]]
     assert corners[0, 0] < 0.3 and corners[1, 0] > 0.7  # outer corner left, the nose to the right
     assert corners.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
 
@@ -67,7 +67,7 @@ def test_the_colour_is_that_of_the_iris(points: Tensor, orbit: Callable[..., Ten
     for side in (0, 1):
         for open_ in (1.0, 0.4):
             uv, _ = project(lidded(points, open_), camera)
-            iris = uv[0, RIMS[side][0] : RIMS[side][0] + 5]
+            iris = uv[0, EYE_RIMS[side][0] : EYE_RIMS[side][0] + 5]
             radius = (iris[1:] - iris[0]).norm(dim=-1).mean()
             disc = ((pixel_grid(512) - iris[0]).norm(dim=-1) < radius).view(1, 1, 512, 512).float()
             image = disc * own.view(1, 3, 1, 1) + (1 - disc)  # a white eye with a brown iris
@@ -80,16 +80,16 @@ def test_the_colour_is_that_of_the_iris(points: Tensor, orbit: Callable[..., Ten
 
 
 def test_only_eyes_that_open_wider_than_in_the_photo_are_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    painter, camera = EyePainter(4), orbit(0.0)
-    full = min(opening(points, side).item() for side in (0, 1))
-    assert full > 4 * SHUT
+    painter, camera = EyeInpainter(4), orbit(0.0)
+    full = min(eye_opening(points, side).item() for side in (0, 1))
+    assert full > 4 * MIN_EYE_OPENING
 
     def amounts(before: float, after: float) -> list[float]:
         photo, result = lidded(points, before), lidded(points, after)
-        return [fill.hidden.amax().item() for fill in painter.paint(GREY, GREY, photo, camera, result, camera)]
+        return [fill.mask.amax().item() for fill in painter.inpaint(GREY, GREY, photo, camera, result, camera)]
 
     assert amounts(1.0, 1.0) == amounts(1.0, 0.3) == amounts(0.5, 0.49 * SAME) == []
-    assert amounts(0.0, 0.5 * SHUT / full) == []  # nearly shut in both
+    assert amounts(0.0, 0.5 * MIN_EYE_OPENING / full) == []  # nearly shut in both
     half = (SAME + OTHER) / 2
     assert amounts(0.5, 0.5 * half) == pytest.approx([0.5, 0.5], abs=0.02)
     assert amounts(0.5, 1.0) == amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
@@ -97,11 +97,11 @@ def test_only_eyes_that_open_wider_than_in_the_photo_are_painted(points: Tensor,
 
 def test_an_eye_behind_the_nose_is_not_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     narrow = lidded(points, 0.4)
-    for painter, photo, result in ((EyePainter(4), narrow, points), (LidPainter(4), points, narrow)):
+    for painter, photo, result in ((EyeInpainter(4), narrow, points), (EyelidInpainter(4), points, narrow)):
         shown = []
         for yaw in (-60.0, -30.0, 30.0, 60.0):
-            fills = painter.paint(GREY, GREY, photo, orbit(0.0), result, orbit(yaw))
-            shown.append([fill.hidden.amax().item() > 0.1 for fill in fills])
+            fills = painter.inpaint(GREY, GREY, photo, orbit(0.0), result, orbit(yaw))
+            shown.append([fill.mask.amax().item() > 0.1 for fill in fills])
         near = [[True, False], [True, True], [True, True], [False, True]]
         assert shown in (near, near[::-1])
 
@@ -110,16 +110,16 @@ def test_the_hole_is_the_eye_and_tells_what_is_known(points: Tensor, orbit: Call
     uv, _ = project(points, orbit(0.0))
     colour = torch.tensor([[0.5, 0.1, -0.3]])
     view, hole = eye_hole(points, uv, 1, colour, torch.tensor([0.5]))
-    inside = hole.facts[:, :1]
-    upper, lower = lids(1)
-    x, y = view.place(uv)[0, [*upper, *lower[-2:0:-1]]].T
+    inside = hole.condition[:, :1]
+    upper, lower = eyelid_rims(1)
+    x, y = view.to_crop(uv)[0, [*upper, *lower[-2:0:-1]]].T
     area = (x * y.roll(-1) - y * x.roll(-1)).sum().abs() / 2
     assert inside.mean().item() == pytest.approx(float(area), rel=0.05)
-    assert (hole.hidden >= inside - 1e-6).all() and hole.hidden.sum() < 2 * inside.sum()
-    within = hole.facts[0][:, inside[0, 0] > 0]
+    assert (hole.mask >= inside - 1e-6).all() and hole.mask.sum() < 2 * inside.sum()
+    within = hole.condition[0][:, inside[0, 0] > 0]
     torch.testing.assert_close(within[1:5].T, torch.tensor([0.5, 0.25, 0.05, -0.15]).expand(within.shape[1], 4))
-    assert (hole.facts[0][:, inside[0, 0] == 0] == 0).all()
-    about = hole.facts[0, 5:, 48, 48]  # in the middle of the eye is the iris
+    assert (hole.condition[0][:, inside[0, 0] == 0] == 0).all()
+    about = hole.condition[0, 5:, 48, 48]  # in the middle of the eye is the iris
     assert about.abs().max() < 0.25
 
 
@@ -128,16 +128,16 @@ def test_only_the_eyes_of_a_result_are_painted(
     differ_only_near: Callable[..., bool],
 ) -> None:  # fmt: skip
     plain, painted, same = painted_results("eyes", lidded(points, 0.4), points)
-    assert not same.fills and len(painted.fills) == 2
+    assert not same.inpainted and len(painted.inpainted) == 2
     uv, _ = project(points, orbit(0.0))
-    assert differ_only_near(plain, painted, *(uv[0, list(RIMS[side][1])] for side in (0, 1)))
+    assert differ_only_near(plain, painted, *(uv[0, list(EYE_RIMS[side][1])] for side in (0, 1)))
 
 
 def test_the_colour_of_an_eye_behind_the_nose_is_not_asked_for(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    painter, told, points = EyePainter(4), [], with_irises(points)
+    painter, told, points = EyeInpainter(4), [], with_irises(points)
     painter.register_forward_pre_hook(lambda _, args: told.append(args[1].facts[0, 2].amax().item()))
     uv, _ = project(points, orbit(60.0))
     halves = (pixel_grid(256)[:, 0] > uv[0, 168, 0]).float().view(1, 1, 256, 256).expand(1, 3, -1, -1)
     for photo in (halves, 1 - halves):  # eyes of two colours
-        painter.paint(GREY, photo, lidded(points, 0.6), orbit(60.0), points, orbit(0.0))
+        painter.inpaint(GREY, photo, lidded(points, 0.6), orbit(60.0), points, orbit(0.0))
     assert sorted(round(colour, 3) for colour in told) == [0, 1]

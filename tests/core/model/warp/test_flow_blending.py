@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.model.volume_renderer import pixel_grid, project, rays
-from export3d_cli.core.model.warp.flow_blending import FOLLOWS, PIVOT, FlowBlend, drift_flow, rigid_flow, turn
+from export3d_cli.core.model.volume_renderer import camera_rays, pixel_grid, project
+from export3d_cli.core.model.warp.flow_blending import (
+    NECK_PIVOT,
+    TORSO_FOLLOW_RATIO,
+    FlowBlend,
+    neck_flow,
+    relative_rotation,
+    rigid_flow,
+)
 from export3d_cli.core.model.warp.mesh_flow import BasisFlow, resize, warp
 
 
 def test_rigid_flow_of_one_camera_stays_where_it_is(orbit: Callable[..., Tensor]) -> None:
     camera = orbit(10, -20)
-    origin, directions = rays(camera, 8)
+    origin, directions = camera_rays(camera, 8)
     uv = rigid_flow(2.5 + torch.rand(2, 1, 8, 8), directions, origin, camera)
     own = pixel_grid(8).T.view(1, 2, 8, 8).expand(2, -1, -1, -1)
     torch.testing.assert_close(uv, own, atol=1e-5, rtol=0)
@@ -24,22 +31,22 @@ def test_rigid_flow_of_one_camera_stays_where_it_is(orbit: Callable[..., Tensor]
 
 
 def test_a_drift_follows_the_neck_in_place_and_size_but_does_not_turn(orbit: Callable[..., Tensor]) -> None:
-    front, own, neck = orbit(0), pixel_grid(16).T.view(1, 2, 16, 16), torch.tensor(PIVOT)
+    front, own, neck = orbit(0), pixel_grid(16).T.view(1, 2, 16, 16), torch.tensor(NECK_PIVOT)
     turned = orbit(25)  # on its neck, which stays where it is
     first, second = (c[0, :16].view(4, 4) for c in (front, turned))
     turned[0, [3, 7, 11]] = neck - second[:3, :3] @ first[:3, :3].T @ (neck - first[:3, 3])
-    torch.testing.assert_close(drift_flow(front, turned, 16), own, atol=1e-5, rtol=0)
+    torch.testing.assert_close(neck_flow(front, turned, 16), own, atol=1e-5, rtol=0)
     near = front.clone()
     near[0, [3, 7, 11]] = neck + 0.8 * (first[:3, 3] - neck)  # everything is 1.25 times as large about the neck
     at = project(neck.view(1, 1, 3), front)[0].view(1, 2, 1, 1)
-    torch.testing.assert_close(drift_flow(front, near, 16) - at, (own - at) * 0.8, atol=1e-5, rtol=0)
+    torch.testing.assert_close(neck_flow(front, near, 16) - at, (own - at) * 0.8, atol=1e-5, rtol=0)
 
 
 def test_turn_is_axis_and_sine_of_the_angle(orbit: Callable[..., Tensor]) -> None:
-    found = turn(orbit(0, 0), orbit(30, 0))
+    found = relative_rotation(orbit(0, 0), orbit(30, 0))
     torch.testing.assert_close(found[0].abs(), torch.tensor([0.0, 0.5, 0.0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1], torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(turn(orbit(30), orbit(0)), -found[:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(relative_rotation(orbit(30), orbit(0)), -found[:1], atol=1e-5, rtol=0)
 
 
 def test_a_torso_follows_and_a_background_stays(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -51,16 +58,16 @@ def test_a_torso_follows_and_a_background_stays(flow: BasisFlow, points: Tensor,
     body[:, :, -flow.size // 4 :] = 1
     mesh = flow(points, front, points, moved)
     small = torch.zeros(1, 2, 16, 16)
-    drift = drift_flow(front, moved, 16)
-    turned, change = turn(front, moved), torch.zeros(1, config.basis)
+    drift = neck_flow(front, moved, 16)
+    turned, change = relative_rotation(front, moved), torch.zeros(1, config.basis)
     found = blend(torch.zeros(1, 3, 64, 64), mesh, small, drift, small[:, :1], body * 0, body, turned, change)
     own = pixel_grid(flow.size).T.view(1, 2, flow.size, flow.size)
-    went, whole = (found.rest - own)[0, 0], (resize(drift, flow.size) - own)[0, 0]
+    went, whole = (found.background - own)[0, 0], (resize(drift, flow.size) - own)[0, 0]
     assert (whole.abs() > 0.02).all()
-    torch.testing.assert_close(went[-2:], FOLLOWS * whole[-2:], atol=2e-3, rtol=0)
+    torch.testing.assert_close(went[-2:], TORSO_FOLLOW_RATIO * whole[-2:], atol=2e-3, rtol=0)
     torch.testing.assert_close(went[: flow.size // 2], 0 * whole[: flow.size // 2], atol=2e-3, rtol=0)
     torch.testing.assert_close(found.head, mesh.uv.where(mesh.weight > 0.5, found.head), atol=5e-3, rtol=0)
-    torch.testing.assert_close(found.share, mesh.weight, atol=0.01, rtol=0)
+    torch.testing.assert_close(found.head_weight, mesh.weight, atol=0.01, rtol=0)
 
 
 def test_no_training_moves_a_background(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -74,12 +81,12 @@ def test_no_training_moves_a_background(flow: BasisFlow, points: Tensor, orbit: 
     head, body = torch.zeros(2, 1, 1, size, size)
     head[..., : size // 2, size // 2 :] = 1
     body[..., -size // 8 :, size // 2 :] = 1
-    small, turned, change = torch.zeros(1, 2, 16, 16), turn(front, moved), torch.zeros(1, config.basis)
+    small, turned, change = torch.zeros(1, 2, 16, 16), relative_rotation(front, moved), torch.zeros(1, config.basis)
     mesh = flow(points, front, points, moved)
     found = blend(
-        torch.zeros(1, 3, 64, 64), mesh, small, drift_flow(front, moved, 16), small[:, :1], head, body, turned, change
+        torch.zeros(1, 3, 64, 64), mesh, small, neck_flow(front, moved, 16), small[:, :1], head, body, turned, change
     )
-    went = (found.rest - pixel_grid(size).T.view(1, 2, size, size)).norm(dim=1)[0]
+    went = (found.background - pixel_grid(size).T.view(1, 2, size, size)).norm(dim=1)[0]
     assert went[:, : size // 4].max() == 0
     assert went[: size // 4, -size // 4 :].min() > 0.05 and went[-2:, -size // 4 :].min() > 0.05
 
@@ -92,7 +99,7 @@ def test_a_face_takes_its_share_of_the_shift_that_an_expression_asks_for(
 
     def head(face_shift: float, change: float) -> Tensor:
         torch.manual_seed(0)
-        config = replace(PRESETS["tiny"], face_shift=face_shift)
+        config = replace(PRESETS["tiny"], face_residual_ratio=face_shift)
         blend = FlowBlend(config)
         torch.nn.init.normal_(blend.shift.weight)
         if blend.expression is not None:

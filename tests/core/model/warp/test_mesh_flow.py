@@ -10,18 +10,24 @@ from torch import Tensor
 
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import (
-    BEYOND,
-    FOREHEAD,
-    OVAL,
-    SURFACE_REACH,
+    FACE_OVAL,
+    FOREHEAD_TOP,
+    HAIR_EXTENSION,
+    SURFACE_HALF_EXTENT,
     SURFACE_SIZE,
     BasisFlow,
     MeshFlow,
-    own_place,
+    add_head_rings,
+    identity_grid,
     warp,
-    with_rings,
 )
-from export3d_cli.core.model.warp.mouth_eye_interior import CHIN, LOWER_LIP, RIMS, anchored_places, behind_lips
+from export3d_cli.core.model.warp.mouth_eye_interior import (
+    CHIN,
+    EYE_RIMS,
+    LOWER_INNER_LIP,
+    anchored_coords,
+    sample_behind_lips,
+)
 
 SIZE = 64
 
@@ -31,7 +37,7 @@ def test_nothing_moves_when_source_and_driver_agree(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], yaw: float, pitch: float
 ) -> None:
     camera = orbit(yaw, pitch=pitch)
-    mesh = flow(points, camera, flow.moved(points, torch.zeros(1, 10)), camera, SIZE)
+    mesh = flow(points, camera, flow.deform_landmarks(points, torch.zeros(1, 10)), camera, SIZE)
     own = pixel_grid(SIZE).T.view(1, 2, SIZE, SIZE)
     face = (mesh.weight == 1) & (mesh.valid == 1)
     assert face.float().mean() > 0.1
@@ -50,18 +56,18 @@ def test_weight_falls_from_the_face_to_nothing(flow: BasisFlow, points: Tensor, 
     right = middle[SIZE // 2 :]
     assert (right.diff() <= 1e-5).all()
     assert ((right > 0.05) & (right < 0.95)).sum() >= 3
-    uv, _ = project(points[:, list(OVAL)], orbit(0))
+    uv, _ = project(points[:, list(FACE_OVAL)], orbit(0))
     inside = warp(mesh.weight, (uv + (0.5 - uv) * 0.1).transpose(1, 2)[..., None])
     assert inside.min() > 0.9
 
 
 def test_a_head_is_the_person_down_to_the_neck(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera = orbit(0)
-    (chin_x, chin_y), (_, top_y) = project(points[:, [CHIN, FOREHEAD]], camera)[0][0].tolist()
+    (chin_x, chin_y), (_, top_y) = project(points[:, [CHIN, FOREHEAD_TOP]], camera)[0][0].tolist()
     own = flow(points, camera, points, camera)
     people = torch.ones(1, 1, 64, 64)
     people[..., 2:14] = 0
-    alone, crowd, lost = (flow.head(points, camera, mask) for mask in (own.face, people, own.face * 0))
+    alone, crowd, lost = (flow.head_mask(points, camera, mask) for mask in (own.face, people, own.face * 0))
     assert (alone >= own.face).all() and (alone - own.face).max() < 0.25  # a face is a head
     torch.testing.assert_close(lost, own.weight)  # a mask that misses the face is none
 
@@ -81,9 +87,9 @@ def test_hair_turns_with_the_head_and_what_is_beside_it_does_not(
     source, driver = orbit(0), orbit(12)
     person = flow(points, source, points, source).face
     person[..., person.shape[-1] // 2 :] = 1
-    head = flow.head(points, source, person)
+    head = flow.head_mask(points, source, person)
     mesh = flow(points, source, points, driver, 2 * SIZE, head)
-    uv, _ = project(with_rings(points)[:, 478:514], driver)  # the inner ring
+    uv, _ = project(add_head_rings(points)[:, 478:514], driver)  # the inner ring
     weight = warp(mesh.weight, uv.transpose(1, 2)[..., None])[0, 0, :, 0]
     bare = flow(points, source, points, driver, 2 * SIZE)
     middle, above = uv[0, :, 0].mean(), uv[0, :, 1] < uv[0, :, 1].mean()
@@ -91,7 +97,7 @@ def test_hair_turns_with_the_head_and_what_is_beside_it_does_not(
     assert weight[right].mean() > 0.8 and weight[left].max() < 0.3
     apart = (mesh.uv - bare.uv).abs().amax(1, keepdim=True) > 1e-6  # a mask says what moves, not whereto,
     assert mesh.weight[apart].max() < 0.06 and bare.weight[apart].max() == 0  # and far out that the rest does not
-    torch.testing.assert_close(mesh.uv, torch.where(apart, own_place(2 * SIZE, mesh.uv), bare.uv))
+    torch.testing.assert_close(mesh.uv, torch.where(apart, identity_grid(2 * SIZE, mesh.uv), bare.uv))
 
 
 def test_hair_that_stands_high_is_of_the_head_and_what_is_beside_it_is_not(
@@ -101,17 +107,17 @@ def test_hair_that_stands_high_is_of_the_head_and_what_is_beside_it_is_not(
     source, driver = orbit(0), orbit(20)
     for camera in (source, driver):
         camera[:, [16, 20]] *= 0.7  # a wider lens: there is room above the head
-    uv, _ = project(points[:, [CHIN, FOREHEAD]], source)
+    uv, _ = project(points[:, [CHIN, FOREHEAD_TOP]], source)
     chin, brow = uv[0]
     face = chin[1] - brow[1]
-    head = flow.head(points, source, torch.ones(1, 1, 64, 64))
+    head = flow.head_mask(points, source, torch.ones(1, 1, 64, 64))
 
     def at(picture: Tensor, place: Tensor) -> Tensor:
         return warp(picture, place.view(1, 2, 1, 1)).flatten()
 
     assert at(head, brow - torch.stack([face * 0, 0.7 * face])) > 0.9
     assert at(head, brow + torch.stack([1.2 * face, 0.3 * face])) == 0
-    outer = with_rings(points)[:, 514:].view(1, 2, 36, 3).mean(1)  # between the second and the last ring
+    outer = add_head_rings(points)[:, 514:].view(1, 2, 36, 3).mean(1)  # between the second and the last ring
     top = int(project(outer, source)[0][0, :, 1].argmin())
     before, after = (project(outer[:, top : top + 1], camera)[0].flatten() for camera in (source, driver))
     assert (after - before).norm() > 0.02
@@ -126,7 +132,7 @@ def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
     """Hair as far aside as another's head may be, beside the brow: to the right it hangs together, to the left not."""
     camera = orbit(0)
     camera[:, [16, 20]] *= 0.7  # a wider lens: there is room beside the head
-    uv, _ = project(points[:, [CHIN, FOREHEAD]], camera)
+    uv, _ = project(points[:, [CHIN, FOREHEAD_TOP]], camera)
     (middle, chin), (_, brow) = uv[0].tolist()
     face, size = chin - brow, 128
     monkeypatch.setattr(flow, "size", size)
@@ -134,7 +140,7 @@ def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
     person = flow(points, camera, points, camera, size).face
     person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x > middle - 0.4 * face)] = 1
     person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x < middle - 0.8 * face)] = 1
-    head = flow.head(points, camera, person)
+    head = flow.head_mask(points, camera, person)
     near, far, apart = (
         float(warp(head, torch.tensor([middle + aside * face, brow]).view(1, 2, 1, 1))) for aside in (0.85, 1.15, -0.87)
     )
@@ -148,13 +154,13 @@ def test_hair_that_the_border_cuts_ends_beyond_it_unless_the_photo_goes_on(
     source, camera, everywhere = orbit(0), orbit(0), torch.ones(1, 1, SIZE, SIZE)
     source[:, 18] -= 0.2  # the head is at the photo's left border
     camera[:, [16, 20]] *= 0.5  # a wider lens: there is room around the head
-    mesh = flow.mesh(points, source, points)
-    x, y = flow.seen(mesh, camera, SIZE).uv[0]  # where in the photo
+    mesh = flow.deform_mesh(points, source, points)
+    x, y = flow.render_flow(mesh, camera, SIZE).uv[0]  # where in the photo
     rooms = (None, torch.tensor([[0.0, 0.25, 0.0]]), torch.full((1, 3), 0.25))
-    cut, top, whole = (flow.seen(mesh, camera, SIZE, everywhere, room=room).weight[0, 0] for room in rooms)
+    cut, top, whole = (flow.render_flow(mesh, camera, SIZE, everywhere, margins=room).weight[0, 0] for room in rooms)
     within_x, far = (x > 0) & (x < 1), whole > 0.9
-    above, below = far & within_x & (y < -BEYOND), far & within_x & (y > 1 + BEYOND)
-    aside = far & (y > 0) & (x < -BEYOND)
+    above, below = far & within_x & (y < -HAIR_EXTENSION), far & within_x & (y > 1 + HAIR_EXTENSION)
+    aside = far & (y > 0) & (x < -HAIR_EXTENSION)
     assert min(above.sum(), below.sum(), aside.sum()) > 20
     assert cut[above].max() == cut[aside].max() == top[aside].max() == 0
     for same, where in ((top, above), (cut, below), (cut, within_x & (y > 0)), (top, within_x & (y > 0))):
@@ -188,7 +194,7 @@ def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, or
 def test_a_cheek_is_not_seen_twice(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     """What a cheek turned away hides in the photo is unknown in the result, although its triangles face the camera."""
     photo, driver = orbit(30), orbit(-10)
-    front = flow.front(points, photo)
+    front = flow.source_visibility(points, photo)
     bare = flow(points, photo, points, driver, SIZE)
     mesh = flow(points, photo, points, driver, SIZE, front=front)
     doubted = (bare.valid - mesh.valid > 0.5)[0, 0]
@@ -209,7 +215,7 @@ def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: 
     def opened(amount: float) -> MeshFlow:
         change = torch.zeros(1, 10)
         change[0, 2] = amount
-        return flow(points, camera, flow.moved(points, change), camera, 2 * SIZE)
+        return flow(points, camera, flow.deform_landmarks(points, change), camera, 2 * SIZE)
 
     closed, half, wide = opened(0), opened(1), opened(2)
     areas = [float(mesh.mouth.sum()) for mesh in (closed, half, wide)]
@@ -226,11 +232,11 @@ def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: 
 def test_teeth_hang_on_behind_the_upper_lip(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera = orbit(0)
     apart = points.clone()
-    apart[0, list(LOWER_LIP[1:-1]), 1] += 0.03
+    apart[0, list(LOWER_INNER_LIP[1:-1]), 1] += 0.03
 
     def seen(more: float) -> MeshFlow:
         target = apart.clone()
-        target[0, list(LOWER_LIP[1:-1]), 1] += more
+        target[0, list(LOWER_INNER_LIP[1:-1]), 1] += more
         return flow(apart, camera, target, camera, 4 * SIZE)
 
     same, wider = seen(0), seen(0.03)
@@ -241,19 +247,19 @@ def test_teeth_hang_on_behind_the_upper_lip(flow: BasisFlow, points: Tensor, orb
     assert wider.valid[0, 0][upper].mean() > 0.9
     low = (wider.mouth[0, 0] == 1) & (torch.arange(4 * SIZE)[:, None] > rows.max() + 1)
     assert wider.valid[0, 0][low].mean() < 0.1  # below is what the photo does not show
-    assert wider.shut[0, 0][low].mean() > 0.9
+    assert wider.closed_in_photo[0, 0][low].mean() > 0.9
 
 
 def test_behind_lips_ends_where_the_photo_does() -> None:
     edges = torch.tensor([0.5, 0.4, 0.5, 0.5, 2.0]).expand(1, 3, 5)
-    place, known = behind_lips(torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1), edges)
+    place, known = sample_behind_lips(torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1), edges)
     torch.testing.assert_close(place[0, :, 1], torch.tensor([0.4, 0.45, 0.5]))
     assert known.flatten().tolist() == [1, 1, 0]
 
 
 def test_a_closing_lid_is_doubted(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera, shut = orbit(0), points.clone()
-    for _, rim in RIMS:
+    for _, rim in EYE_RIMS:
         upper, lower = list(rim[1:8]), list(rim[:8:-1])
         shut[0, upper, 1] = points[0, lower, 1] - 0.001
     opened, closed = (flow(points, camera, target, camera, 2 * SIZE) for target in (points, shut))
@@ -266,22 +272,22 @@ def test_moved_adds_up_the_fields(flow: BasisFlow, points: Tensor) -> None:
     flow.basis.copy_(torch.randn(flow.basis.shape, generator=torch.Generator().manual_seed(0)))
     change = torch.randn(3, 10)
     expected = points + torch.einsum("bn,npc->bpc", change, flow.basis)
-    torch.testing.assert_close(flow.moved(points.expand(3, -1, -1), change), expected)
+    torch.testing.assert_close(flow.deform_landmarks(points.expand(3, -1, -1), change), expected)
 
 
 def test_places_of_teeth_do_not_move_with_the_lips(points: Tensor) -> None:
     opened = points.clone()
     opened[:, 14, 1] += 0.05  # the middle of the lower lip falls
-    before, after = anchored_places(points), anchored_places(opened)
+    before, after = anchored_coords(points), anchored_coords(opened)
     torch.testing.assert_close(before[:, 13], after[:, 13])
     assert after[0, 14, 1] > before[0, 14, 1] + 0.1  # further down the upper row is seen
-    moved = anchored_places(points + torch.tensor([0.3, -0.2, 0.1]))
+    moved = anchored_coords(points + torch.tensor([0.3, -0.2, 0.1]))
     torch.testing.assert_close(moved, before, atol=1e-4, rtol=0)
 
 
 def test_both_eyes_have_the_same_places(points: Tensor) -> None:
-    (_, right), (_, left) = RIMS
-    places = anchored_places(points)[0]
+    (_, right), (_, left) = EYE_RIMS
+    places = anchored_coords(points)[0]
     torch.testing.assert_close(places[list(right)], places[list(left)], atol=0.05, rtol=0)
     assert places[right[8], 0] > 0 > places[right[0], 0]  # x towards the nose
 
@@ -292,13 +298,13 @@ def test_places_are_known_only_inside_mouth_and_eyes(
     seen = flow(points, orbit(0), points, orbit(0), 2 * SIZE)
     inside = (seen.mouth + seen.eye)[0, 0] > 0
     assert 0 < seen.eye.mean() < 0.02
-    assert seen.anchored[:, :, ~inside].abs().max() == 0
-    assert seen.anchored[:, :, inside].abs().max() > 0.2
+    assert seen.anchored_coords[:, :, ~inside].abs().max() == 0
+    assert seen.anchored_coords[:, :, inside].abs().max() > 0.2
 
 
 def test_surface_is_the_front_of_the_head(flow: BasisFlow, points: Tensor) -> None:
-    height, sure, cover = flow.surface(points)[0]
-    cells = ((points[0, :, :2] / (2 * SURFACE_REACH) + 0.5) * SURFACE_SIZE).long()
+    height, sure, cover = flow.rasterize_surface(points)[0]
+    cells = ((points[0, :, :2] / (2 * SURFACE_HALF_EXTENT) + 0.5) * SURFACE_SIZE).long()
     x, y = cells[1]  # the tip of the nose
     assert height[y, x] == pytest.approx(float(points[0, 1, 2]), abs=0.01)
     assert sure[y, x] == cover[y, x] == 1

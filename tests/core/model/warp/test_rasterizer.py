@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from export3d_cli.core.model.warp.rasterizer import Windows, rasterize
+from export3d_cli.core.model.warp.rasterizer import RasterWindows, rasterize
 
 
 def slow_rasterize(
@@ -33,7 +33,7 @@ def test_rasterizer_agrees_with_a_slow_one() -> None:
     rng, size = np.random.default_rng(0), 16
     uv, depth = rng.uniform(-0.2, 1.2, (2, 30, 2)), rng.uniform(2, 3, (2, 30))
     triangles = np.arange(30).reshape(10, 3)
-    windows = Windows()
+    windows = RasterWindows()
     soup = [torch.from_numpy(a) for a in (uv, depth, triangles)]
     raster = rasterize(soup[0], soup[1], soup[2], size, windows)
     windows.fixed = True
@@ -44,7 +44,7 @@ def test_rasterizer_agrees_with_a_slow_one() -> None:
         assert 0.3 < (index >= 0).mean() < 1
         np.testing.assert_array_equal(raster.triangle[b].view(size, size).numpy(), index)
         covered = index >= 0
-        got = raster.corners[b].view(size, size, 3).numpy()
+        got = raster.barycentric[b].view(size, size, 3).numpy()
         np.testing.assert_allclose(got[covered], corners[covered], atol=1e-3)
 
 
@@ -53,4 +53,4 @@ def test_pixels_of_a_square_are_covered_once() -> None:
     uv = torch.tensor([[[0.0, 0], [1, 0], [1, 1], [0, 1]]])
     raster = rasterize(uv, torch.ones(1, 4), torch.tensor([[0, 1, 2], [0, 2, 3]]), 8)
     assert (raster.triangle >= 0).all()
-    torch.testing.assert_close(raster.corners.sum(-1), torch.ones(1, 64))
+    torch.testing.assert_close(raster.barycentric.sum(-1), torch.ones(1, 64))

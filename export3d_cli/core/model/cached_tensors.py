@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @cache
-def constant(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+def cached_tensor(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of `values`, a number or (nested) tuples of them, made once for each device; not to be changed.
 
     Copied anew each time, numbers would have a GPU waited for. A CUDA graph cannot do that at all, and needs them to
@@ -20,6 +20,6 @@ def constant(values: Any, device: torch.device, dtype: torch.dtype = torch.float
         return torch.tensor(values, device=device, dtype=dtype)
 
 
-def rows(numbers: tuple[int, ...], like: Tensor) -> Tensor:
+def index_tensor(indices: tuple[int, ...], like: Tensor) -> Tensor:
     """Indices, int64, on the device of what they are to pick from."""
-    return constant(numbers, like.device, torch.int64)
+    return cached_tensor(indices, like.device, torch.int64)

@@ -8,11 +8,11 @@ from export3d_cli.core.runtime.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
 ALPHA_SUFFIXES = (".webm", ".mov")  # videos that keep transparency
-_BT709 = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
-_SAID = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+_BT709_FILTERS = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+_BT709_TAGS = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
 
 
-def check_name(path: Path, *, alpha: bool = False) -> None:
+def check_output_suffix(path: Path, *, alpha: bool = False) -> None:
     """Raise `InputError` for a name that is neither a video's nor a picture's, or of a kind without transparency."""
     suffix = path.suffix.lower()
     if suffix not in (*VIDEO_SUFFIXES, ".png"):
@@ -22,7 +22,7 @@ def check_name(path: Path, *, alpha: bool = False) -> None:
         raise InputError(f"{path} cannot be transparent: write .webm, .mov or FOLDER/%05d.png")
 
 
-def encoder(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> list[str]:
+def encoder_arguments(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> list[str]:
     """Arguments for frames of `size` (width, height): VP9 for .webm, H.264 for others, ProRes 4444 for .mov with alpha.
 
     All but ProRes halve the colour's resolution and so want even sides: the last column or row of odd ones is left out.
@@ -36,5 +36,5 @@ def encoder(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> lis
         layout, codec = "yuva444p10le", ["prores_ks", "-profile:v", "4444", "-alpha_bits", "16", "-vendor", "apl0"]
     else:
         codec = ["libx264", "-preset", "medium", "-crf", str(crf)]
-    filters = f"crop={width // 2 * 2}:{height // 2 * 2}:0:0,{_BT709},format={layout},{_SAID}"
+    filters = f"crop={width // 2 * 2}:{height // 2 * 2}:0:0,{_BT709_FILTERS},format={layout},{_BT709_TAGS}"
     return ["-vf", filters, "-c:v", *codec]
