@@ -1,4 +1,4 @@
-"""`python -m export3d_cli`."""
+"""Entry point of `python -m export3d_cli`."""
 
 from export3d_cli.main import main
 

@@ -1,4 +1,4 @@
-"""What people see: a progress bar and a summary on stderr, one JSON object on stdout when asked for."""
+"""Terminal output: progress bars and a summary on stderr, or one JSON object on stdout (--json)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ProgressCallback = Callable[[str, int, "int | None"], None]  # stage, done, tota
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options of the group, as every command sees them."""
+    """Global options of `export3d`."""
 
     verbose: int = 0
     quiet: bool = False
@@ -27,18 +27,18 @@ class Settings:
 
 @contextlib.contextmanager
 def show_progress() -> Iterator[ProgressCallback]:
-    """A callback that draws one bar per stage on stderr; nothing where stderr is no terminal, or with -q."""
+    """Yield a callback that draws one bar per stage on stderr; it does nothing with -q or without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress as ProgressBars
 
     console = Console(stderr=True)
     if current_settings().quiet or not console.is_terminal:
         yield lambda stage, done, total: None
         return
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Bars(*columns, console=console) as bars:
+    rate_column = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate_column, TimeRemainingColumn())
+    with ProgressBars(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:
@@ -53,7 +53,7 @@ def show_progress() -> Iterator[ProgressCallback]:
 
 @contextlib.contextmanager
 def show_training() -> Iterator[Callable[[Any], None]]:
-    """A callback for `TrainEvent`: a table on stderr that stays current, or plain lines where that is no terminal."""
+    """Yield a callback for `TrainEvent`: a live table on stderr, or plain lines without a terminal."""
     from rich.console import Console
     from rich.live import Live
 
@@ -77,15 +77,16 @@ def show_training() -> Iterator[Callable[[Any], None]]:
 
 
 def _log_training(interval_s: float = 10.0) -> Callable[[Any], None]:
-    """Sentences at once; of steps the first and the last of a stage, and else one in so many seconds."""
-    told: dict[str, float] = {}
+    """Return a callback that prints messages at once, and steps every `interval_s` and at the end of a stage."""
+    last_printed: dict[str, float] = {}
 
     def show(event: Any) -> None:
         if event.message:
             click.echo(event.message, err=True)
         now = time.monotonic()
-        if event.steps and (now - told.get(event.stage, -interval_s) >= interval_s or event.step >= event.steps):
-            told[event.stage] = now
+        is_due = now - last_printed.get(event.stage, -interval_s) >= interval_s
+        if event.steps and (is_due or event.step >= event.steps):
+            last_printed[event.stage] = now
             click.echo(f"{event.stage} " + ", ".join(cell for cell in _training_columns(event) if cell), err=True)
 
     return show
@@ -102,7 +103,7 @@ def _training_table(rows: dict[str, Any]) -> Any:
 
 
 def _training_columns(event: Any) -> tuple[str, str, str, str]:
-    """Step, speed, time left and losses of an event in words; '' for what is not known."""
+    """Return step, speed, time left and losses as text; '' for an unknown value."""
     values = dict(event.values)
     speed = values.pop("images_a_second", 0.0)
     for key in ("seconds_a_step", "lr"):
@@ -117,7 +118,7 @@ def _training_columns(event: Any) -> tuple[str, str, str, str]:
 
 
 def print_summary(summary: Any, *, as_json: bool = False) -> None:
-    """Tell what was done: a line (and a line per note) on stderr, or the whole summary as JSON on stdout."""
+    """Print a summary: one line (and one per note) on stderr, or all fields as JSON on stdout."""
     fields = dataclasses.asdict(summary)
     if as_json:
         click.echo(json.dumps(fields, default=_to_json))
@@ -126,22 +127,22 @@ def print_summary(summary: Any, *, as_json: bool = False) -> None:
         return
     for note in fields.pop("notes", []):
         click.echo(f"note: {note}", err=True)
-    if not fields.get("fps", True):  # a picture has none
+    if not fields.get("fps", True):  # pictures have no frame rate
         del fields["fps"]
     click.echo(", ".join(f"{key} {_format_value(value)}" for key, value in fields.items()), err=True)
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Lines on stderr, also with -q."""
+    """Print lines on stderr, even with -q."""
     for line in lines:
         click.echo(line, err=True)
 
 
 def current_settings() -> Settings:
-    """The group's options; the defaults where no command is running."""
+    """Return the global options, or the defaults outside a command."""
     context = click.get_current_context(silent=True)
-    found = context.find_object(Settings) if context else None
-    return found or Settings()
+    settings = context.find_object(Settings) if context else None
+    return settings or Settings()
 
 
 def _format_value(value: Any) -> str:

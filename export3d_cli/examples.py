@@ -1,20 +1,20 @@
-"""What `export3d` alone says: the commands in a line each, in the order of use; and two examples for each --help."""
+"""Text that `export3d` prints without arguments, and two examples for each --help."""
 
 from __future__ import annotations
 
 import click
 
 COMMANDS = {
-    "reenact": "animate a portrait by a video",
+    "reenact": "animate a portrait with a video",
     "novel-view": "turn a portrait; --grid, --depth",
     "edit-basis": "change an expression; --grid, --describe",
-    "preprocess": "track faces: a motion file, or a training data set",
+    "preprocess": "track faces; write a motion file or a training data set",
     "train": "train a model on data sets; resumes",
     "evaluate": "score weights on a data set",
-    "weights": "list, download, verify, look at, upload weights",
-    "bench": "how fast is this machine, stage by stage",
-    "verify-mark": "was this file made here? looks for the marks",
-    "doctor": "is everything there, and does it work",
+    "weights": "list, download, verify, inspect and upload weights",
+    "bench": "measure the speed of this machine, stage by stage",
+    "verify-mark": "check whether a file carries this program's marks",
+    "doctor": "check the installation",
 }
 EXAMPLES: dict[str, tuple[str, str]] = {
     "reenact": ("reenact src.jpg drive.mp4 -o out.mp4", "reenact src.jpg drive.mp4 -o out.mp4 --compare --duration 5"),
@@ -39,26 +39,26 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "verify-mark": ("verify-mark out.mp4", "verify-mark picture.png --json"),
     "doctor": ("doctor", "doctor --json"),
 }
-OVERVIEW = """export3d animates a portrait: one photo, and a video that drives it.
+OVERVIEW = """export3d animates a portrait from one photo and a driving video.
 
 Start here
-  export3d reenact src.jpg drive.mp4 -o out.mp4    the photo moves as the video does
-  export3d novel-view --yaw -30:30                 turn the bundled portrait, or name a photo of your own
-  export3d edit-basis --v 4 --scale 1:10           move one coefficient of its expression
-  export3d doctor                                  is everything there, and does it work?
+  export3d reenact src.jpg drive.mp4 -o out.mp4    animate the photo with the video
+  export3d novel-view --yaw -30:30                 turn the bundled portrait (or give your own photo)
+  export3d edit-basis --v 4 --scale 1:10           change one expression coefficient
+  export3d doctor                                  check the installation
 
 Commands
 {commands}
 
 `export3d COMMAND --help` shows every option with its unit and default, and two examples.
-""".format(commands="\n".join(f"  {name:<13}{what}" for name, what in COMMANDS.items()))
+""".format(commands="\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items()))
 
 
 def add_examples(command: click.Command, name: str) -> None:
-    """End the help of a command, and of those below it, with its examples."""
+    """Append the examples to the help of a command and its subcommands."""
     command.short_help = COMMANDS.get(name, command.short_help)
     if name in EXAMPLES:
         command.epilog = "\b\nExamples:\n" + "\n".join(f"  export3d {line}" for line in EXAMPLES[name])
     if isinstance(command, click.Group):
-        for below, part in command.commands.items():
-            add_examples(part, f"{name} {below}")
+        for subname, subcommand in command.commands.items():
+            add_examples(subcommand, f"{name} {subname}")

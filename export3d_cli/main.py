@@ -1,8 +1,8 @@
-"""The `export3d` command: a group whose subcommands load when they are asked for, and the one place where errors end.
+"""The `export3d` command group. It imports subcommands lazily and turns errors into exit codes.
 
-An `Export3DError` becomes one line on stderr and its exit code (-v adds the traceback), and so does what Click does not
-accept (exit code 2), and a machine that is short of memory, disk or open files (exit code 1); Ctrl-C becomes 130.
-Anything else is a defect of ours and keeps its traceback.
+One line on stderr (-v adds the traceback) and an exit code: `Export3DError` (its own code), misuse reported by Click
+(2), lack of memory, disk or open files (1). Ctrl-C exits with 130. Any other exception is a defect and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_negations
 
-VERBOSE_HELP, QUIET_HELP = "Show the traceback of an error.", "No progress bar and no summary."
+VERBOSE_HELP, QUIET_HELP = "Show the traceback of an error.", "Show no progress bar and no summary."
 
 
 class LazyGroup(click.Group):
-    """A group that imports the file of a subcommand when it is asked for."""
+    """A group that imports a subcommand's module on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of use."""
+        """Return the commands in order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """`novel-view` is `commands.novel_view.novel_view`."""
+        """Import a command: `novel-view` is `commands.novel_view.novel_view`."""
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
@@ -47,13 +47,13 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the subcommand; see the module's docstring for what becomes of errors."""
+        """Run the subcommand and turn errors into exit codes."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _exit_interrupted(ctx)
         except Exception as error:
-            if _InterruptHandler.received:  # Ctrl-C ends ffmpeg, too, and its end may be noticed first
+            if _InterruptHandler.received:  # Ctrl-C also ends ffmpeg, whose error may arrive first
                 _exit_interrupted(ctx)
             reason = (
                 str(error) if isinstance(error, Export3DError) else _usage_message(error) or _resource_message(error)
@@ -64,14 +64,14 @@ class LazyGroup(click.Group):
                 import traceback
 
                 traceback.print_exc()
-            words = " ".join(reason[:2000].split())  # a name in it can hold anything
-            line = "".join(c if c.isprintable() else "?" for c in words)
+            text = " ".join(reason[:2000].split())  # file names in it may contain any character
+            line = "".join(c if c.isprintable() else "?" for c in text)
             click.echo(f"error: {line}", err=True)
             ctx.exit(getattr(error, "exit_code", 1))
 
 
 def _usage_message(error: Exception) -> str:
-    """What Click does not accept, and where to read on; empty for other errors, and for a group named alone."""
+    """Return the message of a usage error with a pointer to --help; empty for other errors and for a bare group."""
     if not isinstance(error, click.UsageError) or error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
         return ""
     return f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`"
@@ -94,11 +94,11 @@ _OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) (allocate|map)|out of mem
 
 
 def _resource_message(error: Exception) -> str:
-    """What the machine lacks, where that is what an error says; empty otherwise."""
+    """Return a message if the error is a lack of memory, disk, permission or open files; empty otherwise."""
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return "out of memory: close other programs, or try a smaller --batch, picture or video"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _RESOURCE_ERRORS:
-        return f"the system refuses: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
+        return f"the operating system reported: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return ""
 
 
@@ -116,11 +116,11 @@ def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> 
 @click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)
 @click.option(
     "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
-    help="Show versions: this program, Python, torch, CUDA, ffmpeg.",
+    help="Show the versions of export3d, Python, torch, CUDA and ffmpeg.",
 )  # fmt: skip
 @click.pass_context
 def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
-    """Animate a portrait from one photo and a driving video; turn it; change its expression; train the model."""
+    """Animate a portrait from one photo and a driving video, turn it, edit its expression, train the model."""
     _apply_settings(ctx, Settings(verbose=verbose, quiet=quiet))
     if ctx.invoked_subcommand is None:
         click.echo(OVERVIEW, nl=False)
@@ -133,9 +133,9 @@ def _apply_settings(ctx: click.Context, settings: Settings) -> None:
 
 
 def _add_global_options(command: click.Command) -> None:
-    """Take -v and -q behind a command, too: that is where most people put them."""
+    """Accept -v and -q after a command, too, where most people put them."""
 
-    def take(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    def apply(ctx: click.Context, option: click.Parameter, value: bool) -> None:
         assert option.name is not None
         root = ctx.find_root()
         if ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
@@ -145,15 +145,15 @@ def _add_global_options(command: click.Command) -> None:
 
     if not any(option.name == "quiet" for option in command.params):
         for names, text in ((["-v", "--verbose"], VERBOSE_HELP), (["-q", "--quiet"], QUIET_HELP)):
-            option = click.Option(names, is_flag=True, expose_value=False, callback=take, help=text)
+            option = click.Option(names, is_flag=True, expose_value=False, callback=apply, help=text)
             command.params.append(option)
     if isinstance(command, click.Group):
-        for part in command.commands.values():
-            _add_global_options(part)
+        for subcommand in command.commands.values():
+            _add_global_options(subcommand)
 
 
 class _InterruptHandler:
-    """Ctrl-C, and that it came."""
+    """SIGINT handler that records that Ctrl-C was pressed."""
 
     received = False
 
@@ -169,10 +169,10 @@ def _exit_interrupted(ctx: click.Context) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point; SIGTERM unwinds like any exit, so that no half file and no ffmpeg stays behind."""
+    """Run the program; SIGTERM unwinds the stack so that temporary files and ffmpeg processes are cleaned up."""
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore it
         signal.signal(signal.SIGINT, _InterruptHandler.handle)
         reraise_dropped_interrupts()
     cli(prog_name="export3d")
