@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.fan_tracker import compute_measures_68, points_to_head_frame
 from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, load_canonical_face
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log
 from export3d_cli.core.runtime.weights import weights_dir

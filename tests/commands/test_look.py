@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.diagnostics import doctor
-from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
-from export3d_cli.core.face.motion import BETA_NAMES
+from export3d_cli.core.face.beta import BETA_NAMES
+from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoReader
 from export3d_cli.core.model.checkpoint import save_weights

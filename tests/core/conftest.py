@@ -12,7 +12,7 @@ from torch import nn
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D

@@ -30,7 +30,7 @@ from faultkit import TookTooLongError, memory, within
 from export3d_cli.core.config.schema import PRESETS, load_train_config, to_dict
 from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face import arkit
-from export3d_cli.core.face.landmarks import load_canonical_face
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader

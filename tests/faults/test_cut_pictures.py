@@ -13,7 +13,7 @@ from bad_media import with_exif
 from faultkit import check_error, left, run
 
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.face.motion import LandmarkerTracker
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.video import VideoReader

@@ -35,11 +35,13 @@ from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchItera
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.animation.source_crop import portrait_of
 from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.face.crop import CROP_SCALE
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.matting import FacePosition, PersonMatting
-from export3d_cli.core.face.motion import CROP_SCALE, LandmarkerTracker, Motion, landmarks_to_head_frame, select_frames
-from export3d_cli.core.face.open_tracker import TrackerName, open_landmarker_tracker, open_tracker
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.face.tracker_protocol import FaceTracker
+from export3d_cli.core.face.tracker import FaceTracker, TrackerName, open_landmarker_tracker, open_tracker
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.media.video import VideoWriter
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
@@ -154,7 +156,7 @@ class Animator:
         the same with more of the photo on all sides, also what is there. `faces` are the person's own and those of
         others, who stay where they are.
         """
-        self._motion = own = select_frames(motion, np.array([frame]))
+        self._motion = own = motion.select(np.array([frame]))
         self._faces = faces
         self._crop_scale, self._crop = float(1 / np.ptp(own.landmarks[0, :, :2], axis=0).max()), crop
         shown = crop if around is None and len(crop) > self.model.config.image_size else around

@@ -9,7 +9,7 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.motion import BETA_NAMES
+from export3d_cli.core.face.beta import BETA_NAMES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS
 
 MIN_BETA_STD = 0.0201  # entries of beta at the least deviation, 0.02, hardly moved in training and mean nothing

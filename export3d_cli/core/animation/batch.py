@@ -24,7 +24,6 @@ from export3d_cli.core.animation.animator import (
     reenact,
 )
 from export3d_cli.core.animation.compositor import check_outputs
-from export3d_cli.core.face.motion import select_frames
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 
@@ -149,7 +148,7 @@ def plan_reenact(
             part = next(iter(stream))[0]
         except NoFaceError:
             part, notes = own, (*notes, f"no face in the first frames of {driver}")
-    first = select_frames(part, np.array([0]))
+    first = part.select(np.array([0]))
     seconds = []
     for _ in range(2):  # the first time warms up
         began = time.monotonic()

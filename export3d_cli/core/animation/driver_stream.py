@@ -16,13 +16,14 @@ import numpy as np
 
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
+from export3d_cli.core.face.crop import Square, crop_image
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS as FAN_POINTS
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, Square, crop_image, resample_rows, select_frames
+from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
 from export3d_cli.core.face.target_face import TargetFaceTracker
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.face.tracker_protocol import FaceTracker
+from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.camera import Camera
@@ -104,7 +105,7 @@ class DriverStream:
             chosen = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
             if not len(chosen):
                 raise InputError(f"start {start} s lies behind the end of {driver}")
-            self._motion = select_frames(motion, chosen)
+            self._motion = motion.select(chosen)
             self.total = len(chosen)
         elif has_image_suffix(driver):
             self.fps, self.total = fps or Fraction(25), 1
@@ -137,10 +138,10 @@ class DriverStream:
         self.missing = int((~self._motion.found).sum())
         if self._reference_row is not None:
             self._check_reference(self.total)
-            before = select_frames(self._motion, np.arange(self._reference_row + 1))
+            before = self._motion.select(np.arange(self._reference_row + 1))
             self.reference = self._last_row(MotionSmoother(self.smooth, self.fps)(before))
         for at in range(0, self.total, self.batch):
-            part = select_frames(self._motion, np.arange(at, min(at + self.batch, self.total)))
+            part = self._motion.select(np.arange(at, min(at + self.batch, self.total)))
             yield self._filter(part), [None] * len(part)
 
     def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
@@ -219,7 +220,7 @@ class DriverStream:
 
     @staticmethod
     def _last_row(motion: Motion) -> Motion:
-        return select_frames(motion, np.array([-1]))
+        return motion.select(np.array([-1]))
 
     def _to_motion(
         self, part: list[tuple[int, Face | None]], last: Face, crop: Square, size: tuple[int, int]

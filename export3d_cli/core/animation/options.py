@@ -12,8 +12,8 @@ from typing import Literal
 from export3d_cli.core.animation.driver_stream import OnMissing
 from export3d_cli.core.animation.retargeting import DRIVABLE, Control
 from export3d_cli.core.animation.watermark import Watermark
-from export3d_cli.core.face.open_tracker import TrackerName
 from export3d_cli.core.face.smoothing import SmoothingLevel
+from export3d_cli.core.face.tracker import TrackerName
 from export3d_cli.core.runtime.errors import InputError
 
 Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)

@@ -10,9 +10,10 @@ import numpy as np
 
 from export3d_cli.core.animation.options import Crop
 from export3d_cli.core.animation.output_size import frame_size, with_rim
+from export3d_cli.core.face.crop import crop_with_padding
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.matting import FacePosition, face_positions
-from export3d_cli.core.face.motion import LandmarkerTracker, Motion
-from export3d_cli.core.face.padded_crop import crop_with_padding
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import find_photo_face
 from export3d_cli.core.runtime.errors import InputError
 

@@ -31,9 +31,9 @@ from export3d_cli.core.dataset.manifest import DatasetManifest, ManifestRow
 from export3d_cli.core.dataset.overview import draw_overlay, draw_report
 from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpness, track_segments
 from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
-from export3d_cli.core.face.motion import LandmarkerTracker, crop_image
-from export3d_cli.core.face.open_tracker import TrackerName, open_landmarker_tracker
-from export3d_cli.core.face.padded_crop import crop_with_padding
+from export3d_cli.core.face.crop import crop_image, crop_with_padding
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.tracker import TrackerName, open_landmarker_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.face.landmarker import WARMUP_PASSES, Face
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import RIGID_POINTS
-from export3d_cli.core.face.motion import LandmarkerTracker, Motion
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.scene_detection import DISSOLVE_SPANS, SceneCutDetector
 from export3d_cli.core.runtime.camera import head_pose
 from export3d_cli.core.runtime.errors import InputError

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from export3d_cli.core.face.arkit import read_csv
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, resample_rows, select_frames
-from export3d_cli.core.face.open_tracker import TrackerName, open_tracker
+from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.target_face import TargetFaceTracker, choose_face
+from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS
 from export3d_cli.core.media.video import VideoReader
@@ -51,7 +51,7 @@ def extract_motion(
         motion, notes = read_csv(path, resolve_weights("arkit_measures"), Camera.orbit(0).to_vector())
         rate = fps or motion.fps
         rows = resample_rows(len(motion), motion.fps, rate, 0.0, None)[:max_frames]
-        return replace(select_frames(motion, rows), fps=rate), notes
+        return replace(motion.select(rows), fps=rate), notes
     tracker = open_tracker(tracker_name)
     faces: list[Face | None] = []
     if has_image_suffix(path):

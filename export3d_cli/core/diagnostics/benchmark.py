@@ -28,7 +28,8 @@ from export3d_cli.core.diagnostics.machine import (
     process_peak_memory,
     synchronize,
 )
-from export3d_cli.core.face.motion import Motion, crop_image, select_frames
+from export3d_cli.core.face.crop import crop_image
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.video import VideoReader, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
@@ -219,7 +220,7 @@ def _count_work(animator: Animator, motion: Motion, crop: np.ndarray, seen: Moti
     with counting("encode source"):
         animator.set_source_motion(crop, seen)
     with _hook_stages(animator, counting):
-        list(animator.drive([select_frames(motion, np.arange(min(animator.batch, len(motion))))]))
+        list(animator.drive([motion.select(np.arange(min(animator.batch, len(motion))))]))
     size = animator.model.config.image_size
     picture = torch.zeros(1, 3, size, size, device=animator.device)
     with counting("convert"):

@@ -15,7 +15,8 @@ import torch
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
 from export3d_cli.core.animation.batch import reenact_all
 from export3d_cli.core.diagnostics.machine import PeakMemory, synchronize
-from export3d_cli.core.face.motion import Motion, crop_image, select_frames
+from export3d_cli.core.face.crop import crop_image
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media import plot
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.video import VideoReader, VideoWriter
@@ -176,7 +177,7 @@ class _CurveRunner:
             batch = x
         animator = variant(self.animator, batch, changes)
         animator.set_source_motion(crop_image(self.photo, self.seen.crop, side), self.seen)
-        part: Motion = select_frames(self.motion, np.arange(batch) % len(self.motion))
+        part: Motion = self.motion.select(np.arange(batch) % len(self.motion))
         list(animator.drive([part]))
         return Point(x, *self._run(lambda: list(animator.drive([part])), REPEATS))
 

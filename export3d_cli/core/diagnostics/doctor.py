@@ -136,7 +136,7 @@ def _weights(name: str | None) -> Iterator[Finding]:
 
 
 def _tracker() -> Iterator[Finding]:
-    from export3d_cli.core.face.motion import LandmarkerTracker
+    from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
     from export3d_cli.core.media.image import read_image
     from export3d_cli.core.runtime.weights import example_path, resolve_weights
 

@@ -41,7 +41,8 @@ from export3d_cli.core.evaluation.protocol import (
 )
 from export3d_cli.core.evaluation.report import draw_caption, write_report
 from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
-from export3d_cli.core.face.motion import Motion, landmarks_to_head_frame
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import to_tensor, to_uint8, write_image
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp

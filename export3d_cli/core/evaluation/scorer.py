@@ -9,7 +9,9 @@ import numpy as np
 
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import Embedder
-from export3d_cli.core.face.motion import BETA_NAMES, LandmarkerTracker, Motion
+from export3d_cli.core.face.beta import BETA_NAMES
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import Camera
 
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each

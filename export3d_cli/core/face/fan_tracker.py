@@ -17,18 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES
+from export3d_cli.core.face.crop import CROP_SCALE, Square, crop_image, fit_crop_square
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmark_fitting import FaceBasis, FaceFit, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarker import ARKIT_NAMES, Face
-from export3d_cli.core.face.motion import (
-    BETA_NAMES,
-    CROP_SCALE,
-    Motion,
-    Square,
-    crop_image,
-    fit_crop_square,
-    hold_missing_faces,
-)
+from export3d_cli.core.face.landmarker import Face, hold_missing_faces
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import FOCAL, default_intrinsics, with_head_pose
 from export3d_cli.core.runtime.errors import Export3DError, WeightsError
 

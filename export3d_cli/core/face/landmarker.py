@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,22 +25,8 @@ import numpy as np
 
 from export3d_cli.core.face.detector import SEARCH_SIDES_PX, Detection, FaceDetector
 from export3d_cli.core.face.litert import LiteRTNetwork, quiet_stderr
-from export3d_cli.core.runtime.errors import InputError, WeightsError
+from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
-
-ARKIT_NAMES: tuple[str, ...] = (
-    *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight"),
-    *("cheekPuff", "cheekSquintLeft", "cheekSquintRight"),
-    *("eyeBlinkLeft", "eyeBlinkRight", "eyeLookDownLeft", "eyeLookDownRight", "eyeLookInLeft", "eyeLookInRight"),
-    *("eyeLookOutLeft", "eyeLookOutRight", "eyeLookUpLeft", "eyeLookUpRight"),
-    *("eyeSquintLeft", "eyeSquintRight", "eyeWideLeft", "eyeWideRight"),
-    *("jawForward", "jawLeft", "jawOpen", "jawRight"),
-    *("mouthClose", "mouthDimpleLeft", "mouthDimpleRight", "mouthFrownLeft", "mouthFrownRight", "mouthFunnel"),
-    *("mouthLeft", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthPressLeft", "mouthPressRight", "mouthPucker"),
-    *("mouthRight", "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper"),
-    *("mouthSmileLeft", "mouthSmileRight", "mouthStretchLeft", "mouthStretchRight"),
-    *("mouthUpperUpLeft", "mouthUpperUpRight", "noseSneerLeft", "noseSneerRight", "tongueOut"),
-)
 
 WARMUP_PASSES = 3  # times a first frame is tracked: tracking settles on the region of interest that it keeps in videos
 _DETECTOR_SIDE_PX = 128  # input side of the detector, pixels
@@ -348,3 +334,14 @@ def _warp_roi(image: np.ndarray, roi: _Roi, size: int, border: int) -> np.ndarra
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     y: np.ndarray = 1 / (1 + np.exp(-np.clip(x, -80, 80)))  # beyond 80 it is 0 or 1, and exp overflows soon after
     return y
+
+
+def hold_missing_faces(faces: Sequence[Face | None]) -> tuple[list[Face], np.ndarray, np.ndarray]:
+    """The faces that are there, which frames those are (T,), and each frame's row among them, the last one held (T,).
+
+    Raises `NoFaceError` when there is none.
+    """
+    found = np.array([face is not None for face in faces], dtype=bool)
+    if not found.any():
+        raise NoFaceError("no face was found in any frame")
+    return [face for face in faces if face is not None], found, (np.cumsum(found) - 1).clip(0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from export3d_cli.core.face.crop import Square
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.litert import LiteRTNetwork, quiet_stderr
-from export3d_cli.core.face.motion import Square
 from export3d_cli.core.runtime.errors import WeightsError
 
 FacePosition = tuple[float, float, float]  # of a face: middle and size, in sizes of the picture

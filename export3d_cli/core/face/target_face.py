@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from export3d_cli.core.face.landmarker import WARMUP_PASSES, Face, Landmarker
-from export3d_cli.core.face.tracker_protocol import FaceFinder
+from export3d_cli.core.face.tracker import FaceFinder
 from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, DataConfig
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import PersonMatting
-from export3d_cli.core.face.motion import Motion, landmarks_to_head_frame
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import Export3DError, InputError

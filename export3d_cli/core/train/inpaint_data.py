@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.schema import EyesConfig, InpaintConfig, LidsConfig, MouthConfig
-from export3d_cli.core.face.motion import landmarks_to_head_frame, mirror_camera, mirror_landmarks
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.motion import mirror_camera, mirror_landmarks
 from export3d_cli.core.model.inpaint import eyelids as lid_painter
 from export3d_cli.core.model.inpaint import eyes as eye_painter
 from export3d_cli.core.model.inpaint import mouth as mouth_painter

@@ -18,7 +18,8 @@ from numpy.random import Generator
 from torch import Tensor
 
 from export3d_cli.core.config.schema import DataConfig
-from export3d_cli.core.face.motion import landmarks_to_head_frame, mirror_beta, mirror_camera, mirror_landmarks
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.motion import mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.frame_cache import Clip, FaceDataset, resize_square
 

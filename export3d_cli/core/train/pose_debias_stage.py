@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.schema import DataConfig, TrainConfig
-from export3d_cli.core.face.motion import LandmarkerTracker
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.checkpoint import load_into
 from export3d_cli.core.model.export3d import Export3D

@@ -16,7 +16,7 @@ from export3d_cli.core.animation.compositor import (
     load_backdrop,
     read_portrait,
 )
-from export3d_cli.core.face.motion import crop_image
+from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path

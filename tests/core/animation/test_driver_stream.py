@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.face.motion import LandmarkerTracker, Motion, crop_image, resample_rows
+from export3d_cli.core.face.crop import crop_image
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError

@@ -9,7 +9,7 @@ import pytest
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.output_size import RIM, frame_size, mesh_size, room_around
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.motion import crop_image
+from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError

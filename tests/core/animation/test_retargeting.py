@@ -13,7 +13,7 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, open_driver, reenact
 from export3d_cli.core.animation.retargeting import EXPRESSION_GAIN, Control, amplify_expression
-from export3d_cli.core.face.motion import Motion, select_frames
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera, head_pose
@@ -111,7 +111,7 @@ def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
 
 def test_a_motion_file_has_a_reference_too(animator: Animator, tmp_path: Path) -> None:
     own = animator.set_source(read_image(SOURCE))
-    motion = select_frames(own, np.zeros(5, dtype=np.int64))
+    motion = own.select(np.zeros(5, dtype=np.int64))
     motion.camera[:] = Camera.orbit(12).to_vector()
     motion.save(tmp_path / "a.motion.npz")
     options = ReenactOptions(pose="relative", reference_frame=4)
@@ -154,7 +154,7 @@ def test_faces_are_chosen_from_left_to_right(animator: Animator, tmp_path: Path)
 
 
 def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
-    from export3d_cli.core.face.landmarker import ARKIT_NAMES
+    from export3d_cli.core.face.beta import ARKIT_NAMES
 
     header = ["Timecode", "BlendshapeCount", *ARKIT_NAMES, "HeadYaw", "HeadPitch", "HeadRoll"]
     rows = [f"00:00:01:{k * 1.001:06.3f},61,{','.join(['0.1'] * 52)},{k * 0.05},0,0" for k in range(6)]

@@ -14,9 +14,10 @@ from export3d_cli.core.dataset.segmentation import (
     track_segments,
     yaw_pitch_roll,
 )
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarks import load_canonical_face
-from export3d_cli.core.face.motion import LandmarkerTracker, Motion
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import weights_dir

@@ -28,7 +28,7 @@ from export3d_cli.core.evaluation.protocol import (
     read_clips,
     select_frames,
 )
-from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_tensor
 from export3d_cli.core.media.video import VideoWriter

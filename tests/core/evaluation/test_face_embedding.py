@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export3d_cli.core.evaluation import face_embedding as identity
-from export3d_cli.core.face.motion import LandmarkerTracker
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path, weights_dir

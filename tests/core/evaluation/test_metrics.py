@@ -46,7 +46,8 @@ def test_landmark_distance_is_in_pixels_at_256_and_looks_at_the_image_plane():
 
 
 def test_the_68_points_lie_where_ibug_has_them():
-    from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE, load_canonical_face
+    from export3d_cli.core.face.canonical_face import load_canonical_face
+    from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE
     from export3d_cli.core.runtime.weights import weights_dir
 
     assert len(set(metrics.IBUG68)) == 68
@@ -91,8 +92,9 @@ def test_gaze_follows_an_iris_around_its_eye():
 
 def test_gaze_is_read_from_the_measures_of_the_irises():
     """Both irises of the canonical face moved to where eyes that turn by 15 degrees have them."""
-    from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS, load_canonical_face
-    from export3d_cli.core.face.motion import compute_measures
+    from export3d_cli.core.face.beta import compute_measures
+    from export3d_cli.core.face.canonical_face import load_canonical_face
+    from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS
     from export3d_cli.core.runtime.weights import weights_dir
 
     points = np.repeat(load_canonical_face(weights_dir() / "face_landmarker.task").points[None], 2, axis=0)

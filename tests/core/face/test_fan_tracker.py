@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from export3d_cli.core.face import fan_tracker as fan
+from export3d_cli.core.face.beta import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
 from export3d_cli.core.face.landmark_fitting import FaceBasis
-from export3d_cli.core.face.landmarker import ARKIT_NAMES, Landmarker
+from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import IBUG68
-from export3d_cli.core.face.motion import MEASURE_NAMES, LandmarkerTracker, Motion
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.video import VideoReader

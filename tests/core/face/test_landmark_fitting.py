@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face import landmark_fitting as fitting
+from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.fan_tracker import BetaCalibration
 from export3d_cli.core.face.landmark_fitting import OBSERVABLE, FaceBasis, FaceFit, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR, load_canonical_face
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR
 from export3d_cli.core.runtime.camera import rotation_from_angles
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.weights import weights_dir
@@ -66,7 +67,7 @@ def test_pose_and_coefficients_of_exact_landmarks(
 def test_without_a_prior_the_fit_is_exact(
     basis: FaceBasis, person: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"SPARSITY": 0, "COEFFICIENT_SD": 1e4, "STEPS": 12, "SWEEPS": 150}.items():
+    for name, value in {"SPARSITY_WEIGHT": 0, "COEFFICIENT_SD": 1e4, "GAUSS_NEWTON_STEPS": 12, "DESCENT_SWEEPS": 150}.items():
         monkeypatch.setattr(fitting, name, value)
     truth = seen(basis, person, POSES[:4], jawOpen=0.5, eyeBlink=0.6, mouthSmile=0.4)
     found = fit_frames(truth.project(), basis, person)

@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
+from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.detector import FaceDetector
-from export3d_cli.core.face.landmarker import ARKIT_NAMES, Landmarker
+from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 
 REPO = Path(__file__).parents[3]

@@ -12,24 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export3d_cli.core.face.beta import BETA_NAMES, compute_measures
+from export3d_cli.core.face.canonical_face import CanonicalFace, load_canonical_face
+from export3d_cli.core.face.crop import CROP_SCALE, crop_image, fit_clip_crop
+from export3d_cli.core.face.head_pose import RELIEF_SCALE, TRACKER_Z_SCALE, fit_cameras, landmarks_to_head_frame
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS, CanonicalFace, load_canonical_face
-from export3d_cli.core.face.motion import (
-    BETA_NAMES,
-    CROP_SCALE,
-    RELIEF_SCALE,
-    TRACKER_Z_SCALE,
-    LandmarkerTracker,
-    Motion,
-    compute_measures,
-    crop_image,
-    fit_cameras,
-    fit_clip_crop,
-    landmarks_to_head_frame,
-    mirror_beta,
-    mirror_camera,
-    mirror_landmarks,
-)
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS
+from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import FOCAL, Camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
@@ -250,7 +240,7 @@ def test_parts_make_no_difference(tracker: LandmarkerTracker, monkeypatch: pytes
     ]
     faces = [face(row, i / 10) if i != 3 else None for i, row in enumerate(points)]
     whole = tracker.make_motion(faces, Fraction(30), (100, 100))
-    monkeypatch.setattr("export3d_cli.core.face.motion.CHUNK_FRAMES", 2)
+    monkeypatch.setattr("export3d_cli.core.face.landmarker_tracker.CHUNK_FRAMES", 2)
     parts = tracker.make_motion(faces, Fraction(30), (100, 100))
     for name in ("beta", "camera", "landmarks", "found"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)

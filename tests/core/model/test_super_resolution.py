@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.face.landmarks import CanonicalFace, make_flow_triangles
+from export3d_cli.core.face.canonical_face import CanonicalFace, make_flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.generator import lowpass, zero_init
 from export3d_cli.core.model.super_resolution import (

@@ -12,7 +12,6 @@ from accelerator import CUDA, Pretended
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.views import NovelViewOptions, orbit_cameras
-from export3d_cli.core.face.motion import select_frames
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
 from export3d_cli.core.model.inpaint.eyes import EyeInpainter
@@ -44,7 +43,7 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
             animator.model.inpainters[name].register_forward_hook(lambda *_, name=name: painted.append((name, where)))
         motion = animator.set_source(photo)
         cameras = orbit_cameras(animator.source_camera(), NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
-        turned = replace(select_frames(motion, np.zeros(3, int)), camera=cameras)
+        turned = replace(motion.select(np.zeros(3, int)), camera=cameras)
         lam = np.eye(3, animator.model.config.num_coefficients, dtype=np.float32)
         points = np.random.default_rng(0).uniform(-0.2, 0.2, (50, 3)).astype(np.float32)
         pictures = [*animator.drive([turned]), *animator.view(cameras), *animator.edit(lam)]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.config.schema import TrainConfig, make_train_config
-from export3d_cli.core.face.landmarker import ARKIT_NAMES
-from export3d_cli.core.face.landmarks import LIPS, load_canonical_face
+from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.video import VideoWriter

@@ -18,7 +18,7 @@ from export3d_cli.core.config.schema import (
     TrainConfig,
     make_train_config,
 )
-from export3d_cli.core.face.landmarks import load_canonical_face
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence, save_weights
 from export3d_cli.core.model.inpaint import eyes as eye_painter
 from export3d_cli.core.model.inpaint import mouth as mouth_painter

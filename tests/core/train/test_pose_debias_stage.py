@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.schema import PoseDebiasConfig, TrainConfig, make_train_config
-from export3d_cli.core.face.landmarks import load_canonical_face
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import rotation_log

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.face.motion import Motion, select_frames
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
 from export3d_cli.core.runtime.weights import example_path
@@ -86,7 +86,7 @@ def test_the_same_frames_come_again_and_best_blends_nothing(animator: Animator) 
     assert best.ahead == best.batch and animator.ahead == KEYFRAME_WINDOW
     photo = read_image(example_path("source.jpg"))
     seen = animator.set_source(photo)
-    moving = select_frames(seen, np.zeros(6, dtype=int))
+    moving = seen.select(np.zeros(6, dtype=int))
     beta = moving.beta + np.linspace(0, 0.2, 6, dtype=np.float32)[:, None]
     moving = Motion(**{**moving.__dict__, "beta": beta})
     made = []

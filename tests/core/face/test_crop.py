@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.motion import Square, crop_image
-from export3d_cli.core.face.padded_crop import crop_with_padding
+from export3d_cli.core.face.crop import Square, crop_image, crop_with_padding
 
 STRIPES = np.tile(np.repeat([40, 200], 4).astype(np.uint8)[None, :, None], (96, 12, 3))  # 96 x 96, 8 pixels a period
 

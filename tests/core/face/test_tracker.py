@@ -17,7 +17,7 @@ from export3d_cli.core.face import fan_tracker as fan
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.open_tracker import open_landmarker_tracker, open_tracker
+from export3d_cli.core.face.tracker import open_landmarker_tracker, open_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
 from export3d_cli.core.runtime.weights import example_path, weights_dir

@@ -1,15 +1,22 @@
-"""What a tracker is: something that finds faces in frames, and something that tells their motion."""
+"""What a face tracker is, and the two trackers by name: `landmarker` and `fan`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from export3d_cli.core.face.crop import Square
+from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.fan_tracker import FanTracker
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, Square
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.runtime.weights import resolve_weights
+
+TrackerName = Literal["landmarker", "fan"]
 
 
 class FaceFinder(Protocol):
@@ -52,3 +59,24 @@ class FaceTracker(Protocol):
         scale: tuple[float, float] = ...,
     ) -> Motion:
         """Motion of some frames of the clip in its crop; None settles it from these frames, with `scale`."""
+
+
+def open_landmarker_tracker(*, threads: int = 1) -> LandmarkerTracker:
+    """The landmarker with its shipped networks, `threads` of each. Raises `WeightsError`."""
+    return LandmarkerTracker(
+        resolve_weights("face_landmarker"), detector=FaceDetector(resolve_weights("yunet")), threads=threads
+    )
+
+
+def open_tracker(name: TrackerName, *, device: str | None = None) -> FaceTracker:
+    """A tracker for drivers; `fan` runs on `device`, None taking CUDA where it is usable.
+
+    Raises `WeightsError` where what it needs is not there and cannot be fetched.
+    """
+    if name == "landmarker":
+        return open_landmarker_tracker()
+    if device is None:
+        from export3d_cli.core.runtime.device import pick_device  # imports torch, which only fan needs
+
+        device = str(pick_device("auto"))
+    return FanTracker(resolve_weights("fan_basis"), FaceDetector(resolve_weights("yunet")), device=device)
