@@ -223,7 +223,7 @@ def test_weights_list_and_verify():
     rows = json.loads(run("weights", "list", "--json").stdout)
     assert {"name", "file", "sha256", "size", "licence", "source", "what"} == set(rows[0])
     assert "Apache-2.0" in run("weights", "list").stdout
-    assert "face_landmarker: as listed" in run("weights", "verify", "face_landmarker").stdout
+    assert "face_landmarker: OK" in run("weights", "verify", "face_landmarker").stdout
 
 
 def test_train_dry_run_prints_the_resolved_configuration(tmp_path):

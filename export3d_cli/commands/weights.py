@@ -1,4 +1,4 @@
-"""`export3d weights list|download|verify|info|push`: what is there, from where, is it whole, under which licence."""
+"""`export3d weights list|download|verify|info|push`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from export3d_cli import console, options
 
 @click.group()
 def weights() -> None:
-    """See, fetch, check and share weights.
+    """List, download, verify, inspect and upload weights.
 
-    NAME is one of `weights list`, a file, or hf:OWNER/REPO[@REVISION][:FILE] on the Hugging Face hub.
+    NAME is a name from `weights list`, a file, or hf:OWNER/REPO[@REVISION][:FILE] on the Hugging Face Hub.
     """
 
 
 @weights.command("list")
 @options.json_option
 def list_(as_json: bool) -> None:
-    """Name, size, licence and origin of every embedded file."""
+    """List name, size, licence and origin of the bundled files."""
     from export3d_cli import core
 
     entries = core.weights_manifest().values()
@@ -36,10 +36,10 @@ def list_(as_json: bool) -> None:
 
 @weights.command()
 @click.argument("names", nargs=-1, metavar="NAME...", required=True)
-@click.option("--force", is_flag=True, help="Fetch again what is cached.")
+@click.option("--force", is_flag=True, help="Download again even if the file is cached.")
 @options.json_option
 def download(names: tuple[str, ...], force: bool, as_json: bool) -> None:
-    """Fetch weights into the cache (HF_HOME), to be used offline afterwards."""
+    """Download weights to the cache (HF_HOME) for offline use."""
     from export3d_cli import core
 
     for name in names:
@@ -50,22 +50,22 @@ def download(names: tuple[str, ...], force: bool, as_json: bool) -> None:
 @weights.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def verify(names: tuple[str, ...]) -> None:
-    """Compare files with the sha256 of the manifest; all of them when no NAME is given."""
+    """Verify the sha256 of bundled files; without NAME, of all of them."""
     from export3d_cli import core
 
     entries = core.weights_manifest()
     for name in names or tuple(entries):
         if name not in entries:
-            raise click.BadParameter(f"{name!r} is not listed; choose from {', '.join(entries)}")
+            raise click.BadParameter(f"{name!r} is unknown: choose from {', '.join(entries)}")
         core.verify_weights(entries[name])
-        click.echo(f"{name}: as listed")
+        click.echo(f"{name}: OK")
 
 
 @weights.command()
 @click.argument("name", required=False)
 @options.json_option
 def info(name: str | None, as_json: bool) -> None:
-    """Size, licence, parameter count, configuration and training record, from the header of the file."""
+    """Print size, licence, parameter count, configuration and training record of a weights file."""
     from export3d_cli import core
 
     about = core.weights_info(name)
@@ -75,14 +75,14 @@ def info(name: str | None, as_json: bool) -> None:
 @weights.command()
 @click.argument("file", type=options.EXISTING_FILE)
 @click.argument("target", metavar="hf:OWNER/REPO[@BRANCH][:FILE]")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--dry-run", is_flag=True, help="Print the model card and upload nothing.")
+@click.option("--private", is_flag=True, help="Create a new repository as private.")
+@click.option("--dry-run", is_flag=True, help="Print the model card without uploading.")
 def push(file: Path, target: str, private: bool, dry_run: bool) -> None:
-    """Upload a weights FILE and, where the repository has none, a model card; needs HF_TOKEN or `hf auth login`."""
+    """Upload a weights FILE, and a model card if the repository has none. Needs HF_TOKEN or `hf auth login`."""
     from export3d_cli import core
 
     if not target.startswith("hf:"):
-        raise click.BadParameter(f"{target!r} is not of the form hf:OWNER/REPO[@BRANCH][:FILE]")
+        raise click.BadParameter(f"{target!r} must have the form hf:OWNER/REPO[@BRANCH][:FILE]")
     if dry_run:
         click.echo(core.weights_card(core.weights_info(file), target), nl=False)
         return

@@ -25,7 +25,7 @@ What cannot be done is an `Export3DError` that says what to do:
     False
     >>> resolve("nothing")  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
-    WeightsError: there are no weights 'nothing': ...
+    WeightsError: no weights 'nothing': ...
 
 Axis letters used throughout:
 

@@ -1,4 +1,4 @@
-"""How frames are encoded for each container: filters and ffmpeg's encoder."""
+"""Output formats of videos and ffmpeg's encoder settings for each container."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from pathlib import Path
 
 from export3d_cli.core.runtime.errors import InputError
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # what can be written
-ALPHA_SUFFIXES = (".webm", ".mov")  # videos that keep transparency
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # formats that can be written
+ALPHA_SUFFIXES = (".webm", ".mov")  # formats with an alpha channel
 _BT709_FILTERS = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
 _BT709_TAGS = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
 
 
 def check_output_suffix(path: Path, *, alpha: bool = False) -> None:
-    """Raise `InputError` for a name that is neither a video's nor a picture's, or of a kind without transparency."""
+    """Raise `InputError` if the suffix is no output format, or has no alpha channel where `alpha` needs one."""
     suffix = path.suffix.lower()
     if suffix not in (*VIDEO_SUFFIXES, ".png"):
         usual = ", ".join(VIDEO_SUFFIXES)
-        raise InputError(f"cannot write videos of type {suffix!r}: use one of {usual} or FOLDER/%05d.png")
+        raise InputError(f"cannot write videos of type {suffix!r}: use {usual} or FOLDER/%05d.png")
     if alpha and suffix not in (*ALPHA_SUFFIXES, ".png"):
-        raise InputError(f"{path} cannot be transparent: write .webm, .mov or FOLDER/%05d.png")
+        raise InputError(f"{path} cannot be transparent: use .webm, .mov or FOLDER/%05d.png")
 
 
 def encoder_arguments(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> list[str]:
-    """Arguments for frames of `size` (width, height): VP9 for .webm, H.264 for others, ProRes 4444 for .mov with alpha.
+    """Return ffmpeg's arguments: VP9 for .webm, ProRes 4444 for .mov with alpha, H.264 otherwise.
 
-    All but ProRes halve the colour's resolution and so want even sides: the last column or row of odd ones is left out.
+    Chroma is subsampled (4:2:0) except in ProRes, so `size` (width, height) is cropped to even sides.
     """
     width, height = size
     layout = "yuva420p" if alpha else "yuv420p"
-    if suffix == ".webm":  # VP9's scale of crf runs to 63
+    if suffix == ".webm":  # VP9's CRF scale ends at 63, x264's at 51
         codec = ["libvpx-vp9", "-crf", str(round(crf * 63 / 51)), "-b:v", "0", "-row-mt", "1"]
         codec += ["-deadline", "good", "-cpu-used", "4", *(["-auto-alt-ref", "0"] if alpha else [])]
     elif alpha:

@@ -1,4 +1,4 @@
-"""Running ffmpeg: pipes that never wait for each other, and an end for a run that makes no progress."""
+"""ffmpeg subprocesses with pipes that cannot deadlock and a watchdog that kills a hung process."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import IO
 
 from export3d_cli.core.runtime.errors import MediaError
 
-STALL_S = 60.0  # seconds without a byte moved and without processor time, after which ffmpeg is taken for hung
-BUSY_FACTOR = 10  # times as long where it works, or where the system does not tell whether it does
-_DRAIN_TIMEOUT_S = 5.0  # seconds for the messages of a program that has ended
+STALL_S = 60.0  # ffmpeg counts as hung after this time without I/O and without CPU time
+BUSY_FACTOR = 10  # times STALL_S without I/O if ffmpeg uses CPU time, or if its CPU time is unknown
+_DRAIN_TIMEOUT_S = 5.0  # wait for the last messages of a process that has ended
 
 
 class FfmpegProcess:
-    """One ffmpeg run; its messages are drained by a thread so that neither side ever waits for the other.
+    """A running ffmpeg process. One thread drains its stderr, so that a full pipe cannot block it.
 
-    While we wait for it - not while it waits for us - a second thread looks after it: without progress it is killed,
-    which ends our waiting, and `last_lines` says so.
+    A second thread kills the process if it makes no progress while the caller waits for it (not while it waits for
+    the caller). The caller's wait then ends, and `error_summary` gives the reason.
 
     Args:
         command: program and arguments.
-        stdin: whether we write to it.
-        stdout: whether we read from it.
-        out: the file that it writes: progress, too, as long as it changes.
+        stdin: open a pipe to the process.
+        stdout: open a pipe from the process.
+        output_file: file that the process writes; changes of it count as progress.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class FfmpegProcess:
         try:
             self._message_thread.start()
             threading.Thread(target=self._kill_if_stalled, daemon=True).start()
-        except BaseException as error:  # nobody else knows of it yet, and it would write on what is cleared away
+        except BaseException as error:  # the caller has no object yet on which to call `kill`
             self._popen.kill()
             self._popen.wait()
-            if isinstance(error, RuntimeError):  # there is no room for another thread
+            if isinstance(error, RuntimeError):  # no memory for another thread
                 raise MemoryError(str(error)) from error
             raise
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill `view` from its output; the number of bytes that came before the end."""
+        """Fill `buffer` from stdout; return the number of bytes read, fewer than its size at the end of the stream."""
         assert self._popen.stdout is not None
         got = 0
         with self._watched_wait():
@@ -68,36 +68,36 @@ class FfmpegProcess:
         return got
 
     def write(self, data: memoryview) -> None:
-        """Give it all of `data`; raises `OSError` when it takes no more."""
+        """Write all of `data` to stdin; raise `OSError` if the process has closed it."""
         with self._watched_wait():
             for at in range(0, len(data), 1 << 16):
                 self._bytes_moved += self._stdin.write(data[at : at + (1 << 16)])
 
     def close_input(self) -> None:
-        """Tell it that nothing more comes."""
+        """Close stdin: end of the input."""
         with self._watched_wait(), contextlib.suppress(BrokenPipeError):
             self._stdin.close()
 
     def wait(self) -> int:
-        """The exit status, once ffmpeg and its messages have ended."""
+        """Wait for the end of the process and of its messages; return the exit status."""
         with self._watched_wait():
             code = self._popen.wait()
         self._ended.set()
-        self._message_thread.join(_DRAIN_TIMEOUT_S)  # a program that a killed one has started may keep the pipe open
+        self._message_thread.join(_DRAIN_TIMEOUT_S)  # a child of a killed process can keep the pipe open
         return code
 
     def kill(self) -> None:
-        """Leave no process and no open pipe behind; harmless after `wait`."""
+        """Kill the process if it still runs and close the pipes; may be called after `wait`."""
         if self._popen.poll() is None:
             self._popen.kill()
         self.wait()
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was still in a write buffer has nowhere to go
+                with contextlib.suppress(OSError):  # flushing the write buffer fails if the process is dead
                     pipe.close()
 
     def error_summary(self) -> str:
-        """The end of what ffmpeg said, on one line."""
+        """Return ffmpeg's last messages, or why there are none, on one line."""
         if self.stalled:
             return self._stall_detector.message()
         code = self._popen.poll() or 0
@@ -135,7 +135,10 @@ class FfmpegProcess:
 
 
 class StallDetector:
-    """Whether a process makes progress. Looks are counted, not the clock: a machine asleep, or Ctrl-Z, is no stall."""
+    """Detects that a process makes no progress.
+
+    Time is counted in polls, not by the clock, so that a suspended machine or Ctrl-Z is no stall.
+    """
 
     def __init__(self, pid: int, output_file: Path | None = None) -> None:
         self._pid, self._output_file = pid, output_file
@@ -144,13 +147,12 @@ class StallDetector:
         self.reset()
 
     def reset(self) -> None:
-        """Begin to count anew."""
-        self._seconds_without_bytes = self._seconds_without_cpu = (
-            0.0  # seconds without a byte; and without processor time, either
-        )
+        """Restart both counters."""
+        self._seconds_without_bytes = 0.0
+        self._seconds_without_cpu = 0.0
 
     def has_stalled(self, bytes_moved: int = 0) -> bool:
-        """To be asked once a tick: whether it is hung, when `moved` bytes went through its pipes so far."""
+        """Return whether the process hangs. Call it once per poll; `bytes_moved`: total through its pipes so far."""
         written = 0
         if self._output_file is not None:
             with contextlib.suppress(OSError):
@@ -166,12 +168,13 @@ class StallDetector:
         return self._seconds_without_cpu >= STALL_S or self._seconds_without_bytes >= BUSY_FACTOR * STALL_S
 
     def message(self) -> str:
-        """What to tell when it has stopped."""
-        return f"ffmpeg made no progress for {self._seconds_without_bytes:.0f} s and was ended (try again, or convert the file first)"
+        """Return the error text for a stalled process."""
+        seconds = f"{self._seconds_without_bytes:.0f} s"
+        return f"ffmpeg made no progress for {seconds} and was killed (try again, or convert the file first)"
 
 
 def run_ffmpeg(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """Run ffmpeg for what it says; raises `MediaError` when it hangs."""
+    """Run ffmpeg to its end and return its output; raise `MediaError` if it hangs."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as run:
         pulse = StallDetector(run.pid)
@@ -188,12 +191,12 @@ def run_ffmpeg(command: list[str]) -> subprocess.CompletedProcess[bytes]:
 
 
 def _poll_interval() -> float:
-    """Seconds between two looks."""
+    """Return the seconds between two polls."""
     return min(1.0, STALL_S / 4)
 
 
 def _cpu_ticks_of(pid: int) -> int | None:
-    """Processor time of a process, in the system's ticks; None where it is not told, or it waits for a disk."""
+    """Return the CPU time of a process in clock ticks; None if unknown (no /proc) or if it waits for a disk."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "D" else int(fields[11]) + int(fields[12])

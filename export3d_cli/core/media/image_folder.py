@@ -1,4 +1,4 @@
-"""A folder of pictures as a video, to read (sorted by name, numbers in names by their value) and to write."""
+"""Image sequences: a folder of images read as a video (in natural sort order), and frames written to a folder."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ import numpy as np
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
-DEFAULT_FOLDER_FPS = Fraction(25)  # frames/s of pictures of which no rate is said
+DEFAULT_FOLDER_FPS = Fraction(25)  # unless the caller gives a rate
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures of a folder in the order in which they are shown; raises `InputError` when there is none."""
+    """Return the images of a folder in natural sort order; raise `InputError` if it has none."""
     try:
         found = [path for path in Path(folder).iterdir() if has_image_suffix(path) and not path.name.startswith(".")]
     except OSError as error:
         raise InputError(f"cannot read folder {folder}: {error.strerror}") from error
     if not found:
-        raise InputError(f"{folder} is a folder without pictures (.png, .jpg, .webp): give a video file or pictures")
+        raise InputError(f"{folder} is a folder without images (.png, .jpg, .webp): give a video file or images")
     return sorted(
         found, key=lambda path: ([_natural_sort_key(text) for text in re.split(r"(\d+)", path.name)], path.name)
     )
 
 
 def read_images(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """The pictures one at a time, uint8 (H, W, 3) RGB; all have to be of one size (width, height)."""
+    """Yield the images, uint8 (H, W, 3) RGB; raise `InputError` unless each has `size` (width, height)."""
     for path in paths:
         image = read_image(path)
         if (image.shape[1], image.shape[0]) != size:
             got = f"{image.shape[1]}x{image.shape[0]}"
-            raise InputError(f"{path} is {got}, the first picture {size[0]}x{size[1]}: a folder needs one size")
+            raise InputError(f"{path} is {got}, the first image {size[0]}x{size[1]}: use one size in a folder")
         yield image
 
 
 class ImageSequenceWriter:
-    """Frames as pictures `name%05d.png`, numbered from 0."""
+    """Writes frames as images `name%05d.png`, numbered from 0."""
 
     def __init__(self, pattern: Path) -> None:
         found = re.fullmatch(r"([^%]*)%0?([1-9]?)d([^%]*)", pattern.name)
         if not found:
-            raise InputError(f"{pattern} would be one picture: for a picture a frame give a name such as %05d.png")
+            raise InputError(f"{pattern} names a single image: name one image per frame, for example %05d.png")
         self.folder, (head, self._digits, tail) = pattern.parent, found.groups()
         self._prefix, self._suffix = head, tail
         there = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
         if self.folder.is_dir() and any(there.fullmatch(path.name) for path in self.folder.iterdir()):
-            raise InputError(f"{self.folder} holds such pictures already: give another folder")
-        self.temporary_folder: Path | None = None  # where they are written; they go to `folder` together
+            raise InputError(f"{self.folder} already contains images of that name: choose another folder")
+        self.temporary_folder: Path | None = None  # images are written here and moved to `folder` together
         self._count = 0
 
     def write(self, frame: np.ndarray, comment: str) -> None:
@@ -63,5 +63,5 @@ class ImageSequenceWriter:
 
 
 def _natural_sort_key(text: str) -> tuple[int, str]:
-    """Digits by value and before other text; the parts alternate, so that like is compared with like."""
+    """Return the sort key of a part of a name: digits by value, before other text."""
     return (int(text), "") if text.isdecimal() else (0, text)

@@ -1,4 +1,4 @@
-"""What a video file holds, told by ffmpeg itself: there is no ffprobe beside imageio-ffmpeg's binary."""
+"""Properties of video files, parsed from ffmpeg's output (imageio-ffmpeg brings no ffprobe)."""
 
 from __future__ import annotations
 
@@ -16,41 +16,39 @@ from export3d_cli.core.media.image import check_pixel_count, read_image
 from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS, list_images
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
-_TIMESTAMP_SCAN_S = 30  # of timestamps looked at to tell constant from variable rate
+_TIMESTAMP_SCAN_S = 30  # part of the video whose timestamps tell constant from variable rate
 _NO_TIMESTAMP = str(-(2**63))  # AV_NOPTS_VALUE
-_MAX_VFR_FPS = 60  # frames/s given to a video of variable rate at most
-_MAX_DURATION_H = (
-    24  # that a video may last; more is what a damaged file claims, and would be filled with repeated frames
-)
+_MAX_VFR_FPS = 60  # limit of the constant rate chosen for a video of variable rate
+_MAX_DURATION_H = 24  # damaged files claim more, which would be filled with repeated frames
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is, as it will be seen: after rotation and with square pixels."""
+    """Properties of a video as it is displayed: rotated, with square pixels."""
 
     width: int
     height: int
-    fps: Fraction  # exact; of a variable-rate video, the constant rate it is resampled to
-    frame_count: int  # estimate at `fps`; 0 when the file does not say
-    duration: float  # seconds; 0 when the file does not say
+    fps: Fraction  # exact; for a variable rate, the constant rate to which it is resampled
+    frame_count: int  # estimate at `fps`; 0 if unknown
+    duration: float  # seconds; 0 if unknown
     has_audio: bool
     rotation: int = 0  # degrees of the display matrix, already applied to width and height
-    vfr: bool = False  # timestamps are not evenly spaced
-    hdr_transfer: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG) of a video of high dynamic range
-    interlaced: bool = False  # flagged so
-    header_duration: float = 0.0  # seconds that the container's header tells, where it tells them exactly
-    alpha_source: str = ""  # "plain": in the picture format; "vp8", "vp9": beside it, for libvpx to decode
+    vfr: bool = False  # variable frame rate: timestamps are not evenly spaced
+    hdr_transfer: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG); empty for standard dynamic range
+    interlaced: bool = False  # according to the file's flags
+    header_duration: float = 0.0  # seconds in the container's header; 0 for containers that only estimate it
+    alpha_source: str = ""  # "plain": part of the pixel format; "vp8", "vp9": a side stream that libvpx decodes
 
 
 def ffmpeg_path() -> str:
-    """The ffmpeg binary (the environment variable IMAGEIO_FFMPEG_EXE names another one)."""
+    """Return the path of imageio-ffmpeg's binary, or of the one that IMAGEIO_FFMPEG_EXE names."""
     import imageio_ffmpeg
 
     try:
         found = str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
-        raise MediaError("no ffmpeg found: `pip install --force-reinstall imageio-ffmpeg` brings one") from error
-    if os.environ.get("IMAGEIO_FFMPEG_EXE"):  # imageio-ffmpeg tries out its own one only
+        raise MediaError("no ffmpeg found: run `pip install --force-reinstall imageio-ffmpeg`") from error
+    if os.environ.get("IMAGEIO_FFMPEG_EXE"):  # imageio-ffmpeg checks its own binary only
         _check_runnable(found)
     return found
 
@@ -65,7 +63,7 @@ def _check_runnable(program: str) -> None:
 
 
 def probe(path: Path) -> VideoInfo:
-    """What the file (or folder of pictures) holds; `InputError` if it is missing, is no video, or has sound only."""
+    """Return the properties of a video file or folder of images; raise `InputError` if there is no video in it."""
     if Path(path).is_dir():
         found = list_images(path)
         height, width = read_image(found[0]).shape[:2]
@@ -76,7 +74,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def audio_codec(path: Path) -> str | None:
-    """The codec of the first sound track ("aac", ...), or None."""
+    """Return the codec of the first audio track ("aac", ...), or None."""
     if Path(path).is_dir():
         return None
     found = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _read_header(_check_video_file(path)))
@@ -86,14 +84,14 @@ def audio_codec(path: Path) -> str | None:
 @lru_cache(maxsize=64)
 def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     header = _read_header(path)
-    # the first one, but for cover art, as "-map 0:V:0" does
+    # the first video stream that is no cover art, like "-map 0:V:0"
     stream = re.search(r"Stream #0:\d+.*?: Video: ((?!.*\(attached pic\)|.*\(still image\)).*)", header)
     has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
     if stream is None and has_audio:
-        raise InputError(f"{path} has sound but no picture: give a video")
+        raise InputError(f"{path} has audio but no video: give a video file")
     shape = stream and re.search(r", ([1-9]\d*)x([1-9]\d*)\b", stream.group(1))
     if stream is None or shape is None:
-        raise InputError(f"{path} is not a video that can be read: give a video file such as .mp4")
+        raise InputError(f"{path} is not a video that can be read: give a video file, for example .mp4")
     width, height = int(shape.group(1)), int(shape.group(2))
     aspect = re.search(r"SAR (\d+):(\d+)", stream.group(1))
     if aspect and int(aspect.group(1)) and int(aspect.group(2)):
@@ -109,11 +107,11 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
         return VideoInfo(
             width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha_source=_find_alpha(header, stream.group(1))
         )
-    claimed = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others guess from the size
+    claimed = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others estimate it
     tick, times = _read_timestamps(path)
     fps, vfr = _estimate_rate(tick, times, _parse_rate(stream.group(1), "fps"), _parse_rate(stream.group(1), "tbr"))
-    if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all was seen: exact, not to 10 ms
-        duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late picture is shown from the start
+    if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all timestamps known: exact duration
+        duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late first frame is shown from 0 s
     if duration > _MAX_DURATION_H * 3600:
         raise InputError(
             f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_DURATION_H}: cut it first"
@@ -136,7 +134,7 @@ def _find_alpha(header: str, stream: str) -> str:
 
 @lru_cache(maxsize=1)
 def has_tone_mapping() -> bool:
-    """Whether this ffmpeg can bring high dynamic range down."""
+    """Return whether this ffmpeg has the filters for tone mapping (HDR to SDR)."""
     text = run_ffmpeg([ffmpeg_path(), "-hide_banner", "-filters"]).stdout.decode()
     return all(re.search(rf"^ \S+\s+{name} ", text, flags=re.MULTILINE) for name in ("zscale", "tonemap"))
 
@@ -144,7 +142,10 @@ def has_tone_mapping() -> bool:
 def _estimate_rate(
     tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None
 ) -> tuple[Fraction, bool]:
-    """Frame rate and whether it varies, from the first timestamps and ffmpeg's "fps" and "tbr"."""
+    """Return the frame rate and whether it varies.
+
+    `tick` and `times`: timestamps; `mean` and `base`: ffmpeg's "fps" and "tbr".
+    """
     steps = [b - a for a, b in itertools.pairwise(times) if b > a]
     if not steps:
         return mean or base or Fraction(25), False
@@ -154,8 +155,8 @@ def _estimate_rate(
         near = [rate for rate in told if abs(average - 1 / rate) * len(steps) <= tick]
         return near[0] if near else _nearest_standard_rate(1 / average), False
     spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
-    rounding = max(2 * tick, Fraction(2, 1000))  # containers that count milliseconds (or GIF's hundredths)
-    if spread < rounding and spread < average / 2:  # constant, but for that
+    rounding = max(2 * tick, Fraction(2, 1000))  # containers count in milliseconds, GIF in 10 ms
+    if spread < rounding and spread < average / 2:  # constant up to rounding
         near = [rate for rate in told if abs(rate * average - 1) < rounding / (average * len(steps))]
         return near[0] if near else _nearest_standard_rate(1 / average), False
     common = 1 / sorted(steps)[len(steps) // 2]
@@ -164,7 +165,7 @@ def _estimate_rate(
 
 
 def _nearest_standard_rate(rate: Fraction) -> Fraction:
-    """The usual rate nearest to a measured or rounded one (29.97 -> 30000/1001), or the value itself."""
+    """Return the standard rate nearest to a rounded one (29.97 -> 30000/1001), or the rate itself if none is near."""
     whole = round(rate)
     usual = [Fraction(whole), Fraction(whole * 1000, 1001), Fraction(round(rate * 2), 2)]
     nearest = min(usual, key=lambda r: abs(r - rate))
@@ -185,7 +186,7 @@ def _parse_rate(text: str, unit: str) -> Fraction | None:
 
 
 def _read_timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
-    """The container's tick and the first presentation times of the picture, in seconds; nothing is decoded."""
+    """Return the container's tick and the first presentation times, in seconds, without decoding."""
     command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
     command += ["-i", file_url(path), "-map", "0:V:0", "-c", "copy", "-t", str(_TIMESTAMP_SCAN_S)]
     command += ["-f", "framecrc", "pipe:1"]
@@ -193,11 +194,11 @@ def _read_timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
     base = re.search(r"#tb 0: (\d+)/(\d+)", text)
     packets = re.findall(r"^0,\s*[^,]+,\s*([^,]+),", text, flags=re.MULTILINE)
     if not base or _NO_TIMESTAMP in packets:
-        return Fraction(0), []  # AVI and raw streams keep no presentation times
+        return Fraction(0), []  # AVI and raw streams have no presentation times
     tick = Fraction(int(base.group(1)), int(base.group(2)))
     times = sorted(int(stamp) * tick for stamp in packets)
     if times and times[-1] - times[0] > _TIMESTAMP_SCAN_S * 0.8:
-        del times[-16:]  # the cut may have fallen between frames stored out of order
+        del times[-16:]  # frames are stored out of order: some near the end of the scan may be missing
     return tick, times
 
 
@@ -209,7 +210,7 @@ def _read_header(path: Path) -> str:
 def _check_video_file(path: Path) -> Path:
     path = Path(path)
     if str(path) == "-" and not path.exists():
-        raise InputError("- (standard input) cannot be read twice, as videos are: give a file")
+        raise InputError("- (standard input) cannot be read, because videos are read twice: give a file")
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     if not path.stat().st_size:
@@ -218,5 +219,5 @@ def _check_video_file(path: Path) -> Path:
 
 
 def file_url(path: Path) -> str:
-    """A name that ffmpeg takes for a file whatever it looks like (`-x.mp4`, `http:.mp4`)."""
+    """Return a name that ffmpeg treats as a file, even if it looks like an option or URL (`-x.mp4`, `http:.mp4`)."""
     return f"file:{path}"

@@ -1,4 +1,4 @@
-"""Where the scene of a video changes: cuts, and dissolves and fades, which take several frames."""
+"""Detection of scene changes: cuts, dissolves and fades."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import deque
 import cv2
 import numpy as np
 
-THUMBNAIL_SIDE_PX = 32  # pixels of the small pictures that are compared
-DISSOLVE_SPANS = (64, 48, 32, 24, 16)  # frames over which a dissolve is looked for
-MIN_DISSOLVE_CHANGE = 18.0  # grey levels by which the scenes before and after a dissolve differ, mean
-MAX_LINEARITY_ERROR = 0.24  # share of that by which a frame may lie beside the straight way from the one to the other
-MIN_RELIT_RESIDUAL = 12.0  # grey levels of the change that another exposure does not explain
+THUMBNAIL_SIDE_PX = 32  # frames are compared at this size
+DISSOLVE_SPANS = (64, 48, 32, 24, 16)  # lengths, in frames, of the dissolves that are searched
+MIN_DISSOLVE_CHANGE = 18.0  # mean difference, in grey levels, of the scenes before and after a dissolve
+MAX_LINEARITY_ERROR = 0.24  # of a frame from the linear blend of both scenes, as a fraction of their difference
+MIN_RELIT_RESIDUAL = 12.0  # mean difference, in grey levels, that a change of exposure does not explain
 
 
 class SceneCutDetector:
-    """Fed the frames of a video one after the other; keeps the last 65 of them, 32 pixels wide."""
+    """Detects scene changes in consecutive frames. Keeps thumbnails of the last 65 frames."""
 
     def __init__(self) -> None:
         self._recent_changes: deque[float] = deque(maxlen=12)
@@ -23,11 +23,11 @@ class SceneCutDetector:
         self._colour_histogram = np.zeros(64)
 
     def __call__(self, frame: np.ndarray) -> int | None:
-        """Whether uint8 (H, W, 3) `frame` shows another scene than those before.
+        """Add the next frame, uint8 (H, W, 3), and report a scene change.
 
         Returns:
-            None if it does not; 0 after a cut; after a dissolve or a fade the number of frames, just before this one,
-            which mix both scenes.
+            None without a scene change; 0 after a cut; after a dissolve or fade, the number of frames directly before
+            this one that mix both scenes.
         """
         small = cv2.resize(frame, (THUMBNAIL_SIDE_PX, THUMBNAIL_SIDE_PX), interpolation=cv2.INTER_AREA)
         bins = (small // 64).astype(np.int64) @ [16, 4, 1]
@@ -43,14 +43,17 @@ class SceneCutDetector:
         return mixed
 
     def _is_cut(self, colours: float) -> bool:
-        """Against the last frames, a jump, and other colours; `colours` is the share of pixels that changed theirs."""
+        """Return whether the frame changed much more than recent ones; `colours`: fraction of pixels of other colour."""
         change = float(np.abs(self._thumbnails[-1] - self._thumbnails[-2]).mean())
         usual = float(np.median(self._recent_changes)) if self._recent_changes else 0.0
         self._recent_changes.append(change)
         return change > max(12.0, 4 * usual) and (colours > 0.25 or change > 40)
 
     def _find_dissolve(self) -> int | None:
-        """In a dissolve, pictures go straight from one to another, as neither motion nor light lets them do."""
+        """Return the length of a dissolve that ends here, or None.
+
+        Frames of a dissolve are linear blends of its first and last frame; motion and light do not give such frames.
+        """
         now = self._thumbnails[-1]
         for span in DISSOLVE_SPANS:
             if len(self._thumbnails) <= span or np.abs(now - self._thumbnails[-span - 1]).mean() < MIN_DISSOLVE_CHANGE:
@@ -67,7 +70,7 @@ class SceneCutDetector:
 
 
 def _is_other_scene(one: np.ndarray, two: np.ndarray) -> bool:
-    """Whether no change of exposure or white balance makes one picture from the other, or it is nearly one colour."""
+    """Return whether exposure and white balance do not explain the difference, or one image is nearly uniform."""
     a, b = (x.reshape(-1, 3) - x.reshape(-1, 3).mean(0) for x in (one, two))
     gain = (a * b).sum(0) / np.maximum((a**2).sum(0), 1e-3)
     left = np.abs(b - gain * a).mean()

@@ -1,4 +1,4 @@
-"""Where, how precisely and how much at once to compute: devices by name, bfloat16 where it is fast, what fits."""
+"""Device, numerical precision and memory use of PyTorch computations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when usable, else the CPU; raises `ConfigError` for a device that is unknown or not there."""
+    """Return the device; `auto`: CUDA if available, else the CPU. Raise `ConfigError` for an unusable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,12 +31,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def tracking_thread_count(device: torch.device) -> int:
-    """How many threads look for the face in a frame: beside a GPU the processor has little else to do."""
+    """Return the number of face tracking threads: one if the CPU also renders, up to 4 with a GPU."""
     return 1 if device.type == "cpu" else min(4, max(1, torch.get_num_threads() // 2))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 makes the device faster: CUDA, and CPUs that multiply it natively."""
+    """Return whether bfloat16 speeds up the device: CUDA, and CPUs with native bfloat16 multiplication."""
     if device.type != "cpu":
         return device.type == "cuda"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -44,7 +44,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 elsewhere."""
+    """Return the precision; `auto`: bf16 if the hardware multiplies it natively, else fp16 on CUDA, fp32 elsewhere."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -53,14 +53,14 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def precision_notes(name: str, device: torch.device) -> list[str]:
-    """What to tell whoever asks a CPU for half precision that it cannot multiply: there it is many times slower."""
+    """Return a warning if the CPU lacks native arithmetic of this precision, which makes it many times slower."""
     if name == "fp32" or device.type != "cpu" or (name == "bf16" and has_fast_bf16(device)):
         return []
-    return [f"{name} is much slower than fp32 on this CPU: auto takes what is fast"]
+    return [f"{name} is much slower than fp32 on this CPU: use --precision auto"]
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Compute in bf16 or fp16; fp32: as it is, and not in TF32 on CUDA."""
+    """Return a context that computes in bf16 or fp16; for fp32 on CUDA, one without TF32 convolutions."""
     kind = HALF_DTYPES.get(precision)
     if kind is None and device.type == "cuda":
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
@@ -68,9 +68,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def tune_malloc() -> None:
-    """Have the process keep freed memory for its next large array, where its C library is glibc.
+    """Set glibc's allocator to reuse freed memory for large arrays; no effect with other C libraries.
 
-    Without it every array of a frame is mapped, zeroed and given back: a quarter of the time on a CPU.
+    By default glibc maps, zeroes and unmaps memory for each array of a frame: a quarter of the time on a CPU.
     """
     if sys.platform != "linux":
         return
@@ -81,15 +81,15 @@ def tune_malloc() -> None:
 
 
 def trim_heap() -> None:
-    """Return what is free to the system, where the C library is glibc: over hours its heap frays, and grows."""
+    """Return free heap memory to the system (glibc only): over hours, fragmentation makes the heap grow."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def cast_weights(module: torch.nn.Module, precision: str) -> dict[str, Tensor]:
-    """Keep weights of convolutions and linear layers as a CPU multiplies them, instead of casting them each time.
+    """Cast the weights of convolutions and linear layers on the CPU once, instead of in every call under autocast.
 
-    Returns those in fp32, for `widen`.
+    Returns the fp32 weights by name, for `restore_fp32`.
     """
     kept: dict[str, Tensor] = {}
     kind = HALF_DTYPES.get(precision)
@@ -105,19 +105,19 @@ def cast_weights(module: torch.nn.Module, precision: str) -> dict[str, Tensor]:
 
 
 def restore_fp32(module: torch.nn.Module, fp32_weights: dict[str, Tensor]) -> None:
-    """Undo `narrow`."""
+    """Undo `cast_weights`."""
     for name, full in fp32_weights.items():
         module.get_parameter(name).data = full
 
 
 class AdaptiveBatcher:
-    """Makes pictures as many at once as memory allows: where it runs out, half as many from then on."""
+    """Computes in batches and halves the batch size, for good, each time memory runs out."""
 
     def __init__(self) -> None:
-        self.max_batch = 2**30  # at once, as far as is known
+        self.max_batch = 2**30  # largest size that may fit
 
     def __call__(self, compute: Callable[[slice], np.ndarray], start: int, stop: int) -> Iterator[np.ndarray]:
-        """`make(slice)` for all of start to stop, in order; raises what it raises where one alone does not fit."""
+        """Yield the rows of `compute(slice)` from start to stop; raise its error if a single row does not fit."""
         made = None
         if stop - start <= self.max_batch:
             try:
@@ -135,5 +135,5 @@ class AdaptiveBatcher:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Of the GPU, or of the machine."""
+    """Return whether the memory of the GPU or of the machine ran out."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,23 +1,23 @@
-"""The error tree. A message says what was wrong, the value, and what to do.
+"""The exception hierarchy. A message states the problem, the value and the remedy.
 
-Export3DError            exit 1   something failed
-  InputError             exit 2   a file, option or array the user gave cannot be used
-    ConfigError          exit 2   a configuration that cannot be run
-  MediaError             exit 1   reading or writing media failed half-way
+Export3DError            exit 1   operation failed
+  InputError             exit 2   unusable file, option or array
+    ConfigError          exit 2   unusable configuration
+  MediaError             exit 1   reading or writing media failed midway
   NoFaceError            exit 3   no usable face
-  WeightsError           exit 4   weights are missing, damaged or do not fit
-  TrainingError          exit 1   training cannot go on
+  WeightsError           exit 4   weights are missing, damaged or incompatible
+  TrainingError          exit 1   training cannot continue
 """
 
 from __future__ import annotations
 
-MAX_MESSAGE_CHARS = 1600  # characters of a message
+MAX_MESSAGE_CHARS = 1600
 
 
 class Export3DError(Exception):
-    """Base of every error this package raises on purpose; `exit_code` is what the command line returns.
+    """Base class of all errors of this package; `exit_code` is the exit status of the command line.
 
-    A message longer than a screen (libraries quote what a file holds) loses its middle: what to do stands at the end.
+    Long messages (libraries quote file contents) are shortened in the middle, because the remedy is at the end.
     """
 
     exit_code = 1
@@ -31,30 +31,30 @@ class Export3DError(Exception):
 
 
 class InputError(Export3DError):
-    """A file, option or array the user gave cannot be used."""
+    """A file, option or array from the user cannot be used."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run."""
+    """A configuration is invalid or cannot run on this machine."""
 
 
 class MediaError(Export3DError):
-    """Reading or writing media failed half-way."""
+    """Reading or writing media failed midway."""
 
 
 class NoFaceError(Export3DError):
-    """No usable face where one is needed."""
+    """An image or video has no usable face."""
 
     exit_code = 3
 
 
 class WeightsError(Export3DError):
-    """Weights are missing, damaged, or do not fit what is asked of them."""
+    """Weights are missing, damaged or incompatible."""
 
     exit_code = 4
 
 
 class TrainingError(Export3DError):
-    """Training cannot go on."""
+    """Training cannot continue."""

@@ -1,4 +1,4 @@
-"""Atomic writes: a temporary name beside the target, then a rename. What may be read, and who may write where."""
+"""Atomic writes of files and folders, folder locks, and checks of input files and paths."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ from pathlib import Path
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 
 _HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"
-_TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # machine, process
-DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...] = (  # what zipfile and NumPy raise for archives that somebody has changed
+_TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # groups: host, process ID
+DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...] = (  # raised by zipfile and NumPy for damaged archives
     OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, MemoryError, RecursionError, RuntimeError,
     SyntaxError, AttributeError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-MAX_MANIFEST_BYTES = 2**30  # bytes of a list of clips
-_STALE_AFTER_S = 86_400  # seconds after which a temporary file of another machine is nobody's
-_cleaned_folders: set[Path] = set()  # folders that this process has looked through
+MAX_MANIFEST_BYTES = 2**30  # limit for a dataset's manifest
+_STALE_AFTER_S = 86_400  # age at which another host's temporary file counts as abandoned
+_cleaned_folders: set[Path] = set()  # folders that this process has cleaned
 
 
 @contextlib.contextmanager
 def write_atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (same suffix); rename it on success, remove it on any failure.
+    """Yield a temporary path in the folder of `path` (same suffix); rename it on success, delete it on failure.
 
-    What killed processes left beside it is removed too. Raises `InputError` where nothing may be written, and
-    `Export3DError` where it fails on the way (a full disk).
+    Also deletes temporary files that killed processes left in the folder.
+
+    Raises:
+        InputError: the folder is not writable.
+        Export3DError: writing failed midway, for example because the disk is full.
     """
     path = Path(path)
     _prepare_folder(path.parent)
@@ -51,63 +54,64 @@ def write_atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success its files appear in `folder`, on any failure it is removed.
+    """Yield a temporary folder; on success move its files to `folder`, on failure delete it.
 
-    They appear all at once where there is no `folder` yet, and else one after the other, at the end; none replaces
-    another. Raises as `write_atomic` does.
+    A new `folder` appears at once, with all files. In an existing one the files appear one by one and never replace
+    others. Raises the same errors as `write_atomic`.
     """
     where = folder if folder.is_dir() else folder.parent
     _prepare_folder(where)
-    temporary = _temporary_name(where, folder.absolute())  # "." has no name
+    temporary = _temporary_name(where, folder.absolute())  # absolute, because "." has no name
     try:
         with translate_os_errors(folder):
             temporary.mkdir()
             yield temporary
             if where == folder:
                 if any((folder / path.name).exists() for path in temporary.iterdir()):
-                    raise InputError(f"{folder} holds such files by now: give another folder")
+                    raise InputError(f"{folder} now contains files of the same name: choose another folder")
                 for path in sorted(temporary.iterdir()):
                     path.rename(folder / path.name)
             else:
-                temporary.rename(folder)  # refused if somebody else has filled it by now
+                temporary.rename(folder)  # fails if another process has filled it meanwhile
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Make the folder of an output, and remove what killed processes left there."""
+    """Create the folder of an output, check that it is writable, and delete stale temporary files in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
-    if not os.access(folder, os.W_OK):  # said before the work, not by ffmpeg after it
+    if not os.access(folder, os.W_OK):  # fail before the work, not in ffmpeg after it
         raise InputError(f"cannot write to folder {folder} (no permission): choose another output")
     folder = folder.absolute()
-    if folder not in _cleaned_folders:  # once a process, for folders can be large
+    if folder not in _cleaned_folders:  # once per process, because folders can be large
         _cleaned_folders.add(folder)
         remove_stale_temporaries(folder)
 
 
 def _temporary_name(folder: Path, path: Path) -> Path:
-    """One that tells whose it is."""
+    """Return a unique name that contains the host and the process."""
     return folder / f".{path.stem[:80]}.{_HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
 
 
 @contextlib.contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """What the system says against writing, as our errors."""
+    """Convert an `OSError` while writing `path` to an `InputError` or `Export3DError`."""
     try:
         yield
     except PermissionError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another output") from error
-    except BrokenPipeError:  # of a terminal that is gone, not of the file
+    except BrokenPipeError:  # from a closed terminal, not from the file
         raise
     except OSError as error:
-        raise Export3DError(f"cannot write {path} ({error.strerror or error}): make room, or choose another") from error
+        reason = error.strerror or error
+        raise Export3DError(f"cannot write {path} ({reason}): free disk space or choose another output") from error
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what processes that are no more left in a folder."""
+    """Delete the temporary files and folders that dead processes left in `folder`."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = _TEMPORARY_NAME.fullmatch(entry.name)
@@ -119,29 +123,29 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
-    if host != _HOST_ID or os.name == "nt":  # there is no asking whether it lives
+    if host != _HOST_ID or os.name == "nt":  # no way to check whether the process is alive
         return time.time() - entry.stat().st_mtime > _STALE_AFTER_S
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it lives, and is another user's
+    except OSError:  # alive, of another user
         return False
-    try:  # a process that ended and that nobody has asked for yet writes no more
+    try:  # a zombie has ended
         ended = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (OSError, IndexError):
         ended = False
-    return ended or process == os.getpid()  # one before us had the same number
+    return ended or process == os.getpid()  # an earlier process had our ID: this one has not used the folder yet
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from working in `folder`, which is made; ends with the process, however it ends.
+    """Lock `folder`, which is created, against other processes. The system drops the lock when the process ends.
 
     Args:
         folder: the folder.
-        shared: let in others who share it.
-        wait: wait for a process that holds it, instead of raising `Export3DError`.
+        shared: allow other shared locks at the same time.
+        wait: wait for a conflicting lock to end, instead of raising `Export3DError`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,8 +161,8 @@ def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> It
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise Export3DError(f"another process is at work in {folder}: wait for it, or name another one") from error
-        except OSError:  # a file system that knows no locks
+            raise Export3DError(f"another process uses {folder}: wait for it, or choose another folder") from error
+        except OSError:  # the file system has no locks
             pass
         yield
     finally:
@@ -166,13 +170,13 @@ def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> It
 
 
 def driver_track_id(clip: str) -> str:
-    """`tNN` of a clip `<head>_tNN`, the same motion on several heads, or ''."""
+    """Return `tNN` for a clip `<head>_tNN` (one motion shared by several heads), else ''."""
     head, _, tail = clip.rpartition("_t")
     return f"t{tail}" if head and tail.isdigit() else ""
 
 
 def check_file(path: Path, max_bytes: int) -> None:
-    """Raise `InputError` unless `path` is a plain file of at most `most` bytes: devices and pipes may never end."""
+    """Raise `InputError` unless `path` is a regular file of at most `max_bytes`; devices and pipes can be endless."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -184,15 +188,15 @@ def check_file(path: Path, max_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is a device or a pipe: give a file")
     if status.st_size > max_bytes:
-        raise InputError(f"{path} is larger than {max_bytes >> 20} MiB: make it smaller first")
+        raise InputError(f"{path} is larger than {max_bytes >> 20} MiB: reduce its size")
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere for a moment: some libraries write there, past every logger."""
+    """Redirect file descriptor 2 to /dev/null: native libraries write to it directly."""
     try:
         kept = os.dup(2)
-    except OSError:  # it is closed: quiet already
+    except OSError:  # closed
         yield
         return
     try:
@@ -205,6 +209,6 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def ensure_relative(name: str) -> None:
-    """A list that came from elsewhere names nothing outside its data set; raises `ValueError` where it does."""
+    """Raise `ValueError` unless `name`, from an untrusted manifest, is a relative path inside the dataset."""
     if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{name[:80]!r} is no file inside the data set")
+        raise ValueError(f"{name[:80]!r} is not a path inside the dataset")

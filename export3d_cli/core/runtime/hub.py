@@ -1,7 +1,7 @@
-"""Weights on the Hugging Face hub: fetch a file, cached and checked; upload one with its card.
+"""Download (cached and verified) and upload of weights on the Hugging Face Hub.
 
-Everything goes through huggingface_hub, which honours HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN, resumes what
-broke off, and draws its own progress bar. What goes wrong becomes a `WeightsError` that says what to do. No torch here.
+All requests go through huggingface_hub, which reads HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN, resumes
+interrupted downloads and draws its own progress bar. Its errors become a `WeightsError` with a remedy. No torch here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 
 from export3d_cli.core.runtime.errors import WeightsError
 
-MAX_TRIES = 3  # of a download that the hub or the network broke off
-RETRY_PAUSE_S = 1.0  # seconds before the second try; twice as long before the third
+MAX_TRIES = 3  # of a download that the server or the network interrupted
+RETRY_PAUSE_S = 1.0  # before the second try; twice as long before the third
 _NAME_PATTERN = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
-_DEFAULT_FILE = "model.safetensors"  # the hub's usual name, when none is given
+_DEFAULT_FILE = "model.safetensors"  # the usual name on the Hub
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """`hf:owner/repo[@revision][:file]`."""
+    """A file on the Hub: `hf:owner/repo[@revision][:file]`."""
 
     repo: str
     revision: str | None = None  # branch, tag or commit; None: the main branch
@@ -32,10 +32,10 @@ class HubFile:
 
     @classmethod
     def parse(cls, text: str) -> HubFile:
-        """Take the name apart; raises `WeightsError`."""
+        """Parse the name; raise `WeightsError` if it is malformed."""
         match = _NAME_PATTERN.fullmatch(text)
         if not match:
-            raise WeightsError(f"{text!r} is not of the form hf:owner/repo[@revision][:file]")
+            raise WeightsError(f"{text!r} must have the form hf:owner/repo[@revision][:file]")
         return cls(match["repo"], match["revision"], match["file"] or _DEFAULT_FILE)
 
     def __str__(self) -> str:
@@ -43,17 +43,17 @@ class HubFile:
         return f"hf:{self.repo}{revision}" + (f":{self.file}" if self.file != _DEFAULT_FILE else "")
 
     def at_commit(self, commit: str) -> HubFile:
-        """The same file at one commit."""
+        """Return the same file at a commit."""
         return HubFile(self.repo, commit or self.revision, self.file)
 
 
 def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> Path:
-    """The file in the hub's cache, downloaded when it is not there.
+    """Return the path of the file in the Hub's cache; download it if it is not cached.
 
     Args:
-        name: what to fetch.
-        sha256: what it must be; None: what the hub itself says of large files.
-        force: download it again even if it is cached.
+        name: the file.
+        sha256: expected hash; None: the one that the Hub states for large files.
+        force: download again even if it is cached.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -73,25 +73,25 @@ def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> P
                 endpoint=_endpoint(),
             )
             break
-        except Exception as error:  # the library's errors, and those of its HTTP client, differ between its versions
+        except Exception as error:  # classes of the library's and its HTTP client's errors differ between versions
             if attempt == MAX_TRIES or not _is_transient(error):
                 raise WeightsError(_error_message(error, name)) from error
             time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
     path = Path(fetched)
     stored = path.resolve()
     found = file_sha256(path)
-    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and found != stored.name:  # large files are kept under their sha256
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and found != stored.name:  # the cache names large files by sha256
         stored.unlink()
         path.unlink(missing_ok=True)
-        raise WeightsError(f"{name} arrived damaged (sha256 {found[:12]}...) and was removed: {_download_hint(name)}")
+        raise WeightsError(f"{name} was damaged (sha256 {found[:12]}...) and deleted: {_download_hint(name)}")
     if sha256 and found != sha256:
         where = name.at_commit(commit_of(path))
-        raise WeightsError(f"{where} has sha256 {found[:12]}..., not the {sha256[:12]}... listed for it: do not use it")
+        raise WeightsError(f"{where} has sha256 {found[:12]}..., must have {sha256[:12]}... as listed: do not use it")
     return path
 
 
 def _check_reachable(name: HubFile) -> None:
-    """Fail at once where the hub cannot be reached: a download would first try for half a minute."""
+    """Raise at once if the Hub is unreachable; a download would retry for half a minute."""
     import huggingface_hub
 
     url = huggingface_hub.hf_hub_url(name.repo, name.file, revision=name.revision, endpoint=_endpoint())
@@ -99,13 +99,13 @@ def _check_reachable(name: HubFile) -> None:
 
 
 def commit_of(path: Path) -> str:
-    """The commit a file of the hub's cache belongs to; '' for other files."""
+    """Return the commit of a file in the Hub's cache; '' for other files."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else ""
 
 
 def push(path: Path, name: HubFile, card: str, *, private: bool = False) -> str:
-    """Upload a weights file, and `card` as README.md where the repository has none; returns the commit's address."""
+    """Upload a weights file, and `card` as README.md if the repository has none; return the URL of the commit."""
     import huggingface_hub
 
     api = huggingface_hub.HfApi(endpoint=_endpoint())
@@ -122,7 +122,7 @@ def push(path: Path, name: HubFile, card: str, *, private: bool = False) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -141,7 +141,7 @@ def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error."""
+    """Return the HTTP status that caused an error, or None."""
     for link in _error_chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -154,8 +154,8 @@ def _class_names(error: BaseException) -> set[str]:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether trying again can help: a server in trouble, or a body that broke off."""
-    if "LocalEntryNotFoundError" in _class_names(error):  # the library has tried again already
+    """Return whether a retry can help: a server error or an interrupted response body."""
+    if "LocalEntryNotFoundError" in _class_names(error):  # the library has retried already
         return False
     status = _http_status(error)
     broken = {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead"}
@@ -168,36 +168,36 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _download_hint(name: HubFile) -> str:
-    return f"`export3d weights download {name}` fetches it"
+    return f"run `export3d weights download {name}`"
 
 
-def _error_message(error: BaseException, name: HubFile, verb: str = "fetch") -> str:
-    """What was wrong and what to do, on one line; never a token."""
+def _error_message(error: BaseException, name: HubFile, verb: str = "download") -> str:
+    """Return the problem and the remedy on one line, without tokens."""
     kinds, status = _class_names(error), _http_status(error)
-    again = _download_hint(name) if verb == "fetch" else "then push again"
+    again = _download_hint(name) if verb == "download" else "push again"
     sign_in = "sign in (`hf auth login`) or set HF_TOKEN"
     if "OfflineModeIsEnabled" in kinds:
         if verb == "upload":
             return f"cannot upload {name}: HF_HUB_OFFLINE is set"
-        return f"{name} is not on this machine and HF_HUB_OFFLINE is set: unset it, and {again}"
+        return f"{name} is not cached and HF_HUB_OFFLINE is set: unset it, then {again}"
     if "LocalTokenNotFoundError" in kinds:
-        return f"the hub wants to know who you are: {sign_in}, {again}"
+        return f"the Hub requires a login: {sign_in}, then {again}"
     if status in (401, 403) or "GatedRepoError" in kinds:
         why = "it does not exist, or is private or gated"
-        return f"the hub refuses to {verb} {name} ({status}): {why}; {sign_in}, {again}"
+        return f"the Hub refuses to {verb} {name} ({status}): {why}; {sign_in}, then {again}"
     for kind, what in (
         ("RevisionNotFoundError", f"the repository has no revision {name.revision!r}"),
         ("EntryNotFoundError", f"the repository has no file {name.file!r}"),
-        ("RepositoryNotFoundError", "there is no such repository"),
+        ("RepositoryNotFoundError", "no such repository"),
     ):
         if kind in kinds and status == 404:
             return f"cannot {verb} {name}: {what} ({status}); check the name"
     if status is not None and status >= 500:
-        return f"cannot {verb} {name}: the hub answered {status}; later, {again}"
+        return f"cannot {verb} {name}: the Hub answered {status}; later, {again}"
     if kinds & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
         where = _redact(_endpoint() or "https://huggingface.co")
-        lacking = f"{name} is not on this machine and" if verb == "fetch" else f"cannot upload {name}:"
-        return f"{lacking} {where} cannot be reached: where there is a network, {again}"
+        lacking = f"{name} is not cached and" if verb == "download" else f"cannot upload {name}:"
+        return f"{lacking} {where} cannot be reached: check the network, then {again}"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"cannot {verb} {name} ({_redact(first)}): {again}"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that falls into a finaliser: Python drops what is raised there, so it is made to come again."""
+"""Re-raise a KeyboardInterrupt that Python dropped because it occurred inside a finalizer (`__del__`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-RERAISE_DELAY_S = 0.05  # seconds until then
+RERAISE_DELAY_S = 0.05
 
 
 def _do_nothing() -> None:
@@ -15,7 +15,7 @@ def _do_nothing() -> None:
 
 
 def reraise_dropped_interrupts(before: Callable[[], None] = _do_nothing) -> None:
-    """Have a dropped KeyboardInterrupt raised anew in the main thread, after `before`, without a traceback."""
+    """Install a hook that re-raises a dropped KeyboardInterrupt in the main thread, after calling `before`."""
 
     def dropped(told: sys.UnraisableHookArgs) -> None:
         if not issubclass(told.exc_type, KeyboardInterrupt):

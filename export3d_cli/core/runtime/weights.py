@@ -1,7 +1,7 @@
-"""From the name of weights to a local file: embedded ones by the manifest, any by path, others from the hub.
+"""Weights files: bundled ones by their name in the manifest, others by path or from the Hugging Face Hub.
 
-The manifest says of each embedded file what it is, where it came from, under which licence, and its sha256, which is
-checked whenever the file is asked for. No torch here.
+The manifest states content, origin, licence and sha256 of each bundled file. The sha256 is verified on every use.
+No torch here.
 """
 
 from __future__ import annotations
@@ -17,62 +17,62 @@ import yaml
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.hub import HubFile, commit_of, fetch, file_sha256, push
 
-DEFAULT_WEIGHTS = "export3d-compact"  # what animates when nothing else is named
+DEFAULT_WEIGHTS = "export3d-compact"
 _PACKAGE = Path(__file__).resolve().parents[2]
-_MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
+_MAX_HEADER = 100 * 2**20  # bytes; the limit of the safetensors format
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One line of the manifest."""
+    """A bundled file in the manifest."""
 
     name: str
     file: str  # within `weights_dir()`
     sha256: str
     size: int  # bytes
-    licence: str  # SPDX name
-    source: str  # where it came from
-    what: str  # one sentence
+    licence: str  # SPDX identifier
+    source: str  # origin
+    what: str  # description, one sentence
 
     @property
     def path(self) -> Path:
-        """Where the file lies, whether or not it is there."""
+        """Path of the file, which may be missing."""
         return weights_dir() / self.file
 
 
 def weights_dir() -> Path:
-    """The folder of the embedded weights: package data in an installed wheel, `weights/` in a clone."""
+    """Return the folder of the bundled weights: package data in an installed wheel, `weights/` in a clone."""
     return _bundled_folder("weights")
 
 
 def example_path(name: str) -> Path:
-    """A bundled example: `source.jpg` or `drive.mp4`."""
+    """Return the path of a bundled example: `source.jpg` or `drive.mp4`."""
     path = _bundled_folder("examples") / name
     if not path.is_file():
-        raise InputError(f"the bundled example {name} is missing from {path.parent}: name a file of your own")
+        raise InputError(f"the bundled example {name} is missing from {path.parent}: use a file of your own")
     return path
 
 
 def weights_manifest() -> dict[str, ManifestEntry]:
-    """Every embedded file by its name."""
+    """Return the manifest's entries by name."""
     path = weights_dir() / "manifest.yaml"
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))["weights"]
         entries = [ManifestEntry(**row) for row in rows]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise WeightsError(f"cannot read {path} ({error}): install export3d-cli again") from error
+        raise WeightsError(f"cannot read {path} ({error}): reinstall export3d-cli") from error
     return {entry.name: entry for entry in entries}
 
 
 def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> Path:
-    """A verified local file.
+    """Return the path of a weights file after verifying it.
 
     Args:
-        name: a name of the manifest, a path, or `hf:owner/repo[@revision][:file]`; None: the default weights.
-        force: fetch from the hub again what is cached.
+        name: a name in the manifest, a path, or `hf:owner/repo[@revision][:file]`; None: the default weights.
+        force: download from the Hub again even if the file is cached.
 
     Raises:
-        WeightsError: no such weights, a damaged file, or no way to fetch it; says what to do.
+        WeightsError: the weights do not exist, are damaged, or cannot be downloaded.
     """
     text = DEFAULT_WEIGHTS if name is None else str(name)
     if text.startswith("hf:"):
@@ -82,47 +82,46 @@ def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> P
     if text in entries and not isinstance(name, Path):
         entry = entries[text]
         origin = _hub_origin(entry)
-        if origin is not None and not entry.path.is_file():  # listed, but too large to be embedded
+        if origin is not None and not entry.path.is_file():  # listed, but too large to be bundled
             return fetch(origin, sha256=entry.sha256, force=force)
         verify_weights(entry)
         return entry.path
     if Path(text).is_file():
         return Path(text)
     names = ", ".join(entries)
-    raise WeightsError(f"there are no weights {text!r}: give a file, hf:owner/repo[:file], or one of {names}")
+    raise WeightsError(f"no weights {text!r}: give a file, hf:owner/repo[:file], or one of {names}")
 
 
 def verify_weights(entry: ManifestEntry) -> None:
-    """Raise `WeightsError` unless the file is there, whole and unchanged."""
+    """Raise `WeightsError` unless the file exists with the listed size and sha256."""
     if not entry.path.is_file():
-        fetched = (
-            f"run `export3d weights download {entry.name}`" if _hub_origin(entry) else "install export3d-cli again"
-        )
+        fetched = f"run `export3d weights download {entry.name}`" if _hub_origin(entry) else "reinstall export3d-cli"
         raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): {fetched}")
     size = entry.path.stat().st_size
     if size != entry.size:
-        raise WeightsError(f"{entry.path} has {size} bytes, not {entry.size}: install export3d-cli again")
+        raise WeightsError(f"{entry.path} has {size} bytes, must have {entry.size}: reinstall export3d-cli")
     found = file_sha256(entry.path)
     if found != entry.sha256:
-        raise WeightsError(f"{entry.path} is damaged (sha256 {found[:12]}..., not {entry.sha256[:12]}...): reinstall")
+        hashes = f"sha256 {found[:12]}..., must be {entry.sha256[:12]}..."
+        raise WeightsError(f"{entry.path} is damaged ({hashes}): reinstall export3d-cli")
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a weights file says of itself; its tensors are not read."""
+    """Contents of a weights file's header."""
 
     path: Path
     size: int  # bytes
     sha256: str
-    revision: str  # commit on the hub; '' for other files
-    licence: str  # SPDX name
-    parameters: int | None  # numbers stored; None for a file that is no safetensors
-    config: dict[str, Any]  # of the model
-    record: dict[str, Any]  # how it was trained
+    revision: str  # commit on the Hub; '' for other files
+    licence: str  # SPDX identifier
+    parameters: int | None  # parameter count; None for files other than safetensors
+    config: dict[str, Any]  # model configuration
+    record: dict[str, Any]  # training record
 
 
 def weights_info(name: str | Path | None = None) -> WeightsInfo:
-    """Config, training record, licence and size, from the header of a weights file."""
+    """Read the model configuration, training record, licence and size from the header of a weights file."""
     path = resolve_weights(name)
     listed = next((e for e in weights_manifest().values() if e.path == path), None)
     facts: dict[str, Any] = {
@@ -139,12 +138,12 @@ def weights_info(name: str | Path | None = None) -> WeightsInfo:
         config, record = json.loads(meta["config"]), json.loads(meta["record"])
         count = sum(_product(tensor["shape"]) for tensor in header.values())
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} holds no export3d weights: its header has no config and record") from error
+        raise WeightsError(f"{path} is not an export3d weights file: its header has no config and record") from error
     return WeightsInfo(**facts, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
 
 
 def weights_card(about: WeightsInfo, name: str) -> str:
-    """A model card in Markdown for a repository of the hub, made from the header of the weights."""
+    """Return a Markdown model card for the Hub, from the header of a weights file."""
     front = {
         "license": about.licence.lower() or "other", "library_name": "export3d", "pipeline_tag": "image-to-video",
         "tags": ["portrait-animation", "face-reenactment", "tri-plane"],
@@ -165,12 +164,12 @@ Animates a portrait from one photo and a driving video.
 export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 ```
 
-{about.parameters:,} numbers, {about.size / 1e6:.1f} MB, licence {about.licence or "not stated"}, sha256
-`{about.sha256}`. Animate only people who agreed to it.
+{about.parameters:,} parameters, {about.size / 1e6:.1f} MB, licence {about.licence or "not stated"}, sha256
+`{about.sha256}`. Animate only people who have consented.
 
 ## Training
 
-| what | value |
+| key | value |
 |---|---|
 {rows(about.record)}
 
@@ -183,17 +182,17 @@ export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 
 
 def upload_weights(path: Path, name: str, *, private: bool = False) -> str:
-    """Upload a weights file with its card to `hf:owner/repo[@branch][:file]`; returns the commit's address."""
+    """Upload a weights file with its model card to `hf:owner/repo[@branch][:file]`; return the URL of the commit."""
     return push(path, HubFile.parse(name), weights_card(weights_info(path), name), private=private)
 
 
 def _hub_origin(entry: ManifestEntry) -> HubFile | None:
-    """Where on the hub a listed file comes from."""
+    """Return the Hub file of an entry whose source is on the Hub, else None."""
     return HubFile.parse(entry.source) if entry.source.startswith("hf:") else None
 
 
 def _manifest_sha256(wanted: HubFile) -> str | None:
-    """A listed file must be that very file, wherever it comes from; another revision may be another file."""
+    """Return the manifest's sha256 for a Hub file that it lists; None for others and for other revisions."""
     for entry in weights_manifest().values():
         origin = _hub_origin(entry)
         if origin is None or origin.repo != wanted.repo or wanted.file not in (entry.file, origin.file):
@@ -204,7 +203,7 @@ def _manifest_sha256(wanted: HubFile) -> str | None:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """The JSON at the beginning of a safetensors file."""
+    """Return the JSON header of a safetensors file."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -213,7 +212,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(file.read(length))
             return dict(header.items())
     except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} is no safetensors file ({error}): give weights written by export3d") from error
+        raise WeightsError(f"{path} is not a safetensors file ({error}): give weights written by export3d") from error
 
 
 def _product(shape: list[int]) -> int:

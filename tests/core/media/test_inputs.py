@@ -124,7 +124,7 @@ def test_cover_art_is_no_video(sound, make, tmp_path):
     write_image(tmp_path / "cover.png", np.full((20, 30, 3), 90, np.uint8))
     cover = ["-i", str(tmp_path / "cover.png"), "-map", "0:a", "-map", "1:v", "-c", "copy"]
     path = make("a.m4a", "-i", str(sound("s.m4a", 1)), *cover, "-disposition:v:0", "attached_pic")
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no video"):
         probe(path)
 
 
@@ -178,10 +178,10 @@ def test_pictures_of_a_folder_are_turned_as_exif_says(tmp_path):
 
 def test_a_folder_has_pictures_of_one_size(folder, tmp_path):
     write_image(folder / "shot5.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(InputError, match=r"shot5\.png is 8x8, the first picture 8x6"):
+    with pytest.raises(InputError, match=r"shot5\.png is 8x8, the first image 8x6"):
         list(VideoReader(folder))
     (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match="without pictures"):
+    with pytest.raises(InputError, match="without images"):
         probe(tmp_path / "none")
 
 

@@ -113,7 +113,7 @@ def test_what_is_no_video_is_named(tmp_path, content, message):
 
 
 def test_sound_only_is_no_video(sound):
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no video"):
         probe(sound("a.wav"))
 
 
