@@ -1,4 +1,4 @@
-"""Numbers that the model knows, as tensors on its device."""
+"""Constant tensors, created once per device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @cache
 def cached_tensor(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of `values`, a number or (nested) tuples of them, made once for each device; not to be changed.
+    """Return a read-only tensor of `values` (a number or nested tuples), created once per device and dtype.
 
-    Copied anew each time, numbers would have a GPU waited for. A CUDA graph cannot do that at all, and needs them to
-    stay where they are.
+    Creating it on every call would copy from the host and synchronise the GPU. CUDA graphs cannot do that and also need
+    a fixed address.
     """
-    with torch.inference_mode(False):  # it may be needed with gradients, too
+    with torch.inference_mode(False):  # may take part in a graph with gradients later
         return torch.tensor(values, device=device, dtype=dtype)
 
 
 def index_tensor(indices: tuple[int, ...], like: Tensor) -> Tensor:
-    """Indices, int64, on the device of what they are to pick from."""
+    """Return int64 `indices` on the device of the tensor that they index."""
     return cached_tensor(indices, like.device, torch.int64)

@@ -1,4 +1,4 @@
-"""Weights files and training state: safetensors and JSON, never pickle; written beside, then renamed."""
+"""Weights files and training states: safetensors and JSON, never pickle; written to a temporary file, then renamed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from export3d_cli.core.runtime.files import write_atomic
 
 FORMAT = "export3d-1"
 LICENCE = "Apache-2.0"
-RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden_textures."}  # old prefix: new
-RENAMED_FIELDS = {"face_shift": "face_residual_ratio"}  # of ModelConfig, old: new
-KEEP_FP32 = ("expression.", "flow.basis")  # small, and every frame's geometry passes through them
+# Names in files of earlier versions, old: new; prefixes of state-dict keys and fields of `ModelConfig`.
+RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden_textures."}
+RENAMED_FIELDS = {"face_shift": "face_residual_ratio"}
+KEEP_FP32 = ("expression.", "flow.basis")  # small, and the geometry of every frame depends on them
 
 
 def save_weights(
@@ -35,17 +36,17 @@ def save_weights(
     keep: tuple[str, ...] = KEEP_FP32,
     licence: str = "",
 ) -> None:
-    """Write a weights file whose header carries the model's config, the training record and the licence.
+    """Write a weights file; its header holds the model's config, the training record and the licence.
 
     Args:
         path: file to write, replaced atomically.
         state: the model's `state_dict()`.
-        config: size of the network, rebuilt from the file on loading.
-        record: JSON-able account of how the weights came to be (steps, data, options).
+        config: size of the network, which loading rebuilds from the file.
+        record: JSON-able description of the training (steps, data, options).
         half: store matrices and kernels as float16; vectors (biases, norms) stay float32.
-        keep: prefixes of names that stay float32 all the same.
-        licence: SPDX name of the weights' licence; empty: that of `record`, which tells it where the weights came from
-            others, else `LICENCE`.
+        keep: prefixes of names that stay float32 nevertheless.
+        licence: SPDX identifier; empty: the one in `record`, which holds the licence of weights that training started
+            from, or else `LICENCE`.
     """
 
     def stored(name: str, value: Tensor) -> Tensor:
@@ -62,11 +63,11 @@ def save_weights(
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
-    """Read a weights file: tensors (floating ones as float32, on the CPU), the model's config, the training record."""
+    """Read a weights file: tensors (floating-point as float32, on the CPU), the model config, the training record."""
     path = Path(path)
     state, header = _read(path)
     if header.get("format") != FORMAT:
-        raise WeightsError(f"{path} holds no export3d weights (format {header.get('format')!r}, not {FORMAT!r})")
+        raise WeightsError(f"{path} holds no export3d weights: format is {header.get('format')!r}, not {FORMAT!r}")
     try:
         config = model_config_from_dict(_current_fields(json.loads(header["config"])))
         record = json.loads(header["record"])
@@ -76,17 +77,17 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
         ) from error
     state = {_current_key(k): v.float() if v.is_floating_point() else v for k, v in state.items()}
     if not all(bool(v.isfinite().all()) for v in state.values()):
-        raise WeightsError(f"{path} holds numbers that are not finite: it is damaged, or its training diverged")
+        raise WeightsError(f"{path} contains values that are not finite: it is damaged, or its training diverged")
     return state, config, record
 
 
 def _current_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a header with the fields' current names."""
+    """Rename fields of earlier versions to their current names."""
     return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 def _current_key(key: str) -> str:
-    """Return the name of a tensor that an earlier version may have called otherwise."""
+    """Return the current name of a tensor from an earlier version."""
     for old, new in RENAMED_KEYS.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
@@ -94,41 +95,41 @@ def _current_key(key: str) -> str:
 
 
 def read_licence(path: Path | str) -> str:
-    """What the header of a weights file says of its licence."""
+    """Return the licence in the header of a weights file."""
     return str(_read(Path(path))[1].get("licence", LICENCE))
 
 
 def check_header_size(config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Raise `WeightsError` for a header that promises a far larger network than its file holds; before it is built."""
+    """Raise `WeightsError` if the header describes a far larger network than the file holds, before it is built."""
     held = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
     sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
     sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
     sides += (*(getattr(config, name) for name in INPAINTERS), *config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
-        raise WeightsError("the header of the weights promises a larger network than they hold: they are damaged")
+        raise WeightsError("the weights are damaged: their header describes a larger network than the file holds")
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
-    """Fill `model` from `state`; every name and every shape must fit, or `WeightsError`."""
+    """Load `state` into `model`; raise `WeightsError` unless every name and shape matches."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if missing or extra or wrong:
         parts = [
-            f"{what} {names[:3]}" for what, names in (("miss", missing), ("add", extra), ("reshape", wrong)) if names
+            f"{what} {names[:3]}" for what, names in (("lack", missing), ("add", extra), ("reshape", wrong)) if names
         ]
         raise WeightsError(
-            f"{origin} do not fit this model, they {', '.join(parts)}: made by another version? "
-            "Train them anew, or use those that came with this one"
+            f"{origin} do not match this model, they {', '.join(parts)}: they may be from another version. "
+            "Train again or use the weights shipped with this version"
         )
     model.load_state_dict(state, strict=True)
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *, keep: int = 1) -> None:
-    """Write all that resume needs: `state.safetensors` (with `info` in its header) and `state.json`, its readable copy.
+    """Write everything needed to resume: `state.safetensors`, with `info` in its header, and a readable `state.json`.
 
-    The last `keep` states stay: the one before the newest as `state.1.safetensors`, and so on.
+    The last `keep` states stay: the previous one is `state.1.safetensors`, and so on.
     """
     newest = folder / "state.safetensors"
     for age in range(max(keep, 1) - 1, 0, -1):
@@ -138,7 +139,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *
             continue
         if age > 1:
             os.replace(younger, older)
-        else:  # the newest must never be missing, not even for a moment
+        else:  # a newest state must exist at every moment
             older.unlink(missing_ok=True)
             try:
                 os.link(newest, older)
@@ -150,7 +151,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest training state of a run folder, or None where there is none."""
+    """Return the newest training state of a run folder, or None if there is none."""
     path = folder / "state.safetensors"
     if not path.exists():
         return None
@@ -164,19 +165,19 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments and counters of an optimiser as flat named tensors, for `save_state`."""
+    """Return the moments and counters of an optimizer as a flat dict of tensors, for `save_state`."""
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{key}": torch.as_tensor(v) for i, values in state.items() for key, v in values.items()}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`; the learning rate stays what the optimiser was made with."""
+    """Restore what `pack_optimizer` returned; the optimizer keeps its own learning rate."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            if value.shape == parameters[int(index)].shape:  # fused optimisers need the parameter's memory layout
+            if value.shape == parameters[int(index)].shape:  # fused optimizers need the parameter's memory layout
                 value = torch.empty_like(parameters[int(index)], device="cpu").copy_(value)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -191,17 +192,17 @@ def write_text(path: Path, text: str) -> None:
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     with write_atomic(path) as beside:
         beside.touch()
-        mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
+        mode = beside.stat().st_mode  # safetensors writes a file that only its owner can read
         try:
             save_file(tensors, beside, metadata=header)
         except SafetensorError as error:
-            raise Export3DError(f"cannot write {path} ({error}): make room, or choose another") from error
+            raise Export3DError(f"cannot write {path} ({error}): free some space or choose another path") from error
         _sort_header(beside)
         beside.chmod(mode)
 
 
 def _sort_header(path: Path) -> None:
-    """Lay the header's entries in order: safetensors shuffles them, and the same training gives the same bytes."""
+    """Sort the header's entries: safetensors shuffles them, and the same training must give the same bytes."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
@@ -219,4 +220,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise WeightsError(f"{path} is no readable safetensors file: {str(error)[:200]}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {str(error)[:200]}") from error

@@ -34,56 +34,57 @@ from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlo
 DENSITY_TV_POINTS, DENSITY_TV_DISTANCE = (
     1024,
     0.008,
-)  # places of `_roughness`, and half the distance of neighbours along each axis
-OPACITY_FADE = (0.1, 0.5)  # opacity of what is left out, as a scrap of hair in the air, and from which on all is shown
-DEFAULT_BODY_WEIGHT = 0.2  # how much of what is not head is taken for the person's without a mask
-CPU_UPSCALE_BATCH = 2  # pictures that are enlarged together on a CPU: one needs 250 MB at 2048 x 2048
-SampleCounts = tuple[int, int]  # coarse and fine ones of a ray, where not those of the config
+)  # points of `_density_tv`; largest distance of neighbours along each axis, head-frame units
+OPACITY_FADE = (0.1, 0.5)  # ray opacities that are not shown (scraps in the air) and fully shown
+DEFAULT_BODY_WEIGHT = 0.2  # body weight of pixels outside the head if no person mask is given
+CPU_UPSCALE_BATCH = 2  # images upscaled together on a CPU; one takes 250 MB at 2048 x 2048
+SampleCounts = tuple[int, int]  # coarse and fine samples per ray
 
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that depends on the photo alone; made once, driven often."""
+    """A photo, encoded: everything that depends on it alone. Encode once, drive many times."""
 
     image: Tensor  # (B, 3, H, W) in [-1, 1]
     camera: Tensor  # (B, 25), head frame
-    landmarks: Tensor  # (B, 478, 3) landmarks in the head frame
-    lam: Tensor  # (B, n) its own expression
-    head_mask: Tensor | None  # (B, 1, m, m) where the photo shows the head, hair included
-    body_mask: Tensor | None  # (B, 1, m, m) and where the rest of the person
+    landmarks: Tensor  # (B, 478, 3), head frame
+    lam: Tensor  # (B, n) expression coefficients lambda
+    head_mask: Tensor | None  # (B, 1, m, m) 1 on the head, hair included
+    body_mask: Tensor | None  # (B, 1, m, m) 1 on the rest of the person
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
-    view_plane: Tensor | None  # (B, C, H/4, W/4) source-view plane
-    background: Tensor | None  # (B, C', H/4, W/4) background
-    features_half: Tensor | None  # (B, 16, H/2, W/2) and
-    features_quarter: Tensor | None  # (B, 16, H/4, W/4): stem features for super-resolution
-    image_half: Tensor | None  # (B, 3, H/2, W/2) the photo
-    visibility: Tensor | None  # (B, 2, m, m) what it shows of the mesh, see `BasisFlow.front`
-    margins: Tensor | None  # (B, 3) how far it goes on beyond its border, see `BasisFlow.seen`
-    # without gradients:
-    highpass: Tensor | None = None  # (B, 1, H, W) of it, see `superres.finest`
-    basis: Tensor | None = None  # (n, d) of beta', that of the weights
-    view_tables: list[Tensor] | None = None  # of each view, `lean.plane_table`
+    view_plane: Tensor | None  # (B, C, H/4, W/4) features in the source camera
+    background: Tensor | None  # (B, C', H/4, W/4) features behind the head, RGB first
+    features_half: Tensor | None  # (B, 16, H/2, W/2) stem features for super-resolution
+    features_quarter: Tensor | None  # (B, 16, H/4, W/4) stem features for super-resolution
+    image_half: Tensor | None  # (B, 3, H/2, W/2) the photo, downsampled
+    visibility: Tensor | None  # (B, 2, m, m) what the photo shows of the mesh, see `BasisFlow.source_visibility`
+    margins: Tensor | None  # (B, 3) how far a larger photo continues, see `encode_source`
+    # Set without gradients only:
+    highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `super_resolution.highpass`
+    basis: Tensor | None = None  # (n, d) expression basis of the weights
+    view_tables: list[Tensor] | None = None  # `make_feature_table` of each view plane
 
     def expand(self, batch: int) -> Source:
-        """The same single source for a batch of drivers; no memory is copied."""
+        """Expand a single source to a batch of drivers, without copying memory."""
         kept = {"basis": self.basis, "view_tables": self.view_tables and self.view_tables * batch}
         grown = {k: _expand_batch(v, batch) for k, v in vars(self).items() if k not in ("stem", *kept)}
-        return Source(stem=[f.expand(batch, *f.shape[1:]) for f in self.stem], **grown, **kept)  # type: ignore[arg-type]
+        stem = [f.expand(batch, *f.shape[1:]) for f in self.stem]
+        return Source(stem=stem, **grown, **kept)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class PosedHead:
-    """A source with an expression: everything that no camera changes; made once, seen often."""
+    """A source with an expression: everything that does not depend on the camera."""
 
     planes: Tensor  # (B, 3, C, P, P)
-    surface: Tensor | None  # (B, 3, s, s), see `BasisFlow.surface`
+    surface: Tensor | None  # (B, 3, s, s), see `BasisFlow.rasterize_surface`
     mesh: DeformedMesh | None
-    plane_tables: list[Tensor] | None  # of the planes of each head, `lean.plane_table`; None where that is not used
-    planes_finite: bool = True  # whether all numbers of the planes are; known where there are `rows`
+    plane_tables: list[Tensor] | None  # `make_feature_table` of each head's planes; None on the plain path
+    planes_finite: bool = True  # whether all values of the planes are finite; checked if `plane_tables` is set
 
     def expand(self, batch: int) -> PosedHead:
-        """The same single head for a batch of cameras; no memory is copied."""
+        """Expand a single head to a batch of cameras, without copying memory."""
         mesh = None if self.mesh is None else DeformedMesh(*(x.expand(batch, *x.shape[1:]) for x in self.mesh))
         planes = self.planes.expand(batch, *self.planes.shape[1:])
         return PosedHead(
@@ -96,7 +97,7 @@ class PosedHead:
 
 
 def _rays_to_maps(met: tuple[Tensor, Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What rays have met, (B, size * size, C) or (B, size * size), as pictures (B, ., size, size)."""
+    """Reshape ray outputs (B, size * size, C) or (B, size * size) to maps (B, ., size, size)."""
     features, depth, opacity = (x.view(len(x), size, size, -1).permute(0, 3, 1, 2) for x in met)
     return features, depth, opacity
 
@@ -106,24 +107,24 @@ def _expand_batch(value: Tensor | None, batch: int) -> Tensor | None:
 
 
 class Output(NamedTuple):
-    """One result; B images."""
+    """Result of B frames."""
 
     image: Tensor  # (B, 3, H, W), about [-1, 1]
-    raw: Tensor  # (B, 3, h, w) the volume rendering before super-resolution
+    raw: Tensor  # (B, 3, h, w) volume rendering before super-resolution
     depth: Tensor  # (B, 1, h, w) distance along the camera's axis, head-frame units
-    opacity: Tensor  # (B, 1, h, w) of the volume, in [0, 1]
-    residual_flow: Tensor | None  # (B, 2, H/2, W/2) residual flow, in image sizes
-    flow_weights: Tensor | None  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
-    density_tv: Tensor | None = None  # (B,) in training: how unlike neighbours in the volume are
-    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
-    source_visibility: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
-    before_inpainting: Tensor | None = None  # (B, 3, H, W) the image without `fills`
-    sample_grid: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
-    blend_weights: Tensor | None = None  # (B, 2, H, W) how much of it: `superres.Layers`
-    inpainted: tuple[InpaintedPatch, ...] = ()  # what of the image is painted in close-up: mouth, eyes, lids
+    opacity: Tensor  # (B, 1, h, w) of the volume, [0, 1]
+    residual_flow: Tensor | None  # (B, 2, H/2, W/2) in image sizes
+    flow_weights: Tensor | None  # (B, 4, m, m) weights of mesh, rigid, identity and neck flow
+    density_tv: Tensor | None = None  # (B,) density regularisation, in training only
+    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
+    source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
+    before_inpainting: Tensor | None = None  # (B, 3, H, W) image without `inpainted`
+    sample_grid: Tensor | None = None  # (B, 4, H, W) photo positions of both layers, see `LayerWarp`
+    blend_weights: Tensor | None = None  # (B, 2, H, W) weights of both layers
+    inpainted: tuple[InpaintedPatch, ...] = ()  # synthesised patches: mouth, eyes, eyelids
 
     def upscale(self, detail: Tensor, size: int) -> Tensor:
-        """The image as (B, 3, size, size), with what a larger photo has `more`, (B, 3, M, M) of `superres.finer`."""
+        """Return the image as (B, 3, size, size) with `detail` (B, 3, M, M), the `photo_residual` of a larger photo."""
         if self.before_inpainting is None or self.sample_grid is None or self.blend_weights is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
         at_once = CPU_UPSCALE_BATCH if detail.device.type == "cpu" else len(detail)
@@ -135,14 +136,14 @@ class Output(NamedTuple):
 
 
 def composite_patches(image: Tensor, patches: tuple[InpaintedPatch, ...]) -> Tensor:
-    """Pictures (B, 3, ., .), which are written into, with what is painted on them."""
+    """Paste inpainted patches into images (B, 3, ., .), in place."""
     for painted in patches:
         painted.paste_into(image)
     return image
 
 
 class Export3D(nn.Module):
-    """Wires the boxes. Images are RGB in [-1, 1], cameras and points in the head frame."""
+    """The whole model. Images are RGB in [-1, 1]; cameras and points are in the head frame."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,29 +155,34 @@ class Export3D(nn.Module):
         self.flow = BasisFlow(config) if config.flow else None
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
-        self.inpainters = nn.ModuleDict()  # each has a training of its own
+        self.inpainters = nn.ModuleDict()  # each trained in a stage of its own
         if config.mouth:
             self.inpainters["mouth"] = MouthInpainter(config.mouth)
         if config.eyes:
             self.inpainters["eyes"] = EyeInpainter(config.eyes)
         if config.lids:
             self.inpainters["lids"] = EyelidInpainter(config.lids)
-        # (first, end, all): which rows of a larger batch those of `forward` are; jitter is then that of the whole batch
+        # (first, end, total): the rows of a larger batch that `forward` gets; jitter is then that of the whole batch
         self.batch_rows: tuple[int, int, int] | None = None
 
     def encode_source(
         self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
         margins: Tensor | None = None,
     ) -> Source:  # fmt: skip
-        """Photo (B, 3, H, W), its beta (B, 64), camera (B, 25), landmarks (B, 478, 3) -> what `drive` needs.
+        """Encode a photo for `drive`.
 
-        `person` (B, 1, ., .), 0..1, is where the photo shows the person: without it hair is taken for background.
-        `room` (B, 3) is how far a larger photo goes on to the left, the top and the right, in image sizes.
+        Args:
+            image: photo (B, 3, H, W).
+            beta: its expression (B, 64).
+            camera: its camera (B, 25).
+            landmarks: its landmarks (B, 478, 3), head frame.
+            person_mask: (B, 1, ., .) in [0, 1], 1 on the person. Without it hair counts as background.
+            margins: (B, 3) how far a larger photo continues to the left, top and right, in image sizes.
         """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
             ("image", image, (B, 3, H, H)), ("beta", beta, (B, BETA_DIM)), ("camera", camera, (B, CAMERA_DIM)),
-            ("points", landmarks, (B, NUM_LANDMARKS, 3)),
+            ("landmarks", landmarks, (B, NUM_LANDMARKS, 3)),
         ):  # fmt: skip
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
@@ -196,21 +202,25 @@ class Export3D(nn.Module):
         if view is not None and self._use_sparse_path(image):
             rows = self._make_view_tables(view)
         return Source(
-            image=image, camera=camera, landmarks=landmarks, lam=self.expression.coefficients(beta), head_mask=head, body_mask=body,
-            stem=stem, tokens=tokens,
+            image=image, camera=camera, landmarks=landmarks, lam=self.expression.coefficients(beta),
+            head_mask=head, body_mask=body, stem=stem, tokens=tokens,
             view_plane=view, background=sv.make_background(stem, behind) if sv is not None else None,
-            features_half=sr.detail2(stem[0]) if sr.uses_flow else None, features_quarter=sr.detail4(stem[1]) if sr.uses_flow else None,
+            features_half=sr.detail2(stem[0]) if sr.uses_flow else None,
+            features_quarter=sr.detail4(stem[1]) if sr.uses_flow else None,
             image_half=F.avg_pool2d(image.float(), 2) if sr.uses_flow else None, visibility=front, margins=margins,
             highpass=highpass(image) if lasting and sr.uses_flow else None,
             basis=self.expression.basis() if lasting else None, view_tables=rows,
         )  # fmt: skip
 
     def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
-        """Coefficients lambda (B, n) on the source -> tri-plane (B, 3, C, P, P)."""
+        """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
     def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
-        """The source with coefficients lambda (B, n), for `drive` by many cameras; `planes` where they are known."""
+        """Apply coefficients lambda (B, n) to the source, for `drive` with any number of cameras.
+
+        `planes` are the tri-planes if they are known already.
+        """
         planes, surface, mesh = self.generate_planes(source, lam) if planes is None else planes, None, None
         if self.flow is not None:
             with torch.no_grad():
@@ -222,22 +232,22 @@ class Export3D(nn.Module):
         return PosedHead(planes, surface, mesh, self._make_plane_tables(planes), bool(planes.isfinite().all()))
 
     def _make_plane_tables(self, planes: Tensor) -> list[Tensor]:
-        """What the decoder's first layer makes of tri-planes (B, 3, C, P, P), `lean.plane_table` of each."""
+        """Apply the decoder's first layer to tri-planes (B, 3, C, P, P): a `make_feature_table` for each head."""
         weight = self.decoder.hidden.weight[:, : planes.shape[2]] / planes.shape[1]
         return [lean.make_feature_table(part, weight) for part in planes]
 
     def _make_view_tables(self, view: Tensor) -> list[Tensor]:
-        """And of source views (B, C, h, w)."""
+        """Apply the decoder's first layer to source-view planes (B, C, h, w): a `make_feature_table` for each."""
         return [
             lean.make_feature_table(part, self.decoder.hidden.weight[:, -view.shape[1] :]) for part in view.split(1)
         ]
 
     def _expression_code(self, source: Source, lam: Tensor) -> Tensor:
-        """beta' (B, d); with gradients, which reach the basis, it is made anew each time."""
+        """Return beta' (B, d); with gradients the basis is recomputed, so that they reach it."""
         return self.expression.code(lam, None if torch.is_grad_enabled() else source.basis)
 
     def _use_sparse_path(self, like: Tensor) -> bool:
-        """Whether what cannot be seen is left out: on a CPU without gradients."""
+        """Return whether invisible samples are skipped: on a CPU without gradients."""
         return like.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
 
     def drive(
@@ -252,13 +262,21 @@ class Export3D(nn.Module):
         samples: SampleCounts | None = None,
         mesh_size: int | None = None,
     ) -> Output:
-        """The source with expression `beta` (B, 64), or coefficients `lam` (B, n), seen by `camera` (B, 25).
+        """Render the source with the driver's expression and camera.
 
-        `posed` is what `pose` made of the same source and `lam`; sizes and samples default to the config's.
+        Args:
+            source: from `encode_source`.
+            beta: driver's expression (B, 64); not needed with `lam`.
+            camera: driver's camera (B, 25).
+            lam: coefficients lambda (B, n) instead of `beta`.
+            posed: result of `pose_head` for the same source and `lam`, if known.
+            raw_size: side of the volume rendering; default: the config's.
+            samples: coarse and fine samples per ray; default: the config's.
+            mesh_size: side at which the face mesh is rasterised; default: the config's.
         """
         if lam is None:
             if beta is None:
-                raise ValueError("drive needs beta or lam")
+                raise ValueError("drive needs beta or lam, got neither")
             lam = self.expression.coefficients(beta)
         posed = self.pose_head(source, lam) if posed is None else posed
         size = raw_size or self.config.raw_size
@@ -273,12 +291,13 @@ class Export3D(nn.Module):
         rough = self._density_tv(source, posed) if self.training else None
         fills = () if self.training else self._inpaint(source, posed, made.image, camera)
         return Output(
-            composite_patches(made.image.clone(), fills) if fills else made.image, features[:, :3], depth, opacity, made.residual_flow,
-            weights, rough, made.warped_photo, made.source_visibility, made.image, made.sample_grid, made.blend_weights, fills,
+            composite_patches(made.image.clone(), fills) if fills else made.image, features[:, :3], depth, opacity,
+            made.residual_flow, weights, rough, made.warped_photo, made.source_visibility, made.image,
+            made.sample_grid, made.blend_weights, fills,
         )  # fmt: skip
 
     def _inpaint(self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor) -> tuple[InpaintedPatch, ...]:
-        """What the photo hides of mouth, eyes and lids."""
+        """Synthesise what the photo hides of mouth, eyes and eyelids."""
         if posed.mesh is None:
             return ()
         photo, moved = (source.image, source.landmarks, source.camera), posed.mesh.points[:, :NUM_LANDMARKS]
@@ -299,16 +318,17 @@ class Export3D(nn.Module):
         person_mask: Tensor | None = None,
         raw_size: int | None = None,
     ) -> Output:
-        """Encode and drive at once, for training."""
+        """Encode and drive in one call, for training."""
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
         return self.drive(source, driver_beta, driver_camera, raw_size=raw_size)
 
     def render(
         self, source: Source, posed: PosedHead, camera: Tensor, size: int, samples: SampleCounts | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Volume rendering (sec. 3.3) -> features (B, C', s, s), RGB first; depth and opacity (B, 1, s, s); fp32.
+        """Render the volume (sec. 3.3), without the background.
 
-        Where there is a background it is still to be laid behind them.
+        Returns:
+            Features (B, C', s, s), RGB first, depth and opacity (B, 1, s, s); fp32.
         """
         cfg = self.config
         origin, directions = render.camera_rays(camera, size)
@@ -335,7 +355,7 @@ class Export3D(nn.Module):
     def _composite_background(
         self, source: Source, features: Tensor, opacity: Tensor, detail: PhotoDetail | None
     ) -> Tensor:
-        """The rendered head before what is behind it: it moves as the flow says, not with the head's turning."""
+        """Composite the head over the background, which moves with the flow instead of turning with the head."""
         if source.background is None:
             return features
         still, size = source.background.float(), features.shape[-1]
@@ -354,7 +374,7 @@ class Export3D(nn.Module):
         size: int,
         samples: SampleCounts | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same without gradients: what cannot be seen is left out."""
+        """Render as `render` does, but without gradients and without invisible samples."""
         cfg, decoder = self.config, self.decoder
         coarse, fine = samples or (cfg.coarse_samples, cfg.fine_samples)
         origins, directions = render.camera_rays(camera, size)
@@ -383,34 +403,34 @@ class Export3D(nn.Module):
                     lean.render_rays(decode, decoder.decode_colours, origins[b], directions[b], depths[b], fine)
                 )
         features, depth, opacity = (torch.stack(values) for values in zip(*made, strict=True))
-        if not posed.planes_finite:  # what is no number was left out as if it could not be seen: that must show
+        if not posed.planes_finite:  # non-finite samples were skipped as invisible; the result must still show them
             features = torch.full_like(features, torch.nan)
         return features, depth, opacity
 
     def _decode_samples(
         self, source: Source, posed: PosedHead, origin: Tensor, directions: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Colours (B, R, S, C') and densities (B, R, S) at the depths of the rays."""
+        """Return colour features (B, R, S, C') and densities (B, R, S) at the sample depths (B, R, S) of the rays."""
         B, R, S = depths.shape
         points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
         colours, densities = self.query_field(source, posed, points)
         return colours.view(B, R, S, -1), densities.view(B, R, S)
 
     def query_field(self, source: Source, posed: PosedHead, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Colours (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
+        """Return colour features (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
         features = self._sample_features(source, posed, points)
         prior = None if posed.surface is None else face_log_density(points, posed.surface, SURFACE_HALF_EXTENT)
         return self.decoder(features, points, prior)
 
     def _sample_features(self, source: Source, posed: PosedHead, points: Tensor) -> Tensor:
-        """What the decoder reads at points (B, N, 3), (B, N, C)."""
+        """Sample the decoder's input features (B, N, C) at points (B, N, 3)."""
         features = sample_planes(posed.planes, points)
         if source.view_plane is not None:
             features = torch.cat([features, sample_view_plane(source.view_plane, points, source.camera)], dim=-1)
         return features
 
     def _density_tv(self, source: Source, posed: PosedHead) -> Tensor:
-        """EG3D's density regularisation: mean difference of the log densities of neighbours in the volume, (B,)."""
+        """Return EG3D's density regularisation: mean difference of the log densities of nearby points, (B,)."""
         like = posed.planes.new_empty(len(posed.planes), DENSITY_TV_POINTS, 3, dtype=torch.float32)
         points = render.uniform_noise(like, self.batch_rows) - 0.5
         near = points + DENSITY_TV_DISTANCE * (2 * render.uniform_noise(like, self.batch_rows) - 1)

@@ -1,4 +1,4 @@
-"""CLeBS, contrastive learned basis scaling (sec. 3.1): what an expression is, freed of whose face it is on."""
+"""CLeBS, contrastive learned basis scaling (sec. 3.1): an expression code without the face's appearance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from export3d_cli.core.config.schema import BETA_DIM, ModelConfig
 class LeBS(nn.Module):
     """Learned basis scaling f_e (eq. 2, 3): `beta' = f_e(beta) = sum_i lambda_i(beta) v_i`.
 
-    `beta` is standardised with `beta_mean` and `beta_std`: buffers, measured on the training data, part of the weights.
+    `beta` is standardised with the buffers `beta_mean` and `beta_std`, measured on the training data.
     """
 
     beta_mean: Tensor
@@ -27,10 +27,10 @@ class LeBS(nn.Module):
         self.weight = nn.Parameter(torch.randn(config.code_dim, config.basis))  # W (d, n) of eq. 3
         self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
         self.register_buffer("beta_std", torch.ones(BETA_DIM))
-        self._frozen_basis: tuple[tuple[int, int], Tensor] | None = None  # the basis of a W that is not trained
+        self._frozen_basis: tuple[tuple[int, int], Tensor] | None = None  # (identity of W, basis) while W is frozen
 
     def coefficients(self, beta: Tensor) -> Tensor:
-        """Expression `beta` (B, 64) -> basis coefficients lambda (B, n), unbounded and possibly negative."""
+        """Map expressions `beta` (B, 64) to basis coefficients lambda (B, n), unbounded and possibly negative."""
         if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
             raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
         with torch.autocast(beta.device.type, enabled=False):
@@ -39,20 +39,20 @@ class LeBS(nn.Module):
             return self.fc2(x)  # (B, n)
 
     def basis(self) -> Tensor:
-        """V = QR(W) as n orthonormal rows v_i, (n, d), float32."""
+        """Return V = QR(W) as n orthonormal rows v_i: (n, d), float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             q, r = torch.linalg.qr(self.weight.float())  # (d, n), (n, n)
-            # QR leaves the sign of each column open; a positive diagonal of R makes v_i a continuous function of W
+            # QR does not fix the sign of a column; a positive diagonal of R makes v_i a continuous function of W
             sign = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
             return (q * sign).T
 
     def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
-        """Coefficients lambda (B, n) -> beta' (B, d), eq. 2; `basis` is what `basis()` gave for the same weights."""
+        """Map coefficients lambda (B, n) to beta' (B, d), eq. 2; `basis`: from `basis()` of the same weights."""
         with torch.autocast(lam.device.type, enabled=False):
             return lam.float() @ (self._current_basis() if basis is None else basis)
 
     def _current_basis(self) -> Tensor:
-        """`basis()`; made once where the stages that follow train all but W."""
+        """Return `basis()`, cached while W is frozen and other parameters train."""
         if self.weight.requires_grad or not torch.is_grad_enabled():
             return self.basis()
         state = (self.weight.data_ptr(), self.weight._version)
@@ -62,12 +62,12 @@ class LeBS(nn.Module):
         return self._frozen_basis[1]
 
     def forward(self, beta: Tensor) -> Tensor:
-        """Expression `beta` (B, 64) -> beta' (B, d)."""
+        """Map expressions `beta` (B, 64) to beta' (B, d)."""
         return self.code(self.coefficients(beta))
 
 
 class DirectCode(nn.Module):
-    """Ablation: no learned coefficients. lambda is beta, standardised (n = 64), and beta' a linear layer of it."""
+    """Ablation without learned coefficients: lambda is the standardised beta (n = 64), beta' a linear layer of it."""
 
     beta_mean: Tensor
     beta_std: Tensor
@@ -79,22 +79,22 @@ class DirectCode(nn.Module):
         self.register_buffer("beta_std", torch.ones(BETA_DIM))
 
     def coefficients(self, beta: Tensor) -> Tensor:
-        """Expression `beta` (B, 64) -> the same, standardised, (B, 64)."""
+        """Standardise expressions `beta` (B, 64): (B, 64)."""
         if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
             raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
         return (beta.float() - self.beta_mean) / self.beta_std
 
     def basis(self) -> Tensor:
-        """What each coefficient adds to beta', (64, d); not orthonormal."""
+        """Return the rows that the coefficients scale: (64, d), not orthonormal."""
         return self.linear.weight.float().T
 
     def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
-        """Standardised beta (B, 64) -> beta' (B, d); `basis` is what `basis()` gave for the same weights."""
+        """Map standardised beta (B, 64) to beta' (B, d); `basis` is the result of `basis()` for the same weights."""
         with torch.autocast(lam.device.type, enabled=False):
             return lam.float() @ (self.basis() if basis is None else basis)
 
     def forward(self, beta: Tensor) -> Tensor:
-        """Expression `beta` (B, 64) -> beta' (B, d)."""
+        """Map expressions `beta` (B, 64) to beta' (B, d)."""
         return self.code(self.coefficients(beta))
 
 
@@ -123,13 +123,13 @@ class _SEBlock(nn.Module):
 
 
 def _batch_norm(channels: int) -> nn.Module:
-    # Always the statistics of the batch: a batch is frames of ONE clip, so normalising over it takes away what those
-    # frames share (who, where, which light) and leaves what differs. No running averages: f_I is never evaluated alone.
+    # Batch statistics, no running averages: a batch holds frames of ONE clip, so normalising over it removes what they
+    # share (identity, background, light) and keeps what differs. f_I is never evaluated on single images.
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
 
 class ImageEncoder(nn.Module):
-    """f_I of eq. 1: ResNet-SE-18 and one linear layer. Only used to train f_e, and dropped afterwards."""
+    """f_I of eq. 1: ResNet-SE-18 and one linear layer. Trains f_e and is dropped afterwards."""
 
     def __init__(self, code_dim: int, width: int = 64) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class ImageEncoder(nn.Module):
         self.head = nn.Linear(widths[-1], code_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Frames of one clip (N, 3, H, W) in [-1, 1] -> codes (N, d)."""
+        """Map frames of one clip (N, 3, H, W) in [-1, 1] to codes (N, d)."""
         x = F.relu(self.norm(self.conv(image)))  # (N, C, H/2, W/2)
         x = F.max_pool2d(x, 3, 2, 1)  # (N, C, H/4, W/4)
         x = self.blocks(x)  # (N, 8C, H/32, W/32)
@@ -159,7 +159,7 @@ def contrastive_loss(
     temperature: float,
     denominator: Literal["printed", "infonce"] = "infonce",
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1 over one group of frames of one clip, every frame in turn being the positive.
+    """Compute eq. 1 over frames of one clip; each frame in turn is the positive.
 
     Args:
         image_code: f_I(X_j), (N, d).
@@ -168,12 +168,12 @@ def contrastive_loss(
         denominator: "printed" sums over the negatives only, as eq. 1 prints it; "infonce" adds the positive.
 
     Returns:
-        The mean loss, and the share of frames k whose own picture is the most similar one; both scalars.
+        The mean loss and the fraction of frames k whose own image is the most similar one; scalars.
     """
     if image_code.shape != code.shape or code.ndim != 2 or len(code) < 2:
         raise ValueError(f"codes must be two (N >= 2, d) tensors, got {tuple(image_code.shape)}, {tuple(code.shape)}")
     pictures, codes = F.normalize(image_code.float(), dim=1), F.normalize(code.float(), dim=1)
-    logits = codes @ pictures.T / temperature  # (N, N): row k is the expression, column j the picture
+    logits = codes @ pictures.T / temperature  # (N, N): expression k, image j
     positive = logits.diagonal()
     if denominator == "printed":
         own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)

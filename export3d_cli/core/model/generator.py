@@ -11,18 +11,18 @@ from export3d_cli.core.model.cached_tensors import cached_tensor
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2."""
+    """Apply leaky ReLU of slope 0.2."""
     return F.leaky_relu(x, 0.2)
 
 
 def zero_init(layer: nn.Module) -> None:
-    """Set every parameter of `layer` to 0: what it adds to starts unchanged."""
+    """Set every parameter of `layer` to 0, so that a residual branch starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
 def lowpass(x: Tensor) -> Tensor:
-    """Gaussian 3x3 filter (1 2 1): takes out the grid that a pixel shuffle leaves. (B, C, h, w) -> alike, same type."""
+    """Apply a 3x3 Gaussian filter (1 2 1) to (B, C, h, w); removes pixel shuffle's grid artefacts. Keeps the dtype."""
     tap = cached_tensor((0.25, 0.5, 0.25), x.device, x.dtype)
     kernel = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
     with torch.autocast(x.device.type, enabled=False):
@@ -30,7 +30,7 @@ def lowpass(x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Self-attention of (B, heads, N, d) -> the same; on a CPU in half precision as products, twice as fast there."""
+    """Compute self-attention of (B, heads, N, d); written out for half precision on a CPU: twice as fast there."""
     if q.device.type != "cpu" or q.dtype == torch.float32 or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity."""
+    """Residual block of two 3x3 convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same."""
+        """Map (B, C, h, w) to the same shape."""
         return x + self.second(leaky_relu(self.first(leaky_relu(x))))
 
 
 class Stem(nn.Module):
-    """Convolution blocks: the photo as features at H/2, H/4, H/8. Runs once a source."""
+    """Convolution blocks that extract photo features at H/2, H/4 and H/8. Runs once per source."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Stem(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(b) for b in config.stem)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> [(B, c2, H/2, W/2), (B, c4, H/4, W/4), (B, c8, H/8, W/8)]."""
+        """Map (B, 3, H, W) to [(B, c2, H/2, W/2), (B, c4, H/4, W/4), (B, c8, H/8, W/8)]."""
         features, x = [], image
         for down, block in zip(self.downs, self.blocks, strict=True):
             x = block(down(x))
@@ -73,17 +73,17 @@ class Stem(nn.Module):
 
 
 class EAdaLN(nn.Module):
-    """Expression-adaptive layer norm: sigma(beta') * LN(x) + mu(beta') (eq. 5). Without a code, plain LN."""
+    """Expression-adaptive layer norm: sigma(beta') * LN(x) + mu(beta') (eq. 5); plain LN if `code_dim` is None."""
 
     def __init__(self, width: int, code_dim: int | None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=code_dim is None)
         self.affine = nn.Linear(code_dim, 2 * width) if code_dim is not None else None
-        if self.affine is not None:  # sigma = 1, mu = 0 at first: training starts unconditioned
+        if self.affine is not None:  # sigma = 1, mu = 0: training starts unconditioned
             zero_init(self.affine)
 
     def forward(self, x: Tensor, code: Tensor | None) -> Tensor:
-        """x (B, N, h), code beta' (B, d) -> (B, N, h)."""
+        """Normalise tokens (B, N, h) with the expression code beta' (B, d)."""
         x = self.norm(x)
         if self.affine is None:
             return x
@@ -101,7 +101,7 @@ class MixFFN(nn.Module):
         self.outer = nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, h) of s x s tokens -> the same."""
+        """Map (B, N, h), a grid of s x s tokens, to the same shape."""
         B, N, _ = x.shape
         s = int(N**0.5)
         x = self.inner(x)
@@ -110,7 +110,7 @@ class MixFFN(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Ablation: image tokens attend to a few tokens made of beta', in place of EAdaLN."""
+    """Ablation: image tokens attend to a few tokens computed from beta', instead of EAdaLN."""
 
     CODE_TOKENS = 8
 
@@ -125,7 +125,7 @@ class CrossAttention(nn.Module):
         zero_init(self.out)  # training starts unconditioned, as with EAdaLN
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """x (B, N, h), beta' (B, d) -> what is added to x, (B, N, h)."""
+        """Return the residual (B, N, h) for tokens (B, N, h) and beta' (B, d)."""
         B, N, h = x.shape
         tokens = self.tokens(code).view(B, self.CODE_TOKENS, -1)  # (B, 8, d)
         q = self.query(self.norm(x)).view(B, N, self.heads, -1).transpose(1, 2)  # (B, heads, N, h/heads)
@@ -150,7 +150,7 @@ class ViTBlock(nn.Module):
         self.ffn = MixFFN(width, ratio)
 
     def forward(self, x: Tensor, code: Tensor | None = None) -> Tensor:
-        """(B, N, h), beta' (B, d) -> (B, N, h)."""
+        """Map tokens (B, N, h) with beta' (B, d) to the same shape."""
         B, N, h = x.shape
         qkv = self.qkv(self.norm1(x, code)).view(B, N, 3, self.heads, h // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, h/heads)
@@ -161,7 +161,7 @@ class ViTBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Source features and beta' -> tri-plane."""
+    """Tri-plane generator: source features and beta' to a tri-plane."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Generator(nn.Module):
             ViTBlock(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning)
             for _ in range(config.eadaln_blocks)
         )
-        # 16 -> 32 by pixel shuffle, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
+        # pixel shuffle to H/8, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
         w = h // 2
         self.to_half = nn.Conv2d(h, 4 * w, 1)
         self.join_half = nn.Conv2d(w + (c8 if config.source_skip else 0), w, 1)
@@ -196,17 +196,17 @@ class Generator(nn.Module):
         P = config.plane_size
         self.register_buffer("plane_ema", torch.zeros(3, config.plane_channels, P, P))
         self.plane_ema: Tensor
-        # a list: averages wait in it for `update_plane_ema`, since a step sees its batch in parts or on many devices
+        # a list collects the means for `update_plane_ema`: a step may split its batch into parts or over devices
         self.plane_means: list[Tensor] | None = None
 
     def encode(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The part that depends on the photo alone: stem features and tokens (B, N, h)."""
+        """Compute what depends on the photo alone: stem features and tokens (B, N, h)."""
         stem = self.stem(image)
         tokens = self.merge(leaky_relu(stem[2])).flatten(2).transpose(1, 2)  # (B, H*W/256, h)
         return stem, self.merge_norm(tokens)
 
     def forward(self, stem: list[Tensor], tokens: Tensor, code: Tensor) -> Tensor:
-        """Stem features, tokens (B, N, h), beta' (B, d) -> tri-plane (B, 3, C, P, P)."""
+        """Generate the tri-plane (B, 3, C, P, P) from stem features, tokens (B, N, h) and beta' (B, d)."""
         cfg = self.config
         x = tokens
         for block in self.blocks:
@@ -231,7 +231,7 @@ class Generator(nn.Module):
         return lowpass(x) if self.config.lowpass else x
 
     def _add_plane_ema(self, planes: Tensor) -> Tensor:
-        """Online EMA of the tri-plane: the output carries the average before this batch (eq. 12)."""
+        """Add the online EMA of the tri-planes of earlier batches (eq. 12)."""
         delta = self.config.plane_ema
         if not delta:
             return planes
@@ -245,5 +245,5 @@ class Generator(nn.Module):
         return out
 
     def update_plane_ema(self, mean: Tensor) -> None:
-        """Eq. 12 with the mean tri-plane (3, C, P, P) of one step's batch."""
+        """Update the EMA of eq. 12 with the mean tri-plane (3, C, P, P) of one step's batch."""
         self.plane_ema.mul_(self.config.plane_ema).add_(mean, alpha=1 - self.config.plane_ema)

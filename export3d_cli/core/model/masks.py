@@ -1,4 +1,4 @@
-"""Masks from measures; and made wider and softer, in time that hardly grows with how far, as that of pooling does."""
+"""Soft masks: thresholds, dilation and box filters whose cost hardly grows with the radius."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 def linear_step(x: Tensor, low: float, high: float) -> Tensor:
-    """0 up to `low`, 1 from `high` on."""
+    """Map `x` linearly to 0 at `low` and 1 at `high`, clamped to [0, 1]."""
     return ((x - low) / (high - low)).clamp(0, 1)
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """The largest value of the square up to `reach` pixels to each side, within the picture: (B, C, h, w) as it was."""
+    """Return the maximum over a square of `radius` pixels to each side, clipped at the border; (B, C, h, w)."""
     wide, side = F.pad(mask, (radius,) * 4, value=-torch.inf), 2 * radius + 1
     for dim in (-2, -1):
-        seen = 1  # by every pixel of `wide`: itself and what follows, which doubles with each step
+        seen = 1  # pixels that each value of `wide` covers; doubles with every step
         while seen < side:
             step = min(seen, side - seen)
             left = wide.shape[dim] - step
@@ -26,7 +26,7 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def box_mean(mask: Tensor, radius: int) -> Tensor:
-    """The mean of the same square, of a picture (B, C, s, s)."""
+    """Return the mean over a square of `radius` pixels to each side, clipped at the border; (B, C, s, s)."""
     at = torch.arange(mask.shape[-1], device=mask.device)
     low, high = (at - radius).clamp_min(0), (at + radius + 1).clamp_max(len(at))
     for _ in range(2):  # along rows, then along columns

@@ -1,4 +1,4 @@
-"""What the photo already shows: the source-view plane and the still background (beyond the paper; options)."""
+"""What the photo shows directly: the source-view plane and the background (beyond the paper; optional)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import warp
 
-MASK_MARGIN = 2 / 64  # how far from what is not known nothing is known either, in sizes of the picture
+MASK_MARGIN = 2 / 64  # unknown pixels are dilated by this, in image sizes
 
 
 class SourceView(nn.Module):
-    """Pixel-aligned features of the photo (as pixelNeRF), and a background that does not turn with the head."""
+    """Pixel-aligned features of the photo (as in pixelNeRF) and a background that does not turn with the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,26 +29,33 @@ class SourceView(nn.Module):
         )  # fmt: skip
 
     def make_view_plane(self, stem: list[Tensor]) -> Tensor:
-        """Stem features -> the fourth plane, (B, C, H/4, W/4), in the source camera."""
+        """Compute the fourth feature plane, in the source camera, from the stem features: (B, C, H/4, W/4)."""
         up = F.interpolate(self.eighth(stem[2]), scale_factor=2, mode="bilinear", align_corners=False)
         return leaky_relu(self.quarter(stem[1]) + up)
 
     def make_background(self, stem: list[Tensor], filled_photo: Tensor | None = None) -> Tensor:
-        """Stem features, the photo without the head (B, 3, H/4, W/4) -> what is behind the head, (B, C', H/4, W/4)."""
+        """Predict the features behind the head, (B, C', H/4, W/4), RGB first.
+
+        Args:
+            stem: features at H/2, H/4 and H/8.
+            filled_photo: (B, 3, H/4, W/4) photo with the head filled from its surroundings; added to the RGB channels.
+        """
         still = self.background(leaky_relu(stem[1]))
         return still if filled_photo is None else torch.cat([still[:, :3] + filled_photo, still[:, 3:]], dim=1)
 
 
 def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
-    """Pictures at `size`, what is not known in them filled from around: by ever coarser means, then back (push-pull).
+    """Fill unknown pixels from their surroundings with coarser and coarser means (push-pull).
 
     Args:
-        image: (B, C, H, W). known: (B, 1, h, w) in 0..1. size: side of the result, best a power of two.
+        image: (B, C, H, W).
+        known: (B, 1, h, w) in [0, 1].
+        size: side of the result, ideally a power of two.
 
     Returns:
         (B, C, size, size) float32.
     """
-    # edges of masks are not exact, and hair is stray: what is beside the unknown is not known either
+    # mask edges are not exact and hair is stray: pixels next to unknown ones count as unknown
     reach = max(1, round(MASK_MARGIN * size))
     known = F.interpolate(known.float(), (size, size), mode="area")
     known = 1 - dilate(1 - known, reach)
@@ -64,6 +71,6 @@ def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
 
 
 def sample_view_plane(plane: Tensor, points: Tensor, camera: Tensor) -> Tensor:
-    """Features of the plane (B, C, h, w) where the source camera (B, 25) sees points (B, N, 3) -> (B, N, C)."""
+    """Sample the plane (B, C, h, w) where the source camera (B, 25) projects the points (B, N, 3): (B, N, C)."""
     uv, _ = project(points, camera)
     return warp(plane, uv.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)

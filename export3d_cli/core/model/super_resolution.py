@@ -1,7 +1,7 @@
 """Super-resolution (sec. 3.3): plain convolution blocks, (B, C', H/4, W/4) -> (B, 3, H, W).
 
-With a flow (beyond the paper) the photo's own colours and features, sampled along it, join at each size; a residual
-offset of a few pixels corrects the flow, and the last block blends the sampled colour with its own.
+With a flow (beyond the paper), colours and features of the photo, sampled along it, are concatenated at each size. A
+residual flow of a few pixels corrects it, and the last block blends the sampled colour with its own.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, resize, warp
 
-PHOTO_FEATURES = 16  # channels of stem features taken along the flow
-MAX_RESIDUAL_FLOW = 4 / 256  # largest residual offset, in image sizes
-# Three rows of a picture of twice the size as sums of three of the picture's own: around an even row and an odd one.
+PHOTO_FEATURES = 16  # channels of the photo features sampled along the flow
+MAX_RESIDUAL_FLOW = 4 / 256  # in image sizes
+# Three rows of the upsampled image around an even and an odd row, as sums of three rows of the small image.
 PHASE_WEIGHTS = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
           ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
-WINDOW_STEP_PX = 32  # sides of a patch are multiples of this: few shapes come again and again
+WINDOW_STEP_PX = 32  # sides of a window are multiples of this, so that few shapes occur
 SEAM_DIVISOR, FRINGE_DIVISOR = (
     64,
     16,
-)  # masks are widened to each side by a 64th of the picture; stray hair reaches a 16th
-LAYER_GAP = 1 / 8  # distance of both layers' flows, in image sizes, at which nothing is left of the photo's own seam
+)  # masks are dilated by 1/64 of the image side; stray hair reaches 1/16
+LAYER_GAP = 1 / 8  # distance of both layers' flows, in image sizes, from which the photo's own outline is not reused
 DISCONTINUITY_FADE = (
     1.7,
     2.6,
-)  # distances of neighbours' positions in the photo, in pixels, of all and of none of its finest detail
-BLEND_FADE = (0.15, 0.35)  # blends that are taken for none of the photo, and from which on it is trusted
+)  # photo distances of neighbouring pixels, in pixels, with all and with no high-pass detail
+BLEND_FADE = (0.15, 0.35)  # blend weights up to which the photo counts as rejected and from which it is trusted
 PHOTO_LOGIT_BIAS = (
-    7.5  # how far the blend leans to the photo where it is known: blurring it by a guess costs expression
+    7.5  # added to the blend's logit where the photo is visible: blurring it with a guess costs expression
 )
 
 
 def upsample_2x(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, C, 2h, 2w), bilinear; with a pixel's channels side by side, six times as fast on a CPU."""
+    """Upsample (B, C, h, w) bilinearly to (B, C, 2h, 2w); channels_last is six times as fast on a CPU."""
     if x.shape[1] > 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def upsample_concat_conv(conv: nn.Conv2d, x: Tensor, others: list[Tensor]) -> Tensor:
-    """The 3x3 convolution of `upsample(x)` and `rest` side by side, (B, ., h, w) each, without laying them so."""
+    """Apply a 3x3 convolution to `upsample_2x(x)` and `others` (B, ., h, w), concatenated, without building that."""
     first, second = conv.weight.split([x.shape[1], conv.in_channels - x.shape[1]], dim=1)
     beside = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
     return F.conv2d(upsample_2x(x), first, conv.bias, padding=1) + F.conv2d(beside, second, padding=1)
 
 
 def upsample_concat_conv_inference(conv: nn.Conv2d, x: Tensor, others: list[Tensor], window: PatchWindow) -> Tensor:
-    """`join` with the values of a patch as the last of `rest`, 0 around it; without gradients, on a CPU."""
+    """Compute `upsample_concat_conv` with the window, zero-padded, as the last of `others`; CPU without gradients."""
     own, beside = x.shape[1], sum(part.shape[1] for part in others)
     first, second, third = conv.weight.split([own, beside, conv.in_channels - own - beside], dim=1)
     out = upsample_conv(first, x)
@@ -69,9 +69,9 @@ def upsample_concat_conv_inference(conv: nn.Conv2d, x: Tensor, others: list[Tens
 
 
 def upsample_conv(weight: Tensor, x: Tensor) -> Tensor:
-    """The 3x3 convolution of `upsample(x)`, padded with zeros, as one of `x` for each of four neighbouring pixels.
+    """Apply a zero-padded 3x3 convolution to `upsample_2x(x)`, as one convolution of `x` per output phase.
 
-    (K, C, 3, 3), (B, C, h, w) -> (B, K, 2h, 2w). As many products, without the large picture between.
+    (K, C, 3, 3), (B, C, h, w) -> (B, K, 2h, 2w). As many multiplications, without the large intermediate.
     """
     (K, C), (B, _, h, w) = weight.shape[:2], x.shape
     if min(h, w) < 4:
@@ -81,7 +81,7 @@ def upsample_conv(weight: Tensor, x: Tensor) -> Tensor:
     four = F.conv2d(x, both.to(weight.dtype, memory_format=torch.channels_last), padding=1)
     four = four.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, K).transpose(2, 3)
     out = four.reshape(B, 2 * h, 2 * w, K).permute(0, 3, 1, 2)
-    # at the rims the large picture goes on with zeros, but the small one with its last row
+    # at the borders the upsampled image is padded with zeros, the small one with its last row
     for to, rim in ((slice(0, 2), slice(0, 3)), (slice(-2, None), slice(-3, None))):
         out[:, :, to] = F.conv2d(upsample_2x(x[:, :, rim]), weight, padding=1)[:, :, to]
         out[..., to] = F.conv2d(upsample_2x(x[..., rim]), weight, padding=1)[..., to]
@@ -89,45 +89,45 @@ def upsample_conv(weight: Tensor, x: Tensor) -> Tensor:
 
 
 class PatchWindow(NamedTuple):
-    """A part of a picture; 0 around it."""
+    """A window of a map that is 0 elsewhere."""
 
-    values: Tensor  # (B, C, h, w), none where there is nothing
+    values: Tensor  # (B, C, h, w); empty if the map is 0
     top: int
     left: int
 
 
 class PhotoDetail(NamedTuple):
-    """What super-resolution takes from the photo."""
+    """What super-resolution reads from the photo."""
 
     image: Tensor  # (B, 3, H, W)
-    image_half: Tensor  # (B, 3, H/2, W/2), the same
+    image_half: Tensor  # (B, 3, H/2, W/2)
     features_half: Tensor  # (B, 16, H/2, W/2) stem features
     features_quarter: Tensor  # (B, 16, H/4, W/4)
     flow: LayeredFlow
     mesh: MeshFlow
-    head_mask: Tensor  # (B, 1, m, m) where the photo shows the head
-    body_mask: Tensor  # (B, 1, m, m) and where the rest of the person
-    code: Tensor  # (B, d) beta': teeth show in a smile and not in a pout, whatever the shape of the opening
-    highpass: Tensor | None  # (B, 1, H, W) without gradients: `finest` of the photo
+    head_mask: Tensor  # (B, 1, m, m) 1 on the photo's head
+    body_mask: Tensor  # (B, 1, m, m) 1 on the rest of the person
+    code: Tensor  # (B, d) beta': a smile shows teeth, a pout does not, with the same mouth opening
+    highpass: Tensor | None  # (B, 1, H, W) `highpass` of the photo; None with gradients
 
 
 class SuperResolutionOutput(NamedTuple):
-    """What super-resolution makes; without a flow the image alone."""
+    """Result of super-resolution; without a flow only the image."""
 
     image: Tensor  # (B, 3, H, W)
     residual_flow: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
-    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) the photo's colours along the flow
-    source_visibility: Tensor | None = None  # (B, 1, m, m) how far the photo is to be trusted there
-    sample_grid: Tensor | None = None  # (B, 4, H, W) where in the photo what is taken of it is, and
-    blend_weights: Tensor | None = None  # (B, 2, H, W) how much of its detail, see `Layers`
+    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
+    source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
+    sample_grid: Tensor | None = None  # (B, 4, H, W) see `LayerWarp`
+    blend_weights: Tensor | None = None  # (B, 2, H, W) weights of the photo's detail, see `LayerWarp`
 
 
 class HiddenTextures(nn.Module):
-    """What a photo with a shut mouth or eye hides: learned textures of teeth and eyes, held by skull, jaw and iris."""
+    """Learned textures of teeth and eyes, for photos with closed mouth or eyes; they move with skull, jaw and iris."""
 
-    texture_size = (24, 48)  # rows and columns of a texture
-    texture_channels = 8  # channels of each
-    out_channels = 2 * texture_channels + 1  # of the result
+    texture_size = (24, 48)  # rows and columns
+    texture_channels = 8  # per texture
+    out_channels = 2 * texture_channels + 1  # of `forward`
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class HiddenTextures(nn.Module):
         )  # upper and lower teeth, eye
 
     def forward(self, mesh: MeshFlow, size: int) -> Tensor:
-        """(B, 17, size, size): upper teeth or eye, lower teeth, and where an eye is; 0 outside mouth and eyes."""
+        """Render (B, 17, size, size): upper teeth or eye, lower teeth, eye mask; 0 outside mouth and eyes."""
         mouth, eye, place = self._texture_coordinates(mesh, size)
         above, below = (x.permute(0, 2, 3, 1) for x in place.split(2, dim=1))  # (B, size, size, 2)
 
@@ -148,7 +148,7 @@ class HiddenTextures(nn.Module):
         return torch.cat([look(upper, above) * mouth + look(iris, above) * eye, look(lower, below) * mouth, eye], dim=1)
 
     def render_window(self, mesh: MeshFlow, size: int) -> PatchWindow:
-        """The same where there is anything, a few of a hundred pixels, and a rim of zeros."""
+        """Render only the window that is not 0, about a hundredth of the map, with a border of zeros."""
         mouth, eye, place = self._texture_coordinates(mesh, size)
         b, row, column = ((mouth + eye)[:, 0] > 0).nonzero(as_tuple=True)
         if not len(b):
@@ -170,38 +170,38 @@ class HiddenTextures(nn.Module):
 
     def _texture_coordinates(self, mesh: MeshFlow, size: int) -> tuple[Tensor, Tensor, Tensor]:
         mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored_coords))
-        # what is looked at fades to 0 at the rims, where it must not slide instead
+        # coordinates fade to 0 at the mask's border; dividing by the mask keeps the texture from sliding there
         return mouth, eye, place / (mouth + eye).clamp_min(0.1)
 
 
 def widen_mask(mask: Tensor, divisor: int = SEAM_DIVISOR) -> Tensor:
-    """A mask (B, 1, m, m) with the seam around it, where a photo shows some of both sides; `share` of the picture."""
+    """Dilate a mask (B, 1, m, m) by 1 / `divisor` of its side, to include seams where a photo shows both sides."""
     return dilate(mask, mask.shape[-1] // divisor)
 
 
 class LayerWarp(NamedTuple):
-    """What a picture (B, ., s, s) takes of the photo: where its two layers find it, and how much of each is shown."""
+    """Where an image (B, ., s, s) samples the photo, for its two layers, and the weight of each."""
 
-    sample_grid: Tensor  # (B, 4, s, s) positions in the photo: of the head, and of what is behind it
-    blend_weights: Tensor  # (B, 2, s, s)
+    sample_grid: Tensor  # (B, 4, s, s) photo positions (x, y) of the head layer and the background layer
+    blend_weights: Tensor  # (B, 2, s, s) of head and background, sum <= 1
 
     def sample(self, photo: Tensor) -> Tensor:
-        """The photo's (B, C, ., .) along both layers -> (B, C, s, s), 0 where neither is shown."""
+        """Sample photo channels (B, C, ., .) along both layers: (B, C, s, s), 0 where neither has weight."""
         (head, rest), (ahead, behind) = self.sample_grid.split(2, dim=1), self.blend_weights.split(1, dim=1)
         return torch.addcmul(warp(photo, head) * ahead, warp(photo, rest), behind)
 
     def composite_over(self, taken: Tensor, fill: Tensor) -> Tensor:
-        """What `of` has taken before `fill`, (B, C, s, s) both."""
+        """Composite `sample`'s result over `fill`, (B, C, s, s) both."""
         return torch.addcmul(taken, fill, 1 - self.blend_weights.sum(1, keepdim=True))
 
 
 def make_layer_warp(
     flow: LayeredFlow, background_visibility: Tensor, size: int, residual_flow: Tensor | None = None
 ) -> LayerWarp:
-    """Both layers of a flow at `size`.
+    """Resize both layers of a flow to `size`.
 
-    What is behind the head is shown where `here` (B, 1, m, m) says that the photo knows it. `offset` moves both; where
-    it is given, the head's outline is smooth, too, not in steps as the triangles are drawn.
+    The background layer has weight where `background_visibility` (B, 1, m, m) says that the photo shows it. A
+    `residual_flow` shifts both; with it the head's outline is smoothed, which otherwise shows the triangles' steps.
     """
     ways, share = torch.cat([flow.head, flow.background], dim=1), flow.head_weight
     if residual_flow is not None:
@@ -212,7 +212,7 @@ def make_layer_warp(
 
 
 def warp_discontinuity(sample_grid: Tensor) -> Tensor:
-    """How far apart neighbours are in the photo, at most: `Layers.ways` (B, 4, s, s) -> (B, 2, s, s), in pixels."""
+    """Return the largest distance of neighbours in the photo: sample grid (B, 4, s, s) -> (B, 2, s, s), in pixels."""
     B, _, s, _ = sample_grid.shape
     by_layer = sample_grid.view(B, 2, 2, s, s) * s
     across, down = (by_layer.diff(dim=dim).square().sum(2) for dim in (4, 3))  # (B, 2, s, s - 1), (B, 2, s - 1, s)
@@ -222,10 +222,10 @@ def warp_discontinuity(sample_grid: Tensor) -> Tensor:
 
 
 def photo_residual(photo: Tensor, size: int, side: int) -> Tensor:
-    """What a larger copy of the photo, (1, 3, M, M), has beyond the one of `side` that the network sees, as large.
+    """Return the detail of a larger photo copy, (1, 3, M, M), that its version of `side` pixels lacks, same shape.
 
-    `size` pixels across it are the photo, (M - size) / 2 on each side are what is around it: the network sees its rim
-    go on there.
+    The photo is the central `size` pixels; the network sees its border replicated over the (M - size) / 2 pixels on
+    each side of it.
     """
     rim = (photo.shape[-1] - size) // 2
     own = photo[..., rim : rim + size, rim : rim + size]
@@ -234,12 +234,14 @@ def photo_residual(photo: Tensor, size: int, side: int) -> Tensor:
 
 
 def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, detail: Tensor, size: int) -> Tensor:
-    """The result at `size`, with detail that no network sees: pixels of a larger copy of the photo are only moved.
+    """Upscale the result to `size` and add detail that no network sees: pixels of a larger photo copy, only moved.
 
     Args:
-        image: (B, 3, H, W), the result. own: what it took of the photo.
-        more: (B, 3, M, M) of `finer`. Being fine detail only, it draws no lines where both layers meet and positions
-            in the photo jump; the colours there are those of the result.
+        image: (B, 3, H, W), the result.
+        layer_warp: where the result samples the photo.
+        detail: (B, 3, M, M) from `photo_residual`. It is fine detail only and therefore draws no lines where the layers
+            meet or photo positions jump; the colours there are the result's.
+        size: side of the upscaled image.
     """
     rim = (detail.shape[-1] - size) / 2 / size
     ways = (resize(layer_warp.sample_grid, size) + rim) / (1 + 2 * rim)
@@ -247,33 +249,33 @@ def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, detail: Tensor, si
 
 
 def _missing_detail(mask: Tensor, facts: Tensor) -> Tensor:
-    """What a blend (B, 1, s, s) leaves out of the photo's finest detail and should not, 0 to 1, as large.
+    """Return the fraction (B, 1, s, s) of the photo's high-pass detail that the blend drops but should keep, in [0, 1].
 
-    Of a head that moves the blend takes about half from the photo, and nothing else has such detail: where the photo
-    is known all of it may be seen, unless the blend leaves the photo out. `facts` (B, 2, s, s): known, and mouth.
+    On a moving head the blend takes about half from the photo, and nothing else has such detail. All of it may be shown
+    where the photo is visible, unless the blend rejects the photo. `facts` (B, 2, s, s): source visibility, mouth mask.
     """
     known, mouth = facts.split(1, dim=1)
     return (known * (1 - mouth) - mask).clamp_min(0) * linear_step(mask, *BLEND_FADE)
 
 
 def highpass(photo: Tensor) -> Tensor:
-    """What `lowpass` takes of the brightness of pictures (B, 3, s, s), (B, 1, s, s).
+    """Return the luminance detail of images (B, 3, s, s) that `lowpass` removes: (B, 1, s, s).
 
-    Taken before the photo is moved, it knows nothing of where positions jump.
+    It is computed before warping, and so contains no edges from jumps of the photo positions.
     """
     x = photo.float().mean(1, keepdim=True)
     return x - lowpass(x)
 
 
 def _window_range(where: Tensor, size: int) -> tuple[int, int]:
-    """First and number of the rows (or columns) of a patch that holds `where` and a rim, within 0 to `size`."""
+    """Return start and length of the rows (or columns) of a window around `where` with a border, within [0, size)."""
     first, last = (int(x) for x in where.aminmax())
     length = min(size, -(-(last - first + 3) // WINDOW_STEP_PX) * WINDOW_STEP_PX)
     return max(0, min(first - 1, size - length)), length
 
 
 class SuperResolution(nn.Module):
-    """Two doublings; with `config.flow` the blocks also see `PhotoDetail`."""
+    """Two upsampling stages; with `config.flow` the blocks also read `PhotoDetail`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -299,7 +301,7 @@ class SuperResolution(nn.Module):
             zero_init(self.expression)
 
     def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> SuperResolutionOutput:
-        """Features (B, C', H/4, W/4), their colours (B, 3, H/4, W/4) -> the image and what it was made of."""
+        """Map features (B, C', H/4, W/4) and their colours (B, 3, H/4, W/4) to the image and intermediate results."""
         half = upsample_2x(rgb.float())
         base = upsample_2x(half)
         if detail is None:
@@ -309,18 +311,18 @@ class SuperResolution(nn.Module):
             return SuperResolutionOutput(base + self.colour(leaky_relu(x)).float())
 
         mesh, flow, s4 = detail.mesh, detail.flow, features.shape[-1]
-        # where the head was and is no more, the photo does not know what is behind: not even its outline is to be seen,
-        # unless both layers moved alike and it is the outline still
+        # Where the head has moved away, the photo does not show the background. The old outline must vanish there
+        # too, unless both layers moved alike and it still is the outline.
         away = (flow.background - flow.head).detach().square().sum(1, keepdim=True).sqrt()
         alike = (1 - away / LAYER_GAP).clamp_min(0)
         stray = widen_mask(detail.head_mask, FRINGE_DIVISOR) * (
             1 - detail.body_mask
-        )  # nor hair that stands off it, before no body
+        )  # the same for hair that stands off the head, where there is no body
         masks = torch.cat([widen_mask(detail.head_mask), detail.head_mask + detail.body_mask, stray], dim=1)
         head, person, stray = warp(masks, flow.background).split(1, dim=1)
         here = 1 - (head - widen_mask(mesh.weight) * alike).clamp_min(0)
         here = torch.minimum(here, 1 - (stray - widen_mask(mesh.weight, FRINGE_DIVISOR) * alike).clamp_min(0))
-        here = here * (1 - flow.head_occlusion * (1 - person))  # nor what is behind the person before a neck or an ear
+        here = here * (1 - flow.head_occlusion * (1 - person))  # nor may a neck or an ear show background
         face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
         rest = 1 - flow.head_weight
         known = face * mesh.valid + rigid + rest * here
@@ -345,17 +347,17 @@ class SuperResolution(nn.Module):
         out = self.colour(leaky_relu(x)).float()
         mask = torch.sigmoid(
             4 * out[:, 3:] + PHOTO_LOGIT_BIAS * facts[:, :1] - 3
-        )  # the photo where it is known, at first
+        )  # starts with the photo where it is visible
         mask = mask * (1 - resize(mesh.closed_in_photo, 4 * s4))  # closed lips must not be copied into an open mouth
         image = mask * sampled + (1 - mask) * (base + out[:, :3])
         shares = mask * at1.blend_weights
         if detail.highpass is not None:
-            lacking = _missing_detail(mask, facts[:, :2]) * at1.blend_weights[:, :1]  # of the head
+            lacking = _missing_detail(mask, facts[:, :2]) * at1.blend_weights[:, :1]  # head layer only
             shares[:, :1] += lacking
-            # a face seen from the side is many of the photo's pixels in one, and at its outline positions jump
+            # No detail where photo positions jump: at outlines and on faces seen from the side
             near = resize(
                 1 - linear_step(warp_discontinuity(at1.sample_grid[..., ::2, ::2]), *DISCONTINUITY_FADE), 4 * s4
-            )  # they are not finer than that
+            )  # the grid has no finer structure
             shares = shares * near
             image = image + lacking * near[:, :1] * warp(detail.highpass, at1.sample_grid[:, :2])
         return SuperResolutionOutput(image, offset, seen, known, at1.sample_grid, shares)
@@ -363,7 +365,7 @@ class SuperResolution(nn.Module):
     def _upsample_concat_conv(
         self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int
     ) -> Tensor:
-        """Twice as large, with `rest` and what mouth and eyes hide beside it."""
+        """Upsample `x`, concatenate `others` and the hidden textures, and apply `conv`."""
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             return upsample_concat_conv_inference(conv, x, rest, self.hidden_textures.render_window(mesh, size))
         return upsample_concat_conv(conv, x, [*rest, self.hidden_textures(mesh, size)])

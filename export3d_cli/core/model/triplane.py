@@ -9,20 +9,20 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 
-# The planes are xy, yz, zx: each pair of axes is seen once. (first axis -> column, second -> row)
+# The planes are xy, yz, zx, each pair of axes once. The first axis is the column, the second the row.
 PLANE_AXES = ((0, 1), (1, 2), (2, 0))
 
-# A head as an ellipsoid of the head frame: centre and half axes, in its units.
+# The head as an ellipsoid: centre and half axes, head frame.
 HEAD_CENTRE = (0.0, -0.02, 0.03)
 HEAD_AXES = (0.14, 0.2, 0.17)
 SURFACE_STEEPNESS, SURFACE_OFFSET = (
     800.0,
     0.035,
-)  # growth of the log density behind a known surface, and how far before it that begins
+)  # log density per unit of depth behind a known surface; where it begins in front of it, head-frame units
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
-    """Average of the bilinear samples of three planes (eq. 7).
+    """Average the bilinear samples of three planes (eq. 7).
 
     Args:
         planes: (B, 3, C, P, P), axes `PLANE_AXES`, covering [-0.5, 0.5] of the head frame.
@@ -40,18 +40,19 @@ def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
 
 
 def ellipsoid_level(points: Tensor) -> Tensor:
-    """How much inside the head ellipsoid a point is: 1 at its centre, 0 on its surface, negative outside; (B, N)."""
+    """Return the level of points in the head ellipsoid: 1 at its centre, 0 on its surface, negative outside; (B, N)."""
     centre = cached_tensor(HEAD_CENTRE, points.device, points.dtype)
     axes = cached_tensor(HEAD_AXES, points.device, points.dtype)
     return 1 - ((points - centre) / axes).square().sum(-1)
 
 
 def face_log_density(points: Tensor, surface: Tensor, half_extent: float) -> Tensor:
-    """Log density of a head of which the front is known (`BasisFlow.surface`), (B, N); the ellipsoid elsewhere.
+    """Return the log density (B, N) of a head whose front surface is known; the ellipsoid's where it is not.
 
     Args:
         points: (B, N, 3), head frame.
-        surface: (B, 3, s, s), z times coverage, certainty, coverage; over [-reach, reach].
+        surface: (B, 3, s, s) from `BasisFlow.rasterize_surface`: z times coverage, certainty, coverage.
+        half_extent: the surface covers [-half_extent, half_extent] in x and y.
     """
     grid = (points[..., :2] / half_extent)[:, None]  # (B, 1, N, 2)
     height, sure, cover = F.grid_sample(surface, grid, align_corners=False)[:, :, 0].unbind(1)  # (B, N) each
@@ -74,27 +75,33 @@ class Decoder(nn.Module):
         self.has_head_prior = config.head_prior
 
     def forward(self, features: Tensor, points: Tensor, log_prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features (B, N, C), points (B, N, 3) -> colours (B, N, C') in about [-1, 1], densities (B, N) >= 0; fp32.
+        """Decode features (B, N, C) at points (B, N, 3).
 
-        `prior` (B, N), a log density that is known, stands in for the ellipsoid.
+        Args:
+            features: (B, N, C).
+            points: (B, N, 3), head frame.
+            log_prior: (B, N) known log density, used instead of the ellipsoid.
+
+        Returns:
+            Colour features (B, N, C') in about [-1, 1] and densities (B, N) >= 0, fp32.
         """
         x = self.activate(self.hidden(features))  # (B, N, hidden)
         return self.decode_colours(x), self.decode_densities(x, points, log_prior)
 
     def activate(self, x: Tensor) -> Tensor:
-        """What `hidden` makes of features, (..., hidden) -> what both heads read, the same shape."""
+        """Apply the activation to the output of `hidden`; both heads read the result."""
         return F.softplus(x)
 
     def decode_colours(self, x: Tensor) -> Tensor:
-        """(..., hidden) -> (..., C'), fp32."""
+        """Map activations (..., hidden) to colour features (..., C'), fp32."""
         return torch.sigmoid(self.colour(x).float()) * 2.004 - 1.002
 
     def density_logits(self, x: Tensor) -> Tensor:
-        """(..., hidden) -> what the network adds to the log density of a head, (...), fp32."""
+        """Map activations (..., hidden) to the network's term of the log density (...), fp32."""
         return self.density(x).float().squeeze(-1)
 
     def decode_densities(self, x: Tensor, points: Tensor, log_prior: Tensor | None = None) -> Tensor:
-        """(..., hidden), points (..., 3) -> (...), fp32."""
+        """Map activations (..., hidden) at points (..., 3) to densities (...), fp32; for `log_prior` see `forward`."""
         logit = self.density_logits(x) - 1
         if log_prior is not None:
             logit = logit + log_prior

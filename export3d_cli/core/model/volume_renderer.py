@@ -1,7 +1,7 @@
-"""Rays, depths, compositing and projection: pure functions (sec. 3.3, eq. 9 and 10).
+"""Rays, sample depths, compositing and projection: pure functions (sec. 3.3, eq. 9 and 10).
 
-Everything is in the head frame (see `export3d_cli.core.runtime.camera`); image positions are in image sizes, (0, 0) the top
-left corner. Always computed in fp32, whatever autocast says.
+Points are in the head frame (see `export3d_cli.core.runtime.camera`). Image positions are in image sizes, with (0, 0)
+at the top left corner. Everything is computed in fp32, also under autocast.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HALF_EXTENT = 0.5  # the volume is the cube of side 1 at the origin: rays look this far around the head centre
+HALF_EXTENT = 0.5  # the volume is the cube of side 1 at the origin; rays are sampled this far around the head centre
 
 
 def split_camera(camera: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 25) -> cam2world (B, 4, 4), intrinsics (B, 3, 3)."""
+    """Split cameras (B, 25) into cam2world (B, 4, 4) and intrinsics (B, 3, 3)."""
     if camera.ndim != 2 or camera.shape[1] != 25:
         raise ValueError(f"camera must be (B, 25), got {tuple(camera.shape)}")
     camera = camera.float()
@@ -21,14 +21,14 @@ def split_camera(camera: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixel_grid(size: int, device: torch.device | None = None) -> Tensor:
-    """Pixel centres of a square image, (size * size, 2) as (x, y) in image sizes, row by row."""
+    """Return the pixel centres of a square image as (x, y) in image sizes, row by row: (size * size, 2)."""
     centres = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
 def camera_rays(camera: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Origins (B, 3) and directions (B, R, 3) through the pixel centres, R = size * size, scaled to camera depth 1."""
+    """Return ray origins (B, 3) and directions (B, R, 3) through the pixel centres; R = size * size, camera depth 1."""
     cam2world, intrinsics = split_camera(camera)
     grid = pixel_grid(size, camera.device)  # (R, 2)
     focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], dim=-1)  # (B, 2)
@@ -39,21 +39,25 @@ def camera_rays(camera: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def project(points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
-    """Points (B, N, 3) -> positions (B, N, 2) in image sizes and camera depths (B, N)."""
+    """Project points (B, N, 3) to image positions (B, N, 2) in image sizes and camera depths (B, N)."""
     cam2world, intrinsics = split_camera(camera)
     offset = points.float() - cam2world[:, None, :3, 3]  # (B, N, 3)
-    local = (offset[..., None] * cam2world[:, None, :3, :3]).sum(-2)  # R^T (x - t), without matmul: stays fp32
+    local = (offset[..., None] * cam2world[:, None, :3, :3]).sum(-2)  # R^T (x - t), without matmul to stay in fp32
     depth = local[..., 2].clamp_min(1e-3)
     focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], dim=-1)
     uv = local[..., :2] / depth[..., None] * focal[:, None] + intrinsics[:, None, :2, 2]
     return uv, depth
 
 
-BatchRows = tuple[int, int, int]  # (first, end, all): which rows of a larger batch these are
+BatchRows = tuple[int, int, int]  # (first, end, total): the rows of a larger batch
 
 
 def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
-    """Random numbers in [0, 1); with `rows` the same that the whole batch would get."""
+    """Return uniform noise in [0, 1) of the shape of `like`.
+
+    With `batch_rows`, draw the noise of the whole batch and return these rows of it, so that a batch that is split
+    over devices or accumulation steps gets the same noise.
+    """
     if batch_rows is None:
         return torch.rand_like(like)
     first, end, all_rows = batch_rows
@@ -63,7 +67,7 @@ def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
 def sample_coarse_depths(
     camera: Tensor, ray_count: int, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
 ) -> Tensor:
-    """Camera depths (B, R, S) in equal bins around the head centre: mid-points, or in training a random one a bin."""
+    """Return camera depths (B, R, S) in equal bins around the head centre: mid-points, or jittered per bin."""
     cam2world, _ = split_camera(camera)
     distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_EXTENT + 0.1)  # (B,)
     edges = torch.arange(samples, device=camera.device, dtype=torch.float32)
@@ -75,9 +79,14 @@ def sample_coarse_depths(
 def sample_importance_depths(
     depths: Tensor, weights: Tensor, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
 ) -> Tensor:
-    """More depths (B, R, samples) where the weights of the intervals between depths (B, R, S) are.
+    """Sample depths (B, R, samples) from the distribution of the ray weights by inverting its CDF.
 
-    `weights` is (B, R, S-1), as `ray_weights` gives it; its distribution is inverted.
+    Args:
+        depths: (B, R, S), ascending.
+        weights: (B, R, S-1) of the intervals between depths, from `ray_weights`.
+        samples: number of depths per ray.
+        jitter: draw randomly within equal parts of the CDF (training) instead of taking their mid-points.
+        batch_rows: see `uniform_noise`.
     """
     density = weights + 1e-3
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
@@ -93,22 +102,24 @@ def sample_importance_depths(
 
 
 def ray_weights(densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (B, R, S-1) of the intervals between samples and their opacity (B, R) (eq. 10, mid-point rule)."""
+    """Return interval weights (B, R, S-1) between samples and ray opacities (B, R) (eq. 10, mid-point rule)."""
     sigma = 0.5 * (densities[..., 1:] + densities[..., :-1])
     optical = sigma * (depths[..., 1:] - depths[..., :-1])
-    through = torch.exp(-torch.cumsum(optical, dim=-1))  # what passes each interval's end
+    through = torch.exp(-torch.cumsum(optical, dim=-1))  # transmittance at each interval's end
     before = torch.cat([torch.ones_like(through[..., :1]), through[..., :-1]], dim=-1)
     return before - through, 1 - through[..., -1]
 
 
 def composite(features: Tensor, densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Volume rendering (eq. 9) of sorted samples.
+    """Composite sorted samples along rays (eq. 9).
 
     Args:
-        features: (B, R, S, C). densities: (B, R, S), not negative. depths: (B, R, S), ascending.
+        features: (B, R, S, C).
+        densities: (B, R, S), >= 0.
+        depths: (B, R, S), ascending.
 
     Returns:
-        Composite (B, R, C), expected depth (B, R) over what is opaque, opacity (B, R) in [0, 1].
+        Features (B, R, C), expected depth (B, R) (transparency counts as the far end), opacity (B, R) in [0, 1].
     """
     weights, opacity = ray_weights(densities, depths)
     middle = 0.5 * (features[..., 1:, :] + features[..., :-1, :])

@@ -1,4 +1,4 @@
-"""The canonical face and cameras around it."""
+"""Fixtures: the canonical face, cameras around it, untrained tiny models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def points(canonical: CanonicalFace) -> Tensor:
 
 @pytest.fixture
 def orbit() -> Callable[..., Tensor]:
-    """Yaw angles (and one pitch) in degrees -> cameras (B, 25)."""
+    """Return a function: yaw angles (and one pitch) in degrees -> cameras (B, 25)."""
 
     def cameras(*yaws: float, pitch: float = 0.0) -> Tensor:
         return torch.from_numpy(np.stack([Camera.orbit(yaw, pitch).to_vector() for yaw in yaws]))
@@ -42,7 +42,7 @@ def orbit() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def flow(canonical: CanonicalFace) -> BasisFlow:
-    """The tiny preset's, on the canonical face's triangles."""
+    """Basis flow of the tiny preset with the canonical face's triangles."""
     flow = BasisFlow(PRESETS["tiny"])
     flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
     return flow
@@ -50,7 +50,7 @@ def flow(canonical: CanonicalFace) -> BasisFlow:
 
 @pytest.fixture
 def tiny(canonical: CanonicalFace) -> Export3D:
-    """An untrained tiny model whose layers all take part: those that start at 0 are moved away from it."""
+    """An untrained tiny model; parameters initialised to 0 get random values, so that every layer contributes."""
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
@@ -63,29 +63,29 @@ def tiny(canonical: CanonicalFace) -> Export3D:
 
 @pytest.fixture
 def painted_results(tiny: Export3D, orbit: Callable[..., Tensor]) -> Callable[..., tuple[Output, Output, Output]]:
-    """Frontal results of moved landmarks: of `tiny`, of the same with a painter, and of the latter as the photo is."""
+    """Return a function that drives landmarks frontally: `tiny`, `tiny` with an inpainter, the latter undriven."""
 
     def results(name: str, points: Tensor, moved: Tensor) -> tuple[Output, Output, Output]:
         torch.manual_seed(1)
-        painting = Export3D(replace(PRESETS["tiny"], **{name: 4})).eval()
-        painting.load_state_dict({**painting.state_dict(), **tiny.state_dict()})
+        inpainting = Export3D(replace(PRESETS["tiny"], **{name: 4})).eval()
+        inpainting.load_state_dict({**inpainting.state_dict(), **tiny.state_dict()})
         image, camera = torch.rand(1, 3, 64, 64), orbit(0.0)
-        made = []
+        outputs = []
         with torch.no_grad():
-            for model in (tiny, painting):
+            for model in (tiny, inpainting):
                 assert model.flow is not None
                 model.flow.basis.zero_()[0] = (moved - points)[0]
                 source = model.encode_source(image, torch.zeros(1, 64), camera, points)
                 lam = source.lam + torch.eye(len(source.lam[0]))[:1]
-                made.append(model.drive(source, None, camera, lam=lam))
-            return made[0], made[1], painting.drive(source, None, camera, lam=source.lam)
+                outputs.append(model.drive(source, None, camera, lam=lam))
+            return outputs[0], outputs[1], inpainting.drive(source, None, camera, lam=source.lam)
 
     return results
 
 
 @pytest.fixture
 def differ_only_near() -> Callable[..., bool]:
-    """Whether two results of 64 x 64 differ, and only within 3 pixels of boxes around landmarks uv (N, 2)."""
+    """Return a check: 64 x 64 results differ, and only within 3 px of the bounding boxes of landmarks uv (N, 2)."""
 
     def check(a: Output, b: Output, *uvs: Tensor) -> bool:
         changed = (a.image - b.image).abs().sum(1)[0] > 1e-6

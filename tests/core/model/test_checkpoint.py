@@ -1,4 +1,4 @@
-"""Weights files and training state come back as they were, and damage is named."""
+"""Weights files and training states: round trips, strict loading, damaged files."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def test_weights_round_trip(tmp_path: Path) -> None:
     assert config == PRESETS["tiny"]
     assert record == {"steps": 3}
     assert all(v.dtype == torch.float32 for v in back.values())
-    assert torch.equal(back["a.weight"], state["a.weight"].half().float())  # matrices are halved ...
-    assert torch.equal(back["a.bias"], state["a.bias"])  # ... vectors and the expression code are not
+    assert torch.equal(back["a.weight"], state["a.weight"].half().float())  # matrices are stored as float16 ...
+    assert torch.equal(back["a.bias"], state["a.bias"])  # ... vectors and the expression code as float32
     assert torch.equal(back["expression.w"], state["expression.w"])
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_weights_that_cannot_be_used_are_weights_errors(tmp_path: Path) -> None:
+def test_load_weights_with_unusable_file_raises_weights_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not exist"):
         load_weights(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not a weights file")
-    with pytest.raises(WeightsError, match="no readable"):
+    with pytest.raises(WeightsError, match="not a readable"):
         load_weights(tmp_path / "bad.safetensors")
     save_state(tmp_path, {"x": torch.zeros(1)}, {})
     with pytest.raises(WeightsError, match="no export3d weights"):
         load_weights(tmp_path / "state.safetensors")
 
 
-def test_strict_load_names_what_does_not_fit() -> None:
+def test_load_into_with_mismatched_state_names_the_tensors() -> None:
     model = nn.Linear(2, 3)
-    with pytest.raises(WeightsError, match=r"miss .*bias.*add .*other.*reshape .*weight"):
+    with pytest.raises(WeightsError, match=r"lack .*bias.*add .*other.*reshape .*weight"):
         load_into(model, {"weight": torch.zeros(1, 1), "other": torch.zeros(1)})
 
 
-def test_state_keeps_the_last_ones(tmp_path: Path) -> None:
+def test_save_state_keeps_the_newest_states(tmp_path: Path) -> None:
     assert load_state(tmp_path) is None
     for step in (1, 2, 3):
         save_state(tmp_path, {"x": torch.full((2,), float(step))}, {"step": step}, keep=2)

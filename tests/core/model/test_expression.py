@@ -46,7 +46,7 @@ def test_coefficients_are_not_rounded_under_autocast(lebs: LeBS) -> None:
     assert torch.equal(inside, lebs(beta))
 
 
-def test_wrong_shape_is_named(lebs: LeBS) -> None:
+def test_coefficients_with_wrong_shape_raises_value_error(lebs: LeBS) -> None:
     with pytest.raises(ValueError, match=r"\(B, 64\), got \(64,\)"):
         lebs.coefficients(torch.rand(64))
 
@@ -70,28 +70,28 @@ def test_encoder_shape_and_gradient() -> None:
 
 
 def gram_schmidt(weight: np.ndarray) -> np.ndarray:
-    """Orthonormal rows whose signs are those of the columns of W, without a QR."""
+    """Return orthonormal rows with the signs of the columns of W, without QR."""
     rows: list[np.ndarray] = []
     for column in weight.astype(np.float64).T:
-        for _ in range(2):  # once more against rounding
+        for _ in range(2):  # twice, against rounding errors
             column = column - sum((row * (row @ column) for row in rows), np.zeros_like(column))
         rows.append(column / np.linalg.norm(column))
     return np.stack(rows)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_basis_is_the_same_by_every_qr(seed: int) -> None:
+def test_basis_equals_gram_schmidt_for_any_qr_signs(seed: int) -> None:
     torch.manual_seed(seed)
     lebs = LeBS(PRESETS["compact"])
     weight = lebs.weight.detach().numpy()
     found = lebs.basis().detach().numpy()
     np.testing.assert_allclose(found, gram_schmidt(weight), atol=2e-6)
-    q, r = np.linalg.qr(weight.astype(np.float64))  # another library and precision, free to choose its signs
+    q, r = np.linalg.qr(weight.astype(np.float64))  # another library and precision may choose other signs
     np.testing.assert_allclose(found, (q * np.where(np.diag(r) < 0, -1, 1)).T, atol=2e-6)
     np.testing.assert_allclose(found, lebs.double().basis().detach().numpy(), atol=2e-6)
 
 
-def test_basis_is_the_same_with_any_number_of_threads_and_on_any_device(lebs: LeBS) -> None:
+def test_basis_does_not_depend_on_threads_or_device(lebs: LeBS) -> None:
     found, before = lebs.basis().detach(), torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -106,7 +106,7 @@ def test_basis_is_the_same_with_any_number_of_threads_and_on_any_device(lebs: Le
 def test_basis_follows_a_flipped_column(lebs: LeBS) -> None:
     before = lebs.basis().detach()
     with torch.no_grad():
-        lebs.weight[:, 3].neg_()  # LAPACK alone would hide this behind a sign of its own
+        lebs.weight[:, 3].neg_()  # plain QR would hide the flip behind its own choice of sign
     flipped = before.clone()
     flipped[3].neg_()
     torch.testing.assert_close(lebs.basis().detach(), flipped, atol=2e-6, rtol=0)
@@ -116,6 +116,6 @@ def test_image_encoder_is_a_resnet_18_with_squeeze_and_excitation() -> None:
     encoder = ImageEncoder(256)
     convs = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
     deep = [m for m in convs if m.kernel_size != (1, 1)]
-    assert len(deep) + 1 == 18  # and the linear layer; the projections of the shortcuts are not counted
+    assert len(deep) + 1 == 18  # plus the linear layer; projection shortcuts are not counted
     assert [m.out_channels for m in deep] == [64] + [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
-    assert sum(p.numel() for p in convs for p in p.parameters()) == 11_166_912  # as ResNet-18's own convolutions
+    assert sum(p.numel() for p in convs for p in p.parameters()) == 11_166_912  # the convolutions of ResNet-18

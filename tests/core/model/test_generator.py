@@ -1,4 +1,4 @@
-"""EAdaLN and the tri-plane's average against their equations; shapes; the paper's preset."""
+"""Generator: EAdaLN and the tri-plane EMA against their equations, shapes, the `paper` preset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from export3d_cli.core.model.generator import EAdaLN, Generator, ResBlock, lowpa
 TINY = PRESETS["tiny"]
 
 
-def test_eadaln_is_equation_5() -> None:
+def test_eadaln_matches_equation_5() -> None:
     torch.manual_seed(0)
     norm = EAdaLN(12, 5)
     assert norm.affine is not None
@@ -29,27 +29,27 @@ def test_eadaln_is_equation_5() -> None:
     torch.testing.assert_close(norm(x, code), expected)
 
 
-def test_eadaln_starts_as_a_layer_norm() -> None:
+def test_eadaln_is_layer_norm_at_initialisation() -> None:
     x, code = torch.randn(2, 7, 12), torch.randn(2, 5)
     torch.testing.assert_close(EAdaLN(12, 5)(x, code), F.layer_norm(x, (12,)))
     torch.testing.assert_close(EAdaLN(12, None)(x, None), F.layer_norm(x, (12,)))
 
 
-def test_average_of_the_planes_is_equation_12() -> None:
+def test_plane_ema_matches_equation_12() -> None:
     generator = Generator(replace(TINY, plane_ema=0.9))
     first, second = (torch.rand(b, *generator.plane_ema.shape, requires_grad=True) for b in (2, 3))
     out1, out2 = generator._add_plane_ema(first), generator._add_plane_ema(second)
-    torch.testing.assert_close(out1, first)  # the average starts at 0, and joins after its batch
+    torch.testing.assert_close(out1, first)  # the EMA starts at 0 and is added from the next batch on
     torch.testing.assert_close(out2, second + 0.1 * first.mean(0))
     expected = 0.9 * 0.1 * first.mean(0) + 0.1 * second.mean(0)
     torch.testing.assert_close(generator.plane_ema, expected.detach())
     assert not generator.plane_ema.requires_grad
     generator.eval()
     torch.testing.assert_close(generator._add_plane_ema(first), first + expected)
-    torch.testing.assert_close(generator.plane_ema, expected.detach())  # only training moves it
+    torch.testing.assert_close(generator.plane_ema, expected.detach())  # updated in training only
 
 
-def test_average_can_be_turned_off() -> None:
+def test_plane_ema_of_zero_is_off() -> None:
     generator = Generator(replace(TINY, plane_ema=0.0))
     planes = torch.rand(2, *generator.plane_ema.shape)
     assert torch.equal(generator._add_plane_ema(planes), planes)
@@ -57,7 +57,7 @@ def test_average_can_be_turned_off() -> None:
 
 
 @pytest.mark.parametrize("preset", [TINY, replace(TINY, source_skip=False, lowpass=False, plane_size=64)])
-def test_shapes(preset) -> None:
+def test_generator_output_shapes(preset) -> None:
     generator = Generator(preset)
     stem, tokens = generator.encode(torch.rand(2, 3, 64, 64))
     assert [tuple(f.shape) for f in stem] == [(2, 8, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
@@ -76,20 +76,20 @@ def test_planes_depend_on_the_code(tiny: Export3D) -> None:
     assert not torch.allclose(planes(torch.zeros(1, 16)), planes(torch.ones(1, 16)), atol=1e-3)
 
 
-def test_lowpass_keeps_what_is_flat_and_removes_a_checkerboard() -> None:
+def test_lowpass_keeps_constants_and_removes_checkerboard() -> None:
     flat = torch.full((1, 2, 6, 6), 3.0)
     torch.testing.assert_close(lowpass(flat), flat)
     board = (torch.arange(6)[:, None] + torch.arange(6)).remainder(2).float().mul(2).sub(1).expand(1, 1, 6, 6)
     torch.testing.assert_close(lowpass(board)[..., 1:-1, 1:-1], torch.zeros(1, 1, 4, 4))
 
 
-def test_residual_blocks_start_as_a_shift() -> None:
+def test_res_block_adds_a_constant_at_initialisation() -> None:
     x, block = torch.rand(1, 4, 5, 5), ResBlock(4)
     assert block.second.bias is not None
     torch.testing.assert_close(block(x), x + block.second.bias[:, None, None])
 
 
-def test_the_paper_preset_has_no_extensions() -> None:
+def test_paper_preset_has_no_extensions() -> None:
     with torch.device("meta"):
         model = Export3D(PRESETS["paper"])
     count = sum(p.numel() for p in model.parameters())
@@ -98,7 +98,7 @@ def test_the_paper_preset_has_no_extensions() -> None:
     assert not model.decoder.has_head_prior
     assert not model.superres.uses_flow
     assert model.superres.colour.out_channels == 3
-    assert model.generator.join_half.in_channels == 512  # no features of the stem beside the tokens
+    assert model.generator.join_half.in_channels == 512  # no stem features are concatenated
     assert model.decoder.hidden.in_features == 32
     assert model.generator.plane_ema.shape == (3, 32, 128, 128)
     assert all("flow" not in name and "source_view" not in name for name, _ in model.named_parameters())

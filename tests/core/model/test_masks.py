@@ -1,4 +1,4 @@
-"""Masks made wider and softer, against pooling."""
+"""Mask filters against pooling."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from export3d_cli.core.model.masks import box_mean, dilate
 
 
 @pytest.mark.parametrize("reach", [1, 2, 5, 16, 40])
-def test_dilate_is_max_pooling(reach: int) -> None:
-    """Beyond the picture there is nothing, not even where all of it is below 0."""
+def test_dilate_equals_max_pooling(reach: int) -> None:
+    """The border is not padded with zeros: negative images stay negative."""
     mask = torch.randn(2, 3, 33, 41) - 5
-    assert torch.equal(dilate(mask, reach), _slow(mask, reach))
+    assert torch.equal(dilate(mask, reach), _reference_box_mean(mask, reach))
     assert torch.equal(dilate(mask, 0), mask)
 
 
-def _slow(mask: torch.Tensor, reach: int) -> torch.Tensor:
+def _reference_box_mean(mask: torch.Tensor, reach: int) -> torch.Tensor:
     around = F.pad(mask, (reach,) * 4, value=-torch.inf).unfold(2, 2 * reach + 1, 1).unfold(3, 2 * reach + 1, 1)
     return around.amax((-2, -1))
 
 
 @pytest.mark.parametrize("reach", [1, 4, 8])
-def test_box_mean_is_average_pooling(reach: int) -> None:
+def test_box_mean_equals_average_pooling(reach: int) -> None:
     mask = torch.rand(2, 1, 33, 33)
     pooled = F.avg_pool2d(mask, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
     torch.testing.assert_close(box_mean(mask, reach), pooled, rtol=0, atol=1e-5)
 
 
-def test_box_mean_of_one_pixel_reaches_as_far_as_it_says() -> None:
+def test_box_mean_of_single_pixel_has_the_given_radius() -> None:
     mask = torch.zeros(1, 1, 21, 21)
     mask[..., 10, 10] = 25
     soft = box_mean(mask, 2)

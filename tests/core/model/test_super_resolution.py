@@ -1,4 +1,4 @@
-"""What super-resolution knows of the inside of mouths and eyes."""
+"""Super-resolution: hidden textures, photo visibility behind the head, high-pass detail and upscaling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import resize
 
 
-def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
+def test_hidden_textures_are_zero_outside_mouth_and_eyes(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
     assert tiny.flow is not None
@@ -41,15 +41,15 @@ def test_textures_lie_inside_mouth_and_eyes_and_nowhere_else(
     assert seen[:, :, (mesh.mouth + mesh.eye)[0, 0] == 0].abs().max() == 0
     lower = seen[:, 8:16]
     assert lower[:, :, mesh.mouth[0, 0] > 0].abs().mean() > 0.05
-    assert lower[:, :, mesh.eye[0, 0] > 0].abs().max() == 0  # only teeth have a lower row
+    assert lower[:, :, mesh.eye[0, 0] > 0].abs().max() == 0  # only the mouth has a lower texture
 
 
-def test_hair_is_not_copied_to_where_the_head_no_longer_is(
+def test_hair_vanishes_where_the_head_has_moved_away(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """Whatever colour the hair has, it does not stay behind when the head turns."""
+    """The hair colour does not stay behind when the head turns."""
     assert tiny.flow is not None and tiny.flow_blend is not None
-    zero_init(tiny.flow_blend.leave)  # what is blended and copied is then a matter of geometry alone
+    zero_init(tiny.flow_blend.leave)  # blending then depends on geometry only
     zero_init(tiny.superres.colour)
     size = tiny.config.image_size
     person = torch.ones(1, 1, size, size)
@@ -69,10 +69,10 @@ def test_hair_is_not_copied_to_where_the_head_no_longer_is(
     assert changed[(seen.weight == 1) & (seen.mouth == 0)].mean() > 0.5
 
 
-def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
+def test_outline_of_a_far_moved_head_does_not_show_the_photo(
     tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """At a head's outline the photo knows both sides; not where what is behind comes from elsewhere in the head."""
+    """The photo shows both sides of a head's outline, but not if the background there samples the head."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None and net.flow_blend is not None
     net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
@@ -91,22 +91,22 @@ def test_beside_a_head_that_went_far_the_photo_shows_no_ear_of_its_own(
     assert behind[rim].mean() < 0.02
 
 
-def test_hair_that_stands_off_a_head_does_not_stay_on_the_wall(
+def test_stray_hair_does_not_stay_on_the_wall(
     tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Masks miss stray hair: where a head was, the wall beside it is not trusted; the body below it is."""
+    """Masks miss stray hair: next to where the head was, the wall is not trusted, the body below it is."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None
     net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
     whole, person = net.render, torch.zeros(1, 1, 64, 64)
-    person[..., 12:52] = 1  # a head, and what is below it
+    person[..., 12:52] = 1  # a head and the body below it
 
-    def nothing(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def render_transparent(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         features, depth, opacity = whole(*args)
         return features, depth, torch.zeros_like(opacity)
 
-    monkeypatch.setattr(net, "render", nothing)  # only the mesh says where the head is
+    monkeypatch.setattr(net, "render", render_transparent)  # only the mesh marks the head
     camera = orbit(0)
     camera[:, 3] += 0.3
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_hair_that_stands_off_a_head_does_not_stay_on_the_wall(
     )
 
     def trusted(out: Output, where: Tensor) -> float:
-        """How far the photo is trusted in what is not the head's."""
+        """Return the visibility of the photo in the background layer."""
         assert out.source_visibility is not None and out.flow_weights is not None
         rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
         seen = where & (rest > 0.9)
@@ -134,7 +134,7 @@ def test_hair_that_stands_off_a_head_does_not_stay_on_the_wall(
     assert trusted(moved, torso) > 0.85
 
 
-def test_before_a_solid_neck_the_photo_shows_no_wall(
+def test_solid_neck_is_not_covered_by_the_wall(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     person = torch.zeros(1, 1, 64, 64)
@@ -144,7 +144,7 @@ def test_before_a_solid_neck_the_photo_shows_no_wall(
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
 
     def behind(opacity: float) -> Tensor:
-        """How far the photo is trusted in what is not the head's."""
+        """Return the visibility of the photo in the background layer."""
 
         def render(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             features, depth, old = whole(*args)
@@ -162,7 +162,7 @@ def test_before_a_solid_neck_the_photo_shows_no_wall(
     assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
 
 
-def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+def test_hidden_textures_get_gradients(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     assert tiny.flow is not None
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
@@ -173,22 +173,20 @@ def test_textures_learn(tiny: Export3D, points: Tensor, orbit: Callable[..., Ten
     assert all(float(grad.abs().sum()) > 0 for grad in inside.textures.grad)
 
 
-def test_a_result_enlarged_by_its_own_photo_is_itself(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
-) -> None:
-    """A photo no larger than what the network sees has no more to show."""
+def test_upscale_to_own_size_is_identity(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """A photo of the network's input size has no additional detail."""
     photo = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
         out = tiny.drive(source, None, orbit(15), lam=source.lam)
         torch.testing.assert_close(out.upscale(photo_residual(photo, 64, 64), 64), out.image, atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            out._replace(bare=None).upscale(photo, 128),
+            out._replace(before_inpainting=None).upscale(photo, 128),
             F.interpolate(out.image, (128, 128), mode="bicubic"),
         )
 
 
-def test_a_photo_has_more_than_its_rim_and_its_small_copy() -> None:
+def test_photo_residual_plus_downsampled_photo_is_the_photo() -> None:
     photo = torch.rand(1, 3, 160, 160)
     more = photo_residual(photo, 128, 64)
     small = F.interpolate(photo[..., 16:-16, 16:-16], (64, 64), mode="area")
@@ -198,10 +196,8 @@ def test_a_photo_has_more_than_its_rim_and_its_small_copy() -> None:
     assert photo_residual(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
 
 
-def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
-) -> None:
-    """Stripes of one pixel, which are grey at the model's size; a shut mouth that opens must not show them."""
+def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """One-pixel stripes are grey at the model's size. A closed mouth that opens must not show them."""
     assert tiny.flow is not None and tiny.flow_blend is not None
     for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
         zero_init(learned)
@@ -219,24 +215,24 @@ def test_enlarged_a_face_shows_what_only_the_larger_photo_does(
             )
             seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
     face = (seen[0].face == 1).expand_as(stripes)
-    shut = (-F.max_pool2d(-seen[1].shut, 5, 1, 2) > 0.9).expand_as(stripes)
+    shut = (-F.max_pool2d(-seen[1].closed_in_photo, 5, 1, 2) > 0.9).expand_as(stripes)
     assert face.sum() > 3000 and shut.sum() > 50
     assert (detail[0] * stripes)[face].mean() > 0.9 * 0.25
     assert detail[1][shut].abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("blend", "shown"), [(0.95, 1.0), (0.5, 1.0), (0.05, 0.05)])
-def test_a_blended_face_shows_all_of_the_photos_finest_detail(
+def test_blended_face_keeps_the_full_highpass_detail(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], blend: float, shown: float
 ) -> None:
-    """But where the blend leaves the photo out; and what is behind the head as it was blended."""
+    """Except where the blend rejects the photo; the background keeps the blended fraction."""
     assert tiny.flow is not None and tiny.flow_blend is not None and tiny.superres.colour.bias is not None
     for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
         zero_init(learned)
     stripes = torch.tensor([0.5, -0.5]).repeat(64)
     with torch.no_grad():
         tiny.superres.colour.bias[3] = (math.log(blend / (1 - blend)) + 3 - PHOTO_LOGIT_BIAS) / 4
-        for size in (64, 128):  # as large as what the network sees; and what only a larger photo has
+        for size in (64, 128):  # the network's input size, and detail of a larger photo only
             photo = stripes[:size].expand(1, 3, size, size)
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
@@ -246,35 +242,35 @@ def test_a_blended_face_shows_all_of_the_photos_finest_detail(
             assert share[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
 
 
-def test_no_detail_is_made_where_positions_in_the_photo_jump(
+def test_highpass_detail_is_not_added_at_discontinuities(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """A photo of one slope has none, though beside a turned head its colours jump."""
+    """A linear ramp has no detail, although its warped colours jump next to a turned head."""
     assert tiny.superres.colour.bias is not None
     for learned in (tiny.superres.offset, tiny.superres.colour):
         zero_init(learned)
     slope = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
     with torch.no_grad():
-        tiny.superres.colour.bias[3] = (3 - PHOTO_LOGIT_BIAS) / 4  # a blend of half, where all that lacks is added
+        tiny.superres.colour.bias[3] = (3 - PHOTO_LOGIT_BIAS) / 4  # blend of 0.5, where all missing detail is added
         source = tiny.encode_source(slope, torch.zeros(1, 64), orbit(0), points, torch.ones(1, 1, 64, 64))
         out, plain = (
-            tiny.drive(one, None, orbit(30), lam=one.lam).image for one in (source, replace(source, finest=None))
+            tiny.drive(one, None, orbit(30), lam=one.lam).image for one in (source, replace(source, highpass=None))
         )
     assert highpass(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
-def test_leaps_are_distances_between_neighbours() -> None:
+def test_warp_discontinuity_is_the_distance_of_neighbours() -> None:
     at = pixel_grid(16).T.reshape(1, 2, 16, 16)
     torn = at + 0.5 * (at[:, :1] > 0.5)
     found = warp_discontinuity(torch.cat([at * 3, torn], dim=1))
     torch.testing.assert_close(found[:, 0], torch.full((1, 16, 16), 3.0))
     expected = torch.ones(16)
-    expected[7:9] = math.hypot(1 + 8, 8)  # a pixel and half a picture across, half a picture down
+    expected[7:9] = math.hypot(1 + 8, 8)  # one pixel plus half an image across, half an image down
     torch.testing.assert_close(found[0, 1], expected.expand(16, 16))
 
 
-def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
+def test_detail_is_not_added_where_the_photo_is_minified(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
     for learned in (tiny.superres.offset, tiny.superres.colour):
@@ -290,7 +286,7 @@ def test_detail_is_not_shown_where_many_pixels_of_the_photo_are_one(
     assert shown[0] > 0.2 and shown[1] < 0.01
 
 
-def test_outlines_are_smooth() -> None:
+def test_lowpass_smooths_a_step() -> None:
     step = (torch.arange(16) > 7).float().expand(1, 1, 16, 16)
     torch.testing.assert_close(lowpass(step)[0, 0, 3, 6:10], torch.tensor([0.0, 0.25, 0.75, 1.0]))
     torch.testing.assert_close(lowpass(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 8, 8))

@@ -1,4 +1,4 @@
-"""Planes as ramps give coordinates back; the decoder's prior is a head."""
+"""Tri-plane sampling of coordinate ramps; the decoder's head prior."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from export3d_cli.core.model.triplane import (
 
 X, Y, Z = range(3)
 SIDE = 16
-RAMP = (torch.arange(SIDE) + 0.5) / SIDE - 0.5  # coordinate of each pixel's centre
+RAMP = (torch.arange(SIDE) + 0.5) / SIDE - 0.5  # coordinates of the cell centres
 
 
 @pytest.mark.parametrize(("plane", "column", "row"), [(0, X, Y), (1, Y, Z), (2, Z, X)], ids=["xy", "yz", "zx"])
-def test_a_ramp_along_an_axis_is_its_coordinate(plane: int, column: int, row: int) -> None:
+def test_sample_planes_of_ramp_returns_the_coordinate(plane: int, column: int, row: int) -> None:
     planes = torch.zeros(1, 3, 2, SIDE, SIDE)
     planes[0, plane, 0] = RAMP  # along the columns
     planes[0, plane, 1] = RAMP[:, None]  # along the rows
@@ -30,26 +30,26 @@ def test_a_ramp_along_an_axis_is_its_coordinate(plane: int, column: int, row: in
     torch.testing.assert_close(taken, points[..., [column, row]], atol=1e-6, rtol=0)
 
 
-def test_three_planes_are_averaged() -> None:
+def test_sample_planes_averages_three_planes() -> None:
     planes = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1, 1).expand(1, 3, 4, SIDE, SIDE)
     torch.testing.assert_close(sample_planes(planes, torch.zeros(1, 1, 3)), torch.full((1, 1, 4), 3.0))
 
 
-def test_outside_the_cube_is_zero() -> None:
+def test_sample_planes_outside_the_cube_is_zero() -> None:
     planes = torch.ones(1, 3, 1, SIDE, SIDE)
     points = torch.tensor([[[0.6, 0.6, 0.0], [0.0, -0.6, 0.6], [0.6, 0.0, -0.6], [0.6, 0.0, 0.0]]])
-    # to the side along one axis, the plane across that axis is still over the cube
+    # outside along one axis: the plane across that axis still covers the point
     torch.testing.assert_close(sample_planes(planes, points)[0, :, 0], torch.tensor([0, 0, 0, 1 / 3]))
 
 
-def test_each_of_a_batch_is_sampled_from_its_own_planes() -> None:
+def test_sample_planes_keeps_batch_items_apart() -> None:
     planes = torch.rand(2, 3, 4, SIDE, SIDE)
     points = torch.rand(2, 7, 3) - 0.5
     alone = torch.cat([sample_planes(planes[b : b + 1], points[b : b + 1]) for b in range(2)])
     torch.testing.assert_close(sample_planes(planes, points), alone)
 
 
-def test_head_prior_is_an_ellipsoid_in_which_density_starts_high() -> None:
+def test_head_prior_gives_high_density_inside_the_ellipsoid() -> None:
     centre, axes = torch.tensor(HEAD_CENTRE), torch.tensor(HEAD_AXES)
     points = torch.stack([centre, centre + torch.diag(axes)[1], centre + 2 * torch.diag(axes)[2]])[None]
     torch.testing.assert_close(ellipsoid_level(points), torch.tensor([[1.0, 0.0, -3.0]]), atol=1e-5, rtol=0)
@@ -61,15 +61,15 @@ def test_head_prior_is_an_ellipsoid_in_which_density_starts_high() -> None:
     assert densities[0, 0] > 10 > 1 > densities[0, 1] > 5 * densities[0, 2] > 0
 
 
-def test_a_known_front_is_where_density_begins() -> None:
+def test_face_log_density_rises_at_the_known_surface() -> None:
     surface = torch.tensor([-0.1, 1.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
-    surface[..., :4] = 0  # known on one side only
+    surface[..., :4] = 0  # surface known on one side only
     known = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
     prior = face_log_density(known, surface, 0.35)[0]
-    assert prior[0] == -4  # before the face
+    assert prior[0] == -4  # in front of the face
     assert prior[1] > 15
-    assert (prior[2:4] > 15).all()  # the head is solid
-    assert prior[4] == -4  # behind it
+    assert (prior[2:4] > 15).all()  # inside the head
+    assert prior[4] == -4  # behind the head
     elsewhere = known * torch.tensor([-1.0, 1, 1])
     torch.testing.assert_close(
         face_log_density(elsewhere, surface, 0.35), (20 * ellipsoid_level(elsewhere)).clamp(-4, 20)

@@ -1,0 +1,1 @@
+"""Inference only: the sparse renderer, used by `export3d`, and tri-plane interpolation, used by `animation`."""

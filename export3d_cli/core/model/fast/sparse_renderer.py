@@ -1,7 +1,8 @@
-"""Volume rendering without gradients that leaves out what cannot be seen: the picture of `Export3D.render`, sooner.
+"""Sparse volume rendering for inference on a CPU: skips samples that do not change the result.
 
-A ray that has met something opaque goes no further; one that met nothing gets no fine samples; colours are decoded only
-where they count. What is left out is below `OPAQUE`, `EMPTY` and `VISIBLE` of a ray.
+Rays stop behind opaque samples, empty rays get no fine samples, and colours are decoded only where they contribute. The
+contributions left out are below `MIN_TRANSMITTANCE`, `MIN_RAY_OPACITY` and `MIN_SAMPLE_WEIGHT` of a ray. The plain path
+is `Export3D.render`.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from torch.nn import functional as F
 from export3d_cli.core.model import volume_renderer as render
 from export3d_cli.core.model.cached_tensors import cached_tensor
 
-MIN_TRANSMITTANCE = 1e-3  # less than this of a ray goes on: the rest of its samples are not looked at
-MIN_RAY_OPACITY = 1e-2  # less than this is stopped by the coarse samples: there are no fine ones
-MIN_SAMPLE_WEIGHT = 4e-3  # a sample's share of its ray below which its colour is not decoded; the others make up for it
-CHUNK_POINTS = 1 << 14  # points decoded at once: they stay in the processor's cache
-FIRST_PASS_RATIO = 9 / 16  # of the coarse samples are looked at before asking which rays go on
+MIN_TRANSMITTANCE = 1e-3  # below this, the rest of a ray's samples are skipped
+MIN_RAY_OPACITY = 1e-2  # below this after the coarse samples, a ray gets no fine ones
+MIN_SAMPLE_WEIGHT = 4e-3  # of a ray; colours below it are not decoded, the others are rescaled
+CHUNK_POINTS = 1 << 14  # points decoded at once, to stay in the CPU's cache
+FIRST_PASS_RATIO = 9 / 16  # of the coarse samples are decoded before opaque rays are dropped
 
-DecodeHidden = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> hidden (M, h), density (M,)
-RayOutputs = tuple[Tensor, Tensor, Tensor]  # colours (R, C'), depth (R,) and opacity (R,)
-DecodeColours = Callable[[Tensor], Tensor]  # hidden (M, h) -> colours (M, C')
+DecodeHidden = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> activations (M, h), densities (M,)
+RayOutputs = tuple[Tensor, Tensor, Tensor]  # features (R, C'), depth (R,), opacity (R,)
+DecodeColours = Callable[[Tensor], Tensor]  # activations (M, h) -> features (M, C')
 
 
 class BilinearTaps(NamedTuple):
-    """Where along some axes bilinear samples fall."""
+    """Bilinear sample positions along several axes."""
 
-    cell: Tensor  # (axes, M) cell, a whole number, fp32; from -1 on, the padding of `plane_table`
-    weights: Tensor  # (2, axes, M) of it and of the one above
+    cell: Tensor  # (axes, M) lower cell as fp32; -1 is the padding of `make_feature_table`
+    weights: Tensor  # (2, axes, M) of the lower and the upper cell
 
 
 def bilinear_taps(position: Tensor, size: int, *, border: bool) -> BilinearTaps:
-    """Positions (axes, M) in -1..1 of a grid of `size` cells, counted as by `F.grid_sample` without aligned corners."""
+    """Return the taps of positions (axes, M) in [-1, 1] on `size` cells, as `F.grid_sample(align_corners=False)`."""
     at = (position + 1) * (0.5 * size) - 0.5
     at = at.clamp(0, size - 1) if border else at.clamp(-1, size)
     low = at.floor().clamp_max(size - 1)
@@ -44,11 +45,11 @@ def bilinear_taps(position: Tensor, size: int, *, border: bool) -> BilinearTaps:
 
 
 def gather_bilinear(table: Tensor, x: BilinearTaps, y: BilinearTaps, size: int) -> Tensor:
-    """Sum of bilinear samples of several grids, which are the axes of both taps, from `plane_table` -> (M, C)."""
+    """Sum the bilinear samples of several grids of a feature table: (M, C). Both taps hold one axis per grid."""
     grids, width = len(x.cell), size + 2
     begin = cached_tensor(
         tuple(k * width * width + width + 1.0 for k in range(grids)), table.device
-    )  # of the first cell
+    )  # row of each grid's first cell
     first = (torch.add(x.cell, y.cell, alpha=width) + begin[:, None]).T.contiguous().int()  # (M, grids)
     near = cached_tensor((0, 1, width, width + 1), table.device, torch.int32)
     index = (first[..., None] + near).view(-1, 4 * grids)
@@ -57,10 +58,9 @@ def gather_bilinear(table: Tensor, x: BilinearTaps, y: BilinearTaps, size: int) 
 
 
 def make_feature_table(planes: Tensor, weight: Tensor) -> Tensor:
-    """Planes (K, C, P, P) -> the products of their cells with `weight` (h, C) as rows, (K * (P + 2)^2, h), fp32.
+    """Multiply the cells of planes (K, C, P, P) by `weight` (h, C): rows (K * (P + 2)^2, h), fp32, zero-padded planes.
 
-    A sample is a sum of cells, so a linear layer may come before it: there are fewer cells than samples. Around each
-    plane lie cells of zeros.
+    Sampling is linear, so the linear layer can come before it; planes have fewer cells than there are samples.
     """
     with torch.autocast(planes.device.type, enabled=False):
         cells = F.pad(planes.float().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
@@ -68,14 +68,14 @@ def make_feature_table(planes: Tensor, weight: Tensor) -> Tensor:
 
 
 def sample_plane_table(table: Tensor, size: int, points: Tensor) -> Tensor:
-    """Sum of the bilinear samples of three planes of one head: table of `plane_table`, points (3, M) -> (M, h)."""
+    """Sum the bilinear samples of the three planes of one head at points (3, M): (M, h)."""
     across = bilinear_taps(points * 2, size, border=False)
-    down = BilinearTaps(across.cell.roll(-1, 0), across.weights.roll(-1, 1))  # `triplane.PLANE_AXES`
+    down = BilinearTaps(across.cell.roll(-1, 0), across.weights.roll(-1, 1))  # see `triplane.PLANE_AXES`
     return gather_bilinear(table, across, down, size)
 
 
 def sample_view_table(table: Tensor, size: int, points: Tensor, camera: Tensor) -> Tensor:
-    """`source_view.sample_source` of one head: a table of one plane, points (3, M), camera (1, 25) -> (M, h)."""
+    """Sample a one-plane table as `source_view.sample_view_plane` does: points (3, M), camera (1, 25) -> (M, h)."""
     cam2world, intrinsics = (each[0] for each in render.split_camera(camera))
     seen = intrinsics @ cam2world[:3, :3].T  # (3, 3)
     u, v, depth = torch.addmm(-seen @ cam2world[:3, 3:], seen, points).split(1)  # (1, M) each
@@ -95,10 +95,15 @@ def render_rays(
     """Render the rays of one head.
 
     Args:
-        decode, paint: the field. origin: (3,). directions: (R, 3). coarse: depths (R, S). fine: samples added.
+        decode_hidden: maps points to activations and densities.
+        decode_colours: maps activations to colour features.
+        origin: (3,).
+        directions: (R, 3).
+        coarse: depths (R, S).
+        fine: number of importance samples per ray.
 
     Returns:
-        Colours (R, C'), depth (R,) and opacity (R,), as `render.composite` gives them.
+        Features (R, C'), depth (R,) and opacity (R,), as from `volume_renderer.composite`.
     """
     R, S = coarse.shape
     hidden: list[Tensor] = []
@@ -140,14 +145,14 @@ def render_rays(
 def _composite(
     groups: list[tuple[Tensor, Tensor, Tensor, Tensor]], hidden: Tensor, paint: DecodeColours, count: int
 ) -> RayOutputs:
-    """Rays, depths, densities and rows of `hidden` of some rays each -> colours, depth and opacity of all."""
+    """Composite groups of (rays, depths, densities, rows of `hidden`) into features, depth and opacity of all rays."""
     depth, opacity = (hidden.new_zeros(count, dtype=torch.float32) for _ in range(2))
     chosen_rays, chosen_rows, chosen_shares = [], [], []
     for rays, depths, sigma, rows in groups:
         weights, opacity[rays] = render.ray_weights(sigma, depths)
         middle = 0.5 * (depths[:, 1:] + depths[:, :-1])
         depth[rays] = (weights * middle).sum(-1) + (1 - opacity[rays]) * depths[:, -1]
-        # the sum of interval weights times mean colours of their ends is a sum over samples
+        # eq. 9 over intervals (mean colour of both ends), rewritten as a sum over samples
         share = 0.5 * (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1)))  # (R', S')
         kept = share * (share > MIN_SAMPLE_WEIGHT)
         kept = kept * (share.sum(-1) / kept.sum(-1).clamp_min(MIN_SAMPLE_WEIGHT))[:, None]

@@ -1,6 +1,6 @@
-"""Tri-planes of a moving expression: made for few frames, blended for those whose expression lies between theirs.
+"""Interpolation of tri-planes between key frames of an animation.
 
-A tri-plane is more than a third of a frame's work on a CPU, and nearly linear in lambda over some frames of a video.
+On a CPU a tri-plane takes more than a third of a frame's time, and it is nearly linear in lambda over a few frames.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-KEYFRAME_WINDOW = 4  # frames of which at least one has a tri-plane of its own
+KEYFRAME_WINDOW = 4  # frames among which at least one is a key frame
 
 
 class TriplaneInterpolator:
-    """Makes the tri-planes of consecutive frames of one source.
+    """Tri-planes of consecutive frames of one source.
 
     Args:
-        make: lambda (1, n) -> tri-plane (1, 3, C, P, P).
-        reach: how far lambda may be from the straight line between those of two frames whose tri-planes are blended
-            instead; units of lambda, of which an expression has about 3.
+        generate: lambda (1, n) -> tri-plane (1, 3, C, P, P).
+        max_deviation: largest distance of lambda from the straight line between two key frames for which their planes
+            are interpolated; in units of lambda (an expression has a norm of about 3).
     """
 
     def __init__(self, generate: Callable[[Tensor], Tensor], max_deviation: float) -> None:
         self._generate, self._max_deviation = generate, max_deviation
-        self._last: tuple[Tensor, Tensor] | None = None  # lambda (1, n) of the frame before, and its tri-plane
+        self._last: tuple[Tensor, Tensor] | None = None  # lambda (1, n) and tri-plane of the previous frame
 
     @torch.inference_mode()
     def __call__(self, lam: Tensor) -> Tensor:
-        """Coefficients (T, n) of the next frames, T best `WINDOW` -> their tri-planes (T, 3, C, P, P)."""
+        """Return the tri-planes (T, 3, C, P, P) of the next T frames, best `KEYFRAME_WINDOW`, with lambda (T, n)."""
         known: dict[int, Tensor] = {}
         rows, first = lam, 0
         if self._last is not None:
@@ -42,7 +42,7 @@ class TriplaneInterpolator:
 
         make(0)
         make(len(rows) - 1)
-        spans = [(0, len(rows) - 1)]  # not a function that calls itself: it would keep all tri-planes as garbage
+        spans = [(0, len(rows) - 1)]  # not recursive: a recursive closure is a cycle that keeps tri-planes alive
         while spans:
             low, high = spans.pop()
             if high - low < 2:

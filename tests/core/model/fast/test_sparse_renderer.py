@@ -1,4 +1,4 @@
-"""What is left out or computed otherwise without gradients gives the picture of the plain path."""
+"""Inference paths (sparse rendering, fused convolutions) against the plain path."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def psnr(a: Tensor, b: Tensor, span: float = 2.0) -> float:
     return -10 * math.log10(max(((a - b).float() / span).square().mean().item(), 1e-12))
 
 
-def test_rows_are_sampled_as_planes_are_and_go_through_a_layer(orbit: Callable[..., Tensor]) -> None:
+def test_feature_table_samples_equal_sampling_then_linear_layer(orbit: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside of the cube
+    planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside the cube
     weight, flat = torch.randn(6, 5), points[0].T.contiguous()
     taken = lean.sample_plane_table(lean.make_feature_table(planes[0], weight / 3), 8, flat)
     torch.testing.assert_close(taken, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
@@ -43,17 +43,17 @@ def test_rows_are_sampled_as_planes_are_and_go_through_a_layer(orbit: Callable[.
 
 
 @pytest.mark.parametrize("solid", [1.0, 30.0])
-def test_the_picture_is_that_of_the_plain_path(
+def test_sparse_render_matches_plain_render(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], solid: float
 ) -> None:
-    """Fog and a solid head: 45 dB, in colours, opacity and depth."""
+    """Fog and a solid head: 45 dB in colour, opacity and depth."""
     torch.manual_seed(2)
     image, beta, camera = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 64), orbit(-25, 30)
     with torch.no_grad():
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
         posed = tiny.pose_head(source, source.lam)
         planes = posed.planes * solid
-        posed = replace(posed, planes=planes, rows=tiny._make_plane_tables(planes))
+        posed = replace(posed, planes=planes, plane_tables=tiny._make_plane_tables(planes))
         soon = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     assert plain.image.requires_grad and not soon.image.requires_grad
@@ -62,8 +62,8 @@ def test_the_picture_is_that_of_the_plain_path(
     assert plain.raw.std() > 0.02
 
 
-def test_what_cannot_be_seen_is_left_out() -> None:
-    """A wall behind the first samples, on half of the rays; nothing on the others."""
+def test_render_rays_skips_invisible_samples() -> None:
+    """Half of the rays hit a wall behind the first samples, the others nothing."""
     asked: list[int] = []
     directions = torch.tensor([[0.0, 0.0, 1.0]]).repeat(8, 1)
     directions[4:, 0] = 1.0
@@ -79,7 +79,11 @@ def test_what_cannot_be_seen_is_left_out() -> None:
         return hidden.new_ones(len(hidden), 2) * 0.5
 
     colours, depth, opacity = lean.render_rays(decode, paint, torch.zeros(3), directions, depths, 16)
-    assert asked[:3] == [8 * 9, 4 * 7, 4 * 16]  # all, those that go on, those that met something
+    assert asked[:3] == [
+        8 * 9,
+        4 * 7,
+        4 * 16,
+    ]  # first pass, second pass of open rays, fine samples of hits
     assert 0 < -asked[3] <= 4 * 16
     torch.testing.assert_close(colours, torch.tensor([0.5] * 4 + [0.0] * 4)[:, None].expand(-1, 2))
     torch.testing.assert_close(opacity, torch.tensor([1.0] * 4 + [0.0] * 4))
@@ -87,7 +91,7 @@ def test_what_cannot_be_seen_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("fine", [0, 4])
-def test_rays_are_composited_as_by_the_sum(fine: int) -> None:
+def test_render_rays_matches_composite(fine: int) -> None:
     torch.manual_seed(0)
     field = torch.rand(3, 3)
 
@@ -112,14 +116,14 @@ def test_rays_are_composited_as_by_the_sum(fine: int) -> None:
         assert psnr(a, b[0], 1.0) > 45
 
 
-def test_attention_in_half_precision() -> None:
+def test_attention_in_bfloat16_matches_float32() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 64, 24).bfloat16()
     with torch.no_grad():
         assert psnr(attention(q, k, v), F.scaled_dot_product_attention(q.float(), k.float(), v.float())) > 45
 
 
-def test_a_joined_convolution_is_that_of_the_parts_side_by_side() -> None:
+def test_upsample_concat_conv_equals_conv_of_concatenation() -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(12, 5, 3, padding=1)
     x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
@@ -136,8 +140,8 @@ def test_a_joined_convolution_is_that_of_the_parts_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (16, 7), (3, 8)])
-def test_a_convolution_of_an_enlarged_picture_is_one_of_the_small_one(height: int, width: int) -> None:
-    """At the rims too, where one goes on with zeros and the other with its last row."""
+def test_upsample_conv_equals_upsampling_then_conv(height: int, width: int) -> None:
+    """Also at the borders, where the two paddings differ."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 6, height, width), torch.randn(5, 6, 3, 3)
     plain = F.conv2d(upsample_2x(x), weight, padding=1)
@@ -146,15 +150,13 @@ def test_a_convolution_of_an_enlarged_picture_is_one_of_the_small_one(height: in
     assert psnr(half, plain, float(plain.max() - plain.min())) > 45
 
 
-def test_textures_are_the_same_where_only_they_are_sampled(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
-) -> None:
+def test_hidden_textures_window_equals_full_map(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     assert tiny.flow is not None
     opened = points.repeat(2, 1, 1)
     opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
     camera = orbit(0, 20)
     mesh, inside = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), HiddenTextures()
-    for size in (24, 96, 160):  # at the smallest a patch is the picture
+    for size in (24, 96, 160):  # at the smallest size the window is the whole map
         with torch.no_grad():
             values, top, left = inside.render_window(mesh, size)
             plain = inside(mesh, size)
@@ -164,7 +166,7 @@ def test_textures_are_the_same_where_only_they_are_sampled(
         seen[:, :, top : top + height, left : left + width] = values
         torch.testing.assert_close(seen, plain, atol=1e-6, rtol=0)
     assert height < size and width < size
-    assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # for the convolution's reach
+    assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # border for the kernel
     with torch.no_grad():
         shut = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
         assert inside.render_window(shut, 96).values.numel() == 0

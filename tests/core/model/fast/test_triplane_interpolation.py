@@ -1,4 +1,4 @@
-"""Tri-planes made for some frames and blended for those between: against a function that is known."""
+"""Tri-plane interpolation against a known linear function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export3d_cli.core.runtime.weights import example_path
 
 
 class Counted:
-    """A tri-plane that is linear in lambda, and how often one was made."""
+    """A generator linear in lambda that records its calls."""
 
     def __init__(self) -> None:
         self.made: list[float] = []
@@ -33,7 +33,7 @@ def values(planes: Tensor) -> list[float]:
     return planes[:, 0, 0, 0, 0].tolist()
 
 
-def test_frames_on_a_straight_line_share_tri_planes() -> None:
+def test_frames_on_a_line_are_interpolated_between_key_frames() -> None:
     make = Counted()
     keys = TriplaneInterpolator(make, max_deviation=0.1)
     line = torch.stack([torch.arange(9.0), 2 * torch.arange(9.0)], dim=1)
@@ -42,19 +42,19 @@ def test_frames_on_a_straight_line_share_tri_planes() -> None:
     assert values(torch.cat([first, then])) == pytest.approx((3 * torch.arange(9.0)).tolist())
 
 
-def test_frames_off_the_line_get_their_own() -> None:
+def test_frames_off_the_line_become_key_frames() -> None:
     make = Counted()
     bent = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0], [3.0, 0.05], [4.0, 0.0]])
     got = values(TriplaneInterpolator(make, max_deviation=0.3)(bent))
     assert sorted(make.made) == [0, 1, 2, 3, 4]
     assert got == pytest.approx(bent.sum(1).tolist())
     make = Counted()
-    got = values(TriplaneInterpolator(make, max_deviation=0.6)(bent))  # 1 and 3 are .45 from the lines by way of 2
+    got = values(TriplaneInterpolator(make, max_deviation=0.6)(bent))  # 1 and 3 are 0.45 from the lines through 2
     assert sorted(make.made) == [0, 2, 4]
     assert got != pytest.approx(bent.sum(1).tolist()) and got[2] == 3
 
 
-def test_an_expression_that_stays_is_made_once() -> None:
+def test_constant_expression_is_generated_once() -> None:
     make = Counted()
     keys = TriplaneInterpolator(make, max_deviation=0.1)
     still = torch.ones(KEYFRAME_WINDOW, 2)
@@ -62,8 +62,8 @@ def test_an_expression_that_stays_is_made_once() -> None:
     assert make.made == [1]
 
 
-def test_tri_planes_no_longer_needed_are_freed_at_once() -> None:
-    """They are megabytes each: waiting for the garbage to be collected, hundreds of them add up in a long video."""
+def test_unused_tri_planes_are_freed_without_garbage_collection() -> None:
+    """Tri-planes take megabytes each; hundreds would pile up in a long video before a collection."""
     made: list[weakref.ref[Tensor]] = []
 
     def make(lam: Tensor) -> Tensor:
@@ -78,10 +78,10 @@ def test_tri_planes_no_longer_needed_are_freed_at_once() -> None:
         alive = sum(planes() is not None for planes in made)
     finally:
         gc.enable()
-    assert len(made) == 5 and alive == 1  # the last one: the next frames begin at it
+    assert len(made) == 5 and alive == 1  # the last one, where the next frames start
 
 
-def test_the_same_frames_come_again_and_best_blends_nothing(animator: Animator) -> None:
+def test_animation_repeats_and_best_quality_does_not_interpolate(animator: Animator) -> None:
     best = Animator(animator.model, animator.tracker, device=animator.device, precision="fp32", quality="best")
     assert best.ahead == best.batch and animator.ahead == KEYFRAME_WINDOW
     photo = read_image(example_path("source.jpg"))
@@ -94,4 +94,4 @@ def test_the_same_frames_come_again_and_best_blends_nothing(animator: Animator) 
         one.set_source(photo)
         made.append(np.stack(list(one.drive([moving]))).astype(int))
     assert len(made[0]) == 6 and (made[0] == made[1]).all()
-    assert 0 < np.abs(made[0] - made[2]).mean() < 10  # finer in other ways, too
+    assert 0 < np.abs(made[0] - made[2]).mean() < 10  # `best` also samples more finely
