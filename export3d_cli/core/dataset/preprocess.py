@@ -1,12 +1,12 @@
-"""Videos and photos -> face crops with Motion: one file, or folders of them into a training data set.
+"""Turns videos and photos into face crops with motion: one motion file, or a training data set.
 
-A data set is `manifest.jsonl` (one line a clip: id, person, file, motion, frames, fps, split, source) and
-`clips/<id>.mp4` or `.png` (square face crops) with `clips/<id>.motion.npz`; `rejected.jsonl` tells what was left out
-and why. A video is read twice, once to follow faces (`core/dataset/segmentation.py`) and once to cut them out, so that no more than a
-frame is in memory. A clip that is its whole video has the video's id, else `<id>-cNN`.
+A data set is `manifest.jsonl` (one row per clip: id, person, file, motion, frames, fps, split, source) and
+`clips/<id>.mp4` or `.png` (square face crops) with `clips/<id>.motion.npz`; `rejected.jsonl` says what was left out and
+why. A video is read twice, once to track faces (`segmentation.py`) and once to write the crops, so that memory never
+holds more than one frame. A clip that covers its whole video has the video's id, others `<id>-cNN`.
 
-Shard i of n takes every n-th input and keeps its lists in `manifest-<i>of<n>.jsonl` and `rejected-<i>of<n>.jsonl` of
-the same folder; a run without a shard merges them, and does what they left undone.
+Shard i of n processes every n-th input and keeps its lists in `manifest-<i>of<n>.jsonl` and
+`rejected-<i>of<n>.jsonl` of the same folder; a run without a shard merges them and processes the remaining inputs.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporarie
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
-CLIP_FPS = Fraction(25)  # of the clips of a data set
-_CLIP_SUFFIX = re.compile(r"-c\d{2,}$")  # what is behind a video's name in that of one of its clips
+CLIP_FPS = Fraction(25)  # frame rate of the clips in a data set
+_CLIP_SUFFIX = re.compile(r"-c\d{2,}$")  # follows the video's id in the id of one of its clips
 Progress = Callable[[str, int, "int | None"], None]
 PersonRule = Literal["name", "folder"]
 
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What became of the inputs."""
+    """The result of a run; `clips` and `frames` count the whole data set."""
 
     clips: int
     frames: int
-    rejected: list[str] = field(default_factory=list)  # "file: reason", of this run
+    rejected: list[str] = field(default_factory=list)  # "file: reason", of this run only
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class InputJob:
-    """One input and all that a worker needs to know for it."""
+    """One input with everything a worker needs to process it."""
 
     file: Path
-    source_id: str  # names the input in the data set: its path below the folder given, without suffix
+    source_id: str  # unique in the data set: the path below the given folder, without suffix
     person: str
     out: Path
     size: int
@@ -72,7 +72,7 @@ class InputJob:
 
 @dataclass(frozen=True)
 class InputResult:
-    """What became of one input: lines of the manifest and lines of the list of rejected clips."""
+    """The manifest rows of one input, for clips and for rejected clips."""
 
     job: InputJob
     clips: list[ManifestRow]
@@ -96,69 +96,88 @@ def preprocess(
     report: bool = False,
     progress: Progress | None = None,
 ) -> PreprocessSummary:
-    """Track faces; write a Motion file (one input, `out` ending in .motion.npz) or a data set (folder `out`).
+    """Track faces and write one motion file (`out` ends in .motion.npz) or a data set (`out` is a folder).
 
-    Inputs that are in the data set already are kept, so that a run that was cut off goes on. `fps`, `face` and
-    `tracker` are for a Motion file only: clips of data sets have 25 frames/s, the largest face and the landmarker's
-    points. A Motion file may also come of a CSV of Live Link Face. Raises `InputError` when there is nothing to read
-    and `NoFaceError` when no input has a usable face.
+    Inputs that are in the data set already are kept, so that an interrupted run can be continued. `fps`, `face`,
+    `tracker` and `overlay` are for a motion file only: the clips of a data set have 25 frames/s, the largest face and
+    the landmarker's points. A motion file can also be made from a Live Link Face CSV.
+
+    Args:
+        inputs: videos, photos or folders of them.
+        out: folder of the data set, or X.motion.npz.
+        size: side of the crops in pixels.
+        workers: number of processes.
+        max_frames: maximum number of frames of each input; None: all.
+        fps: frame rate of the motion file; None keeps the video's.
+        clip_filter: limits for clips; None: the defaults.
+        person: take the person's id from the file name up to its last underscore ("name") or from the folder.
+        shard: (i, n): process every n-th input, starting at the i-th.
+        face: which of several faces: largest, left, right or index:N.
+        tracker: "landmarker" or "fan".
+        overlay: video or image to write with the tracking drawn on it.
+        report: write `report.png`, an overview of the data set.
+        progress: called with the stage, the number done and the total.
+
+    Raises:
+        InputError: there is nothing to read, or an option does not apply.
+        NoFaceError: no input has a usable face.
     """
     if out.name.endswith(".npz"):
         return _write_motion_file(
-            inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker_name=tracker
+            inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker=tracker
         )
     if overlay is not None or fps is not None or face != "largest" or tracker != "landmarker":
         what = "an overlay, a frame rate or a choice of face or tracker"
         raise InputError(f"{out} is a data set: {what} is for one video, with OUT as X.motion.npz")
-    every = _find_inputs(inputs, out)
-    if not every:
+    all_inputs = _find_inputs(inputs, out)
+    if not all_inputs:
         raise InputError(f"no video or image in {', '.join(map(str, inputs))}")
     clip_filter = clip_filter or ClipFilter()
-    if max_frames is not None:  # who wants few frames wants short clips
+    if max_frames is not None:  # a limit on frames implies short clips
         clip_filter = replace(clip_filter, min_seconds=min(clip_filter.min_seconds, float(max_frames / CLIP_FPS)))
-    mine = every if shard is None else every[shard[0] - 1 :: shard[1]]
+    shard_inputs = all_inputs if shard is None else all_inputs[shard[0] - 1 :: shard[1]]
+    clips_folder = out / "clips"
     with folder_lock(out, shared=shard is not None):
-        lists = DatasetManifest(out, shard)
+        manifest = DatasetManifest(out, shard)
         jobs = [
-            InputJob(file, source, _person_id(file, source, person), out, size, max_frames, clip_filter)
-            for file, source in mine
-            if source not in lists.finished_sources
+            InputJob(file, source_id, _person_id(file, source_id, person), out, size, max_frames, clip_filter)
+            for file, source_id in shard_inputs
+            if source_id not in manifest.finished_sources
         ]
         try:
-            (out / "clips").mkdir(parents=True, exist_ok=True)
+            clips_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"cannot write to {out} ({error.strerror}): give a folder, or a file X.motion.npz"
             ) from error
-        _remove_partial_clips(out / "clips", {job.source_id for job in jobs})
-        told: list[str] = []
+        _remove_partial_clips(clips_folder, {job.source_id for job in jobs})
+        rejected: list[str] = []
         with contextlib.closing(_run_jobs(jobs, workers)) as results:
-            for count, done in enumerate(results, start=1):
-                lists.add(done.clips, done.rejected)
-                told += [f"{done.job.file}: {line['reason']}" for line in done.rejected]
+            for count, result in enumerate(results, start=1):
+                manifest.add(result.clips, result.rejected)
+                rejected += [f"{result.job.file}: {row['reason']}" for row in result.rejected]
                 if progress is not None:
                     progress("inputs", count, len(jobs))
-        lists.close()
-        remove_stale_temporaries(
-            out / "clips"
-        )  # of workers that outlived a parent that was killed, by the moment they need to notice it
-    if not lists.clips and shard is None:
-        first = told[0] if told else f"{out / 'rejected.jsonl'} says why"
-        raise NoFaceError(f"none of the {len(every)} inputs gave a usable clip; the first: {first}")
+        manifest.close()
+        remove_stale_temporaries(clips_folder)  # of workers that outlived a killed parent for a moment
+    if not manifest.clips and shard is None:
+        first = rejected[0] if rejected else f"see {out / 'rejected.jsonl'}"
+        raise NoFaceError(f"none of the {len(all_inputs)} inputs gave a usable clip; the first: {first}")
     notes = []
-    if report and lists.clips:
-        notes.append(f"report in {draw_report(out, lists.clips, lists.path('report').with_suffix('.png'))}")
-    return PreprocessSummary(len(lists.clips), sum(line["frames"] for line in lists.clips), told, notes)
+    if report and manifest.clips:
+        path = draw_report(out, manifest.clips, manifest.path("report").with_suffix(".png"))
+        notes.append(f"report in {path}")
+    return PreprocessSummary(len(manifest.clips), sum(row["frames"] for row in manifest.clips), rejected, notes)
 
 
 def _write_motion_file(
-    inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None, **how: Any
+    inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None, **options: Any
 ) -> PreprocessSummary:
     if len(inputs) != 1:
-        raise InputError(f"{out} can hold the motion of one video, got {len(inputs)} inputs: give a folder instead")
+        raise InputError(f"{out} holds the motion of one input, got {len(inputs)}: give one, or a folder as OUT")
     if overlay is not None and is_arkit_csv(inputs[0]):
-        raise InputError(f"{inputs[0]} holds no pictures to draw on: leave out --overlay")
-    motion, notes = extract_motion(inputs[0], progress=progress, **how)
+        raise InputError(f"{inputs[0]} has no pictures to draw on: leave out --overlay")
+    motion, notes = extract_motion(inputs[0], progress=progress, **options)
     motion.save(out)
     if overlay is not None:
         draw_overlay(inputs[0], motion, overlay, progress=progress)
@@ -166,49 +185,49 @@ def _write_motion_file(
 
 
 def _find_inputs(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
-    """Every file to be read, with a name that is unique in the data set; sorted within each folder given."""
-    found: dict[Path, str] = {}
+    """Return every input file with an id that is unique in the data set, sorted within each folder."""
+    ids: dict[Path, str] = {}
     taken: set[str] = set()
     for path in inputs:
         if not path.exists():
-            raise InputError(f"{path} does not exist: give a video, a photo or a folder of them")
+            raise InputError(f"{path} does not exist: give a video, a photo or a folder")
         if out.resolve() in path.resolve().parents:
-            raise InputError(f"{path} lies in the output folder {out}: choose another one")
+            raise InputError(f"{path} lies in the output folder {out}: choose another output folder")
         files = sorted(p for p in path.rglob("*") if _is_input_file(p, path, out)) if path.is_dir() else [path]
         for file in files:
-            if file in found:
+            if file in ids:
                 continue
-            below = file.relative_to(path).parent.parts if path.is_dir() else ()
-            base = "-".join([*below, file.stem]) + ("-still" if has_image_suffix(file) else "")
-            base += "-video" if _CLIP_SUFFIX.search(base) else ""  # "a-c01" is the first clip of "a"
+            folders = file.relative_to(path).parent.parts if path.is_dir() else ()
+            base = "-".join([*folders, file.stem]) + ("-still" if has_image_suffix(file) else "")
+            base += "-video" if _CLIP_SUFFIX.search(base) else ""  # "a-c01" is the id of the first clip of "a"
             name, k = base, 2
             while name in taken:
                 name, k = f"{base}-{k}", k + 1
             taken.add(name)
-            found[file] = name
-    return list(found.items())
+            ids[file] = name
+    return list(ids.items())
 
 
-def _remove_partial_clips(clips: Path, todo: set[str]) -> None:
-    """Take away what runs that were killed left of inputs that are to be done: others clips may come of them now."""
-    with os.scandir(clips) as entries:
+def _remove_partial_clips(folder: Path, pending: set[str]) -> None:
+    """Delete clips that killed runs left of pending inputs, because the new run may split them differently."""
+    with os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
     for name in names:
         clip = re.sub(r"(\.motion\.npz|\.mp4|\.png)$", "", name)
-        if clip != name and (clip in todo or _CLIP_SUFFIX.sub("", clip) in todo):
-            (clips / name).unlink(missing_ok=True)
+        if clip != name and (clip in pending or _CLIP_SUFFIX.sub("", clip) in pending):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_input_file(path: Path, folder: Path, out: Path) -> bool:
-    """Whether a file found below a folder is to be read: not what we wrote, nor what is hidden."""
+    """Return whether a file in an input folder is a visible video or image outside the output folder."""
     if any(part.startswith(".") for part in path.relative_to(folder).parts) or out in path.parents:
         return False
     return (path.suffix.lower() in VIDEO_SUFFIXES or has_image_suffix(path)) and path.is_file()
 
 
-def _person_id(file: Path, source: str, person: PersonRule) -> str:
-    """The file name up to its last underscore, or the folder that it lies in."""
-    return file.resolve().parent.name or source if person == "folder" else file.stem.rsplit("_", 1)[0]
+def _person_id(file: Path, source_id: str, rule: PersonRule) -> str:
+    """Return the file name up to its last underscore, or the name of the folder it lies in."""
+    return file.resolve().parent.name or source_id if rule == "folder" else file.stem.rsplit("_", 1)[0]
 
 
 def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[InputResult, None, None]:
@@ -223,40 +242,42 @@ def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[InputResult, None
             yield future.result()
         finished = True
     except concurrent.futures.process.BrokenProcessPool as error:
-        hint = "run the same command again, with fewer --workers if memory is short: what is finished is kept"
-        raise Export3DError(f"a worker process died: {hint}") from error
+        raise Export3DError(
+            "a worker process died: run the same command again, with fewer --workers if memory is short "
+            "(finished inputs are kept)"
+        ) from error
     finally:
-        if not finished:  # Ctrl-C, or a defect: what is under way is given up
+        if not finished:  # interrupted: abandon the inputs in progress
             for worker in multiprocessing.active_children():
                 worker.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-_worker_tracker: LandmarkerTracker | None = None  # of this process
+_worker_tracker: LandmarkerTracker | None = None  # one per process
 _busy = _stop_requested = False
 
 
 def _init_worker() -> None:
-    """In a worker: Ctrl-C and `terminate` give up the input under way, leaving no half files, and all that follow."""
+    """Make a worker stop at SIGINT or SIGTERM: abandon the current input without partial files, start no other."""
 
     def stop(*_: object) -> None:
         global _stop_requested
-        again, _stop_requested = _stop_requested, True
-        if _busy and not again:  # the parent's signal follows Ctrl-C's, and must not break the clearing away
+        repeated, _stop_requested = _stop_requested, True
+        if _busy and not repeated:  # the parent's SIGTERM follows the SIGINT and must not interrupt the cleanup
             raise KeyboardInterrupt
 
-    def dropped() -> None:
+    def forget_stop() -> None:
         global _stop_requested
         _stop_requested = False
 
-    reraise_dropped_interrupts(dropped)
+    reraise_dropped_interrupts(forget_stop)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next input for ever."""
+    """End this worker when its parent is gone; it would otherwise wait for its next input for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -264,7 +285,7 @@ def _exit_with_parent() -> None:
 
 
 def _process_input(job: InputJob) -> InputResult:
-    """One input -> its crops and Motion files; a reason where there is none."""
+    """Write the crops and motion files of one input; the result says why where there are none."""
     global _busy
     if _stop_requested:
         raise KeyboardInterrupt
@@ -279,13 +300,11 @@ def _process_with_tracker(job: InputJob) -> InputResult:
     global _worker_tracker
     _worker_tracker = _worker_tracker or open_landmarker_tracker()
     try:
-        return (
-            _process_image(job, _worker_tracker) if has_image_suffix(job.file) else _process_video(job, _worker_tracker)
-        )
+        process = _process_image if has_image_suffix(job.file) else _process_video
+        return process(job, _worker_tracker)
     except Export3DError as error:
-        return InputResult(
-            job, [], [_rejected_row(job, job.source_id, str(error)) | {"failed": not isinstance(error, NoFaceError)}]
-        )
+        row = _rejected_row(job, job.source_id, str(error)) | {"failed": not isinstance(error, NoFaceError)}
+        return InputResult(job, [], [row])
 
 
 def _process_image(job: InputJob, tracker: LandmarkerTracker) -> InputResult:
@@ -304,61 +323,64 @@ def _process_image(job: InputJob, tracker: LandmarkerTracker) -> InputResult:
 
 
 def _process_video(job: InputJob, tracker: LandmarkerTracker) -> InputResult:
-    """First pass: follow faces and judge; only numbers stay. Second pass: cut the crops out."""
+    """First pass: track faces, filter the segments, write their motion. Second pass: write the crop videos."""
     kept: list[tuple[str, int, int, tuple[float, float, float]]] = []  # id, first frame, frames, crop
     rejected, count = [], 0
-    clips = job.out / "clips"
+    folder = job.out / "clips"
     with VideoReader(job.file, fps=CLIP_FPS) as reader:
         size = (reader.info.width, reader.info.height)
         frames = itertools.islice(reader, job.max_frames)
-        for count, part in enumerate(
-            track_segments(frames, tracker, CLIP_FPS, size, job.clip_filter.max_seconds), start=1
-        ):
+        segments = track_segments(frames, tracker, CLIP_FPS, size, job.clip_filter.max_seconds)
+        for count, segment in enumerate(segments, start=1):
             name = f"{job.source_id}-c{count:02d}"
-            reason = job.clip_filter.rejection_reason(part)
+            reason = job.clip_filter.rejection_reason(segment)
             if reason:
-                rejected.append(_rejected_row(job, name, reason, part))
+                rejected.append(_rejected_row(job, name, reason, segment))
                 continue
-            part.motion.save(clips / f"{name}.motion.npz")
-            kept.append((name, part.start, len(part.motion), part.motion.crop))
+            segment.motion.save(folder / f"{name}.motion.npz")
+            kept.append((name, segment.start, len(segment.motion), segment.motion.crop))
     if not count:
         return InputResult(job, [], [_rejected_row(job, job.source_id, "no face found")])
     if count == 1 and kept:  # the whole video is one clip
-        (clips / f"{kept[0][0]}.motion.npz").replace(clips / f"{job.source_id}.motion.npz")
+        (folder / f"{kept[0][0]}.motion.npz").replace(folder / f"{job.source_id}.motion.npz")
         kept = [(job.source_id, *kept[0][1:])]
     if kept:
         _write_crop_videos(job, kept)
     return InputResult(job, [_manifest_row(job, name, length, ".mp4") for name, _, length, _ in kept], rejected)
 
 
-def _write_crop_videos(job: InputJob, parts: list[tuple[str, int, int, tuple[float, float, float]]]) -> None:
-    """Write the crop video of every part (id, first frame, frames, crop), in order, in one pass over the file."""
+def _write_crop_videos(job: InputJob, segments: list[tuple[str, int, int, tuple[float, float, float]]]) -> None:
+    """Write the crop video of every segment (id, first frame, frames, crop), in order, in one pass over the file."""
     tags = {"comment": "face crop made by export3d preprocess"}
-    at = 0
+    position = 0
     with VideoReader(job.file, fps=CLIP_FPS) as reader:
         frames = iter(reader)
-        for name, start, length, crop in parts:
-            for _ in itertools.islice(frames, start - at):
+        for name, start, length, crop in segments:
+            for _ in itertools.islice(frames, start - position):
                 pass
             path = job.out / f"clips/{name}.mp4"
             with VideoWriter(path, size=(job.size, job.size), fps=CLIP_FPS, crf=14, metadata=tags) as writer:
                 for frame in itertools.islice(frames, length):
                     writer.write(crop_image(frame, crop, job.size))
-            at = start + length
+            position = start + length
 
 
 def _manifest_row(job: InputJob, name: str, frames: int, suffix: str) -> ManifestRow:
     return {
-        "id": name, "person": job.person, "file": f"clips/{name}{suffix}", "motion": f"clips/{name}.motion.npz",
-        "frames": frames, "fps": f"{CLIP_FPS.numerator}/{CLIP_FPS.denominator}", "split": "train", "source": job.source_id,
-    }  # fmt: skip
+        "id": name,
+        "person": job.person,
+        "file": f"clips/{name}{suffix}",
+        "motion": f"clips/{name}.motion.npz",
+        "frames": frames,
+        "fps": f"{CLIP_FPS.numerator}/{CLIP_FPS.denominator}",
+        "split": "train",
+        "source": job.source_id,
+    }
 
 
-def _rejected_row(job: InputJob, name: str, reason: str, part: Segment | None = None) -> ManifestRow:
-    line: ManifestRow = {"id": name, "source": job.source_id, "file": str(job.file), "reason": reason}
-    if part is not None:
-        line |= {
-            "start": round(float(part.start / CLIP_FPS), 3),
-            "seconds": round(float(len(part.motion) / CLIP_FPS), 3),
-        }
-    return line
+def _rejected_row(job: InputJob, name: str, reason: str, segment: Segment | None = None) -> ManifestRow:
+    row: ManifestRow = {"id": name, "source": job.source_id, "file": str(job.file), "reason": reason}
+    if segment is not None:
+        seconds = float(len(segment.motion) / CLIP_FPS)
+        row |= {"start": round(float(segment.start / CLIP_FPS), 3), "seconds": round(seconds, 3)}
+    return row

@@ -1,4 +1,4 @@
-"""One video, photo or recording of a phone -> its Motion."""
+"""Reads the motion of one file: a video, a photo, a folder of pictures or an ARKit CSV."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from export3d_cli.core.runtime.weights import resolve_weights
 
 
 def is_arkit_csv(path: Path) -> bool:
-    """Whether a file is a phone's recording of a face: numbers without pictures."""
+    """Return whether a file is an ARKit CSV, which holds coefficients and no pictures."""
     return path.suffix.lower() == ".csv"
 
 
@@ -32,42 +32,43 @@ def extract_motion(
     fps: Fraction | None = None,
     max_frames: int | None = None,
     face: str = "largest",
-    tracker_name: TrackerName = "landmarker",
+    tracker: TrackerName = "landmarker",
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> tuple[Motion, list[str]]:
-    """Motion of one face of a video, read in a stream, or of a photo (one frame); and what the user should know.
+    """Track one face of a video (streamed) or of a photo (one frame); return its motion and notes for the user.
 
     Args:
-        path: a video, a folder of pictures, a photo, or a CSV of Live Link Face, seen from EG3D's usual distance.
-        fps: rate of the frames; None keeps the video's.
-        max_frames: most frames to take; None: all.
-        face: which one of several: largest, left, right or index:N, the N-th from the left, from 0.
-        name: the tracker.
-        progress: told what is done, how many frames of it, and of how many.
+        path: a video, a folder of pictures, a photo, or a Live Link Face CSV (placed at EG3D's camera radius, 2.7).
+        fps: frame rate; None keeps the video's.
+        max_frames: maximum number of frames; None: all.
+        face: which of several faces: largest, left, right or index:N, the N-th from the left, starting at 0.
+        tracker: "landmarker" or "fan".
+        progress: called with the stage, the number of frames done and the total.
 
-    Raises `NoFaceError` when there is none.
+    Raises:
+        NoFaceError: no frame has a face.
     """
     if is_arkit_csv(path):
         motion, notes = read_csv(path, resolve_weights("arkit_measures"), Camera.orbit(0).to_vector())
-        rate = fps or motion.fps
-        rows = resample_rows(len(motion), motion.fps, rate, 0.0, None)[:max_frames]
-        return replace(motion.select(rows), fps=rate), notes
-    tracker = open_tracker(tracker_name)
+        fps = fps or motion.fps
+        rows = resample_rows(len(motion), motion.fps, fps, 0.0, None)[:max_frames]
+        return replace(motion.select(rows), fps=fps), notes
+    face_tracker = open_tracker(tracker)
     faces: list[Face | None] = []
     if has_image_suffix(path):
         image = read_image(path)
-        found = tracker.landmarker.find_all(image)
-        faces += [choose_face(found, face, str(path))] if found else []
-        rate, size, notes = DEFAULT_FOLDER_FPS, (image.shape[1], image.shape[0]), []
+        candidates = face_tracker.landmarker.find_all(image)
+        faces += [choose_face(candidates, face, str(path))] if candidates else []
+        fps, size, notes = DEFAULT_FOLDER_FPS, (image.shape[1], image.shape[0]), []
     else:
         with VideoReader(path, fps=fps) as reader:
-            rate, size, notes = reader.info.fps, (reader.info.width, reader.info.height), reader.notes
+            fps, size, notes = reader.info.fps, (reader.info.width, reader.info.height), reader.notes
             total = min(reader.info.frame_count, max_frames or reader.info.frame_count)
-            follow = TargetFaceTracker(tracker.landmarker, rate, choice=face, name=str(path))
+            track = TargetFaceTracker(face_tracker.landmarker, fps, choice=face, name=str(path))
             for frame in itertools.islice(reader, max_frames):
-                faces.append(follow(frame))
+                faces.append(track(frame))
                 if progress is not None:
                     progress("tracking", len(faces), total)
-    if not any(found is not None for found in faces):
-        raise NoFaceError(f"no face found in {path}: use one where a face is large, upright and turned to the camera")
-    return tracker.make_motion(faces, rate, size), notes
+    if all(candidate is None for candidate in faces):
+        raise NoFaceError(f"no face found in {path}: use a file where a face is large, upright and facing the camera")
+    return face_tracker.make_motion(faces, fps, size), notes

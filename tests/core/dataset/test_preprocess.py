@@ -20,7 +20,7 @@ from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.frame_cache import load_dataset
 
-make_clips = module._process_input
+process_input = module._process_input
 SHORT = ClipFilter(min_seconds=0.3)
 
 
@@ -30,7 +30,7 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory):
-    """12 frames; a cut; 12 others, mirrored and of other colours; 9 black ones; 4 more."""
+    """A video: 12 frames, a cut, 12 mirrored frames in other colours, 9 black frames, 4 more."""
     path = tmp_path_factory.mktemp("talk") / "in" / "deep er" / "Ünï_1.mp4"
     path.parent.mkdir(parents=True)
     base = "[0:v]scale=256:256,split=3[a][b][c];[a]trim=end_frame=12[x];"
@@ -49,10 +49,10 @@ def data(talk, tmp_path_factory):
     return out, preprocess([talk], out, size=64, clip_filter=SHORT, report=True)
 
 
-def test_a_video_becomes_a_clip_per_scene(data):
+def test_preprocess_video_gives_a_clip_per_scene(data):
     out, summary = data
-    found = lines(out / "manifest.jsonl")
-    assert [(line["id"], line["frames"], line["person"]) for line in found] == [
+    rows = lines(out / "manifest.jsonl")
+    assert [(row["id"], row["frames"], row["person"]) for row in rows] == [
         ("deep er-Ünï_1-c01", 12, "Ünï"), ("deep er-Ünï_1-c02", 12, "Ünï"),
     ]  # fmt: skip
     assert summary.clips == 2
@@ -64,7 +64,7 @@ def test_a_video_becomes_a_clip_per_scene(data):
     assert len(list((out / "clips").iterdir())) == 4
 
 
-def test_crops_and_motion_belong_together(data):
+def test_preprocess_crops_match_their_motion(data):
     out, _ = data
     for line in lines(out / "manifest.jsonl"):
         motion = Motion.load(out / line["motion"])
@@ -77,44 +77,44 @@ def test_crops_and_motion_belong_together(data):
         assert np.abs(face.landmarks[:, :2] / 256 - motion.landmarks[0, :, :2]).mean() < 0.02
 
 
-def test_the_trainer_reads_it(data):
-    found = load_dataset(data[0], 64)
-    assert [clip.count for clip in found.clips] == [12, 12]
+def test_preprocess_output_is_read_by_the_trainer(data):
+    training_set = load_dataset(data[0], 64)
+    assert [clip.count for clip in training_set.clips] == [12, 12]
     shutil.rmtree(data[0] / "cache-64")
 
 
-def test_the_report_is_a_picture(data):
+def test_preprocess_report_is_a_picture(data):
     assert read_image(data[0] / "report.png").shape == (96 + 14 + 400, 1152, 3)
     assert "report.png" in data[1].notes[0]
 
 
-def test_what_is_finished_is_not_done_again(talk, data, monkeypatch):
-    monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("done again"))
+def test_preprocess_skips_finished_inputs(talk, data, monkeypatch):
+    monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("processed again"))
     again = preprocess([talk], data[0], size=64, clip_filter=SHORT)
     assert (again.clips, again.rejected) == (2, [])
 
 
-def test_a_data_set_without_sources_stays(tmp_path, monkeypatch):
+def test_preprocess_keeps_manifest_rows_without_source(tmp_path, monkeypatch):
     old = {"id": "drive", "person": "p", "file": "clips/drive.mp4", "motion": "m", "frames": 3, "fps": "25/1"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
-    monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("done again"))
+    monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("processed again"))
     assert preprocess([example_path("drive.mp4")], tmp_path).frames == 3
     assert lines(tmp_path / "manifest.jsonl") == [old]
 
 
 @pytest.fixture
 def stills(tmp_path):
-    """Five photos, of which one shows nobody and one cannot be read."""
+    """Five photos: one without a face, one unreadable."""
     folder = tmp_path / "in"
     for name in ("a_1", "a_2", "b_1"):
         folder.joinpath(name[0]).mkdir(parents=True, exist_ok=True)
         shutil.copy(example_path("source.jpg"), folder / name[0] / f"{name}.jpg")
     write_image(folder / "empty.png", np.full((64, 64, 3), 128, np.uint8))
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"not an image")
     return folder
 
 
-def test_shards_share_the_inputs_and_are_merged(stills, tmp_path):
+def test_preprocess_shards_split_the_inputs_and_are_merged(stills, tmp_path):
     out = tmp_path / "out"
     for i in (1, 2):
         preprocess([stills], out, size=32, shard=(i, 2))
@@ -126,11 +126,11 @@ def test_shards_share_the_inputs_and_are_merged(stills, tmp_path):
     assert summary.clips == 3
     assert [line["id"] for line in lines(out / "rejected.jsonl")] == ["broken-still", "empty-still"]
     assert sorted(p.name for p in out.iterdir()) == ["clips", "manifest.jsonl", "rejected.jsonl"]
-    assert len(summary.rejected) == 1  # what could not be read is tried again
+    assert len(summary.rejected) == 1  # unreadable inputs are tried again
 
 
-def test_a_killed_run_goes_on(stills, tmp_path, monkeypatch):
-    """What it left of inputs that it did not finish goes; a line that it left half written is written again."""
+def test_preprocess_continues_a_killed_run(stills, tmp_path, monkeypatch):
+    """Partial clips of unfinished inputs are deleted, a torn manifest row is written again."""
     out = tmp_path / "out"
     preprocess([stills], out, size=32)
     manifest = out / "manifest.jsonl"
@@ -146,15 +146,16 @@ def test_a_killed_run_goes_on(stills, tmp_path, monkeypatch):
     ):
         (out / "clips" / name).touch()
     done = []
-    monkeypatch.setattr(module, "_process_input", lambda job: done.append(job.source) or make_clips(job))
+    monkeypatch.setattr(module, "_process_input", lambda job: done.append(job.source_id) or process_input(job))
     assert preprocess([stills], out, size=32).clips == 3
-    assert sorted(done) == ["a-a_2-still", "b-b_1-still", "broken-still"]  # the one before may be of the same input
+    # a-a_2 is done again too: its row stands before the torn one, which may belong to the same input
+    assert sorted(done) == ["a-a_2-still", "b-b_1-still", "broken-still"]
     assert manifest.read_text(encoding="utf-8") == whole
     left = {p.name for p in (out / "clips").iterdir() if p.stat().st_size == 0}
-    assert left == {"other.png", "a-a_1-still-c01.mp4"}  # of an input that is finished, and of none
+    assert left == {"other.png", "a-a_1-still-c01.mp4"}  # of a finished input and of no input
 
 
-def test_lists_are_added_to_not_rewritten(tmp_path, monkeypatch):
+def test_manifest_add_appends_without_rewriting(tmp_path, monkeypatch):
     lists = DatasetManifest(tmp_path, None)
     written = []
     monkeypatch.setattr(lists, "_write_all", lambda: written.append(1))
@@ -166,7 +167,7 @@ def test_lists_are_added_to_not_rewritten(tmp_path, monkeypatch):
     assert (len(again.clips), len(again.rejected), again.finished_sources) == (50, 25, {"s"})
 
 
-def test_a_video_named_like_a_clip_is_no_clip_of_another(tmp_path):
+def test_find_inputs_name_like_a_clip_gets_its_own_id(tmp_path):
     for name in ("a.mp4", "a-c01.mp4", "a.mkv", "a-c01-video.mp4"):
         (tmp_path / name).touch()
     names = [name for _, name in module._find_inputs([tmp_path], tmp_path / "out")]
@@ -177,25 +178,25 @@ def test_a_video_named_like_a_clip_is_no_clip_of_another(tmp_path):
         module._find_inputs([tmp_path / "out" / "clips" / "a.mp4"], tmp_path / "out")
 
 
-def test_workers_do_the_same(stills, tmp_path):
+def test_preprocess_workers_give_the_same_result(stills, tmp_path):
     one = preprocess([stills], tmp_path / "one", size=32)
     two = preprocess([stills], tmp_path / "two", size=32, workers=2, person="folder")
     assert (one.clips, sorted(one.rejected)) == (two.clips, sorted(two.rejected))
     assert [line["person"] for line in lines(tmp_path / "two/manifest.jsonl")] == ["a", "a", "b"]
 
 
-def test_gates_hold_for_photos_and_nothing_left_is_an_error(stills, tmp_path):
+def test_preprocess_filters_photos_and_refuses_an_empty_result(stills, tmp_path):
     with pytest.raises(NoFaceError, match="none of the 5 inputs"):
         preprocess([stills], tmp_path / "out", clip_filter=ClipFilter(min_face_px=2000))
     assert "too small" in lines(tmp_path / "out/rejected.jsonl")[0]["reason"]
 
 
-def test_the_output_is_no_input(stills):
+def test_preprocess_ignores_its_own_output(stills):
     assert preprocess([stills], stills / "out", size=32).clips == 3
     assert preprocess([stills], stills / "out", size=32).clips == 3
 
 
-def test_an_overlay_is_drawn(make_clip, tmp_path):
+def test_preprocess_overlay_differs_from_the_video(make_clip, tmp_path):
     clip = make_clip("overlay.mp4", frames=3)
     preprocess([clip], tmp_path / "x.motion.npz", overlay=tmp_path / "o.mp4")
     with VideoReader(tmp_path / "o.mp4") as marked, VideoReader(clip) as plain:
@@ -207,7 +208,7 @@ def test_an_overlay_is_drawn(make_clip, tmp_path):
         preprocess([clip], tmp_path / "set", overlay=tmp_path / "o.mp4")
 
 
-def test_a_phone_s_csv_is_one_motion(tmp_path):
+def test_preprocess_arkit_csv_gives_one_motion(tmp_path):
     path = tmp_path / "take.csv"
     rows = [f"00:00:01:{k:02}.000," + ",".join([f"{k / 100:.2f}"] * 52) for k in range(30)]
     path.write_text("\n".join(["Timecode," + ",".join(ARKIT_NAMES), *rows]) + "\n", encoding="utf-8")
@@ -221,7 +222,7 @@ def test_a_phone_s_csv_is_one_motion(tmp_path):
         preprocess([path], tmp_path / "x.motion.npz", overlay=tmp_path / "o.mp4")
 
 
-def test_a_folder_of_pictures_is_one_motion(make_clip, tmp_path):
+def test_preprocess_image_folder_gives_one_motion(make_clip, tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
     with VideoReader(make_clip("overlay.mp4", frames=3)) as reader:
