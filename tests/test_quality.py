@@ -1,0 +1,112 @@
+"""Floors under the quality of the shipped weights, measured on the frames that `reenact` writes for users.
+
+Each floor lies below (each ceiling above) the value measured with the shipped weights, by a margin that other processors
+and precisions stay within and that a wrong sign, a swapped channel or a shifted crop does not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from export3d_cli.core import example_path
+from export3d_cli.core.evaluation.face_embedding import DlibEmbedder
+from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
+from export3d_cli.core.face.open_tracker import open_landmarker_tracker
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.video import VideoReader
+from export3d_cli.main import cli
+
+HEADS = Path(__file__).with_name("data")
+FRAMES = 48
+
+
+@pytest.fixture(scope="module")
+def metrics() -> MetricSuite:
+    return MetricSuite(open_landmarker_tracker(), DlibEmbedder())
+
+
+def reenact(source: np.ndarray, driver: Path, folder: Path, *options: str) -> list[np.ndarray]:
+    """Run the command with its defaults but for `options`; return the frames it wrote."""
+    write_image(folder / "source.png", source)
+    arguments = ["reenact", str(folder / "source.png"), str(driver), "-o", str(folder / "out" / "%05d.png")]
+    result = CliRunner().invoke(cli, ["-q", *arguments, "--max-frames", str(FRAMES), *options])
+    assert result.exit_code == 0, result.output
+    return [read_image(path) for path in sorted((folder / "out").iterdir())]
+
+
+def read_frames(path: Path) -> list[np.ndarray]:
+    return list(VideoReader(path))[:FRAMES]
+
+
+def score(
+    metrics: MetricSuite,
+    results: list[np.ndarray],
+    truth: list[np.ndarray],
+    source: np.ndarray,
+    *,
+    aligned: bool = True,
+) -> Scores:
+    assert len(results) == len(truth) == FRAMES
+    rows = np.arange(FRAMES)
+    embedding = metrics.embed(metrics.track([source]), np.array([0]))
+    return metrics.score(
+        metrics.track(results),
+        metrics.track(truth),
+        FrameSample(rows, rows),
+        has_ground_truth=aligned,
+        source_embedding=embedding,
+    )
+
+
+def check(scores: Scores, floors: dict[str, float]) -> None:
+    ceilings = {"akd478", "aed", "yaw_error"}
+    missed = {
+        name: (scores[name], bound)
+        for name, bound in floors.items()
+        if not (scores[name] <= bound if name in ceilings else scores[name] >= bound)
+    }
+    assert not missed, f"worse than its bound (value, bound): {missed}; all scores: {scores}"
+
+
+@pytest.mark.parametrize(
+    ("clip", "floors"),
+    [
+        (
+            example_path("drive.mp4"),
+            {"psnr": 25.5, "ssim": 0.87, "akd478": 1.5, "jaw": 0.84, "blink": 0.95, "smile": 0.95, "yaw": 0.98,
+             "yaw_error": 2.2, "identity": 0.975},
+        ),
+        (
+            HEADS / "head1.mp4",
+            {"psnr": 23.1, "ssim": 0.81, "akd478": 1.8, "jaw": 0.74, "blink": 0.95, "yaw": 0.98, "yaw_error": 1.3,
+             "identity": 0.965},
+        ),
+        (
+            HEADS / "head2.mp4",
+            {"psnr": 22.5, "ssim": 0.79, "akd478": 1.8, "jaw": 0.8, "blink": 0.94, "yaw": 0.98, "yaw_error": 1.1,
+             "identity": 0.97},
+        ),
+    ],
+    ids=["example", "head1", "head2"],
+)  # fmt: skip
+def test_reenact_of_its_own_first_frame_reaches_the_floors(
+    metrics: MetricSuite, tmp_path: Path, clip: Path, floors: dict[str, float]
+) -> None:
+    panels = reenact(read_frames(clip)[0], clip, tmp_path, "--compare")
+    side = panels[0].shape[0]
+    source, truth, results = (
+        [np.ascontiguousarray(panel[:, i * side : (i + 1) * side]) for panel in panels] for i in range(3)
+    )
+    check(score(metrics, results, truth, source[0]), floors)
+
+
+def test_reenact_by_another_head_reaches_the_floors(metrics: MetricSuite, tmp_path: Path) -> None:
+    """The driver's crop is its own: places in the picture differ, expressions and angles do not."""
+    truth = read_frames(HEADS / "head2.mp4")
+    results = reenact(truth[0], HEADS / "head1.mp4", tmp_path)
+    floors = {"aed": 0.034, "jaw": 0.64, "blink": 0.95, "yaw": 0.98, "yaw_error": 1.4, "identity": 0.97}
+    check(score(metrics, results, truth, truth[0], aligned=False), floors)
