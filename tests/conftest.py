@@ -1,11 +1,38 @@
-"""Property tests try new numbers at a developer's desk, and always the same ones where a failure must be repeatable."""
+"""Hypothesis profile and tiny weights shared by all tests."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
+import torch
 from hypothesis import settings
+from torch import nn
 
-settings.register_profile("ci", derandomize=True)
+from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.face.landmarks import load_canonical_face, make_flow_triangles
+from export3d_cli.core.model.checkpoint import save_weights
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.runtime.weights import weights_dir
+
+settings.register_profile("ci", derandomize=True)  # repeatable in CI, new examples on each local run
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write tiny untrained weights; parameters initialised to 0 are randomised so that every input has an effect."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    torch.manual_seed(0)
+    model = Export3D(PRESETS["tiny"])
+    assert model.flow is not None
+    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
+    model.flow.triangles.copy_(torch.from_numpy(triangles))
+    model.flow.basis.normal_(std=0.003)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    save_weights(path, model.state_dict(), PRESETS["tiny"], {}, half=False)
+    return path

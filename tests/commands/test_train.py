@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from export3d_cli import console
 from export3d_cli.core.config.schema import load_train_config
+from export3d_cli.core.train.training_run import TrainEvent
 from export3d_cli.main import cli
 
 
@@ -28,6 +28,18 @@ def test_dry_run_tells_sizes_and_costs(tmp_path: Path) -> None:
     assert json.loads(plain.stdout)["plan"]["gflops_frame"] > 0
 
 
+def test_dry_run_applies_overrides_and_names_unknown_keys(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("preset: tiny\nbatch: 3\n")
+    command = ["train", "--config", str(config), "--dry-run"]
+    resolved = CliRunner().invoke(cli, [*command, "loss.l1=0.5", "--max-minutes", "2"])
+    for line in ("preset: tiny", "batch: 3", "l1: 0.5", "max_minutes: 2.0"):
+        assert line in resolved.stdout
+    unknown = CliRunner().invoke(cli, [*command, "bach=3"])
+    assert unknown.exit_code == 2
+    assert "did you mean 'batch'" in unknown.stderr
+
+
 def test_wrong_choices_are_named(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("preset: tiny\n")
@@ -36,11 +48,9 @@ def test_wrong_choices_are_named(tmp_path: Path) -> None:
     assert "eadaln, cross_attention" in told.stderr
 
 
-def event(stage: str, step: int, message: str = "", **values: float) -> SimpleNamespace:
-    """What the core tells: a `TrainEvent`."""
-    return SimpleNamespace(
-        stage=stage, step=step, steps=400 if step else 0, values=values, message=message, left=90.4 if values else None
-    )
+def event(stage: str, step: int, message: str = "", **values: float) -> TrainEvent:
+    seconds_left = 90.4 if values else None
+    return TrainEvent(stage, step, 400 if step else 0, values, message, seconds_left)
 
 
 def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
