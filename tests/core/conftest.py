@@ -1,4 +1,4 @@
-"""Short videos made of the bundled driver, and tiny untrained weights."""
+"""Short clips of the bundled driver, and an animator with tiny weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.model.checkpoint import save_weights
-from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
 
@@ -36,23 +30,6 @@ def make_clip(tmp_path_factory: pytest.TempPathFactory) -> MakeClip:
         return path
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untrained model in which expression and camera show: what starts at 0 is moved away from it."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    torch.manual_seed(0)
-    model = Export3D(PRESETS["tiny"])
-    assert model.flow is not None
-    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
-    model.flow.triangles.copy_(torch.from_numpy(triangles))
-    model.flow.basis.normal_(std=0.003)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    save_weights(path, model.state_dict(), PRESETS["tiny"], {}, half=False)
-    return path
 
 
 @pytest.fixture(scope="session")
