@@ -1,12 +1,12 @@
-"""What a photo with shut lips hides: the hole in an opened mouth, and its painter. What the photo does show stays."""
+"""Inpainting of an opened mouth: the part of its inside that the photo does not show. What it does show is kept."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from export3d_cli.core.face.landmarks import EYE_RIMS, LOWER_INNER_LIP, OUTER_LIPS, UPPER_INNER_LIP
 from export3d_cli.core.model.inpaint.inpainter import (
-    CROP_SIZE_PX,
     AlignedCrop,
     Hole,
     InpaintedPatch,
@@ -18,12 +18,8 @@ from export3d_cli.core.model.inpaint.inpainter import (
     to_image,
 )
 from export3d_cli.core.model.volume_renderer import project
-from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.model.warp.mouth_eye_interior import (
-    EYE_RIMS,
-    LOWER_INNER_LIP,
     MAX_OPENING_RATIO,
-    UPPER_INNER_LIP,
     anchored_coords,
     interior_visibility,
     lip_edges,
@@ -31,24 +27,20 @@ from export3d_cli.core.model.warp.mouth_eye_interior import (
 )
 from export3d_cli.core.model.warp.rasterizer import interpolate_vertices
 
-MOUTH_CROP_SCALE = 1.3  # than the lips
-OUTER_LIPS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146)  # outer
-MIN_MOUTH_OPENING = (
-    0.012  # opening, in distances between the eyes, below which nothing is painted; all from twice that on
-)
-LOWER_LIP_VISIBILITY = (
-    0.75  # `mouth.shown_above` at the lower lip of a mouth as open as in the photo: there nothing is hidden
-)
-# A slit between lips shows little: where a photo's lips are less than CLEAR apart, all the more by SLIT less, what is
-# seen between them is soon given up for what is painted, as if they opened farther; unless they open no farther.
+MOUTH_CROP_SCALE = 1.3  # side of the crop over the extent of the lips
+# Openings are in distances between the outer eye corners.
+MIN_MOUTH_OPENING = 0.012  # inpainting fades in from this opening to twice it
+LOWER_LIP_VISIBILITY = 0.75  # `interior_visibility` at the lower lip of a mouth as open as in the photo: nothing hidden
+# A slit between lips shows little: where the photo's lips are less than SLIT_OPENING apart, the mouth is treated as
+# opening farther than it does, by up to SLIT_GAIN at SLIT_FADE less; unless it opens no farther than in the photo.
 SLIT_OPENING, SLIT_FADE, SLIT_GAIN = 0.1, 0.06, 10.0
-# Blue over green beyond that of the face around, in [-1, 1]: 95 of 100 pixels in mouths have less, and of more the
-# painter, which errs to violet in wide open ones, may keep a part.
+# Excess of blue over green, relative to the surrounding face, in [-1, 1]: 95 % of mouth pixels have less. The network
+# errs to violet in wide open mouths; of the excess beyond MAX_VIOLET it keeps this ratio.
 MAX_VIOLET, VIOLET_KEEP_RATIO = 0.14, 0.25
 
 
 def mouth_crop(uv: Tensor) -> AlignedCrop:
-    """The square around the lips of landmarks (B, 478, 2) in image sizes."""
+    """Return the square around the lips of landmarks (B, 478, 2)."""
     axes = level_axes(uv)
     lips = uv[:, list(OUTER_LIPS)] @ axes.transpose(1, 2)
     low, high = lips.amin(1), lips.amax(1)
@@ -57,34 +49,36 @@ def mouth_crop(uv: Tensor) -> AlignedCrop:
 
 
 def mouth_opening(points: Tensor) -> Tensor:
-    """How far apart the lips are in their middle, (B, 478, 3) -> (B,), in distances between the outer eye corners."""
+    """Return the gap between the middles of the lips, (B, 478, 3) -> (B,), in distances between outer eye corners."""
     middle = len(UPPER_INNER_LIP) // 2
     gap = (points[:, UPPER_INNER_LIP[middle]] - points[:, LOWER_INNER_LIP[middle]]).norm(dim=-1)
     return gap / (points[:, EYE_RIMS[0][1][0]] - points[:, EYE_RIMS[1][1][0]]).norm(dim=-1).clamp_min(1e-6)
 
 
 def mouth_hole(points: Tensor, uv: Tensor, opening_ratio: Tensor) -> tuple[AlignedCrop, Hole]:
-    """The inside of a mouth, and what of it no photo shows.
+    """Return the inside of a mouth, masked where the photo does not show it.
+
+    The condition holds: inside 1, mouth coordinates 2, coordinates of upper and of lower teeth, 2 each.
 
     Args:
-        points: (B, 478, 3) landmarks of the result, head frame. uv: (B, 478, 2) where they are seen.
-        wider: (B, 478, 1) how much wider than in the photo the lips are open, see `mouth.lip_edges`.
+        points: (B, 478, 3) landmarks of the result, head frame.
+        uv: (B, 478, 2) their positions in the result.
+        opening_ratio: (B, 478, 1) how much wider open the lips are than in the photo, see `lip_edges`.
     """
-    view, triangles = mouth_crop(uv), strip_triangles(UPPER_INNER_LIP, LOWER_INNER_LIP, uv.device)
-    raster, within = rasterize_in_crop(view, uv, triangles)
-    places = mouth_coords().to(uv.device).expand(len(uv), -1, -1)
-    vertex = torch.cat([places, anchored_coords(points).clamp(-2, 2), opening_ratio], dim=-1)  # (B, 478, 7)
-    facts = interpolate_vertices(raster, vertex, triangles)  # (B, P, 7), 0 where no triangle is
-    hidden = within * (1 - interior_visibility(facts[..., 1:2], facts[..., 6:]) / LOWER_LIP_VISIBILITY).clamp_min(0)
+    crop, triangles = mouth_crop(uv), strip_triangles(UPPER_INNER_LIP, LOWER_INNER_LIP, uv.device)
+    raster, inside = rasterize_in_crop(crop, uv, triangles)
+    coords = mouth_coords().to(uv.device).expand(len(uv), -1, -1)
+    vertex = torch.cat([coords, anchored_coords(points).clamp(-2, 2), opening_ratio], dim=-1)  # (B, 478, 7)
+    values = interpolate_vertices(raster, vertex, triangles)  # (B, P, 7), 0 outside the mouth
+    visibility = interior_visibility(values[..., 1:2], values[..., 6:])
+    hidden = inside * (1 - visibility / LOWER_LIP_VISIBILITY).clamp_min(0)
     fade = ((mouth_opening(points) - MIN_MOUTH_OPENING) / MIN_MOUTH_OPENING).clamp(0, 1)
-    return view, Hole(
-        dilate_and_blur(to_image(hidden)) * fade[:, None, None, None],
-        to_image(torch.cat([within, facts[..., :6]], dim=-1)),
-    )
+    mask = dilate_and_blur(to_image(hidden)) * fade[:, None, None, None]
+    return crop, Hole(mask, to_image(torch.cat([inside, values[..., :6]], dim=-1)))
 
 
 def suppress_violet(colours: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-    """Painted colours (B, 3, s, s) without more violet than a mouth has; `around` is 0 where `hidden` (B, 1, s, s)."""
+    """Reduce violet beyond that of a mouth in colours (B, 3, s, s); `context` is 0 inside the `mask` (B, 1, s, s)."""
     red, green, blue = colours.split(1, dim=1)
     face = context.sum((2, 3)) / (1 - mask).sum((2, 3)).clamp_min(1)  # (B, 3)
     usual = (face[:, 2] - face[:, 1])[:, None, None, None]
@@ -93,21 +87,21 @@ def suppress_violet(colours: Tensor, context: Tensor, mask: Tensor) -> Tensor:
 
 
 class MouthInpainter(Inpainter):
-    """Its textures are upper and lower teeth, held by skull and jaw. Facts: inside; across and up; two places."""
+    """Its textures are the upper and lower teeth, fixed to skull and jaw."""
 
     texture_count = 2
 
     def inpaint(
         self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
     ) -> list[InpaintedPatch]:
-        """Fill mouths that are wider open than in the photo, see `HolePainter.paint`."""
+        """Inpaint mouths that are wider open than in the photo, see `Inpainter.inpaint`."""
         uv, _ = project(points, camera)
         uv_photo, _ = project(photo_points, photo_camera)
-        wider = lip_edges(uv_photo, photo_points, points)[..., 4:]
-        doubt = ((SLIT_OPENING - mouth_opening(photo_points)) / SLIT_FADE).clamp(0, 1) * SLIT_GAIN
-        wider = (1 + (wider - 1) * (1 + doubt[:, None, None])).clamp(0, MAX_OPENING_RATIO)
-        view, hole = mouth_hole(points, uv, wider)
+        ratio = lip_edges(uv_photo, photo_points, points)[..., 4:]
+        slit_gain = ((SLIT_OPENING - mouth_opening(photo_points)) / SLIT_FADE).clamp(0, 1) * SLIT_GAIN
+        ratio = (1 + (ratio - 1) * (1 + slit_gain[:, None, None])).clamp(0, MAX_OPENING_RATIO)
+        crop, hole = mouth_hole(points, uv, ratio)
         if not bool(hole.mask.any()):
             return []
-        around = warp(image, view.pixel_positions(CROP_SIZE_PX)) * (1 - hole.mask)
-        return [InpaintedPatch(view, suppress_violet(self(around, hole), around, hole.mask), hole.mask)]
+        context = crop.sample(image) * (1 - hole.mask)
+        return [InpaintedPatch(crop, suppress_violet(self(context, hole), context, hole.mask), hole.mask)]

@@ -1,8 +1,8 @@
-"""The whole flow (design beyond the paper): the face mesh's, and what moves otherwise, in two layers.
+"""Flow of the whole image (beyond the paper): blends the face mesh's flow with flows of head, torso and background.
 
-Around the mesh the flow is rigid, from the rendered depth; or none (what stands still); or the shift and change of size
-of the neck without the head's turning (how a torso follows). A small network blends the four, and adds a smooth shift
-of its own, to two layers: the head, and what is behind it. Positions are in image sizes, (0, 0) the top left corner.
+Candidates: the mesh's flow; the rigid flow of the rendered depth; no motion; shift and scale of the neck without its
+rotation, which torsos follow. A small network blends the four into two layers, the head and what is behind it, and adds
+a smooth learned shift to each. UV positions are fractions of the image size, (0, 0) is the top left corner.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from export3d_cli.core.model.masks import box_mean, dilate
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, identity_grid, resize, warp
 
-# Where the spine carries the skull, head frame, and the share of its way a torso goes along: on people not fitted to
-# it misses torsos by 0.025 face heights, the head's centre by 0.030, standing still by 0.041.
-NECK_PIVOT, TORSO_FOLLOW_RATIO = (0.0, 0.12, 0.1), 0.75
-MAX_LEARNED_SHIFT = 0.1  # largest learned shift, in image sizes
-PROB_EPS = 2e-3  # nearest to 0 or 1 that a share is at first
-PERSON_MARGIN_DIVISOR = 32  # what is behind the head moves no farther from the person than such a share of the picture
-FLOW_INPUT_SCALE = 8.0  # how much larger than in image sizes the network sees how far a flow leads
+NECK_PIVOT = (0.0, 0.12, 0.1)  # where the spine carries the skull, head frame
+# Fraction of the neck's motion that a torso follows. Error on held-out people, in face heights: this 0.025, the head
+# centre's motion 0.030, no motion 0.041.
+TORSO_FOLLOW_RATIO = 0.75
+MAX_LEARNED_SHIFT = 0.1  # fraction of the image size
+PROB_EPS = 2e-3  # prior probabilities are clamped to [eps, 1 - eps] before the logit
+PERSON_MARGIN_DIVISOR = 32  # the background moves only within 1/32 of the image size from the person
+FLOW_INPUT_SCALE = 8.0  # scales the flow displacements that the network sees
 
 
 def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera: Tensor) -> Tensor:
-    """Where the photo shows what the rays meet: depth (B, 1, s, s), rays of the same size -> uv (B, 2, s, s)."""
+    """Project the rays' end points into the photo: depth (B, 1, s, s), rays of the same size -> uv (B, 2, s, s)."""
     B, _, s, _ = depth.shape
     points = origin[:, None] + directions * depth.view(B, -1, 1)
     uv, _ = project(points, source_camera)
@@ -38,48 +39,48 @@ def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera:
 
 
 def neck_flow(source_camera: Tensor, camera: Tensor, size: int) -> Tensor:
-    """Cameras (B, 25) -> uv (B, 2, size, size): the image shifts and scales with the neck, but does not turn."""
+    """Shift and scale the image with the neck, without rotation: cameras (B, 25) -> uv (B, 2, size, size)."""
     neck = cached_tensor(NECK_PIVOT, camera.device).expand(len(camera), 1, 3)
-    (there, z0), (here, z1) = project(neck, source_camera), project(neck, camera)
-    there, here = there.view(-1, 2, 1, 1), here.view(-1, 2, 1, 1)
-    return there + (identity_grid(size, camera) - here) * (z1 / z0).view(-1, 1, 1, 1)
+    (source_neck, source_depth), (neck_uv, neck_depth) = project(neck, source_camera), project(neck, camera)
+    source_neck, neck_uv = source_neck.view(-1, 2, 1, 1), neck_uv.view(-1, 2, 1, 1)
+    return source_neck + (identity_grid(size, camera) - neck_uv) * (neck_depth / source_depth).view(-1, 1, 1, 1)
 
 
 def relative_rotation(source_camera: Tensor, camera: Tensor) -> Tensor:
-    """Cameras (B, 25) -> axis of the rotation between them times the sine of its angle, (B, 3)."""
-    first, second = (c[:, :16].view(-1, 4, 4)[:, :3, :3] for c in (source_camera, camera))
-    between = second.transpose(1, 2) @ first
-    skew = (between - between.transpose(1, 2)) / 2
+    """Return the rotation between cameras (B, 25) as its axis times the sine of its angle, (B, 3)."""
+    source_rotation, rotation = (c[:, :16].view(-1, 4, 4)[:, :3, :3] for c in (source_camera, camera))
+    relative = rotation.transpose(1, 2) @ source_rotation
+    skew = (relative - relative.transpose(1, 2)) / 2
     return torch.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], dim=1)
 
 
 def soft_dilate(mask: Tensor) -> Tensor:
-    """A mask (B, 1, m, m) widened by `NEAR`, and as soft."""
-    reach = max(1, mask.shape[-1] // PERSON_MARGIN_DIVISOR)
-    return box_mean(dilate(mask, reach), reach)
+    """Widen a mask (B, 1, m, m) by m / `PERSON_MARGIN_DIVISOR` pixels, with a soft border of the same width."""
+    radius = max(1, mask.shape[-1] // PERSON_MARGIN_DIVISOR)
+    return box_mean(dilate(mask, radius), radius)
 
 
 class LayeredFlow(NamedTuple):
-    """Where in the photo a pixel comes from if it shows the head, and if it shows what is behind."""
+    """Backward flow of two layers, the head and what is behind it."""
 
-    head: Tensor  # (B, 2, m, m)
-    background: Tensor  # (B, 2, m, m)
-    weights: Tensor  # (B, 4, m, m) shares of mesh, rigid, still and drift flow
-    head_occlusion: Tensor  # (B, 1, m, m) 1 where the rendered head hides what is behind it, 0 where it hardly does
+    head: Tensor  # (B, 2, m, m) uv in the photo
+    background: Tensor  # (B, 2, m, m) uv in the photo, torso included
+    weights: Tensor  # (B, 4, m, m) of mesh, rigid, static and neck flow; they sum to 1
+    head_occlusion: Tensor  # (B, 1, m, m) 1 where the rendered head is opaque, 0 where it hardly hides the background
 
     @property
     def head_weight(self) -> Tensor:
-        """How much of a pixel is the head's, (B, 1, m, m)."""
+        """Weight of the head layer, (B, 1, m, m)."""
         return self.weights[:, :2].sum(1, keepdim=True)
 
 
 class FlowBlend(nn.Module):
-    """Blends mesh and rigid flow for the head, still and drift flow for the rest; starts at the masks' own weights."""
+    """Blends mesh and rigid flow for the head, static and neck flow for the background; starts at the masks' priors."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         w = config.flow_width
-        self.face_shift = config.face_residual_ratio
+        self.face_residual_ratio = config.face_residual_ratio
         self.enter = nn.Conv2d(4 * 3 + 16, w, 3, padding=1)
         self.down = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
         self.deep = nn.ModuleList([ResBlock(2 * w), ResBlock(2 * w)])
@@ -94,52 +95,65 @@ class FlowBlend(nn.Module):
             zero_init(self.expression)
 
     def forward(
-        self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, neck: Tensor, opacity: Tensor, head_mask: Tensor, body_mask: Tensor,
-        rotation: Tensor, lam_delta: Tensor,
+        self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, neck: Tensor, opacity: Tensor, head_mask: Tensor,
+        body_mask: Tensor, rotation: Tensor, lam_delta: Tensor,
     ) -> LayeredFlow:  # fmt: skip
-        """Blend the candidates.
+        """Blend the candidate flows.
 
         Args:
-            photo: (B, 3, H, W). mesh: its flow at (m, m). rigid, drift: (B, 2, s, s). opacity: (B, 1, s, s) of the
-                rendered head. head, body: (B, 1, m, m), where the photo shows the head, and the rest of the person.
-            turned: (B, 3), see `turn`. lam_change: (B, n), lambda(D) - lambda(S).
+            photo: (B, 3, H, W) source photo.
+            mesh: flow of the face mesh at (m, m).
+            rigid, neck: (B, 2, s, s) from `rigid_flow` and `neck_flow`.
+            opacity: (B, 1, s, s) of the rendered head.
+            head_mask, body_mask: (B, 1, m, m) where the photo shows the head and the rest of the person.
+            rotation: (B, 3) from `relative_rotation`.
+            lam_delta: (B, n) lambda(D) - lambda(S).
         """
-        fine, s, m = mesh, rigid.shape[-1], mesh.uv.shape[-1]
-        mesh = MeshFlow(*(resize(x, s) for x in fine))
-        still = identity_grid(s, photo).expand_as(rigid)
-        torso = warp(resize(body_mask, s), torch.lerp(still, neck, TORSO_FOLLOW_RATIO))
-        flows = [mesh.uv, rigid.detach(), still, neck]
-        seen = [warp(photo, uv) for uv in flows]
-        facts = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, resize(head_mask, s), opacity.detach(), torso]
-        ways = [FLOW_INPUT_SCALE * (uv - still) for uv in (mesh.uv, rigid.detach(), neck)]
+        mesh_full, s, m = mesh, rigid.shape[-1], mesh.uv.shape[-1]
+        mesh = MeshFlow(*(resize(x, s) for x in mesh_full))
+        static = identity_grid(s, photo).expand_as(rigid)
+        torso = warp(resize(body_mask, s), torch.lerp(static, neck, TORSO_FOLLOW_RATIO))
+        flows = [mesh.uv, rigid.detach(), static, neck]
+        warped = [warp(photo, uv) for uv in flows]
+        masks = [mesh.weight, mesh.valid, mesh.stretch, mesh.mouth, resize(head_mask, s), opacity.detach(), torso]
+        displacements = [FLOW_INPUT_SCALE * (uv - static) for uv in (mesh.uv, rigid.detach(), neck)]
         rotation = rotation[:, :, None, None].expand(-1, -1, s, s)
-        x = self.enter(torch.cat([*seen, *facts, *ways, rotation], dim=1))
-        y = self.down(leaky_relu(x))
+        x = self.enter(torch.cat([*warped, *masks, *displacements, rotation], dim=1))  # (B, w, s, s)
+        y = self.down(leaky_relu(x))  # (B, 2w, s/2, s/2)
         if self.expression is not None:
             y = y + self.expression(lam_delta)[:, :, None, None]
         for block in self.deep:
             y = block(y)
-        shift = resize(MAX_LEARNED_SHIFT * torch.tanh(self.shift(leaky_relu(y)).float()), m)
+        shift = resize(MAX_LEARNED_SHIFT * torch.tanh(self.shift(leaky_relu(y)).float()), m)  # (B, 4, m, m)
         y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
-        change = resize(self.leave(leaky_relu(self.join(torch.cat([leaky_relu(x), y], dim=1)))).float(), m)
+        logits = resize(self.leave(leaky_relu(self.join(torch.cat([leaky_relu(x), y], dim=1)))).float(), m)
 
         opacity = resize(opacity, m)
-        solid = (2.5 * opacity - 1.25).clamp(0, 1)
-        opacity = (1 - fine.weight) * 0.5 * opacity
-        share = fine.weight + opacity
-        # what was or is torso follows: standing still, the photo's torso would show beside the one that has moved
-        follow = torch.maximum(resize(torso, m), resize(body_mask, m))
-        prior = torch.cat([share, opacity / share.clamp_min(1e-3), TORSO_FOLLOW_RATIO * follow], 1)
-        share, on_rigid, drifts = torch.sigmoid(torch.logit(prior, eps=PROB_EPS) + 2 * change).split(1, dim=1)
-        on_rigid = on_rigid * solid  # where a ray meets hardly anything its depth is none
-        of_head, of_rest = shift.split(2, dim=1)
-        own = identity_grid(m, photo)
-        moving = soft_dilate(
-            torch.maximum(follow, resize(head_mask, m))
-        )  # a background stays, whatever a network makes of it
+        head_occlusion = (2.5 * opacity - 1.25).clamp(0, 1)
+        opacity = (1 - mesh_full.weight) * 0.5 * opacity
+        head_weight = mesh_full.weight + opacity
+        # the torso's place in the photo moves as well as its place in the result; else the torso would appear twice
+        torso_mask = torch.maximum(resize(torso, m), resize(body_mask, m))
+        prior = torch.cat([head_weight, opacity / head_weight.clamp_min(1e-3), TORSO_FOLLOW_RATIO * torso_mask], 1)
+        probabilities = torch.sigmoid(torch.logit(prior, eps=PROB_EPS) + 2 * logits)
+        head_weight, rigid_weight, neck_weight = probabilities.split(1, dim=1)
+        rigid_weight = rigid_weight * head_occlusion  # a nearly transparent ray has no valid depth
+        head_shift, background_shift = shift.split(2, dim=1)
+        grid = identity_grid(m, photo)
+        movable = soft_dilate(torch.maximum(torso_mask, resize(head_mask, m)))  # a background must not move
+        behind = 1 - head_weight
         return LayeredFlow(
-            torch.lerp(fine.uv, resize(rigid, m), on_rigid) + of_head * (1 - (1 - self.face_shift) * fine.face),
-            own + moving * (drifts * (resize(neck, m) - own) + of_rest),
-            torch.cat([share * (1 - on_rigid), share * on_rigid, (1 - share) * (1 - drifts), (1 - share) * drifts], 1),
-            solid,
+            torch.lerp(mesh_full.uv, resize(rigid, m), rigid_weight)
+            + head_shift * (1 - (1 - self.face_residual_ratio) * mesh_full.face),
+            grid + movable * (neck_weight * (resize(neck, m) - grid) + background_shift),
+            torch.cat(
+                [
+                    head_weight * (1 - rigid_weight),
+                    head_weight * rigid_weight,
+                    behind * (1 - neck_weight),
+                    behind * neck_weight,
+                ],
+                dim=1,
+            ),
+            head_occlusion,
         )

@@ -12,8 +12,7 @@ from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.inpaint import eyes as eye_painter
 from export3d_cli.core.model.inpaint.eyelids import (
-    OTHER,
-    SAME,
+    EYELID_HEIGHT_FADE,
     EyelidInpainter,
     eyelid_fold_and_rim,
     eyelid_height,
@@ -82,8 +81,8 @@ def test_only_lids_lower_than_in_the_photo_are_painted(points: Tensor, orbit: Ca
     assert amounts(0.0, 0.0) == amounts(1.0, 1.0) == amounts(1.0, 0.0) == amounts(0.5, 0.3) == []
     assert amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
     grown = [eyelid_height(shut(points), side) / eyelid_height(points, side) for side in (0, 1)]
-    assert min(grown) > OTHER
-    at = [((SAME + OTHER) / 2 - 1) / (float(g) - 1) for g in grown]
+    assert min(grown) > EYELID_HEIGHT_FADE[1]
+    at = [(sum(EYELID_HEIGHT_FADE) / 2 - 1) / (float(g) - 1) for g in grown]
     assert amounts(0.0, sum(at) / 2) == pytest.approx([0.5, 0.5], abs=0.15)
 
 

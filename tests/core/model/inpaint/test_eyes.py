@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.landmarks import EYE_RIMS
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
 from export3d_cli.core.model.inpaint.eyes import (
+    EYE_OPENING_FADE,
     MIN_EYE_OPENING,
-    OTHER,
-    SAME,
     EyeInpainter,
     eye_crop,
     eye_hole,
@@ -23,7 +23,6 @@ from export3d_cli.core.model.inpaint.eyes import (
     iris_colour,
 )
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.model.warp.mouth_eye_interior import EYE_RIMS
 from export3d_cli.core.runtime.weights import weights_dir
 
 GREY = torch.zeros(1, 3, 64, 64)
@@ -88,9 +87,9 @@ def test_only_eyes_that_open_wider_than_in_the_photo_are_painted(points: Tensor,
         photo, result = lidded(points, before), lidded(points, after)
         return [fill.mask.amax().item() for fill in painter.inpaint(GREY, GREY, photo, camera, result, camera)]
 
-    assert amounts(1.0, 1.0) == amounts(1.0, 0.3) == amounts(0.5, 0.49 * SAME) == []
+    assert amounts(1.0, 1.0) == amounts(1.0, 0.3) == amounts(0.5, 0.49 * EYE_OPENING_FADE[0]) == []
     assert amounts(0.0, 0.5 * MIN_EYE_OPENING / full) == []  # nearly shut in both
-    half = (SAME + OTHER) / 2
+    half = sum(EYE_OPENING_FADE) / 2
     assert amounts(0.5, 0.5 * half) == pytest.approx([0.5, 0.5], abs=0.02)
     assert amounts(0.5, 1.0) == amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
 

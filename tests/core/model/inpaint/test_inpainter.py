@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from export3d_cli.core.face.landmarks import LOWER_INNER_LIP, UPPER_INNER_LIP
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.inpaint.inpainter import CROP_SIZE_PX, AlignedCrop, InpaintedPatch
 from export3d_cli.core.model.inpaint.mouth import (
@@ -22,7 +23,7 @@ from export3d_cli.core.model.inpaint.mouth import (
 )
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import warp
-from export3d_cli.core.model.warp.mouth_eye_interior import LOWER_INNER_LIP, MAX_OPENING_RATIO, UPPER_INNER_LIP
+from export3d_cli.core.model.warp.mouth_eye_interior import MAX_OPENING_RATIO
 
 MIDDLE = len(UPPER_INNER_LIP) // 2
 BLACK = torch.zeros(1, 3, 64, 64)

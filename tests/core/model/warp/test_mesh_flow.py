@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD_TOP, LOWER_INNER_LIP
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import (
-    FACE_OVAL,
-    FOREHEAD_TOP,
     HAIR_EXTENSION,
     SURFACE_HALF_EXTENT,
     SURFACE_SIZE,
@@ -21,13 +20,7 @@ from export3d_cli.core.model.warp.mesh_flow import (
     identity_grid,
     warp,
 )
-from export3d_cli.core.model.warp.mouth_eye_interior import (
-    CHIN,
-    EYE_RIMS,
-    LOWER_INNER_LIP,
-    anchored_coords,
-    sample_behind_lips,
-)
+from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords, sample_behind_lips
 
 SIZE = 64
 
