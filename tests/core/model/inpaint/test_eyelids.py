@@ -117,7 +117,7 @@ def test_lids_take_the_colour_of_skin_and_light(points: Tensor, orbit: Callable[
 
 def test_of_an_eye_behind_the_nose_a_photo_tells_nothing(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     painter, known = EyelidInpainter(4), []
-    painter.register_forward_pre_hook(lambda _, args: known.append(args[1].facts[:, 1].amax((1, 2)).tolist()))
+    painter.register_forward_pre_hook(lambda _, args: known.append(args[1].condition[:, 1].amax((1, 2)).tolist()))
     for yaw in (-60.0, 0.0, 60.0):
         painter.inpaint(GREY, GREY, points, orbit(yaw), shut(points), orbit(0.0))
     assert known[1] == [1, 1] and known[0] == known[2][::-1] and sorted(known[0]) == [0, 1]

@@ -134,7 +134,7 @@ def test_only_the_eyes_of_a_result_are_painted(
 
 def test_the_colour_of_an_eye_behind_the_nose_is_not_asked_for(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     painter, told, points = EyeInpainter(4), [], with_irises(points)
-    painter.register_forward_pre_hook(lambda _, args: told.append(args[1].facts[0, 2].amax().item()))
+    painter.register_forward_pre_hook(lambda _, args: told.append(args[1].condition[0, 2].amax().item()))
     uv, _ = project(points, orbit(60.0))
     halves = (pixel_grid(256)[:, 0] > uv[0, 168, 0]).float().view(1, 1, 256, 256).expand(1, 3, -1, -1)
     for photo in (halves, 1 - halves):  # eyes of two colours

@@ -189,13 +189,15 @@ def test_a_cheek_is_not_seen_twice(flow: BasisFlow, points: Tensor, orbit: Calla
     photo, driver = orbit(30), orbit(-10)
     front = flow.source_visibility(points, photo)
     bare = flow(points, photo, points, driver, SIZE)
-    mesh = flow(points, photo, points, driver, SIZE, front=front)
+    mesh = flow(points, photo, points, driver, SIZE, visibility=front)
     doubted = (bare.valid - mesh.valid > 0.5)[0, 0]
     assert doubted[:, SIZE // 2 :].sum() > 50 and doubted[:, : SIZE // 2].sum() == 0  # beyond the far cheek
     own = flow(points, photo, points, photo, SIZE)
     shown = warp(own.face, bare.uv)[0, 0][doubted]  # there the photo shows the cheek itself, or what is next to it
     assert shown.mean() > 0.8 and shown.min() > 0
-    alike = flow(points, photo, points, photo, SIZE, front=front)  # from where the photo was taken nothing is drawn out
+    alike = flow(
+        points, photo, points, photo, SIZE, visibility=front
+    )  # from where the photo was taken nothing is drawn out
     assert torch.equal(alike.valid, own.valid)
 
 
