@@ -30,7 +30,8 @@ from export3d_cli.core import (
 from export3d_cli.core.animation.views import orbit_cameras
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoReader
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pictures"

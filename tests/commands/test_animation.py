@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.video import VideoReader, probe
+from export3d_cli.core.media.probe import probe
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.weights import example_path

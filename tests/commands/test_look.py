@@ -13,7 +13,8 @@ from export3d_cli.core.diagnostics import doctor
 from export3d_cli.core.face.beta import BETA_NAMES
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoReader
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime import weights

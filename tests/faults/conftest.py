@@ -19,7 +19,7 @@ from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera

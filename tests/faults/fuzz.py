@@ -33,7 +33,7 @@ from export3d_cli.core.face import arkit
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import Export3DError

@@ -16,7 +16,7 @@ from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
@@ -120,7 +120,7 @@ def test_a_cut_video_is_told(suffix: str, args: list[str], good: SimpleNamespace
     for path, more, short in ((whole, {}, False), (cut, {"duration": 0.5}, False), (cut, {}, True)):
         reader = VideoReader(path, **more)
         assert 0 < len(list(reader)) <= 75
-        assert any("its picture ends after" in note for note in reader.notes) == short
+        assert any("the picture ends after" in note for note in reader.notes) == short
     stream = DriverStream(cut, LandmarkerTracker(resolve_weights("face_landmarker")), batch=8, crop_scale=2.2)
     assert 0 < sum(len(motion) for motion, _ in stream) < 50
-    assert [note for note in stream.notes if " s of 3.0 s: cut off" in note]
+    assert [note for note in stream.notes if " s of 3.0 s: truncated" in note]

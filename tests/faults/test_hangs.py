@@ -17,7 +17,8 @@ from faultkit import descendants, left
 from test_resources import READING, ROOT, SMALL, WRITING, script
 
 from export3d_cli.core.media import ffmpeg_process as process
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import MediaError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="programs and signals of POSIX")
@@ -106,7 +107,10 @@ def test_a_stopped_encoder(good: SimpleNamespace, tmp_path: Path) -> None:
     """SIGSTOP to the ffmpeg that a command has started: exit code 1, one line, what was there before stays."""
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the one before")
-    code = "from export3d_cli.core.media import ffmpeg_process; ffmpeg_process.STALL_S = 2.0; from export3d_cli.main import main; main()"
+    code = (
+        "from export3d_cli.core.media import ffmpeg_process; ffmpeg_process.STALL_S = 2.0; "
+        "from export3d_cli.main import main; main()"
+    )
     args = ["reenact", good.source, good.motion, "-o", out, "--overwrite", "--weights", good.weights, *SMALL]
     work = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)], env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -22,7 +22,7 @@ import pytest
 from faultkit import descendants, spawn
 
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}}  # -N: before ours was installed

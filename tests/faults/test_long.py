@@ -18,7 +18,7 @@ import pytest
 from faultkit import command, left, memory, run, spawn
 
 from export3d_cli.core.media.probe import ffmpeg_path, probe
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.weights import example_path
 
 MINUTES = int(os.environ.get("FAULTS_MINUTES", "10"))

@@ -16,7 +16,7 @@ from export3d_cli.core.animation.animator import Animator, reenact
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera

@@ -15,7 +15,7 @@ import pytest
 from faultkit import command, left, limited
 
 from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and capabilities as Linux has them")
 SMALL = ("--device", "cpu", "--precision", "fp32", "--batch", "2")

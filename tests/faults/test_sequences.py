@@ -10,7 +10,7 @@ import pytest
 from faultkit import left
 
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime import files
 from export3d_cli.core.runtime.errors import Export3DError, InputError, MediaError
 

@@ -43,7 +43,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker import FaceTracker, TrackerName, open_landmarker_tracker, open_tracker
 from export3d_cli.core.media.image import to_tensor
-from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator

@@ -25,7 +25,7 @@ from export3d_cli.core.face.target_face import TargetFaceTracker
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights

@@ -23,7 +23,7 @@ from export3d_cli.core.animation.options import Crop, Progress, Summary, check_o
 from export3d_cli.core.animation.pipeline import BackgroundWriter
 from export3d_cli.core.animation.watermark import Watermark, get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoWriter
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 

@@ -24,7 +24,8 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.media.image import has_image_suffix, read_image
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoReader
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 
 Watermark = Literal["none", "visible", "invisible"]

@@ -35,7 +35,8 @@ from export3d_cli.core.face.crop import crop_image, crop_with_padding
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.tracker import TrackerName, open_landmarker_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporaries
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts

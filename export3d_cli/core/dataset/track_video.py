@@ -15,7 +15,7 @@ from export3d_cli.core.face.target_face import TargetFaceTracker, choose_face
 from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights

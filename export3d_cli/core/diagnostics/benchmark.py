@@ -31,7 +31,8 @@ from export3d_cli.core.diagnostics.machine import (
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from export3d_cli.core.evaluation.scorer import Frames, yaw_pitch
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES
 from export3d_cli.core.media.image import has_image_suffix, read_image
-from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import MAX_MANIFEST_BYTES, check_file, driver_track_id, ensure_relative
 

@@ -16,6 +16,7 @@ from export3d_cli.core.media.image import check_pixel_count, read_image
 from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS, list_images
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
+READ_OPTIONS = ("-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe")  # of every ffmpeg that reads a file
 _TIMESTAMP_SCAN_S = 30  # part of the video whose timestamps tell constant from variable rate
 _NO_TIMESTAMP = str(-(2**63))  # AV_NOPTS_VALUE
 _MAX_VFR_FPS = 60  # limit of the constant rate chosen for a video of variable rate
@@ -187,9 +188,8 @@ def _parse_rate(text: str, unit: str) -> Fraction | None:
 
 def _read_timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
     """Return the container's tick and the first presentation times, in seconds, without decoding."""
-    command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-loglevel", "error", "-protocol_whitelist", "file,pipe"]
-    command += ["-i", file_url(path), "-map", "0:V:0", "-c", "copy", "-t", str(_TIMESTAMP_SCAN_S)]
-    command += ["-f", "framecrc", "pipe:1"]
+    command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-i", file_url(path), "-map", "0:V:0", "-c", "copy"]
+    command += ["-t", str(_TIMESTAMP_SCAN_S), "-f", "framecrc", "pipe:1"]
     text = run_ffmpeg(command).stdout.decode()
     base = re.search(r"#tb 0: (\d+)/(\d+)", text)
     packets = re.findall(r"^0,\s*[^,]+,\s*([^,]+),", text, flags=re.MULTILINE)
@@ -203,8 +203,7 @@ def _read_timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
 
 
 def _read_header(path: Path) -> str:
-    command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", file_url(path)]
-    return run_ffmpeg(command).stderr.decode("utf-8", "replace")
+    return run_ffmpeg([ffmpeg_path(), *READ_OPTIONS, "-i", file_url(path)]).stderr.decode("utf-8", "replace")
 
 
 def _check_video_file(path: Path) -> Path:

@@ -19,7 +19,7 @@ from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.files import (
     MAX_MANIFEST_BYTES,

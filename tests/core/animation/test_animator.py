@@ -18,8 +18,8 @@ from export3d_cli.core.animation.views import EditOptions, NovelViewOptions, edi
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import VideoReader, probe
+from export3d_cli.core.media.probe import ffmpeg_path, probe
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera

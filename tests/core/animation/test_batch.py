@@ -13,7 +13,7 @@ from export3d_cli.core.animation.batch import output_paths, plan_reenact, reenac
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 

@@ -15,7 +15,7 @@ from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.media.image import write_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path, weights_dir
 

@@ -14,7 +14,7 @@ from export3d_cli.core.animation import mesh_export
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.mesh_export import SURFACE_DENSITY, extract_head_mesh, write_mesh
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 

@@ -22,7 +22,8 @@ from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchItera
 from export3d_cli.core.animation.views import NovelViewOptions, novel_view
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.landmarker import Landmarker
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import MediaError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 

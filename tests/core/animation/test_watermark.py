@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from export3d_cli.core.animation.watermark import THRESHOLD, find_marks, get_watermarker
+from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
@@ -75,7 +77,7 @@ def test_what_was_not_marked_is_not_found(frames: list[np.ndarray], tmp_path: Pa
 def test_the_mark_of_the_metadata_is_found_in_every_format(
     frames: list[np.ndarray], tmp_path: Path, suffix: str
 ) -> None:
-    from export3d_cli.core.media.video import SYNTHETIC_COMMENT
+    from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 
     path = tmp_path / f"a{suffix}"
     if suffix in VIDEO_SUFFIXES:

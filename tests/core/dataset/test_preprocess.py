@@ -14,8 +14,8 @@ from export3d_cli.core.dataset.segmentation import ClipFilter
 from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import VideoReader, probe
+from export3d_cli.core.media.probe import ffmpeg_path, probe
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.frame_cache import load_dataset

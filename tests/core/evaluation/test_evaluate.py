@@ -31,7 +31,7 @@ from export3d_cli.core.evaluation.protocol import (
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_tensor
-from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera

@@ -23,7 +23,7 @@ from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.weights import example_path, weights_dir

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.media.probe import ffmpeg_path, probe
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.media.probe import audio_codec, ffmpeg_path
-from export3d_cli.core.media.video import VideoReader, VideoWriter
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 
 AT = 0.4  # seconds: when it flashes and beeps, for 0.2 s
 SOUND = 48000  # samples a second
@@ -50,12 +51,12 @@ CASES = [
     Case("holes.mkv", "30", (*X264, "-vf", HOLES, "-fps_mode", "vfr"), 30, marks=("vfr",)),
     Case("odd.mkv", args=(*X264, "-pix_fmt", "yuv444p"), size=(63, 47), shown=(63, 47)),
     Case("wide pixels.mp4", args=(*X264, "-vf", "setsar=4/3"), shown=(85, 48)),
-    Case("alpha.mov", args=("-c:v", "qtrle", "-pix_fmt", "argb"), marks=("alpha",)),
-    Case("alpha.webm", args=("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-cpu-used", "8"), marks=("alpha",)),
+    Case("alpha.mov", args=("-c:v", "qtrle", "-pix_fmt", "argb"), marks=("alpha_source",)),
+    Case("alpha.webm", args=("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-cpu-used", "8"), marks=("alpha_source",)),
     Case("deep.mp4", args=(*X264, "-pix_fmt", "yuv420p10le")),
     Case("prores.mov", args=("-c:v", "prores_ks", "-pix_fmt", "yuv422p10le")),
-    Case("pq.mp4", args=(*X265, BT2020 + "smpte2084"), marks=("hdr",)),
-    Case("hlg.mov", args=(*X265, BT2020 + "arib-std-b67"), marks=("hdr",)),
+    Case("pq.mp4", args=(*X265, BT2020 + "smpte2084"), marks=("hdr_transfer",)),
+    Case("hlg.mov", args=(*X265, BT2020 + "arib-std-b67"), marks=("hdr_transfer",)),
     Case(
         "fields.mpg", "50", ("-vf", "tinterlace=interleave_top", "-c:v", "mpeg2video", "-flags", "+ilme+ildct"),
         fps="25", marks=("interlaced",),
@@ -66,7 +67,7 @@ CASES = [
         fps="30000/1001", marks=("interlaced",),
     ),
     Case("stream.ts", args=(*X264, "-muxdelay", "0.7")),
-    Case("a.gif", args=(), sound=False, marks=("alpha",)),
+    Case("a.gif", args=(), sound=False, marks=("alpha_source",)),
     Case("still.mp4", args=(*X264, "-frames:v", "1"), frames=1, sound=False),
     Case("late sound.mp4", late=(0.0, 0.3)),
     Case("late sound.mkv", late=(0.0, 0.3)),
@@ -131,11 +132,13 @@ def test_what_is_read_keeps_rate_length_and_step(tmp_path: Path, case: Case) -> 
     info, fps = reader.info, Fraction(case.fps or case.rate)
     assert (info.fps, frames, info.frame_count, info.width, info.height) == (fps, case.frames, case.frames, *case.shown)
     assert abs(info.duration - case.frames / fps) < 1 / fps
-    assert {mark for mark in ("rotation", "vfr", "hdr", "interlaced", "alpha") if getattr(info, mark)} == set(
-        case.marks
-    )
-    assert {"vfr": "variable", "hdr": "tone-mapped"}.keys() & set(case.marks) == {
-        mark for mark, word in {"vfr": "variable", "hdr": "tone-mapped"}.items() if any(word in n for n in reader.notes)
+    assert {
+        mark for mark in ("rotation", "vfr", "hdr_transfer", "interlaced", "alpha_source") if getattr(info, mark)
+    } == set(case.marks)
+    assert {"vfr": "variable", "hdr_transfer": "tone-mapped"}.keys() & set(case.marks) == {
+        mark
+        for mark, word in {"vfr": "variable", "hdr_transfer": "tone-mapped"}.items()
+        if any(word in n for n in reader.notes)
     }
     assert info.has_audio is case.sound
     if case.sound:

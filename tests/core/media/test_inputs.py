@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.media import video
 from export3d_cli.core.media.image import write_image
-from export3d_cli.core.media.probe import audio_codec
-from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
+from export3d_cli.core.media.probe import audio_codec, probe
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
 RED = "color=0xC03040:s=32x32:r=5:d=1"
@@ -83,7 +83,7 @@ def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
     assert row[-1] > 200
     assert (np.diff(row) >= -2).all()
     assert row[round(31 * white)] > 140  # diffuse white is bright, though not the brightest
-    monkeypatch.setattr(video, "has_tone_mapping", lambda: False)
+    monkeypatch.setattr("export3d_cli.core.media.reader.has_tone_mapping", lambda: False)
     flat = VideoReader(path)
     assert "cannot tone-map" in flat.notes[0]
     assert "tonemap" not in flat._filter_graph()

@@ -5,9 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from export3d_cli.core.media import video
-from export3d_cli.core.media.probe import audio_codec, ffmpeg_path
-from export3d_cli.core.media.video import VideoReader, VideoWriter, probe
+from export3d_cli.core.media.probe import audio_codec, ffmpeg_path, probe
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
 
@@ -118,7 +118,7 @@ def test_sound_only_is_no_video(sound):
 
 
 def test_a_start_behind_the_end_is_refused(picture):
-    with pytest.raises(InputError, match="behind the end"):
+    with pytest.raises(InputError, match="past the end"):
         VideoReader(picture("a.mp4"), start=9.0)
 
 
@@ -268,4 +268,4 @@ def test_misuse_of_the_writer_is_refused(tmp_path):
 def test_a_huge_video_is_refused(picture, monkeypatch):
     monkeypatch.setattr("export3d_cli.core.media.image.MAX_PIXELS", 1000)
     with pytest.raises(InputError, match="megapixels"):
-        video.probe(picture("big.mp4"))
+        probe(picture("big.mp4"))

@@ -15,7 +15,7 @@ from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
-from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.weights import weights_dir
 

@@ -1,0 +1,197 @@
+"""Writing videos from uint8 (H, W, 3) RGB frames, one frame in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from export3d_cli.core.media.encoder_settings import check_output_suffix, encoder_arguments
+from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
+from export3d_cli.core.media.image_folder import ImageSequenceWriter
+from export3d_cli.core.media.probe import READ_OPTIONS, audio_codec, ffmpeg_path, file_url
+from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.runtime.files import write_atomic, write_folder
+
+SYNTHETIC_COMMENT = "synthetic media: generated with export3d (AI), not a recording"
+_COPYABLE_AUDIO = {  # codecs that a container takes without re-encoding
+    ".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus"},
+    ".mov": {"aac", "mp3", "ac3", "alac", "pcm_s16le", "pcm_s24le"},
+    ".mkv": {"aac", "mp3", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "pcm_s24le"},
+    ".webm": {"opus", "vorbis"},
+}
+
+
+class VideoWriter:
+    """Writes frames to .mp4, .mov, .mkv (H.264), .webm (VP9), .gif or FOLDER/%05d.png (without audio).
+
+    A context manager. The file appears under its name only if the block ends without an exception. Odd sizes lose
+    their last column or row, because H.264 and VP9 need even ones.
+
+    Args:
+        path: output; its suffix selects the container.
+        size: (width, height) of the frames.
+        fps: exact frame rate.
+        crf: constant rate factor on x264's scale, 0 (lossless) to 51; 18 is visually transparent.
+        alpha: frames are RGBA (H, W, 4); for .webm (VP9), .mov (ProRes 4444) and images.
+        audio: a file whose audio track is added, cut to the video's length, and copied if the container takes it.
+        audio_start: seconds of the audio to skip.
+        metadata: tags in addition to the comment that the video is synthetic.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        size: tuple[int, int],
+        fps: Fraction,
+        crf: int = 18,
+        alpha: bool = False,
+        audio: Path | None = None,
+        audio_start: float = 0.0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.suffix = self.path.suffix.lower()
+        check_output_suffix(self.path, alpha=alpha)
+        self._image_sequence = ImageSequenceWriter(self.path) if self.suffix == ".png" else None
+        if self.path.is_dir():
+            raise InputError(f"{path} is a folder: give the name of a video file")
+        if fps <= 0 or min(size) < 2 or not 0 <= crf <= 51:
+            raise InputError(f"a video must have a positive rate, sides >= 2 and crf 0 to 51; got {fps}, {size}, {crf}")
+        self.size, self.fps, self.crf = size, Fraction(fps), crf
+        self.alpha = alpha
+        self.audio_start = audio_start
+        self.metadata = {"comment": SYNTHETIC_COMMENT, **(metadata or {})}
+        self._audio_codec = audio_codec(audio) if audio is not None and self.suffix not in (".gif", ".png") else None
+        self.audio = Path(audio) if audio is not None and self._audio_codec else None
+        self.frame_count = 0
+        self._process: FfmpegProcess | None = None
+
+    def __enter__(self) -> VideoWriter:
+        with contextlib.ExitStack() as stack:
+            if self._image_sequence:
+                self._image_sequence.temporary_folder = stack.enter_context(write_folder(self._image_sequence.folder))
+                self._exit_stack = stack.pop_all()
+                return self
+            self._temporary = self._video_only = stack.enter_context(write_atomic(self.path))
+            if self.audio:  # encode the picture alone; the audio is added at the end
+                self._video_only = self._temporary.with_stem(self._temporary.stem + "-picture")
+                stack.callback(self._video_only.unlink, missing_ok=True)
+            self._process = FfmpegProcess(self._encode_command(), stdin=True, output_file=self._video_only)
+            stack.callback(self._process.kill)
+            self._exit_stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._exit_stack.__exit__(kind, value, trace)
+            return
+        with self._exit_stack:
+            self._finish()
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one frame, uint8 (H, W, 3) RGB or, with `alpha`, (H, W, 4) RGBA, of the writer's size."""
+        width, height = self.size
+        expected = (height, width, 4 if self.alpha else 3)
+        if frame.dtype != np.uint8 or frame.shape != expected:
+            raise InputError(f"frames must be uint8 {expected}, got {frame.dtype} {frame.shape}")
+        if self._image_sequence:
+            self._image_sequence.write(frame, "; ".join(self.metadata.values()))
+            self.frame_count += 1
+            return
+        if self._process is None:
+            raise MediaError("the video writer is not open: use it in a `with` block")
+        try:
+            self._process.write(np.ascontiguousarray(frame).data.cast("B"))
+        except OSError as error:
+            self._process.wait()
+            raise MediaError(f"encoding {self.path} failed: {self._process.error_summary()}") from error
+        self.frame_count += 1
+
+    def abort(self) -> None:
+        """Make a running `write` in another thread, and all later ones, fail."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _finish(self) -> None:
+        if self._image_sequence:
+            if not self.frame_count:
+                raise MediaError(f"encoding {self.path} failed: no frame was written")
+            return
+        process, self._process = self._process, None
+        assert process is not None
+        process.close_input()
+        if process.wait() or not self.frame_count:
+            reason = process.error_summary() if self.frame_count else "no frame was written"
+            raise MediaError(f"encoding {self.path} failed: {reason}")
+        if self.audio:
+            muxer = FfmpegProcess(self._mux_command(), output_file=self._temporary)
+            try:
+                if muxer.wait():
+                    raise MediaError(f"adding the audio of {self.audio} to {self.path} failed: {muxer.error_summary()}")
+            finally:
+                muxer.kill()
+        if self.suffix == ".gif":
+            _add_gif_comment(self._temporary, "; ".join(self.metadata.values()))
+
+    def _encode_command(self) -> list[str]:
+        width, height = self.size
+        command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y", "-f", "rawvideo"]
+        command += ["-pix_fmt", "rgba" if self.alpha else "rgb24", "-video_size", f"{width}x{height}"]
+        command += ["-framerate", str(self.fps), "-i", "pipe:0"]
+        if self.suffix == ".gif":  # a palette per frame: one for the whole clip would need all frames in memory
+            limit = "fps=50," if self.fps > 50 else ""  # browsers slow down frames shorter than 0.02 s
+            palette = limit + "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
+            command += ["-filter_complex", palette]
+        else:
+            command += encoder_arguments(self.suffix, self.crf, self.size, alpha=self.alpha)
+        return [*command, *self._metadata_arguments(), file_url(self._video_only)]
+
+    def _mux_command(self) -> list[str]:
+        """Return the command that joins the encoded picture with the audio, cut to the picture's length."""
+        assert self.audio is not None
+        assert self._audio_codec is not None
+        copyable = self._audio_codec in _COPYABLE_AUDIO[self.suffix]
+        command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-y", "-i", file_url(self._video_only)]
+        if copyable and not self._audio_codec.startswith("pcm_"):
+            # shifting the audio and dropping packets before 0 is exact to a packet; seeking needs an index for that
+            command += ["-itsoffset", repr(-self.audio_start)]
+            encoder = ["copy", *(["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else [])]
+        else:
+            command += ["-ss", repr(self.audio_start)]
+            if copyable:  # PCM has long packets: decoding cuts it to the sample
+                encoder = [self._audio_codec]
+            else:
+                encoder = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
+        command += ["-protocol_whitelist", "file,pipe", "-i", file_url(self.audio)]
+        command += ["-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy"]
+        command += ["-t", f"{float(self.frame_count / self.fps):.6f}"]
+        command += ["-map_metadata", "-1", "-map_chapters", "-1", "-c:a", *encoder]
+        command += ["-metadata:s:v:0", "alpha_mode=1"] if self.alpha and self.suffix == ".webm" else []
+        return [*command, *self._metadata_arguments(), file_url(self._temporary)]
+
+    def _metadata_arguments(self) -> list[str]:
+        arguments = [part for key, text in self.metadata.items() for part in ("-metadata", f"{key}={text}")]
+        if self.suffix in (".mp4", ".mov"):
+            arguments += ["-movflags", "+faststart"]
+        return [*arguments, "-fflags", "+bitexact"]  # no random identifiers: same frames, same bytes
+
+
+def _add_gif_comment(path: Path, text: str) -> None:
+    """Insert a comment block after the header; ffmpeg writes none, and readers take one at the end for a frame."""
+    data = text.encode("ascii", "replace")
+    blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
+    with write_atomic(path) as commented, path.open("rb") as file, commented.open("wb") as out:
+        header = file.read(13)
+        palette_bytes = 3 << ((header[10] & 7) + 1) if header[10] & 0x80 else 0  # of the global palette
+        out.write(header + file.read(palette_bytes) + b"\x21\xfe" + blocks + b"\x00")
+        shutil.copyfileobj(file, out)
