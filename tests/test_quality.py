@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from export3d_cli.core.face.open_tracker import open_landmarker_tracker
 
 from export3d_cli.core import example_path
 from export3d_cli.core.evaluation.face_embedding import DlibEmbedder
 from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
-from export3d_cli.core.face.open_tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
-from export3d_cli.core.media.video import VideoReader
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.main import cli
 
 HEADS = Path(__file__).with_name("data")

@@ -13,8 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from export3d_cli.core.animation import animator
-from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.media.video import probe
+from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.runtime import weights
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
