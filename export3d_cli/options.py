@@ -177,6 +177,12 @@ def frames_option(default: int) -> Callable[[F], F]:
     return click.option("--frames", type=count, default=default, show_default=True, help="Number of frames.")
 
 
+def only_given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of options with None in place of those that the user did not give."""
+    default = click.core.ParameterSource.DEFAULT
+    return {name: None if ctx.get_parameter_source(name) is default else value for name, value in values.items()}
+
+
 def add_negations(command: click.Command) -> None:
     """Add `--no-x` for every flag `--x` of a command and its subcommands, so that a later argument can undo it."""
     for option in command.params:

@@ -1,10 +1,10 @@
-"""`export3d preprocess INPUT... -o OUT`: videos become a motion file or a training data set."""
+"""`export3d preprocess INPUT... -o OUT`: turn videos into a motion file or a training data set."""
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,16 +14,16 @@ from export3d_cli import console, options
 def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", value)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise click.BadParameter(f"{value!r} is no share of the inputs: use I/N with I from 1 to N", ctx, param)
-    return int(found[1]), int(found[2])
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", value)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"must be I/N with 1 <= I <= N, for example 1/4; got {value!r}", ctx, param)
+    return int(match[1]), int(match[2])
 
 
 def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
     for path in value:
         if str(path) == "-":
-            raise click.BadParameter("- (standard input) cannot be read twice: give a file", ctx, param)
+            raise click.BadParameter("- (standard input) is not supported, since inputs are read twice: give a file", ctx, param)
         if not path.exists():
             raise click.BadParameter(f"{str(path)!r} does not exist: give a video, a photo or a folder", ctx, param)
     return value
@@ -35,67 +35,66 @@ def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path,
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
-    help="Data set folder to write, or for one video a file X.motion.npz.",
+    help="Folder of the data set, or X.motion.npz for the motion of one input.",
 )  # fmt: skip
-@click.option("--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Side of crops, pixels.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Videos tracked at once.")
-@click.option("--max-frames", type=click.IntRange(1), help="Frames taken of each video.  [default: all]")
+@click.option("--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Side of crops in pixels.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of worker processes.")
+@click.option("--max-frames", type=click.IntRange(1), help="Maximum number of frames per input.  [default: all]")
 @click.option(
-    "--fps", type=options.FrameRate(), help="Rate of X.motion.npz.  [default: the video's; 25 of a picture folder]"
-)
-@click.option("--min-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a clip.")
-@click.option("--max-seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="Longer ones are split.")
-@click.option("--min-face", type=click.FloatRange(0), default=64, show_default=True, help="Side of faces, pixels.")
+    "--fps", type=options.FrameRate(),
+    help="Motion file: frame rate.  [default: the video's; 25 for pictures]",
+)  # fmt: skip
+@click.option("--min-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Minimum clip duration.")
 @click.option(
-    "--max-yaw", type=click.FloatRange(0, 90), default=65, show_default=True, help="Degrees, of 95% of frames."
+    "--max-seconds", type=click.FloatRange(1), default=60.0, show_default=True,
+    help="Maximum clip duration; longer clips are split.",
+)  # fmt: skip
+@click.option(
+    "--min-face", type=click.FloatRange(0), default=64, show_default=True, help="Minimum side of the face in pixels."
 )
+@click.option(
+    "--max-yaw", type=click.FloatRange(0, 90), default=65, show_default=True,
+    help="Maximum yaw in degrees, 95th percentile over a clip.",
+)  # fmt: skip
 @click.option(
     "--person", type=click.Choice(["name", "folder"]), default="name", show_default=True,
-    help="Who is seen: a file's name up to its last _, or its folder.",
+    help="Take the person's id from the file name up to its last _, or from the folder.",
 )  # fmt: skip
 @click.option(
-    "--shard", metavar="I/N", callback=_parse_shard, help="Do every N-th input; a run without --shard merges."
-)
+    "--shard", metavar="I/N", callback=_parse_shard,
+    help="Process every N-th input, from the I-th; a run without --shard merges the shards.",
+)  # fmt: skip
 @click.option(
     "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=options.validate_face,
-    help="Of X.motion.npz: whose, where there are several.",
+    help="Motion file: which of several faces to track.",
 )  # fmt: skip
 @options.tracker_option
-@click.option("--overlay", type=options.OUTPUT_FILE, help="For X.motion.npz: the video with what was found drawn in.")
+@click.option("--overlay", type=options.OUTPUT_FILE, help="Motion file: write the video with the tracking drawn on it.")
 @click.option("--report", is_flag=True, help="Write report.png: clips, poses and expressions of the data set.")
 @options.json_option
+@click.pass_context
 def preprocess(
-    inputs: tuple[Path, ...],
-    output: Path,
-    size: int,
-    workers: int,
-    max_frames: int | None,
-    fps: Fraction | None,
-    min_seconds: float,
-    max_seconds: float,
-    min_face: float,
-    max_yaw: float,
-    person: str,
-    shard: tuple[int, int] | None,
-    face: str,
-    tracker: str,
-    overlay: Path | None,
-    report: bool,
-    as_json: bool,
+    ctx: click.Context, inputs: tuple[Path, ...], output: Path, max_frames: int | None, as_json: bool, **chosen: Any
 ) -> None:
     """Track faces in INPUT (videos, images, or folders of them).
 
-    One video (or CSV of Live Link Face) and an OUT that ends in .motion.npz: a driver for `reenact`. Otherwise: a data
-    set for `train`, its videos cut into clips of one face; rejected.jsonl says what was left out and why. The same
-    command again goes on.
+    With one video, photo or Live Link Face CSV and OUT ending in .motion.npz, write its motion, a driver for `reenact`.
+    Otherwise write a data set for `train`: videos are split into clips of one face; rejected.jsonl says which were left
+    out and why. Run the same command again to continue an interrupted run.
     """
     from export3d_cli import core
 
-    gates = core.ClipFilter(min_seconds=min_seconds, max_seconds=max_seconds, min_face_px=min_face, max_yaw=max_yaw)
+    given = options.only_given(ctx, chosen)
+    limits = {name: given.pop(name) for name in ("min_seconds", "max_seconds", "min_face", "max_yaw")}
+    limits["min_face_px"] = limits.pop("min_face")
+    limits = {name: value for name, value in limits.items() if value is not None}
     with console.show_progress() as progress:
         summary = core.build_dataset(
-            list(inputs), output, size=size, workers=workers, max_frames=max_frames, fps=fps, clip_filter=gates,
-            person=person, shard=shard, face=face, tracker=tracker, overlay=overlay, report=report,
+            list(inputs),
+            output,
+            max_frames=max_frames,
+            clip_filter=core.ClipFilter(**limits) if limits else None,
             progress=progress,
-        )  # fmt: skip
+            **given,
+        )
     console.print_summary(summary, as_json=as_json)

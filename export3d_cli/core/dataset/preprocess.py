@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.context
 import os
 import re
 import signal
@@ -43,6 +44,7 @@ from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
 CLIP_FPS = Fraction(25)  # frame rate of the clips in a data set
+CLIP_FILTER_OPTIONS = "--min-seconds, --max-seconds, --min-face, --max-yaw"
 _CLIP_SUFFIX = re.compile(r"-c\d{2,}$")  # follows the video's id in the id of one of its clips
 Progress = Callable[[str, int, "int | None"], None]
 PersonRule = Literal["name", "folder"]
@@ -84,67 +86,75 @@ def preprocess(
     inputs: list[Path],
     out: Path,
     *,
-    size: int = 256,
-    workers: int = 1,
+    size: int | None = None,
+    workers: int | None = None,
     max_frames: int | None = None,
     fps: Fraction | None = None,
     clip_filter: ClipFilter | None = None,
-    person: PersonRule = "name",
+    person: PersonRule | None = None,
     shard: tuple[int, int] | None = None,
-    face: str = "largest",
-    tracker: TrackerName = "landmarker",
+    face: str | None = None,
+    tracker: TrackerName | None = None,
     overlay: Path | None = None,
     report: bool = False,
     progress: Progress | None = None,
 ) -> PreprocessSummary:
     """Track faces and write one motion file (`out` ends in .motion.npz) or a data set (`out` is a folder).
 
-    Inputs that are in the data set already are kept, so that an interrupted run can be continued. `fps`, `face`,
-    `tracker` and `overlay` are for a motion file only: the clips of a data set have 25 frames/s, the largest face and
-    the landmarker's points. A motion file can also be made from a Live Link Face CSV.
+    Inputs that are in the data set already are kept, so that an interrupted run can be continued. A motion file can
+    also be made from a Live Link Face CSV. None stands for the default; an option that does not apply is refused.
 
     Args:
         inputs: videos, photos or folders of them.
         out: folder of the data set, or X.motion.npz.
-        size: side of the crops in pixels.
-        workers: number of processes.
-        max_frames: maximum number of frames of each input; None: all.
-        fps: frame rate of the motion file; None keeps the video's.
-        clip_filter: limits for clips; None: the defaults.
-        person: take the person's id from the file name up to its last underscore ("name") or from the folder.
-        shard: (i, n): process every n-th input, starting at the i-th.
-        face: which of several faces: largest, left, right or index:N.
-        tracker: "landmarker" or "fan".
-        overlay: video or image to write with the tracking drawn on it.
-        report: write `report.png`, an overview of the data set.
+        max_frames: maximum number of frames of each input; default: all.
         progress: called with the stage, the number done and the total.
+
+        size: side of the crops in pixels; default 256. This one and those below are for a data set only.
+        workers: number of processes; default 1.
+        clip_filter: limits for clips.
+        person: take the person's id from the file "name" up to its last underscore (default) or from the "folder".
+        shard: (i, n): process every n-th input, starting at the i-th.
+        report: write `report.png`, an overview of the data set.
+
+        fps: frame rate; default: the video's. This one and those below are for a motion file only: the clips of a data
+            set have 25 frames/s, the largest face and the landmarker's points.
+        face: which of several faces: largest (default), left, right or index:N.
+        tracker: "landmarker" (default) or "fan".
+        overlay: video or image to write with the tracking drawn on it.
 
     Raises:
         InputError: there is nothing to read, or an option does not apply.
         NoFaceError: no input has a usable face.
     """
     if out.name.endswith(".npz"):
-        return _write_motion_file(
-            inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker=tracker
-        )
-    if overlay is not None or fps is not None or face != "largest" or tracker != "landmarker":
-        what = "an overlay, a frame rate or a choice of face or tracker"
-        raise InputError(f"{out} is a data set: {what} is for one video, with OUT as X.motion.npz")
+        options: dict[str, Any] = {"--size": size, "--workers": workers, CLIP_FILTER_OPTIONS: clip_filter}
+        options |= {"--person": person, "--shard": shard, "--report": report or None}
+        _refuse(options, f"{out} is a motion file", "a data set (a folder as OUT)")
+        return _write_motion_file(inputs, out, max_frames, fps, face, tracker, overlay, progress)
+    options = {"--fps": fps, "--face": face, "--tracker": tracker, "--overlay": overlay}
+    _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz)")
     all_inputs = _find_inputs(inputs, out)
     if not all_inputs:
         raise InputError(f"no video or image in {', '.join(map(str, inputs))}")
     clip_filter = clip_filter or ClipFilter()
-    if max_frames is not None:  # a limit on frames implies short clips
-        clip_filter = replace(clip_filter, min_seconds=min(clip_filter.min_seconds, float(max_frames / CLIP_FPS)))
+    notes = []
+    if max_frames is not None and max_frames / CLIP_FPS < clip_filter.min_seconds:
+        clip_filter = replace(clip_filter, min_seconds=float(max_frames / CLIP_FPS))
+        notes.append(
+            f"clips from {clip_filter.min_seconds:g} s are kept, because inputs are cut at {max_frames} frames"
+        )
     shard_inputs = all_inputs if shard is None else all_inputs[shard[0] - 1 :: shard[1]]
     clips_folder = out / "clips"
     with folder_lock(out, shared=shard is not None):
         manifest = DatasetManifest(out, shard)
         jobs = [
-            InputJob(file, source_id, _person_id(file, source_id, person), out, size, max_frames, clip_filter)
+            InputJob(file, source_id, _person_id(file, source_id, person), out, size or 256, max_frames, clip_filter)
             for file, source_id in shard_inputs
             if source_id not in manifest.finished_sources
         ]
+        if len(jobs) < len(shard_inputs):
+            notes.append(f"{len(shard_inputs) - len(jobs)} inputs of an earlier run are kept as they are")
         try:
             clips_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -153,7 +163,7 @@ def preprocess(
             ) from error
         _remove_partial_clips(clips_folder, {job.source_id for job in jobs})
         rejected: list[str] = []
-        with contextlib.closing(_run_jobs(jobs, workers)) as results:
+        with contextlib.closing(_run_jobs(jobs, workers or 1)) as results:
             for count, result in enumerate(results, start=1):
                 manifest.add(result.clips, result.rejected)
                 rejected += [f"{result.job.file}: {row['reason']}" for row in result.rejected]
@@ -164,21 +174,42 @@ def preprocess(
     if not manifest.clips and shard is None:
         first = rejected[0] if rejected else f"see {out / 'rejected.jsonl'}"
         raise NoFaceError(f"none of the {len(all_inputs)} inputs gave a usable clip; the first: {first}")
-    notes = []
     if report and manifest.clips:
         path = draw_report(out, manifest.clips, manifest.path("report").with_suffix(".png"))
         notes.append(f"report in {path}")
     return PreprocessSummary(len(manifest.clips), sum(row["frames"] for row in manifest.clips), rejected, notes)
 
 
+def _refuse(options: dict[str, Any], output: str, applies_to: str) -> None:
+    """Raise `InputError` for options, by name, that are not None."""
+    unused = ", ".join(name for name, value in options.items() if value is not None)
+    if unused:
+        raise InputError(f"{output}, and {unused} applies to {applies_to} only: remove it, or change OUT")
+
+
 def _write_motion_file(
-    inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None, **options: Any
+    inputs: list[Path],
+    out: Path,
+    max_frames: int | None,
+    fps: Fraction | None,
+    face: str | None,
+    tracker: TrackerName | None,
+    overlay: Path | None,
+    progress: Progress | None,
 ) -> PreprocessSummary:
     if len(inputs) != 1:
         raise InputError(f"{out} holds the motion of one input, got {len(inputs)}: give one, or a folder as OUT")
-    if overlay is not None and is_arkit_csv(inputs[0]):
-        raise InputError(f"{inputs[0]} has no pictures to draw on: leave out --overlay")
-    motion, notes = extract_motion(inputs[0], progress=progress, **options)
+    if is_arkit_csv(inputs[0]):
+        options = {"--face": face, "--tracker": tracker, "--overlay": overlay}
+        _refuse(options, f"{inputs[0]} has coefficients and no pictures", "videos and photos")
+    motion, notes = extract_motion(
+        inputs[0],
+        fps=fps,
+        max_frames=max_frames,
+        face=face or "largest",
+        tracker=tracker or "landmarker",
+        progress=progress,
+    )
     motion.save(out)
     if overlay is not None:
         draw_overlay(inputs[0], motion, overlay, progress=progress)
@@ -226,16 +257,28 @@ def _is_input_file(path: Path, folder: Path, out: Path) -> bool:
     return (path.suffix.lower() in VIDEO_SUFFIXES or has_image_suffix(path)) and path.is_file()
 
 
-def _person_id(file: Path, source_id: str, rule: PersonRule) -> str:
+def _person_id(file: Path, source_id: str, rule: PersonRule | None) -> str:
     """Return the file name up to its last underscore, or the name of the folder it lies in."""
     return file.resolve().parent.name or source_id if rule == "folder" else file.stem.rsplit("_", 1)[0]
+
+
+class _WorkerContext(multiprocessing.context.SpawnContext):
+    """Starts processes and remembers them, so that a pool's workers can be told from the host's other children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: list[multiprocessing.process.BaseProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> multiprocessing.process.BaseProcess:  # type: ignore[override] # noqa: N802
+        self.workers.append(super().Process(*args, **options))
+        return self.workers[-1]
 
 
 def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[InputResult, None, None]:
     if workers <= 1 or len(jobs) <= 1:
         yield from map(_process_input, jobs)
         return
-    context = multiprocessing.get_context("spawn")
+    context = _WorkerContext()
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _init_worker)
     finished = False
     try:
@@ -249,7 +292,7 @@ def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[InputResult, None
         ) from error
     finally:
         if not finished:  # interrupted: abandon the inputs in progress
-            for worker in multiprocessing.active_children():
+            for worker in context.workers:
                 worker.terminate()
         pool.shutdown(cancel_futures=True)
 

@@ -39,7 +39,7 @@ def extract_motion(
 
     Args:
         path: a video, a folder of pictures, a photo, or a Live Link Face CSV (placed at EG3D's camera radius, 2.7).
-        fps: frame rate; None keeps the video's.
+        fps: frame rate; None keeps the video's, and is 25 for pictures.
         max_frames: maximum number of frames; None: all.
         face: which of several faces: largest, left, right or index:N, the N-th from the left, starting at 0.
         tracker: "landmarker" or "fan".
@@ -59,7 +59,7 @@ def extract_motion(
         image = read_image(path)
         candidates = face_tracker.landmarker.find_all(image)
         faces += [choose_face(candidates, face, str(path))] if candidates else []
-        fps, size, notes = DEFAULT_FOLDER_FPS, (image.shape[1], image.shape[0]), []
+        fps, size, notes = fps or DEFAULT_FOLDER_FPS, (image.shape[1], image.shape[0]), []
     else:
         with VideoReader(path, fps=fps) as reader:
             fps, size, notes = reader.info.fps, (reader.info.width, reader.info.height), reader.notes

@@ -1,7 +1,10 @@
 import json
+import multiprocessing
 import shutil
 import subprocess
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,8 +221,59 @@ def test_preprocess_arkit_csv_gives_one_motion(tmp_path):
             ((motion, _),) = list(driver)
         assert (driver.fps, len(motion)) == (fps or 60, count)
         np.testing.assert_allclose(motion.beta[-1, 0], (29 if fps is None else 28) / 100, atol=1e-6)
-    with pytest.raises(InputError, match="no pictures"):
-        preprocess([path], tmp_path / "x.motion.npz", overlay=tmp_path / "o.mp4")
+    for option, value in (("overlay", tmp_path / "o.mp4"), ("face", "left"), ("tracker", "fan")):
+        with pytest.raises(InputError, match=f"no pictures, and --{option} applies"):
+            preprocess([path], tmp_path / "x.motion.npz", **{option: value})
+
+
+def test_preprocess_photo_takes_the_given_frame_rate(tmp_path):
+    preprocess([example_path("source.jpg")], tmp_path / "x.motion.npz", fps=Fraction(12))
+    assert Motion.load(tmp_path / "x.motion.npz").fps == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("x.motion.npz", "size", 256), ("x.motion.npz", "workers", 1), ("x.motion.npz", "clip_filter", ClipFilter()),
+        ("x.motion.npz", "person", "name"), ("x.motion.npz", "shard", (1, 1)), ("x.motion.npz", "report", True),
+        ("set", "fps", Fraction(25)), ("set", "face", "largest"), ("set", "tracker", "landmarker"),
+        ("set", "overlay", Path("o.mp4")),
+    ],
+)  # fmt: skip
+def test_preprocess_option_of_the_other_output_is_refused(tmp_path, name, option, value):
+    with pytest.raises(InputError, match="applies to a"):
+        preprocess([example_path("source.jpg")], tmp_path / name, **{option: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_preprocess_notes_shorter_clips_and_kept_inputs(stills, tmp_path):
+    assert preprocess([stills], tmp_path / "out", size=32).notes == []
+    notes = preprocess([stills], tmp_path / "out", size=32, max_frames=10).notes
+    assert notes == ["clips from 0.4 s are kept, because inputs are cut at 10 frames",
+                     "4 inputs of an earlier run are kept as they are"]  # fmt: skip
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+
+def test_preprocess_stopped_early_ends_only_its_own_workers(stills, tmp_path):
+    """A child process of the host program survives; the pool's own workers end."""
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=sleep, args=(60,))
+    child.start()
+    before = set(multiprocessing.active_children())
+
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            preprocess([stills], tmp_path / "out", size=32, workers=2, progress=stop)
+        assert child.is_alive() and set(multiprocessing.active_children()) == before
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_preprocess_image_folder_gives_one_motion(make_clip, tmp_path):

@@ -63,7 +63,7 @@ def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: py
     assert motion.found.all()
     with pytest.raises(InputError, match="478"):  # it is no source
         Motion.load(out)
-    with pytest.raises(InputError, match="choice of face or tracker"):
+    with pytest.raises(InputError, match="--tracker applies to a motion file"):
         preprocess([make_clip("clip.mp4")], tmp_path / "set", tracker="fan")
     animator = Animator.__new__(Animator)
     animator._followers, animator.device = {}, "cpu"
