@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerator import CUDA, Pretended
+from accelerator import CUDA, FakeAccelerator
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.views import NovelViewOptions, orbit_cameras
@@ -20,7 +20,7 @@ from export3d_cli.core.runtime.weights import example_path
 
 
 def test_it_refuses_what_a_gpu_refuses() -> None:
-    with Pretended():
+    with FakeAccelerator():
         here, there = torch.ones(2), torch.ones(2).to("cuda")
         assert there.device == (there + 1).device == torch.ones(1, device="cuda").device == CUDA
         assert here.device.type == there.cpu().device.type == "cpu"
@@ -50,9 +50,9 @@ def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: 
         return [*pictures, *animator.view(cameras, depth=True), *animator.field(points)]
 
     on_cpu = made("cpu")
-    with Pretended() as pretended:
+    with FakeAccelerator() as accelerator:
         on_gpu = made("cuda")
-    assert pretended.calls > 1000
+    assert accelerator.calls > 1000
     assert set(painted) == {(name, where) for name in kinds for where in ("cpu", "cuda")}
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert np.abs(a.astype(float) - b.astype(float)).mean() < 0.5

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerator import Pretended
+from accelerator import FakeAccelerator
 
 from export3d_cli.core.config.schema import INPAINTERS, TrainConfig
 from export3d_cli.core.model.checkpoint import load_weights
@@ -39,8 +39,8 @@ def test_every_stage_trains_on_another_device(tiny: TrainConfig, monkeypatch: py
     config = replace(
         tiny, device="cuda", stages=stages, steps=2, adversarial=adversarial, loss=loss, model=model, **holes
     )
-    with Pretended() as pretended:
+    with FakeAccelerator() as accelerator:
         found = train(replace(config, **holes))
-    assert found.finished and pretended.calls > 5000
+    assert found.finished and accelerator.calls > 5000
     _, _, record = load_weights(found.weights)
     assert record["adversarial_steps"] == 2
