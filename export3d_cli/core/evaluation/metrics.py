@@ -1,6 +1,6 @@
-"""How alike two pictures, two faces or two motions are: pure functions over NumPy arrays.
+"""Metrics that compare images, landmarks and motions: pure functions of NumPy arrays.
 
-Images are uint8 (H, W, 3) RGB; landmarks are in crop units, (T, 478, 3); distances are told in pixels of a 256 image.
+Images are uint8 (H, W, 3) RGB; landmarks are in crop units, (T, 478, 3); distances are in pixels of a 256 px image.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.landmarks import IBUG68 as IBUG68  # what distances of 68 points are measured at
+from export3d_cli.core.face.landmarks import IBUG68 as IBUG68
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is told."""
+    """How a metric is named and printed."""
 
     better: Literal["higher", "lower", ""]  # "": neither
     unit: str
@@ -25,56 +25,56 @@ class Metric:
     description: str
 
 
-# Every column of a score, in the order in which they are told.
+# All columns of the scores, in the order of the tables.
 METRICS = {
     "psnr": Metric("higher", "dB", 2, "Peak signal-to-noise ratio of RGB, mean over frames, at most 100."),
     "ssim": Metric("higher", "", 3, "Structural similarity, mean over RGB: Gaussian window of side 11, sigma 1.5."),
     "vgg16": Metric("lower", "", 3, "Perceptual distance of a VGG16: squared difference of unit-length features, mean "
                     "over four depths. Without LPIPS' learned weights: not LPIPS."),
-    "mobilenetv2": Metric("lower", "", 3, "The same of a MobileNetV2."),
+    "mobilenetv2": Metric("lower", "", 3, "The same with a MobileNetV2."),
     "lpips": Metric("lower", "", 3, "LPIPS (Zhang et al. 2018) with its learned weights."),
     "akd478": Metric("lower", "px", 2, "Average keypoint distance: Euclidean, all 478 landmarks, pixels at 256."),
-    "akd68": Metric("lower", "px", 2, "The same of the 68 points of iBUG among them."),
+    "akd68": Metric("lower", "px", 2, "The same for the 68 iBUG points among them."),
     "aed": Metric("lower", "", 4, "Average expression distance: mean absolute difference of 52 blendshape weights."),
     "apd": Metric("lower", "", 4, "Average pose distance: mean absolute difference of six numbers, the head's rotation "
-                  "vector (radians) and centre (about half metres) before the camera."),
+                  "vector (radians) and centre (units of about 0.5 m) in the camera frame."),
     "yaw_error": Metric("lower", "deg", 2, "Mean absolute difference of yaw."),
     "pitch_error": Metric("lower", "deg", 2, "Mean absolute difference of pitch."),
     "gaze_error": Metric("lower", "deg", 2, "Mean angle between the lines of sight of both eyes in the head frame, "
-                         "read from the irises where the eyes are open: sideways well, up and down weakly."),
-    "jaw": Metric("higher", "r", 3, "Correlation over time of jawOpen, where the driver moves it."),
-    "blink": Metric("higher", "r", 3, "Correlation over time of the eyeBlinks, where the driver blinks."),
-    "smile": Metric("higher", "r", 3, "Correlation over time of the mouthSmiles, where the driver smiles."),
-    "yaw": Metric("higher", "r", 3, "Correlation over time of yaw, where the driver's head turns."),
+                         "from the irises where the eyes are open; reliable sideways, weak up and down."),
+    "jaw": Metric("higher", "r", 3, "Correlation over time of jawOpen, if the driver moves it."),
+    "blink": Metric("higher", "r", 3, "Correlation over time of eyeBlink (mean of both), if the driver blinks."),
+    "smile": Metric("higher", "r", 3, "Correlation over time of mouthSmile (mean of both), if the driver smiles."),
+    "yaw": Metric("higher", "r", 3, "Correlation over time of yaw, if the driver's head turns."),
     "identity": Metric("higher", "cos", 3, "CSIM: cosine of face embeddings of the source and the result."),
-    "flicker": Metric("lower", "levels", 2, "Mean size of the second difference over time of result minus truth, in "
-                      "grey levels of 255: 0 where the error stands still or drifts evenly."),
-    "jitter": Metric("lower", "px", 3, "Mean size of the second difference over time of the landmarks, less that of "
-                     "the driver's: 0 is as steady as the driver, below is smoother."),
-    "lost": Metric("lower", "", 3, "Share of frames in which no face is found."),
-    "view_pose": Metric("lower", "deg", 2, "Novel views: angle of the rotation between the camera asked for and the "
-                        "one tracked in the picture, mean over yaws from -30 to 30 degrees."),
+    "flicker": Metric("lower", "levels", 2, "Mean absolute second difference over time of result minus truth, in "
+                      "grey levels of 255: 0 if the error is constant or changes linearly."),
+    "jitter": Metric("lower", "px", 3, "Mean second difference over time of the landmarks minus that of the driver's: "
+                     "0 is as steady as the driver, negative is smoother."),
+    "lost": Metric("lower", "", 3, "Fraction of frames in which no face is found."),
+    "view_pose": Metric("lower", "deg", 2, "Novel views: rotation angle between the requested camera and the one "
+                        "tracked in the picture, mean over yaws from -30 to 30 degrees."),
     "view_identity": Metric("higher", "cos", 3, "Novel views: cosine of embeddings of the source and the view."),
-    "view_lost": Metric("lower", "", 3, "Novel views: share in which no face is found."),
+    "view_lost": Metric("lower", "", 3, "Novel views: fraction in which no face is found."),
 }  # fmt: skip
-REFERENCE_SIZE_PX = 256  # image side in which landmark distances are told, whatever the images' own
-# ArcFace's template at 112 pixels, in the image's order: left eye, right eye, nose, left and right mouth corner.
+REFERENCE_SIZE_PX = 256  # landmark distances refer to images of this side, whatever the actual size
+# ArcFace's template at 112 px: eye on the image's left, on its right, nose, left and right mouth corner.
 ARCFACE_TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 ARCFACE_SIZE_PX = 112
-_SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # SSIM's Gaussian window of side 11
-IRIS_RADIUS = 10.5 / 63  # an iris circles its eye's centre of rotation at 10.5 mm; of 63 mm between the eyes
+_SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # Gaussian window of side 11
+IRIS_RADIUS = 10.5 / 63  # iris to centre of rotation, 10.5 mm, over the inter-ocular distance, 63 mm
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, at most 100 (of equal images)."""
+    """Return the peak signal-to-noise ratio in dB, at most 100 (for equal images)."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return min(100.0, 10 * float(np.log10(255**2 / error))) if error else 100.0
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004), mean over RGB: Gaussian window of side 11, sigma 1.5."""
+    """Return the structural similarity (Wang et al. 2004), mean over RGB: Gaussian window of side 11, sigma 1.5."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     kernel = np.exp(-0.5 * (np.arange(-_SSIM_RADIUS, _SSIM_RADIUS + 1) / _SSIM_SIGMA) ** 2)
     kernel /= kernel.sum()
@@ -91,62 +91,62 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def landmark_distance(a: np.ndarray, b: np.ndarray, points: tuple[int, ...] | None = None) -> float:
-    """AKD: mean distance of (T, 478, 3) landmarks in the image plane, or of some of the points, in pixels at 256."""
-    chosen = slice(None) if points is None else list(points)
-    return float(np.linalg.norm((a[:, chosen] - b[:, chosen])[..., :2], axis=-1).mean() * REFERENCE_SIZE_PX)
+    """Return AKD: the mean image-plane distance of landmarks (T, 478, 3), or of `points` among them, in px at 256."""
+    index = slice(None) if points is None else list(points)
+    return float(np.linalg.norm((a[:, index] - b[:, index])[..., :2], axis=-1).mean() * REFERENCE_SIZE_PX)
 
 
 def mean_abs_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference; of blendshapes (T, 52) this is AED, of angles in degrees the pose error."""
+    """Return the mean absolute difference; for blendshapes (T, 52) this is AED."""
     return float(np.abs(a - b).mean())
 
 
 def pose_vector(camera: np.ndarray) -> np.ndarray:
-    """Cameras (T, 25) -> the pose (T, 6) that APD compares: rotation vector in radians, centre in the camera frame."""
+    """Return the poses (T, 6) that APD compares: rotation vector in radians, centre in the camera frame."""
     rotation, centre = head_pose(camera)
     return np.concatenate([rotation_log(rotation), centre], axis=-1)
 
 
 def rotation_angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Angle in degrees of the rotation that takes the heads before cameras (T, 25) into each other -> (T,)."""
-    turn = head_pose(a)[0] @ np.swapaxes(head_pose(b)[0], -1, -2)
-    angle: np.ndarray = np.degrees(np.linalg.norm(rotation_log(turn), axis=-1))
+    """Return the angle (T,) in degrees between the head rotations seen by two sequences of cameras (T, 25)."""
+    relative = head_pose(a)[0] @ np.swapaxes(head_pose(b)[0], -1, -2)
+    angle: np.ndarray = np.degrees(np.linalg.norm(rotation_log(relative), axis=-1))
     return angle
 
 
 def gaze_direction(iris: np.ndarray) -> np.ndarray:
-    """Lines of sight in the head frame: unit vectors (..., 3), x to the image's right, y down, z away from the camera.
+    """Return gaze directions in the head frame: unit vectors (..., 3), x to the image's right, y down, z backwards.
 
-    `iris` (..., 2) is where irises stand off the middle of their eyes' corners, in inter-ocular distances.
+    `iris` (..., 2) is the offset of an iris from the middle of its eye's corners, in inter-ocular distances.
     """
     xy = np.asarray(iris, dtype=np.float64) / IRIS_RADIUS
-    xy = xy / np.maximum(1.0, np.linalg.norm(xy, axis=-1, keepdims=True))  # no eye turns by more than 90 degrees
+    xy = xy / np.maximum(1.0, np.linalg.norm(xy, axis=-1, keepdims=True))  # an eye turns by at most 90 degrees
     z = -np.sqrt(np.maximum(0.0, 1 - (xy**2).sum(-1, keepdims=True)))
     return np.concatenate([xy, z], axis=-1)
 
 
 def gaze_error(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean angle in degrees between lines of sight (..., 3)."""
+    """Return the mean angle in degrees between gaze directions (..., 3)."""
     sine, cosine = np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)
     return float(np.degrees(np.arctan2(sine, cosine)).mean())
 
 
 def flicker(result: np.ndarray, truth: np.ndarray) -> float:
-    """Mean absolute second difference over time of `result` minus `truth`, uint8 (T, H, W, 3), T >= 3; in levels."""
+    """Return the mean |second difference| over time of `result` - `truth`, uint8 (T, H, W, 3), T >= 3, in levels."""
     error = result.astype(np.float32) - truth.astype(np.float32)
     return float(np.abs(np.diff(error, n=2, axis=0)).mean())
 
 
 def excess_jitter(result: np.ndarray, truth: np.ndarray) -> float:
-    """How much less steady landmarks (T, 478, 3) are than others, T >= 3: second differences, in pixels at 256."""
+    """Return the mean second difference of landmarks (T, 478, 3), T >= 3, minus that of the truth, in px at 256."""
     a, b = (np.linalg.norm(np.diff(x[..., :2], n=2, axis=0), axis=-1).mean() for x in (result, truth))
     return float((a - b) * REFERENCE_SIZE_PX)
 
 
 def correlation(truth: np.ndarray, result: np.ndarray, min_std: float) -> float:
-    """Pearson's correlation of two series (T,); NaN where the truth's deviation stays below `least`.
+    """Return Pearson's correlation of two series (T,); NaN if the truth's standard deviation is below `min_std`.
 
-    A result that hardly moves (a tenth of `least`) follows nothing: 0, not the correlation of its noise.
+    Returns 0 for a result that hardly moves (less than a tenth of `min_std`), not the correlation of its noise.
     """
     if len(truth) < 3 or truth.std() < min_std:
         return float("nan")
@@ -156,7 +156,7 @@ def correlation(truth: np.ndarray, result: np.ndarray, min_std: float) -> float:
 
 
 def fit_similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The rotation, scale and shift that lay points (N, 2) on `target` (N, 2) in least squares -> (2, 3)."""
+    """Return the least-squares similarity transform (2, 3) from points (N, 2) to `target` (N, 2)."""
     x, y = points[:, 0], points[:, 1]
     one, zero = np.ones_like(x), np.zeros_like(x)
     rows = np.concatenate([np.stack([x, -y, one, zero], axis=1), np.stack([y, x, zero, one], axis=1)])
@@ -165,25 +165,25 @@ def fit_similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def crop_to_arcface(image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
-    """The face whose five points (5, 2) lie at pixels of `image`, laid on ArcFace's template: uint8 (112, 112, 3)."""
+    """Return the face with `keypoints` (5, 2), in pixels, aligned to ArcFace's template: uint8 (112, 112, 3)."""
     return cv2.warpAffine(
         image, fit_similarity(keypoints, ARCFACE_TEMPLATE), (ARCFACE_SIZE_PX, ARCFACE_SIZE_PX), flags=cv2.INTER_LINEAR
     )
 
 
 def finite_mean(values: list[float]) -> float:
-    """Mean of what is a number; NaN of nothing."""
-    known = [value for value in values if np.isfinite(value)]
-    return float(np.mean(known)) if known else float("nan")
+    """Return the mean of the finite values; NaN if there is none."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
 
 
 def bootstrap_interval(
     values: list[float], *, level: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of what is a number; NaN of fewer than two."""
-    known = np.array([value for value in values if np.isfinite(value)])
-    if len(known) < 2:
+    """Return the percentile bootstrap interval of the mean of the finite values; NaN for fewer than two."""
+    finite = np.array([value for value in values if np.isfinite(value)])
+    if len(finite) < 2:
         return float("nan"), float("nan")
-    rows = np.random.default_rng(seed).integers(len(known), size=(resamples, len(known)))
-    low, high = np.quantile(known[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    rows = np.random.default_rng(seed).integers(len(finite), size=(resamples, len(finite)))
+    low, high = np.quantile(finite[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

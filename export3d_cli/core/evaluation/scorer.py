@@ -1,4 +1,4 @@
-"""One result beside the truth: what the pictures, the landmarker and a face embedder say. The ruler of `evaluate`."""
+"""Scores one result against the ground truth with images, tracked landmarks and face embeddings."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export3d_cli.core.dataset.segmentation import yaw_pitch_roll
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import Embedder
 from export3d_cli.core.face.beta import BETA_NAMES
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.runtime.camera import Camera
 
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each
 Scores = dict[str, float]  # by names of `metrics.METRICS`
 PerceptualDistance = Callable[[Frames, Frames], float]
-NUM_BLENDSHAPES = 52  # the first entries of beta are blendshapes
-MAX_BLINK_FOR_GAZE = 0.5  # an eye that blinks more shows too little of its iris
-# What must move in the driver for its correlation to count, and by how much (standard deviation).
+NUM_BLENDSHAPES = 52  # the first entries of beta
+MAX_BLINK_FOR_GAZE = 0.5  # eyeBlink above this hides too much of the iris
+# Name -> (entries of beta to average, minimum standard deviation of the driver for a correlation to count).
 CORRELATED_SERIES = {
     "jaw": (("jawOpen",), 0.03),
     "blink": (("eyeBlinkLeft", "eyeBlinkRight"), 0.05),
     "smile": (("mouthSmileLeft", "mouthSmileRight"), 0.05),
-    "yaw": ((), 0.7),  # degrees
 }
+MIN_YAW_STD = 0.7  # degrees, likewise
 _BLINKS = [BETA_NAMES.index(f"eyeBlink{side}") for side in ("Left", "Right")]
 _IRISES = [BETA_NAMES.index(name) for name in ("irisXLeft", "irisYLeft", "irisXRight", "irisYRight")]
 
 
 @dataclass(frozen=True)
 class TrackedFrames:
-    """What the landmarker sees in frames; no motion where it sees no face at all."""
+    """Frames with their tracked motion; None if no frame has a face."""
 
     frames: Frames
     motion: Motion | None
@@ -41,28 +41,28 @@ class TrackedFrames:
 
 @dataclass(frozen=True)
 class FrameSample:
-    """Which of the frames made count: rows for the metrics of single frames, and consecutive ones for steadiness."""
+    """Which rendered frames are scored: `rows` by single-frame metrics, `consecutive` by flicker and jitter."""
 
     rows: np.ndarray  # (K,) int
-    consecutive: np.ndarray  # (R,) int; empty where fewer than three consecutive frames are known
+    consecutive: np.ndarray  # (R,) int; empty if no three consecutive frames are tracked
 
 
 @dataclass(frozen=True)
 class MetricSuite:
-    """What measures."""
+    """The tracker and networks that measure frames."""
 
     tracker: LandmarkerTracker
     embedder: Embedder | None = None
     perceptual: PerceptualDistance | None = None
-    perceptual_name: str = ""  # its column
+    perceptual_name: str = ""  # column of the perceptual distance
 
     def track(self, frames: Frames, *, independent: bool = False) -> TrackedFrames:
-        """The face in square frames; `apart`: frames that do not follow each other."""
+        """Track the face in square frames; `independent`: the frames are no sequence."""
         motion = self.tracker.track_crops(frames, independent=independent)
         return TrackedFrames(frames, motion, np.zeros(len(frames), bool) if motion is None else motion.found)
 
     def embed(self, tracked: TrackedFrames, rows: np.ndarray) -> np.ndarray:
-        """Unit vectors (F, D) of those of the rows that show a face; F = 0 without an embedder too."""
+        """Return unit vectors (F, D) of the rows with a face; F is 0 without an embedder."""
         rows = rows[tracked.found[rows]]
         if self.embedder is None or tracked.motion is None or not len(rows):
             return np.zeros((0, 1), dtype=np.float32)
@@ -78,16 +78,16 @@ class MetricSuite:
         has_ground_truth: bool,
         source_embedding: np.ndarray | None = None,
     ) -> Scores:
-        """Every metric but those of novel views; NaN where one cannot be told.
+        """Return all metrics except those of novel views; NaN where one does not apply.
 
         Args:
-            result: what was made.
-            truth: the driver's frames; or, if `known`, what should have come out.
-            sample: which frames count.
-            known: whether `truth` shows the source's own head.
-            face: embedding (1, D) of the source.
+            result: the frames of a method.
+            truth: the ground truth; without one, the driver's frames.
+            sample: which frames are scored.
+            has_ground_truth: whether `truth` shows the source's own head.
+            source_embedding: (1, D).
         """
-        rows, run = sample.rows, sample.consecutive
+        rows, consecutive = sample.rows, sample.consecutive
         scores = dict.fromkeys(metrics.METRICS, float("nan"))
         scores["lost"] = float(1 - result.found[rows].mean())
         if has_ground_truth:
@@ -96,64 +96,62 @@ class MetricSuite:
             scores["ssim"] = float(np.mean([metrics.ssim(a, b) for a, b in pairs]))
             if self.perceptual is not None:
                 scores[self.perceptual_name] = self.perceptual([a for a, _ in pairs], [b for _, b in pairs])
-            if len(run):
-                scores["flicker"] = metrics.flicker(*(np.stack([x.frames[i] for i in run]) for x in (result, truth)))
-        others = self.embed(result, rows)
-        if source_embedding is not None and len(source_embedding) and len(others):
-            scores["identity"] = float((others @ source_embedding[0]).mean())
+            if len(consecutive):
+                clips = (np.stack([tracked.frames[i] for i in consecutive]) for tracked in (result, truth))
+                scores["flicker"] = metrics.flicker(*clips)
+        embeddings = self.embed(result, rows)
+        if source_embedding is not None and len(source_embedding) and len(embeddings):
+            scores["identity"] = float((embeddings @ source_embedding[0]).mean())
         return scores | _compare_faces(result, truth, sample, has_ground_truth=has_ground_truth)
 
     def score_views(
         self, views: TrackedFrames, cameras: np.ndarray, source_embedding: np.ndarray | None
     ) -> list[Scores]:
-        """`view_pose`, `view_identity` and `view_lost` of each novel view, asked for by cameras (V, 25)."""
-        found, scores = views.found, []
-        turns = np.zeros(len(found)) if views.motion is None else metrics.rotation_angle(views.motion.camera, cameras)
-        for i in range(len(found)):
-            other = self.embed(views, np.array([i]))
-            known = source_embedding is not None and len(source_embedding) and len(other)
+        """Return `view_pose`, `view_identity` and `view_lost` of each novel view, requested by cameras (V, 25)."""
+        found, nan = views.found, float("nan")
+        angles = np.zeros(len(found)) if views.motion is None else metrics.rotation_angle(views.motion.camera, cameras)
+        scores = []
+        for i, angle in enumerate(angles):
+            embedding = self.embed(views, np.array([i]))
+            known = source_embedding is not None and len(source_embedding) and len(embedding)
             scores.append({
-                "view_pose": float(turns[i]) if found[i] else float("nan"),
-                "view_identity": float(other[0] @ source_embedding[0]) if known and source_embedding is not None else float("nan"),
+                "view_pose": float(angle) if found[i] else nan,
+                "view_identity": float(embedding[0] @ source_embedding[0]) if known else nan,  # type: ignore[index]
                 "view_lost": float(not found[i]),
             })  # fmt: skip
         return scores
 
 
-def yaw_pitch(camera: np.ndarray) -> np.ndarray:
-    """Yaw and pitch of cameras (T, 25) in degrees, (T, 2)."""
-    return np.array([Camera.from_vector(row).angles()[:2] for row in camera])
-
-
 def _compare_faces(
     result: TrackedFrames, truth: TrackedFrames, sample: FrameSample, *, has_ground_truth: bool
 ) -> Scores:
-    """Metrics of the landmarks, where both have a face; of another head only what can be expected to agree."""
+    """Return the landmark metrics over frames where both have a face; distances only with a ground truth."""
     both = truth.found & result.found
-    rows, run = sample.rows[both[sample.rows]], sample.consecutive
+    rows, consecutive = sample.rows[both[sample.rows]], sample.consecutive
     if truth.motion is None or result.motion is None or not len(rows):
         return {}
-    beta, other = truth.motion.beta[rows], result.motion.beta[rows]
-    camera, other_camera = truth.motion.camera[rows], result.motion.camera[rows]
-    turned, other_turned = yaw_pitch(camera), yaw_pitch(other_camera)
+    beta, result_beta = truth.motion.beta[rows], result.motion.beta[rows]
+    camera, result_camera = truth.motion.camera[rows], result.motion.camera[rows]
+    (yaw, pitch, _), (result_yaw, result_pitch, _) = (yaw_pitch_roll(x).T for x in (camera, result_camera))
     scores = {
-        "aed": metrics.mean_abs_difference(beta[:, :NUM_BLENDSHAPES], other[:, :NUM_BLENDSHAPES]),
-        "apd": metrics.mean_abs_difference(metrics.pose_vector(camera), metrics.pose_vector(other_camera)),
-        "yaw_error": metrics.mean_abs_difference(turned[:, 0], other_turned[:, 0]),
-        "pitch_error": metrics.mean_abs_difference(turned[:, 1], other_turned[:, 1]),
+        "aed": metrics.mean_abs_difference(beta[:, :NUM_BLENDSHAPES], result_beta[:, :NUM_BLENDSHAPES]),
+        "apd": metrics.mean_abs_difference(metrics.pose_vector(camera), metrics.pose_vector(result_camera)),
+        "yaw_error": metrics.mean_abs_difference(yaw, result_yaw),
+        "pitch_error": metrics.mean_abs_difference(pitch, result_pitch),
     }
-    seeing = (beta[:, _BLINKS].max(1) < MAX_BLINK_FOR_GAZE) & (other[:, _BLINKS].max(1) < MAX_BLINK_FOR_GAZE)
-    if seeing.any():
-        sight = [metrics.gaze_direction(b[seeing][:, _IRISES].reshape(-1, 2, 2)) for b in (beta, other)]
-        scores["gaze_error"] = metrics.gaze_error(*sight)
-    if len(run) and both[run].all():
-        scores["jitter"] = metrics.excess_jitter(result.motion.landmarks[run], truth.motion.landmarks[run])
+    eyes_open = np.maximum(beta[:, _BLINKS], result_beta[:, _BLINKS]).max(1) < MAX_BLINK_FOR_GAZE
+    if eyes_open.any():
+        gaze = [metrics.gaze_direction(b[eyes_open][:, _IRISES].reshape(-1, 2, 2)) for b in (beta, result_beta)]
+        scores["gaze_error"] = metrics.gaze_error(*gaze)
+    if len(consecutive) and both[consecutive].all():
+        landmarks = (tracked.landmarks[consecutive] for tracked in (result.motion, truth.motion))
+        scores["jitter"] = metrics.excess_jitter(*landmarks)
     if has_ground_truth:
         a, b = truth.motion.landmarks[rows], result.motion.landmarks[rows]
         scores["akd478"] = metrics.landmark_distance(a, b)
         scores["akd68"] = metrics.landmark_distance(a, b, metrics.IBUG68)
-    for key, (names, least) in CORRELATED_SERIES.items():
+    for key, (names, min_std) in CORRELATED_SERIES.items():
         columns = [BETA_NAMES.index(name) for name in names]
-        a, b = (beta[:, columns].mean(1), other[:, columns].mean(1)) if names else (turned[:, 0], other_turned[:, 0])
-        scores[key] = metrics.correlation(a, b, least)
+        scores[key] = metrics.correlation(beta[:, columns].mean(1), result_beta[:, columns].mean(1), min_std)
+    scores["yaw"] = metrics.correlation(yaw, result_yaw, MIN_YAW_STD)
     return scores

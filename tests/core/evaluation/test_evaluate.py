@@ -182,7 +182,7 @@ def test_finished_videos_are_scored_by_the_same_ruler(animator, data_set, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "have to be square")]
+    ("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "must be square")]
 )
 def test_results_that_do_not_fit_are_refused(animator, data_set, tmp_path, size, frames, message):
     name = read_clips(data_set)[0].id

