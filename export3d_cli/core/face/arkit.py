@@ -1,11 +1,12 @@
-"""Drivers recorded by a phone: the CSV of Live Link Face, 52 ARKit coefficients and the head's angles a row.
+"""Drivers recorded by a phone: the CSV of Live Link Face, with 52 ARKit coefficients and the head angles per row.
 
-The 12 `MEASURES` of beta that a CSV lacks are predicted from the 52 by a linear map, fitted over tracked clips by
-`fit_measures` and kept in `weights/arkit_measures.npz`; `python -m export3d_cli.core.face.arkit OUT MOTION...` fits it.
+The 12 measures of beta that a CSV lacks are predicted from the 52 coefficients by a linear map. `fit_measure_map` fits
+it to tracked clips; the result is `weights/arkit_measures.npz`, made by
+`python -m export3d_cli.core.face.arkit OUT MOTION...`.
 
-Live Link's angles are radians about axes of ARKit's face: yaw + turns the head to its own left (the image's right),
-pitch + lowers the nose, roll + turns it counter-clockwise in the image; roll is applied first, then pitch, then yaw.
-Other programs write files of this kind in degrees: one with an angle beyond pi is taken for theirs.
+Live Link's angles are radians about the axes of ARKit's face: positive yaw turns the head to the person's left (the
+image's right), positive pitch lowers the nose, positive roll turns counter-clockwise in the image; roll is applied
+first, then pitch, then yaw. Other programs write degrees: a file with an angle beyond pi is read as degrees.
 """
 
 from __future__ import annotations
@@ -27,81 +28,79 @@ from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
 
 ANGLE_COLUMNS = ("HeadYaw", "HeadPitch", "HeadRoll")
-RIDGE_WEIGHT = 1e-4  # of the fit, against coefficients that never moved
+RIDGE_WEIGHT = 1e-4  # of the fit of the measure map, for coefficients that never change
 MAX_BYTES = 2**30  # about eight hours at 60 frames a second
-MAX_GAP_S = 60  # seconds between two rows
-MAX_ROWS_PER_S = 1000  # rows a second
+MAX_GAP_S = 60  # between two rows
+MAX_ROWS_PER_S = 1000
 _TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
-_TIMECODE_BASES = (24, 25, 30, 48, 50, 60, 100, 120)  # frames that a timecode counts a second
+_TIMECODE_BASES = (24, 25, 30, 48, 50, 60, 100, 120)  # frames per second in a timecode's last field
 _STANDARD_RATES = (
     [Fraction(n) for n in _TIMECODE_BASES] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
 )
 
 
 def read_csv(path: Path, measures_file: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
-    """A Live Link Face CSV as Motion without landmarks, (T, 0, 3), and what the user should know of it.
+    """Read a Live Link Face CSV as Motion without landmarks, (T, 0, 3); also returns notes for the user.
 
-    Raises `InputError` for a file that is not one.
+    Raises `InputError` for any other file.
 
     Args:
         path: the CSV.
-        measures: file written by `save_measures`.
-        camera: (25,), seen from as far away as it sees the head, and where in the image; without head angles in the
-            CSV, from as it does.
+        measures_file: file written by `save_measure_map`.
+        camera: (25,); gives the distance and the position of the head, and its pose too if the CSV has no head angles.
     """
     values, timecodes = _read_columns(path)
     count, notes = len(timecodes), list[str]()
     zeros = np.zeros(count)
-    shapes = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
+    coefficients = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
     cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], count, axis=0)
     if all(name in values for name in ANGLE_COLUMNS):
         angles = np.stack([values[name] for name in ANGLE_COLUMNS], axis=1)
-        most = float(np.abs(angles).max())
-        if most > 360:
-            raise InputError(f"{path} has a head angle of {most:.3g}: they must be in radians, or in degrees")
-        if most > 1.001 * np.pi:
+        largest = float(np.abs(angles).max())
+        if largest > 360:
+            raise InputError(f"{path} has a head angle of {largest:.3g}: angles must be in radians or in degrees")
+        if largest > 1.001 * np.pi:
             angles = np.radians(angles)
-            notes.append(f"{path}: head angles up to {most:.3g}, taken for degrees")
+            notes.append(f"{path} has head angles up to {largest:.3g}: they were read as degrees")
         cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
-    seconds, clock = _timecodes_to_seconds(path, timecodes)
-    fps, chosen = estimate_frame_rate(seconds, clock)
+    seconds, timecode_base = _timecodes_to_seconds(path, timecodes)
+    fps, rows = estimate_frame_rate(seconds, timecode_base)
     slope, offset = _load_measure_map(measures_file)
-    beta = np.concatenate([shapes, shapes @ slope + offset], axis=1).astype(np.float32)[chosen]
-    found = np.ones(len(chosen), dtype=bool)
-    points = np.zeros((len(chosen), 0, 3), np.float32)
-    return Motion(beta, cameras[chosen], points, found, fps, (0.0, 0.0, 1.0), (1, 1)), notes
+    beta = np.concatenate([coefficients, coefficients @ slope + offset], axis=1).astype(np.float32)[rows]
+    found = np.ones(len(rows), dtype=bool)
+    landmarks = np.zeros((len(rows), 0, 3), np.float32)
+    return Motion(beta, cameras[rows], landmarks, found, fps, (0.0, 0.0, 1.0), (1, 1)), notes
 
 
 def head_rotations(angles: np.ndarray) -> np.ndarray:
-    """Live Link's yaw, pitch, roll in radians (T, 3) -> head-to-camera rotations (T, 3, 3)."""
+    """Convert Live Link's yaw, pitch, roll in radians (T, 3) to head-to-camera rotations (T, 3, 3)."""
     x, y, z = np.eye(3)
     yaw, pitch, roll = angles.T[..., None]
     return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)  # type: ignore[no-any-return]
 
 
 def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fraction, np.ndarray]:
-    """The rate at which rows at `seconds` (T,) were taken, and the row to show in each frame at that rate.
+    """Return the frame rate of rows taken at `seconds` (T,), and the row to show in each frame at that rate.
 
-    A frame that the phone lost repeats the row before or after it, so that the take keeps its length.
+    A frame that the phone dropped shows the nearest row, so that the recording keeps its length.
     """
     steps = np.diff(seconds)
     if not len(steps):
         return Fraction(timecode_base), np.zeros(1, dtype=np.int64)
-    usual = float(np.median(steps))
-    steady = steps[steps < 1.5 * usual]  # without lost frames
-    rate = 1 / float(steady.mean())
-    nearest = min(_STANDARD_RATES, key=lambda known: abs(float(known) / rate - 1))
+    regular = steps[steps < 1.5 * float(np.median(steps))]  # without dropped frames
+    rate = 1 / float(regular.mean())
+    nearest = min(_STANDARD_RATES, key=lambda standard: abs(float(standard) / rate - 1))
     fps = nearest if abs(float(nearest) / rate - 1) < 2e-3 else Fraction(rate).limit_denominator(1000)
     times = seconds[0] + np.arange(round((seconds[-1] - seconds[0]) * fps) + 1) / float(fps)
     after = np.searchsorted(seconds, times).clip(1, len(seconds) - 1)
-    chosen: np.ndarray = after - (times - seconds[after - 1] < seconds[after] - times)
-    return fps, chosen
+    rows: np.ndarray = after - (times - seconds[after - 1] < seconds[after] - times)
+    return fps, rows
 
 
 def fit_measure_map(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares over the frames of clips: slope (52, 12) and offset (12,) from coefficients to `MEASURES`.
+    """Fit the linear map from coefficients to measures over the frames of clips: slope (52, 12), offset (12,).
 
-    The slope is that within a clip, where the face stays the same; the offset that of the mean face.
+    Least squares: the slope is fitted within clips, where the person stays the same, and the offset to the mean face.
     """
     n = len(ARKIT_NAMES)
     total, count = np.zeros(n + len(MEASURE_NAMES)), 0
@@ -113,14 +112,14 @@ def fit_measure_map(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
             scatter += centred.T @ centred
             total, count = total + beta.sum(0), count + len(beta)
     if not count:
-        raise InputError("there is no frame with a face to fit the measures to")
+        raise InputError("no frame shows a face: give motion files with faces")
     slope = np.linalg.solve(scatter[:n, :n] + RIDGE_WEIGHT * count * np.eye(n), scatter[:n, n:])
     mean = total / count
     return slope, mean[n:] - mean[:n] @ slope
 
 
 def save_measure_map(path: Path, slope: np.ndarray, offset: np.ndarray) -> None:
-    """Write what `fit_measures` found."""
+    """Write the map that `fit_measure_map` returns."""
     with write_atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, slope=slope.astype(np.float32), offset=offset.astype(np.float32))
 
@@ -130,16 +129,18 @@ def _load_measure_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             slope, offset = data["slope"].astype(np.float32), data["offset"].astype(np.float32)
     except DAMAGED_ZIP_ERRORS as error:
-        raise WeightsError(f"{path} does not hold the measures of ARKit coefficients ({error}): reinstall") from error
+        raise WeightsError(
+            f"{path} holds no map to the measures of beta ({error}): install export3d-cli again"
+        ) from error
     if slope.shape != (len(ARKIT_NAMES), len(MEASURE_NAMES)) or offset.shape != (len(MEASURE_NAMES),):
-        raise WeightsError(f"{path} holds measures of shapes {slope.shape}, {offset.shape}: reinstall")
+        raise WeightsError(f"{path} holds a map of shapes {slope.shape}, {offset.shape}: install export3d-cli again")
     if not (np.isfinite(slope).all() and np.isfinite(offset).all()):
-        raise WeightsError(f"{path} holds measures that are not finite: reinstall")
+        raise WeightsError(f"{path} holds numbers that are not finite: install export3d-cli again")
     return slope, offset
 
 
 def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Numbers of each column that is used, by its name in `ARKIT_NAMES` or `ANGLES`, and the timecodes (T, 4)."""
+    """Return the columns in use, by their name in `ARKIT_NAMES` or `ANGLE_COLUMNS`, and the timecodes (T, 4)."""
     try:
         check_file(path, MAX_BYTES)
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -149,7 +150,7 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def _parse_rows(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Row by row, so that only numbers stay in memory."""
+    """Parse row by row, so that only numbers stay in memory."""
     header = [name.strip().lower().replace("_", "") for name in next(lines, [])]
     columns = [(name, header.index(name.lower())) for name in (*ARKIT_NAMES, *ANGLE_COLUMNS) if name.lower() in header]
     values, times = array("d"), array("d")
@@ -160,11 +161,11 @@ def _parse_rows(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.nd
             _check_columns(path, header)
         if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
             raise InputError(f"{path} has {len(row)} values in row {number}, not {len(header)}: export it again")
-        for name, at in columns:
+        for name, column in columns:
             try:
-                values.append(float(row[at]))
+                values.append(float(row[column]))
             except ValueError as error:
-                raise InputError(f"{path} has a {name} of {row[at]!r} in row {number}: export it again") from error
+                raise InputError(f"{path} has a {name} of {row[column]!r} in row {number}: export it again") from error
         code = row[header.index("timecode")].strip()
         match = _TIMECODE.fullmatch(code)
         if not match:
@@ -183,28 +184,32 @@ def _check_columns(path: Path, header: list[str]) -> None:
     if missing:
         raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
     if "timecode" not in header:
-        raise InputError(f"{path} lacks the column Timecode, which tells its rate: export it from Live Link Face")
+        raise InputError(f"{path} lacks the column Timecode, which gives the frame rate: export it from Live Link Face")
 
 
-def _timecodes_to_seconds(path: Path, parts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Timecodes (T, 4) -> the time of each row in seconds, and how many frames the timecode counts a second."""
-    whole, frames = parts[:, :3] @ [3600, 60, 1], parts[:, 3]
-    clock = 120 if frames.max() >= 60 else 60  # Live Link Face counts 60
-    over = np.flatnonzero(np.diff(whole) == 1)  # rows before a full second
-    inside = np.diff(frames)[np.diff(whole) == 0]
-    if len(over) and len(inside):
-        full = float(np.median(frames[over] + np.median(inside) - frames[over + 1]))
-        clock = min(_TIMECODE_BASES, key=lambda n: abs(n - full))
-    seconds = whole + frames / clock
+def _timecodes_to_seconds(path: Path, timecodes: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the time of each row in seconds, from timecodes (T, 4), and the timecode's frames per second."""
+    whole, frames = timecodes[:, :3] @ [3600, 60, 1], timecodes[:, 3]
+    base = 120 if frames.max() >= 60 else 60  # Live Link Face counts 60
+    rollovers = np.flatnonzero(np.diff(whole) == 1)  # last rows before a full second
+    frame_steps = np.diff(frames)[np.diff(whole) == 0]
+    if len(rollovers) and len(frame_steps):
+        measured = float(np.median(frames[rollovers] + np.median(frame_steps) - frames[rollovers + 1]))
+        base = min(_TIMECODE_BASES, key=lambda n: abs(n - measured))
+    seconds = whole + frames / base
     seconds += 86400 * np.cumsum(np.diff(seconds, prepend=seconds[0]) < -43200)  # past midnight
     steps = np.diff(seconds)
     if len(steps) and steps.min() <= 0:
-        raise InputError(f"{path} goes back in time, or stands, at row {int(steps.argmin()) + 3}: give one take")
+        raise InputError(
+            f"{path} goes back in time or stands still at row {int(steps.argmin()) + 3}: give a single recording"
+        )
     if len(steps) and steps.max() > MAX_GAP_S:
-        raise InputError(f"{path} has a gap of {steps.max():.0f} s before row {int(steps.argmax()) + 3}: give one take")
+        raise InputError(
+            f"{path} has a gap of {steps.max():.0f} s before row {int(steps.argmax()) + 3}: give a single recording"
+        )
     if len(steps) and np.median(steps) < 1 / MAX_ROWS_PER_S:
         raise InputError(f"{path} has more than {MAX_ROWS_PER_S} rows a second: export it again")
-    return seconds, clock
+    return seconds, base
 
 
 if __name__ == "__main__":

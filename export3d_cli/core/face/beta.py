@@ -1,10 +1,16 @@
-"""The 64 expression coefficients beta: their names, and the 12 measures taken from head-frame points."""
+"""The 64 expression coefficients beta: their names, and the measures taken from landmarks.
+
+beta is 52 ARKit blendshape coefficients in [0, 1], then 12 measures in the head frame, divided by the inter-ocular
+distance. "Left" and "right" are the person's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+
+from export3d_cli.core.face.landmarks import MEASURE_POINTS, MeasurePoints
 
 ARKIT_NAMES: tuple[str, ...] = (
     *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight"),
@@ -26,24 +32,24 @@ MEASURE_NAMES = (
 BETA_NAMES = ARKIT_NAMES + MEASURE_NAMES
 
 
-def compute_measures(points: np.ndarray) -> np.ndarray:
-    """The 12 `MEASURES` of head-frame points (T, 478, 3) -> (T, 12), in inter-ocular distances; x right, heights up."""
+def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS) -> np.ndarray:
+    """Return the measures `MEASURE_NAMES` of head-frame points (T, N, 3) as (T, 12): x to the right, heights upwards.
 
-    def eye(corners: tuple[int, int]) -> np.ndarray:
-        return points[:, list(corners)].mean(1)
-
-    left, right = eye((362, 263)), eye((33, 133))
-    unit = np.linalg.norm(left - right, axis=-1)
+    Without irises in `indices` the last four are left out: (T, 8).
+    """
+    left, right = (points[:, list(corners)].mean(1) for corners in indices.eye_corners)
+    interocular = np.linalg.norm(left - right, axis=-1)
 
     def gap(upper: Sequence[int], lower: Sequence[int]) -> np.ndarray:
-        return (points[:, list(lower), 1].mean(1) - points[:, list(upper), 1].mean(1)) / unit
+        return (points[:, list(lower), 1].mean(1) - points[:, list(upper), 1].mean(1)) / interocular
 
-    base = points[:, 2, 1]  # under the nose: still while the mouth moves
+    left_corner, right_corner = indices.mouth_corners
     columns = [
-        gap([311], [402]), gap([13], [14]), gap([81], [178]),
-        np.linalg.norm(points[:, 291] - points[:, 61], axis=-1) / unit,
-        (base - points[:, 291, 1]) / unit, (base - points[:, 61, 1]) / unit,
-        gap([385, 386, 387], [380, 374, 373]), gap([160, 159, 158], [144, 145, 153]),
-        *((points[:, 473] - left)[:, :2] / unit[:, None]).T, *((points[:, 468] - right)[:, :2] / unit[:, None]).T,
-    ]  # fmt: skip
+        *(gap(*lips) for lips in indices.lip_gaps),
+        np.linalg.norm(points[:, left_corner] - points[:, right_corner], axis=-1) / interocular,
+        *(gap([corner], [indices.nose_base]) for corner in indices.mouth_corners),
+        *(gap(*lids) for lids in indices.eyelids),
+    ]
+    for iris, eye in zip(indices.irises or (), (left, right), strict=False):
+        columns += [*((points[:, iris] - eye)[:, :2] / interocular[:, None]).T]
     return np.stack(columns, axis=1)

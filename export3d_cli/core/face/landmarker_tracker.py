@@ -1,4 +1,4 @@
-"""The tracker `landmarker`: the 478 points and 52 blendshapes of the Face Landmarker as `Motion`."""
+"""The tracker `landmarker`: 478 points and 52 blendshapes of the Face Landmarker, turned into `Motion`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES, compute_measures
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.crop import CROP_SCALE, Square, fit_clip_crop
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.head_pose import fit_cameras, landmarks_to_head_frame
 from export3d_cli.core.face.landmarker import WARMUP_PASSES, Face, Landmarker, hold_missing_faces
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import NoFaceError
 
-CHUNK_FRAMES = 1024  # frames computed at once: a long video's landmarks are in memory, but not in double precision
+CHUNK_FRAMES = 1024  # frames computed at once, which bounds the memory of double precision in a long video
 
 
 class LandmarkerTracker:
-    """A landmarker, the canonical face that goes with it, and the way from its faces to `Motion`."""
+    """A `FaceTracker`: a landmarker and the canonical face of its bundle."""
 
-    num_landmarks = mesh.NUM_LANDMARKS
+    num_landmarks = NUM_LANDMARKS
 
     def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
         """See `Landmarker`."""
@@ -32,14 +32,14 @@ class LandmarkerTracker:
         self.canonical = load_canonical_face(bundle)
 
     def track_frames(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
-        """Track the face through frames, uint8 (H, W, 3) RGB, taken one at a time."""
+        """Track the face through the frames of a video, uint8 (H, W, 3) RGB, read one at a time."""
         self.landmarker.reset()
         return [self.landmarker.track(frame) for frame in frames]
 
     def track_crops(self, frames: Sequence[np.ndarray], *, independent: bool = False) -> Motion | None:
-        """The face in square frames, which are the crop; `apart`: frames that do not follow each other.
+        """Track the face in square frames, which are the crop itself; None if no frame shows a face.
 
-        None where no frame shows one.
+        With `independent` the frames do not follow each other in time.
         """
         side = len(frames[0])
         if independent:
@@ -55,7 +55,7 @@ class LandmarkerTracker:
     def calibrate_clip(
         self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
     ) -> Square:
-        """The crop of a clip of which these faces are known."""
+        """Return the crop of the clip that shows these faces."""
         return fit_clip_crop(np.stack([face.landmarks for face in faces]), size, scale)
 
     def make_motion(
@@ -67,23 +67,30 @@ class LandmarkerTracker:
         crop: Square | None = None,
         scale: tuple[float, float] = CROP_SCALE,
     ) -> Motion:
-        """Faces of one clip, in pixels of frames of `size` (width, height) -> Motion in one fixed crop.
+        """Return the motion of one clip from the faces of its frames, in one fixed crop.
 
-        Raises `NoFaceError` when no frame has a face.
+        Raises `NoFaceError` if no frame has a face.
+
+        Args:
+            faces: of each frame, in pixels; None where the frame shows none.
+            fps: frames a second.
+            size: width, height of the frames.
+            crop: the crop; None: computed from the faces, with `scale`.
+            scale: see `fit_clip_crop`.
         """
-        present, found, held = hold_missing_faces(faces)
+        present, found, held_rows = hold_missing_faces(faces)
         landmarks = np.stack([face.landmarks for face in present]).astype(np.float32, copy=False)  # (F, 478, 3)
         x0, y0, side = crop if crop is not None else fit_clip_crop(landmarks, size, scale)
         cameras = np.empty((len(present), 25), np.float32)
         beta = np.empty((len(present), len(BETA_NAMES)), np.float32)
-        for at in range(0, len(present), CHUNK_FRAMES):
-            part = slice(at, at + CHUNK_FRAMES)
-            points = (landmarks[part].astype(np.float64) - [x0, y0, 0]) / side
-            cameras[part] = fit_cameras(points, self.canonical.points)
-            beta[part, : len(ARKIT_NAMES)] = [face.blendshapes for face in present[part]]
-            # at full relief: beta, which weights were trained on, does not change with it
-            beta[part, len(ARKIT_NAMES) :] = compute_measures(landmarks_to_head_frame(points, cameras[part], 1.0))
-            landmarks[part] = points
+        for start in range(0, len(present), CHUNK_FRAMES):
+            chunk = slice(start, start + CHUNK_FRAMES)
+            points = (landmarks[chunk].astype(np.float64) - [x0, y0, 0]) / side
+            cameras[chunk] = fit_cameras(points, self.canonical.points)
+            beta[chunk, : len(ARKIT_NAMES)] = [face.blendshapes for face in present[chunk]]
+            # at full relief: weights were trained on beta, so it must not change with RELIEF_SCALE
+            beta[chunk, len(ARKIT_NAMES) :] = compute_measures(landmarks_to_head_frame(points, cameras[chunk], 1.0))
+            landmarks[chunk] = points
         if not found.all():
-            beta, cameras, landmarks = beta[held], cameras[held], landmarks[held]
+            beta, cameras, landmarks = beta[held_rows], cameras[held_rows], landmarks[held_rows]
         return Motion(beta, cameras, landmarks, found, fps, (x0, y0, side), size)

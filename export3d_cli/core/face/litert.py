@@ -1,4 +1,4 @@
-"""A small network on LiteRT, without its announcements."""
+"""A small network on LiteRT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LiteRTNetwork", "quiet_stderr"]
 
 
 class LiteRTNetwork:
-    """One tflite network with a single float32 input; `origin` is the file it came from."""
+    """A tflite network with a single float32 input; `origin` is its file, for errors."""
 
     def __init__(self, content: bytes, origin: Path, threads: int) -> None:
         try:
@@ -22,13 +22,13 @@ class LiteRTNetwork:
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise WeightsError(
-                f"{origin} holds a network that does not load ({error}); fetch the file again"
+                f"{origin} holds a network that does not load ({error}): fetch the file again"
             ) from error
         self._input = self._interpreter.get_input_details()[0]
         self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]
 
     def __call__(self, array: np.ndarray) -> list[np.ndarray]:
-        """One input without its batch axis -> every output, with it."""
+        """Run the network on one input without batch axis; returns all outputs with their batch axis."""
         self._interpreter.set_tensor(self._input["index"], array[None])
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(index) for index in self._outputs]

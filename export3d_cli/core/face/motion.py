@@ -1,9 +1,4 @@
-"""Landmarks -> beta (64) and camera (25); the fixed clip crop; the Motion file.
-
-beta is 52 ARKit blendshape coefficients (`ARKIT_NAMES`), then the 12 `MEASURES`, taken in the head frame and divided by
-the inter-ocular distance. The camera is EG3D's intrinsics and the cam2world found by PnP of the canonical face's rigid
-points. "Crop units" are positions divided by the crop's side: x, y in [0, 1] inside it, z at the same scale.
-"""
+"""Motion: what a face does over the frames of a clip; its file, its mirror image, and its frames at another rate."""
 
 from __future__ import annotations
 
@@ -17,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli import __version__
-from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.beta import BETA_NAMES
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
 
 _READ_ERRORS: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP_ERRORS)
-MAX_BYTES = 2**31  # of a motion file, unpacked: about four hours at 25 frames a second
-FPS_RANGE = (Fraction(1, 1000), Fraction(1000))  # frames a second, least and most
-MAX_VALUE = 1e6  # of any number in a motion file
+MAX_BYTES = 2**31  # of an unpacked motion file: about four hours at 25 frames a second
+FPS_RANGE = (Fraction(1, 1000), Fraction(1000))  # accepted frames a second
+MAX_VALUE = 1e6  # largest absolute value accepted in a motion file
 
 
 @dataclass(frozen=True)
@@ -34,8 +29,10 @@ class Motion:
 
     beta: np.ndarray  # (T, 64) float32
     camera: np.ndarray  # (T, 25) float32, head frame
-    landmarks: np.ndarray  # (T, 478, 3) float32, crop units; a driver's may be (T, 68, 3), or none, (T, 0, 3)
-    found: np.ndarray  # (T,) bool; the other rows of a frame without a face repeat the last one found
+    landmarks: (
+        np.ndarray
+    )  # (T, 478, 3) float32, crop units (see `head_pose`); a driver's may be (T, 68, 3) or (T, 0, 3)
+    found: np.ndarray  # (T,) bool: whether the frame shows a face; rows without one repeat the last face found
     fps: Fraction
     crop: tuple[float, float, float]  # x0, y0, side in pixels of the frames; may reach outside them
     size: tuple[int, int]  # width, height of the frames
@@ -44,11 +41,11 @@ class Motion:
         return len(self.beta)
 
     def select(self, rows: np.ndarray) -> Motion:
-        """Return the motion of some rows only."""
+        """Return the motion of some frames only; `rows` are their indices."""
         return replace(self, **{k: getattr(self, k)[rows] for k in ("beta", "camera", "landmarks", "found")})
 
     def save(self, path: Path) -> None:
-        """Write a `.motion.npz`, atomically."""
+        """Write a `.motion.npz` file atomically."""
         arrays = {
             "beta": self.beta, "camera": self.camera, "landmarks": self.landmarks, "found": self.found,
             "fps": np.array([self.fps.numerator, self.fps.denominator], dtype=np.int64),
@@ -59,8 +56,11 @@ class Motion:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub of its flag
 
     @classmethod
-    def load(cls, path: Path, *, landmark_counts: tuple[int, ...] = (mesh.NUM_LANDMARKS,)) -> Motion:
-        """Read a `.motion.npz` with as many landmarks a face; raises `InputError` for a file that is not one."""
+    def load(cls, path: Path, *, landmark_counts: tuple[int, ...] = (NUM_LANDMARKS,)) -> Motion:
+        """Read a `.motion.npz` file; raises `InputError` for any other file.
+
+        `landmark_counts` are the accepted numbers of landmarks per face.
+        """
         path = Path(path)
         try:
             check_file(path, MAX_BYTES)
@@ -70,7 +70,7 @@ class Motion:
                         raise ValueError(f"more than {MAX_BYTES >> 20} MiB when unpacked")
                 file.seek(0)
                 with warnings.catch_warnings(), np.load(file, allow_pickle=False) as data:
-                    warnings.simplefilter("ignore")  # of headers as Python 2 wrote them: errors are told on one line
+                    warnings.simplefilter("ignore")  # about headers written by Python 2: an error is one line
                     motion = cls._from_arrays(data)
         except _READ_ERRORS as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
@@ -86,27 +86,25 @@ class Motion:
             raise InputError(f"{path} holds a crop {motion.crop} of frames {motion.size}: expected 3 and 2 numbers")
         if not FPS_RANGE[0] <= motion.fps <= FPS_RANGE[1]:
             raise InputError(f"{path} has a rate of {float(motion.fps):.3g} frames/s: it must be 1/1000 to 1000")
-        turn = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
+        rotation = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
         arrays = (motion.beta, motion.camera, motion.landmarks, motion.crop)
         largest = max(float(np.abs(array).max(initial=0)) for array in arrays)
-        if largest > MAX_VALUE or np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
-            raise InputError(
-                f"{path} holds numbers beyond {MAX_VALUE:g}, or cameras that are no rotation: make it again"
-            )
+        if largest > MAX_VALUE or np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
+            raise InputError(f"{path} holds numbers beyond {MAX_VALUE:g} or cameras without a rotation: make it again")
         return motion
 
     @classmethod
     def _from_arrays(cls, data: Mapping[str, np.ndarray]) -> Motion:
-        """What a file holds, its shapes not yet looked at."""
+        """Convert the arrays of a file, without checking their shapes."""
 
         def numbers(name: str) -> np.ndarray:
             array = data[name]
             if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-                raise TypeError(f"{name} is no array of numbers")
+                raise TypeError(f"{name} is not an array of numbers")
             return array
 
         def floats(name: str) -> np.ndarray:
-            with np.errstate(all="ignore"):  # what is too large becomes infinite, and is refused for it
+            with np.errstate(all="ignore"):  # values too large for float32 become infinite, which `load` refuses
                 return numbers(name).astype(np.float32)
 
         n, d = (int(v) for v in numbers("fps"))
@@ -117,51 +115,51 @@ class Motion:
         )  # fmt: skip
 
 
-def _mirror_table() -> tuple[np.ndarray, np.ndarray]:
-    """For each entry of beta, the entry it becomes in the mirror, and its sign."""
-
-    def other(name: str) -> str:
-        for a, b in (("Left", "Right"), ("Right", "Left")):
-            if name.endswith(a):
-                return name[: -len(a)] + b
-        return name
-
-    index = {name: i for i, name in enumerate(BETA_NAMES)}
-    swap = {"jawLeft": "jawRight", "jawRight": "jawLeft", "mouthLeft": "mouthRight", "mouthRight": "mouthLeft"}
-    order = np.array([index[swap.get(name, other(name))] for name in BETA_NAMES])
-    sign = np.array([-1.0 if name.startswith("irisX") else 1.0 for name in BETA_NAMES], dtype=np.float32)
-    return order, sign
-
-
-_MIRROR_ORDER, _MIRROR_SIGN = _mirror_table()
-
-
-def mirror_beta(beta: np.ndarray) -> np.ndarray:
-    """beta (..., 64) of the mirrored face."""
-    return beta[..., _MIRROR_ORDER] * _MIRROR_SIGN
-
-
-def mirror_camera(camera: np.ndarray) -> np.ndarray:
-    """Camera (..., 25) that sees the mirrored head in the mirrored image."""
-    m = np.array([-1.0, 1.0, 1.0, 1.0], dtype=np.float32)
-    out = camera.copy()
-    pose = camera[..., :16].reshape(*camera.shape[:-1], 4, 4)
-    out[..., :16] = (pose * m[:, None] * m).reshape(*camera.shape[:-1], 16)
-    return out
-
-
-def mirror_landmarks(landmarks: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Landmarks (..., 478, 3) in crop units of the mirrored image; `order` is `CanonicalFace.mirror`."""
-    out = landmarks[..., order, :].copy()
-    out[..., 0] = 1 - out[..., 0]
-    return out
-
-
 def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
-    """Rows of a motion of `count` frames at rate `own` that are seen at rate `fps`, from `start` for `duration` s."""
+    """Return the row shown in each frame at rate `fps` of a motion of `count` rows at rate `source_fps`.
+
+    Args:
+        count: rows of the motion.
+        source_fps: its frames a second.
+        fps: frames a second of the result.
+        start: seconds to skip.
+        duration: seconds to use; None: to the end.
+    """
     first = round(start * source_fps)
     last = count if duration is None else min(count, first + round(duration * source_fps))
     if first >= last:
         return np.zeros(0, dtype=np.int64)
     frames = max(1, round((last - first) * fps / source_fps))
     return first + np.array([int(t * source_fps / fps) for t in range(frames)]).clip(max=last - first - 1)
+
+
+def _mirror_name(name: str) -> str:
+    for side, other in (("Left", "Right"), ("Right", "Left")):
+        if name.endswith(side):
+            return name.removesuffix(side) + other
+    return name
+
+
+_MIRROR_ORDER = np.array([BETA_NAMES.index(_mirror_name(name)) for name in BETA_NAMES])
+_MIRROR_SIGN = np.array([-1.0 if name.startswith("irisX") else 1.0 for name in BETA_NAMES], dtype=np.float32)
+
+
+def mirror_beta(beta: np.ndarray) -> np.ndarray:
+    """Return beta (..., 64) of the mirrored face."""
+    return beta[..., _MIRROR_ORDER] * _MIRROR_SIGN
+
+
+def mirror_camera(camera: np.ndarray) -> np.ndarray:
+    """Return the camera (..., 25) that sees the mirrored head in the mirrored image."""
+    flip = np.array([-1.0, 1.0, 1.0, 1.0], dtype=np.float32)
+    mirrored = camera.copy()
+    pose = camera[..., :16].reshape(*camera.shape[:-1], 4, 4)
+    mirrored[..., :16] = (pose * flip[:, None] * flip).reshape(*camera.shape[:-1], 16)
+    return mirrored
+
+
+def mirror_landmarks(landmarks: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return the landmarks (..., 478, 3), crop units, of the mirrored image; `order` is `CanonicalFace.mirror`."""
+    mirrored = landmarks[..., order, :].copy()
+    mirrored[..., 0] = 1 - mirrored[..., 0]
+    return mirrored

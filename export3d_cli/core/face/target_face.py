@@ -1,4 +1,4 @@
-"""One face of a video among several: chosen by its place, and stayed with."""
+"""The target face among several in a picture: choosing it by position, and following it through a video."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from export3d_cli.core.face.tracker import FaceFinder
 from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
-MAX_JUMP = (0.75, 0.03)  # face boxes that a face may go from one frame to the next, and more for each frame without it
-PATIENCE_S = 2  # seconds for which a lost face is waited for at its place before another one is taken
+MAX_JUMP = (0.75, 0.03)  # face boxes a face may move between frames, and the addition per frame without a face
+PATIENCE_S = 2  # how long a lost face is searched at its last position before another one is taken
 
 
 def choose_face(faces: list[Face], choice: str, name: str) -> Face:
-    """largest, left, right or index:N (from the left, from 0) of the faces in a photo, given the largest first."""
+    """Return the largest, left, right or index:N face (from the left, from 0); `faces` are the largest first."""
     if not faces:
         raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
     if choice == "largest":
@@ -26,7 +26,7 @@ def choose_face(faces: list[Face], choice: str, name: str) -> Face:
     if index is None:
         kind, _, number = choice.partition(":")
         if kind != "index" or not number.isdecimal():
-            raise InputError(f"face {choice!r} is none: use largest, left, right or index:N")
+            raise InputError(f"face must be largest, left, right or index:N, got {choice!r}")
         index = int(number)
     if index >= len(faces):
         raise InputError(f"{name} shows {len(faces)} face(s): {choice} does not exist, index:0 is the leftmost")
@@ -36,36 +36,36 @@ def choose_face(faces: list[Face], choice: str, name: str) -> Face:
 def find_photo_face(
     landmarker: Landmarker, image: np.ndarray, *, name: str = "the photo", face: str = "largest"
 ) -> Face:
-    """The face of a photo, uint8 (H, W, 3) RGB, as if it were a video's; `face` as in `choose_face`.
+    """Return the chosen face (see `choose_face`) of a photo, uint8 (H, W, 3) RGB, tracked like a video of one frame.
 
     Raises:
-        NoFaceError: there is none, or it is not upright.
+        NoFaceError: the photo shows none, or it is not upright.
     """
-    turn = landmarker.rotation_to_upright(image)
-    if turn:
-        how = "is upside down" if turn == 180 else "lies on its side"
-        raise NoFaceError(f"the face in {name} {how}: rotate the photo by {turn} degrees clockwise")
+    degrees = landmarker.rotation_to_upright(image)
+    if degrees:
+        pose = "is upside down" if degrees == 180 else "lies on its side"
+        raise NoFaceError(f"the face in {name} {pose}: rotate the photo by {degrees} degrees clockwise")
     landmarker.reset()
-    found: Face | None = None
+    tracked: Face | None = None
     if face != "largest":
         landmarker.follow(choose_face(landmarker.find_all(image), face, name), image)
     for _ in range(WARMUP_PASSES):
-        found = landmarker.track(image)
-    if found is None:
+        tracked = landmarker.track(image)
+    if tracked is None:
         raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
-    return found
+    return tracked
 
 
 class TargetFaceTracker:
-    """Fed the frames of a video, uint8 (H, W, 3) RGB, one after the other; gives the face of each, or None.
+    """Called with the frames of a video, uint8 (H, W, 3) RGB, in order; returns the target face of each, or None.
 
-    The face is chosen in the first frame that shows any, and again after a cut. In between, faces elsewhere in the
+    The face is chosen in the first frame that shows any, and again after a cut. Within a shot, faces elsewhere in the
     picture are not taken for it.
 
     Args:
-        landmarker: tracks; what it followed before is forgotten.
+        landmarker: finds and tracks; its tracking state is reset.
         fps: frames a second.
-        which: largest, left, right or index:N, as in `choose_face`.
+        choice: largest, left, right or index:N, as in `choose_face`.
         name: of the video, for errors.
     """
 
@@ -76,16 +76,14 @@ class TargetFaceTracker:
         self._patience_frames = round(PATIENCE_S * fps)
         self._cuts = SceneCutDetector()
         self._previous_image: np.ndarray | None = None
-        self._face: Face | None = None  # of the frame before
-        self._last_face: Face | None = None  # the last one there was
-        self._missing_frames = 0  # frames since then
+        self._face: Face | None = None  # of the previous frame
+        self._last_face: Face | None = None  # the last one found
+        self._missing_frames = 0  # frames since the last face
         landmarker.reset()
 
     def __call__(self, image: np.ndarray) -> Face | None:
-        """The face in the next frame."""
-        if self._previous_image is not None and np.array_equal(
-            image, self._previous_image
-        ):  # a repeated frame has the same face
+        """Return the target face in the next frame."""
+        if self._previous_image is not None and np.array_equal(image, self._previous_image):
             return self._face
         self._previous_image = image
         if self._cuts(image) is not None:
@@ -107,22 +105,20 @@ class TargetFaceTracker:
         return face
 
     def _follow_last(self, image: np.ndarray, last: Face) -> Face | None:
+        max_jump = MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames
         face = self._landmarker.track(image)
-        if face is None or _relative_distance(last, face) <= MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames:
+        if face is None or _relative_distance(last, face) <= max_jump:
             return face
         nearest = min(self._landmarker.find_all(image), key=lambda other: _relative_distance(last, other), default=face)
-        if (
-            _relative_distance(last, nearest) > MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames
-            and self._missing_frames < self._patience_frames
-        ):
-            self._landmarker.follow(last, image)  # another one: look at the old place again in the next frame
+        if _relative_distance(last, nearest) > max_jump and self._missing_frames < self._patience_frames:
+            self._landmarker.follow(last, image)  # another face: search at the last position again
             return None
         self._landmarker.follow(nearest, image)
         return self._landmarker.track(image)
 
 
 def _relative_distance(one: Face, two: Face) -> float:
-    """Distance of two faces, in boxes of the smaller."""
+    """Return the distance of two faces, in boxes of the smaller one."""
     boxes = [face.landmarks[:, :2].max(0) - face.landmarks[:, :2].min(0) for face in (one, two)]
-    way = np.linalg.norm(one.landmarks[:, :2].mean(0) - two.landmarks[:, :2].mean(0))
-    return float(way / max(1e-6, min(box.max() for box in boxes)))
+    distance = np.linalg.norm(one.landmarks[:, :2].mean(0) - two.landmarks[:, :2].mean(0))
+    return float(distance / max(1e-6, min(box.max() for box in boxes)))

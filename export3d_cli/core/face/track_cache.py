@@ -1,4 +1,4 @@
-"""Tracked faces kept in a temporary file, so that one pass over a driver serves several sources in flat memory."""
+"""A cache of tracked faces in a temporary file: a driver is tracked once for several sources, in constant memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from export3d_cli.core.face.landmarker import Face
 _LANDMARK_VALUES = mesh.NUM_LANDMARKS * 3
 _RECORD_LENGTH = (
     2 + _LANDMARK_VALUES + len(ARKIT_NAMES)
-)  # score (0: no face), how many landmarks, these, coefficients; float32
+)  # float32: score (0: no face), number of landmarks, landmarks, blendshapes
 
 
 class TrackCache:
-    """The faces of one driver's frames, in order; a context manager. `complete` once all of them are there."""
+    """The faces of one driver's frames, in order; a context manager. `complete` is set once all are recorded."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="export3d-")  # noqa: SIM115 - closed by __exit__
@@ -35,13 +35,13 @@ class TrackCache:
         self._file.close()
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Remove all records."""
         self._file.seek(0)
         self._file.truncate()
         self.complete = False
 
     def append(self, face: Face | None, size: tuple[int, int]) -> None:
-        """Record the next frame, of `size` (width, height)."""
+        """Record the face of the next frame, None if it shows none; `size` is its (width, height)."""
         record = np.zeros(_RECORD_LENGTH, dtype=np.float32)
         if face is not None:
             count = len(face.landmarks)
@@ -51,13 +51,13 @@ class TrackCache:
         self._file.write(record.tobytes())
 
     def __iter__(self) -> Iterator[Face | None]:
-        at = 0
+        position = 0
         while True:
-            self._file.seek(at)
+            self._file.seek(position)
             content = self._file.read(4 * _RECORD_LENGTH)
             if not content:
                 return
-            at += len(content)
+            position += len(content)
             record = np.frombuffer(content, dtype=np.float32)
             landmarks = record[2 : 2 + 3 * int(record[1])].reshape(-1, 3)
             yield Face(landmarks, record[2 + _LANDMARK_VALUES :], float(record[0])) if record[0] else None

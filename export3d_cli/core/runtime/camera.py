@@ -1,7 +1,7 @@
-"""Cameras as 25 numbers (EG3D): cam2world, 4x4 row-major, then intrinsics, 3x3 normalised by the image size.
+"""Cameras as EG3D's 25 numbers: cam2world, 4x4 row-major, then intrinsics, 3x3 normalised by the image size.
 
 The world is the HEAD FRAME: origin at the head's centre, x to the image's right for a frontal face, y down, z away
-from the camera; the camera frame is OpenCV's (x right, y down, z forward). EG3D's own world is this one with y and z
+from the camera. The camera frame is OpenCV's (x right, y down, z forward). EG3D's world is the head frame with y and z
 negated: `Camera.to_eg3d` and `Camera.from_eg3d` convert. NumPy only, so that trackers need no torch.
 """
 
@@ -13,40 +13,40 @@ import numpy as np
 
 from export3d_cli.core.runtime.errors import InputError
 
-FOCAL = 4.2647  # EG3D's, in image sizes: a field of view of 18.837 degrees
-RADIUS = 2.7  # EG3D's usual distance between camera and head centre
+FOCAL = 4.2647  # EG3D's focal length in image sizes: a field of view of 18.837 degrees
+RADIUS = 2.7  # EG3D's distance between camera and head centre
 _EG3D_AXES = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 @dataclass(frozen=True)
 class Camera:
-    """One pinhole camera: `cam2world` (4, 4) float64 in the head frame, `intrinsics` (3, 3) for an image of size 1."""
+    """A pinhole camera: `cam2world` (4, 4) float64 in the head frame, `intrinsics` (3, 3) for an image of size 1."""
 
     cam2world: np.ndarray
     intrinsics: np.ndarray
 
     @classmethod
     def from_vector(cls, p: np.ndarray) -> Camera:
-        """The camera of 25 numbers, shape (25,)."""
+        """Make a camera from its 25 numbers, shape (25,)."""
         p = np.asarray(p, dtype=np.float64)
         if p.shape != (25,):
-            raise InputError(f"a camera has 25 numbers, got an array of shape {p.shape}")
+            raise InputError(f"a camera must be 25 numbers, got an array of shape {p.shape}")
         return cls(p[:16].reshape(4, 4), p[16:].reshape(3, 3))
 
     def to_vector(self) -> np.ndarray:
-        """The 25 numbers, (25,) float32."""
+        """Return the 25 numbers, (25,) float32."""
         return np.concatenate([self.cam2world.ravel(), self.intrinsics.ravel()]).astype(np.float32)
 
     @classmethod
     def orbit(cls, yaw: float, pitch: float = 0.0, roll: float = 0.0, *, radius: float = RADIUS) -> Camera:
-        """The camera that sees a head turned by yaw, pitch, roll (degrees, signs of `angles`), centred in the image."""
+        """Make the camera of a head at the image centre, turned by yaw, pitch, roll in degrees (signs of `angles`)."""
         pose = np.eye(4)
         pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
         pose[2, 3] = radius
         return cls(np.linalg.inv(pose), default_intrinsics())
 
     def angles(self) -> tuple[float, float, float]:
-        """Yaw (+: the head turns to the image's right), pitch (+: up), roll (+: clockwise in the image), in degrees."""
+        """Return yaw (+: to the image's right), pitch (+: up), roll (+: clockwise) of the head in degrees."""
         r = self.cam2world[:3, :3].T  # head -> camera
         yaw = -np.degrees(np.arctan2(r[0, 2], np.hypot(r[1, 2], r[2, 2])))
         pitch = np.degrees(np.arctan2(r[1, 2], r[2, 2]))
@@ -54,16 +54,16 @@ class Camera:
         return float(yaw), float(pitch), float(roll)
 
     def to_eg3d(self) -> Camera:
-        """The same camera with EG3D's world axes (y up, z towards the camera)."""
+        """Return the camera with EG3D's world axes (y up, z towards the camera)."""
         return Camera(_EG3D_AXES @ self.cam2world, self.intrinsics)
 
     @classmethod
     def from_eg3d(cls, camera: Camera) -> Camera:
-        """The inverse of `to_eg3d` (the change of axes is its own inverse)."""
+        """Invert `to_eg3d`: the change of axes is its own inverse."""
         return camera.to_eg3d()
 
     def project(self, points: np.ndarray) -> np.ndarray:
-        """Points (N, 3) of the head frame -> (N, 2) in image sizes: (0, 0) top left corner, (1, 1) bottom right."""
+        """Project head-frame points (N, 3) to image sizes (N, 2): (0, 0) top left corner, (1, 1) bottom right."""
         r = self.cam2world[:3, :3]
         cam = (np.asarray(points, dtype=np.float64) - self.cam2world[:3, 3]) @ r
         uvw = cam @ self.intrinsics.T
@@ -71,12 +71,12 @@ class Camera:
 
 
 def default_intrinsics() -> np.ndarray:
-    """EG3D's intrinsics, (3, 3)."""
+    """Return EG3D's intrinsics, (3, 3)."""
     return np.array([[FOCAL, 0.0, 0.5], [0.0, FOCAL, 0.5], [0.0, 0.0, 1.0]])
 
 
 def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Head-to-camera rotation (3, 3) of the angles (degrees) of `Camera.angles`: roll first, then yaw, then pitch."""
+    """Return the head-to-camera rotation (3, 3) of `Camera.angles` in degrees: roll first, then yaw, then pitch."""
     y, p, r = np.radians([-yaw, pitch, roll])
     about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
     about_x = np.array([[1, 0, 0], [0, np.cos(p), np.sin(p)], [0, -np.sin(p), np.cos(p)]])
@@ -85,10 +85,10 @@ def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
 
 
 def rotation_log(rotation: np.ndarray) -> np.ndarray:
-    """Rotations (..., 3, 3) by less than half a turn -> rotation vectors (..., 3), axis times radians."""
+    """Convert rotations (..., 3, 3) of less than half a turn to rotation vectors (..., 3), axis times radians."""
     r = np.asarray(rotation, dtype=np.float64)
-    odd = (r - np.swapaxes(r, -1, -2)) / 2
-    axis = np.stack([odd[..., 2, 1], odd[..., 0, 2], odd[..., 1, 0]], axis=-1)
+    skew = (r - np.swapaxes(r, -1, -2)) / 2
+    axis = np.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], axis=-1)
     sine = np.linalg.norm(axis, axis=-1, keepdims=True)
     angle = np.arctan2(sine, (np.trace(r, axis1=-2, axis2=-1)[..., None] - 1) / 2)
     vector: np.ndarray = axis * np.divide(angle, sine, out=np.ones_like(sine), where=sine > 1e-9)
@@ -96,30 +96,30 @@ def rotation_log(rotation: np.ndarray) -> np.ndarray:
 
 
 def rotation_exp(vector: np.ndarray) -> np.ndarray:
-    """The inverse of `rotation_log` (Rodrigues), (..., 3) -> (..., 3, 3)."""
+    """Convert rotation vectors (..., 3) to rotations (..., 3, 3) (Rodrigues), the inverse of `rotation_log`."""
     v = np.asarray(vector, dtype=np.float64)
     angle = np.linalg.norm(v, axis=-1)[..., None, None]
     x, y, z = np.moveaxis(v, -1, 0)
-    o = np.zeros_like(x)
-    k = np.stack([o, -z, y, z, o, -x, -y, x, o], axis=-1).reshape(*v.shape[:-1], 3, 3)
-    # sin(a) / a and (1 - cos(a)) / a^2, in forms that hold at 0
+    zero = np.zeros_like(x)
+    k = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*v.shape[:-1], 3, 3)
+    # sin(a) / a and (1 - cos(a)) / a^2, in forms that are finite at 0
     rotation: np.ndarray = np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
     return rotation
 
 
 def head_pose(camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cameras (..., 25) -> head-to-camera rotation (..., 3, 3) and the head's centre in the camera frame (..., 3)."""
+    """Return head-to-camera rotation (..., 3, 3) and head centre in the camera frame (..., 3) of cameras (..., 25)."""
     cam2world = np.asarray(camera, dtype=np.float64)[..., :16].reshape(*np.shape(camera)[:-1], 4, 4)
     rotation = np.swapaxes(cam2world[..., :3, :3], -1, -2)
     return rotation, -(rotation @ cam2world[..., :3, 3, None])[..., 0]
 
 
 def with_head_pose(camera: np.ndarray, rotation: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Cameras (..., 25) with the poses of `head_pose` put in -> float32; the intrinsics stay."""
-    out = np.array(camera, dtype=np.float32)
-    cam2world = np.zeros((*out.shape[:-1], 4, 4))
-    back = np.swapaxes(rotation, -1, -2)
-    cam2world[..., :3, :3], cam2world[..., 3, 3] = back, 1.0
-    cam2world[..., :3, 3] = -(back @ np.asarray(centre)[..., None])[..., 0]
-    out[..., :16] = cam2world.reshape(*out.shape[:-1], 16)
-    return out
+    """Return cameras (..., 25) float32 with the head poses (see `head_pose`) replaced and the intrinsics kept."""
+    result = np.array(camera, dtype=np.float32)
+    cam2world = np.zeros((*result.shape[:-1], 4, 4))
+    camera_to_head = np.swapaxes(rotation, -1, -2)
+    cam2world[..., :3, :3], cam2world[..., 3, 3] = camera_to_head, 1.0
+    cam2world[..., :3, 3] = -(camera_to_head @ np.asarray(centre)[..., None])[..., 0]
+    result[..., :16] = cam2world.reshape(*result.shape[:-1], 16)
+    return result
