@@ -1,4 +1,4 @@
-"""Bad pictures and videos, the same every time."""
+"""BadFile pictures and videos, the same every time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from faultkit import Bad
+from faultkit import BadFile
 
 from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.runtime.weights import example_path
@@ -97,12 +97,12 @@ def with_exif(body: bytes) -> bytes:
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 8) + b"Exif\0\0" + body + data[2:]
 
 
-def pictures() -> Iterator[Bad]:
+def pictures() -> Iterator[BadFile]:
     """Everything that is no usable photo."""
     jpeg, text = example_path("source.jpg").read_bytes(), b"This is not a picture.\n" * 50
 
-    def bad(name: str, data: bytes | Make, file: str = "bad.jpg", *, harmless: bool = False) -> Bad:
-        return Bad("image", name, data if callable(data) else holding(data), file, harmless)
+    def bad(name: str, data: bytes | Make, file: str = "bad.jpg", *, harmless: bool = False) -> BadFile:
+        return BadFile("image", name, data if callable(data) else holding(data), file, harmless)
 
     for name, make in not_plain("bad.jpg"):
         yield bad(name, make)
@@ -193,11 +193,11 @@ def patched(data: bytes, mark: bytes, at: int, value: bytes) -> bytes:
     return data[:start] + value + data[start + len(value) :]
 
 
-def videos() -> Iterator[Bad]:
+def videos() -> Iterator[BadFile]:
     """Everything that is no usable driving video."""
 
-    def bad(name: str, data: bytes | Make, file: str = "bad.mp4", *, harmless: bool = False) -> Bad:
-        return Bad("video", name, data if callable(data) else holding(data), file, harmless)
+    def bad(name: str, data: bytes | Make, file: str = "bad.mp4", *, harmless: bool = False) -> BadFile:
+        return BadFile("video", name, data if callable(data) else holding(data), file, harmless)
 
     for name, make in not_plain("bad.mp4"):
         yield bad(name, make)

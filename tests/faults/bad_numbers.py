@@ -1,4 +1,4 @@
-"""Bad files of numbers and text: motion, weights, configurations, manifests, CSV; the same every time."""
+"""BadFile files of numbers and text: motion, weights, configurations, manifests, CSV; the same every time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from bad_media import Make, flipped, holding, not_plain
-from faultkit import Bad
+from faultkit import BadFile
 
 TEXT = b"This is not what it should be.\n" * 40
 
@@ -40,14 +40,14 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
-def motions(whole: Path) -> Iterator[Bad]:
+def motions(whole: Path) -> Iterator[BadFile]:
     """Everything that is no usable motion file."""
     with np.load(whole) as file:
         arrays = dict(file)
 
-    def bad(name: str, data: bytes | Make, *, harmless: bool = False) -> Bad:
+    def bad(name: str, data: bytes | Make, *, harmless: bool = False) -> BadFile:
         make = data if callable(data) else holding(data)
-        return Bad("motion", name, make, "bad.motion.npz", harmless)
+        return BadFile("motion", name, make, "bad.motion.npz", harmless)
 
     def changed(**new: Any) -> bytes:
         kept = {key: value for key, value in {**arrays, **new}.items() if value is not None}
@@ -128,7 +128,7 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
 
-def weights(whole: Path) -> Iterator[Bad]:
+def weights(whole: Path) -> Iterator[BadFile]:
     """Everything that is no usable weights file."""
     data = whole.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -137,9 +137,9 @@ def weights(whole: Path) -> Iterator[Bad]:
     config = json.loads(meta["config"])
     names = [name for name in header if name != "__metadata__"]
 
-    def bad(name: str, content: bytes | Make, *, harmless: bool = False) -> Bad:
+    def bad(name: str, content: bytes | Make, *, harmless: bool = False) -> BadFile:
         make = content if callable(content) else holding(content)
-        return Bad("weights", name, make, "bad.safetensors", harmless)
+        return BadFile("weights", name, make, "bad.safetensors", harmless)
 
     def changed(name: str, **new: Any) -> bytes:
         return safetensors({**header, name: {**header[name], **new}}, body)
@@ -192,12 +192,12 @@ def weights(whole: Path) -> Iterator[Bad]:
     yield bad("every number nan", safetensors(header, spoilt.tobytes()))
 
 
-def configs() -> Iterator[Bad]:
+def configs() -> Iterator[BadFile]:
     """Everything that is no usable configuration."""
 
-    def bad(name: str, data: bytes | str | Make) -> Bad:
+    def bad(name: str, data: bytes | str | Make) -> BadFile:
         content = data.encode() if isinstance(data, str) else data
-        return Bad("config", name, content if callable(content) else holding(content), "bad.yaml")
+        return BadFile("config", name, content if callable(content) else holding(content), "bad.yaml")
 
     for name, make in not_plain("bad.yaml"):
         if name not in ("empty", "nowhere"):  # an empty configuration is that of the defaults
@@ -226,7 +226,8 @@ def configs() -> Iterator[Bad]:
         "model: {width: -32}", "model: {image_size: 0}", "model: {image_size: -64}", "model: {basis: -1}",
         "model: {image_size: 1600000}", "model: {width: 4000000000}", "model: {plane_size: 0}", "model: {raw_size: 0}",
         "model: {stem: [1]}", "model: {stem: []}", "model: {superres: [8, 8, 8]}", "model: {coarse_samples: -1}",
-        "model: {eadaln_blocks: 100000000}", "model: {mesh_size: -1}", "model: {plane_ema: .nan}", "keep_checkpoints: 0",
+        "model: {eadaln_blocks: 100000000}", "model: {mesh_size: -1}", "model: {plane_ema: .nan}",
+        "keep_checkpoints: 0",
         "skip_nonfinite: -1", "data: {weight: [1, 2]}", "data: {path: {a: 1}}", "data: 7", "loss: {adversarial: 3}",
         "adversarial: {group: 0}", "adversarial: {betas: [0]}", "adversarial: {base: 0}", "learning_rate: 3", "1: 2",
         "[1]: 2", "? {a: 1}\n: 2", "ema: 7", "log_every: 0", "checkpoint_every: 0", "clebs: {negatives: 0}",
@@ -247,14 +248,14 @@ def configs() -> Iterator[Bad]:
     yield bad("large", b"# " + b"x" * 30_000_000 + b"\nlr: [1]\n")
 
 
-def manifests() -> Iterator[Bad]:
+def manifests() -> Iterator[BadFile]:
     """Everything that is no usable list of clips; the clips a, b and c that it may name are there."""
     line = {"id": "a_t00", "person": "a", "file": "clips/a_t00.mp4", "motion": "clips/a_t00.motion.npz", "frames": 8}
 
-    def bad(name: str, data: bytes | str | Make, *, harmless: bool = False) -> Bad:
+    def bad(name: str, data: bytes | str | Make, *, harmless: bool = False) -> BadFile:
         content = data.encode() if isinstance(data, str) else data
         make = content if callable(content) else holding(content)
-        return Bad("manifest", name, make, "manifest.jsonl", harmless)
+        return BadFile("manifest", name, make, "manifest.jsonl", harmless)
 
     for name, make in not_plain("manifest.jsonl"):
         yield bad(name, make)
@@ -276,15 +277,15 @@ def manifests() -> Iterator[Bad]:
         yield bad(f"{key} {str(value)[:40]!r}", json.dumps({**line, key: value}))
 
 
-def takes(whole: Path) -> Iterator[Bad]:
+def takes(whole: Path) -> Iterator[BadFile]:
     """Everything that is no usable CSV of Live Link Face."""
     text = whole.read_text()
     rows = text.splitlines()
     cells = rows[3].split(",")
 
-    def bad(name: str, data: bytes | str | Make, *, harmless: bool = False) -> Bad:
+    def bad(name: str, data: bytes | str | Make, *, harmless: bool = False) -> BadFile:
         content = data.encode() if isinstance(data, str) else data
-        return Bad("csv", name, content if callable(content) else holding(content), "bad.csv", harmless)
+        return BadFile("csv", name, content if callable(content) else holding(content), "bad.csv", harmless)
 
     def row(at: int, cell: str) -> str:
         return "\n".join([*rows[:3], ",".join([*cells[:at], cell, *cells[at + 1 :]]), *rows[4:]]) + "\n"

@@ -1,4 +1,4 @@
-"""Material for the fault tests: tiny untrained weights, a short driver as video, motion and CSV, a small data set."""
+"""Valid inputs of the fault tests: tiny untrained weights, a short driver (video, motion, CSV), a small data set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIDE, FRAMES = 64, 8
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Paths of whole files: source, clip (8 frames with sound), motion, csv, weights, data (a data set), config."""
+    """Paths of valid files: source, clip (8 frames with sound), motion, csv, weights, data (a data set), config."""
     folder = tmp_path_factory.mktemp("good")
     source = example_path("source.jpg")
     clip = folder / "clip.mp4"
@@ -44,7 +44,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def motion_of(seed: int, frames: int) -> Motion:
-    """A head that turns a little, made without a tracker."""
+    """Return the motion of a slightly turning head, made without a tracker."""
     rng = np.random.default_rng(seed)
     face = load_canonical_face(weights_dir() / "face_landmarker.task").points
     cameras = [Camera.orbit(rng.uniform(-15, 15), rng.uniform(-8, 8)) for _ in range(frames)]
@@ -107,11 +107,11 @@ def _data(folder: Path) -> Path:
 
 
 def _config(folder: Path) -> Path:
-    """A run of a few steps; `run` and `data.path` are given as overrides."""
+    """Write a configuration of a few steps; tests override `run` and `data.path`."""
     path = folder / "tiny.yaml"
     path.write_text(
         "preset: tiny\ndevice: cpu\nprecision: fp32\nbatch: 2\nsteps: 4\ncheckpoint_every: 2\nsample_every: 0\n"
-        "log_every: 1\nclebs: {steps: 2, warm: 1, negatives: 6, image_size: 32, encoder_width: 4, geometry: 1.0,"
-        " pairs: 8, ridge_pairs: 64, ridge: 1e-3}\n"
+        "log_every: 1\nclebs: {steps: 2, geometry_warmup_steps: 1, negatives: 6, image_size: 32, encoder_width: 4,"
+        " geometry: 1.0, geometry_pairs: 8, ridge_pairs: 64, ridge: 1e-3}\n"
     )
     return path

@@ -1,4 +1,4 @@
-"""What the fault tests share: a case of bad input, and running `export3d` inside this process within bounds."""
+"""Helpers of the fault tests: bad files, `export3d` in this process with limits, and child processes."""
 
 from __future__ import annotations
 
@@ -18,52 +18,54 @@ from click.testing import CliRunner
 
 from export3d_cli.main import cli
 
-SECONDS = 20  # of processor time that a command may take with one bad file; it takes about one
-PATIENCE = 15  # times as long it may take by the clock, on a busy machine
-GROWTH = 1500  # MiB that it may take beyond what the process has
-CODES = {"image": {2, 3}, "video": {1, 2, 3}, "motion": {2}, "weights": {4}, "config": {2}, "manifest": {2}, "csv": {2}}
+CPU_LIMIT_S = 20  # processor time of a command with one bad file; it takes about one second
+WALL_CLOCK_FACTOR = 15  # wall-clock limit as a multiple of the CPU limit, for busy machines
+MAX_GROWTH_MIB = 1500  # memory that a command may allocate at its peak
+ERROR_CODES = {  # documented exit codes per kind of input
+    "image": {2, 3}, "video": {1, 2, 3}, "motion": {2}, "weights": {4}, "config": {2}, "manifest": {2}, "csv": {2},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Bad:
-    """One bad file: who reads it, a name, and how it is made in an empty folder."""
+class BadFile:
+    """A bad file: its reader, a name, and a function that writes it."""
 
-    reader: str  # a key of CODES
-    name: str  # unique within its reader; the file's name is `file`
-    make: Callable[[Path], None]  # given the path that is to be the bad file
+    reader: str  # a key of ERROR_CODES
+    name: str  # unique for its reader; the file name is `file`
+    make: Callable[[Path], None]  # writes the bad file to this path
     file: str
-    harmless: bool = False  # may turn out to be readable all the same: then exit 0 and a whole output
+    harmless: bool = False  # may be readable after all: then exit code 0 and a complete output
 
     def __str__(self) -> str:
         return f"{self.reader}-{self.name}"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class CommandResult:
+    """Result of a command."""
 
-    code: int
-    out: str
-    err: str
+    exit_code: int
+    stdout: str
+    stderr: str
     exception: BaseException | None
-    growth: int  # MiB of memory at its peak, beyond what was there before
+    growth_mib: int  # peak memory minus memory before
 
 
 class TookTooLongError(Exception):
-    """A command did not end in time."""
+    """A command exceeded its time limit."""
 
 
 @contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Raise after so many seconds of processor time, or `PATIENCE` times as many by the clock; at last, end it all."""
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise after `seconds` of CPU time or `WALL_CLOCK_FACTOR` times that by the clock; finally kill the process."""
 
-    def late(*_: object) -> None:
+    def raise_timeout(*_: object) -> None:
         raise TookTooLongError(f"not done after {seconds} s")
 
-    before = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
+    before = {number: signal.signal(number, raise_timeout) for number in (signal.SIGALRM, signal.SIGPROF)}
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.alarm(PATIENCE * seconds)
-    faulthandler.dump_traceback_later(PATIENCE * seconds + 60, exit=True)
+    signal.alarm(WALL_CLOCK_FACTOR * seconds)
+    faulthandler.dump_traceback_later(WALL_CLOCK_FACTOR * seconds + 60, exit=True)
     try:
         yield
     finally:
@@ -74,8 +76,8 @@ def within(seconds: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def memory(key: str = "VmRSS") -> int:
-    """MiB of this process: now (VmRSS) or at most (VmHWM); 0 where the system does not tell."""
+def memory_mib(key: str = "VmRSS") -> int:
+    """Return the memory of this process in MiB: current (VmRSS) or peak (VmHWM); 0 where /proc is missing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -83,57 +85,57 @@ def memory(key: str = "VmRSS") -> int:
     return next((int(line.split()[1]) // 1024 for line in lines if line.startswith(key)), 0)
 
 
-def run(*args: object, seconds: int = SECONDS) -> Ended:
-    """`export3d ARGS` in this process."""
+def run(*args: object, seconds: int = CPU_LIMIT_S) -> CommandResult:
+    """Run `export3d ARGS` in this process."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before = memory()
-    with within(seconds):
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = memory_mib()
+    with time_limit(seconds):
         result = CliRunner().invoke(cli, [str(arg) for arg in args])
     exception = None if isinstance(result.exception, SystemExit) else result.exception
-    return Ended(result.exit_code, result.stdout, result.stderr, exception, memory("VmHWM") - before)
+    return CommandResult(result.exit_code, result.stdout, result.stderr, exception, memory_mib("VmHWM") - before)
 
 
-def check_error(ended: Ended, codes: set[int]) -> None:
-    """Our error: a documented exit code, one line on stderr, no traceback, bounded memory."""
+def check_error(ended: CommandResult, codes: set[int]) -> None:
+    """Check for a documented exit code, one line on stderr, no traceback and bounded memory."""
     if ended.exception is not None:
         raise AssertionError(f"traceback instead of an error: {ended.exception!r}") from ended.exception
-    assert ended.code in codes, (ended.code, ended.err)
-    if ended.code:
-        is_misuse = ended.err.startswith("Usage: ") and ended.err.count("Error: ") == 1
-        assert is_misuse or (ended.err.startswith("error: ") and ended.err.count("\n") == 1), ended.err
-        assert len(ended.err) < 2000, f"a line of {len(ended.err)} characters"
-    assert ended.growth < GROWTH, f"{ended.growth} MiB"
+    assert ended.exit_code in codes, (ended.exit_code, ended.stderr)
+    if ended.exit_code:
+        is_misuse = ended.stderr.startswith("Usage: ") and ended.stderr.count("Error: ") == 1
+        assert is_misuse or (ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1), ended.stderr
+        assert len(ended.stderr) < 2000, f"error line of {len(ended.stderr)} characters"
+    assert ended.growth_mib < MAX_GROWTH_MIB, f"{ended.growth_mib} MiB"
 
 
-def left(folder: Path) -> list[str]:
-    """Names of all that is in a folder, hidden files too."""
+def list_names(folder: Path) -> list[str]:
+    """List the names in a folder, including hidden files."""
     return sorted(os.listdir(folder)) if folder.exists() else []
 
 
-def command(*args: object) -> list[str]:
-    """`export3d ARGS` for a process of its own."""
+def command_line(*args: object) -> list[str]:
+    """Return the command line of `export3d ARGS`."""
     return [sys.executable, "-m", "export3d_cli", *map(str, args)]
 
 
 def spawn(args: Sequence[object], **more: Any) -> subprocess.Popen[bytes]:
-    """Start `export3d ARGS`, its messages kept."""
+    """Start `export3d ARGS` in a new session with captured output."""
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True} | more
-    return subprocess.Popen(command(*args), **options)
+    return subprocess.Popen(command_line(*args), **options)
 
 
-def limited(kind: int, limit: int) -> Callable[[], None]:
-    """For `preexec_fn`: a resource limit."""
+def limit_resource(kind: int, limit: int) -> Callable[[], None]:
+    """Return a `preexec_fn` that sets a resource limit."""
     return lambda: resource.setrlimit(kind, (limit, limit))
 
 
-def descendants(session: int) -> list[int]:
-    """Processes of a session (each `spawn` starts one) that are still there."""
-    found = []
+def session_processes(session: int) -> list[int]:
+    """Return the running processes of a session (each `spawn` starts one)."""
+    pids = []
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) == session and fields[0] != "Z":
-                    found.append(int(entry.name))
-    return found
+                    pids.append(int(entry.name))
+    return pids

@@ -1,8 +1,8 @@
-"""A mutation fuzzer for every reader of ours: `python tests/faults/fuzz.py --executions 2000 --seed 1 [READER...]`.
+"""Mutation fuzzer for all readers: `python tests/faults/fuzz.py --executions 2000 --seed 1 [READER...]`.
 
-It changes whole files a little (bits, bytes, pieces, numbers, words; inside zip members and safetensors headers too, so
-that checksums and lengths stay right) and reads them. Anything but a result or one of our errors is a crash: another
-exception, more than ten seconds, or half a gigabyte of memory that stays.
+Mutates valid files (bits, bytes, slices, numbers, tokens), also inside zip members and safetensors headers with correct
+checksums and lengths, and reads them. A crash is anything but a result or an `Export3DError`: another exception, more
+than 10 s of CPU time, or 512 MiB of memory that is not freed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 from bad_media import clip, encoded, y4m
 from bad_numbers import npz, safetensors, zipped
-from faultkit import TookTooLongError, memory, within
+from faultkit import TookTooLongError, memory_mib, time_limit
 
 from export3d_cli.core.config.schema import PRESETS, load_train_config, to_dict
 from export3d_cli.core.dataset.manifest import DatasetManifest
@@ -41,43 +42,45 @@ from export3d_cli.core.runtime.weights import example_path, weights_dir, weights
 from export3d_cli.core.train.frame_cache import load_dataset
 
 NUMBERS = [0, 1, -1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1]
-WORDS = [b"nan",
+TOKENS = [b"nan",
          b"-1", b"1e999", b"null", b"{", b"[", b"}", b'"', b",", b"\n", b"\0", b"!!python/name:os.system", b"&a",
          b"*a", b"9" * 400, b"../" * 9, b"\xff", b"=1+1", b"'", b"(" * 90, b"true", b"<f8", b"F64",
          b"__metadata__"]  # fmt: skip
-SECONDS, STAYS = 10, 512  # for one file; MiB
+CPU_LIMIT_S, MAX_LEAK_MIB = 10, 512  # per file
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """A few changes."""
+    """Apply one to sixteen random changes."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        at = rng.randrange(len(changed) + 1) if rng.random() < 0.6 else rng.randrange(min(len(changed), 400) + 1)
+        size = len(changed) if rng.random() < 0.6 else min(len(changed), 400)  # headers more often
+        offset = rng.randrange(size + 1)
         kind = rng.randrange(8)
         if kind == 0 and changed:
-            changed[at % len(changed)] ^= 1 << rng.randrange(8)
+            changed[offset % len(changed)] ^= 1 << rng.randrange(8)
         elif kind == 1 and changed:
-            changed[at % len(changed)] = rng.randrange(256)
+            changed[offset % len(changed)] = rng.randrange(256)
         elif kind == 2:
             order = rng.choice("<>") + rng.choice("bhiq")
             number = rng.choice(NUMBERS)
-            size = struct.calcsize(order)
-            changed[at : at + size] = (number % 256**size).to_bytes(size, "little" if order[0] == "<" else "big")
+            width = struct.calcsize(order)
+            byte_order: Literal["little", "big"] = "little" if order[0] == "<" else "big"
+            changed[offset : offset + width] = (number % 256**width).to_bytes(width, byte_order)
         elif kind == 3:
-            del changed[at : at + rng.choice((1, 4, 64, 4096))]
+            del changed[offset : offset + rng.choice((1, 4, 64, 4096))]
         elif kind == 4:
-            changed[at:at] = changed[at : at + rng.choice((1, 4, 64, 1024))] * rng.choice((1, 2, 9))
+            changed[offset:offset] = changed[offset : offset + rng.choice((1, 4, 64, 1024))] * rng.choice((1, 2, 9))
         elif kind == 5:
-            changed[at:at] = rng.choice(WORDS)
+            changed[offset:offset] = rng.choice(TOKENS)
         elif kind == 6:
-            changed[at : at + 4] = rng.choice(WORDS)
+            changed[offset : offset + 4] = rng.choice(TOKENS)
         elif kind == 7 and rng.random() < 0.3:
-            del changed[at:]
+            del changed[offset:]
     return bytes(changed)
 
 
 def mutate_zip(data: bytes, rng: random.Random) -> bytes:
-    """Changes inside the members, which are packed again; or of the whole."""
+    """Mutate a member and pack the archive again, or mutate the archive itself."""
     if rng.random() < 0.3:
         return mutate(data, rng)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -88,7 +91,7 @@ def mutate_zip(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """Changes of the header with its length told truly; or of the whole."""
+    """Mutate the header and keep its length field correct, or mutate the whole file."""
     if rng.random() < 0.3:
         return mutate(data, rng)
     (length,) = struct.unpack("<Q", data[:8])
@@ -97,17 +100,17 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader of ours: whole files, how they are changed, and how they are read."""
+    """A reader: valid files, the mutation, and the function that reads a file."""
 
     seeds: list[bytes]
     suffix: str
     read: Callable[[Path], object]
     mutate: Callable[[bytes, random.Random], bytes] = mutate
-    cost: int = 1  # an execution counts as so many
+    cost: int = 1  # an execution counts as this many
 
 
 def readers() -> dict[str, Reader]:
-    """All of them."""
+    """Return all readers by name."""
     jpeg = cv2.imencode(".jpg", cv2.resize(cv2.imread(str(example_path("source.jpg"))), (96, 96)))[1].tobytes()
     motion, still = _motion(2), _motion(1)
     tensors = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
@@ -142,7 +145,8 @@ def readers() -> dict[str, Reader]:
         "weights info": Reader([weights], ".safetensors", weights_info, mutate_safetensors),
         "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
         "config": Reader([yaml], ".yaml", load_train_config),
-        "manifest of preprocess": Reader([manifest], "/manifest.jsonl", lambda path: DatasetManifest(path.parent, None).close()),
+        "manifest of preprocess": Reader([manifest], "/manifest.jsonl",
+                                         lambda path: DatasetManifest(path.parent, None).close()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, measures, camera)),
         "measures": Reader([measures.read_bytes()], ".npz", lambda path: _take(path, take, camera), mutate_zip),
@@ -158,7 +162,7 @@ def _motion(frames: int) -> bytes:
 
 
 def _train(data: Path, motion: bytes) -> None:
-    """The photos that a list names are there, so that its other numbers come to bear."""
+    """Load a data set whose listed photos exist, so that its other fields are read."""
     (data / "clips").mkdir()
     (data / "clips/a.png").write_bytes(cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes())
     (data / "clips/a.motion.npz").write_bytes(motion)
@@ -180,7 +184,7 @@ def _geometry() -> bytes:
 
 
 def fuzz(name: str, executions: int, seed: int) -> tuple[int, list[str]]:
-    """Read so many changed files; how many were read, and a line for every crash."""
+    """Read mutated files; return how many were readable and a line per crash."""
     reader, rng, crashes, read = readers()[name], random.Random(f"{name} {seed}"), [], 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for number in range(max(1, executions // reader.cost)):
@@ -188,42 +192,42 @@ def fuzz(name: str, executions: int, seed: int) -> tuple[int, list[str]]:
             path = Path(folder) / f"{number}{reader.suffix}"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
-            before = memory()
+            before = memory_mib()
             try:
-                with within(SECONDS):
+                with time_limit(CPU_LIMIT_S):
                     reader.read(path)
                 read += 1
             except Export3DError as error:
                 if len(str(error)) > 2000:
-                    crashes.append(f"{name} {number}: a message of {len(str(error))} characters")
+                    crashes.append(f"{name} {number}: message of {len(str(error))} characters")
             except (Exception, TookTooLongError) as error:
                 crashes.append(f"{name} {number}: {type(error).__name__}: {str(error)[:200]}")
                 Path(f"crash-{name.replace(' ', '-')}-{seed}-{number}").write_bytes(data) if KEEP else None
-            if memory() - before > STAYS:
-                crashes.append(f"{name} {number}: {memory() - before} MiB stay")
+            if memory_mib() - before > MAX_LEAK_MIB:
+                crashes.append(f"{name} {number}: {memory_mib() - before} MiB not freed")
             path.unlink(missing_ok=True)
     return read, crashes
 
 
-KEEP = False  # whether files that crash are written to the folder we stand in
+KEEP = False  # whether to write crashing files to the current folder
 
 
 def main() -> int:
-    """The command line; exit code 1 after a crash."""
+    """Run the fuzzer; return exit code 1 after a crash."""
     global KEEP
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("names", nargs="*", metavar="READER")
-    parser.add_argument("--executions", type=int, default=1000, help="of each reader; a video counts as 20")
+    parser.add_argument("--executions", type=int, default=1000, help="per reader; a video counts as 20")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="write files that crash to this folder")
+    parser.add_argument("--keep", action="store_true", help="write crashing files to the current folder")
     args = parser.parse_args()
     KEEP, total = args.keep, 0
     for name in args.names or readers():
-        began = time.monotonic()
+        start = time.monotonic()
         read, crashes = fuzz(name, args.executions, args.seed)
         count = max(1, args.executions // readers()[name].cost)
         print(
-            f"{name}: {count} executions, {read} readable, {len(crashes)} crashes, {time.monotonic() - began:.0f} s",
+            f"{name}: {count} executions, {read} readable, {len(crashes)} crashes, {time.monotonic() - start:.0f} s",
             flush=True,
         )
         for line in crashes:

@@ -1,4 +1,4 @@
-"""Bad files, one at a time, to the command that reads them: an exit code, one line, and nothing written."""
+"""BadFile files, one at a time, to the command that reads them: an exit code, one line, and nothing written."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from bad_media import pictures, videos
 from bad_numbers import configs, manifests, motions, takes
 from bad_numbers import weights as weight_files
-from faultkit import CODES, Bad, TookTooLongError, check_error, left, run
+from faultkit import ERROR_CODES, BadFile, TookTooLongError, check_error, list_names, run
 
 TINY = ("--device", "cpu", "--precision", "fp32", "--max-frames", "2", "--audio", "none", "--batch", "2")
 
 
-def args_for(bad: Bad, path: Path, good: SimpleNamespace, out: Path) -> list[object]:
+def args_for(bad: BadFile, path: Path, good: SimpleNamespace, out: Path) -> list[object]:
     """The command that reads this file."""
     if bad.reader == "config":
         return ["train", "--config", path, "--dry-run", f"run={out / 'run'}"]
@@ -27,7 +27,7 @@ def args_for(bad: Bad, path: Path, good: SimpleNamespace, out: Path) -> list[obj
     return ["reenact", "-o", out / "out.mp4", "--weights", weights, *TINY, "--", source, driver]
 
 
-def check(bad: Bad, good: SimpleNamespace, tmp_path: Path) -> int:
+def check(bad: BadFile, good: SimpleNamespace, tmp_path: Path) -> int:
     """Run the command; the exit code."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -35,19 +35,19 @@ def check(bad: Bad, good: SimpleNamespace, tmp_path: Path) -> int:
     if bad.reader == "manifest":
         (folder / "clips").symlink_to(good.data / "clips")
     bad.make(folder / bad.file)
-    before = left(folder)
+    before = list_names(folder)
     ended = run(*args_for(bad, folder / bad.file, good, out))
-    check_error(ended, CODES[bad.reader] | ({0} if bad.harmless else set()))
+    check_error(ended, ERROR_CODES[bad.reader] | ({0} if bad.harmless else set()))
     if bad.reader == "manifest":
         assert not (out / "run" / "weights.safetensors").exists()
     else:
-        assert left(out) == ([] if ended.code else ["out.mp4"])
-    assert left(folder) == before
-    return ended.code
+        assert list_names(out) == ([] if ended.exit_code else ["out.mp4"])
+    assert list_names(folder) == before
+    return ended.exit_code
 
 
 @pytest.mark.parametrize("bad", [*pictures(), *videos()], ids=str)
-def test_media(bad: Bad, good: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_media(bad: BadFile, good: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     check(bad, good, tmp_path)
     assert capfd.readouterr().err == "", "a library wrote past our one line"
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from bad_media import with_exif
-from faultkit import check_error, left, run
+from faultkit import check_error, list_names, run
 
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
@@ -99,8 +99,8 @@ def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) 
     (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2] + END)
     ended = run("reenact", tmp_path / "half.jpg", good.motion, "-o", tmp_path / "out.mp4", "--weights", good.weights)
     check_error(ended, {2})
-    assert "half.jpg ends before its picture does: copy or download it again" in ended.err
-    assert left(tmp_path) == ["half.jpg"]
+    assert "half.jpg ends before its picture does: copy or download it again" in ended.stderr
+    assert list_names(tmp_path) == ["half.jpg"]
 
 
 def video(path: Path, *args: object) -> Path:

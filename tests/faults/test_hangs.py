@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from faultkit import descendants, left
+from faultkit import list_names, session_processes
 from test_resources import READING, ROOT, SMALL, WRITING, script
 
 from export3d_cli.core.media import ffmpeg_process as process
@@ -52,7 +52,7 @@ def test_ffmpeg_hangs(kind: str, good: SimpleNamespace, tmp_path: Path, monkeypa
     with pytest.raises(MediaError, match="no progress for 2 s") as told:
         read(clip) if kind in READS else write(out, good.clip if kind == "mixes" else None)
     assert "\n" not in str(told.value)
-    assert left(tmp_path) == sorted([clip.name, "ffmpeg"])
+    assert list_names(tmp_path) == sorted([clip.name, "ffmpeg"])
     assert running(tmp_path / "ffmpeg") == []
 
 
@@ -117,7 +117,7 @@ def test_a_stopped_encoder(good: SimpleNamespace, tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True,
     )  # fmt: skip
     while work.poll() is None:
-        for pid in descendants(work.pid):
+        for pid in session_processes(work.pid):
             line = Path(f"/proc/{pid}/cmdline")
             if pid != work.pid and line.exists() and b"pipe:0" in line.read_bytes():
                 os.kill(pid, signal.SIGSTOP)
@@ -131,5 +131,5 @@ def test_a_stopped_encoder(good: SimpleNamespace, tmp_path: Path) -> None:
     assert err.startswith("error: encoding ") and err.count("\n") == 1, err
     assert "no progress for 2 s" in err
     assert out.read_bytes() == b"the one before"
-    assert left(tmp_path) == ["out.mp4"]
-    assert descendants(work.pid) == []
+    assert list_names(tmp_path) == ["out.mp4"]
+    assert session_processes(work.pid) == []

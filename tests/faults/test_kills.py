@@ -1,6 +1,6 @@
-"""Processes killed on the way: no half output, no ffmpeg left, nothing lost or doubled when the command is run again.
+"""Killed commands leave no partial output and no ffmpeg; running them again gives the result of an undisturbed run.
 
-The slow test kills the commands 65 times at random moments; its last results stand in README.md of this folder.
+The slow test kills the commands 65 times at random moments; its last results are in README.md.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from faultkit import descendants, spawn
+from faultkit import session_processes, spawn
 
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}}  # -N: before ours was installed
+# -N: killed before our handler was installed
+CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}}
 KINDS = ("reenact", "pictures", "preprocess", "workers", "train")
-CLEAN = (signal.SIGTERM, signal.SIGINT)  # those that the program can answer
+HANDLED = (signal.SIGTERM, signal.SIGINT)  # signals that the program can handle
 
 
 class Job:
-    """A command in a folder of its own, and what has to be there when it has ended."""
+    """A command in its own folder, and checks of its output."""
 
     def __init__(self, kind: str, good: SimpleNamespace, folder: Path) -> None:
         self.kind, self.folder = kind, folder
@@ -50,8 +51,8 @@ class Job:
             where = [f"run={folder / 'run'}", f"data.path=[{good.data}]", f"data.cache={folder / 'cache'}"]
             self.args = ["train", "--config", good.config, *where]
 
-    def check_names(self) -> None:
-        """What stands under a final name is whole, at any moment."""
+    def check_complete(self) -> None:
+        """Check that every file with a final name is complete."""
         if self.kind == "reenact":
             if (self.folder / "out.mp4").exists():
                 assert len(list(VideoReader(self.folder / "out.mp4"))) == 8
@@ -71,7 +72,7 @@ class Job:
                         assert list(file.keys())
 
     def result(self) -> object:
-        """All that a run leaves, to be compared with that of a run that nobody stopped."""
+        """Return everything a run writes, for comparison with an undisturbed run."""
         if self.kind == "reenact":
             return (self.folder / "out.mp4").read_bytes()
         if self.kind == "pictures":
@@ -87,58 +88,58 @@ class Job:
         path = self.folder / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def temporary(self) -> list[str]:
-        """What is there that should not stay."""
-        found = [p.name for p in self.folder.rglob("*") if ".part" in p.name or p.name.endswith(".tmp")]
-        return sorted(found)
+    def temporary_names(self) -> list[str]:
+        """List temporary files."""
+        names = [p.name for p in self.folder.rglob("*") if ".part" in p.name or p.name.endswith(".tmp")]
+        return sorted(names)
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:
-    if job.kind == "pictures":  # those that are there are never replaced
+    if job.kind == "pictures":  # existing pictures are never replaced
         shutil.rmtree(job.folder / "frames", ignore_errors=True)
     return spawn(job.args)
 
 
 def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str = "") -> int:
-    """Start the job; kill it after so many seconds or when a file of this pattern is there; what it returned."""
+    """Start the job, kill it after `after` seconds or once a file matches `when`, and return its exit code."""
     work = start(job)
-    began = time.monotonic()
-    while work.poll() is None and time.monotonic() - began < 600:
-        if any(job.folder.rglob(when)) if when else time.monotonic() - began > after:
+    started = time.monotonic()
+    while work.poll() is None and time.monotonic() - started < 600:
+        if any(job.folder.rglob(when)) if when else time.monotonic() - started > after:
             break
         time.sleep(0.02)
     work.send_signal(number)
     _, err = work.communicate(timeout=600)
     assert work.returncode in CODES[number] | {0}, err
-    assert not (number in CLEAN and work.returncode > 0 and b"Traceback" in err), err
+    assert not (number in HANDLED and work.returncode > 0 and b"Traceback" in err), err
     deadline = time.monotonic() + 30
-    while descendants(work.pid) and time.monotonic() < deadline:
+    while session_processes(work.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert descendants(work.pid) == [], "ffmpeg is left"
-    job.check_names()
-    if number in CLEAN and work.returncode > 0:
-        assert job.temporary() == []
+    assert session_processes(work.pid) == [], "ffmpeg is still running"
+    job.check_complete()
+    if number in HANDLED and work.returncode > 0:
+        assert job.temporary_names() == []
     return int(work.returncode)
 
 
 def finish(job: Job) -> None:
-    """The same command again, to its end."""
+    """Run the same command again to its end."""
     work = start(job)
     _, err = work.communicate(timeout=900)
     assert work.returncode == 0, err
-    assert job.temporary() == []
+    assert job.temporary_names() == []
 
 
-Whole = Callable[[str], tuple[object, float]]
+CompleteRun = Callable[[str], tuple[object, float]]
 
 
 @pytest.fixture(scope="session")
-def whole(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """What a job leaves when nobody stops it, and the seconds it takes."""
+def complete_run(good: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> CompleteRun:
+    """Return the output of an undisturbed job and the seconds it takes."""
 
     @functools.lru_cache
     def result(kind: str) -> tuple[object, float]:
-        job = Job(kind, good, tmp_path_factory.mktemp("whole") / kind)
+        job = Job(kind, good, tmp_path_factory.mktemp("complete") / kind)
         began = time.monotonic()
         finish(job)
         return job.result(), time.monotonic() - began
@@ -155,29 +156,31 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize(("kind", "number", "when"), CASES)
-def test_killed_at_work(
+def test_killed_job_resumes_to_the_same_result(
     kind: str, number: signal.Signals, when: str, good: SimpleNamespace, tmp_path: Path,
-    whole: Whole,
+    complete_run: CompleteRun,
 ) -> None:  # fmt: skip
     job = Job(kind, good, tmp_path / "job")
     kill_once(job, number, when=when)
     finish(job)
-    assert job.result() == whole(kind)[0]
+    assert job.result() == complete_run(kind)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_random(kind: str, good: SimpleNamespace, tmp_path: Path, whole: Whole) -> None:
-    """13 moments of each, 65 in all; after every third kill the command is let run to its end."""
+def test_job_killed_at_random_moments_resumes_to_the_same_result(
+    kind: str, good: SimpleNamespace, tmp_path: Path, complete_run: CompleteRun
+) -> None:
+    """Kill each job at 13 moments (65 in all); let it finish after every third kill."""
     rng, ends = random.Random(kind), Counter[str]()
-    expected, seconds = whole(kind)
+    expected, seconds = complete_run(kind)
     job, round_ = Job(kind, good, tmp_path / "job0"), 0
     for number in range(13):
         chosen = SIGNALS[number % 3]
         code = kill_once(job, chosen, after=rng.uniform(0.0, seconds))
-        ends[f"{chosen.name} {'too late' if code == 0 else code}"] += 1
+        ends[f"{chosen.name} {'finished before' if code == 0 else code}"] += 1
         if number % 3 == 2 or number == 12:
             finish(job)
             assert job.result() == expected

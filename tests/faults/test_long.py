@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from faultkit import command, left, memory, run, spawn
+from faultkit import command_line, list_names, memory_mib, run, spawn
 
 from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
@@ -137,8 +137,8 @@ def test_two_hundred_jobs_in_one_process(good: SimpleNamespace, tmp_path: Path) 
         job = jobs[number % len(jobs)]
         more = [] if job[-1] == tmp_path / "no.mp4" else ["--overwrite", "--device", "cpu", "--precision", "fp32"]
         ended = run(*job, *more)
-        assert ended.code == (2 if number % len(jobs) == 3 else 0), ended.err
-        sizes.append(memory())
+        assert ended.exit_code == (2 if number % len(jobs) == 3 else 0), ended.stderr
+        sizes.append(memory_mib())
         descriptors.append(len(os.listdir("/proc/self/fd")))
         threads.append(threading.active_count())
     slope = np.polyfit(np.arange(100, 200), sizes[100:], 1)[0] * 100
@@ -146,7 +146,7 @@ def test_two_hundred_jobs_in_one_process(good: SimpleNamespace, tmp_path: Path) 
     assert slope < 20, sizes[::10]
     assert descriptors[-1] <= descriptors[20]
     assert threads[-1] <= threads[20]
-    assert left(tmp_path) == ["out.mp4", "out.webm", "view.png"]
+    assert list_names(tmp_path) == ["out.mp4", "out.webm", "view.png"]
 
 
 def together(args: list[object]) -> tuple[list[int], list[bytes]]:
@@ -164,7 +164,7 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
     codes, told = together(args)
     assert codes == [0, 0], told
     assert probe(tmp_path / "out.mp4").frame_count == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
-    assert left(tmp_path) == ["out.mp4"]
+    assert list_names(tmp_path) == ["out.mp4"]
 
     data = tmp_path / "data"
     videos = tmp_path / "videos"
@@ -192,7 +192,7 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
     assert set(codes) <= {0, 1}, told
     steps = []
     for run_ in ("run", "alone"):  # once more where both worked; and one that nobody disturbed
-        line = command(*args[:3], f"run={tmp_path / run_}", *args[4:])
+        line = command_line(*args[:3], f"run={tmp_path / run_}", *args[4:])
         again = subprocess.run(line, capture_output=True, text=True, check=False)
         assert again.returncode == 0, again.stderr
         stats = (tmp_path / run_ / "stats.jsonl").read_text().splitlines()

@@ -107,8 +107,8 @@ def test_what_overflows_is_made_again_in_fp32(good: SimpleNamespace, tmp_path: P
 def test_what_is_not_finite_in_fp32_is_an_error(good: SimpleNamespace, tmp_path: Path) -> None:
     ended = run("reenact", good.source, good.motion, "-o", tmp_path / "o.mp4", *SMALL, "--weights",
                 overflowing(good, tmp_path, 1e38))  # fmt: skip
-    assert ended.code == 1, ended
-    assert "not finite" in ended.err
+    assert ended.exit_code == 1, ended
+    assert "not finite" in ended.stderr
     assert not (tmp_path / "o.mp4").exists()
 
 
@@ -125,9 +125,9 @@ def test_twice_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
             "7",
             *SMALL,
         ]
-        assert run("reenact", *args).code == 0
+        assert run("reenact", *args).exit_code == 0
         where = [f"run={tmp_path / name}", f"data.path=[{good.data}]", f"data.cache={tmp_path / 'cache'}", "seed=7"]
-        assert run("train", "--config", good.config, *where).code == 0
+        assert run("train", "--config", good.config, *where).exit_code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert (tmp_path / "a/weights.safetensors").read_bytes() == (tmp_path / "b/weights.safetensors").read_bytes()
     steps = [

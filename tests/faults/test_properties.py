@@ -1,4 +1,4 @@
-"""Hypothesis on the readers of motion, configurations and manifests: what they give is sound, or it is our error."""
+"""Property tests: readers of configurations, motion and manifests return valid data or raise the documented error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from bad_numbers import npz
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as some
+from hypothesis.extra import numpy as np_st
 
 from export3d_cli.core.config.schema import (
     PRESETS,
@@ -28,19 +28,19 @@ from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 
-PLAIN = st.recursive(
+YAML_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.dates(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=4),
     max_leaves=12,
 )
 KEYS = st.sampled_from([*to_dict(TrainConfig()), *to_dict(PRESETS["tiny"]), "nothing"])
-KINDS = st.sampled_from(["f4", "f8", "f2", "i4", "u1", "?", "c8", "U3", "S2", "M8[s]", "O"])
+DTYPES = st.sampled_from(["f4", "f8", "f2", "i4", "u1", "?", "c8", "U3", "S2", "M8[s]", "O"])
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
 
 @settings(max_examples=120, deadline=None)
-@given(data=st.dictionaries(KEYS, PLAIN | st.dictionaries(KEYS, PLAIN, max_size=3), max_size=4))
-def test_configurations(data: dict[str, Any]) -> None:
+@given(data=st.dictionaries(KEYS, YAML_VALUES | st.dictionaries(KEYS, YAML_VALUES, max_size=3), max_size=4))
+def test_configuration_from_any_dict_is_valid_or_refused(data: dict[str, Any]) -> None:
     try:
         config = make_train_config({"preset": "tiny", **data})
     except ConfigError:
@@ -51,8 +51,8 @@ def test_configurations(data: dict[str, Any]) -> None:
 
 
 @settings(max_examples=120, deadline=None)
-@given(data=st.dictionaries(KEYS, PLAIN, max_size=4) | PLAIN)
-def test_models_of_headers(data: Any) -> None:
+@given(data=st.dictionaries(KEYS, YAML_VALUES, max_size=4) | YAML_VALUES)
+def test_model_config_from_any_header_is_valid_or_refused(data: Any) -> None:
     try:
         config = model_config_from_dict({**to_dict(PRESETS["tiny"]), **data} if isinstance(data, dict) else data)
     except ConfigError:
@@ -62,7 +62,7 @@ def test_models_of_headers(data: Any) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(text=st.text(max_size=200) | st.binary(max_size=200), override=st.text(max_size=30))
-def test_texts_as_configurations(text: str | bytes, override: str) -> None:
+def test_any_text_as_configuration_is_loaded_or_refused(text: str | bytes, override: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "c.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
@@ -73,7 +73,7 @@ def test_texts_as_configurations(text: str | bytes, override: str) -> None:
                 continue
 
 
-ARRAYS = st.tuples(KINDS, SHAPES).filter(lambda a: a[0] != "O").flatmap(lambda a: some.arrays(np.dtype(a[0]), a[1]))
+ARRAYS = st.tuples(DTYPES, SHAPES).filter(lambda a: a[0] != "O").flatmap(lambda a: np_st.arrays(np.dtype(a[0]), a[1]))
 FIELDS = ("beta", "camera", "landmarks", "found", "fps", "crop", "size")
 
 
@@ -88,24 +88,25 @@ def motion_arrays(frames: int = 2) -> dict[str, np.ndarray]:
 
 @settings(max_examples=120, deadline=None)
 @given(
-    new=st.dictionaries(st.sampled_from(FIELDS), ARRAYS, max_size=2),
-    gone=st.sets(st.sampled_from(FIELDS), max_size=1),
+    replaced=st.dictionaries(st.sampled_from(FIELDS), ARRAYS, max_size=2),
+    missing=st.sets(st.sampled_from(FIELDS), max_size=1),
     rate=st.none() | st.tuples(st.integers(-(2**62), 2**62), st.integers(-(2**62), 2**62)),
-    value=st.floats(width=32), at=st.integers(0, 2**20),
-    spoilt=st.sampled_from(["", "beta", "camera", "landmarks", "crop"]),
+    value=st.floats(width=32), index=st.integers(0, 2**20),
+    corrupted=st.sampled_from(["", "beta", "camera", "landmarks", "crop"]),
 )  # fmt: skip
-def test_motions(
-    new: dict[str, np.ndarray], gone: set[str], rate: tuple[int, int] | None, value: float, at: int, spoilt: str
-) -> None:
+def test_motion_file_with_any_arrays_is_valid_or_refused(
+    replaced: dict[str, np.ndarray], missing: set[str], rate: tuple[int, int] | None, value: float, index: int,
+    corrupted: str,
+) -> None:  # fmt: skip
     arrays = motion_arrays()
-    if spoilt:
-        arrays[spoilt].flat[at % arrays[spoilt].size] = value
+    if corrupted:
+        arrays[corrupted].flat[index % arrays[corrupted].size] = value
     if rate is not None:
         arrays["fps"] = np.array(rate)
-    arrays |= new
+    arrays |= replaced
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.motion.npz"
-        path.write_bytes(npz({k: v for k, v in arrays.items() if k not in gone}))
+        path.write_bytes(npz({k: v for k, v in arrays.items() if k not in missing}))
         try:
             motion = Motion.load(path)
         except InputError:
@@ -122,26 +123,28 @@ def test_motions(
         assert (again.fps, again.crop, again.size) == (motion.fps, motion.crop, motion.size)
 
 
-JSON = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-LINES = st.dictionaries(st.sampled_from(["id", "source", "file", "motion", "frames", "failed", "reason"]), JSON)
+LINES = st.dictionaries(st.sampled_from(["id", "source", "file", "motion", "frames", "failed", "reason"]), JSON_VALUES)
 
 
 @settings(max_examples=80, deadline=None)
-@given(lines=st.lists(LINES | JSON, max_size=4), rejected=st.lists(LINES, max_size=2), junk=st.binary(max_size=9))
-def test_manifests(lines: list[Any], rejected: list[Any], junk: bytes) -> None:
+@given(
+    lines=st.lists(LINES | JSON_VALUES, max_size=4), rejected=st.lists(LINES, max_size=2), junk=st.binary(max_size=9)
+)
+def test_manifest_of_any_lines_is_valid_or_refused(lines: list[Any], rejected: list[Any], junk: bytes) -> None:
     with TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "manifest.jsonl").write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + junk)
         (out / "rejected.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rejected))
         try:
-            known = DatasetManifest(out, None)
+            manifest = DatasetManifest(out, None)
         except InputError:
             return
-        known.close()
+        manifest.close()
         again = DatasetManifest(out, None)
-        assert again.finished_sources >= {str(line.get("source", line["id"])) for line in known.clips}
-        assert len({str(line["id"]) for line in again.clips}) == len(again.clips) == len(known.clips)
+        assert again.finished_sources >= {str(line.get("source", line["id"])) for line in manifest.clips}
+        assert len({str(line["id"]) for line in again.clips}) == len(again.clips) == len(manifest.clips)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from faultkit import command, left, limited
+from faultkit import command_line, limit_resource, list_names
 
 from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.reader import VideoReader
@@ -30,7 +30,7 @@ def run(args: list[object], **more: object) -> subprocess.CompletedProcess[str]:
     """`export3d ARGS` in a process of its own."""
     options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 900, "check": False} | more
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}  # type: ignore[dict-item]
-    return subprocess.run(command(*args), env=environment, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command_line(*args), env=environment, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def is_told(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -71,12 +71,12 @@ def test_full_disk(
     if name:
         (out / name).write_bytes(b"the one before")
     more = ["--overwrite"] if name == "out.mp4" else []
-    done = run([*args(good, out), *more], preexec_fn=limited(resource.RLIMIT_FSIZE, 8_000))
+    done = run([*args(good, out), *more], preexec_fn=limit_resource(resource.RLIMIT_FSIZE, 8_000))
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr
     if name:
-        assert left(out) == [name]
+        assert list_names(out) == [name]
         assert (out / name).read_bytes() == b"the one before"
     assert not list(out.rglob("*.part*"))
 
@@ -104,8 +104,8 @@ def test_nobody_listens(good: SimpleNamespace, tmp_path: Path) -> None:
         os.close(2)
 
     assert run(reenact(good, tmp_path / "b.mp4", "--json"), capture_output=False, preexec_fn=close).returncode in (0, 1)
-    assert left(tmp_path) == ["a.mp4", "b.mp4"]
-    assert [len(list(VideoReader(tmp_path / name))) for name in left(tmp_path)] == [8, 8]
+    assert list_names(tmp_path) == ["a.mp4", "b.mp4"]
+    assert [len(list(VideoReader(tmp_path / name))) for name in list_names(tmp_path)] == [8, 8]
 
 
 def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "secret.jpg" in done.stderr
     assert "Traceback" not in done.stderr
-    assert left(locked) == []
+    assert list_names(locked) == []
     assert not (tmp_path / "out.mp4").exists()
     locked.chmod(0o755)
 
@@ -133,20 +133,20 @@ def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
 def test_something_is_in_the_way(name: str, good: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"") if name == "a file" else (tmp_path / "taken.mp4").mkdir()
     out = tmp_path / ("taken/out.mp4" if name == "a file" else "taken.mp4")
-    before = left(tmp_path)
+    before = list_names(tmp_path)
     done = run(reenact(good, out, *(["--overwrite"] if name == "a folder" else [])))
     assert done.returncode in ({2} if name == "a file" else {0, 2}), done.stderr
     assert "Traceback" not in done.stderr
-    assert left(tmp_path) == before
+    assert list_names(tmp_path) == before
 
 
 @pytest.mark.parametrize("megabytes", [300, 900, 1400, 1900])
 def test_little_memory(megabytes: int, good: SimpleNamespace, tmp_path: Path) -> None:
-    done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limited(resource.RLIMIT_AS, megabytes << 20))
+    done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limit_resource(resource.RLIMIT_AS, megabytes << 20))
     if done.returncode == 0:
         assert len(list(VideoReader(tmp_path / "out.mp4"))) == 8
     else:
-        assert left(tmp_path) == []
+        assert list_names(tmp_path) == []
         assert done.returncode in (1, -6, -11), done.stderr  # a library may give up by itself
         assert "Traceback" not in done.stderr, done.stderr
 
@@ -154,11 +154,11 @@ def test_little_memory(megabytes: int, good: SimpleNamespace, tmp_path: Path) ->
 def test_few_open_files(good: SimpleNamespace, tmp_path: Path) -> None:
     seen = set()
     for count in (6, 10, 14, 20):
-        done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limited(resource.RLIMIT_NOFILE, count))
+        done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limit_resource(resource.RLIMIT_NOFILE, count))
         seen.add(done.returncode)
         assert done.returncode in (0, 1, 2, 4), done.stderr
         assert "Traceback" not in done.stderr, done.stderr
-        assert left(tmp_path) in ([], ["out.mp4"])
+        assert list_names(tmp_path) in ([], ["out.mp4"])
         (tmp_path / "out.mp4").unlink(missing_ok=True)
     assert seen & {1, 2, 4}
 
@@ -203,7 +203,7 @@ def test_ffmpeg_dies(when: str, how: str, good: SimpleNamespace, tmp_path: Path)
     assert done.returncode in (1, 2), done.stderr
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-    assert left(out) == ["out.mp4"]
+    assert list_names(out) == ["out.mp4"]
     assert (out / "out.mp4").read_bytes() == b"the one before"
 
 
@@ -226,10 +226,10 @@ def test_no_home_no_cache_no_temporary_folder(good: SimpleNamespace, tmp_path: P
     args = ["reenact", good.source, other, good.clip, "-o", work / "{src}.mp4", "--weights", good.weights, *SMALL]
     done = run(args, environment=dict.fromkeys(names, nowhere), cwd=work)
     assert done.returncode == 0, done.stderr
-    assert left(work) == ["other.mp4", "source.mp4"]
+    assert list_names(work) == ["other.mp4", "source.mp4"]
     bare = {key: value for key, value in os.environ.items() if key in ("PATH", "LD_LIBRARY_PATH")}
     bare["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        command(*reenact(good, work / "bare.mp4")), env=bare, capture_output=True, text=True, check=False
+        command_line(*reenact(good, work / "bare.mp4")), env=bare, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
