@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
+import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from fractions import Fraction
@@ -136,6 +140,40 @@ def print_lines(lines: Iterable[str]) -> None:
     """Print lines on stderr, even with -q."""
     for line in lines:
         click.echo(line, err=True)
+
+
+@contextlib.contextmanager
+def hide_library_messages() -> Iterator[None]:
+    """Hide what native libraries (LiteRT, libtiff) print to file descriptor 2; `sys.stderr` continues to work.
+
+    For a whole command, not for single calls: redirecting a descriptor affects all threads.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    stderr = sys.stderr
+    with (
+        warnings.catch_warnings(),
+        open(os.devnull, "wb") as null,
+        open(saved, "w", buffering=1, encoding=stderr.encoding, errors="backslashreplace") as visible,
+    ):
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF data
+        stderr.flush()
+        os.dup2(null.fileno(), 2)
+        is_descriptor_2 = stderr is sys.__stderr__
+        if is_descriptor_2:  # not while a test captures it
+            sys.stderr = visible
+            faulthandler.enable(visible)  # a crash of a native library would leave no message at all
+        try:
+            yield
+        finally:
+            if is_descriptor_2:
+                faulthandler.disable()
+                sys.stderr = stderr
+            visible.flush()
+            os.dup2(saved, 2)
 
 
 def current_settings() -> Settings:

@@ -7,6 +7,7 @@ traceback.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from export3d_cli.console import Settings
+from export3d_cli.console import Settings, hide_library_messages
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
@@ -49,7 +50,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand and turn errors into exit codes."""
         try:
-            return super().invoke(ctx)
+            with contextlib.nullcontext() if ctx.params.get("verbose") else hide_library_messages():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             _exit_interrupted(ctx)
         except Exception as error:

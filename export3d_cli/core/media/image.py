@@ -1,93 +1,102 @@
-"""Images: files <-> uint8 RGB arrays, and the only conversion between those and float tensors in [-1, 1]."""
+"""Still images: reading and writing files as uint8 RGB arrays, and their conversion to and from float tensors."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import struct
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageOps
 
-from export3d_cli.core.media.image_header import PROGRESSIVE, find_jpeg_end, is_truncated, read_header_size
 from export3d_cli.core.runtime.errors import InputError, MediaError
-from export3d_cli.core.runtime.files import check_file, quiet_stderr, write_atomic
+from export3d_cli.core.runtime.files import check_file, write_atomic
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 64_000_000  # of one image or frame; more is refused before it is decoded
-MAX_FILE_BYTES = 512 * 2**20  # of an image file
+MAX_PIXELS = 64_000_000  # of an image or video frame; larger ones are refused before they are decoded
+MAX_FILE_BYTES = 512 * 2**20
+WRITABLE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".heic", ".heif", ".avif"}
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # and no others: Pillow runs programs for some
+_DECODE_ERRORS = (  # what Pillow raises for damaged files
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, EOFError, RuntimeError,
+    struct.error, zlib.error,
+)  # fmt: skip
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_JPEG_MARKER = re.compile(rb"\xff+[^\xff\0\x01\xd0-\xd7]")  # start of a segment; not an escaped 0xFF or a restart
+_JPEG_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # their decoders ignore bytes after the last scan; arithmetic ones do not
+_JPEG_PROGRESSIVE_FRAME = 0xC2
+_JPEG_END_MARKER = b"\xff\xd9"
+# entropy-coded data with restart markers, which changes the image if its own data is incomplete
 _PADDING_SCANS = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
-_JPEG_END_MARKER = b"\xff\xd9"  # end of a JPEG picture; above: coded data that means anything, with restarts
-_UNSUPPORTED_BRANDS = {
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"mif1": "HEIC",
-    b"msf1": "HEIC",
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-}
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
 def has_image_suffix(path: Path) -> bool:
-    """Whether the name is that of a still image."""
+    """Return whether the suffix is that of a still image that `read_image` reads."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A still image as uint8 (H, W, 3) RGB; EXIF orientation applied, alpha composited on white."""
-    import cv2
+    """Read a still image as uint8 (H, W, 3) RGB, with EXIF orientation applied and transparency composited on white.
 
+    Raises:
+        InputError: the file is missing, no JPEG, PNG, WebP, BMP, TIFF, HEIC or AVIF image, damaged, truncated or larger
+            than `MAX_PIXELS`.
+    """
     path = Path(path)
     data = _read_bytes(path)
-    declared = read_header_size(data)
-    if declared is None:  # OpenCV knows more formats, but would make room for whatever size such a file claims
-        kind = _UNSUPPORTED_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
-        if kind is not None:
-            raise InputError(f"{path} is {kind}, which is not read: save it as JPEG, PNG or WebP")
-        raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
-    check_pixel_count(*declared, path)
-    end = find_jpeg_end(data)
-    if end is not None:  # many a camera leaves out the marker of the end, and OpenCV does not go without
-        data = data[: end[0]] + _JPEG_END_MARKER
+    formats: tuple[str, ...] = _FORMATS
+    if data[4:8] == b"ftyp":
+        import pi_heif
+
+        pi_heif.register_heif_opener()  # adds HEIC, the format of iPhone photos, to Pillow
+        formats = ("HEIF", "AVIF")
+    jpeg_end, jpeg_frame = _find_jpeg_end(data)
+    if jpeg_end:  # many cameras omit the end marker or append other data
+        data = data[:jpeg_end] + _JPEG_END_MARKER
     try:
-        if is_truncated(data) or (end is not None and _is_truncated_jpeg(data[:-2], progressive=end[1] == PROGRESSIVE)):
-            raise InputError(f"{path} ends before its picture does: copy or download it again")
-        buffer = np.frombuffer(data, dtype=np.uint8)
-        image = None
-        with quiet_stderr():  # what is wrong is told by us, on one line
-            if not data.startswith(b"\xff\xd8"):  # JPEG has no alpha; and only IMREAD_COLOR applies EXIF
-                image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
-            if image is not None and image.ndim == 3 and image.shape[2] == 4:
-                image = _apply_orientation(_composite_on_white(image), _png_orientation(data))
-            else:
-                image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise InputError(f"{path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
-    if image is None:
-        raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG or WebP file")
-    check_pixel_count(image.shape[1], image.shape[0], path)
-    return np.ascontiguousarray(image[..., ::-1])
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            check_pixel_count(image.width, image.height, path)
+            if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
+                Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+            if (image.format == "PNG" and _PNG_END not in data) or (jpeg_end and _is_truncated_jpeg(data, jpeg_frame)):
+                raise InputError(f"{path} is truncated: copy or download it again")
+            image.load()
+            with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF data: keep the stored orientation
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} has more than {MAX_PIXELS // 1_000_000} megapixels: reduce its size") from error
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG, WebP or HEIC file") from error
+    except _DECODE_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "truncated" in reason.lower():
+            raise InputError(f"{path} is truncated: copy or download it again") from error
+        raise InputError(f"{path} is damaged ({reason}): give another JPEG, PNG, WebP or HEIC file") from error
 
 
 def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
-    """Write uint8 (H, W, 3) RGB, or (H, W, 4) RGBA as PNG; the format follows the suffix, JPEG at quality 95.
+    """Write uint8 (H, W, 3) RGB, or (H, W, 4) RGBA for PNG. The suffix selects the format; JPEG has quality 95.
 
-    PNG and JPEG take a comment.
+    `comment` is stored in PNG and JPEG files.
     """
     import cv2
 
     path = Path(path)
     channels = (3, 4) if path.suffix.lower() == ".png" else (3,)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in channels:
-        raise InputError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    if not has_image_suffix(path):
+        raise InputError(f"an image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    if path.suffix.lower() not in WRITABLE_SUFFIXES:
         raise InputError(f"cannot write images of type {path.suffix!r}: use .png, .jpg or .webp")
-    jpeg = path.suffix.lower() in (".jpg", ".jpeg")  # OpenCV 5 warns of a setting that the format does not have
-    settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if jpeg else []
+    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")  # OpenCV 5 warns of a setting that the format does not have
+    settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if is_jpeg else []
     ok, data = cv2.imencode(path.suffix.lower(), image[..., [2, 1, 0, 3][: image.shape[2]]], settings)
     if not ok:
         raise MediaError(f"{path} could not be encoded")
@@ -96,51 +105,26 @@ def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 (..., H, W, 3) in 0..255 -> float32 (..., 3, H, W) in [-1, 1]."""
+    """Convert uint8 (..., H, W, 3) in 0..255 to float32 (..., 3, H, W) in [-1, 1]."""
     import torch
 
     if image.dtype != np.uint8 or image.ndim < 3 or image.shape[-1] != 3:
-        raise InputError(f"an image is uint8 (..., H, W, 3), got {image.dtype} {image.shape}")
+        raise InputError(f"an image must be uint8 (..., H, W, 3), got {image.dtype} {image.shape}")
     planar = np.ascontiguousarray(np.moveaxis(image, -1, -3))
     return torch.from_numpy(planar).float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(tensor: torch.Tensor) -> np.ndarray:
-    """float (..., 3, H, W) in [-1, 1] (clamped) -> uint8 (..., H, W, 3), rounded; the inverse of `to_tensor`."""
+    """Convert float (..., 3, H, W) in [-1, 1] (clamped) to uint8 (..., H, W, 3), rounded; inverse of `to_tensor`."""
     scaled = tensor.detach().float().clamp(-1.0, 1.0).add_(1.0).mul_(127.5).round_().byte()
     return np.asarray(scaled.movedim(-3, -1).contiguous().cpu().numpy())
 
 
-def _add_comment(data: bytes, text: bytes) -> bytes:
-    """A PNG or JPEG file with a comment in its metadata; other formats as they are."""
-    if text and data.startswith(b"\xff\xd8"):  # a COM segment, first of all
-        return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + data[2:]
-    if text and data.startswith(b"\x89PNG"):  # a tEXt chunk behind the header, which is 8 + 25 bytes long
-        chunk = b"tEXtComment\0" + text
-        block = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        return data[:33] + block + data[33:]
-    return data
-
-
 def check_pixel_count(width: int, height: int, path: Path) -> None:
-    """Refuse pictures that would not fit into memory."""
+    """Raise `InputError` for images of more than `MAX_PIXELS` pixels."""
     if width * height > MAX_PIXELS:
         limit = MAX_PIXELS // 1_000_000
-        raise InputError(f"{path} is {width}x{height}, more than {limit} megapixels: make it smaller first")
-
-
-def _is_truncated_jpeg(jpeg: bytes, *, progressive: bool) -> bool:
-    """Whether a JPEG picture lacks data at its end, which decoders fill with grey: then bytes put there change it.
-
-    Behind a whole picture they are skipped. At an eighth of its size, where parts are missing and not merely details.
-    """
-    import cv2
-
-    flag = cv2.IMREAD_COLOR if progressive else cv2.IMREAD_REDUCED_COLOR_8
-    with quiet_stderr():
-        made = cv2.imdecode(np.frombuffer(jpeg + _JPEG_END_MARKER, np.uint8), flag)
-        filled = cv2.imdecode(np.frombuffer(jpeg + _PADDING_SCANS + _JPEG_END_MARKER, np.uint8), flag)
-    return made is not None and (filled is None or not np.array_equal(made, filled))
+        raise InputError(f"{path} is {width}x{height}, more than {limit} megapixels: reduce its size")
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -154,37 +138,66 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _png_orientation(data: bytes) -> int:
-    """EXIF orientation of a PNG file, 1 to 8: OpenCV applies it only to pictures that it reads without alpha."""
-    at = 8
-    while data.startswith(b"\x89PNG") and at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"eXIf":
-            exif = data[at + 8 : at + 8 + length]
-            order = "<" if exif.startswith(b"II") else ">"
-            with contextlib.suppress(struct.error):
-                (first,) = struct.unpack_from(order + "I", exif, 4)
-                (entries,) = struct.unpack_from(order + "H", exif, first)
-                for k in range(entries):
-                    tag, _, _, value = struct.unpack_from(order + "HHIH", exif, first + 2 + 12 * k)
-                    if tag == 0x112:
-                        return int(value)
-        at += 12 + length
-    return 1
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Convert an image of any Pillow mode to uint8 (H, W, 3), transparency composited on white."""
+    if image.mode.startswith("I;16"):  # 16-bit grey
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per channel")
+    if not image.has_transparency_data:
+        return np.array(image.convert("RGB"))
+    rgba = np.asarray(image.convert("RGBA")).astype(np.float32)
+    alpha = rgba[..., 3:] / 255.0
+    blended: np.ndarray = np.rint(rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
+    return blended
 
 
-def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
-    """A picture as its EXIF orientation says that it is to be seen."""
-    turn, mirror = {2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (1, 1), 6: (-1, 0), 7: (-1, 1), 8: (1, 0)}.get(
-        orientation, (0, 0)
-    )
-    return np.rot90(image[:, ::-1] if mirror else image, turn)
+def _find_jpeg_end(data: bytes) -> tuple[int, int]:
+    """Return where the scans of a JPEG file end (at the end marker or the end of the file), and its type of frame.
+
+    Returns (0, 0) for other formats, JPEG files without a scan, and those with arithmetic coding.
+    """
+    position, frame, has_scan = 2, 0, False
+    while data.startswith(b"\xff\xd8") and position < len(data):
+        found = _JPEG_MARKER.search(data, position)  # skips junk between segments, as decoders do
+        if found is None or data[found.end() - 1] == 0xD9:
+            end = found.start() if found else len(data)
+            return (end, frame) if has_scan and frame in _JPEG_HUFFMAN_FRAMES else (0, 0)
+        marker, position = data[found.end() - 1], found.end()
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = marker
+        has_scan |= marker == 0xDA
+        position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return 0, 0
 
 
-def _composite_on_white(image: np.ndarray) -> np.ndarray:
-    """BGRA of 8 or 16 bits -> uint8 BGR over white."""
-    top = float(np.iinfo(image.dtype).max)
-    alpha = image[..., 3:].astype(np.float32) / top
-    colour = image[..., :3].astype(np.float32) * (255.0 / top)
-    mixed: np.ndarray = np.rint(colour * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
-    return mixed
+def _is_truncated_jpeg(data: bytes, frame: int) -> bool:
+    """Return whether the scans are incomplete, which decoders hide by filling the rest with grey.
+
+    Scans appended to a complete image are ignored; appended to an incomplete one, they change it. Baseline images are
+    compared at 1/8 of their size.
+    """
+
+    def decode(jpeg: bytes) -> np.ndarray:
+        image = Image.open(io.BytesIO(jpeg), formats=["JPEG"])
+        if frame != _JPEG_PROGRESSIVE_FRAME:  # at 1/8, the last scans of progressive images make no difference
+            image.draft(None, (1, 1))
+        return np.asarray(image)
+
+    original = decode(data)
+    try:
+        padded = decode(data.removesuffix(_JPEG_END_MARKER) + _PADDING_SCANS + _JPEG_END_MARKER)
+    except _DECODE_ERRORS:
+        return True
+    return not np.array_equal(original, padded)
+
+
+def _add_comment(data: bytes, text: bytes) -> bytes:
+    """Return a PNG or JPEG file with a comment in its metadata, and files of other formats unchanged."""
+    if text and data.startswith(b"\xff\xd8"):  # COM segment, before all others
+        return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + data[2:]
+    if text and data.startswith(b"\x89PNG"):  # tEXt chunk after signature (8 bytes) and header chunk (25 bytes)
+        chunk = b"tEXtComment\0" + text
+        block = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        return data[:33] + block + data[33:]
+    return data

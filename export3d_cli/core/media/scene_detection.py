@@ -43,7 +43,7 @@ class SceneCutDetector:
         return mixed
 
     def _is_cut(self, colours: float) -> bool:
-        """Return whether the frame changed much more than recent ones; `colours`: fraction of pixels of other colour."""
+        """Return whether the frame changed far more than recent ones; `colours`: fraction of pixels of other colour."""
         change = float(np.abs(self._thumbnails[-1] - self._thumbnails[-2]).mean())
         usual = float(np.median(self._recent_changes)) if self._recent_changes else 0.0
         self._recent_changes.append(change)

@@ -1,12 +1,18 @@
+import base64
+import io
+import os
 import struct
+import threading
 import zlib
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from export3d_cli.core.media.image import MAX_PIXELS, read_image, to_tensor, to_uint8, write_image
+from export3d_cli.core.media.image import MAX_PIXELS, has_image_suffix, read_image, to_tensor, to_uint8, write_image
 from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import example_path
 
 
 def gradient(height=20, width=30):
@@ -92,11 +98,14 @@ def test_grey_and_16_bit_images_become_rgb(tmp_path):
     assert (read_image(tmp_path / "deep.png") == 128).all()
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
-    side = int(MAX_PIXELS**0.5) + 1000
+@pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1000, 100_000])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, side):
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    chunks = b""
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(bytes(100))):
+        chunks += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(InputError, match="more than 64 megapixels"):
         read_image(tmp_path / "bomb.png")
 
@@ -107,8 +116,9 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
         ("none.png", None, "no file"),
         ("text.png", b"hello", "not an image"),
         ("empty.png", b"", "empty"),
-        ("phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC, which is not read: save it as JPEG"),
-        ("web.png", b"\0\0\0\x1cftypavif\0\0\0\0mif1avif", "is AVIF, which"),
+        ("phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "not an image"),
+        ("web.png", b"\0\0\0\x1cftypavif\0\0\0\0mif1avif", "not an image"),
+        ("vector.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
 def test_what_is_no_image_is_named(tmp_path, name, content, message):
@@ -141,3 +151,113 @@ def test_tensors_span_minus_one_to_one_and_come_back_exactly():
     batch = to_tensor(np.stack([ramp, ramp]))
     assert tuple(batch.shape) == (2, 3, 16, 16)
     assert np.array_equal(to_uint8(batch * 3)[0], to_uint8((batch * 3).clamp(-1, 1))[0])
+
+
+def to_bytes(image, suffix, **settings):
+    buffer = io.BytesIO()
+    image.save(buffer, suffix, **settings)
+    return buffer.getvalue()
+
+
+# 64x32, left half (200, 40, 40), right half (40, 40, 200), HEVC; its EXIF orientation of 6 must be ignored in HEIC
+HEIC = """
+AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAb5tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAADRpbG9jAAAAAERA
+AAIAAQAAAAAB4gABAAAAAAAAAIYAAgAAAAACaAABAAAAAAAAACQAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVpbmZlAgAAAQAC
+AABFeGlmAAAAAA5waXRtAAAAAAABAAAA/WlwcnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAA
+AAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaA
+AAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAIAAAAAEAAAAAAAAAAv///+AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAA
+AAAAAAEAAQWBAgMFhAAAABppcmVmAAAAAAAAAA5jZHNjAAIAAQABAAAAsm1kYXQAAACCKAGvBPhxZNO3/39////SZjsv7KlvfIP7XutL/ajC//8fjL2n
+LXmn+DJVRH9ys2A1jgA2HDT3fXD3edG1ZCYmC219NN8VlPe9WtHWiAeDet8UkpYrLIHyyrmfYzcwUKqEWXzATT0IsDGfKjiqpVbgQ7EHqRhTar/9ElE4
+PyIl+mvF1wAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==
+"""
+
+
+def test_read_image_of_an_iphone_photo_returns_rgb(tmp_path):
+    data = base64.b64decode(HEIC)
+    (tmp_path / "IMG_0001.HEIC").write_bytes(data)
+    image = read_image(tmp_path / "IMG_0001.HEIC")
+    assert image.shape == (32, 64, 3)
+    assert np.abs(image[16, 8].astype(int) - (200, 40, 40)).max() < 8
+    assert np.abs(image[16, 56].astype(int) - (40, 40, 200)).max() < 8
+    assert has_image_suffix(tmp_path / "IMG_0001.HEIC")
+    for end in range(24, len(data) - 40, 40):
+        (tmp_path / "cut.heic").write_bytes(data[:end])
+        with pytest.raises(InputError, match=r"not an image|damaged|truncated"):
+            read_image(tmp_path / "cut.heic")
+
+
+def test_write_image_as_heic_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write images of type '\.heic'"):
+        write_image(tmp_path / "a.heic", gradient())
+
+
+def test_read_image_of_avif_returns_rgb(tmp_path):
+    (tmp_path / "a.avif").write_bytes(to_bytes(Image.fromarray(gradient()), "AVIF", quality=90))
+    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - gradient()).mean() < 6
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_exif_orientation_is_applied_in_every_format(tmp_path, suffix, alpha):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    image = Image.fromarray(gradient())
+    if alpha:
+        image.putalpha(255)
+    settings = {"lossless": True} if suffix == "WEBP" else {}
+    (tmp_path / "a").write_bytes(to_bytes(image, suffix, exif=exif, **settings))
+    assert np.array_equal(read_image(tmp_path / "a"), np.rot90(gradient(), -1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "tolerance"),
+    [("CMYK", "JPEG", 20), ("CMYK", "TIFF", 0), ("P", "PNG", 30), ("P", "BMP", 30), ("L", "JPEG", 4), ("1", "TIFF", 0)],
+)
+def test_read_image_converts_every_colour_mode(tmp_path, mode, suffix, tolerance):
+    image = Image.fromarray(gradient()).convert(mode)
+    (tmp_path / "a").write_bytes(to_bytes(image, suffix))
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    difference = np.abs(read_image(tmp_path / "a") - expected)
+    assert difference.mean() <= tolerance / 4
+    assert difference.max() <= tolerance or mode == "P"
+
+
+def test_transparent_palette_is_composited_on_white(tmp_path):
+    image = Image.new("P", (4, 1))
+    image.putpalette([10, 20, 30, 10, 20, 30])
+    image.putdata([0, 1, 0, 1])
+    (tmp_path / "a.png").write_bytes(to_bytes(image, "PNG", transparency=bytes([255, 0])))
+    assert read_image(tmp_path / "a.png")[0].tolist() == [[10, 20, 30], [255, 255, 255]] * 2
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    (tmp_path / "a.tif").write_bytes(to_bytes(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
+    with pytest.raises(InputError, match="32 bits per channel"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("settings", [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_QUALITY, 30]])
+def test_jpeg_pixels_are_those_of_opencv(tmp_path, settings):
+    photo = cv2.imread(str(example_path("source.jpg")))[:301, :403]
+    data = cv2.imencode(".jpg", photo, settings)[1]
+    (tmp_path / "a.jpg").write_bytes(data.tobytes())
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+
+
+def test_reading_images_in_threads_leaves_stderr_alone(tmp_path, capfd):
+    (tmp_path / "a.png").write_bytes(to_bytes(Image.fromarray(gradient()), "PNG"))
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            read_image(tmp_path / "a.png")
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for number in range(2000):
+        os.write(2, f"{number}\n".encode())
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert capfd.readouterr().err.split() == [str(number) for number in range(2000)]
