@@ -1,5 +1,7 @@
-"""Which axes lambda has. Any invertible mixture of the coefficients tells the same; people who turn one knob do not
-want a mixture. So each axis becomes a movement that faces make, of a part of the face, independent of the others."""
+"""Choice of lambda's axes: each axis becomes an independent movement of one part of the face.
+
+Any invertible mixture of the coefficients carries the same information, but users expect one movement per coefficient.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,21 @@ from torch import Tensor
 
 @torch.no_grad()
 def fit_lambda_axes(lam_deviations: Tensor, basis: Tensor, antisymmetric_dims: int, max_std: float) -> Tensor:
-    """The mixture A that brings lambda to such axes, lambda' = A lambda (n, n), strongest first.
+    """Return the mixture A (n, n) that maps lambda to independent axes, lambda' = A lambda, strongest first.
 
-    Within the symmetric and within the one-sided coefficients: made uncorrelated over the frames of a person, then
-    turned by varimax so that every axis moves few landmarks. What faces do little varies less, by the root of how
-    little, so that a step shows on every axis. + is the side seen less often and farther out: eyes rest open.
+    Within the symmetric and within the antisymmetric coefficients: whitened over the frames of a person, then rotated
+    by varimax so that every axis moves few landmarks. Weak axes get a smaller deviation, by the square root of their
+    strength, so that a unit step is visible on every axis. The positive direction is the rarer and farther one: for
+    eyes, which rest open, closing.
 
     Args:
-        away: (N, n) lambda less its mean over the frames of the same person.
-        basis: (n, K) what each coefficient moves, as far as it counts.
-        one_sided: how many coefficients, the last ones, change sign when a face is mirrored.
-        size: deviation of the strongest coefficient of either kind.
+        lam_deviations: (N, n) lambda minus its mean over the frames of the same person.
+        basis: (n, K) displacements of each coefficient, weighted.
+        antisymmetric_dims: number of coefficients, the last ones, that change sign when a face is mirrored.
+        max_std: standard deviation of the strongest coefficient of either kind.
     """
     n = lam_deviations.shape[1]
-    out = torch.zeros(n, n, dtype=torch.float64)
+    mixture = torch.zeros(n, n, dtype=torch.float64)
     lam_deviations, basis = lam_deviations.double().cpu(), basis.double().cpu()
     for block in (slice(0, n - antisymmetric_dims), slice(n - antisymmetric_dims, n)):
         x = lam_deviations[:, block]
@@ -31,24 +34,23 @@ def fit_lambda_axes(lam_deviations: Tensor, basis: Tensor, antisymmetric_dims: i
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))
         root = values.clamp_min(values.max() * 1e-6).sqrt()
         whiten, restore = vectors / root @ vectors.T, vectors * root @ vectors.T
-        turn = varimax((restore @ basis[block]).T)  # (k, k)
-        moved, order = (turn.T @ restore @ basis[block]).norm(dim=1).sort(descending=True)
-        own = max_std * (moved / moved[0]).sqrt()[:, None] * (turn.T @ whiten)[order]
-        seen = x @ own.T
-        own = own * torch.where(seen.pow(3).mean(0) < 0, -1.0, 1.0)[:, None]
-        out[block, block] = own
-    return out.float()
+        rotation = varimax((restore @ basis[block]).T)  # (k, k)
+        strength, order = (rotation.T @ restore @ basis[block]).norm(dim=1).sort(descending=True)
+        axes = max_std * (strength / strength[0]).sqrt()[:, None] * (rotation.T @ whiten)[order]
+        skewness = (x @ axes.T).pow(3).mean(0)
+        mixture[block, block] = axes * torch.where(skewness < 0, -1.0, 1.0)[:, None]
+    return mixture.float()
 
 
 def varimax(loadings: Tensor, *, iterations: int = 200) -> Tensor:
-    """Kaiser's rotation (k, k): the columns of loadings (K, k) turned by it vary most in their squares."""
+    """Return Kaiser's rotation (k, k), which maximises the variance of the squared columns of loadings (K, k)."""
     k = loadings.shape[1]
-    turn, before = torch.eye(k, dtype=loadings.dtype), 0.0
+    rotation, last_sum = torch.eye(k, dtype=loadings.dtype), 0.0
     for _ in range(iterations):
-        turned = loadings @ turn
-        u, s, vt = torch.linalg.svd(loadings.T @ (turned**3 - turned * turned.square().mean(0)))
-        turn, now = u @ vt, float(s.sum())
-        if now <= before * (1 + 1e-9):
+        rotated = loadings @ rotation
+        u, s, vt = torch.linalg.svd(loadings.T @ (rotated**3 - rotated * rotated.square().mean(0)))
+        rotation, singular_sum = u @ vt, float(s.sum())
+        if singular_sum <= last_sum * (1 + 1e-9):
             break
-        before = now
-    return turn
+        last_sum = singular_sum
+    return rotation

@@ -1,7 +1,7 @@
-"""Forward and backward of a training step as one CUDA graph.
+"""Forward and backward pass of a training step as one CUDA graph.
 
-A step is some seven thousand small operations; launched one by one they keep a fast GPU waiting for two thirds of the
-time. Recorded once, they are launched together, and a small batch is trained on as fast as the GPU computes.
+A step is about seven thousand small kernels. Launched one by one they leave a fast GPU idle for two thirds of the time;
+as a graph they are launched together.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from torch import Tensor
 from export3d_cli.core.model.warp.rasterizer import RasterWindows
 from export3d_cli.core.train.pair_sampler import Batch
 
-EAGER_STEPS = 24  # steps taken one by one before: they tell how wide the windows of the rasteriser must be
-WARMUP_RUNS = 3  # times a step is rehearsed on the stream that records it
+EAGER_STEPS = 24  # steps without a graph first: they measure the widths of the rasteriser's windows
+WARMUP_RUNS = 3  # runs on the capture stream before the capture
 
 
 class StepGraph:
-    """Calls `compute`, which leaves gradients in the parameters, and after `FIRST` times replays it."""
+    """Runs `compute`, which leaves gradients in the parameters, eagerly for `EAGER_STEPS` steps, then replays it."""
 
     def __init__(
         self, compute: Callable[[Batch, Any], tuple[Tensor, ...]], parameters: Sequence[Tensor],
         buffers: Sequence[Tensor], windows: RasterWindows | None,
     ) -> None:  # fmt: skip
-        """Everything has fixed shapes and stays on one CUDA device.
+        """Prepare a graph; all shapes must stay fixed and all tensors on one CUDA device.
 
         Args:
-            compute: a batch and what else the step depends on -> tensors.
-            buffers: what `compute` changes; a rehearsal leaves no trace there.
+            compute: maps a batch and `graph_key` to tensors.
+            parameters: receive gradients.
+            buffers: tensors that `compute` changes; warm-up and capture restore them.
+            windows: of the rasteriser, fixed while there is a graph.
         """
         self.compute, self.parameters, self.buffers, self.windows = compute, parameters, buffers, windows
         self.graph_key: Any = None
@@ -41,9 +43,9 @@ class StepGraph:
         self.static_result: tuple[Tensor, ...] = ()
 
     def __call__(self, batch: Batch, graph_key: Any, seed: Callable[[], None]) -> tuple[Tensor, ...]:
-        """What `compute` makes of the batch; with another `kind` (hashable) than before it is recorded anew.
+        """Run `compute` on the batch; a `graph_key` (hashable) other than the last one records a new graph.
 
-        `seed` sets the random numbers of the step. Results are overwritten by the next call.
+        `seed` seeds the random numbers of the step. The next call overwrites the result.
         """
         if graph_key != self.graph_key:
             self.release()
@@ -63,7 +65,7 @@ class StepGraph:
         return self.static_result
 
     def release(self) -> None:
-        """Leave everything as it is without a graph."""
+        """Drop the graph and let the rasteriser's windows grow again."""
         self.graph, self.static_result = None, ()
         if self.windows is not None:
             self.windows.fixed = False
@@ -76,19 +78,19 @@ class StepGraph:
         self.static_batch = Batch(**{f.name: getattr(batch, f.name).clone() for f in fields(Batch)})
         if self.windows is not None:
             self.windows.fixed = True
-        kept = [buffer.clone() for buffer in self.buffers]
+        saved = [buffer.clone() for buffer in self.buffers]
         try:
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 for _ in range(WARMUP_RUNS):
                     self._clear_gradients()
                     self.compute(self.static_batch, graph_key)
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(stream)
             self._clear_gradients()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.static_result = self.compute(self.static_batch, graph_key)
         finally:
-            for buffer, before in zip(self.buffers, kept, strict=True):
-                buffer.copy_(before)
+            for buffer, value in zip(self.buffers, saved, strict=True):
+                buffer.copy_(value)

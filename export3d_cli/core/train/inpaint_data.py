@@ -1,4 +1,4 @@
-"""What the stages `mouth`, `eyes` and `lids` learn from: close-ups of open mouths, open and shut eyes; their holes."""
+"""Training data of the stages `mouth`, `eyes` and `lids`: crops of open mouths, open or shut eyes, and their holes."""
 
 from __future__ import annotations
 
@@ -11,85 +11,86 @@ from torch import Tensor
 from export3d_cli.core.config.schema import EyesConfig, InpaintConfig, LidsConfig, MouthConfig
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import mirror_camera, mirror_landmarks
-from export3d_cli.core.model.inpaint import eyelids as lid_painter
-from export3d_cli.core.model.inpaint import eyes as eye_painter
-from export3d_cli.core.model.inpaint import mouth as mouth_painter
-from export3d_cli.core.model.inpaint.inpainter import CROP_SIZE_PX, AlignedCrop, Hole
-from export3d_cli.core.model.warp.mesh_flow import warp
+from export3d_cli.core.model.inpaint.eyelids import eyelid_hole
+from export3d_cli.core.model.inpaint.eyes import CroppedHole, eye_hole, eye_opening, iris_colour
+from export3d_cli.core.model.inpaint.inpainter import Hole
+from export3d_cli.core.model.inpaint.mouth import mouth_hole, mouth_opening
 from export3d_cli.core.model.warp.mouth_eye_interior import MAX_OPENING_RATIO
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, make_color_lut
 
-PARTIAL_OPENING_RATIO = (1.3, 4.0)  # how much wider than in a photo with lips a little apart
-MIN_OPEN_EYE = 0.25  # opening of an eye, in widths of it, from which on it is as open as in most photos
-VISIBLE_IRIS_HEIGHT = (0.3, 1.0)  # how much of the height of an iris a photo shows that tells its colour
+PARTIAL_OPENING_RATIO = (1.3, 4.0)  # range of opening ratios that stand for a photo with slightly parted lips
+MIN_OPEN_EYE = 0.25  # opening, in eye widths, from which an eye counts as open
+VISIBLE_IRIS_HEIGHT = (0.3, 1.0)  # range of the iris's visible height that the colour is measured on
 ConfigT = TypeVar("ConfigT", bound=InpaintConfig)
 
 
 class InpaintBatch(NamedTuple):
-    """Close-ups of mouths or eyes, (B, ., SIDE, SIDE)."""
+    """Crops of mouths or eyes, (B, ., CROP_SIZE_PX, CROP_SIZE_PX)."""
 
     crops: Tensor  # (B, 3, ., .) in [-1, 1]
     hole: Hole
 
 
 class InpaintSampler(Generic[ConfigT]):
-    """Draws close-ups: data set by weight, then person, so that nobody fills the training."""
+    """Draws crops: first the data set by weight, then the person uniformly, then a frame."""
 
-    stage = ""  # of the stage
-    requirement = "open as {}.open says: lower it"
+    stage = ""
+    requirement = "enough open (lower {}.min_opening)"
 
     def __init__(self, sampler: PairSampler, config: ConfigT) -> None:
         self.sampler, self.config = sampler, config
-        self.frames: list[list[np.ndarray]] = []  # of each data set: of each person the frames that fit
+        self.frames: list[list[np.ndarray]] = []  # per data set and person: indices of the accepted frames
         for data, people in zip(sampler.datasets, sampler.clips_by_person, strict=True):
-            fits = self.accepts(torch.from_numpy(data.landmarks)).numpy()
-            spans = [np.concatenate([np.arange(c.start, c.start + c.count) for c in own]) for own in people.values()]
-            self.frames.append([rows[fits[rows]] for rows in spans if fits[rows].any()])
-        weight = np.array(config.weight) if config.weight else sampler.dataset_weights
-        weight = weight * [bool(rows) for rows in self.frames]
-        if weight.sum() <= 0:
-            raise TrainingError("no frame of the data sets is as " + self.requirement.format(self.stage))
-        self.set_weights = weight / weight.sum()
+            accepted = self.accepts(torch.from_numpy(data.landmarks)).numpy()
+            spans = [
+                np.concatenate([np.arange(c.start, c.start + c.count) for c in clips]) for clips in people.values()
+            ]
+            self.frames.append([rows[accepted[rows]] for rows in spans if accepted[rows].any()])
+        weights = np.array(config.weight) if config.weight else sampler.dataset_weights
+        weights = weights * [bool(rows) for rows in self.frames]
+        if weights.sum() <= 0:
+            raise TrainingError(f"no frame of the data sets is {self.requirement.format(self.stage)}")
+        self.dataset_weights = weights / weights.sum()
 
     def accepts(self, points: Tensor) -> Tensor:
-        """Which frames with landmarks (N, 478, 3) are looked at, (N,)."""
+        """Return which frames with landmarks (N, 478, 3) are used, (N,) bool."""
         raise NotImplementedError
 
-    def reference_frames(self, rng: np.random.Generator, d: int, row: int) -> list[int]:
-        """Other frames of the data set `d` that tell something of `row`."""
+    def reference_frames(self, rng: np.random.Generator, dataset: int, row: int) -> list[int]:
+        """Return other frames of the data set that serve as the photo for frame `row`."""
         return []
 
-    def make_hole(
-        self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor
-    ) -> tuple[AlignedCrop, Hole]:
-        """The holes in the first of the K pictures (B, K, 3, H, W): it and those `beside` it.
+    def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:
+        """Return the holes in the first of each K images (B, K, 3, H, W); the others are its reference frames.
 
-        Their landmarks are in the head frame (B, K, 478, 3), and where they are seen (B, K, 478, 2).
+        `points` (B, K, 478, 3) are their landmarks in the head frame, `uv` (B, K, 478, 2) in the images.
         """
         raise NotImplementedError
 
     def draw_batch(self, seed: int, step: int, rank: int, size: int) -> InpaintBatch:
-        """The close-ups of one step: a pure function of (seed, step, rank)."""
+        """Draw the crops of one step: a pure function of (seed, step, rank)."""
         rng = np.random.default_rng([seed, step, 6, rank])
-        drawn = [self._draw(rng) for _ in range(size)]
-        images, marks, points = (torch.from_numpy(np.stack(x).astype(np.float32)) for x in zip(*drawn, strict=True))
-        view, hole = self.make_hole(rng, images, points, marks[..., :2])
-        return InpaintBatch(warp(images[:, 0], view.pixel_positions(CROP_SIZE_PX)), hole)
+        samples = [self._draw(rng) for _ in range(size)]
+        images, landmarks, points = (
+            torch.from_numpy(np.stack(x).astype(np.float32)) for x in zip(*samples, strict=True)
+        )
+        crop, hole = self.make_hole(rng, images, points, landmarks[..., :2])
+        return InpaintBatch(crop.sample(images[:, 0]), hole)
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures (K, 3, H, W), their landmarks (K, 478, 3), and these in the head frame."""
-        s = self.sampler
-        d = int(rng.choice(len(s.datasets), p=self.set_weights))
-        data, people = s.datasets[d], self.frames[d]
+        """Draw images (K, 3, H, W), their landmarks (K, 478, 3), and the same in the head frame."""
+        dataset = int(rng.choice(len(self.sampler.datasets), p=self.dataset_weights))
+        data, people = self.sampler.datasets[dataset], self.frames[dataset]
         row = int(rng.choice(people[int(rng.integers(len(people)))]))
-        flip = s.config.flip and rng.random() < 0.5
-        table = make_color_lut(rng, self.config.jitter)
-        rows = [row, *self.reference_frames(rng, d, row)]
-        pictures, marks, cameras = np.stack([data.frames[r] for r in rows]), data.landmarks[rows], data.camera[rows]
+        flip = self.sampler.config.flip and rng.random() < 0.5
+        lut = make_color_lut(rng, self.config.jitter)
+        rows = [row, *self.reference_frames(rng, dataset, row)]
+        images, landmarks, cameras = np.stack([data.frames[r] for r in rows]), data.landmarks[rows], data.camera[rows]
         if flip:
-            pictures, marks, cameras = pictures[:, :, ::-1], mirror_landmarks(marks, s.mirror), mirror_camera(cameras)
-        return apply_color_lut(pictures, table), marks, landmarks_to_head_frame(marks, cameras)
+            images, cameras = images[:, :, ::-1], mirror_camera(cameras)
+            landmarks = mirror_landmarks(landmarks, self.sampler.mirror)
+        return apply_color_lut(images, lut), landmarks, landmarks_to_head_frame(landmarks, cameras)
 
 
 class MouthSampler(InpaintSampler[MouthConfig]):
@@ -98,69 +99,64 @@ class MouthSampler(InpaintSampler[MouthConfig]):
     stage = "mouth"
 
     def accepts(self, points: Tensor) -> Tensor:
-        """Frames with lips that part."""
-        return mouth_painter.mouth_opening(points) > self.config.min_opening
+        """Accept frames with parted lips."""
+        return mouth_opening(points) > self.config.min_opening
 
-    def make_hole(
-        self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor
-    ) -> tuple[AlignedCrop, Hole]:
-        """All between the lips, or what a photo with lips a little apart would not show."""
+    def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:
+        """Return the whole inside, or the part that a photo with slightly parted lips would not show."""
         points, uv = points[:, 0], uv[:, 0]
-        partly = rng.random(len(uv)) < self.config.partial_hole_ratio
-        wider = np.where(partly, rng.uniform(*PARTIAL_OPENING_RATIO, len(uv)), MAX_OPENING_RATIO).astype(np.float32)
-        return mouth_painter.mouth_hole(points, uv, torch.from_numpy(wider)[:, None, None].expand(-1, uv.shape[1], 1))
+        is_partial = rng.random(len(uv)) < self.config.partial_hole_ratio
+        ratio = np.where(is_partial, rng.uniform(*PARTIAL_OPENING_RATIO, len(uv)), MAX_OPENING_RATIO)
+        return mouth_hole(
+            points, uv, torch.from_numpy(ratio.astype(np.float32))[:, None, None].expand(*uv.shape[:2], 1)
+        )
 
 
 class EyeSampler(InpaintSampler[EyesConfig]):
-    """Open eyes: the person's right one, or, of mirrored pictures, the left one."""
+    """Open right eyes of the person, or left ones of mirrored images."""
 
     stage = "eyes"
 
     def accepts(self, points: Tensor) -> Tensor:
-        """Frames whose right eye is open; mirrored, they stand for left ones."""
-        return eye_painter.eye_opening(points, 0) > self.config.min_opening
+        """Accept frames with an open right eye."""
+        return eye_opening(points, 0) > self.config.min_opening
 
-    def make_hole(
-        self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor
-    ) -> tuple[AlignedCrop, Hole]:
-        """All between the lids, and the iris' colour, as narrow eyes would tell it."""
+    def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:
+        """Return the whole inside, with the iris colour measured as in a narrow eye, or none for some of them."""
         images, points, uv = images[:, 0], points[:, 0], uv[:, 0]
-        shown, told = rng.uniform(*VISIBLE_IRIS_HEIGHT, len(uv)), rng.random(len(uv)) >= self.config.hidden_iris_ratio
-        colour, known = eye_painter.iris_colour(images, uv, 0, torch.from_numpy(shown.astype(np.float32)))
-        return eye_painter.eye_hole(points, uv, 0, colour, known * torch.from_numpy(told))
+        visible_height = rng.uniform(*VISIBLE_IRIS_HEIGHT, len(uv)).astype(np.float32)
+        is_visible = rng.random(len(uv)) >= self.config.hidden_iris_ratio
+        colour, confidence = iris_colour(images, uv, 0, torch.from_numpy(visible_height))
+        return eye_hole(points, uv, 0, colour, confidence * torch.from_numpy(is_visible))
 
 
 class EyelidSampler(InpaintSampler[LidsConfig]):
-    """Shut eyes: the person's right one, or, of mirrored pictures, the left one."""
+    """Shut right eyes of the person, or left ones of mirrored images."""
 
     stage = "lids"
-    requirement = "shut as {}.shut says: raise it"
+    requirement = "enough shut (raise {}.max_opening)"
 
     def __init__(self, sampler: PairSampler, config: LidsConfig) -> None:
         super().__init__(sampler, config)
-        self.open_eye_frames = [
-            (eye_painter.eye_opening(torch.from_numpy(s.landmarks), 0) > MIN_OPEN_EYE).numpy() for s in sampler.datasets
-        ]
+        openings = [eye_opening(torch.from_numpy(data.landmarks), 0) for data in sampler.datasets]
+        self.is_open = [(opening > MIN_OPEN_EYE).numpy() for opening in openings]
 
     def accepts(self, points: Tensor) -> Tensor:
-        """Frames whose right eye is shut, or nearly; mirrored, they stand for left ones."""
-        return eye_painter.eye_opening(points, 0) < self.config.max_opening
+        """Accept frames whose right eye is shut or nearly shut."""
+        return eye_opening(points, 0) < self.config.max_opening
 
-    def reference_frames(self, rng: np.random.Generator, d: int, row: int) -> list[int]:
-        """A frame of the clip with the eye open, in place of a photo; the same one where none is."""
-        clip = next(c for c in self.sampler.datasets[d].clips if c.start <= row < c.start + c.count)
-        rows = clip.start + self.open_eye_frames[d][clip.start : clip.start + clip.count].nonzero()[0]
+    def reference_frames(self, rng: np.random.Generator, dataset: int, row: int) -> list[int]:
+        """Return a frame of the same clip with the eye open, as the photo; `row` itself if there is none."""
+        clip = next(c for c in self.sampler.datasets[dataset].clips if c.start <= row < c.start + c.count)
+        rows = clip.start + self.is_open[dataset][clip.start : clip.start + clip.count].nonzero()[0]
         return [int(rng.choice(rows)) if len(rows) else row]
 
-    def make_hole(
-        self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor
-    ) -> tuple[AlignedCrop, Hole]:
-        """All of the lid."""
-        known = (eye_painter.eye_opening(points[:, 1], 0) > MIN_OPEN_EYE).float()
-        return lid_painter.eyelid_hole(uv[:, 0], 0, images[:, 1], uv[:, 1], known)
+    def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:
+        """Return the whole eyelid."""
+        visibility = (eye_opening(points[:, 1], 0) > MIN_OPEN_EYE).float()
+        return eyelid_hole(uv[:, 0], 0, images[:, 1], uv[:, 1], visibility)
 
 
 INPAINT_SAMPLERS: dict[
     str, type[InpaintSampler[MouthConfig]] | type[InpaintSampler[EyesConfig]] | type[InpaintSampler[LidsConfig]]
-]
-INPAINT_SAMPLERS = {"mouth": MouthSampler, "eyes": EyeSampler, "lids": EyelidSampler}
+] = {"mouth": MouthSampler, "eyes": EyeSampler, "lids": EyelidSampler}

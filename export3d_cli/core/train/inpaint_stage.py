@@ -1,6 +1,7 @@
-"""The stages `mouth`, `eyes` and `lids` (beyond the paper): holes cut into pictures are filled, under a critic's eyes.
+"""The stages `mouth`, `eyes` and `lids` (beyond the paper): inpaint holes cut into images, with a discriminator.
 
-Every frame and still with parted lips, open or shut eyes, teaches it by itself; no pairs, no other network takes part.
+Every frame or still image with parted lips, open or shut eyes is a training example by itself; no pairs and no other
+network take part.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from export3d_cli.core.train.lpips import load_perceptual_term
 from export3d_cli.core.train.pair_sampler import PairSampler, Prefetcher, num_loader_threads
 from export3d_cli.core.train.training_run import TrainingRun
 
-STAGE_SEEDS = {"mouth": 3, "eyes": 4, "lids": 6}  # the number of a stage in `Run.seed`
-R1_INTERVAL = 8
+STAGE_SEEDS = {"mouth": 3, "eyes": 4, "lids": 6}  # arguments of `TrainingRun.seed_step`
+R1_INTERVAL = 8  # steps between two R1 penalties
 
 
-class InpaintCritic(nn.Module):
-    """How real the insides of mouths or eyes, or lids, look, patch by patch; what is around them it does not see."""
+class InpaintDiscriminator(nn.Module):
+    """A patch discriminator of the inside of mouths, eyes or lids; it does not see the surroundings."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,65 +43,66 @@ class InpaintCritic(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, crops: Tensor, hole: Hole) -> tuple[Tensor, Tensor]:
-        """Close-ups (B, 3, s, s) -> logits (B, 1, s/8, s/8), and how much each counts, 1 in all."""
+        """Judge crops (B, 3, s, s) -> logits (B, 1, s/8, s/8) and their weights, which sum to 1."""
         inside = dilate_and_blur(hole.condition[:, :1])
-        seen = torch.cat([crops * inside, hole.condition], dim=1)
-        logits = self.layers(seen.contiguous(memory_format=torch.channels_last)).float()
-        weight = F.adaptive_avg_pool2d(inside, logits.shape[-2:])  # elsewhere there is nothing to tell
+        x = torch.cat([crops * inside, hole.condition], dim=1)
+        logits = self.layers(x.contiguous(memory_format=torch.channels_last)).float()
+        weight = F.adaptive_avg_pool2d(inside, logits.shape[-2:])
         return logits, weight / weight.sum().clamp_min(1e-6)
 
 
 class InpaintStage:
-    """Painter, critic, and what trains them: the stage `mouth`, `eyes` or `lids`."""
+    """Trains the inpainter of the stage `mouth`, `eyes` or `lids`."""
 
-    def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler, name: str) -> None:
-        painter = model.inpainters[name]
-        assert isinstance(painter, Inpainter)
-        self.run, self.model, self.stage, self.config = run, model, name, getattr(run.config, name)
+    def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler, stage: str) -> None:
+        inpainter = model.inpainters[stage]
+        assert isinstance(inpainter, Inpainter)
+        self.run, self.model, self.stage, self.config = run, model, stage, getattr(run.config, stage)
         if self.config.batch % run.world.size:
             raise ConfigError(
-                f"{name}.batch ({self.config.batch}) must be a multiple of the {run.world.size} processes"
+                f"{stage}.batch must be a multiple of the {run.world.size} processes, got {self.config.batch}"
             )
-        self.sampler = INPAINT_SAMPLERS[name](sampler, self.config)
+        self.sampler = INPAINT_SAMPLERS[stage](sampler, self.config)
         self.workers = num_loader_threads(sampler.config, run.device)
-        self.inpainter = painter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch.manual_seed(run.config.seed + 28 + STAGE_SEEDS[name])
-        self.critic = InpaintCritic(self.config.discriminator_width).to(run.device)
+        self.inpainter = inpainter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.manual_seed(run.config.seed + 28 + STAGE_SEEDS[stage])
+        self.discriminator = InpaintDiscriminator(self.config.discriminator_width).to(run.device)
         self.optimizer = torch.optim.Adam(self.inpainter.parameters(), lr=self.config.lr, betas=(0.5, 0.99))
-        self.critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=self.config.discriminator_lr, betas=(0.0, 0.99)
+        self.discriminator_optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), lr=self.config.discriminator_lr, betas=(0.0, 0.99)
         )
-        self.ema = type(painter)(getattr(run.config.model, name)).to(run.device)
-        self.ema.load_state_dict(painter.state_dict())
+        self.ema = type(inpainter)(getattr(run.config.model, stage)).to(run.device)
+        self.ema.load_state_dict(inpainter.state_dict())
         distance = load_perceptual_term(run.config.loss)
         self.perceptual: PerceptualDistance | None = distance.to(run.device) if distance is not None else None
         self.step = 0
-        if run.resumed_state is not None and run.resumed_state[1]["stage"] == name:
+        if run.resumed_state is not None and run.resumed_state[1]["stage"] == stage:
             self._resume(*run.resumed_state)
 
-    def _state_modules(self) -> dict[str, nn.Module]:
-        return {"model.": self.model, "critic.": self.critic, "average.": self.ema}
+    def _modules_to_save(self) -> dict[str, nn.Module]:
+        return {"model.": self.model, "discriminator.": self.discriminator, "ema.": self.ema}
+
+    def _optimizers_to_save(self) -> dict[str, torch.optim.Optimizer]:
+        return {"inpainter_optimizer.": self.optimizer, "discriminator_optimizer.": self.discriminator_optimizer}
 
     def _resume(self, tensors: dict[str, Tensor], info: dict[str, object]) -> None:
-        for prefix, module in self._state_modules().items():
+        for prefix, module in self._modules_to_save().items():
             load_into(module, tensors_with_prefix(tensors, prefix), "the training state")
-        unpack_optimizer(self.optimizer, tensors_with_prefix(tensors, "painter."))
-        unpack_optimizer(self.critic_optimizer, tensors_with_prefix(tensors, "against."))
+        for prefix, optimizer in self._optimizers_to_save().items():
+            unpack_optimizer(optimizer, tensors_with_prefix(tensors, prefix))
         self.step = int(str(info["step"]))
 
     def save(self) -> None:
         """Write the training state."""
-        tensors = {
-            f"{prefix}{k}": v for prefix, own in self._state_modules().items() for k, v in own.state_dict().items()
-        }
-        for prefix, optimizer in (("painter.", self.optimizer), ("against.", self.critic_optimizer)):
-            tensors |= {f"{prefix}{k}": v for k, v in pack_optimizer(optimizer).items()}
+        parts = {prefix: module.state_dict() for prefix, module in self._modules_to_save().items()}
+        parts |= {prefix: pack_optimizer(optimizer) for prefix, optimizer in self._optimizers_to_save().items()}
+        tensors = {f"{prefix}{k}": v for prefix, part in parts.items() for k, v in part.items()}
         self.run.save(self.stage, self.step, tensors)
 
     def train(self) -> int:
-        """Take the steps that are left; then the painter is its moving average, and frozen. The steps done."""
+        """Take the remaining steps; return the steps done. After the last, the inpainter is its EMA, and frozen."""
         run, config, skipped = self.run, self.config, 0
-        size, clock = config.batch // run.world.size, run.elapsed_minutes()
+        size, start = config.batch // run.world.size, run.elapsed_minutes()
         sums: dict[str, list[float]] = {}
 
         def draw(step: int) -> InpaintBatch:
@@ -109,16 +111,16 @@ class InpaintStage:
         with Prefetcher(draw, self.step, config.steps, self.workers) as batches:
             while self.step < config.steps and not run.out_of_time():
                 run.seed_step(STAGE_SEEDS[self.stage], self.step)
-                picture, hole = batches.next()
-                drawn = InpaintBatch(picture.to(run.device), Hole(*(x.to(run.device) for x in hole)))
-                for optimizer, lr in ((self.optimizer, config.lr), (self.critic_optimizer, config.discriminator_lr)):
+                batch = self._to_device(batches.next())
+                rates = ((self.optimizer, config.lr), (self.discriminator_optimizer, config.discriminator_lr))
+                for optimizer, lr in rates:
                     optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * self.step / config.steps)
-                filled, terms = self.train_inpainter(drawn)
-                good = math.isfinite(terms["loss"])
-                skipped = 0 if good else skipped + 1
-                if good:
+                inpainted, terms = self.train_inpainter(batch)
+                is_finite = math.isfinite(terms["loss"])
+                skipped = 0 if is_finite else skipped + 1
+                if is_finite:
                     self.optimizer.step()
-                    terms |= self.train_critic(drawn, filled)
+                    terms |= self.train_discriminator(batch, inpainted)
                     for key, term in terms.items():
                         sums.setdefault(key, []).append(term)
                 elif skipped > run.config.skip_nonfinite:
@@ -127,10 +129,10 @@ class InpaintStage:
                 self.update_ema()
                 if (self.step % run.config.log_every == 0 or self.step == config.steps) and sums:
                     values = {k: float(np.mean(v)) for k, v in sums.items()}
-                    values["seconds_a_step"] = (run.elapsed_minutes() - clock) * 60 / len(sums["loss"])
+                    values["seconds_a_step"] = (run.elapsed_minutes() - start) * 60 / len(sums["loss"])
                     values["images_a_second"] = config.batch / max(values["seconds_a_step"], 1e-9)
                     run.log(self.stage, self.step, config.steps, values)
-                    sums, clock = {}, run.elapsed_minutes()
+                    sums, start = {}, run.elapsed_minutes()
                 if run.config.sample_every and self.step % run.config.sample_every == 0:
                     self.write_samples()
                 if self.step % run.config.checkpoint_every == 0:
@@ -142,79 +144,82 @@ class InpaintStage:
             self.inpainter.requires_grad_(False)
         return self.step
 
+    def _to_device(self, batch: InpaintBatch) -> InpaintBatch:
+        crops, hole = batch
+        return InpaintBatch(crops.to(self.run.device), Hole(*(x.to(self.run.device) for x in hole)))
+
     def train_inpainter(self, batch: InpaintBatch) -> tuple[Tensor, dict[str, float]]:
-        """Gradients of the painter; the filled close-ups, and the terms."""
-        config, (picture, hole) = self.config, batch
-        # results are a little softer than pictures, so what surrounds the hole is, too
-        soft = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        around = torch.lerp(picture, soft, torch.rand(len(picture), 1, 1, 1, device=picture.device))
+        """Compute the inpainter's gradients; return the inpainted crops and the loss terms."""
+        config, (crops, hole) = self.config, batch
+        # results are slightly softer than photos, so blur the context by a random amount
+        soft = F.avg_pool2d(F.pad(crops, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        context = torch.lerp(crops, soft, torch.rand(len(crops), 1, 1, 1, device=crops.device))
         self.optimizer.zero_grad(set_to_none=True)
-        self.critic.requires_grad_(False)
+        self.discriminator.requires_grad_(False)
         with self.run.autocast():
-            filled = fill_holes(self.inpainter, picture, hole, around)
-            away = ((filled - picture).abs() * hole.mask).sum() / (3 * hole.mask.sum().clamp_min(1))
-            terms = {"l1": config.l1 * away}
+            inpainted = fill_holes(self.inpainter, crops, hole, context)
+            l1 = ((inpainted - crops).abs() * hole.mask).sum() / (3 * hole.mask.sum().clamp_min(1))
+            terms = {"l1": config.l1 * l1}
             if self.perceptual is not None and config.perceptual > 0:
-                terms[self.perceptual.name] = config.perceptual * self.perceptual(filled, picture, scales=1)
+                terms[self.perceptual.name] = config.perceptual * self.perceptual(inpainted, crops, scales=1)
             if config.adversarial > 0 and self.step >= config.adversarial_start:
-                verdict, weight = self.critic(filled, hole)
-                terms["g_adv"] = config.adversarial * (F.softplus(-verdict) * weight).sum()
+                logits, weight = self.discriminator(inpainted, hole)
+                terms["g_adv"] = config.adversarial * (F.softplus(-logits) * weight).sum()
             loss = torch.stack([term.float() for term in terms.values()]).sum()
         loss.backward()
         self.run.world.average_gradients(self.inpainter.parameters())
-        names = {"loss": loss, **terms}
-        means = self.run.world.all_reduce_mean([float(term.detach()) for term in names.values()])
-        return filled.detach(), dict(zip(names, means, strict=True))
+        terms = {"loss": loss, **terms}
+        means = self.run.world.all_reduce_mean([float(term.detach()) for term in terms.values()])
+        return inpainted.detach(), dict(zip(terms, means, strict=True))
 
-    def train_critic(self, batch: InpaintBatch, filled: Tensor) -> dict[str, float]:
-        """One step of the critic, with R1 every now and then."""
-        config, (picture, hole) = self.config, batch
-        if (
-            config.adversarial <= 0 or self.step < config.adversarial_start // 2
-        ):  # it gets a start on what it is to judge
+    def train_discriminator(self, batch: InpaintBatch, inpainted: Tensor) -> dict[str, float]:
+        """Take a step of the discriminator, with R1 every `R1_INTERVAL` steps; return its loss terms."""
+        config, (crops, hole) = self.config, batch
+        if config.adversarial <= 0 or self.step < config.adversarial_start // 2:  # it starts before it is used
             return {}
-        self.critic.requires_grad_(True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        regular = config.r1_gamma > 0 and self.step % R1_INTERVAL == 0
-        real = picture.detach().requires_grad_(regular)
+        self.discriminator.requires_grad_(True)
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        with_r1 = config.r1_gamma > 0 and self.step % R1_INTERVAL == 0
+        real = crops.detach().requires_grad_(with_r1)
         with self.run.autocast():
-            (on_real, weight), (on_filled, _) = self.critic(real, hole), self.critic(filled, hole)
-        loss = ((F.softplus(-on_real) + F.softplus(on_filled)) * weight).sum()
-        terms = {"d_loss": float(loss.detach()), "d_real": float((on_real.detach() * weight).sum())}
-        if regular:  # the slope of each close-up's own mean verdict
-            (slope,) = torch.autograd.grad((on_real * weight).sum() * len(real), real, create_graph=True)
-            loss = loss + config.r1_gamma / 2 * R1_INTERVAL * slope.float().square().sum((1, 2, 3)).mean()
+            (real_logits, weight), (fake_logits, _) = (
+                self.discriminator(real, hole),
+                self.discriminator(inpainted, hole),
+            )
+        loss = ((F.softplus(-real_logits) + F.softplus(fake_logits)) * weight).sum()
+        terms = {"d_loss": float(loss.detach()), "d_real": float((real_logits.detach() * weight).sum())}
+        if with_r1:  # gradient of each crop's own mean logit
+            (gradient,) = torch.autograd.grad((real_logits * weight).sum() * len(real), real, create_graph=True)
+            loss = loss + config.r1_gamma / 2 * R1_INTERVAL * gradient.float().square().sum((1, 2, 3)).mean()
         loss.backward()
-        self.run.world.average_gradients(self.critic.parameters())
+        self.run.world.average_gradients(self.discriminator.parameters())
         if math.isfinite(float(loss.detach())):
-            self.critic_optimizer.step()
+            self.discriminator_optimizer.step()
         return dict(zip(terms, self.run.world.all_reduce_mean(list(terms.values())), strict=True))
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Exponential moving average of the painter, quick at first."""
-        keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        own = [p.detach() for p in self.inpainter.parameters()]
-        torch._foreach_lerp_([p.detach() for p in self.ema.parameters()], own, 1 - keep)
+        """Update the inpainter's exponential moving average, faster in the first steps."""
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        parameters = [p.detach() for p in self.inpainter.parameters()]
+        torch._foreach_lerp_([p.detach() for p in self.ema.parameters()], parameters, 1 - decay)
 
     @torch.no_grad()
     def write_samples(self, rows: int = 8, columns: int = 4) -> None:
-        """Write a grid of pictures, their holes, and these filled, the same over the run."""
+        """Write a grid of crops, each with its hole and inpainted; the same crops throughout the run."""
         if not self.run.world.is_main:
             return
-        picture, hole = self.sampler.draw_batch(self.run.config.seed + 1, 2**31, 0, rows * columns)
-        picture, hole = picture.to(self.run.device), Hole(*(x.to(self.run.device) for x in hole))
+        crops, hole = self._to_device(self.sampler.draw_batch(self.run.config.seed + 1, 2**31, 0, rows * columns))
         with self.run.autocast():
-            shown = torch.cat([picture, picture * (1 - hole.mask), fill_holes(self.ema, picture, hole)], dim=-1)
-        grid = (
-            shown.view(rows, columns, 3, CROP_SIZE_PX, 3 * CROP_SIZE_PX).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        )
+            cells = torch.cat([crops, crops * (1 - hole.mask), fill_holes(self.ema, crops, hole)], dim=-1)
+        cells = cells.view(rows, columns, 3, CROP_SIZE_PX, 3 * CROP_SIZE_PX)
+        grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         folder = Path(self.run.folder) / "samples"
         folder.mkdir(exist_ok=True)
         write_image(folder / f"{self.stage}-{self.step:07d}.png", to_uint8(grid.cpu()))
 
 
 def fill_holes(inpainter: Inpainter, crops: Tensor, hole: Hole, context: Tensor | None = None) -> Tensor:
-    """Close-ups (B, 3, s, s) with their holes painted; `around`: what is seen of them instead of the pictures."""
+    """Inpaint the holes of crops (B, 3, s, s); `context` replaces the crops as the network's input."""
     context = crops if context is None else context
     return torch.lerp(crops, inpainter(context * (1 - hole.mask), hole), hole.mask)

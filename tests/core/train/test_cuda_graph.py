@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded by a stand-in, since no GPU is needed to see what is asked of one."""
+"""A training step as one CUDA graph, with a stand-in for the graph: the tests need no GPU."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from export3d_cli.core.train.cuda_graph import StepGraph
 from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
 
-ASKS = ("_local_scalar_dense", "lift_fresh", "nonzero", "unique", "masked_select")
-DECOMPOSES = ("linalg_inv", "linalg_solve", "linalg_qr")
+SYNC_OPS = ("_local_scalar_dense", "lift_fresh", "nonzero", "unique", "masked_select")
+DECOMPOSITIONS = ("linalg_inv", "linalg_solve", "linalg_qr")
 TERMS = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
 
 
 class Recorder:
-    """Stands in for `torch.cuda.CUDAGraph`: what was recorded is computed again, into the same tensors."""
+    """A stand-in for `torch.cuda.CUDAGraph`: replay computes the step again, into the same tensors."""
 
     recorded = 0
     step: StepGraph
@@ -38,19 +38,19 @@ class Recorder:
         assert step.static_batch is not None
         for parameter in step.parameters:
             if parameter.grad is not None:
-                parameter.grad.zero_()  # a graph writes them where it did, it does not add to them
+                parameter.grad.zero_()  # a graph overwrites gradients, it does not accumulate
         for old, new in zip(step.static_result, step.compute(step.static_batch, step.graph_key), strict=True):
             old.copy_(new)
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    class Own(Recorder):
+    class CountingRecorder(Recorder):
         pass
 
     @contextlib.contextmanager
     def recording(made: Any) -> Iterator[None]:
-        Own.recorded += 1
+        CountingRecorder.recorded += 1
         yield
 
     class Stream:
@@ -64,18 +64,18 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
         assert isinstance(self.graph, Recorder)
         self.graph.step = self
 
-    monkeypatch.setattr(StepGraph, "_training_record", record)
+    monkeypatch.setattr(StepGraph, "_record", record)
     for name, value in (
-        ("CUDAGraph", Own), ("graph", recording), ("Stream", Stream), ("current_stream", Stream),
+        ("CUDAGraph", CountingRecorder), ("graph", recording), ("Stream", Stream), ("current_stream", Stream),
         ("stream", lambda _: contextlib.nullcontext()),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(graph, "EAGER_STEPS", 2)
-    return Own
+    return CountingRecorder
 
 
-def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the reconstruction stage take its steps by a graph, on whatever device."""
+def use_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reconstruction stage use a graph on any device."""
 
     def made(self: stage.ImageStages) -> StepGraph:
         assert self.model.flow is not None
@@ -92,7 +92,7 @@ def losses(config: TrainConfig) -> list[dict[str, float]]:
     return [{k: v for k, v in values.items() if "second" not in k} for values in found]
 
 
-def test_replayed_steps_are_those_taken_one_by_one(
+def test_replayed_steps_equal_eager_steps(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loss = replace(tiny.loss, **TERMS)
@@ -100,15 +100,15 @@ def test_replayed_steps_are_those_taken_one_by_one(
         tiny, stages=("reconstruction",), steps=9, log_every=1, loss=loss, raw_size_start=8, raw_size_grow_step=5
     )
     plain = losses(replace(config, run=str(tmp_path / "plain")))
-    graphed(monkeypatch)
+    use_graph(monkeypatch)
     replayed = losses(replace(config, run=str(tmp_path / "replayed")))
-    assert recorder.recorded == 2  # again where the raw render has grown
+    assert recorder.recorded == 2  # again after the raw render has grown
     assert len(plain) == len(replayed) == 9
     for one, other in zip(plain, replayed, strict=True):
-        assert one == pytest.approx(other, rel=2e-3, abs=1e-5)  # wider windows round otherwise
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-5)  # wider windows round differently
 
 
-def test_the_adversarial_stage_is_not_held_to_the_windows_of_a_graph(
+def test_adversarial_stage_has_windows_released(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     held: dict[str, list[bool]] = {"reconstruction": [], "adversarial": []}
@@ -120,14 +120,14 @@ def test_the_adversarial_stage_is_not_held_to_the_windows_of_a_graph(
         plain(self)
 
     monkeypatch.setattr(stage.ImageStages, "update_ema", looking)
-    graphed(monkeypatch)
+    use_graph(monkeypatch)
     adversarial = replace(tiny.adversarial, steps=2)
     stages = ("reconstruction", "adversarial")
     losses(replace(tiny, stages=stages, steps=4, adversarial=adversarial, run=str(tmp_path / "run")))
     assert held == {"reconstruction": [False, False, True, True], "adversarial": [False, False]}
 
 
-def test_what_cannot_be_recorded_is_trained_all_the_same(
+def test_failed_capture_falls_back_to_eager_steps(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = replace(tiny, stages=("reconstruction",), steps=5, log_every=1)
@@ -139,7 +139,7 @@ def test_what_cannot_be_recorded_is_trained_all_the_same(
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
-    graphed(monkeypatch)
+    use_graph(monkeypatch)
     told: list[str] = []
     found: list[dict[str, float]] = []
     summary = train(
@@ -151,13 +151,13 @@ def test_what_cannot_be_recorded_is_trained_all_the_same(
     assert [v["loss"] for v in found] == [v["loss"] for v in plain]
 
 
-def test_a_step_asks_the_device_for_nothing(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads a number back, or brings one there, cannot be recorded, and has a GPU waited for."""
+def test_step_never_synchronises_with_the_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that copy a number from or to the device cannot be captured, and stall a GPU."""
     asked: Counter[str] = Counter()
 
     class Listener(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if any(name in str(func) for name in ASKS + DECOMPOSES):
+            if any(name in str(func) for name in SYNC_OPS + DECOMPOSITIONS):
                 asked[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
@@ -166,7 +166,7 @@ def test_a_step_asks_the_device_for_nothing(tiny: TrainConfig, monkeypatch: pyte
 
     def listening(self: stage.ImageStages, batch: Batch, raw: int, *args: Any) -> tuple[Tensor, Tensor]:
         self.model.expression.requires_grad_(False)  # as after the stage clebs
-        plain(self, batch, raw, *args)  # windows are measured, constants are made
+        plain(self, batch, raw, *args)  # measures the windows, caches the constants
         assert self.model.flow is not None
         self.model.flow.windows.fixed = True
         with Listener():
@@ -179,10 +179,10 @@ def test_a_step_asks_the_device_for_nothing(tiny: TrainConfig, monkeypatch: pyte
     assert not asked
 
 
-def test_fixed_windows_have_room_to_grow() -> None:
+def test_fixed_windows_keep_a_quarter_in_reserve() -> None:
     windows = RasterWindows()
     assert windows(torch.tensor([3.4, 10.0]), 32) == [4, 11]
     assert windows(torch.tensor([7.9, 2.0]), 32) == [8, 3]
     windows.fixed = True
     assert windows(torch.tensor([30.0, 30.0]), 32) == [12, 16]
-    assert windows(torch.tensor([30.0, 30.0]), 8) == [2, 2]  # never measured at this size
+    assert windows(torch.tensor([30.0, 30.0]), 8) == [2, 2]  # not measured at this size

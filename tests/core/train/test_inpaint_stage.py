@@ -1,4 +1,4 @@
-"""The stages that fill mouths and eyes: what they draw, exact resume, and that they learn."""
+"""The stages `mouth`, `eyes` and `lids`: their batches, exact resume, and that they learn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from export3d_cli.core.config.schema import (
 )
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence, save_weights
-from export3d_cli.core.model.inpaint import eyes as eye_painter
-from export3d_cli.core.model.inpaint import mouth as mouth_painter
+from export3d_cli.core.model.inpaint.eyes import eye_opening
 from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, CROP_SIZE_PX
+from export3d_cli.core.model.inpaint.mouth import mouth_opening
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.frame_cache import load_datasets
@@ -32,18 +32,20 @@ from export3d_cli.core.train.trainer import train
 
 from .conftest import BUNDLE, SIZE
 
-FEW = {"steps": 3, "batch": 2, "after": 1, "critic_width": 2}
-# the canonical lips touch but for a slit; the clips move all lips alike, and shut no eyes
-SMALL: dict[str, InpaintConfig] = {
-    "mouth": MouthConfig(min_opening=0.0, **FEW), "eyes": EyesConfig(min_opening=0.0, **FEW), "lids": LidsConfig(max_opening=1.0, **FEW)
-}  # fmt: skip
-each = pytest.mark.parametrize("name", SMALL)
+SHORT = {"steps": 3, "batch": 2, "adversarial_start": 1, "discriminator_width": 2}
+# the canonical lips almost touch; the clips move all lips alike and shut no eyes
+CONFIGS: dict[str, InpaintConfig] = {
+    "mouth": MouthConfig(min_opening=0.0, **SHORT),
+    "eyes": EyesConfig(min_opening=0.0, **SHORT),
+    "lids": LidsConfig(max_opening=1.0, **SHORT),
+}
+each_stage = pytest.mark.parametrize("name", CONFIGS)
 
 
-def of_stage(config: TrainConfig, name: str) -> TrainConfig:
-    """A run of the stage `name` alone."""
+def stage_run(config: TrainConfig, name: str) -> TrainConfig:
+    """Return the config of a run of the stage `name` alone."""
     return replace(
-        config, stages=(name,), checkpoint_every=1, model=replace(config.model, **{name: 4}), **{name: SMALL[name]}
+        config, stages=(name,), checkpoint_every=1, model=replace(config.model, **{name: 4}), **{name: CONFIGS[name]}
     )
 
 
@@ -52,17 +54,17 @@ def sampler(tiny: TrainConfig) -> PairSampler:
     return PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face(BUNDLE).mirror)
 
 
-@each
-def test_draws_are_repeatable_and_of_what_is_asked_for(sampler: PairSampler, name: str) -> None:
+@each_stage
+def test_batches_repeat_and_no_matching_frame_is_an_error(sampler: PairSampler, name: str) -> None:
     def opening(points: torch.Tensor) -> torch.Tensor:
-        return mouth_painter.mouth_opening(points) if name == "mouth" else eye_painter.eye_opening(points, 0)
+        return mouth_opening(points) if name == "mouth" else eye_opening(points, 0)
 
-    found = torch.cat([opening(torch.from_numpy(data.landmarks)) for data in sampler.datasets])
-    none = {"shut": float(found.min()) - 0.01} if name == "lids" else {"open": float(found.max()) + 0.01}
-    with pytest.raises(TrainingError, match=rf"{name}\.{next(iter(none))}"):
-        INPAINT_SAMPLERS[name](sampler, replace(SMALL[name], **none))
-    drawer = INPAINT_SAMPLERS[name](sampler, SMALL[name])
-    a, b, other = (drawer.draw_batch(0, 5, rank, 3) for rank in (0, 0, 1))
+    openings = torch.cat([opening(torch.from_numpy(data.landmarks)) for data in sampler.datasets])
+    key, value = ("max_opening", openings.min() - 0.01) if name == "lids" else ("min_opening", openings.max() + 0.01)
+    with pytest.raises(TrainingError, match=rf"{name}\.{key}"):
+        INPAINT_SAMPLERS[name](sampler, replace(CONFIGS[name], **{key: float(value)}))
+    inpaint_sampler = INPAINT_SAMPLERS[name](sampler, CONFIGS[name])
+    a, b, other = (inpaint_sampler.draw_batch(0, 5, rank, 3) for rank in (0, 0, 1))
     assert a.crops.shape == (3, 3, CROP_SIZE_PX, CROP_SIZE_PX) and a.hole.condition.shape == (
         3,
         CONDITION_CHANNELS,
@@ -73,9 +75,9 @@ def test_draws_are_repeatable_and_of_what_is_asked_for(sampler: PairSampler, nam
     assert not torch.equal(a.crops, other.crops)
 
 
-@each
+@each_stage
 def test_resume_is_exact(tiny: TrainConfig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = of_stage(tiny, name)
+    run = stage_run(tiny, name)
     whole = train(run)
     assert (whole.finished, whole.stage, whole.step) == (True, name, 3)
     broken = replace(run, run=str(tmp_path / "broken"))
@@ -94,45 +96,45 @@ def test_resume_is_exact(tiny: TrainConfig, name: str, tmp_path: Path, monkeypat
     assert load_weights(whole.weights)[2][f"{name}_steps"] == 3
 
 
-def test_the_stages_after_them_leave_the_painters_alone(tiny: TrainConfig) -> None:
-    stages, config = ("clebs", *SMALL), tiny
-    for name in SMALL:
-        config = of_stage(config, name)
+def test_later_stages_do_not_change_the_inpainters(tiny: TrainConfig) -> None:
+    stages, config = ("clebs", *CONFIGS), tiny
+    for name in CONFIGS:
+        config = stage_run(config, name)
     whole = train(replace(config, stages=(*stages, "reconstruction"), steps=1))
     assert (whole.finished, whole.stage) == (True, "reconstruction")
     state = load_weights(whole.weights)[0]
     before = load_weights(train(replace(config, stages=stages, run=config.run + "2")).weights)[0]
-    for name in SMALL:
-        names = [k for k in state if k.startswith(f"painters.{name}.")]
+    for name in CONFIGS:
+        names = [k for k in state if k.startswith(f"inpainters.{name}.")]
         assert names and all(torch.equal(state[k], before[k]) for k in names)
 
 
-@each
-def test_weights_without_a_painter_get_one(tiny: TrainConfig, name: str, tmp_path: Path) -> None:
-    run = of_stage(tiny, name)
+@each_stage
+def test_weights_without_an_inpainter_get_one(tiny: TrainConfig, name: str, tmp_path: Path) -> None:
+    run = stage_run(tiny, name)
     first = train(replace(tiny, stages=("reconstruction",), steps=1))
     save_weights(first.weights, *load_weights(first.weights), licence="only for this test")
     second = train(replace(run, run=str(tmp_path / "second"), init=str(first.weights)))
     before, after = load_weights(first.weights), load_weights(second.weights)
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
     assert (getattr(before[1], name), getattr(after[1], name)) == (0, 4)
-    assert read_licence(second.weights) == "only for this test"  # what is made of them is theirs
+    assert read_licence(second.weights) == "only for this test"  # the licence of the initial weights
     with pytest.raises(ConfigError, match="another size"):
         train(replace(run, run=str(tmp_path / "third"), init=str(first.weights), stages=("reconstruction",)))
 
 
-@each
-def test_it_learns_to_fill(tiny: TrainConfig, name: str) -> None:
-    long = replace(SMALL[name], steps=40, lr=0.01, adversarial=0.0)
-    summary = train(replace(of_stage(tiny, name), **{name: long}))
+@each_stage
+def test_training_reduces_l1(tiny: TrainConfig, name: str) -> None:
+    long = replace(CONFIGS[name], steps=40, lr=0.01, adversarial=0.0)
+    summary = train(replace(stage_run(tiny, name), **{name: long}))
     lines = [json.loads(s) for s in Path(summary.run / "stats.jsonl").read_text().splitlines()]
     losses = [x["l1"] for x in lines]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert (summary.run / "samples").is_dir()
 
 
-@each
-def test_what_cannot_be_trained_is_refused(name: str) -> None:
+@each_stage
+def test_invalid_config_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{name}"):
         make_train_config({"preset": "tiny", "stages": [name]})
     with pytest.raises(ConfigError, match=rf"{name}\.batch"):
@@ -141,9 +143,9 @@ def test_what_cannot_be_trained_is_refused(name: str) -> None:
         make_train_config({"preset": "compact", "data": {"path": ["a", "b"]}, name: {"weight": [1.0]}})
 
 
-@each
-def test_a_painter_that_nothing_trains_is_left_out(name: str) -> None:
-    """It would paint noise."""
+@each_stage
+def test_untrained_inpainter_is_left_out(name: str) -> None:
+    """It would output noise."""
     assert getattr(make_train_config({"preset": "compact"}).model, name) == 0
     for kept in ({"stages": [name]}, {"init": "export3d-compact"}):
         assert getattr(make_train_config({"preset": "compact", **kept}).model, name) > 0
