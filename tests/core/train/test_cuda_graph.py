@@ -24,7 +24,9 @@ from export3d_cli.core.train.trainer import train
 
 SYNC_OPS = ("_local_scalar_dense", "lift_fresh", "nonzero", "unique", "masked_select")
 DECOMPOSITIONS = ("linalg_inv", "linalg_solve", "linalg_qr")
-TERMS = dict.fromkeys(("l1", "mask", "close", "offset", "landmarks", "flow", "rough", "silhouette"), 1.0)
+TERMS = dict.fromkeys(
+    ("l1", "mask", "crop_perceptual", "residual_flow", "landmarks", "flow", "density_tv", "silhouette"), 1.0
+)
 
 
 class Recorder:
