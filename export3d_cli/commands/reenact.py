@@ -68,10 +68,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     help="Add DRIVE's change of expression from its reference frame to SRC's own.  [default: absolute]",
 )  # fmt: skip
 @click.option("--reference-frame", type=click.IntRange(0), default=0, show_default=True, help="Of the frames used.")
-@click.option(
-    "--smooth", type=click.Choice(["off", "light", "strong"]), default="light", show_default=True,
-    help="Calm the trembling of the tracked motion; light comes less than a frame late at 25 fps.",
-)  # fmt: skip
+@options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
 @click.option("--paste-back", is_flag=True, help="Put the result into the whole photo, at its own resolution.")

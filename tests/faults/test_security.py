@@ -132,7 +132,7 @@ def test_clip_name_is_not_a_spreadsheet_formula(name: str, tmp_path: Path) -> No
     row = {"case": name, "method": "export3d", "frames": 1, **dict.fromkeys(METRICS)}
     result = Evaluation(
         dataset=tmp_path, protocol="self", cases=1, frames=1, device="cpu", seconds=1.0, options=EvaluateOptions(),
-        clips=[row], mean={}, interval={}, views=[],
+        quality="balanced", clips=[row], mean={}, interval={}, views=[],
     )  # fmt: skip
     write_report(result, {}, tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:

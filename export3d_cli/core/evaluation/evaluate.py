@@ -1,14 +1,18 @@
-"""How well a model animates the faces of a data set, beside two methods that need no network, and beside other tools.
+"""Scores a model on a data set, next to two baselines without a trained network and to results of other tools.
 
-Self-reenactment: the source is a clip's most frontal frame, the driver the clip itself. `model` is the network, `flow`
-its basis flow alone (lambda and b_i, no trained network), `repeat` the source as it is. What each makes is compared
-with the clip's own frames, the source's left out, and both are tracked by the same landmarker. Finished videos of any
-tool are scored alike.
+Self-reenactment: the source is a clip's most frontal frame, the driver is the clip itself. `model` is the network,
+`flow` its basis flow alone (lambda and b_i), `repeat` the unchanged source. All are compared with the clip's frames,
+except the source's own, and tracked with the same landmarker. Finished videos of any tool are scored in the same way.
 
-Cross-reenactment: another person drives. Where clips `<head>_tNN` of synthetic heads share the track NN, the truth is
-known: the same track on the source's own head.
+Cross-reenactment: another person drives. The ground truth is known if clips `<head>_tNN` of synthetic heads share the
+track NN: it is the same track on the source's own head.
 
-Novel views: the source from its own expression, yaw -30 to 30 degrees; is it the same person, turned as asked?
+Novel views: the source with its own expression, yaw -30 to 30 degrees, scored by pose and identity.
+
+What is measured is what `reenact` renders by default, with these differences. Quality is the animator's (`balanced`
+unless `Animator.from_weights` is given another), smoothing is `EvaluateOptions.smooth` (`light`). Framing is the data
+set's: source and result are the clip's crop at the network's own size, without the photo's margins, its finer detail or
+its background outside the crop. Only the scored frames are rendered, and they are scored before video encoding.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from export3d_cli.core.evaluation.report import draw_caption, write_report
 from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
 from export3d_cli.core.media.image import to_tensor, to_uint8, write_image
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
@@ -51,43 +56,70 @@ from export3d_cli.core.runtime.errors import InputError
 Progress = Callable[[str, int, "int | None"], None]
 NUM_VIEWS = 7  # novel views of each source
 MAX_VIEW_YAW = 30.0  # degrees to both sides
+DEFAULT_PAIRS = 5
 SHEET_COLUMNS = 6
-MAX_SHEETS = 8  # at most, where there is no truth to rank by
+MAX_SHEETS = 8  # comparison sheets without a ground truth to rank by
+BATCH = 8  # frames of the baseline and of the perceptual distance at once
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is compared, and by what it is measured."""
+    """What is compared and how it is measured. None stands for the default; one that does not apply is refused."""
 
-    max_frames: int | None = 50  # of each clip; None: all
-    take: Literal["spread", "first"] = "spread"  # which: spread evenly, or the first
+    max_frames: int | None = 50  # frames of each clip; None: all
+    take: Literal["spread", "first"] = "spread"  # which frames: spread evenly, or the first
     cross: bool = False  # another person drives
-    pairs: int = 5  # of source and driver, with `cross`
-    seed: int = 0  # picks them, and the resamples of the intervals
-    identity: str | None = None  # `dlib` or a TorchScript file (see `core.identity`); None: identity is not measured
-    perceptual: Path | None = None  # a backbone's file (VGG16, MobileNetV2); None: perceptual distance is not measured
-    lpips: Path | None = None  # LPIPS' learned weights for it, where they are a file of their own
-    results: tuple[Path, ...] = ()  # folders of finished videos, `<case>.mp4` or `<case>/` with pictures in each
-    model: bool = True  # False: only `results`, and `repeat`
-    views: bool = True  # novel views too, of self-reenactment's sources
+    pairs: int | None = None  # with `cross`: pairs of source and driver; default 5
+    seed: int = 0  # of the pairs and of the bootstrap
+    identity: str | None = None  # `dlib` or a TorchScript file, see `face_embedding`; None: not measured
+    perceptual: Path | None = None  # backbone file (VGG16 or MobileNetV2); None: perceptual distance is not measured
+    lpips: Path | None = None  # LPIPS' learned weights for that VGG16, if they are a file of their own
+    results: tuple[Path, ...] = ()  # folders of finished videos: `<case>.mp4`, or pictures in `<case>/`
+    model: bool = True  # False: score only `results` and `repeat`
+    smooth: SmoothingLevel | None = None  # smoothing of the driver; default "light", as in `reenact`
+    views: bool | None = None  # novel views too; default: yes in self-reenactment
+
+    def __post_init__(self) -> None:
+        """Refuse options without effect."""
+        if self.pairs is not None and not self.cross:
+            raise InputError("--pairs applies to --cross only: remove it, or add --cross")
+        if self.views and self.cross:
+            raise InputError("--views applies to self-reenactment only: remove --views or --cross")
+        for name in ("views", "smooth"):
+            if getattr(self, name) and not self.model:
+                raise InputError(f"--{name} applies to the model only: remove it, or --no-model")
+        if self.lpips is not None and self.perceptual is None:
+            raise InputError(f"{self.lpips} has only LPIPS' linear weights: give the VGG16 file with --perceptual")
+        if not (self.model or self.results):
+            raise InputError("--no-model leaves nothing to score: add --results FOLDER")
+
+    def resolve(self) -> EvaluateOptions:
+        """Return the options with the defaults that apply filled in."""
+        return replace(
+            self,
+            pairs=(self.pairs or DEFAULT_PAIRS) if self.cross else None,
+            smooth=(self.smooth or "light") if self.model else None,
+            views=self.model and not self.cross if self.views is None else self.views,
+        )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by method and metric (None: not measured); means over clips leave out what is None."""
+    """Scores by method and metric; None means not measured, and means over clips ignore it."""
 
     dataset: Path
     protocol: Literal["self", "cross"]
     cases: int
     frames: int
     mean: dict[str, dict[str, float | None]]
-    interval: dict[str, dict[str, tuple[float, float] | None]]  # of the mean: 95 %, by bootstrap over clips
-    clips: list[dict[str, Any]]  # case, method, frames, and the metrics: a row for each method
-    views: list[dict[str, float | None]]  # yaw asked for, and what `view_*` is there; empty: not measured
-    options: EvaluateOptions
+    interval: dict[str, dict[str, tuple[float, float] | None]]  # 95 % interval of the mean, by bootstrap over clips
+    clips: list[dict[str, Any]]  # case, method, frames and metrics: one row per case and method
+    views: list[dict[str, float | None]]  # requested yaw and the `view_*` metrics there; empty: not measured
+    options: EvaluateOptions  # resolved
+    quality: str | None  # of the rendering; None without a model
     seconds: float  # wall-clock
     device: str
-    files: list[Path] = field(default_factory=list)  # what was written
+    files: list[Path] = field(default_factory=list)  # written files
 
 
 def evaluate(
@@ -98,43 +130,44 @@ def evaluate(
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score the model on a data set written by `preprocess`; tables, pictures and a report go to the folder `out`."""
-    options = options or EvaluateOptions()
+    """Score a model on a data set written by `preprocess`; write tables, pictures and a report to the folder `out`."""
+    options = (options or EvaluateOptions()).resolve()
     began = time.monotonic()
     cases = find_cases(dataset, options)
-    ruler = _make_metric_suite(animator, options)
+    suite = _make_metric_suite(animator, options)
     rows: list[dict[str, Any]] = []
     views: list[list[Scores]] = []
     for count, case in enumerate(cases, start=1):
-        scored, seen = _score_case(animator, case, options, ruler)
-        rows += scored
-        views += [seen] if seen else []
+        case_rows, case_views = _score_case(animator, case, options, suite)
+        rows += case_rows
+        views += [case_views] if case_views else []
         if progress is not None:
             progress("clips", count, len(cases))
     if not rows:
         raise InputError(f"no clip of {dataset} has a frame with a face")
-    result = _summarise(dataset, options, rows, views, animator.device_name, began)
+    result = _summarise(dataset, options, rows, views, animator, time.monotonic() - began)
     if out is None:
         return result
     return replace(result, files=write_report(result, _comparison_sheets(animator, cases, result), out))
 
 
 def find_cases(dataset: Path, options: EvaluateOptions) -> list[Case]:
-    """Who is animated by whom; raises `InputError` where there is nobody."""
+    """Return the cases of a data set; raise `InputError` if there is none."""
     clips = read_clips(dataset)
     if options.cross:
-        cases = cross_cases(clips, options.pairs, options.seed)
+        cases = cross_cases(clips, options.pairs or DEFAULT_PAIRS, options.seed)
     else:
         cases = [Case(clip, clip, clip) for clip in clips if len(clip.motion) > 1]
     if not cases:
-        raise InputError(f"{dataset} has no {'pair of two people' if options.cross else 'video'} to evaluate with")
+        missing = "pair of two people" if options.cross else "video"
+        raise InputError(f"{dataset} has no {missing} to evaluate with: give a larger data set")
     return cases
 
 
 def write_inputs(dataset: Path, options: EvaluateOptions, out: Path, size: int) -> list[Path]:
-    """What another tool needs to be scored alike: `<case>-source.png` (of side `size`) and the driving clip.
+    """Write each case's inputs for another tool: `<case>-source.png` (side `size`) and `<case>-driver.mp4`.
 
-    Its results, `<case>.mp4` with a frame for each of the driver's, are then `options.results`.
+    The tool's results, `<case>.mp4` with one frame per driver frame, can then be given as `options.results`.
     """
     files = []
     for case in find_cases(dataset, options):
@@ -146,8 +179,6 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path, size: int) 
 
 def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSuite:
     embedder = None if options.identity is None else load_embedder(options.identity, animator.device)
-    if options.perceptual is None and options.lpips is not None:
-        raise InputError(f"{options.lpips} holds LPIPS' linear weights alone: give its VGG16 as --perceptual")
     if options.perceptual is None:
         return MetricSuite(animator.tracker, embedder)
     from export3d_cli.core.config.schema import LossConfig
@@ -159,18 +190,18 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
     network = network.to(animator.device).eval()
 
     def distance(a: Frames, b: Frames) -> float:
-        parts = []
-        for at in range(0, len(a), 8):
-            x, y = (to_tensor(np.stack(frames[at : at + 8])).to(animator.device) for frames in (a, b))
+        total = 0.0
+        for start in range(0, len(a), BATCH):
+            x, y = (to_tensor(np.stack(frames[start : start + BATCH])).to(animator.device) for frames in (a, b))
             with torch.inference_mode():
-                parts.append(float(network(x, y, scales=1)) * len(x))
-        return sum(parts) / len(a)
+                total += float(network(x, y, scales=1)) * len(x)
+        return total / len(a)
 
     return MetricSuite(animator.tracker, embedder, distance, _perceptual_metric_name(network))
 
 
 def _perceptual_metric_name(network: Any) -> str:
-    """The column of a perceptual distance: only the official weights make it LPIPS."""
+    """Return the column of a perceptual distance; it is `lpips` only with the official weights."""
     if network.name == "lpips":
         return "lpips"
     with torch.inference_mode():
@@ -179,57 +210,57 @@ def _perceptual_metric_name(network: Any) -> str:
 
 
 def _score_case(
-    animator: Animator, case: Case, options: EvaluateOptions, ruler: MetricSuite
+    animator: Animator, case: Case, options: EvaluateOptions, suite: MetricSuite
 ) -> tuple[list[dict[str, Any]], list[Scores]]:
-    """One row of metrics for each method, and those of each novel view."""
+    """Return a row of metrics for each method, and the metrics of each novel view."""
     size = animator.model.config.image_size
-    rows = select_frames(case, options.max_frames, options.take)
-    if not len(rows):
+    scored_rows = select_frames(case, options.max_frames, options.take)
+    if not len(scored_rows):
         return [], []
-    run = consecutive_frames(case, len(rows))
-    union = np.union1d(rows, run)
-    sample = FrameSample(np.searchsorted(union, rows), np.searchsorted(union, run))
+    consecutive = consecutive_frames(case, len(scored_rows))
+    rows = np.union1d(scored_rows, consecutive)
+    sample = FrameSample(np.searchsorted(rows, scored_rows), np.searchsorted(rows, consecutive))
     photo = load_source_image(case.source, size)
-    made = render_methods(animator, case, photo, union, options)
-    truth = ruler.track(decode_frames(case.target or case.driver, union, size))
-    face = ruler.embed(ruler.track([photo]), np.array([0]))
-    scored: list[dict[str, Any]] = []
-    for method, frames in made.items():
-        scores = ruler.score(
-            ruler.track(frames), truth, sample, has_ground_truth=case.target is not None, source_embedding=face
-        )
-        scored.append({"case": case.name, "method": method, "frames": len(rows), **scores})
-    seen: list[Scores] = []
-    if options.views and options.model and not options.cross:
+    results = render_methods(animator, case, photo, rows, options)
+    truth = suite.track(decode_frames(case.target or case.driver, rows, size))
+    embedding = suite.embed(suite.track([photo]), np.array([0]))
+    has_truth = case.target is not None
+    scores: list[dict[str, Any]] = []
+    for method, frames in results.items():
+        metric = suite.score(suite.track(frames), truth, sample, has_ground_truth=has_truth, source_embedding=embedding)
+        scores.append({"case": case.name, "method": method, "frames": len(scored_rows), **metric})
+    views: list[Scores] = []
+    if options.views:
         pictures, cameras = render_novel_views(animator, case, photo)
-        seen = ruler.score_views(ruler.track(pictures, independent=True), cameras, face)
-        scored[0] |= {key: metrics.finite_mean([view[key] for view in seen]) for key in seen[0]}
-    return scored, seen
+        views = suite.score_views(suite.track(pictures, independent=True), cameras, embedding)
+        scores[0] |= {key: metrics.finite_mean([view[key] for view in views]) for key in views[0]}
+    return scores, views
 
 
 def render_methods(
     animator: Animator, case: Case, photo: np.ndarray, rows: np.ndarray, options: EvaluateOptions
 ) -> dict[str, Frames]:
-    """What each method makes of the source's photo for the driver's frames `rows`."""
-    size, row = animator.model.config.image_size, most_frontal_frame(case.source.motion)
-    made: dict[str, Frames] = {}
+    """Return each method's frames for the source `photo` and the driver's frames `rows`."""
+    size, source_row = animator.model.config.image_size, most_frontal_frame(case.source.motion)
+    results: dict[str, Frames] = {}
     if options.model:
         motion = case.driver.motion
-        seen_by = motion if case.target is None else case.target.motion  # crops are framed clip by clip
-        parts = {key: getattr(motion, key)[rows] for key in ("beta", "landmarks", "found")}
-        driver = replace(motion, camera=seen_by.camera[rows], **parts)
-        animator.set_source_motion(photo, case.source.motion, row)
-        made["model"] = list(animator.drive([driver]))
+        if case.target is not None:  # the result is framed as the target's crop
+            length = min(len(motion), len(case.target.motion))
+            motion = replace(motion.select(np.arange(length)), camera=case.target.motion.camera[:length])
+        motion = MotionSmoother(options.smooth or "light", motion.fps)(motion).select(rows)
+        animator.set_source_motion(photo, case.source.motion, source_row)
+        results["model"] = list(animator.drive([motion]))
         if animator.model.flow is not None:
-            made["flow"] = list(_render_flow_baseline(animator, photo, case.source.motion, row, driver))
+            results["flow"] = list(_render_flow_baseline(animator, photo, case.source.motion, source_row, motion))
     for folder in options.results:
         name = folder.resolve().name
-        made[name if name not in made else str(folder)] = load_result_frames(folder, case, rows, size)
-    return {**made, "repeat": [photo] * len(rows)}
+        results[name if name not in results else str(folder)] = load_result_frames(folder, case, rows, size)
+    return {**results, "repeat": [photo] * len(rows)}
 
 
 def render_novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tuple[Frames, np.ndarray]:
-    """The source's photo seen from `VIEWS` sides -> pictures and cameras (V, 25)."""
+    """Return the source seen from `NUM_VIEWS` sides, and the cameras (V, 25)."""
     animator.set_source_motion(photo, case.source.motion, most_frontal_frame(case.source.motion))
     options = NovelViewOptions(yaw=(-MAX_VIEW_YAW, MAX_VIEW_YAW), frames=NUM_VIEWS, loop="once")
     cameras = orbit_cameras(animator.source_camera(), options)
@@ -239,7 +270,7 @@ def render_novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tup
 def _render_flow_baseline(
     animator: Animator, photo: np.ndarray, motion: Motion, row: int, driver: Motion
 ) -> Iterator[np.ndarray]:
-    """The photo warped by the basis flow, and left as it is away from the face."""
+    """Yield the photo warped by the basis flow and unchanged away from the face."""
     model, device, side = animator.model, animator.device, animator.model.config.image_size // 2
     assert model.flow is not None
 
@@ -247,45 +278,46 @@ def _render_flow_baseline(
         return torch.from_numpy(array).float().to(device)
 
     with torch.inference_mode():
-        seen = motion.camera[row : row + 1]
-        camera, points = tensor(seen), tensor(landmarks_to_head_frame(motion.landmarks[row : row + 1], seen))
-        lam = model.expression.coefficients(tensor(motion.beta[row : row + 1]))
+        source = motion.select(np.array([row]))
+        camera, points = tensor(source.camera), tensor(landmarks_to_head_frame(source.landmarks, source.camera))
+        lam = model.expression.coefficients(tensor(source.beta))
         image = to_tensor(photo)[None].to(device)
-        still = pixel_grid(side, device).T.reshape(1, 2, side, side)
-        for at in range(0, len(driver), 8):
-            beta, seen_by = tensor(driver.beta[at : at + 8]), tensor(driver.camera[at : at + 8])
+        identity_grid = pixel_grid(side, device).T.reshape(1, 2, side, side)
+        for start in range(0, len(driver), BATCH):
+            beta, target_camera = (tensor(x[start : start + BATCH]) for x in (driver.beta, driver.camera))
             b = len(beta)
             p = points.expand(b, -1, -1)
             target = model.flow.deform_landmarks(p, model.expression.coefficients(beta) - lam)
-            mesh = model.flow(p, camera.expand(b, -1), target, seen_by, side)
-            uv = mesh.weight * mesh.uv + (1 - mesh.weight) * still
+            mesh = model.flow(p, camera.expand(b, -1), target, target_camera, side)
+            uv = mesh.weight * mesh.uv + (1 - mesh.weight) * identity_grid
             uv = F.interpolate(uv, scale_factor=2, mode="bilinear", align_corners=False)
             yield from to_uint8(warp(image.expand(b, -1, -1, -1), uv))
 
 
 def _comparison_sheets(animator: Animator, cases: list[Case], result: Evaluation) -> dict[str, np.ndarray]:
-    """Pictures of the best, the median and the worst clip, of the first method; of some pairs where there is no truth.
+    """Return sheets of the best, the median and the worst clip of the first method, or of up to 8 pairs without truth.
 
-    Each shows the source, then driver, target and the methods over time; and novel views beneath each other.
+    Each shows the source, then driver, ground truth and the methods over time; one more sheet has the novel views.
     """
     first = next(iter(result.mean))
-    key = "aed" if result.mean[first]["akd478"] is None else "akd478"
-    score = {row["case"]: row[key] for row in result.clips if row["method"] == first}
-    known = {case.name: case for case in cases if case.name in score}
-    ranked = sorted(known, key=lambda name: np.inf if score[name] is None else score[name])
-    if key == "aed":
-        some = dict.fromkeys(np.linspace(0, len(ranked) - 1, min(MAX_SHEETS, len(ranked))).round().astype(int).tolist())
-        names = {f"{place:02d}": ranked[place] for place in some}
-    else:
+    has_truth = result.mean[first]["akd478"] is not None
+    score = {row["case"]: row["akd478" if has_truth else "aed"] for row in result.clips if row["method"] == first}
+    by_name = {case.name: case for case in cases if case.name in score}
+    ranked = sorted(by_name, key=lambda name: np.inf if score[name] is None else score[name])
+    if has_truth:
         names = {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
-    sheets = {
-        f"{place}-{name}": _comparison_sheet(animator, known[name], result.options) for place, name in names.items()
-    }
+    else:
+        places = np.unique(np.linspace(0, len(ranked) - 1, min(MAX_SHEETS, len(ranked))).round().astype(int))
+        names = {f"{place:02d}": ranked[place] for place in places.tolist()}
+    options = result.options
+    sheets = {f"{place}-{name}": _comparison_sheet(animator, by_name[name], options) for place, name in names.items()}
     if result.views:
-        chosen = [known[name] for name in dict.fromkeys(names.values())]
         size = animator.model.config.image_size
-        seen = [render_novel_views(animator, case, load_source_image(case.source, size))[0] for case in chosen]
-        sheets["views"] = np.concatenate([np.concatenate(pictures, axis=1) for pictures in seen])
+        rows = []
+        for case in (by_name[name] for name in dict.fromkeys(names.values())):
+            pictures, _ = render_novel_views(animator, case, load_source_image(case.source, size))
+            rows.append(np.concatenate(pictures, axis=1))
+        sheets["views"] = np.concatenate(rows)
     return sheets
 
 
@@ -296,38 +328,51 @@ def _comparison_sheet(animator: Animator, case: Case, options: EvaluateOptions) 
     lines = {"driver": decode_frames(case.driver, rows, size)}
     if case.target is not None and case.target is not case.driver:
         lines["truth"] = decode_frames(case.target, rows, size)
-    made = render_methods(animator, case, photo, rows, options)
-    lines |= {method: frames for method, frames in made.items() if method != "repeat"}
+    results = render_methods(animator, case, photo, rows, options)
+    lines |= {method: frames for method, frames in results.items() if method != "repeat"}
     blank = np.full_like(photo, 255)
     return np.concatenate([
-        np.concatenate([draw_caption(blank if i else photo, name if i else ""), *line], axis=1)
-        for i, (name, line) in enumerate(lines.items())
+        np.concatenate([draw_caption(blank if i else photo, name if i else ""), *frames], axis=1)
+        for i, (name, frames) in enumerate(lines.items())
     ])  # fmt: skip
 
 
 def _summarise(
-    dataset: Path, options: EvaluateOptions, rows: list[dict[str, Any]], views: list[list[Scores]], device: str,
-    began: float,
-) -> Evaluation:  # fmt: skip
-    """Means and intervals over clips; NaN becomes None, since JSON has no other word for it."""
+    dataset: Path,
+    options: EvaluateOptions,
+    rows: list[dict[str, Any]],
+    views: list[list[Scores]],
+    animator: Animator,
+    seconds: float,
+) -> Evaluation:
+    """Compute means and intervals over clips; NaN becomes None, because JSON has no NaN."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     mean: dict[str, dict[str, float | None]] = {}
     interval: dict[str, dict[str, tuple[float, float] | None]] = {}
     for method in methods:
         values = {key: [row[key] for row in rows if row["method"] == method] for key in metrics.METRICS}
-        mean[method] = {key: _nan_to_none(metrics.finite_mean(of)) for key, of in values.items()}
-        bounds = {key: metrics.bootstrap_interval(of, seed=options.seed) for key, of in values.items()}
+        mean[method] = {key: _nan_to_none(metrics.finite_mean(column)) for key, column in values.items()}
+        bounds = {key: metrics.bootstrap_interval(column, seed=options.seed) for key, column in values.items()}
         interval[method] = {key: pair if np.isfinite(pair[0]) else None for key, pair in bounds.items()}
-    counted = [row for row in rows if row["method"] == methods[0]]
-    told: list[dict[str, float | None]] = []
+    by_yaw: list[dict[str, float | None]] = []
     for number, yaw in enumerate(np.linspace(-MAX_VIEW_YAW, MAX_VIEW_YAW, NUM_VIEWS)) if views else []:
-        seen = {key: metrics.finite_mean([clip[number][key] for clip in views]) for key in views[0][0]}
-        told.append({"yaw": float(yaw), **{key: _nan_to_none(value) for key, value in seen.items()}})
+        means = {key: metrics.finite_mean([clip[number][key] for clip in views]) for key in views[0][0]}
+        by_yaw.append({"yaw": float(yaw), **{key: _nan_to_none(value) for key, value in means.items()}})
+    frame_counts = [row["frames"] for row in rows if row["method"] == methods[0]]
     return Evaluation(
-        dataset, "cross" if options.cross else "self", len(counted), sum(row["frames"] for row in counted), mean,
-        interval, [{key: _nan_to_none(value) for key, value in row.items()} for row in rows], told, options,
-        time.monotonic() - began, device,
-    )  # fmt: skip
+        dataset=dataset,
+        protocol="cross" if options.cross else "self",
+        cases=len(frame_counts),
+        frames=sum(frame_counts),
+        mean=mean,
+        interval=interval,
+        clips=[{key: _nan_to_none(value) for key, value in row.items()} for row in rows],
+        views=by_yaw,
+        options=options,
+        quality=animator.quality if options.model else None,
+        seconds=seconds,
+        device=animator.device_name,
+    )
 
 
 def _nan_to_none(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables, pictures, and one HTML file that holds them all and needs nothing else."""
+"""Writes an evaluation: scores.csv, scores.json, pictures, and a self-contained report.html."""
 
 from __future__ import annotations
 
@@ -21,29 +21,22 @@ from export3d_cli.core.runtime.files import write_atomic
 if TYPE_CHECKING:
     from export3d_cli.core.evaluation.evaluate import Evaluation
 
-MAX_PICTURE_WIDTH_PX = 1400  # pixels of a picture inside the HTML, at most
-BEST_CLASS = ' class="best"'
+MAX_PICTURE_WIDTH_PX = 1400  # of the pictures inside the HTML
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 SHEET_TITLES = {
     "best": "Best clip", "median": "Median clip", "worst": "Worst clip",
-    "views": "Novel views of these sources, yaw -30 to 30 degrees",
+    "views": "Novel views of the same sources, yaw -30 to 30 degrees",
 }  # fmt: skip
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1100px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin-bottom:0}h2{font-size:1.15rem;margin-top:2.2rem}p.facts{color:#666;margin-top:.2rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.22rem .7rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}
-thead th{border-bottom:2px solid #888;position:sticky;top:0;background:#fff}
-td small{color:#777}td.best{font-weight:600}td small{font-weight:400}div.wide{overflow-x:auto}figure{margin:1rem 0}
-img{max-width:100%;height:auto;display:block}
-figcaption{color:#555;margin:.3rem 0}dt{font-weight:600}dd{margin:0 0 .4rem 1rem}
-@media(prefers-color-scheme:dark){body,thead th{background:#16181b;color:#ddd}th,td{border-color:#3a3d42}
-p.facts,figcaption,td small{color:#9aa0a6}}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
+th,td{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}
+td small,figcaption{color:#777}figure{margin:1rem 0}img{max-width:100%;height:auto;display:block}dt{font-weight:600}
 """
 
 
 def write_report(result: Evaluation, pictures: dict[str, np.ndarray], out: Path) -> list[Path]:
-    """Write scores.csv (a line for each clip and method), scores.json (all), report.html and the pictures as PNG."""
+    """Write scores.csv (one row per clip and method), scores.json (all), report.html and the pictures as PNG."""
     files = [out / "scores.csv", out / "scores.json", out / "report.html", *(out / f"{n}.png" for n in pictures)]
     with write_atomic(files[0]) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["case", "method", "frames", *METRICS], lineterminator="\n")
@@ -60,42 +53,52 @@ def write_report(result: Evaluation, pictures: dict[str, np.ndarray], out: Path)
 
 
 def escape_csv_cell(text: str) -> str:
-    """A name from a data set as a cell that no spreadsheet takes for a formula."""
+    """Quote a name from a data set so that no spreadsheet runs it as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def render_html(result: Evaluation, pictures: dict[str, np.ndarray]) -> str:
-    """The report as HTML, with the pictures inside."""
-    known = [key for key in METRICS if any(row[key] is not None for row in result.mean.values())]
+    """Return the report as HTML, with the pictures inside."""
+    keys = [key for key in METRICS if any(row[key] is not None for row in result.mean.values())]
     options = result.options
     facts = [
         f"{result.protocol}-reenactment", f"{result.cases} {'pairs' if options.cross else 'clips'}",
         f"{result.frames} frames, {options.take}", f"seed {options.seed}",
+        *([f"quality {result.quality}, smoothing {options.smooth}"] if options.model else []),
         *([f"identity by {Path(options.identity).name}"] if options.identity else []),
         result.device, f"{result.seconds:.0f} s", f"export3d {__version__}",
     ]  # fmt: skip
     title = escape(f"Evaluation: {result.dataset.resolve().name}")
-    parts = [
+    means = [[f"{_title(key)} {ARROWS[METRICS[key].better]}", *_mean_cells(result, key)] for key in keys]
+    view_keys = [key for key in METRICS if any(view.get(key) is not None for view in result.views)]
+    views = [[f"{view['yaw']:+.0f}", *(_format_value(key, view[key]) for key in view_keys)] for view in result.views]
+    clips = [
+        [escape(row["case"]), escape(row["method"]), str(row["frames"]), *(_format_value(k, row.get(k)) for k in keys)]
+        for row in result.clips
+    ]
+    return "\n".join([
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        '<meta name="viewport" content="width=device-width"><style>', STYLE, "</style></head><body>",
-        f'<h1>{title}</h1><p class="facts">{escape(" · ".join(facts))}</p>',
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
+        f"<h1>{title}</h1><p>{escape(' · '.join(facts))}</p>",
         "<p>Mean over clips, with its 95 % interval by bootstrap over clips. ↑ higher is better, ↓ lower is.</p>",
-        _means_table(result, known), *(_figure(name, picture) for name, picture in pictures.items()),
-        _views_table(result), "<h2>Every clip</h2>", _clips_table(result, known), "<h2>What is measured</h2><dl>",
-        *(f"<dt>{escape(_title(key))}</dt><dd>{escape(METRICS[key].description)}</dd>" for key in known),
-        "</dl></body></html>",
-    ]  # fmt: skip
-    return "\n".join(part for part in parts if part) + "\n"
+        _table(["", *map(escape, result.mean)], means),
+        *(_figure(name, picture) for name, picture in pictures.items()),
+        *(["<h2>Novel views</h2>", _table(["yaw (deg)", *map(_title, view_keys)], views)] if views else []),
+        "<h2>All clips</h2>", _table(["clip", "method", "frames", *map(_title, keys)], clips),
+        "<h2>Metrics</h2><dl>",
+        *(f"<dt>{_title(key)}</dt><dd>{escape(METRICS[key].description)}</dd>" for key in keys),
+        "</dl></body></html>\n",
+    ])  # fmt: skip
 
 
 def draw_caption(cell: np.ndarray, text: str) -> np.ndarray:
-    """A copy of a picture with a line of dark text in its middle, as large as fits."""
+    """Return a copy of a picture with a line of dark text across its middle, as large as fits."""
     cell = cell.copy()
     if text:
         (width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
         scale = min(cell.shape[1] / 300, 0.9 * cell.shape[1] / width)
-        at = (round((cell.shape[1] - scale * width) / 2), cell.shape[0] // 2)
-        cv2.putText(cell, text, at, cv2.FONT_HERSHEY_SIMPLEX, scale, (40, 40, 40), 1, cv2.LINE_AA)
+        position = (round((cell.shape[1] - scale * width) / 2), cell.shape[0] // 2)
+        cv2.putText(cell, text, position, cv2.FONT_HERSHEY_SIMPLEX, scale, (40, 40, 40), 1, cv2.LINE_AA)
     return cell
 
 
@@ -109,49 +112,24 @@ def _format_value(key: str, value: float | None) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in r) + "</tr>" for r in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    """Return a table of cells that are HTML already."""
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    return f"<table><thead><tr>{header}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
-def _means_table(result: Evaluation, known: list[str]) -> str:
-    rows = []
-    for key in known:
-        values = {method: row[key] for method, row in result.mean.items()}
-        better = METRICS[key].better
-        told = {method: _format_value(key, v) for method, v in values.items()}
-        there = {float(told[m]) for m, v in values.items() if v is not None and m != "repeat"}
-        best = (max if better == "higher" else min)(there) if better and len(there) > 1 else None
-        cells = [f"{escape(_title(key))} {ARROWS[better]}"]
-        for method, value in values.items():
-            bounds = result.interval[method][key]
-            spread = "" if bounds is None else f" <small>{' to '.join(_format_value(key, b) for b in bounds)}</small>"
-            wins = best is not None and value is not None and method != "repeat" and float(told[method]) == best
-            cells.append(f"<td{BEST_CLASS if wins else ''}>{told[method]}{spread}</td>")
-        rows.append(cells)
-    return _table(["", *(escape(method) for method in result.mean)], rows)
-
-
-def _views_table(result: Evaluation) -> str:
-    if not result.views:
-        return ""
-    keys = [key for key in result.views[0] if key != "yaw" and any(view[key] is not None for view in result.views)]
-    rows = [[f"{view['yaw']:+.0f}", *(_format_value(key, view[key]) for key in keys)] for view in result.views]
-    return "<h2>Novel views</h2>" + _table(["yaw (deg)", *(escape(_title(key)) for key in keys)], rows)
-
-
-def _clips_table(result: Evaluation, known: list[str]) -> str:
-    rows = [
-        [
-            escape(row["case"]),
-            escape(row["method"]),
-            str(row["frames"]),
-            *(_format_value(key, row.get(key)) for key in known),
-        ]
-        for row in result.clips
-    ]
-    return _table(["clip", "method", "frames", *(escape(key.replace("_", " ")) for key in known)], rows)
+def _mean_cells(result: Evaluation, key: str) -> list[str]:
+    """Return a metric's mean and interval for each method, the best of the methods in bold."""
+    texts = {method: _format_value(key, row[key]) for method, row in result.mean.items()}
+    values = [float(texts[m]) for m, row in result.mean.items() if row[key] is not None and m != "repeat"]
+    better = METRICS[key].better
+    best = (max if better == "higher" else min)(values) if better and len(values) > 1 else None
+    cells = []
+    for method, text in texts.items():
+        bold = method != "repeat" and result.mean[method][key] is not None and best == float(text)
+        cell, bounds = f"<b>{text}</b>" if bold else text, result.interval[method][key]
+        cells.append(cell + (f" <small>{' to '.join(_format_value(key, b) for b in bounds)}</small>" if bounds else ""))
+    return cells
 
 
 def _figure(name: str, picture: np.ndarray) -> str:
@@ -159,7 +137,7 @@ def _figure(name: str, picture: np.ndarray) -> str:
     title = SHEET_TITLES.get(place, "Pair")
     caption = f"{title}: {clip}" if clip else title
     if clip:
-        caption += ". First the source; beside it the driver; below, what should come out where known, and the methods."
+        caption += ". First the source, to its right the driver; below, the ground truth if known, and the methods."
     data = base64.b64encode(_encode_jpeg(picture)).decode()
     return (
         f'<figure><h2>{escape(title)}</h2><img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'

@@ -1,4 +1,4 @@
-"""A tiny, untrained model on a small data set: the baselines' scores are known, the model's only have to be there."""
+"""Evaluation of a tiny, untrained model: the baselines' scores are checked, the model's only need to exist."""
 
 import csv
 import json
@@ -17,19 +17,21 @@ from safetensors.torch import save_file
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.preprocess import preprocess
-from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, write_inputs
+from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, render_methods, write_inputs
 from export3d_cli.core.evaluation.metrics import METRICS
 from export3d_cli.core.evaluation.protocol import (
     Case,
     consecutive_frames,
     cross_cases,
     decode_frames,
+    load_source_image,
     most_frontal_frame,
     read_clips,
     select_frames,
 )
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.smoothing import MotionSmoother
 from export3d_cli.core.media.image import read_image, to_tensor
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
@@ -45,7 +47,7 @@ FRAMES = 10
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
-    """The example driver as a clip, and the same moving picture as two heads that share their tracks."""
+    """Return a data set with the example driver as its one clip."""
     folder = tmp_path_factory.mktemp("faces")
     preprocess([example_path("drive.mp4")], folder, size=64, max_frames=FRAMES)
     return folder
@@ -85,7 +87,7 @@ def result(animator, data_set, tmp_path_factory):
     return evaluate(animator, data_set, EvaluateOptions(max_frames=6), out=tmp_path_factory.mktemp("out"))
 
 
-def test_methods_stand_side_by_side(result):
+def test_evaluate_scores_model_and_baselines(result):
     assert list(result.mean) == ["model", "flow", "repeat"]
     assert result.cases == 1 and result.frames == 6 and len(result.clips) == 3
     assert all(set(METRICS) <= set(row) for row in result.clips)
@@ -97,12 +99,12 @@ def test_methods_stand_side_by_side(result):
     assert repeat["identity"] is None
 
 
-def test_rigid_flow_follows_the_head(result):
-    """With b_i = 0 the mesh still moves rigidly: closer to the truth than standing still, if the head turns at all."""
+def test_flow_baseline_without_expression_follows_the_head(result):
+    """With b_i = 0 the mesh still moves rigidly, so it is closer to the truth than the unchanged source."""
     assert result.mean["flow"]["akd478"] <= result.mean["repeat"]["akd478"] + 0.2
 
 
-def test_tables_and_pictures_are_written(result):
+def test_write_report_writes_tables_and_pictures(result):
     table, whole, report = result.files[:3]
     with table.open() as file:
         rows = list(csv.DictReader(file))
@@ -114,7 +116,7 @@ def test_tables_and_pictures_are_written(result):
     assert page.count("data:image/jpeg;base64,") == 4 and "http" not in page and "<script" not in page
 
 
-def test_source_is_the_most_frontal_frame(data_set):
+def test_most_frontal_frame_ignores_untracked_frames(data_set):
     motion = Motion.load(next(data_set.glob("clips/*.npz")))
     camera = motion.camera.copy()
     camera[:] = Camera.orbit(20.0).to_vector()
@@ -124,8 +126,8 @@ def test_source_is_the_most_frontal_frame(data_set):
     assert most_frontal_frame(Motion(**{**vars(motion), "camera": camera, "found": found})) == 3
 
 
-def test_heads_that_share_tracks_have_a_truth(animator, heads):
-    """Both heads are one here, so that the flow of another head's track is that of one's own."""
+def test_cross_with_shared_tracks_has_a_ground_truth(animator, heads):
+    """Both heads are copies here, so the flow of the other head's track is that of its own."""
     own = evaluate(animator, heads, EvaluateOptions(max_frames=4))
     crossed = evaluate(animator, heads, EvaluateOptions(max_frames=4, cross=True, pairs=2))
     assert crossed.cases == 2
@@ -133,7 +135,7 @@ def test_heads_that_share_tracks_have_a_truth(animator, heads):
     assert all(len({part[:1] for part in row["case"].split("-by-")}) == 2 for row in crossed.clips)
 
 
-def test_two_people_without_a_truth(animator, heads, tmp_path):
+def test_cross_without_shared_tracks_has_no_ground_truth(animator, heads, tmp_path):
     shutil.copytree(heads / "clips", tmp_path / "clips")
     lines = (heads / "manifest.jsonl").read_text().replace("_t0", "_0").splitlines()
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
@@ -142,7 +144,7 @@ def test_two_people_without_a_truth(animator, heads, tmp_path):
     assert result.mean["flow"]["aed"] is not None
 
 
-def test_intervals_need_more_than_one_clip(animator, data_set, heads, result):
+def test_evaluate_interval_needs_two_clips(animator, data_set, heads, result):
     assert result.interval["flow"]["psnr"] is None
     more = evaluate(animator, heads, EvaluateOptions(max_frames=3, views=False))
     low, high = more.interval["flow"]["psnr"]
@@ -150,7 +152,7 @@ def test_intervals_need_more_than_one_clip(animator, data_set, heads, result):
     assert more.views == [] and more.mean["model"]["view_lost"] is None
 
 
-def test_novel_views_are_told_by_angle(result):
+def test_evaluate_reports_novel_views_by_yaw(result):
     assert [view["yaw"] for view in result.views] == [-30, -20, -10, 0, 10, 20, 30]
     seen = [view for view in result.views if view["view_pose"] is not None]
     assert all(0 <= view["view_pose"] <= 180 for view in seen) and len(seen) == sum(
@@ -160,8 +162,8 @@ def test_novel_views_are_told_by_angle(result):
     assert result.mean["model"]["view_lost"] == pytest.approx(lost) and result.mean["flow"]["view_pose"] is None
 
 
-def test_finished_videos_are_scored_by_the_same_ruler(animator, data_set, tmp_path):
-    """The driver itself as a result is perfect; the rows that count are the right ones."""
+def test_evaluate_scores_results_of_other_tools(animator, data_set, tmp_path):
+    """The driver itself is a perfect result."""
     options = EvaluateOptions(max_frames=4, results=(tmp_path / "tool",), model=False)
     clip = read_clips(data_set)[0]
     files = write_inputs(data_set, options, tmp_path / "in", 64)
@@ -184,7 +186,7 @@ def test_finished_videos_are_scored_by_the_same_ruler(animator, data_set, tmp_pa
 @pytest.mark.parametrize(
     ("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "must be square")]
 )
-def test_results_that_do_not_fit_are_refused(animator, data_set, tmp_path, size, frames, message):
+def test_evaluate_refuses_results_of_wrong_length_or_shape(animator, data_set, tmp_path, size, frames, message):
     name = read_clips(data_set)[0].id
     with VideoWriter(tmp_path / f"{name}.mp4", size=size, fps=Fraction(25)) as writer:
         for _ in range(frames):
@@ -193,7 +195,7 @@ def test_results_that_do_not_fit_are_refused(animator, data_set, tmp_path, size,
         evaluate(animator, data_set, EvaluateOptions(results=(tmp_path,), model=False))
 
 
-def test_rows_are_spread_or_first_and_steadiness_has_neighbours(data_set):
+def test_select_frames_and_consecutive_frames(data_set):
     clip = read_clips(data_set)[0]
     found = np.ones(40, bool)
     found[[4, 20]] = False
@@ -202,7 +204,7 @@ def test_rows_are_spread_or_first_and_steadiness_has_neighbours(data_set):
     }, "found": found})  # fmt: skip
     clip = replace(clip, motion=motion)
     case = Case(clip, clip, clip)
-    assert select_frames(case, 5, "first").tolist() == [1, 2, 3, 5, 6]  # 0 is the source
+    assert select_frames(case, 5, "first").tolist() == [1, 2, 3, 5, 6]  # frame 0 is the source
     assert select_frames(case, 3).tolist() == [1, 21, 39] and len(select_frames(case, None)) == 37
     assert consecutive_frames(case, 4).tolist() == [17, 18, 19]
     assert len(consecutive_frames(case, 50)) == 12 and 20 not in consecutive_frames(case, 50)
@@ -210,7 +212,20 @@ def test_rows_are_spread_or_first_and_steadiness_has_neighbours(data_set):
     assert len(consecutive_frames(case, 50)) == 0
 
 
-def test_pairs_are_fixed_by_the_seed(heads):
+def test_render_methods_smooths_the_driver_as_reenact_does(animator, data_set):
+    """Light smoothing gives the frames of a driver that was smoothed before; without smoothing they differ."""
+    clip = read_clips(data_set)[0]
+    rows, photo = np.arange(3, 6), load_source_image(clip, 64)
+    smoothed = replace(clip, motion=MotionSmoother("light", clip.motion.fps)(clip.motion))
+    case, smoothed_case = Case(clip, clip, clip), Case(clip, smoothed, smoothed)
+    light = render_methods(animator, case, photo, rows, EvaluateOptions())
+    off = render_methods(animator, case, photo, rows, EvaluateOptions(smooth="off"))
+    expected = render_methods(animator, smoothed_case, photo, rows, EvaluateOptions(smooth="off"))
+    assert np.array_equal(light["model"], expected["model"]) and np.array_equal(light["flow"], expected["flow"])
+    assert not np.array_equal(light["model"], off["model"])
+
+
+def test_cross_cases_are_fixed_by_the_seed(heads):
     clips = read_clips(heads)
     names = [[case.name for case in cross_cases(clips, 4, seed)] for seed in (0, 0, 1)]
     assert names[0] == names[1] != names[2]
@@ -218,7 +233,7 @@ def test_pairs_are_fixed_by_the_seed(heads):
 
 @pytest.fixture
 def backbone(tmp_path):
-    """A random VGG16 under torchvision's names, narrow: enough for the arithmetic."""
+    """Return a narrow random VGG16 with torchvision's parameter names."""
     torch.manual_seed(0)
     state, inside = {}, 3
     for number, out in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, *[8] * 11), strict=True):
@@ -228,16 +243,16 @@ def backbone(tmp_path):
     return tmp_path / "vgg.safetensors"
 
 
-def test_perceptual_distance_is_named_after_its_backbone(animator, data_set, backbone):
+def test_evaluate_names_perceptual_distance_after_its_backbone(animator, data_set, backbone):
     result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, perceptual=backbone, views=False))
-    told = result.mean["repeat"]
-    assert told["lpips"] is None and told["mobilenetv2"] is None
+    repeat = result.mean["repeat"]
+    assert repeat["lpips"] is None and repeat["mobilenetv2"] is None
     clip = read_clips(data_set)[0]
     truth = decode_frames(clip, select_frames(Case(clip, clip, clip), 3), 64)
     photo = to_tensor(decode_frames(clip, np.array([most_frontal_frame(clip.motion)]), 64)[0])
     expected = [float(load_perceptual(backbone)(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
-    assert told["vgg16"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
-    with pytest.raises(InputError, match="give its VGG16"):
+    assert repeat["vgg16"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
+    with pytest.raises(InputError, match="give the VGG16"):
         evaluate(animator, data_set, EvaluateOptions(lpips=backbone))
 
 
@@ -249,13 +264,13 @@ class _Colours(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_identity_of_the_repeated_source_is_one(animator, data_set, tmp_path):
+def test_evaluate_identity_of_the_repeated_source_is_one(animator, data_set, tmp_path):
     torch.jit.script(_Colours()).save(str(tmp_path / "id.pt"))
     result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, identity=str(tmp_path / "id.pt")))
     assert result.mean["repeat"]["identity"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_what_cannot_be_used_is_an_input_error(animator, data_set, tmp_path):
+def test_evaluate_unusable_input_raises_input_error(animator, data_set, tmp_path):
     with pytest.raises(InputError, match="is not a data set"):
         evaluate(animator, tmp_path)
     line = json.loads((data_set / "manifest.jsonl").read_text())
@@ -270,18 +285,35 @@ def test_what_cannot_be_used_is_an_input_error(animator, data_set, tmp_path):
         evaluate(animator, data_set, EvaluateOptions(identity=str(tmp_path / "id.pt")))
 
 
-def test_command(weights, data_set, tmp_path):
+def test_evaluate_command(weights, data_set, tmp_path):
     args = ["evaluate", str(data_set), "--weights", str(weights), "--max-frames", "3", "--device", "cpu"]
     done = CliRunner().invoke(cli, [*args, "-o", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["mean"]["repeat"]["lost"] == 0.0 and not math.isnan(told["mean"]["flow"]["psnr"])
-    assert Path(told["files"][0]).is_file()
+    summary = json.loads(done.stdout)
+    assert summary["mean"]["repeat"]["lost"] == 0.0 and not math.isnan(summary["mean"]["flow"]["psnr"])
+    chosen = (summary["quality"], summary["options"]["smooth"], summary["options"]["views"])
+    assert chosen == ("balanced", "light", True)
+    assert Path(summary["files"][0]).is_file()
     done = CliRunner().invoke(cli, args)
     assert done.exit_code == 0 and "repeat" in done.stderr and "akd478" in done.stderr
     assert CliRunner().invoke(cli, ["evaluate", str(tmp_path), "--weights", str(weights)]).exit_code == 2
     assert CliRunner().invoke(cli, [*args, "--pairs", "0"]).exit_code == 2
-    assert CliRunner().invoke(cli, [*args, "--no-model"]).exit_code == 2
+    for options, message in (
+        (["--no-model"], "nothing to score"),
+        (["--pairs", "5"], "--pairs applies to --cross"),
+        (["--cross", "--views"], "--views applies to self-reenactment"),
+        (["--no-model", "--results", str(tmp_path), "--views"], "--views applies to the model"),
+        (["--no-model", "--results", str(tmp_path), "--smooth", "off"], "--smooth applies to the model"),
+        (["--no-model", "--results", str(tmp_path), "--quality", "best"], "--quality has no effect with --no-model"),
+        (["--write-inputs", "in", "-o", "x"], "--output, --max-frames has no effect with --write-inputs"),
+        (["--lpips", __file__], "give the VGG16 file"),
+    ):
+        done = CliRunner().invoke(cli, [*args, *options])
+        assert done.exit_code == 2 and message in " ".join(done.stderr.replace("│", "").split()), done.stderr
+    done = CliRunner().invoke(cli, [*args, "--quality", "fast", "--smooth", "off", "--no-views", "--json"])
+    summary = json.loads(done.stdout)
+    assert (summary["quality"], summary["options"]["smooth"], summary["options"]["views"]) == ("fast", "off", False)
     assert CliRunner().invoke(cli, [*args, "--identity", "nobody"]).exit_code == 2
-    done = CliRunner().invoke(cli, [*args, "--write-inputs", str(tmp_path / "in")])
-    assert done.exit_code == 0 and len(list((tmp_path / "in").iterdir())) == 2
+    args = ["evaluate", str(data_set), "--weights", str(weights), "--write-inputs", str(tmp_path / "in"), "--json"]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["files"]) == len(list((tmp_path / "in").iterdir())) == 2
