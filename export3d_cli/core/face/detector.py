@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.files import quiet_stderr
 
 SEARCH_SIDES_PX = (640, 1280)  # longer side of the image in a quick search and in a thorough one
 _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES = 0.6, 0.3, 1000
@@ -56,10 +55,9 @@ class FaceDetector:
             if not self.network.is_file():
                 raise WeightsError(f"no face detector at {self.network}: install export3d-cli again")
             try:
-                with quiet_stderr():
-                    self._net = cv2.FaceDetectorYN.create(
-                        str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES
-                    )
+                self._net = cv2.FaceDetectorYN.create(
+                    str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES
+                )
             except cv2.error as error:
                 raise WeightsError(
                     f"{self.network} does not load in OpenCV {cv2.__version__}: install export3d-cli again, "

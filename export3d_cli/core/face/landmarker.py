@@ -24,7 +24,7 @@ import numpy as np
 
 from export3d_cli.core.face.detector import SEARCH_SIDES_PX, Detection, FaceDetector
 from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
-from export3d_cli.core.face.litert import LiteRTNetwork, quiet_stderr
+from export3d_cli.core.face.litert import LiteRTNetwork
 from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 
@@ -84,10 +84,9 @@ class Landmarker:
         short_range, mesh, blendshapes = read_bundle(
             bundle, "face_detector.tflite", "face_landmarks_detector.tflite", "face_blendshapes.tflite"
         )
-        with quiet_stderr():
-            self._detector_network = LiteRTNetwork(short_range, bundle, threads)
-            self._landmark_network = LiteRTNetwork(mesh, bundle, threads)
-            self._blendshape_network = LiteRTNetwork(blendshapes, bundle, threads)
+        self._detector_network = LiteRTNetwork(short_range, bundle, threads)
+        self._landmark_network = LiteRTNetwork(mesh, bundle, threads)
+        self._blendshape_network = LiteRTNetwork(blendshapes, bundle, threads)
         self._anchors = _make_anchors()  # (896, 2)
         self._second_detector = detector
         self._lost_frames = 0  # frames since `track` found a face

@@ -8,9 +8,6 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.files import quiet_stderr
-
-__all__ = ["LiteRTNetwork", "quiet_stderr"]
 
 
 class LiteRTNetwork:

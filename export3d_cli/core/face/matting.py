@@ -10,7 +10,7 @@ import numpy as np
 
 from export3d_cli.core.face.crop import Square
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.litert import LiteRTNetwork, quiet_stderr
+from export3d_cli.core.face.litert import LiteRTNetwork
 from export3d_cli.core.runtime.errors import WeightsError
 
 FacePosition = tuple[float, float, float]  # x, y of a face's centre and its size, in sizes of the picture
@@ -40,8 +40,7 @@ class PersonMatting:
             content = path.read_bytes()
         except OSError as error:
             raise WeightsError(f"cannot read {path} ({error.strerror}): install export3d-cli again") from error
-        with quiet_stderr():
-            self._network = LiteRTNetwork(content, path, threads)
+        self._network = LiteRTNetwork(content, path, threads)
         self._previous_mask: np.ndarray | None = None
 
     def alpha(self, image: np.ndarray, faces: Sequence[FacePosition] = (), *, hair_strands: bool = False) -> np.ndarray:

@@ -191,23 +191,6 @@ def check_file(path: Path, max_bytes: int) -> None:
         raise InputError(f"{path} is larger than {max_bytes >> 20} MiB: reduce its size")
 
 
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Redirect file descriptor 2 to /dev/null: native libraries write to it directly."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def ensure_relative(name: str) -> None:
     """Raise `ValueError` unless `name`, from an untrusted manifest, is a relative path inside the dataset."""
     if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import NUM_LANDMARKS
 from export3d_cli.core.face.landmarker import read_bundle
-from export3d_cli.core.face.litert import quiet_stderr
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
 
@@ -27,9 +26,8 @@ class LandmarkNetwork(nn.Module):
         super().__init__()
         (content,) = read_bundle(bundle, "face_landmarks_detector.tflite")
         plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # whose operations are those of the file
-        with quiet_stderr():
-            reader = Interpreter(model_content=content, experimental_op_resolver_type=plain)
-            reader.allocate_tensors()
+        reader = Interpreter(model_content=content, experimental_op_resolver_type=plain)
+        reader.allocate_tensors()
         shapes = {d["index"]: d["shape"].tolist() for d in reader.get_tensor_details()}
         self.output_index = next(d["index"] for d in reader.get_output_details() if d["shape"][-1] == 3 * NUM_LANDMARKS)
         self.input_index = reader.get_input_details()[0]["index"]
