@@ -15,12 +15,11 @@ from export3d_cli.core.runtime.camera import FOCAL, RADIUS
 MIN_BETA_STD = 0.0201  # entries of beta at the least deviation, 0.02, hardly moved in training and mean nothing
 JACOBIAN_SAMPLES = 256  # expressions around the mean over which the Jacobian is averaged
 IMAGE_SIZE_PX = 256  # side of the picture in which motion is told
-_JAWLINE = (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397)  # the chin's outline
 REGIONS: dict[str, tuple[int, ...]] = {
     "lips": mesh.LIPS,
     "eyes": mesh.LEFT_EYE + mesh.RIGHT_EYE + mesh.LEFT_IRIS + mesh.RIGHT_IRIS,
     "brows": mesh.LEFT_BROW + mesh.RIGHT_BROW,
-    "jaw": _JAWLINE,
+    "jaw": mesh.JAW,
 }
 
 

@@ -55,7 +55,8 @@ class DriverStream:
         smooth: how much the motion is smoothed.
         reference: frame of those given, from 0, whose motion is kept in `reference`; None: none.
         camera: (25,), where and as far away as which a CSV's head is seen; None: EG3D's usual.
-        tape: faces of this driver, read with these options: recorded at the first pass, taken from it later.
+        track_cache: records the faces at the first pass; later passes with the same driver, tracker, face and frames
+            take them from it.
 
     `fps` is the exact rate, `total` the expected number of frames, `missing` how many showed no face so far,
     `reference` (one row, or None) is there from the first part on.
@@ -93,6 +94,7 @@ class DriverStream:
         self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
         self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
         self._stopped = False
+        self._track_key = (driver.resolve(), type(tracker), face, fps, start, duration, max_frames)
         if is_motion_file(driver):
             if crop_size is not None:
                 raise InputError(f"{driver} holds no pictures to show beside the result: leave out --compare")
@@ -157,12 +159,13 @@ class DriverStream:
 
     def _faces(self) -> Iterator[tuple[Face | None, tuple[int, int]]]:
         """The face of each frame, and the frame's size: tracked, or from the tape."""
-        if self.track_cache is not None and self.track_cache.complete:
+        if self.track_cache is not None and self.track_cache.is_complete(self._track_key):
             for face in self.track_cache:
                 yield face, self.track_cache.size
+            self.notes += [note for note in self.track_cache.notes if note not in self.notes]
             return
         if self.track_cache is not None:
-            self.track_cache.clear()
+            self.track_cache.restart(self._track_key)
         follow = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
         for image in self._images(self._reader):
             size = (image.shape[1], image.shape[0])
@@ -172,8 +175,9 @@ class DriverStream:
             yield face, size
         if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
+        self.notes += follow.notes
         if self.track_cache is not None:
-            self.track_cache.complete = True
+            self.track_cache.finish(self.notes)
 
     def _track(self) -> Iterator[MotionBatch]:
         """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""

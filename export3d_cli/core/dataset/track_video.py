@@ -69,6 +69,7 @@ def extract_motion(
                 faces.append(track(frame))
                 if progress is not None:
                     progress("tracking", len(faces), total)
+            notes = [*notes, *track.notes]
     if all(candidate is None for candidate in faces):
         raise NoFaceError(f"no face found in {path}: use a file where a face is large, upright and facing the camera")
     return face_tracker.make_motion(faces, fps, size), notes

@@ -17,15 +17,13 @@ import torch
 from torch.nn import functional as F
 
 from export3d_cli.core.evaluation import metrics
-from export3d_cli.core.face.landmarks import LEFT_EYE, RIGHT_EYE
+from export3d_cli.core.face.landmarks import ARCFACE_POINTS, DLIB_POINTS, LEFT_EYE, RIGHT_EYE
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.runtime.errors import InputError
 
 # frames, uint8 (H, W, 3) each, and their landmarks (F, 478, 2) in pixels -> unit vectors (F, D) float32
 Embedder = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
 DLIB_CHIP_SIZE_PX, DLIB_PADDING = 150, 0.25  # of the face chips that dlib's network was trained on
-# outer and inner corner of the eye on the image's right, of the one on its left; below the nose
-DLIB_LANDMARKS = (263, 362, 33, 133, 2)
 _DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"
 
 
@@ -54,7 +52,7 @@ class TorchScriptEmbedder:
     def __call__(self, frames: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
         """Return unit vectors (F, D) for frames with landmarks (F, 478, 2) in pixels."""
         eyes = [points[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]  # left to right in the image
-        keypoints = np.stack([*eyes, points[:, 1], points[:, 61], points[:, 291]], axis=1)
+        keypoints = np.stack([*eyes, *(points[:, k] for k in ARCFACE_POINTS)], axis=1)
         crops = [metrics.crop_to_arcface(frame, five) for frame, five in zip(frames, keypoints, strict=True)]
         batch = (to_tensor(np.stack(crops)).to(self.device) * 0.5 + 0.5 - self.mean) / self.std
         with torch.inference_mode():
@@ -76,7 +74,7 @@ class DlibEmbedder:
 
     def __call__(self, frames: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
         """Return unit vectors (F, 128) for frames with landmarks (F, 478, 2) in pixels."""
-        keypoints = points[:, list(DLIB_LANDMARKS)]
+        keypoints = points[:, list(DLIB_POINTS)]
         chips = [self._chip(frame, five) for frame, five in zip(frames, keypoints, strict=True)]
         vectors = np.array([self.network.compute_face_descriptor(chip) for chip in chips], dtype=np.float32)
         unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

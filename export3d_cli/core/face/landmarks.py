@@ -28,7 +28,6 @@ FACE_OVAL = (  # clockwise from the top of the forehead
     10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150,
     136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109,
 )  # fmt: skip
-
 RIGHT_BROW = (46, 53, 52, 65, 55, 70, 63, 105, 66, 107)
 LEFT_BROW = (276, 283, 282, 295, 285, 300, 293, 334, 296, 336)
 JAW = (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397)
@@ -37,6 +36,9 @@ JAW = (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397)
 EYE_RIMS = ((RIGHT_IRIS[0], RIGHT_EYE), (LEFT_IRIS[0], LEFT_EYE[8::-1] + LEFT_EYE[:8:-1]))
 # Folds of the upper lids, right and left, from the outer corner to the inner one, corners excluded.
 EYELID_FOLDS = ((247, 30, 29, 27, 28, 56, 190), (467, 260, 259, 257, 258, 286, 414))
+
+ARCFACE_POINTS = (NOSE_TIP, RIGHT_MOUTH_CORNER, LEFT_MOUTH_CORNER)  # of ArcFace's five, after the eyes' means
+DLIB_POINTS = (LEFT_EYE_OUTER, LEFT_EYE_INNER, RIGHT_EYE_OUTER, RIGHT_EYE_INNER, NOSE_BASE)  # of dlib's face chips
 
 # Points that hold still on the skull in every expression, with their weights in MediaPipe's pose solver.
 RIGID_WEIGHTS = {

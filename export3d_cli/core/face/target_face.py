@@ -60,7 +60,8 @@ class TargetFaceTracker:
     """Called with the frames of a video, uint8 (H, W, 3) RGB, in order; returns the target face of each, or None.
 
     The face is chosen in the first frame that shows any, and again after a cut. Within a shot, faces elsewhere in the
-    picture are not taken for it.
+    picture are not taken for it. If a shot after a cut shows too few faces for index:N, its frames have no face, and
+    `notes` says so: another person is never taken instead.
 
     Args:
         landmarker: finds and tracks; its tracking state is reset.
@@ -73,22 +74,28 @@ class TargetFaceTracker:
         self, landmarker: FaceFinder, fps: Fraction, *, choice: str = "largest", name: str = "the video"
     ) -> None:
         self._landmarker, self._choice, self._name = landmarker, choice, name
+        self._fps = fps
         self._patience_frames = round(PATIENCE_S * fps)
         self._cuts = SceneCutDetector()
         self._previous_image: np.ndarray | None = None
         self._face: Face | None = None  # of the previous frame
         self._last_face: Face | None = None  # the last one found
         self._missing_frames = 0  # frames since the last face
+        self._frame = -1
+        self._cut_frame = 0
+        self._chosen = False  # whether a face was chosen in any shot
+        self.notes: list[str] = []  # for the user
         landmarker.reset()
 
     def __call__(self, image: np.ndarray) -> Face | None:
         """Return the target face in the next frame."""
+        self._frame += 1
         if self._previous_image is not None and np.array_equal(image, self._previous_image):
             return self._face
         self._previous_image = image
         if self._cuts(image) is not None:
             self._landmarker.reset()
-            self._last_face, self._choice = None, self._choice if ":" not in self._choice else "largest"
+            self._last_face, self._cut_frame = None, self._frame
         self._face = self._choose(image) if self._last_face is None else self._follow_last(image, self._last_face)
         self._missing_frames = 0 if self._face is not None else self._missing_frames + 1
         self._last_face = self._face or self._last_face
@@ -99,7 +106,19 @@ class TargetFaceTracker:
         if face is None:
             return None
         if self._choice != "largest":
-            self._landmarker.follow(choose_face(self._landmarker.find_all(image), self._choice, self._name), image)
+            faces = self._landmarker.find_all(image)
+            index = self._choice.partition(":")[2]
+            if self._chosen and len(faces) <= int(index or 0):
+                self._landmarker.reset()
+                if index and not self.notes:
+                    seconds = float(self._cut_frame / self._fps)
+                    self.notes.append(
+                        f"{self._name} shows {len(faces)} face(s) after the cut at {seconds:.1f} s: {self._choice} "
+                        "does not exist there, and its frames count as frames without a face"
+                    )
+                return None
+            self._landmarker.follow(choose_face(faces, self._choice, self._name), image)
+        self._chosen = True
         for _ in range(WARMUP_PASSES - 1):
             face = self._landmarker.track(image)
         return face

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 import numpy as np
@@ -19,12 +19,18 @@ _RECORD_LENGTH = (
 
 
 class TrackCache:
-    """The faces of one driver's frames, in order; a context manager. `complete` is set once all are recorded."""
+    """The faces of the frames of one pass over a driver, in order; a context manager.
+
+    A pass is identified by a key: everything that its faces depend on, such as driver, tracker and face. Recording
+    another pass replaces the one before.
+    """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="export3d-")  # noqa: SIM115 - closed by __exit__
+        self._key: object = None
+        self._complete = False
         self.size = (0, 0)  # width, height of the frames
-        self.complete = False
+        self.notes: tuple[str, ...] = ()  # for the user, about the pass
 
     def __enter__(self) -> TrackCache:
         return self
@@ -34,11 +40,15 @@ class TrackCache:
     ) -> None:
         self._file.close()
 
-    def clear(self) -> None:
-        """Remove all records."""
+    def is_complete(self, key: object) -> bool:
+        """Return whether all faces of the pass `key` are recorded."""
+        return self._complete and self._key == key
+
+    def restart(self, key: object) -> None:
+        """Remove all records and begin to record the pass `key`."""
         self._file.seek(0)
         self._file.truncate()
-        self.complete = False
+        self._key, self._complete, self.notes = key, False, ()
 
     def append(self, face: Face | None, size: tuple[int, int]) -> None:
         """Record the face of the next frame, None if it shows none; `size` is its (width, height)."""
@@ -49,6 +59,10 @@ class TrackCache:
             record[2 : 2 + 3 * count] = face.landmarks.ravel()
         self.size = size
         self._file.write(record.tobytes())
+
+    def finish(self, notes: Iterable[str] = ()) -> None:
+        """Mark the pass as complete."""
+        self._complete, self.notes = True, tuple(notes)
 
     def __iter__(self) -> Iterator[Face | None]:
         position = 0

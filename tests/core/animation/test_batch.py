@@ -10,8 +10,6 @@ import pytest
 
 from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
 from export3d_cli.core.animation.batch import output_paths, plan_reenact, reenact_all
-from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
@@ -108,20 +106,3 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(
 def reenact_rate(clip: Path) -> object:
     with VideoReader(clip) as reader:
         return reader.info.fps
-
-
-def test_a_tape_gives_back_what_was_recorded() -> None:
-    rng = np.random.default_rng(0)
-    faces = [Face(rng.random((478, 3), np.float32), rng.random(52, np.float32), 0.75), None]
-    with TrackCache() as tape:
-        for _ in range(2):
-            tape.clear()
-            for face in faces:
-                tape.append(face, (640, 480))
-        first, second = tape
-        assert list(tape)[1] is second is None
-        assert first is not None
-        assert faces[0] is not None
-        np.testing.assert_array_equal(first.landmarks, faces[0].landmarks)
-        np.testing.assert_array_equal(first.blendshapes, faces[0].blendshapes)
-        assert (first.score, tape.size, tape.complete) == (0.75, (640, 480), False)

@@ -14,6 +14,7 @@ from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion, resample_rows
+from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
@@ -56,16 +57,16 @@ def test_crop_known_early_changes_nothing_for_a_short_clip(
 ) -> None:
     """Frames leave before the clip has ended, as they do in a long one, shown frames in step with the motion."""
     clip = make_clip("dark.mp4", filters=BLACK.format("between(n,3,4)"), frames=8)
-    waited = read(stream(clip, tracker, batch=2, shown=32))
+    waited = read(stream(clip, tracker, batch=2, crop_size=32))
     monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0)
-    early = read(stream(clip, tracker, batch=2, shown=32))
+    early = read(stream(clip, tracker, batch=2, crop_size=32))
     np.testing.assert_allclose(early[0], waited[0], atol=1e-3)
     assert [int(crop.mean()) < 5 for crop in early[2]] == [False] * 3 + [True] * 2 + [False] * 3
 
 
 def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("clip.mp4")
-    with stream(clip, tracker, shown=48, max_frames=3) as driver:
+    with stream(clip, tracker, crop_size=48, max_frames=3) as driver:
         motion, crops = next(iter(driver))
     frames = list(VideoReader(clip))
     for frame, crop in zip(frames, crops, strict=False):
@@ -89,6 +90,18 @@ def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip,
     assert left_out.missing == 3
     with pytest.raises(NoFaceError, match=r"frame 0 of .*gap"):
         read(stream(clip, tracker, on_missing="fail"))
+
+
+def test_track_cache_serves_only_the_recorded_pass(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
+    """Another face, number of frames or driver is tracked again; the same pass is not."""
+    two = make_clip("mirrored.mp4", filters="split[a][b];[b]hflip[c];[a][c]hstack")
+    with TrackCache() as cache:
+        for options in ({"face": "left"}, {"face": "right"}, {"face": "right", "max_frames": 3}):
+            expected = read(stream(two, tracker, **options))
+            for _ in range(2):
+                beta, landmarks, _ = read(stream(two, tracker, track_cache=cache, **options))
+                np.testing.assert_array_equal(landmarks, expected[1])
+                np.testing.assert_array_equal(beta, expected[0])
 
 
 def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
@@ -117,7 +130,7 @@ def test_a_folder_of_pictures_drives_as_the_video_does(
     clip = make_clip("clip.mp4")
     for i, frame in enumerate(VideoReader(clip)):
         write_image(tmp_path / f"{i + 7}.png", frame)
-    folder = stream(tmp_path, tracker, shown=32)
+    folder = stream(tmp_path, tracker, crop_size=32)
     assert (folder.fps, folder.total) == (25, 6)
     beta, landmarks, crops = read(folder)
     expected = read(stream(clip, tracker))
@@ -127,7 +140,7 @@ def test_a_folder_of_pictures_drives_as_the_video_does(
 
 
 def test_a_picture_is_one_frame(tracker: LandmarkerTracker) -> None:
-    driver = stream(example_path("source.jpg"), tracker, shown=16)
+    driver = stream(example_path("source.jpg"), tracker, crop_size=16)
     beta, _, crops = read(driver)
     assert (len(beta), driver.total, driver.fps) == (1, 1, 25)
     assert crops[0].shape == (16, 16, 3)
@@ -162,5 +175,5 @@ def test_a_motion_file_streams_its_rows(make_clip: MakeClip, tracker: Landmarker
     with pytest.raises(InputError, match="lies behind the end"):
         stream(path, tracker, start=5.0)
     with pytest.raises(InputError, match="no pictures"):
-        stream(path, tracker, shown=16)
+        stream(path, tracker, crop_size=16)
     assert isinstance(Motion.load(path), Motion)

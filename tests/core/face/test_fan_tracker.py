@@ -21,7 +21,6 @@ from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
@@ -130,13 +129,6 @@ def test_its_motion_is_kept_in_files_and_on_tape(tracker: FanTracker, tmp_path: 
     motion.save(tmp_path / "a.motion.npz")
     again = Motion.load(tmp_path / "a.motion.npz", landmark_counts=(478, 68))
     np.testing.assert_array_equal(again.landmarks, motion.landmarks)
-    with TrackCache() as tape:
-        tape.append(face, (9, 9))
-        tape.append(None, (9, 9))
-        first, second = tape
-    assert second is None
-    assert first is not None
-    np.testing.assert_array_equal(first.landmarks, face.landmarks)
 
 
 def test_the_package_missing(detector: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,12 @@ def test_pose_and_coefficients_of_exact_landmarks(
 def test_without_a_prior_the_fit_is_exact(
     basis: FaceBasis, person: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"SPARSITY_WEIGHT": 0, "COEFFICIENT_SD": 1e4, "GAUSS_NEWTON_STEPS": 12, "DESCENT_SWEEPS": 150}.items():
+    for name, value in {
+        "SPARSITY_WEIGHT": 0,
+        "COEFFICIENT_SD": 1e4,
+        "GAUSS_NEWTON_STEPS": 12,
+        "DESCENT_SWEEPS": 150,
+    }.items():
         monkeypatch.setattr(fitting, name, value)
     truth = seen(basis, person, POSES[:4], jawOpen=0.5, eyeBlink=0.6, mouthSmile=0.4)
     found = fit_frames(truth.project(), basis, person)

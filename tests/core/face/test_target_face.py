@@ -1,4 +1,4 @@
-"""One face of several: chosen by its place, waited for, and not mixed with others."""
+"""The target face among several: chosen by position, searched when lost, never confused with another."""
 
 from __future__ import annotations
 
@@ -12,88 +12,104 @@ from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.target_face import TargetFaceTracker
 from export3d_cli.core.runtime.errors import InputError
 
-Row = Sequence[tuple[float, float]]  # centre and size of each face of a frame
+FaceRow = Sequence[tuple[float, float]]  # centre and size of each face of a frame
 
 
-class Seen:
-    """A landmarker that is told what it sees: frame after frame, faces at places along a line."""
+class FakeFinder:
+    """A finder whose faces are given for each frame, at places along a line."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows, self.at = rows, -1
+    def __init__(self, rows: Sequence[FaceRow]) -> None:
+        self.rows, self.frame = rows, -1
         self.followed: float | None = None
 
-    def faces(self) -> list[Face]:
-        def face(centre: float, size: float) -> Face:
-            corners = np.array([[centre - size / 2, 0, 0], [centre + size / 2, size, 0]], np.float32)
+    def find_all(self, image: np.ndarray) -> list[Face]:
+        def face(x: float, size: float) -> Face:
+            corners = np.array([[x - size / 2, 0, 0], [x + size / 2, size, 0]], np.float32)
             return Face(corners, np.zeros(52, np.float32), 1.0)
 
-        return [face(*row) for row in sorted(self.rows[self.at], key=lambda row: -row[1])]
-
-    def find_all(self, image: np.ndarray) -> list[Face]:
-        return self.faces()
+        return [face(*row) for row in sorted(self.rows[self.frame], key=lambda row: -row[1])]
 
     def track(self, image: np.ndarray) -> Face | None:
-        faces = self.faces()
-        near = [face for face in faces if self.followed is not None and abs(place(face) - self.followed) < 30]
+        faces = self.find_all(image)
+        near = [face for face in faces if self.followed is not None and abs(centre(face) - self.followed) < 30]
         face = (near or faces or [None])[0]
-        self.followed = None if face is None else place(face)
+        self.followed = None if face is None else centre(face)
         return face
 
     def follow(self, face: Face, image: np.ndarray) -> None:
-        self.followed = place(face)
+        self.followed = centre(face)
 
     def reset(self) -> None:
         self.followed = None
 
 
-def place(face: Face) -> float:
+def centre(face: Face) -> float:
     return float(face.landmarks[:, 0].mean())
 
 
-def followed(rows: Sequence[Row], which: str = "largest", scenes: Sequence[int] = ()) -> list[float | None]:
-    """Where the face is in each frame; `scenes` are the frames at which the picture changes."""
-    seen = Seen(rows)
-    follow = TargetFaceTracker(seen, Fraction(5), choice=which, name="film.mp4")  # type: ignore[arg-type]
-    out, rng = [], np.random.default_rng(0)
+def track(
+    rows: Sequence[FaceRow], choice: str = "largest", cuts: Sequence[int] = ()
+) -> tuple[list[float | None], list[str]]:
+    """Return the position of the target face in each frame and the notes; `cuts` are frames with a new picture."""
+    finder = FakeFinder(rows)
+    target = TargetFaceTracker(finder, Fraction(5), choice=choice, name="film.mp4")
+    positions, rng = [], np.random.default_rng(0)
     picture = rng.integers(0, 255, (8, 8, 3))
     for k in range(len(rows)):
-        seen.at = k
-        if k in scenes:
+        finder.frame = k
+        if k in cuts:
             picture = rng.integers(0, 255, (8, 8, 3))
-        frame = np.kron(picture, np.ones((8, 8, 1), int)).clip(k % 2, 255).astype(np.uint8)
-        face = follow(frame)
-        out.append(None if face is None else place(face))
-    return out
+        frame = np.kron(picture, np.ones((8, 8, 1), int)).astype(np.uint8)
+        frame[0, 0] = k  # no frame repeats the one before
+        face = target(frame)
+        positions.append(None if face is None else centre(face))
+    return positions, target.notes
 
 
-TWO: Row = [(100, 80), (400, 100), (700, 60)]
+THREE: FaceRow = [(100, 80), (400, 100), (700, 60)]
+TWO: FaceRow = [(250, 90), (500, 70)]
 
 
 @pytest.mark.parametrize(
-    ("which", "where"), [("largest", 400), ("left", 100), ("right", 700), ("index:0", 100), ("index:2", 700)]
+    ("choice", "position"), [("largest", 400), ("left", 100), ("right", 700), ("index:0", 100), ("index:2", 700)]
 )
-def test_the_face_is_chosen_by_its_place(which: str, where: float) -> None:
-    assert followed([[], TWO, TWO], which) == [None, where, where]
+def test_tracker_chooses_the_face_by_position(choice: str, position: float) -> None:
+    assert track([[], THREE, THREE], choice) == ([None, position, position], [])
 
 
-def test_another_face_that_grows_is_not_taken() -> None:
+def test_tracker_keeps_its_face_when_another_grows() -> None:
     rows = [[(100, 80 + 3 * i), (400 - 2 * i, 100 - 2 * i)] for i in range(20)]
-    assert followed(rows) == [400 - 2 * i for i in range(20)]
+    assert track(rows)[0] == [400 - 2 * i for i in range(20)]
 
 
-def test_a_lost_face_is_waited_for_then_another_is_taken() -> None:
+def test_tracker_waits_for_a_lost_face_before_it_takes_another() -> None:
     alone, both = [(100, 80)], [(100, 80), (400, 100)]
-    assert followed([both] * 3 + [alone] * 5 + [both] * 3) == [400] * 3 + [None] * 5 + [400] * 3
-    assert followed([both] * 3 + [alone] * 14) == [400] * 3 + [None] * 10 + [100] * 4
+    assert track([both] * 3 + [alone] * 5 + [both] * 3)[0] == [400] * 3 + [None] * 5 + [400] * 3
+    assert track([both] * 3 + [alone] * 14)[0] == [400] * 3 + [None] * 10 + [100] * 4
 
 
-def test_after_a_cut_it_is_chosen_anew() -> None:
-    other = [(250, 90), (500, 70)]
-    assert followed([TWO] * 4 + [other] * 3, scenes=[4]) == [400] * 4 + [250] * 3
-    assert followed([TWO] * 4 + [other] * 3, "right", scenes=[4]) == [700] * 4 + [500] * 3
-    assert followed([TWO] * 4 + [other] * 3, "index:2", scenes=[4]) == [700] * 4 + [250] * 3  # there is no such one
+@pytest.mark.parametrize(
+    ("choice", "before", "after"),
+    [("largest", 400, 250), ("left", 100, 250), ("right", 700, 500), ("index:0", 100, 250), ("index:1", 400, 500)],
+)
+def test_tracker_chooses_again_after_a_cut(choice: str, before: float, after: float) -> None:
+    assert track([THREE] * 4 + [TWO] * 3, choice, cuts=[4]) == ([before] * 4 + [after] * 3, [])
 
 
-def test_a_face_that_is_not_there_is_an_error() -> None:
+def test_index_beyond_the_faces_after_a_cut_gives_no_face_and_a_note() -> None:
+    positions, notes = track([THREE] * 4 + [TWO] * 6 + [THREE] * 3, "index:2", cuts=[4, 10])
+    assert positions == [700] * 4 + [None] * 6 + [700] * 3
+    assert notes == [
+        "film.mp4 shows 2 face(s) after the cut at 0.8 s: index:2 does not exist there, and its frames count as "
+        "frames without a face"
+    ]
+
+
+def test_index_beyond_the_faces_after_a_cut_waits_for_another_face() -> None:
+    positions, _ = track([THREE] * 4 + [TWO] * 2 + [[*TWO, (900, 80)]] * 3, "index:2", cuts=[4])
+    assert positions == [700] * 4 + [None] * 2 + [900] * 3
+
+
+def test_index_beyond_the_faces_of_the_first_frame_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"film\.mp4 shows 3 face\(s\): index:3 does not exist"):
-        followed([TWO], "index:3")
+        track([THREE], "index:3")
