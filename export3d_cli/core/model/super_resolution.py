@@ -16,28 +16,24 @@ from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.cached_tensors import cached_tensor
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, lowpass, zero_init
 from export3d_cli.core.model.masks import dilate, linear_step
+from export3d_cli.core.model.source import Source
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, resize, warp
 
 PHOTO_FEATURES = 16  # channels of the photo features sampled along the flow
-MAX_RESIDUAL_FLOW = 4 / 256  # in image sizes
+MAX_RESIDUAL_FLOW = 4 / 256  # image sizes
 # Three rows of the upsampled image around an even and an odd row, as sums of three rows of the small image.
 PHASE_WEIGHTS = (((0.75, 0.25, 0.0), (0.25, 0.75, 0.75), (0.0, 0.0, 0.25)),
-          ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
-WINDOW_STEP_PX = 32  # sides of a window are multiples of this, so that few shapes occur
-SEAM_DIVISOR, FRINGE_DIVISOR = (
-    64,
-    16,
-)  # masks are dilated by 1/64 of the image side; stray hair reaches 1/16
-LAYER_GAP = 1 / 8  # distance of both layers' flows, in image sizes, from which the photo's own outline is not reused
-DISCONTINUITY_FADE = (
-    1.7,
-    2.6,
-)  # photo distances of neighbouring pixels, in pixels, with all and with no high-pass detail
+                 ((0.25, 0.0, 0.0), (0.75, 0.75, 0.25), (0.0, 0.25, 0.75)))  # fmt: skip
+WINDOW_STEP_PX = 32  # sides of a `PatchWindow` are multiples of this, so that few shapes occur
+SEAM_DIVISOR = 64  # masks are dilated by 1 / 64 of the image side ...
+FRINGE_DIVISOR = 16  # ... and by 1 / 16 where stray hair may reach
+# The rest is tuned on the compact weights.
+# Added to the blend's logit where the photo is visible: blurring the photo with a guess costs expression.
+PHOTO_LOGIT_BIAS = 7.5
 BLEND_FADE = (0.15, 0.35)  # blend weights up to which the photo counts as rejected and from which it is trusted
-PHOTO_LOGIT_BIAS = (
-    7.5  # added to the blend's logit where the photo is visible: blurring it with a guess costs expression
-)
+LAYER_GAP = 1 / 8  # distance of both layers' flows, in image sizes, from which the photo's own outline is not reused
+DISCONTINUITY_FADE = (1.7, 2.6)  # photo distance of neighbouring pixels, in photo pixels: all and no high-pass detail
 
 
 def upsample_2x(x: Tensor) -> Tensor:
@@ -97,18 +93,12 @@ class PatchWindow(NamedTuple):
 
 
 class PhotoDetail(NamedTuple):
-    """What super-resolution reads from the photo."""
+    """What super-resolution reads from the photo, and where."""
 
-    image: Tensor  # (B, 3, H, W)
-    image_half: Tensor  # (B, 3, H/2, W/2)
-    features_half: Tensor  # (B, 16, H/2, W/2) stem features
-    features_quarter: Tensor  # (B, 16, H/4, W/4)
-    flow: LayeredFlow
+    source: Source
     mesh: MeshFlow
-    head_mask: Tensor  # (B, 1, m, m) 1 on the photo's head
-    body_mask: Tensor  # (B, 1, m, m) 1 on the rest of the person
+    flow: LayeredFlow
     code: Tensor  # (B, d) beta': a smile shows teeth, a pout does not, with the same mouth opening
-    highpass: Tensor | None  # (B, 1, H, W) `highpass` of the photo; None with gradients
 
 
 class SuperResolutionOutput(NamedTuple):
@@ -274,6 +264,24 @@ def _window_range(where: Tensor, size: int) -> tuple[int, int]:
     return max(0, min(first - 1, size - length)), length
 
 
+def _background_visibility(detail: PhotoDetail) -> Tensor:
+    """Return where the photo shows the background of the result, (B, 1, m, m) in [0, 1]."""
+    source, mesh, flow = detail.source, detail.mesh, detail.flow
+    assert source.head_mask is not None and source.body_mask is not None
+    fringe = widen_mask(source.head_mask, FRINGE_DIVISOR) * (1 - source.body_mask)
+    masks = torch.cat([widen_mask(source.head_mask), source.head_mask + source.body_mask, fringe], dim=1)
+    head, person, fringe = warp(masks, flow.background).split(1, dim=1)
+    # Where the head has moved away, the photo does not show the background. The old outline must vanish there too,
+    # unless both layers moved alike and it still is the outline.
+    gap = (flow.background - flow.head).detach().square().sum(1, keepdim=True).sqrt()
+    same_motion = (1 - gap / LAYER_GAP).clamp_min(0)
+    visible = 1 - (head - widen_mask(mesh.weight) * same_motion).clamp_min(0)
+    # The same for hair that stands off the head, where there is no body.
+    no_hair = 1 - (fringe - widen_mask(mesh.weight, FRINGE_DIVISOR) * same_motion).clamp_min(0)
+    # A neck or an ear must not show the background behind the person.
+    return torch.minimum(visible, no_hair) * (1 - flow.head_occlusion * (1 - person))
+
+
 class SuperResolution(nn.Module):
     """Two upsampling stages; with `config.flow` the blocks also read `PhotoDetail`."""
 
@@ -300,72 +308,60 @@ class SuperResolution(nn.Module):
             self.expression = nn.Linear(config.code_dim, c2)
             zero_init(self.expression)
 
-    def forward(self, features: Tensor, rgb: Tensor, detail: PhotoDetail | None) -> SuperResolutionOutput:
-        """Map features (B, C', H/4, W/4) and their colours (B, 3, H/4, W/4) to the image and intermediate results."""
-        half = upsample_2x(rgb.float())
-        base = upsample_2x(half)
+    def forward(self, features: Tensor, detail: PhotoDetail | None = None) -> SuperResolutionOutput:
+        """Map features (B, C', H/4, W/4), RGB first, to the image and intermediate results."""
+        rgb_half = upsample_2x(features[:, :3].float())  # (B, 3, H/2, W/2)
+        rgb = upsample_2x(rgb_half)  # (B, 3, H, W)
         if detail is None:
-            x = self.block4(self.enter(features))
-            x = self.block2(self.to2(upsample_2x(leaky_relu(x))))
-            x = self.block1(self.to1(upsample_2x(leaky_relu(x))))
-            return SuperResolutionOutput(base + self.colour(leaky_relu(x)).float())
+            x = self.block4(self.enter(features))  # (B, c2, H/4, W/4)
+            x = self.block2(self.to2(upsample_2x(leaky_relu(x))))  # (B, c2, H/2, W/2)
+            x = self.block1(self.to1(upsample_2x(leaky_relu(x))))  # (B, c1, H, W)
+            return SuperResolutionOutput(rgb + self.colour(leaky_relu(x)).float())
 
-        mesh, flow, s4 = detail.mesh, detail.flow, features.shape[-1]
-        # Where the head has moved away, the photo does not show the background. The old outline must vanish there
-        # too, unless both layers moved alike and it still is the outline.
-        away = (flow.background - flow.head).detach().square().sum(1, keepdim=True).sqrt()
-        alike = (1 - away / LAYER_GAP).clamp_min(0)
-        stray = widen_mask(detail.head_mask, FRINGE_DIVISOR) * (
-            1 - detail.body_mask
-        )  # the same for hair that stands off the head, where there is no body
-        masks = torch.cat([widen_mask(detail.head_mask), detail.head_mask + detail.body_mask, stray], dim=1)
-        head, person, stray = warp(masks, flow.background).split(1, dim=1)
-        here = 1 - (head - widen_mask(mesh.weight) * alike).clamp_min(0)
-        here = torch.minimum(here, 1 - (stray - widen_mask(mesh.weight, FRINGE_DIVISOR) * alike).clamp_min(0))
-        here = here * (1 - flow.head_occlusion * (1 - person))  # nor may a neck or an ear show background
-        face, rigid = flow.weights[:, :1], flow.weights[:, 1:2]
-        rest = 1 - flow.head_weight
-        known = face * mesh.valid + rigid + rest * here
-        facts = resize(torch.cat([face, rigid, rest, known, mesh.stretch, mesh.mouth, mesh.mouth_coords], dim=1), s4)
-        x = self.enter(
-            torch.cat([features, make_layer_warp(flow, here, s4).sample(detail.features_quarter), facts], dim=1)
-        )
-        x = leaky_relu(self.block4(x))  # (B, c2, H/4, W/4)
+        source, mesh, flow, code = detail
+        assert source.image_half is not None and source.features_half is not None
+        assert source.features_quarter is not None
+        quarter = features.shape[-1]
+        half, full = 2 * quarter, 4 * quarter
+        background_visibility = _background_visibility(detail)  # (B, 1, m, m)
+        face, rigid, background = flow.weights[:, :1], flow.weights[:, 1:2], 1 - flow.head_weight
+        visibility = face * mesh.valid + rigid + background * background_visibility  # (B, 1, m, m)
 
-        facts = resize(torch.cat([known, mesh.mouth, mesh.mouth_coords], dim=1), 2 * s4)
-        at2 = make_layer_warp(flow, here, 2 * s4)
-        seen = at2.composite_over(at2.sample(detail.image_half), half)
-        x = self._upsample_concat_conv(self.to2, x, [seen, at2.sample(detail.features_half), facts], mesh, 2 * s4)
-        x = self.block2(x + self.expression(detail.code)[:, :, None, None])
-        offset = MAX_RESIDUAL_FLOW * torch.tanh(self.offset(leaky_relu(x)).float())
-        x = leaky_relu(x)  # (B, c2, H/2, W/2)
+        facts = torch.cat([face, rigid, background, visibility, mesh.stretch, mesh.mouth, mesh.mouth_coords], dim=1)
+        layers = make_layer_warp(flow, background_visibility, quarter)
+        x = torch.cat([features, layers.sample(source.features_quarter), resize(facts, quarter)], dim=1)
+        x = leaky_relu(self.block4(self.enter(x)))  # (B, c2, H/4, W/4)
 
-        facts = resize(facts, 4 * s4)
-        at1 = make_layer_warp(flow, here, 4 * s4, offset)
-        sampled = at1.composite_over(at1.sample(detail.image), base)  # (B, 3, H, W)
-        x = self.block1(self._upsample_concat_conv(self.to1, x, [sampled, facts], mesh, 4 * s4))
-        out = self.colour(leaky_relu(x)).float()
-        mask = torch.sigmoid(
-            4 * out[:, 3:] + PHOTO_LOGIT_BIAS * facts[:, :1] - 3
-        )  # starts with the photo where it is visible
-        mask = mask * (1 - resize(mesh.closed_in_photo, 4 * s4))  # closed lips must not be copied into an open mouth
-        image = mask * sampled + (1 - mask) * (base + out[:, :3])
-        shares = mask * at1.blend_weights
-        if detail.highpass is not None:
-            lacking = _missing_detail(mask, facts[:, :2]) * at1.blend_weights[:, :1]  # head layer only
-            shares[:, :1] += lacking
-            # No detail where photo positions jump: at outlines and on faces seen from the side
-            near = resize(
-                1 - linear_step(warp_discontinuity(at1.sample_grid[..., ::2, ::2]), *DISCONTINUITY_FADE), 4 * s4
-            )  # the grid has no finer structure
-            shares = shares * near
-            image = image + lacking * near[:, :1] * warp(detail.highpass, at1.sample_grid[:, :2])
-        return SuperResolutionOutput(image, offset, seen, known, at1.sample_grid, shares)
+        facts = resize(torch.cat([visibility, mesh.mouth, mesh.mouth_coords], dim=1), half)
+        layers = make_layer_warp(flow, background_visibility, half)
+        warped_half = layers.composite_over(layers.sample(source.image_half), rgb_half)  # (B, 3, H/2, W/2)
+        x = self._upsample_concat_conv(self.to2, x, [warped_half, layers.sample(source.features_half), facts], mesh)
+        x = leaky_relu(self.block2(x + self.expression(code)[:, :, None, None]))  # (B, c2, H/2, W/2)
+        residual_flow = MAX_RESIDUAL_FLOW * torch.tanh(self.offset(x).float())  # (B, 2, H/2, W/2)
 
-    def _upsample_concat_conv(
-        self, conv: nn.Conv2d, x: Tensor, rest: list[Tensor], mesh: MeshFlow, size: int
-    ) -> Tensor:
+        facts = resize(facts, full)
+        layers = make_layer_warp(flow, background_visibility, full, residual_flow)
+        warped = layers.composite_over(layers.sample(source.image), rgb)  # (B, 3, H, W)
+        x = self.block1(self._upsample_concat_conv(self.to1, x, [warped, facts], mesh))  # (B, c1, H, W)
+        colour, logit = self.colour(leaky_relu(x)).float().split([3, 1], dim=1)
+        blend = torch.sigmoid(4 * logit + PHOTO_LOGIT_BIAS * facts[:, :1] - 3)  # starts with the photo where visible
+        blend = blend * (1 - resize(mesh.closed_in_photo, full))  # closed lips must not be copied into an open mouth
+        image = blend * warped + (1 - blend) * (rgb + colour)
+        weights = blend * layers.blend_weights  # (B, 2, H, W)
+        if source.highpass is not None:
+            missing = _missing_detail(blend, facts[:, :2]) * layers.blend_weights[:, :1]  # head layer only
+            weights[:, :1] += missing
+            # No detail where photo positions jump: at outlines and on faces seen from the side. Every second pixel
+            # suffices, as the grid has no finer structure.
+            jump = warp_discontinuity(layers.sample_grid[..., ::2, ::2])
+            continuous = resize(1 - linear_step(jump, *DISCONTINUITY_FADE), full)
+            weights = weights * continuous
+            image = image + missing * continuous[:, :1] * warp(source.highpass, layers.sample_grid[:, :2])
+        return SuperResolutionOutput(image, residual_flow, warped_half, visibility, layers.sample_grid, weights)
+
+    def _upsample_concat_conv(self, conv: nn.Conv2d, x: Tensor, others: list[Tensor], mesh: MeshFlow) -> Tensor:
         """Upsample `x`, concatenate `others` and the hidden textures, and apply `conv`."""
+        size = 2 * x.shape[-1]
         if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return upsample_concat_conv_inference(conv, x, rest, self.hidden_textures.render_window(mesh, size))
-        return upsample_concat_conv(conv, x, [*rest, self.hidden_textures(mesh, size)])
+            return upsample_concat_conv_inference(conv, x, others, self.hidden_textures.render_window(mesh, size))
+        return upsample_concat_conv(conv, x, [*others, self.hidden_textures(mesh, size)])

@@ -6,6 +6,8 @@ at the top left corner. Everything is computed in fp32, also under autocast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ def project(points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
 
 
 BatchRows = tuple[int, int, int]  # (first, end, total): the rows of a larger batch
+RayOutputs = tuple[Tensor, Tensor, Tensor]  # features (B, R, C), depth (B, R) and opacity (B, R)
 
 
 def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
@@ -110,7 +113,7 @@ def ray_weights(densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
     return before - through, 1 - through[..., -1]
 
 
-def composite(features: Tensor, densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs:
     """Composite sorted samples along rays (eq. 9).
 
     Args:
@@ -128,3 +131,33 @@ def composite(features: Tensor, densities: Tensor, depths: Tensor) -> tuple[Tens
     far = depths[..., -1]
     depth = (weights * middle_depth).sum(-1) + (1 - opacity) * far
     return out, depth, opacity
+
+
+def render_rays(
+    decode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    coarse: Tensor,
+    fine_samples: int,
+    *,
+    jitter: bool = False,
+    batch_rows: BatchRows | None = None,
+) -> RayOutputs:
+    """Render rays with coarse and importance samples.
+
+    Args:
+        decode: maps depths (B, R, S) to features (B, R, S, C) and densities (B, R, S).
+        coarse: depths (B, R, S), ascending.
+        fine_samples: number of importance samples per ray; 0: none.
+        jitter, batch_rows: see `sample_importance_depths`.
+    """
+    depths = coarse
+    features, densities = decode(depths)
+    if fine_samples:
+        with torch.no_grad():
+            weights, _ = ray_weights(densities, depths)
+            fine = sample_importance_depths(depths, weights, fine_samples, jitter=jitter, batch_rows=batch_rows)
+        fine_features, fine_densities = decode(fine)
+        depths, order = torch.sort(torch.cat([depths, fine], dim=-1), dim=-1)
+        densities = torch.cat([densities, fine_densities], dim=-1).gather(-1, order)
+        features = torch.cat([features, fine_features], dim=-2)
+        features = features.gather(-2, order[..., None].expand_as(features))
+    return composite(features, densities, depths)

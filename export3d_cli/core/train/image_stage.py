@@ -14,6 +14,7 @@ from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.media.image import to_uint8, write_image
 from export3d_cli.core.model.checkpoint import load_into, pack_optimizer, save_weights, unpack_optimizer
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.volume_renderer import BatchRows
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
@@ -214,8 +215,6 @@ class ImageStages:
         for number, batch in enumerate(parts, 1):
             seed()
             rows = range(first, first := first + len(batch.source))
-            if self.model.generator.plane_means is not None:
-                self.model.batch_rows = (rows.start, rows.stop, config.batch)
             with no_sync(self.wrapped, is_last=number == len(parts)):
                 image, values = self.accumulate_gradients(
                     batch, scheduled_raw_size(config, self.global_step), rows, len(parts)
@@ -223,7 +222,6 @@ class ImageStages:
             for key, term in zip(self.term_names, values.tolist(), strict=True):
                 sums[key] = sums.get(key, 0.0) + term / len(parts)
             fakes.append(image)
-        self.model.batch_rows = None
         return fakes, dict(zip(sums, self.run.world.all_reduce_mean(list(sums.values())), strict=True))
 
     def accumulate_gradients(
@@ -232,7 +230,8 @@ class ImageStages:
         """Add a part's gradients, without asking the device for anything; the result, and the terms of `names`."""
         config = self.config
         with self.run.autocast():
-            output = self.forward(self.wrapped, batch, raw)
+            batch_rows = None if rows is None else (rows.start, rows.stop, config.batch)
+            output = self.forward(self.wrapped, batch, raw, batch_rows)
             loss, terms = reconstruction_loss(
                 output, batch, config, self.perceptual, self.identity, self.landmarks, self.head_masks(batch)
             )
@@ -302,11 +301,11 @@ class ImageStages:
         return good
 
     @staticmethod
-    def forward(model: nn.Module, batch: Batch, raw: int | None) -> Any:
+    def forward(model: nn.Module, batch: Batch, raw: int | None, batch_rows: BatchRows | None = None) -> Any:
         """The model on a batch."""
         return model(
             batch.source, batch.source_beta, batch.source_camera, batch.source_points,
-            batch.target_beta, batch.target_camera, batch.source_person_mask, raw_size=raw,
+            batch.target_beta, batch.target_camera, batch.source_person_mask, raw_size=raw, batch_rows=batch_rows,
         )  # fmt: skip
 
     def decay_fraction(self) -> float:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.model import volume_renderer as render
 from export3d_cli.core.model.cached_tensors import cached_tensor
+from export3d_cli.core.model.volume_renderer import RayOutputs, ray_weights, sample_importance_depths, split_camera
 
 MIN_TRANSMITTANCE = 1e-3  # below this, the rest of a ray's samples are skipped
 MIN_RAY_OPACITY = 1e-2  # below this after the coarse samples, a ray gets no fine ones
@@ -24,7 +24,6 @@ CHUNK_POINTS = 1 << 14  # points decoded at once, to stay in the CPU's cache
 FIRST_PASS_RATIO = 9 / 16  # of the coarse samples are decoded before opaque rays are dropped
 
 DecodeHidden = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> activations (M, h), densities (M,)
-RayOutputs = tuple[Tensor, Tensor, Tensor]  # features (R, C'), depth (R,), opacity (R,)
 DecodeColours = Callable[[Tensor], Tensor]  # activations (M, h) -> features (M, C')
 
 
@@ -37,22 +36,21 @@ class BilinearTaps(NamedTuple):
 
 def bilinear_taps(position: Tensor, size: int, *, border: bool) -> BilinearTaps:
     """Return the taps of positions (axes, M) in [-1, 1] on `size` cells, as `F.grid_sample(align_corners=False)`."""
-    at = (position + 1) * (0.5 * size) - 0.5
-    at = at.clamp(0, size - 1) if border else at.clamp(-1, size)
-    low = at.floor().clamp_max(size - 1)
-    part = at - low
-    return BilinearTaps(low, torch.stack([1 - part, part]))
+    cells = (position + 1) * (0.5 * size) - 0.5
+    cells = cells.clamp(0, size - 1) if border else cells.clamp(-1, size)
+    lower = cells.floor().clamp_max(size - 1)
+    fraction = cells - lower
+    return BilinearTaps(lower, torch.stack([1 - fraction, fraction]))
 
 
 def gather_bilinear(table: Tensor, x: BilinearTaps, y: BilinearTaps, size: int) -> Tensor:
     """Sum the bilinear samples of several grids of a feature table: (M, C). Both taps hold one axis per grid."""
     grids, width = len(x.cell), size + 2
-    begin = cached_tensor(
-        tuple(k * width * width + width + 1.0 for k in range(grids)), table.device
-    )  # row of each grid's first cell
-    first = (torch.add(x.cell, y.cell, alpha=width) + begin[:, None]).T.contiguous().int()  # (M, grids)
-    near = cached_tensor((0, 1, width, width + 1), table.device, torch.int32)
-    index = (first[..., None] + near).view(-1, 4 * grids)
+    first_rows = tuple(k * width * width + width + 1.0 for k in range(grids))  # row of each grid's first cell
+    corner = torch.add(x.cell, y.cell, alpha=width) + cached_tensor(first_rows, table.device)[:, None]
+    corner = corner.T.contiguous().int()  # (M, grids)
+    neighbours = cached_tensor((0, 1, width, width + 1), table.device, torch.int32)
+    index = (corner[..., None] + neighbours).view(-1, 4 * grids)
     weights = (y.weights[:, None] * x.weights).permute(3, 2, 0, 1).reshape(-1, 4 * grids)
     return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
 
@@ -69,19 +67,28 @@ def make_feature_table(planes: Tensor, weight: Tensor) -> Tensor:
 
 def sample_plane_table(table: Tensor, size: int, points: Tensor) -> Tensor:
     """Sum the bilinear samples of the three planes of one head at points (3, M): (M, h)."""
-    across = bilinear_taps(points * 2, size, border=False)
-    down = BilinearTaps(across.cell.roll(-1, 0), across.weights.roll(-1, 1))  # see `triplane.PLANE_AXES`
-    return gather_bilinear(table, across, down, size)
+    columns = bilinear_taps(points * 2, size, border=False)
+    rows = BilinearTaps(columns.cell.roll(-1, 0), columns.weights.roll(-1, 1))  # see `triplane.PLANE_AXES`
+    return gather_bilinear(table, columns, rows, size)
 
 
 def sample_view_table(table: Tensor, size: int, points: Tensor, camera: Tensor) -> Tensor:
     """Sample a one-plane table as `source_view.sample_view_plane` does: points (3, M), camera (1, 25) -> (M, h)."""
-    cam2world, intrinsics = (each[0] for each in render.split_camera(camera))
-    seen = intrinsics @ cam2world[:3, :3].T  # (3, 3)
-    u, v, depth = torch.addmm(-seen @ cam2world[:3, 3:], seen, points).split(1)  # (1, M) each
+    cam2world, intrinsics = (x[0] for x in split_camera(camera))
+    projection = intrinsics @ cam2world[:3, :3].T  # (3, 3)
+    u, v, depth = torch.addmm(-projection @ cam2world[:3, 3:], projection, points).split(1)  # (1, M) each
     depth = depth.clamp_min(1e-3)
-    x, y = (bilinear_taps(each / depth * 2 - 1, size, border=True) for each in (u, v))
+    x, y = (bilinear_taps(coordinate / depth * 2 - 1, size, border=True) for coordinate in (u, v))
     return gather_bilinear(table, x, y, size)
+
+
+class _RayGroup(NamedTuple):
+    """Samples of some of the rays."""
+
+    rays: Tensor  # (R',) indices
+    depths: Tensor  # (R', S') ascending
+    densities: Tensor  # (R', S')
+    rows: Tensor  # (R', S') each sample's row in the table of activations
 
 
 def render_rays(
@@ -90,7 +97,7 @@ def render_rays(
     origin: Tensor,
     directions: Tensor,
     coarse: Tensor,
-    fine: int,
+    fine_samples: int,
 ) -> RayOutputs:
     """Render the rays of one head.
 
@@ -99,72 +106,69 @@ def render_rays(
         decode_colours: maps activations to colour features.
         origin: (3,).
         directions: (R, 3).
-        coarse: depths (R, S).
-        fine: number of importance samples per ray.
+        coarse: depths (R, S), ascending.
+        fine_samples: number of importance samples per ray.
 
     Returns:
-        Features (R, C'), depth (R,) and opacity (R,), as from `volume_renderer.composite`.
+        Features (R, C'), depth (R,) and opacity (R,), as from `volume_renderer.render_rays`.
     """
     R, S = coarse.shape
-    hidden: list[Tensor] = []
+    device = coarse.device
+    hidden: list[Tensor] = []  # activations of all samples decoded so far
     count = 0
 
-    def look(rays: Tensor | slice, depths: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(rays: Tensor | slice, depths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return densities (R', S') at depths (R', S') of some rays, and the rows of their activations."""
         nonlocal count
         points = origin + directions[rays][:, None] * depths[..., None]  # (R', S', 3)
-        parts = [decode_hidden(part) for part in points.view(-1, 3).split(CHUNK_POINTS)]
-        hidden.extend(h for h, _ in parts)
-        row = torch.arange(count, count + depths.numel(), device=depths.device).view(depths.shape)
+        chunks = [decode_hidden(chunk) for chunk in points.view(-1, 3).split(CHUNK_POINTS)]
+        hidden.extend(x for x, _ in chunks)
+        rows = torch.arange(count, count + depths.numel(), device=device).view(depths.shape)
         count += depths.numel()
-        return torch.cat([sigma for _, sigma in parts]).view(depths.shape), row
+        return torch.cat([densities for _, densities in chunks]).view(depths.shape), rows
 
-    near = max(2, round(S * FIRST_PASS_RATIO))
-    sigma, rows = torch.zeros_like(coarse), torch.zeros(R, S, dtype=torch.int64, device=coarse.device)
-    sigma[:, :near], rows[:, :near] = look(slice(None), coarse[:, :near])
-    _, stopped = render.ray_weights(sigma[:, :near], coarse[:, :near])
-    on = (stopped < 1 - MIN_TRANSMITTANCE).nonzero()[:, 0]
-    if len(on) and near < S:
-        sigma[on, near:], rows[on, near:] = look(on, coarse[on, near:])
-    weights, opacity = render.ray_weights(sigma, coarse)
-    parts = [torch.arange(R, device=coarse.device)] * 2
-    if fine:
-        parts = [(opacity > MIN_RAY_OPACITY).nonzero()[:, 0], (opacity <= MIN_RAY_OPACITY).nonzero()[:, 0]]
-    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [
-        (parts[1], coarse[parts[1]], sigma[parts[1]], rows[parts[1]])
-    ]
-    if fine and len(parts[0]):
-        some = parts[0]
-        more = render.sample_importance_depths(coarse[some][None], weights[some][None], fine, jitter=False)[0]
-        more_sigma, more_rows = look(some, more)
-        depths, order = torch.sort(torch.cat([coarse[some], more], -1), -1)
-        densities = torch.cat([sigma[some], more_sigma], -1).gather(-1, order)
-        groups.append((some, depths, densities, torch.cat([rows[some], more_rows], -1).gather(-1, order)))
+    # The first samples of all rays, then the other ones of the rays that go on
+    first = max(2, round(S * FIRST_PASS_RATIO))
+    densities, rows = torch.zeros_like(coarse), torch.zeros(R, S, dtype=torch.int64, device=device)
+    densities[:, :first], rows[:, :first] = decode(slice(None), coarse[:, :first])
+    _, opacity = ray_weights(densities[:, :first], coarse[:, :first])
+    open_rays = (opacity < 1 - MIN_TRANSMITTANCE).nonzero()[:, 0]
+    if len(open_rays) and first < S:
+        densities[open_rays, first:], rows[open_rays, first:] = decode(open_rays, coarse[open_rays, first:])
+    weights, opacity = ray_weights(densities, coarse)
+
+    # Importance samples for the rays that meet something
+    hits = opacity > MIN_RAY_OPACITY if fine_samples else torch.zeros(R, dtype=torch.bool, device=device)
+    hit, miss = hits.nonzero()[:, 0], (~hits).nonzero()[:, 0]
+    groups = [_RayGroup(miss, coarse[miss], densities[miss], rows[miss])]
+    if len(hit):
+        fine = sample_importance_depths(coarse[hit][None], weights[hit][None], fine_samples, jitter=False)[0]
+        fine_densities, fine_rows = decode(hit, fine)
+        depths, order = torch.sort(torch.cat([coarse[hit], fine], -1), -1)
+        hit_densities = torch.cat([densities[hit], fine_densities], -1).gather(-1, order)
+        hit_rows = torch.cat([rows[hit], fine_rows], -1).gather(-1, order)
+        groups.append(_RayGroup(hit, depths, hit_densities, hit_rows))
     return _composite(groups, torch.cat(hidden), decode_colours, R)
 
 
-def _composite(
-    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]], hidden: Tensor, paint: DecodeColours, count: int
-) -> RayOutputs:
-    """Composite groups of (rays, depths, densities, rows of `hidden`) into features, depth and opacity of all rays."""
-    depth, opacity = (hidden.new_zeros(count, dtype=torch.float32) for _ in range(2))
-    chosen_rays, chosen_rows, chosen_shares = [], [], []
-    for rays, depths, sigma, rows in groups:
-        weights, opacity[rays] = render.ray_weights(sigma, depths)
+def _composite(groups: list[_RayGroup], hidden: Tensor, decode_colours: DecodeColours, ray_count: int) -> RayOutputs:
+    """Composite groups of samples with activations `hidden` (M, h) into features, depth and opacity of all rays."""
+    depth, opacity = (hidden.new_zeros(ray_count, dtype=torch.float32) for _ in range(2))
+    visible: list[tuple[Tensor, Tensor, Tensor]] = []  # ray, row and weight of each sample that counts
+    for rays, depths, densities, rows in groups:
+        weights, opacity[rays] = ray_weights(densities, depths)
         middle = 0.5 * (depths[:, 1:] + depths[:, :-1])
         depth[rays] = (weights * middle).sum(-1) + (1 - opacity[rays]) * depths[:, -1]
         # eq. 9 over intervals (mean colour of both ends), rewritten as a sum over samples
-        share = 0.5 * (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1)))  # (R', S')
-        kept = share * (share > MIN_SAMPLE_WEIGHT)
-        kept = kept * (share.sum(-1) / kept.sum(-1).clamp_min(MIN_SAMPLE_WEIGHT))[:, None]
-        where = kept.nonzero(as_tuple=True)
-        chosen_rays.append(rays[where[0]])
-        chosen_rows.append(rows[where])
-        chosen_shares.append(kept[where])
-    chosen = zip(*(torch.cat(c).split(CHUNK_POINTS) for c in (chosen_rays, chosen_rows, chosen_shares)), strict=True)
-    out: Tensor | None = None
-    for rays, rows, shares in chosen:
-        colours = paint(hidden[rows]).mul_(shares[:, None])
-        out = colours.new_zeros(count, colours.shape[-1]) if out is None else out
-        out.index_add_(0, rays, colours)
-    assert out is not None
-    return out, depth, opacity
+        weights = 0.5 * (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1)))  # (R', S')
+        kept = weights * (weights > MIN_SAMPLE_WEIGHT)
+        kept = kept * (weights.sum(-1) / kept.sum(-1).clamp_min(MIN_SAMPLE_WEIGHT))[:, None]
+        ray, sample = kept.nonzero(as_tuple=True)
+        visible.append((rays[ray], rows[ray, sample], kept[ray, sample]))
+    features: Tensor | None = None
+    for ray, row, weight in zip(*(torch.cat(x).split(CHUNK_POINTS) for x in zip(*visible, strict=True)), strict=True):
+        colours = decode_colours(hidden[row]).mul_(weight[:, None])  # (M', C')
+        features = colours.new_zeros(ray_count, colours.shape[-1]) if features is None else features
+        features.index_add_(0, ray, colours)
+    assert features is not None
+    return features, depth, opacity

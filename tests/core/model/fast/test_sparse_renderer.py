@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.model import volume_renderer as render
+from export3d_cli.core.model import volume_renderer
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.model.fast import sparse_renderer as lean
+from export3d_cli.core.model.fast import sparse_renderer
 from export3d_cli.core.model.generator import attention
 from export3d_cli.core.model.source_view import sample_view_plane
 from export3d_cli.core.model.super_resolution import (
@@ -35,10 +35,10 @@ def test_feature_table_samples_equal_sampling_then_linear_layer(orbit: Callable[
     torch.manual_seed(0)
     planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside the cube
     weight, flat = torch.randn(6, 5), points[0].T.contiguous()
-    taken = lean.sample_plane_table(lean.make_feature_table(planes[0], weight / 3), 8, flat)
+    taken = sparse_renderer.sample_plane_table(sparse_renderer.make_feature_table(planes[0], weight / 3), 8, flat)
     torch.testing.assert_close(taken, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
     view, camera = torch.randn(1, 5, 8, 8), orbit(10)
-    taken = lean.sample_view_table(lean.make_feature_table(view, weight), 8, flat, camera)
+    taken = sparse_renderer.sample_view_table(sparse_renderer.make_feature_table(view, weight), 8, flat, camera)
     torch.testing.assert_close(taken, sample_view_plane(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
 
 
@@ -78,7 +78,7 @@ def test_render_rays_skips_invisible_samples() -> None:
         asked.append(-len(hidden))
         return hidden.new_ones(len(hidden), 2) * 0.5
 
-    colours, depth, opacity = lean.render_rays(decode, paint, torch.zeros(3), directions, depths, 16)
+    colours, depth, opacity = sparse_renderer.render_rays(decode, paint, torch.zeros(3), directions, depths, 16)
     assert asked[:3] == [
         8 * 9,
         4 * 7,
@@ -102,16 +102,14 @@ def test_render_rays_matches_composite(fine: int) -> None:
         return (hidden @ field).sin()
 
     directions, depths = torch.rand(40, 3) + 0.5, torch.linspace(0.2, 2, 12).expand(40, 12)
-    found = lean.render_rays(decode, paint, torch.zeros(3), directions, depths, fine)
-    all_depths = depths
-    if fine:
-        _, sigma = decode((directions[:, None] * depths[..., None]).view(-1, 3))
-        weights, _ = render.ray_weights(sigma.view(1, 40, 12), depths[None])
-        more = render.sample_importance_depths(depths[None], weights, fine, jitter=False)[0]
-        all_depths = torch.cat([depths, more], -1).sort(-1).values
-    points = directions[:, None] * all_depths[..., None]
-    sigma = decode(points.view(-1, 3))[1].view(1, *all_depths.shape)
-    plain = render.composite(paint(points)[None], sigma, all_depths[None])
+    found = sparse_renderer.render_rays(decode, paint, torch.zeros(3), directions, depths, fine)
+
+    def decode_samples(depths: Tensor) -> tuple[Tensor, Tensor]:
+        points = directions[:, None] * depths[0, ..., None]
+        _, densities = decode(points.view(-1, 3))
+        return paint(points)[None], densities.view(depths.shape)
+
+    plain = volume_renderer.render_rays(decode_samples, depths[None], fine)
     for a, b in zip(found, plain, strict=True):
         assert psnr(a, b[0], 1.0) > 45
 

@@ -1,0 +1,46 @@
+"""An encoded photo: everything the network needs of it, whatever the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+def expand_batch(value: Tensor, batch: int) -> Tensor:
+    """Expand (1, ...) to (batch, ...) without copying memory."""
+    return value.expand(batch, *value.shape[1:])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A photo, encoded: everything that depends on it alone. Encode once, drive many times."""
+
+    image: Tensor  # (B, 3, H, W) in [-1, 1]
+    camera: Tensor  # (B, 25), head frame
+    landmarks: Tensor  # (B, 478, 3), head frame
+    lam: Tensor  # (B, n) expression coefficients lambda
+    stem: list[Tensor]  # features at H/2, H/4, H/8
+    tokens: Tensor  # (B, N, h)
+    margins: Tensor | None = None  # (B, 3) how far a larger photo continues, see `Export3D.encode_source`
+    # Source view and background (`config.source_plane`):
+    view_plane: Tensor | None = None  # (B, C, H/4, W/4) features in the source camera
+    background: Tensor | None = None  # (B, C', H/4, W/4) features behind the head, RGB first
+    # Basis flow (`config.flow`):
+    visibility: Tensor | None = None  # (B, 2, m, m) what the photo shows of the mesh, `BasisFlow.source_visibility`
+    head_mask: Tensor | None = None  # (B, 1, m, m) 1 on the head, hair included
+    body_mask: Tensor | None = None  # (B, 1, m, m) 1 on the rest of the person
+    image_half: Tensor | None = None  # (B, 3, H/2, W/2) the photo, downsampled
+    features_half: Tensor | None = None  # (B, 16, H/2, W/2) stem features for super-resolution
+    features_quarter: Tensor | None = None  # (B, 16, H/4, W/4) stem features for super-resolution
+    # Set without gradients only:
+    highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `super_resolution.highpass`
+    basis: Tensor | None = None  # (n, d) expression basis of the weights
+    view_tables: list[Tensor] | None = None  # `make_feature_table` of each view plane
+
+    def expand(self, batch: int) -> Source:
+        """Expand a single source to a batch of drivers, without copying memory."""
+        tensors = {k: expand_batch(v, batch) for k, v in vars(self).items() if isinstance(v, Tensor) and k != "basis"}
+        stem = [expand_batch(x, batch) for x in self.stem]
+        view_tables = self.view_tables and self.view_tables * batch
+        return replace(self, **tensors, stem=stem, view_tables=view_tables)  # type: ignore[arg-type]
