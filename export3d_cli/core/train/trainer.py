@@ -183,9 +183,9 @@ def _training_record(config: TrainConfig, step: int) -> dict[str, Any]:
         "data": [Path(p).name for p in config.data.path],
         "backbone": Path(config.loss.backbone).name,
     }
-    for key in ("init", "expression"):  # what came from elsewhere keeps its own record
-        if getattr(config, key):
-            path = weights.resolve_weights(getattr(config, key))
+    for key, origin in (("init", config.init), ("expression", config.expression_from)):  # loaded parts keep their record
+        if origin:
+            path = weights.resolve_weights(origin)
             record[key] = load_weights(path)[2]
             record["licence"] = read_licence(path)  # what they allow holds for what is made of them
     return record
