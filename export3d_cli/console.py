@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from export3d_cli.core.runtime.errors import Export3DWarning
+
 ProgressCallback = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 
 
@@ -143,6 +145,24 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
+def show_warnings() -> Iterator[None]:
+    """Print our own warnings as notes on stderr, and hide Pillow's (of damaged EXIF data)."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_note(message: Warning | str, category: type[Warning], *arguments: Any, **options: Any) -> None:
+            if issubclass(category, Export3DWarning):
+                click.echo(f"note: {message}", err=True)
+            else:
+                show(message, category, *arguments, **options)
+
+        warnings.showwarning = show_note
+        warnings.filterwarnings("always", category=Export3DWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@contextlib.contextmanager
 def hide_library_messages() -> Iterator[None]:
     """Hide what native libraries (LiteRT, libtiff) print to file descriptor 2; `sys.stderr` continues to work.
 
@@ -155,11 +175,9 @@ def hide_library_messages() -> Iterator[None]:
         return
     stderr = sys.stderr
     with (
-        warnings.catch_warnings(),
         open(os.devnull, "wb") as null,
         open(saved, "w", buffering=1, encoding=stderr.encoding, errors="backslashreplace") as visible,
     ):
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF data
         stderr.flush()
         os.dup2(null.fileno(), 2)
         is_descriptor_2 = stderr is sys.__stderr__

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from export3d_cli.console import Settings, hide_library_messages
+from export3d_cli.console import Settings, hide_library_messages, show_warnings
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
@@ -50,7 +50,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand and turn errors into exit codes."""
         try:
-            with contextlib.nullcontext() if ctx.params.get("verbose") else hide_library_messages():
+            hide = contextlib.nullcontext() if ctx.params.get("verbose") else hide_library_messages()
+            with hide, show_warnings():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             _exit_interrupted(ctx)

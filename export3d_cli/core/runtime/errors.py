@@ -30,6 +30,10 @@ class Export3DError(Exception):
         )
 
 
+class Export3DWarning(UserWarning):
+    """A condition that does not stop the operation; the command line prints it as a note."""
+
+
 class InputError(Export3DError):
     """A file, option or array from the user cannot be used."""
 

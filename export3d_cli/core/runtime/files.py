@@ -12,12 +12,13 @@ import stat
 import struct
 import time
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from export3d_cli.core.runtime.errors import Export3DError, InputError
+from export3d_cli.core.runtime.errors import Export3DError, Export3DWarning, InputError
 
 _HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # groups: host, process ID
@@ -142,6 +143,8 @@ def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
 def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Lock `folder`, which is created, against other processes. The system drops the lock when the process ends.
 
+    Issues an `Export3DWarning` if the system or the file system has no locks.
+
     Args:
         folder: the folder.
         shared: allow other shared locks at the same time.
@@ -151,9 +154,12 @@ def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> It
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
+    no_lock = f"{folder} cannot be locked"
+    remedy = "do not use it in two commands at the same time"
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:
+        warnings.warn(f"{no_lock} (no file locks on this system): {remedy}", Export3DWarning, stacklevel=3)
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -162,8 +168,8 @@ def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> It
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise Export3DError(f"another process uses {folder}: wait for it, or choose another folder") from error
-        except OSError:  # the file system has no locks
-            pass
+        except OSError as error:
+            warnings.warn(f"{no_lock} ({error.strerror}): {remedy}", Export3DWarning, stacklevel=3)
         yield
     finally:
         os.close(handle)
