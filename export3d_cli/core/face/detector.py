@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,25 +25,27 @@ class Detection:
 
 
 class FaceDetector:
-    """Detects faces in an image, uint8 (H, W, 3) RGB. The network is loaded at the first call."""
+    """Detects faces in an image, uint8 (H, W, 3) RGB. Loads its network at the first call. Threads may share it."""
 
     def __init__(self, network: Path) -> None:
         self.network = Path(network)
         self._net: cv2.FaceDetectorYN | None = None
+        self._lock = threading.Lock()
 
     def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[1]) -> list[Detection]:
         """Return all faces, the largest first; an image with a side above `max_side` pixels is shrunk to it.
 
         Raises `WeightsError` if the network cannot be loaded.
         """
-        net = self._load()
         h, w = image.shape[:2]
         scale = min(1.0, max_side / max(h, w))
         size = max(1, round(w * scale)), max(1, round(h * scale))
         if scale < 1:
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        net.setInputSize(size)
-        _, rows = net.detect(np.ascontiguousarray(image[..., ::-1]))  # (N, 15): box, 5 keypoints, score
+        with self._lock:
+            net = self._load()
+            net.setInputSize(size)
+            _, rows = net.detect(np.ascontiguousarray(image[..., ::-1]))  # (N, 15): box, 5 keypoints, score
         detections = []
         for row in [] if rows is None else rows:
             x, y, width, height = row[:4] / scale
