@@ -62,7 +62,7 @@ def tiny(canonical: CanonicalFace) -> Export3D:
 
 
 @pytest.fixture
-def painted_results(tiny: Export3D, orbit: Callable[..., Tensor]) -> Callable[..., tuple[Output, Output, Output]]:
+def inpainted_results(tiny: Export3D, orbit: Callable[..., Tensor]) -> Callable[..., tuple[Output, Output, Output]]:
     """Return a function that drives landmarks frontally: `tiny`, `tiny` with an inpainter, the latter undriven."""
 
     def results(name: str, points: Tensor, moved: Tensor) -> tuple[Output, Output, Output]:

@@ -51,7 +51,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
         pass
 
     @contextlib.contextmanager
-    def recording(made: Any) -> Iterator[None]:
+    def recording(graph: Any) -> Iterator[None]:
         CountingRecorder.recorded += 1
         yield
 
@@ -79,19 +79,20 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 def use_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the reconstruction stage use a graph on any device."""
 
-    def made(self: stage.ImageStages) -> StepGraph:
+    def make_graph(self: stage.ImageStages) -> StepGraph:
         assert self.model.flow is not None
         return StepGraph(
             self.accumulate_gradients, self.parameters, [self.model.generator.plane_ema], self.model.flow.windows
         )
 
-    monkeypatch.setattr(stage.ImageStages, "_make_cuda_graph", made)
+    monkeypatch.setattr(stage.ImageStages, "_make_cuda_graph", make_graph)
 
 
 def losses(config: TrainConfig) -> list[dict[str, float]]:
-    found: list[dict[str, float]] = []
-    train(config, progress=lambda event: found.append(event.values) if event.values else None)
-    return [{k: v for k, v in values.items() if "second" not in k} for values in found]
+    """Train and return the logged values without timings."""
+    logged: list[dict[str, float]] = []
+    train(config, progress=lambda event: logged.append(event.values) if event.values else None)
+    return [{k: v for k, v in values.items() if "second" not in k} for values in logged]
 
 
 def test_replayed_steps_equal_eager_steps(
@@ -136,21 +137,21 @@ def test_failed_capture_falls_back_to_eager_steps(
     plain = losses(replace(config, run=str(tmp_path / "plain")))
 
     @contextlib.contextmanager
-    def refused(made: Any) -> Iterator[None]:
+    def refused(graph: Any) -> Iterator[None]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
     use_graph(monkeypatch)
-    told: list[str] = []
-    found: list[dict[str, float]] = []
+    messages: list[str] = []
+    values: list[dict[str, float]] = []
     summary = train(
         replace(config, run=str(tmp_path / "refused")),
-        progress=lambda event: told.append(event.message) if event.message else found.append(event.values),
+        progress=lambda event: messages.append(event.message) if event.message else values.append(event.values),
     )
     assert summary.finished
-    assert any("cannot be one CUDA graph (operation not permitted when stream is capturing)" in t for t in told)
-    assert [v["loss"] for v in found] == [v["loss"] for v in plain]
+    assert any("cannot be one CUDA graph (operation not permitted when stream is capturing)" in t for t in messages)
+    assert [v["loss"] for v in values] == [v["loss"] for v in plain]
 
 
 def test_step_never_synchronises_with_the_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The hole over a shut eye, what it tells of the photo, and when a lid is painted, on the canonical face."""
+"""Eyelids: their holes, what these hold of the photo, and when they are inpainted, on the canonical face."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.export3d import Output
-from export3d_cli.core.model.inpaint import eyes as eye_painter
 from export3d_cli.core.model.inpaint.eyelids import (
     EYELID_HEIGHT_FADE,
     EyelidInpainter,
@@ -18,20 +17,19 @@ from export3d_cli.core.model.inpaint.eyelids import (
     eyelid_height,
     eyelid_hole,
 )
-from export3d_cli.core.model.inpaint.inpainter import CROP_SIZE_PX
+from export3d_cli.core.model.inpaint.eyes import eyelid_rims
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.runtime.weights import weights_dir
 
 GREY = torch.zeros(1, 3, 64, 64)
 
 
-def shut(points: Tensor, share: float = 1.0) -> Tensor:
-    """Landmarks whose upper lids have come down to the lower ones by `share`; folds stay."""
+def with_lids_lowered(points: Tensor, ratio: float = 1.0) -> Tensor:
+    """Return landmarks with upper lids lowered to the lower ones by `ratio`; folds stay."""
     out = points.clone()
     for side in (0, 1):
-        upper, lower = (list(edge) for edge in eye_painter.eyelid_rims(side))
-        out[:, upper] = torch.lerp(points[:, upper], points[:, lower], share)
+        upper, lower = (list(edge) for edge in eyelid_rims(side))
+        out[:, upper] = torch.lerp(points[:, upper], points[:, lower], ratio)
     return out
 
 
@@ -44,17 +42,23 @@ def test_folds_lie_above_the_rims_on_both_sides(points: Tensor) -> None:
         assert (fold[1:-1, 1] < rim[1:-1, 1]).all()  # y down
         eye = (rim[0] - rim[-1]).norm()
         assert eyelid_height(points, side).item() == pytest.approx(float((fold - rim)[3:6].norm(dim=1).mean() / eye))
-        assert eyelid_height(shut(points), side) > eyelid_height(shut(points, 0.5), side) > eyelid_height(points, side)
+        assert (
+            eyelid_height(with_lids_lowered(points), side)
+            > eyelid_height(with_lids_lowered(points, 0.5), side)
+            > eyelid_height(points, side)
+        )
 
 
-def test_the_hole_is_lid_and_lashes_and_holds_what_the_photo_has(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    (uv, _), (uv_photo, _) = project(shut(points), orbit(0.0)), project(points, orbit(20.0))
-    photo = pixel_grid(256).T.reshape(1, 2, 256, 256)  # its colours tell where they are
+def test_eyelid_hole_covers_lid_and_lashes_and_holds_the_photos_lid(
+    points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    (uv, _), (uv_photo, _) = project(with_lids_lowered(points), orbit(0.0)), project(points, orbit(20.0))
+    photo = pixel_grid(256).T.reshape(1, 2, 256, 256)  # colours hold positions
     photo = torch.cat([photo, photo[:, :1] * 0 + 0.3], dim=1)
     for side in (0, 1):
-        view, hole = eyelid_hole(uv, side, photo, uv_photo, torch.ones(1))
+        crop, hole = eyelid_hole(uv, side, photo, uv_photo, torch.ones(1))
         inside, (fold, rim) = hole.condition[:, :1], eyelid_fold_and_rim(side)
-        at = view.to_crop(uv)[0] * hole.condition.shape[-1]
+        at = crop.to_crop(uv)[0] * hole.condition.shape[-1]
         for k in range(2, 7):
             x, low, high = int(at[rim[k], 0]), at[rim[k], 1], at[fold[k], 1]
             column = inside[0, 0, :, x].nonzero()[:, 0]
@@ -66,58 +70,60 @@ def test_the_hole_is_lid_and_lashes_and_holds_what_the_photo_has(points: Tensor,
         within = hole.condition[0][:, inside[0, 0] > 0]
         assert (within[1] == 1).all() and (within[4] - 0.3).abs().max() < 1e-5 and within[5:].abs().max() <= 1.01
         assert (hole.condition[0][:, inside[0, 0] == 0] == 0).all()
-        unknown = eyelid_hole(uv, side, photo, uv_photo, torch.zeros(1))[1]
-        assert (unknown.condition[:, 1:5] == 0).all() and torch.equal(unknown.mask, hole.mask)
-        assert torch.equal(unknown.condition[:, 5:], hole.condition[:, 5:])
+        unseen = eyelid_hole(uv, side, photo, uv_photo, torch.zeros(1))[1]
+        assert (unseen.condition[:, 1:5] == 0).all() and torch.equal(unseen.mask, hole.mask)
+        assert torch.equal(unseen.condition[:, 5:], hole.condition[:, 5:])
 
 
-def test_only_lids_lower_than_in_the_photo_are_painted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    painter, camera = EyelidInpainter(4), orbit(0.0)
+def test_only_lids_lower_than_in_the_photo_are_inpainted(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    inpainter, camera = EyelidInpainter(4), orbit(0.0)
 
-    def amounts(before: float, after: float) -> list[float]:
-        photo, result = shut(points, before), shut(points, after)
-        return [fill.mask.amax().item() for fill in painter.inpaint(GREY, GREY, photo, camera, result, camera)]
+    def strengths(before: float, after: float) -> list[float]:
+        photo, result = with_lids_lowered(points, before), with_lids_lowered(points, after)
+        return [patch.mask.amax().item() for patch in inpainter.inpaint(GREY, GREY, photo, camera, result, camera)]
 
-    assert amounts(0.0, 0.0) == amounts(1.0, 1.0) == amounts(1.0, 0.0) == amounts(0.5, 0.3) == []
-    assert amounts(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
-    grown = [eyelid_height(shut(points), side) / eyelid_height(points, side) for side in (0, 1)]
-    assert min(grown) > EYELID_HEIGHT_FADE[1]
-    at = [(sum(EYELID_HEIGHT_FADE) / 2 - 1) / (float(g) - 1) for g in grown]
-    assert amounts(0.0, sum(at) / 2) == pytest.approx([0.5, 0.5], abs=0.15)
+    assert strengths(0.0, 0.0) == strengths(1.0, 1.0) == strengths(1.0, 0.0) == strengths(0.5, 0.3) == []
+    assert strengths(0.0, 1.0) == pytest.approx([1.0, 1.0], abs=1e-5)
+    height_ratios = [eyelid_height(with_lids_lowered(points), side) / eyelid_height(points, side) for side in (0, 1)]
+    assert min(height_ratios) > EYELID_HEIGHT_FADE[1]
+    halfway = [(sum(EYELID_HEIGHT_FADE) / 2 - 1) / (float(g) - 1) for g in height_ratios]
+    assert strengths(0.0, sum(halfway) / 2) == pytest.approx([0.5, 0.5], abs=0.15)
 
 
-def test_only_the_lids_of_a_result_are_painted(
-    points: Tensor, orbit: Callable[..., Tensor], painted_results: Callable[..., tuple[Output, Output, Output]],
+def test_only_the_lids_of_a_result_are_inpainted(
+    points: Tensor, orbit: Callable[..., Tensor], inpainted_results: Callable[..., tuple[Output, Output, Output]],
     differ_only_near: Callable[..., bool],
 ) -> None:  # fmt: skip
-    plain, painted, same = painted_results("lids", points, shut(points))
-    assert not same.inpainted and len(painted.inpainted) == 2
-    uv, _ = project(shut(points), orbit(0.0))
+    plain, inpainted, unchanged = inpainted_results("lids", points, with_lids_lowered(points))
+    assert not unchanged.inpainted and len(inpainted.inpainted) == 2
+    uv, _ = project(with_lids_lowered(points), orbit(0.0))
     assert differ_only_near(
-        plain, painted, *(uv[0, [*eyelid_fold_and_rim(side)[0], *eyelid_fold_and_rim(side)[1]]] for side in (0, 1))
+        plain, inpainted, *(uv[0, [*eyelid_fold_and_rim(side)[0], *eyelid_fold_and_rim(side)[1]]] for side in (0, 1))
     )
 
 
-def test_lids_take_the_colour_of_skin_and_light(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    uv, _ = project(shut(points), orbit(0.0))
+def test_lid_colour_scales_with_the_light(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv, _ = project(with_lids_lowered(points), orbit(0.0))
     torch.manual_seed(0)
-    painter, face = EyelidInpainter(4), torch.rand(1, 3, 64, 64) * 0.5  # of 1
+    inpainter, face = EyelidInpainter(4), torch.rand(1, 3, 64, 64) * 0.5  # of 1
     with torch.no_grad():
-        made, light = [], torch.ones(1, 3, 1, 1)
+        outputs, light = [], torch.ones(1, 3, 1, 1)
         for _ in range(2):
-            view, hole = eyelid_hole(uv, 0, face * light * 2 - 1, uv, torch.ones(1))
-            seen = warp(face * light * 2 - 1, view.pixel_positions(CROP_SIZE_PX)) * (1 - hole.mask)
-            made.append((painter(seen, hole) + 1) / light)
-            mean = (seen + 1 - hole.mask).sum((2, 3), keepdim=True)
+            crop, hole = eyelid_hole(uv, 0, face * light * 2 - 1, uv, torch.ones(1))
+            context = crop.sample(face * light * 2 - 1) * (1 - hole.mask)
+            outputs.append((inpainter(context, hole) + 1) / light)
+            mean = (context + 1 - hole.mask).sum((2, 3), keepdim=True)
             light = torch.tensor([1.6, 0.7, 0.3]).view(1, 3, 1, 1)
             light = light * mean.mean() / (light * mean).mean()  # as bright as before
-    assert made[0].std() > 0.01
-    torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=1e-4)
+    assert outputs[0].std() > 0.01
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
 
 
-def test_of_an_eye_behind_the_nose_a_photo_tells_nothing(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    painter, known = EyelidInpainter(4), []
-    painter.register_forward_pre_hook(lambda _, args: known.append(args[1].condition[:, 1].amax((1, 2)).tolist()))
+def test_eye_behind_the_nose_gives_no_reference_lid(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    inpainter, visibility = EyelidInpainter(4), []
+    inpainter.register_forward_pre_hook(
+        lambda _, args: visibility.append(args[1].condition[:, 1].amax((1, 2)).tolist())
+    )
     for yaw in (-60.0, 0.0, 60.0):
-        painter.inpaint(GREY, GREY, points, orbit(yaw), shut(points), orbit(0.0))
-    assert known[1] == [1, 1] and known[0] == known[2][::-1] and sorted(known[0]) == [0, 1]
+        inpainter.inpaint(GREY, GREY, points, orbit(yaw), with_lids_lowered(points), orbit(0.0))
+    assert visibility[1] == [1, 1] and visibility[0] == visibility[2][::-1] and sorted(visibility[0]) == [0, 1]

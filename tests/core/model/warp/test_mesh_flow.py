@@ -26,21 +26,23 @@ SIZE = 64
 
 
 @pytest.mark.parametrize(("yaw", "pitch"), [(0, 0), (20, -10)])
-def test_nothing_moves_when_source_and_driver_agree(
+def test_equal_source_and_driver_give_the_identity_flow(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], yaw: float, pitch: float
 ) -> None:
     camera = orbit(yaw, pitch=pitch)
     mesh = flow(points, camera, flow.deform_landmarks(points, torch.zeros(1, 10)), camera, SIZE)
-    own = pixel_grid(SIZE).T.view(1, 2, SIZE, SIZE)
+    grid = pixel_grid(SIZE).T.view(1, 2, SIZE, SIZE)
     face = (mesh.weight == 1) & (mesh.valid == 1)
     assert face.float().mean() > 0.1
-    moved = (mesh.uv - own).norm(dim=1, keepdim=True) * SIZE
+    moved = (mesh.uv - grid).norm(dim=1, keepdim=True) * SIZE
     assert moved[face].max() < 0.5
-    assert moved.max() < 0.5  # nor in the rings and outside
+    assert moved.max() < 0.5  # also in the rings and outside
     assert mesh.stretch.abs().max() < 1e-4
 
 
-def test_weight_falls_from_the_face_to_nothing(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+def test_weight_falls_from_1_in_the_face_to_0_at_the_border(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
     mesh = flow(points, orbit(0), points, orbit(0), SIZE)
     weight = mesh.weight[0, 0]
     middle = weight[SIZE // 2]
@@ -54,15 +56,15 @@ def test_weight_falls_from_the_face_to_nothing(flow: BasisFlow, points: Tensor, 
     assert inside.min() > 0.9
 
 
-def test_a_head_is_the_person_down_to_the_neck(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+def test_head_mask_is_the_person_above_the_neck(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera = orbit(0)
     (chin_x, chin_y), (_, top_y) = project(points[:, [CHIN, FOREHEAD_TOP]], camera)[0][0].tolist()
-    own = flow(points, camera, points, camera)
+    mesh = flow(points, camera, points, camera)
     people = torch.ones(1, 1, 64, 64)
     people[..., 2:14] = 0
-    alone, crowd, lost = (flow.head_mask(points, camera, mask) for mask in (own.face, people, own.face * 0))
-    assert (alone >= own.face).all() and (alone - own.face).max() < 0.25  # a face is a head
-    torch.testing.assert_close(lost, own.weight)  # a mask that misses the face is none
+    alone, crowd, without = (flow.head_mask(points, camera, mask) for mask in (mesh.face, people, mesh.face * 0))
+    assert (alone >= mesh.face).all() and (alone - mesh.face).max() < 0.25  # the face is part of the head
+    torch.testing.assert_close(without, mesh.weight)  # a mask that misses the face is ignored
 
     def at(picture: Tensor, x: float, y: float) -> float:
         return float(warp(picture, torch.tensor([x, y]).view(1, 2, 1, 1)))
@@ -70,13 +72,13 @@ def test_a_head_is_the_person_down_to_the_neck(flow: BasisFlow, points: Tensor, 
     above, below = top_y - 0.3 * (chin_y - top_y), chin_y + 0.15 * (chin_y - top_y)
     assert at(alone, chin_x, above) == 0 and at(crowd, chin_x, above) > 0.9
     assert 0.3 < at(crowd, chin_x, below) < 0.7 and at(crowd, chin_x, chin_y + 0.35 * (chin_y - top_y)) == 0
-    assert crowd[..., 0].max() == 0  # others stand at the border
+    assert crowd[..., 0].max() == 0  # other people at the border
 
 
-def test_hair_turns_with_the_head_and_what_is_beside_it_does_not(
+def test_hair_moves_with_the_head_and_its_surroundings_do_not(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """Hair on one side only: the mesh takes along that side of what surrounds the face."""
+    """With hair on one side only, the rings carry that side."""
     source, driver = orbit(0), orbit(12)
     person = flow(points, source, points, source).face
     person[..., person.shape[-1] // 2 :] = 1
@@ -84,22 +86,22 @@ def test_hair_turns_with_the_head_and_what_is_beside_it_does_not(
     mesh = flow(points, source, points, driver, 2 * SIZE, head)
     uv, _ = project(add_head_rings(points)[:, 478:514], driver)  # the inner ring
     weight = warp(mesh.weight, uv.transpose(1, 2)[..., None])[0, 0, :, 0]
-    bare = flow(points, source, points, driver, 2 * SIZE)
+    unmasked = flow(points, source, points, driver, 2 * SIZE)
     middle, above = uv[0, :, 0].mean(), uv[0, :, 1] < uv[0, :, 1].mean()
     right, left = (uv[0, :, 0] > middle + 0.1) & above, (uv[0, :, 0] < middle - 0.1) & above
     assert weight[right].mean() > 0.8 and weight[left].max() < 0.3
-    apart = (mesh.uv - bare.uv).abs().amax(1, keepdim=True) > 1e-6  # a mask says what moves, not whereto,
-    assert mesh.weight[apart].max() < 0.06 and bare.weight[apart].max() == 0  # and far out that the rest does not
-    torch.testing.assert_close(mesh.uv, torch.where(apart, identity_grid(2 * SIZE, mesh.uv), bare.uv))
+    differs = (mesh.uv - unmasked.uv).abs().amax(1, keepdim=True) > 1e-6  # only far out, where nothing moves
+    assert mesh.weight[differs].max() < 0.06 and unmasked.weight[differs].max() == 0
+    torch.testing.assert_close(mesh.uv, torch.where(differs, identity_grid(2 * SIZE, mesh.uv), unmasked.uv))
 
 
-def test_hair_that_stands_high_is_of_the_head_and_what_is_beside_it_is_not(
+def test_high_hair_belongs_to_the_head_and_background_beside_it_does_not(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """A column above the forehead, higher than the second ring, goes where the head goes; one beside it stays."""
+    """A point above the forehead, beyond the second ring, moves with the head; one beside the head stays."""
     source, driver = orbit(0), orbit(20)
     for camera in (source, driver):
-        camera[:, [16, 20]] *= 0.7  # a wider lens: there is room above the head
+        camera[:, [16, 20]] *= 0.7  # a wider lens leaves space above the head
     uv, _ = project(points[:, [CHIN, FOREHEAD_TOP]], source)
     chin, brow = uv[0]
     face = chin[1] - brow[1]
@@ -119,12 +121,12 @@ def test_hair_that_stands_high_is_of_the_head_and_what_is_beside_it_is_not(
     assert at(mesh.weight, after) > 0.8
 
 
-def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
+def test_wide_hair_belongs_to_the_head_only_if_connected(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hair as far aside as another's head may be, beside the brow: to the right it hangs together, to the left not."""
+    """Hair as far aside as another head could be: connected on the right, separate on the left."""
     camera = orbit(0)
-    camera[:, [16, 20]] *= 0.7  # a wider lens: there is room beside the head
+    camera[:, [16, 20]] *= 0.7  # a wider lens leaves space beside the head
     uv, _ = project(points[:, [CHIN, FOREHEAD_TOP]], camera)
     (middle, chin), (_, brow) = uv[0].tolist()
     face, size = chin - brow, 128
@@ -140,40 +142,44 @@ def test_wide_hair_is_of_the_head_and_what_stands_apart_is_not(
     assert near > 0.95 and far < 0.05 and apart < 0.05
 
 
-def test_hair_that_the_border_cuts_ends_beyond_it_unless_the_photo_goes_on(
+def test_cut_hair_ends_beyond_the_border_unless_the_photo_continues(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """Not so below, where a body goes on."""
+    """Below the lower border the body continues."""
     source, camera, everywhere = orbit(0), orbit(0), torch.ones(1, 1, SIZE, SIZE)
     source[:, 18] -= 0.2  # the head is at the photo's left border
-    camera[:, [16, 20]] *= 0.5  # a wider lens: there is room around the head
+    camera[:, [16, 20]] *= 0.5  # a wider lens leaves space around the head
     mesh = flow.deform_mesh(points, source, points)
-    x, y = flow.render_flow(mesh, camera, SIZE).uv[0]  # where in the photo
-    rooms = (None, torch.tensor([[0.0, 0.25, 0.0]]), torch.full((1, 3), 0.25))
-    cut, top, whole = (flow.render_flow(mesh, camera, SIZE, everywhere, margins=room).weight[0, 0] for room in rooms)
+    x, y = flow.render_flow(mesh, camera, SIZE).uv[0]
+    all_margins = (None, torch.tensor([[0.0, 0.25, 0.0]]), torch.full((1, 3), 0.25))
+    cut, top, whole = (
+        flow.render_flow(mesh, camera, SIZE, everywhere, margins=margins).weight[0, 0] for margins in all_margins
+    )
     within_x, far = (x > 0) & (x < 1), whole > 0.9
     above, below = far & within_x & (y < -HAIR_EXTENSION), far & within_x & (y > 1 + HAIR_EXTENSION)
     aside = far & (y > 0) & (x < -HAIR_EXTENSION)
     assert min(above.sum(), below.sum(), aside.sum()) > 20
     assert cut[above].max() == cut[aside].max() == top[aside].max() == 0
-    for same, where in ((top, above), (cut, below), (cut, within_x & (y > 0)), (top, within_x & (y > 0))):
-        assert torch.equal(same[where], whole[where])
+    for actual, region in ((top, above), (cut, below), (cut, within_x & (y > 0)), (top, within_x & (y > 0))):
+        assert torch.equal(actual[region], whole[region])
 
 
-def test_a_turned_head_takes_its_skin_along(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """Where a landmark is in the result, the flow points to where it is in the photo."""
+def test_flow_of_a_turned_head_maps_landmarks_to_the_photo(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """At a landmark of the result the flow holds its position in the photo."""
     source, driver = orbit(0), orbit(15)
     mesh = flow(points, source, points, driver, 4 * SIZE)
     nose_and_cheeks = [1, 4, 50, 280, 101, 330]
     before, _ = project(points[:, nose_and_cheeks], source)
     after, _ = project(points[:, nose_and_cheeks], driver)
     assert (after - before).norm(dim=-1).max() > 0.02
-    found = warp(mesh.uv, after.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
-    torch.testing.assert_close(found, before, atol=0.004, rtol=0)
+    sampled = warp(mesh.uv, after.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
+    torch.testing.assert_close(sampled, before, atol=0.004, rtol=0)
 
 
 def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """In the photo the head looks to the image's right: that cheek is behind the nose's side."""
+    """In the photo the head looks to the image's right, which hides that cheek."""
     mesh = flow(points, orbit(45), points, orbit(0), SIZE)
     face = mesh.weight[0, 0] == 1
     hidden = (mesh.valid[0, 0] == 0) & face & (mesh.mouth[0, 0] == 0)
@@ -184,26 +190,26 @@ def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, or
     assert ((straight.valid == 0) & (straight.weight == 1) & (straight.mouth == 0)).sum() < 0.02 * face.sum()
 
 
-def test_a_cheek_is_not_seen_twice(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """What a cheek turned away hides in the photo is unknown in the result, although its triangles face the camera."""
+def test_hidden_stretched_cheek_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """What a cheek hides in the photo is invalid in the result, although its triangles face the photo's camera."""
     photo, driver = orbit(30), orbit(-10)
-    front = flow.source_visibility(points, photo)
-    bare = flow(points, photo, points, driver, SIZE)
-    mesh = flow(points, photo, points, driver, SIZE, visibility=front)
-    doubted = (bare.valid - mesh.valid > 0.5)[0, 0]
-    assert doubted[:, SIZE // 2 :].sum() > 50 and doubted[:, : SIZE // 2].sum() == 0  # beyond the far cheek
-    own = flow(points, photo, points, photo, SIZE)
-    shown = warp(own.face, bare.uv)[0, 0][doubted]  # there the photo shows the cheek itself, or what is next to it
-    assert shown.mean() > 0.8 and shown.min() > 0
-    alike = flow(
-        points, photo, points, photo, SIZE, visibility=front
-    )  # from where the photo was taken nothing is drawn out
-    assert torch.equal(alike.valid, own.valid)
+    visibility = flow.source_visibility(points, photo)
+    unchecked = flow(points, photo, points, driver, SIZE)
+    mesh = flow(points, photo, points, driver, SIZE, visibility=visibility)
+    lost = (unchecked.valid - mesh.valid > 0.5)[0, 0]
+    assert lost[:, SIZE // 2 :].sum() > 50 and lost[:, : SIZE // 2].sum() == 0  # behind the far cheek
+    identity = flow(points, photo, points, photo, SIZE)
+    face_in_photo = warp(identity.face, unchecked.uv)[0, 0][lost]  # the photo shows the cheek or its edge
+    assert face_in_photo.mean() > 0.8 and face_in_photo.min() > 0
+    frontal = flow(
+        points, photo, points, photo, SIZE, visibility=visibility
+    )  # nothing is stretched from the photo's view
+    assert torch.equal(frontal.valid, identity.valid)
 
 
-def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+def test_jaw_displacement_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     height = points[0, :, 1]
-    jaw = ((height - height[78]) / 0.003).clamp(0, 1)  # all that lies below the corners of the mouth
+    jaw = ((height - height[78]) / 0.003).clamp(0, 1)  # all landmarks below the corners of the mouth
     flow.basis[2, :, 1] = 0.02 * jaw  # b_2 moves it down
     camera = orbit(0)
 
@@ -216,7 +222,7 @@ def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: 
     areas = [float(mesh.mouth.sum()) for mesh in (closed, half, wide)]
     assert areas[0] < 0.4 * areas[1]
     assert areas[1] < 0.7 * areas[2]
-    assert wide.valid[wide.mouth == 1].mean() < 0.2  # the photo does not show what is inside
+    assert wide.valid[wide.mouth == 1].mean() < 0.2  # the photo does not show the inside
     assert wide.valid[(wide.mouth == 0) & (wide.weight == 1)].mean() > 0.95
     assert wide.stretch[wide.mouth == 1].mean() > 1
     rows = torch.nonzero(((wide.uv - closed.uv).abs().amax(1) > 1e-4)[0])[:, 0] / (2 * SIZE)
@@ -224,35 +230,35 @@ def test_an_opening_jaw_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: 
     assert rows.min() > nose[0, 0, 1]  # nothing moves above the mouth
 
 
-def test_teeth_hang_on_behind_the_upper_lip(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+def test_teeth_stay_behind_the_upper_lip(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera = orbit(0)
-    apart = points.clone()
-    apart[0, list(LOWER_INNER_LIP[1:-1]), 1] += 0.03
+    parted = points.clone()
+    parted[0, list(LOWER_INNER_LIP[1:-1]), 1] += 0.03
 
-    def seen(more: float) -> MeshFlow:
-        target = apart.clone()
+    def opened(more: float) -> MeshFlow:
+        target = parted.clone()
         target[0, list(LOWER_INNER_LIP[1:-1]), 1] += more
-        return flow(apart, camera, target, camera, 4 * SIZE)
+        return flow(parted, camera, target, camera, 4 * SIZE)
 
-    same, wider = seen(0), seen(0.03)
-    inside = (same.mouth[0, 0] == 1) & (wider.mouth[0, 0] == 1)
+    unchanged, wider = opened(0), opened(0.03)
+    inside = (unchanged.mouth[0, 0] == 1) & (wider.mouth[0, 0] == 1)
     rows = torch.nonzero(inside)[:, 0]
     upper = inside & (torch.arange(4 * SIZE)[:, None] < rows.float().quantile(0.4))
-    assert (same.uv - wider.uv).abs()[0, :, upper].max() < 0.5 / SIZE  # nothing of it moves
+    assert (unchanged.uv - wider.uv).abs()[0, :, upper].max() < 0.5 / SIZE  # nothing moves
     assert wider.valid[0, 0][upper].mean() > 0.9
     low = (wider.mouth[0, 0] == 1) & (torch.arange(4 * SIZE)[:, None] > rows.max() + 1)
-    assert wider.valid[0, 0][low].mean() < 0.1  # below is what the photo does not show
+    assert wider.valid[0, 0][low].mean() < 0.1  # not shown in the photo
     assert wider.closed_in_photo[0, 0][low].mean() > 0.9
 
 
-def test_behind_lips_ends_where_the_photo_does() -> None:
+def test_sample_behind_lips_stops_at_the_lower_lip_of_the_photo() -> None:
     edges = torch.tensor([0.5, 0.4, 0.5, 0.5, 2.0]).expand(1, 3, 5)
-    place, known = sample_behind_lips(torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1), edges)
-    torch.testing.assert_close(place[0, :, 1], torch.tensor([0.4, 0.45, 0.5]))
-    assert known.flatten().tolist() == [1, 1, 0]
+    uv, visibility = sample_behind_lips(torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1), edges)
+    torch.testing.assert_close(uv[0, :, 1], torch.tensor([0.4, 0.45, 0.5]))
+    assert visibility.flatten().tolist() == [1, 1, 0]
 
 
-def test_a_closing_lid_is_doubted(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+def test_stretched_closing_lid_is_less_valid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera, shut = orbit(0), points.clone()
     for _, rim in EYE_RIMS:
         upper, lower = list(rim[1:8]), list(rim[:8:-1])
@@ -263,46 +269,46 @@ def test_a_closing_lid_is_doubted(flow: BasisFlow, points: Tensor, orbit: Callab
     assert opened.valid[(opened.mouth == 0) & (opened.eye == 0) & (opened.weight == 1)].mean() > 0.95
 
 
-def test_moved_adds_up_the_fields(flow: BasisFlow, points: Tensor) -> None:
+def test_deform_landmarks_sums_the_fields(flow: BasisFlow, points: Tensor) -> None:
     flow.basis.copy_(torch.randn(flow.basis.shape, generator=torch.Generator().manual_seed(0)))
     change = torch.randn(3, 10)
     expected = points + torch.einsum("bn,npc->bpc", change, flow.basis)
     torch.testing.assert_close(flow.deform_landmarks(points.expand(3, -1, -1), change), expected)
 
 
-def test_places_of_teeth_do_not_move_with_the_lips(points: Tensor) -> None:
+def test_anchored_coords_do_not_move_with_the_lips(points: Tensor) -> None:
     opened = points.clone()
-    opened[:, 14, 1] += 0.05  # the middle of the lower lip falls
+    opened[:, 14, 1] += 0.05  # the middle of the lower lip moves down
     before, after = anchored_coords(points), anchored_coords(opened)
     torch.testing.assert_close(before[:, 13], after[:, 13])
-    assert after[0, 14, 1] > before[0, 14, 1] + 0.1  # further down the upper row is seen
+    assert after[0, 14, 1] > before[0, 14, 1] + 0.1  # a lower part of the upper teeth
     moved = anchored_coords(points + torch.tensor([0.3, -0.2, 0.1]))
     torch.testing.assert_close(moved, before, atol=1e-4, rtol=0)
 
 
-def test_both_eyes_have_the_same_places(points: Tensor) -> None:
+def test_anchored_coords_of_both_eyes_are_mirrored(points: Tensor) -> None:
     (_, right), (_, left) = EYE_RIMS
-    places = anchored_coords(points)[0]
-    torch.testing.assert_close(places[list(right)], places[list(left)], atol=0.05, rtol=0)
-    assert places[right[8], 0] > 0 > places[right[0], 0]  # x towards the nose
+    coords = anchored_coords(points)[0]
+    torch.testing.assert_close(coords[list(right)], coords[list(left)], atol=0.05, rtol=0)
+    assert coords[right[8], 0] > 0 > coords[right[0], 0]  # x towards the nose
 
 
-def test_places_are_known_only_inside_mouth_and_eyes(
+def test_anchored_coords_are_0_outside_mouth_and_eyes(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    seen = flow(points, orbit(0), points, orbit(0), 2 * SIZE)
-    inside = (seen.mouth + seen.eye)[0, 0] > 0
-    assert 0 < seen.eye.mean() < 0.02
-    assert seen.anchored_coords[:, :, ~inside].abs().max() == 0
-    assert seen.anchored_coords[:, :, inside].abs().max() > 0.2
+    mesh = flow(points, orbit(0), points, orbit(0), 2 * SIZE)
+    inside = (mesh.mouth + mesh.eye)[0, 0] > 0
+    assert 0 < mesh.eye.mean() < 0.02
+    assert mesh.anchored_coords[:, :, ~inside].abs().max() == 0
+    assert mesh.anchored_coords[:, :, inside].abs().max() > 0.2
 
 
-def test_surface_is_the_front_of_the_head(flow: BasisFlow, points: Tensor) -> None:
-    height, sure, cover = flow.rasterize_surface(points)[0]
+def test_rasterize_surface_is_the_front_of_the_head(flow: BasisFlow, points: Tensor) -> None:
+    height, confidence, coverage = flow.rasterize_surface(points)[0]
     cells = ((points[0, :, :2] / (2 * SURFACE_HALF_EXTENT) + 0.5) * SURFACE_SIZE).long()
     x, y = cells[1]  # the tip of the nose
     assert height[y, x] == pytest.approx(float(points[0, 1, 2]), abs=0.01)
-    assert sure[y, x] == cover[y, x] == 1
-    assert height[cover == 1].min() == pytest.approx(float(points[0, :, 2].min()), abs=0.01)
-    assert height[cover == 0].abs().max() == 0
-    assert sure[0, 0] == 0
+    assert confidence[y, x] == coverage[y, x] == 1
+    assert height[coverage == 1].min() == pytest.approx(float(points[0, :, 2].min()), abs=0.01)
+    assert height[coverage == 0].abs().max() == 0
+    assert confidence[0, 0] == 0

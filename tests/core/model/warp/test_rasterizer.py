@@ -1,4 +1,4 @@
-"""The rasteriser against a slow one."""
+"""The rasteriser against a slow reference."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from export3d_cli.core.model.warp.rasterizer import RasterWindows, rasterize
 def slow_rasterize(
     uv: np.ndarray, depth: np.ndarray, triangles: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Triangle by triangle, pixel by pixel -> nearest triangle (size, size) or -1, barycentric coordinates."""
+    """Return the nearest triangle (size, size), -1 for none, and barycentric coordinates, by loops."""
     index = np.full((size, size), -1)
     nearest = np.full((size, size), np.inf)
     corners = np.zeros((size, size, 3))
     for t, triangle in enumerate(triangles):
         a, b, c = uv[triangle]
         matrix = np.array([[a[0], b[0], c[0]], [a[1], b[1], c[1]], [1, 1, 1]])
-        if np.linalg.det(matrix) <= 0:  # seen from behind
+        if np.linalg.det(matrix) <= 0:  # back-facing
             continue
         for row in range(size):
             for column in range(size):
@@ -29,15 +29,15 @@ def slow_rasterize(
     return index, corners
 
 
-def test_rasterizer_agrees_with_a_slow_one() -> None:
+def test_rasterize_equals_the_slow_reference() -> None:
     rng, size = np.random.default_rng(0), 16
     uv, depth = rng.uniform(-0.2, 1.2, (2, 30, 2)), rng.uniform(2, 3, (2, 30))
     triangles = np.arange(30).reshape(10, 3)
     windows = RasterWindows()
-    soup = [torch.from_numpy(a) for a in (uv, depth, triangles)]
-    raster = rasterize(soup[0], soup[1], soup[2], size, windows)
+    inputs = [torch.from_numpy(a) for a in (uv, depth, triangles)]
+    raster = rasterize(inputs[0], inputs[1], inputs[2], size, windows)
     windows.fixed = True
-    recorded = rasterize(soup[0], soup[1], soup[2], size, windows)  # as where nothing can be asked
+    recorded = rasterize(inputs[0], inputs[1], inputs[2], size, windows)  # the path of a CUDA graph
     torch.testing.assert_close(recorded, raster)
     for b in range(2):
         index, corners = slow_rasterize(uv[b], depth[b], triangles, size)
@@ -48,8 +48,8 @@ def test_rasterizer_agrees_with_a_slow_one() -> None:
         np.testing.assert_allclose(got[covered], corners[covered], atol=1e-3)
 
 
-def test_pixels_of_a_square_are_covered_once() -> None:
-    """Two triangles share an edge that runs through pixel centres."""
+def test_pixels_on_a_shared_edge_are_covered_once() -> None:
+    """Two triangles share an edge through pixel centres."""
     uv = torch.tensor([[[0.0, 0], [1, 0], [1, 1], [0, 1]]])
     raster = rasterize(uv, torch.ones(1, 4), torch.tensor([[0, 1, 2], [0, 2, 3]]), 8)
     assert (raster.triangle >= 0).all()
