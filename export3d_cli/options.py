@@ -157,14 +157,14 @@ def tracker_option(command: F) -> F:
 
 def output_options(command: F) -> F:
     """Add --crf, --watermark, --overwrite and --json: how the output is written and reported."""
-    text = "Constant rate factor of the video, 0 (lossless) to 51 (worst)."
+    text = "Constant rate factor of the video, 0 (lossless) to 51 (worst); not for .gif, images and transparent .mov."
     command = json_option(command)
     command = click.option("--overwrite", is_flag=True, help="Overwrite an existing output file.")(command)
     command = click.option(
         "--watermark", type=click.Choice(["none", "visible", "invisible"]), default="none", show_default=True,
         help="Mark the picture as synthetic, in addition to the metadata.",
     )(command)  # fmt: skip
-    return click.option("--crf", type=click.IntRange(0, 51), default=18, show_default=True, help=text)(command)
+    return click.option("--crf", type=click.IntRange(0, 51), show_default="18", help=text)(command)
 
 
 def batch_option(command: F) -> F:

@@ -54,7 +54,7 @@ def edit_basis(
     precision: str,
     threads: int,
     quality: str,
-    crf: int,
+    crf: int | None,
     watermark: str,
     overwrite: bool,
     as_json: bool,
@@ -73,6 +73,7 @@ def edit_basis(
         raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
     if output is not None:
         core.check_overwrite(output, overwrite)
+        core.check_crf(output, crf)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
     if describe:
         _print_basis(core.describe_basis(animator), as_json)

@@ -56,7 +56,7 @@ def novel_view(
     precision: str,
     threads: int,
     quality: str,
-    crf: int,
+    crf: int | None,
     watermark: str,
     overwrite: bool,
     as_json: bool,
@@ -79,6 +79,7 @@ def novel_view(
         out = out if output or grid or depth else None
     if out is not None:
         core.check_overwrite(out, chosen.overwrite)
+        core.check_crf(out, crf)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
     with console.show_progress() as report:
         summary = core.novel_view(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)

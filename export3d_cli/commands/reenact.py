@@ -103,7 +103,7 @@ def reenact(
     model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality")}
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
-    core.check_outputs(paths, job.background)
+    core.check_outputs(paths, job.background, job.crf)
     if len(paths) == 1 and not dry_run:  # of several, those that are there are left out
         core.check_overwrite(paths[0], job.overwrite)
     animator = core.Animator.from_weights(**model, batch=job.batch)

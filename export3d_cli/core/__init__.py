@@ -58,6 +58,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "check_outputs": "animation.compositor",
     "novel_view": "animation.views",
     "check_overwrite": "animation.options",
+    "check_crf": "media.encoder_settings",
     "check_mesh_output": "animation.mesh_export",
     "edit_basis": "animation.views",
     "describe_basis": "animation.basis_description",

@@ -246,3 +246,23 @@ def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
     result = reenact(tiny, tmp_path / "e.mp4", "--crop", "none", source=tmp_path / "wide.png")
     assert result.exit_code == 2
     assert "512x400" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "kind"),
+    [
+        (("reenact", "SRC", "DRIVE"), "out.gif", ".gif"),
+        (("reenact", "SRC", "DRIVE"), "frames/%05d.png", ".png"),
+        (("reenact", "SRC", "DRIVE", "--background", "transparent"), "out.mov", "transparent .mov"),
+        (("novel-view", "SRC"), "out.gif", ".gif"),
+        (("novel-view", "SRC", "--grid"), "out.jpg", ".jpg"),
+        (("edit-basis", "SRC", "--v", "1", "--scale", "0:2", "--frames", "2"), "out.gif", ".gif"),
+        (("edit-basis", "SRC", "--grid"), "out.png", ".png"),
+    ],
+)
+def test_crf_is_refused_where_the_format_has_none(tmp_path, command, output, kind):
+    names = {"SRC": example_path("source.jpg"), "DRIVE": example_path("drive.mp4")}
+    args = [names.get(word, word) for word in command]
+    result = run(*args, "-o", tmp_path / output, "--crf", "18", "--weights", "nowhere")
+    assert result.exit_code == 2
+    assert f"crf does not apply to {kind}" in result.stderr

@@ -351,7 +351,7 @@ def reenact(
     A `tape` given to several calls with one driver and the same options has it tracked only once.
     """
     options, began = options or ReenactOptions(), time.monotonic()
-    check_outputs([out], options.background)
+    check_outputs([out], options.background, options.crf)
     check_overwrite(out, options.overwrite)
     torch.manual_seed(options.seed)
     control, mark = options.control, get_watermarker(options.watermark)

@@ -107,7 +107,7 @@ def reenact_all(
     skipped: list[Path] = []
     failed: list[str] = []
     paths = output_paths(sources, driver, out)
-    check_outputs(paths, options.background)
+    check_outputs(paths, options.background, options.crf)
     with TrackCache() as tape:
         for source, path in zip(sources, paths, strict=True):
             if os.path.lexists(path) and not options.overwrite:
@@ -132,7 +132,7 @@ def plan_reenact(
     """What `reenact_all` would do: faces are looked for and one batch is made to measure, nothing is written."""
     options = options or ReenactOptions()
     paths = output_paths(sources, driver, out)
-    check_outputs(paths, options.background)
+    check_outputs(paths, options.background, options.crf)
     faces = []
     for source, path in zip(sources, paths, strict=True):
         composer = compose_source(animator, source, options)

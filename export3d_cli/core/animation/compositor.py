@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.face.matting import PersonMatting, estimate_foreground
-from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_output_suffix
+from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_crf, check_output_suffix
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import resolve_weights
@@ -27,10 +27,11 @@ def read_portrait(path: Path) -> np.ndarray:
     return read_image(path)
 
 
-def check_outputs(outputs: list[Path], background: str) -> None:
+def check_outputs(outputs: list[Path], background: str, crf: int | None = None) -> None:
     """Raise `InputError` for names that cannot be written, for what is no background, and where both do not fit."""
     for out in outputs:
         check_output_suffix(out, alpha=background == "transparent")
+        check_crf(out, crf, alpha=background == "transparent")
     if background in ("source", "transparent"):
         return
     if background.startswith("#"):

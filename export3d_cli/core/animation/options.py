@@ -29,7 +29,7 @@ class ReenactOptions:
     """How a driver is read, what of it reaches the source, and how the result is written."""
 
     audio: str = "driver"  # driver | none | a file
-    crf: int = 18
+    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     fps: Fraction | None = None  # None: the driver's, exactly
     start: float = 0.0  # seconds
     duration: float | None = None  # seconds

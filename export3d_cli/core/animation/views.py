@@ -22,6 +22,7 @@ from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_h
 from export3d_cli.core.animation.options import Crop, Progress, Summary, check_overwrite
 from export3d_cli.core.animation.pipeline import BackgroundWriter
 from export3d_cli.core.animation.watermark import Watermark, get_watermarker
+from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
@@ -43,7 +44,7 @@ class NovelViewOptions:
     frames: int = 60
     loop: Literal["pingpong", "once"] = "pingpong"
     fps: Fraction = Fraction(25)
-    crf: int = 18
+    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     overwrite: bool = False
     grid: bool = False  # a contact sheet instead of a video
     depth: bool = False  # the depth in colours
@@ -68,7 +69,7 @@ class EditOptions:
     edits: tuple[tuple[int, Range], ...] = ((1, (0.0, 1.0)),)  # i of v_i from 1: change of lambda_i
     frames: int = 60
     fps: Fraction = Fraction(25)
-    crf: int = 18
+    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     overwrite: bool = False
     watermark: Watermark = "none"  # beside the mark in the metadata
     face: str = "largest"  # of the photo: largest | left | right | index:N
@@ -93,6 +94,8 @@ def novel_view(
     began = time.monotonic()
     if options.mesh is not None:
         check_mesh_output(options.mesh)
+        if out is None:
+            check_crf(options.mesh, options.crf)
         check_overwrite(options.mesh, options.overwrite)
     if out is None:
         if options.mesh is None:
@@ -101,6 +104,7 @@ def novel_view(
         _mesh(animator, options.mesh, _expressions(animator, options.drive, options.fps, 1), progress)
         return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
     check_overwrite(out, options.overwrite)
+    check_crf(out, options.crf)
     picture = _is_picture(out)
     if options.grid and not picture:
         raise InputError(f"a contact sheet is a picture: give an output that ends in .png or .jpg, not {out.name!r}")
@@ -130,6 +134,7 @@ def edit_basis(
     options = options or EditOptions()
     began = time.monotonic()
     check_overwrite(out, options.overwrite)
+    check_crf(out, options.crf)
     n, picture = animator.model.config.num_coefficients, _is_picture(out)
     for v, _ in options.edits:
         if not 1 <= v <= n:

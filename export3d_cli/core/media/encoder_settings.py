@@ -8,6 +8,7 @@ from export3d_cli.core.runtime.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")  # formats that can be written
 ALPHA_SUFFIXES = (".webm", ".mov")  # formats with an alpha channel
+DEFAULT_CRF = 18  # visually transparent
 _BT709_FILTERS = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
 _BT709_TAGS = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
 
@@ -20,6 +21,14 @@ def check_output_suffix(path: Path, *, alpha: bool = False) -> None:
         raise InputError(f"cannot write videos of type {suffix!r}: use {usual} or FOLDER/%05d.png")
     if alpha and suffix not in (*ALPHA_SUFFIXES, ".png"):
         raise InputError(f"{path} cannot be transparent: use .webm, .mov or FOLDER/%05d.png")
+
+
+def check_crf(path: Path, crf: int | None, *, alpha: bool = False) -> None:
+    """Raise `InputError` if a constant rate factor is given for an output without one (GIF, ProRes, images)."""
+    suffix = path.suffix.lower()
+    if crf is not None and (suffix not in VIDEO_SUFFIXES or suffix == ".gif" or (alpha and suffix == ".mov")):
+        kind = "transparent .mov" if suffix == ".mov" else suffix or "this output"
+        raise InputError(f"crf does not apply to {kind} ({path}): omit it, or write .mp4, .mkv or .webm")
 
 
 def encoder_arguments(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> list[str]:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from export3d_cli.core.media.encoder_settings import check_output_suffix, encoder_arguments
+from export3d_cli.core.media.encoder_settings import DEFAULT_CRF, check_crf, check_output_suffix, encoder_arguments
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
 from export3d_cli.core.media.image_folder import ImageSequenceWriter
 from export3d_cli.core.media.probe import READ_OPTIONS, audio_codec, ffmpeg_path, file_url
@@ -37,7 +37,8 @@ class VideoWriter:
         path: output; its suffix selects the container.
         size: (width, height) of the frames.
         fps: exact frame rate.
-        crf: constant rate factor on x264's scale, 0 (lossless) to 51; 18 is visually transparent.
+        crf: constant rate factor on x264's scale, 0 (lossless) to 51; None: 18, which is visually transparent. Not for
+            GIF, ProRes and images.
         alpha: frames are RGBA (H, W, 4); for .webm (VP9), .mov (ProRes 4444) and images.
         audio: a file whose audio track is added, cut to the video's length, and copied if the container takes it.
         audio_start: seconds of the audio to skip.
@@ -50,7 +51,7 @@ class VideoWriter:
         *,
         size: tuple[int, int],
         fps: Fraction,
-        crf: int = 18,
+        crf: int | None = None,
         alpha: bool = False,
         audio: Path | None = None,
         audio_start: float = 0.0,
@@ -59,6 +60,8 @@ class VideoWriter:
         self.path = Path(path)
         self.suffix = self.path.suffix.lower()
         check_output_suffix(self.path, alpha=alpha)
+        check_crf(self.path, crf, alpha=alpha)
+        crf = DEFAULT_CRF if crf is None else crf
         self._image_sequence = ImageSequenceWriter(self.path) if self.suffix == ".png" else None
         if self.path.is_dir():
             raise InputError(f"{path} is a folder: give the name of a video file")

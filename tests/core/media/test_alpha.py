@@ -32,8 +32,8 @@ def frames() -> list[np.ndarray]:
 def test_alpha_survives_in_videos(frames: list[np.ndarray], tmp_path: Path, name: str, sound: bool) -> None:
     tone = tmp_path / "tone.wav"
     subprocess.run([ffmpeg_path(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=f=400:d=1", str(tone)], check=True)
-    audio = tone if sound else None
-    with VideoWriter(tmp_path / name, size=(64, 48), fps=Fraction(25), crf=4, alpha=True, audio=audio) as writer:
+    audio, crf = tone if sound else None, 4 if name == "a.webm" else None
+    with VideoWriter(tmp_path / name, size=(64, 48), fps=Fraction(25), crf=crf, alpha=True, audio=audio) as writer:
         for frame in frames:
             writer.write(frame)
     info = probe(tmp_path / name)
