@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import EYE_RIMS, EYELID_FOLDS
-from export3d_cli.core.model.inpaint.eyes import CroppedHole, EyePairInpainter, eye_crop
+from export3d_cli.core.face.landmarks import EYELID_FOLDS
+from export3d_cli.core.model.inpaint.eyes import CroppedHole, EyePairInpainter, eye_crop, eye_width, eyelid_rims
 from export3d_cli.core.model.inpaint.inpainter import (
     Hole,
     dilate_and_blur,
@@ -30,14 +30,14 @@ MIN_CONTEXT_COLOUR = 0.02  # lower bound of the surrounding face's mean channels
 
 def eyelid_fold_and_rim(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return fold and rim of an upper lid (0 the person's right one), from the eye's outer corner to the inner one."""
-    rim = EYE_RIMS[side][1]
-    return (rim[0], *EYELID_FOLDS[side], rim[8]), rim[:9]
+    rim, _ = eyelid_rims(side)
+    return (rim[0], *EYELID_FOLDS[side], rim[-1]), rim
 
 
 def eyelid_height(points: Tensor, side: int) -> Tensor:
     """Return the distance from rim to fold in the middle of a lid, (B, 478, 3) -> (B,), in eye widths."""
     fold, rim = (points[:, list(edge)] for edge in eyelid_fold_and_rim(side))
-    return (fold - rim)[:, 3:6].norm(dim=-1).mean(1) / (rim[:, 0] - rim[:, 8]).norm(dim=-1).clamp_min(1e-6)
+    return (fold - rim)[:, 3:6].norm(dim=-1).mean(1) / eye_width(points, side)
 
 
 def eyelid_hole(uv: Tensor, side: int, photo: Tensor, uv_photo: Tensor, visibility: Tensor) -> CroppedHole:
@@ -52,8 +52,8 @@ def eyelid_hole(uv: Tensor, side: int, photo: Tensor, uv_photo: Tensor, visibili
     """
     crop, (fold, rim) = eye_crop(uv, side), eyelid_fold_and_rim(side)
     uv_lashes = uv.clone()
-    width = (uv[:, rim[0]] - uv[:, rim[8]]).norm(dim=-1)[:, None, None]
-    uv_lashes[:, list(rim[1:8])] += crop.axes[:, 1:] * width * LASH_LENGTH
+    width = eye_width(uv, side)[:, None, None]
+    uv_lashes[:, list(rim[1:-1])] += crop.axes[:, 1:] * width * LASH_LENGTH
     triangles = strip_triangles(fold, rim, uv.device)
     raster, inside = rasterize_in_crop(crop, uv_lashes, triangles)
     coords = uv.new_zeros(uv.shape[1], 2)  # x -1..1 across the lid, y -1 at the fold and 1 at the lashes

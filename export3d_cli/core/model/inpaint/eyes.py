@@ -28,7 +28,7 @@ from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords
 from export3d_cli.core.model.warp.rasterizer import interpolate_vertices
 
 EYE_CROP_SCALE = 1.8  # side of the crop over the extent of the eye
-UPPER_LID_MIDDLE, LOWER_LID_MIDDLE = 4, 12  # positions in a rim of `EYE_RIMS`
+UPPER_LID_MIDDLE, INNER_CORNER, LOWER_LID_MIDDLE = 4, 8, 12  # positions in a rim of `EYE_RIMS`
 MIN_EYE_OPENING = 0.06  # in eye widths; inpainting fades in from this opening to twice it
 # Opening in the result over that in the photo: up to the first the photo's eye is kept, from the second on replaced.
 EYE_OPENING_FADE = (1.1, 1.35)
@@ -42,7 +42,7 @@ CroppedHole = tuple[AlignedCrop, Hole]
 def eyelid_rims(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return upper and lower lid of an eye (0 the person's right one), from its outer corner to the inner one."""
     rim = EYE_RIMS[side][1]
-    return rim[:9], (rim[0], *rim[:7:-1])
+    return rim[: INNER_CORNER + 1], (rim[0], *rim[: INNER_CORNER - 1 : -1])
 
 
 def eye_crop(uv: Tensor, side: int) -> AlignedCrop:
@@ -53,22 +53,27 @@ def eye_crop(uv: Tensor, side: int) -> AlignedCrop:
     rim = uv[:, list(EYE_RIMS[side][1])]
     along = (rim @ axes.transpose(1, 2)).mT  # (B, 2, 16)
     extent = (along.amax(2) - along.amin(2)).amax(1)
-    return AlignedCrop((rim[:, 0] + rim[:, 8]) / 2, axes, EYE_CROP_SCALE * extent.clamp_min(0.01))
+    return AlignedCrop((rim[:, 0] + rim[:, INNER_CORNER]) / 2, axes, EYE_CROP_SCALE * extent.clamp_min(0.01))
+
+
+def eye_width(points: Tensor, side: int) -> Tensor:
+    """Return the distance between the corners of an eye, (B, 478, .) -> (B,)."""
+    rim = EYE_RIMS[side][1]
+    return (points[:, rim[0]] - points[:, rim[INNER_CORNER]]).norm(dim=-1).clamp_min(1e-6)
 
 
 def eye_opening(points: Tensor, side: int) -> Tensor:
     """Return the gap between the middles of the lids, (B, 478, 3) -> (B,), in eye widths."""
-    rim = points[:, list(EYE_RIMS[side][1])]
-    gap = (rim[:, UPPER_LID_MIDDLE] - rim[:, LOWER_LID_MIDDLE]).norm(dim=-1)
-    return gap / (rim[:, 0] - rim[:, 8]).norm(dim=-1).clamp_min(1e-6)
+    rim = EYE_RIMS[side][1]
+    gap = (points[:, rim[UPPER_LID_MIDDLE]] - points[:, rim[LOWER_LID_MIDDLE]]).norm(dim=-1)
+    return gap / eye_width(points, side)
 
 
 def eye_visibility(points: Tensor, depth: Tensor, side: int) -> Tensor:
     """Return how far an eye of landmarks (B, 478, 3) at depths (B, 478) is not behind the nose, (B,) in 0..1."""
-    outer, inner = EYE_RIMS[side][1][0], EYE_RIMS[side][1][8]
-    depth_gap = (depth[:, outer] - depth[:, inner]).abs()
-    width = (points[:, outer] - points[:, inner]).norm(dim=-1).clamp_min(1e-6)
-    return 1 - linear_step(depth_gap / width, *PROFILE_FADE)
+    rim = EYE_RIMS[side][1]
+    depth_gap = (depth[:, rim[0]] - depth[:, rim[INNER_CORNER]]).abs()
+    return 1 - linear_step(depth_gap / eye_width(points, side), *PROFILE_FADE)
 
 
 def iris_colour(image: Tensor, uv: Tensor, side: int, visible_height: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.face.landmarks import EYE_RIMS
+from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, RIGHT_EYE_OUTER
 from export3d_cli.core.model.generator import ResBlock, leaky_relu
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.volume_renderer import pixel_grid
@@ -79,8 +79,7 @@ class InpaintedPatch(NamedTuple):
 
 def level_axes(uv: Tensor) -> Tensor:
     """Return axes level with the eyes of landmarks (B, 478, 2): unit vectors (B, 2, 2), right and down."""
-    (right_corner, left_corner) = (uv[:, rim[0]] for _, rim in EYE_RIMS)  # outer corners of the eyes
-    right = left_corner - right_corner
+    right = uv[:, LEFT_EYE_OUTER] - uv[:, RIGHT_EYE_OUTER]
     right = right / right.norm(dim=1, keepdim=True).clamp_min(1e-6)
     return torch.stack([right, torch.stack([-right[:, 1], right[:, 0]], dim=1)], dim=1)
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import EYE_RIMS, LOWER_INNER_LIP, OUTER_LIPS, UPPER_INNER_LIP
+from export3d_cli.core.face.landmarks import (
+    LEFT_EYE_OUTER,
+    LOWER_INNER_LIP,
+    OUTER_LIPS,
+    RIGHT_EYE_OUTER,
+    UPPER_INNER_LIP,
+)
 from export3d_cli.core.model.inpaint.inpainter import (
     AlignedCrop,
     Hole,
@@ -52,7 +58,7 @@ def mouth_opening(points: Tensor) -> Tensor:
     """Return the gap between the middles of the lips, (B, 478, 3) -> (B,), in distances between outer eye corners."""
     middle = len(UPPER_INNER_LIP) // 2
     gap = (points[:, UPPER_INNER_LIP[middle]] - points[:, LOWER_INNER_LIP[middle]]).norm(dim=-1)
-    return gap / (points[:, EYE_RIMS[0][1][0]] - points[:, EYE_RIMS[1][1][0]]).norm(dim=-1).clamp_min(1e-6)
+    return gap / (points[:, RIGHT_EYE_OUTER] - points[:, LEFT_EYE_OUTER]).norm(dim=-1).clamp_min(1e-6)
 
 
 def mouth_hole(points: Tensor, uv: Tensor, opening_ratio: Tensor) -> tuple[AlignedCrop, Hole]:

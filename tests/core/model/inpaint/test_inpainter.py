@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import LOWER_INNER_LIP, UPPER_INNER_LIP
+from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, LOWER_INNER_LIP, RIGHT_EYE_OUTER, UPPER_INNER_LIP
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.inpaint.inpainter import CROP_SIZE_PX, AlignedCrop, InpaintedPatch
 from export3d_cli.core.model.inpaint.mouth import (
@@ -83,7 +83,7 @@ def test_touching_lips_are_not_inpainted(points: Tensor, orbit: Callable[..., Te
         MIN_MOUTH_OPENING * 3,
     ):  # the eyes are about 0.18 apart
         wide = shut.clone()
-        wide[:, LOWER_INNER_LIP[MIDDLE], 1] += by * (points[:, 263] - points[:, 33]).norm()
+        wide[:, LOWER_INNER_LIP[MIDDLE], 1] += by * (points[:, LEFT_EYE_OUTER] - points[:, RIGHT_EYE_OUTER]).norm()
         uv, _ = project(wide, orbit(0.0))
         strengths.append(mouth_hole(wide, uv, torch.full((1, 478, 1), MAX_OPENING_RATIO))[1].mask.amax().item())
     assert strengths == pytest.approx([0, 0, 0.5, 1], abs=0.01)
@@ -94,7 +94,7 @@ def test_touching_lips_are_not_inpainted(points: Tensor, orbit: Callable[..., Te
 def test_opening_slit_is_inpainted_more_than_an_opening_mouth(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     """Two mouths open by half: the one that the photo hardly shows gets a larger mask."""
     inpainter, camera = MouthInpainter(4), orbit(0.0)
-    eyes = (points[:, 263] - points[:, 33]).norm()
+    eyes = (points[:, LEFT_EYE_OUTER] - points[:, RIGHT_EYE_OUTER]).norm()
     shut = points.clone()
     shut[:, list(LOWER_INNER_LIP)] = shut[:, list(UPPER_INNER_LIP)]
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD_TOP, LOWER_INNER_LIP
+from export3d_cli.core.face.canonical_face import CanonicalFace
+from export3d_cli.core.face.landmarks import (
+    CHIN,
+    EYE_RIMS,
+    FACE_OVAL,
+    FOREHEAD_TOP,
+    LOWER_INNER_LIP,
+    UPPER_INNER_LIP,
+)
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import (
     HAIR_EXTENSION,
@@ -301,6 +309,13 @@ def test_anchored_coords_are_0_outside_mouth_and_eyes(
     assert 0 < mesh.eye.mean() < 0.02
     assert mesh.anchored_coords[:, :, ~inside].abs().max() == 0
     assert mesh.anchored_coords[:, :, inside].abs().max() > 0.2
+
+
+def test_landmark_tables_are_symmetric(canonical: CanonicalFace) -> None:
+    (right_iris, right), (left_iris, left) = EYE_RIMS
+    assert canonical.mirror[[right_iris, *right]].tolist() == [left_iris, *left]
+    for table in (UPPER_INNER_LIP, LOWER_INNER_LIP, FACE_OVAL[1:]):
+        assert canonical.mirror[list(table)].tolist() == list(table[::-1])
 
 
 def test_rasterize_surface_is_the_front_of_the_head(flow: BasisFlow, points: Tensor) -> None:
