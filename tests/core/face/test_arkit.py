@@ -1,4 +1,4 @@
-"""CSVs of Live Link Face: names, rate, signs, and what cannot be read."""
+"""Live Link Face CSVs: column names, frame rate, signs of the angles, and files that are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def timecode(seconds: float, clock: int = 60) -> str:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """A CSV of `rows`, values by column name, the others 0, at `rate` frames a second."""
+    """Return a function that writes a CSV of `rows` (values by column name, the others 0) at `rate` frames a second."""
 
     def make(
         rows: list[dict[str, float]], rate: Fraction = Fraction(60000, 1001), begin: float = 36000.4,
@@ -49,13 +49,13 @@ def read(path: Path) -> Motion:
     return read_csv(path, resolve_weights("arkit_measures"), CAMERA)[0]
 
 
-def test_coefficients_go_by_name_and_measures_follow(write: Write) -> None:
+def test_read_csv_assigns_coefficients_by_name_and_predicts_measures(write: Write) -> None:
     motion = read(write([{}, {"JawOpen": 0.8}, {"EyeBlinkLeft": 1.0, "EyeBlinkRight": 0.9}, {"EyeLookOutLeft": 0.7}]))
     assert motion.beta.shape == (4, 64)
     beta = dict(zip(BETA_NAMES, motion.beta.T, strict=True))
     np.testing.assert_allclose(beta["jawOpen"], [0, 0.8, 0, 0], atol=1e-6)
     np.testing.assert_allclose(beta["eyeBlinkRight"], [0, 0, 0.9, 0], atol=1e-6)
-    assert beta["lipGapCentre"][1] > beta["lipGapCentre"][0] + 0.1  # in distances between the eyes
+    assert beta["lipGapCentre"][1] > beta["lipGapCentre"][0] + 0.1  # inter-ocular distances
     assert beta["eyeOpeningLeft"][2] < 0.5 * beta["eyeOpeningLeft"][0]
     assert beta["irisXLeft"][3] > beta["irisXLeft"][0] + 0.02  # the face's left is the image's right
 
@@ -63,14 +63,14 @@ def test_coefficients_go_by_name_and_measures_follow(write: Write) -> None:
 @pytest.mark.parametrize(
     "rate", [Fraction(60000, 1001), Fraction(60), Fraction(30), Fraction(30000, 1001), Fraction(24)]
 )
-def test_the_rate_comes_from_the_timecodes(write: Write, rate: Fraction) -> None:
+def test_read_csv_takes_the_frame_rate_from_the_timecodes(write: Write, rate: Fraction) -> None:
     rows = [{"JawOpen": k / 100} for k in range(100)]
     motion = read(write(rows, rate, begin=86399.2))  # past midnight
     assert (motion.fps, len(motion)) == (rate, 100)
     np.testing.assert_allclose(motion.beta[:, ARKIT_NAMES.index("jawOpen")], np.arange(100) / 100, atol=1e-6)
 
 
-def test_lost_frames_keep_their_time() -> None:
+def test_estimate_frame_rate_fills_dropped_frames() -> None:
     kept = np.delete(np.arange(200), [50, 51, 52, 120])
     fps, rows = estimate_frame_rate(kept / 60, 60)
     assert (fps, len(rows)) == (60, 200)
@@ -82,7 +82,7 @@ def test_lost_frames_keep_their_time() -> None:
     ("column", "expected"),
     [("HeadYaw", (20, 0, 0)), ("HeadPitch", (0, -20, 0)), ("HeadRoll", (0, 0, -20))],  # left, down, counter-clockwise
 )
-def test_head_angles_turn_the_camera_at_the_source_s_distance(
+def test_head_angles_rotate_the_camera_at_its_distance(
     write: Write, column: str, expected: tuple[float, float, float]
 ) -> None:
     camera = Camera.from_vector(read(write([{}, {column: np.radians(20)}])).camera[1])
@@ -95,7 +95,7 @@ def test_head_angles_turn_the_camera_at_the_source_s_distance(
     ]
 
 
-def test_angles_in_degrees_are_known_by_their_size(write: Write) -> None:
+def test_angles_beyond_pi_are_read_as_degrees(write: Write) -> None:
     degrees = [{"HeadYaw": 20.0, "HeadPitch": -10.0, "HeadRoll": 2.0}, {"HeadYaw": 1.0}]
     radians = [{name: float(np.radians(angle)) for name, angle in row.items()} for row in degrees]
     motion, notes = read_csv(write(degrees), resolve_weights("arkit_measures"), CAMERA)
@@ -105,7 +105,7 @@ def test_angles_in_degrees_are_known_by_their_size(write: Write) -> None:
     np.testing.assert_allclose(motion.camera, same.camera, atol=1e-6)
 
 
-def test_without_head_angles_the_source_s_camera_stays(write: Write) -> None:
+def test_csv_without_head_angles_keeps_the_camera(write: Write) -> None:
     motion = read(write([{}, {}], columns=COLUMNS[:52]))
     np.testing.assert_array_equal(motion.camera, np.stack([CAMERA, CAMERA]))
 
@@ -127,7 +127,7 @@ def test_without_head_angles_the_source_s_camera_stays(write: Write) -> None:
         (lambda text: "\0\x01", "no rows|cannot be read"),
     ],
 )
-def test_a_bad_file_is_one_line_that_names_it(write: Write, change: Callable[[str], str], words: str) -> None:
+def test_bad_csv_raises_one_line_that_names_the_file(write: Write, change: Callable[[str], str], words: str) -> None:
     path = write([{}, {}, {}], rate=Fraction(60), begin=36000.4)
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(InputError, match=words) as caught:
@@ -136,21 +136,21 @@ def test_a_bad_file_is_one_line_that_names_it(write: Write, change: Callable[[st
     assert "\n" not in str(caught.value)
 
 
-def test_the_fit_finds_the_map_within_faces_that_differ(tmp_path: Path) -> None:
+def test_fit_measure_map_recovers_a_linear_map_across_persons(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     slope = rng.standard_normal((52, 12)) * 0.1
     motions = []
     for _ in range(20):
-        shapes = rng.random((60, 52))
-        own = 0.3 * rng.standard_normal(12)  # a wide mouth, narrow eyes
-        beta = np.concatenate([shapes, shapes @ slope + own + 1.0], axis=1).astype(np.float32)
+        coefficients = rng.random((60, 52))
+        person_offset = 0.3 * rng.standard_normal(12)  # a wide mouth, narrow eyes
+        beta = np.concatenate([coefficients, coefficients @ slope + person_offset + 1.0], axis=1).astype(np.float32)
         cameras = np.repeat(CAMERA[None], 60, axis=0)
         motions.append(Motion(beta, cameras, np.zeros((60, 0, 3)), np.ones(60, bool), Fraction(25), (0, 0, 1), (1, 1)))
-    found, offset = fit_measure_map(motions)
-    np.testing.assert_allclose(found, slope, atol=2e-3)
+    fitted, offset = fit_measure_map(motions)
+    np.testing.assert_allclose(fitted, slope, atol=2e-3)
     assert offset.shape == (len(MEASURE_NAMES),)
     np.testing.assert_allclose(offset, 1.0, atol=0.3)
-    save_measure_map(tmp_path / "m.npz", found, offset)
+    save_measure_map(tmp_path / "m.npz", fitted, offset)
     (tmp_path / "bad.npz").write_bytes(b"no")
     with pytest.raises(WeightsError, match=r"bad\.npz"):
         read_csv(_minimal(tmp_path), tmp_path / "bad.npz", CAMERA)

@@ -1,4 +1,4 @@
-"""The tracker fan: with a stand-in for its network, and the network itself with random weights."""
+"""The tracker fan, with a fake network, and with the real network and random weights."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ BASIS = weights_dir() / "fan_basis.npz"
 WEIGHTS = "3DFAN4-7835d9f11d.pth.tar"
 
 
-class StandIn:
-    """Sees 68 of the landmarker's points, where the package would see its own."""
+class FakeNetwork:
+    """Returns 68 of the landmarker's points, instead of the package's own."""
 
     def __init__(self) -> None:
         self.landmarker = Landmarker(weights_dir() / "face_landmarker.task")
 
     def get_landmarks_from_image(self, image: np.ndarray, detected_faces: list[np.ndarray]) -> list[np.ndarray]:
         (x0, y0, x1, y1), side = detected_faces[0], fan.INPUT_SIDE_PX
-        assert (x1 - x0 + y1 - y0) / 195 * 200 == pytest.approx(side)  # what it looks at is the whole patch
+        assert (x1 - x0 + y1 - y0) / 195 * 200 == pytest.approx(side)  # the box covers the whole patch
         assert ((x0 + x1) / 2, (y0 + y1) / 2 - 0.12 * (y1 - y0)) == pytest.approx((side / 2, side / 2))
         face = self.landmarker.find(image)
         return [np.full((68, 2), 7.0) if face is None else np.floor(face.landmarks[list(IBUG68), :2])]
@@ -52,40 +52,40 @@ def detector() -> FaceDetector:
 
 @pytest.fixture
 def tracker(detector: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> FanTracker:
-    monkeypatch.setattr(fan, "_load_network", lambda device: StandIn())
+    monkeypatch.setattr(fan, "_load_network", lambda device: FakeNetwork())
     return FanTracker(BASIS, detector)
 
 
 def motions(tracker: FanTracker, step: int = 6) -> tuple[Motion, Motion]:
-    """The bundled driver as fan and as the landmarker read it."""
+    """Return the motion of the bundled driver by fan and by the landmarker."""
     with VideoReader(example_path("drive.mp4")) as reader:
         frames = list(reader)[::step]
         size, fps = (reader.info.width, reader.info.height), reader.info.fps / step
     tracker.landmarker.reset()
-    ours = tracker.make_motion([tracker.landmarker.track(frame) for frame in frames], fps, size)
-    other = LandmarkerTracker(weights_dir() / "face_landmarker.task")
-    return ours, other.make_motion(other.track_frames(frames), fps, size)
+    fan_motion = tracker.make_motion([tracker.landmarker.track(frame) for frame in frames], fps, size)
+    landmarker_tracker = LandmarkerTracker(weights_dir() / "face_landmarker.task")
+    return fan_motion, landmarker_tracker.make_motion(landmarker_tracker.track_frames(frames), fps, size)
 
 
-def test_it_tells_what_the_landmarker_tells(tracker: FanTracker) -> None:
-    ours, theirs = motions(tracker)
-    assert ours.found.all()
-    assert ours.landmarks.shape == (len(theirs), 68, 3)
-    assert ours.crop[2] == pytest.approx(theirs.crop[2], rel=0.06)
-    np.testing.assert_allclose(ours.crop[:2], theirs.crop[:2], atol=0.05 * theirs.crop[2])
-    angles = [np.array([Camera.from_vector(c).angles() for c in motion.camera]) for motion in (ours, theirs)]
+def test_fan_motion_agrees_with_the_landmarker(tracker: FanTracker) -> None:
+    fan_motion, reference = motions(tracker)
+    assert fan_motion.found.all()
+    assert fan_motion.landmarks.shape == (len(reference), 68, 3)
+    assert fan_motion.crop[2] == pytest.approx(reference.crop[2], rel=0.06)
+    np.testing.assert_allclose(fan_motion.crop[:2], reference.crop[:2], atol=0.05 * reference.crop[2])
+    angles = [np.array([Camera.from_vector(c).angles() for c in motion.camera]) for motion in (fan_motion, reference)]
     assert np.abs(angles[0] - angles[1]).mean(0).max() < 4  # degrees
     assert np.corrcoef(angles[0][:, 0], angles[1][:, 0])[0, 1] > 0.95
     for name in ("eyeBlinkLeft", "eyeBlinkRight", "jawOpen", "mouthSmileLeft"):
         k = ARKIT_NAMES.index(name)
-        assert np.corrcoef(ours.beta[:, k], theirs.beta[:, k])[0, 1] > 0.7, name
+        assert np.corrcoef(fan_motion.beta[:, k], reference.beta[:, k])[0, 1] > 0.7, name
     for name in ("lipGapCentre", "mouthWidth", "eyeOpeningLeft", "eyeOpeningRight"):
         k = len(ARKIT_NAMES) + MEASURE_NAMES.index(name)
-        assert np.corrcoef(ours.beta[:, k], theirs.beta[:, k])[0, 1] > 0.9, name
-        assert np.abs(ours.beta[:, k] - theirs.beta[:, k]).mean() < 0.05, name
+        assert np.corrcoef(fan_motion.beta[:, k], reference.beta[:, k])[0, 1] > 0.9, name
+        assert np.abs(fan_motion.beta[:, k] - reference.beta[:, k]).mean() < 0.05, name
 
 
-def test_beta_is_that_of_a_batch_whatever_its_size(tracker: FanTracker) -> None:
+def test_make_motion_does_not_depend_on_the_batch(tracker: FanTracker) -> None:
     image = read_image(example_path("source.jpg"))
     size = (image.shape[1], image.shape[0])
     face = tracker.landmarker.track(image)
@@ -99,11 +99,11 @@ def test_beta_is_that_of_a_batch_whatever_its_size(tracker: FanTracker) -> None:
     single = tracker.make_motion([moved], Fraction(25), size, crop=crop)
     np.testing.assert_allclose(single.beta[0], whole.beta[2], atol=1e-5)
     np.testing.assert_allclose(single.camera[0], whole.camera[2], atol=1e-5)
-    seen = Camera.from_vector(whole.camera[0]).project(np.zeros((1, 3)))  # the head's centre lies within the face
-    assert (np.abs(seen - whole.landmarks[0, :, :2].mean(0)) < 0.15).all()
+    head_centre = Camera.from_vector(whole.camera[0]).project(np.zeros((1, 3)))  # lies within the face
+    assert (np.abs(head_centre - whole.landmarks[0, :, :2].mean(0)) < 0.15).all()
 
 
-def test_faces_come_go_and_are_chosen(tracker: FanTracker) -> None:
+def test_finder_loses_finds_and_follows_faces(tracker: FanTracker) -> None:
     image, finder = read_image(example_path("source.jpg")), tracker.landmarker
     black = np.zeros_like(image)
     assert finder.track(black) is None
@@ -121,7 +121,7 @@ def test_faces_come_go_and_are_chosen(tracker: FanTracker) -> None:
         assert np.abs(again.landmarks - face.landmarks).mean() < 3
 
 
-def test_its_motion_is_kept_in_files_and_on_tape(tracker: FanTracker, tmp_path: Path) -> None:
+def test_fan_motion_files_round_trip(tracker: FanTracker, tmp_path: Path) -> None:
     image = read_image(example_path("source.jpg"))
     face = tracker.landmarker.track(image)
     assert face is not None
@@ -131,13 +131,15 @@ def test_its_motion_is_kept_in_files_and_on_tape(tracker: FanTracker, tmp_path: 
     np.testing.assert_array_equal(again.landmarks, motion.landmarks)
 
 
-def test_the_package_missing(detector: FaceDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_raises_with_the_install_command(
+    detector: FaceDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "face_alignment", None)
     with pytest.raises(WeightsError, match=r"pip install 'export3d-cli\[fan\]'"):
         FanTracker(BASIS, detector)
 
 
-def test_the_network_itself_with_planted_weights(
+def test_real_network_with_random_weights(
     detector: FaceDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec("face_alignment") is None:
@@ -166,4 +168,4 @@ def test_the_network_itself_with_planted_weights(
     assert points.shape == (68, 2)
     assert (points >= (100, 50)).all()
     assert (points <= (400, 350)).all()
-    assert finder.track(image) is None  # there is a face, but random points are none
+    assert finder.track(image) is None  # random points are rejected as no face

@@ -1,4 +1,4 @@
-"""The landmarker on the shipped example photograph, with the shipped networks."""
+"""The landmarker with the shipped networks, on the example photo."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 
 REPO = Path(__file__).parents[3]
 BUNDLE = REPO / "weights" / "face_landmarker.task"
-NOSE_TIP, CHIN, FOREHEAD, RIGHT_EYE_CORNER, LEFT_EYE_CORNER = 1, 152, 10, 33, 263
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(a[:, :2] - b[:, :2], axis=1)
 
 
-def test_finds_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_returns_landmarks_and_blendshapes_of_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
     (detection,) = landmarker.detect(photo)
     face = landmarker.find(photo)
     assert face is not None
@@ -53,7 +53,7 @@ def test_finds_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
     x, y, z = face.landmarks[NOSE_TIP]
     assert x0 < x < x1
     assert y0 < y < y1
-    assert z < face.landmarks[RIGHT_EYE_CORNER, 2]  # the nose is nearer to the camera
+    assert z < face.landmarks[RIGHT_EYE_OUTER, 2]  # the nose is nearer to the camera
     assert np.linalg.norm(detection.keypoints[2] - (x, y)) < 0.1 * (x1 - x0)
 
     assert face.blendshapes.shape == (52,) == (len(ARKIT_NAMES),)
@@ -64,15 +64,15 @@ def test_finds_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
 
 def test_track_agrees_with_find_on_a_still(landmarker: Landmarker, photo: np.ndarray) -> None:
     landmarker.reset()
-    found = landmarker.find(photo)
+    reference = landmarker.find(photo)
     frames = [landmarker.track(photo) for _ in range(5)]
-    np.testing.assert_array_equal(frames[0].landmarks, found.landmarks)  # the first frame is a detection
+    np.testing.assert_array_equal(frames[0].landmarks, reference.landmarks)  # the first frame is a detection
     for frame in frames[1:]:
-        assert distance(frame.landmarks, found.landmarks).mean() < 2
+        assert distance(frame.landmarks, reference.landmarks).mean() < 2
     assert distance(frames[3].landmarks, frames[4].landmarks).max() < 0.5
 
 
-def test_track_lets_go_of_a_face_that_left(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_track_loses_a_face_that_left(landmarker: Landmarker, photo: np.ndarray) -> None:
     landmarker.reset()
     assert landmarker.track(photo) is not None
     assert landmarker.track(np.zeros_like(photo)) is None
@@ -81,7 +81,7 @@ def test_track_lets_go_of_a_face_that_left(landmarker: Landmarker, photo: np.nda
     np.testing.assert_array_equal(landmarker.track(smaller).landmarks, landmarker.find(smaller).landmarks)
 
 
-def test_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_in_a_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.ndarray) -> None:
     face, mirrored = landmarker.find(photo), landmarker.find(photo[:, ::-1])
     swap = {"Left": "Right", "Right": "Left"}
     for i, name in enumerate(ARKIT_NAMES):
@@ -89,11 +89,13 @@ def test_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.n
         j = i if side is None else ARKIT_NAMES.index(name.removesuffix(side) + swap[side])
         assert mirrored.blendshapes[j] == pytest.approx(face.blendshapes[i], abs=0.2), name
     width = photo.shape[1]
-    assert mirrored.landmarks[LEFT_EYE_CORNER, 0] == pytest.approx(width - face.landmarks[RIGHT_EYE_CORNER, 0], abs=4)
+    assert mirrored.landmarks[LEFT_EYE_OUTER, 0] == pytest.approx(width - face.landmarks[RIGHT_EYE_OUTER, 0], abs=4)
 
 
 @pytest.mark.parametrize("degrees", [-30, 30])
-def test_follows_a_rolled_head(landmarker: Landmarker, photo: np.ndarray, degrees: float) -> None:
+def test_find_in_a_rotated_photo_rotates_the_landmarks(
+    landmarker: Landmarker, photo: np.ndarray, degrees: float
+) -> None:
     h, w = photo.shape[:2]
     turn = cv2.getRotationMatrix2D((w / 2, h / 2), degrees, 1.0)  # (2, 3)
     rolled = landmarker.find(cv2.warpAffine(photo, turn, (w, h), borderMode=cv2.BORDER_REPLICATE))
@@ -101,26 +103,26 @@ def test_follows_a_rolled_head(landmarker: Landmarker, photo: np.ndarray, degree
     assert distance(rolled.landmarks, expected).mean() < 0.01 * w
 
 
-def test_quarter_turn_is_found_upright_or_not_at_all(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_in_a_photo_on_its_side_gives_no_upright_face(landmarker: Landmarker, photo: np.ndarray) -> None:
     face = landmarker.find(np.rot90(photo))
     if face is not None:
-        x, y, _ = face.landmarks[CHIN] - face.landmarks[FOREHEAD]
+        x, y, _ = face.landmarks[CHIN] - face.landmarks[FOREHEAD_TOP]
         assert x > abs(y)  # anticlockwise: the chin is to the right of the forehead
 
 
-def test_small_and_several_faces(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_all_finds_several_faces_and_small_ones_once(landmarker: Landmarker, photo: np.ndarray) -> None:
     expected = landmarker.find(photo).landmarks
     canvas = np.full((720, 1280, 3), 127, np.uint8)
     places = ((500, 500), (1000, 180), (300, 80), (100, 60))  # the face is half as high as the photo
     for x, side in places:
         canvas[100 : 100 + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
     faces = landmarker.find_all(canvas)
-    assert len(faces) == len(places)  # none is overlooked beside a larger one, and none counted twice
+    assert len(faces) == len(places)  # none missed beside a larger one, none counted twice
     for face, (x, side) in zip(faces, places, strict=True):
         assert distance(face.landmarks, expected * (side / photo.shape[1]) + (x, 100, 0)).mean() < 0.03 * side
 
 
-def test_a_lost_small_face_is_found_again(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_track_finds_a_lost_small_face_again(landmarker: Landmarker, photo: np.ndarray) -> None:
     canvas = np.full((720, 1280, 3), 127, np.uint8)
     small = canvas.copy()
     small[400:460, 900:960] = cv2.resize(photo, (60, 60), interpolation=cv2.INTER_AREA)
@@ -130,7 +132,7 @@ def test_a_lost_small_face_is_found_again(landmarker: Landmarker, photo: np.ndar
     assert any(landmarker.track(small) is not None for _ in range(8))
 
 
-def test_a_face_that_the_border_cuts(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
     whole = landmarker.find(photo).landmarks
     cut = int(whole[:, 0].min() + 0.3 * np.ptp(whole[:, 0]))
     face = landmarker.find(photo[:, cut:])
@@ -139,7 +141,7 @@ def test_a_face_that_the_border_cuts(landmarker: Landmarker, photo: np.ndarray) 
 
 
 @pytest.mark.parametrize("hidden", [slice(0.55, 1.0), slice(0.25, 0.48)])
-def test_a_face_behind_a_mask_or_dark_glasses(landmarker: Landmarker, photo: np.ndarray, hidden: slice) -> None:
+def test_find_with_a_covered_mouth_or_covered_eyes(landmarker: Landmarker, photo: np.ndarray, hidden: slice) -> None:
     whole = landmarker.find(photo).landmarks
     low, high = whole[:, :2].min(0), whole[:, :2].max(0)
     image = photo.copy()
@@ -149,12 +151,12 @@ def test_a_face_behind_a_mask_or_dark_glasses(landmarker: Landmarker, photo: np.
 
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
-def test_how_a_photo_must_be_turned(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
-    """Turned anticlockwise by so many quarters; upside down, the landmark network sees an upright face."""
+def test_rotation_to_upright_of_a_rotated_photo(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
+    """The landmark network alone would take the face upside down for an upright one."""
     assert landmarker.rotation_to_upright(np.rot90(photo, quarters)) == 90 * quarters
 
 
-def test_no_face(landmarker: Landmarker) -> None:
+def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
     black = np.zeros((240, 320, 3), np.uint8)
     assert landmarker.detect(black) == []
     assert landmarker.find(black) is None
@@ -168,13 +170,13 @@ def test_no_face(landmarker: Landmarker) -> None:
     "image",
     [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8), "photo.jpg"],
 )
-def test_wrong_images_are_named(landmarker: Landmarker, image: object) -> None:
+def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: object) -> None:
     for call in (landmarker.detect, landmarker.find, landmarker.find_all, landmarker.track):
         with pytest.raises(InputError, match=r"got|empty"):
             call(image)
 
 
-def test_unusable_bundles_are_weights_errors(tmp_path: Path) -> None:
+def test_unusable_bundles_raise_weights_errors(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"missing\.task"):
         Landmarker(tmp_path / "missing.task")
 
@@ -203,7 +205,7 @@ def test_unusable_bundles_are_weights_errors(tmp_path: Path) -> None:
         Landmarker(flipped)
 
 
-def test_unusable_detectors_are_weights_errors(photo: np.ndarray, tmp_path: Path) -> None:
+def test_unusable_detectors_raise_weights_errors(photo: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"none\.onnx"):
         FaceDetector(tmp_path / "none.onnx")(photo)
     (tmp_path / "broken.onnx").write_bytes(b"not a network")
@@ -218,6 +220,7 @@ def test_loading_does_not_redirect_stderr(closed: bool) -> None:
 import os, sys, threading
 from pathlib import Path
 from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
 if {closed}:
     os.close(2)
 before = sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None

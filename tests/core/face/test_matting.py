@@ -1,4 +1,4 @@
-"""The person's mask on the bundled portrait, its steadiness, and colours at its edges."""
+"""The person's alpha on the example portrait, its steadiness, and the colours at its edges."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ def photo() -> np.ndarray:
 
 
 @pytest.fixture
-def mask() -> PersonMatting:
+def matting() -> PersonMatting:
     return PersonMatting(resolve_weights("selfie_segmentation"))
 
 
-def test_the_person_is_in_the_middle_and_not_in_the_corners(mask: PersonMatting, photo: np.ndarray) -> None:
-    alpha = mask.alpha(photo)
+def test_alpha_is_one_on_the_person_and_zero_in_the_corners(matting: PersonMatting, photo: np.ndarray) -> None:
+    alpha = matting.alpha(photo)
     assert alpha.shape == (256, 256)
     assert alpha.dtype == np.float32
     assert (alpha.min(), alpha.max()) == (0, 1)
     assert alpha[60:200, 100:156].min() == 1  # face and neck
     assert max(alpha[0, 0], alpha[0, -1], alpha[80, 10], alpha[80, -10]) == 0
-    assert mask.alpha(photo[:, :200]).shape == (256, 200)
+    assert matting.alpha(photo[:, :200]).shape == (256, 200)
 
 
-def test_noise_moves_a_followed_mask_less_and_a_new_picture_at_once(mask: PersonMatting, photo: np.ndarray) -> None:
+def test_next_alpha_damps_noise_and_follows_a_new_picture(matting: PersonMatting, photo: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     noisy = [np.clip(photo + rng.normal(0, 12, photo.shape), 0, 255).astype(np.uint8) for _ in range(6)]
-    alone = np.stack([mask.alpha(frame) for frame in noisy])
-    followed = np.stack([mask.next_alpha(frame) for frame in noisy])
+    alone = np.stack([matting.alpha(frame) for frame in noisy])
+    followed = np.stack([matting.next_alpha(frame) for frame in noisy])
     assert np.abs(np.diff(followed[1:], axis=0)).mean() < 0.7 * np.abs(np.diff(alone[1:], axis=0)).mean()
     turned = np.ascontiguousarray(photo[::-1])
-    assert np.abs(mask.next_alpha(turned) - mask.alpha(turned)).mean() < 0.02
+    assert np.abs(matting.next_alpha(turned) - matting.alpha(turned)).mean() < 0.02
 
 
-def test_small_gaps_in_the_person_are_filled_and_others_are_not() -> None:
+def test_fill_holes_fills_only_small_enclosed_holes() -> None:
     mask = np.zeros((256, 256), np.float32)
     mask[50:, 50:200] = 1
     whole = mask.copy()
@@ -57,7 +57,7 @@ def test_small_gaps_in_the_person_are_filled_and_others_are_not() -> None:
     assert _fill_holes(mask)[120, 120] == 0
 
 
-def test_hair_that_stands_off_is_found_by_its_colour() -> None:
+def test_find_hair_strands_by_colour() -> None:
     picture = np.full((256, 256, 3), 0.8, np.float32) + np.random.default_rng(0).normal(0, 0.01, (256, 256, 3))
     mask = np.zeros((256, 256), np.float32)
     mask[100:, 80:180] = 1
@@ -66,21 +66,21 @@ def test_hair_that_stands_off_is_found_by_its_colour() -> None:
     found = _find_hair_strands(picture.astype(np.float32), mask)
     assert found[95:100, 121:123].min() > 0.8
     assert found[121:123, 180:184].min() > 0.8
-    assert found[95, 140] == found[140, 186] == found[60, 60] == 0  # beside them, and far away, as before
+    assert found[95, 140] == found[140, 186] == found[60, 60] == 0  # between and far from them: unchanged
     assert found[120:, 90:170].min() == 1
 
 
-def test_what_shines_through_at_an_edge_is_taken_out() -> None:
+def test_estimate_foreground_removes_background_at_edges() -> None:
     alpha = np.tile(np.clip((np.arange(256) - 120) / 8, 0, 1), (256, 1)).astype(np.float32)
     red, green = np.array([200, 40, 40]), np.array([20, 220, 20])
     image = (alpha[..., None] * red + (1 - alpha[..., None]) * green).round().astype(np.uint8)
     colours = estimate_foreground(image, alpha)
     edge = colours[128, 122:128].astype(int)  # alpha from 0.25 to 0.9
     assert np.abs(edge - red).max() <= 20
-    assert colours[:, :60].max() == 0  # far from the person nothing hides behind alpha 0
+    assert colours[:, :60].max() == 0  # far from the person, where alpha is 0
 
 
-def test_a_missing_network_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_or_damaged_network_raises_weights_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="install export3d-cli again"):
         PersonMatting(tmp_path / "none.tflite")
     (tmp_path / "bad.tflite").write_bytes(b"nothing")

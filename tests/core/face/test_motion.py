@@ -1,4 +1,4 @@
-"""Cameras, head frame, mirror and crop on a head whose camera is known; the Motion file."""
+"""Cameras, head frame and measures of a head whose camera is known; crop, mirror image, and the Motion file."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def tracker() -> LandmarkerTracker:
     return LandmarkerTracker(BUNDLE)
 
 
-def seen(points: np.ndarray, camera: Camera) -> np.ndarray:
-    """Landmarks (478, 3) in crop units of a tracker without error: z from the rigid points' mean, as flat as its."""
+def observe(points: np.ndarray, camera: Camera) -> np.ndarray:
+    """Return the landmarks (478, 3), crop units, of an exact tracker with the landmarker's z convention."""
     depth = ((points - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
     middle = np.average(depth[list(RIGID_POINTS)], weights=list(RIGID_WEIGHTS.values()))
     return np.column_stack([camera.project(points), (depth / middle - 1) * FOCAL / TRACKER_Z_SCALE])
@@ -48,58 +48,58 @@ def seen(points: np.ndarray, camera: Camera) -> np.ndarray:
 
 @pytest.mark.parametrize("pose", POSES)
 @pytest.mark.parametrize("radius", [2.7, 3.4])
-def test_a_known_camera_is_found(canonical: CanonicalFace, pose: tuple[float, ...], radius: float) -> None:
+def test_fit_cameras_recovers_a_known_camera(canonical: CanonicalFace, pose: tuple[float, ...], radius: float) -> None:
     known = Camera.orbit(*pose, radius=radius)
-    found = Camera.from_vector(fit_cameras(seen(canonical.points, known)[None], canonical.points)[0])
+    found = Camera.from_vector(fit_cameras(observe(canonical.points, known)[None], canonical.points)[0])
     assert found.angles() == pytest.approx(pose, abs=0.5)
     np.testing.assert_allclose(found.cam2world, known.cam2world, atol=0.02)
     np.testing.assert_allclose(found.project(canonical.points), known.project(canonical.points), atol=0.003)
 
 
-def test_positive_yaw_turns_the_nose_to_the_image_s_right(canonical: CanonicalFace) -> None:
-    landmarks = seen(canonical.points, Camera.orbit(20))
+def test_fit_cameras_positive_yaw_moves_the_nose_to_the_image_s_right(canonical: CanonicalFace) -> None:
+    landmarks = observe(canonical.points, Camera.orbit(20))
     assert landmarks[1, 0] > landmarks[[33, 263], 0].mean() + 0.03
     assert landmarks[33, 0] < landmarks[263, 0]  # the person's right eye stays at the image's left
     assert Camera.from_vector(fit_cameras(landmarks[None], canonical.points)[0]).angles()[0] > 19
 
 
-def test_a_moved_and_rescaled_head_moves_the_camera_only(canonical: CanonicalFace) -> None:
+def test_fit_cameras_recovers_a_translated_head(canonical: CanonicalFace) -> None:
     known = Camera.orbit(10, 5)
     pose = np.linalg.inv(known.cam2world)
     pose[:3, 3] += [0.1, -0.05, 0.4]
     moved = Camera(np.linalg.inv(pose), known.intrinsics)
-    found = Camera.from_vector(fit_cameras(seen(canonical.points, moved)[None], canonical.points)[0])
+    found = Camera.from_vector(fit_cameras(observe(canonical.points, moved)[None], canonical.points)[0])
     np.testing.assert_allclose(found.cam2world, moved.cam2world, atol=0.02)
 
 
-def test_head_points_give_the_head_back(canonical: CanonicalFace) -> None:
+def test_landmarks_to_head_frame_recovers_the_head(canonical: CanonicalFace) -> None:
     cameras = [Camera.orbit(*pose) for pose in POSES]
-    landmarks = np.stack([seen(canonical.points, camera) for camera in cameras])
+    landmarks = np.stack([observe(canonical.points, camera) for camera in cameras])
     vectors = np.stack([camera.to_vector() for camera in cameras])
     points = landmarks_to_head_frame(landmarks, vectors, 1.0)
     assert points.dtype == np.float32
     np.testing.assert_allclose(points, np.broadcast_to(canonical.points, points.shape), atol=1e-4)
 
 
-def test_relief_flattens_a_head_along_the_rays(canonical: CanonicalFace) -> None:
+def test_landmarks_to_head_frame_relief_scales_depth_along_the_rays(canonical: CanonicalFace) -> None:
     camera = Camera.orbit(0.0)
-    landmarks, vector = seen(canonical.points, camera)[None], camera.to_vector()[None]
+    landmarks, vector = observe(canonical.points, camera)[None], camera.to_vector()[None]
     flat, full = landmarks_to_head_frame(landmarks, vector)[0], landmarks_to_head_frame(landmarks, vector, 1.0)[0]
     assert np.ptp(flat[:, 2]) / np.ptp(full[:, 2]) == pytest.approx(RELIEF_SCALE, rel=1e-3)
     np.testing.assert_allclose(camera.project(flat), camera.project(full), atol=1e-5)
 
 
-def test_head_points_project_to_the_landmarks(canonical: CanonicalFace) -> None:
-    """Whatever the face, and whatever the error of camera and z."""
+def test_landmarks_to_head_frame_projects_back_to_the_landmarks(canonical: CanonicalFace) -> None:
+    """Even for noisy landmarks and cameras."""
     rng = np.random.default_rng(0)
-    landmarks = np.stack([seen(canonical.points, Camera.orbit(*pose)) for pose in POSES])
+    landmarks = np.stack([observe(canonical.points, Camera.orbit(*pose)) for pose in POSES])
     landmarks += rng.normal(0, 0.01, landmarks.shape)
     cameras = fit_cameras(landmarks, canonical.points)
     for row, points, camera in zip(landmarks, landmarks_to_head_frame(landmarks, cameras), cameras, strict=True):
         np.testing.assert_allclose(Camera.from_vector(camera).project(points), row[:, :2], atol=1e-5)
 
 
-def test_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:
+def test_compute_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:
     def of(points: np.ndarray) -> dict[str, float]:
         return dict(zip(BETA_NAMES[52:], compute_measures(points[None])[0], strict=True))
 
@@ -114,13 +114,13 @@ def test_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:
     assert changed.pop("lipGapCentre") > 0.1
     assert changed.pop("irisXLeft") > 0.05
     assert max(map(abs, changed.values())) < 1e-6
-    assert of(canonical.points * 1.3) == pytest.approx(still)  # the size of the head is taken out
+    assert of(canonical.points * 1.3) == pytest.approx(still)  # independent of the size of the head
 
 
 # mirror
 
 
-def test_mirrors_are_their_own_inverse(canonical: CanonicalFace) -> None:
+def test_mirroring_twice_is_the_identity(canonical: CanonicalFace) -> None:
     rng = np.random.default_rng(0)
     beta, landmarks = rng.normal(size=(3, 64)).astype(np.float32), rng.random((3, 478, 3))
     camera = np.stack([Camera.orbit(a, b, c).to_vector() for a, b, c in POSES[:3]])
@@ -131,19 +131,22 @@ def test_mirrors_are_their_own_inverse(canonical: CanonicalFace) -> None:
     np.testing.assert_allclose(twice, landmarks, atol=1e-12)
 
 
-def test_mirrored_camera_turns_the_other_way() -> None:
+def test_mirror_camera_negates_yaw_and_roll() -> None:
     mirrored = Camera.from_vector(mirror_camera(Camera.orbit(20, 10, 5).to_vector()))
     assert mirrored.angles() == pytest.approx((-20, 10, -5), abs=1e-4)
 
 
-def test_mirrored_points_lie_on_the_mirrored_head(canonical: CanonicalFace) -> None:
-    landmarks, camera = seen(canonical.points, Camera.orbit(25, 10, 5))[None], Camera.orbit(25, 10, 5).to_vector()[None]
+def test_mirror_commutes_with_the_head_frame(canonical: CanonicalFace) -> None:
+    landmarks, camera = (
+        observe(canonical.points, Camera.orbit(25, 10, 5))[None],
+        Camera.orbit(25, 10, 5).to_vector()[None],
+    )
     direct = landmarks_to_head_frame(landmarks, camera)[:, canonical.mirror] * [-1, 1, 1]
     mirrored = landmarks_to_head_frame(mirror_landmarks(landmarks, canonical.mirror), mirror_camera(camera))
-    np.testing.assert_allclose(mirrored, direct, atol=2e-3)  # the canonical face is all but symmetric
+    np.testing.assert_allclose(mirrored, direct, atol=2e-3)  # the canonical face is nearly symmetric
 
 
-def test_mirror_agrees_with_tracking_the_flipped_picture(tracker: LandmarkerTracker) -> None:
+def test_mirror_agrees_with_tracking_the_flipped_image(tracker: LandmarkerTracker) -> None:
     image = read_image(example_path("source.jpg"))
     size = (image.shape[1], image.shape[0])
 
@@ -151,12 +154,12 @@ def test_mirror_agrees_with_tracking_the_flipped_picture(tracker: LandmarkerTrac
         face = tracker.track_frames([picture] * 3)[-1]
         return tracker.make_motion([face], Fraction(25), size, crop=(0.0, 0.0, float(size[0])))
 
-    own, flipped = track(image), track(np.ascontiguousarray(image[:, ::-1]))
-    expected = mirror_landmarks(own.landmarks, tracker.canonical.mirror)
+    original, flipped = track(image), track(np.ascontiguousarray(image[:, ::-1]))
+    expected = mirror_landmarks(original.landmarks, tracker.canonical.mirror)
     assert np.abs(flipped.landmarks - expected)[..., :2].mean() < 0.004
-    angles = Camera.from_vector(mirror_camera(own.camera)[0]).angles()
+    angles = Camera.from_vector(mirror_camera(original.camera)[0]).angles()
     assert Camera.from_vector(flipped.camera[0]).angles() == pytest.approx(angles, abs=1.5)
-    difference = np.abs(mirror_beta(own.beta) - flipped.beta)
+    difference = np.abs(mirror_beta(original.beta) - flipped.beta)
     assert difference.mean() < 0.03
     assert difference.max() < 0.3
 
@@ -165,7 +168,7 @@ def test_mirror_agrees_with_tracking_the_flipped_picture(tracker: LandmarkerTrac
 
 
 def boxes(nose: tuple[float, float], side: float, frames: int = 3) -> np.ndarray:
-    """Landmarks in pixels of a face whose box has this side, the nose (point 1) in its middle."""
+    """Return landmarks in pixels of a face with a box of this side, the nose (point 1) in its centre."""
     rng = np.random.default_rng(0)
     pixels = rng.uniform(-0.5, 0.5, (frames, 478, 3)) * side
     pixels[:, 0, :2], pixels[:, 2, :2], pixels[:, 1] = -side / 2, side / 2, 0
@@ -177,7 +180,7 @@ def boxes(nose: tuple[float, float], side: float, frames: int = 3) -> np.ndarray
     st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1.2),
     st.tuples(st.integers(64, 2000), st.integers(64, 2000)),
 )  # fmt: skip
-def test_crop_is_a_square_around_the_nose(x: float, y: float, part: float, size: tuple[int, int]) -> None:
+def test_fit_clip_crop_is_a_square_around_the_nose(x: float, y: float, part: float, size: tuple[int, int]) -> None:
     nose, box = (x * size[0], y * size[1]), part * min(size)
     x0, y0, side = fit_clip_crop(boxes(nose, box), size)
     assert (x0 + side / 2, y0 + side / 2) == pytest.approx(nose, abs=1e-6 * max(size))
@@ -185,29 +188,29 @@ def test_crop_is_a_square_around_the_nose(x: float, y: float, part: float, size:
     assert least * box * (1 - 1e-9) <= side <= wanted * box * (1 + 1e-9)
     inside = x0 >= -1e-6 and y0 >= -1e-6 and x0 + side <= size[0] + 1e-6 and y0 + side <= size[1] + 1e-6
     room = 2 * min(nose[0], nose[1], size[0] - nose[0], size[1] - nose[1])
-    assert inside or side == pytest.approx(least * box)  # only a face too close to the border reaches over it
-    assert side == pytest.approx(wanted * box) or side >= room - 1e-6  # and it is no tighter than it has to be
+    assert inside or side == pytest.approx(least * box)  # only for a face close to the border it reaches outside
+    assert side == pytest.approx(wanted * box) or side >= room - 1e-6  # no smaller than necessary
 
 
-def test_crop_is_steady_against_one_wild_frame() -> None:
+def test_fit_clip_crop_ignores_one_outlier_frame() -> None:
     pixels = boxes((500, 400), 200, frames=9)
     expected = fit_clip_crop(pixels, (1000, 800))
     pixels[4] = boxes((20, 20), 40, frames=1)
     assert fit_clip_crop(pixels, (1000, 800)) == pytest.approx(expected)
 
 
-def test_crop_scales_with_the_picture() -> None:
+def test_fit_clip_crop_scales_with_the_frames() -> None:
     small, large = fit_clip_crop(boxes((50, 45), 30), (100, 90)), fit_clip_crop(boxes((100, 90), 60), (200, 180))
     assert large == pytest.approx([2 * v for v in small])
 
 
-def test_crop_image_cuts_replicates_and_shrinks() -> None:
+def test_crop_image_cuts_replicates_the_border_and_resizes() -> None:
     y, x = np.mgrid[:40, :60]
     image = np.stack([x * 4, y * 4, x + y], axis=-1).astype(np.uint8)
     np.testing.assert_array_equal(crop_image(image, (10, 5, 16), 16), image[5:21, 10:26])
     outside = crop_image(image, (-20, 10, 20), 20)
     np.testing.assert_array_equal(outside, np.repeat(image[10:30, :1], 20, axis=1))
-    for side in (16, 48):  # the same part of the ramp at another size
+    for side in (16, 48):  # the same square at another size
         cut = crop_image(image, (8, 4, 32), side).astype(float)
         step = 32 / side
         expected = 4 * (8 + (np.arange(side) + 0.5) * step - 0.5)
@@ -221,8 +224,8 @@ def face(points: np.ndarray, value: float = 0.0) -> Face:
     return Face(points.astype(np.float32), np.full(52, value, np.float32), 1.0)
 
 
-def test_frames_without_a_face_repeat_the_last(tracker: LandmarkerTracker) -> None:
-    points = seen(tracker.canonical.points, Camera.orbit(0)) * 100
+def test_make_motion_frames_without_a_face_repeat_the_last(tracker: LandmarkerTracker) -> None:
+    points = observe(tracker.canonical.points, Camera.orbit(0)) * 100
     faces = [None, face(points, 0.1), None, face(points + [5, 0, 0], 0.2), None]
     motion = tracker.make_motion(faces, Fraction(30), (100, 100), crop=(0.0, 0.0, 100.0))
     assert motion.found.tolist() == [False, True, False, True, False]
@@ -233,10 +236,12 @@ def test_frames_without_a_face_repeat_the_last(tracker: LandmarkerTracker) -> No
         tracker.make_motion([None, None], Fraction(30), (100, 100))
 
 
-def test_parts_make_no_difference(tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_motion_in_chunks_gives_the_same_motion(
+    tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     points = [
-        seen(tracker.canonical.points, Camera.orbit(5 * i)) * 100 + rng.normal(0, 0.3, (478, 3)) for i in range(7)
+        observe(tracker.canonical.points, Camera.orbit(5 * i)) * 100 + rng.normal(0, 0.3, (478, 3)) for i in range(7)
     ]
     faces = [face(row, i / 10) if i != 3 else None for i, row in enumerate(points)]
     whole = tracker.make_motion(faces, Fraction(30), (100, 100))
@@ -251,7 +256,7 @@ def test_parts_make_no_difference(tracker: LandmarkerTracker, monkeypatch: pytes
 @pytest.fixture
 def motion(canonical: CanonicalFace) -> Motion:
     cameras = [Camera.orbit(yaw) for yaw in (0, 10, 20)]
-    landmarks = np.stack([seen(canonical.points, camera) for camera in cameras]).astype(np.float32)
+    landmarks = np.stack([observe(canonical.points, camera) for camera in cameras]).astype(np.float32)
     beta = np.random.default_rng(0).random((3, 64)).astype(np.float32)
     found = np.array([True, False, True])
     vectors = np.stack([camera.to_vector() for camera in cameras])
@@ -288,7 +293,7 @@ def test_motion_files_round_trip(motion: Motion, tmp_path: Path) -> None:
         {"beta": None},
     ],
 )
-def test_wrong_contents_are_input_errors(motion: Motion, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_load_wrong_contents_raises_input_error(motion: Motion, tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "a.motion.npz"
     motion.save(path)
     with np.load(path) as data:
@@ -298,7 +303,7 @@ def test_wrong_contents_are_input_errors(motion: Motion, tmp_path: Path, change:
         Motion.load(path)
 
 
-def test_damaged_files_are_input_errors(motion: Motion, tmp_path: Path) -> None:
+def test_load_damaged_files_raises_input_error(motion: Motion, tmp_path: Path) -> None:
     path = tmp_path / "a.motion.npz"
     motion.save(path)
     whole = path.read_bytes()
@@ -318,7 +323,7 @@ def test_damaged_files_are_input_errors(motion: Motion, tmp_path: Path) -> None:
             Motion.load(wrong)
 
 
-def test_motion_of_other_shapes_is_refused(motion: Motion, tmp_path: Path) -> None:
+def test_load_other_shapes_raises_input_error(motion: Motion, tmp_path: Path) -> None:
     replace(motion, camera=motion.camera[:, :16]).save(tmp_path / "a.npz")
     with pytest.raises(InputError, match=r"\(3, 16\)"):
         Motion.load(tmp_path / "a.npz")

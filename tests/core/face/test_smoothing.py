@@ -1,9 +1,8 @@
-"""Smoothing, on tracks whose truth is known: less jitter, little lag, and nothing at all where nothing moves."""
+"""Smoothing of known signals: less jitter, little lag, and no change where nothing moves."""
 
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
 from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
 
-NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # what the tracker's own comes to
+NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # standard deviations of the tracker
 FPS = Fraction(25)
 
 
@@ -25,7 +24,7 @@ class Track(NamedTuple):
 
 
 def speaking(t: np.ndarray) -> Track:
-    """Jaw at 3 Hz, a blink a second, the head turning and swaying as people do."""
+    """Return a speaking face: jaw at 3 Hz, one blink per second, the head turning and swaying."""
     beta = np.full((len(t), 64), 0.2)
     beta[:, 24] = 0.25 + 0.25 * np.sin(2 * np.pi * 3 * t)
     beta[:, 8] = np.exp(-(((t % 1.0 - 0.5) / 0.07) ** 2))
@@ -53,12 +52,12 @@ def noisy(track: Track, seed: int = 0) -> Track:
 
 
 def jitter(x: np.ndarray) -> float:
-    """RMS of the second difference: what the eye sees as trembling."""
+    """Return the RMS of the second difference."""
     return float(np.sqrt(np.mean(np.diff(x[10:], 2, axis=0) ** 2)))
 
 
 def lag(out: np.ndarray, truth: np.ndarray) -> float:
-    """Frames by which `out` comes after `truth`: the shift, between frames, that explains it best."""
+    """Return the delay of `out` after `truth` in frames: the subframe shift with the least squared error."""
     t = np.arange(len(truth))
     shifts = np.arange(-1, 4, 0.05)
     inside = slice(20, -20)
@@ -67,40 +66,40 @@ def lag(out: np.ndarray, truth: np.ndarray) -> float:
 
 
 def measure(smooth: SmoothingLevel, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
-    """Jitter of a still face, as a share of the unfiltered, and lag in frames of a speaking one; per signal."""
+    """Return per signal the jitter of a still face over the unfiltered, and the lag of a speaking face in frames."""
     t = np.arange(round(20 * fps)) / float(fps)
     still = noisy(Track(*(np.repeat(x[:1], len(t), axis=0) for x in speaking(t))))
-    moving, given = speaking(t), noisy(speaking(t))
-    calm = track_of(MotionSmoother(smooth, fps)(motion_of(still, fps)))
-    followed = track_of(MotionSmoother(smooth, fps)(motion_of(given, fps)))
+    moving, noisy_moving = speaking(t), noisy(speaking(t))
+    smoothed_still = track_of(MotionSmoother(smooth, fps)(motion_of(still, fps)))
+    smoothed_moving = track_of(MotionSmoother(smooth, fps)(motion_of(noisy_moving, fps)))
     columns = {"jaw": ("beta", 24), "blink": ("beta", 8), "yaw": ("turn", 1), "x": ("centre", 0), "z": ("centre", 2)}
     return {
         name: (
-            jitter(getattr(calm, kind)[:, k]) / jitter(getattr(still, kind)[:, k]),
-            lag(getattr(followed, kind)[:, k], getattr(moving, kind)[:, k]),
+            jitter(getattr(smoothed_still, kind)[:, k]) / jitter(getattr(still, kind)[:, k]),
+            lag(getattr(smoothed_moving, kind)[:, k], getattr(moving, kind)[:, k]),
         )
         for name, (kind, k) in columns.items()
     }
 
 
 @pytest.mark.parametrize(
-    ("smooth", "most_jitter", "most_lag"), [("off", 1.001, 0.01), ("light", 0.5, 0.99), ("strong", 0.3, 2.5)]
+    ("smooth", "max_jitter", "max_lag"), [("off", 1.001, 0.01), ("light", 0.5, 0.99), ("strong", 0.3, 2.5)]
 )
-def test_jitter_falls_and_lag_stays_small(smooth: SmoothingLevel, most_jitter: float, most_lag: float) -> None:
-    for name, (left, late) in measure(smooth).items():
-        assert left <= most_jitter, f"{name} keeps {left:.2f} of its jitter"
-        assert late <= most_lag, f"{name} comes {late:.2f} frames late"
+def test_smoother_reduces_jitter_with_little_lag(smooth: SmoothingLevel, max_jitter: float, max_lag: float) -> None:
+    for name, (jitter_ratio, lag_frames) in measure(smooth).items():
+        assert jitter_ratio <= max_jitter, f"{name} keeps {jitter_ratio:.2f} of its jitter"
+        assert lag_frames <= max_lag, f"{name} lags {lag_frames:.2f} frames"
 
 
 @pytest.mark.parametrize("smooth", ["light", "strong"])
-def test_what_stands_still_stays_to_the_bit(smooth: SmoothingLevel) -> None:
+def test_smoother_keeps_a_still_face_exactly(smooth: SmoothingLevel) -> None:
     one = speaking(np.array([0.3]))
     motion = MotionSmoother(smooth, FPS)(motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one))))
     np.testing.assert_array_equal(motion.beta, motion.beta[:1].repeat(50, axis=0))
     np.testing.assert_array_equal(motion.camera, motion.camera[:1].repeat(50, axis=0))
 
 
-def test_a_long_driver_takes_no_more_memory_than_a_short_one() -> None:
+def test_smoother_memory_does_not_grow_with_the_driver() -> None:
     part = motion_of(noisy(speaking(np.arange(8) / 25)))
     smoothed = MotionSmoother("light", FPS)
     smoothed(part)
@@ -113,24 +112,20 @@ def test_a_long_driver_takes_no_more_memory_than_a_short_one() -> None:
     assert after - before < 10_000
 
 
-def test_parts_and_frames_without_a_face() -> None:
-    """One pass in parts gives what one pass at once gives; a frame without a face repeats the last one shown."""
+def test_smoother_in_parts_equals_one_pass_and_holds_missing_frames() -> None:
+    """A frame without a face repeats the last output."""
     whole = motion_of(noisy(speaking(np.arange(30) / 25)))
     whole.found[10:13] = False
     at_once, parts = MotionSmoother("light", FPS), MotionSmoother("light", FPS)
     expected = at_once(whole)
-    cut = [[0, 7], [7, 8], [8, 30]]
-    got = [
-        parts(replace(whole, **{k: getattr(whole, k)[a:b] for k in ("beta", "camera", "landmarks", "found")}))
-        for a, b in cut
-    ]
-    np.testing.assert_array_equal(np.concatenate([m.beta for m in got]), expected.beta)
-    np.testing.assert_array_equal(np.concatenate([m.camera for m in got]), expected.camera)
+    outputs = [parts(whole.select(np.arange(a, b))) for a, b in ((0, 7), (7, 8), (8, 30))]
+    np.testing.assert_array_equal(np.concatenate([m.beta for m in outputs]), expected.beta)
+    np.testing.assert_array_equal(np.concatenate([m.camera for m in outputs]), expected.camera)
     np.testing.assert_array_equal(expected.camera[10:13], expected.camera[[9, 9, 9]])
     assert (expected.beta[13] != expected.beta[9]).any()
 
 
-def test_rotation_vectors_and_back() -> None:
+def test_rotation_vectors_and_head_poses_round_trip() -> None:
     vectors = np.random.default_rng(0).standard_normal((50, 3))
     vectors *= np.linspace(0, 3.1, 50)[:, None] / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(rotation_log(rotation_exp(vectors)), vectors, atol=1e-7)

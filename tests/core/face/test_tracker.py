@@ -1,4 +1,4 @@
-"""The trackers by name, and what a portrait that does not stand upright is told."""
+"""Opening the trackers by name, and the error for a portrait that is not upright."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ MakeClip = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("quarters", "told"),
+    ("quarters", "message"),
     [
         (1, "lies on its side: rotate the photo by 90 degrees clockwise"),
         (2, "is upside down: rotate the photo by 180 degrees clockwise"),
         (3, "lies on its side: rotate the photo by 270 degrees clockwise"),
     ],
 )
-def test_a_portrait_that_does_not_stand_upright(animator: Animator, quarters: int, told: str) -> None:
+def test_portrait_that_is_not_upright_raises_with_the_rotation(animator: Animator, quarters: int, message: str) -> None:
     photo = np.ascontiguousarray(np.rot90(read_image(example_path("source.jpg")), quarters))
-    with pytest.raises(NoFaceError, match=f"the face in photo {told}"):
+    with pytest.raises(NoFaceError, match=f"the face in photo {message}"):
         animator.set_source(photo, name="photo")
 
 
-def test_small_faces_are_found_by_the_tracker_that_commands_use() -> None:
+def test_opened_landmarker_finds_small_faces() -> None:
     photo = read_image(example_path("source.jpg"))[::8, ::8]
     canvas = np.full((720, 1280, 3), 90, np.uint8)
     canvas[600 : 600 + len(photo), 1000 : 1000 + photo.shape[1]] = photo
     assert open_landmarker_tracker().landmarker.find(canvas) is not None
 
 
-def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class StandIn:
+def test_fan_tracks_a_driver_but_no_source(
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FakeNetwork:
         landmarker = Landmarker(weights_dir() / "face_landmarker.task")
 
         def get_landmarks_from_image(self, image: np.ndarray, **_: object) -> list[np.ndarray]:
@@ -56,7 +58,7 @@ def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: py
             assert face is not None
             return [face.landmarks[list(IBUG68), :2]]
 
-    monkeypatch.setattr(fan, "_load_network", lambda device: StandIn())
+    monkeypatch.setattr(fan, "_load_network", lambda device: FakeNetwork())
     out = tmp_path / "a.motion.npz"
     preprocess([make_clip("clip.mp4")], out, tracker="fan")
     motion = Motion.load(out, landmark_counts=(68,))
@@ -71,7 +73,9 @@ def test_fan_reads_a_driver(make_clip: MakeClip, tmp_path: Path, monkeypatch: py
     assert ReenactOptions().tracker == "landmarker"
 
 
-def test_without_its_package_fan_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fan_without_its_package_raises_with_the_install_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "face_alignment", None)
     with pytest.raises(WeightsError, match=r"pip install 'export3d-cli\[fan\]'") as caught:
         open_tracker("fan", device="cpu")

@@ -1,4 +1,4 @@
-"""Angles, EG3D's axes, and where an orbiting camera sees the head."""
+"""Angles, EG3D's axes, and the view of an orbiting camera."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS, Camera, default_intrinsics, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 
-half_turn, quarter = st.floats(-179, 179), st.floats(-89, 89)  # yaw stays within a quarter: beyond, angles are not one
+half_turn, quarter = st.floats(-179, 179), st.floats(-89, 89)  # yaw beyond 90 degrees has no unique angles
 
 
 @given(quarter, half_turn, half_turn)
 @settings(deadline=None)
-def test_angles_and_rotation_are_one(yaw: float, pitch: float, roll: float) -> None:
+def test_orbit_angles_round_trip(yaw: float, pitch: float, roll: float) -> None:
     rotation = rotation_from_angles(yaw, pitch, roll)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1)
@@ -24,13 +24,13 @@ def test_angles_and_rotation_are_one(yaw: float, pitch: float, roll: float) -> N
 
 @given(quarter, half_turn, half_turn, st.floats(1, 10))
 @settings(deadline=None)
-def test_orbit_looks_at_the_head_from_its_radius(yaw: float, pitch: float, roll: float, radius: float) -> None:
+def test_orbit_centres_the_head_at_the_radius(yaw: float, pitch: float, roll: float, radius: float) -> None:
     camera = Camera.orbit(yaw, pitch, roll, radius=radius)
     np.testing.assert_allclose(camera.project(np.zeros((1, 3))), [[0.5, 0.5]], atol=1e-9)
     assert np.linalg.norm(camera.cam2world[:3, 3]) == pytest.approx(radius)
 
 
-def test_signs_of_the_angles() -> None:
+def test_orbit_angle_signs() -> None:
     nose, temple = np.array([[0, 0, -0.1]]), np.array([[0.1, 0, 0]])  # the temple at the image's right
     (x, y), *_ = Camera.orbit(20).project(nose)
     assert x > 0.55
@@ -43,32 +43,32 @@ def test_signs_of_the_angles() -> None:
     assert y > 0.55
 
 
-def test_frontal_camera_stands_before_the_face() -> None:
+def test_frontal_camera_is_in_front_of_the_face() -> None:
     camera = Camera.orbit(0)
     np.testing.assert_allclose(camera.cam2world[:3, 3], [0, 0, -RADIUS])
     np.testing.assert_allclose(camera.cam2world[:3, :3], np.eye(3), atol=1e-12)
-    corner = RADIUS / FOCAL / 2  # of the picture, in the plane of the head's centre
+    corner = RADIUS / FOCAL / 2  # of the image, in the plane of the head's centre
     np.testing.assert_allclose(camera.project(np.array([[-corner, -corner, 0.0]])), [[0, 0]], atol=1e-12)
 
 
 @given(quarter, half_turn, half_turn)
 @settings(deadline=None)
-def test_eg3d_axes_are_an_involution(yaw: float, pitch: float, roll: float) -> None:
+def test_to_eg3d_is_its_own_inverse(yaw: float, pitch: float, roll: float) -> None:
     camera = Camera.orbit(yaw, pitch, roll)
-    there = camera.to_eg3d()
-    np.testing.assert_allclose(Camera.from_eg3d(there).cam2world, camera.cam2world, atol=1e-12)
-    np.testing.assert_array_equal(there.to_eg3d().cam2world, camera.cam2world)
+    converted = camera.to_eg3d()
+    np.testing.assert_allclose(Camera.from_eg3d(converted).cam2world, camera.cam2world, atol=1e-12)
+    np.testing.assert_array_equal(converted.to_eg3d().cam2world, camera.cam2world)
     points = np.array([[0.1, -0.2, 0.05]])  # the same point has y and z negated in EG3D's world
-    np.testing.assert_allclose(there.project(points * [1, -1, -1]), camera.project(points), atol=1e-9)
+    np.testing.assert_allclose(converted.project(points * [1, -1, -1]), camera.project(points), atol=1e-9)
 
 
-def test_frontal_camera_in_eg3d_s_world() -> None:
-    """EG3D's camera stands at z = 2.7 and looks back along it, with y up."""
+def test_to_eg3d_of_the_frontal_camera() -> None:
+    """EG3D's frontal camera is at z = 2.7 and looks along -z, with y up."""
     expected = np.array([[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 2.7], [0, 0, 0, 1]])
     np.testing.assert_allclose(Camera.orbit(0).to_eg3d().cam2world, expected, atol=1e-12)
 
 
-def test_25_numbers_round_trip() -> None:
+def test_vector_round_trips() -> None:
     camera = Camera.orbit(10, -5, 3)
     vector = camera.to_vector()
     assert vector.shape == (25,)
