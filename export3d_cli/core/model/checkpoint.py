@@ -49,9 +49,9 @@ def save_weights(
             from, or else `LICENCE`.
     """
 
-    def stored(name: str, value: Tensor) -> Tensor:
-        small = half and value.is_floating_point() and value.ndim > 1 and not name.startswith(keep)
-        return value.detach().cpu().to(torch.float16 if small else value.dtype).contiguous().clone()
+    def to_stored(name: str, value: Tensor) -> Tensor:
+        as_half = half and value.is_floating_point() and value.ndim > 1 and not name.startswith(keep)
+        return value.detach().cpu().to(torch.float16 if as_half else value.dtype).contiguous().clone()
 
     header = {
         "format": FORMAT,
@@ -59,7 +59,7 @@ def save_weights(
         "record": json.dumps(record),
         "licence": licence or record.get("licence", LICENCE),
     }
-    _write(Path(path), {name: stored(name, value) for name, value in state.items()}, header)
+    _write(Path(path), {name: to_stored(name, value) for name, value in state.items()}, header)
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
@@ -101,24 +101,22 @@ def read_licence(path: Path | str) -> str:
 
 def check_header_size(config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Raise `WeightsError` if the header describes a far larger network than the file holds, before it is built."""
-    held = sum(value.numel() for value in state.values())
+    stored = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
     sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
     sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
     sides += (*(getattr(config, name) for name in INPAINTERS), *config.stem, *config.superres)
-    if max(blocks, 1) * config.width**2 > held or max(sides) ** 2 > 4 * held:
+    if max(blocks, 1) * config.width**2 > stored or max(sides) ** 2 > 4 * stored:
         raise WeightsError("the weights are damaged: their header describes a larger network than the file holds")
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
     """Load `state` into `model`; raise `WeightsError` unless every name and shape matches."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or extra or wrong:
-        parts = [
-            f"{what} {names[:3]}" for what, names in (("lack", missing), ("add", extra), ("reshape", wrong)) if names
-        ]
+    expected = model.state_dict()
+    reshaped = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
+    mismatches = {"lack": expected.keys() - state.keys(), "add": state.keys() - expected.keys(), "reshape": reshaped}
+    if any(mismatches.values()):
+        parts = [f"{verb} {sorted(names)[:3]}" for verb, names in mismatches.items() if names]
         raise WeightsError(
             f"{origin} do not match this model, they {', '.join(parts)}: they may be from another version. "
             "Train again or use the weights shipped with this version"
@@ -185,20 +183,20 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
-    with write_atomic(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with write_atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    with write_atomic(path) as beside:
-        beside.touch()
-        mode = beside.stat().st_mode  # safetensors writes a file that only its owner can read
+    with write_atomic(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors writes a file that only its owner can read
         try:
-            save_file(tensors, beside, metadata=header)
+            save_file(tensors, temporary, metadata=header)
         except SafetensorError as error:
             raise Export3DError(f"cannot write {path} ({error}): free some space or choose another path") from error
-        _sort_header(beside)
-        beside.chmod(mode)
+        _sort_header(temporary)
+        temporary.chmod(mode)
 
 
 def _sort_header(path: Path) -> None:

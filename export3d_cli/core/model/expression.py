@@ -55,10 +55,10 @@ class LeBS(nn.Module):
         """Return `basis()`, cached while W is frozen and other parameters train."""
         if self.weight.requires_grad or not torch.is_grad_enabled():
             return self.basis()
-        state = (self.weight.data_ptr(), self.weight._version)
-        if self._frozen_basis is None or self._frozen_basis[0] != state:
+        identity = (self.weight.data_ptr(), self.weight._version)
+        if self._frozen_basis is None or self._frozen_basis[0] != identity:
             with torch.no_grad():
-                self._frozen_basis = (state, self.basis())
+                self._frozen_basis = (identity, self.basis())
         return self._frozen_basis[1]
 
     def forward(self, beta: Tensor) -> Tensor:
@@ -172,13 +172,13 @@ def contrastive_loss(
     """
     if image_code.shape != code.shape or code.ndim != 2 or len(code) < 2:
         raise ValueError(f"codes must be two (N >= 2, d) tensors, got {tuple(image_code.shape)}, {tuple(code.shape)}")
-    pictures, codes = F.normalize(image_code.float(), dim=1), F.normalize(code.float(), dim=1)
-    logits = codes @ pictures.T / temperature  # (N, N): expression k, image j
+    images, codes = F.normalize(image_code.float(), dim=1), F.normalize(code.float(), dim=1)
+    logits = codes @ images.T / temperature  # (N, N): expression k, image j
     positive = logits.diagonal()
     if denominator == "printed":
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        total = logits.masked_fill(own, -torch.inf).logsumexp(1)
+        diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        total = logits.masked_fill(diagonal, -torch.inf).logsumexp(1)
     else:
         total = logits.logsumexp(1)
-    right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)
-    return (total - positive).mean(), right.float().mean()
+    correct = logits.argmax(1) == torch.arange(len(logits), device=logits.device)
+    return (total - positive).mean(), correct.float().mean()

@@ -30,8 +30,8 @@ class SourceView(nn.Module):
 
     def make_view_plane(self, stem: list[Tensor]) -> Tensor:
         """Compute the fourth feature plane, in the source camera, from the stem features: (B, C, H/4, W/4)."""
-        up = F.interpolate(self.eighth(stem[2]), scale_factor=2, mode="bilinear", align_corners=False)
-        return leaky_relu(self.quarter(stem[1]) + up)
+        upsampled = F.interpolate(self.eighth(stem[2]), scale_factor=2, mode="bilinear", align_corners=False)
+        return leaky_relu(self.quarter(stem[1]) + upsampled)
 
     def make_background(self, stem: list[Tensor], filled_photo: Tensor | None = None) -> Tensor:
         """Predict the features behind the head, (B, C', H/4, W/4), RGB first.
@@ -40,8 +40,10 @@ class SourceView(nn.Module):
             stem: features at H/2, H/4 and H/8.
             filled_photo: (B, 3, H/4, W/4) photo with the head filled from its surroundings; added to the RGB channels.
         """
-        still = self.background(leaky_relu(stem[1]))
-        return still if filled_photo is None else torch.cat([still[:, :3] + filled_photo, still[:, 3:]], dim=1)
+        background = self.background(leaky_relu(stem[1]))  # (B, C', H/4, W/4)
+        if filled_photo is None:
+            return background
+        return torch.cat([background[:, :3] + filled_photo, background[:, 3:]], dim=1)
 
 
 def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
@@ -56,17 +58,15 @@ def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
         (B, C, size, size) float32.
     """
     # mask edges are not exact and hair is stray: pixels next to unknown ones count as unknown
-    reach = max(1, round(MASK_MARGIN * size))
     known = F.interpolate(known.float(), (size, size), mode="area")
-    known = 1 - dilate(1 - known, reach)
+    known = 1 - dilate(1 - known, max(1, round(MASK_MARGIN * size)))
     levels = [(F.interpolate(image.float(), (size, size), mode="area") * known, known)]
     while levels[-1][0].shape[-1] % 2 == 0:
         levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))
     filled = levels[-1][0] / levels[-1][1].clamp_min(1e-4)
     for total, weight in reversed(levels[:-1]):
         coarse = F.interpolate(filled, total.shape[-2:], mode="bilinear", align_corners=False)
-        sure = (weight * 4).clamp_max(1)
-        filled = torch.lerp(coarse, total / weight.clamp_min(1e-4), sure)
+        filled = torch.lerp(coarse, total / weight.clamp_min(1e-4), (weight * 4).clamp_max(1))
     return filled
 
 

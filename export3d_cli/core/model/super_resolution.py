@@ -46,21 +46,21 @@ def upsample_2x(x: Tensor) -> Tensor:
 def upsample_concat_conv(conv: nn.Conv2d, x: Tensor, others: list[Tensor]) -> Tensor:
     """Apply a 3x3 convolution to `upsample_2x(x)` and `others` (B, ., h, w), concatenated, without building that."""
     first, second = conv.weight.split([x.shape[1], conv.in_channels - x.shape[1]], dim=1)
-    beside = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
-    return F.conv2d(upsample_2x(x), first, conv.bias, padding=1) + F.conv2d(beside, second, padding=1)
+    dense = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(upsample_2x(x), first, conv.bias, padding=1) + F.conv2d(dense, second, padding=1)
 
 
 def upsample_concat_conv_inference(conv: nn.Conv2d, x: Tensor, others: list[Tensor], window: PatchWindow) -> Tensor:
     """Compute `upsample_concat_conv` with the window, zero-padded, as the last of `others`; CPU without gradients."""
-    own, beside = x.shape[1], sum(part.shape[1] for part in others)
-    first, second, third = conv.weight.split([own, beside, conv.in_channels - own - beside], dim=1)
+    channels = [x.shape[1], sum(part.shape[1] for part in others)]
+    first, second, third = conv.weight.split([*channels, conv.in_channels - sum(channels)], dim=1)
     out = upsample_conv(first, x)
     dense = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
     out += F.conv2d(dense, second, conv.bias, padding=1)
     if window.values.numel():
         height, width = window.values.shape[-2:]
-        seen = out[:, :, window.top : window.top + height, window.left : window.left + width]
-        seen += F.conv2d(window.values.to(x.dtype), third, padding=1)
+        target = out[:, :, window.top : window.top + height, window.left : window.left + width]
+        target += F.conv2d(window.values.to(x.dtype), third, padding=1)
     return out
 
 
@@ -73,14 +73,14 @@ def upsample_conv(weight: Tensor, x: Tensor) -> Tensor:
     if min(h, w) < 4:
         return F.conv2d(upsample_2x(x), weight, padding=1)
     taps = cached_tensor(PHASE_WEIGHTS, x.device)
-    both = torch.einsum("pau,qbv,kcuv->pqkcab", taps, taps, weight.float()).reshape(4 * K, C, 3, 3)
-    four = F.conv2d(x, both.to(weight.dtype, memory_format=torch.channels_last), padding=1)
-    four = four.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, K).transpose(2, 3)
-    out = four.reshape(B, 2 * h, 2 * w, K).permute(0, 3, 1, 2)
+    kernels = torch.einsum("pau,qbv,kcuv->pqkcab", taps, taps, weight.float()).reshape(4 * K, C, 3, 3)
+    phases = F.conv2d(x, kernels.to(weight.dtype, memory_format=torch.channels_last), padding=1)  # (B, 4K, h, w)
+    phases = phases.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, K).transpose(2, 3)
+    out = phases.reshape(B, 2 * h, 2 * w, K).permute(0, 3, 1, 2)
     # at the borders the upsampled image is padded with zeros, the small one with its last row
-    for to, rim in ((slice(0, 2), slice(0, 3)), (slice(-2, None), slice(-3, None))):
-        out[:, :, to] = F.conv2d(upsample_2x(x[:, :, rim]), weight, padding=1)[:, :, to]
-        out[..., to] = F.conv2d(upsample_2x(x[..., rim]), weight, padding=1)[..., to]
+    for outer, inner in ((slice(0, 2), slice(0, 3)), (slice(-2, None), slice(-3, None))):
+        out[:, :, outer] = F.conv2d(upsample_2x(x[:, :, inner]), weight, padding=1)[:, :, outer]
+        out[..., outer] = F.conv2d(upsample_2x(x[..., inner]), weight, padding=1)[..., outer]
     return out
 
 
@@ -121,47 +121,49 @@ class HiddenTextures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.textures = nn.Parameter(
-            torch.randn(3, self.texture_channels, *self.texture_size) * 0.3
-        )  # upper and lower teeth, eye
+        # upper teeth, lower teeth, eye
+        self.textures = nn.Parameter(torch.randn(3, self.texture_channels, *self.texture_size) * 0.3)
 
     def forward(self, mesh: MeshFlow, size: int) -> Tensor:
         """Render (B, 17, size, size): upper teeth or eye, lower teeth, eye mask; 0 outside mouth and eyes."""
-        mouth, eye, place = self._texture_coordinates(mesh, size)
-        above, below = (x.permute(0, 2, 3, 1) for x in place.split(2, dim=1))  # (B, size, size, 2)
+        mouth, eye, coordinates = self._texture_coordinates(mesh, size)
+        upper_grid, lower_grid = (x.permute(0, 2, 3, 1) for x in coordinates.split(2, dim=1))  # (B, size, size, 2)
 
-        def look(texture: Tensor, grid: Tensor) -> Tensor:
+        def sample(texture: Tensor, grid: Tensor) -> Tensor:
             texture = texture.float().expand(len(grid), -1, -1, -1)
             return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")
 
-        upper, lower, iris = self.textures.split(1)
-        return torch.cat([look(upper, above) * mouth + look(iris, above) * eye, look(lower, below) * mouth, eye], dim=1)
+        upper_teeth, lower_teeth, iris = self.textures.split(1)
+        upper = sample(upper_teeth, upper_grid) * mouth + sample(iris, upper_grid) * eye
+        return torch.cat([upper, sample(lower_teeth, lower_grid) * mouth, eye], dim=1)
 
     def render_window(self, mesh: MeshFlow, size: int) -> PatchWindow:
         """Render only the window that is not 0, about a hundredth of the map, with a border of zeros."""
-        mouth, eye, place = self._texture_coordinates(mesh, size)
+        mouth, eye, coordinates = self._texture_coordinates(mesh, size)
         b, row, column = ((mouth + eye)[:, 0] > 0).nonzero(as_tuple=True)
         if not len(b):
             return PatchWindow(mouth.new_zeros(len(mouth), self.out_channels, 0, 0), 0, 0)
-        mouth_, eye_ = mouth[b, 0, row, column][:, None], eye[b, 0, row, column][:, None]  # (M, 1)
-        grid = place[b, :, row, column].view(1, -1, 2, 2)  # above, below
-        textures = self.textures.float()
+        mouth_weight, eye_weight = mouth[b, 0, row, column][:, None], eye[b, 0, row, column][:, None]  # (M, 1)
+        grid = coordinates[b, :, row, column].view(1, -1, 2, 2)  # (1, M, upper and lower, 2)
+        upper_grid, lower_grid = grid[:, :, :1], grid[:, :, 1:]
+        upper_teeth, lower_teeth, iris = self.textures.float().split(1)
 
-        def look(texture: Tensor, at: Tensor) -> Tensor:
-            return F.grid_sample(texture[None], at, align_corners=False, padding_mode="border")[0, :, :, 0].T  # (M, 8)
+        def sample(texture: Tensor, grid: Tensor) -> Tensor:
+            return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")[0, :, :, 0].T  # (M, 8)
 
-        above, below = grid[:, :, :1], grid[:, :, 1:]
-        upper, iris, lower = look(textures[0], above), look(textures[2], above), look(textures[1], below)
+        upper = sample(upper_teeth, upper_grid) * mouth_weight + sample(iris, upper_grid) * eye_weight
+        lower = sample(lower_teeth, lower_grid) * mouth_weight
         top, height = _window_range(row, size)
         left, width = _window_range(column, size)
         out = mouth.new_zeros(len(mouth), height, width, self.out_channels)
-        out[b, row - top, column - left] = torch.cat([upper * mouth_ + iris * eye_, lower * mouth_, eye_], dim=1)
+        out[b, row - top, column - left] = torch.cat([upper, lower, eye_weight], dim=1)
         return PatchWindow(out.permute(0, 3, 1, 2), top, left)
 
     def _texture_coordinates(self, mesh: MeshFlow, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        mouth, eye, place = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored_coords))
+        """Return mouth and eye masks (B, 1, s, s) and coordinates (B, 4, s, s) in the upper and lower texture."""
+        mouth, eye, coordinates = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored_coords))
         # coordinates fade to 0 at the mask's border; dividing by the mask keeps the texture from sliding there
-        return mouth, eye, place / (mouth + eye).clamp_min(0.1)
+        return mouth, eye, coordinates / (mouth + eye).clamp_min(0.1)
 
 
 def widen_mask(mask: Tensor, divisor: int = SEAM_DIVISOR) -> Tensor:
@@ -177,12 +179,13 @@ class LayerWarp(NamedTuple):
 
     def sample(self, photo: Tensor) -> Tensor:
         """Sample photo channels (B, C, ., .) along both layers: (B, C, s, s), 0 where neither has weight."""
-        (head, rest), (ahead, behind) = self.sample_grid.split(2, dim=1), self.blend_weights.split(1, dim=1)
-        return torch.addcmul(warp(photo, head) * ahead, warp(photo, rest), behind)
+        head, background = self.sample_grid.split(2, dim=1)
+        head_weight, background_weight = self.blend_weights.split(1, dim=1)
+        return torch.addcmul(warp(photo, head) * head_weight, warp(photo, background), background_weight)
 
-    def composite_over(self, taken: Tensor, fill: Tensor) -> Tensor:
-        """Composite `sample`'s result over `fill`, (B, C, s, s) both."""
-        return torch.addcmul(taken, fill, 1 - self.blend_weights.sum(1, keepdim=True))
+    def sample_over(self, photo: Tensor, fill: Tensor) -> Tensor:
+        """Composite the sampled photo over `fill` (B, C, s, s)."""
+        return torch.addcmul(self.sample(photo), fill, 1 - self.blend_weights.sum(1, keepdim=True))
 
 
 def make_layer_warp(
@@ -193,19 +196,19 @@ def make_layer_warp(
     The background layer has weight where `background_visibility` (B, 1, m, m) says that the photo shows it. A
     `residual_flow` shifts both; with it the head's outline is smoothed, which otherwise shows the triangles' steps.
     """
-    ways, share = torch.cat([flow.head, flow.background], dim=1), flow.head_weight
+    grid, head_weight = torch.cat([flow.head, flow.background], dim=1), flow.head_weight
     if residual_flow is not None:
-        ways = resize(ways, residual_flow.shape[-1]) + residual_flow.repeat(1, 2, 1, 1)
-        share, background_visibility = lowpass(resize(share, size)), resize(background_visibility, size)
-    shares = torch.cat([share, background_visibility * (1 - share)], dim=1)
-    return LayerWarp(resize(ways, size), resize(shares, size))
+        grid = resize(grid, residual_flow.shape[-1]) + residual_flow.repeat(1, 2, 1, 1)
+        head_weight, background_visibility = lowpass(resize(head_weight, size)), resize(background_visibility, size)
+    weights = torch.cat([head_weight, background_visibility * (1 - head_weight)], dim=1)
+    return LayerWarp(resize(grid, size), resize(weights, size))
 
 
 def warp_discontinuity(sample_grid: Tensor) -> Tensor:
     """Return the largest distance of neighbours in the photo: sample grid (B, 4, s, s) -> (B, 2, s, s), in pixels."""
     B, _, s, _ = sample_grid.shape
-    by_layer = sample_grid.view(B, 2, 2, s, s) * s
-    across, down = (by_layer.diff(dim=dim).square().sum(2) for dim in (4, 3))  # (B, 2, s, s - 1), (B, 2, s - 1, s)
+    pixels = sample_grid.view(B, 2, 2, s, s) * s  # layer, coordinate
+    across, down = (pixels.diff(dim=dim).square().sum(2) for dim in (4, 3))  # (B, 2, s, s - 1), (B, 2, s - 1, s)
     across = torch.maximum(F.pad(across, (1, 0)), F.pad(across, (0, 1)))
     down = torch.maximum(F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1)))
     return torch.maximum(across, down).sqrt()
@@ -217,10 +220,10 @@ def photo_residual(photo: Tensor, size: int, side: int) -> Tensor:
     The photo is the central `size` pixels; the network sees its border replicated over the (M - size) / 2 pixels on
     each side of it.
     """
-    rim = (photo.shape[-1] - size) // 2
-    own = photo[..., rim : rim + size, rim : rim + size]
-    seen = resize(F.interpolate(own, (side, side), mode="area"), size)
-    return photo - F.pad(seen, (rim,) * 4, mode="replicate")
+    margin = (photo.shape[-1] - size) // 2
+    centre = photo[..., margin : margin + size, margin : margin + size]
+    smoothed = resize(F.interpolate(centre, (side, side), mode="area"), size)
+    return photo - F.pad(smoothed, (margin,) * 4, mode="replicate")
 
 
 def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, detail: Tensor, size: int) -> Tensor:
@@ -233,19 +236,19 @@ def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, detail: Tensor, si
             meet or photo positions jump; the colours there are the result's.
         size: side of the upscaled image.
     """
-    rim = (detail.shape[-1] - size) / 2 / size
-    ways = (resize(layer_warp.sample_grid, size) + rim) / (1 + 2 * rim)
-    return resize(image, size) + LayerWarp(ways, resize(layer_warp.blend_weights, size)).sample(detail)
+    margin = (detail.shape[-1] - size) / 2 / size
+    grid = (resize(layer_warp.sample_grid, size) + margin) / (1 + 2 * margin)
+    return resize(image, size) + LayerWarp(grid, resize(layer_warp.blend_weights, size)).sample(detail)
 
 
-def _missing_detail(mask: Tensor, facts: Tensor) -> Tensor:
+def _missing_detail(blend: Tensor, facts: Tensor) -> Tensor:
     """Return the fraction (B, 1, s, s) of the photo's high-pass detail that the blend drops but should keep, in [0, 1].
 
     On a moving head the blend takes about half from the photo, and nothing else has such detail. All of it may be shown
     where the photo is visible, unless the blend rejects the photo. `facts` (B, 2, s, s): source visibility, mouth mask.
     """
-    known, mouth = facts.split(1, dim=1)
-    return (known * (1 - mouth) - mask).clamp_min(0) * linear_step(mask, *BLEND_FADE)
+    visibility, mouth = facts.split(1, dim=1)
+    return (visibility * (1 - mouth) - blend).clamp_min(0) * linear_step(blend, *BLEND_FADE)
 
 
 def highpass(photo: Tensor) -> Tensor:
@@ -257,9 +260,9 @@ def highpass(photo: Tensor) -> Tensor:
     return x - lowpass(x)
 
 
-def _window_range(where: Tensor, size: int) -> tuple[int, int]:
-    """Return start and length of the rows (or columns) of a window around `where` with a border, within [0, size)."""
-    first, last = (int(x) for x in where.aminmax())
+def _window_range(indices: Tensor, size: int) -> tuple[int, int]:
+    """Return start and length of the rows (or columns) of a window around `indices` with a border, within [0, size)."""
+    first, last = (int(x) for x in indices.aminmax())
     length = min(size, -(-(last - first + 3) // WINDOW_STEP_PX) * WINDOW_STEP_PX)
     return max(0, min(first - 1, size - length)), length
 
@@ -334,14 +337,14 @@ class SuperResolution(nn.Module):
 
         facts = resize(torch.cat([visibility, mesh.mouth, mesh.mouth_coords], dim=1), half)
         layers = make_layer_warp(flow, background_visibility, half)
-        warped_half = layers.composite_over(layers.sample(source.image_half), rgb_half)  # (B, 3, H/2, W/2)
+        warped_half = layers.sample_over(source.image_half, rgb_half)  # (B, 3, H/2, W/2)
         x = self._upsample_concat_conv(self.to2, x, [warped_half, layers.sample(source.features_half), facts], mesh)
         x = leaky_relu(self.block2(x + self.expression(code)[:, :, None, None]))  # (B, c2, H/2, W/2)
         residual_flow = MAX_RESIDUAL_FLOW * torch.tanh(self.offset(x).float())  # (B, 2, H/2, W/2)
 
         facts = resize(facts, full)
         layers = make_layer_warp(flow, background_visibility, full, residual_flow)
-        warped = layers.composite_over(layers.sample(source.image), rgb)  # (B, 3, H, W)
+        warped = layers.sample_over(source.image, rgb)  # (B, 3, H, W)
         x = self.block1(self._upsample_concat_conv(self.to1, x, [warped, facts], mesh))  # (B, c1, H, W)
         colour, logit = self.colour(leaky_relu(x)).float().split([3, 1], dim=1)
         blend = torch.sigmoid(4 * logit + PHOTO_LOGIT_BIAS * facts[:, :1] - 3)  # starts with the photo where visible

@@ -15,10 +15,8 @@ PLANE_AXES = ((0, 1), (1, 2), (2, 0))
 # The head as an ellipsoid: centre and half axes, head frame.
 HEAD_CENTRE = (0.0, -0.02, 0.03)
 HEAD_AXES = (0.14, 0.2, 0.17)
-SURFACE_STEEPNESS, SURFACE_OFFSET = (
-    800.0,
-    0.035,
-)  # log density per unit of depth behind a known surface; where it begins in front of it, head-frame units
+SURFACE_STEEPNESS = 800.0  # log density per head-frame unit of depth behind a known surface
+SURFACE_OFFSET = 0.035  # head-frame units in front of the surface at which the log density starts to rise
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
@@ -35,8 +33,8 @@ def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
     N = points.shape[1]
     grid = torch.stack([points[..., index_tensor(axes, points)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)
     planes = planes.float().reshape(B * K, C, P, P)
-    taken = F.grid_sample(planes, grid.float().view(B * K, 1, N, 2), align_corners=False)  # (B*3, C, 1, N)
-    return taken.view(B, K, C, N).mean(1).transpose(1, 2)
+    samples = F.grid_sample(planes, grid.float().view(B * K, 1, N, 2), align_corners=False)  # (B*3, C, 1, N)
+    return samples.view(B, K, C, N).mean(1).transpose(1, 2)
 
 
 def ellipsoid_level(points: Tensor) -> Tensor:
@@ -55,12 +53,12 @@ def face_log_density(points: Tensor, surface: Tensor, half_extent: float) -> Ten
         half_extent: the surface covers [-half_extent, half_extent] in x and y.
     """
     grid = (points[..., :2] / half_extent)[:, None]  # (B, 1, N, 2)
-    height, sure, cover = F.grid_sample(surface, grid, align_corners=False)[:, :, 0].unbind(1)  # (B, N) each
+    height, certainty, coverage = F.grid_sample(surface, grid, align_corners=False)[:, :, 0].unbind(1)  # (B, N) each
     z = points[..., 2]
-    front = SURFACE_STEEPNESS * (z - height / cover.clamp_min(1e-3) + SURFACE_OFFSET)
+    front = SURFACE_STEEPNESS * (z - height / coverage.clamp_min(1e-3) + SURFACE_OFFSET)
     behind = 20 * (1 - ((z - HEAD_CENTRE[2]).clamp_min(0) / HEAD_AXES[2]).square())
     face = torch.minimum(front, behind * 2).clamp(-4, 40)
-    return sure * face + (1 - sure) * (20 * ellipsoid_level(points)).clamp(-4, 20)
+    return certainty * face + (1 - certainty) * (20 * ellipsoid_level(points)).clamp(-4, 20)
 
 
 class Decoder(nn.Module):

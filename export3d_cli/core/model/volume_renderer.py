@@ -63,8 +63,8 @@ def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
     """
     if batch_rows is None:
         return torch.rand_like(like)
-    first, end, all_rows = batch_rows
-    return torch.rand(all_rows, *like.shape[1:], device=like.device, dtype=like.dtype)[first:end]
+    first, end, total = batch_rows
+    return torch.rand(total, *like.shape[1:], device=like.device, dtype=like.dtype)[first:end]
 
 
 def sample_coarse_depths(
@@ -74,9 +74,9 @@ def sample_coarse_depths(
     cam2world, _ = split_camera(camera)
     distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_EXTENT + 0.1)  # (B,)
     edges = torch.arange(samples, device=camera.device, dtype=torch.float32)
-    where = edges.expand(camera.shape[0], ray_count, samples)
-    where = where + (uniform_noise(where, batch_rows) if jitter else 0.5)
-    return (distance - HALF_EXTENT)[:, None, None] + where / samples * (2 * HALF_EXTENT)
+    edges = edges.expand(camera.shape[0], ray_count, samples)
+    bins = edges + (uniform_noise(edges, batch_rows) if jitter else 0.5)
+    return (distance - HALF_EXTENT)[:, None, None] + bins / samples * (2 * HALF_EXTENT)
 
 
 def sample_importance_depths(
@@ -94,23 +94,23 @@ def sample_importance_depths(
     density = weights + 1e-3
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
     cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # (B, R, S)
-    where = torch.arange(samples, device=depths.device, dtype=torch.float32).expand(*depths.shape[:2], samples)
-    u = (where + (uniform_noise(where, batch_rows) if jitter else 0.5)) / samples
+    edges = torch.arange(samples, device=depths.device, dtype=torch.float32).expand(*depths.shape[:2], samples)
+    u = (edges + (uniform_noise(edges, batch_rows) if jitter else 0.5)) / samples
     above = torch.searchsorted(cdf.contiguous(), u.contiguous(), right=True).clamp(1, cdf.shape[-1] - 1)
     below = above - 1
     c0, c1 = cdf.gather(-1, below), cdf.gather(-1, above)
     d0, d1 = depths.gather(-1, below), depths.gather(-1, above)
-    part = (u - c0) / (c1 - c0).clamp_min(1e-6)
-    return d0 + part.clamp(0, 1) * (d1 - d0)
+    fraction = (u - c0) / (c1 - c0).clamp_min(1e-6)
+    return d0 + fraction.clamp(0, 1) * (d1 - d0)
 
 
 def ray_weights(densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
     """Return interval weights (B, R, S-1) between samples and ray opacities (B, R) (eq. 10, mid-point rule)."""
     sigma = 0.5 * (densities[..., 1:] + densities[..., :-1])
     optical = sigma * (depths[..., 1:] - depths[..., :-1])
-    through = torch.exp(-torch.cumsum(optical, dim=-1))  # transmittance at each interval's end
-    before = torch.cat([torch.ones_like(through[..., :1]), through[..., :-1]], dim=-1)
-    return before - through, 1 - through[..., -1]
+    after = torch.exp(-torch.cumsum(optical, dim=-1))  # transmittance at each interval's end
+    before = torch.cat([torch.ones_like(after[..., :1]), after[..., :-1]], dim=-1)
+    return before - after, 1 - after[..., -1]
 
 
 def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs:
@@ -126,10 +126,9 @@ def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs
     """
     weights, opacity = ray_weights(densities, depths)
     middle = 0.5 * (features[..., 1:, :] + features[..., :-1, :])
-    out = (weights[..., None] * middle).sum(-2)
+    out = (weights[..., None] * middle).sum(-2)  # (B, R, C)
     middle_depth = 0.5 * (depths[..., 1:] + depths[..., :-1])
-    far = depths[..., -1]
-    depth = (weights * middle_depth).sum(-1) + (1 - opacity) * far
+    depth = (weights * middle_depth).sum(-1) + (1 - opacity) * depths[..., -1]
     return out, depth, opacity
 
 

@@ -29,32 +29,32 @@ class TriplaneInterpolator:
     @torch.inference_mode()
     def __call__(self, lam: Tensor) -> Tensor:
         """Return the tri-planes (T, 3, C, P, P) of the next T frames, best `KEYFRAME_WINDOW`, with lambda (T, n)."""
-        known: dict[int, Tensor] = {}
-        rows, first = lam, 0
+        planes: dict[int, Tensor] = {}  # by frame; frame 0 is the previous one, if there is one
+        first = 0
         if self._last is not None:
-            rows, first = torch.cat([self._last[0], lam]), 1
-            known[0] = self._last[1]
+            lam, first = torch.cat([self._last[0], lam]), 1
+            planes[0] = self._last[1]
 
-        def make(k: int) -> None:
-            if k not in known:
-                same = next((j for j in known if torch.equal(rows[j], rows[k])), None)
-                known[k] = self._generate(rows[k : k + 1]) if same is None else known[same]
+        def make_key_frame(k: int) -> None:
+            if k not in planes:
+                same = next((j for j in planes if torch.equal(lam[j], lam[k])), None)
+                planes[k] = self._generate(lam[k : k + 1]) if same is None else planes[same]
 
-        make(0)
-        make(len(rows) - 1)
-        spans = [(0, len(rows) - 1)]  # not recursive: a recursive closure is a cycle that keeps tri-planes alive
+        make_key_frame(0)
+        make_key_frame(len(lam) - 1)
+        spans = [(0, len(lam) - 1)]  # not recursive: a recursive closure is a cycle that keeps tri-planes alive
         while spans:
             low, high = spans.pop()
             if high - low < 2:
                 continue
-            way, inner = rows[high] - rows[low], rows[low + 1 : high] - rows[low]
-            share = ((inner @ way) / way.square().sum().clamp_min(1e-9)).clamp(0, 1)  # (T',)
-            if bool(((inner - share[:, None] * way).norm(dim=1) <= self._max_deviation).all()):
-                for k, weight in enumerate(share.tolist(), low + 1):
-                    known[k] = torch.lerp(known[low], known[high], weight)
+            line, inner = lam[high] - lam[low], lam[low + 1 : high] - lam[low]
+            fraction = ((inner @ line) / line.square().sum().clamp_min(1e-9)).clamp(0, 1)  # (T',)
+            if bool(((inner - fraction[:, None] * line).norm(dim=1) <= self._max_deviation).all()):
+                for k, weight in enumerate(fraction.tolist(), low + 1):
+                    planes[k] = torch.lerp(planes[low], planes[high], weight)
                 continue
             middle = (low + high) // 2
-            make(middle)
+            make_key_frame(middle)
             spans += [(middle, high), (low, middle)]
-        self._last = rows[-1:], known[len(rows) - 1]
-        return torch.cat([known[k] for k in range(first, len(rows))])
+        self._last = lam[-1:], planes[len(lam) - 1]
+        return torch.cat([planes[k] for k in range(first, len(lam))])
