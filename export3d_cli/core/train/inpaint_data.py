@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT", bound=InpaintConfig)
 
 
 class InpaintBatch(NamedTuple):
-    """Crops of mouths or eyes, (B, ., CROP_SIZE_PX, CROP_SIZE_PX)."""
+    """Crops of mouths or eyes, (B, ., INPAINT_SIZE_PX, INPAINT_SIZE_PX)."""
 
     crops: Tensor  # (B, 3, ., .) in [-1, 1]
     hole: Hole

@@ -17,7 +17,13 @@ from torch.nn import functional as F
 from export3d_cli.core.media.image import to_uint8, write_image
 from export3d_cli.core.model.checkpoint import load_into, pack_optimizer, unpack_optimizer
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, CROP_SIZE_PX, Hole, Inpainter, dilate_and_blur
+from export3d_cli.core.model.inpaint.inpainter import (
+    CONDITION_CHANNELS,
+    INPAINT_SIZE_PX,
+    Hole,
+    Inpainter,
+    dilate_and_blur,
+)
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train.image_stage import tensors_with_prefix
 from export3d_cli.core.train.inpaint_data import INPAINT_SAMPLERS, InpaintBatch
@@ -212,7 +218,7 @@ class InpaintStage:
         crops, hole = self._to_device(self.sampler.draw_batch(self.run.config.seed + 1, 2**31, 0, rows * columns))
         with self.run.autocast():
             cells = torch.cat([crops, crops * (1 - hole.mask), fill_holes(self.ema, crops, hole)], dim=-1)
-        cells = cells.view(rows, columns, 3, CROP_SIZE_PX, 3 * CROP_SIZE_PX)
+        cells = cells.view(rows, columns, 3, INPAINT_SIZE_PX, 3 * INPAINT_SIZE_PX)
         grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         folder = Path(self.run.folder) / "samples"
         folder.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from export3d_cli.core.config.schema import (
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence, save_weights
 from export3d_cli.core.model.inpaint.eyes import eye_opening
-from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, CROP_SIZE_PX
+from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, INPAINT_SIZE_PX
 from export3d_cli.core.model.inpaint.mouth import mouth_opening
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
@@ -65,11 +65,11 @@ def test_batches_repeat_and_no_matching_frame_is_an_error(sampler: PairSampler, 
         INPAINT_SAMPLERS[name](sampler, replace(CONFIGS[name], **{key: float(value)}))
     inpaint_sampler = INPAINT_SAMPLERS[name](sampler, CONFIGS[name])
     a, b, other = (inpaint_sampler.draw_batch(0, 5, rank, 3) for rank in (0, 0, 1))
-    assert a.crops.shape == (3, 3, CROP_SIZE_PX, CROP_SIZE_PX) and a.hole.condition.shape == (
+    assert a.crops.shape == (3, 3, INPAINT_SIZE_PX, INPAINT_SIZE_PX) and a.hole.condition.shape == (
         3,
         CONDITION_CHANNELS,
-        CROP_SIZE_PX,
-        CROP_SIZE_PX,
+        INPAINT_SIZE_PX,
+        INPAINT_SIZE_PX,
     )
     assert torch.equal(a.crops, b.crops) and torch.equal(a.hole.mask, b.hole.mask)
     assert not torch.equal(a.crops, other.crops)

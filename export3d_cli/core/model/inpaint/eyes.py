@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export3d_cli.core.face.landmarks import EYE_RIMS
 from export3d_cli.core.model.inpaint.inpainter import (
-    CROP_SIZE_PX,
+    INPAINT_SIZE_PX,
     AlignedCrop,
     Hole,
     InpaintedPatch,
@@ -90,7 +90,7 @@ def iris_colour(image: Tensor, uv: Tensor, side: int, visible_height: Tensor | N
     eroded = -dilate(-to_image(inside), 1)  # lashes have another colour
     position = crop.to_crop(uv)[:, iris : iris + 5]
     radius = (position[:, 1:] - position[:, :1]).norm(dim=-1).mean(1)[:, None, None] * IRIS_SAMPLE_RADIUS
-    offset = (pixel_grid(CROP_SIZE_PX, uv.device) - position[:, :1]) / radius.clamp_min(1e-4)
+    offset = (pixel_grid(INPAINT_SIZE_PX, uv.device) - position[:, :1]) / radius.clamp_min(1e-4)
     disc = offset.square().sum(-1, keepdim=True) < 1
     if visible_height is not None:
         disc = disc & (offset[..., 1:].abs() < visible_height[:, None, None])

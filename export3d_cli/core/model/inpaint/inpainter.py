@@ -20,7 +20,7 @@ from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.model.warp.rasterizer import Raster, rasterize
 
-CROP_SIZE_PX = 96
+INPAINT_SIZE_PX = 96  # side of the crops that are inpainted
 CONDITION_CHANNELS = 7
 
 
@@ -37,8 +37,8 @@ class AlignedCrop(NamedTuple):
         return (self.centre[:, None] + grid).transpose(1, 2).reshape(-1, 2, size, size)
 
     def sample(self, image: Tensor) -> Tensor:
-        """Crop an image (B, C, H, W) -> (B, C, CROP_SIZE_PX, CROP_SIZE_PX)."""
-        return warp(image, self.pixel_positions(CROP_SIZE_PX))
+        """Crop an image (B, C, H, W) -> (B, C, INPAINT_SIZE_PX, INPAINT_SIZE_PX)."""
+        return warp(image, self.pixel_positions(INPAINT_SIZE_PX))
 
     def to_crop(self, uv: Tensor) -> Tensor:
         """Convert uv (B, N, 2) to positions in the crop."""
@@ -46,7 +46,7 @@ class AlignedCrop(NamedTuple):
 
 
 class Hole(NamedTuple):
-    """The inside of a mouth or an eye, or an eyelid, in a crop; each (B, ., CROP_SIZE_PX, CROP_SIZE_PX)."""
+    """The inside of a mouth or an eye, or an eyelid, in a crop; each (B, ., INPAINT_SIZE_PX, INPAINT_SIZE_PX)."""
 
     mask: Tensor  # (B, 1) 1 where to inpaint, with a soft border
     condition: Tensor  # (B, 7) first 1 inside the part; last two coordinates, -1..1, for each learned texture
@@ -56,8 +56,8 @@ class InpaintedPatch(NamedTuple):
     """An inpainted hole."""
 
     crop: AlignedCrop
-    colours: Tensor  # (B, 3, CROP_SIZE_PX, CROP_SIZE_PX)
-    mask: Tensor  # (B, 1, CROP_SIZE_PX, CROP_SIZE_PX)
+    colours: Tensor  # (B, 3, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
+    mask: Tensor  # (B, 1, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
 
     def paste_into(self, image: Tensor) -> None:
         """Blend the patch into an image (B, 3, H, W) of any size, in place."""
@@ -96,13 +96,13 @@ def strip_triangles(upper: tuple[int, ...], lower: tuple[int, ...], device: torc
 def rasterize_in_crop(crop: AlignedCrop, uv: Tensor, triangles: Tensor) -> tuple[Raster, Tensor]:
     """Rasterise triangles (T, 3) of landmarks (B, 478, 2) in a crop; also return their mask, (B, P, 1)."""
     position = crop.to_crop(uv)
-    raster = rasterize(position, torch.zeros_like(position[..., 0]), triangles, CROP_SIZE_PX)
+    raster = rasterize(position, torch.zeros_like(position[..., 0]), triangles, INPAINT_SIZE_PX)
     return raster, (raster.triangle >= 0).float()[..., None]
 
 
 def to_image(values: Tensor) -> Tensor:
-    """Reshape values (B, P, C) of a crop's pixels to (B, C, CROP_SIZE_PX, CROP_SIZE_PX)."""
-    return values.transpose(1, 2).reshape(len(values), -1, CROP_SIZE_PX, CROP_SIZE_PX)
+    """Reshape values (B, P, C) of a crop's pixels to (B, C, INPAINT_SIZE_PX, INPAINT_SIZE_PX)."""
+    return values.transpose(1, 2).reshape(len(values), -1, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
 
 
 def dilate_and_blur(mask: Tensor) -> Tensor:

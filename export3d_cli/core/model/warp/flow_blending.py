@@ -141,19 +141,9 @@ class FlowBlend(nn.Module):
         head_shift, background_shift = shift.split(2, dim=1)
         grid = identity_grid(m, photo)
         movable = soft_dilate(torch.maximum(torso_mask, resize(head_mask, m)))  # a background must not move
-        behind = 1 - head_weight
-        return LayeredFlow(
-            torch.lerp(mesh_full.uv, resize(rigid, m), rigid_weight)
-            + head_shift * (1 - (1 - self.face_residual_ratio) * mesh_full.face),
-            grid + movable * (neck_weight * (resize(neck, m) - grid) + background_shift),
-            torch.cat(
-                [
-                    head_weight * (1 - rigid_weight),
-                    head_weight * rigid_weight,
-                    behind * (1 - neck_weight),
-                    behind * neck_weight,
-                ],
-                dim=1,
-            ),
-            head_occlusion,
-        )
+        head = torch.lerp(mesh_full.uv, resize(rigid, m), rigid_weight)
+        head = head + head_shift * (1 - (1 - self.face_residual_ratio) * mesh_full.face)
+        background = grid + movable * (neck_weight * (resize(neck, m) - grid) + background_shift)
+        head_weights = head_weight * torch.cat([1 - rigid_weight, rigid_weight], dim=1)  # mesh, rigid
+        background_weights = (1 - head_weight) * torch.cat([1 - neck_weight, neck_weight], dim=1)  # static, neck
+        return LayeredFlow(head, background, torch.cat([head_weights, background_weights], dim=1), head_occlusion)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, LOWER_INNER_LIP, RIGHT_EYE_OUTER, UPPER_INNER_LIP
 from export3d_cli.core.model.export3d import Output
-from export3d_cli.core.model.inpaint.inpainter import CROP_SIZE_PX, AlignedCrop, InpaintedPatch
+from export3d_cli.core.model.inpaint.inpainter import INPAINT_SIZE_PX, AlignedCrop, InpaintedPatch
 from export3d_cli.core.model.inpaint.mouth import (
     MAX_VIOLET,
     MIN_MOUTH_OPENING,
@@ -66,7 +66,7 @@ def test_mouth_hole_masks_what_the_photo_does_not_show(points: Tensor, orbit: Ca
     assert hole.mask.sum() > 1.1 * inside.sum()  # and a margin
     assert masked(1.0).max() == 0  # as open as in the photo
     half = masked(2.0)
-    rows = torch.arange(CROP_SIZE_PX).view(1, 1, -1, 1)
+    rows = torch.arange(INPAINT_SIZE_PX).view(1, 1, -1, 1)
     assert 0.2 < half.sum() / hole.mask.sum() < 0.8
     assert (half * rows).sum() / half.sum() > (hole.mask * rows).sum() / hole.mask.sum()  # below the visible part
 
@@ -115,7 +115,7 @@ def test_paste_into_restores_what_the_crop_sampled(points: Tensor, orbit: Callab
         position = pixel_grid(size).view(1, size, size, 2).permute(0, 3, 1, 2)
         image = torch.cat([position, position[:, :1]], dim=1)  # colours hold positions
         sampled = crop.sample(image)
-        opaque = torch.ones(1, 1, CROP_SIZE_PX, CROP_SIZE_PX)
+        opaque = torch.ones(1, 1, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
         pasted = image + 1
         InpaintedPatch(crop, sampled, opaque).paste_into(pasted)
         at = (crop.to_crop(pixel_grid(size)[None]) - 0.5).abs().amax(-1).view(size, size)  # 0.5 at the crop's border
