@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,6 +188,18 @@ def only_given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of options with None in place of those that the user did not give."""
     default = click.core.ParameterSource.DEFAULT
     return {name: None if ctx.get_parameter_source(name) is default else value for name, value in values.items()}
+
+
+def refuse_unused(names: Collection[str], because: str) -> None:
+    """Raise `UsageError` for options of the running command that were given but have no effect because of `because`."""
+    ctx = click.get_current_context()
+    given = [
+        option.opts[-1]
+        for option in ctx.command.params
+        if option.name in names and ctx.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} has no effect with {because}: remove one of them", ctx)
 
 
 def add_negations(command: click.Command) -> None:

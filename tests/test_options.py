@@ -126,3 +126,18 @@ def test_options_have_kebab_case_help_default_and_negation(name: str, option: cl
     elif option.default is not None and not option.multiple and not callable(option.default):
         unset = type(option.default).__name__ in ("Sentinel", "_Sentinel")  # newer versions of Click
         assert unset or "default" in record[1], f"{name} {option.opts[-1]} does not show its default"
+
+
+@pytest.mark.parametrize(
+    ("line", "unused"),
+    [
+        ("novel-view --mesh head.glb --yaw 0:20 --frames 3", "--yaw, --frames has no effect with a mesh alone"),
+        ("novel-view --grid --loop once --fps 30", "--loop, --fps has no effect with --grid"),
+        ("edit-basis --grid --frames 9", "--frames has no effect with --grid"),
+        ("edit-basis --describe --v 1 --size 512", "--v, --size has no effect with --describe"),
+    ],
+)
+def test_options_without_effect_are_refused(line: str, unused: str) -> None:
+    result = CliRunner().invoke(cli, line.split())
+    assert result.exit_code == 2
+    assert unused in result.stderr

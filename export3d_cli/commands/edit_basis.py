@@ -65,6 +65,11 @@ def edit_basis(
     """
     from export3d_cli import core
 
+    if describe:
+        unused = {"source", "output", "vectors", "scales", "frames", "grid", "face", "crop", "size", "fps"}
+        options.refuse_unused(unused | {"quality", "crf", "watermark", "overwrite"}, "--describe")
+    if grid:
+        options.refuse_unused({"frames", "fps"}, "--grid")
     if not (grid or describe):
         for name, values in (("--v", vectors), ("--scale", scales)):
             if not values:

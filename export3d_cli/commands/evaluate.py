@@ -71,9 +71,11 @@ def evaluate(
 
     given = options.only_given(ctx, {"output": output, **chosen})
     if write_inputs is not None:
-        _refuse(given, set(given) - {"cross", "pairs", "seed", "weights", "device", "threads"}, "--write-inputs")
+        options.refuse_unused(
+            set(given) - {"cross", "pairs", "seed", "weights", "device", "threads"}, "--write-inputs"
+        )
     if not chosen["model"]:
-        _refuse(given, {"quality", "precision"}, "--no-model")
+        options.refuse_unused({"quality", "precision"}, "--no-model")
     setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality")}
     chosen |= {name: given[name] for name in ("pairs", "smooth")}
     chosen["max_frames"] = chosen["max_frames"] or None
@@ -92,13 +94,6 @@ def evaluate(
         console.print_summary(result, as_json=True)
     elif not console.current_settings().quiet:
         _print_table(result)
-
-
-def _refuse(given: dict[str, Any], names: set[str], because_of: str) -> None:
-    """Raise `UsageError` for options of `names` that were given and have no effect with another option."""
-    unused = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in names and given[name] is not None)
-    if unused:
-        raise click.UsageError(f"{unused} has no effect with {because_of}: remove one of them")
 
 
 def _print_table(result: Evaluation) -> None:

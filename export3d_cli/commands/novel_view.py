@@ -67,6 +67,11 @@ def novel_view(
     """
     from export3d_cli import core
 
+    if mesh is not None and not (output or grid or depth):
+        unused = {"yaw", "pitch", "roll", "frames", "loop", "size", "watermark"}
+        options.refuse_unused(unused, "a mesh alone (add -o, --grid or --depth)")
+    if grid:
+        options.refuse_unused({"loop"} if drive else {"loop", "fps"}, "--grid")
     chosen = core.NovelViewOptions(
         yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
         overwrite=overwrite or (output is None and mesh is None), grid=grid, depth=depth, drive=drive, mesh=mesh,
