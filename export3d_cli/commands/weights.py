@@ -68,8 +68,8 @@ def info(name: str | None, as_json: bool) -> None:
     """Print size, licence, parameter count, configuration and training record of a weights file."""
     from export3d_cli import core
 
-    about = core.weights_info(name)
-    _print_info(about, tuple(field.name for field in dataclasses.fields(about)), as_json)
+    summary = core.weights_info(name)
+    _print_info(summary, tuple(field.name for field in dataclasses.fields(summary)), as_json)
 
 
 @weights.command()
@@ -86,20 +86,20 @@ def push(file: Path, target: str, private: bool, dry_run: bool) -> None:
     if dry_run:
         click.echo(core.weights_card(core.weights_info(file), target), nl=False)
         return
-    address = core.upload_weights(file, target, private=private)
+    url = core.upload_weights(file, target, private=private)
     if not console.current_settings().quiet:
-        click.echo(address)
+        click.echo(url)
 
 
-def _print_info(about: Any, fields: tuple[str, ...], as_json: bool) -> None:
+def _print_info(summary: Any, fields: tuple[str, ...], as_json: bool) -> None:
     if as_json:
-        console.print_summary(about, as_json=True)
+        console.print_summary(summary, as_json=True)
         return
     for key in fields:
-        value = getattr(about, key)
+        value = getattr(summary, key)
         if isinstance(value, dict):
             click.echo(f"{key}:")
-            for name, part in value.items():
-                click.echo(f"  {name}: {json.dumps(part)}")
+            for name, entry in value.items():
+                click.echo(f"  {name}: {json.dumps(entry)}")
         elif value not in (None, ""):
             click.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")

@@ -1,0 +1,10 @@
+"""Reading and writing images and videos.
+
+    image, image_folder              still images as uint8 RGB arrays and float tensors; image sequences
+    reader, writer                   videos as streams of frames
+    probe, encoder_settings          properties of input videos; formats and encoders of output videos
+    ffmpeg_process                   ffmpeg subprocesses, killed if they hang
+    scene_detection                  cuts, dissolves and fades
+
+Imports `runtime` only. Imported by all packages above it except `model`; users go through `export3d_cli.core`.
+"""

@@ -57,21 +57,21 @@ class FfmpegProcess:
     def read_into(self, buffer: memoryview) -> int:
         """Fill `buffer` from stdout; return the number of bytes read, fewer than its size at the end of the stream."""
         assert self._popen.stdout is not None
-        got = 0
+        filled = 0
         with self._watched_wait():
-            while got < len(buffer):
-                count = self._popen.stdout.readinto1(buffer[got:])  # type: ignore[attr-defined]
+            while filled < len(buffer):
+                count = self._popen.stdout.readinto1(buffer[filled:])  # type: ignore[attr-defined]
                 if not count:
                     break
-                got += count
+                filled += count
                 self._bytes_moved += count
-        return got
+        return filled
 
     def write(self, data: memoryview) -> None:
         """Write all of `data` to stdin; raise `OSError` if the process has closed it."""
         with self._watched_wait():
-            for at in range(0, len(data), 1 << 16):
-                self._bytes_moved += self._stdin.write(data[at : at + (1 << 16)])
+            for start in range(0, len(data), 1 << 16):
+                self._bytes_moved += self._stdin.write(data[start : start + (1 << 16)])
 
     def close_input(self) -> None:
         """Close stdin: end of the input."""
@@ -101,8 +101,8 @@ class FfmpegProcess:
         if self.stalled:
             return self._stall_detector.message()
         code = self._popen.poll() or 0
-        silent = f"ffmpeg was ended by signal {-code}" if code < 0 else "ffmpeg gave no reason"
-        return "; ".join(list(self._messages)[-4:]) or silent
+        no_message = f"ffmpeg was killed by signal {-code}" if code < 0 else "ffmpeg gave no reason"
+        return "; ".join(list(self._messages)[-4:]) or no_message
 
     @property
     def _stdin(self) -> IO[bytes]:
@@ -153,12 +153,12 @@ class StallDetector:
 
     def has_stalled(self, bytes_moved: int = 0) -> bool:
         """Return whether the process hangs. Call it once per poll; `bytes_moved`: total through its pipes so far."""
-        written = 0
+        output_time = 0
         if self._output_file is not None:
             with contextlib.suppress(OSError):
-                written = self._output_file.stat().st_mtime_ns
-        if (bytes_moved, written) != self._last_progress:
-            self._last_progress = (bytes_moved, written)
+                output_time = self._output_file.stat().st_mtime_ns
+        if (bytes_moved, output_time) != self._last_progress:
+            self._last_progress = (bytes_moved, output_time)
             self.reset()
         before, self._cpu_ticks = self._cpu_ticks, _cpu_ticks_of(self._pid)
         self._seconds_without_bytes += _poll_interval()
@@ -176,17 +176,17 @@ class StallDetector:
 def run_ffmpeg(command: list[str]) -> subprocess.CompletedProcess[bytes]:
     """Run ffmpeg to its end and return its output; raise `MediaError` if it hangs."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as run:
-        pulse = StallDetector(run.pid)
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+        detector = StallDetector(process.pid)
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    out, err = run.communicate(timeout=_poll_interval())
-                    return subprocess.CompletedProcess(command, run.returncode, out, err)
-                if pulse.has_stalled():
-                    raise MediaError(f"{command[0]} does not answer: {pulse.message()}")
+                    out, err = process.communicate(timeout=_poll_interval())
+                    return subprocess.CompletedProcess(command, process.returncode, out, err)
+                if detector.has_stalled():
+                    raise MediaError(f"{command[0]} does not answer: {detector.message()}")
         except BaseException:
-            run.kill()
+            process.kill()
             raise
 
 

@@ -18,14 +18,12 @@ DEFAULT_FOLDER_FPS = Fraction(25)  # unless the caller gives a rate
 def list_images(folder: Path) -> list[Path]:
     """Return the images of a folder in natural sort order; raise `InputError` if it has none."""
     try:
-        found = [path for path in Path(folder).iterdir() if has_image_suffix(path) and not path.name.startswith(".")]
+        paths = [path for path in Path(folder).iterdir() if has_image_suffix(path) and not path.name.startswith(".")]
     except OSError as error:
         raise InputError(f"cannot read folder {folder}: {error.strerror}") from error
-    if not found:
+    if not paths:
         raise InputError(f"{folder} is a folder without images (.png, .jpg, .webp): give a video file or images")
-    return sorted(
-        found, key=lambda path: ([_natural_sort_key(text) for text in re.split(r"(\d+)", path.name)], path.name)
-    )
+    return sorted(paths, key=_natural_sort_key)
 
 
 def read_images(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -33,8 +31,8 @@ def read_images(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray
     for path in paths:
         image = read_image(path)
         if (image.shape[1], image.shape[0]) != size:
-            got = f"{image.shape[1]}x{image.shape[0]}"
-            raise InputError(f"{path} is {got}, the first image {size[0]}x{size[1]}: use one size in a folder")
+            sizes = f"{image.shape[1]}x{image.shape[0]}, the first image {size[0]}x{size[1]}"
+            raise InputError(f"{path} is {sizes}: use one size in a folder")
         yield image
 
 
@@ -42,13 +40,12 @@ class ImageSequenceWriter:
     """Writes frames as images `name%05d.png`, numbered from 0."""
 
     def __init__(self, pattern: Path) -> None:
-        found = re.fullmatch(r"([^%]*)%0?([1-9]?)d([^%]*)", pattern.name)
-        if not found:
+        match = re.fullmatch(r"([^%]*)%0?([1-9]?)d([^%]*)", pattern.name)
+        if not match:
             raise InputError(f"{pattern} names a single image: name one image per frame, for example %05d.png")
-        self.folder, (head, self._digits, tail) = pattern.parent, found.groups()
-        self._prefix, self._suffix = head, tail
-        there = re.compile(rf"{re.escape(head)}\d+{re.escape(tail)}")
-        if self.folder.is_dir() and any(there.fullmatch(path.name) for path in self.folder.iterdir()):
+        self.folder, (self._prefix, self._digits, self._suffix) = pattern.parent, match.groups()
+        numbered = re.compile(rf"{re.escape(self._prefix)}\d+{re.escape(self._suffix)}")
+        if self.folder.is_dir() and any(numbered.fullmatch(path.name) for path in self.folder.iterdir()):
             raise InputError(f"{self.folder} already contains images of that name: choose another folder")
         self.temporary_folder: Path | None = None  # images are written here and moved to `folder` together
         self._count = 0
@@ -62,6 +59,7 @@ class ImageSequenceWriter:
         self._count += 1
 
 
-def _natural_sort_key(text: str) -> tuple[int, str]:
-    """Return the sort key of a part of a name: digits by value, before other text."""
-    return (int(text), "") if text.isdecimal() else (0, text)
+def _natural_sort_key(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Return a sort key that orders numbers in names by value."""
+    parts = re.split(r"(\d+)", path.name)  # text and digits alternate
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name

@@ -46,12 +46,12 @@ def ffmpeg_path() -> str:
     import imageio_ffmpeg
 
     try:
-        found = str(imageio_ffmpeg.get_ffmpeg_exe())
+        path = str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
         raise MediaError("no ffmpeg found: run `pip install --force-reinstall imageio-ffmpeg`") from error
     if os.environ.get("IMAGEIO_FFMPEG_EXE"):  # imageio-ffmpeg checks its own binary only
-        _check_runnable(found)
-    return found
+        _check_runnable(path)
+    return path
 
 
 @lru_cache(maxsize=4)
@@ -66,9 +66,9 @@ def _check_runnable(program: str) -> None:
 def probe(path: Path) -> VideoInfo:
     """Return the properties of a video file or folder of images; raise `InputError` if there is no video in it."""
     if Path(path).is_dir():
-        found = list_images(path)
-        height, width = read_image(found[0]).shape[:2]
-        return VideoInfo(width, height, DEFAULT_FOLDER_FPS, len(found), float(len(found) / DEFAULT_FOLDER_FPS), False)
+        images = list_images(path)
+        height, width = read_image(images[0]).shape[:2]
+        return VideoInfo(width, height, DEFAULT_FOLDER_FPS, len(images), float(len(images) / DEFAULT_FOLDER_FPS), False)
     path = _check_video_file(path)
     stat = path.stat()
     return _probe(path.resolve(), stat.st_mtime_ns, stat.st_size)
@@ -78,8 +78,8 @@ def audio_codec(path: Path) -> str | None:
     """Return the codec of the first audio track ("aac", ...), or None."""
     if Path(path).is_dir():
         return None
-    found = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _read_header(_check_video_file(path)))
-    return found.group(1) if found else None
+    match = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _read_header(_check_video_file(path)))
+    return match.group(1) if match else None
 
 
 @lru_cache(maxsize=64)
@@ -90,25 +90,25 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
     if stream is None and has_audio:
         raise InputError(f"{path} has audio but no video: give a video file")
-    shape = stream and re.search(r", ([1-9]\d*)x([1-9]\d*)\b", stream.group(1))
-    if stream is None or shape is None:
+    size = stream and re.search(r", ([1-9]\d*)x([1-9]\d*)\b", stream.group(1))
+    if stream is None or size is None:
         raise InputError(f"{path} is not a video that can be read: give a video file, for example .mp4")
-    width, height = int(shape.group(1)), int(shape.group(2))
+    width, height = int(size.group(1)), int(size.group(2))
     aspect = re.search(r"SAR (\d+):(\d+)", stream.group(1))
     if aspect and int(aspect.group(1)) and int(aspect.group(2)):
         width = max(1, round(width * int(aspect.group(1)) / int(aspect.group(2))))
-    turn = re.search(r"rotation of (-?[\d.]+) degrees", header)
-    rotation = round(float(turn.group(1))) if turn else 0
+    display_matrix = re.search(r"rotation of (-?[\d.]+) degrees", header)
+    rotation = round(float(display_matrix.group(1))) if display_matrix else 0
     if rotation % 180 == 90:
         width, height = height, width
     check_pixel_count(width, height, path)
-    clock = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
-    duration = int(clock.group(1)) * 3600 + int(clock.group(2)) * 60 + float(clock.group(3)) if clock else 0.0
+    time = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
+    duration = int(time.group(1)) * 3600 + int(time.group(2)) * 60 + float(time.group(3)) if time else 0.0
     if "_pipe" in header.partition(" from ")[0] or "Input #0, image2" in header:  # a still image
         return VideoInfo(
             width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha_source=_find_alpha(header, stream.group(1))
         )
-    claimed = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others estimate it
+    header_duration = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others estimate it
     tick, times = _read_timestamps(path)
     fps, vfr = _estimate_rate(tick, times, _parse_rate(stream.group(1), "fps"), _parse_rate(stream.group(1), "tbr"))
     if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all timestamps known: exact duration
@@ -120,7 +120,7 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
     return VideoInfo(
         width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,
-        hdr_transfer=hdr.group() if hdr else "", header_duration=claimed,
+        hdr_transfer=hdr.group() if hdr else "", header_duration=header_duration,
         interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream.group(1))),
         alpha_source=_find_alpha(header, stream.group(1)),
     )  # fmt: skip
@@ -151,25 +151,25 @@ def _estimate_rate(
     if not steps:
         return mean or base or Fraction(25), False
     average = (times[-1] - times[0]) / len(steps)
-    told = [rate for rate in (mean, base) if rate]
+    reported = [rate for rate in (mean, base) if rate]
     if min(steps) == max(steps) and tick < Fraction(1, 1000):
-        near = [rate for rate in told if abs(average - 1 / rate) * len(steps) <= tick]
+        near = [rate for rate in reported if abs(average - 1 / rate) * len(steps) <= tick]
         return near[0] if near else _nearest_standard_rate(1 / average), False
     spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
     rounding = max(2 * tick, Fraction(2, 1000))  # containers count in milliseconds, GIF in 10 ms
     if spread < rounding and spread < average / 2:  # constant up to rounding
-        near = [rate for rate in told if abs(rate * average - 1) < rounding / (average * len(steps))]
+        near = [rate for rate in reported if abs(rate * average - 1) < rounding / (average * len(steps))]
         return near[0] if near else _nearest_standard_rate(1 / average), False
     common = 1 / sorted(steps)[len(steps) // 2]
-    near = [rate for rate in reversed(told) if abs(rate / common - 1) < Fraction(1, 10)]
+    near = [rate for rate in reversed(reported) if abs(rate / common - 1) < Fraction(1, 10)]
     return min(near[0] if near else _nearest_standard_rate(common), Fraction(_MAX_VFR_FPS)), True
 
 
 def _nearest_standard_rate(rate: Fraction) -> Fraction:
     """Return the standard rate nearest to a rounded one (29.97 -> 30000/1001), or the rate itself if none is near."""
-    whole = round(rate)
-    usual = [Fraction(whole), Fraction(whole * 1000, 1001), Fraction(round(rate * 2), 2)]
-    nearest = min(usual, key=lambda r: abs(r - rate))
+    integer = round(rate)
+    standard_rates = [Fraction(integer), Fraction(integer * 1000, 1001), Fraction(round(rate * 2), 2)]
+    nearest = min(standard_rates, key=lambda standard: abs(standard - rate))
     if nearest > 0 and abs(nearest / rate - 1) < Fraction(3, 10_000):
         return nearest
     return rate.limit_denominator(100_000)

@@ -29,50 +29,56 @@ class SceneCutDetector:
             None without a scene change; 0 after a cut; after a dissolve or fade, the number of frames directly before
             this one that mix both scenes.
         """
-        small = cv2.resize(frame, (THUMBNAIL_SIDE_PX, THUMBNAIL_SIDE_PX), interpolation=cv2.INTER_AREA)
-        bins = (small // 64).astype(np.int64) @ [16, 4, 1]
-        before, self._colour_histogram = self._colour_histogram, np.bincount(bins.ravel(), minlength=64) / bins.size
-        self._thumbnails.append(small.astype(np.float32))
+        thumbnail = cv2.resize(frame, (THUMBNAIL_SIDE_PX, THUMBNAIL_SIDE_PX), interpolation=cv2.INTER_AREA)
+        bins = (thumbnail // 64).astype(np.int64) @ [16, 4, 1]
+        histogram = np.bincount(bins.ravel(), minlength=64) / bins.size
+        changed_fraction = float(np.abs(histogram - self._colour_histogram).sum() / 2)
+        self._colour_histogram = histogram
+        self._thumbnails.append(thumbnail.astype(np.float32))
         if len(self._thumbnails) < 2:
             return None
-        mixed = 0 if self._is_cut(float(np.abs(self._colour_histogram - before).sum() / 2)) else self._find_dissolve()
-        if mixed is not None:
+        mixed_count = 0 if self._is_cut(changed_fraction) else self._find_dissolve()
+        if mixed_count is not None:
             self._recent_changes.clear()
             self._thumbnails.clear()
-            self._thumbnails.append(small.astype(np.float32))
-        return mixed
+            self._thumbnails.append(thumbnail.astype(np.float32))
+        return mixed_count
 
-    def _is_cut(self, colours: float) -> bool:
-        """Return whether the frame changed far more than recent ones; `colours`: fraction of pixels of other colour."""
+    def _is_cut(self, changed_fraction: float) -> bool:
+        """Return whether the frame differs far more than recent ones; `changed_fraction`: pixels of other colour."""
         change = float(np.abs(self._thumbnails[-1] - self._thumbnails[-2]).mean())
-        usual = float(np.median(self._recent_changes)) if self._recent_changes else 0.0
+        typical_change = float(np.median(self._recent_changes)) if self._recent_changes else 0.0
         self._recent_changes.append(change)
-        return change > max(12.0, 4 * usual) and (colours > 0.25 or change > 40)
+        return change > max(12.0, 4 * typical_change) and (changed_fraction > 0.25 or change > 40)
 
     def _find_dissolve(self) -> int | None:
         """Return the length of a dissolve that ends here, or None.
 
         Frames of a dissolve are linear blends of its first and last frame; motion and light do not give such frames.
         """
-        now = self._thumbnails[-1]
+        current = self._thumbnails[-1]
         for span in DISSOLVE_SPANS:
-            if len(self._thumbnails) <= span or np.abs(now - self._thumbnails[-span - 1]).mean() < MIN_DISSOLVE_CHANGE:
+            if len(self._thumbnails) <= span:
                 continue
-            frames = np.stack(list(self._thumbnails)[-span - 1 :])
-            way = now - frames[0]
-            share = np.einsum("thwc,hwc->t", frames - frames[0], way) / (way**2).sum()  # 0 before, 1 after
-            beside = np.abs(frames - frames[0] - share[:, None, None, None] * way).mean((1, 2, 3))
-            fastest = (share[8:] - share[:-8]).max() / 8
-            ended = (share[-1] - share[-5]) / 4 < 0.4 * fastest
-            if ended and beside.max() < MAX_LINEARITY_ERROR * np.abs(way).mean() and _is_other_scene(frames[0], now):
-                return span - int(np.argmax(share > 0.07))
+            first = self._thumbnails[-span - 1]
+            change = current - first
+            if np.abs(change).mean() < MIN_DISSOLVE_CHANGE:
+                continue
+            differences = np.stack(list(self._thumbnails)[-span - 1 :]) - first
+            progress = np.einsum("thwc,hwc->t", differences, change) / (change**2).sum()  # 0 before, 1 after
+            residual = np.abs(differences - progress[:, None, None, None] * change).mean((1, 2, 3))
+            max_speed = (progress[8:] - progress[:-8]).max() / 8
+            has_ended = (progress[-1] - progress[-5]) / 4 < 0.4 * max_speed
+            is_linear = residual.max() < MAX_LINEARITY_ERROR * np.abs(change).mean()
+            if has_ended and is_linear and _is_other_scene(first, current):
+                return span - int(np.argmax(progress > 0.07))
         return None
 
 
-def _is_other_scene(one: np.ndarray, two: np.ndarray) -> bool:
+def _is_other_scene(first: np.ndarray, second: np.ndarray) -> bool:
     """Return whether exposure and white balance do not explain the difference, or one image is nearly uniform."""
-    a, b = (x.reshape(-1, 3) - x.reshape(-1, 3).mean(0) for x in (one, two))
+    a, b = (x.reshape(-1, 3) - x.reshape(-1, 3).mean(0) for x in (first, second))
     gain = (a * b).sum(0) / np.maximum((a**2).sum(0), 1e-3)
-    left = np.abs(b - gain * a).mean()
-    flat = min(a.std(), b.std()) < 0.15 * max(a.std(), b.std())
-    return bool(left > MIN_RELIT_RESIDUAL or flat)
+    residual = np.abs(b - gain * a).mean()
+    is_uniform = min(a.std(), b.std()) < 0.15 * max(a.std(), b.std())
+    return bool(residual > MIN_RELIT_RESIDUAL or is_uniform)

@@ -1,0 +1,11 @@
+"""What all packages share: errors, files, devices, cameras and the location of weights files.
+
+    errors                           exception hierarchy with exit codes
+    files                            atomic writes, folder locks, checks of input files
+    device                           device, precision, threads, random state and memory of PyTorch
+    camera                           the 25-number camera in the head frame
+    weights, hub                     weights files: manifest, paths, Hugging Face Hub
+    interrupts                       Ctrl-C inside finalizers
+
+The lowest layer: imports no other package of `core`. Every package may import it, and so may the command line.
+"""

@@ -35,6 +35,24 @@ def tracking_thread_count(device: torch.device) -> int:
     return 1 if device.type == "cpu" else min(4, max(1, torch.get_num_threads() // 2))
 
 
+@contextlib.contextmanager
+def torch_state(*, threads: int | None = None, seed: int | None = None) -> Iterator[None]:
+    """Set PyTorch's thread count and random seed, and restore both when the block ends; None: leave unchanged.
+
+    A block with a seed may draw random numbers on the CPU and on all CUDA devices.
+    """
+    previous_threads = torch.get_num_threads()
+    with torch.random.fork_rng(enabled=seed is not None):
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            if threads:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            torch.set_num_threads(previous_threads)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether bfloat16 speeds up the device: CUDA, and CPUs with native bfloat16 multiplication."""
     if device.type != "cpu":
@@ -61,10 +79,10 @@ def precision_notes(name: str, device: torch.device) -> list[str]:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Return a context that computes in bf16 or fp16; for fp32 on CUDA, one without TF32 convolutions."""
-    kind = HALF_DTYPES.get(precision)
-    if kind is None and device.type == "cuda":
+    dtype = HALF_DTYPES.get(precision)
+    if dtype is None and device.type == "cuda":
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    return contextlib.nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def tune_malloc() -> None:
@@ -91,23 +109,23 @@ def cast_weights(module: torch.nn.Module, precision: str) -> dict[str, Tensor]:
 
     Returns the fp32 weights by name, for `restore_fp32`.
     """
-    kept: dict[str, Tensor] = {}
-    kind = HALF_DTYPES.get(precision)
-    for name, part in module.named_modules():
-        if kind is None or not isinstance(part, torch.nn.Conv2d | torch.nn.Linear):
+    fp32_weights: dict[str, Tensor] = {}
+    dtype = HALF_DTYPES.get(precision)
+    for layer_name, layer in module.named_modules():
+        if dtype is None or not isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             continue
-        for own, parameter in part.named_parameters(recurse=False):
+        for name, parameter in layer.named_parameters(recurse=False):
             if parameter.device.type == "cpu":
-                kept[f"{name}.{own}"] = full = parameter.data
-                layout = torch.channels_last if full.ndim == 4 else torch.preserve_format
-                parameter.data = full.to(kind, memory_format=layout)
-    return kept
+                fp32_weights[f"{layer_name}.{name}"] = weight = parameter.data
+                layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
+                parameter.data = weight.to(dtype, memory_format=layout)
+    return fp32_weights
 
 
 def restore_fp32(module: torch.nn.Module, fp32_weights: dict[str, Tensor]) -> None:
     """Undo `cast_weights`."""
-    for name, full in fp32_weights.items():
-        module.get_parameter(name).data = full
+    for name, weight in fp32_weights.items():
+        module.get_parameter(name).data = weight
 
 
 class AdaptiveBatcher:
@@ -118,16 +136,16 @@ class AdaptiveBatcher:
 
     def __call__(self, compute: Callable[[slice], np.ndarray], start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield the rows of `compute(slice)` from start to stop; raise its error if a single row does not fit."""
-        made = None
+        rows = None
         if stop - start <= self.max_batch:
             try:
-                made = compute(slice(start, stop))
+                rows = compute(slice(start, stop))
             except RuntimeError as error:
                 if stop - start == 1 or not _is_out_of_memory(error):
                     raise
                 self.max_batch = (stop - start) // 2
-        if made is not None:
-            yield from made
+        if rows is not None:
+            yield from rows
             return
         middle = start + max(1, min(self.max_batch, (stop - start) // 2))
         yield from self(compute, start, middle)

@@ -60,14 +60,14 @@ def write_folder(folder: Path) -> Iterator[Path]:
     A new `folder` appears at once, with all files. In an existing one the files appear one by one and never replace
     others. Raises the same errors as `write_atomic`.
     """
-    where = folder if folder.is_dir() else folder.parent
-    _prepare_folder(where)
-    temporary = _temporary_name(where, folder.absolute())  # absolute, because "." has no name
+    parent = folder if folder.is_dir() else folder.parent
+    _prepare_folder(parent)
+    temporary = _temporary_name(parent, folder.absolute())  # absolute, because "." has no name
     try:
         with translate_os_errors(folder):
             temporary.mkdir()
             yield temporary
-            if where == folder:
+            if parent == folder:
                 if any((folder / path.name).exists() for path in temporary.iterdir()):
                     raise InputError(f"{folder} now contains files of the same name: choose another folder")
                 for path in sorted(temporary.iterdir()):
@@ -115,8 +115,8 @@ def remove_stale_temporaries(folder: Path) -> None:
     """Delete the temporary files and folders that dead processes left in `folder`."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            found = _TEMPORARY_NAME.fullmatch(entry.name)
-            if found and _is_abandoned(found[1], int(found[2]), entry):
+            match = _TEMPORARY_NAME.fullmatch(entry.name)
+            if match and _is_abandoned(match[1], int(match[2]), entry):
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 else:

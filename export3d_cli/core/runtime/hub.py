@@ -79,14 +79,14 @@ def fetch(name: HubFile, *, sha256: str | None = None, force: bool = False) -> P
             time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
     path = Path(fetched)
     stored = path.resolve()
-    found = file_sha256(path)
-    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and found != stored.name:  # the cache names large files by sha256
+    actual = file_sha256(path)
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and actual != stored.name:  # the cache names large files by sha256
         stored.unlink()
         path.unlink(missing_ok=True)
-        raise WeightsError(f"{name} was damaged (sha256 {found[:12]}...) and deleted: {_download_hint(name)}")
-    if sha256 and found != sha256:
-        where = name.at_commit(commit_of(path))
-        raise WeightsError(f"{where} has sha256 {found[:12]}..., must have {sha256[:12]}... as listed: do not use it")
+        raise WeightsError(f"{name} was damaged (sha256 {actual[:12]}...) and deleted: {_download_hint(name)}")
+    if sha256 and actual != sha256:
+        pinned = name.at_commit(commit_of(path))
+        raise WeightsError(f"{pinned} has sha256 {actual[:12]}..., must have {sha256[:12]}... as listed: do not use it")
     return path
 
 
@@ -114,7 +114,7 @@ def push(path: Path, name: HubFile, card: str, *, private: bool = False) -> str:
         files: dict[str, Path | bytes] = {name.file: path}
         if not api.file_exists(name.repo, "README.md", revision=name.revision):
             files["README.md"] = card.encode()
-        adds = [huggingface_hub.CommitOperationAdd(where, what) for where, what in files.items()]
+        adds = [huggingface_hub.CommitOperationAdd(target, content) for target, content in files.items()]
         message = f"Add {name.file} with export3d"
         return str(api.create_commit(name.repo, adds, commit_message=message, revision=name.revision).commit_url)
     except Exception as error:  # as above
@@ -123,11 +123,11 @@ def push(path: Path, name: HubFile, card: str, *, private: bool = False) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def _endpoint() -> str | None:
@@ -158,11 +158,11 @@ def _is_transient(error: BaseException) -> bool:
     if "LocalEntryNotFoundError" in _class_names(error):  # the library has retried already
         return False
     status = _http_status(error)
-    broken = {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead"}
+    interrupted = {"RemoteProtocolError", "ReadError", "ReadTimeout", "ChunkedEncodingError", "IncompleteRead"}
     return (
         status in (408, 429)
         or (status or 0) >= 500
-        or bool(broken & _class_names(error))
+        or bool(interrupted & _class_names(error))
         or "Consistency" in str(error)
     )
 
@@ -173,33 +173,33 @@ def _download_hint(name: HubFile) -> str:
 
 def _error_message(error: BaseException, name: HubFile, verb: str = "download") -> str:
     """Return the problem and the remedy on one line, without tokens."""
-    kinds, status = _class_names(error), _http_status(error)
-    again = _download_hint(name) if verb == "download" else "push again"
+    class_names, status = _class_names(error), _http_status(error)
+    retry = _download_hint(name) if verb == "download" else "push again"
     sign_in = "sign in (`hf auth login`) or set HF_TOKEN"
-    if "OfflineModeIsEnabled" in kinds:
+    if "OfflineModeIsEnabled" in class_names:
         if verb == "upload":
             return f"cannot upload {name}: HF_HUB_OFFLINE is set"
-        return f"{name} is not cached and HF_HUB_OFFLINE is set: unset it, then {again}"
-    if "LocalTokenNotFoundError" in kinds:
-        return f"the Hub requires a login: {sign_in}, then {again}"
-    if status in (401, 403) or "GatedRepoError" in kinds:
-        why = "it does not exist, or is private or gated"
-        return f"the Hub refuses to {verb} {name} ({status}): {why}; {sign_in}, then {again}"
-    for kind, what in (
+        return f"{name} is not cached and HF_HUB_OFFLINE is set: unset it, then {retry}"
+    if "LocalTokenNotFoundError" in class_names:
+        return f"the Hub requires a login: {sign_in}, then {retry}"
+    if status in (401, 403) or "GatedRepoError" in class_names:
+        reason = "it does not exist, or is private or gated"
+        return f"the Hub refuses to {verb} {name} ({status}): {reason}; {sign_in}, then {retry}"
+    for class_name, problem in (
         ("RevisionNotFoundError", f"the repository has no revision {name.revision!r}"),
         ("EntryNotFoundError", f"the repository has no file {name.file!r}"),
         ("RepositoryNotFoundError", "no such repository"),
     ):
-        if kind in kinds and status == 404:
-            return f"cannot {verb} {name}: {what} ({status}); check the name"
+        if class_name in class_names and status == 404:
+            return f"cannot {verb} {name}: {problem} ({status}); check the name"
     if status is not None and status >= 500:
-        return f"cannot {verb} {name}: the Hub answered {status}; later, {again}"
-    if kinds & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
-        where = _redact(_endpoint() or "https://huggingface.co")
-        lacking = f"{name} is not cached and" if verb == "download" else f"cannot upload {name}:"
-        return f"{lacking} {where} cannot be reached: check the network, then {again}"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot {verb} {name} ({_redact(first)}): {again}"
+        return f"cannot {verb} {name}: the Hub answered {status}; later, {retry}"
+    if class_names & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
+        url = _redact(_endpoint() or "https://huggingface.co")
+        problem = f"{name} is not cached and" if verb == "download" else f"cannot upload {name}:"
+        return f"{problem} {url} cannot be reached: check the network, then {retry}"
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"cannot {verb} {name} ({_redact(first_line)}): {retry}"
 
 
 def _redact(text: str) -> str:

@@ -17,13 +17,13 @@ def _do_nothing() -> None:
 def reraise_dropped_interrupts(before: Callable[[], None] = _do_nothing) -> None:
     """Install a hook that re-raises a dropped KeyboardInterrupt in the main thread, after calling `before`."""
 
-    def dropped(told: sys.UnraisableHookArgs) -> None:
-        if not issubclass(told.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(told)
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
             return
         before()
-        again = threading.Timer(RERAISE_DELAY_S, _thread.interrupt_main)
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(RERAISE_DELAY_S, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
 
-    sys.unraisablehook = dropped
+    sys.unraisablehook = hook

@@ -7,6 +7,7 @@ No torch here.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,8 @@ def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> P
     """
     text = DEFAULT_WEIGHTS if name is None else str(name)
     if text.startswith("hf:"):
-        wanted = HubFile.parse(text)
-        return fetch(wanted, sha256=_manifest_sha256(wanted), force=force)
+        hub_file = HubFile.parse(text)
+        return fetch(hub_file, sha256=_manifest_sha256(hub_file), force=force)
     entries = weights_manifest()
     if text in entries and not isinstance(name, Path):
         entry = entries[text]
@@ -95,14 +96,14 @@ def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> P
 def verify_weights(entry: ManifestEntry) -> None:
     """Raise `WeightsError` unless the file exists with the listed size and sha256."""
     if not entry.path.is_file():
-        fetched = f"run `export3d weights download {entry.name}`" if _hub_origin(entry) else "reinstall export3d-cli"
-        raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): {fetched}")
+        remedy = f"run `export3d weights download {entry.name}`" if _hub_origin(entry) else "reinstall export3d-cli"
+        raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): {remedy}")
     size = entry.path.stat().st_size
     if size != entry.size:
         raise WeightsError(f"{entry.path} has {size} bytes, must have {entry.size}: reinstall export3d-cli")
-    found = file_sha256(entry.path)
-    if found != entry.sha256:
-        hashes = f"sha256 {found[:12]}..., must be {entry.sha256[:12]}..."
+    sha256 = file_sha256(entry.path)
+    if sha256 != entry.sha256:
+        hashes = f"sha256 {sha256[:12]}..., must be {entry.sha256[:12]}..."
         raise WeightsError(f"{entry.path} is damaged ({hashes}): reinstall export3d-cli")
 
 
@@ -123,34 +124,34 @@ class WeightsInfo:
 def weights_info(name: str | Path | None = None) -> WeightsInfo:
     """Read the model configuration, training record, licence and size from the header of a weights file."""
     path = resolve_weights(name)
-    listed = next((e for e in weights_manifest().values() if e.path == path), None)
-    facts: dict[str, Any] = {
+    entry = next((e for e in weights_manifest().values() if e.path == path), None)
+    common: dict[str, Any] = {
         "path": path,
         "size": path.stat().st_size,
         "sha256": file_sha256(path),
         "revision": commit_of(path),
     }
-    if listed and path.suffix != ".safetensors":
-        return WeightsInfo(**facts, licence=listed.licence, parameters=None, config={}, record={})
+    if entry and path.suffix != ".safetensors":
+        return WeightsInfo(**common, licence=entry.licence, parameters=None, config={}, record={})
     header = _read_header(path)
     meta = header.pop("__metadata__", {})
     try:
         config, record = json.loads(meta["config"]), json.loads(meta["record"])
-        count = sum(_product(tensor["shape"]) for tensor in header.values())
+        count = sum(math.prod(tensor["shape"]) for tensor in header.values())
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is not an export3d weights file: its header has no config and record") from error
-    return WeightsInfo(**facts, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
+    return WeightsInfo(**common, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
 
 
-def weights_card(about: WeightsInfo, name: str) -> str:
+def weights_card(info: WeightsInfo, name: str) -> str:
     """Return a Markdown model card for the Hub, from the header of a weights file."""
     front = {
-        "license": about.licence.lower() or "other", "library_name": "export3d", "pipeline_tag": "image-to-video",
+        "license": info.licence.lower() or "other", "library_name": "export3d", "pipeline_tag": "image-to-video",
         "tags": ["portrait-animation", "face-reenactment", "tri-plane"],
     }  # fmt: skip
 
-    def rows(facts: dict[str, Any]) -> str:
-        return "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in facts.items()) or "| - | - |"
+    def rows(values: dict[str, Any]) -> str:
+        return "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in values.items()) or "| - | - |"
 
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -164,20 +165,20 @@ Animates a portrait from one photo and a driving video.
 export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 ```
 
-{about.parameters:,} parameters, {about.size / 1e6:.1f} MB, licence {about.licence or "not stated"}, sha256
-`{about.sha256}`. Animate only people who have consented.
+{info.parameters:,} parameters, {info.size / 1e6:.1f} MB, licence {info.licence or "not stated"}, sha256
+`{info.sha256}`. Animate only people who have consented.
 
 ## Training
 
 | key | value |
 |---|---|
-{rows(about.record)}
+{rows(info.record)}
 
 ## Network
 
 | key | value |
 |---|---|
-{rows(about.config)}
+{rows(info.config)}
 """
 
 
@@ -191,13 +192,13 @@ def _hub_origin(entry: ManifestEntry) -> HubFile | None:
     return HubFile.parse(entry.source) if entry.source.startswith("hf:") else None
 
 
-def _manifest_sha256(wanted: HubFile) -> str | None:
+def _manifest_sha256(hub_file: HubFile) -> str | None:
     """Return the manifest's sha256 for a Hub file that it lists; None for others and for other revisions."""
     for entry in weights_manifest().values():
         origin = _hub_origin(entry)
-        if origin is None or origin.repo != wanted.repo or wanted.file not in (entry.file, origin.file):
+        if origin is None or origin.repo != hub_file.repo or hub_file.file not in (entry.file, origin.file):
             continue
-        if wanted.revision in (None, origin.revision):
+        if hub_file.revision in (None, origin.revision):
             return entry.sha256
     return None
 
@@ -213,13 +214,6 @@ def _read_header(path: Path) -> dict[str, Any]:
             return dict(header.items())
     except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} is not a safetensors file ({error}): give weights written by export3d") from error
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _bundled_folder(folder: str) -> Path:

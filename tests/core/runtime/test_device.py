@@ -8,7 +8,7 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.device import AdaptiveBatcher
+from export3d_cli.core.runtime.device import AdaptiveBatcher, torch_state
 from export3d_cli.core.runtime.weights import example_path
 
 
@@ -63,3 +63,17 @@ def test_an_animator_short_of_memory_makes_the_same_frames(animator: Animator, m
     parts = list(animator.view(cameras))
     assert len(parts) == 4
     assert np.abs(np.stack(parts).astype(int) - np.stack(whole)).max() <= 1
+
+
+def test_torch_state_is_restored() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    with torch_state(threads=threads + 1, seed=7):
+        assert torch.get_num_threads() == threads + 1
+        first = torch.rand(3)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(KeyError), torch_state(threads=threads + 1, seed=7):  # noqa: PT012
+        assert torch.equal(torch.rand(3), first)
+        raise KeyError
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
