@@ -36,7 +36,7 @@ class InpaintSampler(Generic[ConfigT]):
     """Draws crops: first the data set by weight, then the person uniformly, then a frame."""
 
     stage = ""
-    requirement = "enough open (lower {}.min_opening)"
+    requirement = "open enough: lower {}.min_opening"
 
     def __init__(self, sampler: PairSampler, config: ConfigT) -> None:
         self.sampler, self.config = sampler, config
@@ -134,7 +134,7 @@ class EyelidSampler(InpaintSampler[LidsConfig]):
     """Shut right eyes of the person, or left ones of mirrored images."""
 
     stage = "lids"
-    requirement = "enough shut (raise {}.max_opening)"
+    requirement = "shut enough: raise {}.max_opening"
 
     def __init__(self, sampler: PairSampler, config: LidsConfig) -> None:
         super().__init__(sampler, config)
