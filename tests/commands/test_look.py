@@ -1,4 +1,4 @@
-"""Commands that look instead of animating: pictures and sheets, basis descriptions, doctor, bench."""
+"""novel-view, edit-basis, doctor and bench on tiny weights."""
 
 import json
 from pathlib import Path
@@ -25,14 +25,14 @@ from export3d_cli.main import cli
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Untrained, but lambda_3 depends on jawOpen alone and b_3 moves the lips alone, 0.01 to the right."""
+    """Untrained: lambda_3 depends on jawOpen alone, and b_3 moves the lips alone, 0.01 to the right."""
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     with torch.no_grad():
         lebs = model.expression
         lebs.fc1.weight[5] = 0
         lebs.fc1.weight[5, BETA_NAMES.index("jawOpen")] = 2.0
-        lebs.fc1.bias[5] = 100  # on the straight side of the leaky ReLU
+        lebs.fc1.bias[5] = 100  # on the linear side of the leaky ReLU
         lebs.fc2.weight[2] = 0
         lebs.fc2.weight[2, 5] = -1.5
         lebs.beta_std.fill_(0.25)
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory):
         model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(load_canonical_face(bundle))))
         model.flow.basis[2, [13, 14], 0] = 0.01
     for parameter in model.parameters():
-        if not parameter.any():  # what starts at 0 would show nothing
+        if not parameter.any():  # parameters initialised to 0 would have no effect
             torch.nn.init.normal_(parameter, std=0.05)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_weights(path, model.state_dict(), PRESETS["tiny"], {})
@@ -51,86 +51,87 @@ def run(*args):
     return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
-def look(tiny, *args):
+def run_tiny(tiny, *args):
     return run(*args, "--weights", tiny, "--device", "cpu")
 
 
-def test_one_angle_is_a_marked_picture(tiny, tmp_path, monkeypatch):
+def test_novel_view_single_yaw_writes_a_marked_image(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert look(tiny, "novel-view", "--yaw", "20").exit_code == 0
-    assert look(tiny, "novel-view", "--frames", "1", "-o", "one.jpg").exit_code == 0
+    assert run_tiny(tiny, "novel-view", "--yaw", "20").exit_code == 0
+    assert run_tiny(tiny, "novel-view", "--frames", "1", "-o", "one.jpg").exit_code == 0
     for name in ("novel_view.png", "one.jpg"):
         assert read_image(Path(name)).shape == (128, 128, 3)
         assert SYNTHETIC_COMMENT.encode() in Path(name).read_bytes()[:200]
-    many = look(tiny, "novel-view", "-o", "many.png")
+    many = run_tiny(tiny, "novel-view", "-o", "many.png")
     assert many.exit_code == 2
     assert "--grid" in many.stderr
-    assert look(tiny, "novel-view", "--grid", "-o", "grid.mp4").exit_code == 2
+    assert run_tiny(tiny, "novel-view", "--grid", "-o", "grid.mp4").exit_code == 2
 
 
-def test_sheets_hold_the_sweep_and_every_basis_vector(tiny, tmp_path):
+def test_grid_shows_all_yaws_and_basis_vectors(tiny, tmp_path):
     views, basis = tmp_path / "views.png", tmp_path / "basis.png"
-    assert look(tiny, "novel-view", "--grid", "--frames", "7", "-o", views).exit_code == 0
+    assert run_tiny(tiny, "novel-view", "--grid", "--frames", "7", "-o", views).exit_code == 0
     assert read_image(views).shape == (3 * 128, 3 * 128, 3)
-    assert look(tiny, "edit-basis", "--grid", "--v", "3", "--v", "1", "--scale", "-50:50", "-o", basis).exit_code == 0
+    sheet_args = ["--grid", "--v", "3", "--v", "1", "-o", basis]
+    assert run_tiny(tiny, "edit-basis", *sheet_args, "--scale", "-50:50").exit_code == 0
     sheet = read_image(basis).astype(int)
     assert sheet.shape == (2 * 128, 5 * 128, 3)
     top = [sheet[:96, k * 128 : (k + 1) * 128] for k in range(5)]  # without the labels
     assert np.abs(top[0] - top[4]).max() > 5
-    assert look(tiny, "edit-basis", "--grid", "--v", "3", "--v", "1", "-o", basis, "--overwrite").exit_code == 0
+    assert run_tiny(tiny, "edit-basis", *sheet_args, "--overwrite").exit_code == 0
 
 
-def test_depth_and_a_driver_s_expression(tiny, tmp_path):
+def test_novel_view_depth_and_driven_expression(tiny, tmp_path):
     for name, args in (
         ("depth.mp4", ["--depth"]),
         ("driven.mp4", ["--drive", example_path("drive.mp4")]),
         ("image.mp4", ["--drive", example_path("source.jpg")]),
     ):
-        result = look(tiny, "novel-view", "--frames", "3", "-o", tmp_path / name, *args)
+        result = run_tiny(tiny, "novel-view", "--frames", "3", "-o", tmp_path / name, *args)
         assert result.exit_code == 0, result.output
         assert len(list(VideoReader(tmp_path / name))) == 3
 
 
-def test_a_mesh_is_written_alone_or_beside_pictures(tiny, tmp_path, monkeypatch):
+def test_novel_view_mesh_alone_or_with_pictures(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("export3d_cli.core.animation.mesh_export.RESOLUTION", 24)
     monkeypatch.setattr("export3d_cli.core.animation.mesh_export.SURFACE_DENSITY", 0.5)
-    result = look(tiny, "novel-view", "--mesh", "head.ply", "--drive", example_path("source.jpg"), "--json")
+    result = run_tiny(tiny, "novel-view", "--mesh", "head.ply", "--drive", example_path("source.jpg"), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["out"] == "head.ply"
     assert [path.name for path in tmp_path.iterdir()] == ["head.ply"]
-    again = look(tiny, "novel-view", "--mesh", "head.ply")
+    again = run_tiny(tiny, "novel-view", "--mesh", "head.ply")
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr
-    assert look(tiny, "novel-view", "--mesh", "head.glb", "--yaw", "5", "-o", "view.png").exit_code == 0
+    assert run_tiny(tiny, "novel-view", "--mesh", "head.glb", "--yaw", "5", "-o", "view.png").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head.glb", "head.ply", "view.png"]
     wrong = run("novel-view", "--mesh", "head.obj", "--weights", "no-such-weights")
     assert wrong.exit_code == 2
     assert ".ply or .glb" in wrong.stderr
 
 
-def test_rates_and_crops_of_views(tiny, tmp_path):
+def test_views_keep_fps_and_crop_options(tiny, tmp_path):
     args = ["--fps", "29.97", "--crop", "none", "--face", "index:0", "--frames", "2"]
-    assert look(tiny, "novel-view", "-o", tmp_path / "a.mp4", *args).exit_code == 0
-    assert look(tiny, "edit-basis", "--v", "1", "--scale", "1:2", "-o", tmp_path / "b.mp4", *args).exit_code == 0
+    assert run_tiny(tiny, "novel-view", "-o", tmp_path / "a.mp4", *args).exit_code == 0
+    assert run_tiny(tiny, "edit-basis", "--v", "1", "--scale", "1:2", "-o", tmp_path / "b.mp4", *args).exit_code == 0
     for name in ("a.mp4", "b.mp4"):
         with VideoReader(tmp_path / name) as reader:
             assert str(reader.info.fps) == "30000/1001"
-    assert look(tiny, "novel-view", "-o", tmp_path / "c.mp4", "--face", "index:3").exit_code == 2
+    assert run_tiny(tiny, "novel-view", "-o", tmp_path / "c.mp4", "--face", "index:3").exit_code == 2
 
 
-def test_edit_basis_takes_negative_ranges_and_needs_something_to_do(tiny, tmp_path):
+def test_edit_basis_accepts_negative_ranges_and_requires_v_and_scale(tiny, tmp_path):
     out = tmp_path / "out.mp4"
     several = ["--v", "1", "--scale", "-3:-1", "--v", "2", "--scale", "2:-2"]
-    assert look(tiny, "edit-basis", *several, "--frames", "2", "-o", out).exit_code == 0
+    assert run_tiny(tiny, "edit-basis", *several, "--frames", "2", "-o", out).exit_code == 0
     for args in ([], ["--v", "1"], ["--scale", "1:2"]):
-        result = look(tiny, "edit-basis", *args)
+        result = run_tiny(tiny, "edit-basis", *args)
         assert result.exit_code == 2
         assert "Missing option" in result.stderr
 
 
-def test_describe_names_what_moves_a_vector_and_what_it_moves(tiny):
-    result = look(tiny, "edit-basis", "--describe", "--json")
+def test_edit_basis_describe_names_coefficients_and_regions(tiny):
+    result = run_tiny(tiny, "edit-basis", "--describe", "--json")
     assert result.exit_code == 0, result.output
     vectors = json.loads(result.stdout)["vectors"]
     assert [vector["v"] for vector in vectors] == list(range(1, 11))
@@ -139,19 +140,19 @@ def test_describe_names_what_moves_a_vector_and_what_it_moves(tiny):
     assert third["moved_by"]["jawOpen"] == pytest.approx(-1.5 * 2.0, abs=1e-3)
     assert third["moves"]["lips"] == pytest.approx(2 / 40 * 0.01 * 4.2647 / 2.7 * 256, rel=1e-2)
     assert third["moves"]["brows"] == 0
-    assert "v3: jawOpen -3.00" in look(tiny, "edit-basis", "--describe").stdout
+    assert "v3: jawOpen -3.00" in run_tiny(tiny, "edit-basis", "--describe").stdout
 
 
-def test_doctor_is_content_here(tiny):
+def test_doctor_passes_here(tiny):
     result = run("doctor", "--weights", tiny, "--json")
-    told = json.loads(result.stdout)
-    assert told["ok"] is all(finding["ok"] for finding in told["findings"])
-    assert result.exit_code == (0 if told["ok"] else 1)
-    good = {finding["what"] for finding in told["findings"] if finding["ok"]}
-    assert {"python", "torch", "cv2", "ffmpeg", "litert", f"header of {tiny}"} <= good
+    summary = json.loads(result.stdout)
+    assert summary["ok"] is all(finding["ok"] for finding in summary["findings"])
+    assert result.exit_code == (0 if summary["ok"] else 1)
+    passed = {finding["what"] for finding in summary["findings"] if finding["ok"]}
+    assert {"python", "torch", "cv2", "ffmpeg", "litert", f"header of {tiny}"} <= passed
 
 
-def test_doctor_says_what_to_do(tiny, tmp_path, monkeypatch):
+def test_doctor_failures_come_with_advice(tiny, tmp_path, monkeypatch):
     def broken():
         raise MediaError("no ffmpeg found: bring one")
 
@@ -167,18 +168,18 @@ def test_doctor_says_what_to_do(tiny, tmp_path, monkeypatch):
     assert any("litert: ZeroDivisionError" in line and "pip install" in line for line in lines)
 
 
-def test_bench_tells_every_stage_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+def test_bench_reports_every_stage_and_leaves_no_files(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = look(tiny, "bench", "--frames", "3", "--json")
+    result = run_tiny(tiny, "bench", "--frames", "3", "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert list(told["stages"]) == [
+    summary = json.loads(result.stdout)
+    assert list(summary["stages"]) == [
         "decode", "track", "encode source", "expression", "tri-plane", "render", "flow", "super-resolution", "convert",
         "encode video",
     ]  # fmt: skip
-    for stage in told["stages"].values():
+    for stage in summary["stages"].values():
         assert 0 <= stage["low"] <= stage["median"] <= stage["high"]
-    assert told["frames"] == 3
-    assert told["fps"] > 0
-    assert told["peak_memory"] > 2**24
+    assert summary["frames"] == 3
+    assert summary["fps"] > 0
+    assert summary["peak_memory"] > 2**24
     assert not list(tmp_path.iterdir())

@@ -277,7 +277,7 @@ def manifests() -> Iterator[BadFile]:
         yield bad(f"{key} {str(value)[:40]!r}", json.dumps({**line, key: value}))
 
 
-def takes(whole: Path) -> Iterator[BadFile]:
+def arkit_csvs(whole: Path) -> Iterator[BadFile]:
     """Everything that is no usable CSV of Live Link Face."""
     text = whole.read_text()
     rows = text.splitlines()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from bad_media import pictures, videos
-from bad_numbers import configs, manifests, motions, takes
+from bad_numbers import arkit_csvs, configs, manifests, motions
 from bad_numbers import weights as weight_files
 from faultkit import ERROR_CODES, BadFile, TookTooLongError, check_error, list_names, run
 
@@ -56,7 +56,7 @@ def test_media(bad: BadFile, good: SimpleNamespace, tmp_path: Path, capfd: pytes
 def test_numbers(kind: str, good: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = {
         "motion": lambda: motions(good.motion), "weights": lambda: weight_files(good.weights), "config": configs,
-        "manifest": manifests, "csv": lambda: takes(good.csv),
+        "manifest": manifests, "csv": lambda: arkit_csvs(good.csv),
     }  # fmt: skip
     failures = []
     for number, bad in enumerate(made[kind]()):

@@ -25,7 +25,7 @@ MINUTES = int(os.environ.get("FAULTS_MINUTES", "10"))
 BEEP_EVERY = 60  # seconds
 
 
-def long_driver(path: Path) -> int:
+def make_long_driver(path: Path) -> int:
     """The bundled driver over and over, with a beep at the beginning of every minute; its number of frames."""
     tone = "aevalsrc='if(lt(mod(t,{every}),0.1),sin(2*PI*1000*t),0)':s=16000:d={all}"
     sound = tone.format(every=BEEP_EVERY, all=MINUTES * 60)
@@ -37,7 +37,7 @@ def long_driver(path: Path) -> int:
     return frames
 
 
-def packets(path: Path, stream: str) -> int:
+def count_packets(path: Path, stream: str) -> int:
     """How many packets a stream has."""
     listing = [
         ffmpeg_path(),
@@ -57,7 +57,7 @@ def packets(path: Path, stream: str) -> int:
     return sum(not line.startswith(b"#") for line in lines)
 
 
-def beeps(path: Path) -> np.ndarray:
+def find_beeps(path: Path) -> np.ndarray:
     """Seconds at which beeps begin."""
     decode = [
         ffmpeg_path(),
@@ -80,7 +80,7 @@ def beeps(path: Path) -> np.ndarray:
     return loud[np.diff(loud, prepend=-10) > 1]
 
 
-def resident(pid: int) -> int:
+def resident_kib(pid: int) -> int:
     """KiB that a process has in memory; 0 when it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -90,42 +90,43 @@ def resident(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_ten_minutes(good: SimpleNamespace, tmp_path: Path) -> None:
+def test_reenact_ten_minutes_keeps_memory_frames_and_sound(good: SimpleNamespace, tmp_path: Path) -> None:
     driver, out = tmp_path / "long.mp4", tmp_path / "out.mp4"
-    frames = long_driver(driver)
-    assert packets(driver, "0:v") == frames
+    frames = make_long_driver(driver)
+    assert count_packets(driver, "0:v") == frames
     began = time.monotonic()
     args = ["reenact", good.source, driver, "-o", out, "--weights", good.weights, "--device", "cpu", "--batch", "4"]
     work = spawn([*args, "--precision", "fp32", "--json"])
-    taken: list[tuple[float, int]] = []
+    samples: list[tuple[float, int]] = []
 
     def watch() -> None:
         while work.poll() is None:
-            taken.append((time.monotonic() - began, resident(work.pid)))
+            samples.append((time.monotonic() - began, resident_kib(work.pid)))
             time.sleep(1)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    told, err = work.communicate()
+    stdout, err = work.communicate()
     watcher.join()
     assert work.returncode == 0, err
-    seconds, size = np.array([sample for sample in taken if sample[1]], float).T
+    seconds, size = np.array([sample for sample in samples if sample[1]], float).T
     settled = seconds > seconds[-1] * 0.2
     slope = np.polyfit(seconds[settled], size[settled] / 1024, 1)[0] * seconds[-1]  # MiB over the whole run
-    heard, given = beeps(out), beeps(driver)
+    output_beeps, driver_beeps = find_beeps(out), find_beeps(driver)
     report = {
-        "frames": json.loads(told)["frames"], "seconds": round(seconds[-1]), "slope_mib": round(slope, 2),
-        "peak_mib": round(size.max() / 1024), "beeps_ms": [round(1000 * d, 1) for d in (heard - given)[[0, -1]]],
+        "frames": json.loads(stdout)["frames"], "seconds": round(seconds[-1]), "slope_mib": round(slope, 2),
+        "peak_mib": round(size.max() / 1024),
+        "beeps_ms": [round(1000 * d, 1) for d in (output_beeps - driver_beeps)[[0, -1]]],
     }  # fmt: skip
     print(json.dumps(report))
-    assert json.loads(told)["frames"] == packets(out, "0:v") == frames
+    assert json.loads(stdout)["frames"] == count_packets(out, "0:v") == frames
     assert abs(slope) < 25, report
-    assert len(heard) == len(given) == MINUTES
-    assert np.abs(heard - given).max() < 0.04, report
+    assert len(output_beeps) == len(driver_beeps) == MINUTES
+    assert np.abs(output_beeps - driver_beeps).max() < 0.04, report
 
 
 @pytest.mark.slow
-def test_two_hundred_jobs_in_one_process(good: SimpleNamespace, tmp_path: Path) -> None:
+def test_two_hundred_jobs_in_one_process_leak_nothing(good: SimpleNamespace, tmp_path: Path) -> None:
     sizes, descriptors, threads = [], [], []
     jobs = [
         ["reenact", good.source, good.clip, "-o", tmp_path / "out.mp4", "--weights", good.weights],
@@ -149,20 +150,20 @@ def test_two_hundred_jobs_in_one_process(good: SimpleNamespace, tmp_path: Path) 
     assert list_names(tmp_path) == ["out.mp4", "out.webm", "view.png"]
 
 
-def together(args: list[object]) -> tuple[list[int], list[bytes]]:
+def run_twice_at_once(args: list[object]) -> tuple[list[int], list[bytes]]:
     """The same command twice at once: exit codes and what they say."""
-    both = [spawn(args), spawn(args)]
-    told = [work.communicate(timeout=900)[1] for work in both]
-    return [work.returncode for work in both], told
+    processes = [spawn(args), spawn(args)]
+    messages = [process.communicate(timeout=900)[1] for process in processes]
+    return [process.returncode for process in processes], messages
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> None:
-    """Reenact: one result, whole. Preprocess and train: one works and the other says so, or both end whole."""
+def test_two_processes_with_one_output(good: SimpleNamespace, tmp_path: Path) -> None:
+    """Reenact writes one complete result. Preprocess and train: one waits or stops, or both finish completely."""
     args = ["reenact", good.source, good.clip, "-o", tmp_path / "out.mp4", "--weights", good.weights, "--device", "cpu",
             "--precision", "fp32", "--overwrite"]  # fmt: skip
-    codes, told = together(args)
-    assert codes == [0, 0], told
+    codes, messages = run_twice_at_once(args)
+    assert codes == [0, 0], messages
     assert probe(tmp_path / "out.mp4").frame_count == len(list(VideoReader(tmp_path / "out.mp4"))) == 8
     assert list_names(tmp_path) == ["out.mp4"]
 
@@ -172,9 +173,9 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
     for number in range(4):
         (videos / f"p{number}_0.mp4").write_bytes(good.clip.read_bytes())
     args = ["preprocess", videos, "-o", data, "--max-frames", "6", "--min-seconds", "0"]
-    codes, told = together(args)
-    assert 0 in codes, told
-    assert set(codes) <= {0, 1}, told
+    codes, messages = run_twice_at_once(args)
+    assert 0 in codes, messages
+    assert set(codes) <= {0, 1}, messages
     lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == [f"p{number}_0" for number in range(4)]
     assert [p.name for p in data.rglob(".*part*")] == []
@@ -187,11 +188,11 @@ def test_two_processes_on_one_output(good: SimpleNamespace, tmp_path: Path) -> N
         f"data.path=[{good.data}]",
         f"data.cache={tmp_path / 'c'}",
     ]
-    codes, told = together(args)
-    assert 0 in codes, told
-    assert set(codes) <= {0, 1}, told
+    codes, messages = run_twice_at_once(args)
+    assert 0 in codes, messages
+    assert set(codes) <= {0, 1}, messages
     steps = []
-    for run_ in ("run", "alone"):  # once more where both worked; and one that nobody disturbed
+    for run_ in ("run", "alone"):  # the shared run once more, and an undisturbed one
         line = command_line(*args[:3], f"run={tmp_path / run_}", *args[4:])
         again = subprocess.run(line, capture_output=True, text=True, check=False)
         assert again.returncode == 0, again.stderr

@@ -1,4 +1,4 @@
-"""Numbers at their limits: what overflows is made again in fp32, what is extreme stays finite, twice is the same."""
+"""Numerical limits: overflow is recomputed in fp32, extreme inputs stay finite, runs are reproducible."""
 
 from __future__ import annotations
 
@@ -31,53 +31,54 @@ def animator(request: pytest.FixtureRequest, good: SimpleNamespace) -> Animator:
     return Animator.from_weights(weights, device="cpu", precision="fp32")
 
 
-def finite(animator: Animator, **more: object) -> None:
+def check_finite(animator: Animator, **inputs: object) -> None:
     """The model gives finite numbers, before they become bytes."""
-    seen = []
+    finite = []
     drive = animator.model.drive
 
-    def listen(*args: object, **named: object) -> object:
-        out = drive(*args, **named)  # type: ignore[arg-type]
-        seen.append(all(bool(value.isfinite().all()) for value in (out.image, out.raw, out.depth, out.opacity)))
+    def checked_drive(*args: object, **options: object) -> object:
+        out = drive(*args, **options)  # type: ignore[arg-type]
+        finite.append(all(bool(value.isfinite().all()) for value in (out.image, out.raw, out.depth, out.opacity)))
         return out
 
-    animator.model.drive = listen  # type: ignore[method-assign, assignment]
+    animator.model.drive = checked_drive  # type: ignore[method-assign, assignment]
     try:
-        frames = [frame for kind, made in more.items() for frame in getattr(animator, kind)(made)]
+        frames = [frame for method, argument in inputs.items() for frame in getattr(animator, method)(argument)]
     finally:
         animator.model.drive = drive  # type: ignore[method-assign]
     assert frames
-    assert seen
-    assert all(seen)
+    assert finite
+    assert all(finite)
 
 
-def test_extremes_stay_finite(animator: Animator) -> None:
+def test_animator_extreme_inputs_give_finite_results(animator: Animator) -> None:
     """Coefficients of a million, cameras behind the head, in it, far away and at its centre."""
     animator.set_source(read_image(example_path("source.jpg")))
     count = animator.model.config.num_coefficients
-    finite(animator, edit=np.concatenate([np.eye(count)[:2] * 1e6, np.full((1, count), -1e6), np.zeros((1, count))]))
+    changes = [np.eye(count)[:2] * 1e6, np.full((1, count), -1e6), np.zeros((1, count))]
+    check_finite(animator, edit=np.concatenate(changes))
     turned = [Camera.orbit(yaw, pitch) for yaw, pitch in ((180, 0), (90, 89), (-90, -89), (0, 180), (0, 90))]
     vectors = np.stack([camera.to_vector() for camera in turned])
     moved = np.repeat(Camera.orbit(0, 0).to_vector()[None], 5, axis=0)
     for row, distance in enumerate((0.3, 0.01, 0.0, 1e3, 1e6)):  # of its centre from the head's
         moved[row, [3, 7, 11]] *= distance / np.linalg.norm(moved[row, [3, 7, 11]])
-    finite(animator, view=np.concatenate([vectors, moved]))
+    check_finite(animator, view=np.concatenate([vectors, moved]))
     motion = motion_of(0, 2)
-    finite(
+    check_finite(
         animator, drive=[Motion(**{**vars(motion), "beta": np.full_like(motion.beta, value)}) for value in (1e6, -1e6)]
     )
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_constant_pictures_stay_finite(value: int, animator: Animator) -> None:
+def test_animator_constant_image_gives_finite_results(value: int, animator: Animator) -> None:
     motion = motion_of(0, 1)
     size = animator.model.config.image_size
     animator.set_source_motion(np.full((size, size, 3), value, np.uint8), motion)
-    finite(animator, drive=[motion_of(1, 2)])
+    check_finite(animator, drive=[motion_of(1, 2)])
 
 
-def overflowing(good: SimpleNamespace, folder: Path, factor: float) -> Path:
-    """The tiny weights with activations that float16 cannot hold, or nothing can."""
+def make_overflowing_weights(good: SimpleNamespace, folder: Path, factor: float) -> Path:
+    """Scale one weight of the tiny model by `factor`, so that activations overflow float16 or float32."""
     state, config, _ = load_weights(good.weights)
     key = next(
         name for name in state if name.startswith("generator.") and name.endswith("weight") and state[name].ndim > 1
@@ -88,31 +89,31 @@ def overflowing(good: SimpleNamespace, folder: Path, factor: float) -> Path:
     return path
 
 
-def test_what_overflows_is_made_again_in_fp32(good: SimpleNamespace, tmp_path: Path) -> None:
-    """float16 on a CPU, where the convolutions of the first layers pass 65504."""
-    weights = overflowing(good, tmp_path, 1e6)
-    told = {}
+def test_reenact_overflow_in_fp16_is_recomputed_in_fp32(good: SimpleNamespace, tmp_path: Path) -> None:
+    """In float16 on a CPU the first convolutions exceed 65504."""
+    weights = make_overflowing_weights(good, tmp_path, 1e6)
+    summaries = {}
     for precision in ("fp16", "fp32"):
         out = tmp_path / f"{precision}.mp4"
         animator = Animator.from_weights(weights, device="cpu", precision=precision)
-        # lossless: the encoder makes much of a rounding
-        told[precision] = reenact(animator, good.source, good.motion, out, ReenactOptions(crf=0))
+        # lossless, because lossy encoding amplifies rounding differences
+        summaries[precision] = reenact(animator, good.source, good.motion, out, ReenactOptions(crf=0))
         assert animator.precision == "fp32"
-    assert [note for note in told["fp16"].notes if "fp32" in note]
-    assert not [note for note in told["fp32"].notes if "fp32" in note]
-    a, b = (np.stack(list(VideoReader(tmp_path / f"{name}.mp4"))).astype(int) for name in told)
+    assert [note for note in summaries["fp16"].notes if "fp32" in note]
+    assert not [note for note in summaries["fp32"].notes if "fp32" in note]
+    a, b = (np.stack(list(VideoReader(tmp_path / f"{name}.mp4"))).astype(int) for name in summaries)
     assert np.abs(a - b).max() <= 4
 
 
-def test_what_is_not_finite_in_fp32_is_an_error(good: SimpleNamespace, tmp_path: Path) -> None:
+def test_reenact_non_finite_in_fp32_is_an_error(good: SimpleNamespace, tmp_path: Path) -> None:
     ended = run("reenact", good.source, good.motion, "-o", tmp_path / "o.mp4", *SMALL, "--weights",
-                overflowing(good, tmp_path, 1e38))  # fmt: skip
+                make_overflowing_weights(good, tmp_path, 1e38))  # fmt: skip
     assert ended.exit_code == 1, ended
     assert "not finite" in ended.stderr
     assert not (tmp_path / "o.mp4").exists()
 
 
-def test_twice_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
+def test_reenact_and_train_twice_give_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
     for name in ("a", "b"):
         args = [
             good.source,
@@ -137,7 +138,7 @@ def test_twice_the_same_bytes(good: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_gives_what_the_cpu_gives(good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_animator_cuda_matches_the_cpu(good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32: no pixel further than 6 of 255, and 0.05 in the mean, of all that a CPU otherwise leaves out in part."""
     monkeypatch.setattr(Export3D, "_use_sparse_path", lambda *_: False)
     frames = []
@@ -149,6 +150,6 @@ def test_cuda_gives_what_the_cpu_gives(good: SimpleNamespace, monkeypatch: pytes
     assert np.abs(frames[0] - frames[1]).mean() <= 0.05
 
 
-def test_bytes_of_what_is_no_number() -> None:
+def test_to_uint8_of_infinities() -> None:
     """Where it comes to it, a picture of infinities is still a picture."""
     assert to_uint8(torch.tensor([np.inf, -np.inf, 0.0]).reshape(3, 1, 1)).ravel().tolist() == [255, 0, 128]

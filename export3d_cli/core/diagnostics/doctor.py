@@ -1,4 +1,4 @@
-"""Is everything there that the commands need, and does it work? Each finding says what to do where it does not."""
+"""Checks of the installation: versions, devices, ffmpeg, weights, tracker. Each failed check says what to do."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _REINSTALL = "`pip install --force-reinstall export3d-cli` repairs it"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     ok: bool
     found: str
-    advice: str  # what to do; '' where nothing is wrong
+    advice: str  # what to do; '' if the check passed
 
 
 def versions() -> dict[str, str]:
-    """Versions of what matters to results, without loading any of it; 'missing' for what is not there."""
+    """Return the versions that affect results, without importing anything; 'missing' if not installed."""
     try:
         encoder = _ffmpeg_version()
     except (Export3DError, OSError, ImportError):
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def examine(weights: str | None = None) -> list[Finding]:
-    """Everything there is to say about this machine; `weights` names others than the default ones."""
+    """Run all checks; `weights` names other weights than the default ones."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]], str]] = [
         ("python", _python, "use Python 3.10 to 3.13"),
         ("torch", _torch, "install torch: https://pytorch.org/get-started/locally"),
@@ -61,7 +61,7 @@ def examine(weights: str | None = None) -> list[Finding]:
             findings += list(check())
         except Export3DError as error:
             findings.append(Finding(what, False, *_split_advice(str(error), advice)))
-        except Exception as error:  # whatever is broken there, the other findings are still wanted
+        except Exception as error:  # any defect must not hide the other findings
             reason = " ".join(str(error).split())[:200]
             findings.append(Finding(what, False, f"{type(error).__name__}: {reason}", advice))
     return findings
@@ -86,10 +86,10 @@ def _torch() -> Iterator[Finding]:
             torch.zeros(1, device=f"cuda:{index}").add_(1).cpu()
             yield Finding(f"cuda:{index}", True, found, "")
     elif built and Path("/proc/driver/nvidia").exists():
-        found = f"a driver, and a torch built for CUDA {built}, but no usable GPU"
-        yield Finding("cuda", False, found, "`nvidia-smi` shows the driver's CUDA: install a torch built for it")
+        found = f"NVIDIA driver and torch for CUDA {built} present, but no usable GPU"
+        yield Finding("cuda", False, found, "`nvidia-smi` shows the driver's CUDA: install a torch for it")
     else:
-        yield Finding("cuda", True, "none: the CPU is used", "")
+        yield Finding("cuda", True, "none, using the CPU", "")
     if torch.backends.mps.is_available():
         yield Finding("mps", True, "usable with --device mps", "")
 
@@ -108,8 +108,8 @@ def _ffmpeg() -> Iterator[Finding]:
     command = [program, "-hide_banner", "-nostdin", "-f", "lavfi", "-i", "color=size=64x64:rate=25:duration=0.2"]
     done = run_ffmpeg([*command, "-c:v", "libx264", "-f", "null", "-"])
     if done.returncode:
-        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1][:200]
-        advice = "use an ffmpeg with libx264: `pip install imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"
+        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["unknown error"])[-1][:200]
+        advice = "install an ffmpeg with libx264: `pip install imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"
         yield Finding("ffmpeg", False, f"{program} cannot encode H.264: {reason}", advice)
     else:
         yield Finding("ffmpeg", True, f"{_ffmpeg_version()}, encodes H.264 ({program})", "")
@@ -122,7 +122,8 @@ def _weights(name: str | None) -> Iterator[Finding]:
     for entry in listed.values():
         try:
             verify_weights(entry)
-            yield Finding(f"weights {entry.name}", True, f"as listed, {entry.size / 1e6:.1f} MB, {entry.licence}", "")
+            facts = f"checksum correct, {entry.size / 1e6:.1f} MB, {entry.licence}"
+            yield Finding(f"weights {entry.name}", True, facts, "")
         except Export3DError as error:
             yield Finding(f"weights {entry.name}", False, *_split_advice(str(error), _REINSTALL))
     name = name or DEFAULT_WEIGHTS
@@ -131,8 +132,8 @@ def _weights(name: str | None) -> Iterator[Finding]:
         yield Finding(f"weights {name}", False, "the default weights are not part of this installation", advice)
     elif name not in listed or listed[name].path.is_file():
         about = weights_info(name)
-        found = f"{about.parameters or 0:,} numbers, licence {about.licence}, {about.path}"
-        yield Finding(f"header of {name}", bool(about.config), found, "" if about.config else "give weights of a model")
+        facts = f"{about.parameters or 0:,} parameters, licence {about.licence}, {about.path}"
+        yield Finding(f"header of {name}", bool(about.config), facts, "" if about.config else "give weights of a model")
 
 
 def _tracker() -> Iterator[Finding]:
@@ -143,15 +144,15 @@ def _tracker() -> Iterator[Finding]:
     found = any(
         LandmarkerTracker(resolve_weights("face_landmarker")).track_frames([read_image(example_path("source.jpg"))] * 2)
     )
-    does = "tracks the example's face" if found else "finds no face in the example"
-    yield Finding("litert", found, f"{_version('ai-edge-litert')}, {does}", "" if found else _REINSTALL)
+    result = "finds the face in the example" if found else "finds no face in the example"
+    yield Finding("litert", found, f"{_version('ai-edge-litert')}, {result}", "" if found else _REINSTALL)
 
 
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    where = "offline" if constants.HF_HUB_OFFLINE else re.sub(r"//[^/@]+@", "//", constants.ENDPOINT)
-    yield Finding("hub", True, f"{_version('huggingface-hub')}, {where}, cache {constants.HF_HUB_CACHE}", "")
+    endpoint = "offline" if constants.HF_HUB_OFFLINE else re.sub(r"//[^/@]+@", "//", constants.ENDPOINT)
+    yield Finding("hub", True, f"{_version('huggingface-hub')}, {endpoint}, cache {constants.HF_HUB_CACHE}", "")
 
 
 def _version(package: str) -> str:
@@ -162,24 +163,24 @@ def _version(package: str) -> str:
 
 
 def _cuda_of_torch() -> str | None:
-    """The CUDA that torch was built for, from its version file alone: importing torch takes seconds."""
+    """Return the CUDA version torch was built for, from its version file, because importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
-    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return found.group(1) if found else None
+    match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match.group(1) if match else None
 
 
 def _ffmpeg_version() -> str:
     from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
     from export3d_cli.core.media.probe import ffmpeg_path
 
-    told = run_ffmpeg([ffmpeg_path(), "-version"]).stdout.decode("utf-8", "replace")
-    found = re.match(r"ffmpeg version (\S+)", told)
-    return found.group(1) if found else "unknown"
+    output = run_ffmpeg([ffmpeg_path(), "-version"]).stdout.decode("utf-8", "replace")
+    match = re.match(r"ffmpeg version (\S+)", output)
+    return match.group(1) if match else "unknown"
 
 
 def _split_advice(message: str, advice: str) -> tuple[str, str]:
-    """Our own messages end in what to do, behind the last colon."""
-    found, _, todo = message.rpartition(": ")
-    return (found, todo) if found else (message, advice)
+    """Split one of our error messages into the problem and, after the last colon, what to do."""
+    problem, _, remedy = message.rpartition(": ")
+    return (problem, remedy) if problem else (message, advice)
