@@ -71,7 +71,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     try:
         config = model_config_from_dict(_current_fields(json.loads(header["config"])))
         record = json.loads(header["record"])
-    except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise WeightsError(
             f"the header of {path} cannot be read: {error}; was it written by a newer version?"
         ) from error
