@@ -182,7 +182,8 @@ def weights(whole: Path) -> Iterator[BadFile]:
     yield bad("hole in the data", safetensors(header, body + bytes(64)))
     for key, value in (
         ("width", 10**9), ("image_size", 10**6), ("plane_size", 10**6), ("eadaln_blocks", 10**9), ("heads", 0),
-        ("heads", 3), ("width", 0), ("width", -32), ("basis", 10**9), ("stem", [8]), ("stem", [8, 8, 10**9]),
+        ("heads", 3), ("plain_width", 3), ("width", 0), ("width", -32), ("basis", 10**9), ("stem", [8]),
+        ("stem", [8, 8, 10**9]),
         ("mesh_size", 0), ("raw_size", 0), ("coarse_samples", 0), ("code_dim", -1), ("image_size", 63),
         ("expression", "pickle"), ("unknown", 1), ("width", "32"), ("width", None), ("superres", []),
     ):  # fmt: skip

@@ -36,6 +36,7 @@ class ModelConfig:
     conditioning: Literal["eadaln", "cross_attention"] = "eadaln"  # how beta' enters a ViT block (ablation)
     eadaln_blocks: int = 7  # ViT blocks with EAdaLN at H/16
     plain_blocks: int = 1  # ViT blocks without it, at H/8
+    plain_width: int = 0  # dimension of a token in them; 0: h / 2
     stem: tuple[int, int, int] = (32, 64, 96)  # channels of the source features at H/2, H/4, H/8
     plane_channels: int = 32
     plane_size: int = 64  # P, side of a plane
@@ -83,8 +84,8 @@ PRESETS: dict[str, ModelConfig] = {
     "compact": ModelConfig(basis=20, code_hidden=256, face_residual_ratio=0.15, mouth=24, eyes=16, lids=16),
     "paper": ModelConfig(
         code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
-        plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64, raw_channels=32,
-        coarse_samples=48, fine_samples=48, superres=(128, 64),
+        plain_width=1024, plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64,
+        raw_channels=32, coarse_samples=48, fine_samples=48, superres=(128, 64),
         source_skip=False, source_plane=False, head_prior=False, flow=False,
     ),
 }  # fmt: skip

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from export3d_cli.core.config.schema import ModelConfig, TrainConfig
 
 _MAX_SIZES = {"image_size": 2048, "plane_size": 2048, "raw_size": 2048, "mesh_size": 2048, "flow_size": 2048}
+_MAY_BE_ZERO = ("eadaln_blocks", "plain_blocks", "plain_width", "fine_samples", "mouth", "eyes", "lids")
 _MAX_SIZES |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096, "fine_samples": 4096}
 
 
 def validate_model_config(model: ModelConfig) -> None:
     """Sizes that a network can have, whoever asks for it: the header of a weights file is not to be trusted."""
     for name, value in vars(model).items():
-        least = 0 if name in ("eadaln_blocks", "plain_blocks", "fine_samples", "mouth", "eyes", "lids") else 1
+        least = 0 if name in _MAY_BE_ZERO else 1
         for size in value if isinstance(value, tuple) else (value,):
             if type(size) is int and not least <= size <= _MAX_SIZES.get(name, 65_536):
                 raise ConfigError(
@@ -28,6 +29,11 @@ def validate_model_config(model: ModelConfig) -> None:
         raise ConfigError(f"model.image_size must be a multiple of 16, got {model.image_size}")
     if model.width % model.heads:
         raise ConfigError(f"model.width ({model.width}) must be divisible by model.heads ({model.heads})")
+    plain_width = model.plain_width or model.width // 2
+    if model.plain_blocks and plain_width % model.heads:
+        raise ConfigError(
+            f"model.plain_width ({plain_width}; 0: model.width / 2) must be divisible by model.heads ({model.heads})"
+        )
     if model.basis > model.code_dim:
         raise ConfigError(f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})")
     if model.plane_ema >= 1:

@@ -104,7 +104,7 @@ def check_header_size(config: ModelConfig, state: dict[str, Tensor]) -> None:
     stored = sum(value.numel() for value in state.values())
     blocks = config.eadaln_blocks + config.plain_blocks
     sides: tuple[int, ...] = (config.code_dim, config.code_hidden, config.plane_channels, config.plane_size)
-    sides += (config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
+    sides += (config.plain_width, config.plane_width, config.decoder_hidden, config.raw_channels, config.flow_width)
     sides += (*(getattr(config, name) for name in INPAINTERS), *config.stem, *config.superres)
     if max(blocks, 1) * config.width**2 > stored or max(sides) ** 2 > 4 * stored:
         raise WeightsError("the weights are damaged: their header describes a larger network than the file holds")

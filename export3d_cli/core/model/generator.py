@@ -175,7 +175,7 @@ class Generator(nn.Module):
             for _ in range(config.eadaln_blocks)
         )
         # pixel shuffle to H/8, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
-        w = h // 2
+        w = config.plain_width or h // 2
         self.to_half = nn.Conv2d(h, 4 * w, 1)
         self.join_half = nn.Conv2d(w + (c8 if config.source_skip else 0), w, 1)
         self.plain = nn.ModuleList(
@@ -214,14 +214,14 @@ class Generator(nn.Module):
         B, N, _ = x.shape
         s = int(N**0.5)
         x = x.transpose(1, 2).reshape(B, -1, s, s)  # (B, h, H/16, W/16)
-        x = self._pixel_shuffle(self.to_half(x))  # (B, h/2, H/8, W/8)
+        x = self._pixel_shuffle(self.to_half(x))  # (B, w, H/8, W/8), w = plain_width
         x = self.join_half(torch.cat([x, stem[2]], 1) if cfg.source_skip else x)
         tokens = x.flatten(2).transpose(1, 2)
         for block in self.plain:
             tokens = block(tokens)
         x = tokens.transpose(1, 2).reshape(x.shape)
         for up, join, conv, skip in zip(self.ups, self.joins, self.convs, [stem[1], stem[0], None], strict=False):
-            x = self._pixel_shuffle(up(x))  # (B, w, 2s, 2s)
+            x = self._pixel_shuffle(up(x))  # (B, plane_width, 2s, 2s)
             x = conv(join(torch.cat([x, skip], 1) if cfg.source_skip and skip is not None else x))
         planes = self.to_planes(leaky_relu(x)).float().view(B, 3, cfg.plane_channels, cfg.plane_size, cfg.plane_size)
         return self._add_plane_ema(planes)

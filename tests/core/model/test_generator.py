@@ -89,6 +89,24 @@ def test_res_block_adds_a_constant_at_initialisation() -> None:
     torch.testing.assert_close(block(x), x + block.second.bias[:, None, None])
 
 
+def test_paper_preset_vit_blocks_all_have_the_papers_width() -> None:
+    """Sec. 6.2: 'In both EAdaLN-ViT and ViT, we employ four heads with 1024 hidden dimensions'."""
+    with torch.device("meta"):
+        generator = Generator(PRESETS["paper"])
+    blocks = [*generator.blocks, *generator.plain]
+    assert [block.qkv.in_features for block in blocks] == [1024] * 6
+    assert {block.heads for block in blocks} == {4}
+
+
+def test_plain_width_defaults_to_half_of_the_width() -> None:
+    assert Generator(TINY).plain[0].qkv.in_features == 16
+    config = replace(TINY, plain_width=32)
+    generator, image = Generator(config), torch.rand(1, 3, 64, 64)
+    assert generator.plain[0].qkv.in_features == 32
+    planes = generator(*generator.encode(image), torch.zeros(1, config.code_dim))
+    assert planes.shape == (1, 3, config.plane_channels, config.plane_size, config.plane_size)
+
+
 def test_paper_preset_has_no_extensions() -> None:
     with torch.device("meta"):
         model = Export3D(PRESETS["paper"])
@@ -98,7 +116,7 @@ def test_paper_preset_has_no_extensions() -> None:
     assert not model.decoder.has_head_prior
     assert not model.superres.uses_flow
     assert model.superres.colour.out_channels == 3
-    assert model.generator.join_half.in_channels == 512  # no stem features are concatenated
+    assert model.generator.join_half.in_channels == 1024  # no stem features are concatenated
     assert model.decoder.hidden.in_features == 32
     assert model.generator.plane_ema.shape == (3, 32, 128, 128)
     assert all("flow" not in name and "source_view" not in name for name, _ in model.named_parameters())
