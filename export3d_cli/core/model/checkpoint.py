@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -69,29 +70,30 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path} holds no export3d weights: format is {header.get('format')!r}, not {FORMAT!r}")
     try:
-        config = model_config_from_dict(_current_fields(json.loads(header["config"])))
+        fields = json.loads(header["config"])
+        if isinstance(fields, dict):
+            fields = {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+        config = model_config_from_dict(fields)
         record = json.loads(header["record"])
     except (AttributeError, KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise WeightsError(
             f"the header of {path} cannot be read: {error}; was it written by a newer version?"
         ) from error
-    state = {_current_key(k): v.float() if v.is_floating_point() else v for k, v in state.items()}
+    state = {k: v.float() if v.is_floating_point() else v for k, v in _rename_old_keys(state).items()}
     if not all(bool(v.isfinite().all()) for v in state.values()):
         raise WeightsError(f"{path} contains values that are not finite: it is damaged, or its training diverged")
     return state, config, record
 
 
-def _current_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Rename fields of earlier versions to their current names."""
-    return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+def _rename_old_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors of earlier versions; `model.` and other prefixes of training states are kept."""
 
+    def current(key: str) -> str:
+        for old, new in RENAMED_KEYS.items():
+            key = re.sub(rf"^(\w+\.)?{re.escape(old)}", rf"\g<1>{new}", key)
+        return key
 
-def _current_key(key: str) -> str:
-    """Return the current name of a tensor from an earlier version."""
-    for old, new in RENAMED_KEYS.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
+    return {current(key): value for key, value in tensors.items()}
 
 
 def read_licence(path: Path | str) -> str:
@@ -155,7 +157,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     try:
         tensors, header = _read(path)
-        return tensors, json.loads(header["info"])
+        return _rename_old_keys(tensors), json.loads(header["info"])
     except (WeightsError, KeyError, ValueError) as error:
         raise TrainingError(
             f"training state {path} is damaged ({error}); rename state.1.safetensors to it, or remove it to start again"

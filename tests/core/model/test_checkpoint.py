@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from export3d_cli.core.config.schema import PRESETS
@@ -35,6 +39,25 @@ def test_load_weights_with_unusable_file_raises_weights_error(tmp_path: Path) ->
     save_state(tmp_path, {"x": torch.zeros(1)}, {})
     with pytest.raises(WeightsError, match="no export3d weights"):
         load_weights(tmp_path / "state.safetensors")
+
+
+def test_files_of_earlier_versions_load_with_current_names(tmp_path: Path) -> None:
+    old = {"painters.mouth.enter.weight": torch.ones(1), "superres.inside.textures": torch.ones(2)}
+    save_weights(tmp_path / "w.safetensors", old, PRESETS["tiny"], {})
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
+        header = file.metadata()
+    config = json.loads(header["config"])
+    config["face_shift"] = config.pop("face_residual_ratio") + 0.25
+    del config["plain_width"]  # added later
+    save_file(old, tmp_path / "w.safetensors", metadata={**header, "config": json.dumps(config)})
+    state, loaded, _ = load_weights(tmp_path / "w.safetensors")
+    assert set(state) == {"inpainters.mouth.enter.weight", "superres.hidden_textures.textures"}
+    assert loaded == replace(PRESETS["tiny"], face_residual_ratio=0.25)
+
+    save_state(tmp_path, {f"model.{key}": value for key, value in old.items()}, {"step": 1})
+    resumed = load_state(tmp_path)
+    assert resumed is not None
+    assert set(resumed[0]) == {f"model.{key}" for key in state}
 
 
 def test_load_into_with_mismatched_state_names_the_tensors() -> None:
