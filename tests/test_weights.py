@@ -9,7 +9,7 @@ from export3d_cli.core.runtime.errors import WeightsError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A weights folder with one small file."""
+    """Weights folder with one small file."""
     data = b"weights" * 100
     (tmp_path / "a.bin").write_bytes(data)
     row = {"name": "a", "file": "a.bin", "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
@@ -19,7 +19,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_listed_file_is_there_and_as_listed():
+def test_manifest_files_verify():
     entries = weights.weights_manifest()
     assert "face_landmarker" in entries
     for entry in entries.values():
@@ -29,27 +29,27 @@ def test_every_listed_file_is_there_and_as_listed():
         assert entry.what
 
 
-def test_every_embedded_model_is_listed():
+def test_manifest_lists_every_bundled_model():
     listed = {entry.file for entry in weights.weights_manifest().values()}
-    there = {
+    bundled = {
         p.name
         for p in weights.weights_dir().iterdir()
         if p.suffix in {".task", ".safetensors", ".tflite", ".onnx", ".npz"}
     }
-    assert there == listed
+    assert bundled == listed
 
 
-def test_examples_are_bundled():
+def test_example_path_returns_files():
     assert weights.example_path("source.jpg").is_file()
     assert weights.example_path("drive.mp4").is_file()
 
 
-def test_names_and_paths_resolve(folder):
+def test_resolve_weights_by_name_and_path(folder):
     assert weights.resolve_weights("a") == folder / "a.bin"
     assert weights.resolve_weights(folder / "a.bin") == folder / "a.bin"
 
 
-def test_a_damaged_file_is_refused(folder):
+def test_resolve_weights_of_damaged_file_raises(folder):
     data = bytearray((folder / "a.bin").read_bytes())
     data[5] ^= 1
     (folder / "a.bin").write_bytes(data)
@@ -63,18 +63,18 @@ def test_a_damaged_file_is_refused(folder):
         weights.resolve_weights("a")
 
 
-def test_unknown_names_list_the_known_ones(folder):
+def test_resolve_weights_of_unknown_name_lists_names(folder):
     with pytest.raises(WeightsError, match=r"'b'.* a$"):
         weights.resolve_weights("b")
 
 
-def test_a_broken_manifest_is_an_error(folder):
+def test_resolve_weights_with_broken_manifest_raises(folder):
     (folder / "manifest.yaml").write_text("weights: [{name: x}]")
     with pytest.raises(WeightsError, match="manifest"):
         weights.resolve_weights("x")
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:alone", "hf:a/b/c", "hf:a/b@", "hf:a/b:"])
-def test_malformed_hub_names_are_refused(folder, name):
+def test_resolve_weights_of_malformed_hub_name_raises(folder, name):
     with pytest.raises(WeightsError, match="form hf:owner/repo"):
         weights.resolve_weights(name)

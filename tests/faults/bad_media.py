@@ -1,4 +1,4 @@
-"""BadFile pictures and videos, the same every time."""
+"""Damaged and hostile images and videos, reproducible."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Make = Callable[[Path], None]
 
 
 def holding(data: bytes) -> Make:
-    """A file of these bytes."""
+    """Return a function that writes these bytes."""
     return lambda path: path.write_bytes(data) and None
 
 
 def flipped(data: bytes, seed: object, count: int = 8) -> bytes:
-    """`data` with bits turned over, half of them near the beginning, where headers are."""
+    """Return `data` with flipped bits, half of them in the first 600 bytes, where headers are."""
     rng = random.Random(str(seed))
     changed = bytearray(data)
     for number in range(count):
@@ -38,7 +38,7 @@ def flipped(data: bytes, seed: object, count: int = 8) -> bytes:
 
 
 def not_plain(file: str) -> Iterator[tuple[str, Make]]:
-    """What may stand where a file is expected."""
+    """Yield paths that are no regular files."""
     yield "folder", lambda path: path.mkdir()
     yield "cycle of links", lambda path: path.symlink_to(path.name)
     yield "link to nothing", lambda path: path.symlink_to("nothing")
@@ -51,7 +51,7 @@ def not_plain(file: str) -> Iterator[tuple[str, Make]]:
 
 @functools.lru_cache
 def encoded(suffix: str, *, alpha: bool = False, depth: type = np.uint8) -> bytes:
-    """The example portrait in another format."""
+    """Return the example portrait in another format."""
     picture = cv2.resize(cv2.imread(str(example_path("source.jpg"))), (192, 192)).astype(depth)
     if alpha:
         picture = np.dstack([picture, np.full(picture.shape[:2], 255, depth)])
@@ -59,7 +59,7 @@ def encoded(suffix: str, *, alpha: bool = False, depth: type = np.uint8) -> byte
 
 
 def png(width: int, height: int, data: bytes, *, depth: int = 8, colour: int = 2, crc: int = 0) -> bytes:
-    """A PNG that says it is so large and holds `data`, compressed."""
+    """Return a PNG of the stated size with `data` as compressed pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ crc)
@@ -69,14 +69,14 @@ def png(width: int, height: int, data: bytes, *, depth: int = 8, colour: int = 2
 
 
 def bmp(width: int, height: int) -> bytes:
-    """A BMP header that promises so many pixels."""
+    """Return a BMP header of the stated size without pixels."""
     return (
         struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 200, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0) + b"\0" * 90
     )
 
 
 def tiff(width: int, height: int) -> bytes:
-    """A TIFF that promises so many pixels in one strip."""
+    """Return a TIFF of the stated size without pixels."""
     tags = [(256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1)]
     tags += [(278, 4, height), (279, 4, 100)]
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
@@ -84,7 +84,7 @@ def tiff(width: int, height: int) -> bytes:
 
 
 def with_jpeg_size(width: int, height: int) -> bytes:
-    """The example portrait, which says it is of another size."""
+    """Return the example portrait with another size in its header."""
     data = bytearray(example_path("source.jpg").read_bytes())
     at = next(i for i in range(2, len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -92,13 +92,13 @@ def with_jpeg_size(width: int, height: int) -> bytes:
 
 
 def with_exif(body: bytes) -> bytes:
-    """The example portrait with this as its EXIF data."""
+    """Return the example portrait with this EXIF data."""
     data = example_path("source.jpg").read_bytes()
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 8) + b"Exif\0\0" + body + data[2:]
 
 
 def pictures() -> Iterator[BadFile]:
-    """Everything that is no usable photo."""
+    """Yield unusable photos."""
     jpeg, text = example_path("source.jpg").read_bytes(), b"This is not a picture.\n" * 50
 
     def bad(name: str, data: bytes | Make, file: str = "bad.jpg", *, harmless: bool = False) -> BadFile:
@@ -172,7 +172,7 @@ def pictures() -> Iterator[BadFile]:
 
 @functools.lru_cache
 def clip(suffix: str = ".mp4", *args: str) -> bytes:
-    """Eight frames of the bundled driver with sound, 256 x 256."""
+    """Return eight frames of the bundled driver with audio, 256 x 256."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip{suffix}"
         inputs = ["-i", str(example_path("drive.mp4")), "-f", "lavfi", "-i", "sine=d=1", "-map", "0:v", "-map", "1:a"]
@@ -183,18 +183,18 @@ def clip(suffix: str = ".mp4", *args: str) -> bytes:
 
 
 def y4m(size: str, rate: str = "F25:1", frames: int = 1, data: bytes = bytes(6)) -> bytes:
-    """A raw video with this header."""
+    """Return a raw video (YUV4MPEG2) with this header."""
     return f"YUV4MPEG2 {size} {rate} Ip A1:1 C420jpeg\n".encode() + (b"FRAME\n" + data) * frames
 
 
 def patched(data: bytes, mark: bytes, at: int, value: bytes) -> bytes:
-    """`data` with `value` laid over it `at` bytes behind the first `mark`."""
+    """Return `data` with `value` written `at` bytes after the start of the first `mark`."""
     start = data.index(mark) + at
     return data[:start] + value + data[start + len(value) :]
 
 
 def videos() -> Iterator[BadFile]:
-    """Everything that is no usable driving video."""
+    """Yield unusable driving videos."""
 
     def bad(name: str, data: bytes | Make, file: str = "bad.mp4", *, harmless: bool = False) -> BadFile:
         return BadFile("video", name, data if callable(data) else holding(data), file, harmless)

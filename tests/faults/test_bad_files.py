@@ -1,4 +1,4 @@
-"""BadFile files, one at a time, to the command that reads them: an exit code, one line, and nothing written."""
+"""Commands with a bad input file: the exit code, one line on stderr, and no output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY = ("--device", "cpu", "--precision", "fp32", "--max-frames", "2", "--audio"
 
 
 def args_for(bad: BadFile, path: Path, good: SimpleNamespace, out: Path) -> list[object]:
-    """The command that reads this file."""
+    """Return the command line that reads this file."""
     if bad.reader == "config":
         return ["train", "--config", path, "--dry-run", f"run={out / 'run'}"]
     if bad.reader == "manifest":
@@ -28,7 +28,7 @@ def args_for(bad: BadFile, path: Path, good: SimpleNamespace, out: Path) -> list
 
 
 def check(bad: BadFile, good: SimpleNamespace, tmp_path: Path) -> int:
-    """Run the command; the exit code."""
+    """Run the command, check its result and return the exit code."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     out.mkdir()

@@ -1,4 +1,4 @@
-"""Pictures whose data ends early are refused, as decoders would fill them with grey; cut videos are told."""
+"""Truncated images are refused, because decoders fill them with grey; truncated videos get a note."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def read(data: bytes, folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", JPEG)
-def test_whole_jpegs_are_read(kind: str, tmp_path: Path) -> None:
-    """Without the marker of the end; with anything behind it; as the first of several in a file."""
+def test_read_image_of_complete_jpeg(kind: str, tmp_path: Path) -> None:
+    """Without an end marker, with trailing data, or as the first of several images in a file."""
     data = jpeg(kind)
     expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     for more in (
@@ -60,8 +60,8 @@ def test_whole_jpegs_are_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", JPEG)
-def test_cut_jpegs_are_refused(kind: str, tmp_path: Path) -> None:
-    """Also those that a program has closed with a marker of the end."""
+def test_read_image_of_truncated_jpeg_raises(kind: str, tmp_path: Path) -> None:
+    """Also if a program has appended an end marker."""
     data = jpeg(kind)
     start = data.index(b"\xff\xda") + 14
     for at in np.linspace(start, len(data) - 100, 25).astype(int):
@@ -71,7 +71,7 @@ def test_cut_jpegs_are_refused(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
-def test_other_cut_pictures_are_refused(suffix: str, tmp_path: Path) -> None:
+def test_read_image_of_other_truncated_formats_raises(suffix: str, tmp_path: Path) -> None:
     picture = cv2.resize(cv2.imread(str(example_path("source.jpg"))), (96, 64))
     for layers in (picture, np.dstack([picture, picture[..., :1]])):
         data = cv2.imencode(suffix, layers)[1].tobytes()
@@ -81,20 +81,20 @@ def test_other_cut_pictures_are_refused(suffix: str, tmp_path: Path) -> None:
                 read(data[:at], tmp_path)
 
 
-def test_a_chunk_longer_than_the_file_takes_no_time(tmp_path: Path) -> None:
+def test_read_image_of_png_with_huge_chunk_raises(tmp_path: Path) -> None:
     data = bytearray(cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes())
     data[33:37] = b"\x7f\xff\xff\x00"
     with pytest.raises(InputError, match="is truncated"):
         read(bytes(data), tmp_path)
 
 
-def test_markers_in_what_a_camera_adds_are_no_end(tmp_path: Path) -> None:
-    """A small picture inside the EXIF data, with its own marker of the end."""
+def test_read_image_ignores_markers_in_exif_thumbnail(tmp_path: Path) -> None:
+    """The EXIF data contains a thumbnail with an end marker."""
     inner = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
     assert np.array_equal(read(with_exif(inner), tmp_path), read_image(example_path("source.jpg")))
 
 
-def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) -> None:
+def test_reenact_of_truncated_photo_fails(good: SimpleNamespace, tmp_path: Path) -> None:
     data = good.source.read_bytes()
     (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2] + END)
     ended = run("reenact", tmp_path / "half.jpg", good.motion, "-o", tmp_path / "out.mp4", "--weights", good.weights)
@@ -104,7 +104,7 @@ def test_a_half_portrait_is_not_animated(good: SimpleNamespace, tmp_path: Path) 
 
 
 def video(path: Path, *args: object) -> Path:
-    """Three seconds of the bundled driver, with two of sound."""
+    """Encode three seconds of the bundled driver with two seconds of audio."""
     inputs = ["-i", example_path("drive.mp4"), "-f", "lavfi", "-i", "sine=d=2", "-map", "0:v", "-map", "1:a", *args]
     options = ["-frames:v", "75", "-vf", "scale=128:128", "-c:v", "libx264", "-preset", "ultrafast", "-c:a", "aac"]
     subprocess.run([ffmpeg_path(), "-loglevel", "error", *map(str, inputs), *options, str(path)], check=True)
@@ -112,7 +112,7 @@ def video(path: Path, *args: object) -> Path:
 
 
 @pytest.mark.parametrize(("suffix", "args"), [(".mp4", ["-movflags", "+faststart"]), (".mkv", [])])
-def test_a_cut_video_is_told(suffix: str, args: list[str], good: SimpleNamespace, tmp_path: Path) -> None:
+def test_reader_notes_truncated_video(suffix: str, args: list[str], good: SimpleNamespace, tmp_path: Path) -> None:
     whole = video(tmp_path / f"whole{suffix}", *args)
     cut = tmp_path / f"cut{suffix}"
     data = whole.read_bytes()

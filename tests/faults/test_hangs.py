@@ -1,4 +1,4 @@
-"""An ffmpeg that does not go on - never answers, reads or ends, or is stopped - is ended, and the command with it."""
+"""A hanging or stopped ffmpeg is killed, and the command fails."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", WHEN)
-def test_ffmpeg_hangs(kind: str, good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, no half output, and no process."""
+def test_hanging_ffmpeg_is_killed(
+    kind: str, good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line on stderr, no partial output and no process remain."""
     when, how = WHEN[kind]
     out = tmp_path / "out.mp4"
-    clip = tmp_path / f"{kind}.mp4"  # another name each time: what a file holds is remembered
+    clip = tmp_path / f"{kind}.mp4"  # a new name, because probe caches its results
     clip.write_bytes(good.clip.read_bytes())
     fake = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake["IMAGEIO_FFMPEG_EXE"])
@@ -62,12 +64,12 @@ def read(clip: Path) -> None:
 
 def write(out: Path, audio: Path | None) -> None:
     with VideoWriter(out, size=(1024, 512), fps=Fraction(25), audio=audio) as writer:
-        for _ in range(3):  # more than a pipe holds
+        for _ in range(3):  # more than a pipe buffers
             writer.write(np.zeros((512, 1024, 3), np.uint8))
 
 
 def running(program: Path) -> list[str]:
-    """Processes of a program that are still there."""
+    """Return the command lines of running processes of a program."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -79,8 +81,8 @@ def running(program: Path) -> list[str]:
     return found
 
 
-def test_slow_is_not_hung(good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is one that works without a word, nor one that gives a little now and then, nor a slow user of frames."""
+def test_slow_ffmpeg_is_not_killed(good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computing without output, slow output and a slow consumer are not hanging."""
     how = (
         "import time\n    while time.process_time() < 1.8: pass\n"
         "    all = subprocess.run([real, *sys.argv[1:]], stdout=-1).stdout\n"
@@ -96,15 +98,15 @@ def test_slow_is_not_hung(good: SimpleNamespace, tmp_path: Path, monkeypatch: py
     assert frames == 8
 
 
-def test_busy_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that works and works and gives nothing has ten times as long."""
+def test_ffmpeg_busy_without_output_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that uses CPU time without output is killed after ten times the limit."""
     monkeypatch.setattr(process, "STALL_S", 0.2)
     with pytest.raises(MediaError, match="no progress"):
         process.run_ffmpeg([sys.executable, "-c", "while True: pass"])
 
 
-def test_a_stopped_encoder(good: SimpleNamespace, tmp_path: Path) -> None:
-    """SIGSTOP to the ffmpeg that a command has started: exit code 1, one line, what was there before stays."""
+def test_stopped_encoder_fails_command(good: SimpleNamespace, tmp_path: Path) -> None:
+    """SIGSTOP to the ffmpeg of a command: exit code 1, one line, and the old output file stays."""
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the one before")
     code = (

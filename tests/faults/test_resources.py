@@ -1,4 +1,4 @@
-"""A machine that lacks something: disk, permission, memory, ffmpeg, a home, open files, someone who listens."""
+"""Lack of disk space, permission, memory, ffmpeg, a home folder, open files, or a reader of stdout."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def reenact(good: SimpleNamespace, out: Path, *more: object) -> list[object]:
 
 
 def run(args: list[object], **more: object) -> subprocess.CompletedProcess[str]:
-    """`export3d ARGS` in a process of its own."""
+    """Run `export3d ARGS` in a subprocess."""
     options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 900, "check": False} | more
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("environment", {})}  # type: ignore[dict-item]
     return subprocess.run(command_line(*args), env=environment, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def is_told(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """One line that says it, with this exit code."""
+    """Check for this exit code and one line on stderr with these words."""
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -42,13 +42,13 @@ def is_told(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 def without_privileges() -> None:
-    """In a new process: even root must keep to the permissions of files."""
+    """Drop the capabilities by which root bypasses file permissions."""
     for capability in (1, 2, 3):  # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 def script(path: Path, text: str) -> dict[str, str]:
-    """A program that stands for ffmpeg, as the environment names it."""
+    """Write a fake ffmpeg; return the environment variable that selects it."""
     path.write_text(f"#!{sys.executable}\nimport os, signal, subprocess, sys\nreal = {ffmpeg_path()!r}\n{text}")
     path.chmod(0o755)
     return {"IMAGEIO_FFMPEG_EXE": str(path)}
@@ -90,8 +90,8 @@ def test_full_standard_output(good: SimpleNamespace, tmp_path: Path) -> None:
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 8
 
 
-def test_nobody_listens(good: SimpleNamespace, tmp_path: Path) -> None:
-    """Closed pipes, or no stdout and no stderr at all: the output is there and whole."""
+def test_closed_output_pipes(good: SimpleNamespace, tmp_path: Path) -> None:
+    """With a closed pipe, or without stdout and stderr, the output is complete."""
     read, write = os.pipe()
     os.close(read)
     done = run(reenact(good, tmp_path / "a.mp4", "--json"), capture_output=False, stdout=write, stderr=subprocess.PIPE)
@@ -130,7 +130,7 @@ def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a file", "a folder"])
-def test_something_is_in_the_way(name: str, good: SimpleNamespace, tmp_path: Path) -> None:
+def test_output_path_is_taken(name: str, good: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"") if name == "a file" else (tmp_path / "taken.mp4").mkdir()
     out = tmp_path / ("taken/out.mp4" if name == "a file" else "taken.mp4")
     before = list_names(tmp_path)
@@ -147,7 +147,7 @@ def test_little_memory(megabytes: int, good: SimpleNamespace, tmp_path: Path) ->
         assert len(list(VideoReader(tmp_path / "out.mp4"))) == 8
     else:
         assert list_names(tmp_path) == []
-        assert done.returncode in (1, -6, -11), done.stderr  # a library may give up by itself
+        assert done.returncode in (1, -6, -11), done.stderr  # a library may abort
         assert "Traceback" not in done.stderr, done.stderr
 
 
@@ -194,7 +194,7 @@ WRITING = "'pipe:0' in sys.argv"
     ],
     ids=["reader killed", "reader fails", "writer crashes", "writer fails", "sound fails"],
 )  # fmt: skip
-def test_ffmpeg_dies(when: str, how: str, good: SimpleNamespace, tmp_path: Path) -> None:
+def test_failing_ffmpeg_fails_command(when: str, how: str, good: SimpleNamespace, tmp_path: Path) -> None:
     environment = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
     out = tmp_path / "out"
     out.mkdir()
@@ -209,7 +209,7 @@ def test_ffmpeg_dies(when: str, how: str, good: SimpleNamespace, tmp_path: Path)
 
 def test_no_home_no_cache_no_temporary_folder(good: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    nowhere = str(tmp_path / "file" / "nowhere")  # where root cannot make a folder either
+    nowhere = str(tmp_path / "file" / "nowhere")  # where even root cannot create a folder
     names = (
         "HOME",
         "XDG_CACHE_HOME",

@@ -7,7 +7,7 @@ from export3d_cli.core.media.probe import ffmpeg_path
 
 @pytest.fixture
 def make(tmp_path):
-    """Run ffmpeg with these arguments and a name; the path of what it wrote."""
+    """Return a function that runs ffmpeg with an output name and arguments and returns the path."""
 
     def run(name, *args):
         path = tmp_path / name
@@ -19,7 +19,7 @@ def make(tmp_path):
 
 @pytest.fixture
 def picture(make):
-    """A test video of so many frames at a rate."""
+    """Return a function that encodes a test video."""
 
     def run(name, rate="25", frames=12, *args, size="64x48"):
         source = ["-f", "lavfi", "-i", f"testsrc=s={size}:r={rate}", "-frames:v", str(frames)]
@@ -31,7 +31,7 @@ def picture(make):
 
 @pytest.fixture
 def sound(make):
-    """A sine of so many seconds."""
+    """Return a function that encodes a sine tone."""
 
     def run(name, seconds=3, *args):
         return make(name, "-f", "lavfi", "-i", f"sine=d={seconds}", *args)

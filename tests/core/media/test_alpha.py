@@ -1,4 +1,4 @@
-"""Transparency in files: written, kept when sound is added, read back."""
+"""Transparent videos and image sequences, written and read back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export3d_cli.core.runtime.errors import InputError
 
 @pytest.fixture(scope="module")
 def frames() -> list[np.ndarray]:
-    """A red square that moves over nothing."""
+    """Three RGBA frames with a moving red square."""
     out = []
     for k in range(3):
         frame = np.zeros((48, 64, 4), np.uint8)
@@ -29,7 +29,7 @@ def frames() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", ["a.webm", "a.mov"])
 @pytest.mark.parametrize("sound", [False, True])
-def test_alpha_survives_in_videos(frames: list[np.ndarray], tmp_path: Path, name: str, sound: bool) -> None:
+def test_video_round_trip_keeps_alpha(frames: list[np.ndarray], tmp_path: Path, name: str, sound: bool) -> None:
     tone = tmp_path / "tone.wav"
     subprocess.run([ffmpeg_path(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=f=400:d=1", str(tone)], check=True)
     audio, crf = tone if sound else None, 4 if name == "a.webm" else None
@@ -40,15 +40,15 @@ def test_alpha_survives_in_videos(frames: list[np.ndarray], tmp_path: Path, name
     assert info.alpha_source
     assert info.has_audio is sound
     with VideoReader(tmp_path / name) as reader:
-        seen = list(reader)  # over white
-    assert len(seen) == 3
-    for got, frame in zip(seen, frames, strict=True):
+        decoded = list(reader)  # composited on white
+    assert len(decoded) == 3
+    for image, frame in zip(decoded, frames, strict=True):
         over = frame[..., :3] * (frame[..., 3:] / 255) + 255 - frame[..., 3:]
         inner = cv2.erode((np.abs(cv2.blur(over, (5, 5)) - over).max(-1) < 1).astype(np.uint8), np.ones((5, 5)))
-        assert np.abs(got - over)[inner > 0].max() < 14
+        assert np.abs(image - over)[inner > 0].max() < 14
 
 
-def test_pictures_keep_alpha_exactly_and_others_refuse(frames: list[np.ndarray], tmp_path: Path) -> None:
+def test_image_sequence_keeps_alpha_and_other_formats_raise(frames: list[np.ndarray], tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "p" / "%03d.png", size=(64, 48), fps=Fraction(25), alpha=True) as writer:
         writer.write(frames[1])
         with pytest.raises(InputError, match=r"48, 64, 4"):

@@ -20,20 +20,20 @@ def gradient(height=20, width=30):
     return np.stack([x * 8, y * 12, 255 - x * 8], axis=-1).astype(np.uint8)
 
 
-def test_png_round_trip_is_exact_and_leaves_no_other_file(tmp_path):
+def test_png_round_trip_is_exact(tmp_path):
     write_image(tmp_path / "a.png", gradient())
     assert np.array_equal(read_image(tmp_path / "a.png"), gradient())
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tiff"])
-def test_writing_is_silent_in_every_format(tmp_path, suffix, capfd):
+def test_write_image_prints_nothing(tmp_path, suffix, capfd):
     write_image(tmp_path / f"a{suffix}", gradient())
     assert read_image(tmp_path / f"a{suffix}").shape == (20, 30, 3)
     assert capfd.readouterr() == ("", "")
 
 
-def test_jpeg_keeps_the_channel_order(tmp_path):
+def test_jpeg_round_trip_keeps_channel_order(tmp_path):
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 250
     write_image(tmp_path / "a.jpg", red)
@@ -59,7 +59,7 @@ def exif_of(orientation, order=">"):
 
 
 @pytest.mark.parametrize(("orientation", "turn", "mirror"), EXIF)
-def test_exif_orientation_is_applied(tmp_path, orientation, turn, mirror):
+def test_read_image_applies_exif_orientation(tmp_path, orientation, turn, mirror):
     image = gradient()
     data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
     exif = b"Exif\0\0" + exif_of(orientation)
@@ -72,7 +72,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, turn, mirror):
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize(("orientation", "turn", "mirror"), EXIF)
-def test_exif_orientation_of_a_png_with_alpha_is_applied(tmp_path, orientation, turn, mirror, order):
+def test_read_image_of_png_with_alpha_applies_exif_orientation(tmp_path, orientation, turn, mirror, order):
     image = gradient()
     opaque = np.dstack([image[..., ::-1], np.full((20, 30), 255, np.uint8)])
     data = cv2.imencode(".png", opaque)[1].tobytes()
@@ -84,14 +84,14 @@ def test_exif_orientation_of_a_png_with_alpha_is_applied(tmp_path, orientation, 
     assert np.array_equal(read_image(path), np.rot90(image[:, ::-1] if mirror else image, turn))
 
 
-def test_alpha_is_composited_on_white(tmp_path):
+def test_read_image_composites_alpha_on_white(tmp_path):
     bgra = np.zeros((4, 4, 4), np.uint8)
     bgra[..., 3] = [0, 51, 204, 255]
     cv2.imwrite(str(tmp_path / "a.png"), bgra)
     assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [255, 204, 51, 0]
 
 
-def test_grey_and_16_bit_images_become_rgb(tmp_path):
+def test_read_image_of_grey_and_16_bit_returns_rgb(tmp_path):
     cv2.imwrite(str(tmp_path / "grey.png"), np.full((5, 6), 77, np.uint8))
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((5, 6, 3), 128 * 257, np.uint16))
     assert (read_image(tmp_path / "grey.png") == 77).all()
@@ -99,7 +99,7 @@ def test_grey_and_16_bit_images_become_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1000, 100_000])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, side):
+def test_read_image_of_decompression_bomb_raises_before_decoding(tmp_path, monkeypatch, side):
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = b""
     for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(bytes(100))):
@@ -121,7 +121,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
         ("vector.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path, name, content, message):
+def test_read_image_of_other_files_raises(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -130,19 +130,19 @@ def test_what_is_no_image_is_named(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_is_no_image(tmp_path):
+def test_read_image_of_folder_raises(tmp_path):
     with pytest.raises(InputError, match="folder"):
         read_image(tmp_path)
 
 
-def test_writing_refuses_other_arrays_and_suffixes(tmp_path):
+def test_write_image_of_wrong_array_or_suffix_raises(tmp_path):
     with pytest.raises(InputError, match="uint8"):
         write_image(tmp_path / "a.png", gradient().astype(float))
     with pytest.raises(InputError, match=r"\.xyz"):
         write_image(tmp_path / "a.xyz", gradient())
 
 
-def test_tensors_span_minus_one_to_one_and_come_back_exactly():
+def test_tensor_round_trip_is_exact():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     tensor = to_tensor(ramp)
     assert tuple(tensor.shape) == (3, 16, 16)
@@ -172,7 +172,7 @@ PyIl+mvF1wAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==
 """
 
 
-def test_read_image_of_an_iphone_photo_returns_rgb(tmp_path):
+def test_read_image_of_heic_returns_rgb(tmp_path):
     data = base64.b64decode(HEIC)
     (tmp_path / "IMG_0001.HEIC").write_bytes(data)
     image = read_image(tmp_path / "IMG_0001.HEIC")
@@ -186,7 +186,7 @@ def test_read_image_of_an_iphone_photo_returns_rgb(tmp_path):
             read_image(tmp_path / "cut.heic")
 
 
-def test_write_image_as_heic_is_refused(tmp_path):
+def test_write_image_as_heic_raises(tmp_path):
     with pytest.raises(InputError, match=r"cannot write images of type '\.heic'"):
         write_image(tmp_path / "a.heic", gradient())
 
@@ -198,7 +198,7 @@ def test_read_image_of_avif_returns_rgb(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("alpha", [False, True])
-def test_exif_orientation_is_applied_in_every_format(tmp_path, suffix, alpha):
+def test_read_image_of_any_format_applies_exif_orientation(tmp_path, suffix, alpha):
     exif = Image.Exif()
     exif[0x112] = 6
     image = Image.fromarray(gradient())
@@ -222,7 +222,7 @@ def test_read_image_converts_every_colour_mode(tmp_path, mode, suffix, tolerance
     assert difference.max() <= tolerance or mode == "P"
 
 
-def test_transparent_palette_is_composited_on_white(tmp_path):
+def test_read_image_composites_transparent_palette_on_white(tmp_path):
     image = Image.new("P", (4, 1))
     image.putpalette([10, 20, 30, 10, 20, 30])
     image.putdata([0, 1, 0, 1])
@@ -230,21 +230,21 @@ def test_transparent_palette_is_composited_on_white(tmp_path):
     assert read_image(tmp_path / "a.png")[0].tolist() == [[10, 20, 30], [255, 255, 255]] * 2
 
 
-def test_floating_point_images_are_refused(tmp_path):
+def test_read_image_of_floating_point_raises(tmp_path):
     (tmp_path / "a.tif").write_bytes(to_bytes(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
     with pytest.raises(InputError, match="32 bits per channel"):
         read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("settings", [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_QUALITY, 30]])
-def test_jpeg_pixels_are_those_of_opencv(tmp_path, settings):
+def test_read_image_of_jpeg_equals_opencv(tmp_path, settings):
     photo = cv2.imread(str(example_path("source.jpg")))[:301, :403]
     data = cv2.imencode(".jpg", photo, settings)[1]
     (tmp_path / "a.jpg").write_bytes(data.tobytes())
     assert np.array_equal(read_image(tmp_path / "a.jpg"), cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
 
 
-def test_reading_images_in_threads_leaves_stderr_alone(tmp_path, capfd):
+def test_read_image_in_threads_does_not_redirect_stderr(tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(to_bytes(Image.fromarray(gradient()), "PNG"))
     stop = threading.Event()
 

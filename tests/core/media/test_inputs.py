@@ -1,4 +1,4 @@
-"""Videos as phones, cameras, screens and studios make them."""
+"""Videos from phones, cameras, screen recorders and editors."""
 
 import struct
 from dataclasses import replace
@@ -18,13 +18,13 @@ RED = "color=0xC03040:s=32x32:r=5:d=1"
 
 
 def middle(path):
-    """Colour in the middle of the third frame."""
+    """Return the colour at the centre of the third frame."""
     frame = list(VideoReader(path))[2]
     return frame[frame.shape[0] // 2, frame.shape[1] // 2].astype(int)
 
 
 @pytest.mark.parametrize(("degrees", "turn"), [(90, 1), (180, 2), (270, 3)])
-def test_rotation_turns_the_picture(picture, make, degrees, turn):
+def test_reader_applies_rotation(picture, make, degrees, turn):
     plain = picture("a.mp4", "25", 2)
     turned = make("b.mp4", "-display_rotation", str(degrees), "-i", str(plain), "-c", "copy")
     expected = np.rot90(next(iter(VideoReader(plain))), turn)
@@ -42,12 +42,12 @@ def test_rotation_turns_the_picture(picture, make, degrees, turn):
         ("a.avi", ["-c:v", "mjpeg", "-q:v", "2"]),
     ],
 )
-def test_colours_of_every_format(make, name, args):
+def test_reader_keeps_colours_of_every_format(make, name, args):
     assert np.abs(middle(make(name, "-f", "lavfi", "-i", RED, *args)) - [0xC0, 0x30, 0x40]).max() < 10
 
 
 @pytest.mark.parametrize("size", ["63x47", "33x48"])
-def test_odd_sizes_keep_every_line(picture, size):
+def test_reader_keeps_odd_sizes(picture, size):
     path = picture("a.mkv", "25", 2, "-pix_fmt", "yuv444p", size=size)
     width, height = map(int, size.split("x"))
     assert next(iter(VideoReader(path))).shape == (height, width, 3)
@@ -62,7 +62,7 @@ def test_odd_sizes_keep_every_line(picture, size):
         ("b.webm", ["-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0"], "vp8"),
     ],
 )
-def test_transparency_lies_on_white(make, name, args, alpha):
+def test_reader_composites_transparency_on_white(make, name, args, alpha):
     path = make(name, "-f", "lavfi", "-i", RED.replace("40", "40@0.5") + ",format=rgba", *args)
     assert probe(path).alpha_source == alpha
     assert np.abs(middle(path) - (np.array([0xC0, 0x30, 0x40]) + 255) / 2).max() < 10
@@ -72,7 +72,7 @@ HDR = ["-vf", "format=gray10le,geq=lum='X*1023/31',format=yuv420p10le", "-c:v", 
 
 
 @pytest.mark.parametrize(("hdr", "white"), [("smpte2084", 0.58), ("arib-std-b67", 0.75)])
-def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
+def test_reader_tone_maps_high_dynamic_range(make, monkeypatch, hdr, white):
     tags = f"log-level=none:colorprim=bt2020:transfer={hdr}:colormatrix=bt2020nc"
     path = make("a.mp4", "-f", "lavfi", "-i", "color=gray:s=32x32:r=5:d=1", *HDR, tags)
     assert probe(path).hdr_transfer == hdr
@@ -82,14 +82,14 @@ def test_high_dynamic_range_is_tone_mapped(make, monkeypatch, hdr, white):
     assert row[0] < 25
     assert row[-1] > 200
     assert (np.diff(row) >= -2).all()
-    assert row[round(31 * white)] > 140  # diffuse white is bright, though not the brightest
+    assert row[round(31 * white)] > 140  # diffuse white: bright, but below the maximum
     monkeypatch.setattr("export3d_cli.core.media.reader.has_tone_mapping", lambda: False)
     flat = VideoReader(path)
     assert "cannot tone-map" in flat.notes[0]
     assert "tonemap" not in flat._filter_graph()
 
 
-def test_interlaced_video_is_made_whole(make):
+def test_reader_deinterlaces(make):
     source = ["-f", "lavfi", "-i", "testsrc2=s=64x64:r=50:d=0.4,scroll=h=0.06,tinterlace=interleave_top"]
     path = make("a.mpg", *source, "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-q:v", "2")
     assert probe(path).interlaced
@@ -105,14 +105,14 @@ def test_interlaced_video_is_made_whole(make):
     assert not probe(make("b.mp4", *source, "-vf", "setfield=prog", "-pix_fmt", "yuv420p")).interlaced
 
 
-def test_one_frame_is_a_video(picture):
+def test_reader_of_one_frame(picture):
     path = picture("a.mp4", "25", 1)
     assert probe(path).frame_count == 1
     assert len(list(VideoReader(path))) == 1
     assert len(list(VideoReader(path, fps=Fraction(50)))) in (1, 2)
 
 
-def test_the_first_of_several_pictures_is_taken(picture, make):
+def test_reader_takes_first_of_several_video_streams(picture, make):
     one, two = picture("one.mp4", "25", 5), picture("two.mp4", "30", 9, size="96x80")
     path = make("both.mkv", "-i", str(two), "-i", str(one), "-map", "0:v", "-map", "1:v", "-c", "copy")
     info = probe(path)
@@ -120,7 +120,7 @@ def test_the_first_of_several_pictures_is_taken(picture, make):
     assert len(list(VideoReader(path))) == 9
 
 
-def test_cover_art_is_no_video(sound, make, tmp_path):
+def test_probe_of_cover_art_raises(sound, make, tmp_path):
     write_image(tmp_path / "cover.png", np.full((20, 30, 3), 90, np.uint8))
     cover = ["-i", str(tmp_path / "cover.png"), "-map", "0:a", "-map", "1:v", "-c", "copy"]
     path = make("a.m4a", "-i", str(sound("s.m4a", 1)), *cover, "-disposition:v:0", "attached_pic")
@@ -131,13 +131,13 @@ def test_cover_art_is_no_video(sound, make, tmp_path):
 @pytest.mark.parametrize(
     "name", ["Ünï çødé 映像.mp4", " two  spaces .mp4", "-dash.mp4", "per%03dcent.mp4", "a'b\"c.mp4"]
 )
-def test_names_are_only_names(picture, tmp_path, monkeypatch, name):
+def test_reader_accepts_any_file_name(picture, tmp_path, monkeypatch, name):
     picture("a.mp4", "25", 2).rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert len(list(VideoReader(name))) == 2
 
 
-def test_standard_input_is_refused(tmp_path, monkeypatch):
+def test_probe_of_standard_input_raises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="standard input"):
         probe("-")
@@ -145,7 +145,7 @@ def test_standard_input_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures, each as bright as ten times its number; and other files."""
+    """A folder of twelve images, of brightness 10 times their number, and other files."""
     path = tmp_path / "shots of, me"
     path.mkdir()
     for i in range(12):
@@ -155,7 +155,7 @@ def folder(tmp_path):
     return path
 
 
-def test_a_folder_of_pictures_is_a_video(folder):
+def test_reader_of_image_folder(folder):
     reader = VideoReader(folder)
     assert (reader.info.fps, reader.info.frame_count, reader.info.duration) == (25, 12, 0.48)
     assert [frame[0, 0, 0] for frame in reader] == [10 * i for i in range(12)]
@@ -166,7 +166,7 @@ def test_a_folder_of_pictures_is_a_video(folder):
     assert audio_codec(folder) is None
 
 
-def test_pictures_of_a_folder_are_turned_as_exif_says(tmp_path):
+def test_reader_of_image_folder_applies_exif_orientation(tmp_path):
     data = cv2.imencode(".jpg", np.zeros((6, 8, 3), np.uint8))[1].tobytes()
     entry = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + b"\0\0\0\0"
@@ -176,7 +176,7 @@ def test_pictures_of_a_folder_are_turned_as_exif_says(tmp_path):
     assert [frame.shape for frame in VideoReader(tmp_path)] == [(8, 6, 3)] * 3
 
 
-def test_a_folder_has_pictures_of_one_size(folder, tmp_path):
+def test_reader_of_images_of_two_sizes_raises(folder, tmp_path):
     write_image(folder / "shot5.png", np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(InputError, match=r"shot5\.png is 8x8, the first image 8x6"):
         list(VideoReader(folder))
@@ -185,7 +185,7 @@ def test_a_folder_has_pictures_of_one_size(folder, tmp_path):
         probe(tmp_path / "none")
 
 
-def test_a_picture_a_frame_is_written_and_read_again(tmp_path):
+def test_image_sequence_round_trip(tmp_path):
     pattern = tmp_path / "new" / "shot-%04d.png"
     given = [np.full((6, 8, 3), i, np.uint8) for i in range(3)]
     with VideoWriter(pattern, size=(8, 6), fps=Fraction(25)) as writer:
@@ -200,7 +200,7 @@ def test_a_picture_a_frame_is_written_and_read_again(tmp_path):
         VideoWriter(tmp_path / "one.png", size=(8, 6), fps=Fraction(25))
 
 
-def test_pictures_of_a_run_that_failed_are_taken_away(tmp_path):
+def test_image_sequence_of_failed_run_is_deleted(tmp_path):
     writer = VideoWriter(tmp_path / "%d.png", size=(8, 6), fps=Fraction(25))
     with pytest.raises(KeyboardInterrupt), writer:  # noqa: PT012
         writer.write(np.zeros((6, 8, 3), np.uint8))

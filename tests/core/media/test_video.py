@@ -12,7 +12,7 @@ from export3d_cli.core.runtime.errors import InputError, MediaError
 
 
 def frames(count, size=(64, 48)):
-    """Smooth frames that grow brighter."""
+    """Return smooth frames of increasing brightness."""
     width, height = size
     y, x = np.mgrid[:height, :width]
     base = np.stack([x * 2, y * 2, (x + y)], axis=-1)
@@ -30,7 +30,7 @@ def seconds(path):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("rate", ["25", "30000/1001", "24000/1001", "60000/1001", "25/2", "1234/100"])
-def test_the_frame_rate_is_exact(picture, rate, suffix):
+def test_probe_frame_rate_is_exact(picture, rate, suffix):
     path = picture("a" + suffix, rate)
     info = probe(path)
     assert info.fps == Fraction(rate)
@@ -39,13 +39,13 @@ def test_the_frame_rate_is_exact(picture, rate, suffix):
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.webm", "a.gif", "a.mov"])
-def test_other_containers_are_read(picture, name):
+def test_probe_of_other_containers(picture, name):
     info = probe(picture(name, "25", 10, *(["-bf", "0"] if name == "a.avi" else [])))
     assert info.fps == 25
     assert info.frame_count == 10
 
 
-def test_rotation_is_applied_and_the_size_agrees(picture, make):
+def test_probe_and_reader_agree_on_rotated_size(picture, make):
     path = make("turned.mp4", "-display_rotation", "90", "-i", str(picture("a.mp4")), "-c", "copy")
     reader = VideoReader(path)
     assert (reader.info.width, reader.info.height, abs(reader.info.rotation)) == (48, 64, 90)
@@ -53,7 +53,7 @@ def test_rotation_is_applied_and_the_size_agrees(picture, make):
     reader.close()
 
 
-def test_non_square_pixels_become_square(picture):
+def test_reader_makes_pixels_square(picture):
     reader = VideoReader(picture("a.mp4", "25", 2, "-vf", "setsar=2"))
     assert (reader.info.width, reader.info.height) == (128, 48)
     assert next(iter(reader)).shape == (48, 128, 3)
@@ -61,7 +61,7 @@ def test_non_square_pixels_become_square(picture):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_variable_rate_is_resampled_and_keeps_its_length(picture, suffix):
+def test_reader_of_variable_rate_keeps_duration(picture, suffix):
     holes = "select='not(between(n,20,50)*mod(n,3))'"
     path = picture("a" + suffix, "30", 80, "-vf", holes, "-fps_mode", "vfr")
     info = probe(path)
@@ -71,24 +71,24 @@ def test_variable_rate_is_resampled_and_keeps_its_length(picture, suffix):
     assert abs(count / 30 - seconds(path)) < 1.5 / 30
 
 
-def test_colours_come_through(make):
+def test_reader_keeps_bt709_colours(make):
     path = make("red.mp4", "-f", "lavfi", "-i", "color=0xC03040:s=32x32:r=5:d=1", "-pix_fmt", "yuv420p")
     middle = list(VideoReader(path))[2][16, 16].astype(int)
     assert np.abs(middle - [0xC0, 0x30, 0x40]).max() < 6
 
 
-def test_start_duration_rate_and_size(picture):
+def test_reader_start_duration_rate_and_size(picture):
     path = picture("a.mp4", "25", 50)
     every = list(VideoReader(path))
     part = VideoReader(path, start=0.4, duration=0.8)
-    got = list(part)
-    assert part.info.frame_count == len(got) == 20
-    assert np.array_equal(got[0], every[10])
+    part_frames = list(part)
+    assert part.info.frame_count == len(part_frames) == 20
+    assert np.array_equal(part_frames[0], every[10])
     assert len(list(VideoReader(path, fps=Fraction(10)))) == 20
     assert next(iter(VideoReader(path, size=(20, 10)))).shape == (10, 20, 3)
 
 
-def test_a_reader_left_early_leaves_no_process(picture):
+def test_reader_left_early_ends_process(picture):
     with VideoReader(picture("a.mp4", "25", 200, size="320x240")) as reader:
         next(iter(reader))
         process = reader._process or None
@@ -103,7 +103,7 @@ def test_a_reader_left_early_leaves_no_process(picture):
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "no file"), (b"", "empty"), (b"just text " * 50, "not a video")]
 )
-def test_what_is_no_video_is_named(tmp_path, content, message):
+def test_probe_of_other_files_raises(tmp_path, content, message):
     path = tmp_path / "x.mp4"
     if content is not None:
         path.write_bytes(content)
@@ -112,17 +112,17 @@ def test_what_is_no_video_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_sound_only_is_no_video(sound):
+def test_probe_of_audio_file_raises(sound):
     with pytest.raises(InputError, match="no video"):
         probe(sound("a.wav"))
 
 
-def test_a_start_behind_the_end_is_refused(picture):
+def test_reader_start_past_end_raises(picture):
     with pytest.raises(InputError, match="past the end"):
         VideoReader(picture("a.mp4"), start=9.0)
 
 
-def test_a_damaged_video_says_so(picture):
+def test_reader_of_damaged_video_raises(picture):
     path = picture("a.mkv", "25", 50, size="320x240")
     data = path.read_bytes()
     path.write_bytes(data[:400] + bytes(len(data) - 400))
@@ -130,14 +130,14 @@ def test_a_damaged_video_says_so(picture):
         list(VideoReader(path))
 
 
-def test_odd_names_are_taken_as_files(picture, monkeypatch, tmp_path):
+def test_reader_takes_option_like_names_as_files(picture, monkeypatch, tmp_path):
     picture("a.mp4").rename(tmp_path / "-http:%d [1].mp4")
     monkeypatch.chdir(tmp_path)
     assert len(list(VideoReader("-http:%d [1].mp4"))) == 12
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
-def test_what_is_written_is_read_again(tmp_path, suffix):
+def test_video_round_trip(tmp_path, suffix):
     path = tmp_path / f"new/folder/a{suffix}"
     given = frames(20)
     with VideoWriter(path, size=(64, 48), fps=Fraction(30000, 1001), crf=8) as writer:
@@ -146,15 +146,15 @@ def test_what_is_written_is_read_again(tmp_path, suffix):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     info = probe(path)
     assert (info.fps, info.frame_count, info.has_audio) == (Fraction(30000, 1001), 20, False)
-    for sent, got in zip(given, VideoReader(path), strict=True):
-        assert np.abs(sent.astype(int) - got).mean() < 3
+    for sent, decoded in zip(given, VideoReader(path), strict=True):
+        assert np.abs(sent.astype(int) - decoded).mean() < 3
     text = header(path)
     assert "bt709" in text
     assert "yuv420p" in text
     assert "synthetic" in text
 
 
-def test_a_gif_is_written_with_its_mark(tmp_path):
+def test_gif_contains_synthetic_comment(tmp_path):
     path = tmp_path / "a.gif"
     with VideoWriter(path, size=(64, 48), fps=Fraction(10)) as writer:
         for frame in frames(6):
@@ -163,7 +163,7 @@ def test_a_gif_is_written_with_its_mark(tmp_path):
     assert probe(path).frame_count == len(list(VideoReader(path))) == 6
 
 
-def test_a_gif_is_no_faster_than_browsers_play(tmp_path):
+def test_gif_rate_is_limited_to_50(tmp_path):
     path = tmp_path / "a.gif"
     with VideoWriter(path, size=(64, 48), fps=Fraction(60)) as writer:
         for frame in frames(60):
@@ -171,13 +171,13 @@ def test_a_gif_is_no_faster_than_browsers_play(tmp_path):
     assert (probe(path).fps, probe(path).frame_count) == (50, 50)
 
 
-def test_odd_sizes_lose_a_line(tmp_path):
+def test_writer_crops_odd_sizes(tmp_path):
     with VideoWriter(tmp_path / "a.mp4", size=(65, 49), fps=Fraction(25)) as writer:
         writer.write(frames(1, (65, 49))[0])
     assert (probe(tmp_path / "a.mp4").width, probe(tmp_path / "a.mp4").height) == (64, 48)
 
 
-def test_the_same_frames_give_the_same_bytes(tmp_path):
+def test_writer_output_is_reproducible(tmp_path):
     for name in ("a.mkv", "b.mkv"):
         with VideoWriter(tmp_path / name, size=(64, 48), fps=Fraction(25)) as writer:
             for frame in frames(5):
@@ -196,7 +196,7 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
         (".webm", "a.m4a", "opus"),
     ],
 )
-def test_sound_joins_the_picture_and_is_no_longer(tmp_path, sound, suffix, source, codec):
+def test_writer_adds_audio_cut_to_video(tmp_path, sound, suffix, source, codec):
     audio = sound(source, 3, *(["-c:a", "libvorbis"] if codec == "vorbis" else []))
     path = tmp_path / f"out{suffix}"
     with VideoWriter(path, size=(64, 48), fps=Fraction(25), audio=audio, audio_start=0.5) as writer:
@@ -208,7 +208,7 @@ def test_sound_joins_the_picture_and_is_no_longer(tmp_path, sound, suffix, sourc
     assert not [p for p in tmp_path.iterdir() if ".part" in p.name]
 
 
-def test_sound_shorter_than_the_picture_does_not_cut_it(tmp_path, sound):
+def test_writer_with_short_audio_keeps_all_frames(tmp_path, sound):
     path = tmp_path / "out.mp4"
     with VideoWriter(path, size=(64, 48), fps=Fraction(25), audio=sound("a.wav", 0.4)) as writer:
         for frame in frames(25):
@@ -217,16 +217,16 @@ def test_sound_shorter_than_the_picture_does_not_cut_it(tmp_path, sound):
     assert probe(path).has_audio
 
 
-def test_a_silent_audio_source_is_no_error(tmp_path, picture):
+def test_writer_with_audio_source_without_audio(tmp_path, picture):
     with VideoWriter(tmp_path / "o.mp4", size=(64, 48), fps=Fraction(25), audio=picture("a.mp4")) as writer:
         writer.write(frames(1)[0])
     assert not probe(tmp_path / "o.mp4").has_audio
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_leaves_neither_file_nor_process(tmp_path, sound, error):
+def test_writer_after_exception_leaves_no_file_or_process(tmp_path, sound, error):
     audio = sound("a.wav")
-    (tmp_path / "a.mp4").write_bytes(b"what was there")
+    (tmp_path / "a.mp4").write_bytes(b"old content")
     writer = VideoWriter(tmp_path / "a.mp4", size=(64, 48), fps=Fraction(25), audio=audio)
     processes = []
     with pytest.raises(error), writer:  # noqa: PT012
@@ -234,11 +234,11 @@ def test_an_exception_leaves_neither_file_nor_process(tmp_path, sound, error):
         processes.append(writer._process._popen)
         raise error
     assert processes[0].poll() is not None
-    assert (tmp_path / "a.mp4").read_bytes() == b"what was there"
+    assert (tmp_path / "a.mp4").read_bytes() == b"old content"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.wav"]
 
 
-def test_a_dead_encoder_is_reported_with_its_last_words(tmp_path, monkeypatch):
+def test_writer_reports_message_of_failed_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(VideoWriter, "_metadata_arguments", lambda self: ["-c:v", "nonsense"])
     writer = VideoWriter(tmp_path / "a.mp4", size=(640, 480), fps=Fraction(25))
     with pytest.raises(MediaError, match="nonsense"), writer:  # noqa: PT012
@@ -247,13 +247,13 @@ def test_a_dead_encoder_is_reported_with_its_last_words(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_frames_is_an_error(tmp_path):
+def test_writer_without_frames_raises(tmp_path):
     with pytest.raises(MediaError, match="no frame"), VideoWriter(tmp_path / "a.mp4", size=(64, 48), fps=Fraction(25)):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_misuse_of_the_writer_is_refused(tmp_path):
+def test_writer_with_wrong_arguments_raises(tmp_path):
     with pytest.raises(InputError, match=r"\.xyz"):
         VideoWriter(tmp_path / "a.xyz", size=(64, 48), fps=Fraction(25))
     with pytest.raises(InputError, match="positive rate"):
@@ -265,7 +265,7 @@ def test_misuse_of_the_writer_is_refused(tmp_path):
         writer.write(frames(1, (32, 32))[0])
 
 
-def test_a_huge_video_is_refused(picture, monkeypatch):
+def test_probe_of_huge_video_raises(picture, monkeypatch):
     monkeypatch.setattr("export3d_cli.core.media.image.MAX_PIXELS", 1000)
     with pytest.raises(InputError, match="megapixels"):
         probe(picture("big.mp4"))

@@ -1,4 +1,4 @@
-"""What runs on another device than the CPU, without having one."""
+"""Rendering on an accelerator, emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.runtime.weights import example_path
 
 
-def test_it_refuses_what_a_gpu_refuses() -> None:
+def test_fake_accelerator_refuses_mixed_devices() -> None:
     with FakeAccelerator():
         here, there = torch.ones(2), torch.ones(2).to("cuda")
         assert there.device == (there + 1).device == torch.ones(1, device="cuda").device == CUDA
@@ -29,7 +29,7 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
                 wrong()
 
 
-def test_frames_and_views_are_those_of_the_cpu(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_frames_equal_cpu_frames(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = read_image(example_path("source.jpg"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     painted: list[tuple[str, str]] = []

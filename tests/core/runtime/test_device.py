@@ -1,4 +1,4 @@
-"""Frames at once: as many as memory holds."""
+"""Batches limited by memory, and the state of PyTorch."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from export3d_cli.core.runtime.weights import example_path
 @pytest.mark.parametrize(
     "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
 )
-def test_where_memory_runs_out_half_as_many_are_made(error: RuntimeError) -> None:
-    asked: list[int] = []
+def test_batcher_halves_batch_when_memory_runs_out(error: RuntimeError) -> None:
+    sizes: list[int] = []
 
     def make(part: slice) -> np.ndarray:
-        asked.append(part.stop - part.start)
-        if asked[-1] > 3:
+        sizes.append(part.stop - part.start)
+        if sizes[-1] > 3:
             raise error
         return np.arange(part.start, part.stop)
 
     fitting = AdaptiveBatcher()
     assert list(fitting(make, 0, 16)) == list(range(16))
-    assert asked[:3] == [16, 8, 4]  # then 2 each
-    tried = len(asked)
+    assert sizes[:3] == [16, 8, 4]  # then 2
+    tries = len(sizes)
     assert list(fitting(make, 0, 5)) == list(range(5))
-    assert max(asked[tried:]) <= 2  # it remembers
+    assert max(sizes[tries:]) <= 2  # the limit is kept
 
 
-def test_one_that_does_not_fit_and_other_errors_are_raised() -> None:
+def test_batcher_raises_for_single_row_and_other_errors() -> None:
     def never(part: slice) -> np.ndarray:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -46,7 +46,7 @@ def test_one_that_does_not_fit_and_other_errors_are_raised() -> None:
         list(AdaptiveBatcher()(broken, 0, 4))
 
 
-def test_an_animator_short_of_memory_makes_the_same_frames(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_animator_short_of_memory_returns_same_frames(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
     own = animator.set_source(read_image(example_path("source.jpg")))
     cameras = np.repeat(own.camera, 4, axis=0)
     monkeypatch.setattr(animator, "batch", 4)
@@ -65,7 +65,7 @@ def test_an_animator_short_of_memory_makes_the_same_frames(animator: Animator, m
     assert np.abs(np.stack(parts).astype(int) - np.stack(whole)).max() <= 1
 
 
-def test_torch_state_is_restored() -> None:
+def test_torch_state_restores_threads_and_seed() -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     with torch_state(threads=threads + 1, seed=7):
         assert torch.get_num_threads() == threads + 1

@@ -1,4 +1,4 @@
-"""Weights on the hub, against a server on loopback that speaks as much of the hub's protocol as is used."""
+"""Weights on the Hub, against a local server that implements the used part of its protocol."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 class Hub:
-    """Files of `me/model` and what shall go wrong; `requests` says what was asked."""
+    """Server with the repository `me/model` and injected faults; `requests` records all requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.token = ""  # wanted in every request when set
-        self.failures = 0  # GET requests still to be answered with 503
-        self.broken = 0  # bodies still to be broken off half-way
-        self.wrong_hash = False  # announce another sha256 than the file has
+        self.token = ""  # required in every request if set
+        self.failures = 0  # number of GET requests to answer with 503
+        self.broken = 0  # number of response bodies to interrupt
+        self.wrong_hash = False  # announce a wrong sha256
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
         self.committed: dict[str, bytes] = {}
-        self.created: dict[str, object] = {}  # what a new repository shall be
+        self.created: dict[str, object] = {}  # body of the request that creates a repository
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -52,7 +52,7 @@ class Hub:
         self._thread.join()
 
     def gets(self) -> list[str]:
-        """The Range header of every GET of a file."""
+        """Return the Range headers of all GET requests for files."""
         return [ranges for method, path, ranges in self.requests if method == "GET" and "/resolve/" in path]
 
 
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The hub, an empty cache, and no token."""
+    """Local Hub with an empty cache and no token."""
     from huggingface_hub import constants
 
     server = Hub()
@@ -157,7 +157,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what a broken body is kept by
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # granularity of a resumed body
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub_module, "RETRY_PAUSE_S", 0.0)
     yield server
@@ -174,13 +174,13 @@ def tiny(path: Path) -> Path:
     return path
 
 
-def test_a_file_is_fetched_once_pinned_and_checked(hub: Hub, tmp_path: Path) -> None:
+def test_download_is_cached_pinned_and_verified(hub: Hub, tmp_path: Path) -> None:
     hub.files["sub/a.safetensors"] = tiny(tmp_path / "a.safetensors").read_bytes()
     first = run("weights", "download", "hf:me/model@v1:sub/a.safetensors", "--json")
     assert first.exit_code == 0, first.output
-    told = json.loads(first.stdout)
-    assert told["revision"] == COMMIT
-    assert told["sha256"] == hashlib.sha256(hub.files["sub/a.safetensors"]).hexdigest()
+    summary = json.loads(first.stdout)
+    assert summary["revision"] == COMMIT
+    assert summary["sha256"] == hashlib.sha256(hub.files["sub/a.safetensors"]).hexdigest()
     assert run("weights", "download", "hf:me/model@v1:sub/a.safetensors").exit_code == 0
     assert len(hub.gets()) == 1
     info = run("weights", "info", f"hf:me/model@{COMMIT}:sub/a.safetensors")
@@ -190,17 +190,17 @@ def test_a_file_is_fetched_once_pinned_and_checked(hub: Hub, tmp_path: Path) -> 
     assert len(hub.gets()) == 2
 
 
-def test_a_server_in_trouble_is_asked_again_and_a_broken_body_resumed(hub: Hub) -> None:
+def test_fetch_retries_server_errors_and_resumes_body(hub: Hub) -> None:
     hub.failures = 2
     assert weights.resolve_weights("hf:me/model").read_bytes() == hub.files["model.safetensors"]
     assert len(hub.gets()) == 3
     hub.files["b.bin"] = os.urandom(1000)
     hub.broken = 1
     assert weights.resolve_weights("hf:me/model:b.bin").read_bytes() == hub.files["b.bin"]
-    assert hub.gets()[-1] == "bytes=500-"  # where it broke off
+    assert hub.gets()[-1] == "bytes=500-"  # where the body was interrupted
 
 
-def test_a_server_that_stays_in_trouble_is_an_error(hub: Hub) -> None:
+def test_fetch_gives_up_after_max_tries(hub: Hub) -> None:
     hub.failures = 99
     with pytest.raises(WeightsError, match=r"Hub answered 503.*`export3d weights download hf:me/model`"):
         weights.resolve_weights("hf:me/model")
@@ -216,14 +216,14 @@ def test_a_server_that_stays_in_trouble_is_an_error(hub: Hub) -> None:
         ("hf:me/model:../../x", ""),
     ],
 )
-def test_what_is_not_there_is_named(hub: Hub, name: str, message: str) -> None:
+def test_download_of_missing_file_names_it(hub: Hub, name: str, message: str) -> None:
     result = run("weights", "download", name)
     assert result.exit_code == 4
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_private_weights_need_a_token_which_is_never_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_repository_needs_token_and_hides_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token = "hf_secretsecret"
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrong")
     refused = run("-v", "weights", "download", "hf:me/model")
@@ -235,7 +235,7 @@ def test_private_weights_need_a_token_which_is_never_shown(hub: Hub, monkeypatch
     assert weights.resolve_weights("hf:me/model").is_file()
 
 
-def test_a_wrong_hash_is_refused_and_not_kept(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_with_wrong_hash_raises_and_deletes(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.wrong_hash = True
     with pytest.raises(WeightsError, match="damaged"):
         weights.resolve_weights("hf:me/model")
@@ -244,7 +244,7 @@ def test_a_wrong_hash_is_refused_and_not_kept(hub: Hub, tmp_path: Path, monkeypa
     row |= {"source": "hf:me/model", "what": "A test."}
     (tmp_path / "manifest.yaml").write_text(yaml.safe_dump({"weights": [row]}))
     monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
-    for name in ("m", "hf:me/model"):  # listed, not embedded: fetched, and compared with the list
+    for name in ("m", "hf:me/model"):  # listed, not bundled: downloaded and compared with the manifest
         with pytest.raises(WeightsError, match=rf"@{COMMIT} has sha256 .*, must have 000000000000\.\.\. as listed"):
             weights.resolve_weights(name)
     row["sha256"] = hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
@@ -252,7 +252,7 @@ def test_a_wrong_hash_is_refused_and_not_kept(hub: Hub, tmp_path: Path, monkeypa
     assert weights.resolve_weights("m") == weights.resolve_weights("hf:me/model")
 
 
-def test_no_network_and_offline_say_which_command_fetches_it(
+def test_fetch_without_network_names_download_command(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert weights.resolve_weights("hf:me/model").is_file()
@@ -268,7 +268,7 @@ def test_no_network_and_offline_say_which_command_fetches_it(
     assert "run `export3d weights download hf:me/model@v1:x.st`" in done.stderr
 
 
-def test_weights_are_uploaded_with_a_card(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_uploads_weights_with_model_card(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny(tmp_path / "mine.safetensors")
     card = run("weights", "push", file, "hf:me/model:mine.safetensors", "--dry-run")
     assert card.exit_code == 0
