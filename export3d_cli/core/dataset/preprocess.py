@@ -131,7 +131,9 @@ def preprocess(
         options: dict[str, Any] = {"--size": size, "--workers": workers, CLIP_FILTER_OPTIONS: clip_filter}
         options |= {"--person": person, "--shard": shard, "--report": report or None}
         _refuse(options, f"{out} is a motion file", "a data set (a folder as OUT)")
-        return _write_motion_file(inputs, out, max_frames, fps, face, tracker, overlay, progress)
+        return _write_motion_file(
+            inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker=tracker
+        )
     options = {"--fps": fps, "--face": face, "--tracker": tracker, "--overlay": overlay}
     _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz)")
     all_inputs = _find_inputs(inputs, out)
@@ -188,28 +190,15 @@ def _refuse(options: dict[str, Any], output: str, applies_to: str) -> None:
 
 
 def _write_motion_file(
-    inputs: list[Path],
-    out: Path,
-    max_frames: int | None,
-    fps: Fraction | None,
-    face: str | None,
-    tracker: TrackerName | None,
-    overlay: Path | None,
-    progress: Progress | None,
+    inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None, **options: Any
 ) -> PreprocessSummary:
     if len(inputs) != 1:
         raise InputError(f"{out} holds the motion of one input, got {len(inputs)}: give one, or a folder as OUT")
     if is_arkit_csv(inputs[0]):
-        options = {"--face": face, "--tracker": tracker, "--overlay": overlay}
-        _refuse(options, f"{inputs[0]} has coefficients and no pictures", "videos and photos")
-    motion, notes = extract_motion(
-        inputs[0],
-        fps=fps,
-        max_frames=max_frames,
-        face=face or "largest",
-        tracker=tracker or "landmarker",
-        progress=progress,
-    )
+        picture_options = {"--face": options["face"], "--tracker": options["tracker"], "--overlay": overlay}
+        _refuse(picture_options, f"{inputs[0]} has coefficients and no pictures", "videos and photos")
+    given = {name: value for name, value in options.items() if value is not None}
+    motion, notes = extract_motion(inputs[0], progress=progress, **given)
     motion.save(out)
     if overlay is not None:
         draw_overlay(inputs[0], motion, overlay, progress=progress)
