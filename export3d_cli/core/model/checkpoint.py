@@ -75,7 +75,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
             fields = {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
         config = model_config_from_dict(fields)
         record = json.loads(header["record"])
-    except (AttributeError, KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise WeightsError(
             f"the header of {path} cannot be read: {error}; was it written by a newer version?"
         ) from error

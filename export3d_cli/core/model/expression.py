@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from export3d_cli.core.config.schema import BETA_DIM, ModelConfig
 
 
-class LeBS(nn.Module):
-    """Learned basis scaling f_e (eq. 2, 3): `beta' = f_e(beta) = sum_i lambda_i(beta) v_i`.
+class ExpressionCode(nn.Module):
+    """Base of f_e: expressions beta to coefficients lambda, coefficients to beta'.
 
     `beta` is standardised with the buffers `beta_mean` and `beta_std`, measured on the training data.
     """
@@ -20,21 +20,48 @@ class LeBS(nn.Module):
     beta_mean: Tensor
     beta_std: Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
+        self.register_buffer("beta_std", torch.ones(BETA_DIM))
+
+    def coefficients(self, beta: Tensor) -> Tensor:
+        """Map expressions `beta` (B, 64) to coefficients lambda (B, n); here the standardised `beta`, n = 64."""
+        if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
+            raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
+        return (beta.float() - self.beta_mean) / self.beta_std
+
+    def basis(self) -> Tensor:
+        """Return the rows that the coefficients scale: (n, d), float32."""
+        raise NotImplementedError
+
+    def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
+        """Map coefficients lambda (B, n) to beta' (B, d), eq. 2; `basis`: from `basis()` of the same weights."""
+        with torch.autocast(lam.device.type, enabled=False):
+            return lam.float() @ (self._current_basis() if basis is None else basis)
+
+    def _current_basis(self) -> Tensor:
+        return self.basis()
+
+    def forward(self, beta: Tensor) -> Tensor:
+        """Map expressions `beta` (B, 64) to beta' (B, d)."""
+        return self.code(self.coefficients(beta))
+
+
+class LeBS(ExpressionCode):
+    """Learned basis scaling f_e (eq. 2, 3): `beta' = f_e(beta) = sum_i lambda_i(beta) v_i`."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(BETA_DIM, config.code_hidden)
         self.fc2 = nn.Linear(config.code_hidden, config.basis)
         self.weight = nn.Parameter(torch.randn(config.code_dim, config.basis))  # W (d, n) of eq. 3
-        self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
-        self.register_buffer("beta_std", torch.ones(BETA_DIM))
         self._frozen_basis: tuple[tuple[int, int], Tensor] | None = None  # (identity of W, basis) while W is frozen
 
     def coefficients(self, beta: Tensor) -> Tensor:
         """Map expressions `beta` (B, 64) to basis coefficients lambda (B, n), unbounded and possibly negative."""
-        if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
-            raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
         with torch.autocast(beta.device.type, enabled=False):
-            x = (beta.float() - self.beta_mean) / self.beta_std  # (B, 64)
+            x = super().coefficients(beta)  # (B, 64)
             x = F.leaky_relu(self.fc1(x), 0.2)  # (B, hidden)
             return self.fc2(x)  # (B, n)
 
@@ -46,11 +73,6 @@ class LeBS(nn.Module):
             sign = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
             return (q * sign).T
 
-    def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
-        """Map coefficients lambda (B, n) to beta' (B, d), eq. 2; `basis`: from `basis()` of the same weights."""
-        with torch.autocast(lam.device.type, enabled=False):
-            return lam.float() @ (self._current_basis() if basis is None else basis)
-
     def _current_basis(self) -> Tensor:
         """Return `basis()`, cached while W is frozen and other parameters train."""
         if self.weight.requires_grad or not torch.is_grad_enabled():
@@ -61,41 +83,17 @@ class LeBS(nn.Module):
                 self._frozen_basis = (identity, self.basis())
         return self._frozen_basis[1]
 
-    def forward(self, beta: Tensor) -> Tensor:
-        """Map expressions `beta` (B, 64) to beta' (B, d)."""
-        return self.code(self.coefficients(beta))
 
-
-class DirectCode(nn.Module):
+class DirectCode(ExpressionCode):
     """Ablation without learned coefficients: lambda is the standardised beta (n = 64), beta' a linear layer of it."""
-
-    beta_mean: Tensor
-    beta_std: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(BETA_DIM, config.code_dim, bias=False)
-        self.register_buffer("beta_mean", torch.zeros(BETA_DIM))
-        self.register_buffer("beta_std", torch.ones(BETA_DIM))
-
-    def coefficients(self, beta: Tensor) -> Tensor:
-        """Standardise expressions `beta` (B, 64): (B, 64)."""
-        if beta.ndim != 2 or beta.shape[1] != BETA_DIM:
-            raise ValueError(f"beta must have shape (B, {BETA_DIM}), got {tuple(beta.shape)}")
-        return (beta.float() - self.beta_mean) / self.beta_std
 
     def basis(self) -> Tensor:
         """Return the rows that the coefficients scale: (64, d), not orthonormal."""
         return self.linear.weight.float().T
-
-    def code(self, lam: Tensor, basis: Tensor | None = None) -> Tensor:
-        """Map standardised beta (B, 64) to beta' (B, d); `basis` is the result of `basis()` for the same weights."""
-        with torch.autocast(lam.device.type, enabled=False):
-            return lam.float() @ (self.basis() if basis is None else basis)
-
-    def forward(self, beta: Tensor) -> Tensor:
-        """Map expressions `beta` (B, 64) to beta' (B, d)."""
-        return self.code(self.coefficients(beta))
 
 
 class _SEBlock(nn.Module):
