@@ -28,7 +28,8 @@ from bad_media import clip, encoded, y4m
 from bad_numbers import npz, safetensors, zipped
 from faultkit import TookTooLongError, memory_mib, time_limit
 
-from export3d_cli.core.config.schema import PRESETS, load_train_config, to_dict
+from export3d_cli.core.config.loading import load_train_config, to_dict
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.canonical_face import load_canonical_face

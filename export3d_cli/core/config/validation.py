@@ -1,30 +1,38 @@
-"""Rules between the fields of a configuration; what breaks one is told by the name of its key."""
+"""Rules between the fields of a configuration, checked before any data or device is touched.
+
+Types, unknown keys and negative numbers are refused earlier, by `yaml_loader`.
+"""
 
 from __future__ import annotations
 
+import operator
 import re
-from typing import TYPE_CHECKING
 
+from export3d_cli.core.config.renamed import RENAMED_STAGES
+from export3d_cli.core.config.schema import INPAINTERS, STAGES, ModelConfig, TrainConfig
 from export3d_cli.core.config.yaml_loader import short_repr
 from export3d_cli.core.runtime.errors import ConfigError
 
-if TYPE_CHECKING:
-    from export3d_cli.core.config.schema import ModelConfig, TrainConfig
-
+_DEFAULT_MAX = 65_536
 _MAX_SIZES = {"image_size": 2048, "plane_size": 2048, "raw_size": 2048, "mesh_size": 2048, "flow_size": 2048}
-_MAY_BE_ZERO = ("eadaln_blocks", "plain_blocks", "plain_width", "fine_samples", "mouth", "eyes", "lids")
 _MAX_SIZES |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096, "fine_samples": 4096}
+_MAY_BE_ZERO = ("eadaln_blocks", "plain_blocks", "plain_width", "fine_samples", *INPAINTERS)
+_AT_LEAST_ONE = (
+    "batch", "accumulate", "keep_checkpoints", "checkpoint_every", "log_every", "data.cache_stride",
+    "clebs.image_size", "clebs.encoder_width", "clebs.geometry_pairs", "clebs.clips_per_step", "clebs.negatives",
+    "loss.perceptual_scales", "pose_debias.batch", "pose_debias.steps", "adversarial.r1_interval",
+    "adversarial.mbstd_group_size", "adversarial.channel_max", "adversarial.channel_base",
+    *(f"{stage}.{key}" for stage in INPAINTERS for key in ("batch", "discriminator_width")),
+)  # fmt: skip
 
 
 def validate_model_config(model: ModelConfig) -> None:
-    """Sizes that a network can have, whoever asks for it: the header of a weights file is not to be trusted."""
+    """Raise `ConfigError` for sizes that no network can have; the header of a weights file is not to be trusted."""
     for name, value in vars(model).items():
-        least = 0 if name in _MAY_BE_ZERO else 1
+        minimum, maximum = 0 if name in _MAY_BE_ZERO else 1, _MAX_SIZES.get(name, _DEFAULT_MAX)
         for size in value if isinstance(value, tuple) else (value,):
-            if type(size) is int and not least <= size <= _MAX_SIZES.get(name, 65_536):
-                raise ConfigError(
-                    f"model.{name} must be {least} to {_MAX_SIZES.get(name, 65_536)}, got {short_repr(value)}"
-                )
+            if type(size) is int and not minimum <= size <= maximum:
+                raise ConfigError(f"model.{name} must be {minimum} to {maximum}, got {short_repr(value)}")
     if model.image_size % 16:
         raise ConfigError(f"model.image_size must be a multiple of 16, got {model.image_size}")
     if model.width % model.heads:
@@ -40,87 +48,78 @@ def validate_model_config(model: ModelConfig) -> None:
         raise ConfigError(f"model.plane_ema must be below 1, got {model.plane_ema}")
 
 
-def validate_train_config(config: TrainConfig, stages: tuple[str, ...]) -> None:
-    """Cross-field rules, before any data or device is touched; `stages` are those there are, in their order."""
+def validate_train_config(config: TrainConfig) -> None:
+    """Raise `ConfigError` for the first broken rule, with the key and what to set."""
     validate_model_config(config.model)
+    for name in _AT_LEAST_ONE:
+        value = operator.attrgetter(name)(config)
+        if value < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {value}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", config.device):
         raise ConfigError(f"device {short_repr(config.device)} is unknown: use auto, cpu, cuda, cuda:N or mps")
     if config.ema >= 1:
         raise ConfigError(f"ema must be below 1, got {config.ema}")
-    if config.batch < 1 or config.steps < 0:
-        raise ConfigError(f"batch must be positive and steps not negative, got {config.batch} and {config.steps}")
-    unknown = [stage for stage in config.stages if stage not in stages]
-    if unknown:
-        raise ConfigError(f"unknown stage {short_repr(unknown[0])}: choose from {', '.join(stages)}")
-    if list(config.stages) != [stage for stage in stages if stage in config.stages]:
-        raise ConfigError(f"stages must be each at most once and in the order {', '.join(stages)}")
-    if config.accumulate < 1 or config.batch % config.accumulate:
+    if config.batch % config.accumulate:
         raise ConfigError(f"batch ({config.batch}) must be a multiple of accumulate ({config.accumulate})")
-    if config.skip_nonfinite < 0 or config.keep_checkpoints < 1:
-        raise ConfigError("skip_nonfinite must not be negative, and keep must be 1 or more")
-    if config.loss.adversarial != type(config.loss).adversarial:
-        raise ConfigError("loss.adversarial has moved: set adversarial.weight")
-    adversarial = config.adversarial
-    if (
-        min(adversarial.r1_interval, adversarial.mbstd_group_size, adversarial.channel_max, adversarial.channel_base)
-        < 1
-        or adversarial.steps < 0
-    ):
-        raise ConfigError("adversarial.r1_every, group, channels and base must be positive, and steps not negative")
-    if not (
-        0 <= adversarial.augment < 1
-        and 0 <= adversarial.ada < 1
-        and min(adversarial.ada_every, adversarial.ada_images) > 0
-    ):
-        raise ConfigError("adversarial.augment and ada must be in 0..1, ada_every and ada_images positive")
-    if (
-        min(config.data.cache_stride, config.clebs.image_size, config.clebs.encoder_width, config.clebs.geometry_pairs)
-        < 1
-    ):
-        raise ConfigError("data.cache_stride, clebs.image_size, encoder_width and pairs must be 1 or more")
-    holes = {"mouth": config.mouth, "eyes": config.eyes, "lids": config.lids}
-    weights = {"data": config.data.weight, "clebs": config.clebs.weight, **{k: v.weight for k, v in holes.items()}}
-    weights["pose_debias"] = config.pose_debias.weight
-    for name, weight in weights.items():
-        if weight and (len(weight) != len(config.data.path) or not any(weight)):
-            raise ConfigError(f"{name}.weight needs one number per data.path, not all 0, got {weight}")
-    for name, hole in holes.items():
-        if name in config.stages and not (getattr(config.model, name) and config.model.flow):
-            raise ConfigError(f"the stage {name} needs model.{name}, the width of its network, and model.flow")
-        if getattr(config.model, name) and name not in config.stages and not config.init:
+    if config.raw_size_start > config.model.raw_size:
+        raise ConfigError(
+            f"raw_size_start ({config.raw_size_start}) must be 0 to model.raw_size ({config.model.raw_size})"
+        )
+    _validate_stages(config)
+    _validate_dataset_weights(config)
+    _validate_clebs(config)
+    _validate_loss(config)
+
+
+def _validate_stages(config: TrainConfig) -> None:
+    for stage in config.stages:
+        if stage in RENAMED_STAGES:
+            raise ConfigError(f"the stage {stage} is now {RENAMED_STAGES[stage]}: rename it in stages")
+        if stage not in STAGES:
+            raise ConfigError(f"unknown stage {short_repr(stage)}: choose from {', '.join(STAGES)}")
+    if list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
+        raise ConfigError(f"stages must be in the order {', '.join(STAGES)}, each at most once")
+    for stage in INPAINTERS:
+        width = getattr(config.model, stage)
+        if stage in config.stages and not (width and config.model.flow):
+            raise ConfigError(f"the stage {stage} needs model.{stage}, the width of its network, and model.flow")
+        if width and stage not in config.stages and not config.init:
             raise ConfigError(
-                f"model.{name} is trained by the stage {name}: add it, or weights as init, or set it to 0"
+                f"model.{stage} is trained by the stage {stage}: add the stage, or set init to trained weights, "
+                f"or model.{stage} to 0"
             )
-        if min(hole.batch, hole.discriminator_width) < 1 or hole.steps < 0:
-            raise ConfigError(f"{name}.batch and critic_width must be 1 or more, and steps not negative")
-    if min(config.pose_debias.batch, config.pose_debias.steps) < 1 or config.pose_debias.ridge < 0:
-        raise ConfigError("pose_debias.batch and steps must be 1 or more, and ridge not negative")
     if "pose_debias" in config.stages and not config.model.flow:
-        raise ConfigError("the stage steady needs model.flow: it changes the fields of the flow")
+        raise ConfigError("the stage pose_debias needs model.flow: it changes the basis flow")
     if config.stages == ("pose_debias",) and not config.init:
-        raise ConfigError("the stage steady looks at what trained weights make: name them in init, or add stages")
-    _check_losses(config)
+        raise ConfigError("the stage pose_debias needs trained weights: set init, or add stages")
 
 
-def _check_losses(config: TrainConfig) -> None:
-    loss, clebs = config.loss, config.clebs
+def _validate_dataset_weights(config: TrainConfig) -> None:
+    for section in ("data", "clebs", *INPAINTERS, "pose_debias"):
+        weight = getattr(config, section).weight
+        if weight and (len(weight) != len(config.data.path) or not any(weight)):
+            raise ConfigError(f"{section}.weight needs one number per data.path, not all 0, got {weight}")
+
+
+def _validate_clebs(config: TrainConfig) -> None:
+    if config.clebs.temperature <= 0:
+        raise ConfigError(f"clebs.temperature must be positive, got {config.clebs.temperature}")
+    if config.clebs.antisymmetric_dims > config.model.basis:
+        raise ConfigError(
+            f"clebs.antisymmetric_dims must be 0 to model.basis ({config.model.basis}), "
+            f"got {config.clebs.antisymmetric_dims}"
+        )
+
+
+def _validate_loss(config: TrainConfig) -> None:
+    loss, model = config.loss, config.model
     if loss.identity > 0 and not loss.embedder:
-        raise ConfigError("loss.identity needs loss.embedder: name a TorchScript face embedder, or set it to 0")
+        raise ConfigError("loss.identity needs loss.embedder: set it to a TorchScript face embedder, or identity to 0")
     if loss.lpips and not loss.backbone:
-        raise ConfigError("loss.lpips needs loss.backbone: name the VGG16 file that its weights belong to")
-    if loss.lpips and min(config.raw_size_start or config.model.raw_size, config.model.raw_size) < 16:
-        raise ConfigError("loss.lpips needs a raw render of 16 pixels or more: set raw_start to 16, or 0")
-    if min(loss.perceptual_scales, loss.l2_scales) < 1 or config.model.image_size >> (loss.perceptual_scales - 1) < 16:
+        raise ConfigError("loss.lpips needs loss.backbone: set it to the VGG16 file that the linear weights belong to")
+    if loss.lpips and min(config.raw_size_start or model.raw_size, model.raw_size) < 16:
+        raise ConfigError("loss.lpips needs a raw render of 16 pixels or more: set raw_size_start to 16, or 0")
+    if model.image_size >> (loss.perceptual_scales - 1) < 16:
         raise ConfigError(
-            f"loss.scales ({loss.perceptual_scales}) must leave 16 pixels of {config.model.image_size}, and be 1 or more"
+            f"loss.perceptual_scales ({loss.perceptual_scales}) must leave 16 pixels of {model.image_size}"
         )
-    if min(clebs.clips_per_step, clebs.negatives) < 1 or clebs.temperature <= 0:
-        raise ConfigError("clebs.groups and negatives must be 1 or more, and temperature positive")
-    if not 0 <= config.clebs.antisymmetric_dims <= config.model.basis:
-        raise ConfigError(
-            f"clebs.one_sided must be 0 to model.basis ({config.model.basis}), got {config.clebs.antisymmetric_dims}"
-        )
-    if not 0 <= config.raw_size_start <= config.model.raw_size:
-        raise ConfigError(f"raw_start ({config.raw_size_start}) must be 0 to model.raw_size ({config.model.raw_size})")
-    if config.data.workers < 0 or min(config.checkpoint_every, config.log_every) < 1:
-        raise ConfigError("data.workers must not be negative, checkpoint_every and log_every must be 1 or more")

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from export3d_cli.core.config.schema import INPAINTERS, ModelConfig, model_config_from_dict, to_dict
+from export3d_cli.core.config.loading import model_config_from_dict, to_dict
+from export3d_cli.core.config.schema import INPAINTERS, ModelConfig
 from export3d_cli.core.runtime.errors import ConfigError, Export3DError, TrainingError, WeightsError
 from export3d_cli.core.runtime.files import write_atomic
 

@@ -208,9 +208,9 @@ class PairSampler:
         person = person / np.float32(255)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
-            "source_points": points[0], "source_person": person[0],
+            "source_points": points[0], "source_person_mask": person[0],
             "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
-            "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person": person[1],
+            "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person_mask": person[1],
         }  # fmt: skip
 
     def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:

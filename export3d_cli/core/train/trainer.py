@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config.schema import INPAINTERS, STAGES, TrainConfig, save_yaml
+from export3d_cli.core.config.loading import save_yaml
+from export3d_cli.core.config.schema import INPAINTERS, STAGES, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence, save_weights
 from export3d_cli.core.model.export3d import Export3D

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.config.schema import TrainConfig, make_train_config
+from export3d_cli.core.config.loading import make_train_config
+from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.landmarks import LIPS

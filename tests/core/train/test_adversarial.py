@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig, make_train_config
+from export3d_cli.core.config.loading import make_train_config
+from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import discriminator as adversary

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import AdversarialConfig, make_train_config
+from export3d_cli.core.config.loading import make_train_config
+from export3d_cli.core.config.schema import AdversarialConfig
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train.augmentation import Adaptive, apply, augment, draw
 

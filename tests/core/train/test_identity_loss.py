@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import LossConfig, TrainConfig, make_train_config
+from export3d_cli.core.config.loading import make_train_config
+from export3d_cli.core.config.schema import LossConfig, TrainConfig
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.train.identity_loss import ARCFACE_TEMPLATE, align_face, arcface_points, load_identity_loss
 from export3d_cli.core.train.trainer import train

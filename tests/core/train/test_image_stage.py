@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig, make_train_config, save_yaml
+from export3d_cli.core.config.loading import make_train_config, save_yaml
+from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_state, load_weights
@@ -49,7 +50,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from export3d_cli.core.config.schema import load_train_config
+from export3d_cli.core.config.loading import load_train_config
 from export3d_cli.core.train.trainer import train
 train(load_train_config(Path(sys.argv[1])))
 names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
@@ -59,7 +60,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from export3d_cli.core.model import checkpoint
-from export3d_cli.core.config.schema import load_train_config
+from export3d_cli.core.config.loading import load_train_config
 from export3d_cli.core.train.trainer import train
 whole, calls = checkpoint.save_file, []
 def save_file(tensors, path, metadata=None):

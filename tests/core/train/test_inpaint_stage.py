@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.config.schema import (
-    EyesConfig,
-    InpaintConfig,
-    LidsConfig,
-    MouthConfig,
-    TrainConfig,
-    make_train_config,
-)
+from export3d_cli.core.config.loading import make_train_config
+from export3d_cli.core.config.schema import EyesConfig, InpaintConfig, LidsConfig, MouthConfig, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence, save_weights
 from export3d_cli.core.model.inpaint.eyes import eye_opening

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export3d_cli.core.config.schema import make_train_config
+from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.face.landmarks import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.warp.mesh_flow import resize

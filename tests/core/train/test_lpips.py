@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from export3d_cli.core.config.schema import LossConfig, TrainConfig, make_train_config
+from export3d_cli.core.config.loading import make_train_config
+from export3d_cli.core.config.schema import LossConfig, TrainConfig
 from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
 from export3d_cli.core.runtime.hub import HubFile
 from export3d_cli.core.train import lpips
