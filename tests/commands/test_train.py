@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from export3d_cli import console
 from export3d_cli.core.config.loading import load_train_config
+from export3d_cli.core.train.training_run import TrainEvent
 from export3d_cli.main import cli
 
 
@@ -33,9 +33,24 @@ def test_dry_run_prints_sizes_costs_and_a_readable_config(config_file: Path, tmp
     assert json.loads(as_json.stdout)["plan"]["gflops_frame"] > 0
 
 
+def test_dry_run_applies_overrides(config_file: Path) -> None:
+    args = ["loss.l1=0.5", "--max-minutes", "2", "--license", "CC-BY-4.0"]
+    result = CliRunner().invoke(cli, ["train", "--config", str(config_file), "--dry-run", *args])
+    for line in ("preset: tiny", "batch: 4", "l1: 0.5", "max_minutes: 2.0", "license: CC-BY-4.0"):
+        assert line in result.stdout
+
+
+def test_train_without_a_licence_exits_with_one_line(config_file: Path) -> None:
+    result = CliRunner().invoke(cli, ["train", "--config", str(config_file)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: license is not set: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("bach=3", "unknown key 'bach' in the configuration; did you mean 'batch'?"),
         ("model.conditioning=film", "model.conditioning must be one of eadaln, cross_attention, got 'film'"),
         ("clebs.warm=5", "the configuration key clebs.warm is now clebs.geometry_warmup_steps: rename it"),
     ],
@@ -44,23 +59,16 @@ def test_wrong_override_exits_with_one_line(config_file: Path, override: str, me
     result = CliRunner().invoke(cli, ["train", "--config", str(config_file), override, "--dry-run"])
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.splitlines() == [f"Error: {message}"]
+    assert result.stderr.splitlines() == [f"error: {message}"]
 
 
-def make_event(stage: str, step: int, message: str = "", **values: float) -> SimpleNamespace:
-    """A stand-in for the core's `TrainEvent`."""
-    return SimpleNamespace(
-        stage=stage,
-        step=step,
-        steps=400 if step else 0,
-        values=values,
-        message=message,
-        seconds_left=90.4 if values else None,
-    )
+def make_event(stage: str, step: int, message: str = "", **values: float) -> TrainEvent:
+    seconds_left = 90.4 if values else None
+    return TrainEvent(stage, step, 400 if step else 0, values, message, seconds_left)
 
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.training() as show:
+    with console.show_training() as show:
         show(make_event("data", 0, message="clips decoded"))
         show(make_event("reconstruction", 10, loss=0.5, lr=1e-4, images_a_second=3.25, seconds_a_step=1.0))
         show(make_event("reconstruction", 20, loss=0.4, images_a_second=3.0))  # too soon after the first
@@ -77,7 +85,7 @@ def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]
 def test_progress_on_a_terminal_is_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     monkeypatch.setenv("COLUMNS", "120")
-    with console.training() as show:
+    with console.show_training() as show:
         show(make_event("data", 0, message="[clips] decoded"))
         show(make_event("clebs", 10, contrast=3.1, images_a_second=40.0))
         show(make_event("reconstruction", 20, loss=0.25, images_a_second=12.0))
@@ -93,6 +101,6 @@ def test_progress_with_quiet_prints_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "current_settings", lambda: console.Settings(quiet=True))
-    with console.training() as show:
+    with console.show_training() as show:
         show(make_event("reconstruction", 20, message="words", loss=0.4))
     assert capsys.readouterr().err == ""

@@ -111,7 +111,8 @@ def _config(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(
         "preset: tiny\ndevice: cpu\nprecision: fp32\nbatch: 2\nsteps: 4\ncheckpoint_every: 2\nsample_every: 0\n"
-        "log_every: 1\nclebs: {steps: 2, geometry_warmup_steps: 1, negatives: 6, image_size: 32, encoder_width: 4,"
+        "log_every: 1\nlicense: CC0-1.0\n"
+        "clebs: {steps: 2, geometry_warmup_steps: 1, negatives: 6, image_size: 32, encoder_width: 4,"
         " geometry: 1.0, geometry_pairs: 8, ridge_pairs: 64, ridge: 1e-3}\n"
     )
     return path

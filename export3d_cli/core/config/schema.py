@@ -15,7 +15,7 @@ class ModelConfig:
     """Architecture of the network. Stored in the header of a weights file, from which the network is rebuilt."""
 
     image_size: int = 256  # H = W of the source and the output
-    expression_space: Literal["arkit64", "bfm64"] = "arkit64"  # meaning of the 64 numbers of beta
+    expression_space: Literal["arkit64"] = "arkit64"  # meaning of the 64 numbers of beta
     # LeBS (sec. 3.1)
     expression: Literal["clebs", "lebs", "direct"] = "clebs"  # f_e pre-trained, end to end, or beta (ablations)
     basis: int = 10  # n, the number of basis vectors
@@ -110,6 +110,8 @@ class ClebsConfig:
     clips_per_step: int = 1  # several processes share them if their number divides this one
     temperature: float = 0.07
     lr: float = 1e-4
+    lr_decay: bool = True  # linear, to a tenth over the stage
+    clip_grad: float = 5.0  # largest gradient norm; 0: no clipping
     denominator: Literal["printed", "infonce"] = "infonce"  # only infonce sums over the positive
     image_size: int = 128  # side of the images that f_I receives, in pixels
     encoder_width: int = 64  # base width of ResNet-SE-18
@@ -181,7 +183,6 @@ class LossConfig:
     backbone_sha256: str = ""  # expected sha256 of the backbone; empty: not checked
     lpips: str = ""  # linear weights of LPIPS, a file or hf: name; empty if the backbone's file holds them
     perceptual_scales: int = 2  # image sizes of the perceptual term, each half the one before; raw render: one
-    l2_scales: int = 1  # image sizes of L2, raw render included
     crop_perceptual: float = 0.0  # perceptual term on crops of the mouth and the eyes
     mask: float = 0.0  # L1 inside eyes and mouth, PlaneDict's mask loss
     residual_flow: float = 0.0  # squared length of the residual flow
@@ -212,12 +213,6 @@ class AdversarialConfig:
     channel_base: int = 16_384  # a block at side s has min(channel_max, channel_base / s) channels
     mapping_layers: int = 8  # layers of the camera mapping network
     mbstd_group_size: int = 4  # images of a group for the minibatch standard deviation
-    # adaptive augmentation of what the discriminator sees: with r = mean(sign(D(real))), the probability of every
-    # augmentation moves by batch * ada_every / ada_images towards where r is `ada`, every `ada_every` steps
-    ada: float = 0.0  # wanted r, 0.6 in StyleGAN2-ADA; 0: the probability stays as it is
-    ada_every: int = 4
-    ada_images: int = 500_000  # images in which the probability can go from 0 to 1
-    augment: float = 0.0  # the probability at first
 
 
 @dataclass(frozen=True)
@@ -235,6 +230,7 @@ class TrainConfig:
     """One training run: stages, schedule and bookkeeping."""
 
     run: str = "runs/compact"  # run folder
+    license: str = ""  # licence of the trained weights, e.g. CC-BY-4.0; training refuses to start without
     preset: str = "compact"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""The adversarial terms (sec. 6.3, 6.4): a discriminator in StyleGAN2-ADA's layout, conditioned on the camera."""
+"""The adversarial loss (sec. 6.3, 6.4): StyleGAN2-ADA's discriminator, conditioned on the camera."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import CAMERA_DIM, AdversarialConfig
 from export3d_cli.core.model.generator import leaky_relu
 
-LRELU_GAIN = math.sqrt(2)  # keeps the variance behind a leaky ReLU
-FINAL_SIZE_PX = 4  # side of the features where the blocks end
-MAPPING_DIM = 128  # most numbers the camera is mapped to
-MAPPING_LR_MULTIPLIER = 0.01  # the mapping learns slower than the rest
+LRELU_GAIN = math.sqrt(2)  # keeps the variance after a leaky ReLU
+FINAL_SIZE_PX = 4  # side of the features after the last block
+MAPPING_DIM = 128  # largest dimension of the mapped camera
+MAPPING_LR_MULTIPLIER = 0.01  # the mapping network learns more slowly
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer whose weights are all of size 1 and scaled when used: every layer learns at the same speed."""
+    """Linear layer with an equalised learning rate: weights of unit variance, scaled in the forward pass."""
 
     def __init__(self, in_features: int, out_features: int, *, lr_multiplier: float = 1.0) -> None:
         super().__init__()
@@ -27,12 +27,12 @@ class EqualizedLinear(nn.Module):
         self.scale, self.lr_multiplier = lr_multiplier / math.sqrt(in_features), lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inside) -> (B, outside)."""
+        """(B, in_features) -> (B, out_features)."""
         return F.linear(x, self.weight * self.scale, self.bias * self.lr_multiplier)
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution of the same kind; with `down` after a low-pass filter, at half the side."""
+    """Convolution with an equalised learning rate; `downsample` low-pass filters and halves the side."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, downsample: bool = False, bias: bool = True
@@ -43,25 +43,25 @@ class EqualizedConv2d(nn.Module):
         self.scale, self.downsample = 1 / math.sqrt(in_channels * kernel_size * kernel_size), downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inside, h, w) -> (B, outside, h, w) or (B, outside, h/2, w/2)."""
+        """(B, C, h, w) -> (B, C', h, w), or (B, C', h/2, w/2) with `downsample`."""
         side = self.weight.shape[-1]
         if not self.downsample:
             return F.conv2d(x, self.weight * self.scale, self.bias, padding=side // 2)
-        if side == 1:  # nothing is lost by filtering and dropping first
+        if side == 1:  # filtering and subsampling first gives the same result
             return F.conv2d(blur(x, stride=2), self.weight * self.scale, self.bias)
-        return F.conv2d(blur(x, grow=1), self.weight * self.scale, self.bias, stride=2)
+        return F.conv2d(blur(x, pad=1), self.weight * self.scale, self.bias, stride=2)
 
 
-def blur(x: Tensor, *, stride: int = 1, grow: int = 0) -> Tensor:
-    """Low-pass filter 1 3 3 1 in both directions; (B, C, h, w) -> side (h + 2 * grow - (stride == 1)) / stride."""
+def blur(x: Tensor, *, stride: int = 1, pad: int = 0) -> Tensor:
+    """Low-pass filter (B, C, h, w) by 1 3 3 1 in both directions; new side (h + 2 * pad - (stride == 1)) / stride."""
     tap = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
     C = x.shape[1]
-    x = F.conv2d(x, tap.view(1, 1, 1, 4).expand(C, 1, 1, 4), padding=(0, 1 + grow), groups=C, stride=(1, stride))
-    return F.conv2d(x, tap.view(1, 1, 4, 1).expand(C, 1, 4, 1), padding=(1 + grow, 0), groups=C, stride=(stride, 1))
+    x = F.conv2d(x, tap.view(1, 1, 1, 4).expand(C, 1, 1, 4), padding=(0, 1 + pad), groups=C, stride=(1, stride))
+    return F.conv2d(x, tap.view(1, 1, 4, 1).expand(C, 1, 4, 1), padding=(1 + pad, 0), groups=C, stride=(stride, 1))
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block to half the side."""
+    """Residual block that halves the side."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 def minibatch_stddev(x: Tensor, group_size: int) -> Tensor:
-    """One more channel: how much the images of a group of neighbours in the batch differ. (B, C, h, w) -> C + 1."""
+    """Append the standard deviation over groups of images as a channel: (B, C, h, w) -> (B, C + 1, h, w)."""
     B, _, h, w = x.shape
     G = math.gcd(min(group_size, B), B)
     y = x.view(B // G, G, *x.shape[1:])
@@ -86,7 +86,7 @@ def minibatch_stddev(x: Tensor, group_size: int) -> Tensor:
 
 
 class CameraMapping(nn.Module):
-    """The 25 numbers of the camera -> the direction the last features are projected on."""
+    """Mapping network: the 25 numbers of the camera -> the direction that the last features are projected on."""
 
     def __init__(self, dim: int, layers: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class CameraMapping(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Image and camera -> how real the image looks for that camera. Always fp32."""
+    """Image and camera -> logit of the image being real. Always fp32."""
 
     def __init__(self, image_size: int, config: AdversarialConfig) -> None:
         super().__init__()
@@ -137,24 +137,24 @@ class Discriminator(nn.Module):
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """L_adv of eq. 14 for the generator: the non-saturating binary cross-entropy of its logits (B,)."""
+    """Return L_adv of eq. 14 for the generator: non-saturating binary cross-entropy of the logits (B,)."""
     return F.softplus(-fake).mean()
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Binary cross-entropy of the logits (B,) of real and generated images."""
+    """Return the binary cross-entropy of the logits (B,) of real and generated images."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def r1_penalty(discriminator: nn.Module, image: Tensor, camera: Tensor) -> Tensor:
-    """R1: mean squared length of the gradient of the logit by a real image; times gamma / 2 it is the penalty."""
+    """Return R1 without its factor gamma / 2: the mean squared norm of the logit's gradient by a real image."""
     image = image.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(image, camera).sum(), image, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
 def make_discriminator_optimizer(discriminator: nn.Module, config: AdversarialConfig) -> torch.optim.Adam:
-    """Adam, corrected for the lazy R1 as `AdversarialConfig` says."""
+    """Return Adam, corrected for lazy R1 as described in `AdversarialConfig`."""
     c = config.r1_interval / (config.r1_interval + 1) if config.r1_gamma > 0 else 1.0
     betas = (config.betas[0] ** c, config.betas[1] ** c)
     return torch.optim.Adam(discriminator.parameters(), lr=config.lr * c, betas=betas, eps=1e-8)

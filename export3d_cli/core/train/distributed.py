@@ -1,4 +1,4 @@
-"""Training on several devices under torchrun: who I am, and the few numbers and tensors that are shared."""
+"""Training on several devices under torchrun: rank, world size and the collective operations that training needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export3d_cli.core.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of one run; alone unless torchrun started it."""
+    """This process among the processes of one run; the only one unless started by torchrun."""
 
     rank: int = 0
     size: int = 1
@@ -31,25 +31,25 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             distributed.barrier()
 
     def all_reduce_mean(self, values: list[float]) -> list[float]:
-        """The mean over the processes of each number."""
+        """Return the mean of each number over the processes."""
         if self.size == 1:
             return values
-        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(shared)
-        return (shared / self.size).tolist()
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor)
+        return (tensor / self.size).tolist()
 
     def broadcast(self, value: float) -> float:
-        """What the first process says, so that clocks cannot disagree."""
+        """Return the value of the first process, so that decisions that depend on clocks agree."""
         if self.size == 1:
             return value
-        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
-        distributed.broadcast(shared, 0)
-        return float(shared)
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        distributed.broadcast(tensor, 0)
+        return float(tensor)
 
     def all_reduce_mean_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its mean over the processes."""
@@ -59,16 +59,16 @@ class World:
         return tensor
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The same for gradients, in one message; what DistributedDataParallel does, for modules it cannot wrap."""
+        """Average gradients in one message, for modules that DistributedDataParallel cannot wrap."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not grads:
             return
         flat = self.all_reduce_mean_(torch.cat([g.flatten() for g in grads]))
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for grad, average in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(average.view_as(grad))
 
     def broadcast_module(self, module: nn.Module) -> None:
-        """Parameters and buffers of the first process to all."""
+        """Copy parameters and buffers of the first process to all."""
         if self.size > 1:
             for tensor in module.state_dict().values():
                 contiguous = tensor.contiguous()
@@ -76,19 +76,19 @@ class World:
                 tensor.copy_(contiguous)
 
     def wrap_ddp(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over the processes in every backward pass."""
+        """Wrap a module so that every backward pass averages its gradients over the processes."""
         if self.size == 1:
             return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # buffers are the same everywhere anyhow; newer releases of torch have another name for leaving them alone
-        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        options: dict[str, Any] = {"device_ids": ids}
-        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        # buffers are equal on all processes; newer releases of torch renamed the option that leaves them alone
+        option_names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        options: dict[str, Any] = {"device_ids": device_ids}
+        options["forward_sync_buffers" if "forward_sync_buffers" in option_names else "broadcast_buffers"] = False
         return nn.parallel.DistributedDataParallel(module, **options)
 
 
 def no_sync(module: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[object]:
-    """Keeps a wrapped module from averaging before the last part of a batch."""
+    """Keep a wrapped module from averaging gradients before the last part of a batch."""
     if is_last or not isinstance(module, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()
@@ -96,21 +96,23 @@ def no_sync(module: nn.Module, *, is_last: bool) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def init_distributed(device: torch.device) -> Iterator[World]:
-    """Meet the other processes of torchrun (gloo on CPUs, NCCL on CUDA), and part from them at the end."""
+    """Join torchrun's process group (gloo on CPUs, NCCL on CUDA) and leave it at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(device=device)
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ConfigError(f"process {local} has no CUDA device of its own: start at most one a device")
-        device = torch.device("cuda", local)
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} has no CUDA device of its own: start at most one process per device"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # Its functions keep the group they find while they are defined. An optimiser's first step would load them, and the
-    # threads of the group they keep would outlive it and, now and then, abort the process while Python ends.
+    # The functions of this module keep the process group that exists when they are defined. If an optimiser's first
+    # step imported it later, the group's threads would outlive the group and sometimes abort the process at exit.
     importlib.import_module("torch.distributed.nn.functional")
-    # the others wait while the first one decodes a data set, which may take long
+    # the other processes wait while the first one decodes a dataset, which may take long
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield World(rank, size, device)

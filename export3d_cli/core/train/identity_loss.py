@@ -1,4 +1,4 @@
-"""Identity loss (beyond the paper): the result should look like the same person to a face embedder the user gives."""
+"""Identity loss (beyond the paper): distance of the embeddings of output and target by the user's face embedder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.train.losses import IMAGENET_MEAN, IMAGENET_STD
 
 FACE_SIZE_PX = 112
-# ArcFace's template in pixel indices of that side, in the image's order: eyes, nose, mouth corners.
+# ArcFace's template in pixels of that size, from left to right in the image: eyes, nose, mouth corners
 ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 
 
 def arcface_points(landmarks: Tensor) -> Tensor:
-    """Landmarks (B, 478, 2) -> eyes, nose and mouth corners (B, 5, 2), in the image's order."""
+    """Return eyes, nose and mouth corners (B, 5, 2), from left to right in the image, of landmarks (B, 478, 2)."""
     eyes = [landmarks[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]
     return torch.stack([*eyes, landmarks[:, 1], landmarks[:, 61], landmarks[:, 291]], dim=1)
 
 
 def align_face(image: Tensor, points: Tensor, side: int = FACE_SIZE_PX) -> Tensor:
-    """The faces of (B, 3, H, W) whose five points (B, 5, 2) are given in crop units, laid on the template.
+    """Align the faces of (B, 3, H, W), with five points (B, 5, 2) in crop units, with the template.
 
-    A rotation, scale and shift in least squares; gradients reach `image`. Returns (B, 3, side, side).
+    Uses the least-squares similarity transform; gradients reach `image`. Returns (B, 3, side, side).
     """
     template = points.new_tensor(ARCFACE_TEMPLATE) + 0.5  # pixel centres
     points, wanted = points.float(), template * (side / FACE_SIZE_PX)
@@ -36,7 +36,7 @@ def align_face(image: Tensor, points: Tensor, side: int = FACE_SIZE_PX) -> Tenso
     size = x.square().sum((1, 2)).clamp_min(1e-12)
     a = (x * u).sum((1, 2)) / size
     b = (x[..., 0] * u[:, 1] - x[..., 1] * u[:, 0]).sum(1) / size
-    # the inverse: where in the image each pixel of the template lies
+    # inverse transform: position in the image of each template pixel
     axis = torch.arange(side, device=image.device, dtype=torch.float32) + 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1) - wanted_middle  # (side, side, 2)
     back = torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], 1) / (a * a + b * b)[:, None, None]
@@ -45,7 +45,7 @@ def align_face(image: Tensor, points: Tensor, side: int = FACE_SIZE_PX) -> Tenso
 
 
 class IdentityLoss(nn.Module):
-    """1 - cosine of the embeddings of two images of one face; the embedder is TorchScript and stays as it is."""
+    """1 - cosine of the embeddings of two images of one face; the TorchScript embedder is frozen."""
 
     mean: Tensor
     std: Tensor
@@ -67,13 +67,13 @@ class IdentityLoss(nn.Module):
             return (1 - F.cosine_similarity(self.embed(align_face(image, five)), wanted, dim=1)).mean()
 
     def embed(self, face: Tensor) -> Tensor:
-        """Aligned faces (B, 3, 112, 112) in [-1, 1] -> (B, D)."""
-        found: Tensor = self.network((face * 0.5 + 0.5 - self.mean) / self.std)
-        return found
+        """Embed aligned faces (B, 3, 112, 112) in [-1, 1] -> (B, D)."""
+        embedding: Tensor = self.network((face * 0.5 + 0.5 - self.mean) / self.std)
+        return embedding
 
 
 def load_identity_loss(path: str, device: torch.device) -> IdentityLoss:
-    """Read a TorchScript embedder and try it once."""
+    """Load a TorchScript embedder and check its output shape."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -81,8 +81,8 @@ def load_identity_loss(path: str, device: torch.device) -> IdentityLoss:
         with torch.no_grad():
             shape = identity.embed(torch.zeros(2, 3, FACE_SIZE_PX, FACE_SIZE_PX, device=device)).shape
         if len(shape) != 2 or shape[0] != 2:
-            raise ValueError(f"it answers {tuple(shape)} for two faces, not (2, D)")
+            raise ValueError(f"its output for two faces has the shape {tuple(shape)}, not (2, D)")
     except (RuntimeError, ValueError, OSError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise InputError(f"loss.embedder {Path(path)} is no TorchScript face embedder: {reason}") from error
+        raise InputError(f"loss.embedder {Path(path)} is not a TorchScript face embedder: {reason}") from error
     return identity

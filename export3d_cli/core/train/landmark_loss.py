@@ -1,4 +1,4 @@
-"""Landmark loss (beyond the paper): the face landmarker is to see in the result what it sees in the driver."""
+"""Landmark loss (beyond the paper): distance of the landmarks that the face landmarker finds in output and target."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from export3d_cli.core.face.landmarker import read_bundle
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
 
-VIEW_SIZE_PX = 256  # of the network's view of a face, pixels
-VIEW_MARGIN = 1.5  # how much larger than the landmarks' box it is
-OUTER_EYE_CORNERS = (33, 263)  # outer eye corners: the view is turned so that they are level
+VIEW_SIZE_PX = 256  # side of the landmark network's input
+VIEW_MARGIN = 1.5  # side of the input relative to the landmarks' bounding box
+OUTER_EYE_CORNERS = (33, 263)  # the input is rotated so that these are level
 
 
 class LandmarkNetwork(nn.Module):
-    """The landmark network of a `face_landmarker.task` bundle, in PyTorch: gradients pass through it."""
+    """The landmark network of a `face_landmarker.task` bundle in PyTorch, so that gradients pass through it."""
 
     def __init__(self, bundle: Path) -> None:
         super().__init__()
         (content,) = read_bundle(bundle, "face_landmarks_detector.tflite")
-        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # whose operations are those of the file
+        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # keeps the file's operations
         reader = Interpreter(model_content=content, experimental_op_resolver_type=plain)
         reader.allocate_tensors()
         shapes = {d["index"]: d["shape"].tolist() for d in reader.get_tensor_details()}
         self.output_index = next(d["index"] for d in reader.get_output_details() if d["shape"][-1] == 3 * NUM_LANDMARKS)
         self.input_index = reader.get_input_details()[0]["index"]
-        self.operations: list[tuple[str, list[int], int, int]] = []  # operation, its inputs, its output, stride
-        self.channel_padding: dict[int, list[int]] = {}  # output of an operation PAD -> channels added before and after
-        stored: dict[int, int] = {}  # where the half-precision original of a tensor is
+        self.operations: list[tuple[str, list[int], int, int]] = []  # operation, inputs, output, stride
+        self.channel_padding: dict[int, list[int]] = {}  # output of a PAD operation -> channels added before and after
+        stored: dict[int, int] = {}  # tensor -> its half-precision original
         made = {self.input_index}
-        for operation in reader._get_ops_details():  # the runtime's public interface does not tell the graph
+        for operation in reader._get_ops_details():  # the public interface does not expose the graph
             name, inputs, (out,) = operation["op_name"], operation["inputs"].tolist(), operation["outputs"].tolist()
             if name == "DEQUANTIZE":
                 stored[out] = inputs[0]
                 continue
             for index in set(inputs) - made:
                 value = torch.from_numpy(reader.get_tensor(stored.get(index, index)).copy())
-                if value.ndim == 4:  # (out, h, w, in) of a convolution, (1, h, w, channels) of a depthwise one
+                if value.ndim == 4:  # convolution (out, h, w, in), depthwise (1, h, w, C)
                     value = value.permute(3, 0, 1, 2) if name.startswith("DEPTH") else value.permute(0, 3, 1, 2)
                 self.register_buffer(f"of_{index}", value.float() if value.is_floating_point() else value)
             if name == "PAD":
@@ -53,18 +53,18 @@ class LandmarkNetwork(nn.Module):
                 break
 
     def forward(self, face: Tensor) -> Tensor:
-        """Views (B, 3, 256, 256) in [0, 1] -> (B, 478, 3) in pixels of the view."""
+        """Face crops (B, 3, 256, 256) in [0, 1] -> landmarks (B, 478, 3) in pixels of the crop."""
         values = {self.input_index: face}
 
         def value(index: int) -> Tensor:
-            found: Tensor = values[index] if index in values else getattr(self, f"of_{index}")
-            return found
+            tensor: Tensor = values[index] if index in values else getattr(self, f"of_{index}")
+            return tensor
 
         for name, inputs, out, stride in self.operations:
             x = value(inputs[0])
             if name in ("CONV_2D", "DEPTHWISE_CONV_2D"):
                 weight, bias = value(inputs[1]), value(inputs[2])
-                short = max(weight.shape[-1] - stride, 0)  # all is square, and as TensorFlow's "same" pads it
+                short = max(weight.shape[-1] - stride, 0)  # TensorFlow's "same" padding; all kernels are square
                 x = F.pad(x, (short // 2, short - short // 2) * 2)
                 x = F.conv2d(x, weight, bias, stride, groups=1 if name == "CONV_2D" else x.shape[1])
             elif name == "PRELU":
@@ -76,20 +76,20 @@ class LandmarkNetwork(nn.Module):
             elif name == "PAD":  # of channels
                 x = F.pad(x, (0, 0, 0, 0, *self.channel_padding[out]))
             else:
-                raise ValueError(f"the landmark network has an operation {name}, which is not known here")
+                raise ValueError(f"the landmark network has an unsupported operation {name}")
             values[out] = x
         return values[self.output_index].flatten(1).view(-1, NUM_LANDMARKS, 3)
 
 
 class LandmarkLoss(nn.Module):
-    """Mean distance of the landmarks that the network sees in two images of one face, along each axis."""
+    """Mean absolute difference per axis of the landmarks that the network finds in two images of one face."""
 
     def __init__(self, network: LandmarkNetwork) -> None:
         super().__init__()
         self.network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor, target: Tensor, landmarks: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units -> percent of the view's side.
+        """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units -> percent of the crop's side.
 
         Gradients reach `image`.
         """
@@ -101,7 +101,7 @@ class LandmarkLoss(nn.Module):
 
 
 def landmarker_view_grid(landmarks: Tensor) -> Tensor:
-    """Where the landmark network looks: landmarks (B, 478, 2) -> positions (B, 2, 256, 256), in crop units."""
+    """Return the sampling grid of the network's input, (B, 2, 256, 256) in crop units, for landmarks (B, 478, 2)."""
     low, high = landmarks.amin(1), landmarks.amax(1)
     side = VIEW_MARGIN * (high - low).amax(1)  # (B,)
     along = landmarks[:, OUTER_EYE_CORNERS[1]] - landmarks[:, OUTER_EYE_CORNERS[0]]

@@ -1,106 +1,84 @@
-"""What an expression code knows: linear probes for the person and for the expression, and a picture of both.
+"""Linear probes of an expression code: how well a linear classifier reads the person and the expression from it.
 
-A good code tells expressions apart and not people: from beta' the person should be read worse than from beta.
+A good code separates expressions, not people: the person should be read less well from beta' than from beta. Needs
+scikit-learn and matplotlib (`export3d-cli[train]`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.media.image import write_image
-from export3d_cli.core.train.training_plots import scatter
+from export3d_cli.core.train.training_plots import plot_scatter
 
-FIGURE_PEOPLE, FIGURE_FRAMES = 10, 10  # in the picture, as in the paper's figure 8
+FIGURE_PEOPLE, FIGURE_FRAMES = 10, 10  # of each person, as in the paper's figure 8
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Shares of frames classified rightly, 0..1, by a ridge classifier on frames it was not fitted to."""
+    """Accuracies, 0..1, of ridge classifiers on frames that they were not fitted to."""
 
     person_beta: float  # the person from beta
     person_code: float  # the person from beta'
-    person_chance: float  # by always naming the most frequent
-    expression_beta: float  # the cluster of expression from beta
-    expression_code: float  # the cluster of expression from beta'
+    person_chance: float  # accuracy of the most frequent person
+    expression_beta: float  # the expression cluster from beta
+    expression_code: float  # the expression cluster from beta'
     expression_chance: float
     frames: int
     people: int
 
 
-def linear_probe(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, *, ridge: float = 1.0) -> float:
-    """Accuracy of a linear classifier in closed form: one ridge regression a class onto +1 and -1, the largest wins.
+def linear_probe(features: np.ndarray, labels: np.ndarray, fit: np.ndarray) -> float:
+    """Return the accuracy of a ridge classifier on standardised features.
 
     Args:
         features: (N, D).
         labels: (N,) of any kind.
-        fit: (N,) bool, rows to fit to; the others are classified. Labels never fitted count as wrong.
-        ridge: strength of the penalty, in rows, on standardised features.
+        fit: (N,) bool, rows to fit to; the others are classified. Labels without a fitted row count as wrong.
     """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if features.ndim != 2 or len(labels) != len(features) or fit.shape != (len(features),):
         raise ValueError(f"got features {features.shape}, labels {np.shape(labels)}, fit {fit.shape}")
     if not fit.any() or fit.all():
         raise ValueError("a probe needs rows to fit to and rows to classify")
-    x = features.astype(np.float64)
-    x = (x - x[fit].mean(0)) / np.maximum(x[fit].std(0), 1e-6)
-    x = np.column_stack([x, np.ones(len(x))])
-    names, index = np.unique(labels, return_inverse=True)
-    target = 2.0 * np.eye(len(names))[index] - 1
-    penalty = ridge * np.eye(x.shape[1])
-    penalty[-1, -1] = 0  # the offset is free
-    solution = np.linalg.lstsq(x[fit].T @ x[fit] + penalty, x[fit].T @ target[fit], rcond=None)[0]
-    return float(((x[~fit] @ solution).argmax(1) == index[~fit]).mean())
+    classifier = make_pipeline(StandardScaler(), RidgeClassifier(solver="svd")).fit(features[fit], labels[fit])
+    return float(classifier.score(features[~fit], labels[~fit]))
 
 
 def majority_accuracy(labels: np.ndarray, fit: np.ndarray) -> float:
-    """Accuracy of always naming the label most frequent among the rows to fit to."""
+    """Return the accuracy of always predicting the most frequent label of the rows to fit to."""
     names, counts = np.unique(labels[fit], return_counts=True)
     return float((labels[~fit] == names[counts.argmax()]).mean())
 
 
-def clusters(features: np.ndarray, count: int, *, seed: int = 0, rounds: int = 30) -> np.ndarray:
-    """k-means, started far apart (k-means++): (N, D) -> (N,) in 0..count-1."""
-    rng = np.random.default_rng(seed)
-    x = features.astype(np.float64)
-    centres = x[rng.integers(len(x))][None]
-    while len(centres) < count:
-        away = _distance(x, centres).min(1)
-        share = away / away.sum() if away.sum() > 0 else None
-        centres = np.concatenate([centres, x[rng.choice(len(x), p=share)][None]])
-    index = np.zeros(len(x), int)
-    for _ in range(rounds):
-        index = _distance(x, centres).argmin(1)
-        for c in np.unique(index):
-            centres[c] = x[index == c].mean(0)
-    return index
+def expression_labels(beta: np.ndarray, person: np.ndarray, count: int = 8) -> np.ndarray:
+    """Cluster the deviation of beta (N, 64) from each person's mean by k-means: labels (N,)."""
+    from sklearn.cluster import KMeans
+
+    deviation = beta.astype(np.float64)
+    for name in np.unique(person):
+        rows = person == name
+        deviation[rows] -= deviation[rows].mean(0)
+    deviation /= np.maximum(deviation.std(0), 0.02)
+    count = min(count, len(np.unique(deviation, axis=0)))
+    return KMeans(count, n_init=1, random_state=0).fit_predict(deviation)
 
 
-def _distance(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    squared = (x**2).sum(1)[:, None] - 2 * x @ centres.T + (centres**2).sum(1)
-    return np.maximum(squared, 0)
-
-
-def principal(features: np.ndarray, axes: int = 2) -> np.ndarray:
-    """The first principal components: (N, D) -> (N, axes)."""
-    x = features.astype(np.float64) - features.mean(0)
-    return x @ np.linalg.svd(x, full_matrices=False)[2][:axes].T
-
-
-def project_to_plane(features: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
-    """(N, D) laid out in the plane, (N, 2), and how: by t-SNE where scikit-learn is installed, else by PCA."""
-    if importlib.util.find_spec("sklearn") is None or len(features) < 5:
-        return principal(features), "PCA"
+def project_to_plane(features: np.ndarray) -> np.ndarray:
+    """Project (N, D) to the plane, (N, 2), by t-SNE."""
     from sklearn.manifold import TSNE
 
-    tsne = TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=seed)
-    return tsne.fit_transform(features.astype(np.float64)), "t-SNE"
+    tsne = TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=0)
+    return tsne.fit_transform(features.astype(np.float64))
 
 
 def select_figure_rows(person: np.ndarray) -> np.ndarray:
-    """Rows of the picture: at most 10 people, spread over all who have 10 frames, and 10 frames spread over each."""
+    """Return the rows of the figure: up to 10 people with at least 10 frames, and 10 evenly spaced frames of each."""
     names, counts = np.unique(person, return_counts=True)
     names = names[counts >= min(FIGURE_FRAMES, counts.max())]
     names = names[np.unique(np.linspace(0, len(names) - 1, min(FIGURE_PEOPLE, len(names))).round().astype(int))]
@@ -109,52 +87,42 @@ def select_figure_rows(person: np.ndarray) -> np.ndarray:
 
 
 def draw_figure(
-    beta: np.ndarray, code: np.ndarray, person: np.ndarray, expression: np.ndarray, told: ProbeReport
-) -> np.ndarray:
-    """The paper's figure 8 of `chosen` frames, beta above beta', with the probes' figures; uint8 (H, W, 3)."""
+    path: Path, beta: np.ndarray, code: np.ndarray, person: np.ndarray, expression: np.ndarray, report: ProbeReport
+) -> None:
+    """Draw the paper's figure 8 to a PNG: t-SNE of some rows, beta above beta', coloured by person and expression."""
+    from matplotlib.figure import Figure
+
     rows = select_figure_rows(person)
+    if len(rows) < 5:  # too few points for t-SNE
+        return
+    figure = Figure(figsize=(9.6, 9.6), layout="constrained")
+    panels = figure.subplots(2, 2)
     beta = beta / np.maximum(beta.std(0), 0.02)
-    lines = []
-    for name, values, who, what in (
-        ("beta", beta, told.person_beta, told.expression_beta),
-        ("beta'", code, told.person_code, told.expression_code),
+    for (left, right), name, features, person_accuracy, expression_accuracy in (
+        (panels[0], "beta", beta, report.person_beta, report.expression_beta),
+        (panels[1], "beta'", code, report.person_code, report.expression_code),
     ):
-        points, how = project_to_plane(values[rows])
-        panels = [
-            scatter(
-                points,
-                labels[rows],
-                f"{name} by {by} ({how}); linear probe {100 * right:.0f} %, chance {100 * luck:.0f} %",
-            )
-            for by, labels, right, luck in (
-                ("person", person, who, told.person_chance),
-                ("expression", expression, what, told.expression_chance),
-            )
-        ]
-        lines.append(np.concatenate(panels, axis=1))
-    return np.concatenate(lines)
-
-
-def expression_labels(beta: np.ndarray, person: np.ndarray, count: int = 8) -> np.ndarray:
-    """Clusters of what a person's beta (N, 64) differs by from that person's mean."""
-    away = beta.astype(np.float64)
-    for name in np.unique(person):
-        rows = person == name
-        away[rows] -= away[rows].mean(0)
-    return clusters(away / np.maximum(away.std(0), 0.02), min(count, len(beta)))
+        points = project_to_plane(features[rows])
+        for panel, label, labels, accuracy, chance in (
+            (left, "person", person, person_accuracy, report.person_chance),
+            (right, "expression", expression, expression_accuracy, report.expression_chance),
+        ):
+            title = f"{name} by {label} (t-SNE); linear probe {100 * accuracy:.0f} %, chance {100 * chance:.0f} %"
+            plot_scatter(panel, points, labels[rows], title)
+    figure.savefig(path)
 
 
 def probe_expression_code(
     beta: np.ndarray, code: np.ndarray, person: np.ndarray, fit: np.ndarray, *, figure_path: Path | None = None
 ) -> ProbeReport:
-    """Compare beta (N, 64) with beta' (N, d) of frames of known people; with `picture` also draw some of them.
+    """Compare beta with beta' of frames of known people, and draw some of them.
 
     Args:
         beta: (N, 64).
-        code: (N, d).
+        code: (N, d), beta'.
         person: (N,) names.
-        fit: (N,) bool, the frames the classifiers are fitted to.
-        picture: PNG of `figure`.
+        fit: (N,) bool, the frames that the classifiers are fitted to.
+        figure_path: PNG of `draw_figure`.
     """
     expression = expression_labels(beta, person)
     report = ProbeReport(
@@ -168,5 +136,5 @@ def probe_expression_code(
         people=len(np.unique(person)),
     )
     if figure_path is not None:
-        write_image(figure_path, draw_figure(beta, code, person, expression, report))
+        draw_figure(figure_path, beta, code, person, expression, report)
     return report

@@ -1,4 +1,4 @@
-"""Losses of the reconstruction stage (sec. 6.3) and those beyond the paper. Images are (B, 3, H, W) in [-1, 1]."""
+"""Loss terms of the reconstruction stage (sec. 6.3) and beyond the paper. Images are (B, 3, H, W) in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -20,41 +20,37 @@ _CAFFE_BGR = (103.939, 116.779, 123.68)
 VGG16_NAMES = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]  # torchvision's
 
 
-def l2(image: Tensor, target: Tensor, scales: int = 1) -> Tensor:
-    """The L2 terms of eq. 13: mean squared difference, averaged over `scales` image sizes."""
-    image, target = image.float(), target.float()
-    total = F.mse_loss(image, target)
-    for _ in range(1, scales):
-        image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
-        total = total + F.mse_loss(image, target)
-    return total / scales
+def l2(image: Tensor, target: Tensor) -> Tensor:
+    """Return an L2 term of eq. 13: the mean squared difference."""
+    return F.mse_loss(image.float(), target.float())
 
 
 def l1(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference (beyond the paper): blurs less than L2."""
+    """Return the mean absolute difference (beyond the paper): blurs less than L2."""
     return F.l1_loss(image.float(), target.float())
 
 
 def downsample(image: Tensor, size: int) -> Tensor:
-    """The target of the raw image's terms of eq. 13: D at the side of the raw render."""
+    """Return the target of the raw terms of eq. 13: D at the side of the raw render."""
     return F.interpolate(image, size=(size, size), mode="area") if image.shape[-1] != size else image
 
 
 def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
-    """Where eyes and mouth are: (B, 478, 2) in crop units -> (B, 1, size, size) in 0..1, soft at the border.
+    """Return a soft mask of eyes and mouth: landmarks (B, 478, 2) in crop units -> (B, 1, size, size) in 0..1.
 
-    Each region is the ellipse of its landmarks' covariance, `grow` times as large, so that it turns with the head.
+    Each region is the ellipse of its landmarks' covariance, scaled by `grow`, so that it rotates with the head.
     """
     pixels = pixel_grid(size, landmarks.device).view(size, size, 2)
     mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
         points = landmarks[:, index_tensor(region, landmarks)].float()  # (B, R, 2)
         centre = points.mean(1)  # (B, 2)
-        away = points - centre[:, None]
-        spread = away.transpose(1, 2) @ away / len(region)  # (B, 2, 2)
+        deviation = points - centre[:, None]
+        covariance = deviation.transpose(1, 2) @ deviation / len(region)  # (B, 2, 2)
         # closed eyes and lips are lines: no region is thinner than 3 % of the crop
-        spread = spread + (0.015**2) * torch.eye(2, device=landmarks.device)
-        a, b, d = spread[:, 0, 0], spread[:, 0, 1], spread[:, 1, 1]  # by hand: `inv` asks whether it can be done
+        covariance = covariance + (0.015**2) * torch.eye(2, device=landmarks.device)
+        # closed form: torch.linalg.inv synchronises with the device
+        a, b, d = covariance[:, 0, 0], covariance[:, 0, 1], covariance[:, 1, 1]
         inverse = torch.stack([d, -b, -b, a], dim=-1).view(-1, 2, 2) / (a * d - b * b)[:, None, None]
         offset = pixels[None] - centre[:, None, None]  # (B, H, W, 2)
         # points on an ellipse lie at a squared Mahalanobis distance of 2 from its centre
@@ -64,48 +60,48 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
 
 
 def crop_eyes_and_mouth(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
-    """Mouth and eyes by themselves, upright squares somewhat wider than each, (3 B, C, side, side).
+    """Return square crops of eyes and mouth, 1.4 times as wide as each, (3 B, C, side, side).
 
     Args:
         image: (B, C, H, W). landmarks: (B, 478, 2) crop units.
     """
-    around = pixel_grid(side, image.device).T.view(2, side, side) - 0.5
-    found = []
+    offsets = pixel_grid(side, image.device).T.view(2, side, side) - 0.5
+    crops = []
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
         points = landmarks[:, index_tensor(region, landmarks)].float()  # (B, R, 2)
         low, high = points.amin(1), points.amax(1)
-        wide = 1.4 * (high - low).amax(1).clamp_min(0.01)
-        found.append(warp(image, (low + high)[:, :, None, None] / 2 + around * wide[:, None, None, None]))
-    return torch.cat(found)
+        width = 1.4 * (high - low).amax(1).clamp_min(0.01)
+        crops.append(warp(image, (low + high)[:, :, None, None] / 2 + offsets * width[:, None, None, None]))
+    return torch.cat(crops)
 
 
 def flow_loss(sampled: Tensor, target: Tensor, source_visibility: Tensor) -> Tensor:
-    """Photometric loss of the flow: the photo's colours along it against the target, where the photo knows it.
+    """Return the photometric loss of the flow: the warped source against the target, where the source shows it.
 
-    Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off is pulled, too.
+    Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off gets a gradient, too.
 
     Args:
-        sampled: (B, 3, h, w). target: (B, 3, H, W). known: (B, 1, m, m) in 0..1; no gradient reaches it.
+        sampled: (B, 3, h, w). target: (B, 3, H, W). source_visibility: (B, 1, m, m) in 0..1; no gradient reaches it.
     """
     size = sampled.shape[-1]
-    away = (sampled.float() - downsample(target.float(), size)) * resize(source_visibility.detach().float(), size)
-    cells = [away, F.avg_pool2d(away, 4), F.avg_pool2d(away, 8)]
+    difference = (sampled.float() - downsample(target.float(), size)) * resize(source_visibility.detach().float(), size)
+    cells = [difference, F.avg_pool2d(difference, 4), F.avg_pool2d(difference, 8)]
     return torch.stack([x.abs().mean() for x in cells]).mean()
 
 
 def mask_loss(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Absolute difference inside eyes and mouth, averaged over the whole image (PlaneDict's mask loss)."""
+    """Return the absolute difference inside eyes and mouth, averaged over the whole image (PlaneDict's mask loss)."""
     return (mask * (image.float() - target.float()).abs()).mean()
 
 
 class PerceptualDistance(nn.Module):
     """Multi-scale perceptual distance, the LPIPS terms of eq. 13, on a frozen VGG16 or MobileNetV2.
 
-    Channels are normalised to unit length at every pixel, squared differences summed over channels and averaged over
-    pixels, layers and scales: 0 for equal images, about 0.1 to 0.6 for different ones. Without LPIPS' learned weights.
+    Features are normalised to unit length at every pixel; squared differences are summed over channels and averaged
+    over pixels, layers and scales: 0 for equal images, about 0.1 to 0.6 for different ones. Has no learned weights.
     """
 
-    name = "perceptual"  # of the term in logs; only the official weights make it LPIPS
+    name = "perceptual"  # of the term in logs; "lpips" only with the official weights
     title = "features of a frozen backbone, compared without learned weights"
     mean: Tensor
     scale: Tensor
@@ -114,7 +110,7 @@ class PerceptualDistance(nn.Module):
         self, stages: list[nn.Module], mean: tuple[float, ...], scale: tuple[float, ...], *, bgr: bool
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)  # each ends where features are compared
+        self.stages = nn.ModuleList(stages)  # features are compared after each
         self.bgr = bgr
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
@@ -122,44 +118,44 @@ class PerceptualDistance(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor, target: Tensor, *, scales: int = 2) -> Tensor:
-        """Distance of two batches of images; gradients reach `image` only."""
+        """Return the distance of two batches of images; gradients reach `image` only."""
         total = image.new_zeros((), dtype=torch.float32)
         for level in range(scales):
             if level:
                 image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
             with torch.no_grad():
-                wanted = self.features(target)
-            for got, want in zip(self.features(image), wanted, strict=True):
-                total = total + (got - want).square().sum(1).mean() / (scales * len(wanted))
+                target_features = self.features(target)
+            for x, y in zip(self.features(image), target_features, strict=True):
+                total = total + (x - y).square().sum(1).mean() / (scales * len(target_features))
         return total
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Unit-length features after each stage, float32."""
+        """Return unit-length features after each stage, float32."""
         x = image.flip(1) if self.bgr else image
         x = (x.float() - self.mean) * self.scale
         x = x.contiguous(memory_format=torch.channels_last)
-        found = []
+        features = []
         for stage in self.stages:
             x = stage(x)
             y = x.float()
-            found.append(y * torch.rsqrt(y.square().sum(1, keepdim=True) + 1e-6))
-        return found
+            features.append(y * torch.rsqrt(y.square().sum(1, keepdim=True) + 1e-6))
+        return features
 
 
 def read_tensors(path: Path, label: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with one of `prefixes`, float32; `what` names it in errors."""
+    """Return the tensors of a file whose names start with one of `prefixes`, float32; `label` names it in errors."""
     try:
-        if path.suffix in (".pth", ".pt"):  # torchvision's own file, e.g. vgg16-397923af.pth; tensors only, no code
-            read = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix in (".pth", ".pt"):  # torchvision's file, e.g. vgg16-397923af.pth; loads no code
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            read = load_file(path)
-        return {k: v.float() for k, v in read.items() if k.startswith(prefixes)}
-    except Exception as error:  # a damaged file raises whatever its reader stumbled over
+            tensors = load_file(path)
+        return {k: v.float() for k, v in tensors.items() if k.startswith(prefixes)}
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{label} {path} cannot be read: {error}") from error
 
 
 def load_perceptual(path: Path | str) -> PerceptualDistance:
-    """A frozen backbone from safetensors or torchvision's .pth: VGG16 or MobileNetV2, known by its tensors' names."""
+    """Load a frozen VGG16 or MobileNetV2, recognised by its tensors' names, from safetensors or torchvision's .pth."""
     path = Path(path)
     state = read_tensors(path, "loss.backbone", ("conv", "features."))
     try:
@@ -175,14 +171,12 @@ def load_perceptual(path: Path | str) -> PerceptualDistance:
             return PerceptualDistance(build_vgg_stages(state, VGG16_NAMES), mean, scale, bgr=False)
     except KeyError as error:
         raise InputError(f"loss.backbone {path} lacks the tensor {error}") from error
-    raise InputError(
-        f"loss.backbone {path} is neither VGG16 nor MobileNetV2 features: its names are {sorted(state)[:3]}"
-    )
+    raise InputError(f"loss.backbone {path} must hold VGG16 or MobileNetV2 features, got tensors {sorted(state)[:3]}")
 
 
 def _make_conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    out, inside, side, _ = weight.shape
-    conv = nn.Conv2d(inside * groups, out, side, stride, side // 2, groups=groups)
+    out_channels, in_channels, size, _ = weight.shape
+    conv = nn.Conv2d(in_channels * groups, out_channels, size, stride, size // 2, groups=groups)
     conv.load_state_dict({"weight": weight, "bias": bias})
     return conv
 
@@ -190,20 +184,20 @@ def _make_conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -
 def build_vgg_stages(
     state: dict[str, Tensor], names: list[str], counts: tuple[int, ...] = (2, 2, 3, 3)
 ) -> list[nn.Module]:
-    """The 13 convolutions cut into stages that end before each pooling; without `counts` all but the coarsest one."""
+    """Return VGG16's convolutions in stages that end before each pooling, `counts` convolutions each."""
     stages: list[nn.Module] = []
-    at = 0
+    first = 0
     for block, count in enumerate(counts):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if block else []
-        for name in names[at : at + count]:
+        for name in names[first : first + count]:
             layers += [_make_conv(state[f"{name}.weight"], state[f"{name}.bias"]), nn.ReLU()]
-        at += count
+        first += count
         stages.append(nn.Sequential(*layers))
     return stages
 
 
 class _InvertedResidual(nn.Module):
-    """MobileNetV2's inverted residual, its batch norms folded into the convolutions."""
+    """MobileNetV2's inverted residual block, with batch norms folded into the convolutions."""
 
     def __init__(self, layers: nn.Sequential, *, residual: bool) -> None:
         super().__init__()
@@ -215,26 +209,26 @@ class _InvertedResidual(nn.Module):
 
 
 def _build_mobilenet_stages(state: dict[str, Tensor]) -> list[nn.Module]:
-    """The first 11 blocks (to H/16), in stages at H/2, H/4, H/8 and H/16."""
+    """Return the first 11 blocks in stages at H/2, H/4, H/8 and H/16."""
 
-    def folded(conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
+    def fold_norm(conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
         gain = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + 1e-5)
         weight = state[f"{conv}.weight"]
         groups = len(weight) if weight.shape[1] == 1 else 1
         bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * gain
         return _make_conv(weight * gain[:, None, None, None], bias, stride, groups)
 
-    blocks: list[nn.Module] = [nn.Sequential(folded("features.0.0", "features.0.1", 2), nn.ReLU6())]
+    blocks: list[nn.Module] = [nn.Sequential(fold_norm("features.0.0", "features.0.1", 2), nn.ReLU6())]
     strides = {2: 2, 4: 2, 7: 2}
     for i in range(1, 11):
         name, stride = f"features.{i}.conv", strides.get(i, 1)
-        depthwise = 0 if i == 1 else 1  # the first block has no widening layer
+        depthwise = 0 if i == 1 else 1  # the first block has no expansion layer
         layers: list[nn.Module] = []
         if depthwise:
-            layers += [folded(f"{name}.0.0", f"{name}.0.1"), nn.ReLU6()]
-        layers += [folded(f"{name}.{depthwise}.0", f"{name}.{depthwise}.1", stride), nn.ReLU6()]
-        last = folded(f"{name}.{depthwise + 1}", f"{name}.{depthwise + 2}")
-        inside = state[f"{name}.0.0.weight"].shape[1 if depthwise else 0]
-        residual = stride == 1 and inside == last.out_channels
+            layers += [fold_norm(f"{name}.0.0", f"{name}.0.1"), nn.ReLU6()]
+        layers += [fold_norm(f"{name}.{depthwise}.0", f"{name}.{depthwise}.1", stride), nn.ReLU6()]
+        last = fold_norm(f"{name}.{depthwise + 1}", f"{name}.{depthwise + 2}")
+        in_channels = state[f"{name}.0.0.weight"].shape[1 if depthwise else 0]
+        residual = stride == 1 and in_channels == last.out_channels
         blocks.append(_InvertedResidual(nn.Sequential(*layers, last), residual=residual))
     return [nn.Sequential(*blocks[a:b]) for a, b in ((0, 2), (2, 4), (4, 7), (7, 11))]

@@ -1,4 +1,4 @@
-"""What a step minimises, and schedules: pure functions of the configuration and the step."""
+"""The reconstruction objective and the schedules: pure functions of the configuration and the step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from export3d_cli.core.train.identity_loss import IdentityLoss
 from export3d_cli.core.train.landmark_loss import LandmarkLoss
 from export3d_cli.core.train.pair_sampler import Batch
 
-CROP_SIZE_PX = 64  # side of close-ups, pixels
+CROP_SIZE_PX = 64  # side of the crops of eyes and mouth
 
 
 def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
-    """Linear warm-up, then (with `decay`) a cosine to a tenth; `fraction` is how far the decay is, 0..1."""
+    """Return linear warm-up, then (with `decay`) a cosine to a tenth; `fraction` is the decay's progress, 0..1."""
     lr = config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
     if config.decay or config.decay_by_time:
         lr *= 0.1 + 0.45 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
@@ -26,12 +26,9 @@ def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
 
 
 def scheduled_raw_size(config: TrainConfig, step: int) -> int:
-    """Side of the raw render at a step: small at first, where `raw_start` says so."""
-    return (
-        config.raw_size_start
-        if config.raw_size_start > 0 and step < config.raw_size_grow_step
-        else config.model.raw_size
-    )
+    """Return the side of the raw render at a step in pixels: `raw_size_start` first, if set."""
+    is_small = config.raw_size_start > 0 and step < config.raw_size_grow_step
+    return config.raw_size_start if is_small else config.model.raw_size
 
 
 def reconstruction_loss(
@@ -43,29 +40,29 @@ def reconstruction_loss(
     landmarks: LandmarkLoss | None = None,
     head_mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, and the terms beyond the paper; each with its weight.
+    """Return eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, plus terms beyond the paper, and its weighted terms.
 
-    `head` (B, 1, ., .) is where the target shows the head: the opacity wanted.
+    `head_mask` (B, 1, ., .) in 0..1 is where the target shows the head: the desired opacity.
     """
     w = config.loss
-    small = losses.downsample(batch.target, output.raw.shape[-1])
+    raw_target = losses.downsample(batch.target, output.raw.shape[-1])
     terms = {
-        "l2": w.l2 * losses.l2(output.image, batch.target, w.l2_scales),
-        "l2_raw": w.raw * w.l2 * losses.l2(output.raw, small, w.l2_scales),
+        "l2": w.l2 * losses.l2(output.image, batch.target),
+        "l2_raw": w.raw * w.l2 * losses.l2(output.raw, raw_target),
     }
     if w.l1 > 0:
         terms["l1"] = w.l1 * losses.l1(output.image, batch.target)
-        terms["l1_raw"] = w.raw * w.l1 * losses.l1(output.raw, small)
+        terms["l1_raw"] = w.raw * w.l1 * losses.l1(output.raw, raw_target)
     if perceptual is not None and w.perceptual > 0:
         terms[perceptual.name] = w.perceptual * perceptual(output.image, batch.target, scales=w.perceptual_scales)
         if w.raw > 0:
-            terms[f"{perceptual.name}_raw"] = w.raw * w.perceptual * perceptual(output.raw, small, scales=1)
+            terms[f"{perceptual.name}_raw"] = w.raw * w.perceptual * perceptual(output.raw, raw_target, scales=1)
         if w.crop_perceptual > 0:
-            seen = (
+            crops = (
                 losses.crop_eyes_and_mouth(x, batch.target_landmarks, CROP_SIZE_PX)
                 for x in (output.image, batch.target)
             )
-            terms["close"] = w.crop_perceptual * perceptual(*seen, scales=1)
+            terms["crop_perceptual"] = w.crop_perceptual * perceptual(*crops, scales=1)
     if w.mask > 0:
         mask = losses.face_mask(batch.target_landmarks, batch.target.shape[-1])
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
@@ -74,13 +71,13 @@ def reconstruction_loss(
     if landmarks is not None and w.landmarks > 0:
         terms["landmarks"] = w.landmarks * landmarks(output.image, batch.target, batch.target_landmarks)
     if w.residual_flow > 0 and getattr(output, "residual_flow", None) is not None:
-        terms["offset"] = w.residual_flow * output.residual_flow.float().square().mean()
+        terms["residual_flow"] = w.residual_flow * output.residual_flow.float().square().mean()
     if w.flow > 0 and output.warped_photo is not None:
         terms["flow"] = w.flow * losses.flow_loss(output.warped_photo, batch.target, output.source_visibility)
     if w.density_tv > 0 and output.density_tv is not None:
-        terms["rough"] = w.density_tv * output.density_tv.mean()
+        terms["density_tv"] = w.density_tv * output.density_tv.mean()
     if w.silhouette > 0 and head_mask is not None:
-        wanted = losses.downsample(head_mask, output.opacity.shape[-1])
-        terms["silhouette"] = w.silhouette * losses.l1(output.opacity, wanted)
+        head = losses.downsample(head_mask, output.opacity.shape[-1])
+        terms["silhouette"] = w.silhouette * losses.l1(output.opacity, head)
     loss = torch.stack([t.float() for t in terms.values()]).sum()
     return loss, {k: v.detach().float() for k, v in terms.items()}

@@ -1,6 +1,6 @@
-"""Training data: the pairs and groups of frames drawn from data sets.
+"""Draws training pairs and groups of frames from datasets.
 
-Every draw is a pure function of (seed, step), so that a resumed run sees what the unbroken run would have seen.
+Every draw is a pure function of (seed, step), so that a resumed run sees the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from export3d_cli.core.face.motion import mirror_beta, mirror_camera, mirror_lan
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.frame_cache import Clip, FaceDataset, resize_square
 
-HARD_PAIR_CANDIDATES = 8  # drivers looked at when one is picked for being different
+HARD_PAIR_CANDIDATES = 8  # candidate drivers of which the most different one is chosen
 WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = (
     4,
     16,
-)  # clips of one data set, and frames of each, among which a pair far apart in view is looked for
+)  # clips of one dataset, and frames of each, searched for a pair of different views
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of frames of one clip each: images (B, 3, H, W) float32 in [-1, 1], numbers float32."""
+    """Pairs of frames, each pair from one clip; all float32, images in [-1, 1]."""
 
     source: Tensor  # (B, 3, H, W)
     source_beta: Tensor  # (B, 64)
     source_camera: Tensor  # (B, 25)
     source_points: Tensor  # (B, 478, 3) head frame
-    source_person_mask: Tensor  # (B, 1, m, m) in 0..1, how much of each cell is the person's
+    source_person_mask: Tensor  # (B, 1, m, m) in 0..1, the person's coverage of each cell
     target: Tensor  # (B, 3, H, W)
     target_beta: Tensor  # (B, 64)
     target_camera: Tensor  # (B, 25)
@@ -47,11 +47,11 @@ class Batch:
     target_person_mask: Tensor  # (B, 1, m, m)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
     def split(self, rows: int) -> list[Batch]:
-        """The batch in parts of `rows` pairs."""
+        """Split the batch into parts of `rows` pairs."""
         if rows == len(self.source):
             return [self]
         parts = zip(*(getattr(self, f.name).split(rows) for f in fields(self)), strict=True)
@@ -59,7 +59,7 @@ class Batch:
 
 
 class PairSampler:
-    """Draws pairs and groups: data set by weight, then person, then clip, so that nobody fills the training."""
+    """Draws a dataset by weight, then a person, then a clip, so that no person dominates the training."""
 
     def __init__(self, datasets: list[FaceDataset], config: DataConfig, mirror: np.ndarray) -> None:
         self.datasets, self.config, self.mirror = datasets, config, mirror  # mirror: `CanonicalFace.mirror`, (478,)
@@ -68,22 +68,22 @@ class PairSampler:
         self.clips_by_person = [_group_by_person(s) for s in datasets]
         self.video_clips_by_person = [_group_by_person(s, min_frames=2) for s in datasets]
         self.clips_by_track = [_group_by_track(s) for s in datasets]
-        seen = np.concatenate([s.beta[:: max(len(s.beta) // 5000, 1)] for s in datasets])
-        self.beta_scale = np.maximum(seen.std(0), 0.02)
+        betas = np.concatenate([s.beta[:: max(len(s.beta) // 5000, 1)] for s in datasets])
+        self.beta_scale = np.maximum(betas.std(0), 0.02)
 
     def draw_pairs(self, seed: int, step: int, size: int, rows: range | None = None) -> Batch:
-        """The pairs of one training step, or those `rows` of them that a process needs."""
+        """Return the pairs of one training step, or only its `rows`."""
         rng = np.random.default_rng([seed, step, 1])
-        wanted = range(size) if rows is None else rows
-        pairs = [self._draw_pair(rng, is_needed=row in wanted) for row in range(wanted.stop)]
+        rows = range(size) if rows is None else rows
+        pairs = [self._draw_pair(rng, is_needed=row in rows) for row in range(rows.stop)]
         return _collate([pair for pair in pairs if pair])
 
     def draw_clip_group(
         self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8, group_index: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Frames of one clip for eq. 1: images (N, 3, side, side) and beta (N, 64), least <= N <= size.
+        """Return frames of one clip for eq. 1: images (N, 3, image_size, image_size) and beta (N, 64).
 
-        `number` tells the groups of one step apart.
+        min_frames <= N <= size; `group_index` numbers the groups of one step.
         """
         rng = np.random.default_rng([seed, step, 2] + [group_index] * (group_index > 0))
         for _ in range(1000):
@@ -93,14 +93,14 @@ class PairSampler:
             rows = clip.start + np.sort(rng.permutation(clip.count)[:size])
             flip = self.config.flip and rng.random() < 0.5
             beta = mirror_beta(data.beta[rows]) if flip else data.beta[rows]
-            pictures = np.stack([resize_square(data.frames[r], image_size) for r in rows])
-            pictures = pictures[:, :, ::-1] if flip else pictures
-            table = make_color_lut(rng, self.config.jitter)
-            return torch.from_numpy(apply_color_lut(pictures, table)), _to_tensor(beta)
+            frames = np.stack([resize_square(data.frames[r], image_size) for r in rows])
+            frames = frames[:, :, ::-1] if flip else frames
+            lut = make_color_lut(rng, self.config.jitter)
+            return torch.from_numpy(apply_color_lut(frames, lut)), _to_tensor(beta)
         raise TrainingError(f"no clip with {min_frames} frames or more: contrastive training needs longer clips")
 
     def draw_landmark_pairs(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Pairs of frames without pictures: beta (N, 64), head-frame points (N, 478, 3) of both, camera of the second.
+        """Return pairs of frames without images: beta (N, 64) and head-frame points (N, 478, 3) of both, camera of one.
 
         Returns `(beta_k, beta_j, points_k, points_j, camera_j)`.
         """
@@ -130,13 +130,13 @@ class PairSampler:
         )
 
     def draw_person_betas(self, seed: int, step: int, count: int, frames: int) -> Tensor:
-        """Expressions of people who were filmed, beta (count, frames, 64), any of their frames each."""
+        """Return the expressions of random frames of people with video, beta (count, frames, 64)."""
         rng = np.random.default_rng([seed, step, 5])
         rows = []
         for _ in range(count):
             data, clips = self._draw_person(rng, self.video_clips_by_person)
-            every = np.concatenate([np.arange(c.start, c.start + c.count) for c in clips])
-            rows.append(data.beta[rng.choice(every, frames)])
+            all_rows = np.concatenate([np.arange(c.start, c.start + c.count) for c in clips])
+            rows.append(data.beta[rng.choice(all_rows, frames)])
         return _to_tensor(np.stack(rows))
 
     def _draw_clip(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceDataset, Clip]:
@@ -144,43 +144,43 @@ class PairSampler:
         return data, clips[int(rng.integers(len(clips)))]
 
     def _draw_person(self, rng: Generator, people: list[dict[str, list[Clip]]]) -> tuple[FaceDataset, list[Clip]]:
-        """Somebody's clips; stills among them as seldom as `config.stills` says."""
+        """Return the clips of a random person; still images are drawn at the rate `still_image_ratio`."""
         usable = np.array([bool(p) for p in people])
         if not usable.any():
-            raise TrainingError("the data sets hold no clip of two frames or more")
-        share = self.dataset_weights * usable
-        d = int(rng.choice(len(self.datasets), p=share / share.sum()))
+            raise TrainingError("the datasets hold no clip of two frames or more")
+        weight = self.dataset_weights * usable
+        d = int(rng.choice(len(self.datasets), p=weight / weight.sum()))
         names = list(people[d])
         for _ in range(1000):
             clips = people[d][names[int(rng.integers(len(names)))]]
-            only_stills = all(c.still for c in clips)
-            if not only_stills or rng.random() < self.config.still_image_ratio:
+            has_only_stills = all(c.still for c in clips)
+            if not has_only_stills or rng.random() < self.config.still_image_ratio:
                 break
-        moving = [c for c in clips if not c.still]
-        if moving and len(moving) < len(clips) and rng.random() >= self.config.still_image_ratio:
-            clips = moving
+        videos = [c for c in clips if not c.still]
+        if videos and len(videos) < len(clips) and rng.random() >= self.config.still_image_ratio:
+            clips = videos
         return self.datasets[d], clips
 
     def _draw_driver(self, rng: Generator, data: FaceDataset, clip: Clip, source: int) -> int:
-        """Another frame of the clip: any, or the most different of a few in head pose and expression."""
+        """Return another row of the clip: any, or the most different in pose and expression of a few."""
         if clip.count < 2:
             return source
-        picks = clip.start + rng.integers(clip.count - 1, size=HARD_PAIR_CANDIDATES)
-        picks = picks + (picks >= source)
+        candidates = clip.start + rng.integers(clip.count - 1, size=HARD_PAIR_CANDIDATES)
+        candidates = candidates + (candidates >= source)
         if rng.random() >= self.config.hard_pair_ratio:
-            return int(picks[0])
-        return int(picks[np.argmax(self.pose_expression_distance(data, source, picks))])
+            return int(candidates[0])
+        return int(candidates[np.argmax(self.pose_expression_distance(data, source, candidates))])
 
     def pose_expression_distance(self, data: FaceDataset, row: int, others: np.ndarray) -> np.ndarray:
-        """How far `others` are from `row`: 1 is about 10 degrees of rotation, or one deviation of every coefficient."""
-        turn = data.camera[np.append(others, row), :16].reshape(-1, 4, 4)[:, :3, :3]
-        cos = (np.einsum("nij,ij->n", turn[:-1], turn[-1]) - 1) / 2
+        """Return the distance of `others` from `row`: 1 is 10 degrees, or one deviation of every coefficient."""
+        rotation = data.camera[np.append(others, row), :16].reshape(-1, 4, 4)[:, :3, :3]
+        cos = (np.einsum("nij,ij->n", rotation[:-1], rotation[-1]) - 1) / 2
         angle = np.degrees(np.arccos(np.clip(cos, -1, 1)))
         beta = (data.beta[others] - data.beta[row]) / self.beta_scale
         return angle / 10 + np.sqrt((beta**2).mean(1))
 
     def _draw_pair(self, rng: Generator, *, is_needed: bool = True) -> dict[str, np.ndarray]:
-        """One pair; one that is not wanted is drawn all the same, so that those after it stay what they are."""
+        """Draw one pair; if it is not needed, only advance `rng`, so that later pairs do not change."""
         if self.config.wide_view_ratio > 0 and rng.random() < self.config.wide_view_ratio:
             data, source, target = self._draw_wide_view_pair(rng)
         else:
@@ -196,66 +196,69 @@ class PairSampler:
         marks, cameras = data.landmarks[rows], data.camera[rows]
         betas = np.stack([data.beta[source], beta])
         flip = self.config.flip and rng.random() < 0.5
-        table = make_color_lut(rng, self.config.jitter)
+        lut = make_color_lut(rng, self.config.jitter)
         if not is_needed:
             return {}
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
-        pictures, person = np.stack([data.frames[source], data.frames[target]]), data.person_mask[rows][:, None]
+        frames, person_mask = np.stack([data.frames[source], data.frames[target]]), data.person_mask[rows][:, None]
         if flip:
-            pictures, person = pictures[:, :, ::-1], person[..., ::-1]
-        images, points = apply_color_lut(pictures, table), landmarks_to_head_frame(marks, cameras)
-        person = person / np.float32(255)
+            frames, person_mask = frames[:, :, ::-1], person_mask[..., ::-1]
+        images, points = apply_color_lut(frames, lut), landmarks_to_head_frame(marks, cameras)
+        person_mask = person_mask / np.float32(255)
         return {
             "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
-            "source_points": points[0], "source_person_mask": person[0],
+            "source_points": points[0], "source_person_mask": person_mask[0],
             "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
-            "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person_mask": person[1],
+            "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person_mask": person_mask[1],
         }  # fmt: skip
 
     def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:
-        """Two frames of a clip, the furthest apart in view among a few of a few clips: few who are filmed turn far."""
+        """Return the two most different views of one clip among a few frames of a few clips: wide views are rare."""
         data, clip = self._draw_clip(rng, self.video_clips_by_person)
         same = [
             people if s is data else {} for s, people in zip(self.datasets, self.video_clips_by_person, strict=True)
         ]
         clips = [clip, *(self._draw_clip(rng, same)[1] for _ in range(WIDE_VIEW_CLIPS - 1))]
-        best, found = 2.0, (0, 0)
+        smallest_cos, pair = 2.0, (0, 0)
         for clip in clips:
-            rows = clip.start + rng.permutation(clip.count)[:WIDE_VIEW_FRAMES]  # so either of two frames may come first
-            axes = data.camera[rows][:, 2:11:4]  # where the camera looks, head frame
+            rows = clip.start + rng.permutation(clip.count)[:WIDE_VIEW_FRAMES]  # random order: either may be the source
+            axes = data.camera[rows][:, 2:11:4]  # viewing direction, head frame
             cos = axes @ axes.T
-            np.fill_diagonal(cos, 2.0)  # never a frame with itself
+            np.fill_diagonal(cos, 2.0)  # no frame with itself
             k, j = np.unravel_index(cos.argmin(), cos.shape)
-            if cos[k, j] < best:
-                best, found = float(cos[k, j]), (int(rows[k]), int(rows[j]))
-        return data, *found
+            if cos[k, j] < smallest_cos:
+                smallest_cos, pair = float(cos[k, j]), (int(rows[k]), int(rows[j]))
+        return data, *pair
 
     def _draw_cross_identity_pair(self, rng: Generator) -> tuple[FaceDataset, int, int, np.ndarray] | None:
-        """A pair whose expression comes from another head on the same track; the camera is that of the target's own
-        crop, since crops are framed head by head."""
-        share = self.dataset_weights * np.array([bool(s) for s in self.clips_by_track])
-        if share.sum() <= 0:
+        """Return data, source row, target row and the beta of another head on the target's motion track.
+
+        The camera is the target's, since every head has its own crop. None if no such pair is found.
+        """
+        weight = self.dataset_weights * np.array([bool(s) for s in self.clips_by_track])
+        if weight.sum() <= 0:
             return None
-        d = int(rng.choice(len(self.datasets), p=share / share.sum()))
+        d = int(rng.choice(len(self.datasets), p=weight / weight.sum()))
         data, tracks = self.datasets[d], self.clips_by_track[d]
         clips = tracks[list(tracks)[int(rng.integers(len(tracks)))]]
         first, second = rng.choice(len(clips), 2, replace=False)
         target_clip, driver_clip = clips[int(first)], clips[int(second)]
-        own = self.clips_by_person[d][target_clip.person]
-        source_clip = own[int(rng.integers(len(own)))]
-        numbers = data.frame_index[target_clip.start : target_clip.start + target_clip.count]
-        theirs = data.frame_index[driver_clip.start : driver_clip.start + driver_clip.count]
-        both, at, there = np.intersect1d(numbers, theirs, return_indices=True)
-        if len(both) == 0:
+        person_clips = self.clips_by_person[d][target_clip.person]
+        source_clip = person_clips[int(rng.integers(len(person_clips)))]
+        target_frames = data.frame_index[target_clip.start : target_clip.start + target_clip.count]
+        driver_frames = data.frame_index[driver_clip.start : driver_clip.start + driver_clip.count]
+        common, target_rows, driver_rows = np.intersect1d(target_frames, driver_frames, return_indices=True)
+        if len(common) == 0:
             return None
-        pick = int(rng.integers(len(both)))
+        index = int(rng.integers(len(common)))
         source = source_clip.start + int(rng.integers(source_clip.count))
-        return data, source, target_clip.start + int(at[pick]), data.beta[driver_clip.start + int(there[pick])]
+        beta = data.beta[driver_clip.start + int(driver_rows[index])]
+        return data, source, target_clip.start + int(target_rows[index]), beta
 
 
 class Prefetcher:
-    """Runs `make(step)` for start, start + 1, ... in threads, some results ahead; use as a context manager."""
+    """Runs `make(step)` for start, start + 1, ... in threads, a few results ahead; a context manager."""
 
     def __init__(self, make: Callable[[int], Any], start: int, stop: int, workers: int = 1) -> None:
         self._make, self._steps = make, iter(range(start, stop))
@@ -270,7 +273,7 @@ class Prefetcher:
             return
 
     def next(self) -> Any:
-        """The next step's result, or its error raised."""
+        """Return the next step's result, or raise its error."""
         result = self._pending.popleft().result()
         self._submit_next()
         return result
@@ -283,7 +286,7 @@ class Prefetcher:
 
 
 def num_loader_threads(config: DataConfig, device: torch.device) -> int:
-    """How many threads draw batches ahead."""
+    """Return the number of threads that prefetch batches."""
     return config.workers or (1 if device.type == "cpu" else 4)
 
 
@@ -304,7 +307,7 @@ def _group_by_track(data: FaceDataset) -> dict[str, list[Clip]]:
 
 
 def make_color_lut(rng: Generator, jitter: float) -> np.ndarray:
-    """A lookup table (256, 3) from uint8 to [-1, 1]: gamma, gain of every channel and brightness, once per pair."""
+    """Return a random lookup table (256, 3), uint8 -> [-1, 1]: gamma, brightness and a gain per channel."""
     x = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, 1)
     if jitter > 0:
         gamma, gain = np.exp(rng.uniform(-jitter, jitter)), np.exp(rng.uniform(-jitter, jitter, 3) / 2)
@@ -312,12 +315,12 @@ def make_color_lut(rng: Generator, jitter: float) -> np.ndarray:
     return (x * 2 - 1).astype(np.float32)
 
 
-def apply_color_lut(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) through the table."""
-    out = np.empty((len(pictures), 3, *pictures.shape[1:3]), np.float32)
-    for picture, planes in zip(pictures, out, strict=True):
-        for c in range(3):  # six times as fast as indexing the table, which every pixel of the training passes through
-            planes[c] = cv2.LUT(np.ascontiguousarray(picture[..., c]), np.ascontiguousarray(table[:, c]))
+def apply_color_lut(frames: np.ndarray, lut: np.ndarray) -> np.ndarray:
+    """Map uint8 (N, H, W, 3) through a lookup table to float32 (N, 3, H, W)."""
+    out = np.empty((len(frames), 3, *frames.shape[1:3]), np.float32)
+    for frame, planes in zip(frames, out, strict=True):
+        for c in range(3):  # six times as fast as indexing the table
+            planes[c] = cv2.LUT(np.ascontiguousarray(frame[..., c]), np.ascontiguousarray(lut[:, c]))
     return out
 
 

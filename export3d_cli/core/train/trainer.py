@@ -1,4 +1,4 @@
-"""Training: the CLeBS stage, then the image stages (sec. 6.3). To resume, run the same command again."""
+"""The training loop: runs the stages of a configuration in order. To resume, run the same command again."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from export3d_cli.core.config.schema import INPAINTERS, STAGES, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence, save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime import weights
 from export3d_cli.core.runtime.device import pick_device, precision_notes
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.runtime.files import folder_lock
-from export3d_cli.core.train import pose_debias_stage as steady
-from export3d_cli.core.train.clebs_stage import clebs_steps, train_clebs
+from export3d_cli.core.runtime.weights import resolve_weights, weights_dir
+from export3d_cli.core.train.clebs_stage import train_clebs
 from export3d_cli.core.train.distributed import init_distributed
 from export3d_cli.core.train.frame_cache import load_datasets
 from export3d_cli.core.train.image_stage import ImageStages
 from export3d_cli.core.train.inpaint_stage import InpaintStage
-from export3d_cli.core.train.objective import learning_rate, reconstruction_loss, scheduled_raw_size
 from export3d_cli.core.train.pair_sampler import PairSampler
+from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, sampling_config
+from export3d_cli.core.train.training_plots import INSTALL_HINT, has_plot_libraries
 from export3d_cli.core.train.training_run import TrainEvent, TrainingRun
 
-__all__ = ["TrainSummary", "learning_rate", "reconstruction_loss", "scheduled_raw_size", "train"]
+IMAGE_STAGES = ("reconstruction", "adversarial")
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a call of `train` did."""
+    """Result of a call of `train`."""
 
     run: Path
-    weights: Path  # inference weights (moving average); absent while the first stage is unfinished
+    weights: Path  # inference weights (moving average); missing while the first stage is unfinished
     stage: str  # the stage reached
     step: int  # its steps done
     finished: bool  # False: `max_minutes` ran out
@@ -47,10 +47,15 @@ class TrainSummary:
 
 
 def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None = None) -> TrainSummary:
-    """Run the stages of `config` in its run folder, or go on with them where an earlier call stopped.
+    """Run the stages of `config` in its run folder, or continue where an earlier call stopped.
 
     Under torchrun the processes share each batch; the first one writes the files.
     """
+    if not config.license:
+        raise ConfigError(
+            "license is not set: name the licence of the trained weights, for example --license CC-BY-4.0 "
+            "(what your training data and initial weights allow)"
+        )
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     with contextlib.ExitStack() as stack:
@@ -66,66 +71,73 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
 
 def _train(run: TrainingRun) -> TrainSummary:
     config, world = run.config, run.world
+
+    # data
     if world.is_main:
         save_yaml(config, run.folder / "config.yaml")
     else:
-        world.barrier()  # the first process makes the caches
-    for message in precision_notes("bf16" if run.bf16 else "fp32", run.device):
+        world.barrier()  # the first process builds the caches
+    notes = precision_notes("bf16" if run.bf16 else "fp32", run.device)
+    for message in notes + ([] if has_plot_libraries() else [INSTALL_HINT]):
         run.report_progress("data", 0, 0, message=message)
-    sets = load_datasets(
+    datasets = load_datasets(
         config.data, config.model.image_size, progress=lambda m: run.report_progress("data", 0, 0, message=m)
     )
     if world.is_main:
         world.barrier()
-    face = load_canonical_face(weights.weights_dir() / "face_landmarker.task")
-    sampler = PairSampler(sets, config.data, face.mirror)
+    face = load_canonical_face(weights_dir() / "face_landmarker.task")
+    sampler = PairSampler(datasets, config.data, face.mirror)
+
+    # model
     torch.manual_seed(config.seed)
     model = Export3D(config.model).to(run.device)
     if model.flow is not None:
         model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(face)))
-    _load_initial_weights(model, config)
-    basis = model.flow.basis if model.flow is not None else None
+    _load_initial_weights(model, run)
 
+    # stages
     resumed_stage = run.resumed_state[1]["stage"] if run.resumed_state is not None else "clebs"
     if run.resumed_state is not None and resumed_stage not in config.stages:
         raise TrainingError(
             f"{run.folder} stopped in the stage {resumed_stage}, which is not one of this run's "
-            f"({', '.join(config.stages)}): name another folder in `run`, or add the stage"
+            f"({', '.join(config.stages)}): set run to another folder, or add the stage"
         )
     if "clebs" in config.stages and resumed_stage == "clebs":
-        own = replace(config.data, weight=config.clebs.weight or config.data.weight)
-        done = train_clebs(run, model.expression, basis, PairSampler(sets, own, face.mirror))
-        if done < clebs_steps(config):
-            return _make_summary(run, "clebs", done, finished=False, values={})
+        clebs_data = replace(config.data, weight=config.clebs.weight or config.data.weight)
+        basis = model.flow.basis if model.flow is not None else None
+        steps_done = train_clebs(run, model.expression, basis, PairSampler(datasets, clebs_data, face.mirror))
+        if steps_done < config.stage_steps("clebs"):
+            return _make_summary(run, "clebs", steps_done, finished=False, values={})
         world.broadcast_module(model)
-        run.resumed_state = None  # the state of the next stage starts empty
-    for name in INPAINTERS:
-        if name in config.stages and STAGES.index(resumed_stage) <= STAGES.index(name):
-            done = InpaintStage(run, model, sampler, name).train()
-            if done < config.stage_steps(name):
-                return _make_summary(run, name, done, finished=False, values={})
+        run.resumed_state = None  # the next stage starts without a state
+    for stage in INPAINTERS:
+        if stage in config.stages and STAGES.index(resumed_stage) <= STAGES.index(stage):
+            steps_done = InpaintStage(run, model, sampler, stage).train()
+            if steps_done < config.stage_steps(stage):
+                return _make_summary(run, stage, steps_done, finished=False, values={})
             run.resumed_state = None
-    model.inpainters.requires_grad_(False)  # they are not asked in the stages that follow
-    if resumed_stage != steady.STAGE:
+    model.inpainters.requires_grad_(False)  # unused in the stages that follow
+    if resumed_stage != "pose_debias":
         summary = _train_image_stages(run, model, sampler, resumed_stage)
-        if not summary.finished or steady.STAGE not in config.stages:
+        if not summary.finished or "pose_debias" not in config.stages:
             return summary
         run.resumed_state = None
-    return _train_pose_debias(run, model, PairSampler(sets, steady.sampling_config(config), face.mirror))
+    return _train_pose_debias(run, model, PairSampler(datasets, sampling_config(config), face.mirror))
 
 
 def _train_image_stages(run: TrainingRun, model: Export3D, sampler: PairSampler, resumed_stage: str) -> TrainSummary:
-    """The stages that are trained on whole images, if any; in the end there is a weights file."""
+    """Run the stages on whole images, if there are any; afterwards there is a weights file."""
     config = run.config
-    stages = [stage for stage in config.stages if stage not in ("clebs", *INPAINTERS, steady.STAGE)]
+    stages = [stage for stage in config.stages if stage in IMAGE_STAGES]
     if not stages:
         if run.world.is_main:
             save_weights(
-                run.folder / "weights.safetensors", model.state_dict(), config.model, _training_record(config, 0)
-            )
-        last = next((stage for stage in reversed(config.stages) if stage != steady.STAGE), steady.STAGE)
+                run.folder / "weights.safetensors", model.state_dict(), config.model, _training_record(config),
+                licence=config.license,
+            )  # fmt: skip
+        last = next((stage for stage in reversed(config.stages) if stage != "pose_debias"), "pose_debias")
         return _make_summary(run, last, config.stage_steps(last), finished=True, values={})
-    images = ImageStages(run, model, sampler, _training_record(config, 0))
+    images = ImageStages(run, model, sampler, _training_record(config))
     if resumed_stage in stages:
         stages = stages[stages.index(resumed_stage) :]
     values: dict[str, float] = {}
@@ -138,61 +150,67 @@ def _train_image_stages(run: TrainingRun, model: Export3D, sampler: PairSampler,
 
 
 def _train_pose_debias(run: TrainingRun, model: Export3D, sampler: PairSampler) -> TrainSummary:
-    """The stage `steady`, of the weights that the stages before it left."""
-    run.world.barrier()  # the first process has written them
+    """Run the stage `pose_debias` on the weights of the stages before it."""
+    config = run.config
+    run.world.barrier()  # the first process has written the weights
     path = run.folder / "weights.safetensors"
     state, _, record = load_weights(path)
     load_into(model, state, f"the weights {path}")
-    stage = steady.PoseDebiasStage(run, model, sampler)
-    done = stage.train()
-    finished = done >= run.config.stage_steps(steady.STAGE)
+    stage = PoseDebiasStage(run, model, sampler)
+    steps_done = stage.train()
+    finished = steps_done >= config.stage_steps("pose_debias")
     if finished and run.world.is_main:
-        save_weights(path, model.state_dict(), run.config.model, {**record, "steady_steps": done})
-    return _make_summary(run, steady.STAGE, done, finished=finished, values=stage.values)
+        record["pose_debias_steps"] = steps_done
+        save_weights(path, model.state_dict(), config.model, record, licence=config.license)
+    return _make_summary(run, "pose_debias", steps_done, finished=finished, values=stage.values)
 
 
-def _load_initial_weights(model: Export3D, config: TrainConfig) -> None:
-    """Fill a new model from `init`, or its expression code and basis flow from `expression`."""
+def _load_initial_weights(model: Export3D, run: TrainingRun) -> None:
+    """Fill a new model from `init`, or its expression code and basis flow from `expression_from`."""
+    config = run.config
+    for name in (config.init, config.expression_from):
+        licence = read_licence(resolve_weights(name)) if name else config.license
+        if licence != config.license:
+            message = f"{name} has the licence {licence or 'unknown'}: make sure that it allows {config.license}"
+            run.report_progress("data", 0, 0, message=message)
     if config.init:
-        state, found, _ = load_weights(weights.resolve_weights(config.init))
-        same = replace(found, raw_size=config.model.raw_size)
-        new: dict[str, Tensor] = {}
-        for name in INPAINTERS:
-            if not getattr(same, name) and name in config.stages:  # it is this run that gives the model one
-                same = replace(same, **{name: getattr(config.model, name)})  # type: ignore[arg-type]
-                new |= {k: v for k, v in model.state_dict().items() if k.startswith(f"inpainters.{name}.")}
-        if same != config.model:
+        state, init_config, _ = load_weights(resolve_weights(config.init))
+        init_config = replace(init_config, raw_size=config.model.raw_size)
+        new_state: dict[str, Tensor] = {}
+        for stage in INPAINTERS:
+            if not getattr(init_config, stage) and stage in config.stages:  # this run adds the inpainter
+                init_config = replace(init_config, **{stage: getattr(config.model, stage)})  # type: ignore[arg-type]
+                prefix = f"inpainters.{stage}."
+                new_state |= {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
+        if init_config != config.model:
             raise ConfigError(f"init {config.init} holds a model of another size: use its configuration")
-        load_into(model, {**new, **state}, f"the weights {config.init}")
+        load_into(model, {**new_state, **state}, f"the weights {config.init}")
     if config.expression_from:
-        state, _, _ = load_weights(weights.resolve_weights(config.expression_from))
-        part = {k: v for k, v in state.items() if k.startswith("expression.") or k == "flow.basis"}
-        load_into(model, {**model.state_dict(), **part}, f"the expression code of {config.expression_from}")
+        state, _, _ = load_weights(resolve_weights(config.expression_from))
+        expression = {k: v for k, v in state.items() if k.startswith("expression.") or k == "flow.basis"}
+        load_into(model, {**model.state_dict(), **expression}, f"the expression code of {config.expression_from}")
 
 
-def _training_record(config: TrainConfig, step: int) -> dict[str, Any]:
-    """The training record in the weights' header: enough to know what the weights saw, no paths."""
-    own = "clebs" in config.stages
+def _training_record(config: TrainConfig) -> dict[str, Any]:
+    """Return the training record for the weights' header: enough to know what the weights have seen, no paths."""
+    has_clebs = "clebs" in config.stages
     record: dict[str, Any] = {
         "stages": list(config.stages),
-        "steps": step,
-        "clebs_steps": config.clebs.steps if own and config.model.expression == "clebs" else 0,
-        **{f"{name}_steps": config.stage_steps(name) for name in INPAINTERS if name in config.stages},
-        "denominator": config.clebs.denominator if own else "",
+        "steps": 0,  # of reconstruction; set when weights are saved
+        "clebs_steps": config.clebs.steps if has_clebs and config.model.expression == "clebs" else 0,
+        **{f"{stage}_steps": config.stage_steps(stage) for stage in INPAINTERS if stage in config.stages},
+        "denominator": config.clebs.denominator if has_clebs else "",
         "batch": config.batch,
         "seed": config.seed,
         "data": [Path(p).name for p in config.data.path],
         "backbone": Path(config.loss.backbone).name,
     }
-    for key, origin in (("init", config.init), ("expression", config.expression_from)):  # loaded parts keep their record
-        if origin:
-            path = weights.resolve_weights(origin)
-            record[key] = load_weights(path)[2]
-            record["licence"] = read_licence(path)  # what they allow holds for what is made of them
+    for key, name in (("init", config.init), ("expression", config.expression_from)):
+        if name:  # weights from elsewhere keep their own record
+            record[key] = load_weights(resolve_weights(name))[2]
     return record
 
 
 def _make_summary(run: TrainingRun, stage: str, step: int, *, finished: bool, values: dict[str, float]) -> TrainSummary:
-    return TrainSummary(
-        run.folder, run.folder / "weights.safetensors", stage, step, finished, run.elapsed_minutes(), values
-    )
+    weights = run.folder / "weights.safetensors"
+    return TrainSummary(run.folder, weights, stage, step, finished, run.elapsed_minutes(), values)

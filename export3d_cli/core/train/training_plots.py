@@ -1,53 +1,61 @@
-"""Pictures of a run's numbers, drawn with OpenCV alone: the curve of the losses, and clouds of points."""
+"""Plots of a training run, drawn by matplotlib: the loss curves, and a scatter plot of expression codes.
+
+matplotlib and scikit-learn come with `pip install "export3d-cli[train]"`; without them training runs without plots.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import math
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 
-from export3d_cli.core.media.image import write_image
-from export3d_cli.core.media.plot import draw_text, hue_palette, plot_curves
+INSTALL_HINT = 'plots and probes are skipped: pip install "export3d-cli[train]" adds matplotlib and scikit-learn'
+NON_LOSS_KEYS = {"stage", "step", "minutes", "lr", "grad", "seconds_a_step", "images_a_second", "chance", "accuracy"}
+NON_LOSS_KEYS |= {"d_real", "d_fake"}
 
-NOT_LOSSES = {"stage", "step", "minutes", "lr", "grad", "seconds_a_step", "images_a_second", "chance", "accuracy"}
-NOT_LOSSES |= {"d_real", "d_fake", "d_sign", "augment"}
+
+def has_plot_libraries() -> bool:
+    """Whether matplotlib and scikit-learn are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("matplotlib", "sklearn"))
 
 
 def read_loss_log(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """stats.jsonl as stage -> term -> [(step, value)], positive finite losses only."""
+    """Read stats.jsonl as stage -> term -> [(step, value)], positive finite losses only."""
     stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError):  # a line cut off by a crash
+        with contextlib.suppress(ValueError, KeyError):  # a line truncated by a crash
             line = json.loads(text)
             for key, value in line.items():
-                if key not in NOT_LOSSES and not key.startswith("flow_") and np.isfinite(value) and value > 0:
+                if key not in NON_LOSS_KEYS and not key.startswith("flow_") and math.isfinite(value) and value > 0:
                     stages.setdefault(line["stage"], {}).setdefault(key, []).append((line["step"], value))
     return stages
 
 
-def plot_losses(log: Path, out: Path) -> bool:
-    """Draw a log, a panel a stage, every term a line, values on a logarithmic axis; False where there is none."""
+def plot_losses(log: Path, path: Path) -> None:
+    """Plot a log to a PNG, one panel per stage and one line per term; does nothing without a log or matplotlib."""
     stages = read_loss_log(log)
-    if not stages:
-        return False
-    panels = [
-        plot_curves(stage, terms, x_label="step", log_y=True, bold_line="loss") for stage, terms in stages.items()
-    ]
-    write_image(out, np.concatenate(panels))
-    return True
+    if not stages or not has_plot_libraries():
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2 * len(stages)), layout="constrained")
+    panels = figure.subplots(len(stages), squeeze=False)[:, 0]
+    for panel, (stage, terms) in zip(panels, stages.items(), strict=True):
+        for term, points in terms.items():
+            panel.plot(*zip(*points, strict=True), label=term, linewidth=2 if term == "loss" else 1)
+        panel.set(title=stage, xlabel="step", yscale="log")
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(path)
 
 
-def scatter(points: np.ndarray, labels: np.ndarray, title: str, side: int = 480) -> np.ndarray:
-    """Points (N, 2) coloured by label (N,) -> uint8 (side, side, 3); fewer points are larger."""
-    picture = np.full((side, side, 3), 255, np.uint8)
-    low, high = np.percentile(points, 1, axis=0), np.percentile(points, 99, axis=0)
-    where = (points - low) / np.maximum(high - low, 1e-9) * (side - 80) + 40
-    names, index = np.unique(labels, return_inverse=True)
-    colours = hue_palette(len(names))
-    for (x, y), label in zip(np.clip(where, 0, side - 1).round().astype(int).tolist(), index.tolist(), strict=True):
-        cv2.circle(picture, (x, y), 2 if len(points) > 500 else 5, colours[label], -1, cv2.LINE_AA)
-    draw_text(picture, title, (12, 22))
-    return picture
+def plot_scatter(panel: Any, points: np.ndarray, labels: np.ndarray, title: str) -> None:
+    """Draw points (N, 2) into a matplotlib panel, coloured by label (N,)."""
+    _, index = np.unique(labels, return_inverse=True)
+    panel.scatter(points[:, 0], points[:, 1], c=index, cmap="hsv", s=12)
+    panel.set(xticks=[], yticks=[])
+    panel.set_title(title, fontsize="small")

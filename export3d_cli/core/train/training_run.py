@@ -1,8 +1,9 @@
-"""The bookkeeping of one training run: clock, log, training state. What is trained lives in the stages."""
+"""Bookkeeping of one training run: run folder, clock, log, TensorBoard, training state. The stages do the training."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
@@ -14,29 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export3d_cli.core.config.renamed import RENAMED_STAGES
 from export3d_cli.core.config.schema import STAGES, TrainConfig
 from export3d_cli.core.model.checkpoint import load_state, save_state, write_text
 from export3d_cli.core.runtime.device import has_fast_bf16, pick_device
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.distributed import World
-from export3d_cli.core.train.tensorboard_logger import TensorBoardLogger
 from export3d_cli.core.train.training_plots import plot_losses
 
-WARM_RESTART_PROGRESS = (
-    0.4  # where the second decay by time of a run begins whose first has ended: at two thirds of the learning rate
-)
+WARM_RESTART_PROGRESS = 0.4  # decay progress at which a run with a finished decay by time restarts: at 2/3 of the rate
 
 
 @dataclass(frozen=True)
 class TrainEvent:
-    """What a progress callback is told."""
+    """Argument of a progress callback."""
 
     stage: str  # "data" or one of `config.STAGES`
     step: int  # steps done in this stage
-    steps: int  # steps this stage will take
+    steps: int  # steps of this stage
     values: dict[str, float] = field(default_factory=dict)  # the newest log line
     message: str = ""
-    seconds_left: float | None = None  # seconds until the stage, or the time of this call, is over
+    seconds_left: float | None = None  # until the stage, or the time of this call, ends
+
+
+class TensorBoardLogger:
+    """Writes scalars as `stage/term` over the steps of all stages; does nothing if TensorBoard is not installed."""
+
+    def __init__(self, folder: Path, *, enabled: bool, first_step: int = 0) -> None:
+        """Write to `folder`; purge what an earlier call wrote from `first_step` on."""
+        self.writer: Any = None
+        if enabled and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=first_step or None, max_queue=100)
+
+    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Write one log line."""
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(f"{stage}/{key}", value, step)
+
+    def close(self) -> None:
+        """Finish the event file."""
+        if self.writer is not None:
+            self.writer.close()
 
 
 @dataclass
@@ -50,7 +72,7 @@ class TrainingRun:
     progress: Callable[[TrainEvent], None] | None
     world: World = field(default_factory=World)
     started: float = field(default_factory=time.monotonic)
-    decay_progress: float = 0.0  # how far earlier calls took a decay by time, 0..1
+    decay_progress: float = 0.0  # progress of a decay by time at the start of this call, 0..1
     resumed_state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     last_saved: tuple[str, int] | None = None  # stage and step of the newest training state
     tensorboard: TensorBoardLogger | None = None
@@ -59,7 +81,7 @@ class TrainingRun:
     def open(
         cls, config: TrainConfig, progress: Callable[[TrainEvent], None] | None, world: World | None = None
     ) -> TrainingRun:
-        """Make or reopen the run folder; where it holds a training state, the run goes on from there."""
+        """Create or reopen the run folder; a training state in it is where the run continues."""
         folder = Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
         world = world or World(device=pick_device(config.device))
@@ -67,32 +89,36 @@ class TrainingRun:
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
         run = cls(config, folder, device, bf16, progress, world, resumed_state=load_state(folder))
         if run.resumed_state is not None:
-            run.decay_progress = float(run.resumed_state[1].get("decayed", 0.0))
-            if run.decay_progress >= 1:  # more time was given: a warm restart, since the rate's end would teach little
+            info = run.resumed_state[1]
+            info["stage"] = RENAMED_STAGES.get(info["stage"], info["stage"])
+            run.decay_progress = float(info.get("decayed", 0.0))
+            if run.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
                 run.decay_progress = WARM_RESTART_PROGRESS
-            run.last_saved = (run.resumed_state[1]["stage"], int(run.resumed_state[1]["step"]))
-        world.barrier()  # all have read before the first one writes
+            run.last_saved = (info["stage"], int(info["step"]))
+        world.barrier()  # all processes read before the first one writes
         if world.is_main:
-            for left in folder.glob(".*.part.*"):  # of a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            for temporary in folder.glob(".*.part.*"):  # left by a process that was killed while writing
+                temporary.unlink(missing_ok=True)
             if run.resumed_state is not None:
                 run._truncate_log(run.resumed_state[1])
-            else:  # killed before the first state: all its steps are taken again
+            else:  # killed before the first state: all steps are repeated
                 (folder / "stats.jsonl").unlink(missing_ok=True)
-            first = run._global_step(*run.last_saved) + 1 if run.last_saved else 0
-            run.tensorboard = TensorBoardLogger(folder / "tensorboard", enabled=config.tensorboard, first_step=first)
+            first_step = run._global_step(*run.last_saved) + 1 if run.last_saved else 0
+            run.tensorboard = TensorBoardLogger(
+                folder / "tensorboard", enabled=config.tensorboard, first_step=first_step
+            )
         return run
 
     def seed_step(self, stage: int, step: int) -> None:
-        """Make every random number of this step a function of (seed, stage, step), so that a resumed run repeats."""
+        """Seed all random numbers of a step by (seed, stage, step), so that a resumed run repeats exactly."""
         torch.manual_seed((self.config.seed * 1_000_003 + stage * 500_000_003 + step) % 2**63)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bfloat16 where the configuration asks for it."""
+        """Return the context for bfloat16, if the configuration enables it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def elapsed_minutes(self) -> float:
-        """Minutes since this call began."""
+        """Return the minutes since this call began."""
         return (time.monotonic() - self.started) / 60
 
     def out_of_time(self) -> bool:
@@ -101,25 +127,26 @@ class TrainingRun:
         return limit > 0 and bool(self.world.broadcast(float(limit <= self.elapsed_minutes())))
 
     def time_fraction(self, start_minute: float) -> float:
-        """How far a decay by time is, 0..1, for a stage that began at minute `since` of this call."""
-        passed = (self.elapsed_minutes() - start_minute) / max(self.config.max_minutes - start_minute, 1e-6)
-        return self.world.broadcast(min(self.decay_progress + (1 - self.decay_progress) * max(passed, 0.0), 1.0))
+        """Return the progress, 0..1, of a decay by time in a stage that began at minute `start_minute` of this call."""
+        elapsed = (self.elapsed_minutes() - start_minute) / max(self.config.max_minutes - start_minute, 1e-6)
+        return self.world.broadcast(min(self.decay_progress + (1 - self.decay_progress) * max(elapsed, 0.0), 1.0))
 
     def report_progress(
         self, stage: str, step: int, steps: int, values: dict[str, float] | None = None, message: str = ""
     ) -> None:
-        """Call the progress callback."""
+        """Call the progress callback, on the first process."""
         if self.progress is None or not self.world.is_main:
             return
-        left = None
+        seconds_left = None
         if values and "seconds_a_step" in values:
-            left = (steps - step) * values["seconds_a_step"]
+            seconds_left = (steps - step) * values["seconds_a_step"]
             if self.config.max_minutes > 0:
-                left = max(min(left, (self.config.max_minutes - self.elapsed_minutes()) * 60), 0.0)
-        self.progress(TrainEvent(stage, step, steps, values or {}, message, left))
+                remaining = (self.config.max_minutes - self.elapsed_minutes()) * 60
+                seconds_left = max(min(seconds_left, remaining), 0.0)
+        self.progress(TrainEvent(stage, step, steps, values or {}, message, seconds_left))
 
     def log(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        """Append a line to stats.jsonl and tell the callback."""
+        """Append a line to stats.jsonl, write it to TensorBoard and report it."""
         if not self.world.is_main:
             return
         line = {"stage": stage, "step": step, "minutes": round(self.elapsed_minutes(), 3)}
@@ -139,44 +166,45 @@ class TrainingRun:
         save_state(self.folder, tensors, info, keep=self.config.keep_checkpoints)
 
     def close(self) -> None:
-        """Draw the log as `loss.png`, finish what TensorBoard reads."""
+        """Plot the log as `loss.png` and finish TensorBoard's event file."""
         if self.world.is_main:
             plot_losses(self.folder / "stats.jsonl", self.folder / "loss.png")
         if self.tensorboard is not None:
             self.tensorboard.close()
 
-    def check_finite(self, value: float, stage: str, step: int, parts: dict[str, float]) -> None:
-        """Stop on a loss or gradient that is no number."""
+    def check_finite(self, value: float, stage: str, step: int, terms: dict[str, float]) -> None:
+        """Raise `TrainingError` if a loss or gradient norm is not finite."""
         if math.isfinite(value):
             return
-        shown = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
-        good = "there is no checkpoint yet: the same command starts again"
+        term_list = ", ".join(f"{k} {v:.3g}" for k, v in terms.items())
+        resume_hint = "there is no checkpoint yet: the same command starts again"
         if self.last_saved is not None:
-            stage_saved, step_saved = self.last_saved
-            good = (
-                f"the same command goes on from the last good checkpoint, {self.folder / 'state.safetensors'} "
-                f"(stage {stage_saved}, step {step_saved})"
+            saved_stage, saved_step = self.last_saved
+            resume_hint = (
+                f"the same command continues from the last good checkpoint, {self.folder / 'state.safetensors'} "
+                f"(stage {saved_stage}, step {saved_step})"
             )
         raise TrainingError(
-            f"the loss of stage {stage} is {value} at step {step} ({shown}): lower lr, set precision to fp32, or let "
-            f"--skip-nonfinite leave such steps out; {good}"
+            f"the loss of stage {stage} is {value} at step {step} ({term_list}): lower lr, set precision to fp32, or "
+            f"skip such steps with --skip-nonfinite; {resume_hint}"
         )
 
     def _global_step(self, stage: str, step: int) -> int:
-        """Steps since the run began, over all stages."""
+        """Return the number of steps since the run began, over all stages."""
         stages = self.config.stages
-        before = stages[: stages.index(stage)] if stage in stages else ()
-        return sum(self.config.stage_steps(s) for s in before) + step
+        earlier_stages = stages[: stages.index(stage)] if stage in stages else ()
+        return sum(self.config.stage_steps(s) for s in earlier_stages) + step
 
     def _truncate_log(self, info: dict[str, Any]) -> None:
-        """Forget log lines of steps that will be taken again."""
+        """Drop the log lines of steps that will be repeated."""
         path = self.folder / "stats.jsonl"
         if not path.exists():
             return
         order = {stage: number for number, stage in enumerate(STAGES)}
+        order |= {old: order[new] for old, new in RENAMED_STAGES.items()}
         kept = []
         for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError):  # a line cut off by a crash
+            with contextlib.suppress(ValueError, KeyError):  # a line truncated by a crash
                 line = json.loads(text)
                 if (order[line["stage"]], line["step"]) <= (order[info["stage"]], info["step"]):
                     kept.append(text)

@@ -1,4 +1,4 @@
-"""The discriminator against closed forms, and the adversarial stage: exact resume, and what it logs."""
+"""The discriminator against closed forms; the stage `adversarial`: exact resume and its log."""
 
 from __future__ import annotations
 
@@ -17,31 +17,22 @@ from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.trainer import train
 
 SMALL = AdversarialConfig(
-    steps=3,
-    channel_max=8,
-    channel_base=256,
-    mapping_layers=2,
-    mbstd_group_size=2,
-    r1_gamma=1.0,
-    r1_interval=2,
-    ada=0.5,
-    ada_every=2,
-    ada_images=20,
+    steps=3, channel_max=8, channel_base=256, mapping_layers=2, mbstd_group_size=2, r1_gamma=1.0, r1_interval=2
 )
 
 
-def test_blur_keeps_constants_and_halves() -> None:
+def test_blur_keeps_constants_and_halves_the_side() -> None:
     x = torch.ones(1, 2, 8, 8)
     torch.testing.assert_close(adversary.blur(x, stride=2)[..., 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
     conv = adversary.EqualizedConv2d(2, 3, 3, downsample=True)
     assert conv(x).shape == (1, 3, 4, 4)
 
 
-def test_minibatch_deviation_sees_its_own_group() -> None:
+def test_minibatch_stddev_uses_its_own_group() -> None:
     x = torch.zeros(4, 2, 3, 3)
     x[3] = 2  # the second group of two differs, the first does not
-    added = adversary.minibatch_stddev(x, 2)[:, 2, 0, 0]
-    torch.testing.assert_close(added, torch.tensor([0.0, 0.0, 1.0, 1.0]), atol=1e-3, rtol=0)
+    channel = adversary.minibatch_stddev(x, 2)[:, 2, 0, 0]
+    torch.testing.assert_close(channel, torch.tensor([0.0, 0.0, 1.0, 1.0]), atol=1e-3, rtol=0)
     assert adversary.minibatch_stddev(x[:3], 2).shape == (3, 3, 3, 3)
 
 
@@ -57,7 +48,7 @@ def test_logits_depend_on_image_and_camera() -> None:
     torch.testing.assert_close(adversary.generator_loss(logits), -torch.log(torch.sigmoid(logits)).mean())
 
 
-def test_r1_of_a_linear_critic_is_its_squared_slope() -> None:
+def test_r1_of_a_linear_discriminator_is_its_squared_slope() -> None:
     class Linear(torch.nn.Module):
         def forward(self, image: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
             return 3 * image.sum((1, 2, 3))
@@ -67,7 +58,7 @@ def test_r1_of_a_linear_critic_is_its_squared_slope() -> None:
     )
 
 
-def test_adam_is_corrected_for_lazy_r1() -> None:
+def test_discriminator_adam_is_corrected_for_lazy_r1() -> None:
     d = adversary.Discriminator(16, SMALL)
     group = adversary.make_discriminator_optimizer(d, SMALL).param_groups[0]
     assert group["lr"] == pytest.approx(1e-5 * 2 / 3)
@@ -75,7 +66,7 @@ def test_adam_is_corrected_for_lazy_r1() -> None:
     assert adversary.make_discriminator_optimizer(d, replace(SMALL, r1_gamma=0.0)).param_groups[0]["lr"] == 1e-5
 
 
-def test_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_adversarial_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, stages=("reconstruction", "adversarial"), steps=2, checkpoint_every=1, adversarial=SMALL)
     whole = train(config)
     assert (whole.finished, whole.stage, whole.step) == (True, "adversarial", 3)
@@ -92,8 +83,6 @@ def test_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
     lines = [json.loads(s) for s in (Path(halves.run) / "stats.jsonl").read_text().splitlines()]
     assert [(x["stage"][0], x["step"]) for x in lines] == [("r", 1), ("r", 2), ("a", 1), ("a", 2), ("a", 3)]
     assert ["r1" in x for x in lines[2:]] == [True, False, True]
-    assert a[0]["augment.state"].tolist()[2] == 1  # one step since the probability was set
-    assert lines[3]["augment"] in (0.0, pytest.approx(0.2)) and lines[4]["augment"] == lines[3]["augment"]
     assert sum(x["images_a_second"] > 0 for x in lines) == 5
     record = load_weights(whole.weights)[2]
     assert (record["steps"], record["adversarial_steps"]) == (2, 3)
@@ -101,8 +90,6 @@ def test_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
         train(replace(halves, stages=("reconstruction",)))
 
 
-def test_stages_keep_their_order() -> None:
+def test_stages_out_of_order_are_refused() -> None:
     with pytest.raises(ConfigError, match="order"):
         make_train_config({"stages": ["adversarial", "reconstruction"]})
-    with pytest.raises(ConfigError, match=r"adversarial\.weight"):
-        make_train_config({"loss": {"adversarial": 0.1}})

@@ -1,4 +1,4 @@
-"""The engine: parts and processes give the gradients of the whole batch; ablations; crashes; numbers that are none."""
+"""The image stages: equal gradients by parts and processes; ablations; crashes; non-finite losses; cost estimate."""
 
 from __future__ import annotations
 
@@ -35,15 +35,7 @@ from export3d_cli.core.train.training_run import TrainingRun
 from .conftest import BUNDLE
 
 ADVERSARIAL = AdversarialConfig(
-    steps=1,
-    channel_max=8,
-    channel_base=256,
-    mapping_layers=1,
-    mbstd_group_size=2,
-    r1_gamma=1.0,
-    r1_interval=1,
-    ada=0.6,
-    augment=0.5,
+    steps=1, channel_max=8, channel_base=256, mapping_layers=1, mbstd_group_size=2, r1_gamma=1.0, r1_interval=1
 )
 WORKER = """
 import sys
@@ -54,7 +46,7 @@ from export3d_cli.core.config.loading import load_train_config
 from export3d_cli.core.train.trainer import train
 train(load_train_config(Path(sys.argv[1])))
 names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-assert not [name for name in names if "gloo" in name], names  # they would wait for a Python that is no more
+assert not [name for name in names if "gloo" in name], names  # they would outlive Python
 """
 KILLED = """
 import os, signal, sys
@@ -62,35 +54,35 @@ from pathlib import Path
 from export3d_cli.core.model import checkpoint
 from export3d_cli.core.config.loading import load_train_config
 from export3d_cli.core.train.trainer import train
-whole, calls = checkpoint.save_file, []
+original, calls = checkpoint.save_file, []
 def save_file(tensors, path, metadata=None):
     if "state" in Path(path).name:
         calls.append(path)
     if len(calls) == 3:
-        whole(tensors, path, metadata=metadata)
+        original(tensors, path, metadata=metadata)
         with open(path, "r+b") as file:
             file.truncate(1000)
         os.kill(os.getpid(), signal.SIGKILL)
-    whole(tensors, path, metadata=metadata)
+    original(tensors, path, metadata=metadata)
 checkpoint.save_file = save_file
 train(load_train_config(Path(sys.argv[1])))
 """
 
 
-def states(config: TrainConfig) -> dict[str, torch.Tensor]:
-    found = load_state(Path(config.run))
-    assert found is not None
-    return found[0]
+def load_tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
+    state = load_state(Path(config.run))
+    assert state is not None
+    return state[0]
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Equal but for the order of sums. Adam's first step is of one size whatever the gradient, so moments tell more."""
+def assert_equal_moments(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Equal up to the order of sums. Compares moments, since Adam's first step has one size for any gradient."""
     assert a.keys() == b.keys()
     for start in ("optimizer.", "against.", "model.generator.plane_ema"):
         keys = [k for k in a if k.startswith(start) and (k.endswith(("exp_avg", "plane_ema")))]
-        away = sum(float((a[k] - b[k]).square().sum()) for k in keys)
+        difference = sum(float((a[k] - b[k]).square().sum()) for k in keys)
         size = sum(float(a[k].square().sum()) for k in keys)
-        assert away <= 1e-8 * size, f"{start} differs by {away} of {size}"  # other jitter makes it 1e-5
+        assert difference <= 1e-8 * size, f"{start} differs by {difference} of {size}"  # other jitter makes it 1e-5
 
 
 @pytest.fixture
@@ -107,36 +99,34 @@ def joined(tiny: TrainConfig) -> TrainConfig:
     )
 
 
-def test_parts_give_the_gradients_of_the_whole_batch(joined: TrainConfig, tmp_path: Path) -> None:
+def test_accumulated_parts_give_the_gradients_of_the_whole_batch(joined: TrainConfig, tmp_path: Path) -> None:
     train(joined)
     parts = replace(joined, run=str(tmp_path / "parts"), accumulate=2)
     train(parts)
-    same(states(joined), states(parts))
+    assert_equal_moments(load_tensors(joined), load_tensors(parts))
 
 
 def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: Path) -> None:
     train(joined)
     two = replace(joined, run=str(tmp_path / "two"))
-    in_two_processes(two, tmp_path)
-    same(states(joined), states(two))
+    train_in_two_processes(two, tmp_path)
+    assert_equal_moments(load_tensors(joined), load_tensors(two))
     lines = [json.loads(s) for s in (Path(two.run) / "stats.jsonl").read_text().splitlines()]
-    assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of them
+    assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of the processes
 
 
-def test_two_processes_go_on_after_a_checkpoint_of_a_run_that_decays_by_the_clock(
-    tiny: TrainConfig, tmp_path: Path
-) -> None:
+def test_two_processes_continue_after_a_checkpoint_with_decay_by_time(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(
         tiny, stages=("reconstruction",), steps=3, checkpoint_every=1, decay_by_time=True, max_minutes=60.0
     )
-    in_two_processes(config, tmp_path)
+    train_in_two_processes(config, tmp_path)
     found = load_state(Path(config.run))
     assert found is not None
     assert found[1]["step"] == 3
     assert 0 < found[1]["decayed"] < 0.1
 
 
-def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_two_processes_share_the_clips_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
     one = replace(
         tiny,
         stages=("clebs",),
@@ -145,8 +135,8 @@ def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tm
     )
     train(one)
     two = replace(one, run=str(tmp_path / "two"))
-    in_two_processes(two, tmp_path)
-    a, b = states(one), states(two)
+    train_in_two_processes(two, tmp_path)
+    a, b = load_tensors(one), load_tensors(two)
     moments = [k for k in a if k.endswith("exp_avg")]
     away = sum(float((a[k] - b[k]).square().sum()) for k in moments)
     assert away <= 1e-8 * sum(float(a[k].square().sum()) for k in moments)
@@ -154,21 +144,21 @@ def test_two_processes_share_the_groups_of_the_clebs_stage(tiny: TrainConfig, tm
     assert logs[0]["contrast"] == pytest.approx(logs[1]["contrast"], rel=1e-4)
 
 
-def test_groups_that_cannot_be_shared_are_all_taken_and_told(tiny: TrainConfig) -> None:
-    told: list[str] = []
+def test_clips_that_cannot_be_shared_are_taken_by_every_process_with_a_note(tiny: TrainConfig) -> None:
+    messages: list[str] = []
     three = replace(tiny, clebs=replace(tiny.clebs, clips_per_step=3))
     run = TrainingRun(
-        three, Path(tiny.run), torch.device("cpu"), False, lambda event: told.append(event.message), World()
+        three, Path(tiny.run), torch.device("cpu"), False, lambda event: messages.append(event.message), World()
     )
     assert pretrain._local_groups(run) == range(3)
     run.world = World(rank=0, size=2)
     assert pretrain._local_groups(run) == range(3)
-    assert "is not shared" in told[0]
+    assert "is not shared" in messages[0]
     run.world = World(rank=2, size=3)
     assert pretrain._local_groups(run) == range(2, 3)
 
 
-def in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
+def train_in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
     save_yaml(config, tmp_path / "two.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -186,7 +176,7 @@ def in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
         assert worker.returncode == 0, errors
 
 
-def test_batch_must_be_divisible(tiny: TrainConfig) -> None:
+def test_batch_that_accumulate_does_not_divide_is_refused(tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="multiple of accumulate"):
         make_train_config({"batch": 4, "accumulate": 3})
 
@@ -207,7 +197,7 @@ def test_ablations_train_and_sample(tiny: TrainConfig, options: dict[str, object
     assert found == config.model
     Export3D(found).load_state_dict(state)
     assert read_image(Path(config.run) / "samples" / "0000002.png").shape == (4 * 64, 5 * 64, 3)
-    trained = states(config)
+    trained = load_tensors(config)
     moments = [k for k in trained if k.endswith("exp_avg")]
     own = len(list(Export3D(found).expression.parameters()))
     every = len(list(Export3D(found).parameters()))
@@ -215,25 +205,23 @@ def test_ablations_train_and_sample(tiny: TrainConfig, options: dict[str, object
     assert ("generator.blocks.0.cross.out.weight" in state) == (found.conditioning == "cross_attention")
 
 
-def test_options_leave_the_presets_alone() -> None:
+def test_ablation_options_do_not_change_the_presets() -> None:
     names = set(Export3D(PRESETS["tiny"]).state_dict())
     assert not any("cross" in name or "linear" in name for name in names)
     with pytest.raises(ConfigError, match="clebs, lebs, direct"):
         make_train_config({"model": {"expression": "learned"}})
 
 
-@pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of what is no leaf
-def test_compiled_model_takes_the_same_steps(tiny: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # dynamo reads .grad of tensors that are not leaves
+def test_compiled_model_gives_the_same_gradients(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, stages=("reconstruction",), steps=1)
     train(config)
     compiled = replace(config, run=str(tmp_path / "compiled"), compile="eager")
     train(compiled)
-    same(states(config), states(compiled))
+    assert_equal_moments(load_tensors(config), load_tensors(compiled))
 
 
-def test_the_volume_is_judged_by_where_the_target_shows_its_head(
-    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silhouette_term_gets_the_head_mask_of_the_target(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny, stages=("reconstruction",), steps=1, loss=replace(tiny.loss, silhouette=1.0))
     loss, seen = stages.reconstruction_loss, []
 
@@ -250,7 +238,7 @@ def test_the_volume_is_judged_by_where_the_target_shows_its_head(
     assert not torch.equal(head, flow.head_mask(batch.source_points, batch.source_camera, batch.source_person_mask))
 
 
-def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_steps_are_skipped(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny, stages=("reconstruction",), skip_nonfinite=2)
     calls = iter(range(100))
     loss = stages.reconstruction_loss
@@ -261,7 +249,7 @@ def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pyte
 
     monkeypatch.setattr(stages, "reconstruction_loss", sometimes)
     assert train(config).finished
-    assert all(torch.isfinite(v).all() for v in states(config).values() if v.is_floating_point())
+    assert all(torch.isfinite(v).all() for v in load_tensors(config).values() if v.is_floating_point())
     calls = iter(range(100))
     broken = replace(config, run=config.run + "-broken", skip_nonfinite=0)
     monkeypatch.setattr(
@@ -276,9 +264,7 @@ def test_steps_without_numbers_are_left_out(tiny: TrainConfig, monkeypatch: pyte
         train(replace(config, run=config.run + "-hopeless"))
 
 
-def test_steps_without_numbers_are_left_out_of_the_other_stages(
-    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_steps_of_the_other_stages_are_skipped(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(
         tiny, stages=("clebs",), skip_nonfinite=1, clebs=replace(tiny.clebs, geometry_warmup_steps=0, steps=3)
     )
@@ -303,13 +289,13 @@ def test_steps_without_numbers_are_left_out_of_the_other_stages(
         train(replace(last, run=config.run + "-last-strict"))
 
 
-def test_kill_in_the_middle_of_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_kill_during_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, stages=("reconstruction",), checkpoint_every=1, keep_checkpoints=3)
     save_yaml(config, tmp_path / "config.yaml")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = Path(config.run)
-    assert list(run.glob(".state.*.part.safetensors"))  # what it was writing
+    assert list(run.glob(".state.*.part.safetensors"))  # the unfinished file
     found = load_state(run)
     assert found is not None
     assert found[1]["step"] == 2
@@ -320,11 +306,13 @@ def test_kill_in_the_middle_of_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp
     ]  # fmt: skip
     whole = replace(config, run=str(tmp_path / "whole"))
     train(whole)
-    a, b = states(config), states(whole)
+    a, b = load_tensors(config), load_tensors(whole)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_loss_plot_is_drawn(tiny: TrainConfig) -> None:
+def test_train_draws_the_loss_and_the_probes(tiny: TrainConfig) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
     train(replace(tiny, steps=2))
     run = Path(tiny.run)
     assert read_image(run / "loss.png").shape == (640, 900, 3)  # two stages
@@ -333,7 +321,7 @@ def test_loss_plot_is_drawn(tiny: TrainConfig) -> None:
     assert read_image(run / "clebs.png").shape == (960, 960, 3)
 
 
-def test_plan_counts_what_is_there() -> None:
+def test_plan_training_counts_parameters_and_flops() -> None:
     found = plan_training(
         make_train_config({"preset": "tiny", "batch": 4, "stages": ["reconstruction", "adversarial"]})
     )

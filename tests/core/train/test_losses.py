@@ -88,7 +88,7 @@ def test_folded_batch_norm_is_batch_norm() -> None:
 
 def test_unknown_backbone_is_an_input_error(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="neither VGG16 nor MobileNetV2"):
+    with pytest.raises(InputError, match="must hold VGG16 or MobileNetV2 features"):
         losses.load_perceptual(tmp_path / "x.safetensors")
 
 
@@ -186,5 +186,5 @@ def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:
     marks = torch.zeros(1, 478, 2)
     batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head)
     total, terms = reconstruction_loss(output, batch, config, None, head_mask=head)
-    assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["rough"] == pytest.approx(3 * 0.5)
+    assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["density_tv"] == pytest.approx(3 * 0.5)
     assert float(total) == pytest.approx(2.5)

@@ -139,7 +139,7 @@ def test_files_are_checked(files: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are not VGG16"):
         lpips.load_perceptual_term(replace(loss, backbone=str(tmp_path / "short.safetensors")))
     save_file({**heads(), "lin2.model.1.weight": torch.ones(1, 5, 1, 1)}, tmp_path / "wide.safetensors")
-    with pytest.raises(InputError, match=r"weighs \[4, 6, 5, 10, 10\] channels"):
+    with pytest.raises(InputError, match=r"has weights for \[4, 6, 5, 10, 10\] channels"):
         lpips.load_perceptual_term(replace(loss, lpips=str(tmp_path / "wide.safetensors")))
     with pytest.raises(ConfigError, match=r"needs loss\.backbone"):
         make_train_config({"loss": {"lpips": "vgg.pth"}})

@@ -1,7 +1,8 @@
-"""Whole runs of the tiny preset: exact resume, time limit, and errors that name the way out."""
+"""Whole runs of the tiny preset: exact resume, time limit, licence, and errors that say what to do."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,36 +14,38 @@ from export3d_cli.core.config.schema import LossConfig, TrainConfig
 from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.landmarks import LIPS
-from export3d_cli.core.model.checkpoint import load_state, load_weights
+from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence
 from export3d_cli.core.model.expression import LeBS
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.clebs_stage import fit_flow_basis
 from export3d_cli.core.train.frame_cache import load_datasets
+from export3d_cli.core.train.objective import learning_rate, scheduled_raw_size
 from export3d_cli.core.train.pair_sampler import PairSampler
-from export3d_cli.core.train.trainer import learning_rate, scheduled_raw_size, train
+from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_plots import INSTALL_HINT
 from export3d_cli.core.train.training_run import WARM_RESTART_PROGRESS, TrainingRun
 
 from .conftest import BUNDLE, SIZE
 
 
-def test_the_first_stage_draws_by_its_own_shares(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[list[float]]] = {"geometry": [], "batch": []}
-    for name, shares in seen.items():
-        plain = getattr(PairSampler, name)
+def test_clebs_stage_uses_its_own_dataset_weights(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, list[list[float]]] = {"draw_landmark_pairs": [], "draw_pairs": []}
+    for name, weights in used.items():
+        original = getattr(PairSampler, name)
 
-        def told(self: PairSampler, *args: object, plain=plain, shares=shares) -> object:  # type: ignore[no-untyped-def]
-            shares.append(self.dataset_weights.tolist())
-            return plain(self, *args)
+        def record(self: PairSampler, *args: object, original=original, weights=weights) -> object:  # type: ignore[no-untyped-def]
+            weights.append(self.dataset_weights.tolist())
+            return original(self, *args)
 
-        monkeypatch.setattr(PairSampler, name, told)
+        monkeypatch.setattr(PairSampler, name, record)
     data, clebs = replace(tiny.data, path=tiny.data.path * 2), replace(tiny.clebs, weight=(3.0, 1.0))
     train(replace(tiny, data=data, clebs=clebs, steps=1))
-    assert seen["geometry"] and all(shares == [0.75, 0.25] for shares in seen["geometry"])
-    assert seen["batch"] and all(shares == [0.5, 0.5] for shares in seen["batch"])
+    assert used["draw_landmark_pairs"] and all(w == [0.75, 0.25] for w in used["draw_landmark_pairs"])
+    assert used["draw_pairs"] and all(w == [0.5, 0.5] for w in used["draw_pairs"])
 
 
-def test_resume_is_exact(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_train_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, decay=False, loss=LossConfig(l1=0.5, mask=10.0))
     whole = train(config)
     assert whole.finished
@@ -65,7 +68,7 @@ def test_resume_is_exact(tiny: TrainConfig, tmp_path: Path) -> None:
     assert sorted(p.name for p in (Path(config.run) / "samples").iterdir()) == ["0000004.png"]
 
 
-def test_weights_carry_a_trained_expression_and_flow(tiny: TrainConfig) -> None:
+def test_weights_hold_a_trained_expression_code_and_flow(tiny: TrainConfig) -> None:
     summary = train(replace(tiny, steps=1))
     state, config, record = load_weights(summary.weights)
     assert config == tiny.model
@@ -101,16 +104,16 @@ def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.Monk
     assert saved is not None
     assert saved[1]["step"] == summary.step
     assert saved[1]["decayed"] == 1.0
-    assert TrainingRun.open(config, None).decay_progress == WARM_RESTART_PROGRESS  # given more time
+    assert TrainingRun.open(config, None).decay_progress == WARM_RESTART_PROGRESS  # continued with more time
 
 
-def test_loss_that_is_no_number_stops(tiny: TrainConfig) -> None:
+def test_non_finite_loss_stops_training(tiny: TrainConfig) -> None:
     config = replace(tiny, stages=("reconstruction",), loss=LossConfig(l2=float("nan")))
     with pytest.raises(TrainingError, match="nan at step 0"):
         train(config)
 
 
-def test_init_of_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_init_with_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     summary = train(replace(tiny, stages=("reconstruction",), steps=1))
     other = replace(tiny, run=str(tmp_path / "other"), init=str(summary.weights))
     with pytest.raises(ConfigError, match="another size"):
@@ -118,17 +121,51 @@ def test_init_of_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> N
     assert train(replace(other, stages=("reconstruction",), steps=1)).step == 1
 
 
-def test_expression_is_taken_from_other_weights(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_expression_from_takes_code_and_flow_of_other_weights(tiny: TrainConfig, tmp_path: Path) -> None:
     first = train(replace(tiny, stages=("clebs",)))
     other = replace(tiny, run=str(tmp_path / "other"), stages=("reconstruction",), seed=5, steps=2)
-    second = train(replace(other, expression=str(first.weights)))
+    second = train(replace(other, expression_from=str(first.weights)))
     a, b = load_weights(first.weights), load_weights(second.weights)
     kept = [k for k in a[0] if k.startswith(("expression.", "flow.basis"))]
     assert all(torch.equal(a[0][k], b[0][k]) for k in kept)  # frozen
     assert b[2]["expression"]["clebs_steps"] == 2
 
 
-def test_schedules(tiny: TrainConfig) -> None:
+def test_train_without_a_licence_is_refused_before_any_work(tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^license is not set: .* --license CC-BY-4\.0 "):
+        train(replace(tiny, license=""))
+    assert not Path(tiny.run).exists()
+
+
+def test_licence_is_written_into_every_weights_file(tiny: TrainConfig, tmp_path: Path) -> None:
+    first = train(replace(tiny, stages=("clebs",), license="CC-BY-4.0"))
+    assert read_licence(first.weights) == "CC-BY-4.0"
+    messages: list[str] = []
+    config = replace(tiny, run=str(tmp_path / "second"), stages=("reconstruction",), steps=1, init=str(first.weights))
+    second = train(config, progress=lambda event: messages.append(event.message))
+    assert read_licence(second.weights) == "CC0-1.0"
+    assert f"{first.weights} has the licence CC-BY-4.0: make sure that it allows CC0-1.0" in messages
+
+
+def test_train_without_the_extra_writes_the_log_and_one_note(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "sklearn" else find_spec(name, *args)
+    )
+    messages: list[str] = []
+    assert train(tiny, progress=lambda event: messages.append(event.message)).finished
+    run = Path(tiny.run)
+    assert (run / "stats.jsonl").exists() and set(json.loads((run / "clebs.json").read_text())) == {
+        "accuracy",
+        "chance",
+    }
+    assert not list(run.glob("*.png"))
+    assert [message for message in messages if "export3d-cli[train]" in message] == [INSTALL_HINT]
+
+
+def test_learning_rate_and_raw_size_schedules(tiny: TrainConfig) -> None:
     config = replace(tiny, lr=1.0, warmup=4, decay=True, raw_size_start=8, raw_size_grow_step=10)
     assert learning_rate(config, 0, 0.0) == 0.25
     assert learning_rate(config, 100, 0.5) == pytest.approx(0.55)
@@ -136,16 +173,16 @@ def test_schedules(tiny: TrainConfig) -> None:
     assert (scheduled_raw_size(config, 9), scheduled_raw_size(config, 10)) == (8, 16)
 
 
-def test_flow_basis_recovers_a_linear_motion(tiny: TrainConfig) -> None:
+def test_fit_flow_basis_recovers_a_linear_motion(tiny: TrainConfig) -> None:
     sampler = PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face(BUNDLE).mirror)
     torch.manual_seed(0)
     lebs = LeBS(tiny.model)
     basis, report = fit_flow_basis(lebs, sampler, 0, 400, 1e-4)
     assert basis.shape == (10, 478, 3)
-    assert report.lips < 0.35 * report.lips_rigid  # the data set's mouth moves with one number
+    assert report.lips < 0.35 * report.lips_rigid  # the mouths of the dataset move with one number
     beta = torch.zeros(2, 64)
     beta[1, ARKIT_NAMES.index("jawOpen")] = 1
     lam = lebs.coefficients(beta)
     moved = torch.einsum("n,npc->pc", lam[1] - lam[0], basis)
-    assert moved[list(LIPS), 1].mean().item() == pytest.approx(0.05, rel=0.2)  # as the clips were made
+    assert moved[list(LIPS), 1].mean().item() == pytest.approx(0.05, rel=0.2)  # as in the clips
     assert moved[10].norm() < 0.01
