@@ -75,7 +75,7 @@ def test_loss_sees_faces_and_reaches_the_image(embedder: str) -> None:
 
 def test_wrong_embedders_are_named(tmp_path: Path) -> None:
     (tmp_path / "no.pt").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"no\.pt is no TorchScript face embedder"):
+    with pytest.raises(InputError, match=r"no\.pt is not a TorchScript face embedder"):
         load_identity_loss(str(tmp_path / "no.pt"), torch.device("cpu"))
     torch.jit.script(torch.nn.Flatten(0)).save(str(tmp_path / "flat.pt"))
     with pytest.raises(InputError, match=r"not \(2, D\)"):

@@ -133,10 +133,10 @@ def test_files_are_checked(files: tuple[str, str], tmp_path: Path) -> None:
     wrong.write_bytes(Path(files[0]).read_bytes())
     with pytest.raises(WeightsError, match=r"not 397923af"):
         lpips.load_perceptual_term(replace(loss, backbone=str(wrong)))
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="which does not exist"):
         lpips.load_perceptual_term(replace(loss, lpips=str(tmp_path / "none.pth")))
     save_file({"features.0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "short.safetensors")
-    with pytest.raises(InputError, match="are not VGG16"):
+    with pytest.raises(InputError, match="must hold VGG16"):
         lpips.load_perceptual_term(replace(loss, backbone=str(tmp_path / "short.safetensors")))
     save_file({**heads(), "lin2.model.1.weight": torch.ones(1, 5, 1, 1)}, tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match=r"has weights for \[4, 6, 5, 10, 10\] channels"):

@@ -87,7 +87,7 @@ def test_train_removes_rotation_from_the_basis_only(rotating_run: TrainConfig) -
     before = load_weights(rotating_run.init)[0]
     done = train(rotating_run)
     after, _, record = load_weights(done.weights)
-    assert (done.stage, done.step, done.finished, record["steady_steps"]) == ("pose_debias", 4, True, 4)
+    assert (done.stage, done.step, done.finished, record["pose_debias_steps"]) == ("pose_debias", 4, True, 4)
     old, new = (np.abs(rotations_of(state["flow.basis"])).max() for state in (before, after))
     assert old > 0.002 and new < 0.05 * old
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"flow.basis"}
@@ -124,7 +124,7 @@ def test_stage_without_faces_follows_the_other_stages(tiny: TrainConfig) -> None
     )
     assert (done.stage, done.step, done.finished) == ("pose_debias", 2, True)  # grey images: no face is found
     record = load_weights(done.weights)[2]
-    assert (record["steps"], record["steady_steps"]) == (4, 2)
+    assert (record["steps"], record["pose_debias_steps"]) == (4, 2)
 
 
 @pytest.mark.parametrize(
