@@ -22,9 +22,8 @@ from export3d_cli.core.runtime.files import write_atomic
 
 FORMAT = "export3d-1"
 LICENCE = "Apache-2.0"
-# Names in files of earlier versions, old: new; prefixes of state-dict keys and fields of `ModelConfig`.
+# Prefixes of state-dict keys in files of earlier versions, old: new; for fields of `ModelConfig` see `config.renamed`.
 RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden_textures."}
-RENAMED_FIELDS = {"face_shift": "face_residual_ratio"}
 KEEP_FP32 = ("expression.", "flow.basis")  # small, and the geometry of every frame depends on them
 
 
@@ -71,10 +70,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path} holds no export3d weights: format is {header.get('format')!r}, not {FORMAT!r}")
     try:
-        fields = json.loads(header["config"])
-        if isinstance(fields, dict):
-            fields = {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
-        config = model_config_from_dict(fields)
+        config = model_config_from_dict(json.loads(header["config"]))
         record = json.loads(header["record"])
     except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise WeightsError(
