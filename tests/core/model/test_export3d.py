@@ -34,13 +34,13 @@ def test_drive_of_encoded_source_equals_forward(tiny: Export3D, inputs: Inputs, 
     beta, camera = torch.rand(3, 64), orbit(-20, 0, 20)
     with torch.no_grad():
         source = tiny.encode_source(**inputs)
-        each = [tiny.drive(source, beta[k : k + 1], camera[k : k + 1]) for k in range(3)]
-        at_once = tiny.drive(source.expand(3), beta, camera)
+        single = [tiny.drive(source, beta[k : k + 1], camera[k : k + 1]) for k in range(3)]
+        batched = tiny.drive(source.expand(3), beta, camera)
         for k in range(3):
-            assert_same(each[k], tiny(*inputs.values(), beta[k : k + 1], camera[k : k + 1]))
-            part = Output(*(t if t is None else t[k : k + 1] for t in at_once))
-            assert_same(part, each[k], atol=1e-4)
-    assert not torch.allclose(each[0].image, each[2].image, atol=1e-3)
+            assert_same(single[k], tiny(*inputs.values(), beta[k : k + 1], camera[k : k + 1]))
+            part = Output(*(t if t is None else t[k : k + 1] for t in batched))
+            assert_same(part, single[k], atol=1e-4)
+    assert not torch.allclose(single[0].image, single[2].image, atol=1e-3)
 
 
 def test_forward_output_shapes_and_ranges(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:
@@ -88,10 +88,10 @@ def test_drive_of_posed_head_with_many_cameras_equals_single_cameras(
         source = tiny.encode_source(**inputs)
         lam = source.lam + torch.randn(1, 10)
         posed = tiny.pose_head(source, lam)
-        at_once = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
+        batched = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
         for k in range(3):
-            alone = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
-            assert_same(Output(*(t if t is None else t[k : k + 1] for t in at_once)), alone, atol=1e-4)
+            single = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
+            assert_same(Output(*(t if t is None else t[k : k + 1] for t in batched)), single, atol=1e-4)
 
 
 def test_source_basis_follows_the_weights(tiny: Export3D, inputs: Inputs) -> None:
@@ -99,10 +99,10 @@ def test_source_basis_follows_the_weights(tiny: Export3D, inputs: Inputs) -> Non
         source = tiny.encode_source(**inputs)
         changed = {**tiny.state_dict(), "expression.weight": torch.randn_like(tiny.expression.weight)}
         tiny.load_state_dict(changed)
-        anew = tiny.encode_source(**inputs)
-        assert source.basis is not None and anew.basis is not None
-        torch.testing.assert_close(anew.basis, tiny.expression.basis(), atol=0, rtol=0)
-        assert (anew.basis - source.basis).abs().max() > 0.1
+        reencoded = tiny.encode_source(**inputs)
+        assert source.basis is not None and reencoded.basis is not None
+        torch.testing.assert_close(reencoded.basis, tiny.expression.basis(), atol=0, rtol=0)
+        assert (reencoded.basis - source.basis).abs().max() > 0.1
     assert tiny.encode_source(**inputs).basis is None  # gradients must reach the weights
     tiny.drive(source, torch.rand(1, 64), inputs["camera"]).image.square().mean().backward()
     assert tiny.expression.weight.grad is not None
@@ -192,8 +192,8 @@ def test_composite_background_fades_low_opacity(tiny: Export3D, inputs: Inputs) 
         assert source.background is not None
         opacity = torch.tensor([0.08, 0.3, 0.5, 1.0]).repeat(1, 1, 4, 1)
         features = opacity * torch.ones(1, source.background.shape[1], 4, 4)
-        behind = tiny._composite_background(source, torch.zeros_like(features), torch.zeros_like(opacity), None)
-        seen = tiny._composite_background(source, features, opacity, None)
-    torch.testing.assert_close(seen[..., 0], behind[..., 0])
-    torch.testing.assert_close(seen[..., 1], 0.15 + 0.85 * behind[..., 1])
-    torch.testing.assert_close(seen[..., 2:], (features + (1 - opacity) * behind)[..., 2:])
+        background = tiny._composite_background(source, torch.zeros_like(features), torch.zeros_like(opacity), None)
+        composite = tiny._composite_background(source, features, opacity, None)
+    torch.testing.assert_close(composite[..., 0], background[..., 0])
+    torch.testing.assert_close(composite[..., 1], 0.15 + 0.85 * background[..., 1])
+    torch.testing.assert_close(composite[..., 2:], (features + (1 - opacity) * background)[..., 2:])

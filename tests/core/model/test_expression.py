@@ -84,23 +84,23 @@ def test_basis_equals_gram_schmidt_for_any_qr_signs(seed: int) -> None:
     torch.manual_seed(seed)
     lebs = LeBS(PRESETS["compact"])
     weight = lebs.weight.detach().numpy()
-    found = lebs.basis().detach().numpy()
-    np.testing.assert_allclose(found, gram_schmidt(weight), atol=2e-6)
+    basis = lebs.basis().detach().numpy()
+    np.testing.assert_allclose(basis, gram_schmidt(weight), atol=2e-6)
     q, r = np.linalg.qr(weight.astype(np.float64))  # another library and precision may choose other signs
-    np.testing.assert_allclose(found, (q * np.where(np.diag(r) < 0, -1, 1)).T, atol=2e-6)
-    np.testing.assert_allclose(found, lebs.double().basis().detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(basis, (q * np.where(np.diag(r) < 0, -1, 1)).T, atol=2e-6)
+    np.testing.assert_allclose(basis, lebs.double().basis().detach().numpy(), atol=2e-6)
 
 
 def test_basis_does_not_depend_on_threads_or_device(lebs: LeBS) -> None:
-    found, before = lebs.basis().detach(), torch.get_num_threads()
+    basis, threads = lebs.basis().detach(), torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            torch.testing.assert_close(lebs.basis(), found, atol=2e-6, rtol=0)
+            torch.testing.assert_close(lebs.basis(), basis, atol=2e-6, rtol=0)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        torch.testing.assert_close(lebs.to("cuda").basis().cpu(), found, atol=2e-6, rtol=0)
+        torch.testing.assert_close(lebs.to("cuda").basis().cpu(), basis, atol=2e-6, rtol=0)
 
 
 def test_basis_follows_a_flipped_column(lebs: LeBS) -> None:

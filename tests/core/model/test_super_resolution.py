@@ -35,11 +35,11 @@ def test_hidden_textures_are_zero_outside_mouth_and_eyes(
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
     mesh = tiny.flow(points, orbit(0), opened, orbit(0), 128)
-    inside = HiddenTextures()
-    seen = inside(mesh, 128)
-    assert seen.shape == (1, inside.out_channels, 128, 128)
-    assert seen[:, :, (mesh.mouth + mesh.eye)[0, 0] == 0].abs().max() == 0
-    lower = seen[:, 8:16]
+    hidden_textures = HiddenTextures()
+    textures = hidden_textures(mesh, 128)
+    assert textures.shape == (1, hidden_textures.out_channels, 128, 128)
+    assert textures[:, :, (mesh.mouth + mesh.eye)[0, 0] == 0].abs().max() == 0
+    lower = textures[:, 8:16]
     assert lower[:, :, mesh.mouth[0, 0] > 0].abs().mean() > 0.05
     assert lower[:, :, mesh.eye[0, 0] > 0].abs().max() == 0  # only the mouth has a lower texture
 
@@ -58,15 +58,15 @@ def test_hair_vanishes_where_the_head_has_moved_away(
         blank = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
         assert blank.head_mask is not None
         hair = resize(blank.head_mask, size) > 0.98
-        other = replace(blank, image=torch.where(hair, 1.0, photo))
-        made, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, other))
-        seen = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head_mask)
-    assert made.flow_weights is not None
-    changed = (made.image - marked.image).abs().amax(1, keepdim=True)
-    beside = (F.max_pool2d(seen.weight, 5, 1, 2) == 0) & (resize(made.flow_weights[:, 1:2], size) < 0.05)
-    assert (hair & beside).sum() > 20
-    assert changed[hair & beside].max() < 0.1
-    assert changed[(seen.weight == 1) & (seen.mouth == 0)].mean() > 0.5
+        white_haired = replace(blank, image=torch.where(hair, 1.0, photo))
+        output, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, white_haired))
+        flow = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head_mask)
+    assert output.flow_weights is not None
+    changed = (output.image - marked.image).abs().amax(1, keepdim=True)
+    uncovered = (F.max_pool2d(flow.weight, 5, 1, 2) == 0) & (resize(output.flow_weights[:, 1:2], size) < 0.05)
+    assert (hair & uncovered).sum() > 20
+    assert changed[hair & uncovered].max() < 0.1
+    assert changed[(flow.weight == 1) & (flow.mouth == 0)].mean() > 0.5
 
 
 def test_outline_of_a_far_moved_head_does_not_show_the_photo(
@@ -83,27 +83,27 @@ def test_outline_of_a_far_moved_head_does_not_show_the_photo(
     with torch.no_grad():
         source = net.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
         out = net.drive(source, None, camera, lam=source.lam)
-        seen = net.flow(points, orbit(0), points, camera, 128, source.head_mask)
+        flow = net.flow(points, orbit(0), points, camera, 128, source.head_mask)
     assert out.source_visibility is not None and out.flow_weights is not None and source.head_mask is not None
-    rim = (widen_mask(seen.weight) - seen.weight > 0.1) & (source.head_mask > 0.9)
-    behind = out.source_visibility - out.flow_weights[:, :2].sum(1, keepdim=True)
-    assert rim.sum() > 500
-    assert behind[rim].mean() < 0.02
+    outline = (widen_mask(flow.weight) - flow.weight > 0.1) & (source.head_mask > 0.9)
+    background = out.source_visibility - out.flow_weights[:, :2].sum(1, keepdim=True)
+    assert outline.sum() > 500
+    assert background[outline].mean() < 0.02
 
 
 def test_stray_hair_does_not_stay_on_the_wall(
     tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Masks miss stray hair: next to where the head was, the wall is not trusted, the body below it is."""
+    """Masks miss stray hair: next to where the head was, the wall does not count as visible, the body does."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None
     net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
-    whole, person = net.render, torch.zeros(1, 1, 64, 64)
+    render, person = net.render, torch.zeros(1, 1, 64, 64)
     person[..., 12:52] = 1  # a head and the body below it
 
     def render_transparent(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        features, depth, opacity = whole(*args)
+        features, depth, opacity = render(*args)
         return features, depth, torch.zeros_like(opacity)
 
     monkeypatch.setattr(net, "render", render_transparent)  # only the mesh marks the head
@@ -111,27 +111,27 @@ def test_stray_hair_does_not_stay_on_the_wall(
     camera[:, 3] += 0.3
     with torch.no_grad():
         source = net.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
-        there, moved = (net.drive(source, None, c, lam=source.lam) for c in (orbit(0), camera))
+        unmoved, moved = (net.drive(source, None, c, lam=source.lam) for c in (orbit(0), camera))
     assert source.head_mask is not None and source.body_mask is not None
-    beside = (
+    fringe = (
         (widen_mask(source.head_mask, FRINGE_DIVISOR) > 0.95)
         & (widen_mask(source.head_mask) < 0.05)
         & (source.body_mask < 0.05)
     )
 
-    def trusted(out: Output, where: Tensor) -> float:
+    def mean_visibility(out: Output, region: Tensor) -> float:
         """Return the visibility of the photo in the background layer."""
         assert out.source_visibility is not None and out.flow_weights is not None
         rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
-        seen = where & (rest > 0.9)
-        assert seen.sum() > 50
-        return ((out.source_visibility - 1 + rest) / rest)[seen].mean().item()
+        background = region & (rest > 0.9)
+        assert background.sum() > 50
+        return ((out.source_visibility - 1 + rest) / rest)[background].mean().item()
 
-    assert there.flow_weights is not None and moved.flow_weights is not None
-    still, torso = moved.flow_weights[:, 2:3] > 0.9, moved.flow_weights[:, 3:] > 0.5
-    assert trusted(there, beside) > 0.95
-    assert trusted(moved, beside & still) < 0.05
-    assert trusted(moved, torso) > 0.85
+    assert unmoved.flow_weights is not None and moved.flow_weights is not None
+    static, torso = moved.flow_weights[:, 2:3] > 0.9, moved.flow_weights[:, 3:] > 0.5
+    assert mean_visibility(unmoved, fringe) > 0.95
+    assert mean_visibility(moved, fringe & static) < 0.05
+    assert mean_visibility(moved, torso) > 0.85
 
 
 def test_solid_neck_is_not_covered_by_the_wall(
@@ -139,16 +139,16 @@ def test_solid_neck_is_not_covered_by_the_wall(
 ) -> None:
     person = torch.zeros(1, 1, 64, 64)
     person[..., 16:48] = 1
-    whole = tiny.render
+    original_render = tiny.render
     with torch.no_grad():
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
 
-    def behind(opacity: float) -> Tensor:
+    def visibility(opacity: float) -> Tensor:
         """Return the visibility of the photo in the background layer."""
 
         def render(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-            features, depth, old = whole(*args)
-            return features, depth, torch.full_like(old, opacity)
+            features, depth, rendered = original_render(*args)
+            return features, depth, torch.full_like(rendered, opacity)
 
         monkeypatch.setattr(tiny, "render", render)
         with torch.no_grad():
@@ -157,7 +157,7 @@ def test_solid_neck_is_not_covered_by_the_wall(
         rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
         return (out.source_visibility - 1 + rest)[0, 0] / rest[0, 0].clamp_min(0.01)
 
-    thin, solid = behind(0.0), behind(1.0)
+    thin, solid = visibility(0.0), visibility(1.0)
     assert thin[:, [2, -3]].min() > 0.95 and solid[:, [2, -3]].max() < 0.05  # the wall
     assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
 
@@ -167,10 +167,10 @@ def test_hidden_textures_get_gradients(tiny: Export3D, points: Tensor, orbit: Ca
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
     mesh = tiny.flow(points, orbit(0), opened, orbit(0), 64)
-    inside = HiddenTextures()
-    inside(mesh, 64).square().sum().backward()
-    assert inside.textures.grad is not None
-    assert all(float(grad.abs().sum()) > 0 for grad in inside.textures.grad)
+    hidden_textures = HiddenTextures()
+    hidden_textures(mesh, 64).square().sum().backward()
+    assert hidden_textures.textures.grad is not None
+    assert all(float(grad.abs().sum()) > 0 for grad in hidden_textures.textures.grad)
 
 
 def test_upscale_to_own_size_is_identity(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -188,23 +188,23 @@ def test_upscale_to_own_size_is_identity(tiny: Export3D, points: Tensor, orbit: 
 
 def test_photo_residual_plus_downsampled_photo_is_the_photo() -> None:
     photo = torch.rand(1, 3, 160, 160)
-    more = photo_residual(photo, 128, 64)
+    residual = photo_residual(photo, 128, 64)
     small = F.interpolate(photo[..., 16:-16, 16:-16], (64, 64), mode="area")
-    seen = F.interpolate(small, (128, 128), mode="bilinear")
-    torch.testing.assert_close(more[..., 16:-16, 16:-16] + seen, photo[..., 16:-16, 16:-16])
-    torch.testing.assert_close(more[..., 16:-16, :16] + seen[..., :1], photo[..., 16:-16, :16])
+    upsampled = F.interpolate(small, (128, 128), mode="bilinear")
+    torch.testing.assert_close(residual[..., 16:-16, 16:-16] + upsampled, photo[..., 16:-16, 16:-16])
+    torch.testing.assert_close(residual[..., 16:-16, :16] + upsampled[..., :1], photo[..., 16:-16, :16])
     assert photo_residual(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
 
 
 def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     """One-pixel stripes are grey at the model's size. A closed mouth that opens must not show them."""
     assert tiny.flow is not None and tiny.flow_blend is not None
-    for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
-        zero_init(learned)
+    for layer in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
+        zero_init(layer)
     stripes = torch.tensor([0.5, -0.5]).repeat(64).expand(1, 3, 128, 128)
     opened, lower = points.clone(), torch.tensor([14, 17, 87, 317, 178, 402, 88, 318, 95, 324])
     opened[:, lower, 1] += 0.2
-    detail, seen = [], []
+    detail, flows = [], []
     with torch.no_grad():
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
         for target in (points, opened):
@@ -213,22 +213,22 @@ def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor
             detail.append(
                 out.upscale(photo_residual(stripes, 128, 64), 128) - out.upscale(torch.zeros_like(stripes), 128)
             )
-            seen.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
-    face = (seen[0].face == 1).expand_as(stripes)
-    shut = (-F.max_pool2d(-seen[1].closed_in_photo, 5, 1, 2) > 0.9).expand_as(stripes)
-    assert face.sum() > 3000 and shut.sum() > 50
+            flows.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
+    face = (flows[0].face == 1).expand_as(stripes)
+    closed = (-F.max_pool2d(-flows[1].closed_in_photo, 5, 1, 2) > 0.9).expand_as(stripes)
+    assert face.sum() > 3000 and closed.sum() > 50
     assert (detail[0] * stripes)[face].mean() > 0.9 * 0.25
-    assert detail[1][shut].abs().max() < 0.05
+    assert detail[1][closed].abs().max() < 0.05
 
 
-@pytest.mark.parametrize(("blend", "shown"), [(0.95, 1.0), (0.5, 1.0), (0.05, 0.05)])
+@pytest.mark.parametrize(("blend", "expected"), [(0.95, 1.0), (0.5, 1.0), (0.05, 0.05)])
 def test_blended_face_keeps_the_full_highpass_detail(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], blend: float, shown: float
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], blend: float, expected: float
 ) -> None:
     """Except where the blend rejects the photo; the background keeps the blended fraction."""
     assert tiny.flow is not None and tiny.flow_blend is not None and tiny.superres.colour.bias is not None
-    for learned in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
-        zero_init(learned)
+    for layer in (tiny.flow_blend.leave, tiny.flow_blend.shift, tiny.superres.offset, tiny.superres.colour):
+        zero_init(layer)
     stripes = torch.tensor([0.5, -0.5]).repeat(64)
     with torch.no_grad():
         tiny.superres.colour.bias[3] = (math.log(blend / (1 - blend)) + 3 - PHOTO_LOGIT_BIAS) / 4
@@ -237,9 +237,11 @@ def test_blended_face_keeps_the_full_highpass_detail(
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
             face = tiny.flow(points, orbit(0), points, orbit(0), size).face == 1
-            share = highpass(out.upscale(photo_residual(photo, size, 64), size)) / highpass(photo)  # (1, 1, size, size)
-            assert share[face.expand_as(share)].median() == pytest.approx(shown, abs=0.03)
-            assert share[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
+            fraction = highpass(out.upscale(photo_residual(photo, size, 64), size)) / highpass(
+                photo
+            )  # (1, 1, size, size)
+            assert fraction[face.expand_as(fraction)].median() == pytest.approx(expected, abs=0.03)
+            assert fraction[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
 
 
 def test_highpass_detail_is_not_added_at_discontinuities(
@@ -247,43 +249,44 @@ def test_highpass_detail_is_not_added_at_discontinuities(
 ) -> None:
     """A linear ramp has no detail, although its warped colours jump next to a turned head."""
     assert tiny.superres.colour.bias is not None
-    for learned in (tiny.superres.offset, tiny.superres.colour):
-        zero_init(learned)
+    for layer in (tiny.superres.offset, tiny.superres.colour):
+        zero_init(layer)
     slope = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
     with torch.no_grad():
         tiny.superres.colour.bias[3] = (3 - PHOTO_LOGIT_BIAS) / 4  # blend of 0.5, where all missing detail is added
         source = tiny.encode_source(slope, torch.zeros(1, 64), orbit(0), points, torch.ones(1, 1, 64, 64))
         out, plain = (
-            tiny.drive(one, None, orbit(30), lam=one.lam).image for one in (source, replace(source, highpass=None))
+            tiny.drive(encoded, None, orbit(30), lam=encoded.lam).image
+            for encoded in (source, replace(source, highpass=None))
         )
     assert highpass(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
 def test_warp_discontinuity_is_the_distance_of_neighbours() -> None:
-    at = pixel_grid(16).T.reshape(1, 2, 16, 16)
-    torn = at + 0.5 * (at[:, :1] > 0.5)
-    found = warp_discontinuity(torch.cat([at * 3, torn], dim=1))
-    torch.testing.assert_close(found[:, 0], torch.full((1, 16, 16), 3.0))
+    grid = pixel_grid(16).T.reshape(1, 2, 16, 16)
+    split = grid + 0.5 * (grid[:, :1] > 0.5)
+    distances = warp_discontinuity(torch.cat([grid * 3, split], dim=1))
+    torch.testing.assert_close(distances[:, 0], torch.full((1, 16, 16), 3.0))
     expected = torch.ones(16)
     expected[7:9] = math.hypot(1 + 8, 8)  # one pixel plus half an image across, half an image down
-    torch.testing.assert_close(found[0, 1], expected.expand(16, 16))
+    torch.testing.assert_close(distances[0, 1], expected.expand(16, 16))
 
 
 def test_detail_is_not_added_where_the_photo_is_minified(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    for learned in (tiny.superres.offset, tiny.superres.colour):
-        zero_init(learned)
-    noise, shown = torch.rand(1, 3, 128, 128), []
+    for layer in (tiny.superres.offset, tiny.superres.colour):
+        zero_init(layer)
+    noise, deviations = torch.rand(1, 3, 128, 128), []
     with torch.no_grad():
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
-        for nearer in (1.0, 1 / 3):
+        for zoom in (1.0, 1 / 3):
             camera = orbit(0).clone()
-            camera[:, [16, 20]] *= nearer
+            camera[:, [16, 20]] *= zoom
             out = tiny.drive(source, None, camera, lam=source.lam)
-            shown.append((out.upscale(noise, 128) - out.upscale(noise * 0, 128))[..., 56:72, 56:72].std())
-    assert shown[0] > 0.2 and shown[1] < 0.01
+            deviations.append((out.upscale(noise, 128) - out.upscale(noise * 0, 128))[..., 56:72, 56:72].std())
+    assert deviations[0] > 0.2 and deviations[1] < 0.01
 
 
 def test_lowpass_smooths_a_step() -> None:

@@ -26,8 +26,8 @@ def test_sample_planes_of_ramp_returns_the_coordinate(plane: int, column: int, r
     planes[0, plane, 0] = RAMP  # along the columns
     planes[0, plane, 1] = RAMP[:, None]  # along the rows
     points = torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) * 0.9 - 0.45
-    taken = 3 * sample_planes(planes, points)  # the other two planes are zero
-    torch.testing.assert_close(taken, points[..., [column, row]], atol=1e-6, rtol=0)
+    samples = 3 * sample_planes(planes, points)  # the other two planes are zero
+    torch.testing.assert_close(samples, points[..., [column, row]], atol=1e-6, rtol=0)
 
 
 def test_sample_planes_averages_three_planes() -> None:
@@ -63,14 +63,14 @@ def test_head_prior_gives_high_density_inside_the_ellipsoid() -> None:
 
 def test_face_log_density_rises_at_the_known_surface() -> None:
     surface = torch.tensor([-0.1, 1.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
-    surface[..., :4] = 0  # surface known on one side only
-    known = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
-    prior = face_log_density(known, surface, 0.35)[0]
+    surface[..., :4] = 0  # surface points on one side only
+    points = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
+    prior = face_log_density(points, surface, 0.35)[0]
     assert prior[0] == -4  # in front of the face
     assert prior[1] > 15
     assert (prior[2:4] > 15).all()  # inside the head
     assert prior[4] == -4  # behind the head
-    elsewhere = known * torch.tensor([-1.0, 1, 1])
+    elsewhere = points * torch.tensor([-1.0, 1, 1])
     torch.testing.assert_close(
         face_log_density(elsewhere, surface, 0.35), (20 * ellipsoid_level(elsewhere)).clamp(-4, 20)
     )

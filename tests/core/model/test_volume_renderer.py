@@ -59,9 +59,9 @@ def test_project_inverts_rays(orbit: Callable[..., Tensor]) -> None:
     camera = orbit(-25, 0, 40, pitch=10)
     origin, directions = camera_rays(camera, 6)
     depth = 2 + torch.rand(3, 36)
-    uv, found = project(origin[:, None] + directions * depth[..., None], camera)
+    uv, projected_depth = project(origin[:, None] + directions * depth[..., None], camera)
     torch.testing.assert_close(uv, pixel_grid(6).expand(3, -1, -1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found, depth, atol=1e-5, rtol=0)
+    torch.testing.assert_close(projected_depth, depth, atol=1e-5, rtol=0)
 
 
 def test_project_agrees_with_the_camera() -> None:
@@ -116,6 +116,6 @@ def test_importance_depths_match_the_weight_distribution() -> None:
     depths = torch.linspace(0, 1, 9).view(1, 1, 9)
     weights = torch.rand(1, 1, 8, generator=torch.Generator().manual_seed(1)) + 0.1
     fine = sample_importance_depths(depths, weights, 20_000, jitter=False)[0, 0]
-    share = torch.histogram(fine, depths[0, 0]).hist / len(fine)
+    fraction = torch.histogram(fine, depths[0, 0]).hist / len(fine)
     inner = weights[0, 0] + 1e-3
-    torch.testing.assert_close(share, inner / inner.sum(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(fraction, inner / inner.sum(), atol=1e-3, rtol=0)

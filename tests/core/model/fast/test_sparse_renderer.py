@@ -35,16 +35,16 @@ def test_feature_table_samples_equal_sampling_then_linear_layer(orbit: Callable[
     torch.manual_seed(0)
     planes, points = torch.randn(1, 3, 5, 8, 8), torch.rand(1, 400, 3) * 1.4 - 0.7  # some outside the cube
     weight, flat = torch.randn(6, 5), points[0].T.contiguous()
-    taken = sparse_renderer.sample_plane_table(sparse_renderer.make_feature_table(planes[0], weight / 3), 8, flat)
-    torch.testing.assert_close(taken, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
+    samples = sparse_renderer.sample_plane_table(sparse_renderer.make_feature_table(planes[0], weight / 3), 8, flat)
+    torch.testing.assert_close(samples, sample_planes(planes, points)[0] @ weight.T, atol=1e-5, rtol=0)
     view, camera = torch.randn(1, 5, 8, 8), orbit(10)
-    taken = sparse_renderer.sample_view_table(sparse_renderer.make_feature_table(view, weight), 8, flat, camera)
-    torch.testing.assert_close(taken, sample_view_plane(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
+    samples = sparse_renderer.sample_view_table(sparse_renderer.make_feature_table(view, weight), 8, flat, camera)
+    torch.testing.assert_close(samples, sample_view_plane(view, points, camera)[0] @ weight.T, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("solid", [1.0, 30.0])
+@pytest.mark.parametrize("density_scale", [1.0, 30.0])
 def test_sparse_render_matches_plain_render(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], solid: float
+    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], density_scale: float
 ) -> None:
     """Fog and a solid head: 45 dB in colour, opacity and depth."""
     torch.manual_seed(2)
@@ -52,39 +52,39 @@ def test_sparse_render_matches_plain_render(
     with torch.no_grad():
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
         posed = tiny.pose_head(source, source.lam)
-        planes = posed.planes * solid
+        planes = posed.planes * density_scale
         posed = replace(posed, planes=planes, plane_tables=tiny._make_plane_tables(planes))
-        soon = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
+        sparse = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
-    assert plain.image.requires_grad and not soon.image.requires_grad
+    assert plain.image.requires_grad and not sparse.image.requires_grad
     for name, span in (("image", 2.0), ("raw", 2.0), ("opacity", 1.0), ("depth", 1.0)):
-        assert psnr(getattr(soon, name), getattr(plain, name), span) > 45, name
+        assert psnr(getattr(sparse, name), getattr(plain, name), span) > 45, name
     assert plain.raw.std() > 0.02
 
 
 def test_render_rays_skips_invisible_samples() -> None:
     """Half of the rays hit a wall behind the first samples, the others nothing."""
-    asked: list[int] = []
+    counts: list[int] = []
     directions = torch.tensor([[0.0, 0.0, 1.0]]).repeat(8, 1)
     directions[4:, 0] = 1.0
     depths = torch.linspace(0.1, 1, 16).expand(8, 16)
 
     def decode(points: Tensor) -> tuple[Tensor, Tensor]:
-        asked.append(len(points))
+        counts.append(len(points))
         wall = (points[:, 0] < 0.05) & (points[:, 2] > 0.4)
         return points, torch.where(wall, 500.0, 0.0)
 
     def paint(hidden: Tensor) -> Tensor:
-        asked.append(-len(hidden))
+        counts.append(-len(hidden))
         return hidden.new_ones(len(hidden), 2) * 0.5
 
     colours, depth, opacity = sparse_renderer.render_rays(decode, paint, torch.zeros(3), directions, depths, 16)
-    assert asked[:3] == [
+    assert counts[:3] == [
         8 * 9,
         4 * 7,
         4 * 16,
     ]  # first pass, second pass of open rays, fine samples of hits
-    assert 0 < -asked[3] <= 4 * 16
+    assert 0 < -counts[3] <= 4 * 16
     torch.testing.assert_close(colours, torch.tensor([0.5] * 4 + [0.0] * 4)[:, None].expand(-1, 2))
     torch.testing.assert_close(opacity, torch.tensor([1.0] * 4 + [0.0] * 4))
     assert (depth[:4] - 0.4).abs().max() < 0.06 and (depth[4:] == 1).all()
@@ -102,7 +102,7 @@ def test_render_rays_matches_composite(fine: int) -> None:
         return (hidden @ field).sin()
 
     directions, depths = torch.rand(40, 3) + 0.5, torch.linspace(0.2, 2, 12).expand(40, 12)
-    found = sparse_renderer.render_rays(decode, paint, torch.zeros(3), directions, depths, fine)
+    sparse = sparse_renderer.render_rays(decode, paint, torch.zeros(3), directions, depths, fine)
 
     def decode_samples(depths: Tensor) -> tuple[Tensor, Tensor]:
         points = directions[:, None] * depths[0, ..., None]
@@ -110,7 +110,7 @@ def test_render_rays_matches_composite(fine: int) -> None:
         return paint(points)[None], densities.view(depths.shape)
 
     plain = volume_renderer.render_rays(decode_samples, depths[None], fine)
-    for a, b in zip(found, plain, strict=True):
+    for a, b in zip(sparse, plain, strict=True):
         assert psnr(a, b[0], 1.0) > 45
 
 
@@ -127,13 +127,13 @@ def test_upsample_concat_conv_equals_conv_of_concatenation() -> None:
     x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
     plain = conv(torch.cat([upsample_2x(x), a, b], 1))
     torch.testing.assert_close(upsample_concat_conv(conv, x, [a, b]), plain, atol=1e-5, rtol=0)
-    part = b.new_zeros(b.shape)
-    part[:, :, 3:10, 8:15] = b[:, :, 3:10, 8:15]
-    plain = conv(torch.cat([upsample_2x(x), a, part], 1))
+    sparse_map = b.new_zeros(b.shape)
+    sparse_map[:, :, 3:10, 8:15] = b[:, :, 3:10, 8:15]
+    plain = conv(torch.cat([upsample_2x(x), a, sparse_map], 1))
     with torch.no_grad():
-        soon = upsample_concat_conv_inference(conv, x, [a], PatchWindow(part[:, :, 2:12, 7:16], 2, 7))
-        torch.testing.assert_close(soon, plain, atol=1e-5, rtol=0)
-        without = upsample_concat_conv_inference(conv, x, [a], PatchWindow(part[:, :, :0, :0], 0, 0))
+        fused = upsample_concat_conv_inference(conv, x, [a], PatchWindow(sparse_map[:, :, 2:12, 7:16], 2, 7))
+        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=0)
+        without = upsample_concat_conv_inference(conv, x, [a], PatchWindow(sparse_map[:, :, :0, :0], 0, 0))
         torch.testing.assert_close(without, conv(torch.cat([upsample_2x(x), a, 0 * b], 1)), atol=1e-5, rtol=0)
 
 
@@ -153,18 +153,18 @@ def test_hidden_textures_window_equals_full_map(tiny: Export3D, points: Tensor, 
     opened = points.repeat(2, 1, 1)
     opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
     camera = orbit(0, 20)
-    mesh, inside = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), HiddenTextures()
+    mesh, hidden_textures = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), HiddenTextures()
     for size in (24, 96, 160):  # at the smallest size the window is the whole map
         with torch.no_grad():
-            values, top, left = inside.render_window(mesh, size)
-            plain = inside(mesh, size)
+            values, top, left = hidden_textures.render_window(mesh, size)
+            plain = hidden_textures(mesh, size)
         assert plain.abs().sum() > 1
         height, width = values.shape[-2:]
-        seen = torch.zeros_like(plain)
-        seen[:, :, top : top + height, left : left + width] = values
-        torch.testing.assert_close(seen, plain, atol=1e-6, rtol=0)
+        padded = torch.zeros_like(plain)
+        padded[:, :, top : top + height, left : left + width] = values
+        torch.testing.assert_close(padded, plain, atol=1e-6, rtol=0)
     assert height < size and width < size
     assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # border for the kernel
     with torch.no_grad():
-        shut = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
-        assert inside.render_window(shut, 96).values.numel() == 0
+        closed = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
+        assert hidden_textures.render_window(closed, 96).values.numel() == 0

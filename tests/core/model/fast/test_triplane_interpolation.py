@@ -17,15 +17,15 @@ from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW,
 from export3d_cli.core.runtime.weights import example_path
 
 
-class Counted:
+class CountingGenerator:
     """A generator linear in lambda that records its calls."""
 
     def __init__(self) -> None:
-        self.made: list[float] = []
+        self.calls: list[float] = []
 
     def __call__(self, lam: Tensor) -> Tensor:
         assert lam.shape == (1, 2)
-        self.made.append(float(lam[0, 0]))
+        self.calls.append(float(lam[0, 0]))
         return lam.sum().expand(1, 3, 1, 2, 2).clone()
 
 
@@ -34,51 +34,53 @@ def values(planes: Tensor) -> list[float]:
 
 
 def test_frames_on_a_line_are_interpolated_between_key_frames() -> None:
-    make = Counted()
-    keys = TriplaneInterpolator(make, max_deviation=0.1)
+    generator = CountingGenerator()
+    interpolator = TriplaneInterpolator(generator, max_deviation=0.1)
     line = torch.stack([torch.arange(9.0), 2 * torch.arange(9.0)], dim=1)
-    first, then = keys(line[:5]), keys(line[5:])
-    assert make.made == [0, 4, 8]
-    assert values(torch.cat([first, then])) == pytest.approx((3 * torch.arange(9.0)).tolist())
+    first, second = interpolator(line[:5]), interpolator(line[5:])
+    assert generator.calls == [0, 4, 8]
+    assert values(torch.cat([first, second])) == pytest.approx((3 * torch.arange(9.0)).tolist())
 
 
 def test_frames_off_the_line_become_key_frames() -> None:
-    make = Counted()
-    bent = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0], [3.0, 0.05], [4.0, 0.0]])
-    got = values(TriplaneInterpolator(make, max_deviation=0.3)(bent))
-    assert sorted(make.made) == [0, 1, 2, 3, 4]
-    assert got == pytest.approx(bent.sum(1).tolist())
-    make = Counted()
-    got = values(TriplaneInterpolator(make, max_deviation=0.6)(bent))  # 1 and 3 are 0.45 from the lines through 2
-    assert sorted(make.made) == [0, 2, 4]
-    assert got != pytest.approx(bent.sum(1).tolist()) and got[2] == 3
+    generator = CountingGenerator()
+    curve = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0], [3.0, 0.05], [4.0, 0.0]])
+    planes = values(TriplaneInterpolator(generator, max_deviation=0.3)(curve))
+    assert sorted(generator.calls) == [0, 1, 2, 3, 4]
+    assert planes == pytest.approx(curve.sum(1).tolist())
+    generator = CountingGenerator()
+    # frames 1 and 3 are 0.45 from the lines through 2
+    planes = values(TriplaneInterpolator(generator, max_deviation=0.6)(curve))
+    assert sorted(generator.calls) == [0, 2, 4]
+    assert planes != pytest.approx(curve.sum(1).tolist()) and planes[2] == 3
 
 
 def test_constant_expression_is_generated_once() -> None:
-    make = Counted()
-    keys = TriplaneInterpolator(make, max_deviation=0.1)
-    still = torch.ones(KEYFRAME_WINDOW, 2)
-    assert values(torch.cat([keys(still), keys(still), keys(still[:1])])) == [2.0] * (2 * KEYFRAME_WINDOW + 1)
-    assert make.made == [1]
+    generator = CountingGenerator()
+    interpolator = TriplaneInterpolator(generator, max_deviation=0.1)
+    constant = torch.ones(KEYFRAME_WINDOW, 2)
+    planes = torch.cat([interpolator(constant), interpolator(constant), interpolator(constant[:1])])
+    assert values(planes) == [2.0] * (2 * KEYFRAME_WINDOW + 1)
+    assert generator.calls == [1]
 
 
 def test_unused_tri_planes_are_freed_without_garbage_collection() -> None:
     """Tri-planes take megabytes each; hundreds would pile up in a long video before a collection."""
-    made: list[weakref.ref[Tensor]] = []
+    generated: list[weakref.ref[Tensor]] = []
 
-    def make(lam: Tensor) -> Tensor:
+    def generate(lam: Tensor) -> Tensor:
         planes = lam.sum().expand(1, 3, 1, 2, 2).clone()
-        made.append(weakref.ref(planes))
+        generated.append(weakref.ref(planes))
         return planes
 
-    keys = TriplaneInterpolator(make, max_deviation=0.1)
+    interpolator = TriplaneInterpolator(generate, max_deviation=0.1)
     gc.disable()
     try:
-        keys(torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [3.0, 5.0], [4.0, 0.0]]))
-        alive = sum(planes() is not None for planes in made)
+        interpolator(torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [3.0, 5.0], [4.0, 0.0]]))
+        alive = sum(planes() is not None for planes in generated)
     finally:
         gc.enable()
-    assert len(made) == 5 and alive == 1  # the last one, where the next frames start
+    assert len(generated) == 5 and alive == 1  # the last one, where the next frames start
 
 
 def test_animation_repeats_and_best_quality_does_not_interpolate(animator: Animator) -> None:
