@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from export3d_cli.core.config.renamed import rename_model_fields
-from export3d_cli.core.config.schema import INPAINTERS, PRESETS, ModelConfig, TrainConfig
+from export3d_cli.core.config.schema import INPAINTERS, PRESETS, TRAINING_PRESETS, ModelConfig, TrainConfig
 from export3d_cli.core.config.validation import validate_model_config, validate_train_config
 from export3d_cli.core.config.yaml_loader import build_dataclass, parse_yaml, read_yaml, short_repr
 from export3d_cli.core.runtime.errors import ConfigError
@@ -55,6 +55,11 @@ def make_train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
     preset = data.get("preset", TrainConfig.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset {short_repr(preset)} is unknown: choose one of {', '.join(PRESETS)}")
+    for key, value in TRAINING_PRESETS.get(preset, {}).items():
+        if key not in data:
+            data[key] = value
+        elif isinstance(value, dict) and isinstance(data[key], dict):
+            data[key] = {**value, **data[key]}
     model = data.get("model") or {}
     if not isinstance(model, dict):
         raise ConfigError("model must be a section of the configuration")

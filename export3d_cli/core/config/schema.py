@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 BETA_DIM = 64
 CAMERA_DIM = 25
@@ -251,7 +251,7 @@ class TrainConfig:
     warmup: int = 0  # steps of linear learning-rate warm-up
     decay: bool = False  # cosine to a tenth over `steps`
     decay_by_time: bool = False  # cosine over `max_minutes` of wall clock; the run is not reproducible
-    ema: float = 0.999  # decay of the moving average of the weights
+    ema: float = 0.999  # decay of the moving average of the weights; 0: none
     clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0
     device: str = "auto"
@@ -275,3 +275,19 @@ class TrainConfig:
             return self.clebs.geometry_warmup_steps + self.clebs.steps if self.model.expression == "clebs" else 0
         steps: int = self.steps if stage == "reconstruction" else getattr(self, stage).steps
         return steps
+
+
+# Keys that a preset sets besides `model`, between the defaults above and the user's file.
+TRAINING_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {  # sec. 6.2 to 6.4; what the paper does not mention is off
+        "stages": ["clebs", "reconstruction", "adversarial"],
+        "data": {"hard_pair_ratio": 0.0, "flip": False, "jitter": 0.0, "still_image_ratio": 0.0},
+        "clebs": {
+            "steps": 60_000, "negatives": 32, "temperature": 0.07, "denominator": "printed", "lr": 1e-4,
+            "lr_decay": False, "clip_grad": 0.0, "image_size": 256,
+        },
+        "loss": {"l2": 1.0, "perceptual": 1.0, "raw": 1.0, "perceptual_scales": 2},
+        "batch": 8, "steps": 300_000, "lr": 1e-4, "ema": 0.0, "clip_grad": 0.0,
+        "adversarial": {"steps": 10_000, "weight": 0.01, "lr": 1e-5},
+    },
+}  # fmt: skip

@@ -21,7 +21,6 @@ from export3d_cli.core.runtime.errors import ConfigError, Export3DError, Trainin
 from export3d_cli.core.runtime.files import write_atomic
 
 FORMAT = "export3d-1"
-LICENCE = "Apache-2.0"
 # Prefixes of state-dict keys in files of earlier versions, old: new; for fields of `ModelConfig` see `config.renamed`.
 RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden_textures."}
 KEEP_FP32 = ("expression.", "flow.basis")  # small, and the geometry of every frame depends on them
@@ -46,8 +45,7 @@ def save_weights(
         record: JSON-able description of the training (steps, data, options).
         half: store matrices and kernels as float16; vectors (biases, norms) stay float32.
         keep: prefixes of names that stay float32 nevertheless.
-        licence: SPDX identifier; empty: the one in `record`, which holds the licence of weights that training started
-            from, or else `LICENCE`.
+        licence: SPDX name of the weights' licence; empty: unknown.
     """
 
     def to_stored(name: str, value: Tensor) -> Tensor:
@@ -58,7 +56,7 @@ def save_weights(
         "format": FORMAT,
         "config": json.dumps(to_dict(config)),
         "record": json.dumps(record),
-        "licence": licence or record.get("licence", LICENCE),
+        "licence": licence,
     }
     _write(Path(path), {name: to_stored(name, value) for name, value in state.items()}, header)
 
@@ -95,7 +93,7 @@ def _rename_old_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_licence(path: Path | str) -> str:
     """Return the licence in the header of a weights file."""
-    return str(_read(Path(path))[1].get("licence", LICENCE))
+    return str(_read(Path(path))[1].get("licence", ""))
 
 
 def check_header_size(config: ModelConfig, state: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from export3d_cli.core.config.loading import (
     to_dict,
 )
 from export3d_cli.core.config.renamed import RENAMED_KEYS, RENAMED_MODEL_FIELDS
-from export3d_cli.core.config.schema import PRESETS, TrainConfig
+from export3d_cli.core.config.schema import PRESETS, DataConfig, TrainConfig
 from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
@@ -51,6 +51,42 @@ def test_finetune_example_has_the_model_of_its_initial_weights() -> None:
     config = load_train_config(EXAMPLES / "finetune.yaml")
     _, model, _ = load_weights(resolve_weights(config.init))
     assert config.model == model
+
+
+def test_paper_preset_has_the_numbers_of_the_paper_and_nothing_else() -> None:
+    config = make_train_config({"preset": "paper"})
+    assert config.stages == ("clebs", "reconstruction", "adversarial")
+    clebs = config.clebs
+    assert (clebs.steps, clebs.negatives, clebs.temperature, clebs.lr) == (60_000, 32, 0.07, 1e-4)
+    assert (clebs.denominator, clebs.lr_decay, clebs.clip_grad) == ("printed", False, 0.0)
+    assert (clebs.geometry, clebs.identity_leakage, clebs.mirror, clebs.geometry_warmup_steps) == (0.0, 0.0, 0.0, 0)
+    assert (config.batch, config.steps, config.lr) == (8, 300_000, 1e-4)
+    assert (config.warmup, config.decay, config.decay_by_time, config.ema, config.clip_grad) == (0, False, False, 0, 0)
+    terms = {k: v for k, v in dataclasses.asdict(config.loss).items() if v and isinstance(v, float)}
+    assert terms == {"l2": 1.0, "perceptual": 1.0, "raw": 1.0}  # eq. 13
+    adversarial = config.adversarial
+    assert (adversarial.steps, adversarial.weight, adversarial.lr, adversarial.r1_gamma) == (10_000, 0.01, 1e-5, 0.0)
+    assert config.data == DataConfig(hard_pair_ratio=0.0, flip=False, jitter=0.0, still_image_ratio=0.0)
+    model = config.model
+    assert (model.width, model.plain_width, model.code_dim, model.basis, model.heads) == (1024, 1024, 256, 10, 4)
+    assert (model.image_size, model.raw_size, model.plane_size, model.plane_channels) == (256, 64, 128, 32)
+    assert (model.plane_ema, model.lowpass) == (0.998, True)
+    assert not any((model.source_skip, model.source_plane, model.head_prior, model.flow))
+    assert not any((model.mouth, model.eyes, model.lids))
+
+
+def test_paper_example_adds_only_files_and_bookkeeping_to_the_preset() -> None:
+    example = load_train_config(EXAMPLES / "paper.yaml")
+    bookkeeping = {"run", "license", "checkpoint_every", "sample_every", "log_every"}
+    changes = {key: getattr(example, key) for key in bookkeeping}
+    files = {"backbone": example.loss.backbone, "lpips": example.loss.lpips}
+    expected = {**changes, "preset": "paper", "data": {"path": list(example.data.path)}, "loss": files}
+    assert example == make_train_config(expected)
+
+
+def test_file_overrides_a_training_preset() -> None:
+    config = make_train_config({"preset": "paper", "ema": 0.99, "data": {"flip": True}})
+    assert (config.ema, config.data.flip, config.data.jitter) == (0.99, True, 0.0)
 
 
 @pytest.mark.parametrize(
