@@ -78,7 +78,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 )  # fmt: skip
 @options.batch_option
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random numbers; rendering uses none.  [default: 0]"
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Has no effect: rendering is deterministic."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, with an estimate, and write nothing.")
 @options.quality_option
@@ -100,13 +100,14 @@ def reenact(
     """
     from export3d_cli import core
 
-    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality")}
+    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality", "batch")}
+    chosen.pop("seed")
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background, job.crf)
     if len(paths) == 1 and not dry_run:  # of several, those that are there are left out
         core.check_overwrite(paths[0], job.overwrite)
-    animator = core.Animator.from_weights(**model, batch=job.batch)
+    animator = core.Animator.from_weights(**model)
     if dry_run:
         planned = core.plan_reenact(animator, sources, driver, output, job)
         console.print_lines(map(str, planned.sources))

@@ -1,49 +1,40 @@
-"""What happens to a photo and a driver: set the source once, then drive, view or edit, streaming frames.
+"""The engine: encode a portrait once, then animate, view or edit it; frames are streamed.
 
     animator = Animator.from_weights()
-    animator.set_source(read_image(Path("src.jpg")))
-    frame = next(animator.drive([motion]))          # uint8 (K, K, 3)
+    portrait = animator.portrait(read_image(Path("src.jpg")))
+    frame = next(animator.animate(portrait, [motion]))          # uint8 (S, S, 3)
 
-Memory does not grow with the driver's length: the face is tracked, generated and encoded a few frames at a time.
+An `Animator` holds weights and no portrait: threads may share one. Memory does not grow with the driver's length.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from export3d_cli.core.animation.compositor import Compositor, check_outputs, read_portrait
-from export3d_cli.core.animation.driver_stream import DriverStream, select_audio
-from export3d_cli.core.animation.options import Crop, Progress, Quality, ReenactOptions, Summary, check_overwrite
-from export3d_cli.core.animation.output_size import (
-    QUALITIES,
-    depth_picture,
-    mesh_size,
-    pictures,
-    room_around,
-    sampling,
-    shrunk,
-)
-from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
+from export3d_cli.core.animation.geometry import Geometry
+from export3d_cli.core.animation.options import Crop, Quality
+from export3d_cli.core.animation.pool import Pool
+from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
-from export3d_cli.core.animation.source_crop import portrait_of
-from export3d_cli.core.animation.watermark import get_watermarker
-from export3d_cli.core.face.crop import CROP_SCALE
+from export3d_cli.core.face.crop import crop_with_padding
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
-from export3d_cli.core.face.matting import FacePosition, PersonMatting
+from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.face.target_face import find_photo_face
 from export3d_cli.core.face.tracker import FaceTracker, TrackerName, open_landmarker_tracker, open_tracker
 from export3d_cli.core.media.image import to_tensor
-from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
@@ -53,360 +44,414 @@ from export3d_cli.core.runtime.device import (
     AdaptiveBatcher,
     autocast,
     cast_weights,
+    copy_for_inference,
     pick_device,
     pick_precision,
-    precision_notes,
-    restore_fp32,
     tracking_thread_count,
-    trim_heap,
     tune_malloc,
 )
-from export3d_cli.core.runtime.errors import Export3DError
+from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import resolve_weights
 
-POINTS = 1 << 17  # of a volume, decoded at once
-AHEAD = 2  # batches of the driver's motion that are read before they are asked for
-TIDY = 32  # such batches after which memory is tidied
+FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
+FP32_PARTS = ("expression", "decoder")  # parts of the network whose weights always stay fp32
+Notify = Callable[[str], None]  # takes a note for the user
+
+_REPLACED = {  # names of earlier versions
+    "set_source": "portrait = animator.portrait(photo)",
+    "set_source_motion": "portrait = animator.portrait_from_motion(crop, motion)",
+    "drive": "animator.animate(portrait, motions)",
+    "field": "animator.query_field(portrait, points)",
+    "source_motion": "portrait.motion",
+    "source_camera": "portrait.camera",
+    "source_crop": "portrait.crop",
+    "crop_scale": "portrait.crop_scale",
+    "size": "portrait.geometry.frame_size",
+    "tracker": "animator.borrow_landmarker()",
+    "follower": "animator.borrow_tracker(name)",
+    "person_mask": "animator.person_alpha(image)",
+    "notes": "the notes of each job's Summary",
+    "ahead": "animator.window",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Portrait:
+    """An encoded photo, made by `Animator.portrait`; immutable."""
+
+    crop: np.ndarray = field(repr=False)  # uint8 (S, S, 3), the part of the photo that is animated; read-only
+    motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
+    geometry: Geometry
+    faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
+    source: Source = field(repr=False)  # the network's encoding of the crop
+    detail: Tensor | None = field(repr=False)  # (1, 3, M, M) photo detail that is finer than the network's image
+    model: Export3D = field(repr=False)  # the network that encoded the crop
+    precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
+
+    @property
+    def camera(self) -> Camera:
+        """The camera that took the photo, in the head frame."""
+        return Camera.from_vector(self.motion.camera[0])
+
+    @property
+    def crop_scale(self) -> float:
+        """Side of the crop in face boxes; a driver cropped alike has a face of the same size."""
+        return float(1 / np.ptp(self.motion.landmarks[0, :, :2], axis=0).max())
 
 
 class Animator:
-    """One model, one source at a time."""
+    """Weights on a device; thread-safe.
+
+    Args:
+        model: shares its weights with this object, which never writes to them.
+        device: where to compute.
+        precision: fp32, bf16 or fp16.
+        batch: frames rendered at once; 0: chosen for the device.
+        quality: of the volume rendering, see `RENDER_SCALES`.
+    """
 
     def __init__(
-        self, model: Export3D, tracker: LandmarkerTracker, *, device: torch.device, precision: str, batch: int = 0,
-        quality: Quality = "best",
-    ) -> None:  # fmt: skip
-        self.model = model.to(device).eval()
-        # what is not always computed in fp32
-        self._parts = [part for part in model.children() if part not in (model.expression, model.decoder)]
-        self._full = [cast_weights(part, precision) for part in self._parts]
-        self.quality = quality
-        self.tracker = tracker
-        self.device = device
-        self.precision = precision
+        self, model: Export3D, *, device: torch.device, precision: str, batch: int = 0, quality: Quality = "best"
+    ) -> None:
+        self.model = self._fp32_model = copy_for_inference(model, device)
+        if precision != "fp32":
+            self.model = copy_for_inference(self._fp32_model, device)
+            for name, part in self.model.named_children():
+                if name not in FP32_PARTS:
+                    cast_weights(part, precision)
+        self.device, self.precision, self.quality = device, precision, quality
         self.batch = batch or (32 if device.type == "cuda" else 4)
-        self._reach = QUALITIES[quality][2] if device.type == "cpu" else 0.0  # elsewhere many at once cost little
-        self._keys: TriplaneInterpolator | None = None  # of the source, where tri-planes are blended
-        self._in_memory = AdaptiveBatcher()
-        self.notes = precision_notes(precision, device)  # what the user should know
-        self._source: Source | None = None
-        self._crop: np.ndarray | None = None
-        self._more: Tensor | None = None  # (1, 3, M, M) of the photo, see `superres.finer`
-        self._room: Tensor | None = None  # see `Export3D.encode_source`
-        self._motion: Motion | None = None
-        self._faces: Sequence[FacePosition] = ()  # see `PersonMask.alpha`
-        self.person_mask = PersonMatting(resolve_weights("selfie_segmentation"))
-        self._followers: dict[TrackerName, FaceTracker] = {"landmarker": tracker}
-        self._crop_scale = CROP_SCALE[0]
+        self._triplane_tolerance = triplane_tolerance(model.config, quality, device)
+        threads = tracking_thread_count(device)
+        self._landmarkers = Pool(lambda: open_landmarker_tracker(threads=threads))
+        self._fan_trackers = Pool(lambda: open_tracker("fan", device=str(device)))
+        self._mattings = Pool(lambda: PersonMatting(resolve_weights("selfie_segmentation")))
+
+    if not TYPE_CHECKING:  # type checkers know the names that exist
+
+        def __getattr__(self, name: str) -> None:
+            if name in _REPLACED:
+                raise AttributeError(f"Animator.{name} no longer exists: use {_REPLACED[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def from_weights(
         cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto", threads: int = 0,
         batch: int = 0, quality: Quality = "balanced",
     ) -> Animator:  # fmt: skip
-        """Load weights by name, path or `hf:owner/repo`; None takes the embedded ones. Raises `WeightsError`.
-
-        `quality` is that of the volume rendering, see `QUALITIES`.
-        """
+        """Load weights by name, path or `hf:owner/repo`; None loads the embedded ones. Raises `WeightsError`."""
         if threads:
             torch.set_num_threads(threads)
         state, config, _ = load_weights(resolve_weights(weights))
         check_header_size(config, state)
         model = Export3D(config)
         load_into(model, state)
-        place = pick_device(device)
+        chosen = pick_device(device)
         tune_malloc()
-        tracker, precision = (
-            open_landmarker_tracker(threads=tracking_thread_count(place)),
-            pick_precision(precision, place),
-        )
-        return cls(model, tracker, device=place, precision=precision, batch=batch, quality=quality)
+        return cls(model, device=chosen, precision=pick_precision(precision, chosen), batch=batch, quality=quality)
 
     @property
     def device_name(self) -> str:
-        """Device and precision, for people."""
+        """Device and precision, for display."""
         return f"{self.device} {self.precision}"
 
-    def set_source(
-        self, image: np.ndarray, *, name: str = "the source", face: str = "largest", crop: Crop = "auto", size: int = 0
-    ) -> Motion:
-        """Track and encode a photo, uint8 (H, W, 3) RGB; returns its one-frame Motion. Raises `NoFaceError`.
+    @property
+    def window(self) -> int:
+        """Frames that are prepared together; motions of this length waste no work and wait for nothing."""
+        return max(self.batch, KEYFRAME_WINDOW) if self._triplane_tolerance else self.batch
 
-        `face` chooses among several: largest, left, right, or index:N, the N-th from the left, from 0. `crop` none
-        takes the picture, which must be square, as it is. `size` is the side of the frames, see `frame_size`.
-        """
-        side = self.model.config.image_size
-        seen = portrait_of(image, self.tracker, side, name=name, face=face, crop=crop, size=size)
-        self.set_source_motion(seen.crop, seen.motion, around=seen.around, faces=seen.faces)
-        return seen.motion
+    def borrow_landmarker(self) -> AbstractContextManager[LandmarkerTracker]:
+        """Lend a landmarker for the length of a `with` block: it follows one video, and serves one thread."""
+        return self._landmarkers.borrow()
 
-    def follower(self, name: TrackerName) -> FaceTracker:
-        """The tracker that reads drivers, made when it is first asked for. Raises `WeightsError`."""
-        if name not in self._followers:
-            self._followers[name] = open_tracker(name, device=str(self.device))
-        return self._followers[name]
+    def borrow_tracker(self, name: TrackerName) -> AbstractContextManager[FaceTracker]:
+        """Lend a tracker for drivers, for the length of a `with` block. Raises `WeightsError`."""
+        return self._landmarkers.borrow() if name == "landmarker" else self._fan_trackers.borrow()
 
-    def set_source_motion(
-        self, crop: np.ndarray, motion: Motion, frame: int = 0, *, around: np.ndarray | None = None,
-        faces: Sequence[FacePosition] = (),
-    ) -> None:  # fmt: skip
-        """Encode a face crop, uint8 (K, K, 3), already tracked: row `frame` of `motion`.
-
-        Frames will be as large; a crop larger than the model's picture gives them its detail, and `around`, (M, M, 3),
-        the same with more of the photo on all sides, also what is there. `faces` are the person's own and those of
-        others, who stay where they are.
-        """
-        self._motion = own = motion.select(np.array([frame]))
-        self._faces = faces
-        self._crop_scale, self._crop = float(1 / np.ptp(own.landmarks[0, :, :2], axis=0).max()), crop
-        shown = crop if around is None and len(crop) > self.model.config.image_size else around
-        more = (
-            None if shown is None else photo_residual(to_tensor(shown)[None], len(crop), self.model.config.image_size)
-        )
-        self._more = None if more is None else more.to(self.device)
-        self._room = None if around is None else self._tensor(room_around(own.crop, own.size)[None])
-        self._encode(crop, own)
-
-    def _encode(self, crop: np.ndarray, own: Motion) -> None:
-        crop = shrunk(crop, self.model.config.image_size)
-        person = self._tensor(self.person_mask.alpha(crop, self._faces, hair_strands=True)[None, None])
-        self._source = self._computed(
-            self.model.encode_source, to_tensor(crop)[None].to(self.device), self._tensor(own.beta),
-            self._tensor(own.camera), self._tensor(landmarks_to_head_frame(own.landmarks, own.camera)), person, self._room,
-        )  # fmt: skip
-        self._keys = TriplaneInterpolator(self._planes, self._reach) if self._reach else None
-
-    def drive(
-        self, motions: Iterable[Motion], *, control: Control | None = None, reference: Motion | None = None
-    ) -> Iterator[np.ndarray]:
-        """The source with the expression and camera of each frame of each Motion -> uint8 (K, K, 3), in order.
-
-        `control` says what of them is taken, and counts from the one frame of `reference` what is relative.
-        """
-        control = control or Control()
-        own = self.source_camera().to_vector()
-        rest = None if reference is None else self._coefficients(reference.beta[:1])
-        for motion in motions:
-            for at in range(0, len(motion), self.ahead):
-                beta, camera = motion.beta[at : at + self.ahead], motion.camera[at : at + self.ahead]
-                lam = control.target_expression(self._need_source().lam, self._coefficients(beta), rest)
-                seen = control.target_cameras(own, camera, None if reference is None else reference.camera[0])
-                yield from self._moving(seen, amplify_expression(self._need_source().lam, lam))
-
-    def view(self, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False) -> Iterator[np.ndarray]:
-        """The source seen by cameras (T, 25); one tri-plane serves all as long as the expression stays.
+    def portrait(
+        self, photo: np.ndarray, *, face: str = "largest", crop: Crop = "auto", size: int = 0, name: str = "the photo"
+    ) -> Portrait:
+        """Find a face in a photo, crop it and encode the crop.
 
         Args:
+            photo: uint8 (H, W, 3) RGB.
+            face: which of several faces: largest, left, right, or index:N, the N-th from the left, from 0.
+            crop: auto crops a square around the face; none takes the whole photo, which must be square.
+            size: side of the frames in pixels; 0: as the photo allows, see `Geometry.from_photo`.
+            name: of the photo, for error messages.
+
+        Raises:
+            NoFaceError: there is no face, or it is not upright.
+            InputError: an option does not fit the photo or the weights.
+        """
+        height, width = photo.shape[:2]
+        if crop == "none" and height != width:
+            raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
+        square = (0.0, 0.0, float(width)) if crop == "none" else None
+        with self.borrow_landmarker() as tracker:
+            target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
+            motion = tracker.make_motion([target], Fraction(25), (width, height), crop=square)
+            faces = face_positions(target, tracker.landmarker.find_all(photo), motion.crop)
+        geometry = Geometry.from_photo((width, height), motion.crop, self.model.config.image_size, size)
+        padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
+        return self._portrait(crop_with_padding(photo, motion.crop, geometry.frame_size), motion, geometry, faces, padded)
+
+    def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
+        """Encode a face crop that has been tracked: row `frame` of `motion`.
+
+        Args:
+            crop: uint8 (S, S, 3); frames are as large, and show its detail where it is larger than the network's image.
+            motion: has its expression, camera and landmarks in crop units.
+            frame: row of `motion`.
+        """
+        network_size = self.model.config.image_size
+        geometry = Geometry(motion.crop, motion.size, network_size, len(crop), None)
+        padded = crop if len(crop) > network_size else None
+        return self._portrait(crop.copy(), motion.select(np.array([frame])), geometry, (), padded)
+
+    def animate(
+        self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
+        reference: Motion | None = None, notify: Notify | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """Render the portrait with the expressions and cameras of a driver: frames uint8 (S, S, 3), in order.
+
+        How the driver's frames are spread over `motions` changes nothing. They are rendered `window` at a time: a frame
+        comes when its window is full or `motions` ends.
+
+        Args:
+            portrait: made by this object.
+            motions: the driver, some frames at a time.
+            control: which parts of the motion are used, and how strongly; None: all of it, unchanged.
+            reference: the driver's frame that relative control counts from, one row.
+            notify: called with notes for the user.
+
+        Raises:
+            InputError: relative control without a reference frame.
+        """
+        control = control or Control()
+        if control.needs_reference and reference is None:
+            raise InputError("relative control needs the driver's reference frame: pass reference=")
+        renderer = self._renderer(portrait, notify)
+        base = None if reference is None else self._coefficients(reference.beta[:1])
+        base_camera = None if reference is None else reference.camera[0]
+        own_camera = portrait.camera.to_vector()
+
+        def frames() -> Iterator[np.ndarray]:
+            for beta, camera in _windows(motions, self.window):
+                lam = control.target_expression(portrait.source.lam, self._coefficients(beta), base)
+                cameras = control.target_cameras(own_camera, camera, base_camera)
+                yield from renderer.moving(cameras, self._amplify(portrait, lam))
+
+        return frames()
+
+    def view(
+        self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
+        notify: Notify | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """Render the portrait from other cameras: frames uint8 (S, S, 3); one tri-plane serves a fixed expression.
+
+        Args:
+            portrait: made by this object.
             cameras: (T, 25).
-            beta: expressions (1, 64) or (T, 64); None: the source's own.
-            depth: show the depth in colours, near red, far blue, instead of the picture.
+            beta: expressions (1, 64) or (T, 64); None: the portrait's.
+            depth: render the depth in colours, red is near and blue is far, instead of the image.
+            notify: called with notes for the user.
         """
-        lam, posed, source = self._lam(beta), None, None
-        for at in range(0, len(cameras), self.batch):
-            part = cameras[at : at + self.batch]
-            if len(lam) > 1:
-                yield from self._frames(part, lam=lam[at : at + self.batch], depth=depth)
-                continue
-            if posed is None or source is not self._source:  # it is another one after `widen`
-                source = self._need_source()
-                posed = self._computed(self.model.pose_head, source, lam)
-            yield from self._frames(part, lam=lam.expand(len(part), -1), posed=posed, depth=depth)
+        renderer, lam = self._renderer(portrait, notify), self._lam(portrait, beta)
+        posed = self._pose(portrait, lam) if len(lam) == 1 else None
 
-    def edit(self, changes: np.ndarray) -> Iterator[np.ndarray]:
-        """The source with its lambda changed by (T, n), seen by its own camera."""
-        source = self._need_source()
-        lam = source.lam + self._tensor(changes)
-        for at in range(0, len(lam), self.ahead):
-            part = lam[at : at + self.ahead]
-            yield from self._moving(np.repeat(self.source_camera().to_vector()[None], len(part), axis=0), part)
+        def frames() -> Iterator[np.ndarray]:
+            for start in range(0, len(cameras), self.batch):
+                part = cameras[start : start + self.batch]
+                own = lam.expand(len(part), -1) if len(lam) == 1 else lam[start : start + self.batch]
+                yield from renderer.frames(part, own, posed=posed, depth=depth)
 
-    def field(self, points: np.ndarray, *, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """RGB (N, 3) in about [-1, 1] and density (N,) of the volume at points (N, 3) of the head frame, both float32.
+        return frames()
 
-        `beta` (1, 64) is the expression; None: the source's own.
+    def edit(
+        self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
+    ) -> Iterator[np.ndarray]:
+        """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (S, S, 3)."""
+        renderer, camera = self._renderer(portrait, notify), portrait.camera.to_vector()[None]
+        lam = portrait.source.lam + self._tensor(changes)
+
+        def frames() -> Iterator[np.ndarray]:
+            for part in lam.split(self.window):
+                yield from renderer.moving(np.repeat(camera, len(part), axis=0), part)
+
+        return frames()
+
+    def query_field(
+        self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return RGB (N, 3) in about [-1, 1] and density (N,) of the volume at points (N, 3) of the head frame.
+
+        `beta` (1, 64) is the expression; None: the portrait's.
         """
-        source, parts = self._need_source(), []
-        posed = self._computed(self.model.pose_head, source, self._lam(beta))
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            for part in self._tensor(points).split(POINTS):
-                colours, densities = self.model.query_field(source, posed, part[None])
+        self._check_owner(portrait)
+        posed, parts = self._pose(portrait, self._lam(portrait, beta)), []
+        with torch.inference_mode(), autocast(self.device, portrait.precision):
+            for part in self._tensor(points).split(FIELD_POINTS):
+                colours, densities = portrait.model.query_field(portrait.source, posed, part[None])
                 parts.append(torch.cat([colours[0, :, :3], densities[0, :, None]], dim=-1).float().cpu())
-        found = torch.cat(parts).numpy()
-        return found[:, :3], found[:, 3]
+        values = torch.cat(parts).numpy()
+        return values[:, :3], values[:, 3]
 
-    def source_motion(self) -> Motion:
-        """Face and camera of the source, one frame."""
-        self._need_source()
-        assert self._motion is not None
-        return self._motion
+    def person_alpha(
+        self, image: np.ndarray, faces: Sequence[FacePosition] = (), *, hair_strands: bool = False
+    ) -> np.ndarray:
+        """Return the person's alpha matte, see `PersonMatting.alpha`."""
+        with self._mattings.borrow() as matting:
+            return matting.alpha(image, faces, hair_strands=hair_strands)
 
-    def source_camera(self) -> Camera:
-        """The camera that took the source."""
-        return Camera.from_vector(self.source_motion().camera[0])
+    def _portrait(
+        self, crop: np.ndarray, motion: Motion, geometry: Geometry, faces: Sequence[FacePosition],
+        padded: np.ndarray | None,
+    ) -> Portrait:  # fmt: skip
+        """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
+        crop.flags.writeable = False
+        detail = None
+        if padded is not None:
+            detail = photo_residual(to_tensor(padded)[None], geometry.frame_size, geometry.network_size).to(self.device)
+        source = self._encode(self.model, self.precision, crop, motion, geometry, faces)
+        portrait = Portrait(crop, motion, geometry, tuple(faces), source, detail, self.model, self.precision)
+        finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
+        return portrait if finite else self._to_fp32(portrait)
 
-    @property
-    def ahead(self) -> int:
-        """Frames of a driver that are best given together."""
-        return max(self.batch, KEYFRAME_WINDOW) if self._reach else self.batch
+    def _encode(
+        self, model: Export3D, precision: str, crop: np.ndarray, motion: Motion, geometry: Geometry,
+        faces: Sequence[FacePosition],
+    ) -> Source:  # fmt: skip
+        size = geometry.network_size
+        small = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) if len(crop) > size else crop
+        alpha = self.person_alpha(small, faces, hair_strands=True)[None, None]
+        margins = None if geometry.margins is None else self._tensor(np.array([geometry.margins]))
+        landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)
+        with torch.inference_mode(), autocast(self.device, precision):
+            return model.encode_source(
+                to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
+                self._tensor(landmarks), self._tensor(alpha), margins,
+            )  # fmt: skip
 
-    @property
-    def crop_scale(self) -> float:
-        """Side of the source's crop in face boxes; a driver cropped alike has a face of the same size."""
-        self._need_source()
-        return self._crop_scale
+    def _to_fp32(self, portrait: Portrait) -> Portrait:
+        """Return the portrait encoded in fp32, for values that overflow in half precision."""
+        if portrait.precision == "fp32":
+            raise Export3DError("the network gives values that are not finite: use a smaller scale, or other weights")
+        model, p = self._fp32_model, portrait
+        source = self._encode(model, "fp32", p.crop, p.motion, p.geometry, p.faces)
+        return replace(portrait, source=source, model=model, precision="fp32")
 
-    @property
-    def size(self) -> int:
-        """Side of the frames, pixels."""
-        return len(self.source_crop())
+    def _renderer(self, portrait: Portrait, notify: Notify | None) -> _Renderer:
+        self._check_owner(portrait)
+        return _Renderer(self, portrait, notify or (lambda note: None))
 
-    def source_crop(self) -> np.ndarray:
-        """The crop of the photo that is animated, uint8 (K, K, 3); frames are as large."""
-        self._need_source()
-        assert self._crop is not None
-        return self._crop
+    def _check_owner(self, portrait: Portrait) -> None:
+        if portrait.model is not self.model and portrait.model is not self._fp32_model:
+            raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
-    def _lam(self, beta: np.ndarray | None) -> Tensor:
-        """What to ask the model for: the source's own, or an expression."""
-        own = self._need_source().lam
-        return own if beta is None else amplify_expression(own, self._coefficients(beta))
+    def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:
+        """Return coefficients lambda for the network: the portrait's (1, n), or those of expressions beta (T, 64)."""
+        return portrait.source.lam if beta is None else self._amplify(portrait, self._coefficients(beta))
+
+    def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
+        return amplify_expression(portrait.source.lam, lam, self.model.config.expression_gain)
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
             return self.model.expression.coefficients(self._tensor(beta))
 
-    def _planes(self, lam: Tensor) -> Tensor:
-        return self._computed(self.model.generate_planes, self._need_source(), lam)
+    def _pose(self, portrait: Portrait, lam: Tensor) -> PosedHead:
+        with torch.inference_mode(), autocast(self.device, portrait.precision):
+            return portrait.model.pose_head(portrait.source, lam)
 
-    def _computed(self, part: Callable[..., Any], *args: Any) -> Any:
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            return part(*args)
-
-    def _moving(self, camera: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
-        """Frames of a moving expression, lambda (T, n), T at most `ahead`."""
-        planes = None if (keys := self._keys) is None else keys(lam)
-        for at in range(0, len(lam), self.batch):
-            part = slice(at, at + self.batch)
-            own = None if planes is None or keys is not self._keys else planes[part]  # made anew after `widen`
-            yield from self._frames(camera[part], lam=lam[part], planes=own)
-
-    def _frames(
-        self, camera: np.ndarray, *, lam: Tensor, posed: PosedHead | None = None, depth: bool = False,
+    def _render(
+        self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
         planes: Tensor | None = None,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
-        def make(part: slice) -> np.ndarray:
-            with torch.inference_mode():
-                seen = camera[part]
-                out = self._drive(seen, lam[part], posed, None if planes is None else planes[part])
-                return depth_picture(out, seen, self.size) if depth else pictures(out, self._more, self.size)
-
-        yield from self._in_memory(make, 0, len(camera))
-
-    def _drive(self, camera: np.ndarray, lam: Tensor, posed: PosedHead | None, planes: Tensor | None = None) -> Output:
-        """The model on frames; what overflows in half precision is made again in fp32, and all that follows too.
-
-        `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each.
-        """
-        source = self._need_source().expand(len(camera))
-        size, samples = sampling(self.model.config, self.quality)
-        with autocast(self.device, self.precision):
-            posed = posed and posed.expand(len(camera))
-            posed = posed if planes is None else self.model.pose_head(source, lam, planes)
-            out = self.model.drive(
-                source, None, self._tensor(camera), lam=lam, posed=posed, raw_size=size, samples=samples,
-                mesh_size=mesh_size(self.model.config, self.size),
+    ) -> Output:  # fmt: skip
+        """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
+        model, source = portrait.model, portrait.source.expand(len(cameras))
+        size, samples = sampling(model.config, self.quality)
+        with torch.inference_mode(), autocast(self.device, portrait.precision):
+            if planes is not None:
+                posed = model.pose_head(source, lam, planes)
+            elif posed is not None:
+                posed = posed.expand(len(cameras))
+            return model.drive(
+                source, None, self._tensor(cameras), lam=lam, posed=posed, raw_size=size, samples=samples,
+                mesh_size=portrait.geometry.mesh_size(model.config.mesh_size),
             )  # fmt: skip
-        if out.image.isfinite().all():
-            return out
-        if self.precision == "fp32" or self._crop is None:
-            raise Export3DError("the network gives numbers that are not finite: use a smaller scale, or other weights")
-        self.notes.append(f"{self.precision} gave numbers that are not finite: went on in fp32")
-        self.precision = "fp32"
-        for part, full in zip(self._parts, self._full, strict=True):
-            restore_fp32(part, full)
-        self._encode(self._crop, self.source_motion())
-        return self._drive(camera, lam.float(), None)
-
-    def _need_source(self) -> Source:
-        if self._source is None:
-            raise Export3DError("no source yet: call set_source(image) first")
-        return self._source
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
 
 
-def reenact(
-    animator: Animator,
-    source: Path,
-    driver: Path,
-    out: Path,
-    options: ReenactOptions | None = None,
-    *,
-    progress: Progress | None = None,
-    tape: TrackCache | None = None,
-) -> Summary:
-    """Animate the portrait `source` by `driver` (video, image, `.motion.npz` or ARKit CSV) into the video `out`.
+class _Renderer:
+    """Renders the frames of one iteration, and holds all state that passes between its batches."""
 
-    A `tape` given to several calls with one driver and the same options has it tracked only once.
-    """
-    options, began = options or ReenactOptions(), time.monotonic()
-    check_outputs([out], options.background, options.crf)
-    check_overwrite(out, options.overwrite)
-    torch.manual_seed(options.seed)
-    control, mark = options.control, get_watermarker(options.watermark)
-    composer = compose_source(animator, source, options)
-    stream = open_driver(animator, driver, options, tape=tape, shown=composer.source_frame.shape[0])
-    audio, audio_start = select_audio(driver, options.audio, options.start)
+    def __init__(self, animator: Animator, portrait: Portrait, notify: Notify) -> None:
+        self._animator, self._portrait, self._notify = animator, portrait, notify
+        self._fp32_portrait: Portrait | None = None
+        self._batcher = AdaptiveBatcher()
+        self._interpolator: TriplaneInterpolator | None = None
+        if animator._triplane_tolerance:
+            self._interpolator = TriplaneInterpolator(self._generate_planes, animator._triplane_tolerance)
+        if portrait.precision != animator.precision:
+            self._report_fallback()
 
-    def write(shown: tuple[np.ndarray, np.ndarray | None]) -> None:
-        writer.write(mark(composer(*shown)))
+    def moving(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
+        """Render frames of a moving expression, lambda (T, n), T at most `Animator.window`."""
+        planes = None if self._interpolator is None else self._interpolator(lam)
+        for start in range(0, len(lam), self._animator.batch):
+            part = slice(start, start + self._animator.batch)
+            yield from self.frames(cameras[part], lam[part], planes=None if planes is None else planes[part])
 
-    def told(written: int) -> None:
-        if progress is not None:
-            progress("frames", written, stream.total)
+    def frames(
+        self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None,
+        depth: bool = False,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """Render frames with lambda (T, n); `posed` and `planes` as in `Animator._render`."""
+        size = self._portrait.geometry.frame_size
 
-    with (
-        stream,
-        VideoWriter(
-            out, size=composer.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
-            alpha=composer.transparent,
-        ) as writer,
-        BackgroundWriter(write, animator.batch, on_written=told, stop=writer.abort) as behind,
-        # the driver's motion, read by a thread; `fan` computes with torch, which has the processor to itself
-        nullcontext(stream) if options.tracker == "fan" else PrefetchIterator(stream, AHEAD, stop=stream.stop) as parts,
-    ):  # fmt: skip
-        for number, (motion, crops) in enumerate(parts):
-            frames = animator.drive([motion], control=control, reference=stream.reference)
-            for shown in zip(frames, crops, strict=True):
-                behind.put(shown)
-            if number % TIDY == 0:
-                trim_heap()
-    return Summary(
-        out, behind.written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
-        (*stream.notes, *animator.notes),
-    )  # fmt: skip
+        def compute(part: slice) -> np.ndarray:
+            with torch.inference_mode():
+                own_planes = None if planes is None else planes[part]
+                output = self._animator._render(self._portrait, cameras[part], lam[part], posed, own_planes)
+                if not output.image.isfinite().all():
+                    output = self._render_fp32(cameras[part], lam[part])
+                return colour_depth(output, cameras[part], size) if depth else to_frames(output, self._portrait.detail, size)
 
+        yield from self._batcher(compute, 0, len(cameras))
 
-def compose_source(animator: Animator, source: Path, options: ReenactOptions) -> Compositor:
-    """Set the source, and make what puts its results into frames."""
-    photo = read_portrait(source)
-    motion = animator.set_source(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
-    return Compositor(
-        photo, animator.source_crop(), motion.crop, paste_back=options.paste_back, background=options.background,
-        compare=options.compare,
-    )  # fmt: skip
+    def _generate_planes(self, lam: Tensor) -> Tensor:
+        portrait = self._portrait
+        with torch.inference_mode(), autocast(self._animator.device, portrait.precision):
+            return portrait.model.generate_planes(portrait.source, lam)
+
+    def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> Output:
+        """Render a batch that overflowed in half precision again in fp32."""
+        if self._fp32_portrait is None:
+            self._fp32_portrait = self._animator._to_fp32(self._portrait)
+            self._report_fallback()
+        output = self._animator._render(self._fp32_portrait, cameras, lam.float())
+        if not output.image.isfinite().all():
+            self._animator._to_fp32(self._fp32_portrait)  # raises
+        return output
+
+    def _report_fallback(self) -> None:
+        self._notify(f"{self._animator.precision} gave values that are not finite: rendered in fp32 instead")
 
 
-def open_driver(
-    animator: Animator, driver: Path, options: ReenactOptions, *, tape: TrackCache | None = None, shown: int = 0
-) -> DriverStream:
-    """The driver's motion as `options` want it, for the animator's source; `shown`: side of its pictures, 0: usual."""
-    return DriverStream(
-        driver, animator.follower(options.tracker), face=options.driver_face, batch=animator.ahead,
-        crop_scale=animator.crop_scale, fps=options.fps,
-        crop_size=(shown or animator.size) if options.compare else None,
-        start=options.start, duration=options.duration, max_frames=options.max_frames, on_missing=options.on_missing,
-        smooth=options.smooth, reference=options.reference_frame if options.control.needs_reference else None,
-        camera=animator.source_camera().to_vector(), track_cache=tape,
-    )  # fmt: skip
+def _windows(motions: Iterable[Motion], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield beta (T, 64) and cameras (T, 25) of `length` frames at a time, however they are spread over `motions`."""
+    beta, camera = np.empty((0, 64), np.float32), np.empty((0, 25), np.float32)
+    for motion in motions:
+        beta, camera = (
+            (np.concatenate([beta, motion.beta]), np.concatenate([camera, motion.camera]))
+            if len(beta)
+            else (motion.beta, motion.camera)
+        )
+        while len(beta) >= length:
+            yield beta[:length], camera[:length]
+            beta, camera = beta[length:], camera[length:]
+    if len(beta):
+        yield beta, camera

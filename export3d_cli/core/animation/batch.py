@@ -14,17 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export3d_cli.core.animation.animator import (
-    Animator,
-    Progress,
-    ReenactOptions,
-    Summary,
-    compose_source,
-    open_driver,
-    reenact,
-)
+from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import check_outputs
+from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
+from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
 from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.runtime.device import precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 
 _PLACEHOLDER = re.compile(r"\{(src|drive)\}")
@@ -121,6 +116,10 @@ def reenact_all(
                 )
             except (Export3DError, OSError) as error:
                 failed.append(f"{source}: {error}")
+            except (RuntimeError, MemoryError) as error:  # of torch or LiteRT, such as out of memory
+                if isinstance(error, NotImplementedError | RecursionError):
+                    raise
+                failed.append(f"{source}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     notes = [f"{path} exists and is kept: pass --overwrite to replace it" for path in skipped]
     notes += dict.fromkeys(note for summary in done for note in summary.notes)
     return BatchSummary(tuple(done), tuple(skipped), tuple(failed), time.monotonic() - began, tuple(notes))
@@ -133,35 +132,36 @@ def plan_reenact(
     options = options or ReenactOptions()
     paths = output_paths(sources, driver, out)
     check_outputs(paths, options.background, options.crf)
-    faces = []
+    planned = []
     for source, path in zip(sources, paths, strict=True):
-        composer = compose_source(animator, source, options)
-        own = animator.source_motion()
-        points = own.landmarks[0, :, :2] * own.crop[2] + own.crop[:2]
+        portrait, compositor = load_portrait(animator, source, options)
+        points = portrait.motion.landmarks[0, :, :2] * portrait.motion.crop[2] + portrait.motion.crop[:2]
         x0, y0, x1, y1 = (int(v) for v in (*points.min(0).round(), *points.max(0).round()))
-        faces.append(PlannedSource(source, (x0, y0, x1, y1), composer.size, path, os.path.lexists(path)))
-    with open_driver(animator, driver, options) as stream:
-        frames, fps, notes = stream.total, stream.fps, tuple(stream.notes)
+        planned.append(PlannedSource(source, (x0, y0, x1, y1), compositor.size, path, os.path.lexists(path)))
+    with open_driver(animator, portrait, driver, options) as stream:
+        frames, fps, notes = stream.total, stream.fps, list(stream.notes)
     few = replace(options, max_frames=10, compare=False, reference_frame=0)
-    with open_driver(animator, driver, few) as stream:
+    with open_driver(animator, portrait, driver, few) as stream:
         try:
-            part = next(iter(stream))[0]
+            motion = next(iter(stream))[0]
         except NoFaceError:
-            part, notes = own, (*notes, f"no face in the first frames of {driver}")
-    first = part.select(np.array([0]))
+            motion = portrait.motion
+            notes.append(f"no face in the first frames of {driver}")
+    reference = motion.select(np.array([0]))
     seconds = []
     for _ in range(2):  # the first time warms up
         began = time.monotonic()
-        for result in animator.drive([part], control=options.control, reference=first):
-            composer(result)
-        seconds.append((time.monotonic() - began) / len(part))
-    began = time.monotonic()
-    animator.follower(options.tracker).landmarker.track(composer.source_frame)
-    tracking = time.monotonic() - began
-    todo = sum(options.overwrite or not planned.exists for planned in faces)
+        for frame in animator.animate(portrait, [motion], control=options.control, reference=reference):
+            compositor(frame)
+        seconds.append((time.monotonic() - began) / len(motion))
+    with animator.borrow_tracker(options.tracker) as tracker:
+        began = time.monotonic()
+        tracker.landmarker.track(compositor.source_frame)
+        tracking = time.monotonic() - began
+    remaining = sum(options.overwrite or not source.exists for source in planned)
     return Plan(
-        tuple(faces), driver, frames, fps, animator.device_name, _peak_memory_mb(animator.device),
-        frames * (tracking + todo * seconds[-1]), (*notes, *animator.notes),
+        tuple(planned), driver, frames, fps, animator.device_name, _peak_memory_mb(animator.device),
+        frames * (tracking + remaining * seconds[-1]), (*notes, *precision_notes(animator.precision, animator.device)),
     )  # fmt: skip
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import write_atomic
 
 MESH_SUFFIXES = (".ply", ".glb")
-SURFACE_DENSITY = 8.0  # density, per unit of the head frame: the surface that follows the rendered depth best
 RESOLUTION = 192  # samples along each side of the cube
 METRES_PER_UNIT = 0.5  # a unit of the head frame
 
@@ -41,7 +40,9 @@ def check_mesh_output(path: Path) -> None:
         _import_library(name)
 
 
-def extract_head_mesh(animator: Animator, *, beta: np.ndarray | None = None, resolution: int = 0) -> HeadMesh:
+def extract_head_mesh(
+    animator: Animator, portrait: Portrait, *, beta: np.ndarray | None = None, resolution: int = 0
+) -> HeadMesh:
     """The source's head, with its own expression or with beta (1, 64), `resolution` (0: 192) samples along an axis.
 
     What the photo shows beside the person is cut away, and of the rest the largest connected surface is kept. Raises
@@ -49,19 +50,19 @@ def extract_head_mesh(animator: Animator, *, beta: np.ndarray | None = None, res
     """
     from skimage import measure
 
-    resolution = resolution or RESOLUTION
+    resolution, threshold = resolution or RESOLUTION, animator.model.config.surface_density
     points = _grid(resolution)
-    density = animator.field(points, beta=beta)[1] * _person_alpha(animator, points)
+    density = animator.query_field(portrait, points, beta=beta)[1] * _person_alpha(animator, portrait, points)
     level = np.pad(density.reshape((resolution,) * 3), 1)  # what reaches the border of the cube is closed there
-    parts = measure.label(level > SURFACE_DENSITY, connectivity=1)
+    parts = measure.label(level > threshold, connectivity=1)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     if not sizes.any():
         raise InputError("these weights show no surface in this portrait: choose other weights")
-    level = np.where((parts == sizes.argmax()) | (level <= SURFACE_DENSITY), level, 0)
-    corners, faces, _, _ = measure.marching_cubes(level, SURFACE_DENSITY)
+    level = np.where((parts == sizes.argmax()) | (level <= threshold), level, 0)
+    corners, faces, _, _ = measure.marching_cubes(level, threshold)
     points = ((corners[:, ::-1] - 0.5) / resolution - 0.5).astype(np.float32)  # index (z, y, x) -> head frame
-    colours = animator.field(points, beta=beta)[0]
+    colours = animator.query_field(portrait, points, beta=beta)[0]
     shown = np.clip(colours * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     return HeadMesh(
         points * np.array([METRES_PER_UNIT, -METRES_PER_UNIT, -METRES_PER_UNIT], np.float32),
@@ -99,10 +100,10 @@ def _grid(resolution: int) -> np.ndarray:
     return np.stack([x, y, z], axis=-1).reshape(-1, 3)
 
 
-def _person_alpha(animator: Animator, points: np.ndarray) -> np.ndarray:
+def _person_alpha(animator: Animator, portrait: Portrait, points: np.ndarray) -> np.ndarray:
     """How much of the person, (N,) in [0, 1], is where the source's camera sees points (N, 3); 0 beside its picture."""
-    alpha = animator.person_mask.alpha(animator.source_crop())
-    at = np.floor(animator.source_camera().project(points) * len(alpha)).astype(int)
+    alpha = animator.person_alpha(portrait.crop)
+    at = np.floor(portrait.camera.project(points) * len(alpha)).astype(int)
     inside = ((at >= 0) & (at < len(alpha))).all(-1)
     column, row = at.clip(0, len(alpha) - 1).T
     return alpha[row, column] * inside

@@ -41,7 +41,6 @@ class ReenactOptions:
     size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `frames.frame_size`
     paste_back: bool = False  # the result within the whole photograph
     background: str = "source"  # or transparent, #rrggbb, a picture's path
-    batch: int = 0  # frames at once; 0: chosen for the device
     face: str = "largest"  # of the source, where it shows several: largest | left | right | index:N
     driver_face: str = "largest"  # of the driver
     tracker: TrackerName = "landmarker"  # reads the driver; the source is always read by the landmarker
@@ -52,7 +51,6 @@ class ReenactOptions:
     relative_expression: bool = False  # the source's expression changed by the driver's change
     reference_frame: int = 0  # of the driver's frames that are used: what relative control counts from
     smooth: SmoothingLevel = "light"
-    seed: int = 0
     watermark: Watermark = "none"  # beside the mark in the metadata
 
     @property

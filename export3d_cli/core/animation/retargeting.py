@@ -19,9 +19,6 @@ from export3d_cli.core.runtime.errors import InputError
 
 T = TypeVar("T")
 DRIVABLE = ("expression", "pose")  # of a driver
-# Reconstruction leans to the photo: faces never seen move some 15 % less than they are asked to, mouths most. Of 1,
-# 1.1, 1.2 and 1.35 this had landmarks nearest to the driver's.
-EXPRESSION_GAIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,12 @@ class Control:
         return np.concatenate([(own[:2] / own[2] + shift) * depth[:, None], depth[:, None]], axis=1)
 
 
-def amplify_expression(own: Tensor, lam: Tensor) -> Tensor:
-    """Lambda of the source (1, n) and as it should be seen (B, n) -> as the model is to be asked for it, (B, n)."""
-    return torch.lerp(own.expand_as(lam), lam, EXPRESSION_GAIN)
+def amplify_expression(source: Tensor, target: Tensor, gain: float) -> Tensor:
+    """Return lambda (B, n) to give to the network, so that its frames show `target` (B, n).
+
+    The difference from the source's lambda (1, n) is multiplied by `ModelConfig.expression_gain`.
+    """
+    return torch.lerp(source.expand_as(target), target, gain)
 
 
 def _require_reference(reference: T | None) -> T:

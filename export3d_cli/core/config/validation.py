@@ -46,6 +46,9 @@ def validate_model_config(model: ModelConfig) -> None:
         raise ConfigError(f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})")
     if model.plane_ema >= 1:
         raise ConfigError(f"model.plane_ema must be below 1, got {model.plane_ema}")
+    for name in ("expression_gain", "surface_density"):
+        if not 0 < (value := getattr(model, name)) <= 1000:
+            raise ConfigError(f"model.{name} must be above 0 and at most 1000, got {value}")
 
 
 def validate_train_config(config: TrainConfig) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from export3d_cli.core.runtime.errors import ConfigError
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,28 +107,32 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def cast_weights(module: torch.nn.Module, precision: str) -> dict[str, Tensor]:
-    """Cast the weights of convolutions and linear layers on the CPU once, instead of in every call under autocast.
+def copy_for_inference(model: Model, device: torch.device) -> Model:
+    """Return a copy of a model on `device`, in eval mode; tensors that are already there are shared, not copied."""
 
-    Returns the fp32 weights by name, for `restore_fp32`.
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.detach().to(device)
+        if moved.data_ptr() == tensor.data_ptr() and moved.device == tensor.device:
+            return tensor
+        return torch.nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else moved
+
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): move(tensor) for tensor in tensors}).eval()
+
+
+def cast_weights(module: torch.nn.Module, precision: str) -> None:
+    """Replace the weights of convolutions and linear layers on a CPU by half-precision ones; fp32 does nothing.
+
+    A CPU would otherwise cast them in every call. The replaced tensors are not written to.
     """
-    fp32_weights: dict[str, Tensor] = {}
     dtype = HALF_DTYPES.get(precision)
-    for layer_name, layer in module.named_modules():
-        if dtype is None or not isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+    for part in module.modules():
+        if dtype is None or not isinstance(part, torch.nn.Conv2d | torch.nn.Linear):
             continue
-        for name, parameter in layer.named_parameters(recurse=False):
+        for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.device.type == "cpu":
-                fp32_weights[f"{layer_name}.{name}"] = weight = parameter.data
-                layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
-                parameter.data = weight.to(dtype, memory_format=layout)
-    return fp32_weights
-
-
-def restore_fp32(module: torch.nn.Module, fp32_weights: dict[str, Tensor]) -> None:
-    """Undo `cast_weights`."""
-    for name, weight in fp32_weights.items():
-        module.get_parameter(name).data = weight
+                layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+                setattr(part, name, torch.nn.Parameter(parameter.detach().to(dtype, memory_format=layout), False))
 
 
 class AdaptiveBatcher:

@@ -1,0 +1,166 @@
+"""Move the camera around a portrait: a video, an image of one view, a contact sheet, and the head as a mesh."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
+from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
+from export3d_cli.core.animation.view_writer import (
+    ViewOptions,
+    is_image_output,
+    load_photo,
+    write_sheet,
+    write_video,
+)
+from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
+from export3d_cli.core.runtime.errors import InputError
+
+MAX_CACHED_BYTES = 128 << 20  # of frames that are kept because their camera comes again
+ROW_COLUMNS = 5  # so many views of a contact sheet stay in one row
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class NovelViewOptions(ViewOptions):
+    """A sweep of the camera around the portrait; angles in degrees, first and last."""
+
+    yaw: Range | None = (-30.0, 30.0)  # +: the head turns to the image's right; None: frontal
+    pitch: Range | None = None  # +: up
+    roll: Range | None = None  # +: clockwise
+    loop: Literal["pingpong", "once"] = "pingpong"
+    depth: bool = False  # the depth in colours
+    drive: Path | None = None  # image, video or motion file with the expression; None: the photo's
+    mesh: Path | None = None  # where the head's surface is written, .ply or .glb, with the first expression
+
+    @property
+    def single(self) -> bool:
+        """Whether all frames would show the same view."""
+        ranges = (self.yaw, self.pitch, self.roll)
+        return self.frames == 1 or all(r is None or r[0] == r[1] for r in ranges)
+
+
+def novel_view(
+    animator: Animator,
+    source: Path,
+    out: Path | None,
+    options: NovelViewOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Summary:
+    """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's angle.
+
+    Where `out` is None, only the mesh is written.
+    """
+    options = options or NovelViewOptions()
+    began = time.monotonic()
+    if options.mesh is not None:
+        check_mesh_output(options.mesh)
+        check_overwrite(options.mesh, options.overwrite)
+    if out is None:
+        if options.mesh is None:
+            raise InputError("nothing to write: give an output, a mesh, or both")
+        portrait = load_photo(animator, source, options)
+        beta = _read_expressions(animator, portrait, options, 1)
+        _write_mesh(animator, portrait, options.mesh, beta, progress)
+        return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
+    check_overwrite(out, options.overwrite)
+    is_image = is_image_output(out, options.grid)
+    if is_image and not options.grid and not options.single:
+        raise InputError(f"{out} can hold one view: give one angle (--yaw 20), --frames 1, --grid, or a video's name")
+    portrait = load_photo(animator, source, options)
+    cameras = orbit_cameras(portrait.camera, options)
+    if is_image and not options.grid:
+        cameras = cameras[:1]
+    count, size = len(cameras), portrait.geometry.frame_size
+    beta = _read_expressions(animator, portrait, options, count)
+    if options.mesh is not None:
+        _write_mesh(animator, portrait, options.mesh, beta, progress)
+    frames = _view_once(animator, portrait, cameras, beta, options.depth)
+    if not is_image:
+        return write_video(animator, frames, count, out, options, size, began=began, progress=progress)
+    labels: list[str] = []
+    if options.grid:
+        angles = [Camera.from_vector(camera).angles() for camera in cameras]
+        labels = [f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in angles]
+    columns = count if count <= ROW_COLUMNS else int(np.ceil(np.sqrt(count)))
+    return write_sheet(
+        animator, frames, count, out, options, size, columns=columns, labels=labels, began=began, progress=progress
+    )
+
+
+def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
+    """Return cameras (T, 25) that see the head at the options' angles, at the place and distance of `camera`."""
+    count = options.frames
+    positions = np.linspace(0, 1, count)  # along the sweep
+    if options.loop == "pingpong" and count > 2 and not options.grid:
+        steps = np.minimum(np.arange(count), count - np.arange(count))  # the way back equals the way there bit for bit
+        positions = 0.5 - 0.5 * np.cos(2 * np.pi * steps / count)
+    ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
+    pose = np.linalg.inv(camera.cam2world)  # its last column stays
+    cameras = []
+    for t in positions:
+        yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
+        pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
+        cameras.append(Camera(np.linalg.inv(pose), camera.intrinsics).to_vector())
+    return np.stack(cameras)
+
+
+def _write_mesh(
+    animator: Animator, portrait: Portrait, path: Path, beta: np.ndarray | None, progress: Progress | None
+) -> None:
+    """Write the head with the first of the expressions."""
+    if progress is not None:
+        progress("mesh", 0, 1)
+    write_mesh(path, extract_head_mesh(animator, portrait, beta=None if beta is None else beta[:1]))
+    if progress is not None:
+        progress("mesh", 1, 1)
+
+
+def _read_expressions(
+    animator: Animator, portrait: Portrait, options: NovelViewOptions, count: int
+) -> np.ndarray | None:
+    """Return beta (1, 64) of an image, or (count, 64) of a video; the last one is held where the driver is shorter."""
+    if options.drive is None:
+        return None
+    with (
+        animator.borrow_landmarker() as tracker,
+        DriverStream(
+            options.drive, tracker, batch=animator.batch, crop_scale=portrait.crop_scale, fps=options.fps,
+            max_frames=count,
+        ) as stream,
+    ):  # fmt: skip
+        beta = np.concatenate([motion.beta for motion, _ in stream])
+    return beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
+
+
+def _view_once(
+    animator: Animator, portrait: Portrait, cameras: np.ndarray, beta: np.ndarray | None, depth: bool
+) -> Iterator[np.ndarray]:
+    """Yield the frames of `Animator.view`; of equal cameras, as on the way back, only the first is rendered."""
+    _, first, inverse = np.unique(cameras, axis=0, return_index=True, return_inverse=True)
+    first = first[inverse.reshape(-1)]  # number of the first frame with the same camera
+    uses = Counter(first.tolist())
+    repeated = sum(times > 1 for times in uses.values())
+    changes = beta is not None and len(beta) > 1
+    if changes or repeated * portrait.geometry.frame_size**2 * 3 > MAX_CACHED_BYTES:
+        yield from animator.view(portrait, cameras, beta=beta, depth=depth)
+        return
+    rendered = animator.view(portrait, cameras[sorted(uses)], beta=beta, depth=depth)
+    cache: dict[int, np.ndarray] = {}
+    for index, k in enumerate(first.tolist()):
+        frame = next(rendered) if k == index else cache.pop(k)
+        uses[k] -= 1
+        if uses[k]:
+            cache[k] = frame.copy()  # the consumer may write into the frame
+        yield frame

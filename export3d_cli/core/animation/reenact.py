@@ -1,0 +1,129 @@
+"""Animate one portrait by one driver, from files to a file."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from export3d_cli.core.animation.animator import Animator, Notify, Portrait
+from export3d_cli.core.animation.compositor import Compositor, check_outputs, read_portrait
+from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, select_audio
+from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
+from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
+from export3d_cli.core.animation.retargeting import Control
+from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.runtime.device import precision_notes, trim_heap
+
+PREFETCH_DEPTH = 2  # batches of the driver's motion that are read ahead
+TRIM_INTERVAL = 32  # batches between two calls of `trim_heap`
+
+
+def reenact(
+    animator: Animator,
+    source: Path,
+    driver: Path,
+    out: Path,
+    options: ReenactOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    track_cache: TrackCache | None = None,
+) -> Summary:
+    """Animate the portrait `source` by `driver` (video, image, `.motion.npz` or ARKit CSV) into the video `out`.
+
+    A `track_cache` that is passed to several calls with one driver and the same options has it tracked only once.
+    """
+    options, began = options or ReenactOptions(), time.monotonic()
+    check_outputs([out], options.background, options.crf)
+    check_overwrite(out, options.overwrite)
+    add_watermark = get_watermarker(options.watermark)
+    portrait, compositor = load_portrait(animator, source, options)
+    audio, audio_start = select_audio(driver, options.audio, options.start)
+    notes = precision_notes(animator.precision, animator.device)
+
+    def write(item: tuple[np.ndarray, np.ndarray | None]) -> None:
+        writer.write(add_watermark(compositor(*item)))
+
+    def on_written(count: int) -> None:
+        if progress is not None:
+            progress("frames", count, stream.total)
+
+    with (
+        open_driver(
+            animator, portrait, driver, options, track_cache=track_cache, crop_size=compositor.source_frame.shape[0]
+        ) as stream,
+        VideoWriter(
+            out, size=compositor.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
+            alpha=compositor.transparent,
+        ) as writer,
+        BackgroundWriter(write, animator.batch, on_written=on_written, stop=writer.abort) as background,
+        # the driver is tracked by a thread, but not by `fan`, which computes with torch and needs all cores itself
+        nullcontext(stream)
+        if options.tracker == "fan"
+        else PrefetchIterator(stream, PREFETCH_DEPTH, stop=stream.stop) as batches,
+    ):  # fmt: skip
+        for item in _animate_stream(animator, portrait, stream, batches, options.control, notes.append):
+            background.put(item)
+    return Summary(
+        out, background.written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
+        (*stream.notes, *notes),
+    )  # fmt: skip
+
+
+def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> tuple[Portrait, Compositor]:
+    """Encode a photo, and make the compositor that turns its animated crop into frames."""
+    photo = read_portrait(source)
+    portrait = animator.portrait(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
+    compositor = Compositor(
+        photo, portrait.crop, portrait.geometry.square, paste_back=options.paste_back, background=options.background,
+        compare=options.compare,
+    )  # fmt: skip
+    return portrait, compositor
+
+
+@contextmanager
+def open_driver(
+    animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, *,
+    track_cache: TrackCache | None = None, crop_size: int = 0,
+) -> Iterator[DriverStream]:  # fmt: skip
+    """Open the driver's motion for a portrait; `crop_size` is the side of the driver crops to show, 0: the frames'."""
+    with (
+        animator.borrow_tracker(options.tracker) as tracker,
+        DriverStream(
+            driver, tracker, face=options.driver_face, batch=animator.window, crop_scale=portrait.crop_scale,
+            fps=options.fps, crop_size=(crop_size or portrait.geometry.frame_size) if options.compare else None,
+            start=options.start, duration=options.duration, max_frames=options.max_frames,
+            on_missing=options.on_missing, smooth=options.smooth,
+            reference=options.reference_frame if options.control.needs_reference else None,
+            camera=portrait.camera.to_vector(), track_cache=track_cache,
+        ) as stream,
+    ):  # fmt: skip
+        yield stream
+
+
+def _animate_stream(
+    animator: Animator, portrait: Portrait, stream: DriverStream, batches: Iterable[MotionBatch], control: Control,
+    notify: Notify,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:  # fmt: skip
+    """Yield each frame with the driver crop that is shown next to it; `batches` are those of `stream`."""
+    crops: deque[np.ndarray | None] = deque()
+    batches = iter(batches)
+    first = next(batches)  # from here on the stream knows its reference frame
+
+    def motions() -> Iterator[Motion]:
+        for number, (motion, driver_crops) in enumerate(chain([first], batches)):
+            crops.extend(driver_crops)
+            yield motion
+            if number % TRIM_INTERVAL == 0:
+                trim_heap()
+
+    for frame in animator.animate(portrait, motions(), control=control, reference=stream.reference, notify=notify):
+        yield frame, crops.popleft()

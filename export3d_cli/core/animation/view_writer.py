@@ -1,0 +1,106 @@
+"""What novel views and expression edits have in common: options, and frames into a video, an image or a contact sheet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.compositor import read_portrait
+from export3d_cli.core.animation.options import Crop, Progress, Summary
+from export3d_cli.core.animation.pipeline import BackgroundWriter
+from export3d_cli.core.animation.watermark import Watermark, get_watermarker
+from export3d_cli.core.media.image import MAX_PIXELS, write_image
+from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoWriter
+from export3d_cli.core.runtime.errors import InputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # formats that can carry the mark that they are synthetic
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How a portrait is read, and how its frames are written."""
+
+    frames: int = 60
+    fps: Fraction = Fraction(25)
+    crf: int = 18
+    overwrite: bool = False
+    grid: bool = False  # a contact sheet instead of a video
+    watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
+    face: str = "largest"  # of the photo: largest | left | right | index:N
+    crop: Crop = "auto"  # of the photo: a square around the face, or none: the whole photo
+    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `Geometry.from_photo`
+
+
+def load_photo(animator: Animator, source: Path, options: ViewOptions) -> Portrait:
+    """Read and encode the portrait."""
+    photo = read_portrait(source)
+    return animator.portrait(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
+
+
+def is_image_output(out: Path, grid: bool) -> bool:
+    """Return whether `out` is an image, else it is a video. Raises `InputError` for a contact sheet that is none."""
+    is_image = out.suffix.lower() in IMAGE_SUFFIXES
+    if grid and not is_image:
+        raise InputError(f"a contact sheet is an image: give an output that ends in .png or .jpg, not {out.name!r}")
+    return is_image
+
+
+def write_video(
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions, size: int, *,
+    began: float, progress: Progress | None,
+) -> Summary:  # fmt: skip
+    """Write frames of side `size` into a video; `began` is the job's start in seconds of `time.monotonic`."""
+    add_watermark = get_watermarker(options.watermark)
+    with (
+        VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer,
+        BackgroundWriter[np.ndarray](
+            lambda frame: writer.write(add_watermark(frame)), animator.batch, stop=writer.abort
+        ) as background,
+    ):
+        for frame in _report(frames, total, progress):
+            background.put(frame)
+    return Summary(out, total, 0, options.fps, time.monotonic() - began, animator.device_name)
+
+
+def write_sheet(
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions, size: int, *,
+    columns: int, labels: Sequence[str], began: float, progress: Progress | None,
+) -> Summary:  # fmt: skip
+    """Write frames of side `size` into one image, as a contact sheet where there are several."""
+    if total * size * size > MAX_PIXELS:
+        limit = MAX_PIXELS // (size * size)
+        raise InputError(f"a contact sheet of {total} views would be too large: {limit} fit, set --frames or --size")
+    sheet = contact_sheet(list(_report(frames, total, progress)), columns, labels)
+    write_image(out, get_watermarker(options.watermark)(sheet), comment=SYNTHETIC_COMMENT)
+    return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[str] = ()) -> np.ndarray:
+    """Return images of one size, uint8 (H, W, 3), row by row, each with its label in the lower left corner."""
+    H, W = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    sheet = np.zeros((rows * H, columns * W, 3), dtype=np.uint8)
+    for k, image in enumerate(images):
+        cell = np.ascontiguousarray(image)
+        if labels:
+            origin, scale = (W // 32, H - H // 24), W / 512
+            for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # a dark outline under light letters
+                cv2.putText(cell, labels[k], origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
+        row, column = divmod(k, columns)
+        sheet[row * H : (row + 1) * H, column * W : (column + 1) * W] = cell
+    return sheet
+
+
+def _report(frames: Iterator[np.ndarray], total: int, progress: Progress | None) -> Iterator[np.ndarray]:
+    """Yield the frames and report each once it has been used."""
+    for count, frame in enumerate(frames, start=1):
+        yield frame
+        if progress is not None:
+            progress("frames", count, total)
