@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,7 +193,9 @@ class Animator:
             faces = face_positions(target, tracker.landmarker.find_all(photo), motion.crop)
         geometry = Geometry.from_photo((width, height), motion.crop, self.model.config.image_size, size)
         padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
-        return self._portrait(crop_with_padding(photo, motion.crop, geometry.frame_size), motion, geometry, faces, padded)
+        return self._portrait(
+            crop_with_padding(photo, motion.crop, geometry.frame_size), motion, geometry, faces, padded
+        )
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
         """Encode a face crop that has been tracked: row `frame` of `motion`.
@@ -268,9 +269,7 @@ class Animator:
 
         return frames()
 
-    def edit(
-        self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
-    ) -> Iterator[np.ndarray]:
+    def edit(self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None) -> Iterator[np.ndarray]:
         """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (S, S, 3)."""
         renderer, camera = self._renderer(portrait, notify), portrait.camera.to_vector()[None]
         lam = portrait.source.lam + self._tensor(changes)
@@ -418,7 +417,11 @@ class _Renderer:
                 output = self._animator._render(self._portrait, cameras[part], lam[part], posed, own_planes)
                 if not output.image.isfinite().all():
                     output = self._render_fp32(cameras[part], lam[part])
-                return colour_depth(output, cameras[part], size) if depth else to_frames(output, self._portrait.detail, size)
+                return (
+                    colour_depth(output, cameras[part], size)
+                    if depth
+                    else to_frames(output, self._portrait.detail, size)
+                )
 
         yield from self._batcher(compute, 0, len(cameras))
 

@@ -103,7 +103,7 @@ def reenact_all(
     failed: list[str] = []
     paths = output_paths(sources, driver, out)
     check_outputs(paths, options.background, options.crf)
-    with TrackCache() as tape:
+    with TrackCache() as track_cache:
         for source, path in zip(sources, paths, strict=True):
             if os.path.lexists(path) and not options.overwrite:
                 skipped.append(path)
@@ -111,7 +111,13 @@ def reenact_all(
             try:
                 done.append(
                     reenact(
-                        animator, source, driver, path, options, progress=_prefix_stage(progress, source), tape=tape
+                        animator,
+                        source,
+                        driver,
+                        path,
+                        options,
+                        progress=_prefix_stage(progress, source),
+                        track_cache=track_cache,
                     )
                 )
             except (Export3DError, OSError) as error:

@@ -26,7 +26,9 @@ class Geometry:
     # PHOTO_MARGIN; None: nothing is known around the crop
 
     @classmethod
-    def from_photo(cls, photo_size: tuple[int, int], square: Square, network_size: int, frame_size: int = 0) -> Geometry:
+    def from_photo(
+        cls, photo_size: tuple[int, int], square: Square, network_size: int, frame_size: int = 0
+    ) -> Geometry:
         """Return the geometry of a crop of a photo.
 
         Args:
@@ -41,9 +43,7 @@ class Geometry:
         """
         x0, y0, side = square
         if frame_size and not network_size <= frame_size <= MAX_FRAME_SIZE_PX:
-            raise InputError(
-                f"size must be {network_size} to {MAX_FRAME_SIZE_PX} with these weights, got {frame_size}"
-            )
+            raise InputError(f"size must be {network_size} to {MAX_FRAME_SIZE_PX} with these weights, got {frame_size}")
         default = 2 * network_size if side >= MIN_UPSCALE_RATIO * network_size else network_size
         margins = np.array([x0, y0, photo_size[0] - x0 - side], np.float32).clip(0, PHOTO_MARGIN * side) / side
         left, top, right = margins.tolist()

@@ -1,4 +1,4 @@
-"""What novel views and expression edits have in common: options, and frames into a video, an image or a contact sheet."""
+"""What novel views and expression edits have in common: options, and frames into a video, image or contact sheet."""
 
 from __future__ import annotations
 
