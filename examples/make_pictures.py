@@ -27,7 +27,7 @@ from export3d_cli.core import (
     novel_view,
     reenact,
 )
-from export3d_cli.core.animation.views import orbit_cameras
+from export3d_cli.core.animation.novel_view import orbit_cameras
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.reader import VideoReader
@@ -96,7 +96,8 @@ def detail(animator: Animator, folder: Path) -> None:
         out = folder / f"{size}.mkv"
         reenact(animator, SOURCE, DRIVER, out, ReenactOptions(start=0.8, max_frames=1, size=size, **LOSSLESS))  # type: ignore[arg-type]
         tiles.append(cv2.resize(frames(out)[0], (512, 512), interpolation=cv2.INTER_CUBIC))
-    part = [tile[90:370, 116:396] for tile in (animator.source_crop(), *tiles)]
+    crop = animator.portrait(read_image(SOURCE), size=512).crop
+    part = [tile[90:370, 116:396] for tile in (crop, *tiles)]
     keep("detail.jpg", row(part, ("photo", "--size 256, enlarged", "--size 512")))
 
 
@@ -114,14 +115,13 @@ def failures(animator: Animator) -> None:
     """Farther than the weights reach: both portraits pushed to where it shows."""
     captions = ("photo", "v1 +20", "v2 +15", "v5 -15", "45 degrees", "from below")
     rows = []
-    for number, portrait in enumerate((SOURCE, PHOTO)):
-        photo = read_image(portrait)
-        animator.set_source(photo)
+    for number, path in enumerate((SOURCE, PHOTO)):
+        portrait = animator.portrait(read_image(path))
         changes = np.zeros((3, animator.model.config.num_coefficients), np.float32)
         changes[range(3), [0, 1, 4]] = 20, 15, -15
         views = NovelViewOptions(yaw=(45, 0), pitch=(0, 30), frames=2, grid=True)
-        turned = animator.view(orbit_cameras(animator.source_camera(), views))
-        tiles = [animator.source_crop(), *animator.edit(changes), *turned]
+        turned = animator.view(portrait, orbit_cameras(portrait.camera, views))
+        tiles = [portrait.crop, *animator.edit(portrait, changes), *turned]
         rows.append(row(tiles, () if number else captions))
     keep("failures.jpg", *rows)
 

@@ -1,33 +1,36 @@
-"""The compact core: full model and trainer. This is its public door; everything behind it is resolved when first used.
+"""The core package's public API; each name is imported from its module on first use.
 
-From files to files a command is one call (`reenact`, `novel_view`, `edit_basis`, `build_dataset`, `train_model`), shown
-in README.md. From arrays to arrays, a portrait is set once and then driven, seen or changed:
+Every command is one function from files to files, such as `reenact`, `novel_view`, `edit_basis`, `build_dataset` and
+`train_model`; README.md shows them. From arrays to arrays, a photo is encoded once and then animated, viewed or edited:
 
     >>> import numpy as np
-    >>> from export3d_cli.core import Animator, example, read_image
+    >>> from export3d_cli.core import Animator, example_path, read_image
     >>> animator = Animator.from_weights(device="cpu")
-    >>> portrait = animator.set_source(read_image(example("source.jpg")))
-    >>> portrait.beta.shape, portrait.camera.shape
+    >>> portrait = animator.portrait(read_image(example_path("source.jpg")))
+    >>> portrait.motion.beta.shape, portrait.motion.camera.shape
     ((1, 64), (1, 25))
-    >>> frame = next(animator.drive([portrait]))
+    >>> frame = next(animator.animate(portrait, [portrait.motion]))
     >>> frame.shape, frame.dtype
     ((512, 512, 3), dtype('uint8'))
-    >>> int(np.abs(next(animator.view(portrait.camera)).astype(int) - frame).max()) <= 1
+    >>> view = next(animator.view(portrait, portrait.motion.camera))
+    >>> int(np.abs(view.astype(int) - frame).max()) <= 1
     True
-    >>> changes = np.zeros((1, animator.model.config.coefficients), np.float32)
-    >>> next(animator.edit(changes)).shape
+    >>> changes = np.zeros((1, animator.model.config.num_coefficients), np.float32)
+    >>> next(animator.edit(portrait, changes)).shape
     (512, 512, 3)
 
-What cannot be done is an `Export3DError` that says what to do:
+An `Animator` holds no portrait: threads may share it, and a frame depends on the arguments of its call alone.
 
-    >>> from export3d_cli.core import find_marks, resolve
-    >>> find_marks(example("drive.mp4")).found
+An error that the user can correct is an `Export3DError`; its message says what to do:
+
+    >>> from export3d_cli.core import find_marks, resolve_weights
+    >>> find_marks(example_path("drive.mp4")).found
     False
-    >>> resolve("nothing")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    >>> resolve_weights("nothing")  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     WeightsError: no weights 'nothing': ...
 
-Axis letters used throughout:
+Axis letters in shapes:
 
     B  batch                    H, W  height and width of an image in pixels
     T  frames of a clip         h, w  height and width of the raw render
@@ -89,10 +92,24 @@ _DOOR = {  # public name -> module of this package that defines it
     "versions": "diagnostics.doctor",
 }
 
+_RENAMED = {  # names of earlier versions
+    "Gates": "ClipFilter",
+    "check_free": "check_overwrite",
+    "check_mesh": "check_mesh_output",
+    "example": "example_path",
+    "manifest": "weights_manifest",
+    "resolve": "resolve_weights",
+    "run_bench": "run_benchmark",
+    "upload": "upload_weights",
+    "verify": "verify_weights",
+}
+
 __all__ = sorted(_DOOR)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"{__name__}.{name} no longer exists: use {_RENAMED[name]}")
     if name not in _DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _DOOR[name].partition(":")

@@ -2,7 +2,7 @@
 
     animator = Animator.from_weights()
     portrait = animator.portrait(read_image(Path("src.jpg")))
-    frame = next(animator.animate(portrait, [motion]))          # uint8 (S, S, 3)
+    frame = next(animator.animate(portrait, [motion]))          # uint8 (K, K, 3)
 
 An `Animator` holds weights and no portrait: threads may share one. Memory does not grow with the driver's length.
 """
@@ -26,6 +26,7 @@ from export3d_cli.core.animation.options import Crop, Quality
 from export3d_cli.core.animation.pool import Pool
 from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.crop import crop_with_padding
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
@@ -78,7 +79,7 @@ _REPLACED = {  # names of earlier versions
 class Portrait:
     """An encoded photo, made by `Animator.portrait`; immutable."""
 
-    crop: np.ndarray = field(repr=False)  # uint8 (S, S, 3), the part of the photo that is animated; read-only
+    crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3), the part of the photo that is animated; read-only
     motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
     geometry: Geometry
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
@@ -113,7 +114,7 @@ class Animator:
         self, model: Export3D, *, device: torch.device, precision: str, batch: int = 0, quality: Quality = "best"
     ) -> None:
         self.model = self._fp32_model = copy_for_inference(model, device)
-        if precision != "fp32":
+        if precision != "fp32" and device.type == "cpu":  # elsewhere autocast does it
             self.model = copy_for_inference(self._fp32_model, device)
             for name, part in self.model.named_children():
                 if name not in FP32_PARTS:
@@ -201,7 +202,7 @@ class Animator:
         """Encode a face crop that has been tracked: row `frame` of `motion`.
 
         Args:
-            crop: uint8 (S, S, 3); frames are as large, and show its detail where it is larger than the network's image.
+            crop: uint8 (K, K, 3); frames are as large, and show its detail where it is larger than the network's image.
             motion: has its expression, camera and landmarks in crop units.
             frame: row of `motion`.
         """
@@ -214,7 +215,7 @@ class Animator:
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
         reference: Motion | None = None, notify: Notify | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
-        """Render the portrait with the expressions and cameras of a driver: frames uint8 (S, S, 3), in order.
+        """Render the portrait with the expressions and cameras of a driver: frames uint8 (K, K, 3), in order.
 
         How the driver's frames are spread over `motions` changes nothing. They are rendered `window` at a time: a frame
         comes when its window is full or `motions` ends.
@@ -249,7 +250,7 @@ class Animator:
         self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
         notify: Notify | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
-        """Render the portrait from other cameras: frames uint8 (S, S, 3); one tri-plane serves a fixed expression.
+        """Render the portrait from other cameras: frames uint8 (K, K, 3); one tri-plane serves a fixed expression.
 
         Args:
             portrait: made by this object.
@@ -258,6 +259,9 @@ class Animator:
             depth: render the depth in colours, red is near and blue is far, instead of the image.
             notify: called with notes for the user.
         """
+        _check_rows("cameras", cameras, CAMERA_DIM)
+        if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):
+            raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
         renderer, lam = self._renderer(portrait, notify), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
 
@@ -270,7 +274,8 @@ class Animator:
         return frames()
 
     def edit(self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None) -> Iterator[np.ndarray]:
-        """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (S, S, 3)."""
+        """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (K, K, 3)."""
+        _check_rows("changes", changes, self.model.config.num_coefficients)
         renderer, camera = self._renderer(portrait, notify), portrait.camera.to_vector()[None]
         lam = portrait.source.lam + self._tensor(changes)
 
@@ -442,6 +447,13 @@ class _Renderer:
 
     def _report_fallback(self) -> None:
         self._notify(f"{self._animator.precision} gave values that are not finite: rendered in fp32 instead")
+
+
+def _check_rows(name: str, array: np.ndarray, columns: int) -> np.ndarray:
+    """Return an array unless it is not (T, columns) or not finite."""
+    if array.ndim != 2 or array.shape[1] != columns or not np.isfinite(array).all():
+        raise InputError(f"{name} must be finite numbers of shape (T, {columns}), got {array.shape}")
+    return array
 
 
 def _windows(motions: Iterable[Motion], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

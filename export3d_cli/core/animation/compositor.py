@@ -46,11 +46,11 @@ def check_outputs(outputs: list[Path], background: str, crf: int | None = None) 
 
 
 class Compositor:
-    """Makes of every result (S, S, 3) the frame to write: uint8 (H, W, 3), or (H, W, 4) where it is transparent.
+    """Makes of every result (K, K, 3) the frame to write: uint8 (H, W, 3), or (H, W, 4) where it is transparent.
 
     Args:
         photo: the source, uint8 (H, W, 3) RGB.
-        source: its crop that is animated, uint8 (S, S, 3).
+        source: its crop that is animated, uint8 (K, K, 3).
         square: x0, y0, side of that crop in pixels of the photo; it may reach outside.
         paste_back: the frame is the whole photo, else the crop.
         background: source, transparent, #rrggbb or the path of a picture.
@@ -108,7 +108,7 @@ class Compositor:
 
 
 class PasteBack:
-    """Lays results (S, S) or (S, S, 3) of one square of a photo into it, feathered; outside, the photo is untouched."""
+    """Lays results (K, K) or (K, K, 3) of one square of a photo into it, feathered; outside, the photo is untouched."""
 
     def __init__(self, photo: np.ndarray, square: Square, size: int) -> None:
         height, width = photo.shape[:2]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import write_atomic
 

@@ -20,7 +20,7 @@ from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.media.video import VideoWriter
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.device import precision_notes, trim_heap
 
 PREFETCH_DEPTH = 2  # batches of the driver's motion that are read ahead

@@ -17,7 +17,7 @@ from export3d_cli.core.animation.options import Crop, Progress, Summary
 from export3d_cli.core.animation.pipeline import BackgroundWriter
 from export3d_cli.core.animation.watermark import Watermark, get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
-from export3d_cli.core.media.video import SYNTHETIC_COMMENT, VideoWriter
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # formats that can carry the mark that they are synthetic

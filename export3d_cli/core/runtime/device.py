@@ -109,15 +109,9 @@ def trim_heap() -> None:
 
 def copy_for_inference(model: Model, device: torch.device) -> Model:
     """Return a copy of a model on `device`, in eval mode; tensors that are already there are shared, not copied."""
-
-    def move(tensor: Tensor) -> Tensor:
-        moved = tensor.detach().to(device)
-        if moved.data_ptr() == tensor.data_ptr() and moved.device == tensor.device:
-            return tensor
-        return torch.nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else moved
-
     tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): move(tensor) for tensor in tensors}).eval()
+    shared = {id(tensor): tensor for tensor in tensors if tensor.device == device}
+    return copy.deepcopy(model, shared).to(device).eval()
 
 
 def cast_weights(module: torch.nn.Module, precision: str) -> None:

@@ -1,245 +1,277 @@
-"""Photo and driver in, video out, with tiny untrained weights: rates, frames, sound; not how it looks."""
+"""The engine: frames depend on their arguments alone, in one thread or several, in every precision and quality."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.animation import views as module
-from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
-from export3d_cli.core.animation.output_size import QUALITIES, sampling
-from export3d_cli.core.animation.views import EditOptions, NovelViewOptions, edit_basis, novel_view, orbit_cameras
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import reenact
+from export3d_cli.core.animation.rendering import RENDER_SCALES, sampling
+from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.probe import ffmpeg_path, probe
-from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.device import pick_device, pick_precision, restore_fp32
+from export3d_cli.core.runtime.device import pick_device, pick_precision, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import example_path
 
-MakeClip = Callable[..., Path]
-SOURCE = example_path("source.jpg")
-LOSSLESS = {"audio": "none", "crf": 0}
+PHOTO = read_image(example_path("source.jpg"))
+NO_CHANGE = np.zeros((1, 10), np.float32)
 
 
-def frames_of(path: Path) -> list[np.ndarray]:
-    with VideoReader(path) as reader:
-        return [frame.astype(int) for frame in reader]
+def load_model(weights: Path) -> Export3D:
+    state, config, _ = load_weights(weights)
+    model = Export3D(config)
+    load_into(model, state)
+    return model
 
 
-def test_length_and_rate_are_the_driver_s(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
-    out, told = tmp_path / "out.mp4", []
-    summary = reenact(
-        animator, SOURCE, make_clip("clip.mp4"), out, progress=lambda stage, k, n: told.append((stage, k, n))
-    )
-    info = probe(out)
-    assert info.fps == summary.fps == Fraction(30000, 1001)
-    assert (info.width, info.height, info.frame_count) == (128, 128, 6)
-    assert (summary.frames, summary.missing, summary.out, summary.notes) == (6, 0, out, ())
-    assert told == [("frames", k, 6) for k in range(1, 7)]
-    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
-    frames = frames_of(out)
-    assert any(np.abs(frame - frames[0]).max() > 2 for frame in frames)  # it moves
+@pytest.fixture(scope="module")
+def portrait(animator: Animator) -> Portrait:
+    return animator.portrait(PHOTO)
 
 
-def test_a_static_driver_gives_a_static_result(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
-    clip = make_clip("static.mp4", filters="loop=loop=-1:size=1:start=0")
-    reenact(animator, SOURCE, clip, tmp_path / "out.mp4", ReenactOptions(**LOSSLESS))
-    frames = frames_of(tmp_path / "out.mp4")
-    assert len(frames) == 6
-    assert max(np.abs(frame - frames[0]).max() for frame in frames) <= 1
+def moving(portrait: Portrait, frames: int, seed: int = 0) -> Motion:
+    """A head that turns and changes its expression, from random numbers."""
+    rng = np.random.default_rng(seed)
+    motion = portrait.motion.select(np.zeros(frames, np.int64))
+    motion.camera[:] = np.stack([Camera.orbit(*rng.uniform(-15, 15, 2)).to_vector() for _ in range(frames)])
+    motion.beta[:] = rng.uniform(0, 0.5, motion.beta.shape)
+    return motion
 
 
-def test_frames_without_a_face_are_held(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
-    clip = make_clip("gap2.mp4", filters="drawbox=enable='between(n,3,4)':t=fill:color=black:w=iw:h=ih")
-    summary = reenact(animator, SOURCE, clip, tmp_path / "out.mp4", ReenactOptions(**LOSSLESS))
-    assert (summary.frames, summary.missing) == (6, 2)
-    frames = frames_of(tmp_path / "out.mp4")
-    np.testing.assert_array_equal(frames[3], frames[2])
-    np.testing.assert_array_equal(frames[4], frames[2])
+def stack(frames: Iterator[np.ndarray]) -> np.ndarray:
+    return np.stack(list(frames))
 
 
-def test_compare_shows_source_driver_and_result(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
-    clip = make_clip("clip.mp4")
-    reenact(animator, SOURCE, clip, tmp_path / "alone.mp4", ReenactOptions(**LOSSLESS))
-    reenact(animator, SOURCE, clip, tmp_path / "three.mp4", ReenactOptions(**LOSSLESS, compare=True))
-    alone, three = frames_of(tmp_path / "alone.mp4"), frames_of(tmp_path / "three.mp4")
-    assert three[0].shape == (128, 384, 3)
-    for one, wide in zip(alone, three, strict=True):
-        assert np.abs(wide[:, :127] - animator.source_crop()[:, :127]).mean() < 6  # colour is kept at half size
-        assert np.abs(wide[:, 257:] - one[:, 1:]).mean() < 2
-    assert np.abs(three[0][:, 128:256] - three[5][:, 128:256]).max() > 5  # the driver moves
-    motion = tmp_path / "a.motion.npz"
-    animator.set_source(read_image(SOURCE)).save(motion)
-    with pytest.raises(InputError, match="no pictures"):
-        reenact(animator, SOURCE, motion, tmp_path / "no.mp4", ReenactOptions(compare=True))
-    assert not (tmp_path / "no.mp4").exists()
-
-
-def test_a_crop_is_as_wide_in_the_driver_as_in_the_source(animator: Animator) -> None:
-    motion = animator.set_source(read_image(SOURCE))
-    extent = np.ptp(motion.landmarks[0, :, :2], axis=0).max()
-    assert animator.crop_scale == pytest.approx(1 / extent)
-    assert animator.source_crop().shape == (128, 128, 3)
-    np.testing.assert_allclose(animator.source_camera().to_vector(), motion.camera[0], atol=1e-6)
-
-
-def onset(path: Path) -> float:
-    """Seconds before a file is first heard."""
-    command = [ffmpeg_path(), "-loglevel", "error", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", "8000", "pipe:1"]
-    samples = np.frombuffer(subprocess.run(command, check=True, capture_output=True).stdout, np.int16)
-    return float(np.argmax(np.abs(samples.astype(int)) > 2000)) / 8000
-
-
-def test_the_driver_s_sound_is_skipped_along_and_another_file_s_is_not(
-    animator: Animator, make_clip: MakeClip, tmp_path: Path
-) -> None:
-    """A tone begins 0.6 s into both; half a second of the driver is skipped."""
-    tone = ["-f", "lavfi", "-i", "sine=f=800:d=1,volume=8,adelay=600"]
-    clip = make_clip("sound.mkv", *tone, "-map", "0:v", "-map", "1:a", "-c:a", "pcm_s16le", frames=12, rate="10")
-    other, motion = tmp_path / "other.wav", tmp_path / "a.motion.npz"
-    subprocess.run([ffmpeg_path(), "-loglevel", "error", *tone, str(other)], check=True)
-    animator.set_source(read_image(SOURCE)).save(motion)
-    heard = {}
-    for name, driver, options in (
-        ("driver", clip, ReenactOptions(start=0.5)),
-        ("file", clip, ReenactOptions(start=0.5, audio=str(other))),
-        ("none", clip, ReenactOptions(audio="none", max_frames=2)),
-        ("motion", motion, ReenactOptions()),
-        ("motion and file", motion, ReenactOptions(audio=str(other))),
-    ):
-        out = tmp_path / f"{name}.mkv"
-        reenact(animator, SOURCE, driver, out, options)
-        heard[name] = probe(out).has_audio
-        if name in ("driver", "file"):
-            assert onset(out) == pytest.approx({"driver": 0.1, "file": 0.6}[name], abs=0.05)
-    assert heard == {"driver": True, "file": True, "none": False, "motion": False, "motion and file": True}
-
-
-def test_the_same_weights_and_files_give_the_same_frames(
-    tiny_weights: Path, animator: Animator, make_clip: MakeClip, tmp_path: Path
-) -> None:
-    """Whatever went through the animator before, and whoever made it."""
-    clip = make_clip("clip.mp4")
-    again = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
-    for name, who in (("a.mp4", animator), ("b.mp4", animator), ("c.mp4", again)):
-        reenact(who, SOURCE, clip, tmp_path / name, ReenactOptions(max_frames=3))
-    assert len({(tmp_path / name).read_bytes() for name in ("a.mp4", "b.mp4", "c.mp4")}) == 1
-
-
-def test_driving_with_its_own_motion_is_the_source_s_own_view(animator: Animator) -> None:
-    motion = animator.set_source(read_image(SOURCE))
-    (driven,) = animator.drive([motion])
-    (viewed,) = animator.view(motion.camera)
-    (edited,) = animator.edit(np.zeros((1, 10), np.float32))
+def test_animate_by_its_own_motion_is_the_portrait_s_own_view(animator: Animator, portrait: Portrait) -> None:
+    (driven,) = animator.animate(portrait, [portrait.motion])
+    (viewed,) = animator.view(portrait, portrait.motion.camera)
+    (edited,) = animator.edit(portrait, NO_CHANGE)
     for other in (viewed, edited):
         assert np.abs(other.astype(int) - driven).max() <= 1
 
 
-def test_views_and_edits_change_what_they_say(animator: Animator, tmp_path: Path) -> None:
-    animator.set_source(read_image(SOURCE))
+def test_edit_changes_only_the_frames_whose_lambda_changes(animator: Animator, portrait: Portrait) -> None:
     changes = np.zeros((3, 10), np.float32)
     changes[2, 4] = 5
-    still, same, changed = (frame.astype(int) for frame in animator.edit(changes))
+    still, same, changed = (frame.astype(int) for frame in animator.edit(portrait, changes))
     assert np.abs(same - still).max() <= 1
     assert np.abs(changed - still).max() > 2
-    summary = novel_view(animator, SOURCE, tmp_path / "view.mp4", NovelViewOptions(frames=4, crf=0))
-    assert (summary.frames, summary.fps) == (4, 25)
-    views = frames_of(tmp_path / "view.mp4")
-    assert np.abs(views[0] - views[2]).max() > 5  # from one side, then from the other
-    assert np.abs(views[1] - views[3]).max() <= 1  # on the way there and back
-    edit_basis(animator, SOURCE, tmp_path / "edit.mp4", EditOptions(edits=((1, (0.0, 3.0)), (2, (0.0, 3.0))), frames=3))
-    assert len(frames_of(tmp_path / "edit.mp4")) == 3
-    for v in (0, 11):
-        with pytest.raises(InputError, match="1 to 10"):
-            edit_basis(animator, SOURCE, tmp_path / "x.mp4", EditOptions(edits=((v, (0.0, 1.0)),)))
 
 
-def test_a_sweep_goes_on_in_full_precision_where_half_overflows(
-    tiny_weights: Path, animator: Animator, monkeypatch: pytest.MonkeyPatch
+def test_crop_scale_is_the_crop_in_face_boxes(portrait: Portrait) -> None:
+    extent = np.ptp(portrait.motion.landmarks[0, :, :2], axis=0).max()
+    assert portrait.crop_scale == pytest.approx(1 / extent)
+    assert portrait.crop.shape == (128, 128, 3)
+    np.testing.assert_allclose(portrait.camera.to_vector(), portrait.motion.camera[0], atol=1e-6)
+
+
+def test_portrait_cannot_be_changed(animator: Animator, portrait: Portrait) -> None:
+    with pytest.raises(AttributeError):
+        portrait.precision = "bf16"  # type: ignore[misc]
+    with pytest.raises(ValueError, match="read-only"):
+        portrait.crop[0] = 0
+    crop = np.full((64, 64, 3), 90, np.uint8)
+    tracked = animator.portrait_from_motion(crop, portrait.motion)
+    crop[:] = 0  # the caller's array stays the caller's
+    assert tracked.crop.min() == 90
+
+
+@pytest.mark.parametrize("sizes", [[1] * 11, [3, 5, 3], [11]])
+def test_frames_do_not_depend_on_how_motions_are_chunked(
+    animator: Animator, portrait: Portrait, sizes: list[int]
 ) -> None:
-    """Its one tri-plane was no number: it is made again."""
+    motion = moving(portrait, 11)
+    ends = np.cumsum(sizes)
+    chunks = [motion.select(np.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    assert animator.window == 4
+    expected = stack(animator.animate(portrait, [motion.select(np.arange(k, min(k + 4, 11))) for k in (0, 4, 8)]))
+    np.testing.assert_array_equal(stack(animator.animate(portrait, chunks)), expected)
+
+
+def test_frames_do_not_depend_on_earlier_animations(tiny_weights: Path, animator: Animator, portrait: Portrait) -> None:
+    motion = moving(portrait, 6)
+    fresh = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
+    expected = stack(fresh.animate(fresh.portrait(PHOTO), [motion]))
+    other = animator.portrait(np.ascontiguousarray(PHOTO[:, ::-1]))
+    list(animator.animate(other, [moving(portrait, 5, seed=1)]))
+    abandoned = animator.animate(portrait, [moving(portrait, 9, seed=2)], control=Control(expression_scale=3))
+    next(abandoned)
+    np.testing.assert_array_equal(stack(animator.animate(portrait, [motion])), expected)
+
+
+def test_interleaved_animations_do_not_affect_each_other(animator: Animator, portrait: Portrait) -> None:
+    motions = [moving(portrait, 6, seed) for seed in (0, 1)]
+    expected = [stack(animator.animate(portrait, [motion])) for motion in motions]
+    pairs = zip(*(animator.animate(portrait, [motion]) for motion in motions), strict=True)
+    for index, frames in enumerate(pairs):
+        for frame, alone in zip(frames, expected, strict=True):
+            np.testing.assert_array_equal(frame, alone[index])
+
+
+def test_two_threads_give_the_bytes_of_two_separate_runs(tiny_weights: Path, tmp_path: Path, make_clip) -> None:  # type: ignore[no-untyped-def]
+    """From files to files: tracking, encoding, rendering, composition and writing at the same time."""
+    driver = make_clip("clip.mp4")
+    jobs = {
+        "a": (example_path("source.jpg"), ReenactOptions(compare=True)),
+        "b": (example_path("astronaut.jpg"), ReenactOptions(background="#204060", pose="relative")),
+    }
+    for name, (source, options) in jobs.items():
+        alone = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
+        reenact(alone, source, driver, tmp_path / f"{name}-alone.mp4", options)
+    shared = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
+    for attempt in range(2):
+        with ThreadPoolExecutor(2) as pool:
+            outs = {name: tmp_path / f"{name}-{attempt}.mp4" for name in jobs}
+            runs = [
+                pool.submit(reenact, shared, source, driver, outs[name], options)
+                for name, (source, options) in jobs.items()
+            ]
+            for run in runs:
+                run.result()
+        for name, out in outs.items():
+            assert out.read_bytes() == (tmp_path / f"{name}-alone.mp4").read_bytes(), (name, attempt)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_model_that_is_passed_in_is_not_changed(tiny_weights: Path, precision: str) -> None:
+    model = load_model(tiny_weights).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    animator = Animator(model, device=torch.device("cpu"), precision=precision)
+    portrait = animator.portrait(PHOTO)
+    list(animator.animate(portrait, [moving(portrait, 3)]))
+    assert model.training and all(part.training for part in model.modules())
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_half_precision_casts_a_copy_and_fp32_shares_the_weights(tiny_weights: Path) -> None:
+    model = load_model(tiny_weights)
+    frames = {}
+    for precision in ("fp32", "bf16"):
+        animator = Animator(model, device=torch.device("cpu"), precision=precision)
+        (frames[precision],) = animator.edit(animator.portrait(PHOTO), NO_CHANGE)
+        shares = animator.model.superres.to1.weight is model.superres.to1.weight
+        assert shares == (precision == "fp32")
+    assert animator.model.superres.to1.weight.dtype == torch.bfloat16
+    assert animator.model.expression.basis().dtype == torch.float32
+    assert np.square(frames["bf16"].astype(float) - frames["fp32"]).mean() < 255**2 / 10**3.8
+
+
+def test_frames_that_overflow_in_half_precision_are_rendered_in_fp32(
+    tiny_weights: Path, animator: Animator, portrait: Portrait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half-precision tri-planes are not finite; other animations of the same Animator are not affected."""
     half = Animator.from_weights(tiny_weights, device="cpu", precision="bf16", batch=2)
-    make = half.model.generate_planes
-    monkeypatch.setattr(
-        half.model, "planes", lambda *given: make(*given) * (torch.inf if half.precision == "bf16" else 1)
-    )
-    made = []
-    for who in (half, animator):
-        who.set_source(read_image(SOURCE))
-        made.append(np.stack(list(who.view(orbit_cameras(who.source_camera(), NovelViewOptions(frames=5))))))
-    assert sum("not finite" in note for note in half.notes) == 1 and half.precision == "fp32"
-    assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+    half_portrait = half.portrait(PHOTO)
+    cameras = orbit_cameras(portrait.camera, NovelViewOptions(frames=5))
+    expected = stack(animator.view(portrait, cameras))
+    before = stack(half.view(half_portrait, cameras))
+    notes: list[str] = []
+    with monkeypatch.context() as patch:
+        generate = half.model.generate_planes
+        patch.setattr(half.model, "generate_planes", lambda *args: generate(*args) * torch.inf)
+        frames = stack(half.view(half_portrait, cameras, notify=notes.append))
+    assert np.abs(frames.astype(int) - expected).max() <= 1
+    assert notes == ["bf16 gave values that are not finite: rendered in fp32 instead"]
+    assert half.precision == half_portrait.precision == "bf16"
+    np.testing.assert_array_equal(stack(half.view(half_portrait, cameras)), before)
 
 
-@pytest.mark.parametrize(("kept", "made"), [(1 << 20, 4), (0, 6)])
-def test_what_is_seen_again_is_made_once(
-    animator: Animator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, made: int
+def test_photo_that_overflows_in_half_precision_is_encoded_in_fp32(
+    tiny_weights: Path, animator: Animator, portrait: Portrait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the way there and back, in bounded memory; and it is what would be made again."""
-    views, asked, view = [], [], animator.view
-    monkeypatch.setattr(module, "KEPT_BYTES", kept)
-    monkeypatch.setattr(animator, "view", lambda cameras, **how: asked.append(len(cameras)) or view(cameras, **how))
-    for name, marked in (("plain.mp4", "none"), ("marked.mp4", "visible")):
-        options = NovelViewOptions(frames=6, crf=0, watermark=marked)
-        novel_view(animator, SOURCE, tmp_path / name, options)
-        views.append(frames_of(tmp_path / name))
-    assert asked == [made] * 2
-    alone = list(view(orbit_cameras(animator.source_camera(), options)))
-    for k in range(6):
-        assert np.abs(views[0][k] - alone[k]).mean() < 2  # colour is kept at half size
-        for seen in views:
-            assert np.abs(seen[k] - seen[-k % 6]).max() <= 1
-    assert np.abs(alone[0].astype(int) - alone[3]).max() > 5
+    half = Animator.from_weights(tiny_weights, device="cpu", precision="bf16")
+    encode = half.model.generator.encode
+    monkeypatch.setattr(half.model.generator, "encode", lambda image: (encode(image)[0], encode(image)[1] * torch.nan))
+    found, notes = half.portrait(PHOTO), []
+    assert found.precision == "fp32"
+    (frame,) = half.animate(found, [portrait.motion], notify=notes.append)
+    (expected,) = animator.animate(portrait, [portrait.motion])
+    assert np.abs(frame.astype(int) - expected).max() <= 1
+    assert len(notes) == 1 and "not finite" in notes[0]
 
 
-def test_orbits_take_the_angles_asked_for_at_the_photo_s_distance() -> None:
-    pose = np.linalg.inv(Camera.orbit(12, 3, 4, radius=3.1).cam2world)
-    pose[:2, 3] += 0.05
-    photo = Camera(np.linalg.inv(pose), Camera.orbit(0).intrinsics)
-    sweep = orbit_cameras(photo, NovelViewOptions(yaw=(-30, 30), pitch=(0, 10), frames=5, loop="once"))
-    cameras = [Camera.from_vector(row) for row in sweep]
-    expected = [(-30, 0, 0), (-15, 2.5, 0), (0, 5, 0), (15, 7.5, 0), (30, 10, 0)]
-    np.testing.assert_allclose([camera.angles() for camera in cameras], expected, atol=1e-4)
-    centre = photo.project(np.zeros((1, 3)))
-    for camera in cameras:
-        np.testing.assert_allclose(camera.project(np.zeros((1, 3))), centre, atol=1e-5)
-    loop = orbit_cameras(photo, NovelViewOptions(yaw=(-30, 30), frames=8))
-    yaw = np.array([Camera.from_vector(row).angles()[0] for row in loop])
-    assert yaw[0] == pytest.approx(-30, abs=1e-4)
-    assert yaw[4] == pytest.approx(30, abs=1e-4)
-    np.testing.assert_allclose(yaw[1:4], yaw[:4:-1], atol=1e-4)  # there and back
+def test_values_that_are_not_finite_in_fp32_are_an_error(
+    animator: Animator, portrait: Portrait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = animator.model.generate_planes
+    monkeypatch.setattr(animator.model, "generate_planes", lambda *args: generate(*args) * torch.inf)
+    with pytest.raises(Export3DError, match="not finite: use a smaller scale"):
+        list(animator.edit(portrait, NO_CHANGE))
 
 
-def test_calls_out_of_order_say_what_comes_first(tiny_weights: Path, animator: Animator) -> None:
-    state, config, _ = load_weights(tiny_weights)
-    assert config == PRESETS["tiny"]
-    model = Export3D(config)
-    load_into(model, state)
-    fresh = Animator(model, animator.tracker, device=torch.device("cpu"), precision="fp32")
-    empty = Motion(
-        np.zeros((1, 64), np.float32), Camera.orbit(0).to_vector()[None], np.zeros((1, 478, 3), np.float32),
-        np.ones(1, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1),
+def test_arrays_of_the_wrong_shape_or_not_finite_are_refused(animator: Animator, portrait: Portrait) -> None:
+    with pytest.raises(InputError, match=r"cameras must be finite numbers of shape \(T, 25\), got \(25,\)"):
+        animator.view(portrait, portrait.motion.camera[0])
+    with pytest.raises(InputError, match=r"beta must be .* \(T, 64\), got \(1, 52\)"):
+        animator.view(portrait, portrait.motion.camera, beta=np.zeros((1, 52)))
+    with pytest.raises(InputError, match=r"beta must have 1 or 3 rows, got 2"):
+        animator.view(portrait, np.repeat(portrait.motion.camera, 3, axis=0), beta=np.zeros((2, 64)))
+    with pytest.raises(InputError, match=r"changes must be finite numbers of shape \(T, 10\)"):
+        animator.edit(portrait, NO_CHANGE * np.nan)
+
+
+def test_portrait_of_another_animator_is_refused(tiny_weights: Path, portrait: Portrait) -> None:
+    other = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
+    calls = (
+        (other.animate, [portrait.motion]), (other.view, portrait.motion.camera), (other.edit, NO_CHANGE),
+        (other.query_field, np.zeros((1, 3))),
     )  # fmt: skip
-    for call in (
-        lambda: next(fresh.drive([empty])), lambda: next(fresh.view(empty.camera)), fresh.source_camera,
-        fresh.source_crop, lambda: fresh.crop_scale,
-    ):  # fmt: skip
-        with pytest.raises(Export3DError, match="set_source"):
-            call()
+    for call, argument in calls:
+        with pytest.raises(Export3DError, match="encoded by another Animator: call portrait"):
+            call(portrait, argument)
 
 
-def test_devices_and_precisions() -> None:
+def test_relative_control_without_a_reference_frame_is_refused(animator: Animator, portrait: Portrait) -> None:
+    with pytest.raises(InputError, match="needs the driver's reference frame"):
+        animator.animate(portrait, [portrait.motion], control=Control(pose="relative"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("set_source", r"animator\.portrait\(photo\)"), ("drive", r"animator\.animate"), ("notes", "Summary")],
+)
+def test_names_of_earlier_versions_name_their_successors(animator: Animator, old: str, new: str) -> None:
+    with pytest.raises(AttributeError, match=rf"Animator\.{old} no longer exists: use .*{new}"):
+        getattr(animator, old)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        animator.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_expression_gain_of_the_weights_scales_the_driver_s_expression(tiny_weights: Path) -> None:
+    """With the neutral gain of 1, an expression scale of 1.1 gives what these weights do by themselves."""
+    from dataclasses import replace
+
+    calibrated = load_model(tiny_weights)
+    neutral = Export3D(replace(calibrated.config, expression_gain=1.0))
+    neutral.load_state_dict(calibrated.state_dict())
+    assert calibrated.config.expression_gain == 1.1
+    frames = []
+    for model, scale in ((calibrated, 1.0), (neutral, 1.1), (neutral, 1.0)):
+        animator = Animator(model, device=torch.device("cpu"), precision="fp32")
+        portrait = animator.portrait(PHOTO)
+        control = Control(expression_scale=scale)
+        frames.append(stack(animator.animate(portrait, [moving(portrait, 3)], control=control)).astype(int))
+    assert np.abs(frames[0] - frames[1]).max() <= 1
+    assert np.abs(frames[0] - frames[2]).max() > 1
+
+
+def test_pick_device_and_precision() -> None:
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda")
     with pytest.raises(InputError, match="meta"):
@@ -250,46 +282,32 @@ def test_devices_and_precisions() -> None:
     assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
 
 
-def test_half_precision_that_a_cpu_lacks_is_told(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_notes_name_half_precision_that_a_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     def notes(precision: str, capable: bool) -> list[str]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
-        model = Export3D(animator.model.config)
-        return Animator(model, animator.tracker, device=torch.device("cpu"), precision=precision).notes
+        return precision_notes(precision, torch.device("cpu"))
 
     assert notes("fp32", False) == [] and notes("bf16", True) == []
     (note,) = notes("bf16", False)
     assert "bf16" in note and "auto" in note
 
 
-def test_quality_is_how_finely_the_volume_is_sampled(tiny_weights: Path) -> None:
+def test_quality_sets_how_finely_the_volume_is_sampled(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PRESETS["compact"]
     assert sampling(config, "best") == (64, (16, 16))
     assert sampling(config, "balanced") == (32, (12, 12))
     assert sampling(config, "fast") == (32, (8, 8))
-    made, rays = {}, {}
-    for quality in QUALITIES:
+    frames, sides = {}, {}
+    for quality in RENDER_SCALES:
         animator = Animator.from_weights(tiny_weights, device="cpu", precision="fp32", quality=quality)
-        animator.set_source(read_image(SOURCE))
-        made[quality] = next(animator.edit(np.zeros((1, 10), np.float32))).astype(float)
-        with torch.inference_mode():
-            lam = animator._need_source().lam
-            rays[quality] = animator._drive(animator.source_camera().to_vector()[None], lam, None).raw.shape[-1]
-    assert rays == {"fast": 8, "balanced": 8, "best": 16}
-    assert 0 < np.square(made["balanced"] - made["best"]).mean() < 255**2 / 10**3.8
+        drive = animator.model.drive
 
+        def record(*args: object, quality: str = quality, drive=drive, **named: object) -> object:  # type: ignore[no-untyped-def]
+            output = drive(*args, **named)
+            sides[quality] = output.raw.shape[-1]
+            return output
 
-def test_half_precision_keeps_its_weights_and_full_ones_for_when_it_fails(tiny_weights: Path) -> None:
-    made, weights = {}, {}
-    for precision in ("fp32", "bf16"):
-        animator = Animator.from_weights(tiny_weights, device="cpu", precision=precision)
-        animator.set_source(read_image(SOURCE))
-        made[precision] = next(animator.edit(np.zeros((1, 10), np.float32))).astype(float)
-        weights[precision] = {name: p.detach().clone() for name, p in animator.model.named_parameters()}
-    assert animator.model.superres.to1.weight.dtype == torch.bfloat16
-    assert animator.model.expression.basis().dtype == torch.float32
-    assert np.square(made["bf16"] - made["fp32"]).mean() < 255**2 / 10**3.8
-    assert not torch.equal(weights["bf16"]["superres.to1.weight"].float(), weights["fp32"]["superres.to1.weight"])
-    for part, full in zip(animator._parts, animator._full, strict=True):
-        restore_fp32(part, full)
-    for name, parameter in animator.model.named_parameters():
-        assert torch.equal(parameter, weights["fp32"][name]), name
+        monkeypatch.setattr(animator.model, "drive", record)
+        frames[quality] = next(animator.edit(animator.portrait(PHOTO), NO_CHANGE)).astype(float)
+    assert sides == {"fast": 8, "balanced": 8, "best": 16}
+    assert 0 < np.square(frames["balanced"] - frames["best"]).mean() < 255**2 / 10**3.8

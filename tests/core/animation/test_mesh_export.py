@@ -11,8 +11,8 @@ import pytest
 import trimesh
 
 from export3d_cli.core.animation import mesh_export
-from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.mesh_export import SURFACE_DENSITY, extract_head_mesh, write_mesh
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.mesh_export import extract_head_mesh, write_mesh
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
@@ -39,21 +39,24 @@ def glb_colours(path: Path) -> np.ndarray:
 def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
     """An animator whose volume is a ball, redder to the image's right, with a crumb beside it."""
 
-    def field(points: np.ndarray, *, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    density = animator.model.config.surface_density
+
+    def query_field(
+        portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         assert beta is None
         away = np.linalg.norm(points - CENTRE, axis=1)
         crumb = np.linalg.norm(points + 0.3, axis=1) < 0.04
         colours = np.stack([np.sign(points[:, 0] - CENTRE[0]), 0 * away, 0 * away - 2], axis=1)
-        return colours, np.where(crumb, 2 * SURFACE_DENSITY, SURFACE_DENSITY * (1 + (RADIUS - away) / 0.1)).clip(0)
+        return colours, np.where(crumb, 2 * density, density * (1 + (RADIUS - away) / 0.1)).clip(0)
 
-    animator.set_source(read_image(example_path("source.jpg")))
-    monkeypatch.setattr(animator, "query_field", field)
-    monkeypatch.setattr(mesh_export, "_person_alpha", lambda animator, points: np.ones(len(points)))
+    monkeypatch.setattr(animator, "query_field", query_field)
+    monkeypatch.setattr(mesh_export, "_person_alpha", lambda animator, portrait, points: np.ones(len(points)))
     return animator
 
 
 def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Animator, tmp_path: Path) -> None:
-    mesh = extract_head_mesh(ball, resolution=48)
+    mesh = extract_head_mesh(ball, ball.portrait(read_image(example_path("source.jpg"))), resolution=48)
     centre = CENTRE * [0.5, -0.5, -0.5]  # y up, z to the viewer
     away = np.linalg.norm(mesh.vertices - centre, axis=1)
     np.testing.assert_allclose(away, RADIUS / 2, atol=0.5 / 48 / 4)
@@ -73,12 +76,12 @@ def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Ani
 
 
 def test_the_tiny_model_s_head_is_cut_out_of_its_surroundings(animator: Animator) -> None:
-    animator.set_source(read_image(example_path("source.jpg")))
-    mesh = extract_head_mesh(animator, resolution=32)
+    portrait = animator.portrait(read_image(example_path("source.jpg")))
+    mesh = extract_head_mesh(animator, portrait, resolution=32)
     assert len(mesh.vertices) > 100
     assert mesh.faces.max() == len(mesh.vertices) - 1
     assert np.abs(mesh.vertices).max() <= 0.26
-    at = animator.source_camera().project(mesh.vertices * [2, -2, -2])
+    at = portrait.camera.project(mesh.vertices * [2, -2, -2])
     assert at.min() > -0.1
     assert at.max() < 1.1
 

@@ -9,17 +9,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from export3d_cli.core.animation.animator import Animator, ReenactOptions, compose_source, open_driver, reenact
+from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.batch import reenact_all
 from export3d_cli.core.animation.compositor import Compositor
 from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
-from export3d_cli.core.animation.views import NovelViewOptions, novel_view
+from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.media.reader import VideoReader
@@ -205,13 +208,14 @@ def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plain(animator: Animator, driver: Path, out: Path, options: ReenactOptions) -> tuple[int, int, tuple[str, ...]]:
     """`reenact` without threads: frames, those without a face, notes."""
-    composer, mark = compose_source(animator, SOURCE, options), get_watermarker(options.watermark)
-    stream = open_driver(animator, driver, options, shown=composer.source_frame.shape[0])
-    with stream, VideoWriter(out, size=composer.size, fps=stream.fps, crf=options.crf) as writer:
-        for motion, crops in stream:
-            frames = animator.drive([motion], control=options.control, reference=stream.reference)
-            for result, crop in zip(frames, crops, strict=True):
-                writer.write(mark(composer(result, crop)))
+    (portrait, compositor), add_watermark = load_portrait(animator, SOURCE, options), get_watermarker(options.watermark)
+    crop_size = compositor.source_frame.shape[0]
+    with open_driver(animator, portrait, driver, options, crop_size=crop_size) as stream:
+        motions, crops = zip(*stream, strict=True)
+    frames = animator.animate(portrait, motions, control=options.control, reference=stream.reference)
+    with VideoWriter(out, size=compositor.size, fps=stream.fps, crf=options.crf) as writer:
+        for frame, crop in zip(frames, chain(*crops), strict=True):
+            writer.write(add_watermark(compositor(frame, crop)))
     return writer.frame_count, stream.missing, tuple(stream.notes)
 
 
@@ -262,7 +266,7 @@ def test_an_error_of_any_part(
     """It comes as it is, nothing stays behind, and the next run is as if nothing had been."""
     clip, out = make_clip("clip.mp4"), tmp_path / "out.mp4"
     owner, name = {
-        "read": (Landmarker, "track"), "make": (Animator, "_drive"), "compose": (Compositor, "__call__"),
+        "read": (Landmarker, "track"), "make": (Animator, "_render"), "compose": (Compositor, "__call__"),
         "write": (VideoWriter, "write"),
     }[part]  # fmt: skip
     seen = 3 * (part == "read")  # the source's own
@@ -311,9 +315,8 @@ def test_left_before_the_first_frame(
 
     monkeypatch.setattr(VideoReader, "__iter__", slowly)
     options = ReenactOptions()
-    compose_source(animator, SOURCE, options)
-    stream = open_driver(animator, clip, options)
-    with stream, PrefetchIterator(stream, 2, stop=stream.stop):
+    portrait, _ = load_portrait(animator, SOURCE, options)
+    with open_driver(animator, portrait, clip, options) as stream, PrefetchIterator(stream, 2, stop=stream.stop):
         until(lambda: len(frames) > 3)
     assert len(frames) < 40
 
@@ -358,8 +361,10 @@ def test_a_hung_ffmpeg_is_not_waited_for(make_clip: MakeClip, tmp_path: Path, si
 
 
 def test_the_stream_fails_once_it_is_stopped(animator: Animator, make_clip: MakeClip) -> None:
-    stream = DriverStream(make_clip("clip.mp4"), animator.tracker, batch=2, crop_scale=0.5)
-    with stream:
+    with (
+        animator.borrow_landmarker() as tracker,
+        DriverStream(make_clip("clip.mp4"), tracker, batch=2, crop_scale=0.5) as stream,
+    ):
         stream.stop()
         with pytest.raises(MediaError, match="stopped"):
             next(iter(stream))

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.animation.animator import Animator, ReenactOptions, open_driver, reenact
-from export3d_cli.core.animation.retargeting import EXPRESSION_GAIN, Control, amplify_expression
-from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import open_driver, reenact
+from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera, head_pose
@@ -44,10 +45,11 @@ def test_absolute_pose_goes_from_the_source_s_to_the_driver_s() -> None:
         )
 
 
-def test_what_is_asked_for_lies_beyond_what_should_be_seen_and_one_s_own_stays() -> None:
-    own, seen = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0], [2.0, -2.0], [1.0, 0.0]])
-    torch.testing.assert_close(amplify_expression(own, seen) - own, EXPRESSION_GAIN * (seen - own))
-    assert torch.equal(amplify_expression(own, own), own)
+def test_amplify_expression_multiplies_the_change_by_the_gain() -> None:
+    source, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0], [2.0, -2.0], [1.0, 0.0]])
+    torch.testing.assert_close(amplify_expression(source, target, 1.1) - source, 1.1 * (target - source))
+    assert torch.equal(amplify_expression(source, source, 1.1), source)
+    assert torch.equal(amplify_expression(source, target, 1.0), target)
 
 
 def test_relative_pose_moves_the_source_s_own_camera() -> None:
@@ -92,46 +94,45 @@ def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
     monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0)
     clip = make_clip("clip.mp4")
     options = ReenactOptions(pose="relative", relative_expression=True, reference_frame=late)
-    own = animator.set_source(read_image(SOURCE))
-    (still,) = animator.drive([own])
-    frames = []
-    with open_driver(animator, clip, options) as stream:
-        for motion, _ in stream:
-            frames += animator.drive([motion], control=options.control, reference=stream.reference)
+    portrait = animator.portrait(read_image(SOURCE))
+    (still,) = animator.animate(portrait, [portrait.motion])
+    with open_driver(animator, portrait, clip, options) as stream:
+        motions = [motion for motion, _ in stream]
+        frames = list(animator.animate(portrait, motions, control=options.control, reference=stream.reference))
     assert len(frames) == 6
     difference = [np.abs(frame.astype(int) - still).max() for frame in frames]
     assert difference[late] <= 1
     assert max(difference) > 2
     with (
         pytest.raises(InputError, match="6 frames"),
-        open_driver(animator, clip, replace(options, reference_frame=6)) as stream,
+        open_driver(animator, portrait, clip, replace(options, reference_frame=6)) as stream,
     ):
         next(iter(stream))
 
 
 def test_a_motion_file_has_a_reference_too(animator: Animator, tmp_path: Path) -> None:
-    own = animator.set_source(read_image(SOURCE))
-    motion = own.select(np.zeros(5, dtype=np.int64))
+    portrait = animator.portrait(read_image(SOURCE))
+    motion = portrait.motion.select(np.zeros(5, dtype=np.int64))
     motion.camera[:] = Camera.orbit(12).to_vector()
     motion.save(tmp_path / "a.motion.npz")
     options = ReenactOptions(pose="relative", reference_frame=4)
-    with open_driver(animator, tmp_path / "a.motion.npz", options) as stream:
+    with open_driver(animator, portrait, tmp_path / "a.motion.npz", options) as stream:
         parts = [part for part, _ in stream]
         assert stream.reference is not None
         np.testing.assert_allclose(stream.reference.camera, motion.camera[:1], atol=1e-6)
     assert sum(map(len, parts)) == 5
     with (
         pytest.raises(InputError, match="5 frames"),
-        open_driver(animator, tmp_path / "a.motion.npz", replace(options, reference_frame=5)) as stream,
+        open_driver(animator, portrait, tmp_path / "a.motion.npz", replace(options, reference_frame=5)) as stream,
     ):
         next(iter(stream))
 
 
 def test_smoothing_is_off_or_on(animator: Animator, make_clip: MakeClip) -> None:
-    animator.set_source(read_image(SOURCE))
+    portrait = animator.portrait(read_image(SOURCE))
     turns = {}
     for smooth in ("off", "strong"):
-        with open_driver(animator, make_clip("clip.mp4"), ReenactOptions(smooth=smooth)) as stream:
+        with open_driver(animator, portrait, make_clip("clip.mp4"), ReenactOptions(smooth=smooth)) as stream:
             camera = np.concatenate([part.camera for part, _ in stream])
         turns[smooth] = np.abs(np.diff(camera, axis=0)).sum()
     assert turns["strong"] < 0.8 * turns["off"]
@@ -144,11 +145,11 @@ def test_faces_are_chosen_from_left_to_right(animator: Animator, tmp_path: Path)
     pair[: small.shape[0], : small.shape[1]], pair[:, small.shape[1] :] = small, photo
     across = {}
     for face in ("largest", "left", "right", "index:0", "index:1"):
-        motion: Motion = animator.set_source(pair, face=face)
-        across[face] = motion.crop[0] + motion.crop[2] / 2 > small.shape[1]  # whether it is the right one
+        x0, _, side = animator.portrait(pair, face=face).geometry.square
+        across[face] = x0 + side / 2 > small.shape[1]  # whether it is the right one
     assert across == {"largest": True, "left": False, "right": True, "index:0": False, "index:1": True}
     with pytest.raises(InputError, match="shows 2 face"):
-        animator.set_source(pair, face="index:2")
+        animator.portrait(pair, face="index:2")
     with pytest.raises(NoFaceError, match=r"wall"):
         choose_face([], "left", "wall.png")
 

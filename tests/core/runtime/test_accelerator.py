@@ -11,7 +11,7 @@ import torch
 from accelerator import CUDA, FakeAccelerator
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.views import NovelViewOptions, orbit_cameras
+from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
 from export3d_cli.core.model.inpaint.eyes import EyeInpainter
@@ -41,13 +41,13 @@ def test_accelerator_frames_equal_cpu_frames(tiny_weights: Path, monkeypatch: py
         for name, kind in kinds.items():
             animator.model.inpainters[name] = kind(4).eval().to(animator.device)
             animator.model.inpainters[name].register_forward_hook(lambda *_, name=name: painted.append((name, where)))
-        motion = animator.set_source(photo)
-        cameras = orbit_cameras(animator.source_camera(), NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
-        turned = replace(motion.select(np.zeros(3, int)), camera=cameras)
+        portrait = animator.portrait(photo)
+        cameras = orbit_cameras(portrait.camera, NovelViewOptions(yaw=(-20, 20), frames=3, loop="once"))
+        turned = replace(portrait.motion.select(np.zeros(3, int)), camera=cameras)
         lam = np.eye(3, animator.model.config.num_coefficients, dtype=np.float32)
         points = np.random.default_rng(0).uniform(-0.2, 0.2, (50, 3)).astype(np.float32)
-        pictures = [*animator.drive([turned]), *animator.view(cameras), *animator.edit(lam)]
-        return [*pictures, *animator.view(cameras, depth=True), *animator.field(points)]
+        pictures = [*animator.animate(portrait, [turned]), *animator.view(portrait, cameras), *animator.edit(portrait, lam)]
+        return [*pictures, *animator.view(portrait, cameras, depth=True), *animator.query_field(portrait, points)]
 
     on_cpu = made("cpu")
     with FakeAccelerator() as accelerator:
