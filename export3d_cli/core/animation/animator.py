@@ -9,6 +9,7 @@ An `Animator` holds weights and no portrait: threads may share one. Memory does 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -159,6 +160,12 @@ class Animator:
     def window(self) -> int:
         """Frames that are prepared together; motions of this length waste no work and wait for nothing."""
         return max(self.batch, KEYFRAME_WINDOW) if self._triplane_tolerance else self.batch
+
+    def with_batch(self, batch: int) -> Animator:
+        """Return an Animator that shares all but the number of frames rendered at once; portraits fit both."""
+        other = copy.copy(self)
+        other.batch = batch
+        return other
 
     def borrow_landmarker(self) -> AbstractContextManager[LandmarkerTracker]:
         """Lend a landmarker for the length of a `with` block: it follows one video, and serves one thread."""

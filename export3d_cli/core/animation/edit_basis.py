@@ -17,6 +17,7 @@ from export3d_cli.core.animation.view_writer import (
     write_sheet,
     write_video,
 )
+from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.errors import InputError
 
 GRID_VALUES = 5  # values of each basis vector in a contact sheet
@@ -37,6 +38,7 @@ def edit_basis(
     options = options or EditOptions()
     began = time.monotonic()
     check_overwrite(out, options.overwrite)
+    check_crf(out, options.crf)
     n, is_image = animator.model.config.num_coefficients, is_image_output(out, options.grid)
     for v, _ in options.edits:
         if not 1 <= v <= n:

@@ -23,6 +23,7 @@ from export3d_cli.core.animation.view_writer import (
     write_sheet,
     write_video,
 )
+from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 
@@ -66,6 +67,8 @@ def novel_view(
     began = time.monotonic()
     if options.mesh is not None:
         check_mesh_output(options.mesh)
+        if out is None:
+            check_crf(options.mesh, options.crf)
         check_overwrite(options.mesh, options.overwrite)
     if out is None:
         if options.mesh is None:
@@ -75,6 +78,7 @@ def novel_view(
         _write_mesh(animator, portrait, options.mesh, beta, progress)
         return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
     check_overwrite(out, options.overwrite)
+    check_crf(out, options.crf)
     is_image = is_image_output(out, options.grid)
     if is_image and not options.grid and not options.single:
         raise InputError(f"{out} can hold one view: give one angle (--yaw 20), --frames 1, --grid, or a video's name")

@@ -29,7 +29,7 @@ class ViewOptions:
 
     frames: int = 60
     fps: Fraction = Fraction(25)
-    crf: int = 18
+    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     overwrite: bool = False
     grid: bool = False  # a contact sheet instead of a video
     watermark: Watermark = "none"  # in the picture; the metadata always carry a mark

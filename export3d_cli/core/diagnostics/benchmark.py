@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.diagnostics.measurement import process_peak_memory, synchronize
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.motion import Motion
@@ -94,20 +96,21 @@ def run_benchmark(
     images, fps = _time_decoding(driver, frames, clock)
     step()
     faces = []
-    animator.tracker.landmarker.reset()
-    for image in images:
-        with clock("track"):
-            faces.append(animator.tracker.landmarker.track(image))
-    motion = animator.tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
+    with animator.borrow_landmarker() as tracker:
+        tracker.landmarker.reset()
+        for image in images:
+            with clock("track"):
+                faces.append(tracker.landmarker.track(image))
+        motion = tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
     step()
     photo = read_image(source)
-    source_motion = animator.set_source(photo, name=str(source))
+    source_motion = animator.portrait(photo, name=str(source)).motion
     crop = crop_image(photo, source_motion.crop, animator.model.config.image_size)
     for _ in range(ENCODE_REPEATS):
         with clock("encode source"):
-            animator.set_source_motion(crop, source_motion)
+            portrait = animator.portrait_from_motion(crop, source_motion)
     step()
-    results = _time_network(animator, motion, crop, source_motion, clock)
+    results = _time_network(animator, portrait, motion, clock)
     step()
     with tempfile.TemporaryDirectory() as folder:
         _time_encoding(results, fps, Path(folder) / "stage.mp4", clock)
@@ -170,16 +173,13 @@ def _time_decoding(driver: Path, frames: int, clock: _StageClock) -> tuple[list[
         return images, reader.info.fps
 
 
-def _time_network(
-    animator: Animator, motion: Motion, crop: np.ndarray, source_motion: Motion, clock: _StageClock
-) -> list[np.ndarray]:
+def _time_network(animator: Animator, portrait: Portrait, motion: Motion, clock: _StageClock) -> list[np.ndarray]:
     """Animate the source with clocks in the network, then time the conversion to uint8 alone; return the frames."""
-    for _ in itertools.islice(animator.drive([motion]), WARMUP_BATCHES * animator.batch):
+    for _ in itertools.islice(animator.animate(portrait, [motion]), WARMUP_BATCHES * animator.batch):
         pass
     batch = animator.batch
-    animator.set_source_motion(crop, source_motion)  # drop the tri-planes cached by the warm-up
     with _timed_stages(animator, clock):
-        frames = list(animator.drive([motion]))
+        frames = list(animator.animate(portrait, [motion]))
     images = torch.zeros(batch, 3, *frames[0].shape[:2], device=animator.device)
     for _ in range(max(1, len(frames) // batch)):
         with clock("convert", batch):

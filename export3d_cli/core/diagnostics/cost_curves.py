@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export3d_cli.core.animation.animator import Animator, ReenactOptions, reenact
+from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.batch import reenact_all
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.diagnostics.measurement import measure
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
@@ -85,28 +87,24 @@ def cost_curves(
         for path in sources:
             shutil.copyfile(source, path)
         options = ReenactOptions(audio="none", overwrite=True, size=animator.model.config.image_size)
-        default_batch = animator.batch
 
         def run(curve: str, x: int) -> object:
+            runner = animator.with_batch(x) if curve == "batch" else animator
             if curve == "sources":
                 job = replace(options, max_frames=SOURCES_FRAMES)
-                return reenact_all(animator, sources[:x], driver, str(folder / "{src}-out.mp4"), job)
+                return reenact_all(runner, sources[:x], driver, str(folder / "{src}-out.mp4"), job)
             job = replace(options, max_frames=x if curve == "frames" else BATCH_FRAMES)
-            return reenact(animator, source, driver, folder / "out.mp4", job)
+            return reenact(runner, source, driver, folder / "out.mp4", job)
 
         run("frames", 1)  # warm up
-        try:
-            for curve, xs in sizes.items():
-                points = []
-                for x in xs:
-                    animator.batch = x if curve == "batch" else default_batch
-                    points.append(Point(x, *measure(functools.partial(run, curve, x), animator.device)))
-                    done += 1
-                    if progress is not None:
-                        progress("points", done, total)
-                curves.append(fit_line(curve, tuple(points)))
-        finally:
-            animator.batch = default_batch
+        for curve, xs in sizes.items():
+            points = []
+            for x in xs:
+                points.append(Point(x, *measure(functools.partial(run, curve, x), animator.device)))
+                done += 1
+                if progress is not None:
+                    progress("points", done, total)
+            curves.append(fit_line(curve, tuple(points)))
     plot(curves, out)
     return CostCurves(animator.device_name, torch.get_num_threads(), tuple(curves), out)
 

@@ -29,7 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.views import NovelViewOptions, orbit_cameras
+from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.protocol import (
@@ -48,9 +48,11 @@ from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_tensor, to_uint8, write_image
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
+from export3d_cli.core.runtime.device import tracking_thread_count
 from export3d_cli.core.runtime.errors import InputError
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -179,8 +181,9 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path, size: int) 
 
 def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSuite:
     embedder = None if options.identity is None else load_embedder(options.identity, animator.device)
+    tracker = open_landmarker_tracker(threads=tracking_thread_count(animator.device))
     if options.perceptual is None:
-        return MetricSuite(animator.tracker, embedder)
+        return MetricSuite(tracker, embedder)
     from export3d_cli.core.config.schema import LossConfig
     from export3d_cli.core.train.lpips import load_perceptual_term
 
@@ -197,7 +200,7 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
                 total += float(network(x, y, scales=1)) * len(x)
         return total / len(a)
 
-    return MetricSuite(animator.tracker, embedder, distance, _perceptual_metric_name(network))
+    return MetricSuite(tracker, embedder, distance, _perceptual_metric_name(network))
 
 
 def _perceptual_metric_name(network: Any) -> str:
@@ -249,8 +252,8 @@ def render_methods(
             length = min(len(motion), len(case.target.motion))
             motion = replace(motion.select(np.arange(length)), camera=case.target.motion.camera[:length])
         motion = MotionSmoother(options.smooth or "light", motion.fps)(motion).select(rows)
-        animator.set_source_motion(photo, case.source.motion, source_row)
-        results["model"] = list(animator.drive([motion]))
+        portrait = animator.portrait_from_motion(photo, case.source.motion, source_row)
+        results["model"] = list(animator.animate(portrait, [motion]))
         if animator.model.flow is not None:
             results["flow"] = list(_render_flow_baseline(animator, photo, case.source.motion, source_row, motion))
     for folder in options.results:
@@ -261,10 +264,10 @@ def render_methods(
 
 def render_novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tuple[Frames, np.ndarray]:
     """Return the source seen from `NUM_VIEWS` sides, and the cameras (V, 25)."""
-    animator.set_source_motion(photo, case.source.motion, most_frontal_frame(case.source.motion))
+    portrait = animator.portrait_from_motion(photo, case.source.motion, most_frontal_frame(case.source.motion))
     options = NovelViewOptions(yaw=(-MAX_VIEW_YAW, MAX_VIEW_YAW), frames=NUM_VIEWS, loop="once")
-    cameras = orbit_cameras(animator.source_camera(), options)
-    return list(animator.view(cameras)), cameras
+    cameras = orbit_cameras(portrait.camera, options)
+    return list(animator.view(portrait, cameras)), cameras
 
 
 def _render_flow_baseline(

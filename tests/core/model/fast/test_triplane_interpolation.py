@@ -84,16 +84,14 @@ def test_unused_tri_planes_are_freed_without_garbage_collection() -> None:
 
 
 def test_animation_repeats_and_best_quality_does_not_interpolate(animator: Animator) -> None:
-    best = Animator(animator.model, animator.tracker, device=animator.device, precision="fp32", quality="best")
-    assert best.ahead == best.batch and animator.ahead == KEYFRAME_WINDOW
+    best = Animator(animator.model, device=animator.device, precision="fp32", quality="best")
+    assert best.window == best.batch and animator.window == KEYFRAME_WINDOW
     photo = read_image(example_path("source.jpg"))
-    seen = animator.set_source(photo)
-    moving = seen.select(np.zeros(6, dtype=int))
+    moving = animator.portrait(photo).motion.select(np.zeros(6, dtype=int))
     beta = moving.beta + np.linspace(0, 0.2, 6, dtype=np.float32)[:, None]
     moving = Motion(**{**moving.__dict__, "beta": beta})
     made = []
-    for one in (animator, animator, best):
-        one.set_source(photo)
-        made.append(np.stack(list(one.drive([moving]))).astype(int))
+    for engine in (animator, animator, best):
+        made.append(np.stack(list(engine.animate(engine.portrait(photo), [moving]))).astype(int))
     assert len(made[0]) == 6 and (made[0] == made[1]).all()
     assert 0 < np.abs(made[0] - made[2]).mean() < 10  # `best` also samples more finely
