@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from export3d_cli.core.face.open_tracker import open_landmarker_tracker
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 
 from export3d_cli.core import example_path
 from export3d_cli.core.evaluation.face_embedding import DlibEmbedder
