@@ -1,6 +1,7 @@
 """novel-view, edit-basis, doctor and bench on tiny weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
-from export3d_cli.core.model.checkpoint import save_weights
+from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime import weights
 from export3d_cli.core.runtime.errors import MediaError
@@ -92,10 +93,12 @@ def test_novel_view_depth_and_driven_expression(tiny, tmp_path):
         assert len(list(VideoReader(tmp_path / name))) == 3
 
 
-def test_novel_view_mesh_alone_or_with_pictures(tiny, tmp_path, monkeypatch):
+def test_novel_view_mesh_alone_or_with_pictures(tiny, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("export3d_cli.core.animation.mesh_export.RESOLUTION", 24)
-    monkeypatch.setattr("export3d_cli.core.animation.mesh_export.SURFACE_DENSITY", 0.5)
+    state, config, record = load_weights(tiny)
+    tiny = tmp_path_factory.mktemp("weights") / "low_density.safetensors"
+    save_weights(tiny, state, replace(config, surface_density=0.5), record)
     result = run_tiny(tiny, "novel-view", "--mesh", "head.ply", "--drive", example_path("source.jpg"), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["out"] == "head.ply"

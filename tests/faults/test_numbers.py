@@ -12,8 +12,9 @@ import torch
 from conftest import motion_of
 from faultkit import run
 
-from export3d_cli.core.animation.animator import Animator, reenact
+from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.reader import VideoReader
@@ -31,7 +32,7 @@ def animator(request: pytest.FixtureRequest, good: SimpleNamespace) -> Animator:
     return Animator.from_weights(weights, device="cpu", precision="fp32")
 
 
-def check_finite(animator: Animator, **inputs: object) -> None:
+def check_finite(animator: Animator, portrait: Portrait, **inputs: object) -> None:
     """The model gives finite numbers, before they become bytes."""
     finite = []
     drive = animator.model.drive
@@ -43,7 +44,9 @@ def check_finite(animator: Animator, **inputs: object) -> None:
 
     animator.model.drive = checked_drive  # type: ignore[method-assign, assignment]
     try:
-        frames = [frame for method, argument in inputs.items() for frame in getattr(animator, method)(argument)]
+        frames = [
+            frame for method, argument in inputs.items() for frame in getattr(animator, method)(portrait, argument)
+        ]
     finally:
         animator.model.drive = drive  # type: ignore[method-assign]
     assert frames
@@ -53,19 +56,21 @@ def check_finite(animator: Animator, **inputs: object) -> None:
 
 def test_animator_extreme_inputs_give_finite_results(animator: Animator) -> None:
     """Coefficients of a million, cameras behind the head, in it, far away and at its centre."""
-    animator.set_source(read_image(example_path("source.jpg")))
+    portrait = animator.portrait(read_image(example_path("source.jpg")))
     count = animator.model.config.num_coefficients
     changes = [np.eye(count)[:2] * 1e6, np.full((1, count), -1e6), np.zeros((1, count))]
-    check_finite(animator, edit=np.concatenate(changes))
+    check_finite(animator, portrait, edit=np.concatenate(changes))
     turned = [Camera.orbit(yaw, pitch) for yaw, pitch in ((180, 0), (90, 89), (-90, -89), (0, 180), (0, 90))]
     vectors = np.stack([camera.to_vector() for camera in turned])
     moved = np.repeat(Camera.orbit(0, 0).to_vector()[None], 5, axis=0)
     for row, distance in enumerate((0.3, 0.01, 0.0, 1e3, 1e6)):  # of its centre from the head's
         moved[row, [3, 7, 11]] *= distance / np.linalg.norm(moved[row, [3, 7, 11]])
-    check_finite(animator, view=np.concatenate([vectors, moved]))
+    check_finite(animator, portrait, view=np.concatenate([vectors, moved]))
     motion = motion_of(0, 2)
     check_finite(
-        animator, drive=[Motion(**{**vars(motion), "beta": np.full_like(motion.beta, value)}) for value in (1e6, -1e6)]
+        animator,
+        portrait,
+        animate=[Motion(**{**vars(motion), "beta": np.full_like(motion.beta, value)}) for value in (1e6, -1e6)],
     )
 
 
@@ -73,8 +78,8 @@ def test_animator_extreme_inputs_give_finite_results(animator: Animator) -> None
 def test_animator_constant_image_gives_finite_results(value: int, animator: Animator) -> None:
     motion = motion_of(0, 1)
     size = animator.model.config.image_size
-    animator.set_source_motion(np.full((size, size, 3), value, np.uint8), motion)
-    check_finite(animator, drive=[motion_of(1, 2)])
+    portrait = animator.portrait_from_motion(np.full((size, size, 3), value, np.uint8), motion)
+    check_finite(animator, portrait, animate=[motion_of(1, 2)])
 
 
 def make_overflowing_weights(good: SimpleNamespace, folder: Path, factor: float) -> Path:
@@ -98,7 +103,6 @@ def test_reenact_overflow_in_fp16_is_recomputed_in_fp32(good: SimpleNamespace, t
         animator = Animator.from_weights(weights, device="cpu", precision=precision)
         # lossless, because lossy encoding amplifies rounding differences
         summaries[precision] = reenact(animator, good.source, good.motion, out, ReenactOptions(crf=0))
-        assert animator.precision == "fp32"
     assert [note for note in summaries["fp16"].notes if "fp32" in note]
     assert not [note for note in summaries["fp32"].notes if "fp32" in note]
     a, b = (np.stack(list(VideoReader(tmp_path / f"{name}.mp4"))).astype(int) for name in summaries)
@@ -144,8 +148,8 @@ def test_animator_cuda_matches_the_cpu(good: SimpleNamespace, monkeypatch: pytes
     frames = []
     for device in ("cpu", "cuda"):
         animator = Animator.from_weights(None, device=device, precision="fp32", quality="best")
-        animator.set_source(read_image(good.source))
-        frames.append(np.stack(list(animator.drive([motion_of(3, 4)]))).astype(int))
+        portrait = animator.portrait(read_image(good.source))
+        frames.append(np.stack(list(animator.animate(portrait, [motion_of(3, 4)]))).astype(int))
     assert np.abs(frames[0] - frames[1]).max() <= 6
     assert np.abs(frames[0] - frames[1]).mean() <= 0.05
 

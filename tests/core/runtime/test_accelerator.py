@@ -46,7 +46,11 @@ def test_accelerator_frames_equal_cpu_frames(tiny_weights: Path, monkeypatch: py
         turned = replace(portrait.motion.select(np.zeros(3, int)), camera=cameras)
         lam = np.eye(3, animator.model.config.num_coefficients, dtype=np.float32)
         points = np.random.default_rng(0).uniform(-0.2, 0.2, (50, 3)).astype(np.float32)
-        pictures = [*animator.animate(portrait, [turned]), *animator.view(portrait, cameras), *animator.edit(portrait, lam)]
+        pictures = [
+            *animator.animate(portrait, [turned]),
+            *animator.view(portrait, cameras),
+            *animator.edit(portrait, lam),
+        ]
         return [*pictures, *animator.view(portrait, cameras, depth=True), *animator.query_field(portrait, points)]
 
     on_cpu = made("cpu")

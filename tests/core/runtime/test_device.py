@@ -47,10 +47,10 @@ def test_batcher_raises_for_single_row_and_other_errors() -> None:
 
 
 def test_animator_short_of_memory_returns_same_frames(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = animator.set_source(read_image(example_path("source.jpg")))
-    cameras = np.repeat(own.camera, 4, axis=0)
+    portrait = animator.portrait(read_image(example_path("source.jpg")))
+    cameras = np.repeat(portrait.motion.camera, 4, axis=0)
     monkeypatch.setattr(animator, "batch", 4)
-    whole = list(animator.view(cameras))
+    whole = list(animator.view(portrait, cameras))
     drive = animator.model.drive
 
     def little(source, *args, **named):  # type: ignore[no-untyped-def]
@@ -58,9 +58,8 @@ def test_animator_short_of_memory_returns_same_frames(animator: Animator, monkey
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return drive(source, *args, **named)
 
-    monkeypatch.setattr(animator, "_in_memory", AdaptiveBatcher())
     monkeypatch.setattr(animator.model, "drive", little)
-    parts = list(animator.view(cameras))
+    parts = list(animator.view(portrait, cameras))
     assert len(parts) == 4
     assert np.abs(np.stack(parts).astype(int) - np.stack(whole)).max() <= 1
 
