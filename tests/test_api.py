@@ -81,9 +81,9 @@ def test_the_python_of_the_readme_runs(
         exec(compile(block, "README.md", "exec"), names)  # as a reader would, one after another
     for made in ("out.mp4", "views.mp4", "edit.mp4", "drive.motion.npz", "data/manifest.jsonl"):
         assert Path(made).stat().st_size > 0, made
-    told = capsys.readouterr().out.splitlines()
-    assert "export3d-compact" in told[1]
-    assert told[-1] == "True"  # the mark was found
+    lines = capsys.readouterr().out.splitlines()
+    assert "export3d-compact" in lines[1]
+    assert lines[-1] == "True"  # the mark was found
 
 
 def test_pictures_of_the_readme_are_there_and_small() -> None:

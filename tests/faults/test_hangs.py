@@ -51,9 +51,9 @@ def test_hanging_ffmpeg_is_killed(
     clip.write_bytes(good.clip.read_bytes())
     fake = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake["IMAGEIO_FFMPEG_EXE"])
-    with pytest.raises(MediaError, match="no progress for 2 s") as told:
+    with pytest.raises(MediaError, match="no progress for 2 s") as raised:
         read(clip) if kind in READS else write(out, good.clip if kind == "mixes" else None)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert list_names(tmp_path) == sorted([clip.name, "ffmpeg"])
     assert running(tmp_path / "ffmpeg") == []
 

@@ -33,7 +33,7 @@ def run(args: list[object], **more: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command_line(*args), env=environment, **options)  # type: ignore[call-overload, no-any-return]
 
 
-def is_told(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def check_failure(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     """Check for this exit code and one line on stderr with these words."""
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: "), done.stderr
@@ -86,7 +86,7 @@ def test_full_standard_output(good: SimpleNamespace, tmp_path: Path) -> None:
         done = run(
             reenact(good, tmp_path / "out.mp4", "--json"), capture_output=False, stdout=full, stderr=subprocess.PIPE
         )
-    is_told(done, 1, "No space left")
+    check_failure(done, 1, "No space left")
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 8
 
 
@@ -114,11 +114,11 @@ def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
     locked.chmod(0o555)
     secret.write_bytes(good.source.read_bytes())
     secret.chmod(0)
-    is_told(run(reenact(good, locked / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
-    is_told(run(reenact(good, locked / "new" / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
-    is_told(run(["preprocess", good.clip, "-o", locked / "data"], preexec_fn=without_privileges), 2, "locked")
+    check_failure(run(reenact(good, locked / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
+    check_failure(run(reenact(good, locked / "new" / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
+    check_failure(run(["preprocess", good.clip, "-o", locked / "data"], preexec_fn=without_privileges), 2, "locked")
     args = ["train", "--config", good.config, f"run={locked / 'run'}", f"data.path=[{good.data}]"]
-    is_told(run(args, preexec_fn=without_privileges), 2, "locked")
+    check_failure(run(args, preexec_fn=without_privileges), 2, "locked")
     args = reenact(good, tmp_path / "out.mp4")
     done = run(["reenact", secret, *args[2:]], preexec_fn=without_privileges)
     assert done.returncode == 2
@@ -174,7 +174,7 @@ def test_no_ffmpeg(kind: str, good: SimpleNamespace, tmp_path: Path) -> None:
     elif kind == "fails":
         script(fake, "sys.exit(3)")
     done = run(reenact(good, tmp_path / "out.mp4"), environment={"IMAGEIO_FFMPEG_EXE": str(fake)})
-    is_told(done, 1, "ffmpeg")
+    check_failure(done, 1, "ffmpeg")
     assert not (tmp_path / "out.mp4").exists()
 
 

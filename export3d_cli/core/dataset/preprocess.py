@@ -252,7 +252,7 @@ def _person_id(file: Path, source_id: str, rule: PersonRule | None) -> str:
 
 
 class _WorkerContext(multiprocessing.context.SpawnContext):
-    """Starts processes and remembers them, so that a pool's workers can be told from the host's other children."""
+    """Starts processes and remembers them, to tell a pool's workers from the host's other children."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ def _init_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this worker when its parent is gone; it would otherwise wait for its next input for ever."""
+    """End this worker when its parent is gone; it would otherwise wait for its next input forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -385,7 +385,7 @@ class Export3D(nn.Module):
         return PhotoDetail(source, mesh, flow, self._expression_code(source, lam))
 
     def _inpaint(self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor) -> tuple[InpaintedPatch, ...]:
-        """Synthesise what the photo hides of mouth, eyes and eyelids."""
+        """Synthesise the parts of mouth, eyes and eyelids that the photo does not show."""
         if posed.mesh is None:
             return ()
         landmarks = posed.mesh.points[:, :NUM_LANDMARKS]

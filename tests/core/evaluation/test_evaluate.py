@@ -313,7 +313,7 @@ def test_evaluate_command(weights, data_set, tmp_path):
     done = CliRunner().invoke(cli, [*args, "--quality", "fast", "--smooth", "off", "--no-views", "--json"])
     summary = json.loads(done.stdout)
     assert (summary["quality"], summary["options"]["smooth"], summary["options"]["views"]) == ("fast", "off", False)
-    assert CliRunner().invoke(cli, [*args, "--identity", "nobody"]).exit_code == 2
+    assert CliRunner().invoke(cli, [*args, "--identity", "unknown"]).exit_code == 2
     args = ["evaluate", str(data_set), "--weights", str(weights), "--write-inputs", str(tmp_path / "in"), "--json"]
     done = CliRunner().invoke(cli, args)
     assert done.exit_code == 0 and len(json.loads(done.stdout)["files"]) == len(list((tmp_path / "in").iterdir())) == 2

@@ -117,7 +117,7 @@ def test_find_all_finds_several_faces_and_small_ones_once(landmarker: Landmarker
     for x, side in places:
         canvas[100 : 100 + side, x : x + side] = cv2.resize(photo, (side, side), interpolation=cv2.INTER_AREA)
     faces = landmarker.find_all(canvas)
-    assert len(faces) == len(places)  # none missed beside a larger one, none counted twice
+    assert len(faces) == len(places)  # none missed next to a larger one, none counted twice
     for face, (x, side) in zip(faces, places, strict=True):
         assert distance(face.landmarks, expected * (side / photo.shape[1]) + (x, 100, 0)).mean() < 0.03 * side
 

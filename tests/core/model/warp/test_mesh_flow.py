@@ -103,10 +103,10 @@ def test_hair_moves_with_the_head_and_its_surroundings_do_not(
     torch.testing.assert_close(mesh.uv, torch.where(differs, identity_grid(2 * SIZE, mesh.uv), unmasked.uv))
 
 
-def test_high_hair_belongs_to_the_head_and_background_beside_it_does_not(
+def test_high_hair_belongs_to_the_head_and_background_next_to_it_does_not(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    """A point above the forehead, beyond the second ring, moves with the head; one beside the head stays."""
+    """A point above the forehead, beyond the second ring, moves with the head; one next to the head stays."""
     source, driver = orbit(0), orbit(20)
     for camera in (source, driver):
         camera[:, [16, 20]] *= 0.7  # a wider lens leaves space above the head
@@ -134,7 +134,7 @@ def test_wide_hair_belongs_to_the_head_only_if_connected(
 ) -> None:
     """Hair as far aside as another head could be: connected on the right, separate on the left."""
     camera = orbit(0)
-    camera[:, [16, 20]] *= 0.7  # a wider lens leaves space beside the head
+    camera[:, [16, 20]] *= 0.7  # a wider lens leaves space next to the head
     uv, _ = project(points[:, [CHIN, FOREHEAD_TOP]], camera)
     (middle, chin), (_, brow) = uv[0].tolist()
     face, size = chin - brow, 128
@@ -199,7 +199,7 @@ def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, or
 
 
 def test_hidden_stretched_cheek_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """What a cheek hides in the photo is invalid in the result, although its triangles face the photo's camera."""
+    """The part that a cheek occludes in the photo is invalid in the result, although its triangles face the photo's camera."""
     photo, driver = orbit(30), orbit(-10)
     visibility = flow.source_visibility(points, photo)
     unchecked = flow(points, photo, points, driver, SIZE)
