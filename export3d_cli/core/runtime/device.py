@@ -39,13 +39,14 @@ def tracking_thread_count(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def torch_state(*, threads: int | None = None, seed: int | None = None) -> Iterator[None]:
-    """Set PyTorch's thread count and random seed, and restore both when the block ends; None: leave unchanged.
+def torch_state(device: torch.device, *, threads: int = 0, seed: int | None = None) -> Iterator[None]:
+    """Set PyTorch's thread count (0: unchanged) and random seed, and restore both when the block ends.
 
-    A block with a seed may draw random numbers on the CPU and on all CUDA devices.
+    With a seed, random numbers may be drawn on the CPU and on `device`.
     """
+    cuda_devices = [device] if device.type == "cuda" else []
     previous_threads = torch.get_num_threads()
-    with torch.random.fork_rng(enabled=seed is not None):
+    with torch.random.fork_rng(cuda_devices, enabled=seed is not None):
         try:
             if seed is not None:
                 torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from export3d_cli.core.config.schema import INPAINTERS, STAGES, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence, save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.device import pick_device, precision_notes
+from export3d_cli.core.runtime.device import pick_device, precision_notes, torch_state
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.runtime.files import folder_lock
 from export3d_cli.core.runtime.weights import resolve_weights, weights_dir
@@ -56,10 +56,9 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             "license is not set: name the licence of the trained weights, for example --license CC-BY-4.0 "
             "(what your training data and initial weights allow)"
         )
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(init_distributed(pick_device(config.device)))
+        stack.enter_context(torch_state(world.device, threads=config.threads, seed=config.seed))
         if world.is_main:
             stack.enter_context(folder_lock(Path(config.run)))
         run = TrainingRun.open(config, progress, world)

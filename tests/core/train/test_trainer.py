@@ -113,6 +113,13 @@ def test_non_finite_loss_stops_training(tiny: TrainConfig) -> None:
         train(config)
 
 
+def test_train_leaves_threads_and_random_state_unchanged(tiny: TrainConfig) -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    train(replace(tiny, stages=("reconstruction",), steps=1, threads=threads + 1))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_init_with_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     summary = train(replace(tiny, stages=("reconstruction",), steps=1))
     other = replace(tiny, run=str(tmp_path / "other"), init=str(summary.weights))
