@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.matting import PersonMatting, estimate_foreground
+from export3d_cli.core.face.matting import PersonMatting, VideoMatting, estimate_foreground
 from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_crf, check_output_suffix
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.runtime.errors import InputError
@@ -68,14 +68,15 @@ class Compositor:
         self.size = (2 * width + height, height) if compare else (width, height)
         self.transparent = background == "transparent"
         self._paste = PasteBack(photo, square, len(source)) if paste_back else None
-        self._matting: PersonMatting | None = None
+        self._matting: VideoMatting | None = None
         if background == "source":
             return
-        self._matting = PersonMatting(resolve_weights("selfie_segmentation"))
+        matting = PersonMatting(resolve_weights("selfie_segmentation"))
+        self._matting = VideoMatting(matting)
         self._backdrop = None if self.transparent else load_backdrop(background, (width, height))
         if self._paste is None:
             return
-        alpha, inner = self._matting.alpha(photo), self._matting.alpha(source)  # the closer look knows better
+        alpha, inner = matting.alpha(photo), matting.alpha(source)  # the closer look knows better
         self._alpha = self._paste.blend(inner, alpha)
         self._colours = estimate_foreground(photo, self._alpha)
         self._canvas = composite_over(self._colours, self._alpha, self._backdrop)
@@ -94,7 +95,7 @@ class Compositor:
         paste = self._paste
         if self._matting is None:
             return result if paste is None else paste.blend(result, paste.photo)
-        alpha = self._matting.next_alpha(result)
+        alpha = self._matting(result)
         colours = estimate_foreground(result, alpha)
         if paste is None:
             return composite_over(colours, alpha, self._backdrop)

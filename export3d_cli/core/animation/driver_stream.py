@@ -16,7 +16,7 @@ import numpy as np
 
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.crop import Square, crop_image
+from export3d_cli.core.face.crop import ClipCalibration, Square, crop_image
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS as FAN_POINTS
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import Motion, resample_rows
@@ -182,7 +182,7 @@ class DriverStream:
     def _track(self) -> Iterator[MotionBatch]:
         """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""
         waiting: list[tuple[int, Face | None]] = []  # frame number, face
-        crop: Square | None = None
+        clip: ClipCalibration | None = None
         held: Face | None = None
         size = (0, 0)
         ahead = max(1, round(LOOKAHEAD_S * self.fps), (self._reference_row or 0) + 1)
@@ -194,19 +194,19 @@ class DriverStream:
                 if self.on_missing == "skip":
                     continue
             waiting.append((index, face))
-            if crop is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
-                crop = self._start(waiting, size)
-            if crop is not None and len(waiting) >= self.batch:
-                held = yield from self._flush(waiting, held, crop, size)
+            if clip is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
+                clip = self._start(waiting, size)
+            if clip is not None and len(waiting) >= self.batch:
+                held = yield from self._flush(waiting, held, clip, size)
         if not any(f is not None for _, f in waiting) and held is None:
             raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
         if waiting:
-            crop = crop or self._start(waiting, size)
-            yield from self._flush(waiting, held, crop, size, rest=True)
+            clip = clip or self._start(waiting, size)
+            yield from self._flush(waiting, held, clip, size, rest=True)
 
-    def _start(self, waiting: list[tuple[int, Face | None]], size: tuple[int, int]) -> Square:
+    def _start(self, waiting: list[tuple[int, Face | None]], size: tuple[int, int]) -> ClipCalibration:
         """The crop, once enough frames wait; and the reference frame's motion, smoothed like the frames."""
-        crop = self._compute_crop([f for _, f in waiting], size)
+        clip = self._compute_crop([f for _, f in waiting], size)
         if self._reference_row is not None:
             self._check_reference(len(waiting))
             smoothed = MotionSmoother(self.smooth, self.fps)
@@ -214,9 +214,9 @@ class DriverStream:
             for at in range(0, self._reference_row + 1, self.batch):
                 part = waiting[at : min(at + self.batch, self._reference_row + 1)]
                 first = held or next(f for _, f in waiting if f is not None)
-                motion, held = self._to_motion(part, first, crop, size)
+                motion, held = self._to_motion(part, first, clip, size)
                 self.reference = self._last_row(smoothed(motion))
-        return crop
+        return clip
 
     def _check_reference(self, frames: int) -> None:
         if self._reference_row is not None and self._reference_row >= frames:
@@ -227,32 +227,32 @@ class DriverStream:
         return motion.select(np.array([-1]))
 
     def _to_motion(
-        self, part: list[tuple[int, Face | None]], last: Face, crop: Square, size: tuple[int, int]
+        self, part: list[tuple[int, Face | None]], last: Face, clip: ClipCalibration, size: tuple[int, int]
     ) -> tuple[Motion, Face]:
         """Motion of some frames, those without a face repeating the last one with one, which is returned."""
         faces = []
         for _, face in part:
             last = face or last
             faces.append(last)
-        motion = self.tracker.make_motion(faces, self.fps, size, crop=crop)
+        motion = self.tracker.make_motion(faces, self.fps, size, clip=clip)
         return replace(motion, found=np.array([face is not None for _, face in part])), last
 
-    def _compute_crop(self, faces: list[Face | None], size: tuple[int, int]) -> Square:
+    def _compute_crop(self, faces: list[Face | None], size: tuple[int, int]) -> ClipCalibration:
         """The driver's crop, as many face boxes wide as the source's, so that both faces have one size."""
         return self.tracker.calibrate_clip(
             [f for f in faces if f is not None], size, (self.crop_scale, self.crop_scale)
         )
 
     def _flush(
-        self, waiting: list[tuple[int, Face | None]], held: Face | None, crop: Square, size: tuple[int, int],
+        self, waiting: list[tuple[int, Face | None]], held: Face | None, clip: ClipCalibration, size: tuple[int, int],
         *, rest: bool = False,
     ) -> Generator[MotionBatch, None, Face]:  # fmt: skip
         """Turn waiting frames into batches; those without a face repeat the last one with one, which is returned."""
         last = held or next(f for _, f in waiting if f is not None)
         while len(waiting) >= self.batch or (rest and waiting):
             part, waiting[:] = waiting[: self.batch], waiting[self.batch :]
-            motion, last = self._to_motion(part, last, crop, size)
-            yield self._filter(motion), [self._driver_crop(index, crop) for index, _ in part]
+            motion, last = self._to_motion(part, last, clip, size)
+            yield self._filter(motion), [self._driver_crop(index, clip.crop) for index, _ in part]
         return last
 
     def _driver_crop(self, index: int, crop: Square) -> np.ndarray | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 
@@ -9,6 +11,13 @@ Square = tuple[float, float, float]  # x0, y0, side in pixels
 CROP_SCALE = (2.1, 1.6)  # crop side in face boxes: preferred, and the least accepted before borders are replicated
 BLUR_SD_PER_DISTANCE = 0.5  # standard deviation of the padding's blur over the distance from the photo's edge
 MIN_LEVEL_SIDE_PX = 8  # pyramid levels above this side are halved once more
+
+
+class ClipCalibration(NamedTuple):
+    """What stays the same in a clip."""
+
+    crop: Square
+    neutral_face: np.ndarray | None = None  # (68, 3), head frame: the person's, for the tracker `fan`
 
 
 def fit_clip_crop(pixels: np.ndarray, size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE) -> Square:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES, compute_measures
-from export3d_cli.core.face.crop import CROP_SCALE, Square, crop_image, fit_crop_square
+from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, Square, crop_image, fit_crop_square
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmark_fitting import FaceBasis, FaceFit, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarker import Face, hold_missing_faces
@@ -41,7 +41,7 @@ INSTALL_COMMAND = "pip install 'export3d-cli[fan]'"
 
 
 class FanLandmarker:
-    """A `FaceFinder` for 68 points. An instance is not safe to share between threads.
+    """A `FaceFinder` for 68 points.
 
     It fills only the landmarks of a `Face`, (68, 3) in pixels with z = 0; coefficients need the whole clip.
     """
@@ -56,26 +56,14 @@ class FanLandmarker:
         """
         self.detector, self.mean_face = detector, mean_face
         self._network = _load_network(device)
-        self.reset()
 
-    def reset(self) -> None:
-        """Forget the tracked face; call this between two videos."""
-        self._square: Square | None = None
-        self._tracked_size: tuple[int, ...] = ()
+    def find(self, image: np.ndarray, *, thorough: bool = True) -> Face | None:
+        """Return the largest face of an image, uint8 (H, W, 3) RGB, or None; every search is thorough."""
+        return next(self._detect_faces(image), None)
 
-    def follow(self, face: Face, image: np.ndarray) -> None:
-        """Let `track` follow this face of `image` from now on."""
-        self._square, self._tracked_size = _input_square(face.landmarks[:, :2]), image.shape
-
-    def track(self, image: np.ndarray) -> Face | None:
-        """Return the face of the next frame of a video, uint8 (H, W, 3) RGB, or None."""
-        if image.shape != self._tracked_size:
-            self.reset()
-        face = None if self._square is None else self._confirm_face(image, self._square)
-        if face is None:
-            face = next(self._detect_faces(image), None)
-        self._square, self._tracked_size = None if face is None else _input_square(face.landmarks[:, :2]), image.shape
-        return face
+    def find_near(self, image: np.ndarray, face: Face) -> Face | None:
+        """Return the face near the place of `face`, which another image showed, or None."""
+        return self._confirm_face(image, _input_square(face.landmarks[:, :2]))
 
     def find_all(self, image: np.ndarray) -> list[Face]:
         """Return every face of the image, the largest first."""
@@ -121,17 +109,15 @@ class FanTracker:
         """See `FanLandmarker`; `basis` is the file of `FaceBasis` and `BetaCalibration`."""
         self.basis, self.calibration = FaceBasis.load(basis), BetaCalibration.load(basis)
         self.landmarker = FanLandmarker(detector, self.basis.mean, device=device)
-        self._neutral: np.ndarray | None = None
 
     def calibrate_clip(
         self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
-    ) -> Square:
-        """Return the crop of a clip (see `fit_clip_crop`), and keep the person's neutral face for `make_motion`."""
+    ) -> ClipCalibration:
+        """Choose the crop of a clip (see `fit_clip_crop`) and fit the person's neutral face."""
         pixels = np.stack([face.landmarks[:, :2] for face in faces]).astype(np.float64)
         nose = _NOSE_WEIGHTS[0] * pixels[:, 30] + _NOSE_WEIGHTS[1] * pixels[:, 33]
         x0, y0, side = crop = fit_crop_square(nose, FACE_BOX_RATIO * np.ptp(pixels, axis=1).max(-1), size, scale)
-        self._neutral = fit_neutral((pixels - [x0, y0]) / side, self.basis)
-        return crop
+        return ClipCalibration(crop, fit_neutral((pixels - [x0, y0]) / side, self.basis))
 
     def make_motion(
         self,
@@ -139,21 +125,20 @@ class FanTracker:
         fps: Fraction,
         size: tuple[int, int],
         *,
-        crop: Square | None = None,
+        clip: ClipCalibration | None = None,
         scale: tuple[float, float] = CROP_SCALE,
     ) -> Motion:
-        """Return the motion of a clip with 68 landmarks, (T, 68, 3); a crop is that of the last `calibrate_clip`.
+        """Return the motion of a clip with 68 landmarks, (T, 68, 3), calibrated on these faces if `clip` is None.
 
         Raises `NoFaceError` if no frame has a face.
         """
         present, found, held = hold_missing_faces(faces)
-        if crop is None:
-            crop = self.calibrate_clip(present, size, scale)
-        if self._neutral is None:
-            raise Export3DError("the neutral face is not known: call calibrate_clip(faces, size) first")
+        crop, neutral_face = clip or self.calibrate_clip(present, size, scale)
+        if neutral_face is None:
+            raise Export3DError("the clip has no neutral face: calibrate it with FanTracker.calibrate_clip")
         x0, y0, side = crop
         points = (np.stack([face.landmarks[:, :2] for face in present]).astype(np.float64) - [x0, y0]) / side
-        fit = fit_frames(points, self.basis, self._neutral)
+        fit = fit_frames(points, self.basis, neutral_face)
         depth = fit.depth()
         z = FOCAL * (depth / depth.mean(1, keepdims=True) - 1)
         landmarks = np.concatenate([points, z[..., None]], axis=-1).astype(np.float32)

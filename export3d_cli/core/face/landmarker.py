@@ -28,13 +28,11 @@ from export3d_cli.core.face.litert import LiteRTNetwork
 from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 
-WARMUP_PASSES = 3  # a first frame is tracked this often: the region of interest converges to the one kept in videos
 _DETECTOR_SIDE_PX = 128  # input side of the detector
 _LANDMARK_SIDE_PX = 256  # input side of the landmark network
 _MIN_SCORE = 0.5  # of the detector and of the presence output, MediaPipe's default
 _NMS_IOU = 0.3
 _ROI_SCALE = 1.5  # margin around the box of a detection or of a set of landmarks
-_THOROUGH_INTERVAL = 8  # frames without a face between thorough searches for small faces
 _YUNET_KEYPOINTS = 5
 _UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual
 _SAME_FACE_IOU = 0.5  # two landmark boxes that overlap more are one face
@@ -69,8 +67,8 @@ class _Roi:
 class Landmarker:
     """Finds faces, their 478 landmarks and their 52 blendshape coefficients.
 
-    Images are uint8 (H, W, 3) RGB. `detect`, `find` and `find_all` keep no state; `track` follows one face from frame
-    to frame and is cheaper and steadier in a video. An instance is not safe to share between threads.
+    Images are uint8 (H, W, 3) RGB. Keeps no state between calls, and threads may share it; `FaceTrack` follows a face
+    through a video.
     """
 
     def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
@@ -89,17 +87,18 @@ class Landmarker:
         self._blendshape_network = LiteRTNetwork(blendshapes, bundle, threads)
         self._anchors = _make_anchors()  # (896, 2)
         self._second_detector = detector
-        self._lost_frames = 0  # frames since `track` found a face
-        self._roi: _Roi | None = None
-        self._tracked_size: tuple[int, int] | None = None
 
     def detect(self, image: np.ndarray) -> list[Detection]:
         """Return the detections of all faces, the largest first."""
         return next((detections for detections in self._detection_stages(_check_image(image)) if detections), [])
 
-    def find(self, image: np.ndarray) -> Face | None:
-        """Return the largest face, or None."""
-        return next(self._confirmed_faces(_check_image(image)), None)
+    def find(self, image: np.ndarray, *, thorough: bool = True) -> Face | None:
+        """Return the largest face, or None; `thorough` also searches for small faces."""
+        return next(self._confirmed_faces(_check_image(image), thorough=thorough), None)
+
+    def find_near(self, image: np.ndarray, face: Face) -> Face | None:
+        """Return the face near the place of `face`, which another image showed, or None."""
+        return self._predict_face(_check_image(image), _roi_from_landmarks(face.landmarks))
 
     def find_all(self, image: np.ndarray) -> list[Face]:
         """Return every face, the largest first."""
@@ -131,32 +130,6 @@ class Landmarker:
         if not scores[best]:
             return None
         return 90 * best if scores[best] > scores[0] + _UPRIGHT_MARGIN else 0
-
-    def track(self, image: np.ndarray) -> Face | None:
-        """Return the face of the next frame of a video, or None.
-
-        It is searched near the last frame's face first; at the first frame, or if it left, in the whole frame.
-        """
-        image = _check_image(image)
-        if image.shape[:2] != self._tracked_size:
-            self.reset()
-        face = None if self._roi is None else self._predict_face(image, self._roi)
-        if face is None:
-            face = next(self._confirmed_faces(image, thorough=self._lost_frames % _THOROUGH_INTERVAL == 0), None)
-        self._lost_frames = 0 if face is not None else self._lost_frames + 1
-        self._roi = None if face is None else _roi_from_landmarks(face.landmarks)
-        self._tracked_size = image.shape[:2]
-        return face
-
-    def follow(self, face: Face, image: np.ndarray) -> None:
-        """Let `track` follow this face of `image` from now on."""
-        self._roi, self._tracked_size = _roi_from_landmarks(face.landmarks), image.shape[:2]
-
-    def reset(self) -> None:
-        """Forget the tracked face; call this between two videos."""
-        self._roi = None
-        self._lost_frames = 0
-        self._tracked_size = None
 
     def _confirmed_faces(self, image: np.ndarray, *, thorough: bool = True) -> Iterator[Face]:
         """Yield the faces that the landmark network confirms, from the first stage that has any."""

@@ -10,10 +10,11 @@ import numpy as np
 
 from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES, compute_measures
 from export3d_cli.core.face.canonical_face import load_canonical_face
-from export3d_cli.core.face.crop import CROP_SCALE, Square, fit_clip_crop
+from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, fit_clip_crop
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
 from export3d_cli.core.face.head_pose import fit_cameras, landmarks_to_head_frame
-from export3d_cli.core.face.landmarker import WARMUP_PASSES, Face, Landmarker, hold_missing_faces
+from export3d_cli.core.face.landmarker import Face, Landmarker, hold_missing_faces
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import NoFaceError
@@ -33,8 +34,8 @@ class LandmarkerTracker:
 
     def track_frames(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
         """Track the face through the frames of a video, uint8 (H, W, 3) RGB, read one at a time."""
-        self.landmarker.reset()
-        return [self.landmarker.track(frame) for frame in frames]
+        track = FaceTrack(self.landmarker)
+        return [track.track(frame) for frame in frames]
 
     def track_crops(self, frames: Sequence[np.ndarray], *, independent: bool = False) -> Motion | None:
         """Track the face in square frames, which are the crop itself; None if no frame shows a face.
@@ -46,17 +47,16 @@ class LandmarkerTracker:
             faces = [self.track_frames([frame] * WARMUP_PASSES)[-1] for frame in frames]
         else:
             faces = self.track_frames([*[frames[0]] * WARMUP_PASSES, *frames])[WARMUP_PASSES:]
-        self.landmarker.reset()
         try:
-            return self.make_motion(faces, Fraction(25), (side, side), crop=(0.0, 0.0, float(side)))
+            return self.make_motion(faces, Fraction(25), (side, side), clip=ClipCalibration((0.0, 0.0, float(side))))
         except NoFaceError:
             return None
 
     def calibrate_clip(
         self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
-    ) -> Square:
-        """Return the crop of the clip that shows these faces."""
-        return fit_clip_crop(np.stack([face.landmarks for face in faces]), size, scale)
+    ) -> ClipCalibration:
+        """Choose the crop of the clip that shows these faces."""
+        return ClipCalibration(fit_clip_crop(np.stack([face.landmarks for face in faces]), size, scale))
 
     def make_motion(
         self,
@@ -64,7 +64,7 @@ class LandmarkerTracker:
         fps: Fraction,
         size: tuple[int, int],
         *,
-        crop: Square | None = None,
+        clip: ClipCalibration | None = None,
         scale: tuple[float, float] = CROP_SCALE,
     ) -> Motion:
         """Return the motion of one clip from the faces of its frames, in one fixed crop.
@@ -75,12 +75,12 @@ class LandmarkerTracker:
             faces: of each frame, in pixels; None where the frame shows none.
             fps: frames a second.
             size: width, height of the frames.
-            crop: the crop; None: computed from the faces, with `scale`.
+            clip: from `calibrate_clip`; None: calibrate on these faces, with `scale`.
             scale: see `fit_clip_crop`.
         """
         present, found, held_rows = hold_missing_faces(faces)
         landmarks = np.stack([face.landmarks for face in present]).astype(np.float32, copy=False)  # (F, 478, 3)
-        x0, y0, side = crop if crop is not None else fit_clip_crop(landmarks, size, scale)
+        x0, y0, side = fit_clip_crop(landmarks, size, scale) if clip is None else clip.crop
         cameras = np.empty((len(present), 25), np.float32)
         beta = np.empty((len(present), len(BETA_NAMES)), np.float32)
         for start in range(0, len(present), CHUNK_FRAMES):

@@ -32,7 +32,7 @@ _COLOUR_WINDOW_PX = 25  # window of the colour estimates, network pixels
 
 
 class PersonMatting:
-    """Computes the alpha of the person in pictures, uint8 (H, W, 3) RGB. Not safe to share between threads."""
+    """Computes the alpha of the person in pictures, uint8 (H, W, 3) RGB. Keeps no state: threads may share it."""
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
         """Load `selfie_segmentation.tflite`; raises `WeightsError` if it does not load."""
@@ -41,7 +41,6 @@ class PersonMatting:
         except OSError as error:
             raise WeightsError(f"cannot read {path} ({error.strerror}): install export3d-cli again") from error
         self._network = LiteRTNetwork(content, path, threads)
-        self._previous_mask: np.ndarray | None = None
 
     def alpha(self, image: np.ndarray, faces: Sequence[FacePosition] = (), *, hair_strands: bool = False) -> np.ndarray:
         """Return the person's alpha of a single picture, float32 (H, W) in [0, 1].
@@ -54,25 +53,13 @@ class PersonMatting:
         """
         height, width = image.shape[:2]
         network_input = _network_input(image)
-        mask = self._predict_mask(network_input)
+        mask = self.predict_mask(network_input)
         if hair_strands:
             mask = np.maximum(mask, _find_hair_strands(network_input, mask))
         alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
         return alpha * nearest_face_weight(faces, height, width) if len(faces) > 1 else alpha
 
-    def next_alpha(self, image: np.ndarray) -> np.ndarray:
-        """Return the alpha of the next frame of a video: still edges do not flicker, moving edges do not lag."""
-        mask = self._predict_mask(_network_input(image))
-        if self._previous_mask is not None:
-            rate = _STILL_UPDATE_RATE + (1 - _STILL_UPDATE_RATE) * np.minimum(
-                np.abs(mask - self._previous_mask) / _MOTION_THRESHOLD, 1
-            )
-            mask = self._previous_mask + rate * (mask - self._previous_mask)
-        self._previous_mask = mask
-        height, width = image.shape[:2]
-        return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
-
-    def _predict_mask(self, small: np.ndarray) -> np.ndarray:
+    def predict_mask(self, small: np.ndarray) -> np.ndarray:
         """Return the mask (256, 256) float32 of a `_network_input`, with edges softened inwards to hide background."""
         # loose hair that the network misses is often found in the mirror image
         confidence = np.maximum(self._network(small)[0][0, ..., 0], self._network(small[:, ::-1])[0][0, :, ::-1, 0])
@@ -82,6 +69,25 @@ class PersonMatting:
         mask = _fill_holes(mask)
         mask = cv2.GaussianBlur(mask, (0, 0), _EDGE_BLUR_SD, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
+
+
+class VideoMatting:
+    """The person's alpha in the frames of a video: still edges do not flicker, moving edges do not lag."""
+
+    def __init__(self, matting: PersonMatting) -> None:
+        self._matting = matting
+        self._previous_mask: np.ndarray | None = None
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return the alpha of the next frame, float32 (H, W) in [0, 1]."""
+        mask = self._matting.predict_mask(_network_input(image))
+        if self._previous_mask is not None:
+            difference = mask - self._previous_mask
+            rate = _STILL_UPDATE_RATE + (1 - _STILL_UPDATE_RATE) * np.minimum(np.abs(difference) / _MOTION_THRESHOLD, 1)
+            mask = self._previous_mask + rate * difference
+        self._previous_mask = mask
+        height, width = image.shape[:2]
+        return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _network_input(image: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from export3d_cli.core.face.landmarker import WARMUP_PASSES, Face, Landmarker
-from export3d_cli.core.face.tracker import FaceFinder
+from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceFinder, FaceTrack
+from export3d_cli.core.face.landmarker import Face, Landmarker
 from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
@@ -45,12 +45,12 @@ def find_photo_face(
     if degrees:
         pose = "is upside down" if degrees == 180 else "lies on its side"
         raise NoFaceError(f"the face in {name} {pose}: rotate the photo by {degrees} degrees clockwise")
-    landmarker.reset()
+    track = FaceTrack(landmarker)
     tracked: Face | None = None
     if face != "largest":
-        landmarker.follow(choose_face(landmarker.find_all(image), face, name), image)
+        track.follow(choose_face(landmarker.find_all(image), face, name), image)
     for _ in range(WARMUP_PASSES):
-        tracked = landmarker.track(image)
+        tracked = track.track(image)
     if tracked is None:
         raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
     return tracked
@@ -64,16 +64,15 @@ class TargetFaceTracker:
     `notes` says so: another person is never taken instead.
 
     Args:
-        landmarker: finds and tracks; its tracking state is reset.
+        finder: finds the faces.
         fps: frames a second.
         choice: largest, left, right or index:N, as in `choose_face`.
         name: of the video, for errors.
     """
 
-    def __init__(
-        self, landmarker: FaceFinder, fps: Fraction, *, choice: str = "largest", name: str = "the video"
-    ) -> None:
-        self._landmarker, self._choice, self._name = landmarker, choice, name
+    def __init__(self, finder: FaceFinder, fps: Fraction, *, choice: str = "largest", name: str = "the video") -> None:
+        self._finder, self._choice, self._name = finder, choice, name
+        self._track = FaceTrack(finder)
         self._fps = fps
         self._patience_frames = round(PATIENCE_S * fps)
         self._cuts = SceneCutDetector()
@@ -85,7 +84,6 @@ class TargetFaceTracker:
         self._cut_frame = 0
         self._chosen = False  # whether a face was chosen in any shot
         self.notes: list[str] = []  # for the user
-        landmarker.reset()
 
     def __call__(self, image: np.ndarray) -> Face | None:
         """Return the target face in the next frame."""
@@ -94,7 +92,7 @@ class TargetFaceTracker:
             return self._face
         self._previous_image = image
         if self._cuts(image) is not None:
-            self._landmarker.reset()
+            self._track = FaceTrack(self._finder)
             self._last_face, self._cut_frame = None, self._frame
         self._face = self._choose(image) if self._last_face is None else self._follow_last(image, self._last_face)
         self._missing_frames = 0 if self._face is not None else self._missing_frames + 1
@@ -102,14 +100,14 @@ class TargetFaceTracker:
         return self._face
 
     def _choose(self, image: np.ndarray) -> Face | None:
-        face = self._landmarker.track(image)
+        face = self._track.track(image)
         if face is None:
             return None
         if self._choice != "largest":
-            faces = self._landmarker.find_all(image)
+            faces = self._finder.find_all(image)
             index = self._choice.partition(":")[2]
             if self._chosen and len(faces) <= int(index or 0):
-                self._landmarker.reset()
+                self._track = FaceTrack(self._finder)
                 if index and not self.notes:
                     seconds = float(self._cut_frame / self._fps)
                     self.notes.append(
@@ -117,23 +115,23 @@ class TargetFaceTracker:
                         "does not exist there, and its frames count as frames without a face"
                     )
                 return None
-            self._landmarker.follow(choose_face(faces, self._choice, self._name), image)
+            self._track.follow(choose_face(faces, self._choice, self._name), image)
         self._chosen = True
         for _ in range(WARMUP_PASSES - 1):
-            face = self._landmarker.track(image)
+            face = self._track.track(image)
         return face
 
     def _follow_last(self, image: np.ndarray, last: Face) -> Face | None:
         max_jump = MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames
-        face = self._landmarker.track(image)
+        face = self._track.track(image)
         if face is None or _relative_distance(last, face) <= max_jump:
             return face
-        nearest = min(self._landmarker.find_all(image), key=lambda other: _relative_distance(last, other), default=face)
+        nearest = min(self._finder.find_all(image), key=lambda other: _relative_distance(last, other), default=face)
         if _relative_distance(last, nearest) > max_jump and self._missing_frames < self._patience_frames:
-            self._landmarker.follow(last, image)  # another face: search at the last position again
+            self._track.follow(last, image)  # another face: search at the last position again
             return None
-        self._landmarker.follow(nearest, image)
-        return self._landmarker.track(image)
+        self._track.follow(nearest, image)
+        return self._track.track(image)
 
 
 def _relative_distance(one: Face, two: Face) -> float:

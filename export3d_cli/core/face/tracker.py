@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, Protocol
 
-import numpy as np
-
-from export3d_cli.core.face.crop import Square
+from export3d_cli.core.face.crop import ClipCalibration
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.face_track import FaceFinder
 from export3d_cli.core.face.fan_tracker import FanTracker
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
@@ -20,22 +19,6 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.weights import resolve_weights
 
 TrackerName = Literal["landmarker", "fan"]
-
-
-class FaceFinder(Protocol):
-    """Finds faces in images, uint8 (H, W, 3) RGB, and follows one of them from frame to frame."""
-
-    def reset(self) -> None:
-        """Forget the tracked face."""
-
-    def track(self, image: np.ndarray) -> Face | None:
-        """Return the face of the next frame, or None."""
-
-    def find_all(self, image: np.ndarray) -> list[Face]:
-        """Return every face, the largest first."""
-
-    def follow(self, face: Face, image: np.ndarray) -> None:
-        """Track this face of `image` from now on."""
 
 
 class FaceTracker(Protocol):
@@ -49,8 +32,10 @@ class FaceTracker(Protocol):
     def landmarker(self) -> FaceFinder:
         """The finder of the faces."""
 
-    def calibrate_clip(self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float]) -> Square:
-        """Measure what stays the same in a clip, from faces of its frames; returns the crop."""
+    def calibrate_clip(
+        self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float]
+    ) -> ClipCalibration:
+        """Measure what stays the same in a clip, from faces of its frames."""
 
     def make_motion(
         self,
@@ -58,10 +43,10 @@ class FaceTracker(Protocol):
         fps: Fraction,
         size: tuple[int, int],
         *,
-        crop: Square | None = None,
+        clip: ClipCalibration | None = None,
         scale: tuple[float, float] = ...,
     ) -> Motion:
-        """Return the motion of some frames of the clip in its crop; None: calibrate from these frames."""
+        """Return the motion of some frames of a clip in its crop; `clip` None: calibrate on these frames."""
 
 
 def open_landmarker_tracker(*, threads: int = 1) -> LandmarkerTracker:

@@ -60,7 +60,9 @@ def split_video(canonical):
                 current.update(frame=id(frame), face=face(next(positions)))
             return current["face"]
 
-        tracker.landmarker = SimpleNamespace(track=track, reset=lambda: None)
+        tracker.landmarker = SimpleNamespace(
+            find=lambda frame, thorough: track(frame), find_near=lambda frame, face: track(frame)
+        )
         tracker.make_motion = lambda *args: LandmarkerTracker.make_motion(tracker, *args)
         if frames is None:
             frames = [scene((90, 120, 90), i % 2) for i in range(len(nose_positions))]

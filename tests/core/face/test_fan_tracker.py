@@ -15,6 +15,7 @@ import torch
 from export3d_cli.core.face import fan_tracker as fan
 from export3d_cli.core.face.beta import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
 from export3d_cli.core.face.landmark_fitting import FaceBasis
 from export3d_cli.core.face.landmarker import Landmarker
@@ -61,8 +62,8 @@ def motions(tracker: FanTracker, step: int = 6) -> tuple[Motion, Motion]:
     with VideoReader(example_path("drive.mp4")) as reader:
         frames = list(reader)[::step]
         size, fps = (reader.info.width, reader.info.height), reader.info.fps / step
-    tracker.landmarker.reset()
-    fan_motion = tracker.make_motion([tracker.landmarker.track(frame) for frame in frames], fps, size)
+    track = FaceTrack(tracker.landmarker).track
+    fan_motion = tracker.make_motion([track(frame) for frame in frames], fps, size)
     landmarker_tracker = LandmarkerTracker(weights_dir() / "face_landmarker.task")
     return fan_motion, landmarker_tracker.make_motion(landmarker_tracker.track_frames(frames), fps, size)
 
@@ -88,15 +89,15 @@ def test_fan_motion_agrees_with_the_landmarker(tracker: FanTracker) -> None:
 def test_make_motion_does_not_depend_on_the_batch(tracker: FanTracker) -> None:
     image = read_image(example_path("source.jpg"))
     size = (image.shape[1], image.shape[0])
-    face = tracker.landmarker.track(image)
-    moved = tracker.landmarker.track(np.roll(image, 9, axis=1))
+    face = tracker.landmarker.find(image)
+    moved = tracker.landmarker.find(np.roll(image, 9, axis=1))
     assert face is not None
     assert moved is not None
-    crop = tracker.calibrate_clip([face, moved], size)
-    whole = tracker.make_motion([face, None, moved], Fraction(25), size, crop=crop)
+    clip = tracker.calibrate_clip([face, moved], size)
+    whole = tracker.make_motion([face, None, moved], Fraction(25), size, clip=clip)
     assert whole.found.tolist() == [True, False, True]
     np.testing.assert_array_equal(whole.beta[0], whole.beta[1])
-    single = tracker.make_motion([moved], Fraction(25), size, crop=crop)
+    single = tracker.make_motion([moved], Fraction(25), size, clip=clip)
     np.testing.assert_allclose(single.beta[0], whole.beta[2], atol=1e-5)
     np.testing.assert_allclose(single.camera[0], whole.camera[2], atol=1e-5)
     head_centre = Camera.from_vector(whole.camera[0]).project(np.zeros((1, 3)))  # lies within the face
@@ -105,25 +106,26 @@ def test_make_motion_does_not_depend_on_the_batch(tracker: FanTracker) -> None:
 
 def test_finder_loses_finds_and_follows_faces(tracker: FanTracker) -> None:
     image, finder = read_image(example_path("source.jpg")), tracker.landmarker
+    track = FaceTrack(finder)
     black = np.zeros_like(image)
-    assert finder.track(black) is None
+    assert track.track(black) is None
     assert finder.find_all(black) == []
-    assert finder.track(image) is not None
-    assert finder.track(black) is None
+    assert track.track(image) is not None
+    assert track.track(black) is None
     both = np.concatenate([image, np.ascontiguousarray(image[:, ::-1])], axis=1)
     faces = finder.find_all(both)
     assert len(faces) == 2
     left, right = sorted(faces, key=lambda face: float(face.landmarks[:, 0].mean()))
     for face in (right, left):
-        finder.follow(face, both)
-        again = finder.track(both)
+        track.follow(face, both)
+        again = track.track(both)
         assert again is not None
         assert np.abs(again.landmarks - face.landmarks).mean() < 3
 
 
 def test_fan_motion_files_round_trip(tracker: FanTracker, tmp_path: Path) -> None:
     image = read_image(example_path("source.jpg"))
-    face = tracker.landmarker.track(image)
+    face = tracker.landmarker.find(image)
     assert face is not None
     motion = tracker.make_motion([face], Fraction(25), (image.shape[1], image.shape[0]))
     motion.save(tmp_path / "a.motion.npz")
@@ -168,4 +170,4 @@ def test_real_network_with_random_weights(
     assert points.shape == (68, 2)
     assert (points >= (100, 50)).all()
     assert (points <= (400, 350)).all()
-    assert finder.track(image) is None  # random points are rejected as no face
+    assert finder.find(image) is None  # random points are rejected as no face

@@ -15,6 +15,7 @@ import pytest
 
 from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
 from export3d_cli.core.runtime.errors import InputError, WeightsError
@@ -63,9 +64,9 @@ def test_find_returns_landmarks_and_blendshapes_of_the_face(landmarker: Landmark
 
 
 def test_track_agrees_with_find_on_a_still(landmarker: Landmarker, photo: np.ndarray) -> None:
-    landmarker.reset()
+    track = FaceTrack(landmarker).track
     reference = landmarker.find(photo)
-    frames = [landmarker.track(photo) for _ in range(5)]
+    frames = [track(photo) for _ in range(5)]
     np.testing.assert_array_equal(frames[0].landmarks, reference.landmarks)  # the first frame is a detection
     for frame in frames[1:]:
         assert distance(frame.landmarks, reference.landmarks).mean() < 2
@@ -73,12 +74,12 @@ def test_track_agrees_with_find_on_a_still(landmarker: Landmarker, photo: np.nda
 
 
 def test_track_loses_a_face_that_left(landmarker: Landmarker, photo: np.ndarray) -> None:
-    landmarker.reset()
-    assert landmarker.track(photo) is not None
-    assert landmarker.track(np.zeros_like(photo)) is None
-    assert landmarker.track(photo) is not None
+    track = FaceTrack(landmarker).track
+    assert track(photo) is not None
+    assert track(np.zeros_like(photo)) is None
+    assert track(photo) is not None
     smaller = cv2.resize(photo, (300, 300), interpolation=cv2.INTER_AREA)  # another size: another video
-    np.testing.assert_array_equal(landmarker.track(smaller).landmarks, landmarker.find(smaller).landmarks)
+    np.testing.assert_array_equal(track(smaller).landmarks, landmarker.find(smaller).landmarks)
 
 
 def test_find_in_a_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.ndarray) -> None:
@@ -126,10 +127,10 @@ def test_track_finds_a_lost_small_face_again(landmarker: Landmarker, photo: np.n
     canvas = np.full((720, 1280, 3), 127, np.uint8)
     small = canvas.copy()
     small[400:460, 900:960] = cv2.resize(photo, (60, 60), interpolation=cv2.INTER_AREA)
-    landmarker.reset()
-    assert landmarker.track(small) is not None
-    assert landmarker.track(canvas) is None
-    assert any(landmarker.track(small) is not None for _ in range(8))
+    track = FaceTrack(landmarker).track
+    assert track(small) is not None
+    assert track(canvas) is None
+    assert any(track(small) is not None for _ in range(8))
 
 
 def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
@@ -171,7 +172,7 @@ def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
     [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8), "photo.jpg"],
 )
 def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: object) -> None:
-    for call in (landmarker.detect, landmarker.find, landmarker.find_all, landmarker.track):
+    for call in (landmarker.detect, landmarker.find, landmarker.find_all):
         with pytest.raises(InputError, match=r"got|empty"):
             call(image)
 
@@ -220,7 +221,6 @@ def test_loading_does_not_redirect_stderr(closed: bool) -> None:
 import os, sys, threading
 from pathlib import Path
 from export3d_cli.core.face.landmarker import Landmarker
-from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
 if {closed}:
     os.close(2)
 before = sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None

@@ -8,7 +8,13 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.matting import PersonMatting, _fill_holes, _find_hair_strands, estimate_foreground
+from export3d_cli.core.face.matting import (
+    PersonMatting,
+    VideoMatting,
+    _fill_holes,
+    _find_hair_strands,
+    estimate_foreground,
+)
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
@@ -34,14 +40,15 @@ def test_alpha_is_one_on_the_person_and_zero_in_the_corners(matting: PersonMatti
     assert matting.alpha(photo[:, :200]).shape == (256, 200)
 
 
-def test_next_alpha_damps_noise_and_follows_a_new_picture(matting: PersonMatting, photo: np.ndarray) -> None:
+def test_video_matting_damps_noise_and_follows_a_new_picture(matting: PersonMatting, photo: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     noisy = [np.clip(photo + rng.normal(0, 12, photo.shape), 0, 255).astype(np.uint8) for _ in range(6)]
     alone = np.stack([matting.alpha(frame) for frame in noisy])
-    followed = np.stack([matting.next_alpha(frame) for frame in noisy])
+    video_matting = VideoMatting(matting)
+    followed = np.stack([video_matting(frame) for frame in noisy])
     assert np.abs(np.diff(followed[1:], axis=0)).mean() < 0.7 * np.abs(np.diff(alone[1:], axis=0)).mean()
     turned = np.ascontiguousarray(photo[::-1])
-    assert np.abs(matting.next_alpha(turned) - matting.alpha(turned)).mean() < 0.02
+    assert np.abs(video_matting(turned) - matting.alpha(turned)).mean() < 0.02
 
 
 def test_fill_holes_fills_only_small_enclosed_holes() -> None:

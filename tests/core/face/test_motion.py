@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from export3d_cli.core.face.beta import BETA_NAMES, compute_measures
 from export3d_cli.core.face.canonical_face import CanonicalFace, load_canonical_face
-from export3d_cli.core.face.crop import CROP_SCALE, crop_image, fit_clip_crop
+from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, crop_image, fit_clip_crop
 from export3d_cli.core.face.head_pose import RELIEF_SCALE, TRACKER_Z_SCALE, fit_cameras, landmarks_to_head_frame
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
@@ -152,7 +152,7 @@ def test_mirror_agrees_with_tracking_the_flipped_image(tracker: LandmarkerTracke
 
     def track(picture: np.ndarray) -> Motion:
         face = tracker.track_frames([picture] * 3)[-1]
-        return tracker.make_motion([face], Fraction(25), size, crop=(0.0, 0.0, float(size[0])))
+        return tracker.make_motion([face], Fraction(25), size, clip=ClipCalibration((0.0, 0.0, float(size[0]))))
 
     original, flipped = track(image), track(np.ascontiguousarray(image[:, ::-1]))
     expected = mirror_landmarks(original.landmarks, tracker.canonical.mirror)
@@ -227,7 +227,7 @@ def face(points: np.ndarray, value: float = 0.0) -> Face:
 def test_make_motion_frames_without_a_face_repeat_the_last(tracker: LandmarkerTracker) -> None:
     points = observe(tracker.canonical.points, Camera.orbit(0)) * 100
     faces = [None, face(points, 0.1), None, face(points + [5, 0, 0], 0.2), None]
-    motion = tracker.make_motion(faces, Fraction(30), (100, 100), crop=(0.0, 0.0, 100.0))
+    motion = tracker.make_motion(faces, Fraction(30), (100, 100), clip=ClipCalibration((0.0, 0.0, 100.0)))
     assert motion.found.tolist() == [False, True, False, True, False]
     np.testing.assert_allclose(motion.beta[:, 0], [0.1, 0.1, 0.1, 0.2, 0.2])
     np.testing.assert_array_equal(motion.landmarks[0], motion.landmarks[2])

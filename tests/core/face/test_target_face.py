@@ -20,7 +20,6 @@ class FakeFinder:
 
     def __init__(self, rows: Sequence[FaceRow]) -> None:
         self.rows, self.frame = rows, -1
-        self.followed: float | None = None
 
     def find_all(self, image: np.ndarray) -> list[Face]:
         def face(x: float, size: float) -> Face:
@@ -29,18 +28,11 @@ class FakeFinder:
 
         return [face(*row) for row in sorted(self.rows[self.frame], key=lambda row: -row[1])]
 
-    def track(self, image: np.ndarray) -> Face | None:
-        faces = self.find_all(image)
-        near = [face for face in faces if self.followed is not None and abs(centre(face) - self.followed) < 30]
-        face = (near or faces or [None])[0]
-        self.followed = None if face is None else centre(face)
-        return face
+    def find(self, image: np.ndarray, *, thorough: bool = True) -> Face | None:
+        return next(iter(self.find_all(image)), None)
 
-    def follow(self, face: Face, image: np.ndarray) -> None:
-        self.followed = centre(face)
-
-    def reset(self) -> None:
-        self.followed = None
+    def find_near(self, image: np.ndarray, face: Face) -> Face | None:
+        return next((other for other in self.find_all(image) if abs(centre(other) - centre(face)) < 30), None)
 
 
 def centre(face: Face) -> float:

@@ -41,8 +41,9 @@ def test_the_view_is_where_the_landmarker_looks(network: LandmarkNetwork, photo:
     """Landmarks read in the view of a tilted face and carried back are the landmarker's."""
     tilted = cv2.warpAffine(photo, cv2.getRotationMatrix2D((128, 128), 20, 0.8), (VIEW_SIZE_PX, VIEW_SIZE_PX))
     landmarker = Landmarker(resolve_weights("face_landmarker"))
-    face = landmarker.track(tilted)
-    face = landmarker.track(tilted)  # where the first look has found it
+    face = landmarker.find(tilted)
+    assert face is not None
+    face = landmarker.find_near(tilted, face)
     assert face is not None
     where = landmarker_view_grid(torch.from_numpy(face.landmarks[None, :, :2]) / VIEW_SIZE_PX)
     image = torch.from_numpy(tilted).permute(2, 0, 1)[None] / 255
