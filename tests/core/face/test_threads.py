@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.landmarker import Landmarker, read_bundle
 from export3d_cli.core.face.litert import LiteRTNetwork
-from export3d_cli.core.face.matting import PersonMatting
+from export3d_cli.core.face.matting import PersonMatting, VideoMatting
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
@@ -50,3 +51,24 @@ def test_matting_shared_by_threads_returns_the_alpha_of_each_picture(photo: np.n
     expected = [matting.alpha(picture) for picture in pictures]
     with ThreadPoolExecutor(4) as threads:
         np.testing.assert_array_equal(list(threads.map(matting.alpha, pictures)), expected)
+
+
+def test_tracks_and_mattings_of_two_videos_in_threads_equal_separate_runs(photo: np.ndarray) -> None:
+    landmarker = Landmarker(resolve_weights("face_landmarker"))
+    matting = PersonMatting(resolve_weights("selfie_segmentation"))
+    videos = [
+        [np.roll(image, 2 * k, axis=1) for k in range(12)] for image in (photo, np.ascontiguousarray(photo[:, ::-1]))
+    ]
+
+    def run(video: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        track, video_matting = FaceTrack(landmarker), VideoMatting(matting)
+        faces = [track.track(frame) for frame in video]
+        alphas = np.stack([video_matting(frame) for frame in video])
+        return np.stack([face.landmarks for face in faces if face is not None]), alphas
+
+    expected = [run(video) for video in videos]
+    with ThreadPoolExecutor(2) as threads:
+        outputs = list(threads.map(run, videos))
+    for (landmarks, alphas), (expected_landmarks, expected_alphas) in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(landmarks, expected_landmarks)
+        np.testing.assert_array_equal(alphas, expected_alphas)
