@@ -28,7 +28,7 @@ from export3d_cli.core.animation.pool import Pool
 from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
-from export3d_cli.core.face.crop import crop_with_padding
+from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
@@ -168,7 +168,7 @@ class Animator:
         return other
 
     def borrow_landmarker(self) -> AbstractContextManager[LandmarkerTracker]:
-        """Lend a landmarker for the length of a `with` block: it follows one video, and serves one thread."""
+        """Lend a landmarker for the length of a `with` block, so that threads do not wait for each other."""
         return self._landmarkers.borrow()
 
     def borrow_tracker(self, name: TrackerName) -> AbstractContextManager[FaceTracker]:
@@ -194,10 +194,10 @@ class Animator:
         height, width = photo.shape[:2]
         if crop == "none" and height != width:
             raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
-        square = (0.0, 0.0, float(width)) if crop == "none" else None
+        clip = ClipCalibration((0.0, 0.0, float(width))) if crop == "none" else None
         with self.borrow_landmarker() as tracker:
             target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
-            motion = tracker.make_motion([target], Fraction(25), (width, height), crop=square)
+            motion = tracker.make_motion([target], Fraction(25), (width, height), clip=clip)
             faces = face_positions(target, tracker.landmarker.find_all(photo), motion.crop)
         geometry = Geometry.from_photo((width, height), motion.crop, self.model.config.image_size, size)
         padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)

@@ -162,7 +162,7 @@ def plan_reenact(
         seconds.append((time.monotonic() - began) / len(motion))
     with animator.borrow_tracker(options.tracker) as tracker:
         began = time.monotonic()
-        tracker.landmarker.track(compositor.source_frame)
+        tracker.landmarker.find(compositor.source_frame)
         tracking = time.monotonic() - began
     remaining = sum(options.overwrite or not source.exists for source in planned)
     return Plan(

@@ -24,6 +24,7 @@ from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.diagnostics.measurement import process_peak_memory, synchronize
 from export3d_cli.core.face.crop import crop_image
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.reader import VideoReader
@@ -97,10 +98,10 @@ def run_benchmark(
     step()
     faces = []
     with animator.borrow_landmarker() as tracker:
-        tracker.landmarker.reset()
+        track = FaceTrack(tracker.landmarker)
         for image in images:
             with clock("track"):
-                faces.append(tracker.landmarker.track(image))
+                faces.append(track.track(image))
         motion = tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
     step()
     photo = read_image(source)

@@ -12,7 +12,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.batch import output_paths, plan_reenact, reenact_all
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
-from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
@@ -40,8 +40,8 @@ def test_a_driver_is_tracked_once_and_a_failure_stops_no_other(
     alone = tmp_path / "alone.mp4"
     reenact(animator, portraits[2], clip, alone, options)
     tracked = []
-    track = Landmarker.track
-    monkeypatch.setattr(Landmarker, "track", lambda self, image: tracked.append(image.shape) or track(self, image))
+    track = FaceTrack.track
+    monkeypatch.setattr(FaceTrack, "track", lambda self, image: tracked.append(image.shape) or track(self, image))
     summary = reenact_all(animator, portraits, clip, str(tmp_path / "out" / "{src}-{drive}.mp4"), options)
     assert [s.out.name for s in summary.done] == ["a-gap2.mp4", "b-gap2.mp4"]
     assert [s.missing for s in summary.done] == [2, 2]

@@ -24,7 +24,7 @@ from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
 from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
 from export3d_cli.core.animation.watermark import get_watermarker
-from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import MediaError, NoFaceError
@@ -266,7 +266,7 @@ def test_an_error_of_any_part(
     """It comes as it is, nothing stays behind, and the next run is as if nothing had been."""
     clip, out = make_clip("clip.mp4"), tmp_path / "out.mp4"
     owner, name = {
-        "read": (Landmarker, "track"), "make": (Animator, "_render"), "compose": (Compositor, "__call__"),
+        "read": (FaceTrack, "track"), "make": (Animator, "_render"), "compose": (Compositor, "__call__"),
         "write": (VideoWriter, "write"),
     }[part]  # fmt: skip
     seen = 3 * (part == "read")  # the source's own
