@@ -111,7 +111,7 @@ def test_weights_without_an_inpainter_get_one(tiny: TrainConfig, name: str, tmp_
     before, after = load_weights(first.weights), load_weights(second.weights)
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
     assert (getattr(before[1], name), getattr(after[1], name)) == (0, 4)
-    with pytest.raises(ConfigError, match="another size"):
+    with pytest.raises(ConfigError, match=f"holds another model: set model.{name}="):
         train(replace(run, run=str(tmp_path / "third"), init=str(first.weights), stages=("reconstruction",)))
 
 
