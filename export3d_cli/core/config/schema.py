@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 BETA_DIM = 64
 CAMERA_DIM = 25
-NUM_LANDMARKS = 478  # MediaPipe's face mesh with irises
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, ModelConfig
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, ModelConfig
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.model import volume_renderer
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.fast import sparse_renderer

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export3d_cli.core.config.schema import NUM_LANDMARKS, ClebsConfig
-from export3d_cli.core.face.landmarks import LEFT_EYE, LEFT_IRIS, LIPS, RIGHT_EYE, RIGHT_IRIS
+from export3d_cli.core.config.schema import ClebsConfig
+from export3d_cli.core.face.landmarks import LEFT_EYE, LEFT_IRIS, LIPS, NUM_LANDMARKS, RIGHT_EYE, RIGHT_IRIS
 from export3d_cli.core.face.motion import mirror_beta
 from export3d_cli.core.model.checkpoint import pack_optimizer, unpack_optimizer, write_text
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss

@@ -14,8 +14,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, DataConfig
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, DataConfig
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image

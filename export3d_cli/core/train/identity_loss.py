@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export3d_cli.core.face.landmarks import LEFT_EYE, RIGHT_EYE
+from export3d_cli.core.face.landmarks import ARCFACE_POINTS, LEFT_EYE, RIGHT_EYE
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.train.losses import IMAGENET_MEAN, IMAGENET_STD
 
@@ -21,7 +21,7 @@ ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), 
 def arcface_points(landmarks: Tensor) -> Tensor:
     """Return eyes, nose and mouth corners (B, 5, 2), from left to right in the image, of landmarks (B, 478, 2)."""
     eyes = [landmarks[:, list(eye)].mean(1) for eye in (RIGHT_EYE, LEFT_EYE)]
-    return torch.stack([*eyes, landmarks[:, 1], landmarks[:, 61], landmarks[:, 291]], dim=1)
+    return torch.stack([*eyes, *(landmarks[:, k] for k in ARCFACE_POINTS)], dim=1)
 
 
 def align_face(image: Tensor, points: Tensor, side: int = FACE_SIZE_PX) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, NUM_LANDMARKS, TrainConfig
+from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, TrainConfig
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.train.discriminator import Discriminator

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.config.schema import NUM_LANDMARKS, ModelConfig
-from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD_TOP
+from export3d_cli.core.config.schema import ModelConfig
+from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.volume_renderer import pixel_grid, project

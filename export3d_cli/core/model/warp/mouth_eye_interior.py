@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config.schema import NUM_LANDMARKS
-from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, LOWER_INNER_LIP, NOSE_BASE, UPPER_INNER_LIP
+from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, LOWER_INNER_LIP, NOSE_BASE, NUM_LANDMARKS, UPPER_INNER_LIP
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 
 MAX_OPENING_RATIO = 20.0  # a mouth counts as at most this much wider open than in the photo
