@@ -120,15 +120,24 @@ def source_options(command: F) -> F:
     )(command)  # fmt: skip
 
 
+def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None:
+    """Set PyTorch's thread count until the command ends."""
+    if value and not ctx.resilient_parsing:
+        from export3d_cli import core
+
+        ctx.with_resource(core.torch_state(threads=value))
+
+
 def model_options(command: F) -> F:
-    """Add --weights, --device, --precision and --threads: how the animator is built."""
+    """Add --weights, --device, --precision and --threads: how the animator is built and computes."""
     precisions = click.Choice(["auto", "fp32", "bf16", "fp16"])
     for option in reversed([
         click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Model weights.  [default: embedded]"),
         click.option("--device", default="auto", show_default=True, callback=_validate_device,
                      metavar="auto|cpu|cuda[:N]|mps", help="Compute device; auto is CUDA if usable, else the CPU."),
         click.option("--precision", type=precisions, default="auto", show_default=True, help="Network precision."),
-        click.option("--threads", type=click.IntRange(0), default=0, help="Number of CPU threads.  [default: all]"),
+        click.option("--threads", type=click.IntRange(0), default=0, expose_value=False, callback=_set_threads,
+                     help="Number of CPU threads.  [default: all]"),
     ]):  # fmt: skip
         command = option(command)
     return command

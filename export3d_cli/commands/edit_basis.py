@@ -52,7 +52,6 @@ def edit_basis(
     weights: str | None,
     device: str,
     precision: str,
-    threads: int,
     quality: str,
     crf: int | None,
     watermark: str,
@@ -79,7 +78,7 @@ def edit_basis(
     if output is not None:
         core.check_overwrite(output, overwrite)
         core.check_crf(output, crf)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
     if describe:
         _print_basis(core.describe_basis(animator), as_json)
         return

@@ -71,12 +71,10 @@ def evaluate(
 
     given = options.only_given(ctx, {"output": output, **chosen})
     if write_inputs is not None:
-        options.refuse_unused(
-            set(given) - {"cross", "pairs", "seed", "weights", "device", "threads"}, "--write-inputs"
-        )
+        options.refuse_unused(set(given) - {"cross", "pairs", "seed", "weights", "device"}, "--write-inputs")
     if not chosen["model"]:
         options.refuse_unused({"quality", "precision"}, "--no-model")
-    setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality")}
+    setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
     chosen |= {name: given[name] for name in ("pairs", "smooth")}
     chosen["max_frames"] = chosen["max_frames"] or None
     evaluation = core.EvaluateOptions(**chosen)

@@ -54,7 +54,6 @@ def novel_view(
     weights: str | None,
     device: str,
     precision: str,
-    threads: int,
     quality: str,
     crf: int | None,
     watermark: str,
@@ -85,7 +84,7 @@ def novel_view(
     if out is not None:
         core.check_overwrite(out, chosen.overwrite)
         core.check_crf(out, crf)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, threads=threads, quality=quality)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
     with console.show_progress() as report:
         summary = core.novel_view(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
     console.print_summary(summary, as_json=as_json)

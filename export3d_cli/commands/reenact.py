@@ -77,9 +77,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     help="What is behind the person; transparent for .webm, .mov and FOLDER/%05d.png.",
 )  # fmt: skip
 @options.batch_option
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Has no effect: rendering is deterministic."
-)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Has no effect: rendering is deterministic.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, with an estimate, and write nothing.")
 @options.quality_option
 @options.model_options
@@ -100,7 +98,7 @@ def reenact(
     """
     from export3d_cli import core
 
-    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "threads", "quality", "batch")}
+    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality", "batch")}
     chosen.pop("seed")
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)

@@ -63,6 +63,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "novel_view": "animation.novel_view",
     "check_overwrite": "animation.options",
     "check_crf": "media.encoder_settings",
+    "torch_state": "runtime.device",
     "check_mesh_output": "animation.mesh_export",
     "edit_basis": "animation.edit_basis",
     "describe_basis": "animation.basis_description",

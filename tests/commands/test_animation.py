@@ -8,12 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
@@ -266,3 +268,21 @@ def test_crf_is_refused_where_the_format_has_none(tmp_path, command, output, kin
     result = run(*args, "-o", tmp_path / output, "--crf", "18", "--weights", "nowhere")
     assert result.exit_code == 2
     assert f"crf does not apply to {kind}" in result.stderr
+
+
+def test_threads_applies_to_the_command_alone(tmp_path, monkeypatch):
+    before, counts = torch.get_num_threads(), []
+
+    def load(*args, **kwargs):
+        counts.append(torch.get_num_threads())
+        raise InputError("stop here")
+
+    monkeypatch.setattr(Animator, "from_weights", load)
+    assert run("novel-view", "-o", tmp_path / "a.png", "--yaw", "0", "--threads", before + 1).exit_code == 2
+    assert counts == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_from_weights_with_threads_names_the_replacement(tiny):
+    with pytest.raises(ConfigError, match=r"torch_state\(threads=N\)"):
+        Animator.from_weights(tiny, threads=2)

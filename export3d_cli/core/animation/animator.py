@@ -51,7 +51,7 @@ from export3d_cli.core.runtime.device import (
     tracking_thread_count,
     tune_malloc,
 )
-from export3d_cli.core.runtime.errors import Export3DError, InputError
+from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError
 from export3d_cli.core.runtime.weights import resolve_weights
 
 FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
@@ -137,12 +137,14 @@ class Animator:
 
     @classmethod
     def from_weights(
-        cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto", threads: int = 0,
-        batch: int = 0, quality: Quality = "balanced",
+        cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto", batch: int = 0,
+        quality: Quality = "balanced", threads: int | None = None,
     ) -> Animator:  # fmt: skip
         """Load weights by name, path or `hf:owner/repo`; None loads the embedded ones. Raises `WeightsError`."""
-        if threads:
-            torch.set_num_threads(threads)
+        if threads is not None:
+            raise ConfigError(
+                "from_weights no longer takes threads, which apply to a process: use torch_state(threads=N)"
+            )
         state, config, _ = load_weights(resolve_weights(weights))
         check_header_size(config, state)
         model = Export3D(config)

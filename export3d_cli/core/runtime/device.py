@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from export3d_cli.core.runtime.errors import ConfigError
 
@@ -39,12 +38,12 @@ def tracking_thread_count(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def torch_state(device: torch.device, *, threads: int = 0, seed: int | None = None) -> Iterator[None]:
+def torch_state(*, threads: int = 0, seed: int | None = None, device: torch.device | None = None) -> Iterator[None]:
     """Set PyTorch's thread count (0: unchanged) and random seed, and restore both when the block ends.
 
     With a seed, random numbers may be drawn on the CPU and on `device`.
     """
-    cuda_devices = [device] if device.type == "cuda" else []
+    cuda_devices = [device] if device is not None and device.type == "cuda" else []
     previous_threads = torch.get_num_threads()
     with torch.random.fork_rng(cuda_devices, enabled=seed is not None):
         try:

@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
         )
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(init_distributed(pick_device(config.device)))
-        stack.enter_context(torch_state(world.device, threads=config.threads, seed=config.seed))
+        stack.enter_context(torch_state(threads=config.threads, seed=config.seed, device=world.device))
         if world.is_main:
             stack.enter_context(folder_lock(Path(config.run)))
         run = TrainingRun.open(config, progress, world)

@@ -11,8 +11,6 @@ from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.device import AdaptiveBatcher, torch_state
 from export3d_cli.core.runtime.weights import example_path
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize(
     "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
@@ -68,12 +66,12 @@ def test_animator_short_of_memory_returns_same_frames(animator: Animator, monkey
 
 def test_torch_state_restores_threads_and_seed() -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    with torch_state(CPU, threads=threads + 1, seed=7):
+    with torch_state(threads=threads + 1, seed=7):
         assert torch.get_num_threads() == threads + 1
         first = torch.rand(3)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(KeyError), torch_state(CPU, threads=threads + 1, seed=7):  # noqa: PT012
+    with pytest.raises(KeyError), torch_state(threads=threads + 1, seed=7):  # noqa: PT012
         assert torch.equal(torch.rand(3), first)
         raise KeyError
     assert torch.get_num_threads() == threads
