@@ -22,6 +22,7 @@ from export3d_cli.core.runtime import weights
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 preset: tiny
+license: CC0-1.0
 run: run
 device: cpu
 batch: 2

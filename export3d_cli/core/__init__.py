@@ -51,6 +51,7 @@ from typing import Any
 _DOOR = {  # public name -> module of this package that defines it
     "Animator": "animation.animator",
     "Portrait": "animation.animator",
+    "Motion": "face.motion",
     "ReenactOptions": "animation.options",
     "NovelViewOptions": "animation.novel_view",
     "EditOptions": "animation.edit_basis",
