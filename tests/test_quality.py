@@ -1,7 +1,7 @@
 """Floors under the quality of the shipped weights, measured on the frames that `reenact` writes for users.
 
-Each floor lies below (each ceiling above) the value measured with the shipped weights, by a margin that other processors
-and precisions stay within and that a wrong sign, a swapped channel or a shifted crop does not.
+Each floor lies below (each ceiling above) the value measured with the shipped weights, by a margin that other
+processors and precisions stay within and that a wrong sign, a swapped channel or a shifted crop does not.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from export3d_cli.core.face.tracker import open_landmarker_tracker
 
 from export3d_cli.core import example_path
 from export3d_cli.core.evaluation.face_embedding import DlibEmbedder
 from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.main import cli

@@ -70,7 +70,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "describe_basis": "animation.basis_description",
     "find_marks": "animation.watermark",
     "ClipFilter": "dataset.segmentation",
-    "build_dataset": "dataset.preprocess:preprocess",  # the functions are called as their modules: other names at the door
+    "build_dataset": "dataset.preprocess:preprocess",  # three functions have their module's name
     "EvaluateOptions": "evaluation.evaluate",
     "evaluate_model": "evaluation.evaluate:evaluate",
     "write_inputs": "evaluation.evaluate",

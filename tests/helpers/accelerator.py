@@ -1,7 +1,7 @@
 """`FakeAccelerator`: a pretended CUDA device on machines without one.
 
-Tensors moved to "cuda" stay in CPU memory but report the device cuda:0, and operations that mix devices fail as on a real
-GPU. Code paths for GPUs therefore run on any machine, with their numbers.
+Tensors moved to "cuda" stay in CPU memory but report the device cuda:0, and operations that mix devices fail as on a
+real GPU. Code paths for GPUs therefore run on any machine, with their numbers.
 """
 
 from __future__ import annotations

@@ -181,7 +181,8 @@ def _load_initial_weights(model: Export3D, run: TrainingRun) -> None:
                 init_config = replace(init_config, **{stage: getattr(config.model, stage)})  # type: ignore[arg-type]
                 prefix = f"inpainters.{stage}."
                 new_state |= {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
-        differing = [f"{name}={value}" for name, value in vars(init_config).items() if value != vars(config.model)[name]]
+        model_fields = vars(config.model)
+        differing = [f"{name}={value}" for name, value in vars(init_config).items() if value != model_fields[name]]
         if differing:
             raise ConfigError(f"init {config.init} holds another model: set model.{', model.'.join(differing)}")
         load_into(model, {**new_state, **state}, f"the weights {config.init}")

@@ -123,7 +123,7 @@ def test_train_leaves_threads_and_random_state_unchanged(tiny: TrainConfig) -> N
 def test_init_with_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     summary = train(replace(tiny, stages=("reconstruction",), steps=1))
     other = replace(tiny, run=str(tmp_path / "other"), init=str(summary.weights))
-    with pytest.raises(ConfigError, match="holds another model: set model.width="):
+    with pytest.raises(ConfigError, match=r"holds another model: set model\.width="):
         train(replace(other, model=replace(other.model, width=64)))
     assert train(replace(other, stages=("reconstruction",), steps=1)).step == 1
 

@@ -199,7 +199,7 @@ def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, or
 
 
 def test_hidden_stretched_cheek_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """The part that a cheek occludes in the photo is invalid in the result, although its triangles face the photo's camera."""
+    """The part that a cheek occludes is invalid in the result, although its triangles face the photo's camera."""
     photo, driver = orbit(30), orbit(-10)
     visibility = flow.source_visibility(points, photo)
     unchecked = flow(points, photo, points, driver, SIZE)
