@@ -1,13 +1,12 @@
-"""Make every picture of README.md again: `python examples/make_pictures.py` fills examples/pictures/ in some minutes.
+"""Render every picture of README.md: `python examples/make_pictures.py` fills examples/pictures/ in a few minutes.
 
-Portraits and driver are the examples: a CC0 render and a NASA photo in the public domain, driven by a CC0 render. What
-is seen are results of the embedded weights (or of --weights), not chosen from better ones.
+The portraits are a CC0 render and a NASA photo in the public domain, the driver is a CC0 render. The pictures show
+typical results of the embedded weights (or of --weights), not selected ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import subprocess
 import tempfile
 from pathlib import Path
@@ -26,6 +25,7 @@ from export3d_cli.core import (
     evaluate_model,
     novel_view,
     reenact,
+    torch_state,
 )
 from export3d_cli.core.animation.novel_view import orbit_cameras
 from export3d_cli.core.media.image import read_image, write_image
@@ -36,83 +36,85 @@ from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pictures"
 SOURCE, PHOTO, DRIVER = HERE / "source.jpg", HERE / "astronaut.jpg", HERE / "drive.mp4"
-WIDE = 840  # of every picture, pixels
-STRIP = 22  # height of the line of captions
+WIDTH_PX = 840  # of every picture
+CAPTION_HEIGHT_PX = 22
 LOSSLESS = {"audio": "none", "crf": 0, "overwrite": True}
 
 
 def main() -> None:
-    """Everything, one after another."""
+    """Render all pictures and print their sizes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", help="others than the embedded ones")
     parser.add_argument("--frames", type=int, default=90, help="of the driver, for the animation")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    animator = Animator.from_weights(options.weights, threads=options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        make(animator, Path(folder), options.frames)
+    animator = Animator.from_weights(options.weights)
+    with tempfile.TemporaryDirectory() as folder, torch_state(threads=options.threads):
+        render_all(animator, Path(folder), options.frames)
     for path in sorted(OUT.iterdir()):
         print(f"{path.stat().st_size / 1e3:7.0f} kB  {path.name}")
 
 
-def make(animator: Animator, folder: Path, count: int) -> None:
-    """The animation at the top, then a picture for each command that makes some."""
-    shown = []
+def render_all(animator: Animator, folder: Path, count: int) -> None:
+    """Render the animation at the top, then the pictures of each command."""
+    videos = []
     for name, portrait in (("render", SOURCE), ("photo", PHOTO)):
         out = folder / f"{name}.mkv"
         reenact(animator, portrait, DRIVER, out, ReenactOptions(compare=True, max_frames=count, **LOSSLESS))  # type: ignore[arg-type]
-        shown.append([np.split(frame, 3, axis=1) for frame in frames(out)])
-    a, b = shown
+        videos.append([np.split(frame, 3, axis=1) for frame in read_frames(out)])
+    a, b = videos
     captions = ("driver", "photo", "result", "photo", "result")
     moving = [row([y[1], x[0], x[2], y[0], y[2]], captions) for x, y in zip(a, b, strict=True)]
-    animation(moving[::2], folder / "frames.mkv", OUT / "reenact.gif")
+    write_gif(moving[::2], OUT / "reenact.gif")
     chosen = np.linspace(0, len(a) - 1, 6).astype(int)[1:]
-    drivers = row([SPACE] + [a[k][1] for k in chosen], ("", "driver"))
-    keep("reenact.jpg", drivers, *(row([c[0][0]] + [c[k][2] for k in chosen], ("photo", "result")) for c in shown))
+    drivers = row([BLANK] + [a[k][1] for k in chosen], ("", "driver"))
+    results = [row([video[0][0]] + [video[k][2] for k in chosen], ("photo", "result")) for video in videos]
+    save_jpeg("reenact.jpg", drivers, *results)
     detail(animator, folder)
     compose(animator, folder)
     views = []
     for depth in (False, True):
-        path, views_of = folder / f"view{depth}.png", NovelViewOptions(yaw=(-30, 30), frames=5, grid=True, depth=depth)
-        novel_view(animator, SOURCE if depth else PHOTO, path, views_of)
-        views.append(fit(read_image(path)))
+        path = folder / f"view{depth}.png"
+        options = NovelViewOptions(yaw=(-30, 30), frames=5, grid=True, depth=depth)
+        novel_view(animator, SOURCE if depth else PHOTO, path, options)
+        views.append(resize_to_width(read_image(path)))
         if depth:
             continue
-        novel_view(animator, SOURCE, folder / "own.png", views_of)
-        views.insert(0, fit(read_image(folder / "own.png")))
-    keep("novel-view.jpg", *views)
+        novel_view(animator, SOURCE, folder / "own.png", options)
+        views.insert(0, resize_to_width(read_image(folder / "own.png")))
+    save_jpeg("novel-view.jpg", *views)
     path = folder / "basis.png"
     edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (4, (-8, 8)), (5, (-8, 8))), grid=True))
-    keep("edit-basis.jpg", fit(read_image(path)))
+    save_jpeg("edit-basis.jpg", resize_to_width(read_image(path)))
     failures(animator)
     data_set(animator, folder)
 
 
 def detail(animator: Animator, folder: Path) -> None:
-    """Part of a frame as large as the network makes it, enlarged, and with the photo's own detail."""
+    """Show part of the photo, of an enlarged 256 x 256 frame, and of a frame with the photo's detail."""
     tiles = []
     for size in (256, 512):
         out = folder / f"{size}.mkv"
         reenact(animator, SOURCE, DRIVER, out, ReenactOptions(start=0.8, max_frames=1, size=size, **LOSSLESS))  # type: ignore[arg-type]
-        tiles.append(cv2.resize(frames(out)[0], (512, 512), interpolation=cv2.INTER_CUBIC))
+        tiles.append(cv2.resize(read_frames(out)[0], (512, 512), interpolation=cv2.INTER_CUBIC))
     crop = animator.portrait(read_image(SOURCE), size=512).crop
     part = [tile[90:370, 116:396] for tile in (crop, *tiles)]
-    keep("detail.jpg", row(part, ("photo", "--size 256, enlarged", "--size 512")))
+    save_jpeg("detail.jpg", row(part, ("photo", "--size 256, enlarged", "--size 512")))
 
 
 def compose(animator: Animator, folder: Path) -> None:
-    """A photo, one frame of it animated in place, and before another background."""
+    """Show a photo, a frame pasted back into it, and the frame in front of another background."""
     tiles = [read_image(PHOTO)]
     for name, more in (("whole", {"paste_back": True}), ("coloured", {"paste_back": True, "background": "#2a7f62"})):
         out = folder / f"{name}.mkv"
         reenact(animator, PHOTO, DRIVER, out, ReenactOptions(start=1.3, max_frames=1, **LOSSLESS, **more))  # type: ignore[arg-type]
-        tiles.append(frames(out)[0])
-    keep("compose.jpg", row(tiles, ("photo", "--paste-back", "--background")))
+        tiles.append(read_frames(out)[0])
+    save_jpeg("compose.jpg", row(tiles, ("photo", "--paste-back", "--background")))
 
 
 def failures(animator: Animator) -> None:
-    """Farther than the weights reach: both portraits pushed to where it shows."""
+    """Show both portraits beyond the range of expressions and turns that the weights support."""
     captions = ("photo", "v1 +20", "v2 +15", "v5 -15", "45 degrees", "from below")
     rows = []
     for number, path in enumerate((SOURCE, PHOTO)):
@@ -123,80 +125,70 @@ def failures(animator: Animator) -> None:
         turned = animator.view(portrait, orbit_cameras(portrait.camera, views))
         tiles = [portrait.crop, *animator.edit(portrait, changes), *turned]
         rows.append(row(tiles, () if number else captions))
-    keep("failures.jpg", *rows)
+    save_jpeg("failures.jpg", *rows)
 
 
 def data_set(animator: Animator, folder: Path) -> None:
-    """What tracking sees, and what an evaluation shows."""
+    """Show the tracker's overlay and a contact sheet of an evaluation."""
     build_dataset([DRIVER], folder / "a.motion.npz", max_frames=100, overlay=folder / "seen.mkv")
-    seen = list(frames(folder / "seen.mkv"))
-    keep("preprocess.jpg", row([seen[k] for k in np.linspace(0, len(seen) - 1, 5).astype(int)]))
+    overlay = list(read_frames(folder / "seen.mkv"))
+    save_jpeg("preprocess.jpg", row([overlay[k] for k in np.linspace(0, len(overlay) - 1, 5).astype(int)]))
     build_dataset([DRIVER], folder / "data", max_frames=50)
     evaluate_model(animator, folder / "data", EvaluateOptions(max_frames=10), out=folder / "scores")
     sheets = sorted((folder / "scores").rglob("*.png")) + sorted((folder / "scores").rglob("*.jpg"))
-    keep("evaluate.jpg", fit(read_image(sheets[0])))
+    save_jpeg("evaluate.jpg", resize_to_width(read_image(sheets[0])))
 
 
-SPACE = np.full((256, 256, 3), 255, np.uint8)
+BLANK = np.full((256, 256, 3), 255, np.uint8)
 
 
-def frames(path: Path) -> list[np.ndarray]:
-    """All frames of a short video, uint8 (H, W, 3)."""
+def read_frames(path: Path) -> list[np.ndarray]:
+    """Read all frames of a short video, uint8 (H, W, 3)."""
     with VideoReader(path) as reader:
         return list(reader)
 
 
-def fit(picture: np.ndarray) -> np.ndarray:
-    """As wide as every picture is."""
-    height = round(picture.shape[0] * WIDE / picture.shape[1])
-    return np.asarray(cv2.resize(picture, (WIDE, height), interpolation=cv2.INTER_AREA))
+def resize_to_width(picture: np.ndarray) -> np.ndarray:
+    """Resize a picture to the common width."""
+    height = round(picture.shape[0] * WIDTH_PX / picture.shape[1])
+    return np.asarray(cv2.resize(picture, (WIDTH_PX, height), interpolation=cv2.INTER_AREA))
 
 
 def row(tiles: list[np.ndarray], captions: tuple[str, ...] = ()) -> np.ndarray:
-    """Square pictures side by side, each under its caption."""
-    side = WIDE // len(tiles)
+    """Place square pictures in a row, each below its caption."""
+    side = WIDTH_PX // len(tiles)
     small = [cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA) for tile in tiles]
     line = np.hstack(small)
     if not captions:
         return line
-    head = np.full((STRIP, line.shape[1], 3), 255, np.uint8)
+    head = np.full((CAPTION_HEIGHT_PX, line.shape[1], 3), 255, np.uint8)
     for index, caption in enumerate(captions):
-        at = (index * side + 4, STRIP - 7)
-        cv2.putText(head, caption, at, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (70, 70, 70), 1, cv2.LINE_AA)
+        position = (index * side + 4, CAPTION_HEIGHT_PX - 7)
+        cv2.putText(head, caption, position, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (70, 70, 70), 1, cv2.LINE_AA)
     return np.vstack([head, line])
 
 
-def keep(name: str, *rows: np.ndarray) -> None:
-    """Rows one under another, as a JPEG of some ten kilobytes that says it is synthetic."""
+def save_jpeg(name: str, *rows: np.ndarray) -> None:
+    """Stack rows and write them as a small JPEG with the synthetic mark."""
     picture = np.vstack(rows)
     write_image(OUT / name, picture, comment=SYNTHETIC_COMMENT)
     ok, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     assert ok
     marked = (OUT / name).read_bytes()
-    segment = marked[2 : 6 + int.from_bytes(marked[4:6], "big") - 2]  # the comment that write_image put first
+    segment = marked[2 : 6 + int.from_bytes(marked[4:6], "big") - 2]  # the comment segment of write_image
     (OUT / name).write_bytes(data.tobytes()[:2] + segment + data.tobytes()[2:])
 
 
-def animation(pictures: list[np.ndarray], between: Path, out: Path) -> None:
-    """A GIF of 12.5 frames/s with one palette for all frames."""
+def write_gif(pictures: list[np.ndarray], out: Path) -> None:
+    """Write a GIF of 12.5 frames/s with one palette for all frames."""
     height, width = pictures[0].shape[:2]
-    command = [
-        ffmpeg_path(),
-        "-loglevel",
-        "error",
-        "-y",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-    ]
+    command = [ffmpeg_path(), "-loglevel", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     palette = (
         "split[a][b];[a]palettegen=max_colors=128[p];[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
     )
     command += ["-framerate", "25/2", "-i", "pipe:0", "-filter_complex", palette, str(out)]
-    subprocess.run(command, input=b"".join(itertools.chain(picture.tobytes() for picture in pictures)), check=True)
+    subprocess.run(command, input=b"".join(picture.tobytes() for picture in pictures), check=True)
 
 
 if __name__ == "__main__":

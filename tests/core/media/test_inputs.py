@@ -12,7 +12,7 @@ from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.probe import audio_codec, probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.runtime.errors import InputError
 
 RED = "color=0xC03040:s=32x32:r=5:d=1"
 
@@ -198,13 +198,3 @@ def test_image_sequence_round_trip(tmp_path):
         VideoWriter(pattern, size=(8, 6), fps=Fraction(25))
     with pytest.raises(InputError, match=r"%05d\.png"):
         VideoWriter(tmp_path / "one.png", size=(8, 6), fps=Fraction(25))
-
-
-def test_image_sequence_of_failed_run_is_deleted(tmp_path):
-    writer = VideoWriter(tmp_path / "%d.png", size=(8, 6), fps=Fraction(25))
-    with pytest.raises(KeyboardInterrupt), writer:  # noqa: PT012
-        writer.write(np.zeros((6, 8, 3), np.uint8))
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(MediaError, match="no frame"), VideoWriter(tmp_path / "%d.png", size=(8, 6), fps=Fraction(25)):
-        pass
