@@ -1,4 +1,4 @@
-"""A data set of heads whose only expression is an opening mouth, made without a tracker."""
+"""A dataset of heads whose only expression is an opening mouth, made without a tracker."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def motion_of(seed: int, frames: int) -> Motion:
 
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two people with a clip on each of two shared tracks, and one known from a still."""
+    """Two people with a clip on each of two shared tracks, and one with a still image only."""
     folder = tmp_path_factory.mktemp("faces")
     (folder / "clips").mkdir()
     lines = []
@@ -72,7 +72,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(data_set: Path, tmp_path: Path) -> TrainConfig:
-    """A run of a few steps on that data set."""
+    """A run of a few steps on `data_set`."""
     return make_train_config(
         {
             "run": str(tmp_path / "run"), "preset": "tiny", "device": "cpu", "precision": "fp32", "batch": 2,

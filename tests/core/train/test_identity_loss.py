@@ -1,4 +1,4 @@
-"""The identity loss: alignment as cv2 does it, differentiable, and an embedder of ours that can be reckoned by hand."""
+"""The identity loss: differentiable alignment against OpenCV, and an embedder with a closed form."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from export3d_cli.core.train.trainer import train
 
 from .conftest import motion_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit, which users' embedders come in
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit, the format of embedders
 
 
 class Colours(torch.nn.Module):
-    """Mean colour of both halves of a face."""
+    """Mean colour of each half of a face."""
 
     def forward(self, face: torch.Tensor) -> torch.Tensor:
         return torch.cat([face[..., :56].mean((2, 3)), face[..., 56:].mean((2, 3))], dim=1)
@@ -35,26 +35,25 @@ def embedder(tmp_path: Path) -> str:
     return path
 
 
-def test_aligned_face_is_that_of_opencv() -> None:
+def test_align_face_matches_opencv() -> None:
     rng = np.random.default_rng(0)
     picture = cv2.GaussianBlur(rng.uniform(-1, 1, (128, 128, 3)).astype(np.float32), (0, 0), 4)
     turn = np.array([[0.8, -0.3], [0.3, 0.8]]) * 0.55
     five = (np.array(ARCFACE_TEMPLATE) - 56) @ turn.T + 64 + rng.normal(0, 0.5, (5, 2))  # pixel indices
-    mean, wanted = five.mean(0), np.array(ARCFACE_TEMPLATE).mean(0)
-    a, b = np.linalg.lstsq(  # the same similarity, solved as equations
-        np.concatenate([np.stack([x := five[:, 0] - mean[0], -(y := five[:, 1] - mean[1])], 1), np.stack([y, x], 1)]),
-        np.concatenate([np.array(ARCFACE_TEMPLATE)[:, 0] - wanted[0], np.array(ARCFACE_TEMPLATE)[:, 1] - wanted[1]]), rcond=None,
-    )[0]  # fmt: skip
+    mean, template_mean = five.mean(0), np.array(ARCFACE_TEMPLATE).mean(0)
+    x, y = (five - mean).T
+    equations = np.concatenate([np.stack([x, -y], 1), np.stack([y, x], 1)])  # the same similarity transform
+    a, b = np.linalg.lstsq(equations, (ARCFACE_TEMPLATE - template_mean).T.ravel(), rcond=None)[0]
     linear = np.array([[a, -b], [b, a]])
-    matrix = np.column_stack([linear, wanted - linear @ mean])
+    matrix = np.column_stack([linear, template_mean - linear @ mean])
     expected = cv2.warpAffine(picture, matrix, (112, 112), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     crop_units = torch.from_numpy((five + 0.5) / 128)[None].float()
     got = align_face(torch.from_numpy(picture).permute(2, 0, 1)[None], crop_units)[0].permute(1, 2, 0).numpy()
     inside = np.abs(got - expected)[8:-8, 8:-8]
-    assert inside.max() < 0.02  # OpenCV rounds places to a 32nd of a pixel
+    assert inside.max() < 0.02  # OpenCV rounds positions to 1/32 pixel
 
 
-def test_loss_sees_faces_and_reaches_the_image(embedder: str) -> None:
+def test_identity_loss_compares_faces_and_has_a_gradient(embedder: str) -> None:
     identity = load_identity_loss(embedder, torch.device("cpu"))
     landmarks = torch.from_numpy(motion_of(0, 2).landmarks[..., :2])
     assert arcface_points(landmarks).shape == (2, 5, 2)
@@ -73,7 +72,7 @@ def test_loss_sees_faces_and_reaches_the_image(embedder: str) -> None:
     assert image.grad[0, :, 0, 0].abs().sum() == 0
 
 
-def test_wrong_embedders_are_named(tmp_path: Path) -> None:
+def test_wrong_embedders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "no.pt").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"no\.pt is not a TorchScript face embedder"):
         load_identity_loss(str(tmp_path / "no.pt"), torch.device("cpu"))
@@ -84,7 +83,7 @@ def test_wrong_embedders_are_named(tmp_path: Path) -> None:
         make_train_config({"loss": {"identity": 1.0}})
 
 
-def test_it_is_a_term_of_a_run(tiny: TrainConfig, embedder: str) -> None:
+def test_identity_is_a_term_of_a_run(tiny: TrainConfig, embedder: str) -> None:
     loss = LossConfig(identity=0.5, embedder=embedder)
     values = train(replace(tiny, stages=("reconstruction",), steps=1, loss=loss)).values
     assert 0 < values["identity"] < 1

@@ -1,4 +1,4 @@
-"""The landmark network in PyTorch against the file's own runtime, and the loss it makes."""
+"""The landmark network in PyTorch against LiteRT, and the landmark loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def photo() -> np.ndarray:
     )
 
 
-def test_it_answers_as_the_files_own_runtime(network: LandmarkNetwork, photo: np.ndarray) -> None:
+def test_network_matches_litert(network: LandmarkNetwork, photo: np.ndarray) -> None:
     bundle = resolve_weights("face_landmarker")
     own = LiteRTNetwork(*read_bundle(bundle, "face_landmarks_detector.tflite"), bundle, 1)
     face = photo.astype(np.float32) / 255
@@ -37,8 +37,8 @@ def test_it_answers_as_the_files_own_runtime(network: LandmarkNetwork, photo: np
     np.testing.assert_allclose(found.numpy(), own(face)[0].reshape(-1, 3), atol=0.01)
 
 
-def test_the_view_is_where_the_landmarker_looks(network: LandmarkNetwork, photo: np.ndarray) -> None:
-    """Landmarks read in the view of a tilted face and carried back are the landmarker's."""
+def test_view_grid_matches_the_landmarkers_crop(network: LandmarkNetwork, photo: np.ndarray) -> None:
+    """Landmarks found in the crop of a tilted face, mapped back, equal the landmarker's."""
     tilted = cv2.warpAffine(photo, cv2.getRotationMatrix2D((128, 128), 20, 0.8), (VIEW_SIZE_PX, VIEW_SIZE_PX))
     landmarker = Landmarker(resolve_weights("face_landmarker"))
     face = landmarker.find(tilted)
@@ -53,7 +53,7 @@ def test_the_view_is_where_the_landmarker_looks(network: LandmarkNetwork, photo:
     np.testing.assert_allclose(back[0, :, 0].T.numpy() * VIEW_SIZE_PX, face.landmarks[:, :2], atol=1.0)
 
 
-def test_what_looks_alike_costs_nothing_and_a_moved_mouth_does(network: LandmarkNetwork, photo: np.ndarray) -> None:
+def test_loss_is_zero_for_equal_images_and_measures_a_moved_mouth(network: LandmarkNetwork, photo: np.ndarray) -> None:
     face = Landmarker(resolve_weights("face_landmarker")).find(photo)
     assert face is not None
     marks = torch.from_numpy(face.landmarks[None, :, :2]) / VIEW_SIZE_PX
@@ -64,8 +64,8 @@ def test_what_looks_alike_costs_nothing_and_a_moved_mouth_does(network: Landmark
     found = loss(moved, image, marks)
     wide = (
         landmarker_view_grid(marks)[0, 0, 0, -1] - landmarker_view_grid(marks)[0, 0, 0, 0]
-    ).item()  # shares of the picture
-    assert found.item() == pytest.approx(100 * 3 / VIEW_SIZE_PX / wide / 3, rel=0.3)  # along one axis of three
+    ).item()  # fractions of the image
+    assert found.item() == pytest.approx(100 * 3 / VIEW_SIZE_PX / wide / 3, rel=0.3)  # along one of three axes
     found.backward()
     assert moved.grad is not None and moved.grad.isfinite().all() and moved.grad.any()
     assert not [p for p in loss.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Losses against closed forms; backbones of random weights."""
+"""Loss terms against closed forms; perceptual backbones with random weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from .conftest import motion_of
 
 
 def mobilenet() -> dict[str, torch.Tensor]:
-    """Random tensors under torchvision's names, first 11 blocks."""
+    """Random tensors with torchvision's names, first 11 blocks."""
     state: dict[str, torch.Tensor] = {}
 
-    def conv(name: str, out: int, inside: int, side: int) -> None:
-        state[f"{name}.weight"] = torch.randn(out, inside, side, side) * (inside * side * side) ** -0.5
+    def conv(name: str, out_channels: int, in_channels: int, size: int) -> None:
+        state[f"{name}.weight"] = (
+            torch.randn(out_channels, in_channels, size, size) * (in_channels * size * size) ** -0.5
+        )
 
     def norm(name: str, channels: int) -> None:
         state[f"{name}.weight"], state[f"{name}.bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
@@ -62,7 +64,7 @@ def vgg(torchvision: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("state", [mobilenet(), vgg(True), vgg(False)], ids=["mobilenet", "vgg16", "vgg16-caffe"])
-def test_perceptual_distance(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_perceptual_distance_matches_its_formula(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file(state, tmp_path / "backbone.safetensors")
     distance = losses.load_perceptual(tmp_path / "backbone.safetensors")
     target = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -97,20 +99,20 @@ def test_mask_covers_eyes_and_mouth_only() -> None:
     mask = losses.face_mask(torch.from_numpy(landmarks), 64)
     assert mask.shape == (1, 1, 64, 64)
 
-    def at(point: np.ndarray) -> float:
+    def mask_at(point: np.ndarray) -> float:
         x, y = (point * 64).astype(int)
         return float(mask[0, 0, y, x])
 
     eye = landmarks[0, [33, 133]].mean(0)
     mouth = landmarks[0, [13, 14]].mean(0)
-    assert at(eye) > 0.9
-    assert at(mouth) > 0.9
-    assert at(landmarks[0, 10]) < 0.05
-    assert at(landmarks[0, 152]) < 0.2
+    assert mask_at(eye) > 0.9
+    assert mask_at(mouth) > 0.9
+    assert mask_at(landmarks[0, 10]) < 0.05
+    assert mask_at(landmarks[0, 152]) < 0.2
     assert mask.mean() < 0.15
 
 
-def test_mask_loss_sees_the_mask_only() -> None:
+def test_mask_loss_is_limited_to_the_mask() -> None:
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2] = 1
     a, b = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
@@ -118,7 +120,7 @@ def test_mask_loss_sees_the_mask_only() -> None:
     assert losses.l2(a, b).item() == losses.l1(a, b).item() == 1.0
 
 
-def test_people_apart_are_told_by_fishers_criterion() -> None:
+def test_identity_leakage_loss_is_fishers_criterion() -> None:
     torch.manual_seed(0)
     lam = torch.randn(30, 400, 5)
     lam = lam - lam.mean(1, keepdim=True)
@@ -132,15 +134,15 @@ def test_people_apart_are_told_by_fishers_criterion() -> None:
     )
 
 
-def test_a_mirrored_face_has_the_same_lambda_but_for_what_is_one_sided() -> None:
+def test_mirror_loss_flips_the_antisymmetric_dims() -> None:
     lam = torch.randn(50, 4)
     mirrored = lam * torch.tensor([1.0, 1.0, 1.0, -1.0])
     assert mirror_loss(lam, mirrored, 1) == 0
     assert mirror_loss(lam, mirrored, 0) == pytest.approx((4 * lam[:, 3] ** 2).mean().item() / 4 / lam.var(0).mean())
 
 
-def test_close_ups_show_mouth_and_eyes() -> None:
-    """A picture of its own coordinates tells where they look."""
+def test_crop_eyes_and_mouth_centres_and_sizes() -> None:
+    """The image holds its own coordinates, which tell where the crops are."""
     axis = (torch.arange(64) + 0.5) / 64
     image = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None].expand(2, -1, -1, -1)
     marks = torch.rand(2, 478, 2) * 0.01
@@ -156,7 +158,7 @@ def test_close_ups_show_mouth_and_eyes() -> None:
         torch.testing.assert_close(width, torch.full((2, 8), 1.4 * wide * 7 / 8), atol=1e-3, rtol=0)
 
 
-def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
+def test_flow_loss_covers_visible_parts_at_several_scales() -> None:
     target, known = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 8, 8)
     known[..., :4] = 1
     config = make_train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "flow": 2}})
@@ -165,7 +167,7 @@ def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
     marks = torch.zeros(1, 478, 2)
     batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known)
     for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (beside, 2 * 0.5 / 3)):
-        shown = resize(known, 16).mean().item() / 0.5  # the mask's rim is soft
+        shown = resize(known, 16).mean().item() / 0.5  # the mask has a soft border
         output = Output(
             target, target, known, known, None, None, warped_photo=sampled.requires_grad_(), source_visibility=known
         )
@@ -176,7 +178,7 @@ def test_the_flow_is_judged_where_the_photo_knows_at_several_sizes() -> None:
         assert not sampled.grad[..., 10:].any()
 
 
-def test_the_volume_is_to_be_opaque_where_the_head_is_and_smooth() -> None:
+def test_silhouette_and_density_tv_terms() -> None:
     config = make_train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "silhouette": 2, "density_tv": 3}})
     image, head = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     head[..., :4] = 1

@@ -1,4 +1,4 @@
-"""LPIPS against its formula written out, with planted weights; and who may be called by that name."""
+"""LPIPS with random weights against its formula, and when a term is called LPIPS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export3d_cli.core.runtime.hub import HubFile
 from export3d_cli.core.train import lpips
 from export3d_cli.core.train.trainer import train
 
-CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's numbers
+CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's layer numbers
 WIDTHS = (4, 4, 6, 6, 8, 8, 8, 10, 10, 10, 10, 10, 10)
 STAGES = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}  # after which convolution a stage ends
 
@@ -41,14 +41,14 @@ def heads() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[str, str]:
-    """The two files as they are published: pickles of tensors."""
+    """The two files in their published format: pickles of tensors."""
     torch.save(vgg16(), tmp_path / "vgg16.pth")
     torch.save(heads(), tmp_path / "vgg.pth")
     return str(tmp_path / "vgg16.pth"), str(tmp_path / "vgg.pth")
 
 
 def by_hand(image: torch.Tensor, target: torch.Tensor) -> float:
-    """Zhang et al. 2018, eq. 1, in float64, one layer after the other."""
+    """Zhang et al. 2018, eq. 1, in float64, layer by layer."""
     state = {k: v.double() for k, v in vgg16().items()}
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     x, y = ((i.double() - shift.view(1, 3, 1, 1)) / scale.view(1, 3, 1, 1) for i in (image, target))
@@ -71,7 +71,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return target + 0.3 * torch.randn(2, 3, 32, 32, generator=rng), target
 
 
-def test_distance_is_the_published_formula(files: tuple[str, str]) -> None:
+def test_lpips_matches_the_published_formula(files: tuple[str, str]) -> None:
     model = lpips.load_perceptual_term(LossConfig(backbone=files[0], lpips=files[1]))
     assert isinstance(model, lpips.LPIPS)
     image, target = images()
@@ -84,7 +84,7 @@ def test_distance_is_the_published_formula(files: tuple[str, str]) -> None:
     assert model(target, target).item() == 0
 
 
-def test_gradient_is_finite_where_features_are_dead(files: tuple[str, str]) -> None:
+def test_gradient_is_finite_where_all_features_are_zero(files: tuple[str, str]) -> None:
     model = lpips.load_perceptual_term(LossConfig(backbone=files[0], lpips=files[1]))
     assert model is not None
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_gradient_is_finite_where_features_are_dead(files: tuple[str, str]) -> N
     assert torch.isfinite(image.grad).all()
 
 
-def test_only_published_files_are_called_lpips(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_published_files_are_called_lpips(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     loss = LossConfig(backbone=files[0], lpips=files[1])
 
     def name() -> str:
@@ -113,7 +113,7 @@ def test_only_published_files_are_called_lpips(files: tuple[str, str], monkeypat
     assert name() == "lpips"
 
 
-def test_one_file_may_hold_both(tmp_path: Path, files: tuple[str, str]) -> None:
+def test_one_file_can_hold_backbone_and_linear_weights(tmp_path: Path, files: tuple[str, str]) -> None:
     save_file({**vgg16(), **heads()}, tmp_path / "both.safetensors")
     both = lpips.load_perceptual_term(LossConfig(backbone=str(tmp_path / "both.safetensors")))
     two = lpips.load_perceptual_term(LossConfig(backbone=files[0], lpips=files[1]))
@@ -123,13 +123,13 @@ def test_one_file_may_hold_both(tmp_path: Path, files: tuple[str, str]) -> None:
     assert both.name == "perceptual"
 
 
-def test_files_are_checked(files: tuple[str, str], tmp_path: Path) -> None:
+def test_wrong_files_are_refused(files: tuple[str, str], tmp_path: Path) -> None:
     found = hashlib.sha256(Path(files[0]).read_bytes()).hexdigest()
     loss = LossConfig(backbone=files[0], lpips=files[1])
     assert lpips.load_perceptual_term(replace(loss, backbone_sha256=found.upper())) is not None
     with pytest.raises(WeightsError, match="not 000000"):
         lpips.load_perceptual_term(replace(loss, backbone_sha256="0" * 64))
-    wrong = tmp_path / "vgg16-397923af.pth"  # torchvision's name promises the first digits of its sha256
+    wrong = tmp_path / "vgg16-397923af.pth"  # torchvision's name holds the first digits of the sha256
     wrong.write_bytes(Path(files[0]).read_bytes())
     with pytest.raises(WeightsError, match=r"not 397923af"):
         lpips.load_perceptual_term(replace(loss, backbone=str(wrong)))
@@ -145,7 +145,7 @@ def test_files_are_checked(files: tuple[str, str], tmp_path: Path) -> None:
         make_train_config({"loss": {"lpips": "vgg.pth"}})
 
 
-def test_files_of_the_hub_are_fetched(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_files_are_downloaded(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def fetch(name: HubFile) -> Path:
@@ -160,7 +160,7 @@ def test_files_of_the_hub_are_fetched(files: tuple[str, str], monkeypatch: pytes
     assert asked == ["hf:someone/vgg:vgg16.pth", "hf:someone/vgg@v1:vgg.pth"]
 
 
-def test_nothing_else_is_called_lpips_in_a_run(
+def test_run_logs_lpips_only_with_the_published_files(
     files: tuple[str, str], tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = LossConfig(backbone=files[0], lpips=files[1])
