@@ -39,7 +39,7 @@ from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
-from export3d_cli.core.model.super_resolution import photo_residual
+from export3d_cli.core.model.warp.layer_warp import photo_residual
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.device import (
     AdaptiveBatcher,

@@ -22,16 +22,11 @@ from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import linear_step
 from export3d_cli.core.model.source import Source, expand_batch
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
-from export3d_cli.core.model.super_resolution import (
-    LayerWarp,
-    PhotoDetail,
-    SuperResolution,
-    highpass,
-    upscale_with_detail,
-)
+from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_log_density, sample_planes
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
+from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
 from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, resize, warp
 
 DENSITY_TV_POINTS = 1024  # points at which `_density_tv` compares neighbours

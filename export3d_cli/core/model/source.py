@@ -34,7 +34,7 @@ class Source:
     features_half: Tensor | None = None  # (B, 16, H/2, W/2) stem features for super-resolution
     features_quarter: Tensor | None = None  # (B, 16, H/4, W/4) stem features for super-resolution
     # Set without gradients only:
-    highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `super_resolution.highpass`
+    highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `layer_warp.highpass`
     basis: Tensor | None = None  # (n, d) expression basis of the weights
     view_tables: list[Tensor] | None = None  # `make_feature_table` of each view plane
 

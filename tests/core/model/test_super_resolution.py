@@ -14,34 +14,10 @@ from torch.nn import functional as F
 
 from export3d_cli.core.face.canonical_face import CanonicalFace, make_flow_triangles
 from export3d_cli.core.model.export3d import Export3D, Output
-from export3d_cli.core.model.generator import lowpass, zero_init
-from export3d_cli.core.model.super_resolution import (
-    FRINGE_DIVISOR,
-    PHOTO_LOGIT_BIAS,
-    HiddenTextures,
-    highpass,
-    photo_residual,
-    warp_discontinuity,
-    widen_mask,
-)
-from export3d_cli.core.model.volume_renderer import pixel_grid
+from export3d_cli.core.model.generator import zero_init
+from export3d_cli.core.model.super_resolution import FRINGE_DIVISOR, PHOTO_LOGIT_BIAS, widen_mask
+from export3d_cli.core.model.warp.layer_warp import highpass, photo_residual
 from export3d_cli.core.model.warp.mesh_flow import resize
-
-
-def test_hidden_textures_are_zero_outside_mouth_and_eyes(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
-) -> None:
-    assert tiny.flow is not None
-    opened = points.clone()
-    opened[:, [14, 87, 317, 178, 402], 1] += 0.08
-    mesh = tiny.flow(points, orbit(0), opened, orbit(0), 128)
-    hidden_textures = HiddenTextures()
-    textures = hidden_textures(mesh, 128)
-    assert textures.shape == (1, hidden_textures.out_channels, 128, 128)
-    assert textures[:, :, (mesh.mouth + mesh.eye)[0, 0] == 0].abs().max() == 0
-    lower = textures[:, 8:16]
-    assert lower[:, :, mesh.mouth[0, 0] > 0].abs().mean() > 0.05
-    assert lower[:, :, mesh.eye[0, 0] > 0].abs().max() == 0  # only the mouth has a lower texture
 
 
 def test_hair_vanishes_where_the_head_has_moved_away(
@@ -162,17 +138,6 @@ def test_solid_neck_is_not_covered_by_the_wall(
     assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
 
 
-def test_hidden_textures_get_gradients(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    assert tiny.flow is not None
-    opened = points.clone()
-    opened[:, [14, 87, 317, 178, 402], 1] += 0.08
-    mesh = tiny.flow(points, orbit(0), opened, orbit(0), 64)
-    hidden_textures = HiddenTextures()
-    hidden_textures(mesh, 64).square().sum().backward()
-    assert hidden_textures.textures.grad is not None
-    assert all(float(grad.abs().sum()) > 0 for grad in hidden_textures.textures.grad)
-
-
 def test_upscale_to_own_size_is_identity(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     """A photo of the network's input size has no additional detail."""
     photo = torch.rand(1, 3, 64, 64) * 2 - 1
@@ -184,16 +149,6 @@ def test_upscale_to_own_size_is_identity(tiny: Export3D, points: Tensor, orbit: 
             out._replace(before_inpainting=None).upscale(photo, 128),
             F.interpolate(out.image, (128, 128), mode="bicubic"),
         )
-
-
-def test_photo_residual_plus_downsampled_photo_is_the_photo() -> None:
-    photo = torch.rand(1, 3, 160, 160)
-    residual = photo_residual(photo, 128, 64)
-    small = F.interpolate(photo[..., 16:-16, 16:-16], (64, 64), mode="area")
-    upsampled = F.interpolate(small, (128, 128), mode="bilinear")
-    torch.testing.assert_close(residual[..., 16:-16, 16:-16] + upsampled, photo[..., 16:-16, 16:-16])
-    torch.testing.assert_close(residual[..., 16:-16, :16] + upsampled[..., :1], photo[..., 16:-16, :16])
-    assert photo_residual(torch.full((1, 3, 160, 160), 0.3), 128, 64).abs().max() < 1e-6
 
 
 def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -263,16 +218,6 @@ def test_highpass_detail_is_not_added_at_discontinuities(
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
-def test_warp_discontinuity_is_the_distance_of_neighbours() -> None:
-    grid = pixel_grid(16).T.reshape(1, 2, 16, 16)
-    split = grid + 0.5 * (grid[:, :1] > 0.5)
-    distances = warp_discontinuity(torch.cat([grid * 3, split], dim=1))
-    torch.testing.assert_close(distances[:, 0], torch.full((1, 16, 16), 3.0))
-    expected = torch.ones(16)
-    expected[7:9] = math.hypot(1 + 8, 8)  # one pixel plus half an image across, half an image down
-    torch.testing.assert_close(distances[0, 1], expected.expand(16, 16))
-
-
 def test_detail_is_not_added_where_the_photo_is_minified(
     tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
@@ -287,9 +232,3 @@ def test_detail_is_not_added_where_the_photo_is_minified(
             out = tiny.drive(source, None, camera, lam=source.lam)
             deviations.append((out.upscale(noise, 128) - out.upscale(noise * 0, 128))[..., 56:72, 56:72].std())
     assert deviations[0] > 0.2 and deviations[1] < 0.01
-
-
-def test_lowpass_smooths_a_step() -> None:
-    step = (torch.arange(16) > 7).float().expand(1, 1, 16, 16)
-    torch.testing.assert_close(lowpass(step)[0, 0, 3, 6:10], torch.tensor([0.0, 0.25, 0.75, 1.0]))
-    torch.testing.assert_close(lowpass(torch.ones(1, 2, 8, 8)), torch.ones(1, 2, 8, 8))

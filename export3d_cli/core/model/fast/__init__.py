@@ -1,1 +1,4 @@
-"""Inference only: the sparse renderer, used by `export3d`, and tri-plane interpolation, used by `animation`."""
+"""Fast paths: sparse rendering and tri-plane interpolation for inference, fused convolutions.
+
+Imported by `core.model` and, for the interpolation, by `core.animation`; imports only from `core.model`.
+"""

@@ -16,14 +16,6 @@ from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.fast import sparse_renderer
 from export3d_cli.core.model.generator import attention
 from export3d_cli.core.model.source_view import sample_view_plane
-from export3d_cli.core.model.super_resolution import (
-    HiddenTextures,
-    PatchWindow,
-    upsample_2x,
-    upsample_concat_conv,
-    upsample_concat_conv_inference,
-    upsample_conv,
-)
 from export3d_cli.core.model.triplane import sample_planes
 
 
@@ -119,52 +111,3 @@ def test_attention_in_bfloat16_matches_float32() -> None:
     q, k, v = torch.randn(3, 2, 2, 64, 24).bfloat16()
     with torch.no_grad():
         assert psnr(attention(q, k, v), F.scaled_dot_product_attention(q.float(), k.float(), v.float())) > 45
-
-
-def test_upsample_concat_conv_equals_conv_of_concatenation() -> None:
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(12, 5, 3, padding=1)
-    x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
-    plain = conv(torch.cat([upsample_2x(x), a, b], 1))
-    torch.testing.assert_close(upsample_concat_conv(conv, x, [a, b]), plain, atol=1e-5, rtol=0)
-    sparse_map = b.new_zeros(b.shape)
-    sparse_map[:, :, 3:10, 8:15] = b[:, :, 3:10, 8:15]
-    plain = conv(torch.cat([upsample_2x(x), a, sparse_map], 1))
-    with torch.no_grad():
-        fused = upsample_concat_conv_inference(conv, x, [a], PatchWindow(sparse_map[:, :, 2:12, 7:16], 2, 7))
-        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=0)
-        without = upsample_concat_conv_inference(conv, x, [a], PatchWindow(sparse_map[:, :, :0, :0], 0, 0))
-        torch.testing.assert_close(without, conv(torch.cat([upsample_2x(x), a, 0 * b], 1)), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (16, 7), (3, 8)])
-def test_upsample_conv_equals_upsampling_then_conv(height: int, width: int) -> None:
-    """Also at the borders, where the two paddings differ."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 6, height, width), torch.randn(5, 6, 3, 3)
-    plain = F.conv2d(upsample_2x(x), weight, padding=1)
-    torch.testing.assert_close(upsample_conv(weight, x), plain, atol=1e-5, rtol=0)
-    half = upsample_conv(weight.bfloat16(), x.bfloat16()).float()
-    assert psnr(half, plain, float(plain.max() - plain.min())) > 45
-
-
-def test_hidden_textures_window_equals_full_map(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    assert tiny.flow is not None
-    opened = points.repeat(2, 1, 1)
-    opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
-    camera = orbit(0, 20)
-    mesh, hidden_textures = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), HiddenTextures()
-    for size in (24, 96, 160):  # at the smallest size the window is the whole map
-        with torch.no_grad():
-            values, top, left = hidden_textures.render_window(mesh, size)
-            plain = hidden_textures(mesh, size)
-        assert plain.abs().sum() > 1
-        height, width = values.shape[-2:]
-        padded = torch.zeros_like(plain)
-        padded[:, :, top : top + height, left : left + width] = values
-        torch.testing.assert_close(padded, plain, atol=1e-6, rtol=0)
-    assert height < size and width < size
-    assert values[..., [0, -1]].abs().sum() + values[:, :, [0, -1]].abs().sum() == 0  # border for the kernel
-    with torch.no_grad():
-        closed = mesh._replace(mouth=mesh.mouth * 0, eye=mesh.eye * 0)
-        assert hidden_textures.render_window(closed, 96).values.numel() == 0
