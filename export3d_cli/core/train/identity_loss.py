@@ -30,17 +30,17 @@ def align_face(image: Tensor, points: Tensor, side: int = FACE_SIZE_PX) -> Tenso
     Uses the least-squares similarity transform; gradients reach `image`. Returns (B, 3, side, side).
     """
     template = points.new_tensor(ARCFACE_TEMPLATE) + 0.5  # pixel centres
-    points, wanted = points.float(), template * (side / FACE_SIZE_PX)
-    middle, wanted_middle = points.mean(1, keepdim=True), wanted.mean(0)
-    x, u = points - middle, wanted - wanted_middle  # (B, 5, 2), (5, 2)
+    points, target = points.float(), template * (side / FACE_SIZE_PX)
+    centre, target_centre = points.mean(1, keepdim=True), target.mean(0)
+    x, u = points - centre, target - target_centre  # (B, 5, 2), (5, 2)
     size = x.square().sum((1, 2)).clamp_min(1e-12)
     a = (x * u).sum((1, 2)) / size
     b = (x[..., 0] * u[:, 1] - x[..., 1] * u[:, 0]).sum(1) / size
     # inverse transform: position in the image of each template pixel
     axis = torch.arange(side, device=image.device, dtype=torch.float32) + 0.5
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1) - wanted_middle  # (side, side, 2)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1) - target_centre  # (side, side, 2)
     back = torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], 1) / (a * a + b * b)[:, None, None]
-    where = torch.einsum("bij,hwj->bhwi", back, grid) + middle[:, None]  # (B, side, side, 2), crop units
+    where = torch.einsum("bij,hwj->bhwi", back, grid) + centre[:, None]  # (B, side, side, 2), crop units
     return F.grid_sample(image.float(), where * 2 - 1, align_corners=False, padding_mode="border")
 
 
@@ -61,10 +61,10 @@ class IdentityLoss(nn.Module):
     def forward(self, image: Tensor, target: Tensor, landmarks: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units; gradients reach `image`."""
         with torch.autocast(image.device.type, enabled=False):
-            five = arcface_points(landmarks)
+            points = arcface_points(landmarks)
             with torch.no_grad():
-                wanted = self.embed(align_face(target, five))
-            return (1 - F.cosine_similarity(self.embed(align_face(image, five)), wanted, dim=1)).mean()
+                target_embedding = self.embed(align_face(target, points))
+            return (1 - F.cosine_similarity(self.embed(align_face(image, points)), target_embedding, dim=1)).mean()
 
     def embed(self, face: Tensor) -> Tensor:
         """Embed aligned faces (B, 3, 112, 112) in [-1, 1] -> (B, D)."""

@@ -33,13 +33,13 @@ class LandmarkNetwork(nn.Module):
         self.operations: list[tuple[str, list[int], int, int]] = []  # operation, inputs, output, stride
         self.channel_padding: dict[int, list[int]] = {}  # output of a PAD operation -> channels added before and after
         stored: dict[int, int] = {}  # tensor -> its half-precision original
-        made = {self.input_index}
+        computed = {self.input_index}
         for operation in reader._get_ops_details():  # the public interface does not expose the graph
             name, inputs, (out,) = operation["op_name"], operation["inputs"].tolist(), operation["outputs"].tolist()
             if name == "DEQUANTIZE":
                 stored[out] = inputs[0]
                 continue
-            for index in set(inputs) - made:
+            for index in set(inputs) - computed:
                 value = torch.from_numpy(reader.get_tensor(stored.get(index, index)).copy())
                 if value.ndim == 4:  # convolution (out, h, w, in), depthwise (1, h, w, C)
                     value = value.permute(3, 0, 1, 2) if name.startswith("DEPTH") else value.permute(0, 3, 1, 2)
@@ -47,7 +47,7 @@ class LandmarkNetwork(nn.Module):
             if name == "PAD":
                 self.channel_padding[out] = reader.get_tensor(inputs[1])[3].tolist()
             self.operations.append((name, inputs, out, round(shapes[inputs[0]][1] / shapes[out][1])))
-            made.add(out)
+            computed.add(out)
             if out == self.output_index:
                 break
 
@@ -93,10 +93,10 @@ class LandmarkLoss(nn.Module):
         Gradients reach `image`.
         """
         with torch.autocast(image.device.type, enabled=False):
-            where = landmarker_view_grid(landmarks.float())
+            grid = landmarker_view_grid(landmarks.float())
             with torch.no_grad():
-                wanted = self.network(warp(target, where) / 2 + 0.5)
-            return (self.network(warp(image, where) / 2 + 0.5) - wanted).abs().mean() * (100 / VIEW_SIZE_PX)
+                target_landmarks = self.network(warp(target, grid) / 2 + 0.5)
+            return (self.network(warp(image, grid) / 2 + 0.5) - target_landmarks).abs().mean() * (100 / VIEW_SIZE_PX)
 
 
 def landmarker_view_grid(landmarks: Tensor) -> Tensor:
