@@ -20,7 +20,7 @@ def args_for(bad: BadFile, path: Path, good: SimpleNamespace, out: Path) -> list
         return ["train", "--config", path, "--dry-run", f"run={out / 'run'}"]
     if bad.reader == "manifest":
         where = [f"data.path=[{path.parent}]", f"run={out / 'run'}", "steps=0", "stages=[reconstruction]"]
-        return ["train", "--config", good.config, *where]
+        return ["-q", "train", "--config", good.config, *where]  # -q: no note about plots that need an extra
     source = path if bad.reader == "image" else good.source
     driver = path if bad.reader in ("video", "motion", "csv") else good.motion
     weights = path if bad.reader == "weights" else good.weights
