@@ -205,7 +205,7 @@ def test_what_goes_not_together_is_2_before_weights_are_read(tmp_path):
         ("a.mp4", ["--background", "transparent"], ".webm"),
         ("a.mp4", ["--background", "#12345"], "#00ff00"),
         ("a.mp4", ["--background", "no-such.png"], "no-such.png"),
-        ("a.mp4", ["--background", example_path("drive.mp4")], "no picture"),
+        ("a.mp4", ["--background", example_path("drive.mp4")], "not an image"),
         ("a.xyz", ["--dry-run"], ".xyz"),
     ):
         result = reenact("no-such-weights", tmp_path / name, *args)
@@ -236,7 +236,7 @@ def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
         ),
     ):
         assert result.exit_code == 2
-        assert "one photo" in result.stderr
+        assert "must be a photo" in result.stderr
     still = ["--max-frames", "1", "--crop", "none", "--drive", "expression", "--expression-scale", "0", "--size", "64"]
     assert reenact(tiny, tmp_path / "d.mp4", *still, "--compare").exit_code == 0
     with VideoReader(tmp_path / "d.mp4") as reader:

@@ -1,4 +1,4 @@
-"""Several portraits, one driver: it is tracked once, and one failure does not stop the others; or only a plan of it."""
+"""Animate several portraits by one driver, which is tracked once; and plan it without writing."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _PLACEHOLDER = re.compile(r"\{(src|drive)\}")
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """What became of each source."""
+    """Result of each source."""
 
     done: tuple[Summary, ...]
-    skipped: tuple[Path, ...]  # outputs that were there already
+    skipped: tuple[Path, ...]  # outputs that existed
     failed: tuple[str, ...]  # "source: reason"
     seconds: float  # wall-clock
     notes: tuple[str, ...] = field(default=())
@@ -38,13 +38,13 @@ class BatchSummary:
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """One portrait that would be animated."""
+    """A portrait that would be animated."""
 
     source: Path
-    face: tuple[int, int, int, int]  # the box of the face taken: x0, y0, x1, y1 in pixels
+    face: tuple[int, int, int, int]  # box of the chosen face: x0, y0, x1, y1 in pixels
     size: tuple[int, int]  # width, height of the result
     out: Path
-    exists: bool  # whether there is something at `out` already
+    exists: bool  # whether `out` exists
 
     def __str__(self) -> str:
         width, height = self.size
@@ -53,26 +53,26 @@ class PlannedSource:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do; nothing was written."""
+    """What a run would do."""
 
     sources: tuple[PlannedSource, ...]
     driver: Path
     frames: int  # of each result
     fps: Fraction
     device: str
-    memory_mb: int | None  # the most so far, after one batch: it does not grow with the driver; None: unknown
-    seconds: float  # estimate for all, from one batch
+    memory_mb: int | None  # peak after one batch, which does not grow with the driver; None: unknown
+    seconds: float  # estimate for all frames, from one batch
     notes: tuple[str, ...] = field(default=())
 
 
 def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
-    """Where each source's result goes: `out`, with {src} and {drive} replaced by the files' names.
+    """Return each source's output path: `out` with {src} and {drive} replaced by the files' names.
 
-    Names are stripped of everything but letters, digits, `_`, `-` and `.`, so that the result stays in its folder.
+    Names keep only letters, digits, `_`, `-` and `.`, so that the result stays in its folder.
     """
-    left = _PLACEHOLDER.sub("", out)
-    if "{" in left or "}" in left:
-        raise InputError(f"{out} has a place other than {{src}} and {{drive}}: use these two")
+    remainder = _PLACEHOLDER.sub("", out)
+    if "{" in remainder or "}" in remainder:
+        raise InputError(f"{out} has a placeholder other than {{src}} and {{drive}}: use only these two")
     if out.endswith(("/", os.sep)) or Path(out).is_dir():
         out = os.path.join(out, "{src}-{drive}.mp4")
     names = [
@@ -80,9 +80,9 @@ def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
     ]
     paths = [Path(_PLACEHOLDER.sub(lambda match, name=name: name[match[1]], out)) for name in names]  # type: ignore[misc]
     if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+        repeated = next(path for path in paths if paths.count(path) > 1)
         hint = "rename one of the sources" if "{src}" in out else "use a template such as {src}-{drive}.mp4"
-        raise InputError(f"several sources would be written to {twice}: {hint}")
+        raise InputError(f"several sources would be written to {repeated}: {hint}")
     return paths
 
 
@@ -95,7 +95,10 @@ def reenact_all(
     *,
     progress: Progress | None = None,
 ) -> BatchSummary:
-    """Animate each source by the one driver into the template `out`; existing results are kept unless overwritten."""
+    """Animate each source by one driver into the template `out`; existing results are kept without `overwrite`.
+
+    A portrait that fails is recorded, and the others continue; programming errors are raised.
+    """
     options = options or ReenactOptions()
     began = time.monotonic()
     done: list[Summary] = []
@@ -134,7 +137,7 @@ def reenact_all(
 def plan_reenact(
     animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None
 ) -> Plan:
-    """What `reenact_all` would do: faces are looked for and one batch is made to measure, nothing is written."""
+    """Return what `reenact_all` would do: find all faces and time one batch, without writing."""
     options = options or ReenactOptions()
     paths = output_paths(sources, driver, out)
     check_outputs(paths, options.background, options.crf)
@@ -155,7 +158,7 @@ def plan_reenact(
             notes.append(f"no face in the first frames of {driver}")
     reference = motion.select(np.array([0]))
     seconds = []
-    for _ in range(2):  # the first time warms up
+    for _ in range(2):  # the first run warms up
         began = time.monotonic()
         for frame in animator.animate(portrait, [motion], control=options.control, reference=reference):
             compositor(frame)
@@ -172,7 +175,7 @@ def plan_reenact(
 
 
 def _sanitize_name(name: str) -> str:
-    """A file's name that can be part of another, whatever system it came from."""
+    """Return a name that can be part of a file name on every system."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._")[:100] or "file"
 
 
@@ -183,7 +186,7 @@ def _prefix_stage(progress: Progress | None, source: Path) -> Progress | None:
 
 
 def _peak_memory_mb(device: torch.device) -> int | None:
-    """MB this process took at most: of the GPU where it computes there, else of the machine."""
+    """Return the peak memory in MB, of the GPU if it is used, else of the process; None: unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device) / 2**20)
     try:

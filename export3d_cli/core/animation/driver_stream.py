@@ -1,7 +1,7 @@
-"""A driver as a stream of motion, a batch at a time: a video, an image, a `.motion.npz` or a Live Link Face CSV.
+"""The motion of a driver, streamed in batches: a video, an image, a `.motion.npz` or a Live Link Face CSV.
 
-Memory does not grow with the driver's length: frames are tracked as they are read, and only faces wait, until the crop
-is known (it is measured over the first ten seconds) and the reference frame has come.
+Memory does not grow with the driver's length: frames are tracked as they are read. Only their faces are kept, until the
+crop is calibrated over the first `LOOKAHEAD_S` seconds and the reference frame has been read.
 """
 
 from __future__ import annotations
@@ -30,36 +30,39 @@ from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights
 
-LOOKAHEAD_S = 10  # seconds of the driver over which its crop is measured
-OnMissing = Literal["hold", "skip", "fail"]  # what becomes of frames without a face
-MotionBatch = tuple[
-    Motion, "list[np.ndarray | None]"
-]  # motion of some frames, and their face crops where they are shown
+LOOKAHEAD_S = 10  # seconds of the driver over which its crop is calibrated
+OnMissing = Literal["hold", "skip", "fail"]  # what to do with frames without a face
+# motion of some frames, and their driver crops (None: not shown)
+MotionBatch = tuple[Motion, "list[np.ndarray | None]"]
 
 
 class DriverStream:
-    """Iterate over the driver's motion with its face crops; a context manager, one pass.
+    """Iterator over the driver's motion and face crops; a context manager for one pass.
 
     Args:
-        driver: a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
-        tracker: follows the face.
-        face: which one, where there are several: largest, left, right, or index:N, the N-th from the left, from 0.
-        batch: most frames at once.
+        driver: a video, an image, a folder of images, a file written by `Motion.save`, or a CSV of Live Link Face.
+        tracker: finds and follows the face; used by this object alone until it is closed.
+        batch: maximum number of frames in a batch.
         crop_scale: side of the crop in face boxes.
-        shown: side in pixels of the face crops that come with the motion; None: no crops.
-        fps: rate of the frames given; None keeps the driver's.
+        face: which of several faces: largest, left, right, or index:N, the N-th from the left, from 0.
+        crop_size: side of the driver crops that come with the motion, in pixels; None: no crops.
+        fps: output frame rate; None keeps the driver's.
         start: seconds to skip.
         duration: seconds to use; None: to the end.
-        max_frames: most frames to use; None: all.
-        on_missing: repeat the last frame with a face, leave the frame out, or raise `NoFaceError`.
-        smooth: how much the motion is smoothed.
-        reference: frame of those given, from 0, whose motion is kept in `reference`; None: none.
-        camera: (25,), where and as far away as which a CSV's head is seen; None: EG3D's usual.
+        max_frames: maximum number of frames to use; None: all.
+        on_missing: for a frame without a face: repeat the last face, skip the frame, or raise `NoFaceError`.
+        smooth: strength of the motion smoothing.
+        reference: output frame, from 0, whose motion is kept in the attribute `reference`; None: none.
+        camera: (25,), position and distance of the head in a CSV; None: EG3D's.
         track_cache: records the faces at the first pass; later passes with the same driver, tracker, face and frames
             take them from it.
 
-    `fps` is the exact rate, `total` the expected number of frames, `missing` how many showed no face so far,
-    `reference` (one row, or None) is there from the first part on.
+    Attributes:
+        fps: exact output frame rate.
+        total: expected number of frames.
+        missing: frames without a face so far.
+        reference: motion of the reference frame, one row; set before the first batch is yielded.
+        notes: for the user; complete after the last batch.
     """
 
     def __init__(
@@ -91,24 +94,24 @@ class DriverStream:
         self._reference_row = reference
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
-        self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
+        self._crop_reader: VideoReader | None = None  # reads the same frames a second time, for the crops
         self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
         self._stopped = False
         self._track_key = (driver.resolve(), type(tracker), face, fps, start, duration, max_frames)
         if is_motion_file(driver):
             if crop_size is not None:
-                raise InputError(f"{driver} holds no pictures to show beside the result: leave out --compare")
+                raise InputError(f"{driver} holds no images for --compare: leave out --compare")
             if driver.suffix.lower() == ".csv":
                 camera = Camera.orbit(0).to_vector() if camera is None else camera
                 motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), camera)
             else:
                 motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, FAN_POINTS, 0))
             self.fps = motion.fps if fps is None else fps
-            chosen = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
-            if not len(chosen):
-                raise InputError(f"start {start} s lies behind the end of {driver}")
-            self._motion = motion.select(chosen)
-            self.total = len(chosen)
+            rows = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
+            if not len(rows):
+                raise InputError(f"start {start} s is after the end of {driver}")
+            self._motion = motion.select(rows)
+            self.total = len(rows)
         elif has_image_suffix(driver):
             self.fps, self.total = fps or Fraction(25), 1
         else:
@@ -126,14 +129,14 @@ class DriverStream:
         self.stop()
 
     def stop(self) -> None:
-        """Have an iteration that goes on in another thread fail at its next frame."""
+        """Make an iteration in another thread raise `MediaError` at its next frame."""
         self._stopped = True
         for reader in (self._reader, self._crop_reader):
             if reader is not None:
                 reader.close()
 
     def __iter__(self) -> Iterator[MotionBatch]:
-        self._filter = MotionSmoother(self.smooth, self.fps)
+        self._smoother = MotionSmoother(self.smooth, self.fps)
         if self._motion is None:
             yield from self._track()
             return
@@ -142,9 +145,9 @@ class DriverStream:
             self._check_reference(self.total)
             before = self._motion.select(np.arange(self._reference_row + 1))
             self.reference = self._last_row(MotionSmoother(self.smooth, self.fps)(before))
-        for at in range(0, self.total, self.batch):
-            part = self._motion.select(np.arange(at, min(at + self.batch, self.total)))
-            yield self._filter(part), [None] * len(part)
+        for start in range(0, self.total, self.batch):
+            motion = self._motion.select(np.arange(start, min(start + self.batch, self.total)))
+            yield self._smoother(motion), [None] * len(motion)
 
     def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
         if reader is None:
@@ -158,7 +161,7 @@ class DriverStream:
             yield frame
 
     def _faces(self) -> Iterator[tuple[Face | None, tuple[int, int]]]:
-        """The face of each frame, and the frame's size: tracked, or from the tape."""
+        """Yield the face of each frame, tracked or from the cache, and the frame's (width, height)."""
         if self.track_cache is not None and self.track_cache.is_complete(self._track_key):
             for face in self.track_cache:
                 yield face, self.track_cache.size
@@ -166,26 +169,26 @@ class DriverStream:
             return
         if self.track_cache is not None:
             self.track_cache.restart(self._track_key)
-        follow = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
+        track_face = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
         for image in self._images(self._reader):
             size = (image.shape[1], image.shape[0])
-            face = follow(image)
+            face = track_face(image)
             if self.track_cache is not None:
                 self.track_cache.append(face, size)
             yield face, size
-        if self._reader is not None:  # what shows only at the end
+        if self._reader is not None:  # such as a damaged end of the file
             self.notes += [note for note in self._reader.notes if note not in self.notes]
-        self.notes += follow.notes
+        self.notes += track_face.notes
         if self.track_cache is not None:
             self.track_cache.finish(self.notes)
 
     def _track(self) -> Iterator[MotionBatch]:
-        """Track frame by frame; frames wait only until the crop is known, and only their faces and small crops do."""
-        waiting: list[tuple[int, Face | None]] = []  # frame number, face
+        """Track frame by frame; only faces are queued, until the crop is calibrated."""
+        queue: list[tuple[int, Face | None]] = []  # frame index, face
         clip: ClipCalibration | None = None
-        held: Face | None = None
+        last_face: Face | None = None
         size = (0, 0)
-        ahead = max(1, round(LOOKAHEAD_S * self.fps), (self._reference_row or 0) + 1)
+        lookahead = max(1, round(LOOKAHEAD_S * self.fps), (self._reference_row or 0) + 1)
         for index, (face, size) in enumerate(self._faces()):
             if face is None:
                 self.missing += 1
@@ -193,70 +196,69 @@ class DriverStream:
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
                 if self.on_missing == "skip":
                     continue
-            waiting.append((index, face))
-            if clip is None and len(waiting) >= ahead and any(f is not None for _, f in waiting):
-                clip = self._start(waiting, size)
-            if clip is not None and len(waiting) >= self.batch:
-                held = yield from self._flush(waiting, held, clip, size)
-        if not any(f is not None for _, f in waiting) and held is None:
+            queue.append((index, face))
+            if clip is None and len(queue) >= lookahead and any(f is not None for _, f in queue):
+                clip = self._start(queue, size)
+            if clip is not None and len(queue) >= self.batch:
+                last_face = yield from self._flush(queue, last_face, clip, size)
+        if not any(f is not None for _, f in queue) and last_face is None:
             raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
-        if waiting:
-            clip = clip or self._start(waiting, size)
-            yield from self._flush(waiting, held, clip, size, rest=True)
+        if queue:
+            clip = clip or self._start(queue, size)
+            yield from self._flush(queue, last_face, clip, size, final=True)
 
-    def _start(self, waiting: list[tuple[int, Face | None]], size: tuple[int, int]) -> ClipCalibration:
-        """The crop, once enough frames wait; and the reference frame's motion, smoothed like the frames."""
-        clip = self._compute_crop([f for _, f in waiting], size)
+    def _start(self, queue: list[tuple[int, Face | None]], size: tuple[int, int]) -> ClipCalibration:
+        """Calibrate the crop over the queue, and compute the motion of the reference frame, smoothed as all frames."""
+        clip = self._compute_crop([f for _, f in queue], size)
         if self._reference_row is not None:
-            self._check_reference(len(waiting))
-            smoothed = MotionSmoother(self.smooth, self.fps)
-            held = None
-            for at in range(0, self._reference_row + 1, self.batch):
-                part = waiting[at : min(at + self.batch, self._reference_row + 1)]
-                first = held or next(f for _, f in waiting if f is not None)
-                motion, held = self._to_motion(part, first, clip, size)
-                self.reference = self._last_row(smoothed(motion))
+            self._check_reference(len(queue))
+            smoother = MotionSmoother(self.smooth, self.fps)
+            last_face = next(face for _, face in queue if face is not None)
+            for start in range(0, self._reference_row + 1, self.batch):
+                part = queue[start : min(start + self.batch, self._reference_row + 1)]
+                motion, last_face = self._to_motion(part, last_face, clip, size)
+                self.reference = self._last_row(smoother(motion))
         return clip
 
     def _check_reference(self, frames: int) -> None:
         if self._reference_row is not None and self._reference_row >= frames:
-            raise InputError(f"{self.driver} has {frames} frames: there is no reference frame {self._reference_row}")
+            raise InputError(f"{self.driver} has {frames} frames: frame {self._reference_row} cannot be the reference")
 
     @staticmethod
     def _last_row(motion: Motion) -> Motion:
         return motion.select(np.array([-1]))
 
     def _to_motion(
-        self, part: list[tuple[int, Face | None]], last: Face, clip: ClipCalibration, size: tuple[int, int]
+        self, part: list[tuple[int, Face | None]], last_face: Face, clip: ClipCalibration, size: tuple[int, int]
     ) -> tuple[Motion, Face]:
-        """Motion of some frames, those without a face repeating the last one with one, which is returned."""
+        """Return the motion of some frames, which repeats the last face where there is none, and that last face."""
         faces = []
         for _, face in part:
-            last = face or last
-            faces.append(last)
+            last_face = face or last_face
+            faces.append(last_face)
         motion = self.tracker.make_motion(faces, self.fps, size, clip=clip)
-        return replace(motion, found=np.array([face is not None for _, face in part])), last
+        return replace(motion, found=np.array([face is not None for _, face in part])), last_face
 
     def _compute_crop(self, faces: list[Face | None], size: tuple[int, int]) -> ClipCalibration:
-        """The driver's crop, as many face boxes wide as the source's, so that both faces have one size."""
+        """Calibrate the driver's crop: as many face boxes wide as the source's, so that both faces have one size."""
         return self.tracker.calibrate_clip(
             [f for f in faces if f is not None], size, (self.crop_scale, self.crop_scale)
         )
 
     def _flush(
-        self, waiting: list[tuple[int, Face | None]], held: Face | None, clip: ClipCalibration, size: tuple[int, int],
-        *, rest: bool = False,
+        self, queue: list[tuple[int, Face | None]], last_face: Face | None, clip: ClipCalibration,
+        size: tuple[int, int], *, final: bool = False,
     ) -> Generator[MotionBatch, None, Face]:  # fmt: skip
-        """Turn waiting frames into batches; those without a face repeat the last one with one, which is returned."""
-        last = held or next(f for _, f in waiting if f is not None)
-        while len(waiting) >= self.batch or (rest and waiting):
-            part, waiting[:] = waiting[: self.batch], waiting[self.batch :]
-            motion, last = self._to_motion(part, last, clip, size)
-            yield self._filter(motion), [self._driver_crop(index, clip.crop) for index, _ in part]
-        return last
+        """Yield full batches of the queue, with `final` all of it; return the last face."""
+        last_face = last_face or next(face for _, face in queue if face is not None)
+        while len(queue) >= self.batch or (final and queue):
+            part, queue[:] = queue[: self.batch], queue[self.batch :]
+            motion, last_face = self._to_motion(part, last_face, clip, size)
+            yield self._smoother(motion), [self._driver_crop(index, clip.crop) for index, _ in part]
+        return last_face
 
     def _driver_crop(self, index: int, crop: Square) -> np.ndarray | None:
-        """The driver's frame to be shown, read a second time so that none has to wait in memory."""
+        """Return the crop of a frame, which is read a second time so that no frame is queued in memory."""
         if self.crop_size is None:
             return None
         if self._crop_frames is None:
@@ -266,12 +268,12 @@ class DriverStream:
 
 
 def is_motion_file(driver: Path) -> bool:
-    """Whether a driver is a file of numbers, with neither pictures nor sound."""
+    """Return whether a driver is a file of numbers, without images or sound."""
     return driver.suffix.lower() in (".npz", ".csv")
 
 
 def select_audio(driver: Path, audio: str, start: float) -> tuple[Path | None, float]:
-    """The file whose sound joins the result, and where in it to begin: only the driver's own is skipped along.
+    """Return the file with the result's sound, if any, and the second where it starts: `start` in the driver itself.
 
     `audio` is driver, none or a file, as in `ReenactOptions`.
     """

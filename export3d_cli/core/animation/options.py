@@ -1,4 +1,4 @@
-"""What one run is asked for, what it tells while it runs, and what it has done in the end."""
+"""Options of a reenactment, and the summary that every job returns."""
 
 from __future__ import annotations
 
@@ -19,50 +19,48 @@ from export3d_cli.core.runtime.errors import InputError
 Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 Crop = Literal["auto", "none"]
 Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
-PASTE_BACK_MAX_TRAVEL = (
-    0.03  # of the crop's side: how far the head may leave its place where the photograph goes on around it
-)
+PASTE_BACK_MAX_TRAVEL = 0.03  # of the crop's side: how far the head may move within an otherwise still photo
 
 
 @dataclass(frozen=True)
 class ReenactOptions:
-    """How a driver is read, what of it reaches the source, and how the result is written."""
+    """How the driver is read, which of its motion is used, and how the result is written."""
 
     audio: str = "driver"  # driver | none | a file
     crf: int | None = None  # constant rate factor, 0 to 51; None: 18
-    fps: Fraction | None = None  # None: the driver's, exactly
+    fps: Fraction | None = None  # frames/s; None: exactly the driver's
     start: float = 0.0  # seconds
     duration: float | None = None  # seconds
     max_frames: int | None = None
     on_missing: OnMissing = "hold"  # frames without a face
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
-    crop: Crop = "auto"  # of the source: a square around the face, or none: the picture as it is
-    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `frames.frame_size`
-    paste_back: bool = False  # the result within the whole photograph
-    background: str = "source"  # or transparent, #rrggbb, a picture's path
-    face: str = "largest"  # of the source, where it shows several: largest | left | right | index:N
-    driver_face: str = "largest"  # of the driver
-    tracker: TrackerName = "landmarker"  # reads the driver; the source is always read by the landmarker
-    drive: tuple[str, ...] = DRIVABLE  # what of the driver is followed
-    expression_scale: float = 1.0  # 0: the source's own, 1: the driver's
-    pose_scale: float = 1.0
-    pose: Literal["absolute", "relative"] = "absolute"  # the driver's camera, or the source's moved by the driver's
-    relative_expression: bool = False  # the source's expression changed by the driver's change
-    reference_frame: int = 0  # of the driver's frames that are used: what relative control counts from
+    crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
+    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `Geometry.from_photo`
+    paste_back: bool = False  # the frame is the whole photo
+    background: str = "source"  # source | transparent | #rrggbb | path of an image
+    face: str = "largest"  # which face of the source: largest | left | right | index:N
+    driver_face: str = "largest"  # which face of the driver, likewise
+    tracker: TrackerName = "landmarker"  # for the driver; the source is always tracked by the landmarker
+    drive: tuple[str, ...] = DRIVABLE  # which parts of the driver's motion are used
+    expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
+    pose_scale: float = 1.0  # of the head pose, likewise
+    pose: Literal["absolute", "relative"] = "absolute"  # relative: the source's pose, moved as the driver's moves
+    relative_expression: bool = False  # the source's expression plus the driver's change
+    reference_frame: int = 0  # of the used driver frames, from 0: base of the relative pose and expression
     smooth: SmoothingLevel = "light"
-    watermark: Watermark = "none"  # beside the mark in the metadata
+    watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
 
     @property
     def control(self) -> Control:
-        """What of the driver reaches the source."""
+        """The part of these options that controls the motion."""
         limit = PASTE_BACK_MAX_TRAVEL if self.paste_back else None
         return Control(self.drive, self.expression_scale, self.pose_scale, self.pose, self.relative_expression, limit)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written."""
+    """Result of a job."""
 
     out: Path
     frames: int
@@ -74,6 +72,6 @@ class Summary:
 
 
 def check_overwrite(out: Path, overwrite: bool) -> None:
-    """Raise `InputError` where something would be replaced that must not be."""
+    """Raise `InputError` where an existing output would be replaced without `overwrite`."""
     if os.path.lexists(out) and not overwrite:
         raise InputError(f"{out} exists: choose another output or pass --overwrite")

@@ -1,11 +1,12 @@
-"""The parts of a run side by side: what is read, made and written, the first and the last in threads of their own.
+"""Reading, computing and writing in parallel: reading and writing run in threads of their own.
 
-    with VideoWriter(...) as writer, Behind(writer.write, 2) as behind, Ahead(pictures, 2) as ahead:
-        for picture in ahead:
-            behind.put(make(picture))
+    with VideoWriter(...) as writer, BackgroundWriter(writer.write, 2) as background:
+        with PrefetchIterator(images, 2) as inputs:
+            for image in inputs:
+                background.put(compute(image))
 
-Results and their order are those of a plain loop. However the block is left - at its end, by an error of any part, by
-Ctrl-C - both threads have ended when what was opened before them is closed.
+Results and their order are those of a plain loop. When the block is left - normally, by an error of any part, or by
+Ctrl-C - both threads have ended before anything that was opened before them is closed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def _noop(*_: object) -> None:
 
 
 class _Worker:
-    """A thread between `__enter__` and `_leave`; `_room` bounds, and `_queue` carries, what goes from side to side."""
+    """A thread that runs from `__enter__` to `_leave`; `_queue` carries items, and `_slots` bounds their number."""
 
     def __init__(self, depth: int, stop: Callable[[], None]) -> None:
-        # a semaphore is written in Python, and Ctrl-C in the middle of it would leave it locked
+        # not a semaphore, which is written in Python: Ctrl-C within it would leave it locked
         self._slots: SimpleQueue[None] = SimpleQueue()
         for _ in range(depth):
             self._slots.put(None)
@@ -36,16 +37,16 @@ class _Worker:
         self._stop = stop
         self._leaving = self._ended = False
         self._error: BaseException | None = None
-        # waited for; a daemon, so that Ctrl-C in the moment of its start, or a second one, cannot hold up the exit
+        # always joined; a daemon, so that Ctrl-C while it starts, or a second Ctrl-C, cannot block the exit
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self: _Self) -> _Self:
         try:
             self._thread.start()
-        except BaseException as error:  # Ctrl-C comes here, too, and then the thread may have begun
+        except BaseException as error:  # after Ctrl-C the thread may have started
             self._leaving = True
             self._wake()
-            if isinstance(error, RuntimeError):  # there is no room for another thread
+            if isinstance(error, RuntimeError):  # the system allows no more threads
                 raise MemoryError(str(error)) from error
             raise
         return self
@@ -58,12 +59,12 @@ class _Worker:
                 self._stop()
         finally:
             self._thread.join()
-            self._error = None  # its traceback leads back here
+            self._error = None  # breaks the reference cycle through its traceback
 
     def _run(self) -> None:
         try:
             self._loop()
-        except BaseException as error:  # to be raised in the other one
+        except BaseException as error:  # raised again in the user's thread
             self._error = error
         self._ended = True
         self._wake()
@@ -72,7 +73,7 @@ class _Worker:
         raise NotImplementedError
 
     def _wake(self) -> None:
-        """Let go whichever side waits for the other."""
+        """Wake the side that waits for the other."""
         self._slots.put(None)
         self._queue.put(_END)
 
@@ -82,14 +83,14 @@ class _Worker:
 
 
 class PrefetchIterator(_Worker, Generic[T]):
-    """Iterate over items that a thread makes, at most `depth` of them before they are asked for.
+    """Iterator over items that a thread computes, at most `depth` of them ahead.
 
-    A context manager, one pass. What the items raise is raised in their place.
+    A context manager for one pass. An exception of `items` is raised at its place in the iteration.
 
     Args:
-        items: iterated over, and closed, by the thread alone.
+        items: iterated over, and closed, by the thread only.
         depth: 1 or more.
-        stop: called where the block is left before the last item, so that the next one is not waited for.
+        stop: called when the block is left before the last item; must make `items` end soon.
     """
 
     def __init__(self, items: Iterable[T], depth: int, *, stop: Callable[[], None] = _noop) -> None:
@@ -114,16 +115,19 @@ class PrefetchIterator(_Worker, Generic[T]):
 
 
 class BackgroundWriter(_Worker, Generic[T]):
-    """Has a thread do something with each item that is `put`, in order, while at most `depth` of them are not done.
+    """Calls a function with each item in a thread, in order, while at most `depth` items are pending.
 
-    A context manager: at its end all is done, or, where it is left by an exception, what waits is dropped. What `do`
-    raises is raised by the next `put`, or at the end.
+    A context manager: all items are written at its end; after an exception pending items are dropped. An exception of
+    `write` is raised by the next `put`, or at the end.
 
     Args:
-        do: called by the thread.
+        write: called by the thread.
         depth: 1 or more.
-        told: called by the user's thread, in `put` and at the end, with 1, 2, ... as items are done.
-        stop: called where the block is left by an exception, so that the item in work is not waited for.
+        on_written: called by the user's thread, in `put` and at the end, with the numbers 1, 2, ... of written items.
+        stop: called when the block is left by an exception; must make `write` return soon.
+
+    Attributes:
+        written: number of written items.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class BackgroundWriter(_Worker, Generic[T]):
         self.written = 0
 
     def put(self, item: T) -> None:
-        """Hand over the next item; waits while there is no room."""
+        """Pass the next item; wait while `depth` items are pending."""
         self._wait()
         self._queue.put(item)
 
@@ -144,7 +148,7 @@ class BackgroundWriter(_Worker, Generic[T]):
         early = True
         try:
             if kind is None:
-                for _ in range(self._depth):  # all the room there is: nothing is left to do
+                for _ in range(self._depth):  # when all slots are free, nothing is pending
                     self._wait()
                 early = False
         finally:

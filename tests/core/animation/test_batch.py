@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.batch import output_paths, plan_reenact, reenact_all
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
@@ -54,6 +55,43 @@ def test_a_driver_is_tracked_once_and_a_failure_stops_no_other(
     np.testing.assert_array_equal(shared, own)  # from the tape as from the driver
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Node 3 failed\nat invoke"), MemoryError("x")]
+)
+def test_reenact_all_records_a_portrait_that_runs_out_of_memory_and_continues(
+    animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:  # fmt: skip
+    first, calls, render = [], [], Animator._render
+
+    def failing(self: Animator, portrait: Portrait, *args: object, **named: object) -> object:
+        first[:] = first or [portrait]
+        calls.append(portrait)
+        if portrait is first[0]:
+            raise error
+        return render(self, portrait, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Animator, "_render", failing)
+    summary = reenact_all(animator, portraits[::2], make_clip("clip.mp4"), str(tmp_path / "{src}.mp4"), FAST)
+    assert [done.out.name for done in summary.done] == ["b.mp4"]
+    (failure,) = summary.failed
+    assert "a.png" in failure and type(error).__name__ in failure and "\n" not in failure
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("error", [TypeError("bug"), NotImplementedError("bug"), KeyboardInterrupt()])
+def test_reenact_all_raises_programming_errors(
+    animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:  # fmt: skip
+    def failing(*args: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Animator, "_render", failing)
+    with pytest.raises(type(error)):
+        reenact_all(animator, portraits[::2], make_clip("clip.mp4"), str(tmp_path / "{src}.mp4"), FAST)
+
+
 def test_existing_results_are_kept_unless_overwritten(
     animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path
 ) -> None:
@@ -83,7 +121,7 @@ def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rename"):
         output_paths([Path("x/a.png"), Path("y/a.jpg")], Path("d.mp4"), "{src}.mp4")
     for bad in ("{name}.mp4", "{src.parent}.mp4", "{src", "{0}.mp4"):
-        with pytest.raises(InputError, match="place"):
+        with pytest.raises(InputError, match="placeholder"):
             output_paths(sources[:1], Path("d.mp4"), bad)
 
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_written_or_read_is_said_first(tmp_path: Path) -> None:
     for bad in ("#12", "#gggggg", "nowhere.png"):
         with pytest.raises(InputError, match=bad):
             check_outputs([tmp_path / "a.mp4"], bad)
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="not an image"):
         check_outputs([tmp_path / "a.mp4"], str(example_path("drive.mp4")))
-    with pytest.raises(InputError, match="one photo"):
+    with pytest.raises(InputError, match="must be a photo"):
         read_portrait(example_path("drive.mp4"))

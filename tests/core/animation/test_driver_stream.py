@@ -172,8 +172,8 @@ def test_a_motion_file_streams_its_rows(make_clip: MakeClip, tracker: Landmarker
     beta, _, crops = read(driver)
     np.testing.assert_array_equal(beta, motion.beta[1:5])
     assert (driver.total, driver.missing, driver.fps, crops) == (4, 1, 25, [None] * 4)
-    with pytest.raises(InputError, match="lies behind the end"):
+    with pytest.raises(InputError, match="is after the end"):
         stream(path, tracker, start=5.0)
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         stream(path, tracker, crop_size=16)
     assert isinstance(Motion.load(path), Motion)

@@ -82,7 +82,7 @@ def test_expression_arithmetic_is_in_lambda() -> None:
     with pytest.raises(InputError, match="reference"):
         relative.target_expression(own, driver, None)
     for bad in ((), ("hair",)):
-        with pytest.raises(InputError, match="name expression"):
+        with pytest.raises(InputError, match="must be expression"):
             Control(drive=bad)
 
 
@@ -162,7 +162,7 @@ def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
     (tmp_path / "take.csv").write_text("\n".join([",".join(header), *rows]))
     summary = reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "out.mp4")
     assert (summary.frames, summary.missing, summary.fps) == (6, 0, Fraction(60000, 1001))
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "no.mp4", ReenactOptions(compare=True))
 
 
