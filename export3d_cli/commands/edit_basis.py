@@ -1,4 +1,4 @@
-"""`export3d edit-basis [SRC] --v 4 --scale 1:10`: coefficients of the expression basis move."""
+"""`export3d edit-basis [SRC] --v 4 --scale 1:10`: change coefficients of the expression basis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from export3d_cli import console, options
 if TYPE_CHECKING:
     from export3d_cli.core.animation.basis_description import BasisDescription
 
-GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to the usual one of their clip
+GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this range around their clip's mean
 
 
 @click.command("edit-basis")
@@ -22,15 +22,19 @@ GRID_SCALE = (-6.0, 6.0)  # of filmed people 98 % of all values are as near to t
     "-o", "--output", type=options.OUTPUT_FILE,
     help="Video, or .png/.jpg with --grid.  [default: edit_basis.mp4 or .png, replaced]",
 )  # fmt: skip
-@click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Basis vector, from 1.")
+@click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Number of a basis vector, from 1.")
 @click.option(
-    "--scale", "scales", type=options.NumberRange(), multiple=True, help="Its value, A to B; may be negative."
+    "--scale",
+    "scales",
+    type=options.NumberRange(),
+    multiple=True,
+    help="Change of its coefficient, from A to B; may be negative.",
 )
 @click.option(
     "--grid", is_flag=True,
-    help=f"Write a contact sheet: a row a --v (default: all), five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",
+    help=f"Contact sheet: a row per --v (default: all) with five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",
 )  # fmt: skip
-@click.option("--describe", is_flag=True, help="Tell what every basis vector means, and write nothing.")
+@click.option("--describe", is_flag=True, help="Print the meaning of every basis vector; write nothing.")
 @options.source_options
 @options.frames_option(60)
 @options.fps_option
@@ -58,9 +62,9 @@ def edit_basis(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Move coefficients of the expression basis in the portrait SRC (the bundled example when none is given).
+    """Change coefficients of the expression basis in the portrait SRC (default: the bundled example).
 
-    Several --v take one --scale each, in order; with --grid one may serve all.
+    Each --v takes one --scale, in order; with --grid one --scale can apply to all.
     """
     from export3d_cli import core
 
@@ -74,7 +78,7 @@ def edit_basis(
             if not values:
                 raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
     if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
-        raise click.BadParameter(f"{len(vectors)} times --v but {len(scales)} times --scale: give one --scale per --v")
+        raise click.BadParameter(f"give one --scale per --v, got {len(vectors)} --v and {len(scales)} --scale")
     if output is not None:
         core.check_overwrite(output, overwrite)
         core.check_crf(output, crf)
@@ -95,7 +99,7 @@ def edit_basis(
 
 
 def _print_basis(basis: BasisDescription, as_json: bool) -> None:
-    """One line for each vector: what moves lambda_i (per standard deviation), what b_i moves (pixels at 256)."""
+    """Print a line per vector: changes of lambda_i per standard deviation, and what b_i moves in pixels at 256."""
     if as_json:
         console.print_summary(basis, as_json=True)
         return

@@ -1,4 +1,4 @@
-"""`export3d novel-view [SRC] --yaw A:B`: the camera moves around a portrait."""
+"""`export3d novel-view [SRC] --yaw A:B`: move the camera around a portrait."""
 
 from __future__ import annotations
 
@@ -17,17 +17,29 @@ from export3d_cli import console, options
     help="Video, or .png/.jpg for one view.  [default: novel_view.mp4 or .png, replaced]",
 )  # fmt: skip
 @click.option(
-    "--yaw", type=options.NumberRange(), default="-30:30", show_default=True, help="Degrees, + is to the image's right."
+    "--yaw",
+    type=options.NumberRange(),
+    default="-30:30",
+    show_default=True,
+    help="Yaw in degrees; + turns the head to the image's right.",
 )
-@click.option("--pitch", type=options.NumberRange(), help="Degrees, + is up.")
-@click.option("--roll", type=options.NumberRange(), help="Degrees, + is clockwise.")
-@click.option("--frames", type=click.IntRange(1, 100_000), help="Length.  [default: 60; 9 views with --grid]")
-@click.option("--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True, help="Path.")
-@click.option("--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, with yaw and pitch.")
-@click.option("--depth", is_flag=True, help="Show the depth in colours: near is red, far is blue.")
+@click.option("--pitch", type=options.NumberRange(), help="Pitch in degrees; + is up.")
+@click.option("--roll", type=options.NumberRange(), help="Roll in degrees; + is clockwise.")
+@click.option("--frames", type=click.IntRange(1, 100_000), help="Number of frames.  [default: 60; 9 views with --grid]")
+@click.option(
+    "--loop",
+    type=click.Choice(["pingpong", "once"]),
+    default="pingpong",
+    show_default=True,
+    help="Sweep there and back, or once.",
+)
+@click.option(
+    "--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, labelled with yaw and pitch."
+)
+@click.option("--depth", is_flag=True, help="Render the depth in colours: red is near, blue is far.")
 @click.option(
     "--mesh", type=options.OUTPUT_FILE, metavar="OUT.ply|OUT.glb",
-    help="Write the head as a mesh (metres, y up), and pictures only where -o, --grid or --depth ask for them.",
+    help="Write the head as a mesh (metres, y up); other outputs only with -o, --grid or --depth.",
 )  # fmt: skip
 @options.source_options
 @options.fps_option
@@ -60,7 +72,7 @@ def novel_view(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Turn the portrait SRC (the bundled example when none is given), from A to B degrees.
+    """Turn the portrait SRC (default: the bundled example) from A to B degrees.
 
     A single angle, or --frames 1, makes a picture.
     """

@@ -1,4 +1,4 @@
-"""`export3d reenact SRC... DRIVE -o OUT`: portraits follow a driver."""
+"""`export3d reenact SRC... DRIVE -o OUT`: animate portraits by a driver."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from export3d_cli import console, options
 
 def _check_audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value not in ("driver", "none") and not Path(value).is_file():
-        raise click.BadParameter(f"there is no file {value!r}; use driver, none or a file with sound", ctx, param)
+        raise click.BadParameter(f"audio must be driver, none or a file with sound, got {value!r}", ctx, param)
     return value
 
 
 def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     parts = tuple(dict.fromkeys(value.split(",")))
     if not set(parts) <= {"expression", "pose"}:
-        raise click.BadParameter(f"{value!r} cannot be driven; use expression, pose or expression,pose", ctx, param)
+        raise click.BadParameter(f"drive must be expression, pose or expression,pose, got {value!r}", ctx, param)
     return parts
 
 
@@ -29,56 +29,72 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @click.command()
 @click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1, required=True)
 @click.argument("driver", type=options.EXISTING_PATH, metavar="DRIVE")
-@click.option("-o", "--output", required=True, help="mp4, mov, mkv, webm or gif; or as {src}-{drive}.mp4; or a folder.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.",
+)
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of DRIVE to skip.")
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of DRIVE to use.  [default: all]")
 @click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames.")
-@click.option("--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: the driver's, exactly]")
+@click.option("--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: exactly the driver's]")
 @click.option(
     "--audio",
     default="driver",
     show_default=True,
     metavar="driver|none|FILE",
     callback=_check_audio,
-    help="Sound to add.",
+    help="Sound of the result.",
 )
 @click.option(
     "--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
-    help="What to do with driver frames that show no face.",
+    help="For driver frames without a face: repeat the last motion, leave the frame out, or stop.",
 )  # fmt: skip
 @options.source_options
 @click.option(
     "--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
-    callback=options.validate_face, help="Face of DRIVE to follow, chosen where it first shows any.",
+    callback=options.validate_face, help="Which face of DRIVE to follow, chosen in the first frame with a face.",
 )  # fmt: skip
 @click.option(
     "--drive", default="expression,pose", show_default=True, metavar="expression,pose", callback=_parse_drive,
-    help="What of DRIVE to follow; the rest stays SRC's own.",
+    help="Parts of DRIVE's motion to use; the others stay as in SRC.",
 )  # fmt: skip
 @click.option(
-    "--expression-scale", type=SCALE_RANGE, default=1.0, help="0: SRC's own, 1: DRIVE's, and on.  [default: 1]"
+    "--expression-scale",
+    type=SCALE_RANGE,
+    default=1.0,
+    help="Strength of DRIVE's expression: 0 keeps SRC's, 1 copies DRIVE's, more exaggerates.  [default: 1]",
 )
-@click.option("--pose-scale", type=SCALE_RANGE, default=1.0, help="The same for the head's pose.  [default: 1]")
+@click.option(
+    "--pose-scale", type=SCALE_RANGE, default=1.0, help="Strength of DRIVE's head pose, likewise.  [default: 1]"
+)
 @click.option(
     "--pose", type=click.Choice(["absolute", "relative"]), default="absolute", show_default=True,
-    help="The pose of DRIVE, or SRC's own moved as DRIVE moves from its reference frame.",
+    help="absolute: DRIVE's pose; relative: SRC's pose, moved as DRIVE moves from its reference frame.",
 )  # fmt: skip
 @click.option(
     "--relative-expression/--absolute-expression", default=False,
-    help="Add DRIVE's change of expression from its reference frame to SRC's own.  [default: absolute]",
+    help="Add DRIVE's change of expression from its reference frame to SRC's expression.  [default: absolute]",
 )  # fmt: skip
-@click.option("--reference-frame", type=click.IntRange(0), default=0, show_default=True, help="Of the frames used.")
+@click.option(
+    "--reference-frame",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Frame of DRIVE, from 0 after --start, that relative motion refers to.",
+)
 @options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
-@click.option("--paste-back", is_flag=True, help="Put the result into the whole photo, at its own resolution.")
+@click.option("--paste-back", is_flag=True, help="Blend the result into the whole photo, at the photo's resolution.")
 @click.option(
     "--background", default="source", show_default=True, metavar="source|#rrggbb|FILE|transparent",
-    help="What is behind the person; transparent for .webm, .mov and FOLDER/%05d.png.",
+    help="Background behind the person; transparent needs .webm, .mov or FOLDER/%05d.png.",
 )  # fmt: skip
 @options.batch_option
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Has no effect: rendering is deterministic.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, with an estimate, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and an estimate of the time; write nothing.")
 @options.quality_option
 @options.model_options
 @options.output_options
@@ -94,7 +110,7 @@ def reenact(
 ) -> None:
     """Animate the portraits SRC with the head and face motion of DRIVE.
 
-    DRIVE is a video, an image, a .motion.npz or a CSV of Live Link Face. Frame rate and sound are the driver's.
+    DRIVE is a video, an image, a .motion.npz or a CSV of Live Link Face. The result has its frame rate and sound.
     """
     from export3d_cli import core
 
@@ -103,7 +119,7 @@ def reenact(
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background, job.crf)
-    if len(paths) == 1 and not dry_run:  # of several, those that are there are left out
+    if len(paths) == 1 and not dry_run:  # of several outputs, existing ones are skipped
         core.check_overwrite(paths[0], job.overwrite)
     animator = core.Animator.from_weights(**model)
     if dry_run:

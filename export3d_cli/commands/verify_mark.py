@@ -1,4 +1,4 @@
-"""`export3d verify-mark FILE`: was a video or picture made here?"""
+"""`export3d verify-mark FILE`: detect the marks of synthetic media."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from export3d_cli import console, options
 @options.json_option
 @click.pass_context
 def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
-    """Look in FILE for the marks that say it is synthetic: in the metadata, and in the picture (--watermark invisible).
+    """Search FILE for marks of this program: in the metadata, and in the picture (--watermark invisible).
 
-    Exit code 0 when one is found, 1 when none is; that a file has none proves nothing.
+    The exit code is 0 if a mark is found, else 1. A file without marks can still be synthetic.
     """
     from export3d_cli import core
 
@@ -25,7 +25,7 @@ def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
         console.print_summary(marks, as_json=True)
     else:
         click.echo(f"metadata: {_found_or_none(marks.metadata)}")
-        score = f"score {marks.score:.1f}, {marks.threshold:.0f} or more is a find, {marks.frames} frames"
+        score = f"score {marks.score:.1f}, threshold {marks.threshold:.0f}, {marks.frames} frames"
         click.echo(f"invisible mark: {_found_or_none(marks.invisible)} ({score})")
     ctx.exit(0 if marks.found else 1)
 
