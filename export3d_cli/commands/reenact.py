@@ -93,7 +93,12 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     help="Background behind the person; transparent needs .webm, .mov or FOLDER/%05d.png.",
 )  # fmt: skip
 @options.batch_option
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Has no effect: rendering is deterministic.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    help="Has no effect: rendering is deterministic.  [default: 0]",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and an estimate of the time; write nothing.")
 @options.quality_option
 @options.model_options

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -80,11 +81,35 @@ def precision_notes(name: str, device: torch.device) -> list[str]:
     return [f"{name} is much slower than fp32 on this CPU: use --precision auto"]
 
 
+class _Tf32Off:
+    """Turns TF32 convolutions off while any thread is in the block: the flag belongs to the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._previous = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._previous, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                torch.backends.cudnn.allow_tf32 = self._previous
+
+
+_TF32_OFF = _Tf32Off()
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Return a context that computes in bf16 or fp16; for fp32 on CUDA, one without TF32 convolutions."""
     dtype = HALF_DTYPES.get(precision)
     if dtype is None and device.type == "cuda":
-        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        return _TF32_OFF
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
