@@ -23,7 +23,7 @@ from export3d_cli.core.face.motion import mirror_beta, mirror_camera, mirror_lan
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.frame_cache import Clip, FaceDataset, resize_square
 
-HARD_PAIR_CANDIDATES = 8  # candidate drivers of which the most different one is chosen
+HARD_PAIR_CANDIDATES = 8  # candidate drivers; the most different one is chosen
 WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = (
     4,
     16,

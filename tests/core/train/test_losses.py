@@ -162,11 +162,11 @@ def test_flow_loss_covers_visible_parts_at_several_scales() -> None:
     target, known = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 8, 8)
     known[..., :4] = 1
     config = make_train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "flow": 2}})
-    beside = torch.ones(1, 3, 16, 16)
-    beside[..., 1::2] = -1  # differences of single pixels cancel out in cells
+    alternating = torch.ones(1, 3, 16, 16)
+    alternating[..., 1::2] = -1  # differences of single pixels cancel out in cells
     marks = torch.zeros(1, 478, 2)
     batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known)
-    for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (beside, 2 * 0.5 / 3)):
+    for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (alternating, 2 * 0.5 / 3)):
         shown = resize(known, 16).mean().item() / 0.5  # the mask has a soft border
         output = Output(
             target, target, known, known, None, None, warped_photo=sampled.requires_grad_(), source_visibility=known
