@@ -74,7 +74,7 @@ def test_an_existing_output_is_kept(tiny, tmp_path):
     assert out.read_bytes() == b"mine"
     files = example_path("source.jpg"), example_path("drive.mp4")
     for command in (("reenact", *files), ("novel-view",), ("edit-basis", "--grid")):
-        early = run(*command, "-o", out, "--weights", "nowhere")  # told before weights are looked for
+        early = run(*command, "-o", out, "--weights", "nowhere")  # refused before the weights are resolved
         assert early.exit_code == 2, early.output
     assert reenact(tiny, out, "--max-frames", "1", "--overwrite").exit_code == 0
     assert probe(out).width == 128
@@ -141,9 +141,9 @@ def test_several_sources_and_a_failure_is_1(tiny, tmp_path):
 def test_controls_and_dry_run(tiny, tmp_path):
     controls = ["--drive", "pose", "--pose", "relative", "--pose-scale", "1.5", "--smooth", "strong", "--seed", "3"]
     out = tmp_path / "{src}.mp4"
-    told = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
-    assert told.exit_code == 0, told.output
-    plan = json.loads(told.stdout)
+    result = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
     assert (plan["frames"], plan["sources"][0]["size"], plan["sources"][0]["exists"]) == (3, [128, 128], False)
     assert list(tmp_path.iterdir()) == []
     assert "face at" in reenact(tiny, out, "--max-frames", "3", "--dry-run").stderr
@@ -187,8 +187,8 @@ def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
         frame = next(iter(reader)).astype(int)
     assert frame.shape == photo.shape
     assert np.abs(frame[-8:] - photo[-8:]).mean() < 4  # below the crop the photo goes on
-    told = reenact(tiny, out, *fast, "--paste-back", "--compare", "--dry-run", "--overwrite", "--json")
-    assert json.loads(told.stdout)["sources"][0]["size"] == [3 * 512, 512]
+    result = reenact(tiny, out, *fast, "--paste-back", "--compare", "--dry-run", "--overwrite", "--json")
+    assert json.loads(result.stdout)["sources"][0]["size"] == [3 * 512, 512]
     for name, args in (
         ("a.webm", ["transparent", "--compare"]), ("f/%02d.png", ["transparent", "--paste-back"]),
         ("b.mp4", ["#00ff00"]), ("c.mp4", [example_path("source.jpg"), "--paste-back", "--compare"]),
@@ -200,7 +200,7 @@ def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
     assert len(list((tmp_path / "f").iterdir())) == 2
 
 
-def test_what_goes_not_together_is_2_before_weights_are_read(tmp_path):
+def test_conflicting_options_exit_2_before_weights_are_read(tmp_path):
     for name, args, hint in (
         ("a.mp4", ["--background", "transparent"], ".webm"),
         ("a.mp4", ["--background", "#12345"], "#00ff00"),

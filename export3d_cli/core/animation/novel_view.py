@@ -27,7 +27,7 @@ from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 
-MAX_CACHED_BYTES = 128 << 20  # of frames that are kept because their camera comes again
+MAX_CACHED_BYTES = 128 << 20  # of frames kept because their camera recurs
 ROW_COLUMNS = 5  # so many views of a contact sheet stay in one row
 Range = tuple[float, float]
 

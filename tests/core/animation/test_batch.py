@@ -130,16 +130,16 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(
 ) -> None:
     clip = make_clip("clip.mp4")
     before = sorted(tmp_path.rglob("*"))
-    told = plan_reenact(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
+    plan = plan_reenact(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
     assert sorted(tmp_path.rglob("*")) == before
-    assert (told.frames, told.fps, told.device) == (6, reenact_rate(clip), "cpu fp32")
-    assert [s.size for s in told.sources] == [(384, 128)] * 2
-    assert [s.out.name for s in told.sources] == ["a-clip.mp4", "b-clip.mp4"]
+    assert (plan.frames, plan.fps, plan.device) == (6, reenact_rate(clip), "cpu fp32")
+    assert [s.size for s in plan.sources] == [(384, 128)] * 2
+    assert [s.out.name for s in plan.sources] == ["a-clip.mp4", "b-clip.mp4"]
     width = read_image(SOURCE).shape[1]
-    (a, b) = (s.face for s in told.sources)
+    (a, b) = (s.face for s in plan.sources)
     assert abs(a[0] - (width - b[2])) < 0.05 * width  # mirrored
-    assert told.seconds > 0
-    assert told.memory_mb is None or told.memory_mb > 50
+    assert plan.seconds > 0
+    assert plan.memory_mb is None or plan.memory_mb > 50
     with pytest.raises(NoFaceError, match="wall"):
         plan_reenact(animator, portraits, clip, str(tmp_path))
 

@@ -37,7 +37,7 @@ def glb_colours(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
-    """An animator whose volume is a ball, redder to the image's right, with a crumb beside it."""
+    """An animator whose volume is a ball, redder to the image's right, with a small blob next to it."""
 
     density = animator.model.config.surface_density
 

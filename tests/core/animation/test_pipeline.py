@@ -87,27 +87,27 @@ def test_items_come_in_order_and_never_far_ahead(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_what_is_put_is_done_in_order_and_told_here(depth: int) -> None:
-    done, told, threads, gate = [], [], set(), threading.Semaphore(0)
+def test_writer_runs_items_in_order_and_reports_in_the_calling_thread(depth: int) -> None:
+    done, reported, threads, gate = [], [], set(), threading.Semaphore(0)
 
     def do(k: int) -> None:
         gate.acquire()
         threads.add(threading.get_ident())
         done.append(k)
 
-    def tell(count: int) -> None:
+    def report(count: int) -> None:
         assert threading.current_thread() is threading.main_thread() and len(done) >= count
-        told.append(count)
+        reported.append(count)
 
-    with BackgroundWriter(do, depth, on_written=tell) as behind:
+    with BackgroundWriter(do, depth, on_written=report) as behind:
         for k in range(20):
             if k >= depth:  # no room before one more is done
                 assert len(done) == k - depth
                 gate.release()
             behind.put(k)
-        assert told == list(range(1, 21 - depth))
+        assert reported == list(range(1, 21 - depth))
         gate.release(depth)
-    assert done == list(range(20)) and told == list(range(1, 21)) and behind.written == 20
+    assert done == list(range(20)) and reported == list(range(1, 21)) and behind.written == 20
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
@@ -127,11 +127,11 @@ def test_errors_keep_type_place_and_order() -> None:
     got: list[int] = []
     with (
         PrefetchIterator(Counting(3, NoFaceError("none here")), 2) as ahead,
-        pytest.raises(NoFaceError, match="none") as told,
+        pytest.raises(NoFaceError, match="none") as raised,
     ):
         got.extend(ahead)
     assert got == [0, 1, 2]
-    assert "raise self.error" in "".join(traceback.format_tb(told.value.__traceback__))
+    assert "raise self.error" in "".join(traceback.format_tb(raised.value.__traceback__))
 
     def fail(k: int) -> None:
         if k == 2:
@@ -144,10 +144,10 @@ def test_errors_keep_type_place_and_order() -> None:
     assert got == [0, 1, 2, 0, -1] and items.made == 4
     assert 'raise MediaError(f"not' in "".join(traceback.format_tb(failed.value.__traceback__))
     with pytest.raises(MediaError, match="not 2"):
-        put_all(fail, 9, [2])  # told at the end
+        put_all(fail, 9, [2])  # raised at the end
 
 
-def test_who_swallows_an_error_meets_it_again() -> None:
+def test_writer_raises_a_swallowed_error_again() -> None:
     with pytest.raises(ZeroDivisionError), BackgroundWriter(lambda k: 1 / k, 1) as behind:  # noqa: PT012 - also at the end
         behind.put(0)
         for _ in range(3):
@@ -232,16 +232,16 @@ def test_the_bytes_of_a_plain_loop(
 ) -> None:
     job = ReenactOptions(audio="none", **options)  # type: ignore[arg-type]
     clip = make_clip("gap3.mp4", filters="drawbox=enable='between(n,3,4)':t=fill:color=black:w=iw:h=ih", frames=9)
-    wanted, told = plain(animator, clip, tmp_path / "plain.mp4", job), []
+    wanted, reported = plain(animator, clip, tmp_path / "plain.mp4", job), []
 
     def progress(stage: str, done: int, total: int | None) -> None:
         assert threading.current_thread() is threading.main_thread()
-        told.append(done)
+        reported.append(done)
 
     summary = reenact(animator, SOURCE, clip, tmp_path / "out.mp4", job, progress=progress)
     assert (summary.frames, summary.missing, summary.notes) == wanted
     assert wanted[:2] == ((7, 2) if job.on_missing == "skip" else (9, 2))
-    assert told == list(range(1, wanted[0] + 1))
+    assert reported == list(range(1, wanted[0] + 1))
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
 
 
@@ -273,9 +273,9 @@ def test_an_error_of_any_part(
     with monkeypatch.context() as patch:
         error = ValueError(part)
         threads = fail_at(patch, owner, name, seen + call, error)
-        with pytest.raises(ValueError, match=part) as told:
+        with pytest.raises(ValueError, match=part) as raised:
             reenact(animator, SOURCE, clip, out)
-    assert told.value is error
+    assert raised.value is error
     assert "in failing" in "".join(traceback.format_tb(error.__traceback__))
     main = threading.main_thread().name
     assert len(threads) == seen + call and set(threads[seen:]) == ({main} if part == "make" else set(threads) - {main})

@@ -1,4 +1,4 @@
-"""What of the driver reaches the source: identities that hold for any weights and any face."""
+"""Retargeting identities that hold for any weights and any face."""
 
 from __future__ import annotations
 

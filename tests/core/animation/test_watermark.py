@@ -117,12 +117,12 @@ def verify(*args: object) -> tuple[int, str]:
 
 
 def test_the_command_tells_both_marks(tmp_path: Path, frames: list[np.ndarray]) -> None:
-    code, told = verify(example_path("source.jpg"))
+    code, output = verify(example_path("source.jpg"))
     assert code == 1
-    assert "metadata: none\ninvisible mark: none (score" in told
+    assert "metadata: none\ninvisible mark: none (score" in output
     written(tmp_path / "a.mp4", [get_watermarker("invisible")(frame) for frame in frames])
-    code, told = verify(tmp_path / "a.mp4", "--json")
-    marks = json.loads(told)
+    code, output = verify(tmp_path / "a.mp4", "--json")
+    marks = json.loads(output)
     assert (code, marks["found"], marks["metadata"], marks["invisible"]) == (0, True, True, True)
     (tmp_path / "text.mp4").write_text("no video")
     assert verify(tmp_path / "text.mp4")[0] == 2
