@@ -55,7 +55,7 @@ class ModelConfig:
     lids: int = 0  # base width of the eyelid inpainter (open eyes hide the lids); 0: none
     # fraction of the learned residual flow that is applied on the face; above 0 the residual also depends on lambda
     face_residual_ratio: float = 0.0
-    # calibration of trained weights, used at inference only; measured for the weights that carry it
+    # calibration of trained weights (`CALIBRATION`), used at inference only; measured for the weights that carry it
     expression_gain: float = 1.0  # factor on changes of lambda that makes frames show the driver's expression; 1: none
     # distance of lambda from the line between two frames within which the CPU interpolates their tri-planes, for the
     # qualities fast and balanced; lambda of an expression is about 3 long; 0: never
@@ -68,6 +68,7 @@ class ModelConfig:
         return BETA_DIM if self.expression == "direct" else self.basis
 
 
+CALIBRATION = ("expression_gain", "triplane_tolerance", "surface_density")  # fields of `ModelConfig`, see there
 INPAINTERS = ("mouth", "eyes", "lids")  # stages that train the inpainter of the same name in `ModelConfig`
 STAGES = ("clebs", *INPAINTERS, "reconstruction", "adversarial", "pose_debias")  # in training order
 

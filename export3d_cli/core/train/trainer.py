@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.loading import save_yaml
-from export3d_cli.core.config.schema import INPAINTERS, STAGES, TrainConfig
+from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, STAGES, ModelConfig, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence, save_weights
 from export3d_cli.core.model.export3d import Export3D
@@ -56,6 +56,9 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             "license is not set: name the licence of the trained weights, for example --license CC-BY-4.0 "
             "(what your training data and initial weights allow)"
         )
+    if config.init:
+        init_model = load_weights(resolve_weights(config.init))[1]
+        config = replace(config, model=_inherit_calibration(config.model, init_model))
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(init_distributed(pick_device(config.device)))
         stack.enter_context(torch_state(threads=config.threads, seed=config.seed, device=world.device))
@@ -164,6 +167,12 @@ def _train_pose_debias(run: TrainingRun, model: Export3D, sampler: PairSampler) 
     return _make_summary(run, "pose_debias", steps_done, finished=finished, values=stage.values)
 
 
+def _inherit_calibration(model: ModelConfig, init_model: ModelConfig) -> ModelConfig:
+    """Return `model` with the calibration of the initial weights, except for fields that the configuration sets."""
+    unset = [name for name in CALIBRATION if getattr(model, name) == getattr(ModelConfig, name)]
+    return replace(model, **{name: getattr(init_model, name) for name in unset})
+
+
 def _load_initial_weights(model: Export3D, run: TrainingRun) -> None:
     """Fill a new model from `init`, or its expression code and basis flow from `expression_from`."""
     config = run.config
@@ -174,7 +183,8 @@ def _load_initial_weights(model: Export3D, run: TrainingRun) -> None:
             run.report_progress("data", 0, 0, message=message)
     if config.init:
         state, init_config, _ = load_weights(resolve_weights(config.init))
-        init_config = replace(init_config, raw_size=config.model.raw_size)
+        kept = {name: getattr(config.model, name) for name in ("raw_size", *CALIBRATION)}
+        init_config = replace(init_config, **kept)
         new_state: dict[str, Tensor] = {}
         for stage in INPAINTERS:
             if not getattr(init_config, stage) and stage in config.stages:  # this run adds the inpainter

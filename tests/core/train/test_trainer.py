@@ -128,6 +128,15 @@ def test_init_with_another_size_is_refused(tiny: TrainConfig, tmp_path: Path) ->
     assert train(replace(other, stages=("reconstruction",), steps=1)).step == 1
 
 
+def test_init_passes_its_calibration_on(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, stages=("reconstruction",), steps=1)
+    first = train(replace(config, model=replace(tiny.model, expression_gain=1.1, surface_density=5.0)))
+    model = replace(tiny.model, surface_density=6.0)  # set by the configuration
+    second = train(replace(config, run=str(tmp_path / "second"), init=str(first.weights), model=model))
+    saved = load_weights(second.weights)[1]
+    assert (saved.expression_gain, saved.surface_density) == (1.1, 6.0)
+
+
 def test_expression_from_takes_code_and_flow_of_other_weights(tiny: TrainConfig, tmp_path: Path) -> None:
     first = train(replace(tiny, stages=("clebs",)))
     other = replace(tiny, run=str(tmp_path / "other"), stages=("reconstruction",), seed=5, steps=2)
