@@ -141,3 +141,16 @@ def test_options_without_effect_are_refused(line: str, unused: str) -> None:
     result = CliRunner().invoke(cli, line.split())
     assert result.exit_code == 2
     assert unused in result.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/TRAINING.md", "weights/README.md"])
+def test_documents_name_only_existing_options(name: str) -> None:
+    """In lines with one `export3d COMMAND` the options of that command, elsewhere those of any command."""
+    text = (TESTS.parent / name).read_text(encoding="utf-8")
+    every = {flag for _, option in OPTIONS for flag in (*option.opts, *option.secondary_opts)}
+    other_programs = {"--index-url", "--nproc-per-node", "--no-deps"}
+    for line in text.splitlines():
+        commands = re.findall(r"export3d(?:_cli)? ([a-z][a-z-]*)", line)
+        of_command = {flag for command, option in OPTIONS if command in commands for flag in option.opts}
+        known = (of_command if len(set(commands)) == 1 else every) | other_programs | {"--help"}
+        assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) - known, line
