@@ -19,6 +19,8 @@ LOSS_TERMS = (
 
 def test_train_runs_all_stages_on_another_device(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
     adversarial = replace(
         tiny.adversarial, steps=2, channel_max=8, channel_base=64, mapping_layers=1, r1_gamma=1.0, r1_interval=1
     )
