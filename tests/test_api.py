@@ -1,4 +1,4 @@
-"""What is written about the Python API runs: the doctests of the public door, and the blocks of README.md in order."""
+"""The documented Python API runs: the doctest of the core package, and the code blocks of README.md in order."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ data: {path: [data]}
 """
 
 
-def test_the_examples_of_the_door_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the embedded weights: one portrait, three frames."""
+def test_doctest_of_the_core_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One portrait and three frames with the embedded weights."""
     result = doctest.testmod(core, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
     assert result.attempted >= 10
 
 
-def test_types_are_shipped() -> None:
+def test_type_marker_is_shipped() -> None:
     assert (ROOT / "export3d_cli" / "py.typed").is_file()
 
 
 @pytest.fixture
 def tiny_by_default(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small untrained weights where none are named: the same calls, in a hundredth of the time."""
+    """Make tiny untrained weights the default, for speed."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     torch.manual_seed(0)
     save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
@@ -55,7 +55,7 @@ def tiny_by_default(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     )
 
 
-def test_the_python_of_the_readme_runs(
+def test_code_blocks_of_the_readme_run(
     tiny_by_default: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_the_python_of_the_readme_runs(
     assert lines[-1] == "True"  # the mark was found
 
 
-def test_pictures_of_the_readme_are_there_and_small() -> None:
+def test_readme_pictures_exist_and_are_small() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = [ROOT / name for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)]
     assert len(shown) >= 5

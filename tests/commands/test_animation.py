@@ -1,4 +1,4 @@
-"""The commands that animate, with a tiny untrained model: options, files, exit codes; not how it looks."""
+"""Animation commands with tiny untrained weights: options, files, exit codes; not how results look."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def reenact(tiny, out, *args, source=None, driver=None):
     return run("reenact", *files, "-o", out, "--weights", tiny, "--device", "cpu", *args)
 
 
-def test_reenact_keeps_the_rate_and_tells_in_json(tiny, tmp_path):
+def test_reenact_keeps_the_frame_rate_and_prints_json(tiny, tmp_path):
     out = tmp_path / "out.mp4"
     result = reenact(tiny, out, "--max-frames", "5", "--json")
     assert result.exit_code == 0, result.output
@@ -51,13 +51,13 @@ def test_reenact_keeps_the_rate_and_tells_in_json(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_the_same_command_gives_the_same_bytes(tiny, tmp_path):
+def test_reenact_twice_gives_the_same_bytes(tiny, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         assert reenact(tiny, tmp_path / name, "--max-frames", "2", "--audio", "none").exit_code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
-def test_compare_start_duration_and_fps(tiny, tmp_path):
+def test_reenact_compare_start_duration_and_fps(tiny, tmp_path):
     out = tmp_path / "out.mkv"
     result = reenact(tiny, out, "--compare", "--start", "0.2", "--duration", "0.5", "--fps", "10")
     assert result.exit_code == 0, result.output
@@ -65,7 +65,7 @@ def test_compare_start_duration_and_fps(tiny, tmp_path):
     assert (info.width, info.height, info.fps, info.frame_count) == (384, 128, 10, 5)
 
 
-def test_an_existing_output_is_kept(tiny, tmp_path):
+def test_existing_output_is_kept_without_overwrite(tiny, tmp_path):
     out = tmp_path / "out.mp4"
     out.write_bytes(b"mine")
     result = reenact(tiny, out, "--max-frames", "1")
@@ -74,13 +74,13 @@ def test_an_existing_output_is_kept(tiny, tmp_path):
     assert out.read_bytes() == b"mine"
     files = example_path("source.jpg"), example_path("drive.mp4")
     for command in (("reenact", *files), ("novel-view",), ("edit-basis", "--grid")):
-        early = run(*command, "-o", out, "--weights", "nowhere")  # refused before the weights are resolved
+        early = run(*command, "-o", out, "--weights", "nowhere")  # refused before weights are loaded
         assert early.exit_code == 2, early.output
     assert reenact(tiny, out, "--max-frames", "1", "--overwrite").exit_code == 0
     assert probe(out).width == 128
 
 
-def test_no_face_is_3_and_names_the_file(tiny, tmp_path):
+def test_missing_face_exits_3_and_names_the_file(tiny, tmp_path):
     write_image(tmp_path / "wall.png", np.full((200, 200, 3), 128, np.uint8))
     result = reenact(tiny, tmp_path / "out.mp4", source=tmp_path / "wall.png")
     assert result.exit_code == 3
@@ -88,7 +88,7 @@ def test_no_face_is_3_and_names_the_file(tiny, tmp_path):
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_bad_files_are_2_and_bad_weights_4(tiny, tmp_path):
+def test_bad_files_exit_2_and_bad_weights_exit_4(tiny, tmp_path):
     (tmp_path / "text.jpg").write_text("not a picture")
     assert reenact(tiny, tmp_path / "out.mp4", source=tmp_path / "text.jpg").exit_code == 2
     assert reenact(tiny, tmp_path / "out.mp4", driver=tmp_path / "text.jpg").exit_code == 2
@@ -98,7 +98,7 @@ def test_bad_files_are_2_and_bad_weights_4(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["text.jpg"]
 
 
-def test_a_preprocessed_motion_drives(tiny, tmp_path):
+def test_preprocessed_motion_drives(tiny, tmp_path):
     motion = tmp_path / "drive.motion.npz"
     assert run("preprocess", example_path("drive.mp4"), "-o", motion, "--max-frames", "4").exit_code == 0
     assert reenact(tiny, tmp_path / "out.mp4", driver=motion).exit_code == 0
@@ -108,7 +108,7 @@ def test_a_preprocessed_motion_drives(tiny, tmp_path):
 @pytest.mark.parametrize(
     "args", [["novel-view", "--yaw", "-30:30", "--loop", "once"], ["edit-basis", "--v", "4", "--scale", "1:10"]]
 )
-def test_views_and_edits_need_no_file(tiny, tmp_path, monkeypatch, args):
+def test_novel_view_and_edit_basis_default_to_the_example(tiny, tmp_path, monkeypatch, args):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the default output is replaced
         result = run(*args, "--frames", "3", "--weights", tiny, "--device", "cpu")
@@ -118,13 +118,13 @@ def test_views_and_edits_need_no_file(tiny, tmp_path, monkeypatch, args):
     assert len(list(VideoReader(out))) == 3
 
 
-def test_a_basis_vector_that_does_not_exist_is_2(tiny, tmp_path):
+def test_missing_basis_vector_exits_2(tiny, tmp_path):
     result = run("edit-basis", "--v", "99", "--scale", "1:2", "--weights", tiny, "-o", tmp_path / "x.mp4")
     assert result.exit_code == 2
     assert "99" in result.stderr
 
 
-def test_several_sources_and_a_failure_is_1(tiny, tmp_path):
+def test_failure_among_several_sources_exits_1(tiny, tmp_path):
     write_image(tmp_path / "wall.png", np.full((200, 200, 3), 128, np.uint8))
     files = [example_path("source.jpg"), tmp_path / "wall.png", example_path("drive.mp4")]
     options = ["--weights", tiny, "--device", "cpu", "--max-frames", "2", "--audio", "none"]
@@ -138,7 +138,7 @@ def test_several_sources_and_a_failure_is_1(tiny, tmp_path):
     assert again.exit_code == 2
 
 
-def test_controls_and_dry_run(tiny, tmp_path):
+def test_reenact_controls_and_dry_run(tiny, tmp_path):
     controls = ["--drive", "pose", "--pose", "relative", "--pose-scale", "1.5", "--smooth", "strong", "--seed", "3"]
     out = tmp_path / "{src}.mp4"
     result = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
@@ -167,7 +167,7 @@ def test_controls_and_dry_run(tiny, tmp_path):
     assert not (tmp_path / "no.mp4").exists()
 
 
-def test_a_folder_of_pictures_drives_and_pictures_come_out(tiny, tmp_path):
+def test_reenact_from_and_to_image_folders(tiny, tmp_path):
     shots = tmp_path / "shots"
     shots.mkdir()
     for i in range(2):
@@ -178,7 +178,7 @@ def test_a_folder_of_pictures_drives_and_pictures_come_out(tiny, tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["000.png", "001.png"]
 
 
-def test_the_whole_photo_and_other_backgrounds(tiny, tmp_path):
+def test_reenact_paste_back_and_backgrounds(tiny, tmp_path):
     fast = ["--max-frames", "2", "--audio", "none"]
     photo = read_image(example_path("source.jpg"))
     out = tmp_path / "back.mp4"
@@ -215,7 +215,7 @@ def test_conflicting_options_exit_2_before_weights_are_read(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_video_is_no_portrait_and_a_picture_may_stay_uncut(tiny, tmp_path):
+def test_video_as_portrait_is_refused_and_crop_none_keeps_the_photo(tiny, tmp_path):
     film = example_path("drive.mp4")
     for result in (
         reenact(tiny, tmp_path / "a.mp4", source=film),

@@ -1,4 +1,4 @@
-"""Several sources and one driver, and the plan of it, with tiny untrained weights."""
+"""Several portraits with one driver, and their plan, with tiny untrained weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FAST = ReenactOptions(audio="none", max_frames=3)
 
 @pytest.fixture
 def portraits(tmp_path: Path) -> list[Path]:
-    """Two photos, the second mirrored, and a wall between them."""
+    """A photo, a plain wall, and the photo mirrored."""
     photo = read_image(SOURCE)
     for name, image in (("a", photo), ("wall", np.full_like(photo, 90)), ("b", np.ascontiguousarray(photo[:, ::-1]))):
         write_image(tmp_path / f"{name}.png", image)
     return [tmp_path / f"{name}.png" for name in ("a", "wall", "b")]
 
 
-def test_a_driver_is_tracked_once_and_a_failure_stops_no_other(
+def test_reenact_all_tracks_the_driver_once_and_continues_after_a_failure(
     animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = make_clip("gap2.mp4", filters="drawbox=enable='between(n,3,4)':t=fill:color=black:w=iw:h=ih")
@@ -51,8 +51,8 @@ def test_a_driver_is_tracked_once_and_a_failure_stops_no_other(
     assert (
         len(tracked) == 3 * 3 + 9
     )  # each source three times; the driver once, a first frame and one after a cut three times, a repeated one never
-    shared, own = (list(VideoReader(path)) for path in (tmp_path / "out" / "b-gap2.mp4", alone))
-    np.testing.assert_array_equal(shared, own)  # from the tape as from the driver
+    shared, expected = (list(VideoReader(path)) for path in (tmp_path / "out" / "b-gap2.mp4", alone))
+    np.testing.assert_array_equal(shared, expected)  # the cache gives the driver's motion
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_reenact_all_raises_programming_errors(
         reenact_all(animator, portraits[::2], make_clip("clip.mp4"), str(tmp_path / "{src}.mp4"), FAST)
 
 
-def test_existing_results_are_kept_unless_overwritten(
+def test_reenact_all_keeps_existing_outputs_without_overwrite(
     animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path
 ) -> None:
     out = tmp_path / "a-clip.mp4"
@@ -107,7 +107,7 @@ def test_existing_results_are_kept_unless_overwritten(
     assert len(list(VideoReader(out))) == 3
 
 
-def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
+def test_output_paths_stay_inside_their_folder(tmp_path: Path) -> None:
     sources = [Path("x/my photo.jpg"), Path("..me.jpg"), Path("y/日本.png"), Path("z/a;rm -rf $HOME.png")]
     paths = output_paths(sources, Path("d/drive.motion.npz"), f"{tmp_path}/{{src}}/{{src}}-{{drive}}.mp4")
     assert [str(p.relative_to(tmp_path)) for p in paths] == [
@@ -125,14 +125,14 @@ def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
             output_paths(sources[:1], Path("d.mp4"), bad)
 
 
-def test_a_plan_says_what_would_be_done_and_writes_nothing(
+def test_plan_reenact_writes_nothing(
     animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path
 ) -> None:
     clip = make_clip("clip.mp4")
     before = sorted(tmp_path.rglob("*"))
     plan = plan_reenact(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
     assert sorted(tmp_path.rglob("*")) == before
-    assert (plan.frames, plan.fps, plan.device) == (6, reenact_rate(clip), "cpu fp32")
+    assert (plan.frames, plan.fps, plan.device) == (6, read_fps(clip), "cpu fp32")
     assert [s.size for s in plan.sources] == [(384, 128)] * 2
     assert [s.out.name for s in plan.sources] == ["a-clip.mp4", "b-clip.mp4"]
     width = read_image(SOURCE).shape[1]
@@ -144,6 +144,6 @@ def test_a_plan_says_what_would_be_done_and_writes_nothing(
         plan_reenact(animator, portraits, clip, str(tmp_path))
 
 
-def reenact_rate(clip: Path) -> object:
+def read_fps(clip: Path) -> object:
     with VideoReader(clip) as reader:
         return reader.info.fps

@@ -1,4 +1,4 @@
-"""Results laid back into the photograph, and other backgrounds; without a model."""
+"""Paste-back and backgrounds, without a model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SQUARE = (151.3, 90.6, 301.7)  # within the photo
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """A portrait in a wide picture, 640 x 481."""
+    """Return a portrait in a wide photo, 640 x 481."""
     face = cv2.resize(read_image(example_path("source.jpg")), (400, 400), interpolation=cv2.INTER_AREA)
     wide = np.full((481, 640, 3), 140, np.uint8)
     wide[60:460, 100:500] = face
     return wide
 
 
-def test_outside_the_square_the_photo_is_untouched_and_deep_inside_the_result_stands(photo: np.ndarray) -> None:
+def test_blend_keeps_the_photo_outside_and_the_result_inside_the_square(photo: np.ndarray) -> None:
     paste = PasteBack(photo, SQUARE, 64)
     frame = paste.blend(np.full((64, 64, 3), 7, np.uint8), photo)
     x0, y0, side = SQUARE
@@ -45,8 +45,8 @@ def test_outside_the_square_the_photo_is_untouched_and_deep_inside_the_result_st
     assert np.abs(np.diff(ramp)).max() < 1.6 / (FEATHER * side)  # no step anywhere
 
 
-def test_the_photo_s_own_crop_comes_back_in_place(photo: np.ndarray) -> None:
-    """Cutting and pasting is the identity but for resolution: nothing is shifted, and borders show no step."""
+def test_blend_of_the_photo_s_own_crop_gives_the_photo(photo: np.ndarray) -> None:
+    """Cropping and pasting is the identity except for resolution: no shift, and no step at the borders."""
     smooth = cv2.GaussianBlur(photo, (0, 0), 3)
     frame = PasteBack(smooth, SQUARE, 256).blend(crop_image(smooth, SQUARE, 256), smooth)
     error = np.abs(frame.astype(int) - smooth)
@@ -57,18 +57,18 @@ def test_the_photo_s_own_crop_comes_back_in_place(photo: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("square", [(-40.5, -30.0, 560.0), (10.0, 20.0, 40.0), (500.0, 300.0, 300.0)])
-def test_squares_may_reach_outside_or_be_smaller_than_the_result(photo: np.ndarray, square: tuple) -> None:
+def test_blend_of_squares_outside_the_photo_or_smaller_than_the_result(photo: np.ndarray, square: tuple) -> None:
     smooth = cv2.GaussianBlur(photo, (0, 0), 3)
     frame = PasteBack(smooth, square, 128).blend(crop_image(smooth, square, 128), smooth)
     assert frame.shape == photo.shape
     error = np.abs(frame.astype(int) - smooth)
     assert error.mean() < 0.8
     grey = PasteBack(smooth, square, 128).blend(np.zeros((128, 128, 3), np.uint8), smooth)
-    if square[0] < 0:  # at the photo's own border there is nothing to blend with
+    if square[0] < 0:  # no fade at the photo's border
         assert (grey[:400, 0] == 0).all()
 
 
-def test_without_options_a_result_is_the_frame(photo: np.ndarray) -> None:
+def test_compositor_without_options_returns_the_result(photo: np.ndarray) -> None:
     source = crop_image(photo, SQUARE, 64)
     result = source[::-1].copy()
     composer = Compositor(photo, source, SQUARE)
@@ -82,7 +82,7 @@ def test_without_options_a_result_is_the_frame(photo: np.ndarray) -> None:
     assert (frame[:, 640:1121] == 9).all()
 
 
-def test_backgrounds_are_put_behind_the_person(photo: np.ndarray, tmp_path: Path) -> None:
+def test_background_is_composited_behind_the_person(photo: np.ndarray, tmp_path: Path) -> None:
     source = crop_image(photo, SQUARE, 256)
     green = Compositor(photo, source, SQUARE, background="#00ff10")(source)
     assert (green[3, 3] == (0, 255, 16)).all()
@@ -103,8 +103,8 @@ def test_backgrounds_are_put_behind_the_person(photo: np.ndarray, tmp_path: Path
     assert (frame[3, 1124, 3], frame[250, 1121 + 300, 3]) == (0, 255)
 
 
-def test_with_paste_back_the_person_s_edge_runs_on_through_the_square_s_border(photo: np.ndarray) -> None:
-    """The same picture in the square as around it: the alpha of both blends into one."""
+def test_paste_back_continues_the_person_s_edge_across_the_square_s_border(photo: np.ndarray) -> None:
+    """The square shows the same image as the photo: both alphas blend into one."""
     source = crop_image(photo, SQUARE, 256)
     composer = Compositor(photo, source, SQUARE, background="transparent", paste_back=True)
     first = composer(source)
@@ -112,7 +112,7 @@ def test_with_paste_back_the_person_s_edge_runs_on_through_the_square_s_border(p
     assert (first[300:450, 280:330, 3] == 255).all()  # neck to chest, across the lower border at 392
 
 
-def test_a_picture_covers_the_frame_with_its_middle(tmp_path: Path) -> None:
+def test_load_backdrop_crops_an_image_around_its_centre(tmp_path: Path) -> None:
     stripes = np.zeros((10, 30, 3), np.uint8)
     stripes[:, 10:20] = 200
     write_image(tmp_path / "wide.png", stripes)
@@ -122,7 +122,7 @@ def test_a_picture_covers_the_frame_with_its_middle(tmp_path: Path) -> None:
     assert (load_backdrop("#0a0B0c", (4, 2)) == (10, 11, 12)).all()
 
 
-def test_what_cannot_be_written_or_read_is_said_first(tmp_path: Path) -> None:
+def test_check_outputs_refuses_unusable_outputs_and_backgrounds(tmp_path: Path) -> None:
     for name in ("a.webm", "a.mov", "frames/%05d.png"):
         check_outputs([tmp_path / name], "transparent")
     for name in ("a.mp4", "a.mkv", "a.gif"):

@@ -1,4 +1,4 @@
-"""A driver as a stream: the same motion whatever the batch, frames without a face, motion files at other rates."""
+"""Driver streams: batch sizes, frames without a face, motion files at other frame rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stream(driver: Path, tracker: LandmarkerTracker, **options: Any) -> DriverSt
 
 
 def read(driver: DriverStream) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
-    """beta, landmarks and crops of all frames."""
+    """Return beta, landmarks and crops of all frames."""
     with driver:
         parts = list(driver)
     assert all(len(motion) == len(crops) <= driver.batch for motion, crops in parts)
@@ -42,7 +42,7 @@ def read(driver: DriverStream) -> tuple[np.ndarray, np.ndarray, list[np.ndarray 
     return beta, landmarks, [crop for _, crops in parts for crop in crops]
 
 
-def test_batches_do_not_change_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
+def test_motion_does_not_depend_on_the_batch_size(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("clip.mp4")
     results = [read(stream(clip, tracker, batch=batch)) for batch in (1, 4, 100)]
     for beta, landmarks, crops in results:
@@ -52,10 +52,10 @@ def test_batches_do_not_change_the_motion(make_clip: MakeClip, tracker: Landmark
         np.testing.assert_array_equal(landmarks, results[0][1])
 
 
-def test_crop_known_early_changes_nothing_for_a_short_clip(
+def test_short_lookahead_gives_the_same_motion_for_a_short_clip(
     make_clip: MakeClip, tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frames leave before the clip has ended, as they do in a long one, shown frames in step with the motion."""
+    """Batches are yielded before the clip ends, as for a long clip, and crops match the motion."""
     clip = make_clip("dark.mp4", filters=BLACK.format("between(n,3,4)"), frames=8)
     waited = read(stream(clip, tracker, batch=2, crop_size=32))
     monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0)
@@ -64,7 +64,7 @@ def test_crop_known_early_changes_nothing_for_a_short_clip(
     assert [int(crop.mean()) < 5 for crop in early[2]] == [False] * 3 + [True] * 2 + [False] * 3
 
 
-def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
+def test_driver_crops_match_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("clip.mp4")
     with stream(clip, tracker, crop_size=48, max_frames=3) as driver:
         motion, crops = next(iter(driver))
@@ -76,7 +76,7 @@ def test_shown_crops_are_those_of_the_motion(make_clip: MakeClip, tracker: Landm
     assert 1 / np.median(extent) == pytest.approx(2.1, rel=1e-3)  # side of the crop in face boxes
 
 
-def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
+def test_on_missing_holds_skips_or_fails(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("gap.mp4", filters=BLACK.format("eq(n,0)+between(n,3,4)"))
     held = stream(clip, tracker)
     beta, landmarks, _ = read(held)
@@ -93,7 +93,7 @@ def test_frames_without_a_face_are_held_left_out_or_refused(make_clip: MakeClip,
 
 
 def test_track_cache_serves_only_the_recorded_pass(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
-    """Another face, number of frames or driver is tracked again; the same pass is not."""
+    """The same pass is read from the cache; another face, number of frames or driver is tracked."""
     two = make_clip("mirrored.mp4", filters="split[a][b];[b]hflip[c];[a][c]hstack")
     with TrackCache() as cache:
         for options in ({"face": "left"}, {"face": "right"}, {"face": "right", "max_frames": 3}):
@@ -104,7 +104,7 @@ def test_track_cache_serves_only_the_recorded_pass(make_clip: MakeClip, tracker:
                 np.testing.assert_array_equal(beta, expected[0])
 
 
-def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
+def test_hidden_face_is_not_replaced_by_another(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     two = "scale=192:192,split[a][b];[b]hflip,crop=160:160,scale=192:192[c];[a][c]hstack"
     hidden = "drawbox=enable='between(n,3,4)':t=fill:color=gray:x={}:y=30:w=120:h=130"
     clip = make_clip("two.mp4", filters=two + "," + hidden.format(36), frames=7)
@@ -118,13 +118,13 @@ def test_one_face_of_two_is_followed_while_it_is_hidden(make_clip: MakeClip, tra
 
 
 @pytest.mark.parametrize("on_missing", ["hold", "skip"])
-def test_a_driver_without_any_face(make_clip: MakeClip, tracker: LandmarkerTracker, on_missing: str) -> None:
+def test_driver_without_any_face_raises(make_clip: MakeClip, tracker: LandmarkerTracker, on_missing: str) -> None:
     clip = make_clip("black.mp4", filters=BLACK.format("1"))
     with pytest.raises(NoFaceError, match=r"black\.mp4"):
         read(stream(clip, tracker, on_missing=on_missing))
 
 
-def test_a_folder_of_pictures_drives_as_the_video_does(
+def test_folder_of_images_gives_the_motion_of_the_video(
     make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path
 ) -> None:
     clip = make_clip("clip.mp4")
@@ -139,7 +139,7 @@ def test_a_folder_of_pictures_drives_as_the_video_does(
     assert all(crop is not None for crop in crops)
 
 
-def test_a_picture_is_one_frame(tracker: LandmarkerTracker) -> None:
+def test_image_driver_is_one_frame(tracker: LandmarkerTracker) -> None:
     driver = stream(example_path("source.jpg"), tracker, crop_size=16)
     beta, _, crops = read(driver)
     assert (len(beta), driver.total, driver.fps) == (1, 1, 25)
@@ -158,11 +158,13 @@ def test_a_picture_is_one_frame(tracker: LandmarkerTracker) -> None:
         ("1", 0.0, None, [0]),
     ],
 )
-def test_rows_of_a_motion_keep_its_time(fps: str, start: float, duration: float | None, expected: list[int]) -> None:
+def test_resampled_rows_keep_the_motion_s_timing(
+    fps: str, start: float, duration: float | None, expected: list[int]
+) -> None:
     assert resample_rows(10, Fraction(25), Fraction(fps), start, duration).tolist() == expected
 
 
-def test_a_motion_file_streams_its_rows(make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path) -> None:
+def test_motion_file_streams_its_rows(make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path) -> None:
     frames = list(VideoReader(make_clip("clip.mp4")))
     motion = tracker.make_motion(tracker.track_frames(frames), Fraction(25), (frames[0].shape[1], frames[0].shape[0]))
     motion.found[2] = False

@@ -1,4 +1,4 @@
-"""The head as a mesh: of a volume whose surface is known, and of the tiny model."""
+"""Mesh export of a volume with a known surface, and of the tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RADIUS = 0.2
 
 
 def glb_colours(path: Path) -> np.ndarray:
-    """COLOR_0 of the one part of a .glb of a matt material, (V, 4) uint8."""
+    """Return COLOR_0 of the only primitive of a .glb with a matte material, (V, 4) uint8."""
     data = path.read_bytes()
     length = int.from_bytes(data[12:16], "little")
     tree = json.loads(data[20 : 20 + length])
@@ -37,7 +37,7 @@ def glb_colours(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
-    """An animator whose volume is a ball, redder to the image's right, with a small blob next to it."""
+    """An animator whose volume is a ball, red on the image's right, and a small separate ball."""
 
     density = animator.model.config.surface_density
 
@@ -45,21 +45,21 @@ def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
         portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         assert beta is None
-        away = np.linalg.norm(points - CENTRE, axis=1)
-        crumb = np.linalg.norm(points + 0.3, axis=1) < 0.04
-        colours = np.stack([np.sign(points[:, 0] - CENTRE[0]), 0 * away, 0 * away - 2], axis=1)
-        return colours, np.where(crumb, 2 * density, density * (1 + (RADIUS - away) / 0.1)).clip(0)
+        distance = np.linalg.norm(points - CENTRE, axis=1)
+        small_ball = np.linalg.norm(points + 0.3, axis=1) < 0.04
+        colours = np.stack([np.sign(points[:, 0] - CENTRE[0]), 0 * distance, 0 * distance - 2], axis=1)
+        return colours, np.where(small_ball, 2 * density, density * (1 + (RADIUS - distance) / 0.1)).clip(0)
 
     monkeypatch.setattr(animator, "query_field", query_field)
     monkeypatch.setattr(mesh_export, "_person_alpha", lambda animator, portrait, points: np.ones(len(points)))
     return animator
 
 
-def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Animator, tmp_path: Path) -> None:
+def test_mesh_follows_the_density_in_metres_and_upright(ball: Animator, tmp_path: Path) -> None:
     mesh = extract_head_mesh(ball, ball.portrait(read_image(example_path("source.jpg"))), resolution=48)
     centre = CENTRE * [0.5, -0.5, -0.5]  # y up, z to the viewer
-    away = np.linalg.norm(mesh.vertices - centre, axis=1)
-    np.testing.assert_allclose(away, RADIUS / 2, atol=0.5 / 48 / 4)
+    distance = np.linalg.norm(mesh.vertices - centre, axis=1)
+    np.testing.assert_allclose(distance, RADIUS / 2, atol=0.5 / 48 / 4)
     right = mesh.vertices[:, 0] > centre[0] + 0.01
     assert (mesh.colours[right] == (255, 128, 0)).all()
     for name in ("a.ply", "a.glb"):
@@ -75,18 +75,18 @@ def test_the_surface_lies_where_the_density_says_in_metres_and_upright(ball: Ani
     assert (glb_colours(tmp_path / "a.glb")[right, :3] == (255, 55, 0)).all()  # glTF's are linear
 
 
-def test_the_tiny_model_s_head_is_cut_out_of_its_surroundings(animator: Animator) -> None:
+def test_head_mesh_excludes_the_photo_s_surroundings(animator: Animator) -> None:
     portrait = animator.portrait(read_image(example_path("source.jpg")))
     mesh = extract_head_mesh(animator, portrait, resolution=32)
     assert len(mesh.vertices) > 100
     assert mesh.faces.max() == len(mesh.vertices) - 1
     assert np.abs(mesh.vertices).max() <= 0.26
-    at = portrait.camera.project(mesh.vertices * [2, -2, -2])
-    assert at.min() > -0.1
-    assert at.max() < 1.1
+    uv = portrait.camera.project(mesh.vertices * [2, -2, -2])
+    assert uv.min() > -0.1
+    assert uv.max() < 1.1
 
 
-def test_what_is_missing_or_misnamed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_mesh_output_names_wrong_suffix_and_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"\.obj"):
         mesh_export.check_mesh_output(Path("a.obj"))
 

@@ -1,4 +1,4 @@
-"""What is read, made and written side by side: in order, never far ahead, and over when it is left, however it is."""
+"""Reading and writing in threads: order, look-ahead limits, errors, and threads that end when the block is left."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ SOURCE = example_path("source.jpg")
 
 
 @pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
+def check_no_thread_remains() -> Iterator[None]:
     before = threading.enumerate()
     yield
-    deadline = time.monotonic() + 10  # those of an ffmpeg end a moment after it
+    deadline = time.monotonic() + 10  # threads that serve ffmpeg end shortly after it
     while set(threading.enumerate()) - set(before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert set(threading.enumerate()) <= set(before)
 
 
-def until(true: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while not true() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert true()
+    assert condition()
 
 
-class Counting:
-    """0, 1, 2, ..., and how many were made, by whom, and whether it was closed by the same."""
+class CountingItems:
+    """Iterable of 0, 1, 2, ... that records how many it yielded, in which threads, and whether it was closed."""
 
     def __init__(self, count: int, error: BaseException | None = None) -> None:
         self.count, self.error = count, error
-        self.made, self.closed, self.threads = 0, False, set[int]()
+        self.yielded, self.closed, self.threads = 0, False, set[int]()
 
     def __iter__(self) -> Iterator[int]:
         try:
             for k in range(self.count):
                 self.threads.add(threading.get_ident())
-                self.made += 1
+                self.yielded += 1
                 yield k
             if self.error is not None:
                 raise self.error
@@ -72,25 +72,25 @@ class Counting:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_items_come_in_order_and_never_far_ahead(depth: int) -> None:
-    items, got = Counting(40), []
-    with PrefetchIterator(items, depth) as ahead:
-        until(lambda: items.made == depth)
-        time.sleep(0.02)  # it would go on now
-        for k in ahead:
-            assert items.made <= k + 1 + depth
+def test_prefetch_iterator_keeps_order_and_depth(depth: int) -> None:
+    items, got = CountingItems(40), []
+    with PrefetchIterator(items, depth) as inputs:
+        wait_until(lambda: items.yielded == depth)
+        time.sleep(0.02)  # time to exceed the depth
+        for k in inputs:
+            assert items.yielded <= k + 1 + depth
             if k == 7:
-                until(lambda: items.made == 8 + depth)
+                wait_until(lambda: items.yielded == 8 + depth)
             got.append(k)
     assert got == list(range(40))
     assert items.closed and len(items.threads) == 1 and threading.get_ident() not in items.threads
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_writer_runs_items_in_order_and_reports_in_the_calling_thread(depth: int) -> None:
+def test_background_writer_keeps_order_and_reports_in_the_user_s_thread(depth: int) -> None:
     done, reported, threads, gate = [], [], set(), threading.Semaphore(0)
 
-    def do(k: int) -> None:
+    def write(k: int) -> None:
         gate.acquire()
         threads.add(threading.get_ident())
         done.append(k)
@@ -99,37 +99,37 @@ def test_writer_runs_items_in_order_and_reports_in_the_calling_thread(depth: int
         assert threading.current_thread() is threading.main_thread() and len(done) >= count
         reported.append(count)
 
-    with BackgroundWriter(do, depth, on_written=report) as behind:
+    with BackgroundWriter(write, depth, on_written=report) as background:
         for k in range(20):
-            if k >= depth:  # no room before one more is done
+            if k >= depth:  # no free slot before one more is written
                 assert len(done) == k - depth
                 gate.release()
-            behind.put(k)
+            background.put(k)
         assert reported == list(range(1, 21 - depth))
         gate.release(depth)
-    assert done == list(range(20)) and reported == list(range(1, 21)) and behind.written == 20
+    assert done == list(range(20)) and reported == list(range(1, 21)) and background.written == 20
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
-def test_nothing_to_do() -> None:
-    with PrefetchIterator([], 2) as ahead, BackgroundWriter(print, 2) as behind:
-        assert list(ahead) == []
-    assert behind.written == 0
+def test_pipeline_without_items() -> None:
+    with PrefetchIterator([], 2) as inputs, BackgroundWriter(print, 2) as background:
+        assert list(inputs) == []
+    assert background.written == 0
 
 
-def put_all(do: Callable[[int], object], depth: int, items: Iterable[int]) -> None:
-    with BackgroundWriter(do, depth) as behind:
+def put_all(write: Callable[[int], object], depth: int, items: Iterable[int]) -> None:
+    with BackgroundWriter(write, depth) as background:
         for k in items:
-            behind.put(k)
+            background.put(k)
 
 
-def test_errors_keep_type_place_and_order() -> None:
+def test_errors_keep_type_traceback_and_position() -> None:
     got: list[int] = []
     with (
-        PrefetchIterator(Counting(3, NoFaceError("none here")), 2) as ahead,
+        PrefetchIterator(CountingItems(3, NoFaceError("none here")), 2) as inputs,
         pytest.raises(NoFaceError, match="none") as raised,
     ):
-        got.extend(ahead)
+        got.extend(inputs)
     assert got == [0, 1, 2]
     assert "raise self.error" in "".join(traceback.format_tb(raised.value.__traceback__))
 
@@ -138,48 +138,48 @@ def test_errors_keep_type_place_and_order() -> None:
             raise MediaError(f"not {k}")
         got.append(-k)
 
-    items = Counting(100)
+    items = CountingItems(100)
     with pytest.raises(MediaError, match="not 2") as failed:
         put_all(fail, 1, items)
-    assert got == [0, 1, 2, 0, -1] and items.made == 4
+    assert got == [0, 1, 2, 0, -1] and items.yielded == 4
     assert 'raise MediaError(f"not' in "".join(traceback.format_tb(failed.value.__traceback__))
     with pytest.raises(MediaError, match="not 2"):
         put_all(fail, 9, [2])  # raised at the end
 
 
-def test_writer_raises_a_swallowed_error_again() -> None:
-    with pytest.raises(ZeroDivisionError), BackgroundWriter(lambda k: 1 / k, 1) as behind:  # noqa: PT012 - also at the end
-        behind.put(0)
+def test_background_writer_raises_an_error_again_after_it_was_caught() -> None:
+    with pytest.raises(ZeroDivisionError), BackgroundWriter(lambda k: 1 / k, 1) as background:  # noqa: PT012 - also at the end
+        background.put(0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                behind.put(1)
+                background.put(1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MediaError])
-def test_leaving_early_ends_both_threads(error: type[BaseException]) -> None:
-    """One waits for room, the other is in the middle of an item, which `stop` ends."""
-    items, done, stopped, busy = Counting(1000), [], threading.Event(), threading.Event()
+def test_leaving_the_block_early_ends_both_threads(error: type[BaseException]) -> None:
+    """One thread waits for a slot; the other is writing an item, which `stop` ends."""
+    items, done, stopped, busy = CountingItems(1000), [], threading.Event(), threading.Event()
 
-    def do(k: int) -> None:
+    def write(k: int) -> None:
         busy.set()
         if stopped.wait(10):
             raise OSError("the pipe is closed")
         done.append(k)
 
     def run() -> None:
-        with BackgroundWriter(do, 5, stop=stopped.set) as behind, PrefetchIterator(items, 2) as ahead:
-            for k in ahead:
-                behind.put(k)
+        with BackgroundWriter(write, 5, stop=stopped.set) as background, PrefetchIterator(items, 2) as inputs:
+            for k in inputs:
+                background.put(k)
                 if k == 3:
                     assert busy.wait(10)
                     raise error("enough")
 
     with pytest.raises(error):
         run()
-    assert done == [] and items.closed and items.made <= 6
+    assert done == [] and items.closed and items.yielded <= 6
 
 
-def test_a_stuck_source_is_stopped() -> None:
+def test_prefetch_iterator_stops_a_stuck_source() -> None:
     stuck, stopped = threading.Event(), threading.Event()
 
     def items() -> Iterator[int]:
@@ -188,26 +188,28 @@ def test_a_stuck_source_is_stopped() -> None:
         assert stopped.wait(10)
         raise MediaError("cut off")
 
-    with PrefetchIterator(items(), 2, stop=stopped.set) as ahead:
-        assert next(iter(ahead)) == 0
+    with PrefetchIterator(items(), 2, stop=stopped.set) as inputs:
+        assert next(iter(inputs)) == 0
         assert stuck.wait(10)
-    with PrefetchIterator([1, 2], 1, stop=lambda: pytest.fail("it had ended")) as ahead:
-        assert list(ahead) == [1, 2]
+    with PrefetchIterator([1, 2], 1, stop=lambda: pytest.fail("it had ended")) as inputs:
+        assert list(inputs) == [1, 2]
 
 
-def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_that_cannot_start_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    items = Counting(3)
+    items = CountingItems(3)
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(MemoryError, match="new thread"), PrefetchIterator(items, 1):
         pass
-    assert items.made == 0
+    assert items.yielded == 0
 
 
-def plain(animator: Animator, driver: Path, out: Path, options: ReenactOptions) -> tuple[int, int, tuple[str, ...]]:
-    """`reenact` without threads: frames, those without a face, notes."""
+def reenact_without_threads(
+    animator: Animator, driver: Path, out: Path, options: ReenactOptions
+) -> tuple[int, int, tuple[str, ...]]:
+    """Reenact in one thread; return the numbers of frames and of frames without a face, and the notes."""
     (portrait, compositor), add_watermark = load_portrait(animator, SOURCE, options), get_watermarker(options.watermark)
     crop_size = compositor.source_frame.shape[0]
     with open_driver(animator, portrait, driver, options, crop_size=crop_size) as stream:
@@ -227,26 +229,26 @@ def plain(animator: Animator, driver: Path, out: Path, options: ReenactOptions) 
         {"background": "#204060", "paste_back": True, "on_missing": "skip"},
     ],
 )
-def test_the_bytes_of_a_plain_loop(
+def test_reenact_writes_the_bytes_of_a_plain_loop(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, options: dict[str, object]
 ) -> None:
     job = ReenactOptions(audio="none", **options)  # type: ignore[arg-type]
     clip = make_clip("gap3.mp4", filters="drawbox=enable='between(n,3,4)':t=fill:color=black:w=iw:h=ih", frames=9)
-    wanted, reported = plain(animator, clip, tmp_path / "plain.mp4", job), []
+    expected, reported = reenact_without_threads(animator, clip, tmp_path / "plain.mp4", job), []
 
     def progress(stage: str, done: int, total: int | None) -> None:
         assert threading.current_thread() is threading.main_thread()
         reported.append(done)
 
     summary = reenact(animator, SOURCE, clip, tmp_path / "out.mp4", job, progress=progress)
-    assert (summary.frames, summary.missing, summary.notes) == wanted
-    assert wanted[:2] == ((7, 2) if job.on_missing == "skip" else (9, 2))
-    assert reported == list(range(1, wanted[0] + 1))
+    assert (summary.frames, summary.missing, summary.notes) == expected
+    assert expected[:2] == ((7, 2) if job.on_missing == "skip" else (9, 2))
+    assert reported == list(range(1, expected[0] + 1))
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, error: BaseException) -> list[str]:
-    """Have a method raise at its call-th call; gives the names of the threads that call it."""
+    """Make a method raise at its call-th call; return the names of the threads that call it."""
     real, threads = getattr(owner, name), []
 
     def failing(*args: object, **kwargs: object) -> object:
@@ -260,35 +262,37 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, 
 
 
 @pytest.mark.parametrize(("part", "call"), [("read", 1), ("read", 3), ("make", 2), ("compose", 1), ("write", 3)])
-def test_an_error_of_any_part(
+def test_error_of_any_part_is_raised_and_leaves_nothing(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, call: int
 ) -> None:
-    """It comes as it is, nothing stays behind, and the next run is as if nothing had been."""
+    """The error is raised unchanged, no file remains, and the next run is not affected."""
     clip, out = make_clip("clip.mp4"), tmp_path / "out.mp4"
     owner, name = {
         "read": (FaceTrack, "track"), "make": (Animator, "_render"), "compose": (Compositor, "__call__"),
         "write": (VideoWriter, "write"),
     }[part]  # fmt: skip
-    seen = 3 * (part == "read")  # the source's own
+    earlier = 3 * (part == "read")  # calls for the source
     with monkeypatch.context() as patch:
         error = ValueError(part)
-        threads = fail_at(patch, owner, name, seen + call, error)
+        threads = fail_at(patch, owner, name, earlier + call, error)
         with pytest.raises(ValueError, match=part) as raised:
             reenact(animator, SOURCE, clip, out)
     assert raised.value is error
     assert "in failing" in "".join(traceback.format_tb(error.__traceback__))
     main = threading.main_thread().name
-    assert len(threads) == seen + call and set(threads[seen:]) == ({main} if part == "make" else set(threads) - {main})
+    assert len(threads) == earlier + call and set(threads[earlier:]) == (
+        {main} if part == "make" else set(threads) - {main}
+    )
     assert list(tmp_path.iterdir()) == []
     assert reenact(animator, SOURCE, clip, out).frames == 6
 
 
 @pytest.mark.parametrize("when", [1, 6])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_interrupted_while_telling(
+def test_interrupt_in_a_progress_report_leaves_no_file(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, error: type[BaseException], when: int
 ) -> None:
-    """Also after the last frame, when the file is not there yet."""
+    """Also after the last frame, before the file is renamed."""
 
     def progress(stage: str, done: int, total: int | None) -> None:
         if done == when:
@@ -301,10 +305,10 @@ def test_interrupted_while_telling(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_left_before_the_first_frame(
+def test_leaving_before_the_first_frame_stops_tracking(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten seconds of the driver are tracked before anything is made; that does not go on."""
+    """The look-ahead of ten seconds is not tracked to its end."""
     clip, frames = make_clip("long.mp4", frames=40), []
     real = VideoReader.__iter__
 
@@ -317,14 +321,14 @@ def test_left_before_the_first_frame(
     options = ReenactOptions()
     portrait, _ = load_portrait(animator, SOURCE, options)
     with open_driver(animator, portrait, clip, options) as stream, PrefetchIterator(stream, 2, stop=stream.stop):
-        until(lambda: len(frames) > 3)
+        wait_until(lambda: len(frames) > 3)
     assert len(frames) < 40
 
 
-def test_a_failed_source_leaves_no_half_tape(
+def test_failed_portrait_leaves_no_partial_track_cache(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read of the driver until then is not taken for all of it."""
+    """The faces that were tracked until the failure are not taken for the whole driver."""
     sources = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in sources:
         path.write_bytes(SOURCE.read_bytes())
@@ -338,29 +342,30 @@ def test_a_failed_source_leaves_no_half_tape(
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("side", ["reader", "writer"])
-def test_a_hung_ffmpeg_is_not_waited_for(make_clip: MakeClip, tmp_path: Path, side: str) -> None:
-    """Left while a thread waits for one that was stopped: it is killed, long before it is taken for hung."""
+def test_stopped_ffmpeg_is_killed_when_the_block_is_left(make_clip: MakeClip, tmp_path: Path, side: str) -> None:
+    """A thread waits for a suspended ffmpeg: it is killed at once, without waiting for the stall timeout."""
     if side == "reader":
         reader = VideoReader(make_clip("long.mp4", frames=40))
-        with reader, PrefetchIterator(reader, 40, stop=reader.close) as ahead:
-            assert next(iter(ahead)).shape == (512, 512, 3)
+        with reader, PrefetchIterator(reader, 40, stop=reader.close) as inputs:
+            assert next(iter(inputs)).shape == (512, 512, 3)
             process = reader._process
             assert process is not None
             os.kill(process._popen.pid, signal.SIGSTOP)
     else:
         writer = VideoWriter(tmp_path / "out.mp4", size=(1024, 512), fps=Fraction(25))
-        with pytest.raises(KeyboardInterrupt), writer, BackgroundWriter(writer.write, 8, stop=writer.abort) as behind:  # noqa: PT012
+        background = BackgroundWriter(writer.write, 8, stop=writer.abort)
+        with pytest.raises(KeyboardInterrupt), writer, background:  # noqa: PT012 - interrupted within the block
             process = writer._process
             assert process is not None
             os.kill(process._popen.pid, signal.SIGSTOP)
             for _ in range(8):  # more than a pipe holds
-                behind.put(np.zeros((512, 1024, 3), np.uint8))
+                background.put(np.zeros((512, 1024, 3), np.uint8))
             raise KeyboardInterrupt
     assert process._popen.returncode == -signal.SIGKILL and not process.stalled
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_stream_fails_once_it_is_stopped(animator: Animator, make_clip: MakeClip) -> None:
+def test_driver_stream_raises_after_stop(animator: Animator, make_clip: MakeClip) -> None:
     with (
         animator.borrow_landmarker() as tracker,
         DriverStream(make_clip("clip.mp4"), tracker, batch=2, crop_scale=0.5) as stream,

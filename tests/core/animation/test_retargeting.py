@@ -1,4 +1,4 @@
-"""Retargeting identities that hold for any weights and any face."""
+"""Retargeting: identities that hold for any weights and any face."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def angles(cameras: np.ndarray) -> np.ndarray:
     return np.array([Camera.from_vector(camera).angles() for camera in cameras])
 
 
-def test_absolute_pose_goes_from_the_source_s_to_the_driver_s() -> None:
+def test_absolute_pose_interpolates_from_source_to_driver() -> None:
     np.testing.assert_array_equal(Control().target_cameras(OWN, CAMERAS, None), CAMERAS)
     for still in (Control(drive=("expression",)), Control(pose_scale=0)):
         np.testing.assert_allclose(still.target_cameras(OWN, CAMERAS, None), OWN[None].repeat(3, axis=0), atol=1e-6)
@@ -52,7 +52,7 @@ def test_amplify_expression_multiplies_the_change_by_the_gain() -> None:
     assert torch.equal(amplify_expression(source, target, 1.0), target)
 
 
-def test_relative_pose_moves_the_source_s_own_camera() -> None:
+def test_relative_pose_moves_the_source_camera() -> None:
     relative = Control(pose="relative")
     np.testing.assert_allclose(
         relative.target_cameras(OWN, CAMERAS[:1], CAMERAS[0])[0], OWN, atol=1e-6
@@ -71,29 +71,29 @@ def test_relative_pose_moves_the_source_s_own_camera() -> None:
     assert centre[1][1] == pytest.approx(centre[0][1], abs=1e-6)
 
 
-def test_expression_arithmetic_is_in_lambda() -> None:
-    own, rest = torch.full((1, 4), 2.0), torch.full((1, 4), 1.0)
+def test_target_expression_scales_changes_of_lambda() -> None:
+    source, reference = torch.full((1, 4), 2.0), torch.full((1, 4), 1.0)
     driver = torch.arange(8.0).view(2, 4)
-    assert Control().target_expression(own, driver, None) is driver
-    assert torch.equal(Control(drive=("pose",)).target_expression(own, driver, None), own.expand(2, 4))
-    assert torch.allclose(Control(expression_scale=2).target_expression(own, driver, None), 2 * driver - 2)
+    assert Control().target_expression(source, driver, None) is driver
+    assert torch.equal(Control(drive=("pose",)).target_expression(source, driver, None), source.expand(2, 4))
+    assert torch.allclose(Control(expression_scale=2).target_expression(source, driver, None), 2 * driver - 2)
     relative = Control(relative_expression=True, expression_scale=0.5)
-    assert torch.allclose(relative.target_expression(own, driver, rest), 2 + 0.5 * (driver - 1))
+    assert torch.allclose(relative.target_expression(source, driver, reference), 2 + 0.5 * (driver - 1))
     with pytest.raises(InputError, match="reference"):
-        relative.target_expression(own, driver, None)
+        relative.target_expression(source, driver, None)
     for bad in ((), ("hair",)):
         with pytest.raises(InputError, match="must be expression"):
             Control(drive=bad)
 
 
-@pytest.mark.parametrize("late", [0, 3])
-def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
-    animator: Animator, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, late: int
+@pytest.mark.parametrize("reference_frame", [0, 3])
+def test_relative_driver_at_its_reference_frame_leaves_the_source_unchanged(
+    animator: Animator, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, reference_frame: int
 ) -> None:
-    """However early frames may leave, the stream waits for the reference frame."""
+    """The stream waits for the reference frame even without look-ahead."""
     monkeypatch.setattr("export3d_cli.core.animation.driver_stream.LOOKAHEAD_S", 0)
     clip = make_clip("clip.mp4")
-    options = ReenactOptions(pose="relative", relative_expression=True, reference_frame=late)
+    options = ReenactOptions(pose="relative", relative_expression=True, reference_frame=reference_frame)
     portrait = animator.portrait(read_image(SOURCE))
     (still,) = animator.animate(portrait, [portrait.motion])
     with open_driver(animator, portrait, clip, options) as stream:
@@ -101,7 +101,7 @@ def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
         frames = list(animator.animate(portrait, motions, control=options.control, reference=stream.reference))
     assert len(frames) == 6
     difference = [np.abs(frame.astype(int) - still).max() for frame in frames]
-    assert difference[late] <= 1
+    assert difference[reference_frame] <= 1
     assert max(difference) > 2
     with (
         pytest.raises(InputError, match="6 frames"),
@@ -110,7 +110,7 @@ def test_at_its_reference_frame_a_relative_driver_leaves_the_source_as_it_is(
         next(iter(stream))
 
 
-def test_a_motion_file_has_a_reference_too(animator: Animator, tmp_path: Path) -> None:
+def test_motion_file_has_a_reference_frame(animator: Animator, tmp_path: Path) -> None:
     portrait = animator.portrait(read_image(SOURCE))
     motion = portrait.motion.select(np.zeros(5, dtype=np.int64))
     motion.camera[:] = Camera.orbit(12).to_vector()
@@ -128,7 +128,7 @@ def test_a_motion_file_has_a_reference_too(animator: Animator, tmp_path: Path) -
         next(iter(stream))
 
 
-def test_smoothing_is_off_or_on(animator: Animator, make_clip: MakeClip) -> None:
+def test_smoothing_reduces_camera_motion(animator: Animator, make_clip: MakeClip) -> None:
     portrait = animator.portrait(read_image(SOURCE))
     turns = {}
     for smooth in ("off", "strong"):
@@ -138,7 +138,7 @@ def test_smoothing_is_off_or_on(animator: Animator, make_clip: MakeClip) -> None
     assert turns["strong"] < 0.8 * turns["off"]
 
 
-def test_faces_are_chosen_from_left_to_right(animator: Animator, tmp_path: Path) -> None:
+def test_face_index_counts_from_left_to_right(animator: Animator, tmp_path: Path) -> None:
     photo = read_image(SOURCE)
     small = photo[::2, ::2]
     pair = np.full((photo.shape[0], photo.shape[1] + small.shape[1], 3), 255, np.uint8)
@@ -154,7 +154,7 @@ def test_faces_are_chosen_from_left_to_right(animator: Animator, tmp_path: Path)
         choose_face([], "left", "wall.png")
 
 
-def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
+def test_live_link_face_csv_drives(animator: Animator, tmp_path: Path) -> None:
     from export3d_cli.core.face.beta import ARKIT_NAMES
 
     header = ["Timecode", "BlendshapeCount", *ARKIT_NAMES, "HeadYaw", "HeadPitch", "HeadRoll"]
@@ -166,16 +166,16 @@ def test_a_phone_s_csv_drives(animator: Animator, tmp_path: Path) -> None:
         reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "no.mp4", ReenactOptions(compare=True))
 
 
-def test_a_limit_keeps_the_head_near_its_place_and_its_size() -> None:
-    own = Camera.orbit(10, 5).to_vector()
+def test_max_travel_limits_position_and_size_of_the_head() -> None:
+    source = Camera.orbit(10, 5).to_vector()
     far = np.stack([Camera.orbit(yaw, radius=radius).to_vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
     pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
     pose[:, 0, 3] += [0.002, 0.4, -0.4]
     far[:, :16] = np.linalg.inv(pose).reshape(-1, 16)
-    free, kept = (Control(max_travel=limit).target_cameras(own, far, None) for limit in (None, 0.05))
+    free, kept = (Control(max_travel=limit).target_cameras(source, far, None) for limit in (None, 0.05))
     np.testing.assert_array_equal(free, far)
-    own_uv = Camera.from_vector(own).project(np.zeros((1, 3)))
-    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - own_uv[0] for row in kept])
+    source_uv = Camera.from_vector(source).project(np.zeros((1, 3)))
+    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - source_uv[0] for row in kept])
     assert np.abs(shift).max() <= 0.0501
     assert shift[0, 0] == pytest.approx(0.002 * 4.2647 / 2.7, rel=0.02)  # what is small stays
     for row, wanted in zip(kept, far, strict=True):

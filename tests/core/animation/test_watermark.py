@@ -1,4 +1,4 @@
-"""Marks in pictures, on the bundled examples: seen or not, found again or not."""
+"""Watermarks on the bundled examples: visibility and detection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def frames() -> list[np.ndarray]:
         return list(reader)
 
 
-def written(path: Path, frames: list[np.ndarray], crf: int | None = None, **options: object) -> Path:
+def write_video(path: Path, frames: list[np.ndarray], crf: int | None = None, **options: object) -> Path:
     height, width = frames[0].shape[:2]
     with VideoWriter(path, size=(width, height), fps=Fraction(25), crf=crf, **options) as writer:  # type: ignore[arg-type]
         for frame in frames:
@@ -39,7 +39,7 @@ def written(path: Path, frames: list[np.ndarray], crf: int | None = None, **opti
     return path
 
 
-def test_the_invisible_mark_is_faint(frames: list[np.ndarray]) -> None:
+def test_invisible_mark_is_faint(frames: list[np.ndarray]) -> None:
     for frame in (*frames[:2], read_image(example_path("source.jpg"))):
         change = get_watermarker("invisible")(frame).astype(float) - frame
         assert 10 * np.log10(255**2 / (change**2).mean()) > 44  # dB
@@ -48,40 +48,40 @@ def test_the_invisible_mark_is_faint(frames: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize(("crf", "size"), [(23, 256), (28, 256), (23, 192), (23, 384)])
-def test_it_survives_h264_and_a_resize(frames: list[np.ndarray], tmp_path: Path, crf: int, size: int) -> None:
+def test_invisible_mark_survives_h264_and_resizing(
+    frames: list[np.ndarray], tmp_path: Path, crf: int, size: int
+) -> None:
     marked = [
         cv2.resize(get_watermarker("invisible")(frame), (size, size), interpolation=cv2.INTER_AREA) for frame in frames
     ]
-    marks = find_marks(written(tmp_path / "a.mp4", marked, crf, **PLAIN))
+    marks = find_marks(write_video(tmp_path / "a.mp4", marked, crf, **PLAIN))
     assert (marks.found, marks.invisible, marks.metadata, marks.frames) == (True, True, False, len(frames))
     assert marks.score > THRESHOLD
 
 
-def test_it_survives_cut_borders_and_jpeg(frames: list[np.ndarray], tmp_path: Path) -> None:
+def test_invisible_mark_survives_cropping_and_jpeg(frames: list[np.ndarray], tmp_path: Path) -> None:
     marked = [np.ascontiguousarray(get_watermarker("invisible")(frame)[8:-18, 20:-6]) for frame in frames]
-    assert find_marks(written(tmp_path / "cut.mp4", marked, 23, **PLAIN)).invisible
+    assert find_marks(write_video(tmp_path / "cut.mp4", marked, 23, **PLAIN)).invisible
     write_image(tmp_path / "one.jpg", get_watermarker("invisible")(frames[0]))
     assert find_marks(tmp_path / "one.jpg").invisible
 
 
-def test_what_was_not_marked_is_not_found(frames: list[np.ndarray], tmp_path: Path) -> None:
+def test_unmarked_media_has_no_mark(frames: list[np.ndarray], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     write_image(tmp_path / "noise.png", rng.integers(0, 256, (300, 400, 3), dtype=np.uint8))
     write_image(tmp_path / "grey.png", np.full((64, 64, 3), 90, np.uint8))
     for path in (tmp_path / "noise.png", tmp_path / "grey.png", example_path("source.jpg"), example_path("drive.mp4")):
         assert not find_marks(path).found, path
-    assert not find_marks(written(tmp_path / "a.mp4", frames, 23, **PLAIN)).found
+    assert not find_marks(write_video(tmp_path / "a.mp4", frames, 23, **PLAIN)).found
 
 
 @pytest.mark.parametrize("suffix", [*VIDEO_SUFFIXES, ".png", ".jpg"])
-def test_the_mark_of_the_metadata_is_found_in_every_format(
-    frames: list[np.ndarray], tmp_path: Path, suffix: str
-) -> None:
+def test_metadata_mark_is_found_in_every_format(frames: list[np.ndarray], tmp_path: Path, suffix: str) -> None:
     from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 
     path = tmp_path / f"a{suffix}"
     if suffix in VIDEO_SUFFIXES:
-        written(path, frames[:2])
+        write_video(path, frames[:2])
     else:
         write_image(path, frames[0], comment=SYNTHETIC_COMMENT)
     marks = find_marks(path)
@@ -89,7 +89,7 @@ def test_the_mark_of_the_metadata_is_found_in_every_format(
 
 
 @pytest.mark.parametrize("size", [64, 256, 720])
-def test_the_badge_is_small_in_a_corner_and_legible(size: int) -> None:
+def test_badge_is_small_in_a_corner_and_legible(size: int) -> None:
     frame = np.full((size, 2 * size, 3), 200, np.uint8)
     badged = get_watermarker("visible")(frame)
     assert (frame == 200).all()
@@ -102,7 +102,7 @@ def test_the_badge_is_small_in_a_corner_and_legible(size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "visible", "invisible"])
-def test_transparency_stays(kind: str) -> None:
+def test_watermark_keeps_transparency(kind: str) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (96, 128, 4), dtype=np.uint8)
     marked = get_watermarker(kind)(frame)  # type: ignore[arg-type]
     assert (marked[:60, :60, 3] == frame[:60, :60, 3]).all()
@@ -116,11 +116,11 @@ def verify(*args: object) -> tuple[int, str]:
     return result.exit_code, result.stdout + result.stderr
 
 
-def test_the_command_tells_both_marks(tmp_path: Path, frames: list[np.ndarray]) -> None:
+def test_verify_mark_reports_both_marks(tmp_path: Path, frames: list[np.ndarray]) -> None:
     code, output = verify(example_path("source.jpg"))
     assert code == 1
     assert "metadata: none\ninvisible mark: none (score" in output
-    written(tmp_path / "a.mp4", [get_watermarker("invisible")(frame) for frame in frames])
+    write_video(tmp_path / "a.mp4", [get_watermarker("invisible")(frame) for frame in frames])
     code, output = verify(tmp_path / "a.mp4", "--json")
     marks = json.loads(output)
     assert (code, marks["found"], marks["metadata"], marks["invisible"]) == (0, True, True, True)
@@ -134,10 +134,8 @@ def test_the_command_tells_both_marks(tmp_path: Path, frames: list[np.ndarray]) 
                 ["edit-basis", "--v", "1", "--scale", "0:1", "--frames", "2"],
                 ["reenact", example_path("source.jpg"), example_path("drive.mp4"), "--max-frames", "2"]]
 )  # fmt: skip
-def test_every_command_that_animates_marks_what_it_writes(
-    command: list[object], tiny_weights: Path, tmp_path: Path
-) -> None:
-    """The badge, because what tiny weights make is too small for the pattern: the frames differ in their corner."""
+def test_every_animation_command_marks_its_output(command: list[object], tiny_weights: Path, tmp_path: Path) -> None:
+    """With the badge, because frames of tiny weights are too small for the pattern: they differ in the corner."""
     pictures = {}
     for kind in ("none", "visible"):
         out = tmp_path / f"{kind}{'.png' if '--grid' in command else '.mkv'}"
