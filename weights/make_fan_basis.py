@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face.beta import ARKIT_NAMES, compute_measures
 from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, compute_measures
 from export3d_cli.core.face.fan_tracker import points_to_head_frame
 from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MEASURE_POINTS, IBUG68_MIRROR
@@ -172,9 +172,7 @@ def main(wheel: Path, out: Path, clips: list[Path]) -> None:
     np.savez_compressed(out, **{name: array.astype(np.float32) for name, array in arrays.items()})
     distance = np.linalg.norm(arrays["mean"] - canonical, axis=1).mean()
     pitch = np.degrees(rotation_log(tilt)[0])
-    print(
-        f"{NUM_MODES} modes explain {explained[:NUM_MODES].sum():.1%} of identity; tilted by {pitch:.2f} degrees"
-    )
+    print(f"{NUM_MODES} modes explain {explained[:NUM_MODES].sum():.1%} of identity; tilted by {pitch:.2f} degrees")
     print(f"{distance:.4f} units from the canonical face")
 
 

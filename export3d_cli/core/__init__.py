@@ -71,7 +71,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "find_marks": "animation.watermark",
     "ClipFilter": "dataset.segmentation",
     "build_dataset": "dataset.preprocess:preprocess",  # three functions have their module's name
-    "EvaluateOptions": "evaluation.evaluate",
+    "EvaluateOptions": "evaluation.result",
     "evaluate_model": "evaluation.evaluate:evaluate",
     "write_inputs": "evaluation.evaluate",
     "METRICS": "evaluation.metrics",

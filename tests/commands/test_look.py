@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.diagnostics import doctor
-from export3d_cli.core.face.beta import BETA_NAMES
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT

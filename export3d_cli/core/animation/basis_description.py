@@ -9,7 +9,7 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.beta import BETA_NAMES
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS
 
 MIN_BETA_STD = 0.0201  # entries of beta with the floor of 0.02 hardly varied in training and are left out

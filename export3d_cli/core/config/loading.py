@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from export3d_cli.core.config.renamed import rename_model_fields
+from export3d_cli.core.config.renamed_keys import rename_model_fields
 from export3d_cli.core.config.schema import INPAINTERS, PRESETS, TRAINING_PRESETS, ModelConfig, TrainConfig
 from export3d_cli.core.config.validation import validate_model_config, validate_train_config
 from export3d_cli.core.config.yaml_loader import build_dataclass, parse_yaml, read_yaml, short_repr

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 
-from export3d_cli.core.config.renamed import RENAMED_STAGES
+from export3d_cli.core.config.renamed_keys import RENAMED_STAGES
 from export3d_cli.core.config.schema import INPAINTERS, STAGES, ModelConfig, TrainConfig
 from export3d_cli.core.config.yaml_loader import short_repr
 from export3d_cli.core.runtime.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from export3d_cli.core.config.renamed import check_key
+from export3d_cli.core.config.renamed_keys import check_key
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.runtime.files import check_file
 

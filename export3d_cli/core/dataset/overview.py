@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.dataset.segmentation import yaw_pitch_roll
-from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader

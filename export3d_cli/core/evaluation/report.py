@@ -8,18 +8,15 @@ import dataclasses
 import json
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from export3d_cli import __version__
 from export3d_cli.core.evaluation.metrics import METRICS
+from export3d_cli.core.evaluation.result import Evaluation
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.runtime.files import write_atomic
-
-if TYPE_CHECKING:
-    from export3d_cli.core.evaluation.evaluate import Evaluation
 
 MAX_PICTURE_WIDTH_PX = 1400  # of the pictures inside the HTML
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}

@@ -10,7 +10,7 @@ import numpy as np
 from export3d_cli.core.dataset.segmentation import yaw_pitch_roll
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import Embedder
-from export3d_cli.core.face.beta import BETA_NAMES
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion
 

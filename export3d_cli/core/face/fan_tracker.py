@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES, compute_measures
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, Square, crop_image, fit_crop_square
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, compute_measures
 from export3d_cli.core.face.landmark_fitting import FaceBasis, FaceFit, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarker import Face, hold_missing_faces
 from export3d_cli.core.face.landmarks import IBUG68_MEASURE_POINTS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS, rotation_exp
 from export3d_cli.core.runtime.errors import WeightsError
 

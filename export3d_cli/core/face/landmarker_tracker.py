@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES, compute_measures
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, fit_clip_crop
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, compute_measures
 from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
 from export3d_cli.core.face.head_pose import fit_cameras, landmarks_to_head_frame
 from export3d_cli.core.face.landmarker import Face, Landmarker, hold_missing_faces

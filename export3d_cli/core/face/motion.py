@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli import __version__
-from export3d_cli.core.face.beta import BETA_NAMES
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic

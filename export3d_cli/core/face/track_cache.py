@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmarker import Face
 
 _LANDMARK_VALUES = mesh.NUM_LANDMARKS * 3

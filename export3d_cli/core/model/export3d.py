@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, ModelConfig
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.model import volume_renderer
+from export3d_cli.core.model.encoded_source import Source, expand_batch
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.fast import sparse_renderer
 from export3d_cli.core.model.generator import Generator
@@ -20,7 +21,6 @@ from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import linear_step
-from export3d_cli.core.model.source import Source, expand_batch
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_log_density, sample_planes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import ModelConfig
+from export3d_cli.core.model.encoded_source import Source
 from export3d_cli.core.model.fast.fused_conv import (
     upsample_2x,
     upsample_concat_conv,
@@ -20,7 +21,6 @@ from export3d_cli.core.model.fast.fused_conv import (
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
 from export3d_cli.core.model.inpaint.hidden_textures import HiddenTextures
 from export3d_cli.core.model.masks import dilate, linear_step
-from export3d_cli.core.model.source import Source
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.layer_warp import make_layer_warp, warp_discontinuity
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, resize, warp

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config.renamed import RENAMED_STAGES
+from export3d_cli.core.config.renamed_keys import RENAMED_STAGES
 from export3d_cli.core.config.schema import STAGES, TrainConfig
 from export3d_cli.core.model.checkpoint import load_state, save_state, write_text
 from export3d_cli.core.runtime.device import has_fast_bf16, pick_device

@@ -155,7 +155,7 @@ def test_face_index_counts_from_left_to_right(animator: Animator, tmp_path: Path
 
 
 def test_live_link_face_csv_drives(animator: Animator, tmp_path: Path) -> None:
-    from export3d_cli.core.face.beta import ARKIT_NAMES
+    from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 
     header = ["Timecode", "BlendshapeCount", *ARKIT_NAMES, "HeadYaw", "HeadPitch", "HeadRoll"]
     rows = [f"00:00:01:{k * 1.001:06.3f},61,{','.join(['0.1'] * 52)},{k * 0.05},0,0" for k in range(6)]

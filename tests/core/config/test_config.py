@@ -14,7 +14,7 @@ from export3d_cli.core.config.loading import (
     save_yaml,
     to_dict,
 )
-from export3d_cli.core.config.renamed import RENAMED_KEYS, RENAMED_MODEL_FIELDS
+from export3d_cli.core.config.renamed_keys import RENAMED_KEYS, RENAMED_MODEL_FIELDS
 from export3d_cli.core.config.schema import CALIBRATION, PRESETS, DataConfig, TrainConfig
 from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.runtime.errors import ConfigError

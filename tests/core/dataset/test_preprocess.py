@@ -14,7 +14,7 @@ from export3d_cli.core.dataset import preprocess as module
 from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.dataset.preprocess import preprocess
 from export3d_cli.core.dataset.segmentation import ClipFilter
-from export3d_cli.core.face.beta import ARKIT_NAMES
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg_path, probe

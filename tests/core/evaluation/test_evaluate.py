@@ -183,9 +183,7 @@ def test_evaluate_scores_results_of_other_tools(animator, data_set, tmp_path):
     assert result.mean["repeat"]["psnr"] < 60
 
 
-@pytest.mark.parametrize(
-    ("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "must be square")]
-)
+@pytest.mark.parametrize(("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "must be square")])
 def test_evaluate_refuses_results_of_wrong_length_or_shape(animator, data_set, tmp_path, size, frames, message):
     name = read_clips(data_set)[0].id
     with VideoWriter(tmp_path / f"{name}.mp4", size=size, fps=Fraction(25)) as writer:

@@ -92,8 +92,8 @@ def test_gaze_direction_follows_the_iris():
 
 def test_gaze_direction_from_iris_entries_of_beta():
     """Move both irises of the canonical face to where eyes turned by 15 degrees have them."""
-    from export3d_cli.core.face.beta import compute_measures
     from export3d_cli.core.face.canonical_face import load_canonical_face
+    from export3d_cli.core.face.expression_coefficients import compute_measures
     from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS
     from export3d_cli.core.runtime.weights import weights_dir
 

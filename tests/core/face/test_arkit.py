@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.arkit import estimate_frame_rate, fit_measure_map, read_csv, save_measure_map
-from export3d_cli.core.face.beta import ARKIT_NAMES, BETA_NAMES, MEASURE_NAMES
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, WeightsError

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from export3d_cli.core.face import fan_tracker as fan
-from export3d_cli.core.face.beta import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
 from export3d_cli.core.face.landmark_fitting import FaceBasis

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.beta import ARKIT_NAMES
 from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
