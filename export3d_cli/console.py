@@ -52,7 +52,8 @@ def show_progress() -> Iterator[ProgressCallback]:
                 tasks[stage] = bars.add_task(stage, total=total, rate="")
             task = tasks[stage]
             speed = bars.tasks[task].speed
-            bars.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+            expected = None if total is None else max(done, total)  # an estimate, for videos
+            bars.update(task, completed=done, total=expected, rate=f"{speed:.1f}/s" if speed else "")
 
         yield report
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
 from export3d_cli.core.media.image import check_pixel_count, read_image
@@ -18,7 +19,7 @@ from export3d_cli.core.runtime.errors import InputError, MediaError
 
 READ_OPTIONS = ("-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe")  # of every ffmpeg that reads a file
 _TIMESTAMP_SCAN_S = 30  # part of the video whose timestamps tell constant from variable rate
-_NO_TIMESTAMP = str(-(2**63))  # AV_NOPTS_VALUE
+_NO_TIMESTAMP = -(2**63)  # AV_NOPTS_VALUE
 _MAX_VFR_FPS = 60  # limit of the constant rate chosen for a video of variable rate
 _MAX_DURATION_H = 24  # damaged files claim more, which would be filled with repeated frames
 
@@ -38,6 +39,7 @@ class VideoInfo:
     hdr_transfer: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG); empty for standard dynamic range
     interlaced: bool = False  # according to the file's flags
     header_duration: float = 0.0  # seconds in the container's header; 0 for containers that only estimate it
+    decode_delay: float = 0.0  # seconds by which decoded frames are stamped late: files without presentation times
     alpha_source: str = ""  # "plain": part of the pixel format; "vp8", "vp9": a side stream that libvpx decodes
 
 
@@ -109,10 +111,13 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
             width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha_source=_find_alpha(header, stream.group(1))
         )
     header_duration = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others estimate it
-    tick, times = _read_timestamps(path)
-    fps, vfr = _estimate_rate(tick, times, _parse_rate(stream.group(1), "fps"), _parse_rate(stream.group(1), "tbr"))
+    stamps = _read_timestamps(path, _TIMESTAMP_SCAN_S if duration else _MAX_DURATION_H * 3600 + 1)
+    times = stamps.times
+    mean, base = _parse_rate(stream.group(1), "fps"), _parse_rate(stream.group(1), "tbr")
+    fps, vfr = _estimate_rate(stamps.tick, times, mean, base)
     if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all timestamps known: exact duration
         duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late first frame is shown from 0 s
+    duration = duration or float(stamps.packet_count / fps)
     if duration > _MAX_DURATION_H * 3600:
         raise InputError(
             f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_DURATION_H}: cut it first"
@@ -122,6 +127,7 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
         width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,
         hdr_transfer=hdr.group() if hdr else "", header_duration=header_duration,
         interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream.group(1))),
+        decode_delay=0.0 if stamps.are_presentation_times else _measure_decode_delay(path, times),
         alpha_source=_find_alpha(header, stream.group(1)),
     )  # fmt: skip
 
@@ -145,11 +151,12 @@ def _estimate_rate(
 ) -> tuple[Fraction, bool]:
     """Return the frame rate and whether it varies.
 
-    `tick` and `times`: timestamps; `mean` and `base`: ffmpeg's "fps" and "tbr".
+    Timestamps (`tick`, `times`) are preferred to what ffmpeg reports: `mean` is its "fps", which in a stream copied to
+    AVI is the clock (600), `base` its "tbr", which can be the rate of the fields.
     """
     steps = [b - a for a, b in itertools.pairwise(times) if b > a]
     if not steps:
-        return mean or base or Fraction(25), False
+        return min((rate for rate in (mean, base) if rate), default=Fraction(25)), False
     average = (times[-1] - times[0]) / len(steps)
     reported = [rate for rate in (mean, base) if rate]
     if min(steps) == max(steps) and tick < Fraction(1, 1000):
@@ -186,20 +193,37 @@ def _parse_rate(text: str, unit: str) -> Fraction | None:
     )
 
 
-def _read_timestamps(path: Path) -> tuple[Fraction, list[Fraction]]:
-    """Return the container's tick and the first presentation times, in seconds, without decoding."""
+class _Timestamps(NamedTuple):
+    tick: Fraction  # seconds, unit of the container's clock
+    times: list[Fraction]  # seconds, sorted; empty if the container has none
+    packet_count: int
+    are_presentation_times: bool  # else decoding times, the only ones of AVI and raw streams with B-frames
+
+
+def _read_timestamps(path: Path, seconds: float) -> _Timestamps:
+    """Read the timestamps of the first packets, without decoding."""
     command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-i", file_url(path), "-map", "0:V:0", "-c", "copy"]
-    command += ["-t", str(_TIMESTAMP_SCAN_S), "-f", "framecrc", "pipe:1"]
-    text = run_ffmpeg(command).stdout.decode()
-    base = re.search(r"#tb 0: (\d+)/(\d+)", text)
-    packets = re.findall(r"^0,\s*[^,]+,\s*([^,]+),", text, flags=re.MULTILINE)
-    if not base or _NO_TIMESTAMP in packets:
-        return Fraction(0), []  # AVI and raw streams have no presentation times
-    tick = Fraction(int(base.group(1)), int(base.group(2)))
-    times = sorted(int(stamp) * tick for stamp in packets)
-    if times and times[-1] - times[0] > _TIMESTAMP_SCAN_S * 0.8:
+    text = run_ffmpeg([*command, "-t", str(seconds), "-f", "framecrc", "pipe:1"]).stdout.decode()
+    clock = re.search(r"#tb 0: (\d+)/(\d+)", text)
+    packets = re.findall(r"^0,\s*(-?\d+),\s*(-?\d+),", text, flags=re.MULTILINE)
+    columns = [[int(stamp) for stamp in column] for column in zip(*packets, strict=True)] or [[], []]
+    stamps = next((column for column in reversed(columns) if _NO_TIMESTAMP not in column), [])
+    tick = Fraction(int(clock.group(1)), int(clock.group(2))) if clock else Fraction(0)
+    times = sorted(stamp * tick for stamp in stamps)
+    if times and times[-1] - times[0] > _TIMESTAMP_SCAN_S * 0.8 and seconds == _TIMESTAMP_SCAN_S:
         del times[-16:]  # frames are stored out of order: some near the end of the scan may be missing
-    return tick, times
+    return _Timestamps(tick, times, len(packets), stamps is columns[1])
+
+
+def _measure_decode_delay(path: Path, times: list[Fraction]) -> float:
+    """Return how much later than its first packet the first decoded frame of a video is stamped, in seconds."""
+    command = [ffmpeg_path(), *READ_OPTIONS, "-i", file_url(path), "-map", "0:V:0", "-frames:v", "1"]
+    text = run_ffmpeg([*command, "-vf", "showinfo=checksum=0", "-f", "null", "-"]).stderr.decode("utf-8", "replace")
+    clock, stamp = re.search(r"config in time_base: (\d+)/(\d+)", text), re.search(r"\bn: *0 pts: *(\d+)", text)
+    if not clock or not stamp or not times:
+        return 0.0
+    first = Fraction(int(stamp.group(1)) * int(clock.group(1)), int(clock.group(2)))
+    return max(0.0, float(first - max(times[0], Fraction(0))))
 
 
 def _read_header(path: Path) -> str:

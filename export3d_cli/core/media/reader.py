@@ -129,6 +129,7 @@ class VideoReader:
         steps = ["yadif=deint=interlaced"] if info.interlaced else []
         steps += [_ON_WHITE_FILTER] if info.alpha_source else []
         steps += [_TONE_MAP_FILTER.format(hdr=info.hdr_transfer)] if info.hdr_transfer and has_tone_mapping() else []
+        steps += [f"setpts=PTS-{info.decode_delay!r}/TB"] if info.decode_delay else []
         # start_time=0 repeats the first frame if the picture starts later than the audio, so that they stay in sync
         steps += [f"fps={info.fps}:start_time=0", f"scale={info.width}:{info.height}"]
         return ",".join(steps) + ":flags=bicubic+accurate_rnd+full_chroma_int"
@@ -140,6 +141,6 @@ class VideoReader:
         if self._start:
             command += ["-ss", repr(self._start)]
         if self._duration is not None:
-            command += ["-t", repr(self._duration)]
+            command += ["-t", repr(self._duration + self.info.decode_delay)]
         command += ["-i", file_url(self.path), "-map", "0:V:0", "-vf", self._filter_graph()]
         return [*command, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]

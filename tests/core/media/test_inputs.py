@@ -198,3 +198,47 @@ def test_image_sequence_round_trip(tmp_path):
         VideoWriter(pattern, size=(8, 6), fps=Fraction(25))
     with pytest.raises(InputError, match=r"%05d\.png"):
         VideoWriter(tmp_path / "one.png", size=(8, 6), fps=Fraction(25))
+
+
+@pytest.mark.parametrize("rate", ["25", "24000/1001", "30000/1001", "60", "12"])
+def test_avi_of_copied_stream_has_frames_of_original(picture, make, rate):
+    original = picture("a.mp4", rate, 40)  # with B-frames, which AVI stamps with decoding times only
+    path = make("a.avi", "-i", str(original), "-c", "copy")
+    info = probe(path)
+    assert (info.fps, info.frame_count, info.vfr) == (Fraction(rate), 40, False)
+    frames = list(VideoReader(original))
+    assert np.array_equal(list(VideoReader(path)), frames)
+    start, seconds = 10 / float(info.fps), 20 / float(info.fps)
+    assert np.array_equal(list(VideoReader(path, start=start, duration=seconds)), frames[10:30])
+
+
+def test_avi_of_copied_stream_with_missing_frames_has_rate_of_original(picture, make):
+    holes = "select='not(between(n,20,50)*mod(n,3))'"
+    original = picture("a.mp4", "30", 80, "-vf", holes, "-fps_mode", "vfr")
+    path = make("a.avi", "-i", str(original), "-c", "copy")
+    assert (probe(path).fps, probe(path).vfr) == (30, True)
+    assert abs(len(list(VideoReader(path))) - len(list(VideoReader(original)))) <= 1
+
+
+def test_avi_of_mpeg4_with_b_frames_has_all_frames(make):
+    path = make("a.avi", "-f", "lavfi", "-i", "testsrc=r=25:d=1", "-c:v", "mpeg4", "-bf", "2", "-q:v", "2")
+    assert (probe(path).fps, probe(path).frame_count, len(list(VideoReader(path)))) == (25, 25, 25)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("a.h264", []),
+        ("a.264", ["-f", "h264", "-bf", "0"]),
+        ("a.hevc", ["-c:v", "libx265", "-x265-params", "log-level=none"]),
+        ("a.m2v", ["-c:v", "mpeg2video", "-bf", "2"]),
+        ("a.mjpeg", ["-c:v", "mjpeg", "-q:v", "2"]),
+        ("a.y4m", ["-c:v", "rawvideo"]),
+        ("a.mkv", ["-f", "matroska", "-live", "1"]),
+    ],
+)
+def test_probe_of_stream_without_duration_counts_its_frames(make, name, args):
+    path = make(name, "-f", "lavfi", "-i", "testsrc=s=64x48:r=25:d=35", "-pix_fmt", "yuvj420p", *args)
+    info = probe(path)
+    assert info.frame_count == len(list(VideoReader(path))) == 35 * 25
+    assert info.duration == 35
