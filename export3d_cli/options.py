@@ -152,7 +152,7 @@ def quality_option(command: F) -> F:
 
 def smooth_option(command: F) -> F:
     """Add --smooth: the smoothing of the driver's motion."""
-    text = "Smooth the jitter of the tracked motion; light delays it by less than a frame at 25 fps."
+    text = "Smooth the jitter of the tracked motion; neither level delays it."
     levels = click.Choice(["off", "light", "strong"])
     return click.option("--smooth", type=levels, default="light", show_default=True, help=text)(command)
 

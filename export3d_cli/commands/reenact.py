@@ -70,20 +70,20 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     "--pose-scale", type=SCALE_RANGE, default=1.0, help="Strength of DRIVE's head pose, likewise.  [default: 1]"
 )
 @click.option(
-    "--pose", type=click.Choice(["absolute", "relative"]), default="absolute", show_default=True,
-    help="absolute: DRIVE's pose; relative: SRC's pose, moved as DRIVE moves from its reference frame.",
+    "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
+    help="auto: SRC keeps its own pose and place where DRIVE's head is turned most like SRC's, and from there moves as "
+    "DRIVE moves (a picture gives its own pose); relative: the same, from --reference-frame; absolute: DRIVE's own "
+    "pose and place.",
 )  # fmt: skip
 @click.option(
     "--relative-expression/--absolute-expression", default=False,
     help="Add DRIVE's change of expression from its reference frame to SRC's expression.  [default: absolute]",
 )  # fmt: skip
 @click.option(
-    "--reference-frame",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Frame of DRIVE, from 0 after --start, that relative motion refers to.",
-)
+    "--reference-frame", type=click.IntRange(0),
+    help="Frame of DRIVE, from 0 after --start, that relative motion refers to.  [default: with --pose auto the "
+    "most similar one of each shot's first 10 s, else 0]",
+)  # fmt: skip
 @options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")

@@ -122,5 +122,5 @@ def test_reader_notes_truncated_video(suffix: str, args: list[str], good: Simple
         assert 0 < len(list(reader)) <= 75
         assert any("the picture ends after" in note for note in reader.notes) == short
     stream = DriverStream(cut, LandmarkerTracker(resolve_weights("face_landmarker")), batch=8, crop_scale=2.2)
-    assert 0 < sum(len(motion) for motion, _ in stream) < 50
+    assert 0 < sum(len(motion) for motion, _, _ in stream) < 50
     assert [note for note in stream.notes if " s of 3.0 s: truncated" in note]

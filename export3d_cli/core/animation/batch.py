@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator
@@ -138,7 +137,7 @@ def plan_reenact(
     animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None
 ) -> Plan:
     """Return what `reenact_all` would do: find all faces and time one batch, without writing."""
-    options = options or ReenactOptions()
+    options = (options or ReenactOptions()).for_driver(driver)
     paths = output_paths(sources, driver, out)
     check_outputs(paths, options.background, options.crf)
     planned = []
@@ -149,14 +148,13 @@ def plan_reenact(
         planned.append(PlannedSource(source, (x0, y0, x1, y1), compositor.size, path, os.path.lexists(path)))
     with open_driver(animator, portrait, driver, options) as stream:
         frames, fps, notes = stream.total, stream.fps, list(stream.notes)
-    few = replace(options, max_frames=10, compare=False, reference_frame=0)
+    few = replace(options, max_frames=10, compare=False, reference_frame=None)
     with open_driver(animator, portrait, driver, few) as stream:
         try:
-            motion = next(iter(stream))[0]
+            motion, _, reference = next(iter(stream))
         except NoFaceError:
-            motion = portrait.motion
+            motion = reference = portrait.motion
             notes.append(f"no face in the first frames of {driver}")
-    reference = motion.select(np.array([0]))
     seconds = []
     for _ in range(2):  # the first run warms up
         began = time.monotonic()

@@ -1,27 +1,36 @@
-"""The motion of a driver, streamed in batches: a video, an image, a `.motion.npz` or a Live Link Face CSV.
+"""A driver as a stream of motion: a video, an image, a folder of pictures, a `.motion.npz` or a Live Link Face CSV.
 
-Memory does not grow with the driver's length: frames are tracked as they are read. Only their faces are kept, until the
-crop is calibrated over the first `LOOKAHEAD_S` seconds and the reference frame has been read.
+Memory does not grow with the driver's length. A driver consists of shots, which begin at cuts that
+change the framing. Crop, smoothing and the automatic reference frame begin anew with each: they are measured over the
+shot's first ten seconds, while faces and motion, not images, wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from export3d_cli.core.animation.retargeting import most_similar_pose
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_image
-from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS as FAN_POINTS
+from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import Motion, resample_rows
-from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
-from export3d_cli.core.face.target_face import TargetFaceTracker
+from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
+from export3d_cli.core.face.target_face import (
+    TargetFaceTracker,
+    UprightFrames,
+    describe_rotation,
+    rotate_clockwise,
+)
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
@@ -30,39 +39,52 @@ from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights
 
-LOOKAHEAD_S = 10  # seconds of the driver over which its crop is calibrated
-OnMissing = Literal["hold", "skip", "fail"]  # what to do with frames without a face
-# motion of some frames, and their driver crops (None: not shown)
-MotionBatch = tuple[Motion, "list[np.ndarray | None]"]
+LOOKAHEAD_S = 10  # seconds of a shot over which its crop is measured and its reference frame is chosen
+SAME_FRAMING = (0.25, 0.15)  # face boxes of movement, and change of the logarithm of the size
+OnMissing = Literal["hold", "skip", "fail"]  # what becomes of frames without a face
+ReferenceFrame = int | Literal["auto"] | None
+
+
+class MotionBatch(NamedTuple):
+    """Consecutive frames of a driver."""
+
+    motion: Motion
+    driver_crops: list[np.ndarray | None]  # uint8 (K, K, 3), the face crop of each frame if it is to be shown
+    reference: Motion | None  # one row: the frame that relative control counts from; the same object within a shot
+
+
+class _Part(NamedTuple):
+    """Consecutive frames of one shot, before smoothing."""
+
+    shot: int
+    motion: Motion
+    frames: list[int]  # their numbers in the driver
 
 
 class DriverStream:
-    """Iterator over the driver's motion and face crops; a context manager for one pass.
+    """Iterate over the driver's motion in batches; a context manager, one pass.
 
     Args:
-        driver: a video, an image, a folder of images, a file written by `Motion.save`, or a CSV of Live Link Face.
-        tracker: finds and follows the face; used by this object alone until it is closed.
+        driver: a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
+        tracker: follows the face.
+        face: which of several faces: largest, left, right or index:N, the N-th from the left, from 0.
         batch: maximum number of frames in a batch.
         crop_scale: side of the crop in face boxes.
-        face: which of several faces: largest, left, right, or index:N, the N-th from the left, from 0.
-        crop_size: side of the driver crops that come with the motion, in pixels; None: no crops.
-        fps: output frame rate; None keeps the driver's.
+        crop_size: side in pixels of the face crops that come with the motion; None: no crops.
+        fps: frame rate; None keeps the driver's.
         start: seconds to skip.
         duration: seconds to use; None: to the end.
         max_frames: maximum number of frames to use; None: all.
-        on_missing: for a frame without a face: repeat the last face, skip the frame, or raise `NoFaceError`.
-        smooth: strength of the motion smoothing.
-        reference: output frame, from 0, whose motion is kept in the attribute `reference`; None: none.
-        camera: (25,), position and distance of the head in a CSV; None: EG3D's.
+        on_missing: repeat the last frame with a face, skip the frame, or raise `NoFaceError`.
+        smooth: smoothing of the motion.
+        reference: the reference frame: its number among the frames used, from 0, or `auto`: the first frame of each
+            shot whose head rotation is nearest to that of `camera`. None: no reference.
+        camera: (25,), the portrait's: also where a CSV's head is placed. None: EG3D's usual.
         track_cache: records the faces at the first pass; later passes with the same driver, tracker, face and frames
-            take them from it.
+            read them from it.
 
-    Attributes:
-        fps: exact output frame rate.
-        total: expected number of frames.
-        missing: frames without a face so far.
-        reference: motion of the reference frame, one row; set before the first batch is yielded.
-        notes: for the user; complete after the last batch.
+    `fps` is the exact rate, `total` the expected number of frames, `missing` the frames without a face so far, `notes`
+    are for the user.
     """
 
     def __init__(
@@ -80,7 +102,7 @@ class DriverStream:
         max_frames: int | None = None,
         on_missing: OnMissing = "hold",
         smooth: SmoothingLevel = "off",
-        reference: int | None = None,
+        reference: ReferenceFrame = None,
         camera: np.ndarray | None = None,
         track_cache: TrackCache | None = None,
     ) -> None:
@@ -90,11 +112,12 @@ class DriverStream:
         self.smooth, self.track_cache, self.face = smooth, track_cache, face
         self.missing = 0
         self.notes: list[str] = []
-        self.reference: Motion | None = None
-        self._reference_row = reference
+        self.reference = reference
+        self.camera = Camera.orbit(0).to_vector() if camera is None else camera
+        self._rotation = 0  # clockwise degrees by which the frames are rotated, so that the face is upright
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
-        self._crop_reader: VideoReader | None = None  # reads the same frames a second time, for the crops
+        self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
         self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
         self._stopped = False
         self._track_key = (driver.resolve(), type(tracker), face, fps, start, duration, max_frames)
@@ -102,16 +125,15 @@ class DriverStream:
             if crop_size is not None:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
             if driver.suffix.lower() == ".csv":
-                camera = Camera.orbit(0).to_vector() if camera is None else camera
-                motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), camera)
+                motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), self.camera)
             else:
-                motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, FAN_POINTS, 0))
+                motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))
             self.fps = motion.fps if fps is None else fps
-            rows = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
-            if not len(rows):
+            chosen = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
+            if not len(chosen):
                 raise InputError(f"start {start} s is after the end of {driver}")
-            self._motion = motion.select(rows)
-            self.total = len(rows)
+            self._motion = motion.select(chosen)
+            self.total = len(chosen)
         elif has_image_suffix(driver):
             self.fps, self.total = fps or Fraction(25), 1
         else:
@@ -136,18 +158,48 @@ class DriverStream:
                 reader.close()
 
     def __iter__(self) -> Iterator[MotionBatch]:
-        self._smoother = MotionSmoother(self.smooth, self.fps)
-        if self._motion is None:
-            yield from self._track()
+        frames: deque[int] = deque()  # numbers of the frames whose motion is on its way
+
+        def motions(parts: Iterable[_Part]) -> Iterator[Motion]:
+            for part in parts:
+                frames.extend(part.frames)
+                yield part.motion
+
+        parts = self._track() if self._motion is None else self._split(self._motion)
+        shots = (smooth_stream(motions(shot), self.smooth) for _, shot in groupby(parts, key=lambda part: part.shot))
+        for motion, reference in self._with_reference(shots):
+            crops = [self._driver_crop(frames.popleft(), motion.crop) for _ in range(len(motion))]
+            yield MotionBatch(motion, crops, reference)
+
+    def _with_reference(self, shots: Iterator[Iterator[Motion]]) -> Iterator[tuple[Motion, Motion | None]]:
+        """Pair the motions of all shots with their reference frames."""
+        if self.reference == "auto":
+            for shot in shots:
+                count = max(1, round(LOOKAHEAD_S * self.fps))
+                ahead = _read_rows(shot, count)
+                first = Motion.concatenate(ahead).select(np.arange(min(count, sum(map(len, ahead)))))
+                usable = np.flatnonzero(first.found) if first.found.any() else np.arange(len(first))
+                reference = first.select(usable[[most_similar_pose(first.camera[usable], self.camera)]])
+                for motion in chain(ahead, shot):
+                    yield motion, reference
             return
-        self.missing = int((~self._motion.found).sum())
-        if self._reference_row is not None:
-            self._check_reference(self.total)
-            before = self._motion.select(np.arange(self._reference_row + 1))
-            self.reference = self._last_row(MotionSmoother(self.smooth, self.fps)(before))
+        whole, fixed = chain.from_iterable(shots), None
+        if self.reference is not None:
+            ahead = _read_rows(whole, self.reference + 1)
+            first = Motion.concatenate(ahead)
+            if len(first) <= self.reference:
+                raise InputError(
+                    f"{self.driver} has {len(first)} frames: frame {self.reference} cannot be the reference"
+                )
+            fixed, whole = first.select(np.array([self.reference])), chain(ahead, whole)
+        for motion in whole:
+            yield motion, fixed
+
+    def _split(self, motion: Motion) -> Iterator[_Part]:
+        self.missing = int((~motion.found).sum())
         for start in range(0, self.total, self.batch):
-            motion = self._motion.select(np.arange(start, min(start + self.batch, self.total)))
-            yield self._smoother(motion), [None] * len(motion)
+            rows = np.arange(start, min(start + self.batch, self.total))
+            yield _Part(0, motion.select(rows), rows.tolist())
 
     def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
         if reader is None:
@@ -160,120 +212,137 @@ class DriverStream:
                 raise MediaError(f"reading {self.driver} was stopped")
             yield frame
 
-    def _faces(self) -> Iterator[tuple[Face | None, tuple[int, int]]]:
-        """Yield the face of each frame, tracked or from the cache, and the frame's (width, height)."""
-        if self.track_cache is not None and self.track_cache.is_complete(self._track_key):
-            for face in self.track_cache:
-                yield face, self.track_cache.size
-            self.notes += [note for note in self.track_cache.notes if note not in self.notes]
+    def _faces(self) -> Iterator[tuple[Face | None, bool, tuple[int, int]]]:
+        """Yield the face of each frame, whether a shot begins there, and the frame's size."""
+        cache = self.track_cache
+        if cache is not None and cache.is_complete(self._track_key):
+            self._rotation = cache.rotation
+            for face, is_new_shot in cache:
+                yield face, is_new_shot, cache.size
+            self.notes += [note for note in cache.notes if note not in self.notes]
             return
-        if self.track_cache is not None:
-            self.track_cache.restart(self._track_key)
-        track_face = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
-        for image in self._images(self._reader):
-            size = (image.shape[1], image.shape[0])
-            face = track_face(image)
-            if self.track_cache is not None:
-                self.track_cache.append(face, size)
-            yield face, size
-        if self._reader is not None:  # such as a damaged end of the file
+        if cache is not None:
+            cache.restart(self._track_key)
+        target = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
+        frames = UprightFrames(self.tracker.landmarker, self._images(self._reader))
+        for frame in frames:
+            self._rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
+            face = target(frame)
+            if cache is not None:
+                cache.append(face, size, is_new_shot=target.is_new_shot)
+            yield face, target.is_new_shot, size
+        if self._rotation:
+            self.notes.append(
+                f"the face in {self.driver} {describe_rotation(self._rotation)}: its frames are used rotated by "
+                f"{self._rotation} degrees clockwise"
+            )
+        if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
-        self.notes += track_face.notes
-        if self.track_cache is not None:
-            self.track_cache.finish(self.notes)
+        self.notes += target.notes
+        if cache is not None:
+            cache.rotation = self._rotation
+            cache.finish(self.notes)
 
-    def _track(self) -> Iterator[MotionBatch]:
-        """Track frame by frame; only faces are queued, until the crop is calibrated."""
-        queue: list[tuple[int, Face | None]] = []  # frame index, face
-        clip: ClipCalibration | None = None
-        last_face: Face | None = None
+    def _track(self) -> Iterator[_Part]:
+        """Track frame by frame. A shot begins with its first face; frames wait until its crop is known."""
+        shot = _Shot(0)
+        is_cut = False
         size = (0, 0)
-        lookahead = max(1, round(LOOKAHEAD_S * self.fps), (self._reference_row or 0) + 1)
-        for index, (face, size) in enumerate(self._faces()):
+        for index, (face, is_new_shot, size) in enumerate(self._faces()):
+            is_cut |= is_new_shot
+            if face is not None and is_cut:
+                is_cut = False
+                if shot.last is not None and not _looks_alike(shot.last, face):
+                    yield from self._flush(shot, size, 1)
+                    shot = _Shot(shot.number + 1)
             if face is None:
                 self.missing += 1
                 if self.on_missing == "fail":
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
                 if self.on_missing == "skip":
                     continue
-            queue.append((index, face))
-            if clip is None and len(queue) >= lookahead and any(f is not None for _, f in queue):
-                clip = self._start(queue, size)
-            if clip is not None and len(queue) >= self.batch:
-                last_face = yield from self._flush(queue, last_face, clip, size)
-        if not any(f is not None for _, f in queue) and last_face is None:
+            shot.append(index, face)
+            if shot.last is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
+                yield from self._flush(shot, size, self.batch)
+        if shot.last is None:
             raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
-        if queue:
-            clip = clip or self._start(queue, size)
-            yield from self._flush(queue, last_face, clip, size, final=True)
+        yield from self._flush(shot, size, 1)
 
-    def _start(self, queue: list[tuple[int, Face | None]], size: tuple[int, int]) -> ClipCalibration:
-        """Calibrate the crop over the queue, and compute the motion of the reference frame, smoothed as all frames."""
-        clip = self._compute_crop([f for _, f in queue], size)
-        if self._reference_row is not None:
-            self._check_reference(len(queue))
-            smoother = MotionSmoother(self.smooth, self.fps)
-            last_face = next(face for _, face in queue if face is not None)
-            for start in range(0, self._reference_row + 1, self.batch):
-                part = queue[start : min(start + self.batch, self._reference_row + 1)]
-                motion, last_face = self._to_motion(part, last_face, clip, size)
-                self.reference = self._last_row(smoother(motion))
-        return clip
-
-    def _check_reference(self, frames: int) -> None:
-        if self._reference_row is not None and self._reference_row >= frames:
-            raise InputError(f"{self.driver} has {frames} frames: frame {self._reference_row} cannot be the reference")
-
-    @staticmethod
-    def _last_row(motion: Motion) -> Motion:
-        return motion.select(np.array([-1]))
-
-    def _to_motion(
-        self, part: list[tuple[int, Face | None]], last_face: Face, clip: ClipCalibration, size: tuple[int, int]
-    ) -> tuple[Motion, Face]:
-        """Return the motion of some frames, which repeats the last face where there is none, and that last face."""
-        faces = []
-        for _, face in part:
-            last_face = face or last_face
-            faces.append(last_face)
-        motion = self.tracker.make_motion(faces, self.fps, size, clip=clip)
-        return replace(motion, found=np.array([face is not None for _, face in part])), last_face
-
-    def _compute_crop(self, faces: list[Face | None], size: tuple[int, int]) -> ClipCalibration:
-        """Calibrate the driver's crop: as many face boxes wide as the source's, so that both faces have one size."""
-        return self.tracker.calibrate_clip(
-            [f for f in faces if f is not None], size, (self.crop_scale, self.crop_scale)
-        )
-
-    def _flush(
-        self, queue: list[tuple[int, Face | None]], last_face: Face | None, clip: ClipCalibration,
-        size: tuple[int, int], *, final: bool = False,
-    ) -> Generator[MotionBatch, None, Face]:  # fmt: skip
-        """Yield full batches of the queue, with `final` all of it; return the last face."""
-        last_face = last_face or next(face for _, face in queue if face is not None)
-        while len(queue) >= self.batch or (final and queue):
-            part, queue[:] = queue[: self.batch], queue[self.batch :]
-            motion, last_face = self._to_motion(part, last_face, clip, size)
-            yield self._smoother(motion), [self._driver_crop(index, clip.crop) for index, _ in part]
-        return last_face
+    def _flush(self, shot: _Shot, size: tuple[int, int], minimum: int) -> Iterator[_Part]:
+        """Yield the waiting frames of a shot in batches while there are at least `minimum`."""
+        if shot.clip is None:  # the crop is as many face boxes wide as the portrait's, so that both faces have one size
+            found = [face for face in shot.faces if face is not None]
+            shot.clip = self.tracker.calibrate_clip(found, size, (self.crop_scale, self.crop_scale))
+        while len(shot.faces) >= minimum:
+            frames, faces = shot.take(self.batch)
+            present = []
+            for face in faces:
+                shot.held = face or shot.held
+                present.append(shot.held)
+            motion = self.tracker.make_motion(present, self.fps, size, clip=shot.clip)
+            motion = replace(motion, found=np.array([face is not None for face in faces]))
+            yield _Part(shot.number, motion, frames)
 
     def _driver_crop(self, index: int, crop: Square) -> np.ndarray | None:
-        """Return the crop of a frame, which is read a second time so that no frame is queued in memory."""
+        """Return the crop of a frame to be shown; frames are read a second time, so that none waits in memory."""
         if self.crop_size is None:
             return None
         if self._crop_frames is None:
             self._crop_frames = enumerate(self._images(self._crop_reader))
         image = next(image for number, image in self._crop_frames if number == index)
-        return crop_image(image, crop, self.crop_size)
+        return crop_image(rotate_clockwise(image, self._rotation), crop, self.crop_size)
+
+
+class _Shot:
+    """The faces of a shot that wait to become motion."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.frames: list[int] = []  # numbers of the waiting frames
+        self.faces: list[Face | None] = []
+        self.clip: ClipCalibration | None = None  # once it is measured
+        self.held: Face | None = None  # what a frame without a face repeats: the face before it, or the shot's first
+        self.last: Face | None = None  # the last face that was added
+
+    def append(self, frame: int, face: Face | None) -> None:
+        """Add the next frame."""
+        self.frames.append(frame)
+        self.faces.append(face)
+        self.held = self.held or face
+        self.last = face or self.last
+
+    def take(self, count: int) -> tuple[list[int], list[Face | None]]:
+        """Remove and return the first waiting frames."""
+        taken = self.frames[:count], self.faces[:count]
+        del self.frames[:count], self.faces[:count]
+        return taken
+
+
+def _looks_alike(one: Face, two: Face) -> bool:
+    """Return whether faces before and after a cut have about the same place and size, so that the framing can stay."""
+    (low, high), (other_low, other_high) = (
+        (face.landmarks[:, :2].min(0), face.landmarks[:, :2].max(0)) for face in (one, two)
+    )
+    side, other_side = (high - low).max(), (other_high - other_low).max()
+    distance = np.linalg.norm((low + high - other_low - other_high) / 2) / side
+    return bool(distance < SAME_FRAMING[0] and abs(np.log(other_side / side)) < SAME_FRAMING[1])
+
+
+def _read_rows(motions: Iterator[Motion], count: int) -> list[Motion]:
+    """Read at least one motion, and until there are `count` rows or no more."""
+    ahead = [next(motions)]
+    while sum(map(len, ahead)) < count and (motion := next(motions, None)) is not None:
+        ahead.append(motion)
+    return ahead
 
 
 def is_motion_file(driver: Path) -> bool:
-    """Return whether a driver is a file of numbers, without images or sound."""
+    """Return whether a driver is a file of numbers, without pictures and sound."""
     return driver.suffix.lower() in (".npz", ".csv")
 
 
 def select_audio(driver: Path, audio: str, start: float) -> tuple[Path | None, float]:
-    """Return the file with the result's sound, if any, and the second where it starts: `start` in the driver itself.
+    """Return the file whose sound is added, and the second to start at: `start` for the driver's sound, 0 for a file's.
 
     `audio` is driver, none or a file, as in `ReenactOptions`.
     """

@@ -144,7 +144,7 @@ def _read_expressions(
             max_frames=count,
         ) as stream,
     ):  # fmt: skip
-        beta = np.concatenate([motion.beta for motion, _ in stream])
+        beta = np.concatenate([batch.motion.beta for batch in stream])
     return beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from export3d_cli.core.animation.driver_stream import OnMissing
-from export3d_cli.core.animation.retargeting import DRIVABLE, Control
+from export3d_cli.core.animation.driver_stream import OnMissing, ReferenceFrame
+from export3d_cli.core.animation.retargeting import DRIVABLE, Control, TravelLimits
 from export3d_cli.core.animation.watermark import Watermark
 from export3d_cli.core.face.smoothing import SmoothingLevel
 from export3d_cli.core.face.tracker import TrackerName
+from export3d_cli.core.media.image import has_image_suffix
 from export3d_cli.core.runtime.errors import InputError
 
 Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 Crop = Literal["auto", "none"]
 Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
-PASTE_BACK_MAX_TRAVEL = 0.03  # of the crop's side: how far the head may move within an otherwise still photo
+# Pose of the head. absolute: the driver's; relative: the source's own, moved as the driver's moves from its reference
+# frame; auto: relative to the frame whose head rotation is nearest to the source's.
+Pose = Literal["auto", "relative", "absolute"]
+PASTE_BACK_TRAVEL = TravelLimits(0.03, 0.03, 0.03, 0.03)  # in an otherwise still photo
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,31 @@ class ReenactOptions:
     drive: tuple[str, ...] = DRIVABLE  # which parts of the driver's motion are used
     expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
     pose_scale: float = 1.0  # of the head pose, likewise
-    pose: Literal["absolute", "relative"] = "absolute"  # relative: the source's pose, moved as the driver's moves
+    pose: Pose = "auto"
     relative_expression: bool = False  # the source's expression plus the driver's change
-    reference_frame: int = 0  # of the used driver frames, from 0: base of the relative pose and expression
+    reference_frame: int | None = None  # of the used driver frames, from 0; None: automatic with pose auto, else 0
     smooth: SmoothingLevel = "light"
     watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
+
+    def for_driver(self, driver: Path) -> ReenactOptions:
+        """Return the options for a driver: pose `auto` of a picture, which shows no movement, is absolute."""
+        return replace(self, pose="absolute") if self.pose == "auto" and has_image_suffix(driver) else self
 
     @property
     def control(self) -> Control:
         """The part of these options that controls the motion."""
-        limit = PASTE_BACK_MAX_TRAVEL if self.paste_back else None
-        return Control(self.drive, self.expression_scale, self.pose_scale, self.pose, self.relative_expression, limit)
+        pose: Literal["absolute", "relative"] = "absolute" if self.pose == "absolute" else "relative"
+        limits = PASTE_BACK_TRAVEL if self.paste_back else None
+        return Control(self.drive, self.expression_scale, self.pose_scale, pose, self.relative_expression, limits)
+
+    @property
+    def reference(self) -> ReferenceFrame:
+        """The driver's reference frame, see `DriverStream`."""
+        if not self.control.needs_reference:
+            return None
+        if self.reference_frame is not None:
+            return self.reference_frame
+        return "auto" if self.pose == "auto" else 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +41,17 @@ def reenact(
 
     A `track_cache` that is passed to several calls with one driver and the same options has it tracked only once.
     """
-    options, began = options or ReenactOptions(), time.monotonic()
+    options, began = (options or ReenactOptions()).for_driver(driver), time.monotonic()
     check_outputs([out], options.background, options.crf)
     check_overwrite(out, options.overwrite)
     add_watermark = get_watermarker(options.watermark)
     portrait, compositor = load_portrait(animator, source, options)
     audio, audio_start = select_audio(driver, options.audio, options.start)
     notes = precision_notes(animator.precision, animator.device)
+
+    def notify(note: str) -> None:
+        if note not in notes:  # each shot may give the same ones
+            notes.append(note)
 
     def write(item: tuple[np.ndarray, np.ndarray | None]) -> None:
         writer.write(add_watermark(compositor(*item)))
@@ -70,7 +74,7 @@ def reenact(
         if options.tracker == "fan"
         else PrefetchIterator(stream, PREFETCH_DEPTH, stop=stream.stop) as batches,
     ):  # fmt: skip
-        for item in _animate_stream(animator, portrait, stream, batches, options.control, notes.append):
+        for item in _animate_stream(animator, portrait, batches, options.control, notify):
             background.put(item)
     return Summary(
         out, background.written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
@@ -102,28 +106,26 @@ def open_driver(
             fps=options.fps, crop_size=(crop_size or portrait.geometry.frame_size) if options.compare else None,
             start=options.start, duration=options.duration, max_frames=options.max_frames,
             on_missing=options.on_missing, smooth=options.smooth,
-            reference=options.reference_frame if options.control.needs_reference else None,
-            camera=portrait.camera.to_vector(), track_cache=track_cache,
+            reference=options.reference, camera=portrait.camera.to_vector(), track_cache=track_cache,
         ) as stream,
     ):  # fmt: skip
         yield stream
 
 
 def _animate_stream(
-    animator: Animator, portrait: Portrait, stream: DriverStream, batches: Iterable[MotionBatch], control: Control,
-    notify: Notify,
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:  # fmt: skip
-    """Yield each frame with the driver crop that is shown next to it; `batches` are those of `stream`."""
+    animator: Animator, portrait: Portrait, batches: Iterable[MotionBatch], control: Control, notify: Notify
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield each frame with the driver crop that is shown next to it; each shot has a reference frame of its own."""
     crops: deque[np.ndarray | None] = deque()
-    batches = iter(batches)
-    first = next(batches)  # from here on the stream knows its reference frame
 
-    def motions() -> Iterator[Motion]:
-        for number, (motion, driver_crops) in enumerate(chain([first], batches)):
-            crops.extend(driver_crops)
-            yield motion
+    def motions(batches: Iterable[MotionBatch]) -> Iterator[Motion]:
+        for number, batch in enumerate(batches):
+            crops.extend(batch.driver_crops)
+            yield batch.motion
             if number % TRIM_INTERVAL == 0:
                 trim_heap()
 
-    for frame in animator.animate(portrait, motions(), control=control, reference=stream.reference, notify=notify):
-        yield frame, crops.popleft()
+    for reference, shot in groupby(batches, key=lambda batch: batch.reference):
+        frames = animator.animate(portrait, motions(shot), control=control, reference=reference, notify=notify)
+        for frame in frames:
+            yield frame, crops.popleft()

@@ -8,7 +8,7 @@ driver's change from a base. The base is the source's value (absolute) or the dr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,17 @@ from export3d_cli.core.runtime.errors import InputError
 
 T = TypeVar("T")
 DRIVABLE = ("expression", "pose")  # parts of a driver's motion
+MAX_GROWTH = 0.25  # largest change of the logarithm of the head's size where travel is limited
+TIED_ANGLE = np.radians(1.0)  # head rotations that differ less are equally like the photo's: the tracker's noise
+
+
+class TravelLimits(NamedTuple):
+    """How far the head's centre may leave the source's own place, in crop sides towards each side of the image."""
+
+    left: float
+    right: float
+    up: float
+    down: float
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Control:
     pose_scale: float = 1.0
     pose: Literal["absolute", "relative"] = "absolute"
     relative_expression: bool = False
-    max_travel: float | None = None  # limit of the head centre's motion, in crop sides; None: no limit
+    travel_limits: TravelLimits | None = None  # soft limits; with them the size changes by at most exp(MAX_GROWTH)
 
     def __post_init__(self) -> None:
         if not np.isfinite([self.expression_scale, self.pose_scale]).all():
@@ -44,41 +55,57 @@ class Control:
         return self.relative_expression or self.pose == "relative"
 
     def target_expression(self, source: Tensor, driver: Tensor, reference: Tensor | None) -> Tensor:
-        """Return the target lambda (B, n) from those of source (1, n), driver (B, n) and reference frame (1, n)."""
+        """Return lambda (B, n) from those of the source (1, n), the driver (B, n) and its reference frame (1, n)."""
         scale = self.expression_scale if "expression" in self.drive else 0.0
         if not self.relative_expression and scale == 1:
             return driver
         return source + scale * (driver - (_require_reference(reference) if self.relative_expression else source))
 
     def target_cameras(self, source: np.ndarray, driver: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
-        """Return cameras (T, 25) float32 from those of source (25,), driver (T, 25) and reference frame (25,).
+        """Return cameras (T, 25) float32 from those of the source (25,), the driver (T, 25) and its reference (25,).
 
-        Rotations are about the head's axes, so that a nod stays a nod at any angle of the source's head. Translations
-        are along the camera's axes, so that a move to the image's right stays one.
+        Rotations are about the head's own axes, so that a nod stays a nod wherever the source looks. Shifts in the
+        image are counted in heads and sizes are ratios, so that a driver in close-up moves the source no farther.
         """
         scale = self.pose_scale if "pose" in self.drive else 0.0
-        if self.pose == "absolute" and scale == 1 and self.max_travel is None:
+        if self.pose == "absolute" and scale == 1 and self.travel_limits is None:
             return driver
         source_rotation, source_centre = head_pose(source)
-        base_rotation, base_centre = source_rotation, source_centre
-        if self.pose == "relative":
-            base_rotation, base_centre = head_pose(_require_reference(reference))
-        rotation, centre = head_pose(driver)
-        turn = rotation_exp(scale * rotation_log(base_rotation.T @ rotation))
-        centre = self._limit_travel(source_centre, source_centre + scale * (centre - base_centre), source)
-        cameras = np.repeat(np.asarray(source, dtype=np.float32)[None], len(driver), axis=0)
-        return with_head_pose(cameras, source_rotation @ turn, centre)
-
-    def _limit_travel(self, source_centre: np.ndarray, centre: np.ndarray, camera: np.ndarray) -> np.ndarray:
-        """Return head centres (T, 3) in the camera frame, softly limited around the source's (3,) in place and size."""
-        if self.max_travel is None:
-            return centre
-        growth = self.max_travel * np.tanh(np.log(source_centre[2] / centre[:, 2]) / self.max_travel)
+        base_rotation, base_centre = head_pose(
+            _require_reference(reference) if self.pose == "relative" else np.asarray(source)
+        )
+        driver_rotation, driver_centre = head_pose(driver)
+        turn = rotation_exp(scale * rotation_log(base_rotation.T @ driver_rotation))
+        growth = scale * np.log(base_centre[2] / driver_centre[:, 2])  # of the logarithm of the head's size
+        shift = driver_centre[:, :2] / driver_centre[:, 2:] - base_centre[:2] / base_centre[2]  # at focal length 1
+        shift *= scale * base_centre[2] / source_centre[2]
+        if self.travel_limits is not None:
+            growth = _limit_softly(growth, MAX_GROWTH, MAX_GROWTH)
+            limits, focal = self.travel_limits, float(np.asarray(source)[16])
+            shift[:, 0] = _limit_softly(shift[:, 0], limits.left / focal, limits.right / focal)
+            shift[:, 1] = _limit_softly(shift[:, 1], limits.up / focal, limits.down / focal)
         depth = source_centre[2] * np.exp(-growth)
-        limit = self.max_travel / float(camera[16])  # at depth 1
-        source_direction = source_centre[:2] / source_centre[2]
-        shift = limit * np.tanh((centre[:, :2] / centre[:, 2:] - source_direction) / limit)
-        return np.concatenate([(source_direction + shift) * depth[:, None], depth[:, None]], axis=1)
+        place = source_centre[:2] / source_centre[2] + shift
+        cameras = np.repeat(np.asarray(source, dtype=np.float32)[None], len(driver), axis=0)
+        return with_head_pose(
+            cameras, source_rotation @ turn, np.concatenate([place * depth[:, None], depth[:, None]], axis=1)
+        )
+
+
+def most_similar_pose(cameras: np.ndarray, source: np.ndarray) -> int:
+    """Return the first of the cameras (T, 25) whose head rotation is nearest to the source's, (25,)."""
+    rotations, own = head_pose(cameras)[0], head_pose(source)[0]
+    angles = np.linalg.norm(rotation_log(own.T @ rotations), axis=-1)
+    return int(np.argmax(angles <= angles.min() + TIED_ANGLE))
+
+
+def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Bring values (T,) into (-low, high): those up to half a limit stay, the slope then falls from 1 to 0."""
+    limits = np.where(values < 0, low, high)
+    half = np.maximum(limits / 2, 1e-9)
+    size = np.abs(values)
+    limited: np.ndarray = np.sign(values) * np.where(size <= half, size, half + half * np.tanh((size - half) / half))
+    return limited
 
 
 def amplify_expression(source: Tensor, target: Tensor, gain: float) -> Tensor:

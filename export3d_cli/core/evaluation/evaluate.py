@@ -48,7 +48,7 @@ from export3d_cli.core.evaluation.result import DEFAULT_PAIRS, EvaluateOptions, 
 from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import MotionSmoother
+from export3d_cli.core.face.smoothing import smooth_motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_tensor, to_uint8, write_image
 from export3d_cli.core.model.volume_renderer import pixel_grid
@@ -191,7 +191,7 @@ def render_methods(
         if case.target is not None:  # the result is framed as the target's crop
             length = min(len(motion), len(case.target.motion))
             motion = replace(motion.select(np.arange(length)), camera=case.target.motion.camera[:length])
-        motion = MotionSmoother(options.smooth or "light", motion.fps)(motion).select(rows)
+        motion = smooth_motion(motion, options.smooth or "light").select(rows)
         portrait = animator.portrait_from_motion(photo, case.source.motion, source_row)
         results["model"] = list(animator.animate(portrait, [motion]))
         if animator.model.flow is not None:

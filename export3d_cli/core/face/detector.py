@@ -12,6 +12,7 @@ import numpy as np
 from export3d_cli.core.runtime.errors import WeightsError
 
 SEARCH_SIDES_PX = (640, 1280)  # longer side of the image in a quick search and in a thorough one
+_UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual
 _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES = 0.6, 0.3, 1000
 
 
@@ -52,6 +53,20 @@ class FaceDetector:
             box = np.array([x, y, x + width, y + height], dtype=np.float32)
             detections.append(Detection(box, row[4:14].reshape(5, 2) / scale, float(row[14])))
         return sorted(detections, key=lambda d: -float(np.prod(d.box[2:] - d.box[:2])))
+
+    def rotation_to_upright(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[0]) -> int | None:
+        """Return the clockwise degrees (0, 90, 180, 270) that turn an image so that its largest face is upright.
+
+        None if no rotation shows a face. The score drops for faces that are not upright.
+        """
+        scores = []
+        for quarters in range(4):
+            detections = self(np.rot90(image, -quarters), max_side=max_side)
+            scores.append(detections[0].score if detections else 0.0)
+        best = int(np.argmax(scores))
+        if not scores[best]:
+            return None
+        return 90 * best if scores[best] > scores[0] + _UPRIGHT_MARGIN else 0
 
     def _load(self) -> cv2.FaceDetectorYN:
         if self._net is None:

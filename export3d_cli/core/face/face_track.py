@@ -21,6 +21,9 @@ class FaceFinder(Protocol):
     def find_all(self, image: np.ndarray) -> list[Face]:
         """Return every face, the largest first."""
 
+    def rotation_to_upright(self, image: np.ndarray) -> int | None:
+        """Return the clockwise degrees (0, 90, 180, 270) that turn the largest face upright; None without a face."""
+
     def find_near(self, image: np.ndarray, face: Face) -> Face | None:
         """Return the face near the place of `face`, which another image showed, or None."""
 

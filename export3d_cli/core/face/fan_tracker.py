@@ -69,6 +69,10 @@ class FanLandmarker:
         """Return every face of the image, the largest first."""
         return list(self._detect_faces(image))
 
+    def rotation_to_upright(self, image: np.ndarray) -> int | None:
+        """Return the clockwise degrees (0, 90, 180, 270) that turn the largest face upright; None without a face."""
+        return self.detector.rotation_to_upright(image)
+
     def predict_points(self, image: np.ndarray, square: Square) -> np.ndarray:
         """Return the network's points (68, 2) in pixels for a square of the image, whether or not it shows a face."""
         x0, y0, side = square

@@ -34,7 +34,6 @@ _MIN_SCORE = 0.5  # of the detector and of the presence output, MediaPipe's defa
 _NMS_IOU = 0.3
 _ROI_SCALE = 1.5  # margin around the box of a detection or of a set of landmarks
 _YUNET_KEYPOINTS = 5
-_UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual
 _SAME_FACE_IOU = 0.5  # two landmark boxes that overlap more are one face
 
 
@@ -116,20 +115,13 @@ class Landmarker:
     def rotation_to_upright(self, image: np.ndarray) -> int | None:
         """Return the clockwise degrees (0, 90, 180, 270) that turn a photo so that its largest face is upright.
 
-        None if no rotation shows a face. Uses the score of the second detector, which drops for faces that are not
-        upright; the landmark network often finds an upright face in one that is upside down.
+        None if no rotation shows a face. Asks the second detector: the landmark network often finds an upright face in
+        one that is upside down.
         """
         image = _check_image(image)
         if self._second_detector is None:
             return None if self.find(image) is None else 0
-        scores = []
-        for quarters in range(4):
-            detections = self._second_detector(np.rot90(image, -quarters), max_side=SEARCH_SIDES_PX[0])
-            scores.append(detections[0].score if detections else 0.0)
-        best = int(np.argmax(scores))
-        if not scores[best]:
-            return None
-        return 90 * best if scores[best] > scores[0] + _UPRIGHT_MARGIN else 0
+        return self._second_detector.rotation_to_upright(image)
 
     def _confirmed_faces(self, image: np.ndarray, *, thorough: bool = True) -> Iterator[Face]:
         """Yield the faces that the landmark network confirms, from the first stage that has any."""

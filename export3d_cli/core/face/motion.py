@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ FPS_RANGE = (Fraction(1, 1000), Fraction(1000))  # accepted frames a second
 MAX_VALUE = 1e6  # largest absolute value accepted in a motion file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Motion:
     """What a face does over T frames. A driver needs only `beta` and `camera`."""
 
@@ -43,6 +44,13 @@ class Motion:
     def select(self, rows: np.ndarray) -> Motion:
         """Return the motion of some frames only; `rows` are their indices."""
         return replace(self, **{k: getattr(self, k)[rows] for k in ("beta", "camera", "landmarks", "found")})
+
+    @staticmethod
+    def concatenate(motions: Sequence[Motion]) -> Motion:
+        """Join motions one after another; rate, crop and size are those of the first."""
+        keys = ("beta", "camera", "landmarks", "found")
+        arrays: dict[str, Any] = {key: np.concatenate([getattr(m, key) for m in motions]) for key in keys}
+        return replace(motions[0], **arrays)
 
     def save(self, path: Path) -> None:
         """Write a `.motion.npz` file atomically."""

@@ -1,33 +1,55 @@
-"""One-Euro smoothing of a driver's motion (Casiez et al. 2012): little jitter when still, little lag when moving.
+"""Smoothing of a driver's motion, in parts and in constant memory.
 
-Each signal passes a first-order low-pass filter whose cutoff frequency rises with the signal's speed. The filter is
-causal and keeps one frame in memory.
+A driver that is a file is known ahead: each frame becomes a weighted mean of the frames before and after it, so nothing
+lags. The weights are those of a bilateral filter (Tomasi and Manduchi 1998) in time: they fall with the distance in
+time and with the change of the signal. Jitter is averaged; a blink, far larger than jitter, keeps its height.
+
+A live source has no next frame. The causal One-Euro filter (Casiez et al. 2012) is for such sources: a first-order
+low-pass filter whose cutoff frequency rises with the signal's speed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose
 
 SmoothingLevel = Literal["off", "light", "strong"]
 
 
-@dataclass(frozen=True)
-class Cutoff:
+class BilateralKernel(NamedTuple):
+    """Standard deviations of the Gaussian weights in time and in change."""
+
+    time: float  # seconds
+    change: float  # of each signal, in multiples of `*_CHANGE`
+
+
+KERNELS: dict[SmoothingLevel, BilateralKernel] = {
+    "light": BilateralKernel(0.06, 1.0), "strong": BilateralKernel(0.12, 2.5)
+}  # fmt: skip
+KERNEL_REACH = 2.5  # standard deviations in time at which the kernel ends
+# Changes three to five times as large as the jitter of tracked faces.
+_FINE_MEASURES = ("eyeOpening", "iris")  # entries of beta with a tenth of the others' range
+BETA_CHANGE = np.array([0.008 if name.startswith(_FINE_MEASURES) else 0.03 for name in BETA_NAMES])
+ROTATION_CHANGE = 0.015  # radians
+CENTRE_CHANGE = np.array([0.0015, 0.0015, 0.012])  # of the head in the camera frame, head-frame units
+
+
+class Cutoff(NamedTuple):
     """Cutoff frequency in Hz: `min_cutoff` at rest, plus `speed_gain` times the speed in units per second."""
 
     min_cutoff: float
     speed_gain: float
 
 
-@dataclass(frozen=True)
-class SmoothingStrength:
+class OneEuroCutoffs(NamedTuple):
     """Cutoffs of each kind of signal."""
 
     beta: Cutoff  # per entry; speed in coefficients per second
@@ -35,11 +57,125 @@ class SmoothingStrength:
     centre: Cutoff  # of the head, per camera axis; speed in head-frame units per second
 
 
-STRENGTHS: dict[str, SmoothingStrength] = {
-    "light": SmoothingStrength(Cutoff(2.0, 6.0), Cutoff(1.2, 20.0), Cutoff(2.5, 50.0)),
-    "strong": SmoothingStrength(Cutoff(0.8, 2.0), Cutoff(0.5, 8.0), Cutoff(1.0, 25.0)),
+ONE_EURO_CUTOFFS: dict[SmoothingLevel, OneEuroCutoffs] = {
+    "light": OneEuroCutoffs(Cutoff(2.0, 6.0), Cutoff(1.2, 20.0), Cutoff(2.5, 50.0)),
+    "strong": OneEuroCutoffs(Cutoff(0.8, 2.0), Cutoff(0.5, 8.0), Cutoff(1.0, 25.0)),
 }
 SPEED_CUTOFF_HZ = 2.0  # cutoff of the measured speed itself
+
+
+class _Signals(NamedTuple):
+    """What is smoothed, of one frame or of T frames, float64."""
+
+    beta: np.ndarray  # (..., 64)
+    rotation: np.ndarray  # (..., 3, 3), head to camera
+    centre: np.ndarray  # (..., 3), of the head in the camera frame
+
+
+def smooth_motion(motion: Motion, level: SmoothingLevel, *, causal: bool = False) -> Motion:
+    """Smooth beta and camera of one shot; see `smooth_stream`."""
+    return Motion.concatenate(list(smooth_stream([motion], level, causal=causal)))
+
+
+def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: bool = False) -> Iterator[Motion]:
+    """Smooth beta and camera of one shot that is given in parts; the rows come back in order, in parts of any length.
+
+    Rows without a face repeat the last output, and the filter restarts after them.
+
+    Args:
+        motions: consecutive parts with one rate.
+        level: how much is smoothed.
+        causal: use no later frame, for a live source. Otherwise a row is returned when the rows that its kernel
+            reaches are known.
+    """
+    if level == "off":
+        yield from motions
+    elif causal:
+        yield from _smooth_causal(motions, level)
+    else:
+        yield from _smooth_bilateral(motions, KERNELS[level])
+
+
+def _smooth_bilateral(motions: Iterable[Motion], kernel: BilateralKernel) -> Iterator[Motion]:
+    window: Motion | None = None  # rows to smooth, between the rows that their kernels reach
+    first = 0  # first row to smooth
+    last: _Signals | None = None  # last output
+    for motion in motions:
+        window = motion if window is None else Motion.concatenate([window, motion])
+        reach = _kernel_reach(kernel, window.fps)
+        ready = slice(first, len(window) - reach)
+        if ready.start < ready.stop:
+            smoothed, last = _smooth_rows(window, ready, kernel, last)
+            yield smoothed
+            drop = max(0, ready.stop - reach)
+            window, first = window.select(np.arange(drop, len(window))), ready.stop - drop
+    if window is not None and first < len(window):
+        yield _smooth_rows(window, slice(first, len(window)), kernel, last)[0]
+
+
+def _kernel_reach(kernel: BilateralKernel, fps: Fraction) -> int:
+    """Return the frames that the kernel reaches to each side."""
+    return int(KERNEL_REACH * kernel.time * fps)
+
+
+def _smooth_rows(
+    window: Motion, rows: slice, kernel: BilateralKernel, last: _Signals | None
+) -> tuple[Motion, _Signals]:
+    """Smooth some rows of a window that holds all rows they depend on; `last` is the output before them."""
+    signals = _Signals(window.beta.astype(np.float64), *head_pose(window.camera))
+    own = _Signals(*(signal[rows] for signal in signals))
+    run = np.cumsum(~window.found)  # rows without a face separate runs
+    index = np.arange(rows.start, rows.stop)
+    steps = [np.zeros_like(own.beta), np.zeros_like(own.centre), np.zeros_like(own.centre)]
+    weights = [np.ones_like(own.beta), np.ones((len(index), 1)), np.ones_like(own.centre)]
+    reach = _kernel_reach(kernel, window.fps)
+    for offset in [*range(-reach, 0), *range(1, reach + 1)]:
+        other = (index + offset).clip(0, len(window) - 1)
+        valid = window.found[other] & (other == index + offset) & (run[other] == run[index])
+        weight_in_time = valid * np.exp(-0.5 * (offset / (kernel.time * float(window.fps))) ** 2)
+        changes = (
+            signals.beta[other] - own.beta,
+            rotation_log(np.swapaxes(own.rotation, 1, 2) @ signals.rotation[other]),
+            signals.centre[other] - own.centre,
+        )
+        sizes = (
+            changes[0] / BETA_CHANGE,
+            np.linalg.norm(changes[1], axis=1, keepdims=True) / ROTATION_CHANGE,
+            changes[2] / CENTRE_CHANGE,
+        )
+        for total, step, change, size in zip(weights, steps, changes, sizes, strict=True):
+            weight = weight_in_time[:, None] * np.exp(-0.5 * (size / kernel.change) ** 2)
+            total += weight
+            step += weight * change
+    beta_step, rotation_step, centre_step = (step / total for step, total in zip(steps, weights, strict=True))
+    smoothed = _Signals(own.beta + beta_step, own.rotation @ rotation_exp(rotation_step), own.centre + centre_step)
+    return _hold_missing(window.select(index), smoothed, last)
+
+
+def _hold_missing(motion: Motion, smoothed: _Signals, last: _Signals | None) -> tuple[Motion, _Signals]:
+    """Return the motion with smoothed signals, rows without a face repeating the last output, and its last output."""
+    if last is not None:
+        smoothed = _Signals(*(np.concatenate([a[None], b]) for a, b in zip(last, smoothed, strict=True)))
+    before = 0 if last is None else 1
+    found = np.concatenate([np.ones(before, bool), motion.found])
+    source = np.maximum.accumulate(np.where(found, np.arange(len(found)), 0))
+    held = _Signals(*(signal[source] for signal in smoothed))
+    output = replace(
+        motion, beta=held.beta[before:].astype(np.float32),
+        camera=with_head_pose(motion.camera, held.rotation[before:], held.centre[before:]),
+    )  # fmt: skip
+    return output, _Signals(*(signal[-1] for signal in held))
+
+
+def _smooth_causal(motions: Iterable[Motion], level: SmoothingLevel) -> Iterator[Motion]:
+    one_euro: _OneEuroFilters | None = None
+    last: _Signals | None = None
+    for motion in motions:
+        one_euro = one_euro or _OneEuroFilters(ONE_EURO_CUTOFFS[level], float(motion.fps))
+        signals = _Signals(motion.beta.astype(np.float64), *head_pose(motion.camera))
+        rows = [one_euro(_Signals(*row), found) for *row, found in zip(*signals, motion.found, strict=True)]
+        smoothed, last = _hold_missing(motion, _Signals(*map(np.stack, zip(*rows, strict=True))), last)
+        yield smoothed
 
 
 class OneEuroFilter:
@@ -67,48 +203,32 @@ def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | f
     return omega / (omega + 1)
 
 
-class _Signals(NamedTuple):
-    """What is smoothed of one frame, float64."""
+class _OneEuroFilters:
+    """The filters of all signals; they restart after a frame without a face."""
 
-    beta: np.ndarray  # (64,)
-    rotation: np.ndarray  # (3, 3), head to camera
-    centre: np.ndarray  # (3,), of the head in the camera frame
+    def __init__(self, cutoffs: OneEuroCutoffs, rate: float) -> None:
+        self._cutoffs, self._rate = cutoffs, rate
+        self._output: _Signals | None = None
+        self._input: _Signals | None = None
 
-
-class MotionSmoother:
-    """Smooths beta and camera of a Motion given in parts; rows without a face repeat the last output."""
-
-    def __init__(self, level: SmoothingLevel, fps: Fraction) -> None:
-        self.level = level
-        if level == "off":
-            return
-        strength, rate = STRENGTHS[level], float(fps)
-        self._beta = OneEuroFilter(strength.beta, rate, joint=False)
-        self._rotation = OneEuroFilter(strength.rotation, rate, joint=True)
-        self._centre = OneEuroFilter(strength.centre, rate, joint=False)
-        self._last_output: _Signals | None = None
-        self._last_input: _Signals | None = None
-
-    def __call__(self, motion: Motion) -> Motion:
-        """Return the next frames, smoothed."""
-        if self.level == "off":
-            return motion
-        rows = []
-        for beta, camera, found in zip(motion.beta, motion.camera, motion.found, strict=True):
-            if found or self._last_output is None:
-                self._last_output = self._filter_frame(_Signals(beta.astype(np.float64), *head_pose(camera)))
-            rows.append(self._last_output)
-        beta, rotation, centre = (np.stack(column) for column in zip(*rows, strict=True))
-        return replace(motion, beta=beta.astype(np.float32), camera=with_head_pose(motion.camera, rotation, centre))
-
-    def _filter_frame(self, new: _Signals) -> _Signals:
-        output, previous, self._last_input = self._last_output, self._last_input, new
+    def __call__(self, new: _Signals, found: bool) -> _Signals:
+        """Return the filtered signals of the next frame."""
+        output, previous = self._output, self._input
+        if not found:
+            self._output = self._input = None
+            return new
+        self._input = new
         if output is None or previous is None:
+            self._beta = OneEuroFilter(self._cutoffs.beta, self._rate, joint=False)
+            self._rotation = OneEuroFilter(self._cutoffs.rotation, self._rate, joint=True)
+            self._centre = OneEuroFilter(self._cutoffs.centre, self._rate, joint=False)
+            self._output = new
             return new
         rotation_change = rotation_log(output.rotation.T @ new.rotation)
         rotation_step = self._rotation.step(rotation_change, rotation_log(previous.rotation.T @ new.rotation))
-        return _Signals(
+        self._output = _Signals(
             output.beta + self._beta.step(new.beta - output.beta, new.beta - previous.beta),
             output.rotation @ rotation_exp(rotation_step),
             output.centre + self._centre.step(new.centre - output.centre, new.centre - previous.centre),
         )
+        return self._output

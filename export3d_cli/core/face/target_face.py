@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
 MAX_JUMP = (0.75, 0.03)  # face boxes a face may move between frames, and the addition per frame without a face
+ROTATION_VOTES = 3  # frames with a face that must agree before a video is rotated
 PATIENCE_S = 2  # how long a lost face is searched at its last position before another one is taken
 
 
@@ -43,7 +46,7 @@ def find_photo_face(
     """
     degrees = landmarker.rotation_to_upright(image)
     if degrees:
-        pose = "is upside down" if degrees == 180 else "lies on its side"
+        pose = describe_rotation(degrees)
         raise NoFaceError(f"the face in {name} {pose}: rotate the photo by {degrees} degrees clockwise")
     track = FaceTrack(landmarker)
     tracked: Face | None = None
@@ -61,7 +64,8 @@ class TargetFaceTracker:
 
     The face is chosen in the first frame that shows any, and again after a cut. Within a shot, faces elsewhere in the
     picture are not taken for it. If a shot after a cut shows too few faces for index:N, its frames have no face, and
-    `notes` says so: another person is never taken instead.
+    `notes` says so: another person is never taken instead. `is_new_shot` says whether the last frame follows a cut, or
+    shows another face than the frames before because that one was lost for long.
 
     Args:
         finder: finds the faces.
@@ -83,17 +87,19 @@ class TargetFaceTracker:
         self._frame = -1
         self._cut_frame = 0
         self._chosen = False  # whether a face was chosen in any shot
+        self.is_new_shot = False
         self.notes: list[str] = []  # for the user
 
     def __call__(self, image: np.ndarray) -> Face | None:
         """Return the target face in the next frame."""
         self._frame += 1
+        self.is_new_shot = False
         if self._previous_image is not None and np.array_equal(image, self._previous_image):
             return self._face
         self._previous_image = image
         if self._cuts(image) is not None:
             self._track = FaceTrack(self._finder)
-            self._last_face, self._cut_frame = None, self._frame
+            self._last_face, self._cut_frame, self.is_new_shot = None, self._frame, True
         self._face = self._choose(image) if self._last_face is None else self._follow_last(image, self._last_face)
         self._missing_frames = 0 if self._face is not None else self._missing_frames + 1
         self._last_face = self._face or self._last_face
@@ -130,8 +136,46 @@ class TargetFaceTracker:
         if _relative_distance(last, nearest) > max_jump and self._missing_frames < self._patience_frames:
             self._track.follow(last, image)  # another face: search at the last position again
             return None
+        self.is_new_shot = _relative_distance(last, nearest) > max_jump
         self._track.follow(nearest, image)
         return self._track.track(image)
+
+
+class UprightFrames:
+    """The frames of a video, uint8 (H, W, 3) RGB, rotated so that the face is upright, as if no rotation tag were lost.
+
+    The first three frames that show a face decide; `rotation` is the result, clockwise in degrees: 0, 90, 180 or 270.
+    Frames before them stay as they are.
+    """
+
+    def __init__(self, finder: FaceFinder, frames: Iterable[np.ndarray]) -> None:
+        self._finder, self._frames = finder, frames
+        self.rotation = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        frames, undecided, votes = iter(self._frames), list[np.ndarray](), list[int]()
+        for frame in frames:
+            vote = self._finder.rotation_to_upright(frame)
+            if vote is None and not votes:
+                yield frame
+                continue
+            undecided.append(frame)
+            votes += [] if vote is None else [vote]
+            if len(votes) == ROTATION_VOTES or len(undecided) == 2 * ROTATION_VOTES:
+                break
+        self.rotation = votes[0] if len(set(votes)) == 1 else 0
+        for frame in chain(undecided, frames):
+            yield rotate_clockwise(frame, self.rotation)
+
+
+def rotate_clockwise(image: np.ndarray, degrees: int) -> np.ndarray:
+    """Rotate an image (H, W, 3) by a multiple of 90 degrees."""
+    return np.ascontiguousarray(np.rot90(image, -degrees // 90))
+
+
+def describe_rotation(degrees: int) -> str:
+    """Return the predicate of a face that has to be rotated clockwise by these degrees to be upright."""
+    return "is upside down" if degrees == 180 else "lies on its side"
 
 
 def _relative_distance(one: Face, two: Face) -> float:

@@ -13,9 +13,8 @@ from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmarker import Face
 
 _LANDMARK_VALUES = mesh.NUM_LANDMARKS * 3
-_RECORD_LENGTH = (
-    2 + _LANDMARK_VALUES + len(ARKIT_NAMES)
-)  # float32: score (0: no face), number of landmarks, landmarks, blendshapes
+# float32: score (0: no face), number of landmarks, whether a shot begins, landmarks, blendshapes
+_RECORD_LENGTH = 3 + _LANDMARK_VALUES + len(ARKIT_NAMES)
 
 
 class TrackCache:
@@ -29,7 +28,8 @@ class TrackCache:
         self._file = tempfile.TemporaryFile(prefix="export3d-")  # noqa: SIM115 - closed by __exit__
         self._key: object = None
         self._complete = False
-        self.size = (0, 0)  # width, height of the frames
+        self.size = (0, 0)  # width, height of the rotated frames
+        self.rotation = 0  # clockwise degrees by which the frames were rotated
         self.notes: tuple[str, ...] = ()  # for the user, about the pass
 
     def __enter__(self) -> TrackCache:
@@ -50,13 +50,14 @@ class TrackCache:
         self._file.truncate()
         self._key, self._complete, self.notes = key, False, ()
 
-    def append(self, face: Face | None, size: tuple[int, int]) -> None:
+    def append(self, face: Face | None, size: tuple[int, int], *, is_new_shot: bool = False) -> None:
         """Record the face of the next frame, None if it shows none; `size` is its (width, height)."""
         record = np.zeros(_RECORD_LENGTH, dtype=np.float32)
+        record[2] = is_new_shot
         if face is not None:
             count = len(face.landmarks)
-            record[:2], record[2 + _LANDMARK_VALUES :] = (face.score, count), face.blendshapes
-            record[2 : 2 + 3 * count] = face.landmarks.ravel()
+            record[:2], record[3 + _LANDMARK_VALUES :] = (face.score, count), face.blendshapes
+            record[3 : 3 + 3 * count] = face.landmarks.ravel()
         self.size = size
         self._file.write(record.tobytes())
 
@@ -64,7 +65,8 @@ class TrackCache:
         """Mark the pass as complete."""
         self._complete, self.notes = True, tuple(notes)
 
-    def __iter__(self) -> Iterator[Face | None]:
+    def __iter__(self) -> Iterator[tuple[Face | None, bool]]:
+        """Yield the face of each frame, and whether a shot begins there."""
         position = 0
         while True:
             self._file.seek(position)
@@ -73,5 +75,6 @@ class TrackCache:
                 return
             position += len(content)
             record = np.frombuffer(content, dtype=np.float32)
-            landmarks = record[2 : 2 + 3 * int(record[1])].reshape(-1, 3)
-            yield Face(landmarks, record[2 + _LANDMARK_VALUES :], float(record[0])) if record[0] else None
+            landmarks = record[3 : 3 + 3 * int(record[1])].reshape(-1, 3)
+            face = Face(landmarks, record[3 + _LANDMARK_VALUES :], float(record[0])) if record[0] else None
+            yield face, bool(record[2])

@@ -37,9 +37,9 @@ def read(driver: DriverStream) -> tuple[np.ndarray, np.ndarray, list[np.ndarray 
     """Return beta, landmarks and crops of all frames."""
     with driver:
         parts = list(driver)
-    assert all(len(motion) == len(crops) <= driver.batch for motion, crops in parts)
-    beta, landmarks = (np.concatenate([getattr(m, k) for m, _ in parts]) for k in ("beta", "landmarks"))
-    return beta, landmarks, [crop for _, crops in parts for crop in crops]
+    assert all(len(motion) == len(crops) <= driver.batch for motion, crops, _ in parts)
+    beta, landmarks = (np.concatenate([getattr(m, k) for m, _, _ in parts]) for k in ("beta", "landmarks"))
+    return beta, landmarks, [crop for _, crops, _ in parts for crop in crops]
 
 
 def test_motion_does_not_depend_on_the_batch_size(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
@@ -67,7 +67,7 @@ def test_short_lookahead_gives_the_same_motion_for_a_short_clip(
 def test_driver_crops_match_the_motion(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("clip.mp4")
     with stream(clip, tracker, crop_size=48, max_frames=3) as driver:
-        motion, crops = next(iter(driver))
+        motion, crops, _ = next(iter(driver))
     frames = list(VideoReader(clip))
     for frame, crop in zip(frames, crops, strict=False):
         np.testing.assert_array_equal(crop, crop_image(frame, motion.crop, 48))
@@ -111,7 +111,7 @@ def test_hidden_face_is_not_replaced_by_another(make_clip: MakeClip, tracker: La
     middles = []
     for face, missing in (("left", 2), ("right", 0), ("largest", 0)):
         with stream(clip, tracker, face=face, batch=10) as driver:
-            ((motion, _),) = list(driver)
+            ((motion, _, _),) = list(driver)
         assert driver.missing == missing
         middles.append(motion.crop[0] + motion.crop[2] / 2)
     assert middles[0] < 192 < middles[1] == middles[2]  # the right one is the larger

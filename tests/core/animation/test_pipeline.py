@@ -213,8 +213,8 @@ def reenact_without_threads(
     (portrait, compositor), add_watermark = load_portrait(animator, SOURCE, options), get_watermarker(options.watermark)
     crop_size = compositor.source_frame.shape[0]
     with open_driver(animator, portrait, driver, options, crop_size=crop_size) as stream:
-        motions, crops = zip(*stream, strict=True)
-    frames = animator.animate(portrait, motions, control=options.control, reference=stream.reference)
+        motions, crops, references = zip(*stream, strict=True)
+    frames = animator.animate(portrait, motions, control=options.control, reference=references[0])
     with VideoWriter(out, size=compositor.size, fps=stream.fps, crf=options.crf) as writer:
         for frame, crop in zip(frames, chain(*crops), strict=True):
             writer.write(add_watermark(compositor(frame, crop)))

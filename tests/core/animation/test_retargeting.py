@@ -14,10 +14,10 @@ import torch
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.animation.retargeting import Control, amplify_expression
+from export3d_cli.core.animation.retargeting import Control, TravelLimits, amplify_expression, most_similar_pose
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.camera import Camera, head_pose
+from export3d_cli.core.runtime.camera import Camera, head_pose, with_head_pose
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -71,6 +71,37 @@ def test_relative_pose_moves_the_source_camera() -> None:
     assert centre[1][1] == pytest.approx(centre[0][1], abs=1e-6)
 
 
+def test_relative_movement_is_a_fraction_of_the_head_at_any_zoom() -> None:
+    """A driver seen twice as large, who moves twice as far in the image, moves the source alike."""
+    still, moved = Camera.orbit(0, radius=2.6).to_vector(), Camera.orbit(10, radius=2.6).to_vector()
+    moved[:16] = np.linalg.inv(
+        np.linalg.inv(moved[:16].reshape(4, 4)) + [[0, 0, 0, 0.1], [0] * 4, [0, 0, 0, 0.3], [0] * 4]
+    ).ravel()
+
+    def zoomed(camera: np.ndarray, factor: float) -> np.ndarray:
+        rotation, centre = head_pose(camera)
+        place, depth = centre[:2] / centre[2] * factor, centre[2] / factor
+        return with_head_pose(camera, rotation, np.array([*(place * depth), depth]))
+
+    relative = Control(pose="relative")
+    results = [
+        relative.target_cameras(OWN, zoomed(moved, factor)[None], zoomed(still, factor)) for factor in (1, 2, 0.5)
+    ]
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], atol=1e-5)
+    own, (target,) = head_pose(OWN)[1], head_pose(results[0])[1]
+    assert target[2] / own[2] == pytest.approx(2.9 / 2.6, rel=1e-4)  # sizes are ratios
+    heads = (target[0] / target[2] - own[0] / own[2]) * own[2]
+    assert heads == pytest.approx(0.1 / 2.9 * 2.6, rel=1e-3)
+
+
+def test_most_similar_pose_is_the_first_of_equal_rotations() -> None:
+    yaws = [20, 3.9, -10, 4.5, 4.0]
+    cameras = np.stack([Camera.orbit(yaw).to_vector() for yaw in yaws])
+    assert most_similar_pose(cameras, Camera.orbit(4.4).to_vector()) == 1  # within the tracker's noise
+    assert most_similar_pose(cameras, Camera.orbit(-30).to_vector()) == 2
+
+
 def test_target_expression_scales_changes_of_lambda() -> None:
     source, reference = torch.full((1, 4), 2.0), torch.full((1, 4), 1.0)
     driver = torch.arange(8.0).view(2, 4)
@@ -97,8 +128,8 @@ def test_relative_driver_at_its_reference_frame_leaves_the_source_unchanged(
     portrait = animator.portrait(read_image(SOURCE))
     (still,) = animator.animate(portrait, [portrait.motion])
     with open_driver(animator, portrait, clip, options) as stream:
-        motions = [motion for motion, _ in stream]
-        frames = list(animator.animate(portrait, motions, control=options.control, reference=stream.reference))
+        motions, _, references = zip(*stream, strict=True)
+    frames = list(animator.animate(portrait, motions, control=options.control, reference=references[0]))
     assert len(frames) == 6
     difference = [np.abs(frame.astype(int) - still).max() for frame in frames]
     assert difference[reference_frame] <= 1
@@ -117,10 +148,9 @@ def test_motion_file_has_a_reference_frame(animator: Animator, tmp_path: Path) -
     motion.save(tmp_path / "a.motion.npz")
     options = ReenactOptions(pose="relative", reference_frame=4)
     with open_driver(animator, portrait, tmp_path / "a.motion.npz", options) as stream:
-        parts = [part for part, _ in stream]
-        assert stream.reference is not None
-        np.testing.assert_allclose(stream.reference.camera, motion.camera[:1], atol=1e-6)
-    assert sum(map(len, parts)) == 5
+        batches = list(stream)
+    np.testing.assert_allclose(batches[0].reference.camera, motion.camera[:1], atol=1e-6)
+    assert sum(len(batch.motion) for batch in batches) == 5
     with (
         pytest.raises(InputError, match="5 frames"),
         open_driver(animator, portrait, tmp_path / "a.motion.npz", replace(options, reference_frame=5)) as stream,
@@ -133,7 +163,7 @@ def test_smoothing_reduces_camera_motion(animator: Animator, make_clip: MakeClip
     turns = {}
     for smooth in ("off", "strong"):
         with open_driver(animator, portrait, make_clip("clip.mp4"), ReenactOptions(smooth=smooth)) as stream:
-            camera = np.concatenate([part.camera for part, _ in stream])
+            camera = np.concatenate([batch.motion.camera for batch in stream])
         turns[smooth] = np.abs(np.diff(camera, axis=0)).sum()
     assert turns["strong"] < 0.8 * turns["off"]
 
@@ -172,13 +202,20 @@ def test_max_travel_limits_position_and_size_of_the_head() -> None:
     pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
     pose[:, 0, 3] += [0.002, 0.4, -0.4]
     far[:, :16] = np.linalg.inv(pose).reshape(-1, 16)
-    free, kept = (Control(max_travel=limit).target_cameras(source, far, None) for limit in (None, 0.05))
+    limits = TravelLimits(left=0.05, right=0.04, up=0.05, down=0.05)
+    free, kept = (Control(travel_limits=limit).target_cameras(source, far, None) for limit in (None, limits))
     np.testing.assert_array_equal(free, far)
-    source_uv = Camera.from_vector(source).project(np.zeros((1, 3)))
-    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - source_uv[0] for row in kept])
-    assert np.abs(shift).max() <= 0.0501
-    assert shift[0, 0] == pytest.approx(0.002 * 4.2647 / 2.7, rel=0.02)  # what is small stays
+    own_uv = Camera.from_vector(source).project(np.zeros((1, 3)))
+    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - own_uv[0] for row in kept])
+    assert shift[0, 0] == pytest.approx(0.002 * 4.2647 / 2.7, rel=1e-3)  # small shifts stay
+    assert 0.039 < shift[1, 0] <= 0.0401 and -0.0501 <= shift[2, 0] < -0.049  # each side has its own limit
     for row, wanted in zip(kept, far, strict=True):
         rotation, centre = head_pose(row)
         np.testing.assert_allclose(rotation, head_pose(wanted)[0], atol=1e-5)  # it may turn
-        assert abs(np.log(centre[2] / 2.7)) <= 0.0501
+        assert abs(np.log(centre[2] / 2.7)) <= 0.2501
+    still = Control(travel_limits=TravelLimits(0, 0, 0, 0)).target_cameras(own, far, None)
+    np.testing.assert_allclose(
+        [Camera.from_vector(row).project(np.zeros((1, 3)))[0] for row in still],
+        np.repeat(own_uv.reshape(1, 2), 3, axis=0),
+        atol=1e-6,
+    )

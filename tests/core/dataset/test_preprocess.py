@@ -218,7 +218,7 @@ def test_preprocess_arkit_csv_gives_one_motion(tmp_path):
     for fps, count in ((None, 30), (Fraction(30), 15)):
         assert preprocess([path], tmp_path / "x.motion.npz", fps=fps).frames == count
         with DriverStream(tmp_path / "x.motion.npz", None, batch=100, crop_scale=2.0) as driver:
-            ((motion, _),) = list(driver)
+            ((motion, _, _),) = list(driver)
         assert (driver.fps, len(motion)) == (fps or 60, count)
         np.testing.assert_allclose(motion.beta[-1, 0], (29 if fps is None else 28) / 100, atol=1e-6)
     for option, value in (("overlay", tmp_path / "o.mp4"), ("face", "left"), ("tracker", "fan")):

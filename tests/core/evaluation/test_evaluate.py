@@ -31,7 +31,7 @@ from export3d_cli.core.evaluation.protocol import (
 )
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import MotionSmoother
+from export3d_cli.core.face.smoothing import smooth_motion
 from export3d_cli.core.media.image import read_image, to_tensor
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
@@ -214,7 +214,7 @@ def test_render_methods_smooths_the_driver_as_reenact_does(animator, data_set):
     """Light smoothing gives the frames of a driver that was smoothed before; without smoothing they differ."""
     clip = read_clips(data_set)[0]
     rows, photo = np.arange(3, 6), load_source_image(clip, 64)
-    smoothed = replace(clip, motion=MotionSmoother("light", clip.motion.fps)(clip.motion))
+    smoothed = replace(clip, motion=smooth_motion(clip.motion, "light"))
     case, smoothed_case = Case(clip, clip, clip), Case(clip, smoothed, smoothed)
     light = render_methods(animator, case, photo, rows, EvaluateOptions())
     off = render_methods(animator, case, photo, rows, EvaluateOptions(smooth="off"))

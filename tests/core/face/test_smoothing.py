@@ -1,7 +1,8 @@
-"""Smoothing of known signals: less jitter, little lag, and no change where nothing moves."""
+"""Smoothing of known signals: less jitter, no lag, full blinks, and no change where nothing moves."""
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import MotionSmoother, SmoothingLevel
+from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_motion, smooth_stream
 from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
 
 NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # standard deviations of the tracker
@@ -65,13 +66,14 @@ def lag(out: np.ndarray, truth: np.ndarray) -> float:
     return float(shifts[np.argmin(error)])
 
 
-def measure(smooth: SmoothingLevel, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
+def measure(level: SmoothingLevel, *, causal: bool = False, fps: Fraction = FPS) -> dict[str, tuple[float, float]]:
     """Return per signal the jitter of a still face over the unfiltered, and the lag of a speaking face in frames."""
     t = np.arange(round(20 * fps)) / float(fps)
     still = noisy(Track(*(np.repeat(x[:1], len(t), axis=0) for x in speaking(t))))
     moving, noisy_moving = speaking(t), noisy(speaking(t))
-    smoothed_still = track_of(MotionSmoother(smooth, fps)(motion_of(still, fps)))
-    smoothed_moving = track_of(MotionSmoother(smooth, fps)(motion_of(noisy_moving, fps)))
+    smoothed_still, smoothed_moving = (
+        track_of(smooth_motion(motion_of(track, fps), level, causal=causal)) for track in (still, noisy_moving)
+    )
     columns = {"jaw": ("beta", 24), "blink": ("beta", 8), "yaw": ("turn", 1), "x": ("centre", 0), "z": ("centre", 2)}
     return {
         name: (
@@ -82,47 +84,84 @@ def measure(smooth: SmoothingLevel, fps: Fraction = FPS) -> dict[str, tuple[floa
     }
 
 
-@pytest.mark.parametrize(
-    ("smooth", "max_jitter", "max_lag"), [("off", 1.001, 0.01), ("light", 0.5, 0.99), ("strong", 0.3, 2.5)]
-)
-def test_smoother_reduces_jitter_with_little_lag(smooth: SmoothingLevel, max_jitter: float, max_lag: float) -> None:
-    for name, (jitter_ratio, lag_frames) in measure(smooth).items():
+@pytest.mark.parametrize("fps", [FPS, Fraction(60)])
+@pytest.mark.parametrize(("level", "max_jitter"), [("off", 1.001), ("light", 0.5), ("strong", 0.1)])
+def test_smoothing_reduces_jitter_without_lag(level: SmoothingLevel, max_jitter: float, fps: Fraction) -> None:
+    for name, (jitter_ratio, lag_frames) in measure(level, fps=fps).items():
+        assert jitter_ratio <= max_jitter, f"{name} keeps {jitter_ratio:.2f} of its jitter"
+        assert abs(lag_frames) <= 0.051, f"{name} lags {lag_frames:.2f} frames"
+
+
+@pytest.mark.parametrize(("level", "max_jitter", "max_lag"), [("light", 0.5, 0.99), ("strong", 0.3, 2.5)])
+def test_causal_smoothing_reduces_jitter_with_little_lag(
+    level: SmoothingLevel, max_jitter: float, max_lag: float
+) -> None:
+    for name, (jitter_ratio, lag_frames) in measure(level, causal=True).items():
         assert jitter_ratio <= max_jitter, f"{name} keeps {jitter_ratio:.2f} of its jitter"
         assert lag_frames <= max_lag, f"{name} lags {lag_frames:.2f} frames"
 
 
-@pytest.mark.parametrize("smooth", ["light", "strong"])
-def test_smoother_keeps_a_still_face_exactly(smooth: SmoothingLevel) -> None:
+@pytest.mark.parametrize(("level", "kept"), [("light", 0.95), ("strong", 0.85)])
+def test_smoothing_keeps_blinks_steps_and_fast_speech(level: SmoothingLevel, kept: float) -> None:
+    """A blink of three frames, a step of the jaw, speech at 5 Hz, a quick turn, with the tracker's noise."""
+    t = np.arange(100) / 25
+    track = speaking(np.zeros(100))
+    track.beta[:, [8, 24, 32]] = 0.1
+    track.beta[40:43, 8] += [0.4, 0.6, 0.4]
+    track.beta[60:, 24] += 0.3
+    track.beta[:, 32] += 0.2 * np.sin(2 * np.pi * 5 * t)
+    track.turn[:] = 0
+    track.turn[50:53, 1] = [0.1, 0.2, 0.1]
+    output = track_of(smooth_motion(motion_of(noisy(track)), level))
+    assert output.beta[41, 8] - np.median(output.beta[:, 8]) >= kept * 0.6
+    assert output.beta[59, 24] - 0.1 <= (1 - kept) * 0.3 + 0.01 and output.beta[60, 24] - 0.1 >= kept * 0.3 - 0.01
+    wave = np.sin(2 * np.pi * 5 * t)
+    assert output.beta[:, 32] @ wave / (wave @ wave) >= kept * 0.2
+    assert output.turn[51, 1] >= kept * 0.2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("level", ["light", "strong"])
+def test_smoothing_keeps_a_still_face_exactly(level: SmoothingLevel, causal: bool) -> None:
     one = speaking(np.array([0.3]))
-    motion = MotionSmoother(smooth, FPS)(motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one))))
-    np.testing.assert_array_equal(motion.beta, motion.beta[:1].repeat(50, axis=0))
+    still = motion_of(Track(*(np.repeat(x, 50, axis=0) for x in one)))
+    motion = smooth_motion(still, level, causal=causal)
+    np.testing.assert_array_equal(motion.beta, still.beta)
+    np.testing.assert_allclose(motion.camera, still.camera, atol=1e-6)
     np.testing.assert_array_equal(motion.camera, motion.camera[:1].repeat(50, axis=0))
 
 
-def test_smoother_memory_does_not_grow_with_the_driver() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_smoothing_memory_does_not_grow_with_the_driver(causal: bool) -> None:
     part = motion_of(noisy(speaking(np.arange(8) / 25)))
-    smoothed = MotionSmoother("light", FPS)
-    smoothed(part)
+    smoothed = smooth_stream(itertools.repeat(part), "strong", causal=causal)
     tracemalloc.start()
+    for _ in range(10):
+        next(smoothed)
     before = tracemalloc.get_traced_memory()[0]
-    for _ in range(100):
-        smoothed(part)
+    for _ in range(500):
+        next(smoothed)
     after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert after - before < 10_000
+    parts_bytes = 500 * (part.beta.nbytes + part.camera.nbytes)
+    assert after - before < parts_bytes / 4  # the interpreter's caches of small objects grow
 
 
-def test_smoother_in_parts_equals_one_pass_and_holds_missing_frames() -> None:
-    """A frame without a face repeats the last output."""
-    whole = motion_of(noisy(speaking(np.arange(30) / 25)))
+@pytest.mark.parametrize("causal", [False, True])
+def test_smoothing_in_parts_equals_one_pass_and_restarts_after_missing_frames(causal: bool) -> None:
+    whole = motion_of(noisy(speaking(np.arange(40) / 25)))
     whole.found[10:13] = False
-    at_once, parts = MotionSmoother("light", FPS), MotionSmoother("light", FPS)
-    expected = at_once(whole)
-    outputs = [parts(whole.select(np.arange(a, b))) for a, b in ((0, 7), (7, 8), (8, 30))]
-    np.testing.assert_array_equal(np.concatenate([m.beta for m in outputs]), expected.beta)
-    np.testing.assert_array_equal(np.concatenate([m.camera for m in outputs]), expected.camera)
+    whole.beta[13:] += 0.5  # as another face would have
+    expected = smooth_motion(whole, "light", causal=causal)
+    parts = [whole.select(np.arange(a, b)) for a, b in ((0, 1), (1, 11), (11, 12), (12, 40))]
+    output = Motion.concatenate(list(smooth_stream(parts, "light", causal=causal)))
+    for name in ("beta", "camera", "landmarks", "found"):
+        np.testing.assert_array_equal(getattr(output, name), getattr(expected, name))
+    np.testing.assert_array_equal(expected.beta[10:13], expected.beta[[9, 9, 9]])
     np.testing.assert_array_equal(expected.camera[10:13], expected.camera[[9, 9, 9]])
-    assert (expected.beta[13] != expected.beta[9]).any()
+    for run in (np.arange(10), np.arange(13, 40)):
+        alone = smooth_motion(whole.select(run), "light", causal=causal)
+        np.testing.assert_array_equal(expected.beta[run], alone.beta)
 
 
 def test_rotation_vectors_and_head_poses_round_trip() -> None:

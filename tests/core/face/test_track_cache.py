@@ -28,9 +28,9 @@ def test_cache_returns_the_recorded_faces(cache: TrackCache, landmarks: int) -> 
     for _ in range(2):  # a second pass replaces the first
         cache.restart("pass")
         cache.append(face, (640, 480))
-        cache.append(None, (640, 480))
-    first, second = cache
-    assert list(cache)[1] is second is None
+        cache.append(None, (640, 480), is_new_shot=True)
+    (first, first_begins), (second, second_begins) = cache
+    assert (second, first_begins, second_begins) == (None, False, True)
     assert first is not None
     np.testing.assert_array_equal(first.landmarks, face.landmarks)
     np.testing.assert_array_equal(first.blendshapes, face.blendshapes)
