@@ -24,6 +24,7 @@ Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
 # frame; auto: relative to the frame whose head rotation is nearest to the source's.
 Pose = Literal["auto", "relative", "absolute"]
 PASTE_BACK_TRAVEL = TravelLimits(0.03, 0.03, 0.03, 0.03)  # in an otherwise still photo
+FACE_TRAVEL = TravelLimits(0.15, 0.15, 0.1, 0.15)  # the head of a driver who walks past stays in the crop
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ReenactOptions:
     def control(self) -> Control:
         """The part of these options that controls the motion."""
         pose: Literal["absolute", "relative"] = "absolute" if self.pose == "absolute" else "relative"
-        limits = PASTE_BACK_TRAVEL if self.paste_back else None
+        limits = PASTE_BACK_TRAVEL if self.paste_back else None if pose == "absolute" else FACE_TRAVEL
         return Control(self.drive, self.expression_scale, self.pose_scale, pose, self.relative_expression, limits)
 
     @property

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.retargeting import most_similar_pose
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path, weights_dir
 
@@ -179,3 +182,102 @@ def test_motion_file_streams_its_rows(make_clip: MakeClip, tracker: LandmarkerTr
     with pytest.raises(InputError, match="holds no images"):
         stream(path, tracker, crop_size=16)
     assert isinstance(Motion.load(path), Motion)
+
+
+def write_frames(folder: Path, frames: list[np.ndarray]) -> Path:
+    for i, frame in enumerate(frames):
+        write_image(folder / f"{i:03d}.png", frame)
+    return folder
+
+
+def wide_shot(frame: np.ndarray) -> np.ndarray:
+    """Show the frame half as large, at the right of a picture of another colour."""
+    picture = np.full_like(frame, (90, 40, 120))
+    picture[40 : 40 + frame.shape[0] // 2, frame.shape[1] // 2 :] = frame[::2, ::2]
+    return picture
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+def test_shots_have_their_own_crop_and_reference(
+    make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path, batch: int
+) -> None:
+    """After a cut to a wide shot the face has the same size in the crop; smoothing does not cross the cut."""
+    frames = list(VideoReader(make_clip("clip.mp4", frames=8)))
+    count = len(frames)
+    driver = write_frames(tmp_path, frames + [wide_shot(frame) for frame in frames])
+    with TrackCache() as cache:
+        for _ in range(2):  # tracked, and from the cache
+            batches = list(
+                stream(driver, tracker, batch=batch, smooth="strong", reference="auto", crop_size=32, track_cache=cache)
+            )
+    motion = Motion.concatenate([batch.motion for batch in batches])
+    shots = np.concatenate([[batch.motion.crop[2]] * len(batch.motion) for batch in batches])
+    assert shots.tolist() == [shots[0]] * count + [shots[-1]] * count
+    assert shots[-1] == pytest.approx(shots[0] / 2, rel=0.05)
+    for first, second in zip(motion.landmarks[:count], motion.landmarks[count:], strict=True):
+        np.testing.assert_allclose(first[:, :2], second[:, :2], atol=0.02)
+    for part in (frames, [wide_shot(frame) for frame in frames]):
+        folder = tmp_path / f"shot{len(part[0])}{int(part[0][0, 0, 0])}"
+        folder.mkdir()
+        alone = Motion.concatenate(
+            [batch.motion for batch in stream(write_frames(folder, part), tracker, smooth="strong")]
+        )
+        rows = slice(0, count) if part is frames else slice(count, None)
+        np.testing.assert_allclose(motion.beta[rows], alone.beta, atol=1e-4)
+    references = list(dict.fromkeys(id(batch.reference) for batch in batches))
+    assert len(references) == 2
+    for shot, batch in (
+        (motion.select(np.arange(count)), batches[0]),
+        (motion.select(np.arange(count, 2 * count)), batches[-1]),
+    ):
+        best = most_similar_pose(shot.camera, Camera.orbit(0).to_vector())
+        np.testing.assert_array_equal(batch.reference.camera[0], shot.camera[best])
+    assert [crop.shape for batch in batches for crop in batch.driver_crops] == [(32, 32, 3)] * (2 * count)
+
+
+def test_a_cut_within_the_same_framing_keeps_crop_and_reference(
+    make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path
+) -> None:
+    """As jump cuts and flashes do."""
+    frames = list(VideoReader(make_clip("clip.mp4", frames=8)))
+    inverted = frames[:4] + [255 - frames[4]] + frames[5:]  # without a face
+    batches = list(stream(write_frames(tmp_path, inverted), tracker, batch=2, reference="auto"))
+    assert len({batch.motion.crop for batch in batches}) == len({id(batch.reference) for batch in batches}) == 1
+
+
+def test_a_fixed_reference_may_lie_in_a_later_shot(
+    make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path
+) -> None:
+    frames = list(VideoReader(make_clip("clip.mp4", frames=6)))
+    driver = write_frames(tmp_path, frames + [wide_shot(frame) for frame in frames])
+    batches = list(stream(driver, tracker, batch=4, reference=10))
+    motion = Motion.concatenate([batch.motion for batch in batches])
+    assert len({id(batch.reference) for batch in batches}) == 1
+    np.testing.assert_array_equal(batches[0].reference.camera, motion.camera[10:11])
+    with pytest.raises(InputError, match="has 12 frames: frame 12 cannot be the reference"):
+        list(stream(driver, tracker, reference=12))
+
+
+@pytest.mark.parametrize(("degrees", "state"), [(90, "lies on its side"), (180, "is upside down")])
+def test_a_driver_without_its_rotation_tag_is_turned_upright(
+    make_clip: MakeClip, tmp_path: Path, degrees: int, state: str
+) -> None:
+    """The note says so; the motion and the crops are those of the upright video, also from the cache."""
+    tracker = open_landmarker_tracker()
+    frames = list(VideoReader(make_clip("clip.mp4")))
+    frames[0] = np.zeros_like(frames[0])  # no face tells how this one is to be turned
+    upright, turned = tmp_path / "upright", tmp_path / "turned"
+    upright.mkdir(), turned.mkdir()
+    write_frames(upright, frames)
+    write_frames(turned, [np.rot90(frame, degrees // 90) for frame in frames])
+    expected = read(stream(upright, tracker, crop_size=32))
+    with TrackCache() as cache:
+        for _ in range(2):
+            driver = stream(turned, tracker, crop_size=32, track_cache=cache)
+            beta, landmarks, crops = read(driver)
+            np.testing.assert_allclose(beta, expected[0], atol=1e-3)
+            np.testing.assert_allclose(landmarks, expected[1], atol=1e-3)
+            np.testing.assert_array_equal(crops[1:], expected[2][1:])
+            assert driver.notes == [
+                f"the face in {turned} {state}: its frames are used rotated by {degrees} degrees clockwise"
+            ]

@@ -141,6 +141,34 @@ def test_relative_driver_at_its_reference_frame_leaves_the_source_unchanged(
         next(iter(stream))
 
 
+def test_pose_auto_keeps_the_source_s_pose_and_place_at_the_most_similar_frame(
+    animator: Animator, make_clip: MakeClip
+) -> None:
+    portrait, options = animator.portrait(read_image(SOURCE)), ReenactOptions(smooth="off")
+    own = portrait.camera.to_vector()
+    with open_driver(animator, portrait, make_clip("clip.mp4"), options) as stream:
+        motions, _, references = zip(*stream, strict=True)
+    cameras = np.concatenate([motion.camera for motion in motions])
+    targets = options.control.target_cameras(own, cameras, references[0].camera[0])
+    row = most_similar_pose(cameras, own)
+    np.testing.assert_array_equal(references[0].camera[0], cameras[row])
+    np.testing.assert_allclose(targets[row], own, atol=1e-5)
+    moved = angles(targets) - angles(targets[row : row + 1])
+    np.testing.assert_allclose(moved, angles(cameras) - angles(cameras[row : row + 1]), atol=0.6)
+    itself = options.control.target_cameras(cameras[row], cameras, cameras[row])
+    np.testing.assert_allclose(itself, cameras, atol=1e-5)  # self-reenactment: absolute pose
+
+
+def test_pose_auto_of_a_picture_is_the_picture_s_own() -> None:
+    assert ReenactOptions().for_driver(Path("smile.jpg")).control.pose == "absolute"
+    assert ReenactOptions().for_driver(Path("smile.mp4")).control.pose == "relative"
+    assert ReenactOptions().reference == "auto"
+    assert ReenactOptions(reference_frame=3).reference == 3
+    assert ReenactOptions(pose="relative").reference == 0
+    assert ReenactOptions(pose="absolute").reference is None
+    assert ReenactOptions(pose="absolute", relative_expression=True).reference == 0
+
+
 def test_motion_file_has_a_reference_frame(animator: Animator, tmp_path: Path) -> None:
     portrait = animator.portrait(read_image(SOURCE))
     motion = portrait.motion.select(np.zeros(5, dtype=np.int64))
@@ -213,7 +241,7 @@ def test_max_travel_limits_position_and_size_of_the_head() -> None:
         rotation, centre = head_pose(row)
         np.testing.assert_allclose(rotation, head_pose(wanted)[0], atol=1e-5)  # it may turn
         assert abs(np.log(centre[2] / 2.7)) <= 0.2501
-    still = Control(travel_limits=TravelLimits(0, 0, 0, 0)).target_cameras(own, far, None)
+    still = Control(travel_limits=TravelLimits(0, 0, 0, 0)).target_cameras(source, far, None)
     np.testing.assert_allclose(
         [Camera.from_vector(row).project(np.zeros((1, 3)))[0] for row in still],
         np.repeat(own_uv.reshape(1, 2), 3, axis=0),

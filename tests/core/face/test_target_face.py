@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -39,21 +39,27 @@ def centre(face: Face) -> float:
     return float(face.landmarks[:, 0].mean())
 
 
+def images(count: int, cuts: Sequence[int] = ()) -> Iterator[np.ndarray]:
+    """Yield frames, of which `cuts` show a new picture."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (8, 8, 3))
+    for k in range(count):
+        if k in cuts:
+            picture = rng.integers(0, 255, (8, 8, 3))
+        frame = np.kron(picture, np.ones((8, 8, 1), int)).astype(np.uint8)
+        frame[0, 0] = k  # no frame repeats the one before
+        yield frame
+
+
 def track(
     rows: Sequence[FaceRow], choice: str = "largest", cuts: Sequence[int] = ()
 ) -> tuple[list[float | None], list[str]]:
     """Return the position of the target face in each frame and the notes; `cuts` are frames with a new picture."""
     finder = FakeFinder(rows)
     target = TargetFaceTracker(finder, Fraction(5), choice=choice, name="film.mp4")
-    positions, rng = [], np.random.default_rng(0)
-    picture = rng.integers(0, 255, (8, 8, 3))
-    for k in range(len(rows)):
-        finder.frame = k
-        if k in cuts:
-            picture = rng.integers(0, 255, (8, 8, 3))
-        frame = np.kron(picture, np.ones((8, 8, 1), int)).astype(np.uint8)
-        frame[0, 0] = k  # no frame repeats the one before
-        face = target(frame)
+    positions = []
+    for finder.frame, image in enumerate(images(len(rows), cuts)):
+        face = target(image)
         positions.append(None if face is None else centre(face))
     return positions, target.notes
 
@@ -105,3 +111,19 @@ def test_index_beyond_the_faces_after_a_cut_waits_for_another_face() -> None:
 def test_index_beyond_the_faces_of_the_first_frame_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"film\.mp4 shows 3 face\(s\): index:3 does not exist"):
         track([THREE], "index:3")
+
+
+def test_tracker_reports_cuts_and_other_faces_as_new_shots() -> None:
+    alone, both = [(100, 80)], [(100, 80), (400, 100)]
+    for rows, cuts, expected in (
+        ([THREE] * 4 + [TWO] * 3, [4], [4]),
+        ([both] * 3 + [alone] * 5 + [both] * 3, [], []),
+        ([both] * 3 + [alone] * 14, [], [13]),  # another face, after the patience
+    ):
+        finder = FakeFinder(rows)
+        target = TargetFaceTracker(finder, Fraction(5))
+        new_shots = []
+        for finder.frame, image in enumerate(images(len(rows), cuts)):
+            target(image)
+            new_shots += [finder.frame] * target.is_new_shot
+        assert new_shots == expected
