@@ -41,7 +41,7 @@ from export3d_cli.core.runtime.weights import resolve_weights
 
 LOOKAHEAD_S = 10  # seconds of a shot over which its crop is measured and its reference frame is chosen
 SAME_FRAMING = (0.25, 0.15)  # face boxes of movement, and change of the logarithm of the size
-OnMissing = Literal["hold", "skip", "fail"]  # what becomes of frames without a face
+OnMissing = Literal["hold", "skip", "fail"]  # how to treat frames without a face
 ReferenceFrame = int | Literal["auto"] | None
 
 

@@ -40,7 +40,7 @@ def centre(face: Face) -> float:
 
 
 def images(count: int, cuts: Sequence[int] = ()) -> Iterator[np.ndarray]:
-    """Yield frames, of which `cuts` show a new picture."""
+    """Yield frames; those in `cuts` show a new picture."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (8, 8, 3))
     for k in range(count):
