@@ -78,9 +78,9 @@ _REPLACED = {  # names of earlier versions
 
 @dataclass(frozen=True, eq=False)
 class Portrait:
-    """An encoded photo, made by `Animator.portrait`; immutable."""
+    """An encoded photo, made by `Animator.portrait`; immutable, its arrays are read-only."""
 
-    crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3), the part of the photo that is animated; read-only
+    crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3), the part of the photo that is animated
     motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
     geometry: Geometry
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
@@ -149,9 +149,10 @@ class Animator:
         check_header_size(config, state)
         model = Export3D(config)
         load_into(model, state)
-        chosen = pick_device(device)
+        torch_device = pick_device(device)
+        precision = pick_precision(precision, torch_device)
         tune_malloc()
-        return cls(model, device=chosen, precision=pick_precision(precision, chosen), batch=batch, quality=quality)
+        return cls(model, device=torch_device, precision=precision, batch=batch, quality=quality)
 
     @property
     def device_name(self) -> str:
@@ -160,7 +161,7 @@ class Animator:
 
     @property
     def window(self) -> int:
-        """Frames that are prepared together; motions of this length waste no work and wait for nothing."""
+        """Number of frames that are prepared together; motions of this length are rendered without waiting."""
         return max(self.batch, KEYFRAME_WINDOW) if self._triplane_tolerance else self.batch
 
     def with_batch(self, batch: int) -> Animator:
@@ -203,7 +204,7 @@ class Animator:
             faces = face_positions(target, tracker.landmarker.find_all(photo), motion.crop)
         geometry = Geometry.from_photo((width, height), motion.crop, self.model.config.image_size, size)
         padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
-        return self._portrait(
+        return self._make_portrait(
             crop_with_padding(photo, motion.crop, geometry.frame_size), motion, geometry, faces, padded
         )
 
@@ -218,7 +219,7 @@ class Animator:
         network_size = self.model.config.image_size
         geometry = Geometry(motion.crop, motion.size, network_size, len(crop), None)
         padded = crop if len(crop) > network_size else None
-        return self._portrait(crop.copy(), motion.select(np.array([frame])), geometry, (), padded)
+        return self._make_portrait(crop.copy(), motion.select(np.array([frame])), geometry, (), padded)
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
@@ -226,14 +227,14 @@ class Animator:
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """Render the portrait with the expressions and cameras of a driver: frames uint8 (K, K, 3), in order.
 
-        How the driver's frames are spread over `motions` changes nothing. They are rendered `window` at a time: a frame
-        comes when its window is full or `motions` ends.
+        The chunking of the driver's frames into `motions` has no effect: they are rendered `window` at a time, and a
+        frame is yielded when its window is full or `motions` ends.
 
         Args:
             portrait: made by this object.
             motions: the driver, some frames at a time.
             control: which parts of the motion are used, and how strongly; None: all of it, unchanged.
-            reference: the driver's frame that relative control counts from, one row.
+            reference: the driver's frame that relative control refers to, one row.
             notify: called with notes for the user.
 
         Raises:
@@ -245,13 +246,13 @@ class Animator:
         renderer = self._renderer(portrait, notify)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
-        own_camera = portrait.camera.to_vector()
+        source_camera = portrait.camera.to_vector()
 
         def frames() -> Iterator[np.ndarray]:
             for beta, camera in _windows(motions, self.window):
                 lam = control.target_expression(portrait.source.lam, self._coefficients(beta), base)
-                cameras = control.target_cameras(own_camera, camera, base_camera)
-                yield from renderer.moving(cameras, self._amplify(portrait, lam))
+                cameras = control.target_cameras(source_camera, camera, base_camera)
+                yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
 
         return frames()
 
@@ -277,8 +278,8 @@ class Animator:
         def frames() -> Iterator[np.ndarray]:
             for start in range(0, len(cameras), self.batch):
                 part = cameras[start : start + self.batch]
-                own = lam.expand(len(part), -1) if len(lam) == 1 else lam[start : start + self.batch]
-                yield from renderer.frames(part, own, posed=posed, depth=depth)
+                part_lam = lam.expand(len(part), -1) if len(lam) == 1 else lam[start : start + self.batch]
+                yield from renderer.render(part, part_lam, posed=posed, depth=depth)
 
         return frames()
 
@@ -290,7 +291,7 @@ class Animator:
 
         def frames() -> Iterator[np.ndarray]:
             for part in lam.split(self.window):
-                yield from renderer.moving(np.repeat(camera, len(part), axis=0), part)
+                yield from renderer.render_motion(np.repeat(camera, len(part), axis=0), part)
 
         return frames()
 
@@ -317,12 +318,13 @@ class Animator:
         with self._mattings.borrow() as matting:
             return matting.alpha(image, faces, hair_strands=hair_strands)
 
-    def _portrait(
+    def _make_portrait(
         self, crop: np.ndarray, motion: Motion, geometry: Geometry, faces: Sequence[FacePosition],
         padded: np.ndarray | None,
     ) -> Portrait:  # fmt: skip
         """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
-        crop.flags.writeable = False
+        for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
+            array.flags.writeable = False
         detail = None
         if padded is not None:
             detail = photo_residual(to_tensor(padded)[None], geometry.frame_size, geometry.network_size).to(self.device)
@@ -395,7 +397,8 @@ class Animator:
             )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
 
 class _Renderer:
@@ -411,14 +414,14 @@ class _Renderer:
         if portrait.precision != animator.precision:
             self._report_fallback()
 
-    def moving(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
+    def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
         """Render frames of a moving expression, lambda (T, n), T at most `Animator.window`."""
         planes = None if self._interpolator is None else self._interpolator(lam)
         for start in range(0, len(lam), self._animator.batch):
             part = slice(start, start + self._animator.batch)
-            yield from self.frames(cameras[part], lam[part], planes=None if planes is None else planes[part])
+            yield from self.render(cameras[part], lam[part], planes=None if planes is None else planes[part])
 
-    def frames(
+    def render(
         self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None,
         depth: bool = False,
     ) -> Iterator[np.ndarray]:  # fmt: skip
@@ -427,8 +430,8 @@ class _Renderer:
 
         def compute(part: slice) -> np.ndarray:
             with torch.inference_mode():
-                own_planes = None if planes is None else planes[part]
-                output = self._animator._render(self._portrait, cameras[part], lam[part], posed, own_planes)
+                part_planes = None if planes is None else planes[part]
+                output = self._animator._render(self._portrait, cameras[part], lam[part], posed, part_planes)
                 if not output.image.isfinite().all():
                     output = self._render_fp32(cameras[part], lam[part])
                 return (

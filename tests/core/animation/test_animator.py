@@ -83,6 +83,8 @@ def test_portrait_cannot_be_changed(animator: Animator, portrait: Portrait) -> N
         portrait.precision = "bf16"  # type: ignore[misc]
     with pytest.raises(ValueError, match="read-only"):
         portrait.crop[0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        portrait.motion.beta[0] = 0
     crop = np.full((64, 64, 3), 90, np.uint8)
     tracked = animator.portrait_from_motion(crop, portrait.motion)
     crop[:] = 0  # the caller's array stays the caller's
