@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from export3d_cli.core.model.photo_colours import PhotoColours
+
 
 def expand_batch(value: Tensor, batch: int) -> Tensor:
     """Expand (1, ...) to (batch, ...) without copying memory."""
@@ -16,7 +18,7 @@ def expand_batch(value: Tensor, batch: int) -> Tensor:
 class Source:
     """A photo, encoded: everything that depends on it alone. Encode once, drive many times."""
 
-    image: Tensor  # (B, 3, H, W) in [-1, 1]
+    image: Tensor  # (B, 3, H, W) in [-1, 1], in white light
     camera: Tensor  # (B, 25), head frame
     landmarks: Tensor  # (B, 478, 3), head frame
     lam: Tensor  # (B, n) expression coefficients lambda
@@ -34,6 +36,7 @@ class Source:
     features_half: Tensor | None = None  # (B, 16, H/2, W/2) stem features for super-resolution
     features_quarter: Tensor | None = None  # (B, 16, H/4, W/4) stem features for super-resolution
     # Set without gradients only:
+    colours: PhotoColours | None = None  # of a photo in coloured light or of one tint
     highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `layer_warp.highpass`
     basis: Tensor | None = None  # (n, d) expression basis of the weights
     view_tables: list[Tensor] | None = None  # `make_feature_table` of each view plane
@@ -43,4 +46,5 @@ class Source:
         tensors = {k: expand_batch(v, batch) for k, v in vars(self).items() if isinstance(v, Tensor) and k != "basis"}
         stem = [expand_batch(x, batch) for x in self.stem]
         view_tables = self.view_tables and self.view_tables * batch
-        return replace(self, **tensors, stem=stem, view_tables=view_tables)  # type: ignore[arg-type]
+        colours = self.colours and self.colours.expand(batch)
+        return replace(self, **tensors, stem=stem, view_tables=view_tables, colours=colours)  # type: ignore[arg-type]

@@ -21,10 +21,11 @@ from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, face_log_density, sample_planes
-from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs
+from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
 from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, resize, warp
@@ -136,21 +137,26 @@ class Export3D(nn.Module):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         inference = not torch.is_grad_enabled()
-        stem, tokens = self.generator.encode(image)  # [(B, c2, H/2, W/2), ...], (B, N, h)
-        lam = self.expression.coefficients(beta)  # (B, n)
-        basis = self.expression.basis() if inference else None
-        source = Source(image, camera, landmarks, lam, stem, tokens, margins, basis=basis)
+        visibility = head_mask = colours = None
+        detail = highpass(image) if inference else None
         if self.flow is not None:
             with torch.no_grad():
                 visibility = self.flow.source_visibility(landmarks, camera)
                 head_mask = self.flow.head_mask(landmarks, camera, person_mask, visibility)
-                person = (
-                    DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
-                )
+            if inference:
+                colours = PhotoColours.measure(image, project(landmarks, camera)[0], head_mask)
+        if colours is not None and detail is not None:
+            image, detail = remove_light(image, colours.light), detail / colours.light
+        stem, tokens = self.generator.encode(image)  # [(B, c2, H/2, W/2), ...], (B, N, h)
+        lam = self.expression.coefficients(beta)  # (B, n)
+        basis = self.expression.basis() if inference else None
+        source = Source(image, camera, landmarks, lam, stem, tokens, margins, basis=basis)
+        if head_mask is not None:
+            person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
             source = replace(
                 source, visibility=visibility, head_mask=head_mask, body_mask=(1 - head_mask) * person,
                 image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
-                features_quarter=self.superres.detail4(stem[1]), highpass=highpass(image) if inference else None,
+                features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
             )  # fmt: skip
         if self.source_view is not None:
             view_plane = self.source_view.make_view_plane(stem)  # (B, C, H/4, W/4)
@@ -217,8 +223,18 @@ class Export3D(nn.Module):
         features, depth, opacity = self.render(source, posed, camera, size, samples, batch_rows)  # (B, ., h, w)
         detail = self._prepare_photo_detail(source, posed, lam, camera, depth, opacity, mesh_size)
         features = self._composite_background(source, features, opacity, detail)  # (B, C', h, w)
+        colours = source.colours
+        if colours is not None and detail is not None:
+            rgb = colours.limit(features[:, :3].float(), resize(detail.flow.head_weight, size))
+            features = torch.cat([rgb, features[:, 3:]], dim=1)
         refined = self.superres(resize(features, self.config.image_size // 4), detail)  # (B, 3, H, W)
         patches = () if self.training else self._inpaint(source, posed, refined.image, camera)
+        if colours is not None:
+            patches = tuple(
+                patch._replace(colours=add_light(colours.head.limit(patch.colours), colours.light)) for patch in patches
+            )
+            refined = refined._replace(image=add_light(refined.image, colours.light))
+            features = add_light(features[:, :3], colours.light)
         image = composite_patches(refined.image.clone(), patches) if patches else refined.image
         return Output(
             raw=features[:, :3], depth=depth, opacity=opacity, flow_weights=detail and detail.flow.weights,

@@ -154,7 +154,10 @@ class SuperResolution(nn.Module):
         colour, logit = self.colour(leaky_relu(x)).float().split([3, 1], dim=1)
         blend = torch.sigmoid(4 * logit + PHOTO_LOGIT_BIAS * facts[:, :1] - 3)  # starts with the photo where visible
         blend = blend * (1 - resize(mesh.closed_in_photo, full))  # closed lips must not be copied into an open mouth
-        image = blend * warped + (1 - blend) * (rgb + colour)
+        synthesised = rgb + colour
+        if source.colours is not None:
+            synthesised = source.colours.limit(synthesised, layers.blend_weights[:, :1])
+        image = blend * warped + (1 - blend) * synthesised
         weights = blend * layers.blend_weights  # (B, 2, H, W)
         if source.highpass is not None:
             missing = _missing_detail(blend, facts[:, :2]) * layers.blend_weights[:, :1]  # head layer only

@@ -33,6 +33,7 @@ MIN_EYE_OPENING = 0.06  # in eye widths; inpainting fades in from this opening t
 # Opening in the result over that in the photo: up to the first the photo's eye is kept, from the second on replaced.
 EYE_OPENING_FADE = (1.1, 1.35)
 IRIS_SAMPLE_RADIUS = 0.8  # of the iris radius: where its colour is measured
+BROWN_IRIS = (0.56, 0.37, 0.25)  # likely colour where the photo shows none, over the brightness of the skin around it
 MIN_IRIS_PIXELS = 20.0  # pixels of a crop from which on a colour is fully trusted
 # Sine of the angle by which an eye is turned away: fully visible up to the first, behind the nose from the second on.
 PROFILE_FADE = (0.8, 0.9)
@@ -161,8 +162,11 @@ class EyeInpainter(EyePairInpainter):
     def make_holes(
         self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor, uv: Tensor
     ) -> list[CroppedHole]:
-        """Return the whole inside of both eyes, with the mean iris colour of the photo's visible eyes."""
+        """Return the whole inside of both eyes, with the mean iris colour of the photo's visible eyes, or a brown."""
         colours, confidences = zip(*(iris_colour(photo, uv_photo, side) for side in (0, 1)), strict=True)
         weight = torch.stack([c * v for c, v in zip(confidences, visibility, strict=True)])  # (2, B)
         colour = (torch.stack(colours) * weight[..., None]).sum(0) / weight.sum(0).clamp_min(1e-3)[:, None]
-        return [eye_hole(points, uv, side, colour, weight.amax(0)) for side in (0, 1)]
+        skin = torch.stack([eye_crop(uv_photo, side).sample(photo).mean((1, 2, 3)) + 1 for side in (0, 1)]).amax(0)
+        brown = skin[:, None] * skin.new_tensor(BROWN_IRIS) - 1  # (B, 3)
+        colour = torch.lerp(brown, colour, weight.amax(0)[:, None])
+        return [eye_hole(points, uv, side, colour, torch.ones_like(skin)) for side in (0, 1)]

@@ -140,3 +140,21 @@ def test_iris_colour_ignores_the_eye_behind_the_nose(points: Tensor, orbit: Call
     for photo in (halves, 1 - halves):  # eyes of different colours
         inpainter.inpaint(GREY, photo, with_opening(points, 0.6), orbit(60.0), points, orbit(0.0))
     assert sorted(round(colour, 3) for colour in colours) == [0, 1]
+
+
+def test_opened_eye_that_the_photo_shows_shut_is_brown(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """In the brightness of the skin; an eye that the photo shows gives the other one its colour."""
+    inpainter, colours, points = EyeInpainter(4), [], with_irises(points)
+    inpainter.register_forward_pre_hook(lambda _, args: colours.append(args[1].condition[:, 1:5, 48, 48]))
+    skin = torch.tensor([0.5, 0.1, -0.1]).view(1, 3, 1, 1).expand(1, 3, 256, 256)
+    for photo in (skin, (skin + 1) / 2 - 1):
+        inpainter.inpaint(photo, photo, with_opening(points, 0.0), orbit(0.0), points, orbit(0.0))
+    bright, dark = colours
+    assert (bright[:, 0] == 1).all()
+    red, green, blue = (bright[0, 1:] + 1) / 2
+    assert red > 1.3 * green > 1.5 * blue and blue > 0.1 and red < 0.4
+    torch.testing.assert_close((dark[:, 1:] + 1) * 2, bright[:, 1:] + 1)
+    blink = points.clone()
+    blink[:, list(EYE_RIMS[0][1])] = with_opening(points, 0.0)[:, list(EYE_RIMS[0][1])]
+    inpainter.inpaint(skin, skin, blink, orbit(0.0), points, orbit(0.0))
+    torch.testing.assert_close(colours[2][0, 1:], skin[0, :, 0, 0])
