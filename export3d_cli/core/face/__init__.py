@@ -5,7 +5,7 @@
     head_pose, crop, motion    landmarks -> camera, head frame, crop; the `.motion.npz` file
     tracker                    `landmarker_tracker` or `fan_tracker` (68 points, `landmark_fitting`), by name
     target_face, track_cache   one face of several, followed through a video; tracked once for several sources
-    smoothing, arkit           One-Euro filter; drivers recorded by Live Link Face
+    smoothing, arkit           smoothing without lag, or causal; drivers recorded by Live Link Face
     matting, canonical_face    the person's alpha; MediaPipe's mean face
 
 Imports `media`, `config` and `runtime` only. Imported by `animation`, `train`, `dataset`, `evaluation` and

@@ -224,7 +224,7 @@ def test_live_link_face_csv_drives(animator: Animator, tmp_path: Path) -> None:
         reenact(animator, SOURCE, tmp_path / "take.csv", tmp_path / "no.mp4", ReenactOptions(compare=True))
 
 
-def test_max_travel_limits_position_and_size_of_the_head() -> None:
+def test_travel_limits_hold_position_and_size_of_the_head() -> None:
     source = Camera.orbit(10, 5).to_vector()
     far = np.stack([Camera.orbit(yaw, radius=radius).to_vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
     pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
@@ -247,3 +247,20 @@ def test_max_travel_limits_position_and_size_of_the_head() -> None:
         np.repeat(own_uv.reshape(1, 2), 3, axis=0),
         atol=1e-6,
     )
+
+
+def test_pose_auto_keeps_a_driver_who_walks_past_within_the_crop(animator: Animator, tmp_path: Path) -> None:
+    """The head crosses five crops; its centre stays within the limits of the face crop."""
+    portrait, options = animator.portrait(read_image(SOURCE)), ReenactOptions(smooth="off")
+    motion = portrait.motion.select(np.zeros(50, dtype=np.int64))
+    rotation, centre = head_pose(motion.camera)
+    centre[:, 0] += np.linspace(-1.6, 1.6, 50)
+    replace(motion, camera=with_head_pose(motion.camera, rotation, centre)).save(tmp_path / "walk.motion.npz")
+    with open_driver(animator, portrait, tmp_path / "walk.motion.npz", options) as stream:
+        batches = list(stream)
+    cameras = np.concatenate([batch.motion.camera for batch in batches])
+    targets = options.control.target_cameras(portrait.camera.to_vector(), cameras, batches[0].reference.camera[0])
+    u = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0, 0] for row in targets])
+    own = portrait.camera.project(np.zeros((1, 3)))[0, 0]
+    assert np.abs(u - own).max() <= 0.1501
+    assert (np.diff(u) >= -1e-6).all() and np.ptp(u) > 0.1  # it moves, to the right
