@@ -195,6 +195,13 @@ def test_misuse_exits_2_and_points_to_help(args: list[str]) -> None:
     assert result.stderr.endswith("--help`\n")
 
 
+def test_audio_file_without_sound_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "text.mp3").write_text("hello")
+    result = run("reenact", __file__, __file__, "-o", str(tmp_path / "out.mp4"), "--audio", str(tmp_path / "text.mp3"))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.endswith("text.mp3 has no sound: give an audio file or a video with sound\n")
+
+
 def test_weights_list_and_verify() -> None:
     rows = json.loads(run("weights", "list", "--json").stdout)
     assert {"name", "file", "sha256", "size", "licence", "source", "what"} == set(rows[0])

@@ -13,6 +13,10 @@ from export3d_cli import console, options
 def _check_audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value not in ("driver", "none") and not Path(value).is_file():
         raise click.BadParameter(f"audio must be driver, none or a file with sound, got {value!r}", ctx, param)
+    if value not in ("driver", "none"):
+        from export3d_cli import core
+
+        core.check_has_sound(Path(value))
     return value
 
 

@@ -63,6 +63,7 @@ _DOOR = {  # public name -> module of this package that defines it
     "check_outputs": "animation.compositor",
     "novel_view": "animation.novel_view",
     "check_overwrite": "animation.options",
+    "check_has_sound": "media.soundtrack",
     "check_crf": "media.encoder_settings",
     "torch_state": "runtime.device",
     "check_mesh_output": "animation.mesh_export",

@@ -19,7 +19,7 @@ from test_resources import READING, ROOT, SMALL, WRITING, script
 from export3d_cli.core.media import ffmpeg_process as process
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.errors import MediaError
+from export3d_cli.core.runtime.errors import Export3DWarning, MediaError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="programs and signals of POSIX")
 SLEEP = "import time; time.sleep(600)"
@@ -30,7 +30,7 @@ WHEN = {
     "reads on": (READING, "subprocess.run([real, *sys.argv[1:-1], '-frames:v', '3', 'pipe:1']); " + SLEEP),
     "takes": (WRITING, SLEEP),
     "ends": (WRITING, "subprocess.run([real, *sys.argv[1:]]); " + SLEEP),
-    "mixes": ("'1:a:0?' in sys.argv", SLEEP),
+    "tries sound": ("'-abort_on' in sys.argv", SLEEP),
 }
 READS = ("answers", "tells", "reads", "reads on")
 
@@ -52,9 +52,21 @@ def test_hanging_ffmpeg_is_killed(
     fake = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake["IMAGEIO_FFMPEG_EXE"])
     with pytest.raises(MediaError, match="no progress for 2 s") as raised:
-        read(clip) if kind in READS else write(out, good.clip if kind == "mixes" else None)
+        read(clip) if kind in READS else write(out, good.clip if kind == "tries sound" else None)
     assert "\n" not in str(raised.value)
     assert list_names(tmp_path) == sorted([clip.name, "ffmpeg"])
+    assert running(tmp_path / "ffmpeg") == []
+
+
+def test_ffmpeg_that_hangs_while_sound_is_added_leaves_picture(
+    good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = script(tmp_path / "ffmpeg", f"if '1:a:0' in sys.argv:\n    {SLEEP}\nos.execv(real, [real, *sys.argv[1:]])\n")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake["IMAGEIO_FFMPEG_EXE"])
+    with pytest.warns(Export3DWarning, match="is silent, because .* no progress for 2 s"):
+        write(tmp_path / "out.mp4", good.clip)
+    assert list_names(tmp_path) == ["ffmpeg", "out.mp4"]
+    assert len(list(VideoReader(tmp_path / "out.mp4"))) == 3
     assert running(tmp_path / "ffmpeg") == []
 
 

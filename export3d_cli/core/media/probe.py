@@ -78,10 +78,30 @@ def probe(path: Path) -> VideoInfo:
 
 def audio_codec(path: Path) -> str | None:
     """Return the codec of the first audio track ("aac", ...), or None."""
+    tracks = audio_tracks(path)
+    return tracks[0].codec if tracks else None
+
+
+@dataclass(frozen=True)
+class AudioTrack:
+    """An audio track of a file."""
+
+    codec: str  # "none" if ffmpeg does not know it
+    layout: str  # of the channels: "stereo", "5.1(side)", "16 channels", ...
+
+
+def audio_tracks(path: Path) -> list[AudioTrack]:
+    """Return the audio tracks of a file in its order; none for a folder of images."""
     if Path(path).is_dir():
-        return None
-    match = re.search(r"Stream #0:\d+.*?: Audio: (\w+)", _read_header(_check_video_file(path)))
-    return match.group(1) if match else None
+        return []
+    header = _read_header(_check_video_file(path))
+    streams = re.findall(r"Stream #0:\d+.*?: Audio: (\w+)(?:.*? Hz, ([^,\n]+))?", header)
+    return [AudioTrack(codec, layout) for codec, layout in streams]
+
+
+def can_seek(path: Path) -> bool:
+    """Return whether ffmpeg finds any time in a file: in AVI it fails before the first key frame, without an error."""
+    return not re.search(r"^Input #0, avi", _read_header(path), flags=re.MULTILINE)
 
 
 @lru_cache(maxsize=64)

@@ -129,7 +129,10 @@ class VideoReader:
         steps = ["yadif=deint=interlaced"] if info.interlaced else []
         steps += [_ON_WHITE_FILTER] if info.alpha_source else []
         steps += [_TONE_MAP_FILTER.format(hdr=info.hdr_transfer)] if info.hdr_transfer and has_tone_mapping() else []
-        steps += [f"setpts=PTS-{info.decode_delay!r}/TB"] if info.decode_delay else []
+        if info.decode_delay:  # of AVI, in which ffmpeg does not find every time: decode it from the beginning
+            skipped = info.decode_delay + self._start
+            limit = "" if self._duration is None else f":duration={self._duration!r}"
+            steps.append(f"trim=start={skipped - 1e-4:.6f}{limit},setpts=PTS-{skipped!r}/TB")
         # start_time=0 repeats the first frame if the picture starts later than the audio, so that they stay in sync
         steps += [f"fps={info.fps}:start_time=0", f"scale={info.width}:{info.height}"]
         return ",".join(steps) + ":flags=bicubic+accurate_rnd+full_chroma_int"
@@ -138,9 +141,9 @@ class VideoReader:
         command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error"]
         if self.info.alpha_source.startswith("vp"):
             command += ["-c:v", "libvpx" + ("-vp9" if self.info.alpha_source == "vp9" else "")]
-        if self._start:
+        if self._start and not self.info.decode_delay:
             command += ["-ss", repr(self._start)]
-        if self._duration is not None:
-            command += ["-t", repr(self._duration + self.info.decode_delay)]
+        if self._duration is not None and not self.info.decode_delay:
+            command += ["-t", repr(self._duration)]
         command += ["-i", file_url(self.path), "-map", "0:V:0", "-vf", self._filter_graph()]
         return [*command, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -14,17 +15,12 @@ import numpy as np
 from export3d_cli.core.media.encoder_settings import DEFAULT_CRF, check_crf, check_output_suffix, encoder_arguments
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
 from export3d_cli.core.media.image_folder import ImageSequenceWriter
-from export3d_cli.core.media.probe import READ_OPTIONS, audio_codec, ffmpeg_path, file_url
-from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.media.probe import READ_OPTIONS, can_seek, ffmpeg_path, file_url
+from export3d_cli.core.media.soundtrack import Soundtrack, choose_soundtrack
+from export3d_cli.core.runtime.errors import Export3DWarning, InputError, MediaError
 from export3d_cli.core.runtime.files import write_atomic, write_folder
 
 SYNTHETIC_COMMENT = "synthetic media: generated with export3d (AI), not a recording"
-_COPYABLE_AUDIO = {  # codecs that a container takes without re-encoding
-    ".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus"},
-    ".mov": {"aac", "mp3", "ac3", "alac", "pcm_s16le", "pcm_s24le"},
-    ".mkv": {"aac", "mp3", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "pcm_s24le"},
-    ".webm": {"opus", "vorbis"},
-}
 
 
 class VideoWriter:
@@ -40,7 +36,8 @@ class VideoWriter:
         crf: constant rate factor on x264's scale, 0 (lossless) to 51; None: 18, which is visually transparent. Not for
             GIF, ProRes and images.
         alpha: frames are RGBA (H, W, 4); for .webm (VP9), .mov (ProRes 4444) and images.
-        audio: a file whose audio track is added, cut to the video's length, and copied if the container takes it.
+        audio: a file whose first decodable audio track is added, cut to the video's length, and copied if the container
+            takes it. Without such a track, or if adding it fails, the video is silent, with an `Export3DWarning`.
         audio_start: seconds of the audio to skip.
         metadata: tags in addition to the comment that the video is synthetic.
     """
@@ -71,8 +68,8 @@ class VideoWriter:
         self.alpha = alpha
         self.audio_start = audio_start
         self.metadata = {"comment": SYNTHETIC_COMMENT, **(metadata or {})}
-        self._audio_codec = audio_codec(audio) if audio is not None and self.suffix not in (".gif", ".png") else None
-        self.audio = Path(audio) if audio is not None and self._audio_codec else None
+        has_sound = audio is not None and self.suffix not in (".gif", ".png")
+        self._soundtrack = choose_soundtrack(audio, self.suffix) if audio is not None and has_sound else None
         self.frame_count = 0
         self._process: FfmpegProcess | None = None
 
@@ -83,7 +80,7 @@ class VideoWriter:
                 self._exit_stack = stack.pop_all()
                 return self
             self._temporary = self._video_only = stack.enter_context(write_atomic(self.path))
-            if self.audio:  # encode the picture alone; the audio is added at the end
+            if self._soundtrack:  # encode the picture alone; the audio is added at the end
                 self._video_only = self._temporary.with_stem(self._temporary.stem + "-picture")
                 stack.callback(self._video_only.unlink, missing_ok=True)
             self._process = FfmpegProcess(self._encode_command(), stdin=True, output_file=self._video_only)
@@ -136,15 +133,20 @@ class VideoWriter:
         if process.wait() or not self.frame_count:
             reason = process.error_summary() if self.frame_count else "no frame was written"
             raise MediaError(f"encoding {self.path} failed: {reason}")
-        if self.audio:
-            muxer = FfmpegProcess(self._mux_command(), output_file=self._temporary)
-            try:
-                if muxer.wait():
-                    raise MediaError(f"adding the audio of {self.audio} to {self.path} failed: {muxer.error_summary()}")
-            finally:
-                muxer.kill()
+        if self._soundtrack:
+            self._add_audio(self._soundtrack)
         if self.suffix == ".gif":
             _add_gif_comment(self._temporary, "; ".join(self.metadata.values()))
+
+    def _add_audio(self, soundtrack: Soundtrack) -> None:
+        muxer = FfmpegProcess(self._mux_command(soundtrack), output_file=self._temporary)
+        try:
+            if muxer.wait():  # keep the picture, which can be hours of work
+                reason = f"{self.path} is silent, because adding the sound of {soundtrack.path} failed"
+                warnings.warn(f"{reason}: {muxer.error_summary()}", Export3DWarning, stacklevel=4)
+                self._video_only.replace(self._temporary)
+        finally:
+            muxer.kill()
 
     def _encode_command(self) -> list[str]:
         width, height = self.size
@@ -159,24 +161,21 @@ class VideoWriter:
             command += encoder_arguments(self.suffix, self.crf, self.size, alpha=self.alpha)
         return [*command, *self._metadata_arguments(), file_url(self._video_only)]
 
-    def _mux_command(self) -> list[str]:
+    def _mux_command(self, soundtrack: Soundtrack) -> list[str]:
         """Return the command that joins the encoded picture with the audio, cut to the picture's length."""
-        assert self.audio is not None
-        assert self._audio_codec is not None
-        copyable = self._audio_codec in _COPYABLE_AUDIO[self.suffix]
         command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-y", "-i", file_url(self._video_only)]
-        if copyable and not self._audio_codec.startswith("pcm_"):
+        encoder = list(soundtrack.encoder)
+        if soundtrack.is_copied:
             # shifting the audio and dropping packets before 0 is exact to a packet; seeking needs an index for that
             command += ["-itsoffset", repr(-self.audio_start)]
-            encoder = ["copy", *(["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else [])]
-        else:
+            encoder += ["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else []
+        elif can_seek(soundtrack.path):
             command += ["-ss", repr(self.audio_start)]
-            if copyable:  # PCM has long packets: decoding cuts it to the sample
-                encoder = [self._audio_codec]
-            else:
-                encoder = ["libopus", "-b:a", "128k"] if self.suffix == ".webm" else ["aac", "-b:a", "192k"]
-        command += ["-protocol_whitelist", "file,pipe", "-i", file_url(self.audio)]
-        command += ["-map", "0:v:0", "-map", "1:a:0?", "-c:v", "copy"]
+        else:
+            skip = f"atrim=start={self.audio_start!r},asetpts=PTS-{self.audio_start!r}/TB"
+            encoder[-1:] = [f"{skip},{encoder[-1]}"] if "-af" in encoder else [encoder[-1], "-af", skip]
+        command += ["-protocol_whitelist", "file,pipe", "-i", file_url(soundtrack.path)]
+        command += ["-map", "0:v:0", "-map", f"1:a:{soundtrack.index}", "-c:v", "copy"]
         command += ["-t", f"{float(self.frame_count / self.fps):.6f}"]
         command += ["-map_metadata", "-1", "-map_chapters", "-1", "-c:a", *encoder]
         command += ["-metadata:s:v:0", "alpha_mode=1"] if self.alpha and self.suffix == ".webm" else []

@@ -1,0 +1,96 @@
+"""The sound of an output video: which track of a file it is, and how it is converted. Each way is tried beforehand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
+from export3d_cli.core.media.probe import READ_OPTIONS, AudioTrack, audio_tracks, ffmpeg_path, file_url
+from export3d_cli.core.runtime.errors import Export3DWarning, InputError
+
+_COPYABLE_CODECS = {  # that a container takes without re-encoding
+    ".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus"},
+    ".mov": {"aac", "mp3", "ac3", "alac", "pcm_s16le", "pcm_s24le"},
+    ".mkv": {"aac", "mp3", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "pcm_s24le"},
+    ".webm": {"opus", "vorbis"},
+}
+_PLAYABLE_LAYOUTS = "aformat=channel_layouts=mono|stereo|5.1"  # what both encoders and all players know
+_FIRST_CHANNELS = ("pan=stereo|c0=c0|c1=c1", "pan=mono|c0=c0")  # of layouts without a rule for mixing
+_MP4_OPTIONS = ("-movflags", "+frag_keyframe+delay_moov", "-f")
+_STREAMED_CONTAINERS = {  # formats as they can be written to a pipe
+    ".mp4": (*_MP4_OPTIONS, "mp4"), ".mov": (*_MP4_OPTIONS, "mov"), ".mkv": ("-f", "matroska"), ".webm": ("-f", "webm"),
+}  # fmt: skip
+_TRIAL_FRAMES = "20"  # audio frames
+
+
+@dataclass(frozen=True)
+class Soundtrack:
+    """A track of a file and ffmpeg's arguments that put it into a video."""
+
+    path: Path
+    index: int  # among the audio tracks, from 0
+    encoder: tuple[str, ...]
+    is_copied: bool
+
+
+def choose_soundtrack(path: Path, suffix: str) -> Soundtrack | None:
+    """Return the first track of `path` that can be put into a video with this suffix; None if there is no sound.
+
+    Issues an `Export3DWarning` if tracks cannot be decoded.
+    """
+    tracks = audio_tracks(path)
+    for index, track in enumerate(tracks):
+        for candidate in _candidates(Path(path), index, track, suffix):
+            if _works(candidate, suffix):
+                if index:
+                    skipped = ", ".join(skipped.codec for skipped in tracks[:index])
+                    text = f"{path}: audio track {index + 1} is used, because those before it cannot be decoded"
+                    warnings.warn(f"{text} ({skipped})", Export3DWarning, stacklevel=2)
+                return candidate
+    if tracks:
+        codecs = ", ".join(track.codec for track in tracks)
+        text = f"{path}: its sound cannot be decoded ({codecs}), so the result is silent: convert it to .wav, and give"
+        warnings.warn(f"{text} that with --audio", Export3DWarning, stacklevel=2)
+    return None
+
+
+def check_has_sound(path: Path) -> None:
+    """Raise `InputError` unless `path` has an audio track that can be decoded."""
+    tracks = audio_tracks(path)
+    if not tracks:
+        raise InputError(f"{path} has no sound: give an audio file or a video with sound")
+    if not any(_is_decodable(Path(path), index) for index in range(len(tracks))):
+        raise InputError(f"the sound of {path} cannot be decoded ({tracks[0].codec}): convert it to .wav")
+
+
+def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Iterator[Soundtrack]:
+    """Yield the ways to use a track, the best first: copying, converting, converting its first channels."""
+    is_pcm = track.codec.startswith("pcm_")
+    is_copyable = track.codec in _COPYABLE_CODECS[suffix]
+    if is_copyable and not is_pcm:
+        yield Soundtrack(path, index, ("copy",), True)
+    if is_copyable and is_pcm:  # PCM has long packets: decoding cuts it to the sample
+        yield Soundtrack(path, index, (track.codec,), False)
+    encoder = ("libopus", "-b:a", "128k") if suffix == ".webm" else ("aac", "-b:a", "192k")
+    is_ambisonic = track.layout.startswith("ambisonic")  # its first channel is the sound from all directions
+    for filters in _FIRST_CHANNELS[1:] if is_ambisonic else (_PLAYABLE_LAYOUTS, *_FIRST_CHANNELS):
+        yield Soundtrack(path, index, (*encoder, "-af", filters), False)
+
+
+def _works(soundtrack: Soundtrack, suffix: str) -> bool:
+    """Return whether ffmpeg puts the first packets of the track into a file, and decodes them."""
+    track = ["-map", f"0:a:{soundtrack.index}", "-frames:a", _TRIAL_FRAMES]
+    output = [*track, "-c:a", *soundtrack.encoder, *_STREAMED_CONTAINERS[suffix], "pipe:1"]
+    return _runs(soundtrack.path, [*output, *track, "-f", "null", "-"])
+
+
+def _is_decodable(path: Path, index: int) -> bool:
+    return _runs(path, ["-map", f"0:a:{index}", "-frames:a", _TRIAL_FRAMES, "-f", "null", "-"])
+
+
+def _runs(path: Path, outputs: list[str]) -> bool:
+    command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-abort_on", "empty_output_stream"]
+    return run_ffmpeg([*command, "-i", file_url(path), *outputs]).returncode == 0
