@@ -105,14 +105,18 @@ def validate_face(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 def source_options(command: F) -> F:
-    """Add --face, --crop and --size: the part of the portrait that is animated, and the output size."""
+    """Add --face, --crop, --frame and --size: the part of the portrait that is animated, and what frames show."""
     command = click.option(
         "--size", type=SIZE, default="auto", show_default=True,
-        help="Side of the frames in pixels; auto is 512 if the face in SRC is large enough, else 256.",
+        help="Longer side of the frames in pixels; auto is that of SRC, at most 1080 (512 in a contact sheet).",
+    )(command)  # fmt: skip
+    command = click.option(
+        "--frame", "framing", type=click.Choice(["photo", "face"]), default="photo", show_default=True,
+        help="What frames show: the whole photo, or a square around the head.",
     )(command)  # fmt: skip
     command = click.option(
         "--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
-        help="Crop SRC to a square around the face, or use it as it is (it must be square).",
+        help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is.",
     )(command)  # fmt: skip
     return click.option(
         "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=validate_face,

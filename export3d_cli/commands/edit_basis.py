@@ -49,6 +49,7 @@ def edit_basis(
     grid: bool,
     describe: bool,
     face: str,
+    framing: str,
     crop: str,
     size: int,
     frames: int,
@@ -69,8 +70,10 @@ def edit_basis(
     from export3d_cli import core
 
     if describe:
-        unused = {"source", "output", "vectors", "scales", "frames", "grid", "face", "crop", "size", "fps"}
+        unused = {"source", "output", "vectors", "scales", "frames", "grid", "face", "framing", "crop", "size", "fps"}
         options.refuse_unused(unused | {"quality", "crf", "watermark", "overwrite"}, "--describe")
+    if crop == "none":
+        options.refuse_unused({"framing"}, "--crop none")
     if grid:
         options.refuse_unused({"frames", "fps"}, "--grid")
     if not (grid or describe):
@@ -90,7 +93,7 @@ def edit_basis(
     scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
     chosen = core.EditOptions(
         edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
-        grid=grid, watermark=watermark, face=face, crop=crop, size=size, fps=fps,
+        grid=grid, watermark=watermark, face=face, framing=framing, crop=crop, size=size, fps=fps,
     )  # fmt: skip
     out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
     with console.show_progress() as report:

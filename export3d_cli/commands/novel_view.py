@@ -36,7 +36,7 @@ from export3d_cli import console, options
 @click.option(
     "--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, labelled with yaw and pitch."
 )
-@click.option("--depth", is_flag=True, help="Render the depth in colours: red is near, blue is far.")
+@click.option("--depth", is_flag=True, help="Render the depth of the face crop in colours: red is near, blue is far.")
 @click.option(
     "--mesh", type=options.OUTPUT_FILE, metavar="OUT.ply|OUT.glb",
     help="Write the head as a mesh (metres, y up); other outputs only with -o, --grid or --depth.",
@@ -59,6 +59,7 @@ def novel_view(
     depth: bool,
     mesh: Path | None,
     face: str,
+    framing: str,
     crop: str,
     size: int,
     fps: Fraction,
@@ -79,14 +80,16 @@ def novel_view(
     from export3d_cli import core
 
     if mesh is not None and not (output or grid or depth):
-        unused = {"yaw", "pitch", "roll", "frames", "loop", "size", "watermark"}
+        unused = {"yaw", "pitch", "roll", "frames", "loop", "framing", "size", "watermark"}
         options.refuse_unused(unused, "a mesh alone (add -o, --grid or --depth)")
+    if crop == "none":
+        options.refuse_unused({"framing"}, "--crop none")
     if grid:
         options.refuse_unused({"loop"} if drive else {"loop", "fps"}, "--grid")
     chosen = core.NovelViewOptions(
         yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
         overwrite=overwrite or (output is None and mesh is None), grid=grid, depth=depth, drive=drive, mesh=mesh,
-        watermark=watermark, face=face, crop=crop, size=size, fps=fps,
+        watermark=watermark, face=face, framing=framing, crop=crop, size=size, fps=fps,
     )  # fmt: skip
     picture = grid or (chosen.single and drive is None)
     out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")

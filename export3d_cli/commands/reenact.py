@@ -91,7 +91,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
-@click.option("--paste-back", is_flag=True, help="Blend the result into the whole photo, at the photo's resolution.")
+@click.option("--paste-back", is_flag=True, help="Same as --frame photo, the default.")
 @click.option(
     "--background", default="source", show_default=True, metavar="source|#rrggbb|FILE|transparent",
     help="Background behind the person; transparent needs .webm, .mov or FOLDER/%05d.png.",
@@ -125,6 +125,10 @@ def reenact(
 
     model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality", "batch")}
     chosen.pop("seed")
+    if chosen["crop"] == "none":
+        options.refuse_unused({"framing", "paste_back"}, "--crop none")
+    if chosen.pop("paste_back") and chosen["framing"] == "face":
+        raise click.UsageError("--paste-back means --frame photo: leave out one of --paste-back and --frame face")
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background, job.crf)

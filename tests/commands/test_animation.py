@@ -47,7 +47,7 @@ def test_reenact_keeps_the_frame_rate_and_prints_json(tiny, tmp_path):
     info = probe(out)
     assert info.fps == probe(example_path("drive.mp4")).fps
     assert str(info.fps) == summary["fps"]
-    assert (info.width, info.height, info.frame_count) == (128, 128, 5)
+    assert (info.width, info.height, info.frame_count) == (512, 512, 5)
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
@@ -62,7 +62,7 @@ def test_reenact_compare_start_duration_and_fps(tiny, tmp_path):
     result = reenact(tiny, out, "--compare", "--start", "0.2", "--duration", "0.5", "--fps", "10")
     assert result.exit_code == 0, result.output
     info = probe(out)
-    assert (info.width, info.height, info.fps, info.frame_count) == (384, 128, 10, 5)
+    assert (info.width, info.height, info.fps, info.frame_count) == (3 * 512, 512, 10, 5)
 
 
 def test_existing_output_is_kept_without_overwrite(tiny, tmp_path):
@@ -77,7 +77,7 @@ def test_existing_output_is_kept_without_overwrite(tiny, tmp_path):
         early = run(*command, "-o", out, "--weights", "nowhere")  # refused before weights are loaded
         assert early.exit_code == 2, early.output
     assert reenact(tiny, out, "--max-frames", "1", "--overwrite").exit_code == 0
-    assert probe(out).width == 128
+    assert probe(out).width == 512
 
 
 def test_missing_face_exits_3_and_names_the_file(tiny, tmp_path):
@@ -144,7 +144,7 @@ def test_reenact_controls_and_dry_run(tiny, tmp_path):
     result = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
-    assert (plan["frames"], plan["sources"][0]["size"], plan["sources"][0]["exists"]) == (3, [128, 128], False)
+    assert (plan["frames"], plan["sources"][0]["size"], plan["sources"][0]["exists"]) == (3, [512, 512], False)
     assert list(tmp_path.iterdir()) == []
     assert "face at" in reenact(tiny, out, "--max-frames", "3", "--dry-run").stderr
     relative = ["--relative-expression", "--reference-frame", "1", "--face", "index:0"]
@@ -180,24 +180,35 @@ def test_reenact_from_and_to_image_folders(tiny, tmp_path):
 
 def test_reenact_paste_back_and_backgrounds(tiny, tmp_path):
     fast = ["--max-frames", "2", "--audio", "none"]
-    photo = read_image(example_path("source.jpg"))
+    photo = np.pad(read_image(example_path("source.jpg")), ((0, 0), (0, 512), (0, 0)), "edge")
+    wide = tmp_path / "wide.png"
+    write_image(wide, photo)
     out = tmp_path / "back.mp4"
-    assert reenact(tiny, out, *fast, "--paste-back", "--crf", "0").exit_code == 0
-    with VideoReader(out) as reader:
-        frame = next(iter(reader)).astype(int)
-    assert frame.shape == photo.shape
-    assert np.abs(frame[-8:] - photo[-8:]).mean() < 4  # below the crop the photo goes on
-    result = reenact(tiny, out, *fast, "--paste-back", "--compare", "--dry-run", "--overwrite", "--json")
-    assert json.loads(result.stdout)["sources"][0]["size"] == [3 * 512, 512]
+    for frame in ([], ["--paste-back"], ["--frame", "photo"]):
+        assert reenact(tiny, out, *fast, *frame, "--crf", "0", "--overwrite", source=wide).exit_code == 0
+        with VideoReader(out) as reader:
+            shown = next(iter(reader)).astype(int)
+        assert shown.shape == photo.shape
+        assert np.abs(shown[:, -8:] - photo[:, -8:]).mean() < 4  # away from the person
+    for args, size in (
+        ([], [1024, 512]), (["--size", "512"], [512, 256]), (["--size", "1500"], [1500, 750]),
+        (["--frame", "face", "--size", "200", "--compare"], [600, 200]),
+    ):  # fmt: skip
+        result = reenact(tiny, out, *fast, *args, "--dry-run", "--overwrite", "--json", source=wide)
+        assert json.loads(result.stdout)["sources"][0]["size"] == size
+    result = reenact(tiny, out, "--frame", "face", "--dry-run", "--json", source=wide)
+    width, height = json.loads(result.stdout)["sources"][0]["size"]
+    assert width == height < 512
     for name, args in (
-        ("a.webm", ["transparent", "--compare"]), ("f/%02d.png", ["transparent", "--paste-back"]),
-        ("b.mp4", ["#00ff00"]), ("c.mp4", [example_path("source.jpg"), "--paste-back", "--compare"]),
+        ("a.webm", ["transparent", "--compare"]), ("f/%02d.png", ["transparent", "--frame", "face"]),
+        ("b.mp4", ["#00ff00"]), ("c.mp4", [example_path("source.jpg"), "--compare"]),
     ):  # fmt: skip
         result = reenact(tiny, tmp_path / name, *fast, "--background", *args)
         assert result.exit_code == 0, result.output
     assert probe(tmp_path / "a.webm").alpha_source
-    assert (probe(tmp_path / "a.webm").width, probe(tmp_path / "c.mp4").width) == (3 * 128, 3 * 512)
-    assert len(list((tmp_path / "f").iterdir())) == 2
+    assert (probe(tmp_path / "a.webm").width, probe(tmp_path / "c.mp4").width) == (3 * 512, 3 * 512)
+    cut = [read_image(path) for path in (tmp_path / "f").iterdir()]
+    assert len(cut) == 2 and cut[0].shape[0] == cut[0].shape[1] < 512
 
 
 def test_conflicting_options_exit_2_before_weights_are_read(tmp_path):
@@ -207,11 +218,17 @@ def test_conflicting_options_exit_2_before_weights_are_read(tmp_path):
         ("a.mp4", ["--background", "no-such.png"], "no-such.png"),
         ("a.mp4", ["--background", example_path("drive.mp4")], "not an image"),
         ("a.xyz", ["--dry-run"], ".xyz"),
+        ("a.mp4", ["--frame", "face", "--paste-back"], "leave out one"),
+        ("a.mp4", ["--frame", "photo", "--crop", "none"], "--frame has no effect with --crop none"),
+        ("a.mp4", ["--paste-back", "--crop", "none"], "--paste-back has no effect with --crop none"),
     ):
         result = reenact("no-such-weights", tmp_path / name, *args)
         assert result.exit_code == 2, name
         assert hint in result.stderr
         assert len(result.stderr.splitlines()) == 1
+    for command in (["novel-view"], ["edit-basis", "--grid"]):
+        result = run(*command, "--frame", "face", "--crop", "none", "--weights", "no-such-weights")
+        assert result.exit_code == 2 and "--frame has no effect with --crop none" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

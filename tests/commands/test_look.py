@@ -13,7 +13,7 @@ from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.diagnostics import doctor
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
-from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.model.checkpoint import load_weights, save_weights
@@ -61,7 +61,7 @@ def test_novel_view_single_yaw_writes_a_marked_image(tiny, tmp_path, monkeypatch
     assert run_tiny(tiny, "novel-view", "--yaw", "20").exit_code == 0
     assert run_tiny(tiny, "novel-view", "--frames", "1", "-o", "one.jpg").exit_code == 0
     for name in ("novel_view.png", "one.jpg"):
-        assert read_image(Path(name)).shape == (128, 128, 3)
+        assert read_image(Path(name)).shape == (512, 512, 3)
         assert SYNTHETIC_COMMENT.encode() in Path(name).read_bytes()[:200]
     many = run_tiny(tiny, "novel-view", "-o", "many.png")
     assert many.exit_code == 2
@@ -72,14 +72,22 @@ def test_novel_view_single_yaw_writes_a_marked_image(tiny, tmp_path, monkeypatch
 def test_grid_shows_all_yaws_and_basis_vectors(tiny, tmp_path):
     views, basis = tmp_path / "views.png", tmp_path / "basis.png"
     assert run_tiny(tiny, "novel-view", "--grid", "--frames", "7", "-o", views).exit_code == 0
-    assert read_image(views).shape == (3 * 128, 3 * 128, 3)
+    assert read_image(views).shape == (3 * 512, 3 * 512, 3)
     sheet_args = ["--grid", "--v", "3", "--v", "1", "-o", basis]
     assert run_tiny(tiny, "edit-basis", *sheet_args, "--scale", "-50:50").exit_code == 0
     sheet = read_image(basis).astype(int)
-    assert sheet.shape == (2 * 128, 5 * 128, 3)
-    top = [sheet[:96, k * 128 : (k + 1) * 128] for k in range(5)]  # without the labels
+    assert sheet.shape == (2 * 512, 5 * 512, 3)
+    top = [sheet[:384, k * 512 : (k + 1) * 512] for k in range(5)]  # without the labels
     assert np.abs(top[0] - top[4]).max() > 5
-    assert run_tiny(tiny, "edit-basis", *sheet_args, "--overwrite").exit_code == 0
+    assert run_tiny(tiny, "edit-basis", *sheet_args, "--overwrite", "--frame", "face", "--size", "128").exit_code == 0
+    assert read_image(basis).shape == (2 * 128, 5 * 128, 3)
+    photo = read_image(example_path("source.jpg"))
+    write_image(tmp_path / "tall.png", np.pad(photo, ((100, 588), (0, 288), (0, 0)), "edge"))
+    tall = [tmp_path / "tall.png", "--yaw", "0", "--frames", "1"]
+    for args, shape in (([], (1080, 720, 3)), (["--grid"], (512, 341, 3)), (["--depth"], None)):
+        assert run_tiny(tiny, "novel-view", *tall, *args, "-o", views, "--overwrite").exit_code == 0
+        height, width, _ = found = read_image(views).shape
+        assert found == shape or (shape is None and height == width < 720)  # the depth of the face crop
 
 
 def test_novel_view_depth_and_driven_expression(tiny, tmp_path):
@@ -178,7 +186,7 @@ def test_bench_reports_every_stage_and_leaves_no_files(tiny, tmp_path, monkeypat
     summary = json.loads(result.stdout)
     assert list(summary["stages"]) == [
         "decode", "track", "encode source", "expression", "tri-plane", "render", "flow", "super-resolution", "convert",
-        "encode video",
+        "compose", "encode video",
     ]  # fmt: skip
     for stage in summary["stages"].values():
         assert 0 <= stage["low"] <= stage["median"] <= stage["high"]

@@ -15,15 +15,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from export3d_cli.core.animation.framing import place_on_canvas
+from export3d_cli.core.animation.geometry import MAX_FRAME_SIZE_PX as MAX_CROP_PX
 from export3d_cli.core.animation.geometry import Geometry
-from export3d_cli.core.animation.options import Crop, Quality
+from export3d_cli.core.animation.options import Crop, Framing, Quality
+from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pool import Pool
 from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
@@ -40,6 +43,8 @@ from export3d_cli.core.model.checkpoint import check_header_size, load_into, loa
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
 from export3d_cli.core.model.warp.layer_warp import photo_residual
+from export3d_cli.core.model.warp.mesh_flow import add_head_rings
+from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.device import (
     AdaptiveBatcher,
@@ -67,7 +72,7 @@ _REPLACED = {  # names of earlier versions
     "source_camera": "portrait.camera",
     "source_crop": "portrait.crop",
     "crop_scale": "portrait.crop_scale",
-    "size": "portrait.geometry.frame_size",
+    "size": "portrait.frame_size",
     "tracker": "animator.borrow_landmarker()",
     "follower": "animator.borrow_tracker(name)",
     "person_mask": "animator.person_alpha(image)",
@@ -84,7 +89,9 @@ class Portrait:
     motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
     geometry: Geometry
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
+    face_box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the person's landmarks, pixels of the photo as it was given
     source: Source = field(repr=False)  # the network's encoding of the crop
+    canvas: PhotoCanvas | None = field(repr=False)  # the photo that frames show whole; None: frames are the crop
     detail: Tensor | None = field(repr=False)  # (1, 3, M, M) photo detail that is finer than the network's image
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
@@ -93,6 +100,11 @@ class Portrait:
     def camera(self) -> Camera:
         """The camera that took the photo, in the head frame."""
         return Camera.from_vector(self.motion.camera[0])
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Width and height of the frames, pixels."""
+        return self.crop.shape[1::-1] if self.canvas is None else self.canvas.size  # type: ignore[return-value]
 
     @property
     def crop_scale(self) -> float:
@@ -179,15 +191,18 @@ class Animator:
         return self._landmarkers.borrow() if name == "landmarker" else self._fan_trackers.borrow()
 
     def portrait(
-        self, photo: np.ndarray, *, face: str = "largest", crop: Crop = "auto", size: int = 0, name: str = "the photo"
-    ) -> Portrait:
-        """Find a face in a photo, crop it and encode the crop.
+        self, photo: np.ndarray, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
+        size: int = 0, name: str = "the photo",
+    ) -> Portrait:  # fmt: skip
+        """Find a face in a photo and encode the crop around it.
 
         Args:
             photo: uint8 (H, W, 3) RGB.
             face: which of several faces: largest, left, right, or index:N, the N-th from the left, from 0.
-            crop: auto crops a square around the face; none takes the whole photo, which must be square.
-            size: side of the frames in pixels; 0: as the photo allows, see `Geometry.from_photo`.
+            framing: what frames show: the whole photo, or a square around the face.
+            crop: auto crops a square around the face for the network; none takes the whole photo, which must be
+                square, and frames show it as the network makes it.
+            size: longer side of the frames in pixels; 0: the photo's, see `place_on_canvas`.
             name: of the photo, for error messages.
 
         Raises:
@@ -197,16 +212,31 @@ class Animator:
         height, width = photo.shape[:2]
         if crop == "none" and height != width:
             raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
-        clip = ClipCalibration((0.0, 0.0, float(width))) if crop == "none" else None
         with self.borrow_landmarker() as tracker:
             target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
-            motion = tracker.make_motion([target], Fraction(25), (width, height), clip=clip)
-            faces = face_positions(target, tracker.landmarker.find_all(photo), motion.crop)
-        geometry = Geometry.from_photo((width, height), motion.crop, self.model.config.image_size, size)
-        padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
-        return self._make_portrait(
-            crop_with_padding(photo, motion.crop, geometry.frame_size), motion, geometry, faces, padded
+            others = tracker.landmarker.find_all(photo)
+            face_box = _bounding_box(target.landmarks)
+            square = (0.0, 0.0, float(width))
+            if crop == "auto":
+                photo, (target, *others), square = place_on_canvas(
+                    photo, [target, *others], framing, size, self.person_alpha
+                )
+            clip = ClipCalibration(square)
+            motion = tracker.make_motion([target], Fraction(25), (photo.shape[1], photo.shape[0]), clip=clip)
+        faces = face_positions(target, others, motion.crop)
+        frame_size = size if crop == "none" else min(max(round(square[2]), self.model.config.image_size), MAX_CROP_PX)
+        geometry = Geometry.from_photo(
+            (photo.shape[1], photo.shape[0]), square, self.model.config.image_size, frame_size
         )
+        padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
+        canvas = None
+        if crop == "auto":
+            canvas = PhotoCanvas.from_photo(photo, square, self._hair_alpha, faces)
+        crop_image = crop_with_padding(photo, motion.crop, geometry.frame_size)
+        return self._make_portrait(crop_image, motion, geometry, faces, face_box, padded, canvas)
+
+    def _hair_alpha(self, image: np.ndarray, faces: Sequence[FacePosition]) -> np.ndarray:
+        return self.person_alpha(image, faces, hair_strands=True)
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
         """Encode a face crop that has been tracked: row `frame` of `motion`.
@@ -219,13 +249,15 @@ class Animator:
         network_size = self.model.config.image_size
         geometry = Geometry(motion.crop, motion.size, network_size, len(crop), None)
         padded = crop if len(crop) > network_size else None
-        return self._make_portrait(crop.copy(), motion.select(np.array([frame])), geometry, (), padded)
+        motion = motion.select(np.array([frame]))
+        box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
+        return self._make_portrait(crop.copy(), motion, geometry, (), box, padded, None)
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
-        reference: Motion | None = None, notify: Notify | None = None,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
-        """Render the portrait with the expressions and cameras of a driver: frames uint8 (K, K, 3), in order.
+        reference: Motion | None = None, notify: Notify | None = None, layers: bool = False,
+    ) -> Iterator[Any]:  # fmt: skip
+        """Render the portrait with the expressions and cameras of a driver: frames uint8 (H, W, 3), in order.
 
         The chunking of the driver's frames into `motions` has no effect: they are rendered `window` at a time, and a
         frame is yielded when its window is full or `motions` ends.
@@ -236,14 +268,17 @@ class Animator:
             control: which parts of the motion are used, and how strongly; None: all of it, unchanged.
             reference: the driver's frame that relative control refers to, one row.
             notify: called with notes for the user.
+            layers: yield the `FrameLayers` of a portrait with a canvas, for a `Compositor`, instead of frames.
 
         Raises:
             InputError: relative control without a reference frame.
         """
         control = control or Control()
+        if portrait.canvas is not None:
+            control = replace(control, travel_limits=portrait.canvas.limits)
         if control.needs_reference and reference is None:
             raise InputError("relative control needs the driver's reference frame: pass reference=")
-        renderer = self._renderer(portrait, notify)
+        renderer = self._renderer(portrait, notify, layers)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
         source_camera = portrait.camera.to_vector()
@@ -320,7 +355,7 @@ class Animator:
 
     def _make_portrait(
         self, crop: np.ndarray, motion: Motion, geometry: Geometry, faces: Sequence[FacePosition],
-        padded: np.ndarray | None,
+        face_box: tuple[int, int, int, int], padded: np.ndarray | None, canvas: PhotoCanvas | None,
     ) -> Portrait:  # fmt: skip
         """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
         for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
@@ -329,7 +364,9 @@ class Animator:
         if padded is not None:
             detail = photo_residual(to_tensor(padded)[None], geometry.frame_size, geometry.network_size).to(self.device)
         source = self._encode(self.model, self.precision, crop, motion, geometry, faces)
-        portrait = Portrait(crop, motion, geometry, tuple(faces), source, detail, self.model, self.precision)
+        portrait = Portrait(
+            crop, motion, geometry, tuple(faces), face_box, source, canvas, detail, self.model, self.precision
+        )
         finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
         return portrait if finite else self._to_fp32(portrait)
 
@@ -356,9 +393,9 @@ class Animator:
         source = self._encode(model, "fp32", p.crop, p.motion, p.geometry, p.faces)
         return replace(portrait, source=source, model=model, precision="fp32")
 
-    def _renderer(self, portrait: Portrait, notify: Notify | None) -> _Renderer:
+    def _renderer(self, portrait: Portrait, notify: Notify | None, layers: bool = False) -> _Renderer:
         self._check_owner(portrait)
-        return _Renderer(self, portrait, notify or (lambda note: None))
+        return _Renderer(self, portrait, notify or (lambda note: None), layers)
 
     def _check_owner(self, portrait: Portrait) -> None:
         if portrait.model is not self.model and portrait.model is not self._fp32_model:
@@ -382,19 +419,28 @@ class Animator:
     def _render(
         self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
         planes: Tensor | None = None,
-    ) -> Output:  # fmt: skip
+    ) -> tuple[Output, PosedHead]:  # fmt: skip
         """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
         model, source = portrait.model, portrait.source.expand(len(cameras))
         size, samples = sampling(model.config, self.quality)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
-            if planes is not None:
-                posed = model.pose_head(source, lam, planes)
-            elif posed is not None:
-                posed = posed.expand(len(cameras))
-            return model.drive(
+            posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
+            output = model.drive(
                 source, None, self._tensor(cameras), lam=lam, posed=posed, raw_size=size, samples=samples,
                 mesh_size=portrait.geometry.mesh_size(model.config.mesh_size),
             )  # fmt: skip
+        return output, posed
+
+    def _extend_flow(self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead) -> PhotoFlow:
+        """Extend the flow of B frames over the photo."""
+        source, count = portrait.source.expand(len(cameras)), len(cameras)
+        points = add_head_rings(source.landmarks.float()) if head.mesh is None else head.mesh.points
+        uv = None if output.sample_grid is None else output.sample_grid[:, :2]
+        weights = output.flow_weights
+        head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
+        return extend_flow(
+            points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight
+        )
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         array = np.ascontiguousarray(array, dtype=np.float32)
@@ -404,8 +450,8 @@ class Animator:
 class _Renderer:
     """Renders the frames of one iteration, and holds all state that passes between its batches."""
 
-    def __init__(self, animator: Animator, portrait: Portrait, notify: Notify) -> None:
-        self._animator, self._portrait, self._notify = animator, portrait, notify
+    def __init__(self, animator: Animator, portrait: Portrait, notify: Notify, layers: bool) -> None:
+        self._animator, self._portrait, self._notify, self._as_layers = animator, portrait, notify, layers
         self._fp32_portrait: Portrait | None = None
         self._batcher = AdaptiveBatcher()
         self._interpolator: TriplaneInterpolator | None = None
@@ -426,19 +472,22 @@ class _Renderer:
         depth: bool = False,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """Render frames with lambda (T, n); `posed` and `planes` as in `Animator._render`."""
-        size = self._portrait.geometry.frame_size
+        portrait, size = self._portrait, self._portrait.geometry.frame_size
 
-        def compute(part: slice) -> np.ndarray:
+        def compute(part: slice) -> Iterable[Any]:
             with torch.inference_mode():
                 part_planes = None if planes is None else planes[part]
-                output = self._animator._render(self._portrait, cameras[part], lam[part], posed, part_planes)
+                output, head = self._animator._render(portrait, cameras[part], lam[part], posed, part_planes)
                 if not output.image.isfinite().all():
-                    output = self._render_fp32(cameras[part], lam[part])
-                return (
-                    colour_depth(output, cameras[part], size)
-                    if depth
-                    else to_frames(output, self._portrait.detail, size)
-                )
+                    output, head = self._render_fp32(cameras[part], lam[part])
+                if depth:
+                    return colour_depth(output, cameras[part], size)
+                images = to_frames(output, portrait.detail, size)
+                if portrait.canvas is None:
+                    return images
+                flow = self._animator._extend_flow(portrait, cameras[part], output, head)
+                layers = FrameLayers.from_flow(images, flow)
+                return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 
         yield from self._batcher(compute, 0, len(cameras))
 
@@ -447,18 +496,25 @@ class _Renderer:
         with torch.inference_mode(), autocast(self._animator.device, portrait.precision):
             return portrait.model.generate_planes(portrait.source, lam)
 
-    def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> Output:
+    def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> tuple[Output, PosedHead]:
         """Render a batch that overflowed in half precision again in fp32."""
         if self._fp32_portrait is None:
             self._fp32_portrait = self._animator._to_fp32(self._portrait)
             self._report_fallback()
-        output = self._animator._render(self._fp32_portrait, cameras, lam.float())
+        output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float())
         if not output.image.isfinite().all():
             self._animator._to_fp32(self._fp32_portrait)  # raises
-        return output
+        return output, posed
 
     def _report_fallback(self) -> None:
         self._notify(f"{self._animator.precision} gave values that are not finite: rendered in fp32 instead")
+
+
+def _bounding_box(landmarks: np.ndarray) -> tuple[int, int, int, int]:
+    """Return x0, y0, x1, y1 of landmarks (N, 3), rounded."""
+    x0, y0 = (int(v) for v in landmarks[:, :2].min(0).round())
+    x1, y1 = (int(v) for v in landmarks[:, :2].max(0).round())
+    return x0, y0, x1, y1
 
 
 def _check_rows(name: str, array: np.ndarray, columns: int) -> np.ndarray:

@@ -143,9 +143,7 @@ def plan_reenact(
     planned = []
     for source, path in zip(sources, paths, strict=True):
         portrait, compositor = load_portrait(animator, source, options)
-        points = portrait.motion.landmarks[0, :, :2] * portrait.motion.crop[2] + portrait.motion.crop[:2]
-        x0, y0, x1, y1 = (int(v) for v in (*points.min(0).round(), *points.max(0).round()))
-        planned.append(PlannedSource(source, (x0, y0, x1, y1), compositor.size, path, os.path.lexists(path)))
+        planned.append(PlannedSource(source, portrait.face_box, compositor.size, path, os.path.lexists(path)))
     with open_driver(animator, portrait, driver, options) as stream:
         frames, fps, notes = stream.total, stream.fps, list(stream.notes)
     few = replace(options, max_frames=10, compare=False, reference_frame=None)
@@ -158,7 +156,7 @@ def plan_reenact(
     seconds = []
     for _ in range(2):  # the first run warms up
         began = time.monotonic()
-        for frame in animator.animate(portrait, [motion], control=options.control, reference=reference):
+        for frame in animator.animate(portrait, [motion], control=options.control, reference=reference, layers=True):
             compositor(frame)
         seconds.append((time.monotonic() - began) / len(motion))
     with animator.borrow_tracker(options.tracker) as tracker:

@@ -1,23 +1,22 @@
-"""Compositing: from the animated crop to the frame that is written, with paste-back, background and comparison."""
+"""From what is rendered to the frame that is written: another background, and the comparison with the driver."""
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from export3d_cli.core.animation.animator import Portrait
+from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.face.matting import PersonMatting, VideoMatting, estimate_foreground
 from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_crf, check_output_suffix
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import resolve_weights
 
-FEATHER = 0.08  # of the crop's side: width over which the result fades into the photo
 _VIDEO_SUFFIXES = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
-Square = tuple[float, float, float]
 
 
 def read_portrait(path: Path) -> np.ndarray:
@@ -48,47 +47,38 @@ def check_outputs(outputs: list[Path], background: str, crf: int | None = None) 
 
 
 class Compositor:
-    """Turns each result (K, K, 3) into the frame to write: uint8 (H, W, 3), or (H, W, 4) with transparency.
+    """Turns what an `Animator` renders of a portrait into the frames to write: uint8 (H, W, 3), or (H, W, 4).
 
     Args:
-        photo: the source, uint8 (H, W, 3) RGB.
-        source: the animated crop of it, uint8 (K, K, 3).
-        square: x0, y0, side of that crop in pixels of the photo; may reach outside the photo.
-        paste_back: the frame is the whole photo, else the crop.
-        background: source, transparent, #rrggbb or the path of an image.
-        compare: the frame is source | driver | result; the driver's image is square and as high as the others.
+        portrait: the portrait that is rendered.
+        background: source, transparent (frames have alpha), #rrggbb or the path of an image.
+        compare: frames are source | driver | result; the driver's crop is square and as high as the others.
 
-    Attributes:
-        size: (width, height) of the frames.
-        source_frame: the source without animation, (H, W, 3).
-        transparent: whether frames have an alpha channel.
+    `size` is (width, height) of the frames, `source_frame` shows the portrait itself.
     """
 
-    def __init__(
-        self, photo: np.ndarray, source: np.ndarray, square: Square, *, paste_back: bool = False,
-        background: str = "source", compare: bool = False,
-    ) -> None:  # fmt: skip
-        self.source_frame = photo if paste_back else source
+    def __init__(self, portrait: Portrait, *, background: str = "source", compare: bool = False) -> None:
+        canvas = self._canvas = portrait.canvas
+        self.source_frame = portrait.crop if canvas is None else canvas.photo
         height, width = self.source_frame.shape[:2]
         self.size = (2 * width + height, height) if compare else (width, height)
         self.transparent = background == "transparent"
-        self._paste = PasteBack(photo, square, len(source)) if paste_back else None
         self._matting: VideoMatting | None = None
-        if background == "source":
+        self._backdrop = None
+        self._replaced = background != "source"
+        if not self._replaced:
             return
-        matting = PersonMatting(resolve_weights("selfie_segmentation"))
-        self._matting = VideoMatting(matting)
-        self._backdrop = None if self.transparent else load_backdrop(background, (width, height))
-        if self._paste is None:
-            return
-        alpha, inner = matting.alpha(photo), matting.alpha(source)  # the crop shows more detail
-        self._alpha = self._paste.blend(inner, alpha)
-        self._colours = estimate_foreground(photo, self._alpha)
-        self._canvas = composite_over(self._colours, self._alpha, self._backdrop)
+        if not self.transparent:
+            self._backdrop = load_backdrop(background, (width, height))
+        if canvas is None:
+            self._matting = VideoMatting(PersonMatting(resolve_weights("selfie_segmentation")))
+        else:
+            colours = estimate_foreground(canvas.photo, canvas.alpha)
+            self._still = composite_over(colours, canvas.alpha, self._backdrop)
 
-    def __call__(self, result: np.ndarray, driver: np.ndarray | None = None) -> np.ndarray:
-        """Return the next frame; `driver` (H, H, 3) is the driver's image for a comparison."""
-        frame = self._frame(result)
+    def __call__(self, rendered: np.ndarray | FrameLayers, driver: np.ndarray | None = None) -> np.ndarray:
+        """Return the next frame; `driver` is the driver's crop (H, H, 3) if they are compared."""
+        frame = self._frame(rendered)
         if driver is None:
             return frame
         left = np.concatenate([self.source_frame, driver], axis=1)
@@ -96,61 +86,21 @@ class Compositor:
             left = np.dstack([left, np.full(left.shape[:2], 255, np.uint8)])
         return np.concatenate([left, frame], axis=1)
 
-    def _frame(self, result: np.ndarray) -> np.ndarray:
-        paste = self._paste
-        if self._matting is None:
-            return result if paste is None else paste.blend(result, paste.photo)
-        alpha = self._matting(result)
-        colours = estimate_foreground(result, alpha)
-        if paste is None:
-            return composite_over(colours, alpha, self._backdrop)
-        region = paste.region
-        frame = self._canvas.copy()
-        backdrop = None if self._backdrop is None else self._backdrop[region]
-        frame[region] = composite_over(
-            paste.blend_region(colours, self._colours), paste.blend_region(alpha, self._alpha), backdrop
-        )
-        return frame
-
-
-class PasteBack:
-    """Blends results (K, K) or (K, K, 3) into their square of a photo with feathered borders."""
-
-    def __init__(self, photo: np.ndarray, square: Square, size: int) -> None:
-        height, width = photo.shape[:2]
-        x0, y0, side = square
-        self.photo = photo
-        left, right = max(0, math.floor(x0)), min(width, math.ceil(x0 + side))
-        top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y0 + side))
-        self.region = slice(top, bottom), slice(left, right)
-        self._shape = (right - left, bottom - top)
-        step = side / size  # photo pixels per pixel of the result
-        self._grid = tuple(
-            max(2, round(n / step)) for n in self._shape
-        )  # size of the region in pixels of about the result's size
-        fx, fy = (n / g / step for n, g in zip(self._shape, self._grid, strict=True))
-        dx, dy = (left - x0) / step, (top - y0) / step
-        self._matrix = np.array([[fx, 0, dx + 0.5 * fx - 0.5], [0, fy, dy + 0.5 * fy - 0.5]])
-        columns = _feather(np.arange(left, right) + 0.5, x0, side, width)
-        rows = _feather(np.arange(top, bottom) + 0.5, y0, side, height)
-        self.weight = np.outer(rows, columns).astype(np.float32)
-        self._photo_weight = 1 - self.weight
-
-    def blend(self, result: np.ndarray, photo: np.ndarray) -> np.ndarray:
-        """Return a copy of `photo`, (H, W) or (H, W, 3), with the result in its square."""
-        frame = photo.copy()
-        frame[self.region] = self.blend_region(result, photo)
-        return frame
-
-    def blend_region(self, result: np.ndarray, photo: np.ndarray) -> np.ndarray:
-        """Return only the part of the photo that the square covers."""
-        kind = cv2.INTER_LANCZOS4 if result.ndim == 3 else cv2.INTER_LINEAR  # a mask must not overshoot
-        flags = kind | cv2.WARP_INVERSE_MAP
-        # align at the result's size, then resize: several times as fast as one warp
-        aligned = cv2.warpAffine(result, self._matrix, self._grid, flags=flags, borderMode=cv2.BORDER_REPLICATE)
-        smaller = self._grid[0] > self._shape[0]
-        large = cv2.resize(aligned, self._shape, interpolation=cv2.INTER_AREA if smaller else kind)
-        return cv2.blendLinear(large, np.ascontiguousarray(photo[self.region]), self.weight, self._photo_weight)
+    def _frame(self, rendered: np.ndarray | FrameLayers) -> np.ndarray:
+        if isinstance(rendered, FrameLayers):
+            assert self._canvas is not None
+            if not self._replaced:
+                return self._canvas.compose(rendered)
+            window = self._canvas.window
+            frame = self._still.copy()
+            behind = None if self._backdrop is None else self._backdrop[window]
+            frame[window] = composite_over(*self._canvas.person(rendered), behind)
+            return frame
+        if not self._replaced:
+            return rendered
+        assert self._matting is not None  # with a canvas, frames come as layers
+        alpha = self._matting(rendered)
+        return composite_over(estimate_foreground(rendered, alpha), alpha, self._backdrop)
 
 
 def composite_over(colours: np.ndarray, alpha: np.ndarray, backdrop: np.ndarray | None) -> np.ndarray:
@@ -171,14 +121,3 @@ def load_backdrop(background: str, size: tuple[int, int]) -> np.ndarray:
     image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LANCZOS4)
     x, y = (w - width) // 2, (h - height) // 2
     return np.ascontiguousarray(image[y : y + height, x : x + width])
-
-
-def _feather(positions: np.ndarray, start: float, side: float, end: int) -> np.ndarray:
-    """Return the result's weight at positions along one axis: 0 at the square's border, 1 inside.
-
-    There is no fade where the square reaches the photo's border.
-    """
-    low = (positions - start) / (FEATHER * side) if start > 0 else np.ones_like(positions)
-    high = (start + side - positions) / (FEATHER * side) if start + side < end else np.ones_like(positions)
-    t = np.clip(np.minimum(low, high), 0, 1)
-    return t * t * (3 - 2 * t)

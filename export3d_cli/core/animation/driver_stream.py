@@ -1,7 +1,7 @@
 """A driver as a stream of motion: a video, an image, a folder of pictures, a `.motion.npz` or a Live Link Face CSV.
 
 Memory does not grow with the driver's length. A driver consists of shots, which begin at cuts that
-change the framing. Crop, smoothing and the automatic reference frame begin anew with each: they are measured over the
+change the framing. Crop, smoothing and the automatic reference frame start again with each: they are measured over the
 shot's first ten seconds, while faces and motion, not images, wait.
 """
 

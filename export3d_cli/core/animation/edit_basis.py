@@ -47,7 +47,7 @@ def edit_basis(
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
     changes, labels = _grid_changes(options, n) if options.grid else (_sweep_changes(options, n), [])
     portrait = load_photo(animator, source, options)
-    frames, count, size = animator.edit(portrait, changes), len(changes), portrait.geometry.frame_size
+    frames, count, size = animator.edit(portrait, changes), len(changes), portrait.frame_size
     if not is_image:
         return write_video(animator, frames, count, out, options, size, began=began, progress=progress)
     columns = GRID_VALUES if options.grid else 1

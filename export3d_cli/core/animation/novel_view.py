@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -86,7 +87,8 @@ def novel_view(
     cameras = orbit_cameras(portrait.camera, options)
     if is_image and not options.grid:
         cameras = cameras[:1]
-    count, size = len(cameras), portrait.geometry.frame_size
+    count = len(cameras)
+    size = portrait.crop.shape[1::-1] if options.depth else portrait.frame_size
     beta = _read_expressions(animator, portrait, options, count)
     if options.mesh is not None:
         _write_mesh(animator, portrait, options.mesh, beta, progress)
@@ -157,7 +159,7 @@ def _view_once(
     uses = Counter(first.tolist())
     repeated = sum(times > 1 for times in uses.values())
     changes = beta is not None and len(beta) > 1
-    if changes or repeated * portrait.geometry.frame_size**2 * 3 > MAX_CACHED_BYTES:
+    if changes or repeated * math.prod(portrait.frame_size) * 3 > MAX_CACHED_BYTES:
         yield from animator.view(portrait, cameras, beta=beta, depth=depth)
         return
     rendered = animator.view(portrait, cameras[sorted(uses)], beta=beta, depth=depth)

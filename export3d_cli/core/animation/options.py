@@ -19,11 +19,11 @@ from export3d_cli.core.runtime.errors import InputError
 
 Progress = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 Crop = Literal["auto", "none"]
+Framing = Literal["photo", "face"]  # what frames show: the whole photo, or a square around the head
 Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
 # Pose of the head. absolute: the driver's; relative: the source's own, moved as the driver's moves from its reference
 # frame; auto: relative to the frame whose head rotation is nearest to the source's.
 Pose = Literal["auto", "relative", "absolute"]
-PASTE_BACK_TRAVEL = TravelLimits(0.03, 0.03, 0.03, 0.03)  # in an otherwise still photo
 FACE_TRAVEL = TravelLimits(0.15, 0.15, 0.1, 0.15)  # the head of a driver who walks past stays in the crop
 
 
@@ -41,8 +41,8 @@ class ReenactOptions:
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
     crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
-    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `Geometry.from_photo`
-    paste_back: bool = False  # the frame is the whole photo
+    size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080
+    framing: Framing = "photo"  # the whole photo, or a square around the head
     background: str = "source"  # source | transparent | #rrggbb | path of an image
     face: str = "largest"  # which face of the source: largest | left | right | index:N
     driver_face: str = "largest"  # which face of the driver, likewise
@@ -64,7 +64,7 @@ class ReenactOptions:
     def control(self) -> Control:
         """The part of these options that controls the motion."""
         pose: Literal["absolute", "relative"] = "absolute" if self.pose == "absolute" else "relative"
-        limits = PASTE_BACK_TRAVEL if self.paste_back else None if pose == "absolute" else FACE_TRAVEL
+        limits = None if pose == "absolute" else FACE_TRAVEL
         return Control(self.drive, self.expression_scale, self.pose_scale, pose, self.relative_expression, limits)
 
     @property

@@ -85,12 +85,10 @@ def reenact(
 def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> tuple[Portrait, Compositor]:
     """Encode a photo, and make the compositor that turns its animated crop into frames."""
     photo = read_portrait(source)
-    portrait = animator.portrait(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
-    compositor = Compositor(
-        photo, portrait.crop, portrait.geometry.square, paste_back=options.paste_back, background=options.background,
-        compare=options.compare,
-    )  # fmt: skip
-    return portrait, compositor
+    portrait = animator.portrait(
+        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=options.size
+    )
+    return portrait, Compositor(portrait, background=options.background, compare=options.compare)
 
 
 @contextmanager
@@ -126,6 +124,8 @@ def _animate_stream(
                 trim_heap()
 
     for reference, shot in groupby(batches, key=lambda batch: batch.reference):
-        frames = animator.animate(portrait, motions(shot), control=control, reference=reference, notify=notify)
+        frames = animator.animate(
+            portrait, motions(shot), control=control, reference=reference, notify=notify, layers=True
+        )
         for frame in frames:
             yield frame, crops.popleft()

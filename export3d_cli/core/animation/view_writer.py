@@ -13,13 +13,14 @@ import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import read_portrait
-from export3d_cli.core.animation.options import Crop, Progress, Summary
+from export3d_cli.core.animation.options import Crop, Framing, Progress, Summary
 from export3d_cli.core.animation.pipeline import BackgroundWriter
 from export3d_cli.core.animation.watermark import Watermark, get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 
+SHEET_CELL_PX = 512  # longer side of the cells of a contact sheet, unless asked otherwise
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # formats that can carry the mark that they are synthetic
 
 
@@ -34,32 +35,37 @@ class ViewOptions:
     grid: bool = False  # a contact sheet instead of a video
     watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
     face: str = "largest"  # of the photo: largest | left | right | index:N
+    framing: Framing = "photo"  # the whole photo, or a square around the head
     crop: Crop = "auto"  # of the photo: a square around the face, or none: the whole photo
-    size: int = 0  # side of the frames, pixels; 0: as the photo allows, see `Geometry.from_photo`
+    size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
 
 
 def load_photo(animator: Animator, source: Path, options: ViewOptions) -> Portrait:
     """Read and encode the portrait."""
-    photo = read_portrait(source)
-    return animator.portrait(photo, name=str(source), face=options.face, crop=options.crop, size=options.size)
+    photo, size = read_portrait(source), options.size
+    if options.grid and max(photo.shape[:2]) > SHEET_CELL_PX:
+        size = size or SHEET_CELL_PX
+    return animator.portrait(
+        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size
+    )
 
 
 def is_image_output(out: Path, grid: bool) -> bool:
     """Return whether `out` is an image, else it is a video. Raises `InputError` for a contact sheet that is none."""
     is_image = out.suffix.lower() in IMAGE_SUFFIXES
     if grid and not is_image:
-        raise InputError(f"a contact sheet is an image: give an output that ends in .png or .jpg, not {out.name!r}")
+        raise InputError(f"a contact sheet is an image: the output must end in .png or .jpg, got {out.name!r}")
     return is_image
 
 
 def write_video(
-    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions, size: int, *,
-    began: float, progress: Progress | None,
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions,
+    size: tuple[int, int], *, began: float, progress: Progress | None,
 ) -> Summary:  # fmt: skip
-    """Write frames of side `size` into a video; `began` is the job's start in seconds of `time.monotonic`."""
+    """Write frames of `size` (width, height) into a video; `began` is the job's start by `time.monotonic`."""
     add_watermark = get_watermarker(options.watermark)
     with (
-        VideoWriter(out, size=(size, size), fps=options.fps, crf=options.crf) as writer,
+        VideoWriter(out, size=size, fps=options.fps, crf=options.crf) as writer,
         BackgroundWriter[np.ndarray](
             lambda frame: writer.write(add_watermark(frame)), animator.batch, stop=writer.abort
         ) as background,
@@ -70,13 +76,13 @@ def write_video(
 
 
 def write_sheet(
-    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions, size: int, *,
-    columns: int, labels: Sequence[str], began: float, progress: Progress | None,
+    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions,
+    size: tuple[int, int], *, columns: int, labels: Sequence[str], began: float, progress: Progress | None,
 ) -> Summary:  # fmt: skip
-    """Write frames of side `size` into one image, as a contact sheet where there are several."""
-    if total * size * size > MAX_PIXELS:
-        limit = MAX_PIXELS // (size * size)
-        raise InputError(f"a contact sheet of {total} views would be too large: {limit} fit, set --frames or --size")
+    """Write frames of `size` (width, height) into one image, as a contact sheet where there are several."""
+    if total * size[0] * size[1] > MAX_PIXELS:
+        limit = MAX_PIXELS // (size[0] * size[1])
+        raise InputError(f"a contact sheet of {total} views is too large, {limit} fit: set --frames or --size")
     sheet = contact_sheet(list(_report(frames, total, progress)), columns, labels)
     write_image(out, get_watermarker(options.watermark)(sheet), comment=SYNTHETIC_COMMENT)
     return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)

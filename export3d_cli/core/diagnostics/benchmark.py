@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.compositor import Compositor
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.diagnostics.measurement import process_peak_memory, synchronize
-from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_uint8
@@ -104,12 +104,10 @@ def run_benchmark(
                 faces.append(track.track(image))
         motion = tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
     step()
-    photo = read_image(source)
-    source_motion = animator.portrait(photo, name=str(source)).motion
-    crop = crop_image(photo, source_motion.crop, animator.model.config.image_size)
+    portrait = animator.portrait(read_image(source), name=str(source))
     for _ in range(ENCODE_REPEATS):
         with clock("encode source"):
-            portrait = animator.portrait_from_motion(crop, source_motion)
+            animator.portrait_from_motion(portrait.crop, portrait.motion)
     step()
     results = _time_network(animator, portrait, motion, clock)
     step()
@@ -117,7 +115,7 @@ def run_benchmark(
         _time_encoding(results, fps, Path(folder) / "stage.mp4", clock)
         step()
         began = time.perf_counter()
-        options = ReenactOptions(max_frames=len(images), audio="none", size=animator.model.config.image_size)
+        options = ReenactOptions(max_frames=len(images), audio="none")
         summary = reenact(animator, source, driver, Path(folder) / "all.mp4", options)
         seconds = time.perf_counter() - began
         step()
@@ -175,16 +173,20 @@ def _time_decoding(driver: Path, frames: int, clock: _StageClock) -> tuple[list[
 
 
 def _time_network(animator: Animator, portrait: Portrait, motion: Motion, clock: _StageClock) -> list[np.ndarray]:
-    """Animate the source with clocks in the network, then time the conversion to uint8 alone; return the frames."""
+    """Animate the source with clocks in the network, time the conversion to uint8 alone, then the composition."""
     for _ in itertools.islice(animator.animate(portrait, [motion]), WARMUP_BATCHES * animator.batch):
         pass
     batch = animator.batch
     with _timed_stages(animator, clock):
-        frames = list(animator.animate(portrait, [motion]))
-    images = torch.zeros(batch, 3, *frames[0].shape[:2], device=animator.device)
-    for _ in range(max(1, len(frames) // batch)):
+        rendered = list(animator.animate(portrait, [motion], layers=True))
+    images = torch.zeros(batch, 3, *portrait.crop.shape[:2], device=animator.device)
+    for _ in range(max(1, len(rendered) // batch)):
         with clock("convert", batch):
             to_uint8(images)
+    compositor, frames = Compositor(portrait), []
+    for layers in rendered:
+        with clock("compose"):
+            frames.append(compositor(layers))
     return frames
 
 

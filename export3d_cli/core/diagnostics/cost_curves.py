@@ -86,7 +86,7 @@ def cost_curves(
         sources = [folder / f"source{index}{source.suffix}" for index in range(max(sizes.get("sources", (1,))))]
         for path in sources:
             shutil.copyfile(source, path)
-        options = ReenactOptions(audio="none", overwrite=True, size=animator.model.config.image_size)
+        options = ReenactOptions(audio="none", overwrite=True)
 
         def run(curve: str, x: int) -> object:
             runner = animator.with_batch(x) if curve == "batch" else animator

@@ -23,6 +23,8 @@ _MAX_HOLE_AREA = 1000  # holes in the person of fewer network pixels are filled 
 _EDGE_BLUR_SD = 1.3  # blur of the edge, network pixels
 _GUIDED_RADIUS = 4  # window radius of the guided filter, pixels at half size
 _GUIDED_EPS = 1e-3  # regulariser of the guided filter: squared colour difference that is ignored
+_EDGE_EPS = 3e-4  # as `_GUIDED_EPS`, for the matte's edge
+_EDGE_RANGE = (0.08, 0.92)  # filtered values that are background, and the person
 _STRAND_RANGE = (0.2, 0.6)  # output of the guided filter mapped to alpha 0 and 1
 _STILL_UPDATE_RATE = 0.3  # weight of the new mask where it hardly differs from the previous one
 _MOTION_THRESHOLD = 0.5  # difference from which the new mask is taken unchanged
@@ -133,31 +135,44 @@ def _weighted_blur(picture: np.ndarray, weight: np.ndarray, window: int) -> tupl
 
 
 def _find_hair_strands(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the alpha (H, W) of strands near a mask (H, W) that have the person's colours, not the background's.
+    """Return the alpha (H, W) of strands near a mask (H, W) that have the person's colours, not the background's."""
+    filtered = _guided_filter(picture, mask, 2, _GUIDED_RADIUS, _GUIDED_EPS)
+    strands: np.ndarray = np.clip((filtered - _STRAND_RANGE[0]) / (_STRAND_RANGE[1] - _STRAND_RANGE[0]), 0, 1)
+    return strands
 
-    A guided filter (He et al. 2013) at half size: in every window of the picture (H, W, 3) in [0, 1] the mask is
-    fitted as a linear function of colour; the mean of the fits is evaluated at each pixel.
+
+def refine_alpha(image: np.ndarray, alpha: np.ndarray, radius: int) -> np.ndarray:
+    """Align the edge of a matte (H, W) with the edges of its image, uint8 (H, W, 3); `radius` in pixels."""
+    filtered = _guided_filter(
+        image.astype(np.float32) / 255, alpha, max(1, radius // 3), radius // max(1, radius // 3), _EDGE_EPS
+    )
+    refined = np.clip((filtered - _EDGE_RANGE[0]) / (_EDGE_RANGE[1] - _EDGE_RANGE[0]), 0, 1)
+    uncertain = cv2.blur(((alpha > 0.02) & (alpha < 0.98)).astype(np.float32), (2 * radius + 1,) * 2) > 0
+    return np.where(uncertain, refined, alpha > 0.5).astype(np.float32)
+
+
+def _guided_filter(picture: np.ndarray, mask: np.ndarray, step: int, radius: int, eps: float) -> np.ndarray:
+    """Fit a mask (H, W) as a linear function of colour in every window (He et al. 2013), and evaluate the mean fit.
+
+    The fits are made at 1 / `step` of the size of the picture (H, W, 3) in [0, 1], in windows of `radius` small pixels.
     """
-    half = (picture.shape[1] // 2, picture.shape[0] // 2)
-    window = (2 * _GUIDED_RADIUS + 1,) * 2
+    small = (max(1, picture.shape[1] // step), max(1, picture.shape[0] // step))
+    window = (2 * radius + 1,) * 2
 
     def mean(x: np.ndarray) -> np.ndarray:
         return cv2.blur(x, window, borderType=cv2.BORDER_REPLICATE)
 
-    colour = cv2.resize(picture, half, interpolation=cv2.INTER_AREA)
-    inside = cv2.resize(mask, half, interpolation=cv2.INTER_AREA)
+    colour = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
+    inside = cv2.resize(mask, small, interpolation=cv2.INTER_AREA)
     mean_colour, mean_inside = mean(colour), mean(inside)
-    products = mean((colour[..., :, None] * colour[..., None, :]).reshape(*half[::-1], 9)).reshape(*half[::-1], 3, 3)
-    covariance = (
-        products - mean_colour[..., :, None] * mean_colour[..., None, :] + _GUIDED_EPS * np.eye(3, dtype=np.float32)
-    )
+    products = mean((colour[..., :, None] * colour[..., None, :]).reshape(*small[::-1], 9)).reshape(*small[::-1], 3, 3)
+    covariance = products - mean_colour[..., :, None] * mean_colour[..., None, :] + eps * np.eye(3, dtype=np.float32)
     cross = mean(colour * inside[..., None]) - mean_colour * mean_inside[..., None]
     slope = np.linalg.solve(covariance, cross[..., None])[..., 0]
     fit = mean(np.concatenate([slope, (mean_inside - (slope * mean_colour).sum(-1))[..., None]], axis=-1))
     fit = cv2.resize(fit, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    filtered = (fit[..., :3] * picture).sum(-1) + fit[..., 3]
-    strands: np.ndarray = np.clip((filtered - _STRAND_RANGE[0]) / (_STRAND_RANGE[1] - _STRAND_RANGE[0]), 0, 1)
-    return strands
+    filtered: np.ndarray = (fit[..., :3] * picture).sum(-1) + fit[..., 3]
+    return filtered
 
 
 def _fill_holes(mask: np.ndarray) -> np.ndarray:

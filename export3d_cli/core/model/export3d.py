@@ -28,7 +28,14 @@ from export3d_cli.core.model.triplane import Decoder, face_log_density, sample_p
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
-from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, resize, warp
+from export3d_cli.core.model.warp.mesh_flow import (
+    SURFACE_HALF_EXTENT,
+    BasisFlow,
+    DeformedMesh,
+    identity_grid,
+    resize,
+    warp,
+)
 
 DENSITY_TV_POINTS = 1024  # points at which `_density_tv` compares neighbours
 DENSITY_TV_DISTANCE = 0.008  # largest distance of neighbours along each axis, head-frame units
@@ -387,7 +394,7 @@ class Export3D(nn.Module):
             )
         origin, directions = volume_renderer.camera_rays(camera, m)
         rigid = rigid_flow(resize(depth, m), directions, origin, source.camera)  # (B, 2, m, m)
-        neck = neck_flow(source.camera, camera, m)  # (B, 2, m, m)
+        neck = neck_flow(source.camera, camera, identity_grid(m, camera))  # (B, 2, m, m)
         rotation = relative_rotation(source.camera, camera)  # (B, 3)
         assert source.head_mask is not None and source.body_mask is not None
         flow = self.flow_blend(

@@ -7,10 +7,9 @@ import copy
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from export3d_cli.core.runtime.errors import ConfigError
@@ -160,7 +159,7 @@ class AdaptiveBatcher:
     def __init__(self) -> None:
         self.max_batch = 2**30  # largest size that may fit
 
-    def __call__(self, compute: Callable[[slice], np.ndarray], start: int, stop: int) -> Iterator[np.ndarray]:
+    def __call__(self, compute: Callable[[slice], Iterable[Any]], start: int, stop: int) -> Iterator[Any]:
         """Yield the rows of `compute(slice)` from start to stop; raise its error if a single row does not fit."""
         rows = None
         if stop - start <= self.max_batch:

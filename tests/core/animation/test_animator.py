@@ -27,6 +27,8 @@ from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import example_path
 
 PHOTO = read_image(example_path("source.jpg"))
+TALL = np.ascontiguousarray(PHOTO[:, 64:448])  # 3:4
+WIDE = np.pad(PHOTO, ((0, 0), (0, 398), (0, 0)), "edge")  # 16:9, the person at the left
 NO_CHANGE = np.zeros((1, 10), np.float32)
 
 
@@ -74,7 +76,7 @@ def test_edit_changes_only_the_frames_whose_lambda_changes(animator: Animator, p
 def test_crop_scale_is_the_crop_in_face_boxes(portrait: Portrait) -> None:
     extent = np.ptp(portrait.motion.landmarks[0, :, :2], axis=0).max()
     assert portrait.crop_scale == pytest.approx(1 / extent)
-    assert portrait.crop.shape == (128, 128, 3)
+    assert portrait.crop.shape == (portrait.geometry.frame_size, portrait.geometry.frame_size, 3)
     np.testing.assert_allclose(portrait.camera.to_vector(), portrait.motion.camera[0], atol=1e-6)
 
 
@@ -85,10 +87,54 @@ def test_portrait_cannot_be_changed(animator: Animator, portrait: Portrait) -> N
         portrait.crop[0] = 0
     with pytest.raises(ValueError, match="read-only"):
         portrait.motion.beta[0] = 0
-    crop = np.full((64, 64, 3), 90, np.uint8)
-    tracked = animator.portrait_from_motion(crop, portrait.motion)
-    crop[:] = 0  # the caller's array stays the caller's
+    crop, photo = np.full((64, 64, 3), 90, np.uint8), PHOTO.copy()
+    tracked, whole = animator.portrait_from_motion(crop, portrait.motion), animator.portrait(photo)
+    crop[:] = photo[:] = 0  # the caller's arrays stay the caller's
     assert tracked.crop.min() == 90
+    assert whole.canvas is not None
+    np.testing.assert_array_equal(whole.canvas.photo, PHOTO)
+    with pytest.raises(ValueError, match="read-only"):
+        whole.canvas.photo[0] = 0
+
+
+@pytest.mark.parametrize("photo", [TALL, WIDE], ids=["3:4", "16:9"])
+def test_frames_show_the_whole_photo(animator: Animator, photo: np.ndarray) -> None:
+    portrait = animator.portrait(photo)
+    height, width = photo.shape[:2]
+    assert portrait.frame_size == (width, height)
+    motion = moving(portrait, 2)
+    frames = [
+        *animator.animate(portrait, [motion]),
+        *animator.view(portrait, motion.camera),
+        *animator.edit(portrait, 5 * np.eye(10, dtype=np.float32)[:1]),
+    ]
+    assert {frame.shape for frame in frames} == {photo.shape}
+    assert portrait.canvas is not None
+    outside = np.ones((height, width), bool)
+    outside[portrait.canvas.window] = False
+    assert outside.any() == (photo is WIDE)  # where the person cannot come
+    for frame in frames:
+        np.testing.assert_array_equal(frame[outside], photo[outside])
+        assert np.abs(frame[~outside].astype(int) - photo[~outside]).max() > 20
+
+
+def test_layers_composed_are_the_frames(animator: Animator, portrait: Portrait) -> None:
+    motion = moving(portrait, 3)
+    assert portrait.canvas is not None
+    layers = list(animator.animate(portrait, [motion], layers=True))
+    composed = np.stack([portrait.canvas.compose(layer) for layer in layers])
+    np.testing.assert_array_equal(composed, stack(animator.animate(portrait, [motion])))
+    assert {layer.image.shape for layer in layers} == {portrait.crop.shape}
+
+
+def test_portraits_of_two_photos_do_not_mix(animator: Animator) -> None:
+    portraits = [animator.portrait(photo) for photo in (TALL, np.ascontiguousarray(WIDE[:, ::-1]))]
+    motions = [moving(portrait, 5, seed) for seed, portrait in enumerate(portraits)]
+    alone = [stack(animator.animate(*args)) for args in zip(portraits, [[m] for m in motions], strict=True)]
+    pairs = zip(*(animator.animate(p, [m]) for p, m in zip(portraits, motions, strict=True)), strict=True)
+    for index, frames in enumerate(pairs):
+        for frame, expected in zip(frames, alone, strict=True):
+            np.testing.assert_array_equal(frame, expected[index])
 
 
 @pytest.mark.parametrize("sizes", [[1] * 11, [3, 5, 3], [11]])

@@ -133,10 +133,12 @@ def test_plan_reenact_writes_nothing(
     plan = plan_reenact(animator, portraits[::2], clip, str(tmp_path), ReenactOptions(compare=True, pose="relative"))
     assert sorted(tmp_path.rglob("*")) == before
     assert (plan.frames, plan.fps, plan.device) == (6, read_fps(clip), "cpu fp32")
-    assert [s.size for s in plan.sources] == [(384, 128)] * 2
+    assert [s.size for s in plan.sources] == [(3 * 512, 512)] * 2
     assert [s.out.name for s in plan.sources] == ["a-clip.mp4", "b-clip.mp4"]
     width = read_image(SOURCE).shape[1]
     (a, b) = (s.face for s in plan.sources)
+    small = plan_reenact(animator, portraits[:1], clip, str(tmp_path), ReenactOptions(size=128, framing="face"))
+    assert (small.sources[0].size, small.sources[0].face) == ((128, 128), a)  # in pixels of the photo
     assert abs(a[0] - (width - b[2])) < 0.05 * width  # mirrored
     assert plan.seconds > 0
     assert plan.memory_mb is None or plan.memory_mb > 50

@@ -54,7 +54,7 @@ def test_mesh_size_grows_with_the_frames_up_to_twice() -> None:
 def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> None:
     frames = {}
     for size in (64, 192):
-        portrait = animator.portrait(PHOTO, size=size)
+        portrait = animator.portrait(PHOTO, crop="none", size=size)
         (frames[size],) = animator.animate(portrait, [portrait.motion])
         assert frames[size].shape == portrait.crop.shape == (size, size, 3)
         assert portrait.geometry.frame_size == size
@@ -68,24 +68,27 @@ def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animat
     x, y, side = (round(value) for value in animator.portrait(PHOTO).geometry.square)
     wide = np.full((1000, 1000, 3), (0, 255, 0), np.uint8)
     wide[250 : 250 + side, 250 : 250 + side] = PHOTO[y : y + side, x : x + side]
-    photo = animator.portrait(wide, size=64)
+    photo = animator.portrait(wide)
     crop = animator.portrait_from_motion(crop_image(wide, photo.motion.crop, 64), photo.motion)
     pose = np.linalg.inv(photo.camera.cam2world)
     pose[:3, 3] *= 1.4
     cameras = Camera(np.linalg.inv(pose), photo.camera.intrinsics).to_vector()[None]
     for portrait, is_green in ((photo, True), (crop, False)):
         (frame,) = animator.view(portrait, cameras)
+        if portrait.canvas is not None:
+            frame = crop_image(frame, photo.motion.crop, 64)
         red, green, blue = frame[-4:, 16:-16].reshape(-1, 3).mean(0)  # below the shoulders
         assert (green - max(red, blue) > 100) == is_green
 
 
 def test_crop_of_the_network_s_size_has_no_detail(animator: Animator) -> None:
-    motion = animator.portrait(PHOTO, size=128).motion
+    motion = animator.portrait(PHOTO).motion
     portrait = animator.portrait_from_motion(crop_image(PHOTO, motion.crop, 64), motion)
     assert portrait.detail is None
     assert next(animator.edit(portrait, np.zeros((1, 10), np.float32))).shape == (64, 64, 3)
 
 
-def test_depth_has_the_frames_size(animator: Animator) -> None:
-    portrait = animator.portrait(PHOTO, size=100)
-    assert next(animator.view(portrait, portrait.motion.camera, depth=True)).shape == (100, 100, 3)
+def test_depth_has_the_crop_s_size(animator: Animator) -> None:
+    for portrait in (animator.portrait(PHOTO, crop="none", size=100), animator.portrait(PHOTO, size=100)):
+        (depth,) = animator.view(portrait, portrait.motion.camera, depth=True)
+        assert depth.shape == portrait.crop.shape == (portrait.geometry.frame_size, portrait.geometry.frame_size, 3)

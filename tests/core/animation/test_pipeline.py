@@ -214,7 +214,7 @@ def reenact_without_threads(
     crop_size = compositor.source_frame.shape[0]
     with open_driver(animator, portrait, driver, options, crop_size=crop_size) as stream:
         motions, crops, references = zip(*stream, strict=True)
-    frames = animator.animate(portrait, motions, control=options.control, reference=references[0])
+    frames = animator.animate(portrait, motions, control=options.control, reference=references[0], layers=True)
     with VideoWriter(out, size=compositor.size, fps=stream.fps, crf=options.crf) as writer:
         for frame, crop in zip(frames, chain(*crops), strict=True):
             writer.write(add_watermark(compositor(frame, crop)))
@@ -226,7 +226,7 @@ def reenact_without_threads(
     [
         {},
         {"compare": True, "watermark": "invisible", "relative_expression": True, "pose": "relative"},
-        {"background": "#204060", "paste_back": True, "on_missing": "skip"},
+        {"background": "#204060", "framing": "face", "on_missing": "skip"},
     ],
 )
 def test_reenact_writes_the_bytes_of_a_plain_loop(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.matting import nearest_face_weight
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
@@ -15,9 +16,10 @@ from export3d_cli.core.runtime.weights import example_path
 @pytest.fixture
 def couple(animator: Animator) -> np.ndarray:
     """Two bundled portraits side by side, 256 x 384: their faces are some 128 pixels apart."""
-    crops = [
-        animator.portrait(read_image(example_path(name)), size=256).crop for name in ("source.jpg", "astronaut.jpg")
-    ]
+    crops = []
+    for name in ("source.jpg", "astronaut.jpg"):
+        photo = read_image(example_path(name))
+        crops.append(crop_image(photo, animator.portrait(photo).geometry.square, 256))
     return np.concatenate([crops[0][:, :192], crops[1][:, 64:]], axis=1)
 
 
@@ -25,14 +27,15 @@ def couple(animator: Animator) -> np.ndarray:
 def test_faces_start_with_the_person_s_and_list_the_other(
     animator: Animator, couple: np.ndarray, face: str, direction: int
 ) -> None:
-    portrait = animator.portrait(couple, face=face, size=64)
+    portrait = animator.portrait(couple, face=face)
     (own, _, size), (other, _, _) = portrait.faces
     points = portrait.motion.landmarks[0, :, :2]
     np.testing.assert_allclose(own, points[:, 0].mean(), atol=0.02)
     np.testing.assert_allclose(size, np.ptp(points, axis=0).max(), atol=0.02)
     np.testing.assert_allclose((other - own) * portrait.geometry.square[2] * direction, 128, atol=20)
-    assert portrait.crop.shape == (64, 64, 3)
-    assert portrait.detail is not None and portrait.detail.shape == (1, 3, 96, 96)
+    side = round(portrait.geometry.square[2])
+    assert portrait.crop.shape == (side, side, 3)
+    assert portrait.detail is not None and portrait.detail.shape == (1, 3, *2 * (side + 2 * round(side / 4),))
 
 
 def test_other_person_is_not_part_of_the_person_mask(animator: Animator, couple: np.ndarray) -> None:

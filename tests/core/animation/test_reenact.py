@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
-from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError
@@ -36,12 +38,30 @@ def test_reenact_keeps_the_driver_s_length_and_rate(animator: Animator, make_cli
     )
     info = probe(out)
     assert info.fps == summary.fps == Fraction(30000, 1001)
-    assert (info.width, info.height, info.frame_count) == (128, 128, 6)
+    assert (info.width, info.height, info.frame_count) == (512, 512, 6)
     assert (summary.frames, summary.missing, summary.out, summary.notes) == (6, 0, out, ())
     assert reports == [("frames", k, 6) for k in range(1, 7)]
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
     frames = read_frames(out)
     assert any(np.abs(frame - frames[0]).max() > 2 for frame in frames)  # it moves
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (390, 520)), ({"size": 256}, (192, 256)), ({"framing": "face", "size": 200}, (200, 200)),
+        ({"crop": "none"}, (128, 128)),
+    ],
+)  # fmt: skip
+def test_video_has_the_size_of_the_photo_or_the_given_one(
+    animator: Animator, make_clip: MakeClip, tmp_path: Path, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    photo = read_image(SOURCE)
+    tall = photo if "crop" in options else np.pad(photo, ((8, 0), (0, 0), (0, 0)), "edge")[:, 61:451]
+    write_image(tmp_path / "tall.png", np.ascontiguousarray(tall))
+    reenact(animator, tmp_path / "tall.png", make_clip("clip.mp4"), tmp_path / "out.mp4", replace(LOSSLESS, **options))
+    info = probe(tmp_path / "out.mp4")
+    assert ((info.width, info.height), info.frame_count) == (size, 6)
 
 
 def test_reenact_by_a_static_driver_is_static(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
@@ -64,17 +84,17 @@ def test_reenact_holds_the_last_frame_where_the_driver_has_no_face(
 
 
 def test_compare_shows_source_driver_and_result(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
-    clip, portrait = make_clip("clip.mp4"), animator.portrait(read_image(SOURCE))
+    clip, photo = make_clip("clip.mp4"), read_image(SOURCE)
     reenact(animator, SOURCE, clip, tmp_path / "alone.mp4", LOSSLESS)
     reenact(animator, SOURCE, clip, tmp_path / "three.mp4", ReenactOptions(audio="none", crf=0, compare=True))
     alone, three = read_frames(tmp_path / "alone.mp4"), read_frames(tmp_path / "three.mp4")
-    assert three[0].shape == (128, 384, 3)
+    assert three[0].shape == (512, 3 * 512, 3)
     for one, wide in zip(alone, three, strict=True):
-        assert np.abs(wide[:, :127] - portrait.crop[:, :127]).mean() < 6  # colour is kept at half size
-        assert np.abs(wide[:, 257:] - one[:, 1:]).mean() < 2
-    assert np.abs(three[0][:, 128:256] - three[5][:, 128:256]).max() > 5  # the driver moves
+        assert np.abs(wide[:, :511] - photo[:, :511]).mean() < 6  # colour is kept at half size
+        assert np.abs(wide[:, 1025:] - one[:, 1:]).mean() < 2
+    assert np.abs(three[0][:, 512:1024] - three[5][:, 512:1024]).max() > 5  # the driver moves
     motion = tmp_path / "a.motion.npz"
-    portrait.motion.save(motion)
+    animator.portrait(photo).motion.save(motion)
     with pytest.raises(InputError, match="--compare"):
         reenact(animator, SOURCE, motion, tmp_path / "no.mp4", ReenactOptions(compare=True))
     assert not (tmp_path / "no.mp4").exists()

@@ -20,7 +20,7 @@ def test_run_benchmark_reports_every_stage(animator, monkeypatch):
     steps = []
     result = run_benchmark(animator, frames=2, progress=lambda stage, done, total: steps.append((done, total)))
     network = ["expression", "tri-plane", "render", "flow", "super-resolution"]
-    assert list(result.stages) == ["decode", "track", "encode source", *network, "convert", "encode video"]
+    assert list(result.stages) == ["decode", "track", "encode source", *network, "convert", "compose", "encode video"]
     assert all(stage.low <= stage.median <= stage.high for stage in result.stages.values())
     assert result.fps == pytest.approx(2 / result.seconds) and result.peak_gpu is None
     assert steps == [(i, benchmark.STEPS) for i in range(1, benchmark.STEPS + 1)]

@@ -1,0 +1,231 @@
+"""The whole photo as the frame: the person moves, the background stands still, uncovered background is filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.animation.background_fill import fill_hole
+from export3d_cli.core.animation.retargeting import TravelLimits
+from export3d_cli.core.face.crop import Square, crop_image
+from export3d_cli.core.face.matting import FacePosition, estimate_foreground, refine_alpha
+from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
+
+AlphaFn = Callable[[np.ndarray, Sequence[FacePosition]], np.ndarray]  # image, faces in it -> alpha matte
+CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes refine the whole photo's
+CLOSE_UP_SIZE_PX = 512
+CLOSE_UP_FADE = 0.12  # fraction of a close-up's side over which its matte takes over
+HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
+HOLE_MARGIN_PX = 2  # pixels around the person that its colours reach
+SUPPORT_RADIUS = 0.012  # crop sides that the person may reach beyond the network's head layer: stray hair
+SUPPORT_FADE = (0.2, 0.6)  # head weights over which the person becomes visible above the chin
+EDGE_ALPHA_FADE = (0.6, 1.0)  # alpha over which it does so at the outline
+CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
+CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
+MAX_TRAVEL = 0.25  # crop sides: limit of the head's travel where the photo has room
+MAX_TRAVEL_CUT = 0.015  # the same away from a border that cuts the head
+
+
+class FrameLayers(NamedTuple):
+    """One rendered frame before it is composed into the photo."""
+
+    image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop
+    displacement: np.ndarray  # float32 (n, n, 2) see `PhotoFlow`, crop units
+    head_weight: np.ndarray  # float32 (n, n)
+    crop_weight: np.ndarray  # float32 (n, n)
+    above_chin: np.ndarray  # float32 (n, n)
+
+    @classmethod
+    def from_flow(cls, images: np.ndarray, flow: PhotoFlow) -> list[FrameLayers]:
+        """Split a batch: images uint8 (B, S, S, 3) of the network, and their flow."""
+        displacement = flow.displacement.permute(0, 2, 3, 1).float().cpu().numpy()
+        weight, above = (x[:, 0].float().cpu().numpy() for x in (flow.head_weight, flow.above_chin))
+        crop_weight = flow.crop_weight[0, 0].float().cpu().numpy()
+        return [
+            cls(image, moved, head, crop_weight, chin)
+            for image, moved, head, chin in zip(images, displacement, weight, above, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class PhotoCanvas:
+    """A photo taken apart into person and background, within a window around the face crop; immutable.
+
+    All arrays are read-only. Outside the window the photo does not move.
+    """
+
+    photo: np.ndarray = field(repr=False)  # uint8 (H, W, 3)
+    alpha: np.ndarray = field(repr=False)  # float32 (H, W) the person's matte
+    square: Square  # the face crop: x0, y0, side, whole pixels of the photo
+    window: tuple[slice, slice]  # rows and columns that change
+    foreground: np.ndarray = field(repr=False)  # uint8 (h, w, 4) the person's own colours in the window, and alpha
+    plate: np.ndarray = field(repr=False)  # uint8 (h, w, 3) the background in the window, filled in behind the person
+    limits: TravelLimits
+
+    @classmethod
+    def from_photo(
+        cls, photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Sequence[FacePosition] = ()
+    ) -> PhotoCanvas:
+        """Take a photo apart.
+
+        Args:
+            photo: uint8 (H, W, 3) RGB.
+            square: the face crop: x0, y0, side in whole pixels.
+            alpha_of: mattes an image.
+            faces: of the person and of others, in crop units, see `PersonMatting.alpha`.
+        """
+        height, width = photo.shape[:2]
+        alpha = _photo_alpha(photo, square, alpha_of, faces)
+        x0, y0, side = square
+        margin = WINDOW_MARGIN * side
+        columns = slice(max(0, round(x0 - margin)), min(width, round(x0 + side + margin)))
+        rows = slice(max(0, round(y0 - margin)), min(height, round(y0 + side + margin)))
+        window = (rows, columns)
+        part, matte = np.ascontiguousarray(photo[window]), np.ascontiguousarray(alpha[window])
+        hole = cv2.dilate(np.uint8(matte > HOLE_ALPHA), np.ones((2 * HOLE_MARGIN_PX + 1,) * 2, np.uint8)) > 0  # type: ignore[call-overload]
+        plate = fill_hole(part, hole)
+        colours = np.where(matte[..., None] > 0.98, part, estimate_foreground(part, matte))
+        foreground = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
+        for array in (photo, alpha, foreground, plate):
+            array.flags.writeable = False
+        return cls(photo, alpha, square, window, foreground, plate, _travel_limits(alpha, square))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames, pixels."""
+        return self.photo.shape[1], self.photo.shape[0]
+
+    def compose(self, layers: FrameLayers) -> np.ndarray:
+        """Return a frame, uint8 (H, W, 3), from layers that were rendered for this photo's crop."""
+        colours, alpha = self.person(layers)
+        frame = self.photo.copy()
+        frame[self.window] = cv2.blendLinear(colours, self.plate, alpha, 1 - alpha)
+        return frame
+
+    def person(self, layers: FrameLayers) -> tuple[np.ndarray, np.ndarray]:
+        """Return the person in the window: colours uint8 (h, w, 3) and alpha, float32 (h, w)."""
+        rows, columns = self.window
+        shape = (columns.stop - columns.start, rows.stop - rows.start)
+        place = self._window_matrix()
+
+        def to_pixels(cells: np.ndarray) -> np.ndarray:
+            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            return cv2.warpAffine(cells, place, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+        x, y = self._sample_positions(to_pixels(layers.displacement * np.float32(self.square[2])))
+        moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        alpha = moved[..., 3].astype(np.float32) * np.float32(1 / 255)
+        head = _fill_holes(layers.head_weight)
+        radius = max(1, round(SUPPORT_RADIUS * len(head) / (1 + 2 * WINDOW_MARGIN) + 0.5))
+        kernel = np.ones((2 * radius + 1,) * 2, np.uint8)
+        support = _smooth(cv2.dilate(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), kernel), *SUPPORT_FADE)
+        alpha *= 1 - to_pixels(layers.above_chin * layers.crop_weight * (1 - support))
+        colours = np.ascontiguousarray(moved[..., :3])
+        weight = to_pixels(layers.crop_weight)
+        weight *= _smooth(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
+        self._blend_network(colours, layers.image, weight)
+        return colours, np.maximum(alpha, weight)
+
+    def _window_matrix(self) -> np.ndarray:
+        """Return the affine map from pixel indices of the window to cell indices of the flow."""
+        rows, columns = self.window
+        x0, y0, side = self.square
+        cell = side * (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE  # pixels
+        offset = [(s.start + 0.5 - o + WINDOW_MARGIN * side) / cell - 0.5 for s, o in ((columns, x0), (rows, y0))]
+        return np.array([[1 / cell, 0, offset[0]], [0, 1 / cell, offset[1]]])
+
+    def _sample_positions(self, displacement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return window pixels to sample; where the photo ends displacements shrink instead of reaching beyond it."""
+        rows, columns = self.window
+        positions = []
+        for axis, (part, length) in enumerate(((columns, self.size[0]), (rows, self.size[1]))):
+            index = np.arange(part.start, part.stop, dtype=np.float32)
+            index = index[None, :] if axis == 0 else index[:, None]
+            shift = displacement[..., axis]
+            room = np.where(shift > 0, length - 1 - index, index) + np.float32(1e-3)
+            positions.append((index - part.start + room * np.tanh(shift / room)).astype(np.float32))
+        return positions[0], positions[1]
+
+    def _blend_network(self, frame: np.ndarray, image: np.ndarray, weight: np.ndarray) -> None:
+        """Blend the network's image of the crop into a window, in place."""
+        rows, columns = self.window
+        x0, y0, side = (round(v) for v in self.square)
+        image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) if len(image) > side else image
+        image = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC) if len(image) < side else image
+        left, top = max(x0, columns.start), max(y0, rows.start)
+        right, bottom = min(x0 + side, columns.stop), min(y0 + side, rows.stop)
+        target = slice(top - rows.start, bottom - rows.start), slice(left - columns.start, right - columns.start)
+        part = np.ascontiguousarray(image[top - y0 : bottom - y0, left - x0 : right - x0])
+        share = np.ascontiguousarray(weight[target])
+        frame[target] = cv2.blendLinear(part, np.ascontiguousarray(frame[target]), share, 1 - share)
+
+
+def _photo_alpha(photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Sequence[FacePosition]) -> np.ndarray:
+    """Matte the whole photo; close-ups around the face see more detail."""
+    height, width = photo.shape[:2]
+    x0, y0, side = square
+    alpha = alpha_of(photo, _to_frame(faces, square, (0.0, 0.0, float(width), float(height))))
+    for scale in CLOSE_UP_SCALES:
+        size = scale * side
+        left, top = x0 + (side - size) / 2, y0 + (side - size) / 2
+        close = alpha_of(
+            crop_image(photo, (left, top, size), CLOSE_UP_SIZE_PX), _to_frame(faces, square, (left, top, size, size))
+        )
+        step = size / CLOSE_UP_SIZE_PX
+        matrix = np.array([[1 / step, 0, (0.5 - left) / step - 0.5], [0, 1 / step, (0.5 - top) / step - 0.5]])
+        close = cv2.warpAffine(close, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+        x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
+        fade = CLOSE_UP_FADE * size
+        across = _smooth(np.minimum(x - left, left + size - x) / fade, 0, 1)
+        down = _smooth(np.minimum(y - top, top + size - y) / fade, 0, 1)
+        weight = np.outer(down, across).astype(np.float32)
+        alpha = alpha + weight * (close - alpha)
+    return refine_alpha(photo, alpha.astype(np.float32), max(2, round(0.012 * side)))
+
+
+def _to_frame(
+    faces: Sequence[FacePosition], square: Square, frame: tuple[float, float, float, float]
+) -> list[FacePosition]:
+    """Convert face positions from units of the crop to units of another frame: x0, y0, width, height."""
+    x0, y0, side = square
+    left, top, width, height = frame
+    return [((x0 + x * side - left) / width, (y0 + y * side - top) / height, s * side / max(width, height))
+            for x, y, s in faces]  # fmt: skip
+
+
+def _travel_limits(alpha: np.ndarray, square: Square) -> TravelLimits:
+    """Return how far the head may move: hardly away from a border that cuts it."""
+    height, width = alpha.shape
+    x0, y0, side = square
+    columns = slice(max(0, round(x0 + 0.15 * side)), max(0, round(x0 + 0.85 * side)))
+    rows = slice(max(0, round(y0)), max(0, round(y0 + 0.6 * side)))
+    band_x, band_y = max(2, round(CUT_BAND * width)), max(2, round(CUT_BAND * height))
+
+    def limit(band: np.ndarray) -> float:
+        return MAX_TRAVEL_CUT if band.size and band.mean() > CUT_ALPHA else MAX_TRAVEL
+
+    near_left, near_right = x0 < 0.2 * side, x0 + 0.8 * side > width
+    return TravelLimits(
+        left=limit(alpha[rows, -band_x:]) if near_right else MAX_TRAVEL,
+        right=limit(alpha[rows, :band_x]) if near_left else MAX_TRAVEL,
+        up=MAX_TRAVEL,
+        down=limit(alpha[:band_y, columns]) if y0 < 0.5 * side else MAX_TRAVEL,
+    )
+
+
+def _fill_holes(weight: np.ndarray) -> np.ndarray:
+    """Fill what the head layer surrounds, such as an open mouth: float32 (n, n)."""
+    outside = np.pad(np.uint8(weight < 0.5), 1, constant_values=1)  # type: ignore[call-overload]
+    cv2.floodFill(outside, None, (0, 0), 2)  # type: ignore[call-overload]
+    inside = (outside != 2)[1:-1, 1:-1]
+    return np.where(inside & (weight < 0.5), np.float32(1), weight).astype(np.float32)
+
+
+def _smooth(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    t = np.clip((x - low) / (high - low), 0, 1)
+    smooth: np.ndarray = (t * t * (3 - 2 * t)).astype(np.float32)
+    return smooth

@@ -1,0 +1,97 @@
+"""Flow of the whole photo (beyond the paper): continues the network's flow outside its crop, for hair and torso.
+
+The person is one deformable layer: the head moves as the network moves it, outside the crop as the rings of the face
+mesh do; the torso follows the neck; between chin and chest both blend. The background does not move. Positions are in
+crop units: (0, 0) and (1, 1) are corners of the crop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, NUM_LANDMARKS
+from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.volume_renderer import project
+from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO, neck_flow
+from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
+
+WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
+FLOW_SIZE = 96  # cells of a side of the window
+WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motion fades out
+CROP_FADE = 0.12  # crop sides inside the crop's border over which the network's flow takes over
+HEAD_WEIGHT_FADE = (0.3, 0.8)  # weights of the network's head layer over which its flow takes over
+NECK_FADE = (-0.55, -0.05)  # face heights above the chin over which the torso's motion becomes the head's
+ABOVE_CHIN_FADE = (0.02, 0.17)  # face heights above the chin over which only the head layer shows the person
+
+
+class PhotoFlow(NamedTuple):
+    """Backward flow over the window around the crop, (B, ., n, n)."""
+
+    displacement: Tensor  # (B, 2) position in the photo minus own position, crop units
+    head_weight: Tensor  # (B, 1) weight of the network's head layer, 0 outside the crop
+    crop_weight: Tensor  # (1, 1) 1 inside the crop, 0 from its border on
+    above_chin: Tensor  # (B, 1) 1 above the chin of the result, 0 below it
+
+
+def extend_flow(
+    points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
+    head_weight: Tensor, torso_follow: float = TORSO_FOLLOW_RATIO,
+) -> PhotoFlow:  # fmt: skip
+    """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
+
+    Args:
+        points: (B, V, 3) landmarks and rings of the head with the target expression.
+        source_landmarks, source_camera: (B, 478, 3) and (B, 25) of the photo.
+        camera: (B, 25) of the result.
+        head_uv: (B, 2, H, W) positions of the network's head layer in the crop, see `LayerWarp`; None: without a flow
+            the head moves as its rings do.
+        head_weight: (B, 1, m, m) weight of the network's head.
+        torso_follow: fraction of the neck's motion that the torso follows.
+    """
+    grid = window_grid(FLOW_SIZE, camera)  # (1, 2, n, n)
+    result, _ = project(points, camera)  # (B, V, 2)
+    photo, _ = project(add_head_rings(source_landmarks.float()), source_camera)
+    rigid = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid)
+
+    to_edge = torch.minimum(grid, 1 - grid).amin(1, keepdim=True)  # distance inside the crop's border
+    crop_weight = smooth_step(to_edge, 0, CROP_FADE)
+    inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
+    weight = F.grid_sample(head_weight.float(), inside, align_corners=False, padding_mode="zeros")
+    head = rigid
+    if head_uv is not None:
+        uv = F.grid_sample(head_uv.float(), inside, align_corners=False, padding_mode="border")
+        head = torch.lerp(rigid, uv, crop_weight * linear_step(weight, *HEAD_WEIGHT_FADE))
+
+    chin, top = result[:, CHIN, :, None, None], result[:, FOREHEAD_TOP, :, None, None]
+    up = top - chin
+    height = ((grid - chin) * up).sum(1, keepdim=True) / up.square().sum(1, keepdim=True).clamp_min(1e-6)
+    torso = torch.lerp(grid, neck_flow(source_camera, camera, grid), torso_follow)
+    moved = torch.lerp(torso, head, smooth_step(height, *NECK_FADE))
+    to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
+    displacement = (moved - grid) * smooth_step(to_window, 0, WINDOW_FADE)
+    return PhotoFlow(displacement, weight, crop_weight, smooth_step(height, *ABOVE_CHIN_FADE))
+
+
+def window_grid(size: int, like: Tensor) -> Tensor:
+    """Return the centres of the window's cells, (1, 2, size, size), crop units."""
+    return identity_grid(size, like) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN
+
+
+def smooth_step(x: Tensor, low: float, high: float) -> Tensor:
+    """Return 0 below `low`, 1 above `high`, and a smooth ramp between."""
+    t = linear_step(x, low, high)
+    return t * t * (3 - 2 * t)
+
+
+def _affine(result: Tensor, photo: Tensor, grid: Tensor) -> Tensor:
+    """Map a grid (1, 2, n, n) by the affine transform that fits result -> photo, (B, V, 2) both, best."""
+    ones = torch.ones_like(result[..., :1])
+    basis = torch.cat([result, ones], dim=-1)
+    normal = basis.transpose(1, 2) @ basis  # (B, 3, 3)
+    transform = torch.linalg.solve(normal, basis.transpose(1, 2) @ photo)  # (B, 3, 2)
+    points = torch.cat([grid.flatten(2), torch.ones_like(grid[:, :1].flatten(2))], dim=1)  # (1, 3, P)
+    return (transform.transpose(1, 2) @ points).view(-1, 2, *grid.shape[2:])

@@ -1,0 +1,100 @@
+"""The photo taken apart into person and background, and put together again; without a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.animation.background_fill import fill_hole
+from export3d_cli.core.animation.photo_canvas import MAX_TRAVEL, MAX_TRAVEL_CUT, FrameLayers, PhotoCanvas
+from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN
+
+SQUARE = (100.0, 60.0, 80.0)
+H, W = 200, 300
+
+
+def disc_alpha(image: np.ndarray, faces: object = ()) -> np.ndarray:
+    """Stand-in for the matting network: the person is what is bright."""
+    return (image[..., 0] > 128).astype(np.float32)
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """A bright person, a disc, before a dark wall with a gradient."""
+    y, x = np.mgrid[:H, :W]
+    photo = np.dstack([x // 6, y // 4, np.full_like(x, 30)]).astype(np.uint8)
+    photo[(x - 140) ** 2 + (y - 100) ** 2 < 30**2] = (220, 200, 180)
+    return photo
+
+
+def layers(dx: float = 0.0, dy: float = 0.0, *, network: float = 0.0, image: np.ndarray | None = None) -> FrameLayers:
+    """Layers in which everything in the window is displaced by (dx, dy) crop sides."""
+    shape = (FLOW_SIZE, FLOW_SIZE)
+    displacement = np.broadcast_to(np.float32([-dx, -dy]), (*shape, 2)).copy()
+    weight, zero = np.full(shape, network, np.float32), np.zeros(shape, np.float32)
+    image = np.zeros((80, 80, 3), np.uint8) if image is None else image
+    return FrameLayers(image, displacement, weight, weight, zero)
+
+
+def centre_of_person(frame: np.ndarray) -> tuple[float, float]:
+    y, x = np.nonzero(frame[..., 0] > 128)
+    return float(x.mean()), float(y.mean())
+
+
+def test_compose_without_motion_is_the_photo(photo: np.ndarray) -> None:
+    frame = PhotoCanvas.from_photo(photo, SQUARE, disc_alpha).compose(layers())
+    assert np.abs(frame.astype(int) - photo).mean() < 0.5
+    assert np.abs(frame.astype(int) - photo).max() <= 40  # antialiased outline only
+
+
+def test_compose_moves_the_person_and_leaves_no_ghost(photo: np.ndarray) -> None:
+    canvas = PhotoCanvas.from_photo(photo, SQUARE, disc_alpha)
+    frame = canvas.compose(layers(0.2, -0.1))
+    x, y = centre_of_person(frame)
+    assert (x, y) == pytest.approx((140 + 16, 100 - 8), abs=0.7)
+    assert frame[100, 112, 0] < 60  # uncovered wall: filled in
+    outside = np.ones((H, W), bool)
+    outside[canvas.window] = False
+    np.testing.assert_array_equal(frame[outside], photo[outside])
+
+
+def test_compose_takes_the_networks_image_inside_the_head(photo: np.ndarray) -> None:
+    image = np.full((80, 80, 3), (200, 10, 10), np.uint8)
+    frame = PhotoCanvas.from_photo(photo, SQUARE, disc_alpha).compose(layers(network=1.0, image=image))
+    assert (frame[100, 140] == (200, 10, 10)).all()
+    assert np.abs(frame[75, 105].astype(int) - photo[75, 105]).max() <= 2  # in the crop, but not the person
+
+
+def test_displacement_never_samples_beyond_the_photo(photo: np.ndarray) -> None:
+    square = (0.0, 0.0, 80.0)
+    canvas = PhotoCanvas.from_photo(photo, square, disc_alpha)
+    x, y = canvas._sample_positions(np.full((*canvas.plate.shape[:2], 2), -500, np.float32))
+    assert min(x.min(), y.min()) > -0.01
+    x, y = canvas._sample_positions(np.full((*canvas.plate.shape[:2], 2), 500, np.float32))
+    assert x.max() < W - 0.99 and y.max() < H - 0.99
+
+
+def test_travel_is_limited_away_from_a_border_that_cuts_the_head() -> None:
+    photo = np.zeros((H, W, 3), np.uint8)
+    photo[:90, 110:170] = 220  # reaches the top
+    limits = PhotoCanvas.from_photo(photo, (100.0, 10.0, 80.0), disc_alpha).limits
+    assert limits.down == MAX_TRAVEL_CUT
+    assert limits.up == limits.left == limits.right == MAX_TRAVEL
+
+
+def test_window_surrounds_the_crop_within_the_photo(photo: np.ndarray) -> None:
+    rows, columns = PhotoCanvas.from_photo(photo, SQUARE, disc_alpha).window
+    margin = WINDOW_MARGIN * SQUARE[2]
+    assert (columns.start, columns.stop) == (100 - margin, 180 + margin)
+    assert (rows.start, rows.stop) == (0, 200)
+
+
+def test_fill_hole_continues_its_surroundings() -> None:
+    y, x = np.mgrid[:60, :90]
+    wall = np.dstack([2 * x, 3 * y, np.full_like(x, 77)]).astype(np.uint8)
+    hole = (x - 45) ** 2 + (y - 30) ** 2 < 12**2
+    broken = np.where(hole[..., None], 0, wall).astype(np.uint8)
+    filled = fill_hole(broken, hole)
+    np.testing.assert_array_equal(filled[~hole], wall[~hole])
+    assert np.abs(filled.astype(int) - wall)[hole].mean() < 8
+    np.testing.assert_array_equal(fill_hole(wall, np.zeros_like(hole)), wall)

@@ -1,0 +1,111 @@
+"""The flow beyond the network's crop: hair follows the head, the torso the neck, the window's border is still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO
+from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
+from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, PhotoFlow, extend_flow, window_grid
+
+CX = 18  # of a camera's 25 numbers: the principal point's x, crop units
+SHIFT = 0.1  # crop units to the right
+CROWN, BESIDE_THE_EAR, CHEST = (0.5, -0.2), (-0.15, 0.4), (0.5, 1.3)  # x, y in crop units; none is in the crop
+
+
+def extend(
+    points: Tensor, source_camera: Tensor, camera: Tensor, *, uv: Tensor | None = None, weight: Tensor | None = None,
+    torso_follow: float = TORSO_FOLLOW_RATIO,
+) -> PhotoFlow:  # fmt: skip
+    """Extend a flow over a photo that shows the landmarks `points` from `source_camera`; default: no network flow."""
+    count = len(camera)
+    weight = torch.zeros(count, 1, 16, 16) if weight is None else weight
+    source = points.expand(count, -1, -1)
+    return extend_flow(
+        add_head_rings(source), source, source_camera.expand(count, -1), camera, uv, weight, torso_follow
+    )
+
+
+def at(field: Tensor, place: tuple[float, float]) -> Tensor:
+    """Return values (B, C) of a field (B, C, n, n) in the cell at x, y in crop units."""
+    column, row = (int((v + WINDOW_MARGIN) / (1 + 2 * WINDOW_MARGIN) * FLOW_SIZE) for v in place)
+    return field[:, :, row, column]
+
+
+def shifted(camera: Tensor) -> Tensor:
+    """Return the camera of a picture in which everything is `SHIFT` further to the right."""
+    moved = camera.clone()
+    moved[:, CX] += SHIFT
+    return moved
+
+
+@pytest.mark.parametrize("yaw", [0.0, 25.0])
+def test_equal_cameras_and_expressions_give_no_displacement(
+    points: Tensor, orbit: Callable[..., Tensor], yaw: float
+) -> None:
+    grid, camera = identity_grid(32, points), orbit(yaw)
+    for uv in (None, grid):
+        flow = extend(points, camera, camera, uv=uv, weight=torch.ones(1, 1, 16, 16))
+        assert flow.displacement.shape == (1, 2, FLOW_SIZE, FLOW_SIZE)
+        assert flow.displacement.abs().max() < 0.01
+        border = torch.ones(FLOW_SIZE, FLOW_SIZE, dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        assert flow.displacement[..., border].abs().max() < 1e-4
+
+
+def test_shifted_head_takes_hair_outside_the_crop_along(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    flow = extend(points, orbit(0), shifted(orbit(0)))
+    for place in (CROWN, BESIDE_THE_EAR):
+        torch.testing.assert_close(at(flow.displacement, place)[0], torch.tensor([-SHIFT, 0.0]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("follow", [TORSO_FOLLOW_RATIO, 0.0, 1.0])
+def test_torso_follows_by_its_ratio(points: Tensor, orbit: Callable[..., Tensor], follow: float) -> None:
+    flow = extend(points, orbit(0), shifted(orbit(0)), torso_follow=follow)
+    torch.testing.assert_close(at(flow.displacement, CHEST)[0], torch.tensor([-SHIFT * follow, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_motion_fades_between_head_and_torso_and_ends_at_the_windows_border(
+    points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    displacement = extend(points, orbit(0), shifted(orbit(0)), torso_follow=0.0).displacement[0, 0]
+    middle = displacement[:, FLOW_SIZE // 2]
+    cell = (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE
+    assert middle.diff().abs().max() < 0.7 * cell  # nothing tears or folds
+    inner = middle[FLOW_SIZE // 3 :]
+    assert (inner.diff() > -1e-6).all() and inner[0] < -0.99 * SHIFT and inner[-1] > -0.01 * SHIFT
+    for edge in (displacement[0], displacement[-1], displacement[:, 0], displacement[:, -1]):
+        assert edge.abs().max() < 0.02 * SHIFT
+
+
+def test_network_flow_is_used_where_its_head_is_within_the_crop(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv = identity_grid(32, points) + 0.03
+    weight = torch.zeros(1, 1, 16, 16)
+    weight[..., :8] = 1  # the left half
+    flow = extend(points, orbit(0), orbit(0), uv=uv, weight=weight)
+    torch.testing.assert_close(at(flow.displacement, (0.3, 0.3))[0], torch.tensor([0.03, 0.03]), atol=1e-4, rtol=0)
+    for place in ((0.7, 0.3), CROWN, BESIDE_THE_EAR, CHEST):
+        assert at(flow.displacement, place).abs().max() < 1e-3
+    assert float(at(flow.head_weight, (0.3, 0.3))) == 1 and float(at(flow.head_weight, BESIDE_THE_EAR)) == 0
+    x, y = window_grid(FLOW_SIZE, points)[0]
+    inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)
+    torch.testing.assert_close(flow.crop_weight[0, 0] > 0, inside)
+    assert float(at(flow.crop_weight, (0.5, 0.5))) == 1
+    assert float(at(flow.above_chin, CROWN)) == 1 and float(at(flow.above_chin, CHEST)) == 0
+
+
+def test_batch_of_two_equals_two_single_calls(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    cameras = torch.cat([orbit(20, pitch=5), shifted(orbit(-10))])
+    uv, weight = identity_grid(32, points) + 0.05 * torch.rand(2, 2, 32, 32), torch.rand(2, 1, 16, 16)
+    both = extend(points, orbit(3), cameras, uv=uv, weight=weight)
+    for k in range(2):
+        one = extend(points, orbit(3), cameras[k : k + 1], uv=uv[k : k + 1], weight=weight[k : k + 1])
+        for name in ("displacement", "head_weight", "above_chin"):
+            torch.testing.assert_close(getattr(both, name)[k : k + 1], getattr(one, name), atol=1e-5, rtol=0)
+        torch.testing.assert_close(both.crop_weight, one.crop_weight)
+    assert (both.displacement[0] - both.displacement[1]).abs().max() > 0.05
