@@ -1,4 +1,4 @@
-"""Fill in what a person hides: smooth colours from the surroundings, and the texture next to the hole."""
+"""Fill the background behind a person: smooth colours from the surroundings, and the texture next to the hole."""
 
 from __future__ import annotations
 
