@@ -6,7 +6,6 @@ processors and precisions stay within and that a wrong sign, a swapped channel o
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,6 @@ from click.testing import CliRunner
 from export3d_cli.core import example_path
 from export3d_cli.core.evaluation.face_embedding import DlibEmbedder
 from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
-from export3d_cli.core.face.crop import crop_with_padding
-from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.target_face import find_photo_face
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
@@ -46,18 +42,11 @@ def read_frames(path: Path) -> list[np.ndarray]:
     return list(VideoReader(path))[:FRAMES]
 
 
-def track_photo(metrics: MetricSuite, photo: np.ndarray) -> Motion:
-    face = find_photo_face(metrics.tracker.landmarker, photo)
-    return metrics.tracker.make_motion([face], Fraction(25), (photo.shape[1], photo.shape[0]))
-
-
 def score(
     metrics: MetricSuite,
     results: list[np.ndarray],
     truth: list[np.ndarray],
     source: np.ndarray,
-    *,
-    aligned: bool = True,
 ) -> Scores:
     assert len(results) == len(truth) == FRAMES
     rows = np.arange(FRAMES)
@@ -66,7 +55,7 @@ def score(
         metrics.track(results),
         metrics.track(truth),
         FrameSample(rows, rows),
-        has_ground_truth=aligned,
+        has_ground_truth=True,
         source_embedding=embedding,
     )
 
@@ -86,17 +75,17 @@ def check(scores: Scores, floors: dict[str, float]) -> None:
     [
         (
             example_path("drive.mp4"),
-            {"psnr": 28.0, "ssim": 0.91, "akd478": 1.0, "jaw": 0.91, "blink": 0.97, "smile": 0.96, "yaw": 0.98,
-             "yaw_error": 1.6, "identity": 0.975},
+            {"psnr": 27.2, "ssim": 0.885, "akd478": 0.8, "jaw": 0.92, "blink": 0.97, "smile": 0.96, "yaw": 0.98,
+             "yaw_error": 0.9, "identity": 0.97},
         ),
         (
             HEADS / "head1.mp4",
-            {"psnr": 29.0, "ssim": 0.9, "akd478": 1.35, "jaw": 0.74, "blink": 0.97, "yaw": 0.98, "yaw_error": 1.3,
-             "identity": 0.965},
+            {"psnr": 29.2, "ssim": 0.88, "akd478": 1.1, "jaw": 0.73, "blink": 0.97, "yaw": 0.98, "yaw_error": 1.2,
+             "identity": 0.96},
         ),
         (
             HEADS / "head2.mp4",
-            {"psnr": 27.5, "ssim": 0.87, "akd478": 1.25, "jaw": 0.85, "blink": 0.97, "yaw": 0.98, "yaw_error": 0.7,
+            {"psnr": 26.2, "ssim": 0.85, "akd478": 1.05, "jaw": 0.9, "blink": 0.97, "yaw": 0.98, "yaw_error": 0.6,
              "identity": 0.97},
         ),
     ],
@@ -107,14 +96,12 @@ def test_reenact_of_its_own_first_frame_reaches_the_floors(
 ) -> None:
     truth = read_frames(clip)
     results = reenact(truth[0], clip, tmp_path)
-    square = track_photo(metrics, truth[0]).crop  # the frames keep the framing of the photo
-    truth = [crop_with_padding(frame, square, results[0].shape[0]) for frame in truth]
     check(score(metrics, results, truth, truth[0]), floors)
 
 
 def test_reenact_by_another_head_reaches_the_floors(metrics: MetricSuite, tmp_path: Path) -> None:
-    """The driver's crop is its own: places in the picture differ, expressions and angles do not."""
+    """Both heads show the same expressions from the same cameras, so the truth is known."""
     truth = read_frames(HEADS / "head2.mp4")
     results = reenact(truth[0], HEADS / "head1.mp4", tmp_path)
-    floors = {"aed": 0.03, "jaw": 0.8, "blink": 0.96, "yaw": 0.98, "yaw_error": 1.2, "identity": 0.97}
-    check(score(metrics, results, truth, truth[0], aligned=False), floors)
+    floors = {"psnr": 25.5, "akd478": 2.3, "jaw": 0.84, "blink": 0.95, "yaw": 0.98, "yaw_error": 1.2, "identity": 0.97}
+    check(score(metrics, results, truth, truth[0]), floors)
