@@ -1,7 +1,9 @@
 """Reading and writing images and videos.
 
     image, image_folder              still images as uint8 RGB arrays and float tensors; image sequences
+    colour_profile                   conversion of photos to sRGB
     reader, writer                   videos as streams of frames
+    soundtrack                       the audio track of output videos
     probe, encoder_settings          properties of input videos; formats and encoders of output videos
     ffmpeg_process                   ffmpeg subprocesses, killed if they hang
     scene_detection                  cuts, dissolves and fades

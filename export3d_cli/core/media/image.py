@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.media.colour_profile import convert_to_srgb
+from export3d_cli.core.runtime.errors import Export3DWarning, InputError, MediaError
 from export3d_cli.core.runtime.files import check_file, write_atomic
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 64_000_000  # of an image or video frame; larger ones are refused before they are decoded
+MAX_PIXELS = 64_000_000  # of a video frame, and of an image after it is reduced; checked before decoding
+MAX_STORED_PIXELS = 256_000_000  # of an image file; phones have up to 200 megapixels
+_MAX_PIXELS_PER_BYTE = 200  # of larger images than MAX_PIXELS; files that claim more hold no photo
 MAX_FILE_BYTES = 512 * 2**20
 WRITABLE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".heic", ".heif", ".avif"}
+if Image.MAX_IMAGE_PIXELS is not None:  # above it Pillow warns, above twice as much it raises an error
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_STORED_PIXELS)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # and no others: Pillow runs programs for some
 _DECODE_ERRORS = (  # what Pillow raises for damaged files
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, EOFError, RuntimeError,
@@ -43,11 +49,13 @@ def has_image_suffix(path: Path) -> bool:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a still image as uint8 (H, W, 3) RGB, with EXIF orientation applied and transparency composited on white.
+    """Read a still image as uint8 (H, W, 3) sRGB, with EXIF orientation applied and transparency composited on white.
+
+    Issues an `Export3DWarning` if the image is reduced to `MAX_PIXELS`, or its colour profile is ignored.
 
     Raises:
         InputError: the file is missing, no JPEG, PNG, WebP, BMP, TIFF, HEIC or AVIF image, damaged, truncated or larger
-            than `MAX_PIXELS`.
+            than `MAX_STORED_PIXELS`.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -62,17 +70,15 @@ def read_image(path: Path) -> np.ndarray:
         data = data[:jpeg_end] + _JPEG_END_MARKER
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            check_pixel_count(image.width, image.height, path)
+            reduction = _choose_reduction(image.size, len(data), path)
             if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
                 Image.open(io.BytesIO(data), formats=["PNG"]).verify()
             if (image.format == "PNG" and _PNG_END not in data) or (jpeg_end and _is_truncated_jpeg(data, jpeg_frame)):
                 raise InputError(f"{path} is truncated: copy or download it again")
-            image.load()
-            with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF data: keep the stored orientation
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _to_rgb(convert_to_srgb(_decode(image, reduction), path))
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has more than {MAX_PIXELS // 1_000_000} megapixels: reduce its size") from error
+        limit = MAX_STORED_PIXELS // 1_000_000
+        raise InputError(f"{path} has more than {limit} megapixels: reduce its size") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG, WebP or HEIC file") from error
     except _DECODE_ERRORS as error:
@@ -138,10 +144,39 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
+def _choose_reduction(size: tuple[int, int], file_bytes: int, path: Path) -> int:
+    """Return by how much an image's sides are to be divided: 1, or 2 above `MAX_PIXELS`; refuse decompression bombs."""
+    width, height = size
+    if width * height <= MAX_PIXELS:
+        return 1
+    if width * height > MAX_STORED_PIXELS or width * height > file_bytes * _MAX_PIXELS_PER_BYTE:
+        check_pixel_count(width, height, path)  # raises
+    text = f"{path} has {width}x{height} pixels and is read at half its size"
+    warnings.warn(text, Export3DWarning, stacklevel=3)
+    return 2
+
+
+def _decode(image: Image.Image, reduction: int) -> Image.Image:
+    """Decode an image upright, with 8 bits a sample, and its sides divided by `reduction`."""
+    smaller = image.width // reduction, image.height // reduction
+    if reduction > 1:
+        image.draft(None, smaller)  # JPEG files are decoded at half the size
+        reduction = image.width // smaller[0]
+    image.load()
+    with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF data: keep the stored orientation
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):  # 16-bit grey
+        info, image = image.info, Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image.info = info
+    if reduction == 1:
+        return image
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image.reduce(reduction)
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """Convert an image of any Pillow mode to uint8 (H, W, 3), transparency composited on white."""
-    if image.mode.startswith("I;16"):  # 16-bit grey
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per channel")
     if not image.has_transparency_data:

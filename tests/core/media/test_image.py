@@ -1,9 +1,9 @@
-import base64
 import io
 import os
 import struct
 import threading
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from export3d_cli.core.media.image import MAX_PIXELS, has_image_suffix, read_image, to_tensor, to_uint8, write_image
-from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 from export3d_cli.core.runtime.weights import example_path
+
+HALVES = Path(__file__).parents[2] / "data" / "halves.heic"
 
 
 def gradient(height=20, width=30):
@@ -98,15 +100,15 @@ def test_read_image_of_grey_and_16_bit_returns_rgb(tmp_path):
     assert (read_image(tmp_path / "deep.png") == 128).all()
 
 
-@pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1000, 100_000])
-def test_read_image_of_decompression_bomb_raises_before_decoding(tmp_path, monkeypatch, side):
+@pytest.mark.parametrize(("side", "limit"), [(int(MAX_PIXELS**0.5) + 1000, 64), (15_000, 64), (100_000, 256)])
+def test_read_image_of_decompression_bomb_raises_before_decoding(tmp_path, monkeypatch, side, limit):
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = b""
     for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(bytes(100))):
         chunks += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(InputError, match="more than 64 megapixels"):
+    with pytest.raises(InputError, match=f"more than {limit} megapixels"):
         read_image(tmp_path / "bomb.png")
 
 
@@ -159,21 +161,8 @@ def to_bytes(image, suffix, **settings):
     return buffer.getvalue()
 
 
-# 64x32, left half (200, 40, 40), right half (40, 40, 200), HEVC; its EXIF orientation of 6 must be ignored in HEIC
-HEIC = """
-AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAb5tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAADRpbG9jAAAAAERA
-AAIAAQAAAAAB4gABAAAAAAAAAIYAAgAAAAACaAABAAAAAAAAACQAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVpbmZlAgAAAQAC
-AABFeGlmAAAAAA5waXRtAAAAAAABAAAA/WlwcnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAA
-AAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaA
-AAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAIAAAAAEAAAAAAAAAAv///+AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAA
-AAAAAAEAAQWBAgMFhAAAABppcmVmAAAAAAAAAA5jZHNjAAIAAQABAAAAsm1kYXQAAACCKAGvBPhxZNO3/39////SZjsv7KlvfIP7XutL/ajC//8fjL2n
-LXmn+DJVRH9ys2A1jgA2HDT3fXD3edG1ZCYmC219NN8VlPe9WtHWiAeDet8UkpYrLIHyyrmfYzcwUKqEWXzATT0IsDGfKjiqpVbgQ7EHqRhTar/9ElE4
-PyIl+mvF1wAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==
-"""
-
-
 def test_read_image_of_heic_returns_rgb(tmp_path):
-    data = base64.b64decode(HEIC)
+    data = HALVES.read_bytes()
     (tmp_path / "IMG_0001.HEIC").write_bytes(data)
     image = read_image(tmp_path / "IMG_0001.HEIC")
     assert image.shape == (32, 64, 3)
@@ -261,3 +250,45 @@ def test_read_image_in_threads_does_not_redirect_stderr(tmp_path, capfd):
     for reader in readers:
         reader.join()
     assert capfd.readouterr().err.split() == [str(number) for number in range(2000)]
+
+
+def write_wide(path, width, height, suffix, **settings):
+    """Write a large image of squares of three colours; return the colours at the centres of its quarters."""
+    colours = np.array([[[200, 60, 40], [40, 180, 60]], [[60, 40, 190], [220, 220, 90]]], np.uint8)
+    Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST).save(path, suffix, **settings)
+    return colours
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "suffix", "settings"),
+    [
+        (9248, 6936, "JPEG", {}),
+        (9280, 6944, "JPEG", {"progressive": True}),
+        (16320, 12240, "JPEG", {"quality": 60}),
+        (9249, 6937, "PNG", {"compress_level": 0}),
+    ],
+)
+def test_read_image_of_large_phone_photo_reduces_it(tmp_path, width, height, suffix, settings):
+    path = tmp_path / f"a.{suffix.lower()}"
+    colours = write_wide(path, width, height, suffix, **settings)
+    with pytest.warns(Export3DWarning, match=f"has {width}x{height} pixels and is read at half its size"):
+        image = read_image(path)
+    assert image.shape == ((height + 1) // 2, (width + 1) // 2, 3)
+    quarters = image[height // 8 :: height // 4, width // 8 :: width // 4]
+    assert np.abs(quarters.astype(int) - colours).max() < 8
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "I;16", "RGBA", "CMYK", "1"])
+def test_read_image_reduces_every_colour_mode(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr("export3d_cli.core.media.image.MAX_PIXELS", 1000)
+    rows = np.repeat(np.arange(0, 240, 8, dtype=np.uint8)[:, None], 40, 1) // 16 * 16
+    image = Image.fromarray(rows.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(rows).convert(mode)
+    exif = Image.Exif()
+    exif[0x112] = 3
+    image.save(tmp_path / "a", "TIFF", exif=exif)
+    with pytest.warns(Export3DWarning, match="half its size"):
+        result = read_image(tmp_path / "a").astype(int)
+    assert result.shape == (15, 20, 3)
+    expected = np.asarray(image.convert("RGB") if mode != "I;16" else Image.fromarray(rows).convert("RGB")).astype(int)
+    expected = expected[::-1, ::-1].reshape(15, 2, 20, 2, 3).mean((1, 3))
+    assert np.abs(result - expected).max() <= 1
