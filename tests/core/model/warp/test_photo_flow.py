@@ -14,7 +14,7 @@ from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, Ph
 
 CX = 18  # of a camera's 25 numbers: the principal point's x, crop units
 SHIFT = 0.1  # crop units to the right
-CROWN, BESIDE_THE_EAR, CHEST = (0.5, -0.2), (-0.15, 0.4), (0.5, 1.3)  # x, y in crop units; none is in the crop
+CROWN, NEXT_TO_THE_EAR, CHEST = (0.5, -0.2), (-0.15, 0.4), (0.5, 1.3)  # x, y in crop units; none is in the crop
 
 
 def extend(
@@ -59,7 +59,7 @@ def test_equal_cameras_and_expressions_give_no_displacement(
 
 def test_shifted_head_takes_hair_outside_the_crop_along(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     flow = extend(points, orbit(0), shifted(orbit(0)))
-    for place in (CROWN, BESIDE_THE_EAR):
+    for place in (CROWN, NEXT_TO_THE_EAR):
         torch.testing.assert_close(at(flow.displacement, place)[0], torch.tensor([-SHIFT, 0.0]), atol=1e-4, rtol=0)
 
 
@@ -88,9 +88,9 @@ def test_network_flow_is_used_where_its_head_is_within_the_crop(points: Tensor, 
     weight[..., :8] = 1  # the left half
     flow = extend(points, orbit(0), orbit(0), uv=uv, weight=weight)
     torch.testing.assert_close(at(flow.displacement, (0.3, 0.3))[0], torch.tensor([0.03, 0.03]), atol=1e-4, rtol=0)
-    for place in ((0.7, 0.3), CROWN, BESIDE_THE_EAR, CHEST):
+    for place in ((0.7, 0.3), CROWN, NEXT_TO_THE_EAR, CHEST):
         assert at(flow.displacement, place).abs().max() < 1e-3
-    assert float(at(flow.head_weight, (0.3, 0.3))) == 1 and float(at(flow.head_weight, BESIDE_THE_EAR)) == 0
+    assert float(at(flow.head_weight, (0.3, 0.3))) == 1 and float(at(flow.head_weight, NEXT_TO_THE_EAR)) == 0
     x, y = window_grid(FLOW_SIZE, points)[0]
     inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)
     torch.testing.assert_close(flow.crop_weight[0, 0] > 0, inside)
