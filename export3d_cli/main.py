@@ -100,6 +100,8 @@ def _resource_message(error: Exception) -> str:
     """Return a message if the error is a lack of memory, disk, permission or open files; empty otherwise."""
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return "out of memory: close other programs, or try a smaller --batch, picture or video"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"the name {error.filename} is longer than the file system allows: choose a shorter name"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _RESOURCE_ERRORS:
         return f"the operating system reported: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return ""

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -20,6 +21,7 @@ from export3d_cli.core.animation.reenact import load_portrait, open_driver, reen
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.runtime.device import precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
+from export3d_cli.core.runtime.files import check_name_length, shorten_name
 
 _PLACEHOLDER = re.compile(r"\{(src|drive)\}")
 
@@ -72,12 +74,14 @@ def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
     remainder = _PLACEHOLDER.sub("", out)
     if "{" in remainder or "}" in remainder:
         raise InputError(f"{out} has a placeholder other than {{src}} and {{drive}}: use only these two")
-    if out.endswith(("/", os.sep)) or Path(out).is_dir():
+    if out.endswith(("/", os.sep)) or os.path.isdir(out):
         out = os.path.join(out, "{src}-{drive}.mp4")
     names = [
         {"src": _sanitize_name(source.stem), "drive": _sanitize_name(driver.name.split(".")[0])} for source in sources
     ]
     paths = [Path(_PLACEHOLDER.sub(lambda match, name=name: name[match[1]], out)) for name in names]  # type: ignore[misc]
+    for path in paths:
+        check_name_length(path)
     if len(set(paths)) < len(paths):
         repeated = next(path for path in paths if paths.count(path) > 1)
         hint = "rename one of the sources" if "{src}" in out else "use a template such as {src}-{drive}.mp4"
@@ -171,8 +175,10 @@ def plan_reenact(
 
 
 def _sanitize_name(name: str) -> str:
-    """Return a name that can be part of a file name on every system."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._")[:100] or "file"
+    """Return a name that can be part of a file name on every system; different names stay different if they are cut."""
+    clean = re.sub(r"[^\w.-]+", "_", name).strip("._")  # nothing is left of emoji
+    short = shorten_name(clean, 90)
+    return short if short == clean != "" else f"{short or 'file'}-{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _prefix_stage(progress: Progress | None, source: Path) -> Progress | None:

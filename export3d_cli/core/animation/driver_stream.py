@@ -20,7 +20,7 @@ import numpy as np
 from export3d_cli.core.animation.retargeting import most_similar_pose
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.crop import ClipCalibration, Square, crop_image
+from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import Motion, resample_rows
@@ -290,7 +290,7 @@ class DriverStream:
         if self._crop_frames is None:
             self._crop_frames = enumerate(self._images(self._crop_reader))
         image = next(image for number, image in self._crop_frames if number == index)
-        return crop_image(rotate_clockwise(image, self._rotation), crop, self.crop_size)
+        return crop_with_padding(rotate_clockwise(image, self._rotation), crop, self.crop_size)
 
 
 class _Shot:

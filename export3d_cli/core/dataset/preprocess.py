@@ -39,7 +39,7 @@ from export3d_cli.core.media.image import has_image_suffix, read_image, write_im
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporaries
+from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporaries, shorten_name
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
@@ -220,6 +220,7 @@ def _find_inputs(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
                 continue
             folders = file.relative_to(path).parent.parts if path.is_dir() else ()
             base = "-".join([*folders, file.stem]) + ("-still" if has_image_suffix(file) else "")
+            base = shorten_name(base, 200)  # the names of its files are longer
             base += "-video" if _CLIP_SUFFIX.search(base) else ""  # "a-c01" is the id of the first clip of "a"
             name, k = base, 2
             while name in taken:

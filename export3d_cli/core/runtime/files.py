@@ -26,6 +26,7 @@ DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...] = (  # raised by zipfile and Num
     OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, MemoryError, RecursionError, RuntimeError,
     SyntaxError, AttributeError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+MAX_NAME_BYTES = 255  # of a file name, on all usual file systems
 MAX_MANIFEST_BYTES = 2**30  # limit for a dataset's manifest
 _STALE_AFTER_S = 86_400  # age at which another host's temporary file counts as abandoned
 _cleaned_folders: set[Path] = set()  # folders that this process has cleaned
@@ -42,6 +43,7 @@ def write_atomic(path: Path) -> Iterator[Path]:
         Export3DError: writing failed midway, for example because the disk is full.
     """
     path = Path(path)
+    check_name_length(path)
     _prepare_folder(path.parent)
     temporary = _temporary_name(path.parent, path)
     try:
@@ -94,7 +96,21 @@ def _prepare_folder(folder: Path) -> None:
 
 def _temporary_name(folder: Path, path: Path) -> Path:
     """Return a unique name that contains the host and the process."""
-    return folder / f".{path.stem[:80]}.{_HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}"
+    stem = shorten_name(path.stem, 80) or "_"
+    suffix = path.suffix if len(os.fsencode(path.suffix)) <= 16 else ""  # of a folder: no format
+    return folder / f".{stem}.{_HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.part{suffix}"
+
+
+def shorten_name(name: str, max_bytes: int) -> str:
+    """Cut a file name between characters to a number of bytes, in which file systems count: 3 a Chinese character."""
+    return os.fsencode(name)[:max_bytes].decode("utf-8", "ignore") if len(os.fsencode(name)) > max_bytes else name
+
+
+def check_name_length(path: Path) -> None:
+    """Raise `InputError` if a file name is longer than file systems allow."""
+    size = len(os.fsencode(path.name))
+    if size > MAX_NAME_BYTES:
+        raise InputError(f"{path} is a name of {size} bytes, more than {MAX_NAME_BYTES}: choose a shorter name")
 
 
 @contextlib.contextmanager

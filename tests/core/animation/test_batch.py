@@ -125,6 +125,25 @@ def test_output_paths_stay_inside_their_folder(tmp_path: Path) -> None:
             output_paths(sources[:1], Path("d.mp4"), bad)
 
 
+@pytest.mark.parametrize("name", ["画" * 80, "😀" * 60, "Ж" * 120, "a" * 200])
+def test_output_paths_of_long_names_fit_and_stay_different(tmp_path: Path, name: str) -> None:
+    sources = [Path(f"{name}{end}.jpg") for end in ("甲", "乙")]
+    paths = output_paths(sources, Path(f"{name}.mp4"), str(tmp_path / "{src}-{drive}.mp4"))
+    assert len(set(paths)) == 2
+    for path in paths:
+        path.write_bytes(b"")  # the system accepts the name
+
+
+def test_output_paths_of_short_names_keep_them(tmp_path: Path) -> None:
+    (path,) = output_paths([Path("肖像 1.jpg")], Path("drive.take2.mp4"), str(tmp_path / "{src}-{drive}.mp4"))
+    assert path.name == "肖像_1-drive.mp4"
+
+
+def test_output_paths_refuse_too_long_names(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="choose a shorter name"):
+        output_paths([Path("a.jpg")], Path("b.mp4"), str(tmp_path / ("画" * 90 + ".mp4")))
+
+
 def test_plan_reenact_writes_nothing(
     animator: Animator, portraits: list[Path], make_clip: MakeClip, tmp_path: Path
 ) -> None:

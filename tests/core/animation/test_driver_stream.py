@@ -79,6 +79,18 @@ def test_driver_crops_match_the_motion(make_clip: MakeClip, tracker: LandmarkerT
     assert 1 / np.median(extent) == pytest.approx(2.1, rel=1e-3)  # side of the crop in face boxes
 
 
+def test_driver_crop_outside_the_frame_shows_no_streaks(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
+    clip = make_clip("tight.mp4", filters="crop=260:260:126:100,noise=alls=40")
+    with VideoReader(clip) as reader:
+        frame = next(iter(reader)).astype(int)
+    _, _, crops = read(stream(clip, tracker, crop_size=256))
+    assert crops[0] is not None
+    detail = np.abs(np.diff(crops[0].astype(int), axis=1)).mean((1, 2))  # of each row
+    assert np.abs(np.diff(frame, axis=1)).mean() > 12
+    assert detail[128] > 8  # inside
+    assert max(detail[0], detail[-1]) < 3
+
+
 def test_on_missing_holds_skips_or_fails(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     clip = make_clip("gap.mp4", filters=BLACK.format("eq(n,0)+between(n,3,4)"))
     held = stream(clip, tracker)
