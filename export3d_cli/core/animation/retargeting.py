@@ -19,7 +19,7 @@ from export3d_cli.core.runtime.errors import InputError
 
 T = TypeVar("T")
 DRIVABLE = ("expression", "pose")  # parts of a driver's motion
-MAX_GROWTH = 0.25  # largest change of the logarithm of the head's size where travel is limited
+MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
 TIED_ANGLE = np.radians(1.0)  # head rotations that differ less are equally like the photo's: the tracker's noise
 
 

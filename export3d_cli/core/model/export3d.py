@@ -32,7 +32,6 @@ from export3d_cli.core.model.warp.mesh_flow import (
     SURFACE_HALF_EXTENT,
     BasisFlow,
     DeformedMesh,
-    identity_grid,
     resize,
     warp,
 )
@@ -394,7 +393,7 @@ class Export3D(nn.Module):
             )
         origin, directions = volume_renderer.camera_rays(camera, m)
         rigid = rigid_flow(resize(depth, m), directions, origin, source.camera)  # (B, 2, m, m)
-        neck = neck_flow(source.camera, camera, identity_grid(m, camera))  # (B, 2, m, m)
+        neck = neck_flow(source.camera, camera, m)  # (B, 2, m, m)
         rotation = relative_rotation(source.camera, camera)  # (B, 3)
         assert source.head_mask is not None and source.body_mask is not None
         flow = self.flow_blend(

@@ -38,12 +38,12 @@ def rigid_flow(depth: Tensor, directions: Tensor, origin: Tensor, source_camera:
     return uv.transpose(1, 2).reshape(B, 2, s, s)
 
 
-def neck_flow(source_camera: Tensor, camera: Tensor, grid: Tensor) -> Tensor:
-    """Shift and scale positions (1, 2, h, w) with the neck, without rotation: cameras (B, 25) -> uv (B, 2, h, w)."""
+def neck_flow(source_camera: Tensor, camera: Tensor, size: int) -> Tensor:
+    """Shift and scale the image with the neck, without rotation: cameras (B, 25) -> uv (B, 2, size, size)."""
     neck = cached_tensor(NECK_PIVOT, camera.device).expand(len(camera), 1, 3)
     (source_neck, source_depth), (neck_uv, neck_depth) = project(neck, source_camera), project(neck, camera)
     source_neck, neck_uv = source_neck.view(-1, 2, 1, 1), neck_uv.view(-1, 2, 1, 1)
-    return source_neck + (grid - neck_uv) * (neck_depth / source_depth).view(-1, 1, 1, 1)
+    return source_neck + (identity_grid(size, camera) - neck_uv) * (neck_depth / source_depth).view(-1, 1, 1, 1)
 
 
 def relative_rotation(source_camera: Tensor, camera: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, NUM_LANDMARKS
+from export3d_cli.core.model.cached_tensors import cached_tensor
 from export3d_cli.core.model.masks import linear_step
 from export3d_cli.core.model.volume_renderer import project
-from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO, neck_flow
+from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
 
 WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
@@ -69,7 +70,9 @@ def extend_flow(
     chin, top = result[:, CHIN, :, None, None], result[:, FOREHEAD_TOP, :, None, None]
     up = top - chin
     height = ((grid - chin) * up).sum(1, keepdim=True) / up.square().sum(1, keepdim=True).clamp_min(1e-6)
-    torso = torch.lerp(grid, neck_flow(source_camera, camera, grid), torso_follow)
+    neck = cached_tensor(NECK_PIVOT, camera.device).expand(len(camera), 1, 3)
+    shift = project(neck, source_camera)[0] - project(neck, camera)[0]  # (B, 1, 2); a torso does not change its size
+    torso = grid + torso_follow * shift.view(-1, 2, 1, 1)
     moved = torch.lerp(torso, head, smooth_step(height, *NECK_FADE))
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     displacement = (moved - grid) * smooth_step(to_window, 0, WINDOW_FADE)

@@ -35,11 +35,11 @@ def test_neck_flow_follows_shift_and_scale_without_rotation(orbit: Callable[...,
     turned = orbit(25)  # around the neck, which stays in place
     first, second = (c[0, :16].view(4, 4) for c in (front, turned))
     turned[0, [3, 7, 11]] = neck - second[:3, :3] @ first[:3, :3].T @ (neck - first[:3, 3])
-    torch.testing.assert_close(neck_flow(front, turned, grid), grid, atol=1e-5, rtol=0)
+    torch.testing.assert_close(neck_flow(front, turned, 16), grid, atol=1e-5, rtol=0)
     near = front.clone()
     near[0, [3, 7, 11]] = neck + 0.8 * (first[:3, 3] - neck)  # everything is scaled by 1.25 around the neck
     at = project(neck.view(1, 1, 3), front)[0].view(1, 2, 1, 1)
-    torch.testing.assert_close(neck_flow(front, near, grid) - at, (grid - at) * 0.8, atol=1e-5, rtol=0)
+    torch.testing.assert_close(neck_flow(front, near, 16) - at, (grid - at) * 0.8, atol=1e-5, rtol=0)
 
 
 def test_relative_rotation_is_axis_times_sine(orbit: Callable[..., Tensor]) -> None:
@@ -58,7 +58,7 @@ def test_untrained_blend_keeps_the_background(flow: BasisFlow, points: Tensor, o
     body[:, :, -flow.size // 4 :] = 1
     mesh = flow(points, front, points, moved)
     small = torch.zeros(1, 2, 16, 16)
-    neck = neck_flow(front, moved, identity_grid(16, front))
+    neck = neck_flow(front, moved, 16)
     turned, change = relative_rotation(front, moved), torch.zeros(1, config.basis)
     layers = blend(torch.zeros(1, 3, 64, 64), mesh, small, neck, small[:, :1], body * 0, body, turned, change)
     grid = pixel_grid(flow.size).T.view(1, 2, flow.size, flow.size)
@@ -84,7 +84,7 @@ def test_learned_shift_keeps_the_background(flow: BasisFlow, points: Tensor, orb
     small, turned, change = torch.zeros(1, 2, 16, 16), relative_rotation(front, moved), torch.zeros(1, config.basis)
     mesh = flow(points, front, points, moved)
     layers = blend(
-        torch.zeros(1, 3, 64, 64), mesh, small, neck_flow(front, moved, identity_grid(16, front)), small[:, :1], head,
+        torch.zeros(1, 3, 64, 64), mesh, small, neck_flow(front, moved, 16), small[:, :1], head,
         body, turned, change,
     )  # fmt: skip
     shift = (layers.background - pixel_grid(size).T.view(1, 2, size, size)).norm(dim=1)[0]
