@@ -26,7 +26,7 @@ SUPPORT_FADE = (0.2, 0.6)  # head weights over which the person becomes visible 
 EDGE_ALPHA_FADE = (0.6, 1.0)  # alpha over which it does so at the outline
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
 CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
-MAX_TRAVEL = 0.25  # crop sides: limit of the head's travel where the photo has room
+MAX_TRAVEL = 0.15  # crop sides: limit of the head's travel where the photo has room
 MAX_TRAVEL_CUT = 0.06  # the same away from a border that cuts the head: more would show where the hair ends
 
 
