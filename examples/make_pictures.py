@@ -92,25 +92,28 @@ def render_all(animator: Animator, folder: Path, count: int) -> None:
 
 
 def detail(animator: Animator, folder: Path) -> None:
-    """Show part of the photo, of an enlarged 256 x 256 frame, and of a frame with the photo's detail."""
-    tiles = []
+    """Show the face in the photo, in an enlarged frame of 256 x 256, and in a frame as large as the photo."""
+    photo = read_image(SOURCE)
+    tiles = [photo]
     for size in (256, 512):
         out = folder / f"{size}.mkv"
         reenact(animator, SOURCE, DRIVER, out, ReenactOptions(start=0.8, max_frames=1, size=size, **LOSSLESS))  # type: ignore[arg-type]
-        tiles.append(cv2.resize(read_frames(out)[0], (512, 512), interpolation=cv2.INTER_CUBIC))
-    crop = animator.portrait(read_image(SOURCE), size=512).crop
-    part = [tile[90:370, 116:396] for tile in (crop, *tiles)]
+        tiles.append(cv2.resize(read_frames(out)[0], photo.shape[1::-1], interpolation=cv2.INTER_CUBIC))
+    x0, y0, x1, y1 = animator.portrait(photo).face_box
+    left, top = (x0 + x1) // 2 - 125, (y0 + y1) // 2 - 125
+    part = [tile[top : top + 250, left : left + 250] for tile in tiles]
     save_jpeg("detail.jpg", row(part, ("photo", "--size 256, enlarged", "--size 512")))
 
 
 def compose(animator: Animator, folder: Path) -> None:
-    """Show a photo, a frame pasted back into it, and the frame in front of another background."""
+    """Show a photo, a frame, and the same frame in front of another background."""
     tiles = [read_image(PHOTO)]
-    for name, more in (("whole", {"paste_back": True}), ("coloured", {"paste_back": True, "background": "#2a7f62"})):
+    for name, background in (("photo", "source"), ("coloured", "#2a7f62")):
         out = folder / f"{name}.mkv"
-        reenact(animator, PHOTO, DRIVER, out, ReenactOptions(start=1.3, max_frames=1, **LOSSLESS, **more))  # type: ignore[arg-type]
+        options = ReenactOptions(start=1.3, max_frames=1, background=background, **LOSSLESS)  # type: ignore[arg-type]
+        reenact(animator, PHOTO, DRIVER, out, options)
         tiles.append(read_frames(out)[0])
-    save_jpeg("compose.jpg", row(tiles, ("photo", "--paste-back", "--background")))
+    save_jpeg("compose.jpg", row(tiles, ("photo", "frame", "--background")))
 
 
 def failures(animator: Animator) -> None:
@@ -118,12 +121,13 @@ def failures(animator: Animator) -> None:
     captions = ("photo", "v1 +20", "v2 +15", "v5 -15", "45 degrees", "from below")
     rows = []
     for number, path in enumerate((SOURCE, PHOTO)):
-        portrait = animator.portrait(read_image(path))
+        photo = read_image(path)
+        portrait = animator.portrait(photo)
         changes = np.zeros((3, animator.model.config.num_coefficients), np.float32)
         changes[range(3), [0, 1, 4]] = 20, 15, -15
         views = NovelViewOptions(yaw=(45, 0), pitch=(0, 30), frames=2, grid=True)
         turned = animator.view(portrait, orbit_cameras(portrait.camera, views))
-        tiles = [portrait.crop, *animator.edit(portrait, changes), *turned]
+        tiles = [photo, *animator.edit(portrait, changes), *turned]
         rows.append(row(tiles, () if number else captions))
     save_jpeg("failures.jpg", *rows)
 

@@ -34,7 +34,7 @@ Axis letters in shapes:
 
     B  batch                    H, W  height and width of an image in pixels
     T  frames of a clip         h, w  height and width of the raw render
-    K  side of a frame
+    K  side of a face crop
     C  channels                 P     side of a tri-plane
     N  tokens, points or rays   S     samples along a ray
     n  basis vectors of LeBS    d     dimension of beta'

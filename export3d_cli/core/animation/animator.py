@@ -2,7 +2,7 @@
 
     animator = Animator.from_weights()
     portrait = animator.portrait(read_image(Path("src.jpg")))
-    frame = next(animator.animate(portrait, [motion]))          # uint8 (K, K, 3)
+    frame = next(animator.animate(portrait, [motion]))          # uint8 (H, W, 3), the whole photo
 
 An `Animator` holds weights and no portrait: threads may share one. Memory does not grow with the driver's length.
 """
@@ -295,13 +295,13 @@ class Animator:
         self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
         notify: Notify | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
-        """Render the portrait from other cameras: frames uint8 (K, K, 3); one tri-plane serves a fixed expression.
+        """Render the portrait from other cameras: frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
         Args:
             portrait: made by this object.
             cameras: (T, 25).
             beta: expressions (1, 64) or (T, 64); None: the portrait's.
-            depth: render the depth in colours, red is near and blue is far, instead of the image.
+            depth: render the depth of the face crop in colours, red is near and blue is far: (K, K, 3).
             notify: called with notes for the user.
         """
         _check_rows("cameras", cameras, CAMERA_DIM)
@@ -319,7 +319,7 @@ class Animator:
         return frames()
 
     def edit(self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None) -> Iterator[np.ndarray]:
-        """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (K, K, 3)."""
+        """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (H, W, 3)."""
         _check_rows("changes", changes, self.model.config.num_coefficients)
         renderer, camera = self._renderer(portrait, notify), portrait.camera.to_vector()[None]
         lam = portrait.source.lam + self._tensor(changes)

@@ -18,7 +18,7 @@ from export3d_cli.core.model.warp.flow_blending import (
     relative_rotation,
     rigid_flow,
 )
-from export3d_cli.core.model.warp.mesh_flow import BasisFlow, identity_grid, resize, warp
+from export3d_cli.core.model.warp.mesh_flow import BasisFlow, resize, warp
 
 
 def test_rigid_flow_with_equal_cameras_is_the_identity(orbit: Callable[..., Tensor]) -> None:
