@@ -115,7 +115,7 @@ def test_output_paths_stay_inside_their_folder(tmp_path: Path) -> None:
         "日本/日本-drive.mp4", "a_rm_-rf_HOME/a_rm_-rf_HOME-drive.mp4",
     ]  # fmt: skip
     assert output_paths(sources[:1], Path("d.mp4"), str(tmp_path)) == [tmp_path / "my_photo-d.mp4"]
-    assert output_paths([Path("..")], Path("d.mp4"), "{src}.mp4") == [Path("file.mp4")]
+    assert output_paths([Path("..")], Path("d.mp4"), "{src}.mp4") == [Path("file-9608161c.mp4")]
     with pytest.raises(InputError, match="template"):
         output_paths(sources, Path("d.mp4"), "out.mp4")
     with pytest.raises(InputError, match="rename"):
