@@ -23,6 +23,7 @@ from click.core import ParameterSource
 from export3d_cli.console import Settings, hide_library_messages, show_warnings
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
+from export3d_cli.core.runtime.opencv import find_opencv_problem
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_negations
 
@@ -59,7 +60,9 @@ class LazyGroup(click.Group):
             if _InterruptHandler.received:  # Ctrl-C also ends ffmpeg, whose error may arrive first
                 _exit_interrupted(ctx)
             reason = (
-                str(error) if isinstance(error, Export3DError) else _usage_message(error) or _resource_message(error)
+                str(error)
+                if isinstance(error, Export3DError)
+                else _usage_message(error) or _resource_message(error) or _installation_message(error)
             )
             if not reason:
                 raise
@@ -105,6 +108,17 @@ def _resource_message(error: Exception) -> str:
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _RESOURCE_ERRORS:
         return f"the operating system reported: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return ""
+
+
+def _installation_message(error: Exception) -> str:
+    """Return a message if a library that we need cannot be imported; empty for defects of our own modules."""
+    if not isinstance(error, (ImportError, AttributeError)):
+        return ""
+    if problem := find_opencv_problem():
+        return problem
+    if isinstance(error, AttributeError) or (error.name or "").startswith("export3d_cli"):
+        return ""
+    return f"{error.name or 'a library'} cannot be imported ({error}): run `export3d doctor`"
 
 
 def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from export3d_cli import __version__
 from export3d_cli.core.runtime.errors import Export3DError
+from export3d_cli.core.runtime.opencv import find_opencv_problem
 
 _REINSTALL = "`pip install --force-reinstall export3d-cli` repairs it"
 
@@ -49,9 +50,10 @@ def examine(weights: str | None = None) -> list[Finding]:
     checks: list[tuple[str, Callable[[], Iterator[Finding]], str]] = [
         ("python", _python, "use Python 3.10 to 3.13"),
         ("torch", _torch, "install torch: https://pytorch.org/get-started/locally"),
-        ("cv2", _opencv, "`pip install --force-reinstall opencv-python` (on a server: opencv-python-headless)"),
+        ("cv2", _opencv, "`pip install --force-reinstall opencv-python`"),
         ("ffmpeg", _ffmpeg, "`pip install --force-reinstall imageio-ffmpeg`, or name one in IMAGEIO_FFMPEG_EXE"),
         ("weights", lambda: _weights(weights), _REINSTALL),
+        ("detector", _detector, _REINSTALL),
         ("litert", _tracker, "`pip install --force-reinstall ai-edge-litert`"),
         ("hub", _hub, "`pip install --force-reinstall huggingface-hub`; embedded weights work without it"),
     ]
@@ -95,24 +97,40 @@ def _torch() -> Iterator[Finding]:
 
 
 def _opencv() -> Iterator[Finding]:
-    import cv2
-
-    yield Finding("cv2", True, str(cv2.__version__), "")
+    if problem := find_opencv_problem():
+        raise Export3DError(problem)
+    yield Finding("cv2", True, str(importlib.import_module("cv2").__version__), "")
 
 
 def _ffmpeg() -> Iterator[Finding]:
+    """Decode two frames and encode them with the filters and encoders that the commands use."""
+    from export3d_cli.core.media.encoder_settings import DEFAULT_CRF, encoder_arguments
     from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
     from export3d_cli.core.media.probe import ffmpeg_path
+    from export3d_cli.core.media.reader import VideoReader
+    from export3d_cli.core.runtime.weights import example_path
 
     program = ffmpeg_path()
-    command = [program, "-hide_banner", "-nostdin", "-f", "lavfi", "-i", "color=size=64x64:rate=25:duration=0.2"]
-    done = run_ffmpeg([*command, "-c:v", "libx264", "-f", "null", "-"])
+    advice = "`pip install --force-reinstall imageio-ffmpeg`" + " and unset IMAGEIO_FFMPEG_EXE" * (
+        "IMAGEIO_FFMPEG_EXE" in os.environ
+    )
+    with VideoReader(example_path("drive.mp4"), start=0.04, duration=0.08, size=(64, 64)) as reader:
+        try:
+            frames = len(list(reader))
+        except Export3DError as error:
+            yield Finding("ffmpeg", False, f"{program} cannot decode ({error})", advice)
+            return
+    if frames != 2:
+        yield Finding("ffmpeg", False, f"{program} decodes {frames} frames of 2", advice)
+        return
+    command = [program, "-hide_banner", "-nostdin", "-loglevel", "error", "-f", "lavfi"]
+    command += ["-i", "color=size=64x64:rate=25:duration=0.08"]
+    done = run_ffmpeg([*command, *encoder_arguments(".mp4", DEFAULT_CRF, (64, 64), alpha=False), "-f", "null", "-"])
     if done.returncode:
         reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["unknown error"])[-1][:200]
-        advice = "install an ffmpeg with libx264: `pip install imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"
-        yield Finding("ffmpeg", False, f"{program} cannot encode H.264: {reason}", advice)
-    else:
-        yield Finding("ffmpeg", True, f"{_ffmpeg_version()}, encodes H.264 ({program})", "")
+        yield Finding("ffmpeg", False, f"{program} cannot encode H.264 ({reason})", advice)
+        return
+    yield Finding("ffmpeg", True, f"{_ffmpeg_version()}, decodes and encodes H.264 ({program})", "")
 
 
 def _weights(name: str | None) -> Iterator[Finding]:
@@ -136,7 +154,20 @@ def _weights(name: str | None) -> Iterator[Finding]:
         yield Finding(f"header of {name}", bool(about.config), facts, "" if about.config else "give weights of a model")
 
 
+def _detector() -> Iterator[Finding]:
+    if find_opencv_problem():
+        raise Export3DError("the face detector was not tested, because OpenCV cannot be used: repair OpenCV first")
+    from export3d_cli.core.face.detector import FaceDetector
+    from export3d_cli.core.media.image import read_image
+    from export3d_cli.core.runtime.weights import example_path, resolve_weights
+
+    found = len(FaceDetector(resolve_weights("yunet"))(read_image(example_path("source.jpg"))))
+    yield Finding("detector", found == 1, f"finds {found} of 1 face in the example", "" if found == 1 else _REINSTALL)
+
+
 def _tracker() -> Iterator[Finding]:
+    if find_opencv_problem():
+        raise Export3DError("the face tracker was not tested, because OpenCV cannot be used: repair OpenCV first")
     from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
     from export3d_cli.core.media.image import read_image
     from export3d_cli.core.runtime.weights import example_path, resolve_weights

@@ -9,7 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.errors import Export3DError, WeightsError
+from export3d_cli.core.runtime.opencv import find_opencv_problem
 
 SEARCH_SIDES_PX = (640, 1280)  # longer side of the image in a quick search and in a thorough one
 _UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual
@@ -77,8 +78,7 @@ class FaceDetector:
                     str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES
                 )
             except cv2.error as error:
-                raise WeightsError(
-                    f"{self.network} does not load in OpenCV {cv2.__version__}: install export3d-cli again, "
-                    "with OpenCV 5 or later"
-                ) from error
+                if problem := find_opencv_problem():
+                    raise Export3DError(problem) from error
+                raise WeightsError(f"{self.network} does not load: install export3d-cli again") from error
         return self._net

@@ -44,25 +44,37 @@ class VideoInfo:
 
 
 def ffmpeg_path() -> str:
-    """Return the path of imageio-ffmpeg's binary, or of the one that IMAGEIO_FFMPEG_EXE names."""
+    """Return the path of imageio-ffmpeg's binary, or of the one that IMAGEIO_FFMPEG_EXE names.
+
+    Raises `MediaError` if there is none, or if it cannot be run or is too old.
+    """
     import imageio_ffmpeg
 
     try:
         path = str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
         raise MediaError("no ffmpeg found: run `pip install --force-reinstall imageio-ffmpeg`") from error
-    if os.environ.get("IMAGEIO_FFMPEG_EXE"):  # imageio-ffmpeg checks its own binary only
-        _check_runnable(path)
+    if Path(imageio_ffmpeg.__file__).parent not in Path(path).parents:  # imageio-ffmpeg checks its own binary only
+        _check_ffmpeg(path)
     return path
 
 
 @lru_cache(maxsize=4)
-def _check_runnable(program: str) -> None:
+def _check_ffmpeg(program: str) -> None:
+    if os.environ.get("IMAGEIO_FFMPEG_EXE"):
+        name, remedy = f"IMAGEIO_FFMPEG_EXE names {program}, which", "unset it"
+    else:
+        name, remedy = f"the ffmpeg of this system ({program})", "run `pip install --force-reinstall imageio-ffmpeg`"
     try:
-        run_ffmpeg([program, "-version"]).check_returncode()
+        done = run_ffmpeg([program, "-version"])
+        done.check_returncode()
+        options = run_ffmpeg([program, "-hide_banner", "-h", "long"]).stdout
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "strerror", None) or "it fails"
-        raise MediaError(f"IMAGEIO_FFMPEG_EXE names {program}, which cannot be run ({reason}): unset it") from error
+        raise MediaError(f"{name} cannot be run ({reason}): {remedy}") from error
+    if b"-fps_mode" not in options:
+        version = re.match(r"ffmpeg version (\S+)", done.stdout.decode("utf-8", "replace"))
+        raise MediaError(f"{name} is too old ({version[1] if version else 'unknown'}, 5.1 or later is needed): {remedy}")
 
 
 def probe(path: Path) -> VideoInfo:

@@ -1,0 +1,92 @@
+"""`examine` on installations that cannot be used: it tests what the commands use."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from export3d_cli.core.diagnostics import doctor
+from export3d_cli.core.diagnostics.doctor import Finding, examine
+from export3d_cli.core.media.probe import ffmpeg_path
+from export3d_cli.core.runtime import weights
+from export3d_cli.core.runtime.errors import MediaError
+
+CV2_PROBLEM = "OpenCV 4.11.0 is installed, and the face detector needs 5 or later: run `pip install`"
+
+
+def failed(findings: list[Finding]) -> dict[str, Finding]:
+    assert all(finding.advice for finding in findings if not finding.ok)
+    return {finding.what: finding for finding in findings if not finding.ok}
+
+
+def fake_ffmpeg(path: Path, condition: str, action: str) -> None:
+    """Write a program that runs the real ffmpeg unless a condition on its arguments holds."""
+    code = f"import os, sys\nif {condition}:\n    {action}\nos.execv({ffmpeg_path()!r}, [sys.argv[0], *sys.argv[1:]])\n"
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
+
+
+def test_examine_of_this_installation_finds_no_problem() -> None:
+    findings = examine()
+    assert failed(findings) == {}
+    assert {"cv2", "ffmpeg", "detector", "litert"} <= {finding.what for finding in findings}
+
+
+def test_examine_with_wrong_opencv_advises_to_repair_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_opencv_problem", lambda: CV2_PROBLEM)
+    problems = failed(examine())
+    assert sorted(problems) == ["cv2", "detector", "litert"]
+    assert problems["cv2"].found == "OpenCV 4.11.0 is installed, and the face detector needs 5 or later"
+    assert problems["cv2"].advice == "run `pip install`"
+    assert problems["detector"].advice == problems["litert"].advice == "repair OpenCV first"
+
+
+def test_examine_with_detector_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "yunet.onnx").write_bytes(b"no network")
+    resolve = "export3d_cli.core.runtime.weights.resolve_weights"
+    real = weights.resolve_weights
+    monkeypatch.setattr(resolve, lambda name: tmp_path / "yunet.onnx" if name == "yunet" else real(name))
+    problems = failed(examine())
+    assert sorted(problems) == ["detector"]
+    assert "does not load" in problems["detector"].found
+
+
+@pytest.mark.parametrize(
+    ("condition", "action", "found"),
+    [
+        ("'-h' in sys.argv", "print('-vsync method'); sys.exit()", "is too old"),
+        ("any('fps=' in word for word in sys.argv)", "sys.exit('No such filter: fps')", "cannot decode.*No such filter"),
+        ("any('fps=' in word for word in sys.argv)", "sys.exit()", "no frame of"),
+        ("'libx264' in sys.argv", "sys.exit('Unknown encoder')", r"cannot encode H.264 \(Unknown encoder\)"),
+        ("'-version' in sys.argv", "sys.exit(1)", "cannot be run"),
+    ],
+    ids=["ffmpeg 4", "no filter", "no frames", "no encoder", "fails"],
+)  # fmt: skip
+def test_examine_with_unusable_ffmpeg_advises_to_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, condition: str, action: str, found: str
+) -> None:
+    fake_ffmpeg(tmp_path / "ffmpeg", condition, action)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    problems = failed(examine())
+    assert sorted(problems) == ["ffmpeg"]
+    assert re.search(found, problems["ffmpeg"].found)
+    assert "unset" in problems["ffmpeg"].advice
+
+
+def test_ffmpeg_path_of_old_ffmpeg_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ffmpeg(tmp_path / "ffmpeg", "'-h' in sys.argv", "print('-vsync method'); sys.exit()")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(MediaError, match=r"ffmpeg, which is too old \(.*5\.1 or later is needed\): unset it"):
+        ffmpeg_path()
+
+
+def test_ffmpeg_path_of_system_checks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ffmpeg(tmp_path / "ffmpeg", "'-h' in sys.argv", "sys.exit()")
+    assert "IMAGEIO_FFMPEG_EXE" not in os.environ
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
+    with pytest.raises(MediaError, match=r"the ffmpeg of this system .* is too old .*: run `pip install"):
+        ffmpeg_path()
