@@ -74,7 +74,9 @@ def _check_ffmpeg(program: str) -> None:
         raise MediaError(f"{name} cannot be run ({reason}): {remedy}") from error
     if b"-fps_mode" not in options:
         version = re.match(r"ffmpeg version (\S+)", done.stdout.decode("utf-8", "replace"))
-        raise MediaError(f"{name} is too old ({version[1] if version else 'unknown'}, 5.1 or later is needed): {remedy}")
+        raise MediaError(
+            f"{name} is too old ({version[1] if version else 'unknown'}, 5.1 or later is needed): {remedy}"
+        )
 
 
 def probe(path: Path) -> VideoInfo:

@@ -12,8 +12,8 @@ _DISTRIBUTIONS = (
     "opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless",
 )  # fmt: skip
 _DEBIAN_PACKAGES = {  # that contain a library; slim containers and servers lack them
-    "libGL": "libgl1 libglib2.0-0", "libgthread": "libglib2.0-0", "libglib": "libglib2.0-0", "libSM": "libsm6", "libICE": "libice6",
-    "libXext": "libxext6", "libXrender": "libxrender1", "libX11": "libx11-6", "libxcb": "libxcb1",
+    "libGL": "libgl1 libglib2.0-0", "libgthread": "libglib2.0-0", "libglib": "libglib2.0-0", "libSM": "libsm6",
+    "libICE": "libice6", "libXext": "libxext6", "libXrender": "libxrender1", "libX11": "libx11-6", "libxcb": "libxcb1",
 }  # fmt: skip
 
 
@@ -31,12 +31,18 @@ def find_opencv_problem() -> str:
         if library is None:
             return f"OpenCV cannot be loaded ({reason}): {_reinstall('opencv-python')}"
         package = _DEBIAN_PACKAGES.get(library[1])
-        system = f"run `apt-get install {package}` (or install what contains {library[1]} on this system), or " if package else ""
+        system = (
+            f"run `apt-get install {package}` (or install what contains {library[1]} on this system), or "
+            if package
+            else ""
+        )
         return f"OpenCV cannot be loaded ({reason}): {system}{_reinstall('opencv-python-headless')}"
     version = str(getattr(cv2, "__version__", ""))
     missing = [name for name in _USED_NAMES if not hasattr(cv2, name)]
     if not version or (missing and int(version.partition(".")[0]) >= _MIN_MAJOR_VERSION):
-        return f"OpenCV is damaged (cv2 lacks {missing[0] if missing else 'its version'}): {_reinstall('opencv-python')}"
+        return (
+            f"OpenCV is damaged (cv2 lacks {missing[0] if version else 'its version'}): {_reinstall('opencv-python')}"
+        )
     if int(version.partition(".")[0]) < _MIN_MAJOR_VERSION:
         text = f"OpenCV {version} is installed, and the face detector needs {_MIN_MAJOR_VERSION} or later"
         return f"{text}: {_reinstall('opencv-python')}"

@@ -234,6 +234,8 @@ writer = threading.Thread(target=write)
 if not {closed}:
     writer.start()
 Landmarker(Path({str(BUNDLE)!r}))
+while not {closed} and number < 5:  # until the other thread has written during a load
+    Landmarker(Path({str(BUNDLE)!r}))
 stop.set()
 if not {closed}:
     writer.join()
