@@ -35,6 +35,13 @@ def animate(animator: Animator, photo: np.ndarray, driver: list[Motion]) -> np.n
     return np.stack(list(animator.animate(animator.portrait(photo, size=256), driver))).astype(float)
 
 
+def animate_crop(animator: Animator, photo: np.ndarray, driver: list[Motion]) -> np.ndarray:
+    """Return frames of the face crop alone, 256 x 256, as the network makes them."""
+    portrait = animator.portrait(photo)
+    portrait = animator.portrait_from_motion(portrait.crop, portrait.motion)
+    return np.stack(list(animator.animate(portrait, driver))).astype(float)
+
+
 def chroma(frames: np.ndarray) -> np.ndarray:
     return frames.max(-1) - frames.min(-1)
 
@@ -49,7 +56,7 @@ def test_frames_of_a_sepia_photo_are_sepia(animator: Animator, driver: list[Moti
     levels = np.arange(256)
     curve = np.stack([levels**0.9 * 255**0.1, levels * 0.9, levels**1.1 * 0.8 / 255**0.1], axis=-1).round()
     sepia = curve[astronaut.mean(-1).round().astype(int)].astype(np.uint8)
-    frames = animate(animator, sepia, driver)
+    frames = animate_crop(animator, sepia, driver)
     distance = np.abs(frames[..., None, :] - curve[::2]).max(-1).min(-1)
     assert np.percentile(distance, 99.9) <= 3
 
@@ -58,7 +65,7 @@ def test_frames_in_coloured_light_are_those_in_white_light_times_the_light(
     animator: Animator, driver: list[Motion], astronaut: np.ndarray
 ) -> None:
     dark = (astronaut * 0.7).astype(np.uint8)  # nothing is clipped
-    white, red = (animate(animator, photo, driver) for photo in (dark, (dark * RED_LIGHT).astype(np.uint8)))
+    white, red = (animate_crop(animator, photo, driver) for photo in (dark, (dark * RED_LIGHT).astype(np.uint8)))
     face = np.abs(red - np.minimum(white * RED_LIGHT, 255))[:, 80:180, 80:180]
     assert face.mean() < 2.5
     assert np.percentile(face, 99) < 16
