@@ -96,7 +96,10 @@ _RESOURCE_ERRORS = {
     "EACCES",
     "EPERM",
 }
-_OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory|could not create a primitive",
+    re.IGNORECASE,
+)
 
 
 def _resource_message(error: Exception) -> str:

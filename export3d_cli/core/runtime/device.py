@@ -179,4 +179,5 @@ class AdaptiveBatcher:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether the memory of the GPU or of the machine ran out."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    messages = "can't allocate memory", "could not create a primitive"  # of torch, and of oneDNN without memory
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(message in str(error) for message in messages)
