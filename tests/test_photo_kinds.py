@@ -1,7 +1,8 @@
-"""Unusual portraits with the shipped weights: without colour, in coloured light, with shut eyes."""
+"""Unusual portraits with the shipped weights: without colour, in coloured light, with covered faces."""
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.weights import example_path
+from tests.helpers.covers import MASK_BLUE, draw_cover
 
 RED_LIGHT = np.array([1.4, 0.55, 0.45])
 DRIVER_FRAMES = (0, 7, 9, 13)  # of the example: mouth shut, a blink, mouth open
@@ -69,3 +71,31 @@ def test_frames_in_coloured_light_are_those_in_white_light_times_the_light(
     face = np.abs(red - np.minimum(white * RED_LIGHT, 255))[:, 80:180, 80:180]
     assert face.mean() < 2.5
     assert np.percentile(face, 99) < 16
+
+
+def drawn_on_example(animator: Animator, kind: str) -> np.ndarray:
+    photo = read_image(example_path("source.jpg"))
+    motion = animator.portrait(photo).motion
+    x, y, side = motion.crop
+    return draw_cover(photo, motion.landmarks[0, :, :2] * side + [x, y], kind)
+
+
+def spread_within(frame: np.ndarray, colour: tuple[int, ...]) -> float:
+    """Return the fraction of other colours in the convex hull of the largest area of a colour."""
+    near = (np.abs(frame - colour).max(-1) < 45).astype(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(near)
+    area = (labels == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()).astype(np.uint8)
+    hull = cv2.fillConvexPoly(np.zeros_like(area), cv2.convexHull(cv2.findNonZero(area)), 1)
+    return 1 - float(area.sum() / hull.sum())
+
+
+@pytest.mark.parametrize(("kind", "colour"), [("blue mask", MASK_BLUE), ("dark lenses", (16, 16, 18))])
+def test_nothing_is_shown_on_a_cover(
+    animator: Animator, driver: list[Motion], kind: str, colour: tuple[int, ...]
+) -> None:
+    notes: list[str] = []
+    portrait = animator.portrait(drawn_on_example(animator, kind), size=256)
+    before = spread_within(portrait.canvas.photo.astype(float), colour)
+    frames = list(animator.animate(portrait, driver, notify=notes.append))
+    assert max(spread_within(frame.astype(float), colour) for frame in frames) < before + 0.03
+    assert notes == [portrait.covered.note()]

@@ -31,6 +31,7 @@ from export3d_cli.core.animation.pool import Pool
 from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
+from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
@@ -95,6 +96,7 @@ class Portrait:
     detail: Tensor | None = field(repr=False)  # (1, 3, M, M) photo detail that is finer than the network's image
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
+    covered: CoveredParts  # covered parts of the face, which are not animated
 
     @property
     def camera(self) -> Camera:
@@ -139,6 +141,7 @@ class Animator:
         self._landmarkers = Pool(lambda: open_landmarker_tracker(threads=threads))
         self._fan_trackers = Pool(lambda: open_tracker("fan", device=str(device)))
         self._mattings = Pool(lambda: PersonMatting(resolve_weights("selfie_segmentation")))
+        self._cover_detector = CoverDetector(resolve_weights("cover_detector"))
 
     if not TYPE_CHECKING:  # type checkers know the names that exist
 
@@ -363,16 +366,17 @@ class Animator:
         detail = None
         if padded is not None:
             detail = photo_residual(to_tensor(padded)[None], geometry.frame_size, geometry.network_size).to(self.device)
-        source = self._encode(self.model, self.precision, crop, motion, geometry, faces)
+        covered = self._cover_detector.covered_parts(crop, motion.landmarks[0])
+        source = self._encode(self.model, self.precision, crop, motion, geometry, faces, covered)
         portrait = Portrait(
-            crop, motion, geometry, tuple(faces), face_box, source, canvas, detail, self.model, self.precision
+            crop, motion, geometry, tuple(faces), face_box, source, canvas, detail, self.model, self.precision, covered
         )
         finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
         return portrait if finite else self._to_fp32(portrait)
 
     def _encode(
         self, model: Export3D, precision: str, crop: np.ndarray, motion: Motion, geometry: Geometry,
-        faces: Sequence[FacePosition],
+        faces: Sequence[FacePosition], covered: CoveredParts,
     ) -> Source:  # fmt: skip
         size = geometry.network_size
         small = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) if len(crop) > size else crop
@@ -382,7 +386,7 @@ class Animator:
         with torch.inference_mode(), autocast(self.device, precision):
             return model.encode_source(
                 to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
-                self._tensor(landmarks), self._tensor(alpha), margins,
+                self._tensor(landmarks), self._tensor(alpha), margins, self._tensor(np.array([covered])),
             )  # fmt: skip
 
     def _to_fp32(self, portrait: Portrait) -> Portrait:
@@ -390,7 +394,7 @@ class Animator:
         if portrait.precision == "fp32":
             raise Export3DError("the network gives values that are not finite: use a smaller scale, or other weights")
         model, p = self._fp32_model, portrait
-        source = self._encode(model, "fp32", p.crop, p.motion, p.geometry, p.faces)
+        source = self._encode(model, "fp32", p.crop, p.motion, p.geometry, p.faces, p.covered)
         return replace(portrait, source=source, model=model, precision="fp32")
 
     def _renderer(self, portrait: Portrait, notify: Notify | None, layers: bool = False) -> _Renderer:
@@ -459,6 +463,8 @@ class _Renderer:
             self._interpolator = TriplaneInterpolator(self._generate_planes, animator._triplane_tolerance)
         if portrait.precision != animator.precision:
             self._report_fallback()
+        if any(portrait.covered):
+            notify(portrait.covered.note())
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
         """Render frames of a moving expression, lambda (T, n), T at most `Animator.window`."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from export3d_cli.core.model.face_cover import FaceCover
 from export3d_cli.core.model.photo_colours import PhotoColours
 
 
@@ -35,6 +36,7 @@ class Source:
     image_half: Tensor | None = None  # (B, 3, H/2, W/2) the photo, downsampled
     features_half: Tensor | None = None  # (B, 16, H/2, W/2) stem features for super-resolution
     features_quarter: Tensor | None = None  # (B, 16, H/4, W/4) stem features for super-resolution
+    cover: FaceCover | None = None  # what is before mouth or eyes
     # Set without gradients only:
     colours: PhotoColours | None = None  # of a photo in coloured light or of one tint
     highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `layer_warp.highpass`
@@ -46,5 +48,8 @@ class Source:
         tensors = {k: expand_batch(v, batch) for k, v in vars(self).items() if isinstance(v, Tensor) and k != "basis"}
         stem = [expand_batch(x, batch) for x in self.stem]
         view_tables = self.view_tables and self.view_tables * batch
-        colours = self.colours and self.colours.expand(batch)
-        return replace(self, **tensors, stem=stem, view_tables=view_tables, colours=colours)  # type: ignore[arg-type]
+        parts = {
+            "colours": self.colours and self.colours.expand(batch),
+            "cover": self.cover and self.cover.expand(batch),
+        }
+        return replace(self, **tensors, **parts, stem=stem, view_tables=view_tables)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.model import volume_renderer
 from export3d_cli.core.model.encoded_source import Source, expand_batch
 from export3d_cli.core.model.expression import DirectCode, LeBS
+from export3d_cli.core.model.face_cover import FaceCover, cover_motion, make_code_filter
 from export3d_cli.core.model.fast import sparse_renderer
 from export3d_cli.core.model.generator import Generator
 from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
@@ -123,7 +124,7 @@ class Export3D(nn.Module):
 
     def encode_source(
         self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
-        margins: Tensor | None = None,
+        margins: Tensor | None = None, covered: Tensor | None = None,
     ) -> Source:  # fmt: skip
         """Encode a photo for `drive`.
 
@@ -134,6 +135,7 @@ class Export3D(nn.Module):
             landmarks: its landmarks (B, 478, 3), head frame.
             person_mask: (B, 1, ., .) in [0, 1], 1 on the person. Without it hair counts as background.
             margins: (B, 3) how far a larger photo continues to the left, top and right, in image sizes.
+            covered: (B, 3) 1 where something is before the mouth, the person's right eye and left eye, else 0.
         """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
@@ -163,6 +165,7 @@ class Export3D(nn.Module):
                 source, visibility=visibility, head_mask=head_mask, body_mask=(1 - head_mask) * person,
                 image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
                 features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
+                cover=self._measure_cover(image, landmarks, camera, covered),
             )  # fmt: skip
         if self.source_view is not None:
             view_plane = self.source_view.make_view_plane(stem)  # (B, C, H/4, W/4)
@@ -188,6 +191,8 @@ class Export3D(nn.Module):
         if self.flow is not None:
             with torch.no_grad():
                 landmarks = self.flow.deform_landmarks(source.landmarks, lam - source.lam)  # (B, 478, 3)
+                if source.cover is not None:
+                    landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
                 mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks)
                 surface = self.flow.rasterize_surface(landmarks) if self.config.head_prior else None  # (B, 3, s, s)
         tables = self._make_plane_tables(planes) if self._use_sparse_path(planes) else None
@@ -234,7 +239,7 @@ class Export3D(nn.Module):
             rgb = colours.limit(features[:, :3].float(), resize(detail.flow.head_weight, size))
             features = torch.cat([rgb, features[:, 3:]], dim=1)
         refined = self.superres(resize(features, self.config.image_size // 4), detail)  # (B, 3, H, W)
-        patches = () if self.training else self._inpaint(source, posed, refined.image, camera)
+        patches = () if self.training else self._inpaint(source, posed, refined.image, camera, detail)
         if colours is not None:
             patches = tuple(
                 patch._replace(colours=add_light(colours.head.limit(patch.colours), colours.light)) for patch in patches
@@ -300,7 +305,26 @@ class Export3D(nn.Module):
 
     def _expression_code(self, source: Source, lam: Tensor) -> Tensor:
         """Return beta' (B, d); with gradients the basis is recomputed, so that they reach it."""
+        lam = source.lam + self._visible_change(source, lam)
         return self.expression.code(lam, None if torch.is_grad_enabled() else source.basis)
+
+    def _visible_change(self, source: Source, lam: Tensor) -> Tensor:
+        """Return the change of lambda (B, n) from the photo's, without what covers hide."""
+        change = lam - source.lam
+        return change if source.cover is None else (change[:, :, None] * source.cover.code_filter).sum(1)
+
+    def _measure_cover(
+        self, image: Tensor, landmarks: Tensor, camera: Tensor, covered: Tensor | None
+    ) -> FaceCover | None:
+        if self.flow is None or covered is None or not covered.any():
+            return None
+        with torch.no_grad():
+            motion = cover_motion(landmarks.float(), covered.float())
+            values = torch.cat([1 - motion, motion], dim=-1)
+            mask, visible = self.flow.rasterize_landmark_values(landmarks, camera, values).split(1, dim=1)
+            skin = (resize(image, mask.shape[-1]) * visible).sum((2, 3), keepdim=True)
+            skin = skin / visible.sum((2, 3), keepdim=True).clamp_min(1)
+            return FaceCover(motion, make_code_filter(self.flow.basis, motion), mask, skin)
 
     def _use_sparse_path(self, like: Tensor) -> bool:
         """Return whether invisible samples are skipped: on a CPU without gradients."""
@@ -391,6 +415,10 @@ class Export3D(nn.Module):
             mesh = self.flow.render_flow(
                 posed.mesh, camera, mesh_size, source.head_mask, source.visibility, source.margins
             )
+        cover = None
+        if source.cover is not None:
+            cover = warp(source.cover.mask, mesh.uv) * mesh.face
+            mesh = mesh.without_interior(cover)
         origin, directions = volume_renderer.camera_rays(camera, m)
         rigid = rigid_flow(resize(depth, m), directions, origin, source.camera)  # (B, 2, m, m)
         neck = neck_flow(source.camera, camera, m)  # (B, 2, m, m)
@@ -398,15 +426,20 @@ class Export3D(nn.Module):
         assert source.head_mask is not None and source.body_mask is not None
         flow = self.flow_blend(
             source.image, mesh, rigid, neck, resize(opacity, m), source.head_mask, source.body_mask, rotation,
-            lam - source.lam,
+            self._visible_change(source, lam),
         )  # fmt: skip
-        return PhotoDetail(source, mesh, flow, self._expression_code(source, lam))
+        return PhotoDetail(source, mesh, flow, self._expression_code(source, lam), cover)
 
-    def _inpaint(self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor) -> tuple[InpaintedPatch, ...]:
+    def _inpaint(
+        self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor, detail: PhotoDetail | None
+    ) -> tuple[InpaintedPatch, ...]:
         """Synthesise the parts of mouth, eyes and eyelids that the photo does not show."""
         if posed.mesh is None:
             return ()
         landmarks = posed.mesh.points[:, :NUM_LANDMARKS]
+        if source.cover is not None and detail is not None and detail.cover is not None:
+            # a blue mask below an eye must not tint its lid
+            image = torch.lerp(image, source.cover.skin, resize(detail.cover, image.shape[-1]))
         patches: list[InpaintedPatch] = []
         for inpainter in self.inpainters.values():
             assert isinstance(inpainter, Inpainter)

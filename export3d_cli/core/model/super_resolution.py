@@ -44,6 +44,7 @@ class PhotoDetail(NamedTuple):
     mesh: MeshFlow
     flow: LayeredFlow
     code: Tensor  # (B, d) beta': a smile shows teeth, a pout does not, with the same mouth opening
+    cover: Tensor | None = None  # (B, 1, m, m) 1 on what is before mouth or eyes
 
 
 class SuperResolutionOutput(NamedTuple):
@@ -126,7 +127,7 @@ class SuperResolution(nn.Module):
             x = self.block1(self.to1(upsample_2x(leaky_relu(x))))  # (B, c1, H, W)
             return SuperResolutionOutput(rgb + self.colour(leaky_relu(x)).float())
 
-        source, mesh, flow, code = detail
+        source, mesh, flow, code, cover = detail
         assert source.image_half is not None and source.features_half is not None
         assert source.features_quarter is not None
         quarter = features.shape[-1]
@@ -154,6 +155,8 @@ class SuperResolution(nn.Module):
         colour, logit = self.colour(leaky_relu(x)).float().split([3, 1], dim=1)
         blend = torch.sigmoid(4 * logit + PHOTO_LOGIT_BIAS * facts[:, :1] - 3)  # starts with the photo where visible
         blend = blend * (1 - resize(mesh.closed_in_photo, full))  # closed lips must not be copied into an open mouth
+        if cover is not None:
+            blend = torch.maximum(blend, resize(cover, full))
         synthesised = rgb + colour
         if source.colours is not None:
             synthesised = source.colours.limit(synthesised, layers.blend_weights[:, :1])

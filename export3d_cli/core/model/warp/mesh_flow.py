@@ -54,6 +54,9 @@ SURFACE_SIZE = 64  # pixels a side of the height field of `BasisFlow.rasterize_s
 SURFACE_HALF_EXTENT = 0.35  # head-frame units that it reaches from the origin
 
 
+INTERIOR_FIELDS = ("mouth", "closed_in_photo", "mouth_coords", "eye", "anchored_coords")  # 0 outside mouth and eyes
+
+
 class MeshFlow(NamedTuple):
     """The mesh as the driver's camera sees it; each (B, ., s, s)."""
 
@@ -67,6 +70,11 @@ class MeshFlow(NamedTuple):
     eye: Tensor  # (B, 1) 1 inside an eye
     anchored_coords: Tensor  # (B, 4) in the boxes of upper and lower teeth, or twice in the iris's; 0 elsewhere
     face: Tensor  # (B, 1) 1 in the face, falling to 0 at the inner ring
+
+    def without_interior(self, cover: Tensor) -> MeshFlow:
+        """Treat mouth and eyes as skin where `cover` (B, 1, s, s) is 1."""
+        interior = {k: getattr(self, k) * (1 - cover) for k in INTERIOR_FIELDS}
+        return self._replace(**interior, valid=torch.maximum(self.valid, cover * self.face))
 
 
 class DeformedMesh(NamedTuple):
@@ -168,6 +176,14 @@ class BasisFlow(nn.Module):
         uncovered = cached_tensor((-1.0, FAR_DEPTH), points.device)
         visible = torch.where(raster.triangle[..., None] < 0, uncovered, visible)
         return visible.transpose(1, 2).reshape(-1, 2, self.size, self.size)
+
+    def rasterize_landmark_values(self, points: Tensor, camera: Tensor, values: Tensor) -> Tensor:
+        """Interpolate values (B, 478, C) of landmarks over the face in an image: (B, C, m, m), 0 outside the face."""
+        triangles = self.triangles[:, :3].long()
+        uv, depth = project(points.float(), camera)
+        raster = rasterize(uv, depth, triangles, self.size, self.windows)
+        inside = interpolate_vertices(raster, values, triangles) * (raster.triangle >= 0)[..., None]
+        return inside.transpose(1, 2).reshape(len(points), -1, self.size, self.size)
 
     def head_mask(
         self, points: Tensor, camera: Tensor, person: Tensor | None, visibility: Tensor | None = None

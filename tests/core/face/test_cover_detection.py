@@ -1,0 +1,96 @@
+"""Covered mouths and eyes, drawn on real and synthetic faces, and faces without covers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
+from export3d_cli.core.face.crop import crop_with_padding
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.target_face import find_photo_face
+from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.weights import example_path, resolve_weights
+from tests.helpers.covers import draw_cover
+
+DATA = Path(__file__).parents[2] / "data"
+MOUTH, EYES = CoveredParts(mouth=True), CoveredParts(right_eye=True, left_eye=True)
+
+
+@pytest.fixture(scope="module")
+def detector() -> CoverDetector:
+    return CoverDetector(resolve_weights("cover_detector"))
+
+
+@pytest.fixture(scope="module")
+def tracker() -> LandmarkerTracker:
+    return open_landmarker_tracker(threads=1)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    clips = [next(iter(VideoReader(DATA / name))) for name in ("head1.mp4", "head2.mp4")]
+    return [read_image(example_path(name)) for name in ("source.jpg", "astronaut.jpg")] + clips
+
+
+def covered_parts(detector: CoverDetector, tracker: LandmarkerTracker, photo: np.ndarray) -> CoveredParts:
+    """Track the photo with its cover, as the engine does."""
+    face = find_photo_face(tracker.landmarker, photo, name="photo", face="largest")
+    motion = tracker.make_motion([face], Fraction(25), photo.shape[1::-1])
+    return detector.covered_parts(crop_with_padding(photo, motion.crop, 256), motion.landmarks[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("blue mask", MOUTH), ("black mask", MOUTH), ("scarf", MOUTH), ("hand", MOUTH), ("microphone", MOUTH),
+        ("dark lenses", EYES), ("brown lenses", EYES), ("clear lenses", CoveredParts()),
+    ],
+)  # fmt: skip
+def test_drawn_covers_are_found(
+    detector: CoverDetector, tracker: LandmarkerTracker, photos: list[np.ndarray], kind: str, expected: CoveredParts
+) -> None:
+    for photo in photos:
+        landmarks = find_photo_face(tracker.landmarker, photo, name="photo", face="largest").landmarks
+        drawn = draw_cover(photo, landmarks, kind)
+        assert covered_parts(detector, tracker, drawn) == expected
+        grey = np.repeat(drawn.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
+        assert covered_parts(detector, tracker, grey) == expected
+
+
+def test_one_covered_eye_is_the_right_one(
+    detector: CoverDetector, tracker: LandmarkerTracker, photos: list[np.ndarray]
+) -> None:
+    landmarks = find_photo_face(tracker.landmarker, photos[0], name="photo", face="largest").landmarks
+    for eye, expected in ((0, CoveredParts(right_eye=True)), (1, CoveredParts(left_eye=True))):
+        assert (
+            covered_parts(detector, tracker, draw_cover(photos[0], landmarks, "dark lenses", eyes=(eye,))) == expected
+        )
+
+
+def test_open_mouths_and_blinks_are_not_covers(detector: CoverDetector, tracker: LandmarkerTracker) -> None:
+    for clip in (example_path("drive.mp4"), DATA / "head1.mp4", DATA / "head2.mp4"):
+        for frame in list(VideoReader(clip))[::8]:
+            assert covered_parts(detector, tracker, frame) == CoveredParts()
+
+
+def test_note_names_what_is_covered() -> None:
+    assert MOUTH.note() == "the mouth of the portrait is covered: it is not animated"
+    assert EYES.note() == "the eyes of the portrait are covered: they are not animated"
+    assert CoveredParts(left_eye=True).note() == "an eye of the portrait is covered: it is not animated"
+    assert CoveredParts(True, True, False).note().startswith("the mouth and an eye of the portrait are covered: they")
+
+
+def test_unreadable_weights_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "cover_detector.npz"
+    for content in (None, b"no archive"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(WeightsError, match="cover_detector"):
+            CoverDetector(path)
