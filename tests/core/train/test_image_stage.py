@@ -290,7 +290,7 @@ def test_non_finite_steps_of_the_other_stages_are_skipped(tiny: TrainConfig, mon
 
 
 def test_kill_during_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = replace(tiny, stages=("reconstruction",), checkpoint_every=1, keep_checkpoints=3)
+    config = replace(tiny, stages=("reconstruction",), checkpoint_every=1, keep_checkpoints=3, threads=1)
     save_yaml(config, tmp_path / "config.yaml")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
