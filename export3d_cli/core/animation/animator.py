@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.framing import place_on_canvas
-from export3d_cli.core.animation.geometry import MAX_FRAME_SIZE_PX as MAX_CROP_PX
-from export3d_cli.core.animation.geometry import Geometry
+from export3d_cli.core.animation.geometry import MAX_FRAME_SIZE_PX, Geometry
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pool import Pool
@@ -227,7 +226,9 @@ class Animator:
             clip = ClipCalibration(square)
             motion = tracker.make_motion([target], Fraction(25), (photo.shape[1], photo.shape[0]), clip=clip)
         faces = face_positions(target, others, motion.crop)
-        frame_size = size if crop == "none" else min(max(round(square[2]), self.model.config.image_size), MAX_CROP_PX)
+        frame_size = size
+        if crop == "auto":  # the crop at the photo's scale, as far as the network goes
+            frame_size = min(max(round(square[2]), self.model.config.image_size), MAX_FRAME_SIZE_PX)
         geometry = Geometry.from_photo(
             (photo.shape[1], photo.shape[0]), square, self.model.config.image_size, frame_size
         )

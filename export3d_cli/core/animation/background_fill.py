@@ -8,7 +8,7 @@ import numpy as np
 TEXTURE_SD = 0.02  # fraction of the image's longer side: standard deviation that separates texture from colour
 
 
-def fill_hole(image: np.ndarray, hole: np.ndarray, *, texture: bool = True) -> np.ndarray:
+def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Fill a hole, bool (H, W), of an image, uint8 (H, W, 3).
 
     The colours are interpolated from the hole's border (push-pull). The texture is that of the surroundings, mirrored
@@ -17,8 +17,7 @@ def fill_hole(image: np.ndarray, hole: np.ndarray, *, texture: bool = True) -> n
     if not hole.any() or hole.all():
         return image.copy()
     filled = _push_pull(image, hole)
-    if texture:
-        filled = filled + _mirrored_texture(image, filled, hole)
+    filled = filled + _mirrored_texture(image, filled, hole)
     return np.where(hole[..., None], np.rint(filled.clip(0, 255)), image).astype(np.uint8)
 
 
