@@ -192,6 +192,9 @@ def _exit_interrupted(ctx: click.Context) -> NoReturn:
 
 def main() -> None:
     """Run the program; SIGTERM unwinds the stack so that temporary files and ffmpeg processes are cleaned up."""
+    # PyTorch's OpenMP threads wait for work in a loop by default, on cores that other programs could use; asleep they
+    # cost a wake-up per operation. OpenMP reads the variable when torch is imported, and so do worker processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore it

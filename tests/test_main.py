@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,16 +33,22 @@ def make_weights_list_raise(monkeypatch: pytest.MonkeyPatch, error: BaseExceptio
     monkeypatch.setattr("export3d_cli.core.weights_manifest", raise_error, raising=False)
 
 
-@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
-def test_help_imports_no_heavy_module(args: list[str]) -> None:
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_help_imports_no_heavy_module_and_openmp_threads_do_not_spin(given: str | None, expected: str) -> None:
+    """The wait policy is set before torch is imported, unless the user has set one."""
     code = (
-        "import sys\nfrom export3d_cli.main import main\nsys.argv = ['export3d', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        f"print([name for name in {HEAVY_MODULES} if name in sys.modules], file=sys.stderr)"
+        "import os, sys\nfrom export3d_cli.main import main\n"
+        f"for args in [[], *([name] for name in {COMMANDS})]:\n"
+        "    sys.argv = ['export3d', *args, '--help']\n"
+        "    try:\n        main()\n    except SystemExit as end:\n        assert not end.code\n"
+        f"print([name for name in {HEAVY_MODULES} if name in sys.modules], file=sys.stderr)\n"
+        "print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
-    assert "Usage: export3d" in done.stdout
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stderr.split("\n") == ["[]", expected, ""]
+    assert done.stdout.count("Usage: export3d") == 1 + len(COMMANDS)
 
 
 def test_version_lists_everything_results_depend_on() -> None:
