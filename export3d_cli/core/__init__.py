@@ -90,7 +90,6 @@ _DOOR = {  # public name -> module of this package that defines it
     "weights_card": "runtime.weights",
     "upload_weights": "runtime.weights",
     "run_benchmark": "diagnostics.benchmark",
-    "cost_curves": "diagnostics.cost_curves",
     "examine": "diagnostics.doctor",
     "versions": "diagnostics.doctor",
 }
