@@ -1,16 +1,16 @@
 """Rules between the fields of a configuration, checked before any data or device is touched.
 
-Types, unknown keys and negative numbers are refused earlier, by `yaml_loader`.
+Types, unknown keys and negative numbers are refused earlier, by `loading`.
 """
 
 from __future__ import annotations
 
 import operator
 import re
+import reprlib
+from typing import Any
 
-from export3d_cli.core.config.renamed_keys import RENAMED_STAGES
 from export3d_cli.core.config.schema import INPAINTERS, STAGES, ModelConfig, TrainConfig
-from export3d_cli.core.config.yaml_loader import short_repr
 from export3d_cli.core.runtime.errors import ConfigError
 
 _DEFAULT_MAX = 65_536
@@ -24,6 +24,13 @@ _AT_LEAST_ONE = (
     "adversarial.mbstd_group_size", "adversarial.channel_max", "adversarial.channel_base",
     *(f"{stage}.{key}" for stage in INPAINTERS for key in ("batch", "discriminator_width")),
 )  # fmt: skip
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 80
+
+
+def short_repr(value: Any) -> str:
+    """Return a short repr for an error message (a few lines of YAML can expand to gigabytes of text)."""
+    return _REPR.repr(value)
 
 
 def validate_model_config(model: ModelConfig) -> None:
@@ -69,15 +76,22 @@ def validate_train_config(config: TrainConfig) -> None:
             f"raw_size_start ({config.raw_size_start}) must be 0 to model.raw_size ({config.model.raw_size})"
         )
     _validate_stages(config)
-    _validate_dataset_weights(config)
-    _validate_clebs(config)
+    for section in ("data", "clebs", *INPAINTERS, "pose_debias"):
+        weight = getattr(config, section).weight
+        if weight and (len(weight) != len(config.data.path) or not any(weight)):
+            raise ConfigError(f"{section}.weight needs one number per data.path, not all 0, got {weight}")
+    clebs, basis = config.clebs, config.model.basis
+    if clebs.temperature <= 0:
+        raise ConfigError(f"clebs.temperature must be positive, got {clebs.temperature}")
+    if clebs.antisymmetric_dims > basis:
+        raise ConfigError(
+            f"clebs.antisymmetric_dims must be 0 to {basis} (model.basis), got {clebs.antisymmetric_dims}"
+        )
     _validate_loss(config)
 
 
 def _validate_stages(config: TrainConfig) -> None:
     for stage in config.stages:
-        if stage in RENAMED_STAGES:
-            raise ConfigError(f"the stage {stage} is now {RENAMED_STAGES[stage]}: rename it in stages")
         if stage not in STAGES:
             raise ConfigError(f"unknown stage {short_repr(stage)}: choose from {', '.join(STAGES)}")
     if list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
@@ -95,23 +109,6 @@ def _validate_stages(config: TrainConfig) -> None:
         raise ConfigError("the stage pose_debias needs model.flow: it changes the basis flow")
     if config.stages == ("pose_debias",) and not config.init:
         raise ConfigError("the stage pose_debias needs trained weights: set init, or add stages")
-
-
-def _validate_dataset_weights(config: TrainConfig) -> None:
-    for section in ("data", "clebs", *INPAINTERS, "pose_debias"):
-        weight = getattr(config, section).weight
-        if weight and (len(weight) != len(config.data.path) or not any(weight)):
-            raise ConfigError(f"{section}.weight needs one number per data.path, not all 0, got {weight}")
-
-
-def _validate_clebs(config: TrainConfig) -> None:
-    if config.clebs.temperature <= 0:
-        raise ConfigError(f"clebs.temperature must be positive, got {config.clebs.temperature}")
-    if config.clebs.antisymmetric_dims > config.model.basis:
-        raise ConfigError(
-            f"clebs.antisymmetric_dims must be 0 to model.basis ({config.model.basis}), "
-            f"got {config.clebs.antisymmetric_dims}"
-        )
 
 
 def _validate_loss(config: TrainConfig) -> None:

@@ -21,7 +21,7 @@ from export3d_cli.core.runtime.errors import ConfigError, Export3DError, Trainin
 from export3d_cli.core.runtime.files import write_atomic
 
 FORMAT = "export3d-1"
-# Prefixes of state-dict keys in files of earlier versions, old: new. For fields of ModelConfig see `renamed_keys`.
+# Prefixes of state-dict keys in files of earlier versions, old: new.
 RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden_textures."}
 KEEP_FP32 = ("expression.", "flow.basis")  # small, and the geometry of every frame depends on them
 

@@ -14,8 +14,7 @@ from export3d_cli.core.config.loading import (
     save_yaml,
     to_dict,
 )
-from export3d_cli.core.config.renamed_keys import RENAMED_KEYS, RENAMED_MODEL_FIELDS
-from export3d_cli.core.config.schema import CALIBRATION, PRESETS, DataConfig, TrainConfig
+from export3d_cli.core.config.schema import CALIBRATION, PRESETS, DataConfig
 from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
@@ -106,34 +105,14 @@ def test_file_overrides_a_training_preset() -> None:
         ({"data": {"path": ["a"]}, "clebs": {"weight": [1, 2]}}, r"clebs\.weight needs one number per data\.path"),
         ({"data": {"path": ["a"]}, "clebs": {"weight": [0]}}, r"clebs\.weight needs .* not all 0, got \(0"),
         ({"data": 3}, "data must be a section"),
-        ({"stages": ["clebs", "steady"]}, "the stage steady is now pose_debias"),
-        ({"steady": {"steps": 3}}, "the configuration key steady is now pose_debias"),
+        ({"model": {"stem": [8, 8]}}, r"model\.stem must be 3 values, got \[8, 8\]"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),
+        ({"lr": -1}, "lr must be a number of 0 or more, got -1"),
     ],
 )
 def test_make_train_config_names_the_wrong_key(data: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_train_config(data)
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
-def test_renamed_key_is_refused_with_its_new_name(old: str, new: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^the configuration key {old} is now {new}: rename it$"):
-        make_train_config({}, (f"{old}=1",))
-    field: object = TrainConfig()
-    for part in new.split("."):
-        field = getattr(field, part)  # the new key exists
-
-
-def test_removed_key_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match=r"^the configuration key adversarial\.ada was removed, .*: delete it$"):
-        make_train_config({"adversarial": {"ada": 0.6}})
-
-
-def test_model_config_accepts_field_names_of_earlier_versions() -> None:
-    header = to_dict(PRESETS["compact"])
-    for old, new in RENAMED_MODEL_FIELDS.items():
-        header[old] = header.pop(new)
-    assert model_config_from_dict(header) == PRESETS["compact"]
 
 
 def test_load_train_config_refuses_unreadable_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: TensorBoard's scalars, the global step, and training states of earlier versions."""
+"""The run folder: TensorBoard's scalars, the global step, and the log of a resumed run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ def test_global_step_counts_over_all_stages(tiny: TrainConfig) -> None:
     assert [run._global_step(s, 2) for s in config.stages] == [2, 3 + 2, 3 + 4 + 2]
 
 
-def test_open_resumes_a_state_with_a_renamed_stage(tiny: TrainConfig) -> None:
+def test_open_drops_the_log_lines_after_the_state(tiny: TrainConfig) -> None:
     folder = Path(tiny.run)
     folder.mkdir()
-    save_state(folder, {"x": torch.zeros(1)}, {"stage": "steady", "step": 2, "seed": 0})
-    lines = [{"stage": "reconstruction", "step": 4}, {"stage": "steady", "step": 1}, {"stage": "steady", "step": 3}]
+    save_state(folder, {"x": torch.zeros(1)}, {"stage": "pose_debias", "step": 2, "seed": 0})
+    lines = [
+        {"stage": "reconstruction", "step": 4},
+        {"stage": "pose_debias", "step": 1},
+        {"stage": "pose_debias", "step": 3},
+    ]
     (folder / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = TrainingRun.open(tiny, None)
     assert run.last_saved == ("pose_debias", 2)
