@@ -27,6 +27,7 @@ from export3d_cli.core.runtime.opencv import find_opencv_problem
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_negations
 
+MAX_MESSAGE_CHARS = 1600
 VERBOSE_HELP, QUIET_HELP = "Show the traceback of an error.", "Show no progress bar and no summary."
 
 
@@ -70,7 +71,9 @@ class LazyGroup(click.Group):
                 import traceback
 
                 traceback.print_exc()
-            text = " ".join(reason[:2000].split())  # file names in it may contain any character
+            if len(reason) > MAX_MESSAGE_CHARS:  # libraries quote file contents; the remedy is at the end
+                reason = f"{reason[: MAX_MESSAGE_CHARS // 2]} ... {reason[-400:]}"
+            text = " ".join(reason.split())  # file names in it may contain any character
             line = "".join(c if c.isprintable() else "?" for c in text)
             click.echo(f"error: {line}", err=True)
             ctx.exit(getattr(error, "exit_code", 1))
@@ -84,18 +87,9 @@ def _usage_message(error: Exception) -> str:
 
 
 _RESOURCE_ERRORS = {
-    "ENOSPC",
-    "EDQUOT",
-    "EFBIG",
-    "EIO",
-    "EROFS",
-    "ENOMEM",
-    "EMFILE",
-    "ENFILE",
-    "EAGAIN",
-    "EACCES",
-    "EPERM",
-}
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+    errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+}  # fmt: skip
 _OUT_OF_MEMORY = re.compile(
     r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory|could not create a primitive",
     re.IGNORECASE,
@@ -106,9 +100,7 @@ def _resource_message(error: Exception) -> str:
     """Return a message if the error is a lack of memory, disk, permission or open files; empty otherwise."""
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return "out of memory: close other programs, or try a smaller --batch, picture or video"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"the name {error.filename} is longer than the file system allows: choose a shorter name"
-    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _RESOURCE_ERRORS:
+    if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
         return f"the operating system reported: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return ""
 

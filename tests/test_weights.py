@@ -55,9 +55,6 @@ def test_resolve_weights_of_damaged_file_raises(folder):
     (folder / "a.bin").write_bytes(data)
     with pytest.raises(WeightsError, match="damaged"):
         weights.resolve_weights("a")
-    (folder / "a.bin").write_bytes(data[:-1])
-    with pytest.raises(WeightsError, match="bytes"):
-        weights.resolve_weights("a")
     (folder / "a.bin").unlink()
     with pytest.raises(WeightsError, match="missing"):
         weights.resolve_weights("a")

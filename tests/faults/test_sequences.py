@@ -96,8 +96,8 @@ def test_second_writer_is_refused(exists_before: bool, tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_cleaned_folders", set())
-    dead = tmp_path / f".frames.{files._HOST_ID}-{2**22 + 1}-00000000.part"  # larger than any process id
-    alive = tmp_path / f".frames.{files._HOST_ID}-1-00000000.part"
+    dead = tmp_path / f".{files._HOST_ID}-{2**22 + 1}-00000000.part"  # larger than any process id
+    alive = tmp_path / f".{files._HOST_ID}-1-00000000.part"
     for folder in (dead, alive):
         folder.mkdir()
         (folder / NAMES[0]).write_bytes(b"")

@@ -2,7 +2,7 @@
 
 The world is the HEAD FRAME: origin at the head's centre, x to the image's right for a frontal face, y down, z away
 from the camera. The camera frame is OpenCV's (x right, y down, z forward). EG3D's world is the head frame with y and z
-negated: `Camera.to_eg3d` and `Camera.from_eg3d` convert. NumPy only, so that trackers need no torch.
+negated. NumPy only, so that trackers need no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from export3d_cli.core.runtime.errors import InputError
 
 FOCAL = 4.2647  # EG3D's focal length in image sizes: a field of view of 18.837 degrees
 RADIUS = 2.7  # EG3D's distance between camera and head centre
-_EG3D_AXES = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,6 @@ class Camera:
         pitch = np.degrees(np.arctan2(r[1, 2], r[2, 2]))
         roll = np.degrees(np.arctan2(-r[0, 1], r[0, 0]))
         return float(yaw), float(pitch), float(roll)
-
-    def to_eg3d(self) -> Camera:
-        """Return the camera with EG3D's world axes (y up, z towards the camera)."""
-        return Camera(_EG3D_AXES @ self.cam2world, self.intrinsics)
-
-    @classmethod
-    def from_eg3d(cls, camera: Camera) -> Camera:
-        """Invert `to_eg3d`: the change of axes is its own inverse."""
-        return camera.to_eg3d()
 
     def project(self, points: np.ndarray) -> np.ndarray:
         """Project head-frame points (N, 3) to image sizes (N, 2): (0, 0) top left corner, (1, 1) bottom right."""

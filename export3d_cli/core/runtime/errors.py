@@ -11,23 +11,11 @@ Export3DError            exit 1   operation failed
 
 from __future__ import annotations
 
-MAX_MESSAGE_CHARS = 1600
-
 
 class Export3DError(Exception):
-    """Base class of all errors of this package; `exit_code` is the exit status of the command line.
-
-    Long messages (libraries quote file contents) are shortened in the middle, because the remedy is at the end.
-    """
+    """Base class of all errors of this package; `exit_code` is the exit status of the command line."""
 
     exit_code = 1
-
-    def __init__(self, message: str = "") -> None:
-        super().__init__(
-            message
-            if len(message) <= MAX_MESSAGE_CHARS
-            else f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[-400:]}"
-        )
 
 
 class Export3DWarning(UserWarning):

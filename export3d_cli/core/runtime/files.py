@@ -21,14 +21,14 @@ from pathlib import Path
 from export3d_cli.core.runtime.errors import Export3DError, Export3DWarning, InputError
 
 _HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"
-_TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # groups: host, process ID
+_TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # groups: host, process ID
 DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...] = (  # raised by zipfile and NumPy for damaged archives
     OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, MemoryError, RecursionError, RuntimeError,
     SyntaxError, AttributeError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 MAX_NAME_BYTES = 255  # of a file name, on all usual file systems
 MAX_MANIFEST_BYTES = 2**30  # limit for a dataset's manifest
-_STALE_AFTER_S = 86_400  # age at which another host's temporary file counts as abandoned
+_STALE_AFTER_S = 86_400  # age at which a temporary file counts as abandoned, even if its process may be alive
 _cleaned_folders: set[Path] = set()  # folders that this process has cleaned
 
 
@@ -45,7 +45,7 @@ def write_atomic(path: Path) -> Iterator[Path]:
     path = Path(path)
     check_name_length(path)
     _prepare_folder(path.parent)
-    temporary = _temporary_name(path.parent, path)
+    temporary = _temporary_name(path.parent, path.suffix)
     try:
         with translate_os_errors(path):
             yield temporary
@@ -64,7 +64,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
     """
     parent = folder if folder.is_dir() else folder.parent
     _prepare_folder(parent)
-    temporary = _temporary_name(parent, folder.absolute())  # absolute, because "." has no name
+    temporary = _temporary_name(parent)
     try:
         with translate_os_errors(folder):
             temporary.mkdir()
@@ -80,12 +80,16 @@ def write_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _prepare_folder(folder: Path) -> None:
-    """Create the folder of an output, check that it is writable, and delete stale temporary files in it."""
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Create the folder of an output, check that it is writable, and delete stale temporary files in it."""
+    _make_folder(folder)
     if not os.access(folder, os.W_OK):  # fail before the work, not in ffmpeg after it
         raise InputError(f"cannot write to folder {folder} (no permission): choose another output")
     folder = folder.absolute()
@@ -94,11 +98,9 @@ def _prepare_folder(folder: Path) -> None:
         remove_stale_temporaries(folder)
 
 
-def _temporary_name(folder: Path, path: Path) -> Path:
-    """Return a unique name that contains the host and the process."""
-    stem = shorten_name(path.stem, 80) or "_"
-    suffix = path.suffix if len(os.fsencode(path.suffix)) <= 16 else ""  # of a folder: no format
-    return folder / f".{stem}.{_HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.part{suffix}"
+def _temporary_name(folder: Path, suffix: str = "") -> Path:
+    """Return a unique hidden name that contains the host and the process."""
+    return folder / f".{_HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.part{suffix}"
 
 
 def shorten_name(name: str, max_bytes: int) -> str:
@@ -140,19 +142,14 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
-    if host != _HOST_ID or os.name == "nt":  # no way to check whether the process is alive
-        return time.time() - entry.stat().st_mtime > _STALE_AFTER_S
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # alive, of another user
-        return False
-    try:  # a zombie has ended
-        ended = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        ended = False
-    return ended or process == os.getpid()  # an earlier process had our ID: this one has not used the folder yet
+    if host == _HOST_ID and os.name != "nt":
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # alive, of another user
+            pass
+    return time.time() - entry.stat().st_mtime > _STALE_AFTER_S
 
 
 @contextlib.contextmanager
@@ -166,29 +163,21 @@ def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> It
         shared: allow other shared locks at the same time.
         wait: wait for a conflicting lock to end, instead of raising `Export3DError`.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
-    no_lock = f"{folder} cannot be locked"
-    remedy = "do not use it in two commands at the same time"
-    try:
-        import fcntl
-    except ImportError:
-        warnings.warn(f"{no_lock} (no file locks on this system): {remedy}", Export3DWarning, stacklevel=3)
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    _make_folder(folder)
+    with contextlib.ExitStack() as stack:
         try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise Export3DError(f"another process uses {folder}: wait for it, or choose another folder") from error
-        except OSError as error:
-            warnings.warn(f"{no_lock} ({error.strerror}): {remedy}", Export3DWarning, stacklevel=3)
+        except (ImportError, OSError) as error:  # Windows; file systems without locks
+            reason = getattr(error, "strerror", None) or error
+            message = f"{folder} cannot be locked ({reason}): do not use it in two commands at the same time"
+            warnings.warn(message, Export3DWarning, stacklevel=3)
         yield
-    finally:
-        os.close(handle)
 
 
 def driver_track_id(clip: str) -> str:

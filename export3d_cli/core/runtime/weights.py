@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.hub import HubFile, commit_of, fetch, file_sha256, push
 
 DEFAULT_WEIGHTS = "export3d-compact"
 _PACKAGE = Path(__file__).resolve().parents[2]
-_MAX_HEADER = 100 * 2**20  # bytes; the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,11 @@ def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> P
     """
     text = DEFAULT_WEIGHTS if name is None else str(name)
     if text.startswith("hf:"):
-        hub_file = HubFile.parse(text)
-        return fetch(hub_file, sha256=_manifest_sha256(hub_file), force=force)
+        return fetch(HubFile.parse(text), force=force)
     entries = weights_manifest()
     if text in entries and not isinstance(name, Path):
-        entry = entries[text]
-        origin = _hub_origin(entry)
-        if origin is not None and not entry.path.is_file():  # listed, but too large to be bundled
-            return fetch(origin, sha256=entry.sha256, force=force)
-        verify_weights(entry)
-        return entry.path
+        verify_weights(entries[text])
+        return entries[text].path
     if Path(text).is_file():
         return Path(text)
     names = ", ".join(entries)
@@ -94,13 +88,9 @@ def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> P
 
 
 def verify_weights(entry: ManifestEntry) -> None:
-    """Raise `WeightsError` unless the file exists with the listed size and sha256."""
+    """Raise `WeightsError` unless the file exists with the listed sha256."""
     if not entry.path.is_file():
-        remedy = f"run `export3d weights download {entry.name}`" if _hub_origin(entry) else "reinstall export3d-cli"
-        raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): {remedy}")
-    size = entry.path.stat().st_size
-    if size != entry.size:
-        raise WeightsError(f"{entry.path} has {size} bytes, must have {entry.size}: reinstall export3d-cli")
+        raise WeightsError(f"weights {entry.name!r} are missing ({entry.path}): reinstall export3d-cli")
     sha256 = file_sha256(entry.path)
     if sha256 != entry.sha256:
         hashes = f"sha256 {sha256[:12]}..., must be {entry.sha256[:12]}..."
@@ -125,22 +115,20 @@ def weights_info(name: str | Path | None = None) -> WeightsInfo:
     """Read the model configuration, training record, licence and size from the header of a weights file."""
     path = resolve_weights(name)
     entry = next((e for e in weights_manifest().values() if e.path == path), None)
-    common: dict[str, Any] = {
-        "path": path,
-        "size": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "revision": commit_of(path),
-    }
+    facts = (path, path.stat().st_size, file_sha256(path), commit_of(path))
     if entry and path.suffix != ".safetensors":
-        return WeightsInfo(**common, licence=entry.licence, parameters=None, config={}, record={})
-    header = _read_header(path)
-    meta = header.pop("__metadata__", {})
+        return WeightsInfo(*facts, entry.licence, None, {}, {})
+    try:
+        with safe_open(path, framework="np") as file:
+            meta = file.metadata() or {}
+            count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} is not a safetensors file ({error}): give weights written by export3d") from error
     try:
         config, record = json.loads(meta["config"]), json.loads(meta["record"])
-        count = sum(math.prod(tensor["shape"]) for tensor in header.values())
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not an export3d weights file: its header has no config and record") from error
-    return WeightsInfo(**common, licence=meta.get("licence", ""), parameters=count, config=config, record=record)
+    return WeightsInfo(*facts, meta.get("licence", ""), count, config, record)
 
 
 def weights_card(info: WeightsInfo, name: str) -> str:
@@ -185,35 +173,6 @@ export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 def upload_weights(path: Path, name: str, *, private: bool = False) -> str:
     """Upload a weights file with its model card to `hf:owner/repo[@branch][:file]`; return the URL of the commit."""
     return push(path, HubFile.parse(name), weights_card(weights_info(path), name), private=private)
-
-
-def _hub_origin(entry: ManifestEntry) -> HubFile | None:
-    """Return the Hub file of an entry whose source is on the Hub, else None."""
-    return HubFile.parse(entry.source) if entry.source.startswith("hf:") else None
-
-
-def _manifest_sha256(hub_file: HubFile) -> str | None:
-    """Return the manifest's sha256 for a Hub file that it lists; None for others and for other revisions."""
-    for entry in weights_manifest().values():
-        origin = _hub_origin(entry)
-        if origin is None or origin.repo != hub_file.repo or hub_file.file not in (entry.file, origin.file):
-            continue
-        if hub_file.revision in (None, origin.revision):
-            return entry.sha256
-    return None
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """Return the JSON header of a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_MAX_HEADER, path.stat().st_size):
-                raise ValueError(f"a header of {length} bytes")
-            header: dict[str, Any] = json.loads(file.read(length))
-            return dict(header.items())
-    except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not a safetensors file ({error}): give weights written by export3d") from error
 
 
 def _bundled_folder(folder: str) -> Path:

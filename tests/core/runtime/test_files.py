@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from export3d_cli.core.runtime.errors import Export3DError, Export3DWarning, InputError
 from export3d_cli.core.runtime.files import (
+    _HOST_ID,
     _temporary_name,
     folder_lock,
     remove_stale_temporaries,
@@ -63,10 +64,7 @@ def test_command_prints_warnings_as_notes(tmp_path: Path) -> None:
     assert result.stderr == line * 2
 
 
-NAMES = ["画" * 70, "😀" * 55, "é" * 120, "a" * 251, "👩\u200d👩\u200d👧" * 13, "\udcff" * 90]
-
-
-@pytest.mark.parametrize("name", NAMES, ids=["Chinese", "emoji", "accents", "ASCII", "families", "no text"])
+@pytest.mark.parametrize("name", ["画" * 83, "a" * 251, "\udcff" * 90], ids=["Chinese", "ASCII", "no text"])
 def test_write_atomic_and_write_folder_accept_names_as_long_as_the_system_allows(tmp_path: Path, name: str) -> None:
     with write_atomic(tmp_path / f"{name}.mp4") as temporary:
         temporary.with_stem(temporary.stem + "-picture").write_bytes(b"")  # as a video writer does
@@ -94,13 +92,17 @@ def test_write_atomic_refuses_too_long_names_before_the_work(tmp_path: Path, nam
     assert list(tmp_path.iterdir()) == []
 
 
-def test_remove_stale_temporaries_knows_long_names(tmp_path: Path) -> None:
-    temporary = _temporary_name(tmp_path, tmp_path / ("画" * 80 + ".mp4"))
+def test_remove_stale_temporaries_keeps_those_of_running_processes(tmp_path: Path) -> None:
+    """Those of another host count as abandoned after a day."""
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    left = temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", f"-{int(ended.stdout)}-"))
-    left.write_bytes(b"part")
+    running = _temporary_name(tmp_path, ".mp4")
+    dead = running.with_name(running.name.replace(f"-{os.getpid()}-", f"-{int(ended.stdout)}-"))
+    elsewhere, old = (dead.with_name(dead.name.replace(_HOST_ID, host)) for host in ("00000000", "00000001"))
+    for path in (running, dead, elsewhere, old):
+        path.write_bytes(b"part")
+    os.utime(old, (0, 0))
     remove_stale_temporaries(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert set(tmp_path.iterdir()) == {running, elsewhere}
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_kill_during_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Pat
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = Path(config.run)
-    assert list(run.glob(".state.*.part.safetensors"))  # the unfinished file
+    assert list(run.glob(".*.part.safetensors"))  # the unfinished file
     found = load_state(run)
     assert found is not None
     assert found[1]["step"] == 2
