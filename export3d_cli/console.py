@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,10 @@ from export3d_cli.core.runtime.errors import Export3DWarning
 ProgressCallback = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Global options of `export3d`."""
-
-    verbose: int = 0
-    quiet: bool = False
+def is_quiet() -> bool:
+    """Return whether -q was given, before or after the command."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get("quiet"))
 
 
 @contextlib.contextmanager
@@ -39,7 +36,7 @@ def show_progress() -> Iterator[ProgressCallback]:
     from rich.progress import Progress as ProgressBars
 
     console = Console(stderr=True)
-    if current_settings().quiet or not console.is_terminal:
+    if is_quiet() or not console.is_terminal:
         yield lambda stage, done, total: None
         return
     rate_column = TextColumn("{task.fields[rate]}")
@@ -58,33 +55,8 @@ def show_progress() -> Iterator[ProgressCallback]:
         yield report
 
 
-@contextlib.contextmanager
-def show_training() -> Iterator[Callable[[Any], None]]:
-    """Yield a callback for `TrainEvent`: a live table on stderr, or plain lines without a terminal."""
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(stderr=True)
-    if current_settings().quiet:
-        yield lambda event: None
-    elif not console.is_terminal:
-        yield _log_training()
-    else:
-        rows: dict[str, Any] = {}
-        with Live(console=console, auto_refresh=False) as live:
-
-            def show(event: Any) -> None:
-                if event.message:
-                    live.console.print(event.message, markup=False, highlight=False)
-                if event.steps:
-                    rows[event.stage] = event
-                    live.update(_training_table(rows), refresh=True)
-
-            yield show
-
-
-def _log_training(interval_s: float = 10.0) -> Callable[[Any], None]:
-    """Return a callback that prints messages at once, and steps every `interval_s` and at the end of a stage."""
+def training_log(interval_s: float = 10.0) -> Callable[[Any], None]:
+    """Return a callback for `TrainEvent` that prints messages at once, and steps every `interval_s` and at the end."""
     last_printed: dict[str, float] = {}
 
     def show(event: Any) -> None:
@@ -92,36 +64,21 @@ def _log_training(interval_s: float = 10.0) -> Callable[[Any], None]:
             click.echo(event.message, err=True)
         now = time.monotonic()
         is_due = now - last_printed.get(event.stage, -interval_s) >= interval_s
-        if event.steps and (is_due or event.step >= event.steps):
-            last_printed[event.stage] = now
-            click.echo(f"{event.stage} " + ", ".join(cell for cell in _training_columns(event) if cell), err=True)
+        if not event.steps or not (is_due or event.step >= event.steps):
+            return
+        last_printed[event.stage] = now
+        values = dict(event.values)
+        for key in ("seconds_a_step", "lr"):
+            values.pop(key, None)
+        cells = [f"{event.stage} {event.step}/{event.steps}"]
+        if speed := values.pop("images_a_second", 0.0):
+            cells.append(f"{speed:.1f} images/s")
+        if event.seconds_left is not None and event.step < event.steps:
+            cells.append(f"{timedelta(seconds=round(event.seconds_left))} left")
+        cells.append(" ".join(f"{key} {value:.3g}" for key, value in values.items()))
+        click.echo(", ".join(filter(None, cells)), err=True)
 
-    return show
-
-
-def _training_table(rows: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table("stage", "step", "images/s", "time left", "losses")
-    for stage, event in rows.items():
-        step, speed, left, losses = _training_columns(event)
-        table.add_row(stage, step, speed.removesuffix(" images/s"), left.removesuffix(" left"), losses)
-    return table
-
-
-def _training_columns(event: Any) -> tuple[str, str, str, str]:
-    """Return step, speed, time left and losses as text; '' for an unknown value."""
-    values = dict(event.values)
-    speed = values.pop("images_a_second", 0.0)
-    for key in ("seconds_a_step", "lr"):
-        values.pop(key, None)
-    left = "" if event.seconds_left is None else f"{timedelta(seconds=round(event.seconds_left))} left"
-    return (
-        f"{event.step}/{event.steps}",
-        f"{speed:.1f} images/s" if speed else "",
-        left if event.step < event.steps else "",
-        " ".join(f"{key} {value:.3g}" for key, value in values.items()),
-    )
+    return (lambda event: None) if is_quiet() else show
 
 
 def print_summary(summary: Any, *, as_json: bool = False) -> None:
@@ -130,7 +87,7 @@ def print_summary(summary: Any, *, as_json: bool = False) -> None:
     if as_json:
         click.echo(json.dumps(fields, default=_to_json))
         return
-    if current_settings().quiet:
+    if is_quiet():
         return
     for note in fields.pop("notes", []):
         click.echo(f"note: {note}", err=True)
@@ -195,13 +152,6 @@ def hide_library_messages() -> Iterator[None]:
             os.dup2(saved, 2)
 
 
-def current_settings() -> Settings:
-    """Return the global options, or the defaults outside a command."""
-    context = click.get_current_context(silent=True)
-    settings = context.find_object(Settings) if context else None
-    return settings or Settings()
-
-
 def _format_value(value: Any) -> str:
     if isinstance(value, dict) and all(isinstance(v, float) for v in value.values()):
         return " ".join(f"{key} {v:.3g}" for key, v in value.items())
@@ -211,6 +161,4 @@ def _format_value(value: Any) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, (Path, Fraction)):
-        return str(value)
-    return value.item() if hasattr(value, "item") else str(value)
+    return value.item() if hasattr(value, "item") else str(value)  # a NumPy number, a path or a fraction

@@ -8,7 +8,6 @@ traceback.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import importlib
 import os
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from export3d_cli.console import Settings, hide_library_messages, show_warnings
+from export3d_cli.console import hide_library_messages, show_warnings
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 from export3d_cli.core.runtime.opencv import find_opencv_problem
@@ -52,7 +51,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand and turn errors into exit codes."""
         try:
-            hide = contextlib.nullcontext() if ctx.params.get("verbose") else hide_library_messages()
+            hide = contextlib.nullcontext() if ctx.meta.get("verbose") else hide_library_messages()
             with hide, show_warnings():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -67,7 +66,7 @@ class LazyGroup(click.Group):
             )
             if not reason:
                 raise
-            if ctx.params.get("verbose"):
+            if ctx.meta.get("verbose"):
                 import traceback
 
                 traceback.print_exc()
@@ -125,45 +124,39 @@ def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> 
         ctx.exit()
 
 
+def _apply_global(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    """Store -v or -q, given before or after the command, where every context finds it."""
+    assert option.name is not None
+    if ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+        ctx.meta[option.name] = value
+        if option.name == "quiet":
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = str(int(value))
+
+
+def _add_global_options(command: click.Command) -> None:
+    """Accept -v and -q before and after a command, where most people put them."""
+    if any(option.name == "quiet" for option in command.params):  # a command that has been looked up before
+        return
+    for names, text in ((["-v", "--verbose"], VERBOSE_HELP), (["-q", "--quiet"], QUIET_HELP)):
+        command.params.append(click.Option(names, is_flag=True, expose_value=False, callback=_apply_global, help=text))
+    if isinstance(command, click.Group):
+        for subcommand in command.commands.values():
+            _add_global_options(subcommand)
+
+
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-v", "--verbose", count=True, help=VERBOSE_HELP)
-@click.option("-q", "--quiet", is_flag=True, help=QUIET_HELP)
 @click.option(
     "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
     help="Show the versions of export3d, Python, torch, CUDA and ffmpeg.",
 )  # fmt: skip
 @click.pass_context
-def cli(ctx: click.Context, verbose: int, quiet: bool) -> None:
+def cli(ctx: click.Context) -> None:
     """Animate a portrait from one photo and a driving video, turn it, edit its expression, train the model."""
-    _apply_settings(ctx, Settings(verbose=verbose, quiet=quiet))
     if ctx.invoked_subcommand is None:
         click.echo(OVERVIEW, nl=False)
 
 
-def _apply_settings(ctx: click.Context, settings: Settings) -> None:
-    ctx.obj = settings
-    if settings.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
-
-def _add_global_options(command: click.Command) -> None:
-    """Accept -v and -q after a command, too, where most people put them."""
-
-    def apply(ctx: click.Context, option: click.Parameter, value: bool) -> None:
-        assert option.name is not None
-        root = ctx.find_root()
-        if ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
-            root.params[option.name] = value
-            _apply_settings(root, dataclasses.replace(root.obj, **{option.name: value}))
-            ctx.obj = root.obj
-
-    if not any(option.name == "quiet" for option in command.params):
-        for names, text in ((["-v", "--verbose"], VERBOSE_HELP), (["-q", "--quiet"], QUIET_HELP)):
-            option = click.Option(names, is_flag=True, expose_value=False, callback=apply, help=text)
-            command.params.append(option)
-    if isinstance(command, click.Group):
-        for subcommand in command.commands.values():
-            _add_global_options(subcommand)
+_add_global_options(cli)
 
 
 class _InterruptHandler:

@@ -90,7 +90,7 @@ def evaluate(
         result = core.evaluate_model(animator, dataset, evaluation, out=output, progress=progress)
     if as_json:
         console.print_summary(result, as_json=True)
-    elif not console.current_settings().quiet:
+    elif not console.is_quiet():
         _print_table(result)
 
 

@@ -49,8 +49,7 @@ def train(
     if dry_run:
         _print_plan(core.to_dict(resolved), core.to_dict(core.plan_training(resolved)), as_json=as_json)
         return
-    with console.show_training() as show:
-        summary = core.train_model(resolved, progress=show)
+    summary = core.train_model(resolved, progress=console.training_log())
     if os.environ.get("RANK", "0") == "0":
         console.print_summary(summary, as_json=as_json)
 

@@ -87,7 +87,7 @@ def push(file: Path, target: str, private: bool, dry_run: bool) -> None:
         click.echo(core.weights_card(core.weights_info(file), target), nl=False)
         return
     url = core.upload_weights(file, target, private=private)
-    if not console.current_settings().quiet:
+    if not console.is_quiet():
         click.echo(url)
 
 
