@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Finding:
     what: str
     ok: bool
     found: str
-    advice: str  # what to do; '' if the check passed
+    advice: str = ""  # what to do; '' if the check passed
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +52,11 @@ def examine(weights: str | None = None) -> list[Finding]:
         ("python", _python, "use Python 3.10 to 3.13"),
         ("torch", _torch, "install torch: https://pytorch.org/get-started/locally"),
         ("cv2", _opencv, "`pip install --force-reinstall opencv-python`"),
-        ("ffmpeg", _ffmpeg, "`pip install --force-reinstall imageio-ffmpeg`, or name one in IMAGEIO_FFMPEG_EXE"),
+        (
+            "ffmpeg",
+            _ffmpeg,
+            "`pip install --force-reinstall imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE if it is set",
+        ),
         ("weights", lambda: _weights(weights), _REINSTALL),
         ("detector", _detector, _REINSTALL),
         ("litert", _tracker, "`pip install --force-reinstall ai-edge-litert`"),
@@ -61,11 +66,10 @@ def examine(weights: str | None = None) -> list[Finding]:
     for what, check, advice in checks:
         try:
             findings += list(check())
-        except Export3DError as error:
-            findings.append(Finding(what, False, *_split_advice(str(error), advice)))
-        except Exception as error:  # any defect must not hide the other findings
-            reason = " ".join(str(error).split())[:200]
-            findings.append(Finding(what, False, f"{type(error).__name__}: {reason}", advice))
+        except Exception as error:  # a defect must not hide the other findings
+            reason = " ".join(str(error).split())[:500]
+            found = reason if isinstance(error, Export3DError) else f"{type(error).__name__}: {reason}"
+            findings.append(Finding(what, False, found, advice))
     return findings
 
 
@@ -79,84 +83,61 @@ def _torch() -> Iterator[Finding]:
     import torch
 
     torch.zeros(2, 2) @ torch.zeros(2, 2)
-    yield Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}", "")
+    yield Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}")
     built = torch.version.cuda
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            found = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {built}"
             torch.zeros(1, device=f"cuda:{index}").add_(1).cpu()
-            yield Finding(f"cuda:{index}", True, found, "")
+            found = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {built}"
+            yield Finding(f"cuda:{index}", True, found)
     elif built and Path("/proc/driver/nvidia").exists():
         found = f"NVIDIA driver and torch for CUDA {built} present, but no usable GPU"
         yield Finding("cuda", False, found, "`nvidia-smi` shows the driver's CUDA: install a torch for it")
     else:
-        yield Finding("cuda", True, "none, using the CPU", "")
+        yield Finding("cuda", True, "none, using the CPU")
     if torch.backends.mps.is_available():
-        yield Finding("mps", True, "usable with --device mps", "")
+        yield Finding("mps", True, "usable with --device mps")
 
 
 def _opencv() -> Iterator[Finding]:
-    if problem := find_opencv_problem():
-        raise Export3DError(problem)
-    yield Finding("cv2", True, str(importlib.import_module("cv2").__version__), "")
+    problem, _, advice = find_opencv_problem().rpartition(": ")
+    yield Finding("cv2", not problem, problem or str(importlib.import_module("cv2").__version__), advice)
 
 
 def _ffmpeg() -> Iterator[Finding]:
-    """Decode two frames and encode them with the filters and encoders that the commands use."""
-    from export3d_cli.core.media.encoder_settings import DEFAULT_CRF, encoder_arguments
-    from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
+    """Decode two frames and encode them, as the commands do."""
     from export3d_cli.core.media.probe import ffmpeg_path
     from export3d_cli.core.media.reader import VideoReader
+    from export3d_cli.core.media.writer import VideoWriter
     from export3d_cli.core.runtime.weights import example_path
 
-    program = ffmpeg_path()
-    advice = "`pip install --force-reinstall imageio-ffmpeg`" + " and unset IMAGEIO_FFMPEG_EXE" * (
-        "IMAGEIO_FFMPEG_EXE" in os.environ
-    )
-    with VideoReader(example_path("drive.mp4"), start=0.04, duration=0.08, size=(64, 64)) as reader:
-        try:
-            frames = len(list(reader))
-        except Export3DError as error:
-            yield Finding("ffmpeg", False, f"{program} cannot decode ({error})", advice)
-            return
-    if frames != 2:
-        yield Finding("ffmpeg", False, f"{program} decodes {frames} frames of 2", advice)
-        return
-    command = [program, "-hide_banner", "-nostdin", "-loglevel", "error", "-f", "lavfi"]
-    command += ["-i", "color=size=64x64:rate=25:duration=0.08"]
-    done = run_ffmpeg([*command, *encoder_arguments(".mp4", DEFAULT_CRF, (64, 64), alpha=False), "-f", "null", "-"])
-    if done.returncode:
-        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["unknown error"])[-1][:200]
-        yield Finding("ffmpeg", False, f"{program} cannot encode H.264 ({reason})", advice)
-        return
-    yield Finding("ffmpeg", True, f"{_ffmpeg_version()}, decodes and encodes H.264 ({program})", "")
+    with (
+        VideoReader(example_path("drive.mp4"), start=0.04, duration=0.08, size=(64, 64)) as reader,
+        tempfile.TemporaryDirectory() as folder,
+        VideoWriter(Path(folder) / "test.mp4", size=(64, 64), fps=reader.info.fps) as writer,
+    ):
+        for frame in reader:
+            writer.write(frame)
+    yield Finding("ffmpeg", True, f"{_ffmpeg_version()}, decodes and encodes H.264 ({ffmpeg_path()})")
 
 
 def _weights(name: str | None) -> Iterator[Finding]:
-    from export3d_cli.core.runtime.weights import DEFAULT_WEIGHTS, verify_weights, weights_info, weights_manifest
+    from export3d_cli.core.runtime.weights import verify_weights, weights_info, weights_manifest
 
-    listed = weights_manifest()
-    for entry in listed.values():
+    for entry in weights_manifest().values():
         try:
             verify_weights(entry)
             facts = f"checksum correct, {entry.size / 1e6:.1f} MB, {entry.licence}"
-            yield Finding(f"weights {entry.name}", True, facts, "")
+            yield Finding(f"weights {entry.name}", True, facts)
         except Export3DError as error:
-            yield Finding(f"weights {entry.name}", False, *_split_advice(str(error), _REINSTALL))
-    name = name or DEFAULT_WEIGHTS
-    if name == DEFAULT_WEIGHTS and name not in listed:
-        advice = "name a file or hf:owner/repo with --weights"
-        yield Finding(f"weights {name}", False, "the default weights are not part of this installation", advice)
-    elif name not in listed or listed[name].path.is_file():
-        about = weights_info(name)
-        facts = f"{about.parameters or 0:,} parameters, licence {about.licence}, {about.path}"
-        yield Finding(f"header of {name}", bool(about.config), facts, "" if about.config else "give weights of a model")
+            yield Finding(f"weights {entry.name}", False, str(error), _REINSTALL)
+    info = weights_info(name)
+    facts = f"{info.parameters or 0:,} parameters, licence {info.licence}, {info.path}"
+    yield Finding("model", bool(info.config), facts, "" if info.config else "give weights of a model")
 
 
 def _detector() -> Iterator[Finding]:
-    if find_opencv_problem():
-        raise Export3DError("the face detector was not tested, because OpenCV cannot be used: repair OpenCV first")
     from export3d_cli.core.face.detector import FaceDetector
     from export3d_cli.core.media.image import read_image
     from export3d_cli.core.runtime.weights import example_path, resolve_weights
@@ -166,16 +147,13 @@ def _detector() -> Iterator[Finding]:
 
 
 def _tracker() -> Iterator[Finding]:
-    if find_opencv_problem():
-        raise Export3DError("the face tracker was not tested, because OpenCV cannot be used: repair OpenCV first")
     from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
     from export3d_cli.core.media.image import read_image
     from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
-    found = any(
-        LandmarkerTracker(resolve_weights("face_landmarker")).track_frames([read_image(example_path("source.jpg"))] * 2)
-    )
-    result = "finds the face in the example" if found else "finds no face in the example"
+    image = read_image(example_path("source.jpg"))
+    found = any(LandmarkerTracker(resolve_weights("face_landmarker")).track_frames([image] * 2))
+    result = f"finds {'the' if found else 'no'} face in the example"
     yield Finding("litert", found, f"{_version('ai-edge-litert')}, {result}", "" if found else _REINSTALL)
 
 
@@ -183,7 +161,7 @@ def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     endpoint = "offline" if constants.HF_HUB_OFFLINE else re.sub(r"//[^/@]+@", "//", constants.ENDPOINT)
-    yield Finding("hub", True, f"{_version('huggingface-hub')}, {endpoint}, cache {constants.HF_HUB_CACHE}", "")
+    yield Finding("hub", True, f"{_version('huggingface-hub')}, {endpoint}, cache {constants.HF_HUB_CACHE}")
 
 
 def _version(package: str) -> str:
@@ -209,9 +187,3 @@ def _ffmpeg_version() -> str:
     output = run_ffmpeg([ffmpeg_path(), "-version"]).stdout.decode("utf-8", "replace")
     match = re.match(r"ffmpeg version (\S+)", output)
     return match.group(1) if match else "unknown"
-
-
-def _split_advice(message: str, advice: str) -> tuple[str, str]:
-    """Split one of our error messages into the problem and, after the last colon, what to do."""
-    problem, _, remedy = message.rpartition(": ")
-    return (problem, remedy) if problem else (message, advice)
