@@ -191,12 +191,6 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")(command)
 
 
-def frames_option(default: int) -> Callable[[F], F]:
-    """Return a decorator that adds --frames."""
-    count = click.IntRange(1, 100_000)
-    return click.option("--frames", type=count, default=default, show_default=True, help="Number of frames.")
-
-
 def only_given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of options with None in place of those that the user did not give."""
     default = click.core.ParameterSource.DEFAULT

@@ -36,7 +36,7 @@ GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this rang
 )  # fmt: skip
 @click.option("--describe", is_flag=True, help="Print the meaning of every basis vector; write nothing.")
 @options.source_options
-@options.frames_option(60)
+@click.option("--frames", type=click.IntRange(1, 100_000), default=60, show_default=True, help="Number of frames.")
 @options.fps_option
 @options.quality_option
 @options.model_options

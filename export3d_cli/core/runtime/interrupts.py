@@ -10,11 +10,7 @@ from collections.abc import Callable
 RERAISE_DELAY_S = 0.05
 
 
-def _do_nothing() -> None:
-    pass
-
-
-def reraise_dropped_interrupts(before: Callable[[], None] = _do_nothing) -> None:
+def reraise_dropped_interrupts(before: Callable[[], None] = lambda: None) -> None:
     """Install a hook that re-raises a dropped KeyboardInterrupt in the main thread, after calling `before`."""
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
