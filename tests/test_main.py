@@ -161,7 +161,7 @@ try:
 except KeyboardInterrupt:
     print("again")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=18)
     assert (done.stdout, done.stderr) == ("again\n", "")
 
 

@@ -108,10 +108,10 @@ def pictures() -> Iterator[BadFile]:
         yield bad(name, make)
     for suffix in (".jpg", ".png", ".webp", ".bmp", ".tif"):
         whole = jpeg if suffix == ".jpg" else encoded(suffix)
-        for part in (0.0001, 0.001, 0.02, 0.3, 0.7, 0.98):
+        for part in (0.0001, 0.02, 0.7):
             cut = whole[: max(1, int(len(whole) * part))]
             yield bad(f"{suffix} cut at {part}", cut, f"bad{suffix}")
-        for seed in range(5):
+        for seed in range(2):
             yield bad(f"{suffix} flipped {seed}", flipped(whole, seed), f"bad{suffix}", harmless=True)
         yield bad(f"text as {suffix}", text, f"bad{suffix}")
         yield bad(f"{suffix} head and zeros", whole[:64] + b"\0" * 5000, f"bad{suffix}")
@@ -203,9 +203,9 @@ def videos() -> Iterator[BadFile]:
         yield bad(name, make)
     for suffix, args in ((".mp4", ()), (".mkv", ()), (".webm", ("-deadline", "realtime")), (".gif", ())):
         whole = clip(suffix, *args)
-        for part in (0.001, 0.1, 0.5, 0.9):
+        for part in (0.001, 0.5):
             yield bad(f"{suffix} cut at {part}", whole[: max(1, int(len(whole) * part))], f"bad{suffix}", harmless=True)
-        for seed in range(8):
+        for seed in range(3):
             yield bad(f"{suffix} flipped {seed}", flipped(whole, seed), f"bad{suffix}", harmless=True)
         yield bad(f"text as {suffix}", b"This is not a video.\n" * 90, f"bad{suffix}")
     whole = clip()

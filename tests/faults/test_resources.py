@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from faultkit import command_line, limit_resource, list_names
+from faultkit import CommandResult, check_error, command_line, limit_resource, list_names
+from faultkit import run as run_here
 
 from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
@@ -58,10 +59,9 @@ def script(path: Path, text: str) -> dict[str, str]:
     ("args", "name"),
     [
         (lambda good, out: reenact(good, out / "out.mp4", "--compare", "--crf", "0"), "out.mp4"),
-        (lambda good, out: ["preprocess", good.clip, "-o", out / "x.motion.npz"], "x.motion.npz"),
         (lambda good, out: ["train", "--config", good.config, f"run={out}", f"data.path=[{good.data}]"], ""),
     ],
-    ids=["reenact", "preprocess", "train"],
+    ids=["reenact", "train"],
 )
 def test_full_disk(
     args: Callable[[SimpleNamespace, Path], list[object]], name: str, good: SimpleNamespace, tmp_path: Path
@@ -114,9 +114,7 @@ def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
     locked.chmod(0o555)
     secret.write_bytes(good.source.read_bytes())
     secret.chmod(0)
-    check_failure(run(reenact(good, locked / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
     check_failure(run(reenact(good, locked / "new" / "out.mp4"), preexec_fn=without_privileges), 2, "locked")
-    check_failure(run(["preprocess", good.clip, "-o", locked / "data"], preexec_fn=without_privileges), 2, "locked")
     args = ["train", "--config", good.config, f"run={locked / 'run'}", f"data.path=[{good.data}]"]
     check_failure(run(args, preexec_fn=without_privileges), 2, "locked")
     args = reenact(good, tmp_path / "out.mp4")
@@ -134,13 +132,11 @@ def test_output_path_is_taken(name: str, good: SimpleNamespace, tmp_path: Path) 
     (tmp_path / "taken").write_bytes(b"") if name == "a file" else (tmp_path / "taken.mp4").mkdir()
     out = tmp_path / ("taken/out.mp4" if name == "a file" else "taken.mp4")
     before = list_names(tmp_path)
-    done = run(reenact(good, out, *(["--overwrite"] if name == "a folder" else [])))
-    assert done.returncode in ({2} if name == "a file" else {0, 2}), done.stderr
-    assert "Traceback" not in done.stderr
+    check_error(run_here(*reenact(good, out, *(["--overwrite"] if name == "a folder" else []))), {2})
     assert list_names(tmp_path) == before
 
 
-@pytest.mark.parametrize("megabytes", [300, 900, 1400, 1900])
+@pytest.mark.parametrize("megabytes", [300, 1400])
 def test_little_memory(megabytes: int, good: SimpleNamespace, tmp_path: Path) -> None:
     done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limit_resource(resource.RLIMIT_AS, megabytes << 20))
     if done.returncode == 0:
@@ -153,7 +149,7 @@ def test_little_memory(megabytes: int, good: SimpleNamespace, tmp_path: Path) ->
 
 def test_few_open_files(good: SimpleNamespace, tmp_path: Path) -> None:
     seen = set()
-    for count in (6, 10, 14, 20):
+    for count in (10, 20):
         done = run(reenact(good, tmp_path / "out.mp4"), preexec_fn=limit_resource(resource.RLIMIT_NOFILE, count))
         seen.add(done.returncode)
         assert done.returncode in (0, 1, 2, 4), done.stderr
@@ -163,8 +159,14 @@ def test_few_open_files(good: SimpleNamespace, tmp_path: Path) -> None:
     assert seen & {1, 2, 4}
 
 
+def run_with_ffmpeg(program: Path, args: list[object], monkeypatch: pytest.MonkeyPatch) -> CommandResult:
+    """Run `export3d ARGS` in this process with another ffmpeg."""
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    return run_here(*args)
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "no program", "fails"])
-def test_no_ffmpeg(kind: str, good: SimpleNamespace, tmp_path: Path) -> None:
+def test_no_ffmpeg(kind: str, good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "ffmpeg"
     if kind == "folder":
         fake.mkdir()
@@ -173,8 +175,9 @@ def test_no_ffmpeg(kind: str, good: SimpleNamespace, tmp_path: Path) -> None:
         fake.chmod(0o755)
     elif kind == "fails":
         script(fake, "sys.exit(3)")
-    done = run(reenact(good, tmp_path / "out.mp4"), environment={"IMAGEIO_FFMPEG_EXE": str(fake)})
-    check_failure(done, 1, "ffmpeg")
+    ended = run_with_ffmpeg(fake, reenact(good, tmp_path / "out.mp4"), monkeypatch)
+    check_error(ended, {1})
+    assert "ffmpeg" in ended.stderr
     assert not (tmp_path / "out.mp4").exists()
 
 
@@ -193,59 +196,43 @@ WRITING = "'pipe:0' in sys.argv"
     ],
     ids=["reader killed", "reader fails", "writer crashes", "writer fails"],
 )  # fmt: skip
-def test_failing_ffmpeg_fails_command(when: str, how: str, good: SimpleNamespace, tmp_path: Path) -> None:
-    environment = script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
+def test_failing_ffmpeg_fails_command(
+    when: str, how: str, good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path / "ffmpeg", f"if {when}:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n")
     out = tmp_path / "out"
     out.mkdir()
     (out / "out.mp4").write_bytes(b"the one before")
-    done = run(reenact(good, out / "out.mp4", "--overwrite"), environment=environment)
-    assert done.returncode in (1, 2), done.stderr
-    assert done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    ended = run_with_ffmpeg(tmp_path / "ffmpeg", reenact(good, out / "out.mp4", "--overwrite"), monkeypatch)
+    check_error(ended, {1, 2})
     assert list_names(out) == ["out.mp4"]
     assert (out / "out.mp4").read_bytes() == b"the one before"
 
 
-def test_sound_that_cannot_be_added_leaves_picture_and_note(good: SimpleNamespace, tmp_path: Path) -> None:
-    how = "sys.exit('no room')"
-    environment = script(
-        tmp_path / "ffmpeg", f"if '1:a:0' in sys.argv:\n    {how}\nos.execv(real, [real, *sys.argv[1:]])\n"
-    )
-    (tmp_path / "out").mkdir()
-    done = run(reenact(good, tmp_path / "out" / "out.mp4"), environment=environment)
-    assert done.returncode == 0, done.stderr
-    assert "out.mp4 is silent, because adding the sound of" in done.stderr
-    assert "no room" in done.stderr
-    assert list_names(tmp_path / "out") == ["out.mp4"]
-    assert (probe(tmp_path / "out" / "out.mp4").frame_count, probe(tmp_path / "out" / "out.mp4").has_audio) == (
-        8,
-        False,
-    )
+def test_sound_that_cannot_be_added_leaves_picture_and_note(
+    good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = "if '1:a:0' in sys.argv:\n    sys.exit('no room')\nos.execv(real, [real, *sys.argv[1:]])\n"
+    script(tmp_path / "ffmpeg", fake)
+    out = tmp_path / "out" / "out.mp4"
+    ended = run_with_ffmpeg(tmp_path / "ffmpeg", reenact(good, out), monkeypatch)
+    assert ended.exit_code == 0, ended.stderr
+    assert "out.mp4 is silent, because adding the sound of" in ended.stderr
+    assert "no room" in ended.stderr
+    assert list_names(out.parent) == ["out.mp4"]
+    assert (probe(out).frame_count, probe(out).has_audio) == (8, False)
 
 
 def test_no_home_no_cache_no_temporary_folder(good: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     nowhere = str(tmp_path / "file" / "nowhere")  # where even root cannot create a folder
-    names = (
-        "HOME",
-        "XDG_CACHE_HOME",
-        "HF_HOME",
-        "TMPDIR",
-        "TORCHINDUCTOR_CACHE_DIR",
-        "MPLCONFIGDIR",
-        "NUMBA_CACHE_DIR",
-    )
-    work = tmp_path / "work"
-    work.mkdir()
+    names = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
     other = tmp_path / "other.jpg"
     other.write_bytes(good.source.read_bytes())
-    args = ["reenact", good.source, other, good.clip, "-o", work / "{src}.mp4", "--weights", good.weights, *SMALL]
-    done = run(args, environment=dict.fromkeys(names, nowhere), cwd=work)
+    environment = {key: value for key, value in os.environ.items() if key in ("PATH", "LD_LIBRARY_PATH")}
+    environment |= {"PYTHONPATH": str(ROOT), **dict.fromkeys(names, nowhere)}
+    out = tmp_path / "out"
+    args = ["reenact", good.source, other, good.clip, "-o", out / "{src}.mp4", "--weights", good.weights, *SMALL]
+    done = subprocess.run(command_line(*args), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert list_names(work) == ["other.mp4", "source.mp4"]
-    bare = {key: value for key, value in os.environ.items() if key in ("PATH", "LD_LIBRARY_PATH")}
-    bare["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        command_line(*reenact(good, work / "bare.mp4")), env=bare, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert list_names(out) == ["other.mp4", "source.mp4"]

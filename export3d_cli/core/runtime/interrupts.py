@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -18,8 +19,16 @@ def reraise_dropped_interrupts(before: Callable[[], None] = lambda: None) -> Non
             sys.__unraisablehook__(unraisable)
             return
         before()
-        timer = threading.Timer(RERAISE_DELAY_S, _thread.interrupt_main)
+        timer = threading.Timer(RERAISE_DELAY_S, _interrupt_main_thread)
         timer.daemon = True
         timer.start()
 
     sys.unraisablehook = hook
+
+
+def _interrupt_main_thread() -> None:
+    ident = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and ident is not None:
+        signal.pthread_kill(ident, signal.SIGINT)  # also ends a sleep or a wait
+    else:
+        _thread.interrupt_main()
