@@ -3,6 +3,7 @@
 - `schema`: the dataclasses and presets; their fields are the keys of a configuration file.
 - `validation`: rules between fields.
 - `loading`: from YAML, weights headers and `key=value` overrides to a validated configuration, and back.
+- `renamed_keys`: keys of earlier versions and the names that replace them.
 
 Every package of the core except `runtime` may import it. It imports only `runtime`, and no torch.
 """

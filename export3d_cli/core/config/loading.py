@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from export3d_cli.core.config.renamed_keys import check_key
 from export3d_cli.core.config.schema import INPAINTERS, PRESETS, TRAINING_PRESETS, ModelConfig, TrainConfig
 from export3d_cli.core.config.validation import short_repr, validate_model_config, validate_train_config
 from export3d_cli.core.runtime.errors import ConfigError, InputError
@@ -117,6 +118,7 @@ def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
     for key, value in data.items():
         name = f"{where}.{key}" if where and isinstance(key, str) else key
         if key not in hints:
+            check_key(str(name))
             matches = difflib.get_close_matches(key, hints, n=1) if isinstance(key, str) and len(key) < 80 else []
             suggestion = f"; did you mean {matches[0]!r}?" if matches else ""
             raise ConfigError(f"unknown key {short_repr(name)} in the configuration{suggestion}")

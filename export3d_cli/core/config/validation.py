@@ -10,6 +10,7 @@ import re
 import reprlib
 from typing import Any
 
+from export3d_cli.core.config.renamed_keys import check_key
 from export3d_cli.core.config.schema import INPAINTERS, STAGES, ModelConfig, TrainConfig
 from export3d_cli.core.runtime.errors import ConfigError
 
@@ -93,6 +94,7 @@ def validate_train_config(config: TrainConfig) -> None:
 def _validate_stages(config: TrainConfig) -> None:
     for stage in config.stages:
         if stage not in STAGES:
+            check_key(stage)
             raise ConfigError(f"unknown stage {short_repr(stage)}: choose from {', '.join(STAGES)}")
     if list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
         raise ConfigError(f"stages must be in the order {', '.join(STAGES)}, each at most once")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export3d_cli.core.config.renamed_keys import RENAMED_KEYS
 from export3d_cli.core.config.schema import STAGES, TrainConfig
 from export3d_cli.core.model.checkpoint import load_state, save_state, write_text
 from export3d_cli.core.runtime.device import has_fast_bf16, pick_device
@@ -89,6 +90,7 @@ class TrainingRun:
         run = cls(config, folder, device, bf16, progress, world, resumed_state=load_state(folder))
         if run.resumed_state is not None:
             info = run.resumed_state[1]
+            info["stage"] = RENAMED_KEYS.get(info["stage"], info["stage"])
             run.decay_progress = float(info.get("decayed", 0.0))
             if run.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
                 run.decay_progress = WARM_RESTART_PROGRESS
