@@ -27,6 +27,10 @@ def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return parts
 
 
+def _parse_torso(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    return None if value == "follow" else click.FloatRange(0, 1)("0" if value == "still" else value, param, ctx)
+
+
 SCALE_RANGE = click.FloatRange(-10, 10)
 
 
@@ -75,9 +79,13 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 )
 @click.option(
     "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
-    help="auto: SRC keeps its own pose and place where DRIVE's head is turned most like SRC's, and from there moves as "
-    "DRIVE moves (a picture gives its own pose); relative: the same, from --reference-frame; absolute: DRIVE's own "
-    "pose and place.",
+    help="auto: SRC keeps its own pose and place in the frame of DRIVE that is most like it in head rotation and "
+    "expression, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, from "
+    "--reference-frame; absolute: DRIVE's own pose and place.",
+)  # fmt: skip
+@click.option(
+    "--torso", default="follow", show_default=True, metavar="follow|still|0..1", callback=_parse_torso,
+    help="Motion of the torso, as a fraction of the neck's: follow is what torsos usually do, still is 0.",
 )  # fmt: skip
 @click.option(
     "--relative-expression/--absolute-expression", default=False,

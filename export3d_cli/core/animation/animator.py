@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +26,16 @@ from export3d_cli.core.animation.framing import place_on_canvas
 from export3d_cli.core.animation.geometry import MAX_FRAME_SIZE_PX, Geometry
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
-from export3d_cli.core.animation.pool import Pool
 from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import find_photo_face
-from export3d_cli.core.face.tracker import FaceTracker, TrackerName, open_landmarker_tracker, open_tracker
+from export3d_cli.core.face.tracker import FaceTracker, TrackerName, open_tracker
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
@@ -73,9 +71,8 @@ _REPLACED = {  # names of earlier versions
     "source_crop": "portrait.crop",
     "crop_scale": "portrait.crop_scale",
     "size": "portrait.frame_size",
-    "tracker": "animator.borrow_landmarker()",
-    "follower": "animator.borrow_tracker(name)",
-    "person_mask": "animator.person_alpha(image)",
+    "follower": "animator.tracker(name)",
+    "person_mask": "animator.matting.alpha(image)",
     "notes": "the notes of each job's Summary",
     "ahead": "animator.window",
 }
@@ -136,10 +133,8 @@ class Animator:
         self.device, self.precision, self.quality = device, precision, quality
         self.batch = batch or (32 if device.type == "cuda" else 4)
         self._triplane_tolerance = triplane_tolerance(model.config, quality, device)
-        threads = tracking_thread_count(device)
-        self._landmarkers = Pool(lambda: open_landmarker_tracker(threads=threads))
-        self._fan_trackers = Pool(lambda: open_tracker("fan", device=str(device)))
-        self._mattings = Pool(lambda: PersonMatting(resolve_weights("selfie_segmentation")))
+        self._trackers: dict[str, FaceTracker] = {}
+        self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
         self._cover_detector = CoverDetector(resolve_weights("cover_detector"))
 
     if not TYPE_CHECKING:  # type checkers know the names that exist
@@ -184,13 +179,12 @@ class Animator:
         other.batch = batch
         return other
 
-    def borrow_landmarker(self) -> AbstractContextManager[LandmarkerTracker]:
-        """Lend a landmarker for the length of a `with` block, so that threads do not wait for each other."""
-        return self._landmarkers.borrow()
-
-    def borrow_tracker(self, name: TrackerName) -> AbstractContextManager[FaceTracker]:
-        """Lend a tracker for drivers, for the length of a `with` block. Raises `WeightsError`."""
-        return self._landmarkers.borrow() if name == "landmarker" else self._fan_trackers.borrow()
+    def tracker(self, name: TrackerName = "landmarker") -> FaceTracker:
+        """Return the tracker of this name, opened at first use; threads share it. Raises `WeightsError`."""
+        if name not in self._trackers:
+            threads = tracking_thread_count(self.device)
+            self._trackers[name] = open_tracker(name, device=str(self.device), threads=threads)
+        return self._trackers[name]
 
     def portrait(
         self, photo: np.ndarray, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
@@ -214,33 +208,28 @@ class Animator:
         height, width = photo.shape[:2]
         if crop == "none" and height != width:
             raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
-        with self.borrow_landmarker() as tracker:
-            target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
-            others = tracker.landmarker.find_all(photo)
-            face_box = _bounding_box(target.landmarks)
-            square = (0.0, 0.0, float(width))
-            if crop == "auto":
-                photo, (target, *others), square = place_on_canvas(
-                    photo, [target, *others], framing, size, self.person_alpha
-                )
-            clip = ClipCalibration(square)
-            motion = tracker.make_motion([target], Fraction(25), (photo.shape[1], photo.shape[0]), clip=clip)
+        tracker = self.tracker()
+        target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
+        others = tracker.landmarker.find_all(photo)
+        face_box = _bounding_box(target.landmarks)
+        square = (0.0, 0.0, float(width))
+        if crop == "auto":
+            photo, (target, *others), square = place_on_canvas(
+                photo, [target, *others], framing, size, self.matting.alpha
+            )
+        photo_size = (photo.shape[1], photo.shape[0])
+        motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))
         faces = face_positions(target, others, motion.crop)
         frame_size = size
         if crop == "auto":  # the crop at the photo's scale, as far as the network goes
             frame_size = min(max(round(square[2]), self.model.config.image_size), MAX_FRAME_SIZE_PX)
-        geometry = Geometry.from_photo(
-            (photo.shape[1], photo.shape[0]), square, self.model.config.image_size, frame_size
-        )
+        geometry = Geometry.from_photo(photo_size, square, self.model.config.image_size, frame_size)
         padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
         canvas = None
         if crop == "auto":
-            canvas = PhotoCanvas.from_photo(photo, square, self._hair_alpha, faces)
+            canvas = PhotoCanvas.from_photo(photo, square, partial(self.matting.alpha, hair_strands=True), faces)
         crop_image = crop_with_padding(photo, motion.crop, geometry.frame_size)
         return self._make_portrait(crop_image, motion, geometry, faces, face_box, padded, canvas)
-
-    def _hair_alpha(self, image: np.ndarray, faces: Sequence[FacePosition]) -> np.ndarray:
-        return self.person_alpha(image, faces, hair_strands=True)
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
         """Encode a face crop that has been tracked: row `frame` of `motion`.
@@ -282,7 +271,7 @@ class Animator:
             control = replace(control, travel_limits=portrait.canvas.limits)
         if control.needs_reference and reference is None:
             raise InputError("relative control needs the driver's reference frame: pass reference=")
-        renderer = self._renderer(portrait, notify, layers)
+        renderer = self._renderer(portrait, notify, layers, control.torso)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
         source_camera = portrait.camera.to_vector()
@@ -350,13 +339,6 @@ class Animator:
         values = torch.cat(parts).numpy()
         return values[:, :3], values[:, 3]
 
-    def person_alpha(
-        self, image: np.ndarray, faces: Sequence[FacePosition] = (), *, hair_strands: bool = False
-    ) -> np.ndarray:
-        """Return the person's alpha matte, see `PersonMatting.alpha`."""
-        with self._mattings.borrow() as matting:
-            return matting.alpha(image, faces, hair_strands=hair_strands)
-
     def _make_portrait(
         self, crop: np.ndarray, motion: Motion, geometry: Geometry, faces: Sequence[FacePosition],
         face_box: tuple[int, int, int, int], padded: np.ndarray | None, canvas: PhotoCanvas | None,
@@ -381,7 +363,7 @@ class Animator:
     ) -> Source:  # fmt: skip
         size = geometry.network_size
         small = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) if len(crop) > size else crop
-        alpha = self.person_alpha(small, faces, hair_strands=True)[None, None]
+        alpha = self.matting.alpha(small, faces, hair_strands=True)[None, None]
         margins = None if geometry.margins is None else self._tensor(np.array([geometry.margins]))
         landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)
         with torch.inference_mode(), autocast(self.device, precision):
@@ -398,9 +380,11 @@ class Animator:
         source = self._encode(model, "fp32", p.crop, p.motion, p.geometry, p.faces, p.covered)
         return replace(portrait, source=source, model=model, precision="fp32")
 
-    def _renderer(self, portrait: Portrait, notify: Notify | None, layers: bool = False) -> _Renderer:
+    def _renderer(
+        self, portrait: Portrait, notify: Notify | None, layers: bool = False, torso: float | None = None
+    ) -> _Renderer:
         self._check_owner(portrait)
-        return _Renderer(self, portrait, notify or (lambda note: None), layers)
+        return _Renderer(self, portrait, notify or (lambda note: None), layers, torso)
 
     def _check_owner(self, portrait: Portrait) -> None:
         if portrait.model is not self.model and portrait.model is not self._fp32_model:
@@ -436,7 +420,9 @@ class Animator:
             )  # fmt: skip
         return output, posed
 
-    def _extend_flow(self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead) -> PhotoFlow:
+    def _extend_flow(
+        self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead, torso: float | None
+    ) -> PhotoFlow:
         """Extend the flow of B frames over the photo."""
         source, count = portrait.source.expand(len(cameras)), len(cameras)
         points = add_head_rings(source.landmarks.float()) if head.mesh is None else head.mesh.points
@@ -444,8 +430,9 @@ class Animator:
         weights = output.flow_weights
         head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
         return extend_flow(
-            points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight
-        )
+            points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
+            torso,
+        )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         array = np.ascontiguousarray(array, dtype=np.float32)
@@ -455,8 +442,11 @@ class Animator:
 class _Renderer:
     """Renders the frames of one iteration, and holds all state that passes between its batches."""
 
-    def __init__(self, animator: Animator, portrait: Portrait, notify: Notify, layers: bool) -> None:
-        self._animator, self._portrait, self._notify, self._as_layers = animator, portrait, notify, layers
+    def __init__(
+        self, animator: Animator, portrait: Portrait, notify: Notify, layers: bool, torso: float | None
+    ) -> None:
+        self._animator, self._portrait, self._notify = animator, portrait, notify
+        self._as_layers, self._torso = layers, torso
         self._fp32_portrait: Portrait | None = None
         self._batcher = AdaptiveBatcher()
         self._interpolator: TriplaneInterpolator | None = None
@@ -492,7 +482,7 @@ class _Renderer:
                 images = to_frames(output, portrait.detail, size)
                 if portrait.canvas is None:
                     return images
-                flow = self._animator._extend_flow(portrait, cameras[part], output, head)
+                flow = self._animator._extend_flow(portrait, cameras[part], output, head, self._torso)
                 layers = FrameLayers.from_flow(images, flow)
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 

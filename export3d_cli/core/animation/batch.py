@@ -163,10 +163,9 @@ def plan_reenact(
         for frame in animator.animate(portrait, [motion], control=options.control, reference=reference, layers=True):
             compositor(frame)
         seconds.append((time.monotonic() - began) / len(motion))
-    with animator.borrow_tracker(options.tracker) as tracker:
-        began = time.monotonic()
-        tracker.landmarker.find(compositor.source_frame)
-        tracking = time.monotonic() - began
+    began = time.monotonic()
+    animator.tracker(options.tracker).landmarker.find(compositor.source_frame)
+    tracking = time.monotonic() - began
     remaining = sum(options.overwrite or not source.exists for source in planned)
     return Plan(
         tuple(planned), driver, frames, fps, animator.device_name, _peak_memory_mb(animator.device),

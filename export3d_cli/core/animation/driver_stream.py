@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from export3d_cli.core.animation.retargeting import most_similar_pose
+from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
@@ -77,9 +77,9 @@ class DriverStream:
         max_frames: maximum number of frames to use; None: all.
         on_missing: repeat the last frame with a face, skip the frame, or raise `NoFaceError`.
         smooth: smoothing of the motion.
-        reference: the reference frame: its number among the frames used, from 0, or `auto`: the first frame of each
-            shot whose head rotation is nearest to that of `camera`. None: no reference.
-        camera: (25,), the portrait's: also where a CSV's head is placed. None: EG3D's usual.
+        reference: the reference frame: its number among the frames used, from 0, or `auto`: the frame of each shot
+            that is most like `source`, see `most_similar_frame`. None: no reference.
+        source: the portrait's motion, one row; its camera is also where a CSV's head is placed. None: EG3D's usual.
         track_cache: records the faces at the first pass; later passes with the same driver, tracker, face and frames
             read them from it.
 
@@ -103,7 +103,7 @@ class DriverStream:
         on_missing: OnMissing = "hold",
         smooth: SmoothingLevel = "off",
         reference: ReferenceFrame = None,
-        camera: np.ndarray | None = None,
+        source: Motion | None = None,
         track_cache: TrackCache | None = None,
     ) -> None:
         self.driver, self.tracker = driver, tracker
@@ -112,8 +112,7 @@ class DriverStream:
         self.smooth, self.track_cache, self.face = smooth, track_cache, face
         self.missing = 0
         self.notes: list[str] = []
-        self.reference = reference
-        self.camera = Camera.orbit(0).to_vector() if camera is None else camera
+        self.reference, self.source = reference, source
         self._rotation = 0  # clockwise degrees by which the frames are rotated, so that the face is upright
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
@@ -125,7 +124,8 @@ class DriverStream:
             if crop_size is not None:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
             if driver.suffix.lower() == ".csv":
-                motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), self.camera)
+                camera = Camera.orbit(0).to_vector() if source is None else source.camera[0]
+                motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), camera)
             else:
                 motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))
             self.fps = motion.fps if fps is None else fps
@@ -172,28 +172,25 @@ class DriverStream:
             yield MotionBatch(motion, crops, reference)
 
     def _with_reference(self, shots: Iterator[Iterator[Motion]]) -> Iterator[tuple[Motion, Motion | None]]:
-        """Pair the motions of all shots with their reference frames."""
+        """Pair the motions of all shots with their reference frames; a fixed one may lie in a later shot."""
+        for motions in shots if self.reference == "auto" else [chain.from_iterable(shots)]:
+            count = max(1, round(LOOKAHEAD_S * self.fps)) if self.reference == "auto" else (self.reference or 0) + 1
+            ahead = _read_rows(motions, count)
+            reference = self._choose_reference(Motion.concatenate(ahead).select(np.arange(min(count, _count(ahead)))))
+            for motion in chain(ahead, motions):
+                yield motion, reference
+
+    def _choose_reference(self, ahead: Motion) -> Motion | None:
+        """Return the reference frame among the first frames of a shot."""
+        if self.reference is None:
+            return None
         if self.reference == "auto":
-            for shot in shots:
-                count = max(1, round(LOOKAHEAD_S * self.fps))
-                ahead = _read_rows(shot, count)
-                first = Motion.concatenate(ahead).select(np.arange(min(count, sum(map(len, ahead)))))
-                usable = np.flatnonzero(first.found) if first.found.any() else np.arange(len(first))
-                reference = first.select(usable[[most_similar_pose(first.camera[usable], self.camera)]])
-                for motion in chain(ahead, shot):
-                    yield motion, reference
-            return
-        whole, fixed = chain.from_iterable(shots), None
-        if self.reference is not None:
-            ahead = _read_rows(whole, self.reference + 1)
-            first = Motion.concatenate(ahead)
-            if len(first) <= self.reference:
-                raise InputError(
-                    f"{self.driver} has {len(first)} frames: frame {self.reference} cannot be the reference"
-                )
-            fixed, whole = first.select(np.array([self.reference])), chain(ahead, whole)
-        for motion in whole:
-            yield motion, fixed
+            assert self.source is not None
+            usable = ahead.select(np.flatnonzero(ahead.found)) if ahead.found.any() else ahead
+            return usable.select(np.array([most_similar_frame(usable, self.source)]))
+        if len(ahead) <= self.reference:
+            raise InputError(f"{self.driver} has {len(ahead)} frames: frame {self.reference} cannot be the reference")
+        return ahead.select(np.array([self.reference]))
 
     def _split(self, motion: Motion) -> Iterator[_Part]:
         self.missing = int((~motion.found).sum())
@@ -328,10 +325,14 @@ def _looks_alike(one: Face, two: Face) -> bool:
     return bool(distance < SAME_FRAMING[0] and abs(np.log(other_side / side)) < SAME_FRAMING[1])
 
 
+def _count(motions: Iterable[Motion]) -> int:
+    return sum(map(len, motions))
+
+
 def _read_rows(motions: Iterator[Motion], count: int) -> list[Motion]:
     """Read at least one motion, and until there are `count` rows or no more."""
     ahead = [next(motions)]
-    while sum(map(len, ahead)) < count and (motion := next(motions, None)) is not None:
+    while _count(ahead) < count and (motion := next(motions, None)) is not None:
         ahead.append(motion)
     return ahead
 

@@ -108,7 +108,7 @@ def _grid(resolution: int) -> np.ndarray:
 
 def _person_alpha(animator: Animator, portrait: Portrait, points: np.ndarray) -> np.ndarray:
     """Return the person's alpha (N,) in [0, 1] where the photo's camera sees points (N, 3); 0 outside the crop."""
-    alpha = animator.person_alpha(portrait.crop)
+    alpha = animator.matting.alpha(portrait.crop)
     pixel = np.floor(portrait.camera.project(points) * len(alpha)).astype(int)
     inside = ((pixel >= 0) & (pixel < len(alpha))).all(-1)
     column, row = pixel.clip(0, len(alpha) - 1).T

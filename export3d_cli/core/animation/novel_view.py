@@ -139,13 +139,10 @@ def _read_expressions(
     """Return beta (1, 64) of an image, or (count, 64) of a video; the last one is held where the driver is shorter."""
     if options.drive is None:
         return None
-    with (
-        animator.borrow_landmarker() as tracker,
-        DriverStream(
-            options.drive, tracker, batch=animator.batch, crop_scale=portrait.crop_scale, fps=options.fps,
-            max_frames=count,
-        ) as stream,
-    ):  # fmt: skip
+    with DriverStream(
+        options.drive, animator.tracker(), batch=animator.batch, crop_scale=portrait.crop_scale, fps=options.fps,
+        max_frames=count,
+    ) as stream:  # fmt: skip
         beta = np.concatenate([batch.motion.beta for batch in stream])
     return beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
 

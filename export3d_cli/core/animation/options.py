@@ -51,6 +51,7 @@ class ReenactOptions:
     expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
     pose_scale: float = 1.0  # of the head pose, likewise
     pose: Pose = "auto"
+    torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
     relative_expression: bool = False  # the source's expression plus the driver's change
     reference_frame: int | None = None  # of the used driver frames, from 0; None: automatic with pose auto, else 0
     smooth: SmoothingLevel = "light"
@@ -65,7 +66,9 @@ class ReenactOptions:
         """The part of these options that controls the motion."""
         pose: Literal["absolute", "relative"] = "absolute" if self.pose == "absolute" else "relative"
         limits = None if pose == "absolute" else FACE_TRAVEL
-        return Control(self.drive, self.expression_scale, self.pose_scale, pose, self.relative_expression, limits)
+        return Control(
+            self.drive, self.expression_scale, self.pose_scale, pose, self.relative_expression, limits, self.torso
+        )
 
     @property
     def reference(self) -> ReferenceFrame:

@@ -13,7 +13,7 @@ from export3d_cli.core.animation.background_fill import fill_hole
 from export3d_cli.core.animation.retargeting import TravelLimits
 from export3d_cli.core.face.crop import Square, crop_image
 from export3d_cli.core.face.matting import FacePosition, estimate_foreground, refine_alpha
-from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
+from export3d_cli.core.model.warp.photo_flow import CROP_FADE, FLOW_SIZE, WINDOW_MARGIN, PhotoFlow, smooth_step
 
 AlphaFn = Callable[[np.ndarray, Sequence[FacePosition]], np.ndarray]  # image, faces in it -> alpha matte
 CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes refine the whole photo's
@@ -22,11 +22,14 @@ CLOSE_UP_FADE = 0.12  # fraction of a close-up's side over which its matte takes
 HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
 HOLE_MARGIN_PX = 2  # pixels around the person that its colours reach
 SUPPORT_RADIUS = 0.012  # crop sides that the person may reach beyond the network's head layer: stray hair
+ABOVE_CHIN_FADE = (0.02, 0.17)  # face heights above the chin over which only the head layer shows the person
+NETWORK_FADE = (-0.6, -0.3)  # face heights above the chin over which the network's image takes over from the photo
 SUPPORT_FADE = (0.2, 0.6)  # head weights over which the person becomes visible above the chin
 EDGE_ALPHA_FADE = (0.6, 1.0)  # alpha over which the network's image takes over at the person's outline
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
 CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
-MAX_TRAVEL = 0.15  # crop sides: limit of the head's travel where the photo has room
+HEAD_EXTENT = (0.2, 0.1, 0.8, 0.8)  # left, top, right and bottom of the usual head in the crop
+TRAVEL_RANGE = (0.15, 0.36)  # crop sides: least and largest limit of the head's travel; between, its room in the photo
 MAX_TRAVEL_CUT = 0.06  # the same away from a border that cuts the head: more would show where the hair ends
 
 
@@ -36,19 +39,14 @@ class FrameLayers(NamedTuple):
     image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop
     displacement: np.ndarray  # float32 (n, n, 2) see `PhotoFlow`, crop units
     head_weight: np.ndarray  # float32 (n, n)
-    crop_weight: np.ndarray  # float32 (n, n)
-    above_chin: np.ndarray  # float32 (n, n)
+    height: np.ndarray  # float32 (n, n) above the chin, face heights
 
     @classmethod
     def from_flow(cls, images: np.ndarray, flow: PhotoFlow) -> list[FrameLayers]:
         """Split a batch: images uint8 (B, S, S, 3) of the network, and their flow."""
         displacement = flow.displacement.permute(0, 2, 3, 1).float().cpu().numpy()
-        weight, above = (x[:, 0].float().cpu().numpy() for x in (flow.head_weight, flow.above_chin))
-        crop_weight = flow.crop_weight[0, 0].float().cpu().numpy()
-        return [
-            cls(image, moved, head, crop_weight, chin)
-            for image, moved, head, chin in zip(images, displacement, weight, above, strict=True)
-        ]
+        weight, height = (x[:, 0].float().cpu().numpy() for x in (flow.head_weight, flow.height))
+        return [cls(*layers) for layers in zip(images, displacement, weight, height, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +62,7 @@ class PhotoCanvas:
     window: tuple[slice, slice]  # rows and columns that change
     foreground: np.ndarray = field(repr=False)  # uint8 (h, w, 4) the person's own colours in the window, and alpha
     plate: np.ndarray = field(repr=False)  # uint8 (h, w, 3) the background in the window, filled in behind the person
+    in_crop: np.ndarray = field(repr=False)  # float32 (h, w) 1 in the face crop, 0 from its border on
     limits: TravelLimits
 
     @classmethod
@@ -90,9 +89,10 @@ class PhotoCanvas:
         plate = fill_hole(part, hole)
         colours = np.where(matte[..., None] > 0.98, part, estimate_foreground(part, matte))
         foreground = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
-        for array in (photo, alpha, foreground, plate):
+        in_crop = _inside(square, window, CROP_FADE)
+        for array in (photo, alpha, foreground, plate, in_crop):
             array.flags.writeable = False
-        return cls(photo, alpha, square, window, foreground, plate, _travel_limits(alpha, square))
+        return cls(photo, alpha, square, window, foreground, plate, in_crop, _travel_limits(alpha, square))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,11 +122,11 @@ class PhotoCanvas:
         head = _fill_holes(layers.head_weight)
         radius = max(1, round(SUPPORT_RADIUS * len(head) / (1 + 2 * WINDOW_MARGIN) + 0.5))
         kernel = np.ones((2 * radius + 1,) * 2, np.uint8)
-        support = _smooth(cv2.dilate(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), kernel), *SUPPORT_FADE)
-        alpha *= 1 - to_pixels(layers.above_chin * layers.crop_weight * (1 - support))
+        support = smooth_step(cv2.dilate(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), kernel), *SUPPORT_FADE)
+        alpha *= 1 - self.in_crop * to_pixels(smooth_step(layers.height, *ABOVE_CHIN_FADE) * (1 - support))
         colours = np.ascontiguousarray(moved[..., :3])
-        weight = to_pixels(layers.crop_weight)
-        weight *= _smooth(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
+        weight = self.in_crop * to_pixels(smooth_step(layers.height, *NETWORK_FADE))
+        weight *= smooth_step(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
         self._blend_network(colours, layers.image, weight)
         return colours, np.maximum(alpha, weight)
 
@@ -178,13 +178,18 @@ def _photo_alpha(photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Se
         step = size / CLOSE_UP_SIZE_PX
         matrix = np.array([[1 / step, 0, (0.5 - left) / step - 0.5], [0, 1 / step, (0.5 - top) / step - 0.5]])
         close = cv2.warpAffine(close, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-        x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
-        fade = CLOSE_UP_FADE * size
-        across = _smooth(np.minimum(x - left, left + size - x) / fade, 0, 1)
-        down = _smooth(np.minimum(y - top, top + size - y) / fade, 0, 1)
-        weight = np.outer(down, across).astype(np.float32)
-        alpha = alpha + weight * (close - alpha)
+        whole = (slice(0, height), slice(0, width))
+        alpha = alpha + _inside((left, top, size), whole, CLOSE_UP_FADE) * (close - alpha)
     return refine_alpha(photo, alpha.astype(np.float32), max(2, round(0.012 * side)))
+
+
+def _inside(square: Square, window: tuple[slice, slice], fade: float) -> np.ndarray:
+    """Return a mask of pixels, float32 (h, w): 1 inside a square, falling to 0 at its border over `fade` sides."""
+    ramps = []
+    for part, start in zip(window, square[1::-1], strict=True):
+        position = (np.arange(part.start, part.stop) + 0.5 - start) / square[2]
+        ramps.append(smooth_step(np.minimum(position, 1 - position), 0, fade))
+    return np.outer(*ramps).astype(np.float32)
 
 
 def _to_frame(
@@ -198,22 +203,27 @@ def _to_frame(
 
 
 def _travel_limits(alpha: np.ndarray, square: Square) -> TravelLimits:
-    """Return how far the head may move: hardly away from a border that cuts it."""
+    """Return how far the head may move: into the photo's room, hardly away from a border that cuts the head."""
     height, width = alpha.shape
     x0, y0, side = square
     columns = slice(max(0, round(x0 + 0.15 * side)), max(0, round(x0 + 0.85 * side)))
     rows = slice(max(0, round(y0)), max(0, round(y0 + 0.6 * side)))
     band_x, band_y = max(2, round(CUT_BAND * width)), max(2, round(CUT_BAND * height))
+    left, top, right, bottom = (
+        position + extent for position, extent in zip((x0 / side, y0 / side) * 2, HEAD_EXTENT, strict=True)
+    )
 
-    def limit(band: np.ndarray) -> float:
-        return MAX_TRAVEL_CUT if band.size and band.mean() > CUT_ALPHA else MAX_TRAVEL
+    def limit(room: float, cut: np.ndarray | None = None) -> float:
+        """Limit the travel with this room before the head; `cut` is the alpha at the border behind it."""
+        if cut is not None and cut.size and cut.mean() > CUT_ALPHA:
+            return MAX_TRAVEL_CUT
+        return float(np.clip(room, *TRAVEL_RANGE))
 
-    near_left, near_right = x0 < 0.2 * side, x0 + 0.8 * side > width
     return TravelLimits(
-        left=limit(alpha[rows, -band_x:]) if near_right else MAX_TRAVEL,
-        right=limit(alpha[rows, :band_x]) if near_left else MAX_TRAVEL,
-        up=MAX_TRAVEL,
-        down=limit(alpha[:band_y, columns]) if y0 < 0.5 * side else MAX_TRAVEL,
+        left=limit(left, alpha[rows, -band_x:] if right > width / side else None),
+        right=limit(width / side - right, alpha[rows, :band_x] if left < 0 else None),
+        up=limit(top),
+        down=limit(height / side - bottom, alpha[:band_y, columns] if y0 < 0.5 * side else None),
     )
 
 
@@ -223,9 +233,3 @@ def _fill_holes(weight: np.ndarray) -> np.ndarray:
     cv2.floodFill(outside, None, (0, 0), 2)  # type: ignore[call-overload]
     inside = (outside != 2)[1:-1, 1:-1]
     return np.where(inside & (weight < 0.5), np.float32(1), weight).astype(np.float32)
-
-
-def _smooth(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    t = np.clip((x - low) / (high - low), 0, 1)
-    smooth: np.ndarray = (t * t * (3 - 2 * t)).astype(np.float32)
-    return smooth

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -91,23 +91,18 @@ def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> 
     return portrait, Compositor(portrait, background=options.background, compare=options.compare)
 
 
-@contextmanager
 def open_driver(
     animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, *,
     track_cache: TrackCache | None = None, crop_size: int = 0,
-) -> Iterator[DriverStream]:  # fmt: skip
+) -> DriverStream:  # fmt: skip
     """Open the driver's motion for a portrait; `crop_size` is the side of the driver crops to show, 0: the frames'."""
-    with (
-        animator.borrow_tracker(options.tracker) as tracker,
-        DriverStream(
-            driver, tracker, face=options.driver_face, batch=animator.window, crop_scale=portrait.crop_scale,
-            fps=options.fps, crop_size=(crop_size or portrait.geometry.frame_size) if options.compare else None,
-            start=options.start, duration=options.duration, max_frames=options.max_frames,
-            on_missing=options.on_missing, smooth=options.smooth,
-            reference=options.reference, camera=portrait.camera.to_vector(), track_cache=track_cache,
-        ) as stream,
-    ):  # fmt: skip
-        yield stream
+    return DriverStream(
+        driver, animator.tracker(options.tracker), face=options.driver_face, batch=animator.window,
+        crop_scale=portrait.crop_scale, fps=options.fps, start=options.start, duration=options.duration,
+        crop_size=(crop_size or portrait.geometry.frame_size) if options.compare else None,
+        max_frames=options.max_frames, on_missing=options.on_missing, smooth=options.smooth,
+        reference=options.reference, source=portrait.motion, track_cache=track_cache,
+    )  # fmt: skip
 
 
 def _animate_stream(

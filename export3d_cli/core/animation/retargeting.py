@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.smoothing import BETA_CHANGE
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 
 T = TypeVar("T")
 DRIVABLE = ("expression", "pose")  # parts of a driver's motion
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
-TIED_ANGLE = np.radians(1.0)  # head rotations that differ less are equally like the photo's: the tracker's noise
+LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
+ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
 
 
 class TravelLimits(NamedTuple):
@@ -42,12 +45,15 @@ class Control:
     pose: Literal["absolute", "relative"] = "absolute"
     relative_expression: bool = False
     travel_limits: TravelLimits | None = None  # soft limits; with them the size changes by at most exp(MAX_GROWTH)
+    torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
 
     def __post_init__(self) -> None:
         if not np.isfinite([self.expression_scale, self.pose_scale]).all():
             raise InputError(f"scales must be finite numbers, got {self.expression_scale} and {self.pose_scale}")
         if not self.drive or not set(self.drive) <= set(DRIVABLE):
             raise InputError(f"drive must be expression, pose or both, got {','.join(self.drive) or 'nothing'}")
+        if self.torso is not None and not 0 <= self.torso <= 1:
+            raise InputError(f"torso must be 0 to 1 of the head's motion, got {self.torso}")
 
     @property
     def needs_reference(self) -> bool:
@@ -92,19 +98,23 @@ class Control:
         )
 
 
-def most_similar_pose(cameras: np.ndarray, source: np.ndarray) -> int:
-    """Return the first of the cameras (T, 25) whose head rotation is nearest to the source's, (25,)."""
-    rotations, own = head_pose(cameras)[0], head_pose(source)[0]
+def most_similar_frame(driver: Motion, source: Motion) -> int:
+    """Return the driver's frame whose head rotation and expression are nearest to the source's, which has one frame.
+
+    A driver that contains the photo itself is then followed exactly: what moves relative to that frame is absolute.
+    """
+    rotations, own = head_pose(driver.camera)[0], head_pose(source.camera[0])[0]
     angles = np.linalg.norm(rotation_log(own.T @ rotations), axis=-1)
-    return int(np.argmax(angles <= angles.min() + TIED_ANGLE))
+    changes = (driver.beta - source.beta) / BETA_CHANGE
+    return int(np.argmin((angles / ROTATION_UNIT) ** 2 + (changes**2).mean(1)))
 
 
 def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Bring values (T,) into (-low, high): those up to half a limit stay, the slope then falls from 1 to 0."""
-    limits = np.where(values < 0, low, high)
-    half = np.maximum(limits / 2, 1e-9)
-    size = np.abs(values)
-    limited: np.ndarray = np.sign(values) * np.where(size <= half, size, half + half * np.tanh((size - half) / half))
+    """Bring values (T,) into (-low, high): those up to `LINEAR_RANGE` of it stay, the slope then falls from 1 to 0."""
+    limits = np.maximum(np.where(values < 0, low, high), 1e-9)
+    linear, rest = LINEAR_RANGE * limits, (1 - LINEAR_RANGE) * limits
+    beyond = np.maximum(np.abs(values) - linear, 0)
+    limited: np.ndarray = np.sign(values) * (np.minimum(np.abs(values), linear) + rest * np.tanh(beyond / rest))
     return limited
 
 

@@ -79,12 +79,12 @@ def run_benchmark(
     if len(images) < 2:
         raise InputError(f"{driver} has fewer than two frames: give a longer video")
     faces = []
-    with animator.borrow_landmarker() as tracker:
-        track = FaceTrack(tracker.landmarker)
-        for image in images:
-            with clock("track"):
-                faces.append(track.track(image))
-        motion = tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
+    tracker = animator.tracker()
+    track = FaceTrack(tracker.landmarker)
+    for image in images:
+        with clock("track"):
+            faces.append(track.track(image))
+    motion = tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
     portrait = animator.portrait(read_image(source), name=str(source))
     with clock("encode source"):
         animator.portrait_from_motion(portrait.crop, portrait.motion)

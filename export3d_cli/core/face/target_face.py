@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceFinder, FaceTrack
-from export3d_cli.core.face.landmarker import Face, Landmarker
+from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
@@ -36,22 +36,20 @@ def choose_face(faces: list[Face], choice: str, name: str) -> Face:
     return across[index]
 
 
-def find_photo_face(
-    landmarker: Landmarker, image: np.ndarray, *, name: str = "the photo", face: str = "largest"
-) -> Face:
+def find_photo_face(finder: FaceFinder, image: np.ndarray, *, name: str = "the photo", face: str = "largest") -> Face:
     """Return the chosen face (see `choose_face`) of a photo, uint8 (H, W, 3) RGB, tracked like a video of one frame.
 
     Raises:
         NoFaceError: the photo shows none, or it is not upright.
     """
-    degrees = landmarker.rotation_to_upright(image)
+    degrees = finder.rotation_to_upright(image)
     if degrees:
         pose = describe_rotation(degrees)
         raise NoFaceError(f"the face in {name} {pose}: rotate the photo by {degrees} degrees clockwise")
-    track = FaceTrack(landmarker)
+    track = FaceTrack(finder)
     tracked: Face | None = None
     if face != "largest":
-        track.follow(choose_face(landmarker.find_all(image), face, name), image)
+        track.follow(choose_face(finder.find_all(image), face, name), image)
     for _ in range(WARMUP_PASSES):
         tracked = track.track(image)
     if tracked is None:

@@ -56,13 +56,13 @@ def open_landmarker_tracker(*, threads: int = 1) -> LandmarkerTracker:
     )
 
 
-def open_tracker(name: TrackerName, *, device: str | None = None) -> FaceTracker:
-    """Open a tracker for drivers; `fan` runs on `device` (None: CUDA if usable, else the CPU).
+def open_tracker(name: TrackerName, *, device: str | None = None, threads: int = 1) -> FaceTracker:
+    """Open a tracker for drivers; `fan` runs on `device` (None: CUDA if usable, else the CPU), others on `threads`.
 
     Raises `WeightsError` if a package or a file of weights is missing and cannot be fetched.
     """
     if name == "landmarker":
-        return open_landmarker_tracker()
+        return open_landmarker_tracker(threads=threads)
     if device is None:
         from export3d_cli.core.runtime.device import pick_device  # imports torch, which only fan needs
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.animation.retargeting import most_similar_pose
+from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion, resample_rows
@@ -24,6 +24,10 @@ from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 MakeClip = Callable[..., Path]
+SOURCE_MOTION = Motion(
+    np.zeros((1, 64), np.float32), Camera.orbit(0).to_vector()[None], np.zeros((1, 478, 3), np.float32),
+    np.ones(1, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1),
+)  # fmt: skip
 BLACK = "drawbox=enable='{}':t=fill:color=black:w=iw:h=ih"  # over the frames n that meet a condition
 
 
@@ -220,7 +224,16 @@ def test_shots_have_their_own_crop_and_reference(
     with TrackCache() as cache:
         for _ in range(2):  # tracked, and from the cache
             batches = list(
-                stream(driver, tracker, batch=batch, smooth="strong", reference="auto", crop_size=32, track_cache=cache)
+                stream(
+                    driver,
+                    tracker,
+                    batch=batch,
+                    smooth="strong",
+                    reference="auto",
+                    source=SOURCE_MOTION,
+                    crop_size=32,
+                    track_cache=cache,
+                )
             )
     motion = Motion.concatenate([batch.motion for batch in batches])
     shots = np.concatenate([[batch.motion.crop[2]] * len(batch.motion) for batch in batches])
@@ -242,7 +255,7 @@ def test_shots_have_their_own_crop_and_reference(
         (motion.select(np.arange(count)), batches[0]),
         (motion.select(np.arange(count, 2 * count)), batches[-1]),
     ):
-        best = most_similar_pose(shot.camera, Camera.orbit(0).to_vector())
+        best = most_similar_frame(shot, SOURCE_MOTION)
         np.testing.assert_array_equal(batch.reference.camera[0], shot.camera[best])
     assert [crop.shape for batch in batches for crop in batch.driver_crops] == [(32, 32, 3)] * (2 * count)
 
@@ -253,7 +266,7 @@ def test_a_cut_within_the_same_framing_keeps_crop_and_reference(
     """As jump cuts and flashes do."""
     frames = list(VideoReader(make_clip("clip.mp4", frames=8)))
     inverted = frames[:4] + [255 - frames[4]] + frames[5:]  # without a face
-    batches = list(stream(write_frames(tmp_path, inverted), tracker, batch=2, reference="auto"))
+    batches = list(stream(write_frames(tmp_path, inverted), tracker, batch=2, reference="auto", source=SOURCE_MOTION))
     assert len({batch.motion.crop for batch in batches}) == len({id(batch.reference) for batch in batches}) == 1
 
 

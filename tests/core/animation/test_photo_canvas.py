@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.background_fill import fill_hole
-from export3d_cli.core.animation.photo_canvas import MAX_TRAVEL, MAX_TRAVEL_CUT, FrameLayers, PhotoCanvas
+from export3d_cli.core.animation.photo_canvas import MAX_TRAVEL_CUT, TRAVEL_RANGE, FrameLayers, PhotoCanvas
 from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN
 
 SQUARE = (100.0, 60.0, 80.0)
@@ -31,9 +31,9 @@ def layers(dx: float = 0.0, dy: float = 0.0, *, network: float = 0.0, image: np.
     """Layers in which everything in the window is displaced by (dx, dy) crop sides."""
     shape = (FLOW_SIZE, FLOW_SIZE)
     displacement = np.broadcast_to(np.float32([-dx, -dy]), (*shape, 2)).copy()
-    weight, zero = np.full(shape, network, np.float32), np.zeros(shape, np.float32)
+    weight, height = np.full(shape, network, np.float32), np.full(shape, network - 1, np.float32)
     image = np.zeros((80, 80, 3), np.uint8) if image is None else image
-    return FrameLayers(image, displacement, weight, weight, zero)
+    return FrameLayers(image, displacement, weight, height)
 
 
 def centre_of_person(frame: np.ndarray) -> tuple[float, float]:
@@ -77,9 +77,10 @@ def test_displacement_never_samples_beyond_the_photo(photo: np.ndarray) -> None:
 def test_travel_is_limited_away_from_a_border_that_cuts_the_head() -> None:
     photo = np.zeros((H, W, 3), np.uint8)
     photo[:90, 110:170] = 220  # reaches the top
-    limits = PhotoCanvas.from_photo(photo, (100.0, 10.0, 80.0), disc_alpha).limits
+    limits = PhotoCanvas.from_photo(photo, (100.0, 0.0, 80.0), disc_alpha).limits
     assert limits.down == MAX_TRAVEL_CUT
-    assert limits.up == limits.left == limits.right == MAX_TRAVEL
+    assert limits.up == TRAVEL_RANGE[0]  # no room
+    assert limits.left == limits.right == TRAVEL_RANGE[1]
 
 
 def test_window_surrounds_the_crop_within_the_photo(photo: np.ndarray) -> None:

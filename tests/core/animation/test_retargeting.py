@@ -14,7 +14,8 @@ import torch
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.animation.retargeting import Control, TravelLimits, amplify_expression, most_similar_pose
+from export3d_cli.core.animation.retargeting import Control, TravelLimits, amplify_expression, most_similar_frame
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera, head_pose, with_head_pose
@@ -95,11 +96,20 @@ def test_relative_movement_is_a_fraction_of_the_head_at_any_zoom() -> None:
     assert heads == pytest.approx(0.1 / 2.9 * 2.6, rel=1e-3)
 
 
-def test_most_similar_pose_is_the_first_of_equal_rotations() -> None:
+def test_most_similar_frame_has_the_source_s_rotation_and_among_those_its_expression(animator: Animator) -> None:
+    portrait = animator.portrait(read_image(SOURCE)).motion
     yaws = [20, 3.9, -10, 4.5, 4.0]
-    cameras = np.stack([Camera.orbit(yaw).to_vector() for yaw in yaws])
-    assert most_similar_pose(cameras, Camera.orbit(4.4).to_vector()) == 1  # within the tracker's noise
-    assert most_similar_pose(cameras, Camera.orbit(-30).to_vector()) == 2
+    driver = replace(
+        portrait.select(np.zeros(5, dtype=np.int64)),
+        camera=np.stack([Camera.orbit(yaw).to_vector() for yaw in yaws]),
+    )
+
+    def best(yaw: float) -> int:
+        return most_similar_frame(driver, replace(portrait, camera=Camera.orbit(yaw).to_vector()[None]))
+
+    assert best(4.4) == 3 and best(-30) == 2
+    driver.beta[[0, 2, 3, 4]] += 0.1  # another expression outweighs the tracker's noise, but not a turn
+    assert best(4.4) == 1 and best(20) == 0
 
 
 def test_target_expression_scales_changes_of_lambda() -> None:
@@ -150,7 +160,7 @@ def test_pose_auto_keeps_the_source_s_pose_and_place_at_the_most_similar_frame(
         motions, _, references = zip(*stream, strict=True)
     cameras = np.concatenate([motion.camera for motion in motions])
     targets = options.control.target_cameras(own, cameras, references[0].camera[0])
-    row = most_similar_pose(cameras, own)
+    row = most_similar_frame(Motion.concatenate(motions), portrait.motion)
     np.testing.assert_array_equal(references[0].camera[0], cameras[row])
     np.testing.assert_allclose(targets[row], own, atol=1e-5)
     moved = angles(targets) - angles(targets[row : row + 1])

@@ -7,8 +7,9 @@ crop units: (0, 0) and (1, 1) are corners of the crop.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +27,8 @@ WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motio
 CROP_FADE = 0.12  # crop sides inside the crop's border over which the network's flow takes over
 HEAD_WEIGHT_FADE = (0.3, 0.8)  # weights of the network's head layer over which its flow takes over
 NECK_FADE = (-0.55, -0.05)  # face heights above the chin over which the torso's motion becomes the head's
-ABOVE_CHIN_FADE = (0.02, 0.17)  # face heights above the chin over which only the head layer shows the person
+
+Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 class PhotoFlow(NamedTuple):
@@ -34,13 +36,12 @@ class PhotoFlow(NamedTuple):
 
     displacement: Tensor  # (B, 2) position in the photo minus own position, crop units
     head_weight: Tensor  # (B, 1) weight of the network's head layer, 0 outside the crop
-    crop_weight: Tensor  # (1, 1) 1 inside the crop, 0 from its border on
-    above_chin: Tensor  # (B, 1) 1 above the chin of the result, 0 below it
+    height: Tensor  # (B, 1) above the chin of the result, face heights
 
 
 def extend_flow(
     points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-    head_weight: Tensor, torso_follow: float = TORSO_FOLLOW_RATIO,
+    head_weight: Tensor, torso: float | None = None,
 ) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
@@ -51,7 +52,7 @@ def extend_flow(
         head_uv: (B, 2, H, W) positions of the network's head layer in the crop, see `LayerWarp`; None: without a flow
             the head moves as its rings do.
         head_weight: (B, 1, m, m) weight of the network's head.
-        torso_follow: fraction of the neck's motion that the torso follows.
+        torso: fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
     """
     grid = window_grid(FLOW_SIZE, camera)  # (1, 2, n, n)
     result, _ = project(points, camera)  # (B, V, 2)
@@ -59,24 +60,23 @@ def extend_flow(
     rigid = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid)
 
     to_edge = torch.minimum(grid, 1 - grid).amin(1, keepdim=True)  # distance inside the crop's border
-    crop_weight = smooth_step(to_edge, 0, CROP_FADE)
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
     weight = F.grid_sample(head_weight.float(), inside, align_corners=False, padding_mode="zeros")
     head = rigid
     if head_uv is not None:
         uv = F.grid_sample(head_uv.float(), inside, align_corners=False, padding_mode="border")
-        head = torch.lerp(rigid, uv, crop_weight * linear_step(weight, *HEAD_WEIGHT_FADE))
+        head = torch.lerp(rigid, uv, smooth_step(to_edge, 0, CROP_FADE) * linear_step(weight, *HEAD_WEIGHT_FADE))
 
     chin, top = result[:, CHIN, :, None, None], result[:, FOREHEAD_TOP, :, None, None]
     up = top - chin
     height = ((grid - chin) * up).sum(1, keepdim=True) / up.square().sum(1, keepdim=True).clamp_min(1e-6)
     neck = cached_tensor(NECK_PIVOT, camera.device).expand(len(camera), 1, 3)
     shift = project(neck, source_camera)[0] - project(neck, camera)[0]  # (B, 1, 2); a torso does not change its size
-    torso = grid + torso_follow * shift.view(-1, 2, 1, 1)
-    moved = torch.lerp(torso, head, smooth_step(height, *NECK_FADE))
+    body = grid + (TORSO_FOLLOW_RATIO if torso is None else torso) * shift.view(-1, 2, 1, 1)
+    moved = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     displacement = (moved - grid) * smooth_step(to_window, 0, WINDOW_FADE)
-    return PhotoFlow(displacement, weight, crop_weight, smooth_step(height, *ABOVE_CHIN_FADE))
+    return PhotoFlow(displacement, weight, height)
 
 
 def window_grid(size: int, like: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ def window_grid(size: int, like: Tensor) -> Tensor:
     return identity_grid(size, like) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN
 
 
-def smooth_step(x: Tensor, low: float, high: float) -> Tensor:
+def smooth_step(x: Values, low: float, high: float) -> Values:
     """Return 0 below `low`, 1 above `high`, and a smooth ramp between."""
-    t = linear_step(x, low, high)
+    t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
 
 
