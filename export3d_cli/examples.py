@@ -25,7 +25,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "preprocess": ("preprocess drive.mp4 -o drive.motion.npz", "preprocess videos -o data"),
     "train": ("train --config config.yaml", "train --config config.yaml batch=4 loss.l1=1 --dry-run"),
-    "evaluate": ("evaluate data", "evaluate data --cross --pairs 10 -o scores"),
+    "evaluate": ("evaluate data", "evaluate data --cross --cases 10 -o scores"),
     "weights": ("weights list", "weights download hf:owner/repo@v1.0"),
     "weights list": ("weights list", "weights list --json"),
     "weights download": ("weights download hf:owner/repo", "weights download hf:owner/repo@v1.0:small.safetensors"),

@@ -104,16 +104,30 @@ def validate_face(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value
 
 
+def frame_option(command: F) -> F:
+    """Add --frame: the part of the photo that frames show."""
+    text = "What frames show: the whole photo, or a square around the head."
+    choices = click.Choice(["photo", "face"])
+    return click.option("--frame", "framing", type=choices, default="photo", show_default=True, help=text)(command)
+
+
+def pose_option(command: F) -> F:
+    """Add --pose: how the driver's head pose is used."""
+    return click.option(
+        "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
+        help="auto: SRC keeps its own pose and place in the frame of DRIVE that is most like it in head rotation and "
+        "expression, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, from a "
+        "reference frame (the first by default); absolute: DRIVE's own pose and place.",
+    )(command)  # fmt: skip
+
+
 def source_options(command: F) -> F:
     """Add --face, --crop, --frame and --size: the part of the portrait that is animated, and what frames show."""
     command = click.option(
         "--size", type=SIZE, default="auto", show_default=True,
         help="Longer side of the frames in pixels; auto is that of SRC, at most 1080 (512 in a contact sheet).",
     )(command)  # fmt: skip
-    command = click.option(
-        "--frame", "framing", type=click.Choice(["photo", "face"]), default="photo", show_default=True,
-        help="What frames show: the whole photo, or a square around the head.",
-    )(command)  # fmt: skip
+    command = frame_option(command)
     command = click.option(
         "--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
         help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is.",

@@ -77,12 +77,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @click.option(
     "--pose-scale", type=SCALE_RANGE, default=1.0, help="Strength of DRIVE's head pose, likewise.  [default: 1]"
 )
-@click.option(
-    "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
-    help="auto: SRC keeps its own pose and place in the frame of DRIVE that is most like it in head rotation and "
-    "expression, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, from "
-    "--reference-frame; absolute: DRIVE's own pose and place.",
-)  # fmt: skip
+@options.pose_option
 @click.option(
     "--torso", default="follow", show_default=True, metavar="follow|still|0..1", callback=_parse_torso,
     help="Motion of the torso, as a fraction of the neck's: follow is what torsos usually do, still is 0.",

@@ -72,10 +72,12 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "find_marks": "animation.watermark",
     "ClipFilter": "dataset.segmentation",
     "build_dataset": "dataset.preprocess:preprocess",  # three functions have their module's name
-    "EvaluateOptions": "evaluation.result",
+    "EvaluateOptions": "evaluation.evaluate",
     "evaluate_model": "evaluation.evaluate:evaluate",
     "write_inputs": "evaluation.evaluate",
     "METRICS": "evaluation.metrics",
+    "describe_evaluation": "evaluation.report:describe",
+    "mean_table": "evaluation.report",
     "train_model": "train.trainer:train",
     "plan_training": "train.training_plan",
     "load_train_config": "config.loading",

@@ -131,10 +131,10 @@ def test_clip_name_is_not_a_spreadsheet_formula(name: str, tmp_path: Path) -> No
     """Clip names come from other people's data sets, and scores.csv is opened in spreadsheets."""
     row = {"case": name, "method": "export3d", "frames": 1, **dict.fromkeys(METRICS)}
     result = Evaluation(
-        dataset=tmp_path, protocol="self", cases=1, frames=1, device="cpu", seconds=1.0, options=EvaluateOptions(),
-        quality="balanced", clips=[row], mean={}, interval={}, views=[],
+        dataset=tmp_path, protocol="self-reenactment", cases=1, frames=1, skipped=(), device="cpu", seconds=1.0,
+        options=EvaluateOptions(), quality="balanced", clips=[row], mean={}, interval={},
     )  # fmt: skip
-    write_report(result, {}, tmp_path)
+    write_report(result, tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
         (read,) = csv.DictReader(file)
     assert read["case"] == (name if name == "plain" else f"'{name}")

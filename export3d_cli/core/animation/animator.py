@@ -87,6 +87,7 @@ class Portrait:
     geometry: Geometry
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
     face_box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the person's landmarks, pixels of the photo as it was given
+    shown: tuple[int, int, int, int]  # x0, y0, x1, y1 of the part that frames show, pixels of the photo as it was given
     source: Source = field(repr=False)  # the network's encoding of the crop
     canvas: PhotoCanvas | None = field(repr=False)  # the photo that frames show whole; None: frames are the crop
     detail: Tensor | None = field(repr=False)  # (1, 3, M, M) photo detail that is finer than the network's image
@@ -212,9 +213,9 @@ class Animator:
         target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
         others = tracker.landmarker.find_all(photo)
         face_box = _bounding_box(target.landmarks)
-        square = (0.0, 0.0, float(width))
+        square, shown = (0.0, 0.0, float(width)), (0, 0, width, height)
         if crop == "auto":
-            photo, (target, *others), square = place_on_canvas(
+            photo, (target, *others), square, shown = place_on_canvas(
                 photo, [target, *others], framing, size, self.matting.alpha
             )
         photo_size = (photo.shape[1], photo.shape[0])
@@ -229,7 +230,7 @@ class Animator:
         if crop == "auto":
             canvas = PhotoCanvas.from_photo(photo, square, partial(self.matting.alpha, hair_strands=True), faces)
         crop_image = crop_with_padding(photo, motion.crop, geometry.frame_size)
-        return self._make_portrait(crop_image, motion, geometry, faces, face_box, padded, canvas)
+        return self._make_portrait(crop_image, motion, geometry, faces, face_box, shown, padded, canvas)
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
         """Encode a face crop that has been tracked: row `frame` of `motion`.
@@ -244,7 +245,7 @@ class Animator:
         padded = crop if len(crop) > network_size else None
         motion = motion.select(np.array([frame]))
         box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
-        return self._make_portrait(crop.copy(), motion, geometry, (), box, padded, None)
+        return self._make_portrait(crop.copy(), motion, geometry, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
@@ -286,8 +287,8 @@ class Animator:
 
     def view(
         self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
-        notify: Notify | None = None,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
+        notify: Notify | None = None, layers: bool = False,
+    ) -> Iterator[Any]:  # fmt: skip
         """Render the portrait from other cameras: frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
         Args:
@@ -296,11 +297,12 @@ class Animator:
             beta: expressions (1, 64) or (T, 64); None: the portrait's.
             depth: render the depth of the face crop in colours, red is near and blue is far: (K, K, 3).
             notify: called with notes for the user.
+            layers: as in `animate`.
         """
         _check_rows("cameras", cameras, CAMERA_DIM)
         if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):
             raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
-        renderer, lam = self._renderer(portrait, notify), self._lam(portrait, beta)
+        renderer, lam = self._renderer(portrait, notify, layers), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
 
         def frames() -> Iterator[np.ndarray]:
@@ -341,7 +343,8 @@ class Animator:
 
     def _make_portrait(
         self, crop: np.ndarray, motion: Motion, geometry: Geometry, faces: Sequence[FacePosition],
-        face_box: tuple[int, int, int, int], padded: np.ndarray | None, canvas: PhotoCanvas | None,
+        face_box: tuple[int, int, int, int], shown: tuple[int, int, int, int], padded: np.ndarray | None,
+        canvas: PhotoCanvas | None,
     ) -> Portrait:  # fmt: skip
         """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
         for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
@@ -352,8 +355,9 @@ class Animator:
         covered = self._cover_detector.covered_parts(crop, motion.landmarks[0])
         source = self._encode(self.model, self.precision, crop, motion, geometry, faces, covered)
         portrait = Portrait(
-            crop, motion, geometry, tuple(faces), face_box, source, canvas, detail, self.model, self.precision, covered
-        )
+            crop, motion, geometry, tuple(faces), face_box, shown, source, canvas, detail, self.model, self.precision,
+            covered,
+        )  # fmt: skip
         finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
         return portrait if finite else self._to_fp32(portrait)
 
@@ -483,7 +487,7 @@ class _Renderer:
                 if portrait.canvas is None:
                     return images
                 flow = self._animator._extend_flow(portrait, cameras[part], output, head, self._torso)
-                layers = FrameLayers.from_flow(images, flow)
+                layers = FrameLayers.from_output(images, flow, output)
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 
         yield from self._batcher(compute, 0, len(cameras))

@@ -24,7 +24,7 @@ MIN_SQUARE = 2.1  # face boxes: side of a square framing, if the photo has room
 def place_on_canvas(
     photo: np.ndarray, faces: Sequence[Face], framing: Framing, size: int,
     person_alpha: Callable[[np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, list[Face], Square]:  # fmt: skip
+) -> tuple[np.ndarray, list[Face], Square, tuple[int, int, int, int]]:  # fmt: skip
     """Cut and scale a photo to what frames show, and choose the network's crop in it.
 
     Args:
@@ -35,7 +35,8 @@ def place_on_canvas(
         person_alpha: mattes an image.
 
     Returns:
-        The canvas uint8 (h, w, 3), the faces in it, and the network's crop, in whole pixels.
+        The canvas uint8 (h, w, 3), the faces in it, the network's crop in whole pixels, and the part of the photo that
+        the canvas shows: x0, y0, x1, y1, whole pixels of `photo`.
 
     Raises:
         InputError: `size` is out of range.
@@ -47,6 +48,7 @@ def place_on_canvas(
         left, top, width = _head_square(photo, faces[0], person_alpha)
         photo = np.ascontiguousarray(photo[top : top + width, left : left + width])
     longer = max(photo.shape[:2])
+    shown = (left, top, left + photo.shape[1], top + photo.shape[0])
     scale = (size or min(longer, DEFAULT_MAX_SIDE_PX)) / longer
     if scale == 1:
         photo = photo.copy()  # the caller's array stays the caller's
@@ -58,7 +60,7 @@ def place_on_canvas(
     x0, y0, side = fit_clip_crop(faces[0].landmarks[None], (photo.shape[1], photo.shape[0]))
     grown = max(MIN_CROP_PX, round(side))
     x0, y0 = (round(v - (grown - side) / 2) for v in (x0, y0))
-    return photo, faces, (float(x0), float(y0), float(grown))
+    return photo, faces, (float(x0), float(y0), float(grown)), shown
 
 
 def _head_square(

@@ -13,6 +13,8 @@ from export3d_cli.core.animation.background_fill import fill_hole
 from export3d_cli.core.animation.retargeting import TravelLimits
 from export3d_cli.core.face.crop import Square, crop_image
 from export3d_cli.core.face.matting import FacePosition, estimate_foreground, refine_alpha
+from export3d_cli.core.media.image import to_uint8
+from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.warp.photo_flow import CROP_FADE, FLOW_SIZE, WINDOW_MARGIN, PhotoFlow, smooth_step
 
 AlphaFn = Callable[[np.ndarray, Sequence[FacePosition]], np.ndarray]  # image, faces in it -> alpha matte
@@ -33,6 +35,15 @@ TRAVEL_RANGE = (0.15, 0.36)  # crop sides: least and largest limit of the head's
 MAX_TRAVEL_CUT = 0.06  # the same away from a border that cuts the head: more would show where the hair ends
 
 
+class VolumeRender(NamedTuple):
+    """What the volume contributes to a frame, at the size at which it is rendered."""
+
+    colours: np.ndarray  # uint8 (h, w, 3) before super-resolution and without the photo's pixels
+    depth: np.ndarray  # float32 (h, w) along the camera's axis, head-frame units; transparency counts as the far end
+    opacity: np.ndarray  # float32 (h, w) in [0, 1]
+    copied: float  # fraction of the network's image that is the photo's pixels, moved
+
+
 class FrameLayers(NamedTuple):
     """One rendered frame before it is composed into the photo."""
 
@@ -40,13 +51,18 @@ class FrameLayers(NamedTuple):
     displacement: np.ndarray  # float32 (n, n, 2) see `PhotoFlow`, crop units
     head_weight: np.ndarray  # float32 (n, n)
     height: np.ndarray  # float32 (n, n) above the chin, face heights
+    volume: VolumeRender
 
     @classmethod
-    def from_flow(cls, images: np.ndarray, flow: PhotoFlow) -> list[FrameLayers]:
-        """Split a batch: images uint8 (B, S, S, 3) of the network, and their flow."""
+    def from_output(cls, images: np.ndarray, flow: PhotoFlow, output: Output) -> list[FrameLayers]:
+        """Split a batch: images uint8 (B, S, S, 3) of the network, their flow, and the network's output."""
         displacement = flow.displacement.permute(0, 2, 3, 1).float().cpu().numpy()
         weight, height = (x[:, 0].float().cpu().numpy() for x in (flow.head_weight, flow.height))
-        return [cls(*layers) for layers in zip(images, displacement, weight, height, strict=True)]
+        depth, opacity = (x[:, 0].float().cpu().numpy() for x in (output.depth, output.opacity))
+        weights = output.blend_weights
+        copied = [0.0] * len(images) if weights is None else weights.float().sum(1).mean((1, 2)).tolist()
+        volumes = map(VolumeRender, to_uint8(output.raw), depth, opacity, copied)
+        return [cls(*layers) for layers in zip(images, displacement, weight, height, volumes, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

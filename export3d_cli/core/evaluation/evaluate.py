@@ -1,18 +1,17 @@
-"""Scores a model on a data set, next to two baselines without a trained network and to results of other tools.
+"""Scores a model on a data set, next to baselines without a network and to results of other tools.
 
-Self-reenactment: the source is a clip's most frontal frame, the driver is the clip itself. `model` is the network,
-`flow` its basis flow alone (lambda and b_i), `repeat` the unchanged source. All are compared with the clip's frames,
-except the source's own, and tracked with the same landmarker. Finished videos of any tool are scored in the same way.
+Self-reenactment: the source is a clip's most frontal frame, the driver is the clip itself. `model` is what `reenact`
+writes for them, with its default framing, pose, smoothing and quality unless `EvaluateOptions` says otherwise, before
+video encoding; motion is relative to the photo's own frame. `raw` is the volume's render alone, enlarged and pasted
+over the photo. `pwa` is the photo warped by the true landmarks, `repeat` the unchanged photo. All are compared with the
+clip's frames, except the source's own, in the frame that users get, and tracked with the same landmarker. Finished
+videos of any tool are scored in the same way.
 
-Cross-reenactment: another person drives. The ground truth is known if clips `<head>_tNN` of synthetic heads share the
-track NN: it is the same track on the source's own head.
+Cross-reenactment: another person drives. The ground truth is known if clips `<head>_tNN` of rendered heads share the
+track NN: the source head's own clip of the track from which the driver's is taken.
 
-Novel views: the source with its own expression, yaw -30 to 30 degrees, scored by pose and identity.
-
-What is measured is what `reenact` renders by default, with these differences. Quality is the animator's (`balanced`
-unless `Animator.from_weights` is given another), smoothing is `EvaluateOptions.smooth` (`light`). Framing is the data
-set's: source and result are the clip's crop at the network's own size, without the photo's margins, its finer detail or
-its background outside the crop. Only the scored frames are rendered, and they are scored before video encoding.
+Novel views: the source with its own expression, turned by up to 60 degrees. A data set with exact views, see `views`,
+is scored against those.
 """
 
 from __future__ import annotations
@@ -20,18 +19,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
-from export3d_cli.core.evaluation import metrics
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.photo_canvas import FrameLayers
+from export3d_cli.core.animation.reenact import open_driver
+from export3d_cli.core.evaluation import metrics, views
 from export3d_cli.core.evaluation.face_embedding import load_embedder
+from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
 from export3d_cli.core.evaluation.protocol import (
     Case,
     consecutive_frames,
@@ -43,25 +46,60 @@ from export3d_cli.core.evaluation.protocol import (
     read_clips,
     select_frames,
 )
-from export3d_cli.core.evaluation.report import draw_caption, write_report
-from export3d_cli.core.evaluation.result import DEFAULT_PAIRS, EvaluateOptions, Evaluation
+from export3d_cli.core.evaluation.report import draw_sheet, write_report
 from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
-from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import smooth_motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker
-from export3d_cli.core.media.image import to_tensor, to_uint8, write_image
-from export3d_cli.core.model.volume_renderer import pixel_grid
-from export3d_cli.core.model.warp.mesh_flow import warp
+from export3d_cli.core.media.image import to_tensor, write_image
 from export3d_cli.core.runtime.device import tracking_thread_count
-from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
 Progress = Callable[[str, int, "int | None"], None]
-NUM_VIEWS = 7  # novel views of each source
-MAX_VIEW_YAW = 30.0  # degrees to both sides
-SHEET_COLUMNS = 6
-MAX_SHEETS = 8  # comparison sheets without a ground truth to rank by
-BATCH = 8  # frames of the baseline and of the perceptual distance at once
+DEFAULT_PAIRS = 5
+SHEET_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is compared and how it is measured."""
+
+    max_frames: int | None = 50  # frames of each clip; None: all
+    take: Literal["spread", "first"] = "spread"  # which frames: spread evenly, or the first
+    cross: bool = False  # another person drives
+    cases: int | None = None  # at most so many clips, pairs or heads; None: all, with `cross` 5 pairs
+    seed: int = 0  # of the pairs and of the bootstrap
+    identity: str | None = None  # `dlib` or a TorchScript file, see `face_embedding`; None: not measured
+    perceptual: Path | None = None  # backbone file (VGG16 or MobileNetV2); None: perceptual distance is not measured
+    lpips: Path | None = None  # LPIPS' learned weights for that VGG16, if they are a file of their own
+    results: tuple[Path, ...] = ()  # folders of finished videos: `<case>.mp4`, or pictures in `<case>/`
+    model: bool = True  # False: score only `results` and the baselines
+    reenact: ReenactOptions = field(default_factory=ReenactOptions)  # framing, pose and smoothing are used
+
+    def __post_init__(self) -> None:
+        """Refuse options without effect."""
+        if self.lpips is not None and self.perceptual is None:
+            raise InputError(f"{self.lpips} has only LPIPS' linear weights: give the VGG16 file with --perceptual")
+        if not (self.model or self.results):
+            raise InputError("--no-model leaves nothing to score: add --results FOLDER")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by method and metric; None means not measured, and means over cases ignore it."""
+
+    dataset: Path
+    protocol: Literal["self-reenactment", "cross-reenactment", "exact views"]
+    cases: int
+    frames: int
+    skipped: tuple[str, ...]  # cases in whose source or driver no face was found
+    mean: dict[str, dict[str, float | None]]
+    interval: dict[str, dict[str, tuple[float, float] | None]]  # 95 % interval of the mean, by bootstrap over cases
+    clips: list[dict[str, Any]]  # case, method, frames and metrics: one row per case and method
+    options: EvaluateOptions
+    quality: str | None  # of the rendering; None without a model
+    seconds: float  # wall-clock
+    device: str
+    files: list[Path] = field(default_factory=list)  # written files
 
 
 def evaluate(
@@ -72,49 +110,76 @@ def evaluate(
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score a model on a data set written by `preprocess`; write tables, pictures and a report to the folder `out`."""
-    options = (options or EvaluateOptions()).resolve()
-    began = time.monotonic()
-    cases = find_cases(dataset, options)
+    """Score a model on a data set; write tables, a report and a picture of each case to the folder `out`.
+
+    The data set was written by `preprocess`, or has exact views of rendered heads.
+    """
+    options, began = options or EvaluateOptions(), time.monotonic()
+    exact = views.has_exact_views(dataset)
+    if exact and (options.cross or options.results or not options.model):
+        raise InputError(f"{dataset} has exact views: --cross, --results and --no-model do not apply, leave them out")
+    cases: list[Any] = views.held_out_heads(dataset)[: options.cases] if exact else find_cases(dataset, options)
     suite = _make_metric_suite(animator, options)
     rows: list[dict[str, Any]] = []
-    views: list[list[Scores]] = []
+    pictures: list[Path] = []
+    skipped: list[str] = []
+    frames = 0
     for count, case in enumerate(cases, start=1):
-        case_rows, case_views = _score_case(animator, case, options, suite)
-        rows += case_rows
-        views += [case_views] if case_views else []
+        name = case if exact else case.name
+        try:
+            if exact:
+                scores, lines = views.score_head(animator, dataset, case, suite)
+            else:
+                scores, lines = _score_case(animator, case, options, suite)
+        except NoFaceError:
+            scores, lines = {}, {}
+            skipped.append(name)
+        if scores:
+            length = len(next(iter(lines.values())))
+            frames += length
+            rows += [{"case": name, "method": method, "frames": length, **score} for method, score in scores.items()]
+        if scores and out is not None:
+            pictures.append(out / f"{name}.jpg")
+            write_image(pictures[-1], draw_sheet(lines, SHEET_COLUMNS))
         if progress is not None:
-            progress("clips", count, len(cases))
+            progress("cases", count, len(cases))
     if not rows:
         raise InputError(f"no clip of {dataset} has a frame with a face")
-    result = _summarise(dataset, options, rows, views, animator, time.monotonic() - began)
-    if out is None:
-        return result
-    return replace(result, files=write_report(result, _comparison_sheets(animator, cases, result), out))
+    mean, interval = _summarise(rows, options.seed)
+    protocol = "exact views" if exact else "cross-reenactment" if options.cross else "self-reenactment"
+    result = Evaluation(
+        dataset, protocol, len(cases) - len(skipped), frames, tuple(skipped), mean, interval,  # type: ignore[arg-type]
+        [{key: _nan_to_none(row.get(key, np.nan)) for key in ("case", "method", "frames", *metrics.METRICS)}
+         for row in rows],
+        options, animator.quality if options.model else None, time.monotonic() - began, animator.device_name, pictures,
+    )  # fmt: skip
+    if out is not None:
+        result.files[:0] = write_report(result, out)
+    return result
 
 
 def find_cases(dataset: Path, options: EvaluateOptions) -> list[Case]:
     """Return the cases of a data set; raise `InputError` if there is none."""
     clips = read_clips(dataset)
     if options.cross:
-        cases = cross_cases(clips, options.pairs or DEFAULT_PAIRS, options.seed)
+        cases = cross_cases(clips, options.cases or DEFAULT_PAIRS, options.seed)
     else:
-        cases = [Case(clip, clip, clip) for clip in clips if len(clip.motion) > 1]
+        cases = [Case(clip, clip) for clip in clips if len(clip.motion) > 1][: options.cases]
     if not cases:
         missing = "pair of two people" if options.cross else "video"
         raise InputError(f"{dataset} has no {missing} to evaluate with: give a larger data set")
     return cases
 
 
-def write_inputs(dataset: Path, options: EvaluateOptions, out: Path, size: int) -> list[Path]:
-    """Write each case's inputs for another tool: `<case>-source.png` (side `size`) and `<case>-driver.mp4`.
+def write_inputs(dataset: Path, options: EvaluateOptions, out: Path) -> list[Path]:
+    """Write each case's inputs for another tool: `<case>-source.png` and `<case>-driver.mp4`.
 
     The tool's results, `<case>.mp4` with one frame per driver frame, can then be given as `options.results`.
     """
     files = []
     for case in find_cases(dataset, options):
         files += [out / f"{case.name}-source.png", out / f"{case.name}-driver{case.driver.file.suffix}"]
-        write_image(files[-2], load_source_image(case.source, size))
+        write_image(files[-2], load_source_image(case.source))
         shutil.copyfile(case.driver.file, files[-1])
     return files
 
@@ -132,191 +197,102 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
     assert network is not None
     network = network.to(animator.device).eval()
 
-    def distance(a: Frames, b: Frames) -> float:
-        total = 0.0
-        for start in range(0, len(a), BATCH):
-            x, y = (to_tensor(np.stack(frames[start : start + BATCH])).to(animator.device) for frames in (a, b))
-            with torch.inference_mode():
-                total += float(network(x, y, scales=1)) * len(x)
-        return total / len(a)
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        with torch.inference_mode():
+            return float(network(*(to_tensor(x)[None].to(animator.device) for x in (a, b)), scales=1))
 
-    return MetricSuite(tracker, embedder, distance, _perceptual_metric_name(network))
-
-
-def _perceptual_metric_name(network: Any) -> str:
-    """Return the column of a perceptual distance; it is `lpips` only with the official weights."""
-    if network.name == "lpips":
-        return "lpips"
-    with torch.inference_mode():
-        first = network.features(torch.zeros(1, 3, 32, 32, device=network.mean.device))[0]
-    return "vgg16" if first.shape[1] == 64 else "mobilenetv2"  # VGG16's first stage has 64 channels
+    # with other weights than the official ones it is not LPIPS
+    return MetricSuite(tracker, embedder, distance, "lpips" if network.name == "lpips" else "perceptual")
 
 
 def _score_case(
     animator: Animator, case: Case, options: EvaluateOptions, suite: MetricSuite
-) -> tuple[list[dict[str, Any]], list[Scores]]:
-    """Return a row of metrics for each method, and the metrics of each novel view."""
-    size = animator.model.config.image_size
+) -> tuple[dict[str, Scores], dict[str, Frames]]:
+    """Return the metrics of each method, and the pictures of a sheet; both are empty without a frame to score."""
     scored_rows = select_frames(case, options.max_frames, options.take)
     if not len(scored_rows):
-        return [], []
+        return {}, {}
     consecutive = consecutive_frames(case, len(scored_rows))
     rows = np.union1d(scored_rows, consecutive)
     sample = FrameSample(np.searchsorted(rows, scored_rows), np.searchsorted(rows, consecutive))
-    photo = load_source_image(case.source, size)
-    results = render_methods(animator, case, photo, rows, options)
-    truth = suite.track(decode_frames(case.target or case.driver, rows, size))
-    embedding = suite.embed(suite.track([photo]), np.array([0]))
-    has_truth = case.target is not None
-    scores: list[dict[str, Any]] = []
-    for method, frames in results.items():
-        metric = suite.score(suite.track(frames), truth, sample, has_ground_truth=has_truth, source_embedding=embedding)
-        scores.append({"case": case.name, "method": method, "frames": len(scored_rows), **metric})
-    views: list[Scores] = []
-    if options.views:
-        pictures, cameras = render_novel_views(animator, case, photo)
-        views = suite.score_views(suite.track(pictures, independent=True), cameras, embedding)
-        scores[0] |= {key: metrics.finite_mean([view[key] for view in views]) for key in views[0]}
-    return scores, views
-
-
-def render_methods(
-    animator: Animator, case: Case, photo: np.ndarray, rows: np.ndarray, options: EvaluateOptions
-) -> dict[str, Frames]:
-    """Return each method's frames for the source `photo` and the driver's frames `rows`."""
-    size, source_row = animator.model.config.image_size, most_frontal_frame(case.source.motion)
-    results: dict[str, Frames] = {}
+    photo, portrait = load_source_image(case.source), None
     if options.model:
-        motion = case.driver.motion
-        if case.target is not None:  # the result is framed as the target's crop
-            length = min(len(motion), len(case.target.motion))
-            motion = replace(motion.select(np.arange(length)), camera=case.target.motion.camera[:length])
-        motion = smooth_motion(motion, options.smooth or "light").select(rows)
-        portrait = animator.portrait_from_motion(photo, case.source.motion, source_row)
-        results["model"] = list(animator.animate(portrait, [motion]))
-        if animator.model.flow is not None:
-            results["flow"] = list(_render_flow_baseline(animator, photo, case.source.motion, source_row, motion))
+        portrait = animator.portrait(photo, framing=options.reenact.framing, name=case.name)
+    source = suite.track(_show([photo], portrait))
+    truth = suite.track(_show(decode_frames(case.source if case.has_truth else case.driver, rows), portrait))
+    embedding = suite.embed(source)
+    scores: dict[str, Scores] = {}
+    lines: dict[str, Frames] = {"truth" if case.has_truth else "driver": [truth.frames[k] for k in sample.rows]}
+
+    def add(method: str, frames: Frames) -> None:
+        tracked = suite.track(frames)
+        scores[method] = suite.score(
+            tracked, truth, sample, has_ground_truth=case.has_truth, source_embedding=embedding
+        )
+        lines[method] = [frames[k] for k in sample.rows]
+
+    if portrait is not None and portrait.canvas is not None:
+        settings = options.reenact
+        if case.has_truth:  # the photo is a frame of the track: relative to another one, the head would be displaced
+            settings = replace(settings, reference_frame=most_frontal_frame(case.source.motion))
+        layers = list(render_layers(animator, portrait, case.driver.file, rows, settings))
+        add("model", [portrait.canvas.compose(layer) for layer in layers])
+        scores["model"]["copied"] = views.copied_fraction(portrait, layers)
+        square = portrait.geometry.square
+        add("raw", [views.paste_crop(portrait.canvas.photo, square, layer.volume.colours) for layer in layers])
     for folder in options.results:
         name = folder.resolve().name
-        results[name if name not in results else str(folder)] = load_result_frames(folder, case, rows, size)
-    return {**results, "repeat": [photo] * len(rows)}
+        frames = load_result_frames(folder, case, rows, photo.shape[1::-1])
+        add(name if name not in scores else str(folder), _show(frames, portrait))
+    if source.motion is not None and truth.motion is not None:
+        points, targets = source.motion.landmarks[0], truth.motion.landmarks
+        add("pwa", [warp_piecewise(source.frames[0], points, target) for target in targets])
+    add("repeat", source.frames * len(rows))
+    del lines["repeat"]
+    if portrait is not None and not options.cross:
+        view_scores, lines["views"] = views.score_novel_views(animator, portrait, suite, embedding)
+        scores |= view_scores
+    return scores, lines
 
 
-def render_novel_views(animator: Animator, case: Case, photo: np.ndarray) -> tuple[Frames, np.ndarray]:
-    """Return the source seen from `NUM_VIEWS` sides, and the cameras (V, 25)."""
-    portrait = animator.portrait_from_motion(photo, case.source.motion, most_frontal_frame(case.source.motion))
-    options = NovelViewOptions(yaw=(-MAX_VIEW_YAW, MAX_VIEW_YAW), frames=NUM_VIEWS, loop="once")
-    cameras = orbit_cameras(portrait.camera, options)
-    return list(animator.view(portrait, cameras)), cameras
+def _show(frames: Frames, portrait: Portrait | None) -> Frames:
+    """Return the part of frames that a portrait's frames show, at their size; all of it without a portrait."""
+    if portrait is None:
+        return frames
+    x0, y0, x1, y1 = portrait.shown
+    cut = [frame[y0:y1, x0:x1] for frame in frames]
+    return [cv2.resize(frame, portrait.frame_size, interpolation=cv2.INTER_AREA) for frame in cut]
 
 
-def _render_flow_baseline(
-    animator: Animator, photo: np.ndarray, motion: Motion, row: int, driver: Motion
-) -> Iterator[np.ndarray]:
-    """Yield the photo warped by the basis flow and unchanged away from the face."""
-    model, device, side = animator.model, animator.device, animator.model.config.image_size // 2
-    assert model.flow is not None
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).float().to(device)
-
-    with torch.inference_mode():
-        source = motion.select(np.array([row]))
-        camera, points = tensor(source.camera), tensor(landmarks_to_head_frame(source.landmarks, source.camera))
-        lam = model.expression.coefficients(tensor(source.beta))
-        image = to_tensor(photo)[None].to(device)
-        identity_grid = pixel_grid(side, device).T.reshape(1, 2, side, side)
-        for start in range(0, len(driver), BATCH):
-            beta, target_camera = (tensor(x[start : start + BATCH]) for x in (driver.beta, driver.camera))
-            b = len(beta)
-            p = points.expand(b, -1, -1)
-            target = model.flow.deform_landmarks(p, model.expression.coefficients(beta) - lam)
-            mesh = model.flow(p, camera.expand(b, -1), target, target_camera, side)
-            uv = mesh.weight * mesh.uv + (1 - mesh.weight) * identity_grid
-            uv = F.interpolate(uv, scale_factor=2, mode="bilinear", align_corners=False)
-            yield from to_uint8(warp(image.expand(b, -1, -1, -1), uv))
-
-
-def _comparison_sheets(animator: Animator, cases: list[Case], result: Evaluation) -> dict[str, np.ndarray]:
-    """Return sheets of the best, the median and the worst clip of the first method, or of up to 8 pairs without truth.
-
-    Each shows the source, then driver, ground truth and the methods over time; one more sheet has the novel views.
-    """
-    first = next(iter(result.mean))
-    has_truth = result.mean[first]["akd478"] is not None
-    score = {row["case"]: row["akd478" if has_truth else "aed"] for row in result.clips if row["method"] == first}
-    by_name = {case.name: case for case in cases if case.name in score}
-    ranked = sorted(by_name, key=lambda name: np.inf if score[name] is None else score[name])
-    if has_truth:
-        names = {"best": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[-1]}
-    else:
-        places = np.unique(np.linspace(0, len(ranked) - 1, min(MAX_SHEETS, len(ranked))).round().astype(int))
-        names = {f"{place:02d}": ranked[place] for place in places.tolist()}
-    options = result.options
-    sheets = {f"{place}-{name}": _comparison_sheet(animator, by_name[name], options) for place, name in names.items()}
-    if result.views:
-        size = animator.model.config.image_size
-        rows = []
-        for case in (by_name[name] for name in dict.fromkeys(names.values())):
-            pictures, _ = render_novel_views(animator, case, load_source_image(case.source, size))
-            rows.append(np.concatenate(pictures, axis=1))
-        sheets["views"] = np.concatenate(rows)
-    return sheets
-
-
-def _comparison_sheet(animator: Animator, case: Case, options: EvaluateOptions) -> np.ndarray:
-    size = animator.model.config.image_size
-    rows = select_frames(case, SHEET_COLUMNS)
-    photo = load_source_image(case.source, size)
-    lines = {"driver": decode_frames(case.driver, rows, size)}
-    if case.target is not None and case.target is not case.driver:
-        lines["truth"] = decode_frames(case.target, rows, size)
-    results = render_methods(animator, case, photo, rows, options)
-    lines |= {method: frames for method, frames in results.items() if method != "repeat"}
-    blank = np.full_like(photo, 255)
-    return np.concatenate([
-        np.concatenate([draw_caption(blank if i else photo, name if i else ""), *frames], axis=1)
-        for i, (name, frames) in enumerate(lines.items())
-    ])  # fmt: skip
+def render_layers(
+    animator: Animator, portrait: Portrait, driver: Path, rows: np.ndarray, options: ReenactOptions
+) -> Iterator[FrameLayers]:
+    """Render frames `rows` (ascending) of what `reenact` writes for a portrait and a driver."""
+    with open_driver(animator, portrait, driver, options) as stream:
+        first = 0
+        for reference, shot in groupby(stream, key=lambda batch: batch.reference):
+            motion = Motion.concatenate([batch.motion for batch in shot])
+            chosen = rows[(rows >= first) & (rows < first + len(motion))] - first
+            first += len(motion)
+            if len(chosen):
+                yield from animator.animate(
+                    portrait, [motion.select(chosen)], control=options.control, reference=reference, layers=True
+                )
 
 
 def _summarise(
-    dataset: Path,
-    options: EvaluateOptions,
-    rows: list[dict[str, Any]],
-    views: list[list[Scores]],
-    animator: Animator,
-    seconds: float,
-) -> Evaluation:
-    """Compute means and intervals over clips; NaN becomes None, because JSON has no NaN."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    rows: list[dict[str, Any]], seed: int
+) -> tuple[dict[str, dict[str, float | None]], dict[str, dict[str, tuple[float, float] | None]]]:
+    """Return means and intervals over cases, by method and metric."""
     mean: dict[str, dict[str, float | None]] = {}
     interval: dict[str, dict[str, tuple[float, float] | None]] = {}
-    for method in methods:
-        values = {key: [row[key] for row in rows if row["method"] == method] for key in metrics.METRICS}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        values = {key: [r.get(key, np.nan) for r in rows if r["method"] == method] for key in metrics.METRICS}
         mean[method] = {key: _nan_to_none(metrics.finite_mean(column)) for key, column in values.items()}
-        bounds = {key: metrics.bootstrap_interval(column, seed=options.seed) for key, column in values.items()}
+        bounds = {key: metrics.bootstrap_interval(column, seed=seed) for key, column in values.items()}
         interval[method] = {key: pair if np.isfinite(pair[0]) else None for key, pair in bounds.items()}
-    by_yaw: list[dict[str, float | None]] = []
-    for number, yaw in enumerate(np.linspace(-MAX_VIEW_YAW, MAX_VIEW_YAW, NUM_VIEWS)) if views else []:
-        means = {key: metrics.finite_mean([clip[number][key] for clip in views]) for key in views[0][0]}
-        by_yaw.append({"yaw": float(yaw), **{key: _nan_to_none(value) for key, value in means.items()}})
-    frame_counts = [row["frames"] for row in rows if row["method"] == methods[0]]
-    return Evaluation(
-        dataset=dataset,
-        protocol="cross" if options.cross else "self",
-        cases=len(frame_counts),
-        frames=sum(frame_counts),
-        mean=mean,
-        interval=interval,
-        clips=[{key: _nan_to_none(value) for key, value in row.items()} for row in rows],
-        views=by_yaw,
-        options=options,
-        quality=animator.quality if options.model else None,
-        seconds=seconds,
-        device=animator.device_name,
-    )
+    return mean, interval
 
 
 def _nan_to_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value  # JSON has no NaN

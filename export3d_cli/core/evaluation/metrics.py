@@ -29,9 +29,8 @@ class Metric:
 METRICS = {
     "psnr": Metric("higher", "dB", 2, "Peak signal-to-noise ratio of RGB, mean over frames, at most 100."),
     "ssim": Metric("higher", "", 3, "Structural similarity, mean over RGB: Gaussian window of side 11, sigma 1.5."),
-    "vgg16": Metric("lower", "", 3, "Perceptual distance of a VGG16: squared difference of unit-length features, mean "
-                    "over four depths. Without LPIPS' learned weights: not LPIPS."),
-    "mobilenetv2": Metric("lower", "", 3, "The same with a MobileNetV2."),
+    "perceptual": Metric("lower", "", 3, "Perceptual distance of the given network: squared difference of unit-length "
+                         "features, mean over four depths. Without LPIPS' learned weights: not LPIPS."),
     "lpips": Metric("lower", "", 3, "LPIPS (Zhang et al. 2018) with its learned weights."),
     "akd478": Metric("lower", "px", 2, "Average keypoint distance: Euclidean, all 478 landmarks, pixels at 256."),
     "akd68": Metric("lower", "px", 2, "The same for the 68 iBUG points among them."),
@@ -42,20 +41,30 @@ METRICS = {
     "pitch_error": Metric("lower", "deg", 2, "Mean absolute difference of pitch."),
     "gaze_error": Metric("lower", "deg", 2, "Mean angle between the lines of sight of both eyes in the head frame, "
                          "from the irises where the eyes are open; reliable sideways, weak up and down."),
-    "jaw": Metric("higher", "r", 3, "Correlation over time of jawOpen, if the driver moves it."),
-    "blink": Metric("higher", "r", 3, "Correlation over time of eyeBlink (mean of both), if the driver blinks."),
-    "smile": Metric("higher", "r", 3, "Correlation over time of mouthSmile (mean of both), if the driver smiles."),
-    "yaw": Metric("higher", "r", 3, "Correlation over time of yaw, if the driver's head turns."),
+    "jaw": Metric("higher", "r", 3, "Correlation over time of jawOpen with the driver's, if the driver moves it."),
+    "jaw_slope": Metric("", "", 2, "Slope of jawOpen over the driver's: 1 is as wide as the driver, 0 does not move."),
+    "blink": Metric("higher", "r", 3, "The same for eyeBlink (mean of both), if the driver blinks."),
+    "blink_slope": Metric("", "", 2, "Its slope."),
+    "smile": Metric("higher", "r", 3, "The same for mouthSmile (mean of both), if the driver smiles."),
+    "smile_slope": Metric("", "", 2, "Its slope."),
+    "gaze": Metric("higher", "r", 3, "The same for the irises' sideways position, if the driver looks around."),
+    "gaze_slope": Metric("", "", 2, "Its slope."),
+    "yaw": Metric("higher", "r", 3, "The same for yaw, if the driver's head turns."),
+    "yaw_slope": Metric("", "", 2, "Its slope."),
     "identity": Metric("higher", "cos", 3, "CSIM: cosine of face embeddings of the source and the result."),
     "flicker": Metric("lower", "levels", 2, "Mean absolute second difference over time of result minus truth, in "
                       "grey levels of 255: 0 if the error is constant or changes linearly."),
     "jitter": Metric("lower", "px", 3, "Mean second difference over time of the landmarks minus that of the driver's: "
                      "0 is as steady as the driver, negative is smoother."),
     "lost": Metric("lower", "", 3, "Fraction of frames in which no face is found."),
+    "copied": Metric("", "", 3, "Fraction of the picture that is the photo's pixels, moved."),
     "view_pose": Metric("lower", "deg", 2, "Novel views: rotation angle between the requested camera and the one "
-                        "tracked in the picture, mean over yaws from -30 to 30 degrees."),
-    "view_identity": Metric("higher", "cos", 3, "Novel views: cosine of embeddings of the source and the view."),
-    "view_lost": Metric("lower", "", 3, "Novel views: fraction in which no face is found."),
+                        "tracked in the picture."),
+    "depth_skin": Metric("lower", "mm", 1, "Median error of the volume's depth on skin, after alignment of the median "
+                         "and of the scale, which one photo does not show."),
+    "depth_hair": Metric("lower", "mm", 1, "The same on hair and brows, with the alignment of the skin."),
+    "silhouette": Metric("higher", "IoU", 3, "Intersection over union of the volume's head and the true one, without "
+                         "clothes, inside the network's crop."),
 }  # fmt: skip
 REFERENCE_SIZE_PX = 256  # landmark distances refer to images of this side, whatever the actual size
 # ArcFace's template at 112 px: eye on the image's left, on its right, nose, left and right mouth corner.
@@ -69,8 +78,7 @@ IRIS_RADIUS = 10.5 / 63  # iris to centre of rotation, 10.5 mm, over the inter-o
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio in dB, at most 100 (for equal images)."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return min(100.0, 10 * float(np.log10(255**2 / error))) if error else 100.0
+    return min(100.0, cv2.PSNR(a, b))
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -143,25 +151,25 @@ def excess_jitter(result: np.ndarray, truth: np.ndarray) -> float:
     return float((a - b) * REFERENCE_SIZE_PX)
 
 
-def correlation(truth: np.ndarray, result: np.ndarray, min_std: float) -> float:
-    """Return Pearson's correlation of two series (T,); NaN if the truth's standard deviation is below `min_std`.
+def correlation_and_slope(truth: np.ndarray, result: np.ndarray, min_std: float) -> tuple[float, float]:
+    """Return Pearson's correlation of two series (T,) and the slope of `result` over `truth`.
 
-    Returns 0 for a result that hardly moves (less than a tenth of `min_std`), not the correlation of its noise.
+    Both are NaN if the truth's standard deviation is below `min_std`. The correlation is 0 for a result that hardly
+    moves (less than a tenth of `min_std`), not that of its noise.
     """
     if len(truth) < 3 or truth.std() < min_std:
-        return float("nan")
-    if result.std() < min_std / 10:
-        return 0.0
-    return float(np.corrcoef(truth, result)[0, 1])
+        return float("nan"), float("nan")
+    covariance = float(np.mean((truth - truth.mean()) * (result - result.mean())))
+    moves = result.std() >= min_std / 10
+    return covariance / float(truth.std() * result.std()) if moves else 0.0, covariance / float(truth.var())
 
 
 def fit_similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return the least-squares similarity transform (2, 3) from points (N, 2) to `target` (N, 2)."""
-    x, y = points[:, 0], points[:, 1]
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    rows = np.concatenate([np.stack([x, -y, one, zero], axis=1), np.stack([y, x, zero, one], axis=1)])
-    a, b, tx, ty = np.linalg.lstsq(rows, np.concatenate([target[:, 0], target[:, 1]]), rcond=None)[0]
-    return np.array([[a, -b, tx], [b, a, ty]])
+    z, w = (p[:, 0] + 1j * p[:, 1] for p in (points, target))  # a similarity is w = a z + b in complex numbers
+    a = np.vdot(z - z.mean(), w - w.mean()) / np.vdot(z - z.mean(), z - z.mean())
+    b = w.mean() - a * z.mean()
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
 def crop_to_arcface(image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from export3d_cli.core.dataset.segmentation import yaw_pitch_roll
@@ -31,24 +30,24 @@ class Clip:
     file: Path
     motion: Motion
 
-    @property
-    def track(self) -> str:
-        """Return the id of the driving track shared by synthetic clips, see `driver_track_id`."""
-        return driver_track_id(self.id)
-
 
 @dataclass(frozen=True)
 class Case:
-    """One source animated by one driver; `target` is the ground truth if it is known."""
+    """One source clip, whose most frontal frame is animated by a driver clip."""
 
     source: Clip
     driver: Clip
-    target: Clip | None
 
     @property
     def name(self) -> str:
         """Return the name for tables and files: the clip's id, or `<source>-by-<driver>`."""
         return self.driver.id if self.driver is self.source else f"{self.source.id}-by-{self.driver.id}"
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the source clip is what the result should look like: by itself, or by a head with the same track."""
+        track = driver_track_id(self.source.id)
+        return self.driver is self.source or (track != "" and track == driver_track_id(self.driver.id))
 
 
 def read_clips(dataset: Path) -> list[Clip]:
@@ -74,25 +73,13 @@ def read_clips(dataset: Path) -> list[Clip]:
 
 
 def cross_cases(clips: list[Clip], pairs: int, seed: int) -> list[Case]:
-    """Return up to `pairs` cases fixed by the seed: with ground truth if heads share tracks, else of any two people."""
-    rng = np.random.default_rng(seed)
-    by_head: dict[str, dict[str, Clip]] = {}
-    for clip in clips:
-        if clip.track:
-            by_head.setdefault(clip.person, {})[clip.track] = clip
-    cases = []
-    for index in rng.permutation(len(clips)):
-        clip = clips[index]
-        if by_head:  # the clip is the target
-            sources = [c for track, c in by_head.get(clip.person, {}).items() if track != clip.track]
-            heads = [tracks for person, tracks in by_head.items() if person != clip.person]
-            drivers = [tracks[clip.track] for tracks in heads if clip.track in tracks]
-        else:  # the clip is the source
-            sources, drivers = [clip], [c for c in clips if c.person != clip.person and len(c.motion) > 1]
-        if sources and drivers:
-            source, driver = sources[rng.integers(len(sources))], drivers[rng.integers(len(drivers))]
-            cases.append(Case(source, driver, clip if by_head else None))
-    return cases[:pairs]
+    """Return up to `pairs` cases of different sources, fixed by the seed; with ground truth if heads share tracks."""
+    cases = [Case(a, b) for a in clips for b in clips if a.person != b.person and len(b.motion) > 1]
+    cases = [case for case in cases if case.has_truth] or cases
+    chosen: dict[str, Case] = {}
+    for index in np.random.default_rng(seed).permutation(len(cases)):
+        chosen.setdefault(cases[index].source.id, cases[index])
+    return list(chosen.values())[:pairs]
 
 
 def most_frontal_frame(motion: Motion) -> int:
@@ -102,18 +89,18 @@ def most_frontal_frame(motion: Motion) -> int:
     return int(np.where(motion.found, score, np.inf).argmin())
 
 
-def load_source_image(clip: Clip, size: int) -> np.ndarray:
-    """Return the clip's most frontal frame, uint8 (size, size, 3): the source image."""
-    return decode_frames(clip, np.array([most_frontal_frame(clip.motion)]), size)[0]
+def load_source_image(clip: Clip) -> np.ndarray:
+    """Return the clip's most frontal frame, uint8 (H, W, 3): the source photo."""
+    return decode_frames(clip, np.array([most_frontal_frame(clip.motion)]))[0]
 
 
 def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> np.ndarray:
-    """Return indices of up to `max_frames` frames with a tracked face, in driver and target: spread evenly or first.
+    """Return indices of up to `max_frames` frames with a tracked face, in driver and truth: spread evenly or first.
 
     The source's own frame is left out: repeating the source would be perfect there and count as 100 dB.
     """
     rows = np.flatnonzero(_tracked_frames(case))
-    if case.driver is case.source:
+    if case.has_truth:
         rows = rows[rows != most_frontal_frame(case.source.motion)]
     if max_frames is None or len(rows) <= max_frames:
         return rows
@@ -132,28 +119,28 @@ def consecutive_frames(case: Case, frames: int) -> np.ndarray:
 
 def _tracked_frames(case: Case) -> np.ndarray:
     found = case.driver.motion.found
-    if case.target is None:
+    if not case.has_truth:
         return found
-    length = min(len(found), len(case.target.motion))
-    both: np.ndarray = found[:length] & case.target.motion.found[:length]
+    length = min(len(found), len(case.source.motion))
+    both: np.ndarray = found[:length] & case.source.motion.found[:length]
     return both
 
 
-def decode_frames(clip: Clip, rows: np.ndarray, size: int) -> Frames:
-    """Decode frames `rows` (ascending) of a clip, resized to (size, size)."""
+def decode_frames(clip: Clip, rows: np.ndarray) -> Frames:
+    """Decode frames `rows` (ascending) of a clip."""
     if has_image_suffix(clip.file):
-        image = read_image(clip.file)
-        if image.shape[0] != size:
-            image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-        return [image] * len(rows)
-    frames = _decode_rows(clip.file, rows, size)
+        return [read_image(clip.file)] * len(rows)
+    frames = read_rows(clip.file, rows)
     if len(frames) < len(rows):
         raise InputError(f"{clip.file} has fewer frames than its motion file: run preprocess again")
     return frames
 
 
-def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: int) -> Frames:
-    """Load frames `rows` of another tool's result for a case: `<case>.mp4` (or another suffix) or a folder `<case>`."""
+def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: tuple[int, int]) -> Frames:
+    """Load frames `rows` of another tool's result for a case, resized to `size`, the width and height of the clip.
+
+    A result is a file `<case>.mp4` (or another suffix) or a folder `<case>` of pictures.
+    """
     files = (folder / f"{case.name}{suffix}" for suffix in VIDEO_SUFFIXES)
     path = next((file for file in files if file.is_file()), None)
     if path is None and (folder / case.name).is_dir():
@@ -164,7 +151,7 @@ def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: int) ->
         width, height = reader.info.width, reader.info.height
     if abs(width - height) > ASPECT_TOLERANCE * max(width, height):
         raise InputError(f"{path} is {width}x{height}, must be square: frame it as the clip {case.driver.id}")
-    frames = _decode_rows(path, rows, size)
+    frames = read_rows(path, rows, size)
     if len(frames) < len(rows):
         raise InputError(
             f"{path} is too short: it must have {len(case.driver.motion)} frames, one for each of its driver"
@@ -172,9 +159,10 @@ def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: int) ->
     return frames
 
 
-def _decode_rows(path: Path, rows: np.ndarray, size: int) -> Frames:
+def read_rows(path: Path, rows: np.ndarray, size: tuple[int, int] | None = None) -> Frames:
+    """Decode those of the frames `rows` that a video has, resized to `size` (width, height) if it is given."""
     wanted, frames = set(rows.tolist()), []
-    with VideoReader(path, size=(size, size)) as reader:
+    with VideoReader(path, size=size) as reader:
         for index, frame in enumerate(reader):
             if index in wanted:
                 frames.append(frame)

@@ -16,14 +16,15 @@ from export3d_cli.core.face.motion import Motion
 
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each
 Scores = dict[str, float]  # by names of `metrics.METRICS`
-PerceptualDistance = Callable[[Frames, Frames], float]
+PerceptualDistance = Callable[[np.ndarray, np.ndarray], float]
 NUM_BLENDSHAPES = 52  # the first entries of beta
 MAX_BLINK_FOR_GAZE = 0.5  # eyeBlink above this hides too much of the iris
-# Name -> (entries of beta to average, minimum standard deviation of the driver for a correlation to count).
+# Name -> (entries of beta to average, minimum standard deviation of the driver for correlation and slope to count).
 CORRELATED_SERIES = {
     "jaw": (("jawOpen",), 0.03),
     "blink": (("eyeBlinkLeft", "eyeBlinkRight"), 0.05),
     "smile": (("mouthSmileLeft", "mouthSmileRight"), 0.05),
+    "gaze": (("irisXLeft", "irisXRight"), 0.01),
 }
 MIN_YAW_STD = 0.7  # degrees, likewise
 _BLINKS = [BETA_NAMES.index(f"eyeBlink{side}") for side in ("Left", "Right")]
@@ -61,8 +62,9 @@ class MetricSuite:
         motion = self.tracker.track_crops(frames, independent=independent)
         return TrackedFrames(frames, motion, np.zeros(len(frames), bool) if motion is None else motion.found)
 
-    def embed(self, tracked: TrackedFrames, rows: np.ndarray) -> np.ndarray:
+    def embed(self, tracked: TrackedFrames, rows: np.ndarray | None = None) -> np.ndarray:
         """Return unit vectors (F, D) of the rows with a face; F is 0 without an embedder."""
+        rows = np.arange(len(tracked.frames)) if rows is None else rows
         rows = rows[tracked.found[rows]]
         if self.embedder is None or tracked.motion is None or not len(rows):
             return np.zeros((0, 1), dtype=np.float32)
@@ -76,50 +78,36 @@ class MetricSuite:
         sample: FrameSample,
         *,
         has_ground_truth: bool,
-        source_embedding: np.ndarray | None = None,
+        source_embedding: np.ndarray,
     ) -> Scores:
-        """Return all metrics except those of novel views; NaN where one does not apply.
+        """Return the metrics that apply.
 
         Args:
             result: the frames of a method.
             truth: the ground truth; without one, the driver's frames.
             sample: which frames are scored.
             has_ground_truth: whether `truth` shows the source's own head.
-            source_embedding: (1, D).
+            source_embedding: (1, D); (0, 1): identity is not measured.
         """
         rows, consecutive = sample.rows, sample.consecutive
-        scores = dict.fromkeys(metrics.METRICS, float("nan"))
-        scores["lost"] = float(1 - result.found[rows].mean())
+        scores = {"lost": float(1 - result.found[rows].mean())}
         if has_ground_truth:
             pairs = [(result.frames[i], truth.frames[i]) for i in rows]
             scores["psnr"] = float(np.mean([metrics.psnr(a, b) for a, b in pairs]))
             scores["ssim"] = float(np.mean([metrics.ssim(a, b) for a, b in pairs]))
             if self.perceptual is not None:
-                scores[self.perceptual_name] = self.perceptual([a for a, _ in pairs], [b for _, b in pairs])
+                scores[self.perceptual_name] = float(np.mean([self.perceptual(a, b) for a, b in pairs]))
             if len(consecutive):
                 clips = (np.stack([tracked.frames[i] for i in consecutive]) for tracked in (result, truth))
                 scores["flicker"] = metrics.flicker(*clips)
-        embeddings = self.embed(result, rows)
-        if source_embedding is not None and len(source_embedding) and len(embeddings):
-            scores["identity"] = float((embeddings @ source_embedding[0]).mean())
+        scores["identity"] = self.identity(result, source_embedding, rows)
         return scores | _compare_faces(result, truth, sample, has_ground_truth=has_ground_truth)
 
-    def score_views(
-        self, views: TrackedFrames, cameras: np.ndarray, source_embedding: np.ndarray | None
-    ) -> list[Scores]:
-        """Return `view_pose`, `view_identity` and `view_lost` of each novel view, requested by cameras (V, 25)."""
-        found, nan = views.found, float("nan")
-        angles = np.zeros(len(found)) if views.motion is None else metrics.rotation_angle(views.motion.camera, cameras)
-        scores = []
-        for i, angle in enumerate(angles):
-            embedding = self.embed(views, np.array([i]))
-            known = source_embedding is not None and len(source_embedding) and len(embedding)
-            scores.append({
-                "view_pose": float(angle) if found[i] else nan,
-                "view_identity": float(embedding[0] @ source_embedding[0]) if known else nan,  # type: ignore[index]
-                "view_lost": float(not found[i]),
-            })  # fmt: skip
-        return scores
+    def identity(self, tracked: TrackedFrames, source_embedding: np.ndarray, rows: np.ndarray | None = None) -> float:
+        """Return the mean cosine of embeddings with the source's, (1, D); NaN without embedder or face."""
+        embeddings = self.embed(tracked, rows)
+        known = len(source_embedding) and len(embeddings)
+        return float((embeddings @ source_embedding[0]).mean()) if known else float("nan")
 
 
 def _compare_faces(
@@ -152,6 +140,7 @@ def _compare_faces(
         scores["akd68"] = metrics.landmark_distance(a, b, metrics.IBUG68)
     for key, (names, min_std) in CORRELATED_SERIES.items():
         columns = [BETA_NAMES.index(name) for name in names]
-        scores[key] = metrics.correlation(beta[:, columns].mean(1), result_beta[:, columns].mean(1), min_std)
-    scores["yaw"] = metrics.correlation(yaw, result_yaw, MIN_YAW_STD)
+        series = beta[:, columns].mean(1), result_beta[:, columns].mean(1)
+        scores[key], scores[f"{key}_slope"] = metrics.correlation_and_slope(*series, min_std)
+    scores["yaw"], scores["yaw_slope"] = metrics.correlation_and_slope(yaw, result_yaw, MIN_YAW_STD)
     return scores

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.compositor import Compositor, check_outputs, load_backdrop, read_portrait
-from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
+from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas, VolumeRender
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE
@@ -33,7 +33,8 @@ def portrait() -> Any:
 def still(portrait: Any) -> FrameLayers:
     """Layers of a frame in which nothing moves, and the network takes over nothing."""
     zero, one = np.zeros((FLOW_SIZE, FLOW_SIZE), np.float32), np.ones((FLOW_SIZE, FLOW_SIZE), np.float32)
-    return FrameLayers(portrait.crop, np.zeros((FLOW_SIZE, FLOW_SIZE, 2), np.float32), zero, zero, one)
+    volume = VolumeRender(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2)), np.zeros((2, 2)), 1.0)
+    return FrameLayers(portrait.crop, np.zeros((FLOW_SIZE, FLOW_SIZE, 2), np.float32), zero, one, volume)
 
 
 def test_without_a_canvas_a_rendered_crop_is_the_frame() -> None:

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.background_fill import fill_hole
-from export3d_cli.core.animation.photo_canvas import MAX_TRAVEL_CUT, TRAVEL_RANGE, FrameLayers, PhotoCanvas
+from export3d_cli.core.animation.photo_canvas import (
+    MAX_TRAVEL_CUT,
+    TRAVEL_RANGE,
+    FrameLayers,
+    PhotoCanvas,
+    VolumeRender,
+)
 from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN
 
 SQUARE = (100.0, 60.0, 80.0)
@@ -33,7 +39,8 @@ def layers(dx: float = 0.0, dy: float = 0.0, *, network: float = 0.0, image: np.
     displacement = np.broadcast_to(np.float32([-dx, -dy]), (*shape, 2)).copy()
     weight, height = np.full(shape, network, np.float32), np.full(shape, network - 1, np.float32)
     image = np.zeros((80, 80, 3), np.uint8) if image is None else image
-    return FrameLayers(image, displacement, weight, height)
+    volume = VolumeRender(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2)), np.zeros((2, 2)), 1.0)
+    return FrameLayers(image, displacement, weight, height, volume)
 
 
 def centre_of_person(frame: np.ndarray) -> tuple[float, float]:

@@ -2,12 +2,12 @@
 
 import csv
 import json
-import math
 import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,10 +15,13 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.preprocess import preprocess
-from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, render_methods, write_inputs
+from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, render_layers, write_inputs
 from export3d_cli.core.evaluation.metrics import METRICS
+from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
 from export3d_cli.core.evaluation.protocol import (
     Case,
     consecutive_frames,
@@ -31,8 +34,7 @@ from export3d_cli.core.evaluation.protocol import (
 )
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import smooth_motion
-from export3d_cli.core.media.image import read_image, to_tensor
+from export3d_cli.core.media.image import read_image, to_tensor, write_image
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
@@ -49,7 +51,7 @@ FRAMES = 10
 def data_set(tmp_path_factory):
     """Return a data set with the example driver as its one clip."""
     folder = tmp_path_factory.mktemp("faces")
-    preprocess([example_path("drive.mp4")], folder, size=64, max_frames=FRAMES)
+    preprocess([example_path("drive.mp4")], folder, size=128, max_frames=FRAMES)
     return folder
 
 
@@ -87,33 +89,64 @@ def result(animator, data_set, tmp_path_factory):
     return evaluate(animator, data_set, EvaluateOptions(max_frames=6), out=tmp_path_factory.mktemp("out"))
 
 
-def test_evaluate_scores_model_and_baselines(result):
-    assert list(result.mean) == ["model", "flow", "repeat"]
-    assert result.cases == 1 and result.frames == 6 and len(result.clips) == 3
+def test_evaluate_scores_model_volume_and_baselines(result):
+    assert list(result.mean) == ["model", "raw", "pwa", "repeat", "view 15", "view 30", "view 45", "view 60"]
+    assert (result.protocol, result.cases, result.frames, len(result.clips)) == ("self-reenactment", 1, 6, 8)
     assert all(set(METRICS) <= set(row) for row in result.clips)
-    repeat, flow, model = (result.mean[name] for name in ("repeat", "flow", "model"))
-    assert repeat["lost"] == 0.0 and flow["lost"] == 0.0
+    repeat, pwa, model, raw = (result.mean[name] for name in ("repeat", "pwa", "model", "raw"))
+    assert repeat["lost"] == pwa["lost"] == 0.0
     assert 20 < repeat["psnr"] < 100 and 0 < repeat["ssim"] < 1
-    assert abs(model["psnr"] - flow["psnr"]) < 3  # an untrained network starts as the flow
-    assert repeat["akd478"] > 0 and repeat["aed"] < 0.3
-    assert repeat["identity"] is None
-
-
-def test_flow_baseline_without_expression_follows_the_head(result):
-    """With b_i = 0 the mesh still moves rigidly, so it is closer to the truth than the unchanged source."""
-    assert result.mean["flow"]["akd478"] <= result.mean["repeat"]["akd478"] + 0.2
+    assert pwa["akd478"] < 0.6 < repeat["akd478"] and pwa["aed"] < repeat["aed"] < 0.3
+    assert model["psnr"] > raw["psnr"]  # an untrained network shows the photo along the flow, its volume shows nothing
+    assert 0.3 < model["copied"] < 1 and raw["copied"] is None
+    assert repeat["identity"] is None and repeat["view_pose"] is None
+    assert 0 <= result.mean["view 15"]["view_pose"] < 30 and result.mean["view 15"]["psnr"] is None
 
 
 def test_write_report_writes_tables_and_pictures(result):
-    table, whole, report = result.files[:3]
+    table, whole, report, sheet = result.files
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["model", "flow", "repeat"] and rows[0]["identity"] == ""
-    assert json.loads(whole.read_text())["mean"]["flow"]["psnr"] == result.mean["flow"]["psnr"]
-    sheets = [read_image(path) for path in result.files[3:]]
-    assert [sheet.shape for sheet in sheets] == [(3 * 64, 7 * 64, 3)] * 3 + [(64, 7 * 64, 3)]
-    page = report.read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg;base64,") == 4 and "http" not in page and "<script" not in page
+    assert [row["method"] for row in rows] == list(result.mean) and rows[0]["identity"] == ""
+    assert json.loads(whole.read_text())["mean"]["pwa"]["psnr"] == result.mean["pwa"]["psnr"]
+    assert read_image(sheet).shape == (5 * 192, 9 * 192, 3)  # truth, model, raw, pwa and views
+    text = report.read_text(encoding="utf-8")
+    assert "frame photo, pose auto, smooth light, quality balanced" in text and f"({sheet.name})" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| psnr dB ↑"))
+    assert line.split("|")[2].strip() == f"{result.mean['model']['psnr']:.2f}" and line.split("|")[6].strip() == ""
+
+
+@pytest.mark.parametrize("framing", ["photo", "face"])
+def test_render_layers_are_the_frames_that_reenact_writes(animator, data_set, tmp_path, framing):
+    clip, rows = read_clips(data_set)[0], np.array([0, 4, 9])
+    photo = load_source_image(clip)
+    options = ReenactOptions(framing=framing)
+    portrait = animator.portrait(photo, framing=framing)
+    layers = list(render_layers(animator, portrait, clip.file, rows, options))
+    write_image(tmp_path / "photo.png", photo)
+    reenact(animator, tmp_path / "photo.png", clip.file, tmp_path / "%03d.png", options)
+    written = [read_image(path) for path in sorted(tmp_path.glob("[0-9]*.png"))]
+    assert len(written) == FRAMES
+    for row, layer in zip(rows, layers, strict=True):
+        difference = np.abs(portrait.canvas.compose(layer).astype(int) - written[row])
+        assert difference.mean() < 0.5  # tri-planes are interpolated between other frames
+
+
+def test_evaluate_compares_the_part_that_frames_show(animator, data_set):
+    options = EvaluateOptions(max_frames=3, reenact=ReenactOptions(framing="face"))
+    result = evaluate(animator, data_set, options)
+    assert result.mean["repeat"]["psnr"] > 18 and result.mean["pwa"]["akd478"] < 1
+
+
+def test_warp_piecewise_moves_the_landmarks_and_pins_the_border():
+    rng = np.random.default_rng(0)
+    photo = cv2.GaussianBlur(rng.integers(0, 256, (120, 160, 3)).astype(np.uint8), (0, 0), 4)
+    source = rng.uniform(0.3, 0.6, (478, 3))
+    assert np.abs(warp_piecewise(photo, source, source).astype(int) - photo).max() <= 1
+    warped = warp_piecewise(photo, source, source + [0.1, 0.05, 0])  # 16 pixels to the right, 6 down
+    inside = warped[54:66, 72:104].astype(int)
+    assert np.abs(inside - photo[48:60, 56:88]).max() <= 2
+    assert np.abs(warped[[0, -1]].astype(int) - photo[[0, -1]]).max() <= 8
 
 
 def test_most_frontal_frame_ignores_untracked_frames(data_set):
@@ -127,54 +160,44 @@ def test_most_frontal_frame_ignores_untracked_frames(data_set):
 
 
 def test_cross_with_shared_tracks_has_a_ground_truth(animator, heads):
-    """Both heads are copies here, so the flow of the other head's track is that of its own."""
-    own = evaluate(animator, heads, EvaluateOptions(max_frames=4))
-    crossed = evaluate(animator, heads, EvaluateOptions(max_frames=4, cross=True, pairs=2))
-    assert crossed.cases == 2
-    assert crossed.mean["flow"]["akd478"] == pytest.approx(own.mean["flow"]["akd478"], rel=0.3)
-    assert all(len({part[:1] for part in row["case"].split("-by-")}) == 2 for row in crossed.clips)
+    """Both heads are copies here, so the other head's track is that of its own."""
+    crossed = evaluate(animator, heads, EvaluateOptions(max_frames=4, cross=True, cases=2))
+    assert crossed.protocol == "cross-reenactment" and crossed.cases == 2
+    for row in crossed.clips:
+        source, driver = row["case"].split("-by-")
+        assert source[0] != driver[0] and source[1:] == driver[1:]
+    assert crossed.mean["pwa"]["akd478"] < 1 and crossed.mean["model"]["psnr"] is not None
 
 
 def test_cross_without_shared_tracks_has_no_ground_truth(animator, heads, tmp_path):
     shutil.copytree(heads / "clips", tmp_path / "clips")
     lines = (heads / "manifest.jsonl").read_text().replace("_t0", "_0").splitlines()
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
-    result = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True, pairs=2), out=tmp_path / "out")
-    assert result.mean["flow"]["psnr"] is None and result.mean["flow"]["akd478"] is None
-    assert result.mean["flow"]["aed"] is not None
+    result = evaluate(animator, tmp_path, EvaluateOptions(max_frames=3, cross=True, cases=2))
+    assert result.mean["pwa"]["psnr"] is None and result.mean["pwa"]["akd478"] is None
+    assert result.mean["pwa"]["aed"] is not None
 
 
 def test_evaluate_interval_needs_two_clips(animator, data_set, heads, result):
-    assert result.interval["flow"]["psnr"] is None
-    more = evaluate(animator, heads, EvaluateOptions(max_frames=3, views=False))
-    low, high = more.interval["flow"]["psnr"]
-    assert low == pytest.approx(high) and low == pytest.approx(more.mean["flow"]["psnr"])  # the clips are copies
-    assert more.views == [] and more.mean["model"]["view_lost"] is None
-
-
-def test_evaluate_reports_novel_views_by_yaw(result):
-    assert [view["yaw"] for view in result.views] == [-30, -20, -10, 0, 10, 20, 30]
-    seen = [view for view in result.views if view["view_pose"] is not None]
-    assert all(0 <= view["view_pose"] <= 180 for view in seen) and len(seen) == sum(
-        view["view_lost"] == 0 for view in result.views
-    )
-    lost = np.mean([view["view_lost"] for view in result.views])
-    assert result.mean["model"]["view_lost"] == pytest.approx(lost) and result.mean["flow"]["view_pose"] is None
+    assert result.interval["pwa"]["psnr"] is None
+    more = evaluate(animator, heads, EvaluateOptions(max_frames=3, cases=2))
+    low, high = more.interval["pwa"]["psnr"]
+    assert low == pytest.approx(high) and low == pytest.approx(more.mean["pwa"]["psnr"])  # the clips are copies
 
 
 def test_evaluate_scores_results_of_other_tools(animator, data_set, tmp_path):
     """The driver itself is a perfect result."""
     options = EvaluateOptions(max_frames=4, results=(tmp_path / "tool",), model=False)
     clip = read_clips(data_set)[0]
-    files = write_inputs(data_set, options, tmp_path / "in", 64)
+    files = write_inputs(data_set, options, tmp_path / "in")
     assert [file.name for file in files] == [f"{clip.id}-source.png", f"{clip.id}-driver.mp4"]
-    assert read_image(files[0]).shape == (64, 64, 3)
+    assert read_image(files[0]).shape == (128, 128, 3)
     with pytest.raises(InputError, match=f"no result for {clip.id}"):
         evaluate(animator, data_set, options)
     (tmp_path / "tool").mkdir()
     (tmp_path / "tool" / f"{clip.id}.mp4").write_bytes(files[1].read_bytes())
     result = evaluate(animator, data_set, options, out=tmp_path / "out")
-    assert list(result.mean) == ["tool", "repeat"] and result.frames == 4 and result.views == []
+    assert list(result.mean) == ["tool", "pwa", "repeat"] and result.frames == 4
     score = result.mean["tool"]
     assert (score["psnr"], score["akd478"], score["apd"], score["gaze_error"]) == pytest.approx(
         (100, 0, 0, 0), abs=1e-6
@@ -201,26 +224,13 @@ def test_select_frames_and_consecutive_frames(data_set):
         key: np.repeat(getattr(clip.motion, key)[:1], 40, axis=0) for key in ("beta", "camera", "landmarks")
     }, "found": found})  # fmt: skip
     clip = replace(clip, motion=motion)
-    case = Case(clip, clip, clip)
+    case = Case(clip, clip)
     assert select_frames(case, 5, "first").tolist() == [1, 2, 3, 5, 6]  # frame 0 is the source
     assert select_frames(case, 3).tolist() == [1, 21, 39] and len(select_frames(case, None)) == 37
     assert consecutive_frames(case, 4).tolist() == [17, 18, 19]
     assert len(consecutive_frames(case, 50)) == 12 and 20 not in consecutive_frames(case, 50)
     found[:] = np.arange(40) % 3 != 0
     assert len(consecutive_frames(case, 50)) == 0
-
-
-def test_render_methods_smooths_the_driver_as_reenact_does(animator, data_set):
-    """Light smoothing gives the frames of a driver that was smoothed before; without smoothing they differ."""
-    clip = read_clips(data_set)[0]
-    rows, photo = np.arange(3, 6), load_source_image(clip, 64)
-    smoothed = replace(clip, motion=smooth_motion(clip.motion, "light"))
-    case, smoothed_case = Case(clip, clip, clip), Case(clip, smoothed, smoothed)
-    light = render_methods(animator, case, photo, rows, EvaluateOptions())
-    off = render_methods(animator, case, photo, rows, EvaluateOptions(smooth="off"))
-    expected = render_methods(animator, smoothed_case, photo, rows, EvaluateOptions(smooth="off"))
-    assert np.array_equal(light["model"], expected["model"]) and np.array_equal(light["flow"], expected["flow"])
-    assert not np.array_equal(light["model"], off["model"])
 
 
 def test_cross_cases_are_fixed_by_the_seed(heads):
@@ -241,15 +251,15 @@ def backbone(tmp_path):
     return tmp_path / "vgg.safetensors"
 
 
-def test_evaluate_names_perceptual_distance_after_its_backbone(animator, data_set, backbone):
-    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, perceptual=backbone, views=False))
+def test_evaluate_does_not_call_every_perceptual_distance_lpips(animator, data_set, backbone):
+    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, perceptual=backbone))
     repeat = result.mean["repeat"]
-    assert repeat["lpips"] is None and repeat["mobilenetv2"] is None
+    assert repeat["lpips"] is None
     clip = read_clips(data_set)[0]
-    truth = decode_frames(clip, select_frames(Case(clip, clip, clip), 3), 64)
-    photo = to_tensor(decode_frames(clip, np.array([most_frontal_frame(clip.motion)]), 64)[0])
+    truth = decode_frames(clip, select_frames(Case(clip, clip), 3))
+    photo = to_tensor(load_source_image(clip))
     expected = [float(load_perceptual(backbone)(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
-    assert repeat["vgg16"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
+    assert repeat["perceptual"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
     with pytest.raises(InputError, match="give the VGG16"):
         evaluate(animator, data_set, EvaluateOptions(lpips=backbone))
 
@@ -288,29 +298,31 @@ def test_evaluate_command(weights, data_set, tmp_path):
     done = CliRunner().invoke(cli, [*args, "-o", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
-    assert summary["mean"]["repeat"]["lost"] == 0.0 and not math.isnan(summary["mean"]["flow"]["psnr"])
-    chosen = (summary["quality"], summary["options"]["smooth"], summary["options"]["views"])
-    assert chosen == ("balanced", "light", True)
+    assert summary["mean"]["repeat"]["lost"] == 0.0 and summary["quality"] == "balanced"
+    chosen = summary["options"]["reenact"]
+    assert (chosen["framing"], chosen["pose"], chosen["smooth"]) == ("photo", "auto", "light")
     assert Path(summary["files"][0]).is_file()
     done = CliRunner().invoke(cli, args)
     assert done.exit_code == 0 and "repeat" in done.stderr and "akd478" in done.stderr
     assert CliRunner().invoke(cli, ["evaluate", str(tmp_path), "--weights", str(weights)]).exit_code == 2
-    assert CliRunner().invoke(cli, [*args, "--pairs", "0"]).exit_code == 2
+    assert CliRunner().invoke(cli, [*args, "--cases", "0"]).exit_code == 2
     for options, message in (
         (["--no-model"], "nothing to score"),
-        (["--pairs", "5"], "--pairs applies to --cross"),
-        (["--cross", "--views"], "--views applies to self-reenactment"),
-        (["--no-model", "--results", str(tmp_path), "--views"], "--views applies to the model"),
-        (["--no-model", "--results", str(tmp_path), "--smooth", "off"], "--smooth applies to the model"),
+        (["--no-model", "--results", str(tmp_path), "--smooth", "off"], "--smooth has no effect with --no-model"),
         (["--no-model", "--results", str(tmp_path), "--quality", "best"], "--quality has no effect with --no-model"),
         (["--write-inputs", "in", "-o", "x"], "--output, --max-frames has no effect with --write-inputs"),
         (["--lpips", __file__], "give the VGG16 file"),
     ):
         done = CliRunner().invoke(cli, [*args, *options])
         assert done.exit_code == 2 and message in " ".join(done.stderr.replace("│", "").split()), done.stderr
-    done = CliRunner().invoke(cli, [*args, "--quality", "fast", "--smooth", "off", "--no-views", "--json"])
+    done = CliRunner().invoke(
+        cli, [*args, "--quality", "fast", "--smooth", "off", "--frame", "face", "--pose", "relative", "--json"]
+    )
     summary = json.loads(done.stdout)
-    assert (summary["quality"], summary["options"]["smooth"], summary["options"]["views"]) == ("fast", "off", False)
+    chosen = summary["options"]["reenact"]
+    assert (summary["quality"], chosen["smooth"], chosen["framing"], chosen["pose"]) == (
+        "fast", "off", "face", "relative"
+    )  # fmt: skip
     assert CliRunner().invoke(cli, [*args, "--identity", "unknown"]).exit_code == 2
     args = ["evaluate", str(data_set), "--weights", str(weights), "--write-inputs", str(tmp_path / "in"), "--json"]
     done = CliRunner().invoke(cli, args)

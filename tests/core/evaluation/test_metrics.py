@@ -140,14 +140,14 @@ def test_bootstrap_interval_agrees_with_the_normal_interval():
     assert metrics.bootstrap_interval([3.0, 3.0]) == (3.0, 3.0)
 
 
-def test_correlation_needs_motion():
+def test_correlation_and_slope_need_a_driver_that_moves():
     t = np.linspace(0, 6, 40)
     truth = np.sin(t)
-    assert metrics.correlation(truth, 3 * truth + 1, 0.1) == pytest.approx(1.0)
-    assert metrics.correlation(truth, -truth, 0.1) == pytest.approx(-1.0)
-    assert metrics.correlation(truth, np.full(40, 0.3), 0.1) == 0.0
-    assert math.isnan(metrics.correlation(0.01 * truth, truth, 0.1))
-    assert math.isnan(metrics.correlation(truth[:2], truth[:2], 0.0))
+    assert metrics.correlation_and_slope(truth, 0.3 * truth + 1, 0.1) == pytest.approx((1.0, 0.3))
+    assert metrics.correlation_and_slope(truth, -truth, 0.1) == pytest.approx((-1.0, -1.0))
+    assert metrics.correlation_and_slope(truth, np.full(40, 0.3), 0.1) == pytest.approx((0.0, 0.0))
+    for still in (0.01 * truth, truth[:2]):
+        assert np.isnan(metrics.correlation_and_slope(still, truth[: len(still)], 0.1)).all()
 
 
 def test_fit_similarity_recovers_the_transform():

@@ -1,0 +1,188 @@
+"""Novel views: of real photos by their own consistency, of rendered heads against exact pictures and depth.
+
+A data set with exact views is a folder with `clips/<head>.mp4`, `labels/<head>.npz` (arrays `expression` (F,),
+`head_rot_deg` (F, 3) yaw, pitch and roll, `intrinsics` for image size 1) and `depth/<head>.npz` (`depth` (F, d, d) in
+metres along the camera's axis, `classes` (F, d, d), see `SKIN`). Frames of one expression show one still head. The last
+eleventh of the heads, by name, is scored; the others may be trained on.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
+from export3d_cli.core.animation.photo_canvas import FrameLayers, VolumeRender
+from export3d_cli.core.evaluation import metrics
+from export3d_cli.core.evaluation.protocol import read_rows
+from export3d_cli.core.evaluation.scorer import Frames, MetricSuite, Scores, TrackedFrames
+from export3d_cli.core.face.head_pose import fit_cameras
+from export3d_cli.core.model.volume_renderer import HALF_EXTENT
+from export3d_cli.core.runtime.errors import InputError
+
+YAWS = (0, 15, 30, 45, 60)  # degrees; each view counts for the nearest one
+HELD_OUT = 11  # one head of so many is held out
+SKIN, HAIR, CLOTHES = 1, 2, 5  # classes of the depth files; 0 is background, others are eyes and mouth
+MIN_OPACITY = 0.5  # opacity from which the volume shows a surface
+DEPTH_RANGE_MM = 150  # before and behind the face, in the pictures of depth
+
+
+def paste_crop(photo: np.ndarray, square: tuple[float, float, float], image: np.ndarray) -> np.ndarray:
+    """Return a copy of a photo with the square x0, y0, side replaced by an image of any size."""
+    x0, y0, side = square
+    scale = side / len(image)
+    matrix = np.array([[scale, 0, x0 + 0.5 * scale - 0.5], [0, scale, y0 + 0.5 * scale - 0.5]])
+    return cv2.warpAffine(
+        image, matrix, photo.shape[1::-1], photo.copy(), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_TRANSPARENT
+    )
+
+
+def copied_fraction(portrait: Portrait, layers: list[FrameLayers]) -> float:
+    """Return the fraction of whole frames that is the photo's pixels, moved: everything outside the network's crop."""
+    (x0, y0, side), (width, height) = portrait.geometry.square, portrait.frame_size
+    inside = np.prod([min(x0 + side, width) - max(x0, 0), min(y0 + side, height) - max(y0, 0)])
+    synthesised = 1 - np.mean([layer.volume.copied for layer in layers])
+    return float(1 - synthesised * inside / (width * height))
+
+
+def score_novel_views(
+    animator: Animator, portrait: Portrait, suite: MetricSuite, source_embedding: np.ndarray
+) -> tuple[dict[str, Scores], Frames]:
+    """Score views of a photo, turned to both sides, by pose, identity and lost faces; also return the pictures."""
+    pictures: Frames = []
+    scores = {}
+    for yaw in YAWS[1:]:
+        options = NovelViewOptions(yaw=(-yaw, yaw), frames=2, loop="once")
+        cameras = orbit_cameras(portrait.camera, options)
+        views = list(animator.view(portrait, cameras))
+        tracked = suite.track(views, independent=True)
+        scores[f"view {yaw}"] = {
+            "lost": float(1 - tracked.found.mean()), "identity": suite.identity(tracked, source_embedding),
+        }  # fmt: skip
+        if tracked.motion is not None:
+            angles = metrics.rotation_angle(_crop_cameras(suite, portrait, tracked), cameras)[tracked.found]
+            scores[f"view {yaw}"]["view_pose"] = float(angles.mean())
+        pictures = [views[0], *pictures, views[1]]
+    return scores, pictures
+
+
+def _crop_cameras(suite: MetricSuite, portrait: Portrait, tracked: TrackedFrames) -> np.ndarray:
+    """Return the cameras (T, 25) of faces tracked in whole frames, as cameras of the network's crop."""
+    assert tracked.motion is not None
+    x0, y0, side = portrait.geometry.square
+    points = (tracked.motion.landmarks * portrait.frame_size[0] - (x0, y0, 0)) / side
+    return fit_cameras(points, suite.tracker.canonical.points)
+
+
+def has_exact_views(dataset: Path) -> bool:
+    """Return whether a folder holds rendered heads with exact views."""
+    return (dataset / "labels").is_dir() and (dataset / "depth").is_dir()
+
+
+def held_out_heads(dataset: Path) -> list[str]:
+    """Return the names of the heads to score; raise `InputError` if there are none."""
+    names = sorted(path.stem for path in (dataset / "depth").glob("*.npz"))
+    if not names:
+        raise InputError(f"{dataset / 'depth'} has no .npz file: give a folder with exact views of rendered heads")
+    return names[min(len(names) - 1, len(names) * (HELD_OUT - 1) // HELD_OUT) :]
+
+
+def score_head(
+    animator: Animator, dataset: Path, name: str, suite: MetricSuite
+) -> tuple[dict[str, Scores], dict[str, Frames]]:
+    """Score a head's other views, rendered from its most frontal one; return scores by yaw, and pictures.
+
+    The camera of each view is the one that the tracker sees in its true picture, as for a driver.
+    """
+    try:
+        with np.load(dataset / "labels" / f"{name}.npz") as labels:
+            rows = np.flatnonzero(labels["expression"] == labels["expression"][0])
+            yaws, pitches, _ = labels["head_rot_deg"][rows].T
+            focal = float(labels["intrinsics"][0, 0])
+        with np.load(dataset / "depth" / f"{name}.npz") as truth:
+            depth, classes = truth["depth"][rows].astype(np.float32), truth["classes"][rows]
+        frames = read_rows(dataset / "clips" / f"{name}.mp4", rows)
+    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        raise InputError(f"{dataset} has no exact views of {name} ({error}): see its labels and depth") from error
+    first = int((np.abs(yaws) + np.abs(pitches)).argmin())
+    portrait = animator.portrait(frames[first], name=name)
+    assert portrait.canvas is not None
+    frames = [cv2.resize(frame, portrait.frame_size, interpolation=cv2.INTER_AREA) for frame in frames]
+    tracked = suite.track(frames, independent=True)
+    seen = np.flatnonzero(tracked.found)
+    cameras = _crop_cameras(suite, portrait, tracked)[seen]
+    embedding = suite.embed(tracked, np.array([first]))
+    layers = list(animator.view(portrait, cameras, layers=True))
+    views = suite.track([portrait.canvas.compose(layer) for layer in layers], independent=True)
+    raw = [paste_crop(portrait.canvas.photo, portrait.geometry.square, x.volume.colours) for x in layers]
+    pictures: dict[str, Frames] = {"truth": [tracked.frames[k] for k in seen], "result": views.frames, "volume": raw}
+    by_yaw: dict[str, list[Scores]] = {}
+    maps: list[tuple[np.ndarray, np.ndarray]] = []
+    for number, row in enumerate(seen):
+        render, camera = layers[number].volume, cameras[number]
+        score, relief = _compare_depth(portrait, render, camera, depth[row], classes[row], focal)
+        head = (classes[row] > 0) & (classes[row] != CLOTHES)
+        head = cv2.resize(head.astype(np.uint8), portrait.frame_size, interpolation=cv2.INTER_NEAREST) > 0
+        score["psnr"] = metrics.psnr(views.frames[number][head], tracked.frames[row][head])
+        score["lost"] = float(not views.found[number])
+        score["copied"] = copied_fraction(portrait, [layers[number]])
+        score["identity"] = suite.identity(views, embedding, np.array([number]))
+        if views.found[number]:
+            assert views.motion is not None and tracked.motion is not None
+            own, true = views.motion.landmarks[number], tracked.motion.landmarks[row]
+            score["akd478"] = metrics.landmark_distance(own[None], true[None])
+        turn = abs(float(yaws[row] - yaws[first]))
+        by_yaw.setdefault(f"view {min(YAWS, key=lambda yaw: abs(yaw - turn))}", []).append(score)
+        maps.append(relief)
+    pictures |= {"true depth": [true for true, _ in maps], "depth": [own for _, own in maps]}
+    names = sorted(by_yaw, key=lambda view: int(view.split()[1]))
+    return {view: mean_scores(by_yaw[view]) for view in names}, pictures
+
+
+def mean_scores(scores: list[Scores]) -> Scores:
+    """Return the mean of each metric over those that have it."""
+    keys = {key for score in scores for key in score}
+    return {key: metrics.finite_mean([score.get(key, float("nan")) for score in scores]) for key in keys}
+
+
+def _compare_depth(
+    portrait: Portrait, render: VolumeRender, camera: np.ndarray, depth: np.ndarray, classes: np.ndarray, focal: float
+) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:
+    """Compare a volume's depth with the truth (d, d) at the truth's pixels; also return both in colours."""
+    count, (x0, y0, side), size = len(depth), portrait.geometry.square, portrait.frame_size[0]
+    centres = (np.arange(count, dtype=np.float32) + 0.5) * size / count  # pixels of the frame
+    x, y = np.meshgrid((centres - x0) / side, (centres - y0) / side)  # crop units
+    inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)
+    column, line = ((v * len(render.depth) - 0.5).astype(np.float32) for v in (x, y))
+    opacity, own = (
+        cv2.remap(image, column, line, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        for image in (render.opacity, render.depth)
+    )
+    far = float(np.linalg.norm(camera.reshape(25)[[3, 7, 11]])) + HALF_EXTENT
+    own = (own - (1 - opacity) * far) / np.maximum(opacity, MIN_OPACITY)
+    surface = inside & (opacity > MIN_OPACITY)
+    known, head = inside & (classes != CLOTHES), classes > 0
+    both, either = (surface & head & known).sum(), ((surface | head) & known).sum()
+    scores = {"silhouette": float(both / max(1, either))}
+    skin = surface & (classes == SKIN)
+    if not skin.any():
+        return scores, (np.zeros((count, count, 3), np.uint8),) * 2
+    true_middle, own_middle = float(np.median(depth[skin])), float(np.median(own[skin]))
+    # One photo does not show the scale: a pixel of the face must be as wide in both.
+    scale = (true_middle / focal) / (own_middle / float(camera[16]) * size / side)  # metres in a unit
+    relief, own_relief = 1000 * (depth - true_middle), 1000 * scale * (own - own_middle)
+    for key, part in (("depth_skin", skin), ("depth_hair", surface & (classes == HAIR))):
+        if part.any():
+            scores[key] = float(np.median(np.abs(relief - own_relief)[part]))
+    return scores, (_colour_relief(relief, classes > 0), _colour_relief(own_relief, surface))
+
+
+def _colour_relief(relief: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return a relief (d, d) in mm in colours, black outside the mask: red is near, blue is far."""
+    nearness = (0.5 - relief / (2 * DEPTH_RANGE_MM)).clip(0, 1)
+    colours = cv2.applyColorMap((255 * nearness).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    return np.uint8(colours * mask[..., None])  # type: ignore[return-value]
