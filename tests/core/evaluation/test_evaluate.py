@@ -310,7 +310,10 @@ def test_evaluate_command(weights, data_set, tmp_path):
         (["--no-model"], "nothing to score"),
         (["--no-model", "--results", str(tmp_path), "--smooth", "off"], "--smooth has no effect with --no-model"),
         (["--no-model", "--results", str(tmp_path), "--quality", "best"], "--quality has no effect with --no-model"),
-        (["--write-inputs", "in", "-o", "x"], "--output, --max-frames has no effect with --write-inputs"),
+        (
+            ["--write-inputs", "in", "-o", "x"],
+            "--output, --max-frames, --weights, --device has no effect with --write-inputs",
+        ),
         (["--lpips", __file__], "give the VGG16 file"),
     ):
         done = CliRunner().invoke(cli, [*args, *options])
@@ -324,6 +327,6 @@ def test_evaluate_command(weights, data_set, tmp_path):
         "fast", "off", "face", "relative"
     )  # fmt: skip
     assert CliRunner().invoke(cli, [*args, "--identity", "unknown"]).exit_code == 2
-    args = ["evaluate", str(data_set), "--weights", str(weights), "--write-inputs", str(tmp_path / "in"), "--json"]
+    args = ["evaluate", str(data_set), "--write-inputs", str(tmp_path / "in"), "--json"]
     done = CliRunner().invoke(cli, args)
     assert done.exit_code == 0 and len(json.loads(done.stdout)["files"]) == len(list((tmp_path / "in").iterdir())) == 2
