@@ -190,10 +190,10 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
     if options.perceptual is None:
         return MetricSuite(tracker, embedder)
     from export3d_cli.core.config.schema import LossConfig
-    from export3d_cli.core.train.lpips import load_perceptual_term
+    from export3d_cli.core.train.perceptual import load_perceptual
 
     backbone, heads = (str(path or "") for path in (options.perceptual, options.lpips))
-    network = load_perceptual_term(LossConfig(backbone=backbone, lpips=heads))
+    network = load_perceptual(LossConfig(backbone=backbone, lpips=heads))
     assert network is not None
     network = network.to(animator.device).eval()
 

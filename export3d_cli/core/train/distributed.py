@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -35,13 +33,12 @@ class World:
         if self.size > 1:
             distributed.barrier()
 
-    def all_reduce_mean(self, values: list[float]) -> list[float]:
+    def all_reduce_mean(self, values: dict[str, float]) -> dict[str, float]:
         """Return the mean of each number over the processes."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(tensor)
-        return (tensor / self.size).tolist()
+        tensor = self.all_reduce_mean_(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device))
+        return dict(zip(values, tensor.tolist(), strict=True))
 
     def broadcast(self, value: float) -> float:
         """Return the value of the first process, so that decisions that depend on clocks agree."""
@@ -59,7 +56,7 @@ class World:
         return tensor
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients in one message, for modules that DistributedDataParallel cannot wrap."""
+        """Average gradients over the processes, in one message."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not grads:
             return
@@ -74,24 +71,6 @@ class World:
                 contiguous = tensor.contiguous()
                 distributed.broadcast(contiguous, 0)
                 tensor.copy_(contiguous)
-
-    def wrap_ddp(self, module: nn.Module) -> nn.Module:
-        """Wrap a module so that every backward pass averages its gradients over the processes."""
-        if self.size == 1:
-            return module
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # buffers are equal on all processes; newer releases of torch renamed the option that leaves them alone
-        option_names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        options: dict[str, Any] = {"device_ids": device_ids}
-        options["forward_sync_buffers" if "forward_sync_buffers" in option_names else "broadcast_buffers"] = False
-        return nn.parallel.DistributedDataParallel(module, **options)
-
-
-def no_sync(module: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[object]:
-    """Keep a wrapped module from averaging gradients before the last part of a batch."""
-    if is_last or not isinstance(module, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return module.no_sync()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.face.landmarks import ARCFACE_POINTS, LEFT_EYE, RIGHT_EYE
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.train.losses import IMAGENET_MEAN, IMAGENET_STD
+from export3d_cli.core.train.perceptual import IMAGENET_MEAN, IMAGENET_STD
 
 FACE_SIZE_PX = 112
 # ArcFace's template in pixels of that size, from left to right in the image: eyes, nose, mouth corners

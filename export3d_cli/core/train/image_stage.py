@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import TrainConfig
-from export3d_cli.core.media.image import to_uint8, write_image
-from export3d_cli.core.model.checkpoint import load_into, pack_optimizer, save_weights, unpack_optimizer
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.volume_renderer import BatchRows
-from export3d_cli.core.runtime.errors import ConfigError, TrainingError
+from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.cuda_graph import StepGraph
-from export3d_cli.core.train.distributed import no_sync
 from export3d_cli.core.train.identity_loss import load_identity_loss
 from export3d_cli.core.train.landmark_loss import LandmarkLoss, LandmarkNetwork
-from export3d_cli.core.train.losses import PerceptualDistance
-from export3d_cli.core.train.lpips import load_perceptual_term
 from export3d_cli.core.train.objective import learning_rate, reconstruction_loss, scheduled_raw_size
-from export3d_cli.core.train.pair_sampler import Batch, PairSampler, Prefetcher, num_loader_threads
+from export3d_cli.core.train.pair_sampler import Batch, PairSampler
+from export3d_cli.core.train.perceptual import PerceptualDistance, load_perceptual
+from export3d_cli.core.train.stage import Stage, is_finite, update_ema
 from export3d_cli.core.train.training_run import TrainingRun
 
-MAX_SKIPPED_STEPS = 20  # consecutive updates with non-finite gradients before giving up
-STAGE_SEEDS = {"reconstruction": 1, "adversarial": 2}  # the stage's number in `TrainingRun.seed_step`
 
-
-class ImageStages:
+class ImageStages(Stage):
     """Model, moving average, discriminator and optimisers of the stages that train on whole images."""
 
-    def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler, record: dict[str, Any]) -> None:
+    def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler) -> None:
+        super().__init__(run, "reconstruction")
         config = run.config
-        self.run, self.config, self.model, self.sampler = run, config, model, sampler
+        self.config, self.model, self.sampler = config, model, sampler
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
         model.expression.requires_grad_(not is_expression_frozen(config))
         self.local_rows = self._assign_rows()
+        self.images_per_step = config.batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.ema_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -49,20 +43,25 @@ class ImageStages:
         self.landmarks = None
         if config.loss.landmarks > 0:
             self.landmarks = LandmarkLoss(LandmarkNetwork(resolve_weights("face_landmarker"))).to(run.device)
-        self.record = {**record, "perceptual": self.perceptual.name if self.perceptual is not None else "none"}
+        run.record["perceptual"] = self.perceptual.name if self.perceptual is not None else "none"
         self.discriminator: adversary.Discriminator | None = None
-        self.skipped_discriminator_steps = 0  # consecutive
-        self.stage, self.step, self.start_minute = "reconstruction", 0, 0.0
-        self.skipped_steps = 0  # consecutive
-        if run.resumed_state is not None:
-            self._resume(*run.resumed_state)
-        compiled = torch.compile(model, backend=config.compile) if config.compile else model
-        self.wrapped: nn.Module = run.world.wrap_ddp(compiled)  # type: ignore[arg-type]
+        self.compiled: nn.Module = torch.compile(model, backend=config.compile) if config.compile else model  # type: ignore[assignment]
         self.term_names: tuple[str, ...] = ()  # of the loss terms of a step
         self.cuda_graph = self._make_cuda_graph()
 
+    def begin(self, stage: str) -> None:
+        """Continue with another stage; optimiser and moving average go on."""
+        self.name, self.step = stage, 0
+        if stage == "adversarial":
+            if self.cuda_graph is not None:  # not used here, so the raster windows may vary again
+                self.cuda_graph.release()
+            torch.manual_seed(self.config.seed + 29)
+            adversarial = self.config.adversarial
+            self.discriminator = adversary.Discriminator(self.config.model.image_size, adversarial).to(self.run.device)
+            self.discriminator_optimizer = adversary.make_discriminator_optimizer(self.discriminator, adversarial)
+
     def _load_perceptual(self) -> PerceptualDistance | None:
-        distance = load_perceptual_term(self.config.loss)
+        distance = load_perceptual(self.config.loss)
         title = f"perceptual term: {distance.title}" if distance else "no perceptual term: loss.backbone is empty"
         self.run.report_progress("reconstruction", 0, 0, message=title)
         return distance.to(self.run.device) if distance else None
@@ -90,98 +89,45 @@ class ImageStages:
             self.model.generator.plane_means = []
         return range(world.rank * count, (world.rank + 1) * count)
 
-    def _resume(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        try:
-            load_into(self.model, tensors_with_prefix(tensors, "model."), "the training state")
-            self.ema_weights = {k: v.to(self.run.device) for k, v in tensors_with_prefix(tensors, "average.").items()}
-            unpack_optimizer(self.optimizer, tensors)
-            self.stage, self.step = info["stage"], int(info["step"])
-            if self.stage == "adversarial":
-                self._make_discriminator()
-                assert self.discriminator is not None
-                load_into(self.discriminator, tensors_with_prefix(tensors, "discriminator."), "the training state")
-                unpack_optimizer(self.discriminator_optimizer, tensors_with_prefix(tensors, "against."))
-        except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise TrainingError(
-                f"the training state in {self.run.folder} does not fit its configuration: {error}"
-            ) from error
-
-    def _make_discriminator(self) -> None:
-        torch.manual_seed(self.config.seed + 29)
-        adversarial = self.config.adversarial
-        self.discriminator = adversary.Discriminator(self.config.model.image_size, adversarial).to(self.run.device)
-        self.discriminator_optimizer = adversary.make_discriminator_optimizer(self.discriminator, adversarial)
-
     @property
-    def steps(self) -> int:
-        """Number of steps of the stage."""
-        return self.config.stage_steps(self.stage)
+    def first_step(self) -> int:
+        """Number of steps before this stage: the data, the moving average and the raw size continue across stages."""
+        return self.config.steps if self.name == "adversarial" else 0
 
     @property
     def global_step(self) -> int:
-        """Steps done in both stages: the data, the moving average and the raw size continue across them."""
-        return self.step + (self.config.steps if self.stage == "adversarial" else 0)
+        """Steps done in both stages."""
+        return self.first_step + self.step
 
-    def train(self, stage: str) -> dict[str, float]:
-        """Take the remaining steps of `stage`; return the last log line."""
-        config, run = self.config, self.run
-        if stage != self.stage:
-            self.stage, self.step = stage, 0
-        if stage == "adversarial":
-            if self.cuda_graph is not None:  # not used here, so the raster windows may vary again
-                self.cuda_graph.release()
-            if self.discriminator is None:
-                self._make_discriminator()
-        values: dict[str, float] = {}
-        sums: dict[str, list[float]] = {}
-        self.start_minute = clock = run.elapsed_minutes()
-        first_step = self.global_step - self.step
+    def draw(self, step: int) -> list[Batch]:
+        """Draw this process's rows of the batch, in `accumulate` parts."""
+        batch = self.sampler.draw_pairs(self.config.seed, self.first_step + step, self.config.batch, self.local_rows)
+        return batch.split(len(self.local_rows) // self.config.accumulate)
 
-        def draw_batch(step: int) -> list[Batch]:
-            batch = self.sampler.draw_pairs(config.seed, first_step + step, config.batch, self.local_rows)
-            return batch.split(len(self.local_rows) // config.accumulate)
-
-        with Prefetcher(draw_batch, self.step, self.steps, num_loader_threads(config.data, run.device)) as batches:
-            while self.step < self.steps and not run.out_of_time():
-                parts = [batch.to(run.device) for batch in batches.next()]
-                lr = learning_rate(config, self.step, self.decay_fraction())
-                if stage == "adversarial":
-                    lr = learning_rate(config, config.steps, 1.0)  # the final rate of reconstruction
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-
-                # update, unless the loss or a gradient is not finite
-                plane_ema = self.model.generator.plane_ema.clone()
-                fakes, terms = self.backward(parts)
-                terms["grad"] = float(nn.utils.clip_grad_norm_(self.parameters, config.clip_grad or math.inf))
-                if self.is_finite(terms):
-                    self.optimizer.step()
-                    self.update_plane_ema()
-                    if self.discriminator is not None:
-                        terms |= self.train_discriminator(parts, fakes)
-                else:
-                    self.model.generator.plane_ema.copy_(plane_ema)  # undo the forward pass
-                    self.update_plane_ema(drop=True)
-                self.step += 1
-                self.update_ema()
-
-                # bookkeeping
-                if self.skipped_steps == 0:
-                    for key, term in terms.items():
-                        sums.setdefault(key, []).append(term)
-                if (self.step % config.log_every == 0 or self.step == self.steps) and sums:
-                    values = {k: float(np.mean(v)) for k, v in sums.items()} | {"lr": lr}
-                    values["seconds_a_step"] = (run.elapsed_minutes() - clock) * 60 / len(sums["loss"])
-                    values["images_a_second"] = config.batch / max(values["seconds_a_step"], 1e-9)
-                    run.log(stage, self.step, self.steps, values)
-                    sums, clock = {}, run.elapsed_minutes()
-                if config.sample_every and self.step % config.sample_every == 0:
-                    self.write_samples()
-                if self.step % config.checkpoint_every == 0:
-                    self.save()
-        self.save()
-        self.write_samples()
-        return values
+    def take_step(self, batch: list[Batch]) -> dict[str, float]:
+        """Update the model by eq. 13 or 14, and the discriminator."""
+        config, generator = self.config, self.model.generator
+        parts = [part.to(self.run.device) for part in batch]
+        if self.discriminator is None:
+            lr = learning_rate(config, self.step, self.decay_fraction())
+        else:
+            lr = learning_rate(config, config.steps, 1.0)  # the final rate of reconstruction
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        plane_ema = generator.plane_ema.clone()
+        fakes, terms = self.backward(parts)
+        terms["grad"] = float(nn.utils.clip_grad_norm_(self.parameters, config.clip_grad or math.inf))
+        if is_finite(terms):
+            self.optimizer.step()
+            self.update_plane_ema()
+            if self.discriminator is not None:
+                terms |= self.train_discriminator(parts, fakes)
+        else:
+            generator.plane_ema.copy_(plane_ema)  # undo the forward pass
+            if generator.plane_means is not None:
+                generator.plane_means.clear()
+        update_ema(self.ema_weights, self.model.state_dict(), config.ema, self.global_step + 1)
+        return terms | {"lr": lr}
 
     def backward(self, parts: list[Batch]) -> tuple[list[Tensor], dict[str, float]]:
         """Compute the gradients of eq. 13 or 14 for the batch, part by part; return the outputs and the terms."""
@@ -194,7 +140,7 @@ class ImageStages:
             self.discriminator.requires_grad_(False)
 
         def seed() -> None:
-            self.run.seed_step(STAGE_SEEDS[self.stage], self.step)  # every part draws what the whole batch would
+            self.run.seed_step(self.name, self.step)  # every part draws what the whole batch would
 
         if self.cuda_graph is not None and self.discriminator is None:
             try:
@@ -205,17 +151,17 @@ class ImageStages:
                 self.cuda_graph = None
                 reason = str(error).partition("\n")[0]
                 message = f"the step cannot be one CUDA graph ({reason}): training continues without, more slowly"
-                self.run.report_progress(self.stage, self.step, self.steps, message=message)
+                self.run.report_progress(self.name, self.step, self.steps, message=message)
         self.optimizer.zero_grad(set_to_none=True)
-        for number, batch in enumerate(parts, 1):
+        for batch in parts:
             seed()
             batch_rows = (first_row, first_row := first_row + len(batch.source), config.batch)
-            with no_sync(self.wrapped, is_last=number == len(parts)):
-                image, values = self.accumulate_gradients(batch, raw_size, len(parts), batch_rows)
+            image, values = self.accumulate_gradients(batch, raw_size, len(parts), batch_rows)
             for key, term in zip(self.term_names, values.tolist(), strict=True):
                 sums[key] = sums.get(key, 0.0) + term / len(parts)
             fakes.append(image)
-        return fakes, dict(zip(sums, self.run.world.all_reduce_mean(list(sums.values())), strict=True))
+        self.run.world.average_gradients(self.parameters)
+        return fakes, self.run.world.all_reduce_mean(sums)
 
     def accumulate_gradients(
         self, batch: Batch, raw_size: int, parts: int = 1, batch_rows: BatchRows | None = None
@@ -226,7 +172,7 @@ class ImageStages:
         """
         config = self.config
         with self.run.autocast():
-            output = self.forward(self.wrapped, batch, raw_size, batch_rows)
+            output = self.forward(self.compiled, batch, raw_size, batch_rows)
             loss, terms = reconstruction_loss(
                 output, batch, config, self.perceptual, self.identity, self.landmarks, self.head_masks(batch)
             )
@@ -263,27 +209,10 @@ class ImageStages:
             for key, term in terms.items():
                 sums[key] = sums.get(key, 0.0) + float(term.detach()) / len(parts)
         self.run.world.average_gradients(discriminator.parameters())
-        values = dict(zip(sums, self.run.world.all_reduce_mean(list(sums.values())), strict=True))
-        if not math.isfinite(values["d_loss"]):
-            self.skipped_discriminator_steps += 1
-            if self.skipped_discriminator_steps > self.config.skip_nonfinite:
-                self.run.check_finite(values["d_loss"], self.stage, self.step, values)
-            return {}
-        self.skipped_discriminator_steps = 0
-        self.discriminator_optimizer.step()
+        values = self.run.world.all_reduce_mean(sums)
+        if math.isfinite(values["d_loss"]):
+            self.discriminator_optimizer.step()
         return values
-
-    def is_finite(self, terms: dict[str, float]) -> bool:
-        """Whether loss and gradients are finite; raises `TrainingError` after too many consecutive failures."""
-        finite = math.isfinite(terms["loss"]) and math.isfinite(terms["grad"])
-        self.skipped_steps = 0 if finite else self.skipped_steps + 1
-        if self.skipped_steps > self.config.skip_nonfinite:
-            self.run.check_finite(terms["loss"], self.stage, self.step, terms)
-        if self.skipped_steps > max(MAX_SKIPPED_STEPS, self.config.skip_nonfinite):
-            raise TrainingError(
-                f"gradients were not finite for {self.skipped_steps} steps up to step {self.step}: lower lr or use fp32"
-            )
-        return finite
 
     @staticmethod
     def forward(model: nn.Module, batch: Batch, raw_size: int | None, batch_rows: BatchRows | None = None) -> Any:
@@ -295,53 +224,35 @@ class ImageStages:
 
     def decay_fraction(self) -> float:
         """Return the progress of the learning-rate decay, 0..1."""
-        if self.stage == "adversarial":
-            return 1.0
         if self.config.decay_by_time:
             return self.run.time_fraction(self.start_minute)
         return self.step / max(self.config.steps, 1)
 
     @torch.no_grad()
-    def update_plane_ema(self, *, drop: bool = False) -> None:
+    def update_plane_ema(self) -> None:
         """Update eq. 12 by the mean over all parts and processes, unless the forward pass has done it."""
         generator = self.model.generator
         if generator.plane_means:
-            mean = self.run.world.all_reduce_mean_(torch.stack(generator.plane_means).mean(0))
-            if not drop:
-                generator.update_plane_ema(mean)
+            generator.update_plane_ema(self.run.world.all_reduce_mean_(torch.stack(generator.plane_means).mean(0)))
             generator.plane_means.clear()
 
-    @torch.no_grad()
-    def update_ema(self) -> None:
-        """Update the exponential moving average of the weights, with a faster decay at first; integers are copied."""
-        decay = min(self.config.ema, (1 + self.global_step) / (10 + self.global_step))
-        state = self.model.state_dict()
-        names = [k for k, v in state.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.ema_weights[k] for k in names], [state[k] for k in names], 1 - decay)
-        for name in state.keys() - set(names):
-            self.ema_weights[name].copy_(state[name])
+    def decay_progress(self) -> float:
+        """Return the progress of a decay by time."""
+        return self.decay_fraction() if self.config.decay_by_time else 0.0
+
+    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
+        """Return what the training state holds."""
+        parts: dict[str, Any] = {"model.": self.model, "average.": self.ema_weights, "": self.optimizer}
+        if self.discriminator is not None:
+            parts |= {"discriminator.": self.discriminator, "against.": self.discriminator_optimizer}
+        return parts
 
     def save(self) -> None:
         """Write the training state and the inference weights."""
-        self.run.last_saved = (self.stage, self.step)
-        decayed = self.decay_fraction() if self.config.decay_by_time else 0.0  # collective: before the return
-        if not self.run.world.is_main:
-            return
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.ema_weights.items()}
-        if self.discriminator is not None:
-            tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
-            tensors |= {f"against.{k}": v for k, v in pack_optimizer(self.discriminator_optimizer).items()}
-        self.run.save(self.stage, self.step, tensors | pack_optimizer(self.optimizer), decayed)
-        record = {**self.record, "steps": min(self.global_step, self.config.steps)}
-        if self.stage == "adversarial":
-            record["adversarial_steps"] = self.step
-        save_weights(self.weights_path, self.ema_weights, self.config.model, record, licence=self.config.license)
-
-    @property
-    def weights_path(self) -> Path:
-        """File of the inference weights."""
-        return self.run.folder / "weights.safetensors"
+        super().save()
+        if self.name == "adversarial":
+            self.run.record["adversarial_steps"] = self.step
+        self.run.save_weights(self.ema_weights, steps=min(self.global_step, self.config.steps))
 
     @torch.no_grad()
     def write_samples(self, rows: int = 4) -> None:
@@ -365,17 +276,10 @@ class ImageStages:
         columns = [batch.source, batch.target, output.raw[:, :3], output.image, depth]
         resized = [nn.functional.interpolate(c.float().cpu(), size=(side, side)) for c in columns]
         grid = torch.cat([torch.cat(list(c), dim=1) for c in resized], dim=2)  # (3, rows * H, 5 * W)
-        folder = self.run.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        write_image(folder / f"{self.global_step:07d}.png", to_uint8(grid))
+        self.run.write_sample(f"{self.global_step:07d}.png", grid)
 
 
 def is_expression_frozen(config: TrainConfig) -> bool:
     """Whether f_e is frozen: after its pre-training. Without it, or as an ablation, f_e is trained end to end."""
     is_pretrained = "clebs" in config.stages or config.init or config.expression_from
     return config.model.expression == "clebs" and bool(is_pretrained)
-
-
-def tensors_with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix`, with it removed from the names."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -13,6 +13,7 @@ from export3d_cli.core.train import losses
 from export3d_cli.core.train.identity_loss import IdentityLoss
 from export3d_cli.core.train.landmark_loss import LandmarkLoss
 from export3d_cli.core.train.pair_sampler import Batch
+from export3d_cli.core.train.perceptual import PerceptualDistance
 
 CROP_SIZE_PX = 64  # side of the crops of eyes and mouth
 
@@ -35,7 +36,7 @@ def reconstruction_loss(
     output: Any,
     batch: Batch,
     config: TrainConfig,
-    perceptual: losses.PerceptualDistance | None,
+    perceptual: PerceptualDistance | None,
     identity: IdentityLoss | None = None,
     landmarks: LandmarkLoss | None = None,
     head_mask: Tensor | None = None,

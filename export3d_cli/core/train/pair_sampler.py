@@ -5,7 +5,7 @@ Every draw is a pure function of (seed, step), so that a resumed run sees the sa
 
 from __future__ import annotations
 
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -257,32 +257,18 @@ class PairSampler:
         return data, source, target_clip.start + int(target_rows[index]), beta
 
 
-class Prefetcher:
-    """Runs `make(step)` for start, start + 1, ... in threads, a few results ahead; a context manager."""
-
-    def __init__(self, make: Callable[[int], Any], start: int, stop: int, workers: int = 1) -> None:
-        self._make, self._steps = make, iter(range(start, stop))
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        self._pending: deque[Future[Any]] = deque()
-        for _ in range(workers + 2):
-            self._submit_next()
-
-    def _submit_next(self) -> None:
-        for step in self._steps:
-            self._pending.append(self._pool.submit(self._make, step))
-            return
-
-    def next(self) -> Any:
-        """Return the next step's result, or raise its error."""
-        result = self._pending.popleft().result()
-        self._submit_next()
-        return result
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+def prefetch(make: Callable[[int], Any], steps: range, workers: int = 1) -> abc.Generator[Any, None, None]:
+    """Yield `make(step)` for every step, computed in threads, a few results ahead."""
+    pool, pending = ThreadPoolExecutor(workers, thread_name_prefix="loader"), deque[Future[Any]]()
+    try:
+        for step in steps:
+            pending.append(pool.submit(make, step))
+            if len(pending) > workers + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def num_loader_threads(config: DataConfig, device: torch.device) -> int:

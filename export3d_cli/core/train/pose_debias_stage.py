@@ -13,21 +13,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import DataConfig, TrainConfig
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.media.image import to_uint8
-from export3d_cli.core.model.checkpoint import load_into
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
 from export3d_cli.core.runtime.weights import resolve_weights
-from export3d_cli.core.train.image_stage import tensors_with_prefix
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
+from export3d_cli.core.train.stage import Stage
 from export3d_cli.core.train.training_run import TrainingRun
 
-STAGE = "pose_debias"
-STAGE_SEED = 5  # argument of `TrainingRun.seed_step`
 FILMED_EXPRESSIONS = 9  # per source: expressions of filmed people
 SINGLE_COEFFICIENT_EXPRESSIONS = 2  # per source: changes of one coefficient
 MAX_COEFFICIENT_CHANGE = 8.0  # of one coefficient; 99 % of filmed frames are as close to their clip's median
@@ -42,66 +39,54 @@ def sampling_config(config: TrainConfig) -> DataConfig:
     return replace(config.data, weight=weight, still_image_ratio=1.0, wide_view_ratio=0.0, cross_identity_ratio=0.0)
 
 
-class PoseDebiasStage:
+class PoseDebiasStage(Stage):
     """Measures the rotations and corrects the basis, `pose_debias.steps` steps in all."""
 
     def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler) -> None:
+        super().__init__(run, "pose_debias")
         assert model.flow is not None  # the config's validation ensures it
-        self.run, self.model, self.flow, self.sampler = run, model, model.flow, sampler
-        self.config = run.config.pose_debias
+        self.model, self.flow, self.sampler, self.config = model.eval(), model.flow, sampler, run.config.pose_debias
         self.tracker = LandmarkerTracker(resolve_weights("face_landmarker"))
-        self.step, self.values = 0, dict[str, float]()  # values of the last log line
         # measured since the basis last changed, of N frames: changes of lambda (N, n) and rotation vectors (N, 3)
-        self.lam_deltas = torch.zeros(0, run.config.model.num_coefficients)
-        self.rotations = torch.zeros(0, 3)
-        self.source_points = torch.zeros(0, *model.flow.basis.shape[1:])  # landmarks of their sources
-        if run.resumed_state is not None and run.resumed_state[1]["stage"] == STAGE:
-            tensors, info = run.resumed_state
-            load_into(model, tensors_with_prefix(tensors, "model."), "the training state")
-            measured = tensors_with_prefix(tensors, "measured.")
-            self.lam_deltas, self.rotations, self.source_points = (
-                measured[name].cpu() for name in ("lam_deltas", "rotations", "source_points")
-            )
-            self.step = int(info["step"])
+        self.measured = {
+            "lam_deltas": torch.zeros(0, run.config.model.num_coefficients),
+            "rotations": torch.zeros(0, 3),
+            "source_points": torch.zeros(0, *model.flow.basis.shape[1:]),  # landmarks of their sources
+        }
+        self.correction_steps = {round(self.steps * (k + 1) / CORRECTION_ROUNDS) for k in range(CORRECTION_ROUNDS)}
 
-    def train(self) -> int:
-        """Take the remaining steps, which change `flow.basis` of the model; return the number of steps done."""
-        run, steps = self.run, self.config.steps
-        self.model.eval()
-        correction_steps = {round(steps * (k + 1) / CORRECTION_ROUNDS) for k in range(CORRECTION_ROUNDS)}
-        start = run.elapsed_minutes()
-        while self.step < steps and not run.out_of_time():
-            run.seed_step(STAGE_SEED, self.step)
-            if run.world.is_main:
-                self.measure()
-            self.step += 1
-            values = {"turn": mean_abs_angle(self.rotations)}  # of all frames since the basis last changed
-            if self.step in correction_steps:
-                values["left"] = self.correct_basis()
-            values["seconds_a_step"] = (run.elapsed_minutes() - start) * 60
-            start = run.elapsed_minutes()
-            if self.step % run.config.log_every == 0 or self.step in correction_steps:
-                self.values = values
-                run.log(STAGE, self.step, steps, values)
-            if self.step % run.config.checkpoint_every == 0:
-                self.save()
-        self.save()
-        run.world.broadcast_module(self.model)
-        return self.step
+    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
+        """Return what the training state holds."""
+        return {"model.": self.model, "measured.": self.measured}
 
-    def save(self) -> None:
-        """Write the training state."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"measured.{name}": getattr(self, name) for name in ("lam_deltas", "rotations", "source_points")}
-        self.run.save(STAGE, self.step, tensors)
-
-    def measure(self) -> None:
-        """Render a few sources with several expressions each, seen by the source's camera, and track their poses."""
+    def draw(self, step: int) -> tuple[Batch, Tensor]:
+        """Draw sources and the expressions of filmed people for each of them."""
         seed, size = self.run.config.seed, self.config.batch
-        batch = self.sampler.draw_pairs(seed, self.step, size)
-        betas = self.sampler.draw_person_betas(seed, self.step, size, FILMED_EXPRESSIONS).to(self.run.device)
-        batch = batch.to(self.run.device)
-        for row in range(size):
+        return self.sampler.draw_pairs(seed, step, size), self.sampler.draw_person_betas(
+            seed, step, size, FILMED_EXPRESSIONS
+        )
+
+    def take_step(self, batch: tuple[Batch, Tensor]) -> dict[str, float]:
+        """Measure on the first process; after a round, correct the basis."""
+        if self.run.world.is_main:
+            self.measure(*batch)
+        values = {"turn": mean_abs_angle(self.measured["rotations"])}  # of all frames since the basis last changed
+        if self.step + 1 in self.correction_steps:
+            values["left"] = self.correct_basis()
+        return values
+
+    def finish(self) -> None:
+        """Note the steps in the training record."""
+        self.run.record["pose_debias_steps"] = self.steps
+
+    def add(self, **rows: Tensor) -> None:
+        """Append rows to the measurements."""
+        self.measured.update({name: torch.cat([self.measured[name], new.cpu()]) for name, new in rows.items()})
+
+    def measure(self, batch: Batch, betas: Tensor) -> None:
+        """Render a few sources with several expressions each, seen by the source's camera, and track their poses."""
+        batch, betas = batch.to(self.run.device), betas.to(self.run.device)
+        for row in range(len(betas)):
             with torch.inference_mode(), self.run.autocast():
                 source_lam, lam, frames = self.render_expressions(batch, row, betas[row])
             has_face, rotations = self.track_rotations(frames)
@@ -109,9 +94,7 @@ class PoseDebiasStage:
                 continue
             relative = torch.from_numpy(rotation_log(rotations[0].T @ rotations[has_face])).float()[1:]
             lam_deltas = (lam - source_lam).cpu()[torch.from_numpy(has_face)[1:]]
-            self.lam_deltas = torch.cat([self.lam_deltas, lam_deltas])
-            self.rotations = torch.cat([self.rotations, relative])
-            self.source_points = torch.cat([self.source_points, batch.source_points[row : row + 1].cpu()])
+            self.add(lam_deltas=lam_deltas, rotations=relative, source_points=batch.source_points[row : row + 1])
 
     def render_expressions(self, batch: Batch, row: int, beta: Tensor) -> tuple[Tensor, Tensor, list[np.ndarray]]:
         """Render a source with its own lambda, then with K others; return both, (1, n) and (K, n), and the frames."""
@@ -135,22 +118,19 @@ class PoseDebiasStage:
 
     def correct_basis(self) -> float:
         """Correct the basis by the measurements and clear them; return the mean angle left unexplained, degrees."""
-        if not len(self.rotations):
-            if self.run.world.is_main:
-                message = "no face is found in results: the basis stays as it is"
-                self.run.report_progress(STAGE, self.step, self.config.steps, message=message)
+        lam_deltas, rotations, source_points = self.measured.values()
+        if not len(rotations):
+            message = "no face is found in results: the basis stays as it is"
+            self.run.report_progress(self.name, self.step, self.steps, message=message)
             return 0.0
-        per_coefficient = fit_rotations(self.lam_deltas, self.rotations, self.config.ridge)  # (n, 3)
-        unexplained = mean_abs_angle(self.rotations - self.lam_deltas @ per_coefficient)
-        face = self.source_points.mean(0)
+        per_coefficient = fit_rotations(lam_deltas, rotations, self.config.ridge)  # (n, 3)
+        face = source_points.mean(0)
         face = face - face.mean(0)  # (478, 3)
         axes = per_coefficient[:, None].expand(-1, len(face), -1)
         field = torch.linalg.cross(axes, face.expand(len(axes), -1, -1))
         self.flow.basis.sub_(field.to(self.flow.basis))
-        self.lam_deltas, self.rotations, self.source_points = (
-            x[:0] for x in (self.lam_deltas, self.rotations, self.source_points)
-        )
-        return unexplained
+        self.measured.update({name: rows[:0] for name, rows in self.measured.items()})
+        return mean_abs_angle(rotations - lam_deltas @ per_coefficient)
 
 
 def mean_abs_angle(rotations: Tensor) -> float:

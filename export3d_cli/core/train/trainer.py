@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.loading import save_yaml
-from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, STAGES, ModelConfig, TrainConfig
+from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, ModelConfig, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
-from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence, save_weights
+from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.device import pick_device, precision_notes, torch_state
-from export3d_cli.core.runtime.errors import ConfigError, TrainingError
+from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.files import folder_lock
 from export3d_cli.core.runtime.weights import resolve_weights, weights_dir
-from export3d_cli.core.train.clebs_stage import train_clebs
+from export3d_cli.core.train.clebs_stage import ClebsStage, prepare_ablation
 from export3d_cli.core.train.distributed import init_distributed
 from export3d_cli.core.train.frame_cache import load_datasets
 from export3d_cli.core.train.image_stage import ImageStages
 from export3d_cli.core.train.inpaint_stage import InpaintStage
 from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, sampling_config
-from export3d_cli.core.train.training_plots import INSTALL_HINT, has_plot_libraries
+from export3d_cli.core.train.stage import Stage
 from export3d_cli.core.train.training_run import TrainEvent, TrainingRun
 
 IMAGE_STAGES = ("reconstruction", "adversarial")
@@ -79,8 +79,7 @@ def _train(run: TrainingRun) -> TrainSummary:
         save_yaml(config, run.folder / "config.yaml")
     else:
         world.barrier()  # the first process builds the caches
-    notes = precision_notes("bf16" if run.bf16 else "fp32", run.device)
-    for message in notes + ([] if has_plot_libraries() else [INSTALL_HINT]):
+    for message in precision_notes("bf16" if run.bf16 else "fp32", run.device):
         run.report_progress("data", 0, 0, message=message)
     datasets = load_datasets(
         config.data, config.model.image_size, progress=lambda m: run.report_progress("data", 0, 0, message=m)
@@ -98,73 +97,41 @@ def _train(run: TrainingRun) -> TrainSummary:
     _load_initial_weights(model, run)
 
     # stages
-    resumed_stage = run.resumed_state[1]["stage"] if run.resumed_state is not None else "clebs"
-    if run.resumed_state is not None and resumed_stage not in config.stages:
-        raise TrainingError(
-            f"{run.folder} stopped in the stage {resumed_stage}, which is not one of this run's "
-            f"({', '.join(config.stages)}): set run to another folder, or add the stage"
-        )
-    if "clebs" in config.stages and resumed_stage == "clebs":
-        clebs_data = replace(config.data, weight=config.clebs.weight or config.data.weight)
-        basis = model.flow.basis if model.flow is not None else None
-        steps_done = train_clebs(run, model.expression, basis, PairSampler(datasets, clebs_data, face.mirror))
-        if steps_done < config.stage_steps("clebs"):
-            return _make_summary(run, "clebs", steps_done, finished=False, values={})
-        world.broadcast_module(model)
-        run.resumed_state = None  # the next stage starts without a state
-    for stage in INPAINTERS:
-        if stage in config.stages and STAGES.index(resumed_stage) <= STAGES.index(stage):
-            steps_done = InpaintStage(run, model, sampler, stage).train()
-            if steps_done < config.stage_steps(stage):
-                return _make_summary(run, stage, steps_done, finished=False, values={})
-            run.resumed_state = None
-    model.inpainters.requires_grad_(False)  # unused in the stages that follow
-    if resumed_stage != "pose_debias":
-        summary = _train_image_stages(run, model, sampler, resumed_stage)
-        if not summary.finished or "pose_debias" not in config.stages:
-            return summary
-        run.resumed_state = None
-    return _train_pose_debias(run, model, PairSampler(datasets, sampling_config(config), face.mirror))
-
-
-def _train_image_stages(run: TrainingRun, model: Export3D, sampler: PairSampler, resumed_stage: str) -> TrainSummary:
-    """Run the stages on whole images, if there are any; afterwards there is a weights file."""
-    config = run.config
-    stages = [stage for stage in config.stages if stage in IMAGE_STAGES]
-    if not stages:
-        if run.world.is_main:
-            save_weights(
-                run.folder / "weights.safetensors", model.state_dict(), config.model, _training_record(config),
-                licence=config.license,
-            )  # fmt: skip
-        last = next((stage for stage in reversed(config.stages) if stage != "pose_debias"), "pose_debias")
-        return _make_summary(run, last, config.stage_steps(last), finished=True, values={})
-    images = ImageStages(run, model, sampler, _training_record(config))
-    if resumed_stage in stages:
-        stages = stages[stages.index(resumed_stage) :]
-    values: dict[str, float] = {}
-    for stage in stages:
-        values = images.train(stage)
-        if images.step < images.steps:
+    model.inpainters.requires_grad_(False)  # only their own stages train them
+    run.record = _training_record(config)
+    resumed_stage = config.stages[0] if run.resumed_state is None else run.resumed_state[1]["stage"]
+    images: ImageStages | None = None
+    stage: Stage | None = None
+    finished = True
+    for name in config.stages[config.stages.index(resumed_stage) :]:
+        if name == "clebs":
+            data = replace(config.data, weight=config.clebs.weight or config.data.weight)
+            clebs_sampler = PairSampler(datasets, data, face.mirror)
+            if config.model.expression != "clebs":
+                prepare_ablation(run, model, clebs_sampler)
+                continue
+            stage = ClebsStage(run, model, clebs_sampler)
+        elif name in INPAINTERS:
+            stage = InpaintStage(run, model, sampler, name)
+        elif name == "pose_debias":
+            if run.resumed_state is None and images is None:
+                run.save_weights(model.state_dict())
+            world.barrier()  # the first process has written the weights
+            state, _, run.record = load_weights(run.weights)
+            load_into(model, state, f"the weights {run.weights}")
+            stage = PoseDebiasStage(run, model, PairSampler(datasets, sampling_config(config), face.mirror))
+        else:
+            stage = images = images or ImageStages(run, model, sampler)
+            images.begin(name)
+        finished = stage.train()
+        if not finished:
             break
-    finished = images.stage == stages[-1] and images.step >= images.steps
-    return _make_summary(run, images.stage, images.step, finished=finished, values=values)
-
-
-def _train_pose_debias(run: TrainingRun, model: Export3D, sampler: PairSampler) -> TrainSummary:
-    """Run the stage `pose_debias` on the weights of the stages before it."""
-    config = run.config
-    run.world.barrier()  # the first process has written the weights
-    path = run.folder / "weights.safetensors"
-    state, _, record = load_weights(path)
-    load_into(model, state, f"the weights {path}")
-    stage = PoseDebiasStage(run, model, sampler)
-    steps_done = stage.train()
-    finished = steps_done >= config.stage_steps("pose_debias")
-    if finished and run.world.is_main:
-        record["pose_debias_steps"] = steps_done
-        save_weights(path, model.state_dict(), config.model, record, licence=config.license)
-    return _make_summary(run, "pose_debias", steps_done, finished=finished, values=stage.values)
+        run.resumed_state = None  # the next stage starts without a state
+        if name not in IMAGE_STAGES:
+            world.broadcast_module(model)
+            run.save_weights(model.state_dict())
+    step, values = (stage.step, stage.values) if stage is not None else (0, {})
+    return TrainSummary(run.folder, run.weights, name, step, finished, run.elapsed_minutes(), values)
 
 
 def _inherit_calibration(model: ModelConfig, init_model: ModelConfig) -> ModelConfig:
@@ -220,8 +187,3 @@ def _training_record(config: TrainConfig) -> dict[str, Any]:
         if name:  # weights from elsewhere keep their own record
             record[key] = load_weights(resolve_weights(name))[2]
     return record
-
-
-def _make_summary(run: TrainingRun, stage: str, step: int, *, finished: bool, values: dict[str, float]) -> TrainSummary:
-    weights = run.folder / "weights.safetensors"
-    return TrainSummary(run.folder, weights, stage, step, finished, run.elapsed_minutes(), values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +16,15 @@ from torch import Tensor
 
 from export3d_cli.core.config.renamed_keys import RENAMED_KEYS
 from export3d_cli.core.config.schema import STAGES, TrainConfig
-from export3d_cli.core.model.checkpoint import load_state, save_state, write_text
+from export3d_cli.core.media.image import to_uint8, write_image
+from export3d_cli.core.model.checkpoint import load_state, save_state, save_weights, write_text
 from export3d_cli.core.runtime.device import has_fast_bf16, pick_device
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.distributed import World
-from export3d_cli.core.train.training_plots import plot_losses
 
+STAGE_SEEDS = {  # must not change: a run is repeated exactly
+    "clebs": 0, "reconstruction": 1, "adversarial": 2, "mouth": 3, "eyes": 4, "pose_debias": 5, "lids": 6,
+}  # fmt: skip
 WARM_RESTART_PROGRESS = 0.4  # decay progress at which a run with a finished decay by time restarts: at 2/3 of the rate
 
 
@@ -36,29 +38,6 @@ class TrainEvent:
     values: dict[str, float] = field(default_factory=dict)  # the newest log line
     message: str = ""
     seconds_left: float | None = None  # until the stage, or the time of this call, ends
-
-
-class TensorBoardLogger:
-    """Writes scalars as `stage/term` over the steps of all stages; does nothing if TensorBoard is not installed."""
-
-    def __init__(self, folder: Path, *, enabled: bool, first_step: int = 0) -> None:
-        """Write to `folder`; purge what an earlier call wrote from `first_step` on."""
-        self.writer: Any = None
-        if enabled and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder), purge_step=first_step or None, max_queue=100)
-
-    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Write one log line."""
-        if self.writer is not None:
-            for key, value in values.items():
-                self.writer.add_scalar(f"{stage}/{key}", value, step)
-
-    def close(self) -> None:
-        """Finish the event file."""
-        if self.writer is not None:
-            self.writer.close()
 
 
 @dataclass
@@ -75,7 +54,8 @@ class TrainingRun:
     decay_progress: float = 0.0  # progress of a decay by time at the start of this call, 0..1
     resumed_state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     last_saved: tuple[str, int] | None = None  # stage and step of the newest training state
-    tensorboard: TensorBoardLogger | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # training record for the header of the weights
+    tensorboard: Any = None  # SummaryWriter, on the first process, if TensorBoard is installed
 
     @classmethod
     def open(
@@ -91,6 +71,11 @@ class TrainingRun:
         if run.resumed_state is not None:
             info = run.resumed_state[1]
             info["stage"] = RENAMED_KEYS.get(info["stage"], info["stage"])
+            if info["stage"] not in config.stages:
+                raise TrainingError(
+                    f"{folder} stopped in the stage {info['stage']}, which is not one of this run's "
+                    f"({', '.join(config.stages)}): set run to another folder, or add the stage"
+                )
             run.decay_progress = float(info.get("decayed", 0.0))
             if run.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
                 run.decay_progress = WARM_RESTART_PROGRESS
@@ -103,15 +88,16 @@ class TrainingRun:
                 run._truncate_log(run.resumed_state[1])
             else:  # killed before the first state: all steps are repeated
                 (folder / "stats.jsonl").unlink(missing_ok=True)
-            first_step = run._global_step(*run.last_saved) + 1 if run.last_saved else 0
-            run.tensorboard = TensorBoardLogger(
-                folder / "tensorboard", enabled=config.tensorboard, first_step=first_step
-            )
+            if config.tensorboard and importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                first_step = run._global_step(*run.last_saved) + 1 if run.last_saved else None  # purges repeated steps
+                run.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, max_queue=100)
         return run
 
-    def seed_step(self, stage: int, step: int) -> None:
+    def seed_step(self, stage: str, step: int) -> None:
         """Seed all random numbers of a step by (seed, stage, step), so that a resumed run repeats exactly."""
-        torch.manual_seed((self.config.seed * 1_000_003 + stage * 500_000_003 + step) % 2**63)
+        torch.manual_seed((self.config.seed * 1_000_003 + STAGE_SEEDS[stage] * 500_000_003 + step) % 2**63)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for bfloat16, if the configuration enables it."""
@@ -153,8 +139,8 @@ class TrainingRun:
         line |= {k: float(f"{v:.5g}") for k, v in values.items()}
         with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.tensorboard is not None:
-            self.tensorboard.write(stage, self._global_step(stage, step), values)
+        for key, value in values.items() if self.tensorboard is not None else ():
+            self.tensorboard.add_scalar(f"{stage}/{key}", value, self._global_step(stage, step))
         self.report_progress(stage, step, steps, values)
 
     def save(self, stage: str, step: int, tensors: dict[str, Tensor], decayed: float = 0.0) -> None:
@@ -165,34 +151,31 @@ class TrainingRun:
         info = {"stage": stage, "step": step, "seed": self.config.seed, "decayed": decayed}
         save_state(self.folder, tensors, info, keep=self.config.keep_checkpoints)
 
-    def close(self) -> None:
-        """Plot the log as `loss.png` and finish TensorBoard's event file."""
+    def save_weights(self, state: dict[str, Tensor], **record: Any) -> None:
+        """Write the inference weights, with the training record, updated by `record`, in their header."""
+        self.record |= record
         if self.world.is_main:
-            plot_losses(self.folder / "stats.jsonl", self.folder / "loss.png")
+            save_weights(self.weights, state, self.config.model, self.record, licence=self.config.license)
+
+    @property
+    def weights(self) -> Path:
+        """File of the inference weights."""
+        return self.folder / "weights.safetensors"
+
+    def write_sample(self, name: str, grid: Tensor) -> None:
+        """Write a picture (3, H, W) in [-1, 1] into the folder of samples."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        write_image(folder / name, to_uint8(grid.cpu()))
+
+    def close(self) -> None:
+        """Finish TensorBoard's event file."""
         if self.tensorboard is not None:
             self.tensorboard.close()
 
-    def check_finite(self, value: float, stage: str, step: int, terms: dict[str, float]) -> None:
-        """Raise `TrainingError` if a loss or gradient norm is not finite."""
-        if math.isfinite(value):
-            return
-        term_list = ", ".join(f"{k} {v:.3g}" for k, v in terms.items())
-        resume_hint = "there is no checkpoint yet: the same command starts again"
-        if self.last_saved is not None:
-            saved_stage, saved_step = self.last_saved
-            resume_hint = (
-                f"the same command continues from the last good checkpoint, {self.folder / 'state.safetensors'} "
-                f"(stage {saved_stage}, step {saved_step})"
-            )
-        raise TrainingError(
-            f"the loss of stage {stage} is {value} at step {step} ({term_list}): lower lr, set precision to fp32, or "
-            f"skip such steps with --skip-nonfinite; {resume_hint}"
-        )
-
     def _global_step(self, stage: str, step: int) -> int:
         """Return the number of steps since the run began, over all stages."""
-        stages = self.config.stages
-        earlier_stages = stages[: stages.index(stage)] if stage in stages else ()
+        earlier_stages = self.config.stages[: self.config.stages.index(stage)]
         return sum(self.config.stage_steps(s) for s in earlier_stages) + step
 
     def _truncate_log(self, info: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
-from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.config.schema import PRESETS, LossConfig
 from export3d_cli.core.dataset.preprocess import preprocess
 from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, render_layers, write_inputs
 from export3d_cli.core.evaluation.metrics import METRICS
@@ -41,7 +41,7 @@ from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path, weights_dir
-from export3d_cli.core.train.losses import load_perceptual
+from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.main import cli
 
 FRAMES = 10
@@ -258,7 +258,9 @@ def test_evaluate_does_not_call_every_perceptual_distance_lpips(animator, data_s
     clip = read_clips(data_set)[0]
     truth = decode_frames(clip, select_frames(Case(clip, clip), 3))
     photo = to_tensor(load_source_image(clip))
-    expected = [float(load_perceptual(backbone)(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
+    network = load_perceptual(LossConfig(backbone=str(backbone)))
+    assert network is not None
+    expected = [float(network(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
     assert repeat["perceptual"] == pytest.approx(np.mean(expected), rel=1e-4) and min(expected) >= 0
     with pytest.raises(InputError, match="give the VGG16"):
         evaluate(animator, data_set, EvaluateOptions(lpips=backbone))

@@ -115,14 +115,15 @@ def test_adversarial_stage_has_windows_released(
     tiny: TrainConfig, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     held: dict[str, list[bool]] = {"reconstruction": [], "adversarial": []}
-    plain = stage.ImageStages.update_ema
+    plain = stage.ImageStages.take_step
 
-    def looking(self: stage.ImageStages) -> None:
+    def looking(self: stage.ImageStages, batch: list[Batch]) -> dict[str, float]:
+        values = plain(self, batch)
         assert self.model.flow is not None
-        held[self.stage].append(self.model.flow.windows.fixed)
-        plain(self)
+        held[self.name].append(self.model.flow.windows.fixed)
+        return values
 
-    monkeypatch.setattr(stage.ImageStages, "update_ema", looking)
+    monkeypatch.setattr(stage.ImageStages, "take_step", looking)
     use_graph(monkeypatch)
     adversarial = replace(tiny.adversarial, steps=2)
     stages = ("reconstruction", "adversarial")

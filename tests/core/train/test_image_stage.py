@@ -26,11 +26,9 @@ from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import clebs_stage as pretrain
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train import image_stage as stages
-from export3d_cli.core.train.distributed import World
 from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
 from export3d_cli.core.train.training_plan import plan_training
-from export3d_cli.core.train.training_run import TrainingRun
 
 from .conftest import BUNDLE
 
@@ -142,20 +140,6 @@ def test_two_processes_share_the_clips_of_the_clebs_stage(tiny: TrainConfig, tmp
     assert away <= 1e-8 * sum(float(a[k].square().sum()) for k in moments)
     logs = [json.loads((Path(c.run) / "stats.jsonl").read_text().splitlines()[0]) for c in (one, two)]
     assert logs[0]["contrast"] == pytest.approx(logs[1]["contrast"], rel=1e-4)
-
-
-def test_clips_that_cannot_be_shared_are_taken_by_every_process_with_a_note(tiny: TrainConfig) -> None:
-    messages: list[str] = []
-    three = replace(tiny, clebs=replace(tiny.clebs, clips_per_step=3))
-    run = TrainingRun(
-        three, Path(tiny.run), torch.device("cpu"), False, lambda event: messages.append(event.message), World()
-    )
-    assert pretrain._local_groups(run) == range(3)
-    run.world = World(rank=0, size=2)
-    assert pretrain._local_groups(run) == range(3)
-    assert "is not shared" in messages[0]
-    run.world = World(rank=2, size=3)
-    assert pretrain._local_groups(run) == range(2, 3)
 
 
 def train_in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
@@ -308,17 +292,6 @@ def test_kill_during_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Pat
     train(whole)
     a, b = load_tensors(config), load_tensors(whole)
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_train_draws_the_loss_and_the_probes(tiny: TrainConfig) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("sklearn")
-    train(replace(tiny, steps=2))
-    run = Path(tiny.run)
-    assert read_image(run / "loss.png").shape == (640, 900, 3)  # two stages
-    report = json.loads((run / "clebs.json").read_text())
-    assert report["people"] == 2 and 0 <= report["person_code"] <= 1 and 0 < report["chance"] < report["accuracy"] + 1
-    assert read_image(run / "clebs.png").shape == (960, 960, 3)
 
 
 def test_plan_training_counts_parameters_and_flops() -> None:

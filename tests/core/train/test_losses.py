@@ -1,97 +1,21 @@
-"""Loss terms against closed forms; perceptual backbones with random weights."""
+"""Loss terms against closed forms."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.face.landmarks import LEFT_EYE, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.warp.mesh_flow import resize
-from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.clebs_stage import identity_leakage_loss, mirror_loss
 from export3d_cli.core.train.objective import reconstruction_loss
 from export3d_cli.core.train.pair_sampler import Batch
 
 from .conftest import motion_of
-
-
-def mobilenet() -> dict[str, torch.Tensor]:
-    """Random tensors with torchvision's names, first 11 blocks."""
-    state: dict[str, torch.Tensor] = {}
-
-    def conv(name: str, out_channels: int, in_channels: int, size: int) -> None:
-        state[f"{name}.weight"] = (
-            torch.randn(out_channels, in_channels, size, size) * (in_channels * size * size) ** -0.5
-        )
-
-    def norm(name: str, channels: int) -> None:
-        state[f"{name}.weight"], state[f"{name}.bias"] = torch.rand(channels) + 0.5, torch.randn(channels)
-        state[f"{name}.running_mean"], state[f"{name}.running_var"] = torch.randn(channels), torch.rand(channels) + 0.5
-
-    conv("features.0.0", 32, 3, 3)
-    norm("features.0.1", 32)
-    widths = [32, 16, 24, 24, 32, 32, 32, 64, 64, 64, 64]
-    for i in range(1, 11):
-        name, inside = f"features.{i}.conv", widths[i - 1]
-        wide = inside * (6 if i > 1 else 1)
-        if i > 1:
-            conv(f"{name}.0.0", wide, inside, 1)
-            norm(f"{name}.0.1", wide)
-        d = 1 if i > 1 else 0
-        conv(f"{name}.{d}.0", wide, 1, 3)
-        norm(f"{name}.{d}.1", wide)
-        conv(f"{name}.{d + 1}", widths[i], wide, 1)
-        norm(f"{name}.{d + 2}", widths[i])
-    return state
-
-
-def vgg(torchvision: bool) -> dict[str, torch.Tensor]:
-    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512]
-    theirs = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21)]
-    caffe = [f"conv{b}_{k}" for b, count in ((1, 2), (2, 2), (3, 3), (4, 3)) for k in range(1, count + 1)]
-    state = {}
-    for name, inside, out in zip(theirs if torchvision else caffe, widths[:-1], widths[1:], strict=True):
-        state[f"{name}.weight"] = torch.randn(out, inside, 3, 3) * (9 * inside) ** -0.5
-        state[f"{name}.bias"] = torch.zeros(out)
-    return state
-
-
-@pytest.mark.parametrize("state", [mobilenet(), vgg(True), vgg(False)], ids=["mobilenet", "vgg16", "vgg16-caffe"])
-def test_perceptual_distance_matches_its_formula(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    save_file(state, tmp_path / "backbone.safetensors")
-    distance = losses.load_perceptual(tmp_path / "backbone.safetensors")
-    target = torch.rand(1, 3, 32, 32) * 2 - 1
-    image = (target + 0.3 * torch.randn_like(target)).requires_grad_()
-    assert distance(target, target).item() == pytest.approx(0, abs=1e-6)
-    near, far = distance(target + 0.02 * torch.randn_like(target), target), distance(image, target)
-    assert 0 < near.item() < far.item()
-    far.backward()
-    assert image.grad is not None
-    assert torch.isfinite(image.grad).all()
-    assert not any(p.requires_grad for p in distance.parameters())
-
-
-def test_folded_batch_norm_is_batch_norm() -> None:
-    state = mobilenet()
-    x = torch.randn(1, 3, 16, 16)
-    slow = torch.nn.functional.conv2d(x, state["features.0.0.weight"], stride=2, padding=1)
-    slow = torch.nn.functional.batch_norm(
-        slow, *(state[f"features.0.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
-    ).clamp(0, 6)
-    torch.testing.assert_close(losses._build_mobilenet_stages(state)[0][0](x), slow, atol=1e-4, rtol=1e-4)
-
-
-def test_unknown_backbone_is_an_input_error(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="must hold VGG16 or MobileNetV2 features"):
-        losses.load_perceptual(tmp_path / "x.safetensors")
 
 
 def test_mask_covers_eyes_and_mouth_only() -> None:

@@ -17,7 +17,7 @@ from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, TrainingError
 from export3d_cli.core.train.frame_cache import load_dataset, load_datasets
-from export3d_cli.core.train.pair_sampler import PairSampler, Prefetcher, apply_color_lut, num_loader_threads
+from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, num_loader_threads, prefetch
 
 from .conftest import BUNDLE, FRAMES, SIZE
 
@@ -245,20 +245,20 @@ def test_draw_clip_group_needs_long_clips(sampler: PairSampler) -> None:
         sampler.draw_clip_group(0, 0, 33, 32, min_frames=50)
 
 
-def test_prefetcher_keeps_order_and_raises_errors() -> None:
+def test_prefetch_keeps_order_and_raises_errors() -> None:
     def make(step: int) -> int:
         if step == 3:
             raise ValueError("broken")
         return step
 
     for workers in (1, 4):
-        with Prefetcher(make, 0, 10, workers) as prefetcher:
-            assert [prefetcher.next() for _ in range(3)] == [0, 1, 2]
-            with pytest.raises(ValueError, match="broken"):
-                prefetcher.next()
+        batches = prefetch(make, range(10), workers)
+        assert [next(batches) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(ValueError, match="broken"):
+            next(batches)
     slow = threading.Event()
-    with Prefetcher(lambda step: slow.wait(5) if step == 0 else step, 0, 4, 2) as prefetcher:
-        slow.set()
-        assert [prefetcher.next() for _ in range(4)] == [True, 1, 2, 3]
+    batches = prefetch(lambda step: slow.wait(5) if step == 0 else step, range(4), 2)
+    slow.set()
+    assert list(batches) == [True, 1, 2, 3]
     assert num_loader_threads(DataConfig(), torch.device("cpu")) == 1
     assert num_loader_threads(DataConfig(workers=3), torch.device("cuda")) == 3

@@ -111,8 +111,8 @@ def test_resume_is_exact(rotating_run: TrainConfig, tmp_path: Path, monkeypatch:
 def stopping_after(measure: object, patch: pytest.MonkeyPatch) -> object:
     """Return `measure` that ends the run's time."""
 
-    def once(self: PoseDebiasStage) -> None:
-        measure(self)  # type: ignore[operator]
+    def once(self: PoseDebiasStage, *batch: object) -> None:
+        measure(self, *batch)  # type: ignore[operator]
         patch.setattr(trainer.TrainingRun, "out_of_time", lambda run: True)
 
     return once
