@@ -73,7 +73,7 @@ class InpaintStage(Stage):
         self.discriminator_optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=self.config.discriminator_lr, betas=(0.0, 0.99)
         )
-        self.ema = copy.deepcopy(inpainter)
+        self.ema = copy.deepcopy(inpainter).to(run.device)
         distance = load_perceptual(run.config.loss)
         self.perceptual = distance.to(run.device) if distance is not None else None
 
