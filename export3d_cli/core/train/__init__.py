@@ -7,6 +7,6 @@
 - data: `frame_cache` decodes datasets once, `pair_sampler` and `inpaint_data` draw batches from them.
 - around them: `distributed` (torchrun), `cuda_graph`, `training_plan` (cost), `basis_rotation` (axes of lambda).
 
-Only the core's public API and `evaluation` (for the perceptual distance) import it. It imports `model`, `face`, `media`,
-`config` and `runtime`.
+Only the core's public API and `evaluation` (for the perceptual distance) import it. It imports `model`, `face`,
+`media`, `config` and `runtime`.
 """

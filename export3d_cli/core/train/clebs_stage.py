@@ -22,7 +22,7 @@ from export3d_cli.core.train.training_run import TrainingRun
 MIN_CLIP_FRAMES = 8  # smallest group of frames of a clip for eq. 1
 LAMBDA_STD = 3.0  # standard deviation of lambda over the training data
 PEOPLE_PER_STEP, FRAMES_PER_PERSON = 96, 16  # for `identity_leakage_loss`
-POOL_STEPS, POOL_REUSE = 50, 4  # landmark pairs are drawn for so many steps at once, and used so often
+POOL_STEPS, POOL_REUSE = 50, 4  # steps for which landmark pairs are drawn at once; uses of each
 _FIT_CHUNK_PAIRS = 500  # pairs drawn at a time for the closed-form fit
 
 
