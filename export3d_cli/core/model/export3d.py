@@ -25,7 +25,7 @@ from export3d_cli.core.model.masks import linear_step
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
-from export3d_cli.core.model.triplane import Decoder, face_log_density, sample_planes
+from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_field, sample_planes
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
@@ -50,7 +50,7 @@ class PosedHead:
     """A source with an expression: everything that does not depend on the camera."""
 
     planes: Tensor  # (B, 3, C, P, P)
-    surface: Tensor | None  # (B, 3, s, s), see `BasisFlow.rasterize_surface`
+    surface: Tensor | None  # (B, 6, s, s), see `BasisFlow.rasterize_surface`
     mesh: DeformedMesh | None
     plane_tables: list[Tensor] | None  # `make_feature_table` of each head's planes; None on the plain path
 
@@ -194,7 +194,8 @@ class Export3D(nn.Module):
                 if source.cover is not None:
                     landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
                 mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks)
-                surface = self.flow.rasterize_surface(landmarks) if self.config.head_prior else None  # (B, 3, s, s)
+                if self.config.head_prior:
+                    surface = self.flow.rasterize_surface(landmarks, landmarks - source.landmarks)  # (B, 6, s, s)
         tables = self._make_plane_tables(planes) if self._use_sparse_path(planes) else None
         return PosedHead(planes, surface, mesh, tables)
 
@@ -264,10 +265,22 @@ class Export3D(nn.Module):
         person_mask: Tensor | None = None,
         raw_size: int | None = None,
         batch_rows: BatchRows | None = None,
+        raw_only: bool = False,
     ) -> Output:
-        """Encode and drive in one call, for training."""
+        """Encode and drive in one call, for training.
+
+        With `raw_only` the image is the raw render of the head in front of mid-grey (0): no background, no flow.
+        """
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
-        return self.drive(source, driver_beta, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
+        if not raw_only:
+            return self.drive(source, driver_beta, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
+        posed = self.pose_head(source, self.expression.coefficients(driver_beta))
+        size = raw_size or self.config.raw_size
+        features, depth, opacity = self.render(source, posed, driver_camera, size, None, batch_rows)
+        return Output(
+            image=features[:, :3], raw=features[:, :3], depth=depth, opacity=opacity, residual_flow=None,
+            flow_weights=None, density_tv=self._density_tv(source, posed, batch_rows),
+        )  # fmt: skip
 
     def render(
         self, source: Source, posed: PosedHead, camera: Tensor, size: int, samples: SampleCounts | None = None,
@@ -299,9 +312,9 @@ class Export3D(nn.Module):
 
     def query_field(self, source: Source, posed: PosedHead, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return colour features (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
-        features = self._sample_features(source, posed, points)  # (B, N, C)
-        prior = None if posed.surface is None else face_log_density(points, posed.surface, SURFACE_HALF_EXTENT)
-        return self.decoder(features, points, prior)
+        face = self._sample_face_field(posed, points)
+        features = self._sample_features(source, posed, points, face)  # (B, N, C)
+        return self.decoder(features, points, face and face.log_density)
 
     def _expression_code(self, source: Source, lam: Tensor) -> Tensor:
         """Return beta' (B, d); with gradients the basis is recomputed, so that they reach it."""
@@ -349,16 +362,15 @@ class Export3D(nn.Module):
 
             def decode(points: Tensor, b: int = b) -> tuple[Tensor, Tensor]:
                 assert posed.plane_tables is not None
+                face = self._sample_face_field(posed, points[None], b)
                 flat = points.T.contiguous()  # (3, M)
                 x = sparse_renderer.sample_plane_table(posed.plane_tables[b], posed.planes.shape[-1], flat)
                 if source.view_plane is not None and source.view_tables is not None:
                     table, size = source.view_tables[b], source.view_plane.shape[-1]
-                    x += sparse_renderer.sample_view_table(table, size, flat, source.camera[b : b + 1])
+                    neutral = flat if face is None else flat - face.displacement[0].T
+                    x += sparse_renderer.sample_view_table(table, size, neutral, source.camera[b : b + 1])
                 x = decoder.activate(x.add_(decoder.hidden.bias))  # (M, hidden)
-                prior = None
-                if posed.surface is not None:
-                    prior = face_log_density(points[None], posed.surface[b : b + 1], SURFACE_HALF_EXTENT)[0]
-                return x, decoder.decode_densities(x, points, prior)
+                return x, decoder.decode_densities(x, points, face and face.log_density[0])
 
             with torch.autocast(origin.device.type, enabled=False):
                 heads.append(
@@ -380,11 +392,23 @@ class Export3D(nn.Module):
         colours, densities = self.query_field(source, posed, points)
         return colours.view(B, R, S, -1), densities.view(B, R, S)
 
-    def _sample_features(self, source: Source, posed: PosedHead, points: Tensor) -> Tensor:
-        """Sample the decoder's input features (B, N, C) at points (B, N, 3)."""
+    def _sample_face_field(self, posed: PosedHead, points: Tensor, row: int | None = None) -> FaceField | None:
+        """Sample what is known of the face at points (B, N, 3), or only of one `row` at points (1, N, 3)."""
+        if posed.surface is None:
+            return None
+        surface = posed.surface if row is None else posed.surface[row : row + 1]
+        return sample_face_field(points, surface, SURFACE_HALF_EXTENT)
+
+    def _sample_features(self, source: Source, posed: PosedHead, points: Tensor, face: FaceField | None) -> Tensor:
+        """Sample the decoder's input features (B, N, C) at points (B, N, 3).
+
+        The tri-plane is made for the expression. The photo's features are looked up where the points were in the photo,
+        before the expression moved them.
+        """
         features = sample_planes(posed.planes, points)
         if source.view_plane is not None:
-            features = torch.cat([features, sample_view_plane(source.view_plane, points, source.camera)], dim=-1)
+            in_photo = points if face is None else points - face.displacement
+            features = torch.cat([features, sample_view_plane(source.view_plane, in_photo, source.camera)], dim=-1)
         return features
 
     def _composite_background(
@@ -451,7 +475,8 @@ class Export3D(nn.Module):
         like = posed.planes.new_empty(len(posed.planes), DENSITY_TV_POINTS, 3, dtype=torch.float32)
         points = volume_renderer.uniform_noise(like, batch_rows) - 0.5  # (B, N, 3)
         nearby = points + DENSITY_TV_DISTANCE * (2 * volume_renderer.uniform_noise(like, batch_rows) - 1)
-        features = self._sample_features(source, posed, torch.cat([points, nearby], dim=1))  # (B, 2N, C)
+        points = torch.cat([points, nearby], dim=1)
+        features = self._sample_features(source, posed, points, self._sample_face_field(posed, points))  # (B, 2N, C)
         logits = self.decoder.density_logits(self.decoder.activate(self.decoder.hidden(features)))  # (B, 2N)
         first, second = logits.chunk(2, dim=1)
         return (first - second).abs().mean(1)

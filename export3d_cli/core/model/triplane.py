@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ HEAD_CENTRE = (0.0, -0.02, 0.03)
 HEAD_AXES = (0.14, 0.2, 0.17)
 SURFACE_STEEPNESS = 800.0  # log density per head-frame unit of depth behind a known surface
 SURFACE_OFFSET = 0.035  # head-frame units in front of the surface at which the log density starts to rise
+DISPLACEMENT_DEPTH = 0.08  # depth behind the surface in which an expression's displacement fades, head-frame units
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
@@ -44,21 +47,32 @@ def ellipsoid_level(points: Tensor) -> Tensor:
     return 1 - ((points - centre) / axes).square().sum(-1)
 
 
-def face_log_density(points: Tensor, surface: Tensor, half_extent: float) -> Tensor:
-    """Return the log density (B, N) of a head whose front surface is known; the ellipsoid's where it is not.
+class FaceField(NamedTuple):
+    """What a head's front surface tells about points of the volume."""
+
+    log_density: Tensor  # (B, N); the ellipsoid's where the surface is not known
+    displacement: Tensor  # (B, N, 3) how far the expression has moved the head at the points, head-frame units
+
+
+def sample_face_field(points: Tensor, surface: Tensor, half_extent: float) -> FaceField:
+    """Evaluate a front surface at points of the volume.
 
     Args:
         points: (B, N, 3), head frame.
-        surface: (B, 3, s, s) from `BasisFlow.rasterize_surface`: z times coverage, certainty, coverage.
+        surface: (B, 6, s, s) from `BasisFlow.rasterize_surface`.
         half_extent: the surface covers [-half_extent, half_extent] in x and y.
     """
     grid = (points[..., :2] / half_extent)[:, None]  # (B, 1, N, 2)
-    height, certainty, coverage = F.grid_sample(surface, grid, align_corners=False)[:, :, 0].unbind(1)  # (B, N) each
+    samples = F.grid_sample(surface, grid, align_corners=False)[:, :, 0]  # (B, 6, N)
+    height, certainty, coverage = samples[:, :3].unbind(1)  # (B, N) each
     z = points[..., 2]
-    front = SURFACE_STEEPNESS * (z - height / coverage.clamp_min(1e-3) + SURFACE_OFFSET)
-    behind = 20 * (1 - ((z - HEAD_CENTRE[2]).clamp_min(0) / HEAD_AXES[2]).square())
-    face = torch.minimum(front, behind * 2).clamp(-4, 40)
-    return certainty * face + (1 - certainty) * (20 * ellipsoid_level(points)).clamp(-4, 20)
+    behind = z - height / coverage.clamp_min(1e-3)
+    front = SURFACE_STEEPNESS * (behind + SURFACE_OFFSET)
+    back = 20 * (1 - ((z - HEAD_CENTRE[2]).clamp_min(0) / HEAD_AXES[2]).square())
+    face = torch.minimum(front, back * 2).clamp(-4, 40)
+    log_density = certainty * face + (1 - certainty) * (20 * ellipsoid_level(points)).clamp(-4, 20)
+    fade = torch.exp(-(behind.clamp_min(0) / DISPLACEMENT_DEPTH).square())
+    return FaceField(log_density, (samples[:, 3:] * fade[:, None]).transpose(1, 2))
 
 
 class Decoder(nn.Module):

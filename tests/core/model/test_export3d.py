@@ -11,6 +11,7 @@ from torch import Tensor
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.export3d import Export3D, Output
+from export3d_cli.core.model.source_view import sample_view_plane
 from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO, neck_flow
 from export3d_cli.core.model.warp.mesh_flow import identity_grid
 
@@ -197,3 +198,22 @@ def test_composite_background_fades_low_opacity(tiny: Export3D, inputs: Inputs) 
     torch.testing.assert_close(composite[..., 0], background[..., 0])
     torch.testing.assert_close(composite[..., 1], 0.15 + 0.85 * background[..., 1])
     torch.testing.assert_close(composite[..., 2:], (features + (1 - opacity) * background)[..., 2:])
+
+
+def test_expression_moves_the_look_up_of_the_photo_s_features(tiny: Export3D, inputs: Inputs) -> None:
+    """At a moved landmark the volume has the photo's features of the landmark where it was."""
+    assert tiny.flow is not None
+    tiny.flow.basis[0] = torch.tensor([0.03, 0.0, 0.0])
+    with torch.no_grad():
+        source = tiny.encode_source(**inputs)
+        lam = source.lam + torch.eye(1, 10)
+        nose = source.landmarks[:, 1:2]
+        moved = nose + tiny.flow.basis[0, 1]
+        assert source.view_plane is not None
+        channels = source.view_plane.shape[1]
+        with_motion, without = (
+            tiny._sample_features(source, posed, moved, tiny._sample_face_field(posed, moved))[..., -channels:]
+            for posed in (tiny.pose_head(source, lam), tiny.pose_head(source, source.lam))
+        )
+        expected = sample_view_plane(source.view_plane, nose, source.camera)
+        assert (with_motion - expected).norm() < 0.02 * (without - expected).norm()

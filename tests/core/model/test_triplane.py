@@ -11,7 +11,7 @@ from export3d_cli.core.model.triplane import (
     HEAD_CENTRE,
     Decoder,
     ellipsoid_level,
-    face_log_density,
+    sample_face_field,
     sample_planes,
 )
 
@@ -61,16 +61,18 @@ def test_head_prior_gives_high_density_inside_the_ellipsoid() -> None:
     assert densities[0, 0] > 10 > 1 > densities[0, 1] > 5 * densities[0, 2] > 0
 
 
-def test_face_log_density_rises_at_the_known_surface() -> None:
-    surface = torch.tensor([-0.1, 1.0, 1.0]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
+def test_face_field_rises_and_moves_at_the_known_surface() -> None:
+    surface = torch.tensor([-0.1, 1.0, 1.0, 0.01, 0.02, 0.03]).view(1, 6, 1, 1).repeat(1, 1, 8, 8)
     surface[..., :4] = 0  # surface points on one side only
     points = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
-    prior = face_log_density(points, surface, 0.35)[0]
+    prior, displacement = (x[0] for x in sample_face_field(points, surface, 0.35))
     assert prior[0] == -4  # in front of the face
     assert prior[1] > 15
     assert (prior[2:4] > 15).all()  # inside the head
     assert prior[4] == -4  # behind the head
+    torch.testing.assert_close(displacement[:2], torch.tensor([[0.01, 0.02, 0.03]] * 2), atol=1e-6, rtol=0)
+    assert displacement[4].abs().max() < 1e-6
     elsewhere = points * torch.tensor([-1.0, 1, 1])
-    torch.testing.assert_close(
-        face_log_density(elsewhere, surface, 0.35), (20 * ellipsoid_level(elsewhere)).clamp(-4, 20)
-    )
+    prior, displacement = sample_face_field(elsewhere, surface, 0.35)
+    torch.testing.assert_close(prior, (20 * ellipsoid_level(elsewhere)).clamp(-4, 20))
+    assert displacement.abs().max() == 0

@@ -290,11 +290,16 @@ class BasisFlow(nn.Module):
             valid, stretch = valid * moves, stretch * moves
         return MeshFlow(uv, weight, valid, stretch, mouth, closed, in_mouth, eye, anchored, face)
 
-    def rasterize_surface(self, points: Tensor) -> Tensor:
-        """Rasterise the front of a head with landmarks (B, 478, 3) as a height field over x and y of the head frame.
+    def rasterize_surface(self, points: Tensor, displacement: Tensor) -> Tensor:
+        """Rasterise the front of a head as a height field over x and y of the head frame.
 
-        Returns (B, 3, s, s) over [-SURFACE_HALF_EXTENT, SURFACE_HALF_EXTENT]: z times coverage, confidence (1 in the
-        face, falling to 0 at the second ring), and coverage, 0 or 1.
+        Args:
+            points: (B, 478, 3) landmarks.
+            displacement: (B, 478, 3) by which the expression has moved them; the rings stay.
+
+        Returns:
+            (B, 6, s, s) over [-SURFACE_HALF_EXTENT, SURFACE_HALF_EXTENT]: z times coverage, confidence (1 in the face,
+            falling to 0 at the second ring), coverage (0 or 1), and the displacement.
         """
         triangles = self.all_triangles()[:, :3]
         points = add_head_rings(points.float())
@@ -302,9 +307,9 @@ class BasisFlow(nn.Module):
         raster = rasterize(xy, points[..., 2], triangles, SURFACE_SIZE, self.windows)
         _, confidence = face_and_head_weights(vertex_proximity(points.device)[None, :, None])
         confidence = confidence.expand(len(points), -1, -1)
-        vertex = torch.cat([points[..., 2:], confidence, torch.ones_like(confidence)], dim=-1)  # (B, V, 3)
-        surface = interpolate_vertices(raster, vertex, triangles)  # (B, P, 3)
-        return surface.transpose(1, 2).reshape(-1, 3, SURFACE_SIZE, SURFACE_SIZE)
+        vertex = [points[..., 2:], confidence, torch.ones_like(confidence), _pad_rings(displacement.float())]
+        surface = interpolate_vertices(raster, torch.cat(vertex, dim=-1), triangles)  # (B, P, 6)
+        return surface.transpose(1, 2).reshape(-1, 6, SURFACE_SIZE, SURFACE_SIZE)
 
 
 def _pad_rings(landmark_values: Tensor) -> Tensor:

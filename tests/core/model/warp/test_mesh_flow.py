@@ -319,11 +319,15 @@ def test_landmark_tables_are_symmetric(canonical: CanonicalFace) -> None:
 
 
 def test_rasterize_surface_is_the_front_of_the_head(flow: BasisFlow, points: Tensor) -> None:
-    height, confidence, coverage = flow.rasterize_surface(points)[0]
+    displacement = torch.tensor([0.01, -0.02, 0.03]).expand_as(points)
+    surface = flow.rasterize_surface(points, displacement)[0]
+    height, confidence, coverage = surface[:3]
     cells = ((points[0, :, :2] / (2 * SURFACE_HALF_EXTENT) + 0.5) * SURFACE_SIZE).long()
     x, y = cells[1]  # the tip of the nose
     assert height[y, x] == pytest.approx(float(points[0, 1, 2]), abs=0.01)
     assert confidence[y, x] == coverage[y, x] == 1
     assert height[coverage == 1].min() == pytest.approx(float(points[0, :, 2].min()), abs=0.01)
     assert height[coverage == 0].abs().max() == 0
+    torch.testing.assert_close(surface[3:, y, x], displacement[0, 1], atol=1e-4, rtol=0)
+    assert surface[3:, 0].abs().max() == 0
     assert confidence[0, 0] == 0
