@@ -36,7 +36,7 @@ def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path,
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
-    help="Folder of the data set, or X.motion.npz for the motion of one input.",
+    help="Folder of the data set, or for the motion of one input X.motion.npz, or X.csv (ARKit, Live Link Face).",
 )  # fmt: skip
 @click.option("--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Side of crops in pixels.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of worker processes.")
@@ -79,7 +79,8 @@ def preprocess(
 ) -> None:
     """Track faces in INPUT (videos, images, or folders of them).
 
-    With one video, photo or Live Link Face CSV and OUT ending in .motion.npz, write its motion, a driver for `reenact`.
+    With one video, photo or Live Link Face CSV and OUT ending in .motion.npz or .csv, write its motion, a driver for
+    `reenact`; a .csv holds ARKit's coefficients and the head's angles for other programs: preprocess clip.mp4 -o clip.csv
     Otherwise write a data set for `train`: videos are split into clips of one face; rejected.jsonl says which were left
     out and why. Run the same command again to continue an interrupted run.
     """

@@ -98,8 +98,9 @@ def test_bad_files_exit_2_and_bad_weights_exit_4(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["text.jpg"]
 
 
-def test_preprocessed_motion_drives(tiny, tmp_path):
-    motion = tmp_path / "drive.motion.npz"
+@pytest.mark.parametrize("name", ["drive.motion.npz", "drive.csv"])
+def test_preprocessed_motion_drives(tiny, tmp_path, name):
+    motion = tmp_path / name
     assert run("preprocess", example_path("drive.mp4"), "-o", motion, "--max-frames", "4").exit_code == 0
     assert reenact(tiny, tmp_path / "out.mp4", driver=motion).exit_code == 0
     assert len(list(VideoReader(tmp_path / "out.mp4"))) == 4

@@ -32,6 +32,7 @@ from export3d_cli.core.dataset.manifest import DatasetManifest, ManifestRow
 from export3d_cli.core.dataset.overview import draw_overlay, draw_report
 from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpness, track_segments
 from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
+from export3d_cli.core.face import arkit
 from export3d_cli.core.face.crop import crop_image, crop_with_padding
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.tracker import TrackerName, open_landmarker_tracker
@@ -99,14 +100,14 @@ def preprocess(
     report: bool = False,
     progress: Progress | None = None,
 ) -> PreprocessSummary:
-    """Track faces and write one motion file (`out` ends in .motion.npz) or a data set (`out` is a folder).
+    """Track faces and write one motion file (`out` ends in .motion.npz or .csv) or a data set (`out` is a folder).
 
     Inputs that are in the data set already are kept, so that an interrupted run can be continued. A motion file can
     also be made from a Live Link Face CSV. None stands for the default; an option that does not apply is refused.
 
     Args:
         inputs: videos, photos or folders of them.
-        out: folder of the data set, or X.motion.npz.
+        out: folder of the data set, X.motion.npz, or X.csv for ARKit's coefficients as Live Link Face writes them.
         max_frames: maximum number of frames of each input; default: all.
         progress: called with the stage, the number done and the total.
 
@@ -127,7 +128,7 @@ def preprocess(
         InputError: there is nothing to read, or an option does not apply.
         NoFaceError: no input has a usable face.
     """
-    if out.name.endswith(".npz"):
+    if out.suffix in (".npz", ".csv"):
         options: dict[str, Any] = {"--size": size, "--workers": workers, CLIP_FILTER_OPTIONS: clip_filter}
         options |= {"--person": person, "--shard": shard, "--report": report or None}
         _refuse(options, f"{out} is a motion file", "a data set (a folder as OUT)")
@@ -135,7 +136,7 @@ def preprocess(
             inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker=tracker
         )
     options = {"--fps": fps, "--face": face, "--tracker": tracker, "--overlay": overlay}
-    _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz)")
+    _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz or .csv)")
     all_inputs = _find_inputs(inputs, out)
     if not all_inputs:
         raise InputError(f"no video or image in {', '.join(map(str, inputs))}")
@@ -199,7 +200,10 @@ def _write_motion_file(
         _refuse(picture_options, f"{inputs[0]} has coefficients and no pictures", "videos and photos")
     given = {name: value for name, value in options.items() if value is not None}
     motion, notes = extract_motion(inputs[0], progress=progress, **given)
-    motion.save(out)
+    if out.suffix == ".csv":
+        arkit.write_csv(out, motion)
+    else:
+        motion.save(out)
     if overlay is not None:
         draw_overlay(inputs[0], motion, overlay, progress=progress)
     return PreprocessSummary(1, len(motion), notes=notes)

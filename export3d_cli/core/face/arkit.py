@@ -1,4 +1,4 @@
-"""Drivers recorded by a phone: the CSV of Live Link Face, with 52 ARKit coefficients and the head angles per row.
+"""The CSV of Live Link Face, with 52 ARKit coefficients and the head angles per row: drivers recorded by a phone.
 
 The 12 measures of beta that a CSV lacks are predicted from the 52 coefficients by a linear map. `fit_measure_map` fits
 it to tracked clips; the result is `weights/arkit_measures.npz`, made by
@@ -77,6 +77,23 @@ def head_rotations(angles: np.ndarray) -> np.ndarray:
     x, y, z = np.eye(3)
     yaw, pitch, roll = angles.T[..., None]
     return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)  # type: ignore[no-any-return]
+
+
+def write_csv(path: Path, motion: Motion) -> None:
+    """Write the 52 coefficients and the head angles of a motion as a Live Link Face CSV, atomically."""
+    rotation = head_pose(motion.camera)[0]  # (T, 3, 3), the inverse of `head_rotations`
+    yaw = -np.arctan2(rotation[:, 0, 2], rotation[:, 2, 2])
+    pitch = -np.arcsin(rotation[:, 1, 2].clip(-1, 1))
+    roll = -np.arctan2(rotation[:, 1, 0], rotation[:, 1, 1])
+    values = np.concatenate([motion.beta[:, : len(ARKIT_NAMES)], np.stack([yaw, pitch, roll], axis=1)], axis=1)
+    names = [name[0].upper() + name[1:] for name in ARKIT_NAMES] + list(ANGLE_COLUMNS)
+    with write_atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Timecode", "BlendshapeCount", *names])
+        for number, row in enumerate(values):
+            second, fraction = divmod(number / motion.fps, 1)
+            clock = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}:{float(fraction * 60):09.6f}"
+            writer.writerow([clock, len(names), *(f"{value:.6f}" for value in row)])
 
 
 def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fraction, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.arkit import estimate_frame_rate, fit_measure_map, read_csv, save_measure_map
+from export3d_cli.core.face.arkit import estimate_frame_rate, fit_measure_map, read_csv, save_measure_map, write_csv
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import Camera
@@ -103,6 +103,20 @@ def test_angles_beyond_pi_are_read_as_degrees(write: Write) -> None:
     same, none = read_csv(write(radians), resolve_weights("arkit_measures"), CAMERA)
     assert none == []
     np.testing.assert_allclose(motion.camera, same.camera, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(30000, 1001), Fraction(60)])
+def test_written_csv_reads_back(tmp_path: Path, rate: Fraction) -> None:
+    generator = np.random.default_rng(0)
+    beta = generator.uniform(0, 1, (70, len(BETA_NAMES))).astype(np.float32)
+    cameras = np.stack([Camera.orbit(k - 35, k / 3, 20 - k / 2, radius=3.1).to_vector() for k in range(70)])
+    found = np.ones(70, bool)
+    motion = Motion(beta, cameras, np.zeros((70, 0, 3), np.float32), found, rate, (0.0, 0.0, 1.0), (1, 1))
+    write_csv(tmp_path / "take.csv", motion)
+    again = read(tmp_path / "take.csv")
+    assert again.fps == rate
+    np.testing.assert_allclose(again.beta[:, : len(ARKIT_NAMES)], beta[:, : len(ARKIT_NAMES)], atol=1e-6)
+    np.testing.assert_allclose(again.camera, cameras, atol=1e-5)
 
 
 def test_csv_without_head_angles_keeps_the_camera(write: Write) -> None:
