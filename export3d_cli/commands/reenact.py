@@ -21,10 +21,12 @@ def _check_audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    parts = tuple(dict.fromkeys(value.split(",")))
-    if not set(parts) <= {"expression", "pose"}:
-        raise click.BadParameter(f"drive must be expression, pose or expression,pose, got {value!r}", ctx, param)
-    return parts
+    return tuple(value.split(","))
+
+
+def _parse_scales(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    pairs = [text.partition("=")[::2] for text in value]
+    return tuple((name, SCALE_RANGE.convert(scale, param, ctx)) for name, scale in pairs)
 
 
 def _parse_torso(ctx: click.Context, param: click.Parameter, value: str) -> Any:
@@ -65,8 +67,13 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     callback=options.validate_face, help="Which face of DRIVE to follow, chosen in the first frame with a face.",
 )  # fmt: skip
 @click.option(
-    "--drive", default="expression,pose", show_default=True, metavar="expression,pose", callback=_parse_drive,
-    help="Parts of DRIVE's motion to use; the others stay as in SRC.",
+    "--drive", default="all", show_default=True, metavar="REGION,...", callback=_parse_drive,
+    help="Regions that DRIVE moves: eyes (lids), gaze, brows, mouth (lips, jaw), head (the torso follows), expression "
+    "(all but head), pose (head). The others stay as in SRC: --drive mouth,head.",
+)  # fmt: skip
+@click.option(
+    "--scale", "scales", multiple=True, metavar="REGION=X", callback=_parse_scales,
+    help="Strength of a region of DRIVE's motion: --scale mouth=1.2 --scale brows=.5. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expression-scale",

@@ -275,10 +275,12 @@ class Animator:
         renderer = self._renderer(portrait, notify, layers, control.torso)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
+        base_beta = (reference if control.relative_expression and reference is not None else portrait.motion).beta[0]
         source_camera = portrait.camera.to_vector()
 
         def frames() -> Iterator[np.ndarray]:
             for beta, camera in _windows(motions, self.window):
+                beta = control.select_regions(base_beta, beta)
                 lam = control.target_expression(portrait.source.lam, self._coefficients(beta), base)
                 cameras = control.target_cameras(source_camera, camera, base_camera)
                 yield from renderer.render_motion(cameras, self._amplify(portrait, lam))

@@ -47,7 +47,8 @@ class ReenactOptions:
     face: str = "largest"  # which face of the source: largest | left | right | index:N
     driver_face: str = "largest"  # which face of the driver, likewise
     tracker: TrackerName = "landmarker"  # for the driver; the source is always tracked by the landmarker
-    drive: tuple[str, ...] = DRIVABLE  # which parts of the driver's motion are used
+    drive: tuple[str, ...] = DRIVABLE  # eyes, gaze, brows, mouth, head: which of the driver's motion is used
+    scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales below
     expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
     pose_scale: float = 1.0  # of the head pose, likewise
     pose: Pose = "auto"
@@ -56,6 +57,9 @@ class ReenactOptions:
     reference_frame: int | None = None  # of the used driver frames, from 0; None: automatic with pose auto, else 0
     smooth: SmoothingLevel = "light"
     watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
+
+    def __post_init__(self) -> None:
+        _ = self.control  # checks regions and scales before anything is read
 
     def for_driver(self, driver: Path) -> ReenactOptions:
         """Return the options for a driver: pose `auto` of a picture, which shows no movement, is absolute."""
@@ -67,8 +71,9 @@ class ReenactOptions:
         pose: Literal["absolute", "relative"] = "absolute" if self.pose == "absolute" else "relative"
         limits = None if pose == "absolute" else FACE_TRAVEL
         return Control(
-            self.drive, self.expression_scale, self.pose_scale, pose, self.relative_expression, limits, self.torso
-        )
+            self.drive, self.expression_scale, self.pose_scale, self.scales, pose, self.relative_expression, limits,
+            self.torso,
+        )  # fmt: skip
 
     @property
     def reference(self) -> ReferenceFrame:

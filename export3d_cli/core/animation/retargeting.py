@@ -1,5 +1,8 @@
 """Retargeting: which of the driver's motion the source takes, and how strongly.
 
+Regions of the face are entries of beta: those of a region that is not driven keep the base's values before f_e, so that
+one smooth displacement field moves the whole face and no seam can appear.
+
 Expression (in lambda) and pose (on the rotation group) follow one rule: the source's value plus `scale` times the
 driver's change from a base. The base is the source's value (absolute) or the driver's reference frame (relative). Scale
 0 keeps the source's value, absolute at scale 1 is the driver's (the paper's reenactment), and above 1 exaggerates.
@@ -7,6 +10,7 @@ driver's change from a base. The base is the source's value (absolute) or the dr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -14,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export3d_cli.core.face.expression_coefficients import REGIONS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.smoothing import BETA_CHANGE
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 
 T = TypeVar("T")
-DRIVABLE = ("expression", "pose")  # parts of a driver's motion
+DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
+_GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
 LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
@@ -39,19 +45,21 @@ class TravelLimits(NamedTuple):
 class Control:
     """Which parts of the motion are used, how strongly, and relative to which base."""
 
-    drive: tuple[str, ...] = DRIVABLE
+    drive: tuple[str, ...] = DRIVABLE  # or all, expression (all but head), pose (head)
     expression_scale: float = 1.0
     pose_scale: float = 1.0
+    scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales
     pose: Literal["absolute", "relative"] = "absolute"
     relative_expression: bool = False
     travel_limits: TravelLimits | None = None  # soft limits; with them the size changes by at most exp(MAX_GROWTH)
     torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
 
     def __post_init__(self) -> None:
-        if not np.isfinite([self.expression_scale, self.pose_scale]).all():
-            raise InputError(f"scales must be finite numbers, got {self.expression_scale} and {self.pose_scale}")
-        if not self.drive or not set(self.drive) <= set(DRIVABLE):
-            raise InputError(f"drive must be expression, pose or both, got {','.join(self.drive) or 'nothing'}")
+        scales = [self.expression_scale, self.pose_scale, *(scale for _, scale in self.scales)]
+        if not np.isfinite(scales).all():
+            raise InputError(f"scales must be finite numbers, got {', '.join(map(str, scales))}")
+        object.__setattr__(self, "drive", _expand_regions(self.drive))
+        _expand_regions([name for name, _ in self.scales] or DRIVABLE)
         if self.torso is not None and not 0 <= self.torso <= 1:
             raise InputError(f"torso must be 0 to 1 of the head's motion, got {self.torso}")
 
@@ -60,9 +68,28 @@ class Control:
         """Whether a part is relative to the driver's reference frame."""
         return self.relative_expression or self.pose == "relative"
 
+    def _scale(self, region: str) -> float:
+        """Return the scale of a region without `expression_scale` and `pose_scale`; 0 if it is not driven."""
+        scales = [scale for name, scale in self.scales if region in _GROUPS.get(name, (name,))]
+        return float(np.prod(scales)) if region in self.drive else 0.0
+
+    def select_regions(self, base: np.ndarray, driver: np.ndarray) -> np.ndarray:
+        """Return the driver's beta (T, 64) with the base's, (64,), in what is not driven, and regions scaled."""
+        scales = {region: self._scale(region) for region in REGIONS}
+        if set(scales.values()) == {1.0}:
+            return driver
+        weights = np.ones_like(base)
+        for region, scale in scales.items():
+            weights[list(REGIONS[region])] = scale
+        selected: np.ndarray = base + weights * (driver - base)
+        return selected
+
     def target_expression(self, source: Tensor, driver: Tensor, reference: Tensor | None) -> Tensor:
-        """Return lambda (B, n) from those of the source (1, n), the driver (B, n) and its reference frame (1, n)."""
-        scale = self.expression_scale if "expression" in self.drive else 0.0
+        """Return lambda (B, n) from those of the source (1, n), the driver (B, n) and its reference frame (1, n).
+
+        The driver's is that of `select_regions`.
+        """
+        scale = self.expression_scale if set(self.drive) & set(REGIONS) else 0.0
         if not self.relative_expression and scale == 1:
             return driver
         return source + scale * (driver - (_require_reference(reference) if self.relative_expression else source))
@@ -73,7 +100,7 @@ class Control:
         Rotations are about the head's own axes, so that a nod stays a nod wherever the source looks. Shifts in the
         image are counted in heads and sizes are ratios, so that a driver in close-up moves the source no farther.
         """
-        scale = self.pose_scale if "pose" in self.drive else 0.0
+        scale = self.pose_scale * self._scale("head")
         if self.pose == "absolute" and scale == 1 and self.travel_limits is None:
             return driver
         source_rotation, source_centre = head_pose(source)
@@ -124,6 +151,17 @@ def amplify_expression(source: Tensor, target: Tensor, gain: float) -> Tensor:
     The difference from the source's lambda (1, n) is multiplied by `ModelConfig.expression_gain`.
     """
     return torch.lerp(source.expand_as(target), target, gain)
+
+
+def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the regions that names of regions and groups stand for."""
+    names = tuple(names)
+    if "torso" in names:
+        raise InputError("the torso follows the head and cannot be driven apart: use head, and --torso 0 to hold it still")
+    unknown = [name for name in names if name not in (*_GROUPS, *DRIVABLE)]
+    if unknown or not names:
+        raise InputError(f"regions are {', '.join((*DRIVABLE, *_GROUPS))}, got {unknown[0] if unknown else 'none'!r}")
+    return tuple(dict.fromkeys(region for name in names for region in _GROUPS.get(name, (name,))))
 
 
 def _require_reference(reference: T | None) -> T:

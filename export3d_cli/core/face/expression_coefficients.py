@@ -32,6 +32,19 @@ MEASURE_NAMES = (
 BETA_NAMES = ARKIT_NAMES + MEASURE_NAMES
 
 
+def region_of(name: str) -> str:
+    """Return the part of the face that an entry of beta describes: brows, gaze, eyes (their lids) or mouth."""
+    prefixes = {"brow": "brows", "eyeLook": "gaze", "iris": "gaze", "eye": "eyes", "cheekSquint": "eyes"}
+    return next((region for prefix, region in prefixes.items() if name.startswith(prefix)), "mouth")
+
+
+# Entries of beta that describe each region; every entry belongs to one.
+REGIONS = {
+    region: tuple(k for k, name in enumerate(BETA_NAMES) if region_of(name) == region)
+    for region in ("eyes", "gaze", "brows", "mouth")
+}
+
+
 def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS) -> np.ndarray:
     """Return the measures `MEASURE_NAMES` of head-frame points (T, N, 3) as (T, 12): x to the right, heights upwards.
 

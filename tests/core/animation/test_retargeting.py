@@ -15,6 +15,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import open_driver, reenact
 from export3d_cli.core.animation.retargeting import Control, TravelLimits, amplify_expression, most_similar_frame
+from export3d_cli.core.face.expression_coefficients import REGIONS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
@@ -122,9 +123,25 @@ def test_target_expression_scales_changes_of_lambda() -> None:
     assert torch.allclose(relative.target_expression(source, driver, reference), 2 + 0.5 * (driver - 1))
     with pytest.raises(InputError, match="reference"):
         relative.target_expression(source, driver, None)
-    for bad in ((), ("hair",)):
-        with pytest.raises(InputError, match="must be expression"):
+    for bad, words in (((), "regions are"), (("hair",), "regions are"), (("torso",), "use head")):
+        with pytest.raises(InputError, match=words):
             Control(drive=bad)
+
+
+def test_select_regions_keeps_the_base_in_what_is_not_driven() -> None:
+    base, driver = np.full(64, 0.25, np.float32), np.random.default_rng(0).random((3, 64), dtype=np.float32)
+    assert Control().select_regions(base, driver) is driver
+    mouth, brows = list(REGIONS["mouth"]), list(REGIONS["brows"])
+    assert sorted(sum(REGIONS.values(), ())) == list(range(64))
+    selected = Control(drive=("mouth", "head"), scales=(("mouth", 2.0),)).select_regions(base, driver)
+    np.testing.assert_allclose(selected[:, mouth], 2 * driver[:, mouth] - 0.25, atol=1e-6)
+    others = np.setdiff1d(np.arange(64), mouth)
+    np.testing.assert_array_equal(selected[:, others], np.full((3, len(others)), 0.25, np.float32))
+    halved = Control(scales=(("all", 0.5), ("brows", 0.0))).select_regions(base, driver)
+    np.testing.assert_array_equal(halved[:, brows], np.full((3, len(brows)), 0.25, np.float32))
+    np.testing.assert_allclose(halved[:, mouth], (driver[:, mouth] + 0.25) / 2, atol=1e-6)
+    head = Control(scales=(("head", 0.0),)).target_cameras(OWN, CAMERAS, None)
+    np.testing.assert_allclose(head, OWN[None].repeat(3, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("reference_frame", [0, 3])
