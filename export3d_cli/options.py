@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection
 from fractions import Fraction
@@ -136,6 +137,68 @@ def source_options(command: F) -> F:
         "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=validate_face,
         help="Which face of SRC to use if there are several; index counts from the left, from 0.",
     )(command)  # fmt: skip
+
+
+class _Gaze(click.ParamType):
+    """`X,Y`, each a number or a range `A:B`."""
+
+    name = "X,Y"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the ranges of x and y."""
+        parts = str(value).split(",")
+        if len(parts) != 2:
+            self.fail(f"must be X,Y such as 0,0 or -.5:.5,0; got {value!r}", param, ctx)
+        return tuple(NumberRange().convert(part, param, ctx) for part in parts)
+
+
+_CONTROLS = {  # option and its help, of the controls that have an option of their own
+    "smile": "Smile, 0 to 1: --smile .6.",
+    "jaw": "Open the jaw, 0 to 1: --jaw .4; 0 shuts the mouth.",
+    "pucker": "Pucker the lips, 0 to 1: --pucker .8.",
+    "blink": "Close the eyes, 0 to 1: --blink 1.",
+    "eyes-open": "Open the eyes, 0 (relaxed) to 1 (wide): --eyes-open .3.",
+    "brows": "Raise (to 1) or lower (to -1) the brows: --brows .5.",
+}
+
+
+def expression_options(command: F) -> F:
+    """Add the named expression controls, passed to the command as `expression`, an `ExpressionEdit`."""
+
+    @functools.wraps(command)
+    def collect(**values: Any) -> Any:
+        from export3d_cli import core
+
+        controls: dict[str, Any] = {}
+        for preset in values.pop("preset"):
+            controls |= core.read_preset(preset)
+        for name in _CONTROLS:
+            if (ends := values.pop(name.replace("-", "_"))) is not None:
+                controls[name] = ends
+        if (gaze := values.pop("gaze")) is not None:
+            controls |= {"gaze-x": gaze[0], "gaze-y": gaze[1]}
+        controls |= values.pop("set_")
+        neutral = values.pop("origin") == "neutral"
+        return command(expression=core.ExpressionEdit(tuple(controls.items()), from_neutral=neutral), **values)
+
+    def parse_set(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+        pairs = [text.partition("=")[::2] for text in texts]
+        return {name: NumberRange().convert(ends, param, ctx) for name, ends in pairs}
+
+    named = [click.option(f"--{name}", type=NumberRange(), help=text) for name, text in _CONTROLS.items()]
+    for option in reversed([
+        *named,
+        click.option("--gaze", type=_Gaze(), help="Gaze, -1 to 1; + is to the image's right and up: --gaze 0,0."),
+        click.option("--set", "set_", multiple=True, metavar="NAME=A[:B]", callback=parse_set,
+                     help="Any of ARKit's coefficients: --set jawOpen=.4 --set mouthSmileLeft=.7. Repeatable."),
+        click.option("--preset", multiple=True, metavar="NAME|FILE#NAME",
+                     help="An expression: joy, surprise, anger, sad, kiss, wink, sleep, or one of a YAML file, such as "
+                     "mine.yaml#grin with the line `grin: {smile: 1, jaw: .2}`. Repeatable."),
+        click.option("--from", "origin", type=click.Choice(["photo", "neutral"]), default="photo", show_default=True,
+                     help="Expression that controls change: SRC's own, or with mouth and brows at rest."),
+    ]):  # fmt: skip
+        collect = option(collect)
+    return collect  # type: ignore[return-value]
 
 
 def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None:

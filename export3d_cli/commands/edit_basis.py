@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,6 +34,7 @@ GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this rang
     help=f"Contact sheet: a row per --v (default: all) with five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",
 )  # fmt: skip
 @click.option("--describe", is_flag=True, help="Print the meaning of every basis vector; write nothing.")
+@options.expression_options
 @options.source_options
 @click.option("--frames", type=click.IntRange(1, 100_000), default=60, show_default=True, help="Number of frames.")
 @options.fps_option
@@ -42,60 +42,45 @@ GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this rang
 @options.model_options
 @options.output_options
 def edit_basis(
-    source: Path | None,
-    output: Path | None,
-    vectors: tuple[int, ...],
-    scales: tuple[tuple[float, float], ...],
-    grid: bool,
-    describe: bool,
-    face: str,
-    framing: str,
-    crop: str,
-    size: int,
-    frames: int,
-    fps: Fraction,
-    weights: str | None,
-    device: str,
-    precision: str,
-    quality: str,
-    crf: int | None,
-    watermark: str,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Change coefficients of the expression basis in the portrait SRC (default: the bundled example).
+    source: Path | None, output: Path | None, vectors: tuple[int, ...], scales: tuple[tuple[float, float], ...],
+    describe: bool, weights: str | None, device: str, precision: str, quality: str, overwrite: bool, as_json: bool,
+    **values: Any,
+) -> None:  # fmt: skip
+    """Change the expression of the portrait SRC (default: the bundled example).
 
-    Each --v takes one --scale, in order; with --grid one --scale can apply to all.
+    By controls: edit-basis me.jpg --smile 0:1, or --smile .6 -o smile.png. By coefficients of the expression basis:
+    each --v takes one --scale, in order; with --grid one --scale can apply to all.
     """
     from export3d_cli import core
 
+    grid, expression = values["grid"], values["expression"]
     if describe:
-        unused = {"source", "output", "vectors", "scales", "frames", "grid", "face", "framing", "crop", "size", "fps"}
-        options.refuse_unused(unused | {"quality", "crf", "watermark", "overwrite"}, "--describe")
-    if crop == "none":
+        ctx = click.get_current_context()
+        kept = {"describe", "weights", "device", "precision", "threads", "as_json"}
+        options.refuse_unused({str(option.name) for option in ctx.command.params} - kept, "--describe")
+    if values["crop"] == "none":
         options.refuse_unused({"framing"}, "--crop none")
     if grid:
         options.refuse_unused({"frames", "fps"}, "--grid")
-    if not (grid or describe):
-        for name, values in (("--v", vectors), ("--scale", scales)):
-            if not values:
+    if not (grid or describe or expression):
+        for name, given in (("--v", vectors), ("--scale", scales)):
+            if not given:
                 raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
     if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
         raise click.BadParameter(f"give one --scale per --v, got {len(vectors)} --v and {len(scales)} --scale")
     if output is not None:
         core.check_overwrite(output, overwrite)
-        core.check_crf(output, crf)
+        core.check_crf(output, values["crf"])
     animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
     if describe:
         _print_basis(core.describe_basis(animator), as_json)
         return
-    vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
+    if not expression:
+        vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
     scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
-    chosen = core.EditOptions(
-        edits=tuple(zip(vectors, scales, strict=True)), frames=frames, crf=crf, overwrite=overwrite or output is None,
-        grid=grid, watermark=watermark, face=face, framing=framing, crop=crop, size=size, fps=fps,
-    )  # fmt: skip
-    out = output or Path("edit_basis.png" if grid else "edit_basis.mp4")
+    edits = tuple(zip(vectors, scales, strict=True))
+    chosen = core.EditOptions(edits=edits, overwrite=overwrite or output is None, **values)
+    out = output or Path("edit_basis.png" if grid or chosen.single else "edit_basis.mp4")
     with console.show_progress() as report:
         summary = core.edit_basis(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
     console.print_summary(summary, as_json=as_json)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,55 +42,32 @@ from export3d_cli import console, options
     help="Write the head as a mesh (metres, y up); other outputs only with -o, --grid or --depth.",
 )  # fmt: skip
 @options.source_options
+@options.expression_options
 @options.fps_option
 @click.option("--drive", type=options.EXISTING_FILE, help="Take the expression of this image, video or .motion.npz.")
 @options.quality_option
 @options.model_options
 @options.output_options
 def novel_view(
-    source: Path | None,
-    output: Path | None,
-    yaw: tuple[float, float],
-    pitch: tuple[float, float] | None,
-    roll: tuple[float, float] | None,
-    frames: int | None,
-    loop: str,
-    grid: bool,
-    depth: bool,
-    mesh: Path | None,
-    face: str,
-    framing: str,
-    crop: str,
-    size: int,
-    fps: Fraction,
-    drive: Path | None,
-    weights: str | None,
-    device: str,
-    precision: str,
-    quality: str,
-    crf: int | None,
-    watermark: str,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+    source: Path | None, output: Path | None, frames: int | None, weights: str | None, device: str, precision: str,
+    quality: str, overwrite: bool, as_json: bool, **values: Any,
+) -> None:  # fmt: skip
     """Turn the portrait SRC (default: the bundled example) from A to B degrees.
 
     A single angle, or --frames 1, makes a picture.
     """
     from export3d_cli import core
 
+    mesh, grid, depth, drive = (values[name] for name in ("mesh", "grid", "depth", "drive"))
     if mesh is not None and not (output or grid or depth):
         unused = {"yaw", "pitch", "roll", "frames", "loop", "framing", "size", "watermark"}
         options.refuse_unused(unused, "a mesh alone (add -o, --grid or --depth)")
-    if crop == "none":
+    if values["crop"] == "none":
         options.refuse_unused({"framing"}, "--crop none")
     if grid:
         options.refuse_unused({"loop"} if drive else {"loop", "fps"}, "--grid")
-    chosen = core.NovelViewOptions(
-        yaw=yaw, pitch=pitch, roll=roll, frames=frames or (9 if grid else 60), loop=loop, crf=crf,
-        overwrite=overwrite or (output is None and mesh is None), grid=grid, depth=depth, drive=drive, mesh=mesh,
-        watermark=watermark, face=face, framing=framing, crop=crop, size=size, fps=fps,
-    )  # fmt: skip
+    overwrite = overwrite or (output is None and mesh is None)
+    chosen = core.NovelViewOptions(frames=frames or (9 if grid else 60), overwrite=overwrite, **values)
     picture = grid or (chosen.single and drive is None)
     out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")
     if mesh is not None:
@@ -98,7 +75,7 @@ def novel_view(
         out = out if output or grid or depth else None
     if out is not None:
         core.check_overwrite(out, chosen.overwrite)
-        core.check_crf(out, crf)
+        core.check_crf(out, chosen.crf)
     animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
     with console.show_progress() as report:
         summary = core.novel_view(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)

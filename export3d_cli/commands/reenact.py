@@ -98,6 +98,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     help="Frame of DRIVE, from 0 after --start, that relative motion refers to.  [default: with --pose auto the "
     "most similar one of each shot's first 10 s, else 0]",
 )  # fmt: skip
+@options.expression_options
 @options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")

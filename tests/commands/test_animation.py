@@ -140,7 +140,8 @@ def test_failure_among_several_sources_exits_1(tiny, tmp_path):
 
 
 def test_reenact_controls_and_dry_run(tiny, tmp_path):
-    controls = ["--drive", "mouth,head", "--scale", "mouth=1.5", "--pose", "relative", "--pose-scale", "1.5", "--smooth", "strong", "--seed", "3"]
+    controls = ["--drive", "mouth,head", "--scale", "mouth=1.5", "--pose", "relative", "--pose-scale", "1.5"]
+    controls += ["--smooth", "strong", "--seed", "3", "--smile", ".5"]
     out = tmp_path / "{src}.mp4"
     result = reenact(tiny, out, "--max-frames", "3", *controls, "--dry-run", "--json")
     assert result.exit_code == 0, result.output

@@ -32,6 +32,7 @@ from export3d_cli.core.config.loading import load_train_config, to_dict
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face import arkit
+from export3d_cli.core.face.beta_statistics import BetaStatistics
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
@@ -127,7 +128,7 @@ def readers() -> dict[str, Reader]:
     yaml = b"preset: tiny\nlr: 1e-4\nstages: [clebs, reconstruction]\nmodel: {width: 64, stem: [8, 8, 16]}\n"
     yaml += b"data:\n  path: [x]\n"
     bundle = zipped({"geometry_pipeline_metadata_landmarks.binarypb": _geometry()})
-    measures = weights_dir() / "arkit_measures.npz"
+    statistics = weights_dir() / "beta_statistics.npz"
     camera = Camera.orbit(0, 0).to_vector()
 
     def video(path: Path) -> None:
@@ -149,8 +150,8 @@ def readers() -> dict[str, Reader]:
         "manifest of preprocess": Reader([manifest], "/manifest.jsonl",
                                          lambda path: DatasetManifest(path.parent, None).close()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
-        "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, measures, camera)),
-        "measures": Reader([measures.read_bytes()], ".npz", lambda path: _take(path, take, camera), mutate_zip),
+        "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, camera)),
+        "statistics": Reader([statistics.read_bytes()], ".npz", BetaStatistics.load, mutate_zip),
         "bundle": Reader([bundle], ".task", lambda path: load_canonical_face.__wrapped__(path), mutate_zip),
     }  # fmt: skip
 
@@ -171,12 +172,6 @@ def _train(data: Path, motion: bytes) -> None:
         load_dataset(data, 64)
     finally:
         shutil.rmtree(data / "cache-64", ignore_errors=True)
-
-
-def _take(measures: Path, take: bytes, camera: np.ndarray) -> None:
-    path = measures.with_suffix(".csv")
-    path.write_bytes(take)
-    arkit.read_csv(path, measures, camera)
 
 
 def _geometry() -> bytes:

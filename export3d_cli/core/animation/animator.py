@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export3d_cli.core.animation.expression_controls import EditedExpression
 from export3d_cli.core.animation.framing import place_on_canvas
 from export3d_cli.core.animation.geometry import MAX_FRAME_SIZE_PX, Geometry
 from export3d_cli.core.animation.options import Crop, Framing, Quality
@@ -249,7 +250,8 @@ class Animator:
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
-        reference: Motion | None = None, notify: Notify | None = None, layers: bool = False,
+        reference: Motion | None = None, edit: EditedExpression | None = None, notify: Notify | None = None,
+        layers: bool = False,
     ) -> Iterator[Any]:  # fmt: skip
         """Render the portrait with the expressions and cameras of a driver: frames uint8 (H, W, 3), in order.
 
@@ -261,6 +263,7 @@ class Animator:
             motions: the driver, some frames at a time.
             control: which parts of the motion are used, and how strongly; None: all of it, unchanged.
             reference: the driver's frame that relative control refers to, one row.
+            edit: one frame: its base replaces the portrait's expression, and its change is added to every frame.
             notify: called with notes for the user.
             layers: yield the `FrameLayers` of a portrait with a canvas, for a `Compositor`, instead of frames.
 
@@ -275,13 +278,18 @@ class Animator:
         renderer = self._renderer(portrait, notify, layers, control.torso)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
-        base_beta = (reference if control.relative_expression and reference is not None else portrait.motion).beta[0]
+        own_beta, own, offset = portrait.motion.beta[0], portrait.source.lam, None
+        if edit is not None:
+            own_beta, own = edit.base.astype(np.float32), self._coefficients(edit.base[None])
+            offset = self._coefficients(edit.beta) - own
+        base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera.to_vector()
 
         def frames() -> Iterator[np.ndarray]:
             for beta, camera in _windows(motions, self.window):
                 beta = control.select_regions(base_beta, beta)
-                lam = control.target_expression(portrait.source.lam, self._coefficients(beta), base)
+                lam = control.target_expression(own, self._coefficients(beta), base)
+                lam = lam if offset is None else lam + offset
                 cameras = control.target_cameras(source_camera, camera, base_camera)
                 yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
 
@@ -326,6 +334,11 @@ class Animator:
                 yield from renderer.render_motion(np.repeat(camera, len(part), axis=0), part)
 
         return frames()
+
+    def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
+        """Return the changes of lambda (T, n) that make `edit` show expressions beta (T, 64)."""
+        change: np.ndarray = (self._lam(portrait, beta) - portrait.source.lam).float().cpu().numpy()
+        return change
 
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.expression_controls import MIN_BETA_STD
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS
 
-MIN_BETA_STD = 0.0201  # entries of beta with the floor of 0.02 hardly varied in training and are left out
 JACOBIAN_SAMPLES = 256  # expressions around the mean over which the Jacobian is averaged
 IMAGE_SIZE_PX = 256  # side of the image that motion in pixels refers to
 REGIONS: dict[str, tuple[int, ...]] = {

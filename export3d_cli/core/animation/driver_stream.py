@@ -37,7 +37,6 @@ from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
-from export3d_cli.core.runtime.weights import resolve_weights
 
 LOOKAHEAD_S = 10  # seconds of a shot over which its crop is measured and its reference frame is chosen
 SAME_FRAMING = (0.25, 0.15)  # face boxes of movement, and change of the logarithm of the size
@@ -125,7 +124,7 @@ class DriverStream:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
             if driver.suffix.lower() == ".csv":
                 camera = Camera.orbit(0).to_vector() if source is None else source.camera[0]
-                motion, self.notes = arkit.read_csv(driver, resolve_weights("arkit_measures"), camera)
+                motion, self.notes = arkit.read_csv(driver, camera)
             else:
                 motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))
             self.fps = motion.fps if fps is None else fps

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.expression_controls import ExpressionEdit, Range, edit_expression
 from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import (
     ViewOptions,
@@ -20,22 +21,25 @@ from export3d_cli.core.animation.view_writer import (
 from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.errors import InputError
 
-GRID_VALUES = 5  # values of each basis vector in a contact sheet
-Range = tuple[float, float]
+GRID_VALUES = 5  # values of each basis vector or control in a contact sheet
 
 
 @dataclass(frozen=True)
 class EditOptions(ViewOptions):
-    """Basis vectors to move along; the camera stays the photo's. A contact sheet has a row for each edit."""
+    """Basis vectors to move along; the camera stays the photo's. A contact sheet has a row per vector and control."""
 
-    edits: tuple[tuple[int, Range], ...] = ((1, (0.0, 1.0)),)  # i of v_i from 1: first and last change of lambda_i
+    edits: tuple[tuple[int, Range], ...] = ()  # i of v_i from 1: first and last change of lambda_i
+
+    @property
+    def single(self) -> bool:
+        """Whether all frames would be the same."""
+        return self.frames == 1 or (self.expression.is_constant and all(a == b for _, (a, b) in self.edits))
 
 
 def edit_basis(
-    animator: Animator, source: Path, out: Path, options: EditOptions | None = None, *, progress: Progress | None = None
+    animator: Animator, source: Path, out: Path, options: EditOptions, *, progress: Progress | None = None
 ) -> Summary:
-    """Change coefficients lambda_i of the portrait's expression; nothing else changes."""
-    options = options or EditOptions()
+    """Change the portrait's expression by basis vectors and by controls; nothing else changes."""
     began = time.monotonic()
     check_overwrite(out, options.overwrite)
     check_crf(out, options.crf)
@@ -43,32 +47,45 @@ def edit_basis(
     for v, _ in options.edits:
         if not 1 <= v <= n:
             raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")
-    if is_image and not options.grid and options.frames > 1:
+    if not options.edits and not options.expression:
+        raise InputError("nothing to edit: give basis vectors or controls")
+    if is_image and not options.grid and not options.single:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
-    changes, labels = _grid_changes(options, n) if options.grid else (_sweep_changes(options, n), [])
     portrait = load_photo(animator, source, options)
-    frames, count, size = animator.edit(portrait, changes), len(changes), portrait.frame_size
+    rows, labels, notes = [], [], ()
+    if options.grid:
+        for v, ends in options.edits:
+            rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n)[v - 1]))
+            labels += [f"v{v} {value:+.3g}" for value in np.linspace(*ends, GRID_VALUES)]
+        for name, (first, last) in options.expression.controls:
+            ends = (first, last) if first != last else (0.0, last)
+            edit = replace(options.expression, controls=((name, ends),))
+            change, note = _control_changes(animator, portrait, edit, GRID_VALUES)
+            rows, notes = [*rows, change], (*notes, *note)
+            labels += [f"{name} {value:.2f}" for value in np.linspace(*ends, GRID_VALUES)]
+        changes = np.concatenate(rows)
+    else:
+        count = 1 if is_image else options.frames
+        changes = np.zeros((count, n))
+        if options.expression:
+            changes, notes = _control_changes(animator, portrait, options.expression, count)
+        for v, ends in options.edits:
+            changes[:, v - 1] += np.linspace(*ends, count)
+    frames, size = animator.edit(portrait, changes), portrait.frame_size
+    count = len(changes)
     if not is_image:
-        return write_video(animator, frames, count, out, options, size, began=began, progress=progress)
-    columns = GRID_VALUES if options.grid else 1
-    return write_sheet(
-        animator, frames, count, out, options, size, columns=columns, labels=labels, began=began, progress=progress
-    )
+        summary = write_video(animator, frames, count, out, options, size, began=began, progress=progress)
+    else:
+        columns = GRID_VALUES if options.grid else 1
+        summary = write_sheet(
+            animator, frames, count, out, options, size, columns=columns, labels=labels, began=began, progress=progress
+        )
+    return replace(summary, notes=notes)
 
 
-def _grid_changes(options: EditOptions, n: int) -> tuple[np.ndarray, list[str]]:
-    """Return changes (T, n) of the cells of a contact sheet, row by row, and their labels."""
-    rows, labels = [], []
-    for v, (first, last) in options.edits:
-        for value in np.linspace(first, last, GRID_VALUES):
-            rows.append(value * np.eye(n)[v - 1])
-            labels.append(f"v{v} {value:+.3g}")
-    return np.stack(rows).astype(np.float32), labels
-
-
-def _sweep_changes(options: EditOptions, n: int) -> np.ndarray:
-    """Return changes (T, n) of the frames of a video; all edits move at once."""
-    changes = np.zeros((options.frames, n), dtype=np.float32)
-    for v, (first, last) in options.edits:
-        changes[:, v - 1] += np.linspace(first, last, options.frames, dtype=np.float32)
-    return changes
+def _control_changes(
+    animator: Animator, portrait: Portrait, edit: ExpressionEdit, count: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return changes of lambda (count, n) along the ranges of an edit, and notes."""
+    edited = edit_expression(animator, portrait, edit, np.linspace(0, 1, count))
+    return animator.expression_change(portrait, edited.beta), edited.notes

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.expression_controls import edit_expression
 from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
 from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import (
@@ -49,7 +50,8 @@ class NovelViewOptions(ViewOptions):
     def single(self) -> bool:
         """Whether all frames would show the same view."""
         ranges = (self.yaw, self.pitch, self.roll)
-        return self.frames == 1 or all(r is None or r[0] == r[1] for r in ranges)
+        still = self.expression.is_constant and all(r is None or r[0] == r[1] for r in ranges)
+        return self.frames == 1 or still
 
 
 def novel_view(
@@ -75,9 +77,9 @@ def novel_view(
         if options.mesh is None:
             raise InputError("nothing to write: give an output, a mesh, or both")
         portrait = load_photo(animator, source, options)
-        beta = _read_expressions(animator, portrait, options, 1)
+        beta, notes = _read_expressions(animator, portrait, options, 1)
         _write_mesh(animator, portrait, options.mesh, beta, progress)
-        return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name)
+        return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name, notes)
     check_overwrite(out, options.overwrite)
     check_crf(out, options.crf)
     is_image = is_image_output(out, options.grid)
@@ -89,33 +91,39 @@ def novel_view(
         cameras = cameras[:1]
     count = len(cameras)
     size = portrait.crop.shape[1::-1] if options.depth else portrait.frame_size
-    beta = _read_expressions(animator, portrait, options, count)
+    beta, notes = _read_expressions(animator, portrait, options, count)
     if options.mesh is not None:
         _write_mesh(animator, portrait, options.mesh, beta, progress)
     frames = _view_once(animator, portrait, cameras, beta, options.depth)
     if not is_image:
-        return write_video(animator, frames, count, out, options, size, began=began, progress=progress)
+        summary = write_video(animator, frames, count, out, options, size, began=began, progress=progress)
+        return replace(summary, notes=notes)
     labels: list[str] = []
     if options.grid:
         angles = [Camera.from_vector(camera).angles() for camera in cameras]
         labels = [f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in angles]
     columns = count if count <= ROW_COLUMNS else int(np.ceil(np.sqrt(count)))
-    return write_sheet(
+    summary = write_sheet(
         animator, frames, count, out, options, size, columns=columns, labels=labels, began=began, progress=progress
     )
+    return replace(summary, notes=notes)
+
+
+def sweep_positions(options: NovelViewOptions) -> np.ndarray:
+    """Return the positions (T,) of the frames along the sweep, from 0 to 1."""
+    count = options.frames
+    if options.loop == "pingpong" and count > 2 and not options.grid:
+        steps = np.minimum(np.arange(count), count - np.arange(count))  # the way back equals the way there bit for bit
+        return 0.5 - 0.5 * np.cos(2 * np.pi * steps / count)
+    return np.linspace(0, 1, count)
 
 
 def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
     """Return cameras (T, 25) that see the head at the options' angles, at the place and distance of `camera`."""
-    count = options.frames
-    positions = np.linspace(0, 1, count)  # along the sweep
-    if options.loop == "pingpong" and count > 2 and not options.grid:
-        steps = np.minimum(np.arange(count), count - np.arange(count))  # the way back equals the way there bit for bit
-        positions = 0.5 - 0.5 * np.cos(2 * np.pi * steps / count)
     ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
     pose = np.linalg.inv(camera.cam2world)  # its last column stays
     cameras = []
-    for t in positions:
+    for t in sweep_positions(options):
         yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
         pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
         cameras.append(Camera(np.linalg.inv(pose), camera.intrinsics).to_vector())
@@ -135,16 +143,22 @@ def _write_mesh(
 
 def _read_expressions(
     animator: Animator, portrait: Portrait, options: NovelViewOptions, count: int
-) -> np.ndarray | None:
-    """Return beta (1, 64) of an image, or (count, 64) of a video; the last one is held where the driver is shorter."""
-    if options.drive is None:
-        return None
-    with DriverStream(
-        options.drive, animator.tracker(), batch=animator.batch, crop_scale=portrait.crop_scale, fps=options.fps,
-        max_frames=count,
-    ) as stream:  # fmt: skip
-        beta = np.concatenate([batch.motion.beta for batch in stream])
-    return beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Return beta (1, 64) or (count, 64), None for the photo's, and notes; the driver's last expression is held."""
+    beta, change, notes = None, np.zeros((1, 64)), ()
+    if options.expression:
+        positions = (0.0,) if options.expression.is_constant else sweep_positions(options)[:count]
+        base, edited, notes = edit_expression(animator, portrait, options.expression, positions)
+        beta, change = edited, edited - base
+    if options.drive is not None:
+        with DriverStream(
+            options.drive, animator.tracker(), batch=animator.batch, crop_scale=portrait.crop_scale, fps=options.fps,
+            max_frames=count,
+        ) as stream:  # fmt: skip
+            beta = np.concatenate([batch.motion.beta for batch in stream])
+        beta = beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
+        beta = beta + change
+    return None if beta is None else beta.astype(np.float32), notes
 
 
 def _view_once(

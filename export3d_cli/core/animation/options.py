@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from export3d_cli.core.animation.driver_stream import OnMissing, ReferenceFrame
+from export3d_cli.core.animation.expression_controls import ExpressionEdit
 from export3d_cli.core.animation.retargeting import DRIVABLE, Control, TravelLimits
 from export3d_cli.core.animation.watermark import Watermark
 from export3d_cli.core.face.smoothing import SmoothingLevel
@@ -48,6 +49,7 @@ class ReenactOptions:
     driver_face: str = "largest"  # which face of the driver, likewise
     tracker: TrackerName = "landmarker"  # for the driver; the source is always tracked by the landmarker
     drive: tuple[str, ...] = DRIVABLE  # eyes, gaze, brows, mouth, head: which of the driver's motion is used
+    expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # added to every frame
     scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales below
     expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
     pose_scale: float = 1.0  # of the head pose, likewise
@@ -60,6 +62,8 @@ class ReenactOptions:
 
     def __post_init__(self) -> None:
         _ = self.control  # checks regions and scales before anything is read
+        if not self.expression.is_constant:
+            raise InputError("a range A:B sweeps in edit-basis and novel-view: give reenact one number per control")
 
     def for_driver(self, driver: Path) -> ReenactOptions:
         """Return the options for a driver: pose `auto` of a picture, which shows no movement, is absolute."""

@@ -14,6 +14,7 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Notify, Portrait
 from export3d_cli.core.animation.compositor import Compositor, check_outputs, read_portrait
 from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, select_audio
+from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
 from export3d_cli.core.animation.retargeting import Control
@@ -48,6 +49,8 @@ def reenact(
     portrait, compositor = load_portrait(animator, source, options)
     audio, audio_start = select_audio(driver, options.audio, options.start)
     notes = precision_notes(animator.precision, animator.device)
+    edit = edit_expression(animator, portrait, options.expression) if options.expression else None
+    notes += edit.notes if edit is not None else ()
 
     def notify(note: str) -> None:
         if note not in notes:  # each shot may give the same ones
@@ -74,7 +77,7 @@ def reenact(
         if options.tracker == "fan"
         else PrefetchIterator(stream, PREFETCH_DEPTH, stop=stream.stop) as batches,
     ):  # fmt: skip
-        for item in _animate_stream(animator, portrait, batches, options.control, notify):
+        for item in _animate_stream(animator, portrait, batches, options.control, edit, notify):
             background.put(item)
     return Summary(
         out, background.written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
@@ -106,8 +109,9 @@ def open_driver(
 
 
 def _animate_stream(
-    animator: Animator, portrait: Portrait, batches: Iterable[MotionBatch], control: Control, notify: Notify
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    animator: Animator, portrait: Portrait, batches: Iterable[MotionBatch], control: Control,
+    edit: EditedExpression | None, notify: Notify,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:  # fmt: skip
     """Yield each frame with the driver crop that is shown next to it; each shot has a reference frame of its own."""
     crops: deque[np.ndarray | None] = deque()
 
@@ -120,7 +124,7 @@ def _animate_stream(
 
     for reference, shot in groupby(batches, key=lambda batch: batch.reference):
         frames = animator.animate(
-            portrait, motions(shot), control=control, reference=reference, notify=notify, layers=True
+            portrait, motions(shot), control=control, reference=reference, edit=edit, notify=notify, layers=True
         )
         for frame in frames:
             yield frame, crops.popleft()

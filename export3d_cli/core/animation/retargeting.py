@@ -157,7 +157,7 @@ def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:
     """Return the regions that names of regions and groups stand for."""
     names = tuple(names)
     if "torso" in names:
-        raise InputError("the torso follows the head and cannot be driven apart: use head, and --torso 0 to hold it still")
+        raise InputError("the torso follows the head and cannot be driven apart: use head, and --torso for how much")
     unknown = [name for name in names if name not in (*_GROUPS, *DRIVABLE)]
     if unknown or not names:
         raise InputError(f"regions are {', '.join((*DRIVABLE, *_GROUPS))}, got {unknown[0] if unknown else 'none'!r}")

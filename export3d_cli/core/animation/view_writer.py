@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import read_portrait
+from export3d_cli.core.animation.expression_controls import ExpressionEdit
 from export3d_cli.core.animation.options import Crop, Framing, Progress, Summary
 from export3d_cli.core.animation.pipeline import BackgroundWriter
 from export3d_cli.core.animation.watermark import Watermark, get_watermarker
@@ -32,6 +33,7 @@ class ViewOptions:
     fps: Fraction = Fraction(25)
     crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     overwrite: bool = False
+    expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # controls, which sweep over the frames
     grid: bool = False  # a contact sheet instead of a video
     watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
     face: str = "largest"  # of the photo: largest | left | right | index:N

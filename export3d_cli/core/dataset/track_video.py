@@ -18,7 +18,6 @@ from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import NoFaceError
-from export3d_cli.core.runtime.weights import resolve_weights
 
 
 def is_arkit_csv(path: Path) -> bool:
@@ -49,7 +48,7 @@ def extract_motion(
         NoFaceError: no frame has a face.
     """
     if is_arkit_csv(path):
-        motion, notes = read_csv(path, resolve_weights("arkit_measures"), Camera.orbit(0).to_vector())
+        motion, notes = read_csv(path, Camera.orbit(0).to_vector())
         fps = fps or motion.fps
         rows = resample_rows(len(motion), motion.fps, fps, 0.0, None)[:max_frames]
         return replace(motion.select(rows), fps=fps), notes

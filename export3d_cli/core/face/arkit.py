@@ -1,8 +1,6 @@
 """The CSV of Live Link Face, with 52 ARKit coefficients and the head angles per row: drivers recorded by a phone.
 
-The 12 measures of beta that a CSV lacks are predicted from the 52 coefficients by a linear map. `fit_measure_map` fits
-it to tracked clips; the result is `weights/arkit_measures.npz`, made by
-`python -m export3d_cli.core.face.arkit OUT MOTION...`.
+The 12 measures of beta that a CSV lacks are predicted from the 52 coefficients by `BetaStatistics`.
 
 Live Link's angles are radians about the axes of ARKit's face: positive yaw turns the head to the person's left (the
 image's right), positive pitch lowers the nose, positive roll turns counter-clockwise in the image; roll is applied
@@ -13,22 +11,21 @@ from __future__ import annotations
 
 import csv
 import re
-import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, MEASURE_NAMES
+from export3d_cli.core.face.beta_statistics import BetaStatistics
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, with_head_pose
-from export3d_cli.core.runtime.errors import InputError, WeightsError
-from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.files import check_file, write_atomic
 
 ANGLE_COLUMNS = ("HeadYaw", "HeadPitch", "HeadRoll")
-RIDGE_WEIGHT = 1e-4  # of the fit of the measure map, for coefficients that never change
 MAX_BYTES = 2**30  # about eight hours at 60 frames a second
 MAX_GAP_S = 60  # between two rows
 MAX_ROWS_PER_S = 1000
@@ -39,14 +36,13 @@ _STANDARD_RATES = (
 )
 
 
-def read_csv(path: Path, measures_file: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
+def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
     """Read a Live Link Face CSV as Motion without landmarks, (T, 0, 3); also returns notes for the user.
 
     Raises `InputError` for any other file.
 
     Args:
         path: the CSV.
-        measures_file: file written by `save_measure_map`.
         camera: (25,); gives the distance and the position of the head, and its pose too if the CSV has no head angles.
     """
     values, timecodes = _read_columns(path)
@@ -65,8 +61,10 @@ def read_csv(path: Path, measures_file: Path, camera: np.ndarray) -> tuple[Motio
         cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
     seconds, timecode_base = _timecodes_to_seconds(path, timecodes)
     fps, rows = estimate_frame_rate(seconds, timecode_base)
-    slope, offset = _load_measure_map(measures_file)
-    beta = np.concatenate([coefficients, coefficients @ slope + offset], axis=1).astype(np.float32)[rows]
+    n, statistics = len(ARKIT_NAMES), BetaStatistics.load()
+    slope = statistics.regression(range(n))[n:]  # (12, 52)
+    measures = statistics.mean[n:] + (coefficients - statistics.mean[:n]) @ slope.T
+    beta = np.concatenate([coefficients, measures], axis=1).astype(np.float32)[rows]
     found = np.ones(len(rows), dtype=bool)
     landmarks = np.zeros((len(rows), 0, 3), np.float32)
     return Motion(beta, cameras[rows], landmarks, found, fps, (0.0, 0.0, 1.0), (1, 1)), notes
@@ -112,48 +110,6 @@ def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fracti
     after = np.searchsorted(seconds, times).clip(1, len(seconds) - 1)
     rows: np.ndarray = after - (times - seconds[after - 1] < seconds[after] - times)
     return fps, rows
-
-
-def fit_measure_map(motions: Iterable[Motion]) -> tuple[np.ndarray, np.ndarray]:
-    """Fit the linear map from coefficients to measures over the frames of clips: slope (52, 12), offset (12,).
-
-    Least squares: the slope is fitted within clips, where the person stays the same, and the offset to the mean face.
-    """
-    n = len(ARKIT_NAMES)
-    total, count = np.zeros(n + len(MEASURE_NAMES)), 0
-    scatter = np.zeros((n + len(MEASURE_NAMES),) * 2)
-    for motion in motions:
-        beta = motion.beta[motion.found].astype(np.float64)
-        if len(beta):
-            centred = beta - beta.mean(0)
-            scatter += centred.T @ centred
-            total, count = total + beta.sum(0), count + len(beta)
-    if not count:
-        raise InputError("no frame shows a face: give motion files with faces")
-    slope = np.linalg.solve(scatter[:n, :n] + RIDGE_WEIGHT * count * np.eye(n), scatter[:n, n:])
-    mean = total / count
-    return slope, mean[n:] - mean[:n] @ slope
-
-
-def save_measure_map(path: Path, slope: np.ndarray, offset: np.ndarray) -> None:
-    """Write the map that `fit_measure_map` returns."""
-    with write_atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, slope=slope.astype(np.float32), offset=offset.astype(np.float32))
-
-
-def _load_measure_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            slope, offset = data["slope"].astype(np.float32), data["offset"].astype(np.float32)
-    except DAMAGED_ZIP_ERRORS as error:
-        raise WeightsError(
-            f"{path} holds no map to the measures of beta ({error}): install export3d-cli again"
-        ) from error
-    if slope.shape != (len(ARKIT_NAMES), len(MEASURE_NAMES)) or offset.shape != (len(MEASURE_NAMES),):
-        raise WeightsError(f"{path} holds a map of shapes {slope.shape}, {offset.shape}: install export3d-cli again")
-    if not (np.isfinite(slope).all() and np.isfinite(offset).all()):
-        raise WeightsError(f"{path} holds numbers that are not finite: install export3d-cli again")
-    return slope, offset
 
 
 def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -227,7 +183,3 @@ def _timecodes_to_seconds(path: Path, timecodes: np.ndarray) -> tuple[np.ndarray
     if len(steps) and np.median(steps) < 1 / MAX_ROWS_PER_S:
         raise InputError(f"{path} has more than {MAX_ROWS_PER_S} rows a second: export it again")
     return seconds, base
-
-
-if __name__ == "__main__":
-    save_measure_map(Path(sys.argv[1]), *fit_measure_map(Motion.load(Path(name)) for name in sys.argv[2:]))

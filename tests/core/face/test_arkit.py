@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.arkit import estimate_frame_rate, fit_measure_map, read_csv, save_measure_map, write_csv
-from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, MEASURE_NAMES
+from export3d_cli.core.face.arkit import estimate_frame_rate, read_csv, write_csv
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.errors import InputError, WeightsError
-from export3d_cli.core.runtime.weights import resolve_weights
+from export3d_cli.core.runtime.errors import InputError
 
 EYES = ("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll")
 COLUMNS = [name[0].upper() + name[1:] for name in reversed(ARKIT_NAMES)] + ["HeadYaw", "HeadPitch", "HeadRoll", *EYES]
@@ -46,7 +45,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def read(path: Path) -> Motion:
-    return read_csv(path, resolve_weights("arkit_measures"), CAMERA)[0]
+    return read_csv(path, CAMERA)[0]
 
 
 def test_read_csv_assigns_coefficients_by_name_and_predicts_measures(write: Write) -> None:
@@ -98,9 +97,9 @@ def test_head_angles_rotate_the_camera_at_its_distance(
 def test_angles_beyond_pi_are_read_as_degrees(write: Write) -> None:
     degrees = [{"HeadYaw": 20.0, "HeadPitch": -10.0, "HeadRoll": 2.0}, {"HeadYaw": 1.0}]
     radians = [{name: float(np.radians(angle)) for name, angle in row.items()} for row in degrees]
-    motion, notes = read_csv(write(degrees), resolve_weights("arkit_measures"), CAMERA)
+    motion, notes = read_csv(write(degrees), CAMERA)
     assert "degrees" in notes[0]
-    same, none = read_csv(write(radians), resolve_weights("arkit_measures"), CAMERA)
+    same, none = read_csv(write(radians), CAMERA)
     assert none == []
     np.testing.assert_allclose(motion.camera, same.camera, atol=1e-6)
 
@@ -148,30 +147,3 @@ def test_bad_csv_raises_one_line_that_names_the_file(write: Write, change: Calla
         read(path)
     assert "take.csv" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_fit_measure_map_recovers_a_linear_map_across_persons(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    slope = rng.standard_normal((52, 12)) * 0.1
-    motions = []
-    for _ in range(20):
-        coefficients = rng.random((60, 52))
-        person_offset = 0.3 * rng.standard_normal(12)  # a wide mouth, narrow eyes
-        beta = np.concatenate([coefficients, coefficients @ slope + person_offset + 1.0], axis=1).astype(np.float32)
-        cameras = np.repeat(CAMERA[None], 60, axis=0)
-        motions.append(Motion(beta, cameras, np.zeros((60, 0, 3)), np.ones(60, bool), Fraction(25), (0, 0, 1), (1, 1)))
-    fitted, offset = fit_measure_map(motions)
-    np.testing.assert_allclose(fitted, slope, atol=2e-3)
-    assert offset.shape == (len(MEASURE_NAMES),)
-    np.testing.assert_allclose(offset, 1.0, atol=0.3)
-    save_measure_map(tmp_path / "m.npz", fitted, offset)
-    (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(WeightsError, match=r"bad\.npz"):
-        read_csv(_minimal(tmp_path), tmp_path / "bad.npz", CAMERA)
-    assert len(read_csv(_minimal(tmp_path), tmp_path / "m.npz", CAMERA)[0]) == 1
-
-
-def _minimal(folder: Path) -> Path:
-    path = folder / "one.csv"
-    path.write_text(f"Timecode,{','.join(ARKIT_NAMES)}\n00:00:00:01,{','.join(['0.1'] * 52)}\n", encoding="utf-8")
-    return path
