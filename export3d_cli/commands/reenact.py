@@ -26,7 +26,7 @@ def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 
 def _parse_scales(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     pairs = [text.partition("=")[::2] for text in value]
-    return tuple((name, SCALE_RANGE.convert(scale, param, ctx)) for name, scale in pairs)
+    return tuple((name, SCALE_RANGE(scale, param, ctx)) for name, scale in pairs)
 
 
 def _parse_torso(ctx: click.Context, param: click.Parameter, value: str) -> Any:

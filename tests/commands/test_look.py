@@ -159,3 +159,39 @@ def test_doctor_passes_here(tiny):
     assert result.exit_code == (0 if summary["ok"] else 1)
     passed = {finding["what"] for finding in summary["findings"] if finding["ok"]}
     assert {"python", "torch", "cv2", "ffmpeg", "litert", "model"} <= passed
+
+
+def test_expression_controls_make_pictures_and_videos(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("grin: {smile: 1, mouthDimpleLeft: 0.2}\n")
+    small = ["--frame", "face", "--size", "64"]
+    many = ["--preset", "mine.yaml#grin", "--smile", ".6", "--jaw", ".2", "--brows", "-.5", "--gaze", ".2,0"]
+    many += ["--blink", ".3", "--from", "neutral", "--set", "mouthFunnel=.3"]
+    for command in ("edit-basis", "novel-view"):
+        still = ["--yaw", "0"] if command == "novel-view" else []
+        result = run_tiny(tiny, command, *many, *small, *still, "-o", f"{command}.png")
+        assert result.exit_code == 0, result.output
+        assert "reaches" in result.stderr
+        assert read_image(tmp_path / f"{command}.png").shape == (64, 64, 3)
+    assert run_tiny(tiny, "edit-basis", "--pucker", "0:1", *small, "--frames", "3", "-o", "a.mp4").exit_code == 0
+    assert len(list(VideoReader(tmp_path / "a.mp4"))) == 3
+    assert run_tiny(tiny, "edit-basis", "--eyes-open", ".3", "--grid", *small, "-o", "sheet.png").exit_code == 0
+    assert read_image(tmp_path / "sheet.png").shape == (64, 5 * 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--set", "smyle=1"], "did you mean smile"),
+        (["--set", "smile"], "must be A:B"),
+        (["--smile", "2"], "smile must be 0 to 1"),
+        (["--gaze", "1"], "must be X,Y"),
+        (["--blink", "1", "--eyes-open", "1"], "two controls set"),
+        (["--preset", "jot"], "did you mean joy"),
+        (["--smile", "0:1", "-o", "a.png"], "can hold one frame"),
+    ],
+)
+def test_bad_expression_controls_exit_2(tiny, args, words):
+    result = run_tiny(tiny, "edit-basis", *args)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())

@@ -52,7 +52,8 @@ def edit_basis(
     if is_image and not options.grid and not options.single:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
     portrait = load_photo(animator, source, options)
-    rows, labels, notes = [], [], ()
+    rows, labels = list[np.ndarray](), list[str]()
+    notes: tuple[str, ...] = ()
     if options.grid:
         for v, ends in options.edits:
             rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n)[v - 1]))

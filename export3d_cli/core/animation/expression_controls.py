@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from export3d_cli.core.config.yaml_loader import read_yaml
+from export3d_cli.core.config.loading import read_yaml
 from export3d_cli.core.face.beta_statistics import BetaStatistics
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS, region_of
+from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -214,5 +215,7 @@ def _check_movable(animator: Animator, edit: ExpressionEdit) -> None:
 def _track(animator: Animator, portrait: Portrait, beta: np.ndarray) -> np.ndarray | None:
     """Render the portrait with expressions beta (T, 64) and return those that the tracker reads; None: no face."""
     frames = list(animator.edit(replace(portrait, canvas=None), animator.expression_change(portrait, beta)))
-    motion = animator.tracker().track_crops(frames)
+    tracker = animator.tracker()
+    assert isinstance(tracker, LandmarkerTracker)
+    motion = tracker.track_crops(frames)
     return None if motion is None else motion.beta

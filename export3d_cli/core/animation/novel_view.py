@@ -145,7 +145,8 @@ def _read_expressions(
     animator: Animator, portrait: Portrait, options: NovelViewOptions, count: int
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Return beta (1, 64) or (count, 64), None for the photo's, and notes; the driver's last expression is held."""
-    beta, change, notes = None, np.zeros((1, 64)), ()
+    beta, change = None, np.zeros((1, 64))
+    notes: tuple[str, ...] = ()
     if options.expression:
         positions = (0.0,) if options.expression.is_constant else sweep_positions(options)[:count]
         base, edited, notes = edit_expression(animator, portrait, options.expression, positions)

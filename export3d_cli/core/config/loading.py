@@ -81,6 +81,11 @@ def make_train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
 
 def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     """Read a YAML file with `yaml.safe_load`; see `make_train_config`."""
+    return make_train_config(read_yaml(path), overrides)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; raises `ConfigError`."""
     try:
         check_file(path, MAX_YAML_BYTES)
         text = path.read_text(encoding="utf-8")
@@ -89,7 +94,7 @@ def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfi
     data = _parse_yaml(text, f"configuration {path}") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"configuration {path} is not a mapping of keys to values")
-    return make_train_config(data, overrides)
+    return data
 
 
 def save_yaml(config: Any, path: Path) -> None:

@@ -128,7 +128,7 @@ def test_target_expression_scales_changes_of_lambda() -> None:
             Control(drive=bad)
 
 
-def test_select_regions_keeps_the_base_in_what_is_not_driven() -> None:
+def test_select_regions_keeps_the_base_in_other_regions() -> None:
     base, driver = np.full(64, 0.25, np.float32), np.random.default_rng(0).random((3, 64), dtype=np.float32)
     assert Control().select_regions(base, driver) is driver
     mouth, brows = list(REGIONS["mouth"]), list(REGIONS["brows"])
