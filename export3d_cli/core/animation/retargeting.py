@@ -74,7 +74,7 @@ class Control:
         return float(np.prod(scales)) if region in self.drive else 0.0
 
     def select_regions(self, base: np.ndarray, driver: np.ndarray) -> np.ndarray:
-        """Return the driver's beta (T, 64) with the base's, (64,), in regions that are not driven, the others scaled."""
+        """Return the driver's beta (T, 64) with the base's, (64,), in regions that are not driven; others scaled."""
         scales = {region: self._scale(region) for region in REGIONS}
         if set(scales.values()) == {1.0}:
             return driver
