@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from export3d_cli.core import example_path
-from export3d_cli.core.evaluation.face_embedding import DlibEmbedder
+from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
@@ -26,7 +27,7 @@ FRAMES = 48
 
 @pytest.fixture(scope="module")
 def metrics() -> MetricSuite:
-    return MetricSuite(open_landmarker_tracker(), DlibEmbedder())
+    return MetricSuite(open_landmarker_tracker(), load_embedder("dlib", torch.device("cpu")))
 
 
 def reenact(source: np.ndarray, driver: Path, folder: Path, *options: str) -> list[np.ndarray]:

@@ -1,17 +1,13 @@
 """Scores a model on a data set, next to baselines without a network and to results of other tools.
 
-Self-reenactment: the source is a clip's most frontal frame, the driver is the clip itself. `model` is what `reenact`
-writes for them, with its default framing, pose, smoothing and quality unless `EvaluateOptions` says otherwise, before
-video encoding; motion is relative to the photo's own frame. `raw` is the volume's render alone, enlarged and pasted
-over the photo. `pwa` is the photo warped by the true landmarks, `repeat` the unchanged photo. All are compared with the
-clip's frames, except the source's own, in the frame that users get, and tracked with the same landmarker. Finished
-videos of any tool are scored in the same way.
+Self-reenactment: a clip's most frontal frame is the source, the clip is the driver. `model` is what `reenact` writes
+before encoding, with its defaults unless `EvaluateOptions` says otherwise, but relative to the photo's own frame. `raw`
+is the volume's render alone, enlarged and pasted over the photo. `pwa` is the photo warped by the true landmarks,
+`repeat` the unchanged photo. All are compared with the clip's other frames, in the frame that users get. `view N` is
+the source with its own expression, turned by N degrees. Finished videos of any tool can be scored in the same way.
 
-Cross-reenactment: another person drives. The ground truth is known if clips `<head>_tNN` of rendered heads share the
-track NN: the source head's own clip of the track from which the driver's is taken.
-
-Novel views: the source with its own expression, turned by up to 60 degrees. A data set with exact views, see `views`,
-is scored against those.
+Cross-reenactment: another person drives. The truth is known if clips `<head>_tNN` of rendered heads share the track NN:
+then it is the source head's own clip. A data set with exact views, see `views`, is scored against those.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +26,7 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.options import Progress, ReenactOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.reenact import open_driver
 from export3d_cli.core.evaluation import metrics, views
@@ -51,10 +48,8 @@ from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_tensor, write_image
-from export3d_cli.core.runtime.device import tracking_thread_count
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
-Progress = Callable[[str, int, "int | None"], None]
 DEFAULT_PAIRS = 5
 SHEET_COLUMNS = 8
 
@@ -88,10 +83,10 @@ class Evaluation:
     """Scores by method and metric; None means not measured, and means over cases ignore it."""
 
     dataset: Path
-    protocol: Literal["self-reenactment", "cross-reenactment", "exact views"]
+    protocol: str  # self-reenactment, cross-reenactment or exact views
     cases: int
     frames: int
-    skipped: tuple[str, ...]  # cases in whose source or driver no face was found
+    skipped: tuple[str, ...]  # cases without a frame in which source and driver have a face
     mean: dict[str, dict[str, float | None]]
     interval: dict[str, dict[str, tuple[float, float] | None]]  # 95 % interval of the mean, by bootstrap over cases
     clips: list[dict[str, Any]]  # case, method, frames and metrics: one row per case and method
@@ -118,39 +113,42 @@ def evaluate(
     exact = views.has_exact_views(dataset)
     if exact and (options.cross or options.results or not options.model):
         raise InputError(f"{dataset} has exact views: --cross, --results and --no-model do not apply, leave them out")
-    cases: list[Any] = views.held_out_heads(dataset)[: options.cases] if exact else find_cases(dataset, options)
     suite = _make_metric_suite(animator, options)
+    score: dict[str, Callable[[], tuple[dict[str, Scores], dict[str, Frames]]]]
+    if exact:
+        heads = views.held_out_heads(dataset)[: options.cases]
+        score = {head: partial(views.score_head, animator, dataset, head, suite) for head in heads}
+    else:
+        cases = find_cases(dataset, options)
+        score = {case.name: partial(_score_case, animator, case, options, suite) for case in cases}
     rows: list[dict[str, Any]] = []
     pictures: list[Path] = []
     skipped: list[str] = []
     frames = 0
-    for count, case in enumerate(cases, start=1):
-        name = case if exact else case.name
+    for count, name in enumerate(score, start=1):
         try:
-            if exact:
-                scores, lines = views.score_head(animator, dataset, case, suite)
-            else:
-                scores, lines = _score_case(animator, case, options, suite)
+            scores, lines = score[name]()
         except NoFaceError:
             scores, lines = {}, {}
-            skipped.append(name)
         if scores:
             length = len(next(iter(lines.values())))
             frames += length
-            rows += [{"case": name, "method": method, "frames": length, **score} for method, score in scores.items()]
-        if scores and out is not None:
-            pictures.append(out / f"{name}.jpg")
-            write_image(pictures[-1], draw_sheet(lines, SHEET_COLUMNS))
+            rows += [{"case": name, "method": method, "frames": length, **found} for method, found in scores.items()]
+            if out is not None:
+                pictures.append(out / f"{name}.jpg")
+                write_image(pictures[-1], draw_sheet(lines, SHEET_COLUMNS))
+        else:
+            skipped.append(name)
         if progress is not None:
-            progress("cases", count, len(cases))
+            progress("cases", count, len(score))
     if not rows:
         raise InputError(f"no clip of {dataset} has a frame with a face")
     mean, interval = _summarise(rows, options.seed)
-    protocol = "exact views" if exact else "cross-reenactment" if options.cross else "self-reenactment"
+    keys = ("case", "method", "frames", *metrics.METRICS)
     result = Evaluation(
-        dataset, protocol, len(cases) - len(skipped), frames, tuple(skipped), mean, interval,  # type: ignore[arg-type]
-        [{key: _nan_to_none(row.get(key, np.nan)) for key in ("case", "method", "frames", *metrics.METRICS)}
-         for row in rows],
+        dataset, "exact views" if exact else "cross-reenactment" if options.cross else "self-reenactment",
+        len(score) - len(skipped), frames, tuple(skipped), mean, interval,
+        [{key: _nan_to_none(row.get(key, np.nan)) for key in keys} for row in rows],
         options, animator.quality if options.model else None, time.monotonic() - began, animator.device_name, pictures,
     )  # fmt: skip
     if out is not None:
@@ -186,9 +184,8 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path) -> list[Pat
 
 def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSuite:
     embedder = None if options.identity is None else load_embedder(options.identity, animator.device)
-    tracker = open_landmarker_tracker(threads=tracking_thread_count(animator.device))
     if options.perceptual is None:
-        return MetricSuite(tracker, embedder)
+        return MetricSuite(open_landmarker_tracker(), embedder)
     from export3d_cli.core.config.schema import LossConfig
     from export3d_cli.core.train.perceptual import load_perceptual
 
@@ -202,7 +199,9 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
             return float(network(*(to_tensor(x)[None].to(animator.device) for x in (a, b)), scales=1))
 
     # with other weights than the official ones it is not LPIPS
-    return MetricSuite(tracker, embedder, distance, "lpips" if network.name == "lpips" else "perceptual")
+    return MetricSuite(
+        open_landmarker_tracker(), embedder, distance, "lpips" if network.name == "lpips" else "perceptual"
+    )
 
 
 def _score_case(
@@ -280,12 +279,10 @@ def render_layers(
                 )
 
 
-def _summarise(
-    rows: list[dict[str, Any]], seed: int
-) -> tuple[dict[str, dict[str, float | None]], dict[str, dict[str, tuple[float, float] | None]]]:
-    """Return means and intervals over cases, by method and metric."""
-    mean: dict[str, dict[str, float | None]] = {}
-    interval: dict[str, dict[str, tuple[float, float] | None]] = {}
+def _summarise(rows: list[dict[str, Any]], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return means and intervals over cases, by method and metric; see `Evaluation`."""
+    mean: dict[str, Any] = {}
+    interval: dict[str, Any] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         values = {key: [r.get(key, np.nan) for r in rows if r["method"] == method] for key in metrics.METRICS}
         mean[method] = {key: _nan_to_none(metrics.finite_mean(column)) for key, column in values.items()}

@@ -11,7 +11,6 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.landmarks import IBUG68 as IBUG68
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
 
 
@@ -67,12 +66,8 @@ METRICS = {
                          "clothes, inside the network's crop."),
 }  # fmt: skip
 REFERENCE_SIZE_PX = 256  # landmark distances refer to images of this side, whatever the actual size
-# ArcFace's template at 112 px: eye on the image's left, on its right, nose, left and right mouth corner.
-ARCFACE_TEMPLATE = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-)
-ARCFACE_SIZE_PX = 112
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # Gaussian window of side 11
+BOOTSTRAP_RESAMPLES = 4000
 IRIS_RADIUS = 10.5 / 63  # iris to centre of rotation, 10.5 mm, over the inter-ocular distance, 63 mm
 
 
@@ -98,10 +93,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))))
 
 
-def landmark_distance(a: np.ndarray, b: np.ndarray, points: tuple[int, ...] | None = None) -> float:
-    """Return AKD: the mean image-plane distance of landmarks (T, 478, 3), or of `points` among them, in px at 256."""
-    index = slice(None) if points is None else list(points)
-    return float(np.linalg.norm((a[:, index] - b[:, index])[..., :2], axis=-1).mean() * REFERENCE_SIZE_PX)
+def landmark_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return AKD: the mean image-plane distance of landmarks (T, N, 3), in px at 256."""
+    return float(np.linalg.norm((a - b)[..., :2], axis=-1).mean() * REFERENCE_SIZE_PX)
 
 
 def mean_abs_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -164,34 +158,17 @@ def correlation_and_slope(truth: np.ndarray, result: np.ndarray, min_std: float)
     return covariance / float(truth.std() * result.std()) if moves else 0.0, covariance / float(truth.var())
 
 
-def fit_similarity(points: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return the least-squares similarity transform (2, 3) from points (N, 2) to `target` (N, 2)."""
-    z, w = (p[:, 0] + 1j * p[:, 1] for p in (points, target))  # a similarity is w = a z + b in complex numbers
-    a = np.vdot(z - z.mean(), w - w.mean()) / np.vdot(z - z.mean(), z - z.mean())
-    b = w.mean() - a * z.mean()
-    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
-
-
-def crop_to_arcface(image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
-    """Return the face with `keypoints` (5, 2), in pixels, aligned to ArcFace's template: uint8 (112, 112, 3)."""
-    return cv2.warpAffine(
-        image, fit_similarity(keypoints, ARCFACE_TEMPLATE), (ARCFACE_SIZE_PX, ARCFACE_SIZE_PX), flags=cv2.INTER_LINEAR
-    )
-
-
 def finite_mean(values: list[float]) -> float:
     """Return the mean of the finite values; NaN if there is none."""
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else float("nan")
 
 
-def bootstrap_interval(
-    values: list[float], *, level: float = 0.95, resamples: int = 4000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of the finite values; NaN for fewer than two."""
+def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of the finite values; NaN for fewer than two."""
     finite = np.array([value for value in values if np.isfinite(value)])
     if len(finite) < 2:
         return float("nan"), float("nan")
-    rows = np.random.default_rng(seed).integers(len(finite), size=(resamples, len(finite)))
-    low, high = np.quantile(finite[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    rows = np.random.default_rng(seed).integers(len(finite), size=(BOOTSTRAP_RESAMPLES, len(finite)))
+    low, high = np.quantile(finite[rows].mean(1), [0.025, 0.975])
     return float(low), float(high)

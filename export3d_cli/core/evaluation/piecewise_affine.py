@@ -33,9 +33,10 @@ def warp_piecewise(photo: np.ndarray, source: np.ndarray, target: np.ndarray) ->
     triangles = _delaunay(points, width, height)
     # (T, 3, 3) @ (T, 3, 2): the affine map of each triangle from the result to the photo
     corners = np.concatenate([points[triangles], np.ones((len(triangles), 3, 1))], axis=2)
-    maps = np.linalg.solve(corners, origins[triangles])
+    solid = np.abs(np.linalg.det(corners)) > 1e-3  # twice the area, pixels
+    maps = np.linalg.solve(corners[solid], origins[triangles[solid]])
     label = np.zeros((height, width), np.int32)
-    for number, triangle in enumerate(points[triangles]):  # 4 fractional bits; pixel centres are at + 0.5
+    for number, triangle in enumerate(points[triangles[solid]]):  # 4 fractional bits; pixel centres are at + 0.5
         cv2.fillConvexPoly(label, np.int32((triangle - 0.5) * 16), number, shift=4)  # type: ignore[call-overload]
     y, x = np.mgrid[:height, :width] + 0.5
     xy = np.einsum("hwk,hwkc->hwc", np.stack([x, y, np.ones_like(x)], axis=-1), maps[label]) - 0.5
@@ -51,6 +52,5 @@ def _delaunay(points: np.ndarray, width: int, height: int) -> np.ndarray:
     subdivision.insert(points)  # type: ignore[call-overload]
     index = {tuple(point): number for number, point in enumerate(points.tolist())}
     corners = np.asarray(subdivision.getTriangleList()).reshape(-1, 3, 2)
-    area = np.abs(np.cross(*np.moveaxis(np.pad(np.diff(corners, axis=1), ((0, 0), (0, 0), (0, 1))), 1, 0))[:, 2])
-    rows = [[index.get(tuple(corner), -1) for corner in triangle] for triangle in corners[area > 1e-3].tolist()]
+    rows = [[index.get(tuple(corner), -1) for corner in triangle] for triangle in corners.tolist()]
     return np.array([row for row in rows if min(row) >= 0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.files import MAX_MANIFEST_BYTES, check_file, driver_track_id, ensure_relative
+from export3d_cli.core.runtime.files import driver_track_id, read_manifest
 
 MAX_RUN_FRAMES = 12  # longest run of consecutive frames for flicker and jitter
 ASPECT_TOLERANCE = 0.02  # allowed |width - height| / longer side of a result video
@@ -52,24 +51,12 @@ class Case:
 
 def read_clips(dataset: Path) -> list[Clip]:
     """Return the clips of a folder written by `preprocess`; raise `InputError` for any other folder."""
-    path = dataset / "manifest.jsonl"
-    if not path.is_file():
-        raise InputError(f"{dataset} is not a data set (it has no {path.name}): make one with `export3d preprocess`")
-    try:
-        check_file(path, MAX_MANIFEST_BYTES)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for row in rows:
-            ensure_relative(row["file"])
-            ensure_relative(row["motion"])
-            if Path(str(row["id"])).name != str(row["id"]):  # report files are named after it
-                raise ValueError(f"invalid clip id {str(row['id'])[:80]!r}")
-        fields = [
-            (str(x["id"]), str(x.get("person") or x["id"]), dataset / x["file"], dataset / x["motion"]) for x in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(f"{dataset} is not a data set ({reason}): make one with `export3d preprocess`") from error
-    return [Clip(name, person, file, Motion.load(motion)) for name, person, file, motion in fields]
+    return [
+        Clip(
+            row["id"], str(row.get("person") or row["id"]), dataset / row["file"], Motion.load(dataset / row["motion"])
+        )
+        for row in read_manifest(dataset)
+    ]
 
 
 def cross_cases(clips: list[Clip], pairs: int, seed: int) -> list[Case]:
@@ -118,12 +105,10 @@ def consecutive_frames(case: Case, frames: int) -> np.ndarray:
 
 
 def _tracked_frames(case: Case) -> np.ndarray:
-    found = case.driver.motion.found
-    if not case.has_truth:
-        return found
-    length = min(len(found), len(case.source.motion))
-    both: np.ndarray = found[:length] & case.source.motion.found[:length]
-    return both
+    motions = [case.driver.motion, case.source.motion] if case.has_truth else [case.driver.motion]
+    length = min(map(len, motions))
+    found: np.ndarray = np.all([motion.found[:length] for motion in motions], axis=0)
+    return found
 
 
 def decode_frames(clip: Clip, rows: np.ndarray) -> Frames:
@@ -141,10 +126,8 @@ def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: tuple[i
 
     A result is a file `<case>.mp4` (or another suffix) or a folder `<case>` of pictures.
     """
-    files = (folder / f"{case.name}{suffix}" for suffix in VIDEO_SUFFIXES)
-    path = next((file for file in files if file.is_file()), None)
-    if path is None and (folder / case.name).is_dir():
-        path = folder / case.name
+    files = (folder / f"{case.name}{suffix}" for suffix in (*VIDEO_SUFFIXES, ""))
+    path = next((file for file in files if file.exists()), None)
     if path is None:
         raise InputError(f"{folder} has no result for {case.name}: give {case.name}.mp4 or a folder {case.name}")
     with VideoReader(path) as reader:

@@ -45,12 +45,11 @@ def escape_csv_cell(text: str) -> str:
 def describe(result: Evaluation) -> str:
     """Return in one line what was measured, and with which options."""
     options = result.options
-    settings = options.reenact
+    how = options.reenact
     facts = [
         result.protocol, f"{result.cases} cases", f"{result.frames} frames, {options.take}",
-        *([f"frame {settings.framing}, pose {settings.pose}, smooth {settings.smooth}, quality {result.quality}"]
-          if options.model else []),
-        *([f"seed {options.seed}"] if options.cross else []),
+        *([f"frame {how.framing}, pose {how.pose}, smooth {how.smooth}, quality {result.quality}"] * options.model),
+        *([f"seed {options.seed}"] * options.cross),
         *([f"identity by {Path(options.identity).name}"] if options.identity else []),
         result.device, f"{result.seconds:.0f} s", f"export3d {__version__}",
     ]  # fmt: skip

@@ -12,11 +12,11 @@ from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import Embedder
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
 
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each
 Scores = dict[str, float]  # by names of `metrics.METRICS`
-PerceptualDistance = Callable[[np.ndarray, np.ndarray], float]
 NUM_BLENDSHAPES = 52  # the first entries of beta
 MAX_BLINK_FOR_GAZE = 0.5  # eyeBlink above this hides too much of the iris
 # Name -> (entries of beta to average, minimum standard deviation of the driver for correlation and slope to count).
@@ -54,7 +54,7 @@ class MetricSuite:
 
     tracker: LandmarkerTracker
     embedder: Embedder | None = None
-    perceptual: PerceptualDistance | None = None
+    perceptual: Callable[[np.ndarray, np.ndarray], float] | None = None
     perceptual_name: str = ""  # column of the perceptual distance
 
     def track(self, frames: Frames, *, independent: bool = False) -> TrackedFrames:
@@ -80,14 +80,10 @@ class MetricSuite:
         has_ground_truth: bool,
         source_embedding: np.ndarray,
     ) -> Scores:
-        """Return the metrics that apply.
+        """Return the metrics that apply to the frames of a method.
 
-        Args:
-            result: the frames of a method.
-            truth: the ground truth; without one, the driver's frames.
-            sample: which frames are scored.
-            has_ground_truth: whether `truth` shows the source's own head.
-            source_embedding: (1, D); (0, 1): identity is not measured.
+        `truth` are the driver's frames if there is no ground truth, which shows the source's own head.
+        `source_embedding` is (1, D), or empty: identity is not measured.
         """
         rows, consecutive = sample.rows, sample.consecutive
         scores = {"lost": float(1 - result.found[rows].mean())}
@@ -137,7 +133,7 @@ def _compare_faces(
     if has_ground_truth:
         a, b = truth.motion.landmarks[rows], result.motion.landmarks[rows]
         scores["akd478"] = metrics.landmark_distance(a, b)
-        scores["akd68"] = metrics.landmark_distance(a, b, metrics.IBUG68)
+        scores["akd68"] = metrics.landmark_distance(a[:, IBUG68], b[:, IBUG68])
     for key, (names, min_std) in CORRELATED_SERIES.items():
         columns = [BETA_NAMES.index(name) for name in names]
         series = beta[:, columns].mean(1), result_beta[:, columns].mean(1)

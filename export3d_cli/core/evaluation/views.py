@@ -119,12 +119,14 @@ def score_head(
     layers = list(animator.view(portrait, cameras, layers=True))
     views = suite.track([portrait.canvas.compose(layer) for layer in layers], independent=True)
     raw = [paste_crop(portrait.canvas.photo, portrait.geometry.square, x.volume.colours) for x in layers]
-    pictures: dict[str, Frames] = {"truth": [tracked.frames[k] for k in seen], "result": views.frames, "volume": raw}
-    by_yaw: dict[str, list[Scores]] = {}
-    maps: list[tuple[np.ndarray, np.ndarray]] = []
+    truths = [tracked.frames[k] for k in seen]
+    pictures: dict[str, Frames] = {"truth": truths, "result": views.frames, "raw": raw, "true depth": [], "depth": []}
+    by_yaw: dict[int, list[Scores]] = {}
     for number, row in enumerate(seen):
         render, camera = layers[number].volume, cameras[number]
-        score, relief = _compare_depth(portrait, render, camera, depth[row], classes[row], focal)
+        score, reliefs = _compare_depth(portrait, render, camera, depth[row], classes[row], focal)
+        pictures["true depth"].append(reliefs[0])
+        pictures["depth"].append(reliefs[1])
         head = (classes[row] > 0) & (classes[row] != CLOTHES)
         head = cv2.resize(head.astype(np.uint8), portrait.frame_size, interpolation=cv2.INTER_NEAREST) > 0
         score["psnr"] = metrics.psnr(views.frames[number][head], tracked.frames[row][head])
@@ -136,17 +138,14 @@ def score_head(
             own, true = views.motion.landmarks[number], tracked.motion.landmarks[row]
             score["akd478"] = metrics.landmark_distance(own[None], true[None])
         turn = abs(float(yaws[row] - yaws[first]))
-        by_yaw.setdefault(f"view {min(YAWS, key=lambda yaw: abs(yaw - turn))}", []).append(score)
-        maps.append(relief)
-    pictures |= {"true depth": [true for true, _ in maps], "depth": [own for _, own in maps]}
-    names = sorted(by_yaw, key=lambda view: int(view.split()[1]))
-    return {view: mean_scores(by_yaw[view]) for view in names}, pictures
-
-
-def mean_scores(scores: list[Scores]) -> Scores:
-    """Return the mean of each metric over those that have it."""
-    keys = {key for score in scores for key in score}
-    return {key: metrics.finite_mean([score.get(key, float("nan")) for score in scores]) for key in keys}
+        by_yaw.setdefault(min(YAWS, key=lambda yaw: abs(yaw - turn)), []).append(score)
+    means = {}
+    for yaw in sorted(by_yaw):
+        keys = dict.fromkeys(key for score in by_yaw[yaw] for key in score)
+        means[f"view {yaw}"] = {
+            key: metrics.finite_mean([score.get(key, np.nan) for score in by_yaw[yaw]]) for key in keys
+        }
+    return means, pictures
 
 
 def _compare_depth(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from export3d_cli.core.runtime.errors import Export3DError, Export3DWarning, InputError
 
@@ -184,6 +186,27 @@ def driver_track_id(clip: str) -> str:
     """Return `tNN` for a clip `<head>_tNN` (one motion shared by several heads), else ''."""
     head, _, tail = clip.rpartition("_t")
     return f"t{tail}" if head and tail.isdigit() else ""
+
+
+def read_manifest(dataset: Path) -> list[dict[str, Any]]:
+    """Return the rows of a data set's manifest: at least `id`, and `file` and `motion` inside the data set.
+
+    Raises `InputError` for a folder that `preprocess` did not write.
+    """
+    path = dataset / "manifest.jsonl"
+    try:
+        check_file(path, MAX_MANIFEST_BYTES)
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for row in rows:
+            row["id"] = str(row["id"])
+            ensure_relative(row["file"])
+            ensure_relative(row["motion"])
+            if Path(row["id"]).name != row["id"]:  # files of reports are named after it
+                raise ValueError(f"invalid clip id {row['id'][:80]!r}")
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"{dataset} is not a data set ({reason}): make one with `export3d preprocess`") from error
+    return rows
 
 
 def check_file(path: Path, max_bytes: int) -> None:

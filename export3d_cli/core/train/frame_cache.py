@@ -22,13 +22,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import Export3DError, InputError
-from export3d_cli.core.runtime.files import (
-    MAX_MANIFEST_BYTES,
-    check_file,
-    driver_track_id,
-    ensure_relative,
-    folder_lock,
-)
+from export3d_cli.core.runtime.files import driver_track_id, folder_lock, read_manifest
 from export3d_cli.core.runtime.weights import resolve_weights
 
 MASK_SIZE = 64  # side of the cached person masks
@@ -79,7 +73,9 @@ def load_dataset(
     folder: Path, size: int, stride: int = 1, cache: str = "", *, progress: Callable[[str], None] | None = None
 ) -> FaceDataset:
     """Open one dataset folder; decodes it into its cache first if that is missing or stale."""
-    entries = _read_manifest(folder)
+    entries = [row for row in read_manifest(folder) if row.get("split", "train") in ("train", "", None)]
+    if not entries:
+        raise InputError(f"{folder / 'manifest.jsonl'} lists no clip of the split 'train'")
     name = f"cache-{size}" + (f"-every{stride}" if stride > 1 else "")
     cache_folder = folder / name
     if cache:  # datasets may share a folder name, not a path
@@ -129,25 +125,6 @@ def _validate_dataset(dataset: FaceDataset, count: int, size: int) -> None:
             and 0 <= clip.start < clip.start + clip.count <= count
         ):
             raise ValueError(f"clip {clip.id!s:.60} lies outside the frames")
-
-
-def _read_manifest(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "manifest.jsonl"
-    try:
-        check_file(path, MAX_MANIFEST_BYTES)
-        lines = path.read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines if line.strip()]
-        selected = [e for e in entries if e.get("split", "train") in ("train", "", None)]
-        for entry in selected:
-            entry["id"], entry["file"], entry["motion"] = str(entry["id"]), str(entry["file"]), str(entry["motion"])
-            ensure_relative(entry["file"])
-            ensure_relative(entry["motion"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(f"cannot read the manifest {path} ({reason}); was it written by preprocess?") from error
-    if not selected:
-        raise InputError(f"{path} lists no clip of the split 'train'")
-    return selected
 
 
 def _read_stamp(cache_folder: Path) -> str:

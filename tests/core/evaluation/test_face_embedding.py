@@ -47,7 +47,7 @@ def test_torchscript_embedder_aligns_and_normalises_faces(tmp_path):
     embed = identity.load_embedder(str(tmp_path / "id.pt"), torch.device("cpu"))
     image = np.zeros((240, 240, 3), np.uint8)
     points = np.zeros((1, 478, 2))
-    template = 2 * identity.metrics.ARCFACE_TEMPLATE + 5
+    template = 2 * identity.ARCFACE_TEMPLATE + 5
     for indices, at in (
         (identity.RIGHT_EYE, template[0]), (identity.LEFT_EYE, template[1]), ([1], template[2]), ([61], template[3]),
         ([291], template[4]),
@@ -59,3 +59,16 @@ def test_torchscript_embedder_aligns_and_normalises_faces(tmp_path):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = np.concatenate([([1, 0, 0] - mean) / std, ([0, 0, 1] - mean) / std, [1]])
     assert np.allclose(embed([image], points)[0], expected / np.linalg.norm(expected), atol=1e-3)
+
+
+def test_crop_to_arcface_moves_the_points_onto_the_template():
+    """The points are the template, turned, enlarged and shifted."""
+    turn = 1.7 * np.array([[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]])
+    five = identity.ARCFACE_TEMPLATE @ turn.T + [90, 20]
+    image = np.zeros((300, 300, 3), np.uint8)
+    x, y = five[2].round().astype(int)
+    image[y - 3 : y + 4, x - 3 : x + 4] = 255
+    crop = identity.crop_to_arcface(image, five)
+    assert crop.shape == (112, 112, 3)
+    where = np.argwhere(crop[..., 0] > 128).mean(0)[::-1]
+    assert np.abs(where - identity.ARCFACE_TEMPLATE[2]).max() < 0.6
