@@ -91,4 +91,4 @@ def evaluate(
     if as_json:
         console.print_summary(result, as_json=True)
     elif not console.is_quiet():
-        console.print_lines([core.describe_evaluation(result), *core.mean_table(result), *map(str, result.files)])
+        console.print_lines([core.describe_evaluation(result), *core.mean_table(result), *map(str, result.files[:3])])

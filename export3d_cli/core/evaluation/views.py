@@ -121,7 +121,7 @@ def score_head(
     raw = [paste_crop(portrait.canvas.photo, portrait.geometry.square, x.volume.colours) for x in layers]
     truths = [tracked.frames[k] for k in seen]
     pictures: dict[str, Frames] = {"truth": truths, "result": views.frames, "raw": raw, "true depth": [], "depth": []}
-    by_yaw: dict[int, list[Scores]] = {}
+    by_yaw: dict[int, list[Scores]] = {yaw: [] for yaw in YAWS}
     for number, row in enumerate(seen):
         render, camera = layers[number].volume, cameras[number]
         score, reliefs = _compare_depth(portrait, render, camera, depth[row], classes[row], focal)
@@ -138,13 +138,11 @@ def score_head(
             own, true = views.motion.landmarks[number], tracked.motion.landmarks[row]
             score["akd478"] = metrics.landmark_distance(own[None], true[None])
         turn = abs(float(yaws[row] - yaws[first]))
-        by_yaw.setdefault(min(YAWS, key=lambda yaw: abs(yaw - turn)), []).append(score)
+        by_yaw[min(YAWS, key=lambda yaw: abs(yaw - turn))].append(score)
     means = {}
-    for yaw in sorted(by_yaw):
-        keys = dict.fromkeys(key for score in by_yaw[yaw] for key in score)
-        means[f"view {yaw}"] = {
-            key: metrics.finite_mean([score.get(key, np.nan) for score in by_yaw[yaw]]) for key in keys
-        }
+    for yaw, scores in by_yaw.items():
+        keys = dict.fromkeys(key for score in scores for key in score)
+        means[f"view {yaw}"] = {key: metrics.finite_mean([score.get(key, np.nan) for score in scores]) for key in keys}
     return means, pictures
 
 

@@ -76,8 +76,13 @@ def test_evaluate_scores_exact_views_by_yaw(tmp_path) -> None:
     np.savez(tmp_path / "depth" / "a.npz", depth=np.full((4, 64, 64), 1.5, np.float16), classes=classes)
     animator = Animator.from_weights(device="cpu", precision="fp32", quality="fast")
     result = evaluate(animator, tmp_path, EvaluateOptions(), out=tmp_path / "out")
-    assert result.protocol == "exact views" and list(result.mean) == ["view 0", "view 15"] and result.frames == 3
-    first, turned = result.mean.values()
+    assert (
+        result.protocol == "exact views"
+        and list(result.mean) == [f"view {yaw}" for yaw in views.YAWS]
+        and result.frames == 3
+    )
+    first, turned = result.mean["view 0"], result.mean["view 15"]
+    assert result.mean["view 30"]["psnr"] is None
     assert first["psnr"] > 30 and first["akd478"] < 1 and turned["psnr"] > 20 and turned["lost"] == 0
     assert 0 < first["depth_skin"] < 20 and 0 < first["silhouette"] < 1  # a face is no plane
     assert (tmp_path / "out" / "a.jpg").is_file()
