@@ -53,21 +53,19 @@ def score_novel_views(
     animator: Animator, portrait: Portrait, suite: MetricSuite, source_embedding: np.ndarray
 ) -> tuple[dict[str, Scores], Frames]:
     """Score views of a photo, turned to both sides, by pose, identity and lost faces; also return the pictures."""
-    pictures: Frames = []
+    turns = [NovelViewOptions(yaw=(-yaw, yaw), frames=2, loop="once") for yaw in YAWS[1:]]
+    cameras = np.concatenate([orbit_cameras(portrait.camera, turn) for turn in turns])
+    tracked = suite.track(list(animator.view(portrait, cameras)), independent=True)
     scores = {}
-    for yaw in YAWS[1:]:
-        options = NovelViewOptions(yaw=(-yaw, yaw), frames=2, loop="once")
-        cameras = orbit_cameras(portrait.camera, options)
-        views = list(animator.view(portrait, cameras))
-        tracked = suite.track(views, independent=True)
-        scores[f"view {yaw}"] = {
-            "lost": float(1 - tracked.found.mean()), "identity": suite.identity(tracked, source_embedding),
-        }  # fmt: skip
-        if tracked.motion is not None:
-            angles = metrics.rotation_angle(_crop_cameras(suite, portrait, tracked), cameras)[tracked.found]
+    for number, yaw in enumerate(YAWS[1:]):
+        rows = np.array([2 * number, 2 * number + 1])
+        found = rows[tracked.found[rows]]
+        identity = suite.identity(tracked, source_embedding, rows)
+        scores[f"view {yaw}"] = {"lost": 1 - len(found) / 2, "identity": identity}
+        if len(found):
+            angles = metrics.rotation_angle(_crop_cameras(suite, portrait, tracked)[found], cameras[found])
             scores[f"view {yaw}"]["view_pose"] = float(angles.mean())
-        pictures = [views[0], *pictures, views[1]]
-    return scores, pictures
+    return scores, [*tracked.frames[-2::-2], *tracked.frames[1::2]]  # from left to right
 
 
 def _crop_cameras(suite: MetricSuite, portrait: Portrait, tracked: TrackedFrames) -> np.ndarray:
