@@ -32,13 +32,13 @@ DEPTH_RANGE_MM = 150  # before and behind the face, in the pictures of depth
 
 
 def paste_crop(photo: np.ndarray, square: tuple[float, float, float], image: np.ndarray) -> np.ndarray:
-    """Return a copy of a photo with the square x0, y0, side replaced by an image of any size."""
-    x0, y0, side = square
-    scale = side / len(image)
-    matrix = np.array([[scale, 0, x0 + 0.5 * scale - 0.5], [0, scale, y0 + 0.5 * scale - 0.5]])
-    return cv2.warpAffine(
-        image, matrix, photo.shape[1::-1], photo.copy(), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_TRANSPARENT
-    )
+    """Return a copy of a photo with the square x0, y0, side, whole pixels, replaced by an image of any size."""
+    x0, y0, side = map(round, square)
+    left, top, result = max(x0, 0), max(y0, 0), photo.copy()
+    part = result[top : y0 + side, left : x0 + side]
+    large = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)[top - y0 :, left - x0 :]
+    part[:] = large[: part.shape[0], : part.shape[1]]
+    return result
 
 
 def copied_fraction(portrait: Portrait, layers: list[FrameLayers]) -> float:

@@ -46,8 +46,7 @@ def test_paste_crop_places_an_enlarged_image_in_the_photo() -> None:
     pasted = views.paste_crop(photo, (20.0, -8.0, 16.0), image)
     expected = photo.copy()
     expected[:8, 20:36] = 200
-    assert np.abs(pasted.astype(int) - expected)[:7, 21:35].max() == 0
-    assert np.array_equal(np.delete(pasted, range(19, 37), axis=1), np.delete(photo, range(19, 37), axis=1))
+    assert np.array_equal(pasted, expected)
 
 
 def test_held_out_heads_are_the_last_eleventh(tmp_path) -> None:
