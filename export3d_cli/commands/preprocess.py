@@ -63,7 +63,7 @@ def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path,
 )  # fmt: skip
 @click.option(
     "--shard", metavar="I/N", callback=_parse_shard,
-    help="Process every N-th input, from the I-th; a run without --shard merges the shards.",
+    help="Process every N-th input, from the I-th; all shards write the same data set.",
 )  # fmt: skip
 @click.option(
     "--face", default="largest", show_default=True, metavar="largest|left|right|index:N",

@@ -148,7 +148,7 @@ def readers() -> dict[str, Reader]:
         "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
         "config": Reader([yaml], ".yaml", load_train_config),
         "manifest of preprocess": Reader([manifest], "/manifest.jsonl",
-                                         lambda path: DatasetManifest(path.parent, None).close()),
+                                         lambda path: DatasetManifest(path.parent).write()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, camera)),
         "statistics": Reader([statistics.read_bytes()], ".npz", BetaStatistics.load, mutate_zip),

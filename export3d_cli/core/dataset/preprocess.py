@@ -2,11 +2,9 @@
 
 A data set is `manifest.jsonl` (one row per clip: id, person, file, motion, frames, fps, split, source) and
 `clips/<id>.mp4` or `.png` (square face crops) with `clips/<id>.motion.npz`; `rejected.jsonl` says what was left out and
-why. A video is read twice, once to track faces (`segmentation.py`) and once to write the crops, so that memory never
-holds more than one frame. A clip that covers its whole video has the video's id, others `<id>-cNN`.
-
-Shard i of n processes every n-th input and keeps its lists in `manifest-<i>of<n>.jsonl` and
-`rejected-<i>of<n>.jsonl` of the same folder; a run without a shard merges them and processes the remaining inputs.
+why, and `inputs/` which inputs are finished. A video is read twice, once to track faces (`segmentation.py`) and once to
+write the crops, so that memory never holds more than one frame. A clip that covers its whole video has the video's id,
+others `<id>-cNN`. Shard i of n processes every n-th input into the same folder.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import multiprocessing
-import multiprocessing.context
 import os
 import re
 import signal
@@ -28,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from export3d_cli.core.dataset.manifest import DatasetManifest, ManifestRow
+from export3d_cli.core.dataset.manifest import DatasetManifest, ManifestRow, write_rows
 from export3d_cli.core.dataset.overview import draw_overlay, draw_report
 from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpness, track_segments
 from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
@@ -41,7 +38,6 @@ from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporaries, shorten_name
-from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
 CLIP_FPS = Fraction(25)  # frame rate of the clips in a data set
@@ -72,15 +68,6 @@ class InputJob:
     size: int
     max_frames: int | None
     clip_filter: ClipFilter
-
-
-@dataclass(frozen=True)
-class InputResult:
-    """The manifest rows of one input, for clips and for rejected clips."""
-
-    job: InputJob
-    clips: list[ManifestRow]
-    rejected: list[ManifestRow]
 
 
 def preprocess(
@@ -150,11 +137,11 @@ def preprocess(
     shard_inputs = all_inputs if shard is None else all_inputs[shard[0] - 1 :: shard[1]]
     clips_folder = out / "clips"
     with folder_lock(out, shared=shard is not None):
-        manifest = DatasetManifest(out, shard)
+        finished = DatasetManifest(out).finished_sources
         jobs = [
             InputJob(file, source_id, _person_id(file, source_id, person), out, size or 256, max_frames, clip_filter)
             for file, source_id in shard_inputs
-            if source_id not in manifest.finished_sources
+            if source_id not in finished
         ]
         if len(jobs) < len(shard_inputs):
             notes.append(f"{len(shard_inputs) - len(jobs)} inputs of an earlier run are kept as they are")
@@ -166,20 +153,22 @@ def preprocess(
             ) from error
         _remove_partial_clips(clips_folder, {job.source_id for job in jobs})
         rejected: list[str] = []
-        with contextlib.closing(_run_jobs(jobs, workers or 1)) as results:
-            for count, result in enumerate(results, start=1):
-                manifest.add(result.clips, result.rejected)
-                rejected += [f"{result.job.file}: {row['reason']}" for row in result.rejected]
-                if progress is not None:
-                    progress("inputs", count, len(jobs))
-        manifest.close()
-        remove_stale_temporaries(clips_folder)  # of workers that outlived a killed parent for a moment
+        try:
+            with contextlib.closing(_run_jobs(jobs, workers or 1)) as results:
+                for count, reasons in enumerate(results, start=1):
+                    rejected += reasons
+                    if progress is not None:
+                        progress("inputs", count, len(jobs))
+        finally:
+            for folder in (clips_folder, out / "inputs"):
+                remove_stale_temporaries(folder)  # of workers that were stopped
+            manifest = DatasetManifest(out)
+            manifest.write()
     if not manifest.clips and shard is None:
         first = rejected[0] if rejected else f"see {out / 'rejected.jsonl'}"
         raise NoFaceError(f"none of the {len(all_inputs)} inputs gave a usable clip; the first: {first}")
     if report and manifest.clips:
-        path = draw_report(out, manifest.clips, manifest.path("report").with_suffix(".png"))
-        notes.append(f"report in {path}")
+        notes.append(f"report in {draw_report(out, manifest.clips, out / 'report.png')}")
     return PreprocessSummary(len(manifest.clips), sum(row["frames"] for row in manifest.clips), rejected, notes)
 
 
@@ -223,7 +212,7 @@ def _find_inputs(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
             if file in ids:
                 continue
             folders = file.relative_to(path).parent.parts if path.is_dir() else ()
-            base = "-".join([*folders, file.stem]) + ("-still" if has_image_suffix(file) else "")
+            base = "-".join([*folders, file.stem.lstrip(".")]) + ("-still" if has_image_suffix(file) else "")
             base = shorten_name(base, 200)  # the names of its files are longer
             base += "-video" if _CLIP_SUFFIX.search(base) else ""  # "a-c01" is the id of the first clip of "a"
             name, k = base, 2
@@ -256,27 +245,18 @@ def _person_id(file: Path, source_id: str, rule: PersonRule | None) -> str:
     return file.resolve().parent.name or source_id if rule == "folder" else file.stem.rsplit("_", 1)[0]
 
 
-class _WorkerContext(multiprocessing.context.SpawnContext):
-    """Starts processes and remembers them, to tell a pool's workers from the host's other children."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.workers: list[multiprocessing.process.BaseProcess] = []
-
-    def Process(self, *args: Any, **options: Any) -> multiprocessing.process.BaseProcess:  # type: ignore[override] # noqa: N802
-        self.workers.append(super().Process(*args, **options))
-        return self.workers[-1]
-
-
-def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[InputResult, None, None]:
+def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[list[str], None, None]:
+    """Process the inputs; yield the reasons of the rejected clips of each."""
     if workers <= 1 or len(jobs) <= 1:
         yield from map(_process_input, jobs)
         return
-    context = _WorkerContext()
+    context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _init_worker)
+    futures = [pool.submit(_process_input, job) for job in jobs]
+    processes = list((pool._processes or {}).values())
     finished = False
     try:
-        for future in concurrent.futures.as_completed([pool.submit(_process_input, job) for job in jobs]):
+        for future in concurrent.futures.as_completed(futures):
             yield future.result()
         finished = True
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -286,81 +266,57 @@ def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[InputResult, None
         ) from error
     finally:
         if not finished:  # interrupted: abandon the inputs in progress
-            for worker in context.workers:
-                worker.terminate()
+            for process in processes:
+                process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
 _worker_tracker: LandmarkerTracker | None = None  # one per process
-_busy = _stop_requested = False
 
 
 def _init_worker() -> None:
-    """Make a worker stop at SIGINT or SIGTERM: abandon the current input without partial files, start no other."""
-
-    def stop(*_: object) -> None:
-        global _stop_requested
-        repeated, _stop_requested = _stop_requested, True
-        if _busy and not repeated:  # the parent's SIGTERM follows the SIGINT and must not interrupt the cleanup
-            raise KeyboardInterrupt
-
-    def forget_stop() -> None:
-        global _stop_requested
-        _stop_requested = False
-
-    reraise_dropped_interrupts(forget_stop)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    """Leave Ctrl-C to the parent, which ends the workers; without it a worker would wait for an input forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """End this worker when its parent is gone; it would otherwise wait for its next input forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _process_input(job: InputJob) -> InputResult:
-    """Write the crops and motion files of one input; the result says why where there are none."""
-    global _busy
-    if _stop_requested:
-        raise KeyboardInterrupt
-    _busy = True
-    try:
-        return _process_with_tracker(job)
-    finally:
-        _busy = False
-
-
-def _process_with_tracker(job: InputJob) -> InputResult:
+def _process_input(job: InputJob) -> list[str]:
+    """Write the crops, motion files and rows of one input; return the reasons of its rejected clips."""
     global _worker_tracker
     _worker_tracker = _worker_tracker or open_landmarker_tracker()
+    clips: list[ManifestRow] = []
     try:
         process = _process_image if has_image_suffix(job.file) else _process_video
-        return process(job, _worker_tracker)
+        clips, rejected = process(job, _worker_tracker)
     except Export3DError as error:
-        row = _rejected_row(job, job.source_id, str(error)) | {"failed": not isinstance(error, NoFaceError)}
-        return InputResult(job, [], [row])
+        rejected = [_rejected_row(job, job.source_id, str(error)) | {"failed": not isinstance(error, NoFaceError)}]
+    write_rows(job.out / f"inputs/{job.source_id}.jsonl", clips + rejected)
+    return [f"{job.file}: {row['reason']}" for row in rejected]
 
 
-def _process_image(job: InputJob, tracker: LandmarkerTracker) -> InputResult:
+def _process_image(job: InputJob, tracker: LandmarkerTracker) -> tuple[list[ManifestRow], list[ManifestRow]]:
     image = read_image(job.file)
     face = tracker.landmarker.find(image)
     if face is None:
-        return InputResult(job, [], [_rejected_row(job, job.source_id, "no face found")])
+        return [], [_rejected_row(job, job.source_id, "no face found")]
     motion = tracker.make_motion([face], CLIP_FPS, (image.shape[1], image.shape[0]))
     segment = Segment(0, motion, float(np.ptp(face.landmarks[:, :2], axis=0).max()), sharpness(image, face))
     reason = replace(job.clip_filter, min_seconds=0.0).rejection_reason(segment)
     if reason:
-        return InputResult(job, [], [_rejected_row(job, job.source_id, reason)])
+        return [], [_rejected_row(job, job.source_id, reason)]
     write_image(job.out / f"clips/{job.source_id}.png", crop_with_padding(image, motion.crop, job.size))
     motion.save(job.out / f"clips/{job.source_id}.motion.npz")
-    return InputResult(job, [_manifest_row(job, job.source_id, 1, ".png")], [])
+    return [_manifest_row(job, job.source_id, 1, ".png")], []
 
 
-def _process_video(job: InputJob, tracker: LandmarkerTracker) -> InputResult:
+def _process_video(job: InputJob, tracker: LandmarkerTracker) -> tuple[list[ManifestRow], list[ManifestRow]]:
     """First pass: track faces, filter the segments, write their motion. Second pass: write the crop videos."""
     kept: list[tuple[str, int, int, tuple[float, float, float]]] = []  # id, first frame, frames, crop
     rejected, count = [], 0
@@ -378,13 +334,13 @@ def _process_video(job: InputJob, tracker: LandmarkerTracker) -> InputResult:
             segment.motion.save(folder / f"{name}.motion.npz")
             kept.append((name, segment.start, len(segment.motion), segment.motion.crop))
     if not count:
-        return InputResult(job, [], [_rejected_row(job, job.source_id, "no face found")])
+        return [], [_rejected_row(job, job.source_id, "no face found")]
     if count == 1 and kept:  # the whole video is one clip
         (folder / f"{kept[0][0]}.motion.npz").replace(folder / f"{job.source_id}.motion.npz")
         kept = [(job.source_id, *kept[0][1:])]
     if kept:
         _write_crop_videos(job, kept)
-    return InputResult(job, [_manifest_row(job, name, length, ".mp4") for name, _, length, _ in kept], rejected)
+    return [_manifest_row(job, name, length, ".mp4") for name, _, length, _ in kept], rejected
 
 
 def _write_crop_videos(job: InputJob, segments: list[tuple[str, int, int, tuple[float, float, float]]]) -> None:

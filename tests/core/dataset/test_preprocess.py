@@ -11,7 +11,6 @@ import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.dataset import preprocess as module
-from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.dataset.preprocess import preprocess
 from export3d_cli.core.dataset.segmentation import ClipFilter
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
@@ -63,7 +62,9 @@ def test_preprocess_video_gives_a_clip_per_scene(data):
     (rejected,) = lines(out / "rejected.jsonl")
     assert rejected["reason"].startswith("too short: 0.16 s")
     assert (rejected["id"], rejected["start"]) == ("deep er-Ünï_1-c03", 1.32)
-    assert sorted(p.name for p in out.iterdir()) == ["clips", "manifest.jsonl", "rejected.jsonl", "report.png"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "clips", "inputs", "manifest.jsonl", "rejected.jsonl", "report.png",
+    ]  # fmt: skip
     assert len(list((out / "clips").iterdir())) == 4
 
 
@@ -117,57 +118,35 @@ def stills(tmp_path):
     return folder
 
 
-def test_preprocess_shards_split_the_inputs_and_are_merged(stills, tmp_path):
+def test_preprocess_shards_fill_one_data_set(stills, tmp_path):
     out = tmp_path / "out"
-    for i in (1, 2):
-        preprocess([stills], out, size=32, shard=(i, 2))
-    parts = [lines(out / f"manifest-{i}of2.jsonl") for i in (1, 2)]
-    assert sorted(line["id"] for part in parts for line in part) == ["a-a_1-still", "a-a_2-still", "b-b_1-still"]
-    assert all(parts)
-    assert not (out / "manifest.jsonl").exists()
-    summary = preprocess([stills], out, size=32)
-    assert summary.clips == 3
+    first = preprocess([stills], out, size=32, shard=(1, 2))
+    assert 0 < first.clips < 3
+    assert preprocess([stills], out, size=32, shard=(2, 2)).clips == 3
+    assert [line["id"] for line in lines(out / "manifest.jsonl")] == ["a-a_1-still", "a-a_2-still", "b-b_1-still"]
     assert [line["id"] for line in lines(out / "rejected.jsonl")] == ["broken-still", "empty-still"]
-    assert sorted(p.name for p in out.iterdir()) == ["clips", "manifest.jsonl", "rejected.jsonl"]
-    assert len(summary.rejected) == 1  # unreadable inputs are tried again
+    again = preprocess([stills], out, size=32)
+    assert (again.clips, len(again.rejected)) == (3, 1)  # unreadable inputs are tried again
 
 
 def test_preprocess_continues_a_killed_run(stills, tmp_path, monkeypatch):
-    """Partial clips of unfinished inputs are deleted, a torn manifest row is written again."""
+    """Partial clips of unfinished inputs are deleted; the lists are made again."""
     out = tmp_path / "out"
     preprocess([stills], out, size=32)
-    manifest = out / "manifest.jsonl"
-    whole = manifest.read_text(encoding="utf-8")
-    first, second, third = whole.splitlines(keepends=True)
-    manifest.write_text(first + second + third[:40], encoding="utf-8")
-    for name in (
-        "b-b_1-still-c03.mp4",
-        "b-b_1-still.mp4",
-        "a-a_2-still-c01.motion.npz",
-        "other.png",
-        "a-a_1-still-c01.mp4",
-    ):
+    whole = (out / "manifest.jsonl").read_text(encoding="utf-8")
+    (out / "manifest.jsonl").unlink()
+    (out / "inputs/b-b_1-still.jsonl").unlink()
+    (out / "inputs/.a.part.jsonl").write_text("{")  # another shard is writing it
+    leftovers = ("b-b_1-still-c03.mp4", "b-b_1-still.mp4", "other.png", "a-a_1-still-c01.mp4")
+    for name in leftovers:
         (out / "clips" / name).touch()
     done = []
     monkeypatch.setattr(module, "_process_input", lambda job: done.append(job.source_id) or process_input(job))
     assert preprocess([stills], out, size=32).clips == 3
-    # a-a_2 is done again too: its row stands before the torn one, which may belong to the same input
-    assert sorted(done) == ["a-a_2-still", "b-b_1-still", "broken-still"]
-    assert manifest.read_text(encoding="utf-8") == whole
+    assert sorted(done) == ["b-b_1-still", "broken-still"]
+    assert (out / "manifest.jsonl").read_text(encoding="utf-8") == whole
     left = {p.name for p in (out / "clips").iterdir() if p.stat().st_size == 0}
     assert left == {"other.png", "a-a_1-still-c01.mp4"}  # of a finished input and of no input
-
-
-def test_manifest_add_appends_without_rewriting(tmp_path, monkeypatch):
-    lists = DatasetManifest(tmp_path, None)
-    written = []
-    monkeypatch.setattr(lists, "_write_all", lambda: written.append(1))
-    for i in range(50):
-        lists.add([{"id": f"{50 - i}", "source": "s"}], [{"id": f"r{i}", "source": "s", "reason": "r"}] * (i % 2))
-    assert len(written) == 1
-    assert [line["id"] for line in lines(tmp_path / "manifest.jsonl")] == [f"{50 - i}" for i in range(50)]
-    again = DatasetManifest(tmp_path, None)
-    assert (len(again.clips), len(again.rejected), again.finished_sources) == (50, 25, {"s"})
 
 
 def test_find_inputs_name_like_a_clip_gets_its_own_id(tmp_path):
