@@ -65,7 +65,7 @@ def _print_plan(config: dict[str, Any], plan: dict[str, Any], *, as_json: bool) 
         return
     click.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
     for name, count in plan["parameters"].items():
-        click.echo(f"# parameters of {name}: {count:,}, work per frame: {plan['gflops'].get(name, 0.0):.3f} GFLOPs")
+        click.echo(f"# parameters of {name}: {count:,}")
     click.echo(f"# parameters of the model: {plan['total_parameters']:,}")
     click.echo(f"# work per source: {plan['gflops_source']:.2f} GFLOPs, per frame: {plan['gflops_frame']:.2f} GFLOPs")
     click.echo(

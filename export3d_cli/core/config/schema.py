@@ -263,7 +263,6 @@ class TrainConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int = 0  # CPU threads; 0: torch's default
-    compile: str = ""  # backend of torch.compile, e.g. inductor; empty: not compiled
     cuda_graph: bool = True  # stage reconstruction on one GPU: run forward and backward as one CUDA graph
     skip_nonfinite: int = 0  # consecutive steps with a non-finite loss that are skipped before giving up
     raw_size_start: int = 0  # initial side of the raw render in pixels; 0: model.raw_size

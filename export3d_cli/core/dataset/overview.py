@@ -1,4 +1,4 @@
-"""Pictures to check tracking by eye: an overlay on the video, and an overview of a data set with histograms."""
+"""Pictures to check tracking by eye: an overlay on the video, and an overview of a data set."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from export3d_cli.core.runtime.errors import InputError
 
 HEAD_AXIS_LENGTH = 0.2  # head-frame units
 MAX_THUMBNAILS = 48
-MAX_MEASURED_CLIPS = 2000  # clips in the histograms, spread evenly over the data set
 THUMBNAIL_PX, GRID_COLUMNS = 96, 12
-CAPTION_PX = 14  # height of the clip's name below its thumbnail
-HISTOGRAM_SIZE_PX = (384, 200)  # width, height
-HISTOGRAM_COEFFICIENTS = {
+CAPTION_PX, LINE_PX = 14, 24  # heights of the clip's name below its thumbnail, and of a line of text
+MAX_MEASURED_CLIPS = 2000  # clips of which pose and expression are measured, spread evenly over the data set
+MEASURED_COEFFICIENTS = {
     "jawOpen": ("jawOpen",),
     "blink": ("eyeBlinkLeft", "eyeBlinkRight"),
     "smile": ("mouthSmileLeft", "mouthSmileRight"),
@@ -72,27 +71,24 @@ def draw_tracking(frame: np.ndarray, motion: Motion, index: int) -> np.ndarray:
 
 
 def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> Path:
-    """Write an overview of a data set: the middle frame of up to 48 clips, histograms of pose and expression."""
+    """Write an overview of a data set: the middle frame of up to 48 clips, percentiles of pose and expression."""
     tiles = [_make_thumbnail(folder, clip) for clip in _sample_evenly(clips, MAX_THUMBNAILS)]
-    blank = np.full((THUMBNAIL_PX + CAPTION_PX, THUMBNAIL_PX, 3), 255, np.uint8)
-    tiles += [blank] * (-len(tiles) % GRID_COLUMNS)
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % GRID_COLUMNS)
     rows = [np.hstack(tiles[i : i + GRID_COLUMNS]) for i in range(0, len(tiles), GRID_COLUMNS)]
+    frames, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
+    lines = [f"{len(clips)} clips, {people} persons, {frames} frames, {frames / 1500:.1f} minutes"]
     measured = _sample_evenly(clips, MAX_MEASURED_CLIPS)
     pose, beta = _load_poses_and_expressions(folder, measured)
-    plots = [
-        _draw_histogram("yaw, degrees", pose[:, 0], -60, 60),
-        _draw_histogram("pitch, degrees", pose[:, 1], -60, 60),
-    ]
-    for name, coefficients in HISTOGRAM_COEFFICIENTS.items():
-        values = beta[:, [ARKIT_NAMES.index(coefficient) for coefficient in coefficients]].mean(1)
-        plots.append(_draw_histogram(name, values, 0, 1))
-    frames = sum(int(clip["frames"]) for clip in clips)
-    people = len({clip.get("person") for clip in clips})
-    totals = [f"{len(clips)} clips", f"{people} persons", f"{frames} frames", f"{frames / 1500:.1f} minutes"]
-    totals += [f"measured: {len(measured)} clips"] if len(measured) < len(clips) else []
-    plots.append(_draw_text(*totals))
-    picture = np.vstack([*rows, np.hstack(plots[:3]), np.hstack(plots[3:])])
-    write_image(out, picture, comment="report of export3d preprocess")
+    values = {"yaw, degrees": pose[:, 0], "pitch, degrees": pose[:, 1]}
+    for name, coefficients in MEASURED_COEFFICIENTS.items():
+        values[name] = beta[:, [ARKIT_NAMES.index(coefficient) for coefficient in coefficients]].mean(1)
+    for name, x in values.items():
+        p5, p50, p95 = np.percentile(x, [5, 50, 95])
+        lines.append(f"{name}: 5 % below {p5:.2f}, median {p50:.2f}, 5 % above {p95:.2f}")
+    text = np.full((LINE_PX * (len(lines) + 1), rows[0].shape[1], 3), 255, np.uint8)
+    for i, line in enumerate(lines, start=1):
+        _put_text(text, line, (12, LINE_PX * i), 0.5)
+    write_image(out, np.vstack([*rows, text]), comment="report of export3d preprocess")
     return out
 
 
@@ -133,31 +129,6 @@ def _load_poses_and_expressions(folder: Path, clips: list[dict[str, Any]]) -> tu
                 f"{path} cannot be read ({error}): remove its row from the manifest and run again"
             ) from error
     return np.concatenate(poses), np.concatenate(betas)
-
-
-def _draw_histogram(title: str, values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Draw a histogram of 48 bins from `low` to `high`; values outside are counted in the outermost bins."""
-    width, height = HISTOGRAM_SIZE_PX
-    canvas = np.full((height, width, 3), 255, np.uint8)
-    counts, _ = np.histogram(values.clip(low, high), bins=48, range=(low, high))
-    top, bottom, left = 26, height - 20, 12
-    step = (width - 2 * left) / len(counts)
-    for i, count in enumerate(counts / max(1, counts.max())):
-        corner = (int(left + i * step), round(bottom - count * (bottom - top)))
-        cv2.rectangle(canvas, corner, (int(left + (i + 1) * step) - 1, bottom), (70, 120, 190), -1)
-    cv2.line(canvas, (left, bottom), (width - left, bottom), DARK_GREY, 1)
-    p5, p50, p95 = np.percentile(values, [5, 50, 95])
-    _put_text(canvas, f"{title}   5%: {p5:.2f}  median: {p50:.2f}  95%: {p95:.2f}", (left, 16), 0.4)
-    _put_text(canvas, f"{low:g}", (left, height - 6), 0.4)
-    _put_text(canvas, f"{high:g}", (width - 40, height - 6), 0.4)
-    return canvas
-
-
-def _draw_text(*lines: str) -> np.ndarray:
-    canvas = np.full((HISTOGRAM_SIZE_PX[1], HISTOGRAM_SIZE_PX[0], 3), 255, np.uint8)
-    for i, line in enumerate(lines):
-        _put_text(canvas, line, (24, 50 + 34 * i), 0.7)
-    return canvas
 
 
 def _put_text(canvas: np.ndarray, text: str, position: tuple[int, int], scale: float) -> None:

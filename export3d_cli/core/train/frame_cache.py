@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, DataConfig
-from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion
@@ -26,6 +25,8 @@ from export3d_cli.core.runtime.files import driver_track_id, folder_lock, read_m
 from export3d_cli.core.runtime.weights import resolve_weights
 
 MASK_SIZE = 64  # side of the cached person masks
+CACHE_VERSION = 2  # changes with the content of a cache
+MAPPED_ARRAYS = ("frames", "person_mask")  # too large for memory
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,6 @@ class FaceDataset:
     frame_index: np.ndarray  # (F,) index of the frame in its clip's video
     clips: tuple[Clip, ...]
 
-    def points(self, rows: np.ndarray) -> np.ndarray:
-        """Return the landmarks of `rows` in the head frame, (N, 478, 3) float32."""
-        return landmarks_to_head_frame(self.landmarks[rows], self.camera[rows]).astype(np.float32)
-
 
 def load_datasets(config: DataConfig, size: int, *, progress: Callable[[str], None] | None = None) -> list[FaceDataset]:
     """Open all datasets of `config`; builds missing caches of images of side `size`."""
@@ -81,70 +78,57 @@ def load_dataset(
     if cache:  # datasets may share a folder name, not a path
         path_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         cache_folder = Path(cache) / f"{folder.name}-{path_hash}-{name}"
-    stamp = hashlib.sha256(json.dumps([entries, size, stride], sort_keys=True).encode()).hexdigest()
+    stamp = hashlib.sha256(json.dumps([CACHE_VERSION, entries, size, stride], sort_keys=True).encode()).hexdigest()
     if _read_stamp(cache_folder) != stamp:
         with folder_lock(cache_folder.parent, wait=True):
             if _read_stamp(cache_folder) != stamp:  # no other process has built it meanwhile
                 _build_cache(folder, entries, cache_folder, size, stride, stamp, progress)
     try:
         index = json.loads((cache_folder / "index.json").read_text(encoding="utf-8"))
-        count = index["count"]
         dataset = FaceDataset(
             name=folder.name,
-            frames=np.load(cache_folder / "frames.npy", mmap_mode="r")[:count],
-            beta=np.load(cache_folder / "beta.npy"),
-            camera=np.load(cache_folder / "camera.npy"),
-            landmarks=np.load(cache_folder / "landmarks.npy"),
-            person_mask=np.load(cache_folder / "person.npy", mmap_mode="r"),
-            frame_index=np.load(cache_folder / "number.npy"),
             clips=tuple(Clip(**clip) for clip in index["clips"]),
+            **{name: _load_array(cache_folder, name, index["count"], shape) for name, shape in _shapes(size).items()},
         )
-        _validate_dataset(dataset, count, size)
+        for clip in dataset.clips:
+            if not (0 <= clip.start < clip.start + clip.count <= index["count"]):
+                raise ValueError(f"clip {clip.id!s:.60} lies outside the frames")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(f"the cache {cache_folder} is damaged ({error}): remove it, it will be built again") from error
     return dataset
 
 
-def _validate_dataset(dataset: FaceDataset, count: int, size: int) -> None:
-    """Raise `ValueError` unless all parts of a cache fit together; a dataset may come from anyone."""
-    shapes = {
-        "frames": (count, size, size, 3), "beta": (count, BETA_DIM), "camera": (count, CAMERA_DIM),
-        "landmarks": (count, NUM_LANDMARKS, 3), "person_mask": (count, MASK_SIZE, MASK_SIZE), "frame_index": (count,),
+def _shapes(size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Return the shape of a row and the data type of each array of a cache of images of side `size`."""
+    return {
+        "frames": ((size, size, 3), np.uint8), "beta": ((BETA_DIM,), np.float32), "camera": ((CAMERA_DIM,), np.float32),
+        "landmarks": ((NUM_LANDMARKS, 3), np.float32), "person_mask": ((MASK_SIZE, MASK_SIZE), np.uint8),
+        "frame_index": ((), np.int32),
     }  # fmt: skip
-    for name, shape in shapes.items():
-        array = getattr(dataset, name)
-        dtype_kind = {"frames": "u", "person_mask": "u", "frame_index": "i"}.get(name, "f")
-        if array.shape != shape or array.dtype.kind != dtype_kind:
-            raise ValueError(f"{name} are {array.dtype} {array.shape}, not {shape}")
-        if dtype_kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{name} are not finite")
-    for clip in dataset.clips:
-        if not (
-            isinstance(clip.id, str)
-            and isinstance(clip.person, str)
-            and 0 <= clip.start < clip.start + clip.count <= count
-        ):
-            raise ValueError(f"clip {clip.id!s:.60} lies outside the frames")
+
+
+def _load_array(folder: Path, name: str, count: int, expected: tuple[tuple[int, ...], type]) -> np.ndarray:
+    """Load an array of a cache; raise `ValueError` unless it is as expected, since a dataset may come from anyone."""
+    array = np.load(folder / f"{name}.npy", mmap_mode="r" if name in MAPPED_ARRAYS else None)[:count]
+    shape, dtype = expected
+    if array.shape != (count, *shape) or array.dtype != dtype:
+        raise ValueError(f"{name} are {array.dtype} {array.shape}, not {np.dtype(dtype)} {(count, *shape)}")
+    if dtype is np.float32 and not np.isfinite(array).all():
+        raise ValueError(f"{name} are not finite")
+    return array
 
 
 def _read_stamp(cache_folder: Path) -> str:
     try:
-        if not (cache_folder / "person.npy").is_file():  # written by a version without masks
-            return ""
         return str(json.loads((cache_folder / "index.json").read_text(encoding="utf-8"))["stamp"])
     except (OSError, ValueError, KeyError):
         return ""
 
 
 def _build_cache(
-    folder: Path,
-    entries: list[dict[str, Any]],
-    cache_folder: Path,
-    size: int,
-    stride: int,
-    stamp: str,
+    folder: Path, entries: list[dict[str, Any]], cache_folder: Path, size: int, stride: int, stamp: str,
     progress: Callable[[str], None] | None,
-) -> None:
+) -> None:  # fmt: skip
     """Decode all clips into a temporary folder that is renamed to `cache_folder` when complete."""
     temporary = cache_folder.with_name(f"{cache_folder.name}.{os.getpid()}.tmp")
     for stale in cache_folder.parent.glob(f"{cache_folder.name}.*.tmp"):  # left by a killed process: we hold the lock
@@ -156,39 +140,35 @@ def _build_cache(
         frames = np.lib.format.open_memmap(
             temporary / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(capacity, 1), size, size, 3)
         )
-        tracks: dict[str, list[np.ndarray]] = {"beta": [], "camera": [], "landmarks": [], "person": [], "number": []}
-        segment = PersonMatting(resolve_weights("selfie_segmentation"))
-        clips: list[dict[str, Any]] = []
+        arrays: dict[str, list[np.ndarray]] = {name: [] for name in _shapes(size) if name != "frames"}
+        matting = PersonMatting(resolve_weights("selfie_segmentation"))
+        clips: list[Clip] = []
         row = 0
-        for i, (entry, motion) in enumerate(zip(entries, motions, strict=True)):
+        for i, (entry, motion) in enumerate(zip(entries, motions, strict=True), start=1):
             still = Path(entry["file"]).suffix.lower() != ".mp4"
             usable = np.asarray(motion.found, bool) & np.isfinite(motion.landmarks).all((1, 2))
-            used_frames: list[int] = []
+            numbers: list[int] = []
             for number, image in _decode_frames(folder / entry["file"], still, stride):
-                if number >= len(usable):
-                    break
-                if usable[number]:
-                    frames[row + len(used_frames)] = resize_square(image, size)
-                    used_frames.append(number)
-            if not used_frames:
+                if number < len(usable) and usable[number]:
+                    frames[row + len(numbers)] = resize_square(image, size)
+                    numbers.append(number)
+            if not numbers:
                 continue
-            rows = np.array(used_frames)
-            for key in ("beta", "camera", "landmarks"):
-                tracks[key].append(np.asarray(getattr(motion, key), np.float32)[rows])
-            tracks["person"].append(_person_masks(segment, frames[row : row + len(used_frames)]))
-            tracks["number"].append(rows.astype(np.int32))
-            person = str(entry.get("person") or entry["id"])
-            clips.append({"id": entry["id"], "person": person, "start": row, "count": len(used_frames), "still": still})
-            row += len(used_frames)
-            if progress is not None and (i % 20 == 19 or i + 1 == len(entries)):
-                progress(f"{folder.name}: {i + 1} of {len(entries)} clips decoded, {row} frames")
+            for name in ("beta", "camera", "landmarks"):
+                arrays[name].append(np.asarray(getattr(motion, name), np.float32)[numbers])
+            arrays["person_mask"].append(_person_masks(matting, frames[row : row + len(numbers)]))
+            arrays["frame_index"].append(np.array(numbers, np.int32))
+            clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
+            row += len(numbers)
+            if progress is not None and (i % 20 == 0 or i == len(entries)):
+                progress(f"{folder.name}: {i} of {len(entries)} clips decoded, {row} frames")
         if not clips:
             raise InputError(f"dataset {folder} has no frame with a detected face")
         frames.flush()
         del frames
-        for key, parts in tracks.items():
-            np.save(temporary / f"{key}.npy", np.concatenate(parts))
-        index = {"stamp": stamp, "count": row, "clips": clips}
+        for name, parts in arrays.items():
+            np.save(temporary / f"{name}.npy", np.concatenate(parts))
+        index = {"stamp": stamp, "count": row, "clips": [vars(clip) for clip in clips]}
         (temporary / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if cache_folder.exists():
             shutil.rmtree(cache_folder)

@@ -45,7 +45,6 @@ class ImageStages(Stage):
             self.landmarks = LandmarkLoss(LandmarkNetwork(resolve_weights("face_landmarker"))).to(run.device)
         run.record["perceptual"] = self.perceptual.name if self.perceptual is not None else "none"
         self.discriminator: adversary.Discriminator | None = None
-        self.compiled: nn.Module = torch.compile(model, backend=config.compile) if config.compile else model  # type: ignore[assignment]
         self.term_names: tuple[str, ...] = ()  # of the loss terms of a step
         self.cuda_graph = self._make_cuda_graph()
 
@@ -69,7 +68,7 @@ class ImageStages(Stage):
     def _make_cuda_graph(self) -> StepGraph | None:
         """Return the CUDA graph of a step, if one device processes the whole batch at once."""
         config, run = self.config, self.run
-        is_whole_batch = run.world.size == 1 and config.accumulate == 1 and not config.compile
+        is_whole_batch = run.world.size == 1 and config.accumulate == 1
         if not (config.cuda_graph and is_whole_batch and run.device.type == "cuda"):
             return None
         flow, generator = self.model.flow, self.model.generator
@@ -172,7 +171,7 @@ class ImageStages(Stage):
         """
         config = self.config
         with self.run.autocast():
-            output = self.forward(self.compiled, batch, raw_size, batch_rows)
+            output = self.forward(batch, raw_size, batch_rows)
             loss, terms = reconstruction_loss(
                 output, batch, config, self.perceptual, self.identity, self.landmarks, self.head_masks(batch)
             )
@@ -214,10 +213,9 @@ class ImageStages(Stage):
             self.discriminator_optimizer.step()
         return values
 
-    @staticmethod
-    def forward(model: nn.Module, batch: Batch, raw_size: int | None, batch_rows: BatchRows | None = None) -> Any:
+    def forward(self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None) -> Any:
         """Run the model on a batch."""
-        return model(
+        return self.model(
             batch.source, batch.source_beta, batch.source_camera, batch.source_points,
             batch.target_beta, batch.target_camera, batch.source_person_mask, raw_size=raw_size, batch_rows=batch_rows,
         )  # fmt: skip
@@ -265,7 +263,7 @@ class ImageStages(Stage):
         self.model.eval()
         try:
             with self.run.autocast():
-                output = self.forward(self.model, batch, scheduled_raw_size(self.config, max(self.global_step - 1, 0)))
+                output = self.forward(batch, scheduled_raw_size(self.config, max(self.global_step - 1, 0)))
         finally:
             self.model.load_state_dict(training_weights)
             self.model.train()

@@ -88,7 +88,7 @@ def test_preprocess_output_is_read_by_the_trainer(data):
 
 
 def test_preprocess_report_is_a_picture(data):
-    assert read_image(data[0] / "report.png").shape == (96 + 14 + 400, 1152, 3)
+    assert read_image(data[0] / "report.png").shape == (96 + 14 + 24 * 7, 1152, 3)
     assert "report.png" in data[1].notes[0]
 
 

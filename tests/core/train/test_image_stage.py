@@ -105,41 +105,17 @@ def test_accumulated_parts_give_the_gradients_of_the_whole_batch(joined: TrainCo
 
 
 def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: Path) -> None:
-    train(joined)
-    two = replace(joined, run=str(tmp_path / "two"))
-    train_in_two_processes(two, tmp_path)
-    assert_equal_moments(load_tensors(joined), load_tensors(two))
-    lines = [json.loads(s) for s in (Path(two.run) / "stats.jsonl").read_text().splitlines()]
-    assert [x["stage"] for x in lines] == ["reconstruction", "adversarial"]  # written by one of the processes
-
-
-def test_two_processes_continue_after_a_checkpoint_with_decay_by_time(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = replace(
-        tiny, stages=("reconstruction",), steps=3, checkpoint_every=1, decay_by_time=True, max_minutes=60.0
-    )
-    train_in_two_processes(config, tmp_path)
-    found = load_state(Path(config.run))
-    assert found is not None
-    assert found[1]["step"] == 3
-    assert 0 < found[1]["decayed"] < 0.1
-
-
-def test_two_processes_share_the_clips_of_the_clebs_stage(tiny: TrainConfig, tmp_path: Path) -> None:
-    one = replace(
-        tiny,
-        stages=("clebs",),
-        checkpoint_every=1,
-        clebs=replace(tiny.clebs, geometry_warmup_steps=0, steps=1, clips_per_step=2, ridge_pairs=8),
-    )
+    """All stages; `decay_by_time` and saving need the processes' agreement."""
+    clebs = replace(joined.clebs, geometry_warmup_steps=0, steps=1, clips_per_step=2, ridge_pairs=8, lr=1e-9)
+    stages = ("clebs", "reconstruction", "adversarial")
+    one = replace(joined, stages=stages, clebs=clebs, checkpoint_every=1, decay_by_time=True, max_minutes=60.0)
     train(one)
     two = replace(one, run=str(tmp_path / "two"))
     train_in_two_processes(two, tmp_path)
-    a, b = load_tensors(one), load_tensors(two)
-    moments = [k for k in a if k.endswith("exp_avg")]
-    away = sum(float((a[k] - b[k]).square().sum()) for k in moments)
-    assert away <= 1e-8 * sum(float(a[k].square().sum()) for k in moments)
-    logs = [json.loads((Path(c.run) / "stats.jsonl").read_text().splitlines()[0]) for c in (one, two)]
-    assert logs[0]["contrast"] == pytest.approx(logs[1]["contrast"], rel=1e-4)
+    assert_equal_moments(load_tensors(one), load_tensors(two))
+    logs = [[json.loads(s) for s in (Path(c.run) / "stats.jsonl").read_text().splitlines()] for c in (one, two)]
+    assert [x["stage"] for x in logs[1]] == ["clebs", "clebs", "reconstruction", "adversarial"]  # by one process
+    assert logs[0][0]["contrast"] == pytest.approx(logs[1][0]["contrast"], rel=1e-4)
 
 
 def train_in_two_processes(config: TrainConfig, tmp_path: Path) -> None:
@@ -168,24 +144,21 @@ def test_batch_that_accumulate_does_not_divide_is_refused(tiny: TrainConfig) -> 
 @pytest.mark.parametrize(
     "options",
     [
-        {"expression": "lebs"}, {"expression": "direct"}, {"conditioning": "cross_attention"}, {"source_skip": False},
-        {"plane_ema": 0.0}, {"lowpass": False},
+        {"expression": "lebs", "conditioning": "cross_attention"},
+        {"expression": "direct", "source_skip": False, "plane_ema": 0.0, "lowpass": False},
     ],
-    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
-)  # fmt: skip
+    ids=["lebs", "direct"],
+)
 def test_ablations_train_and_sample(tiny: TrainConfig, options: dict[str, object]) -> None:
-    config = replace(tiny, model=replace(tiny.model, **options), steps=2, sample_every=2)
+    config = replace(tiny, model=replace(tiny.model, **options), steps=1, sample_every=1)
     summary = train(config)
     assert summary.finished
     state, found, _ = load_weights(summary.weights)
     assert found == config.model
     Export3D(found).load_state_dict(state)
-    assert read_image(Path(config.run) / "samples" / "0000002.png").shape == (4 * 64, 5 * 64, 3)
-    trained = load_tensors(config)
-    moments = [k for k in trained if k.endswith("exp_avg")]
-    own = len(list(Export3D(found).expression.parameters()))
-    every = len(list(Export3D(found).parameters()))
-    assert len(moments) == every - (own if found.expression == "clebs" else 0)  # ablations are trained end to end
+    assert read_image(Path(config.run) / "samples" / "0000001.png").shape == (4 * 64, 5 * 64, 3)
+    moments = [k for k in load_tensors(config) if k.endswith("exp_avg")]
+    assert len(moments) == len(list(Export3D(found).parameters()))  # ablations are trained end to end
     assert ("generator.blocks.0.cross.out.weight" in state) == (found.conditioning == "cross_attention")
 
 
@@ -194,15 +167,6 @@ def test_ablation_options_do_not_change_the_presets() -> None:
     assert not any("cross" in name or "linear" in name for name in names)
     with pytest.raises(ConfigError, match="clebs, lebs, direct"):
         make_train_config({"model": {"expression": "learned"}})
-
-
-@pytest.mark.filterwarnings("ignore")  # dynamo reads .grad of tensors that are not leaves
-def test_compiled_model_gives_the_same_gradients(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = replace(tiny, stages=("reconstruction",), steps=1)
-    train(config)
-    compiled = replace(config, run=str(tmp_path / "compiled"), compile="eager")
-    train(compiled)
-    assert_equal_moments(load_tensors(config), load_tensors(compiled))
 
 
 def test_silhouette_term_gets_the_head_mask_of_the_target(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,55 +186,28 @@ def test_silhouette_term_gets_the_head_mask_of_the_target(tiny: TrainConfig, mon
     assert not torch.equal(head, flow.head_mask(batch.source_points, batch.source_camera, batch.source_person_mask))
 
 
-def test_non_finite_steps_are_skipped(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(tiny, stages=("reconstruction",), skip_nonfinite=2)
-    calls = iter(range(100))
-    loss = stages.reconstruction_loss
+def test_non_finite_steps_change_nothing(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A skipped step of each stage leaves weights and planes finite."""
+    config = replace(
+        tiny, stages=("clebs", "reconstruction", "adversarial"), skip_nonfinite=1, steps=2, adversarial=ADVERSARIAL,
+        clebs=replace(tiny.clebs, geometry_warmup_steps=0, steps=2, ridge_pairs=8),
+    )  # fmt: skip
+    for module, name in ((pretrain, "contrastive_loss"), (stages, "reconstruction_loss")):
+        original, calls = getattr(module, name), iter(range(100))
 
-    def sometimes(*args: object) -> object:
-        value, terms = loss(*args)  # type: ignore[arg-type]
-        return (value * float("nan") if next(calls) in (1, 2) else value), terms
+        def first_is_nan(*args: Any, original: Any = original, calls: Any = calls) -> object:
+            value, terms = original(*args)
+            return (value * float("nan") if next(calls) == 0 else value), terms
 
-    monkeypatch.setattr(stages, "reconstruction_loss", sometimes)
+        monkeypatch.setattr(module, name, first_is_nan)
+    fair = adversary.discriminator_loss
+    monkeypatch.setattr(adversary, "discriminator_loss", lambda real, fake: fair(real, fake) * float("nan"))
     assert train(config).finished
     assert all(torch.isfinite(v).all() for v in load_tensors(config).values() if v.is_floating_point())
-    calls = iter(range(100))
-    broken = replace(config, run=config.run + "-broken", skip_nonfinite=0)
-    monkeypatch.setattr(
-        stages,
-        "reconstruction_loss",
-        lambda *args: (loss(*args)[0] * (float("nan") if next(calls) > 2 else 1), {"l2": torch.tensor(0.25)}),
-    )
-    good = r"nan at step 3 \(loss nan, l2 0\.25, .*last good checkpoint, .*state\.safetensors \(stage recon.*, step 2\)"
-    with pytest.raises(TrainingError, match=good):
-        train(broken)
-    with pytest.raises(TrainingError, match="nan at step 2"):
-        train(replace(config, run=config.run + "-hopeless"))
-
-
-def test_non_finite_steps_of_the_other_stages_are_skipped(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(
-        tiny, stages=("clebs",), skip_nonfinite=1, clebs=replace(tiny.clebs, geometry_warmup_steps=0, steps=3)
-    )
-    contrast, fair, calls = pretrain.contrastive_loss, adversary.discriminator_loss, iter(range(100))
-
-    def sometimes(*args: object) -> object:
-        value, accuracy = contrast(*args)  # type: ignore[arg-type]
-        return (value * float("nan") if next(calls) == 1 else value), accuracy
-
-    monkeypatch.setattr(pretrain, "contrastive_loss", sometimes)
-    assert train(config).finished
-    weights = load_weights(Path(config.run) / "weights.safetensors")[0]
-    assert all(torch.isfinite(v).all() for v in weights.values())
-    calls = iter(range(100))
-    strict = replace(config, run=config.run + "-strict", skip_nonfinite=0)
-    with pytest.raises(TrainingError, match=r"stage clebs is nan at step 1 .*there is no checkpoint yet"):
-        train(replace(strict, checkpoint_every=9))
-    monkeypatch.setattr(adversary, "discriminator_loss", lambda real, fake: fair(real, fake) * float("nan"))
-    last = replace(tiny, stages=("reconstruction", "adversarial"), steps=1, adversarial=ADVERSARIAL)
-    assert train(replace(last, run=config.run + "-last", skip_nonfinite=1)).finished
-    with pytest.raises(TrainingError, match="stage adversarial is nan at step 0"):
-        train(replace(last, run=config.run + "-last-strict"))
+    with pytest.raises(TrainingError, match=r"loss of stage reconstruction is nan at step 0 \(loss nan, l2 "):
+        train(
+            replace(config, run=config.run + "-strict", stages=("reconstruction",), skip_nonfinite=0, lr=float("nan"))
+        )
 
 
 def test_kill_during_a_save_leaves_a_usable_run(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -303,12 +240,7 @@ def test_plan_training_counts_parameters_and_flops() -> None:
     assert found.parameters["generator"] == sum(p.numel() for p in model.generator.parameters())
     assert found.parameters["discriminator"] > 0
     assert found.gflops_frame > 0 and found.gflops_source > 0
-    boxes = {name: value for name, value in found.gflops.items() if name != "discriminator"}
-    assert sum(boxes.values()) == pytest.approx(found.gflops_frame + found.gflops_source)
-    assert found.gflops["between the boxes"] < 1e-5
-    side, hidden, samples = PRESETS["tiny"].raw_size, PRESETS["tiny"].decoder_hidden, 8
-    layers = hidden * 2 * PRESETS["tiny"].plane_channels + hidden * (PRESETS["tiny"].raw_channels + 1)
-    assert found.gflops["decoder"] == pytest.approx(2e-9 * side * side * samples * layers)
+    assert 0 < found.activations_mib_a_pair < 200
     assert found.memory_mib == pytest.approx(found.weights_mib + 4 * found.activations_mib_a_pair)
 
 

@@ -15,7 +15,7 @@ from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence
 from export3d_cli.core.model.expression import LeBS
-from export3d_cli.core.runtime.errors import ConfigError, TrainingError
+from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.clebs_stage import fit_flow_basis
 from export3d_cli.core.train.frame_cache import load_datasets
@@ -59,21 +59,14 @@ def test_train_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
     assert b is not None
     assert a[0].keys() == b[0].keys()
     assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
-    c, d = load_weights(whole.weights)[0], load_weights(second.weights)[0]
+    (c, model, record), d = load_weights(whole.weights), load_weights(second.weights)[0]
     assert all(torch.equal(c[k], d[k]) for k in c)
+    assert (model, record["steps"], record["clebs_steps"]) == (tiny.model, 4, 2)
+    assert c["flow.basis"].abs().max() > 0
+    assert not torch.equal(c["expression.beta_mean"], torch.zeros(64))
     steps = [json.loads(s)["step"] for s in (Path(halves.run) / "stats.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3, 1, 2, 3, 4]  # three of the CLeBS stage and its report, four of reconstruction
     assert sorted(p.name for p in (Path(config.run) / "samples").iterdir()) == ["0000004.png"]
-
-
-def test_weights_hold_a_trained_expression_code_and_flow(tiny: TrainConfig) -> None:
-    summary = train(replace(tiny, steps=1))
-    state, config, record = load_weights(summary.weights)
-    assert config == tiny.model
-    assert record["steps"] == 1
-    assert record["clebs_steps"] == 2
-    assert state["flow.basis"].abs().max() > 0
-    assert not torch.equal(state["expression.beta_mean"], torch.zeros(64))
 
 
 def test_clebs_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,12 +96,6 @@ def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.Monk
     assert saved[1]["step"] == summary.step
     assert saved[1]["decayed"] == 1.0
     assert TrainingRun.open(config, None).decay_progress == WARM_RESTART_PROGRESS  # continued with more time
-
-
-def test_non_finite_loss_stops_training(tiny: TrainConfig) -> None:
-    config = replace(tiny, stages=("reconstruction",), loss=LossConfig(l2=float("nan")))
-    with pytest.raises(TrainingError, match="nan at step 0"):
-        train(config)
 
 
 def test_train_leaves_threads_and_random_state_unchanged(tiny: TrainConfig) -> None:
@@ -152,7 +139,7 @@ def test_train_without_a_licence_is_refused_before_any_work(tiny: TrainConfig) -
 
 
 def test_licence_is_written_into_every_weights_file(tiny: TrainConfig, tmp_path: Path) -> None:
-    first = train(replace(tiny, stages=("clebs",), license="CC-BY-4.0"))
+    first = train(replace(tiny, stages=("reconstruction",), steps=1, license="CC-BY-4.0"))
     assert read_licence(first.weights) == "CC-BY-4.0"
     messages: list[str] = []
     config = replace(tiny, run=str(tmp_path / "second"), stages=("reconstruction",), steps=1, init=str(first.weights))
