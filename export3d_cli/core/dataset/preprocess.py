@@ -42,7 +42,6 @@ from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporarie
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
 CLIP_FPS = Fraction(25)  # frame rate of the clips in a data set
 CLIP_FILTER_OPTIONS = "--min-seconds, --max-seconds, --min-face, --max-yaw"
-_CLIP_SUFFIX = re.compile(r"-c\d{2,}$")  # follows the video's id in the id of one of its clips
 Progress = Callable[[str, int, "int | None"], None]
 PersonRule = Literal["name", "folder"]
 
@@ -135,7 +134,6 @@ def preprocess(
             f"clips from {clip_filter.min_seconds:g} s are kept, because inputs are cut at {max_frames} frames"
         )
     shard_inputs = all_inputs if shard is None else all_inputs[shard[0] - 1 :: shard[1]]
-    clips_folder = out / "clips"
     with folder_lock(out, shared=shard is not None):
         finished = DatasetManifest(out).finished_sources
         jobs = [
@@ -145,13 +143,6 @@ def preprocess(
         ]
         if len(jobs) < len(shard_inputs):
             notes.append(f"{len(shard_inputs) - len(jobs)} inputs of an earlier run are kept as they are")
-        try:
-            clips_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {out} ({error.strerror}): give a folder, or a file X.motion.npz"
-            ) from error
-        _remove_partial_clips(clips_folder, {job.source_id for job in jobs})
         rejected: list[str] = []
         try:
             with contextlib.closing(_run_jobs(jobs, workers or 1)) as results:
@@ -160,7 +151,7 @@ def preprocess(
                     if progress is not None:
                         progress("inputs", count, len(jobs))
         finally:
-            for folder in (clips_folder, out / "inputs"):
+            for folder in (out / "clips", out / "inputs"):
                 remove_stale_temporaries(folder)  # of workers that were stopped
             manifest = DatasetManifest(out)
             manifest.write()
@@ -214,23 +205,13 @@ def _find_inputs(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
             folders = file.relative_to(path).parent.parts if path.is_dir() else ()
             base = "-".join([*folders, file.stem.lstrip(".")]) + ("-still" if has_image_suffix(file) else "")
             base = shorten_name(base, 200)  # the names of its files are longer
-            base += "-video" if _CLIP_SUFFIX.search(base) else ""  # "a-c01" is the id of the first clip of "a"
+            base += "-video" if re.search(r"-c\d{2,}$", base) else ""  # "a-c01" is the id of the first clip of "a"
             name, k = base, 2
             while name in taken:
                 name, k = f"{base}-{k}", k + 1
             taken.add(name)
             ids[file] = name
     return list(ids.items())
-
-
-def _remove_partial_clips(folder: Path, pending: set[str]) -> None:
-    """Delete clips that killed runs left of pending inputs, because the new run may split them differently."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries]
-    for name in names:
-        clip = re.sub(r"(\.motion\.npz|\.mp4|\.png)$", "", name)
-        if clip != name and (clip in pending or _CLIP_SUFFIX.sub("", clip) in pending):
-            (folder / name).unlink(missing_ok=True)
 
 
 def _is_input_file(path: Path, folder: Path, out: Path) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from export3d_cli.core.config.schema import EyesConfig, InpaintConfig, LidsConfig, MouthConfig
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import mirror_camera, mirror_landmarks
 from export3d_cli.core.model.inpaint.eyelids import eyelid_hole
@@ -22,7 +21,6 @@ from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, m
 PARTIAL_OPENING_RATIO = (1.3, 4.0)  # range of opening ratios that stand for a photo with slightly parted lips
 MIN_OPEN_EYE = 0.25  # opening, in eye widths, from which an eye counts as open
 VISIBLE_IRIS_HEIGHT = (0.3, 1.0)  # range of the iris's visible height that the colour is measured on
-ConfigT = TypeVar("ConfigT", bound=InpaintConfig)
 
 
 class InpaintBatch(NamedTuple):
@@ -32,13 +30,13 @@ class InpaintBatch(NamedTuple):
     hole: Hole
 
 
-class InpaintSampler(Generic[ConfigT]):
+class InpaintSampler:
     """Draws crops: first the data set by weight, then the person uniformly, then a frame."""
 
     stage = ""
     requirement = "open enough: lower {}.min_opening"
 
-    def __init__(self, sampler: PairSampler, config: ConfigT) -> None:
+    def __init__(self, sampler: PairSampler, config: Any) -> None:
         self.sampler, self.config = sampler, config
         self.frames: list[list[np.ndarray]] = []  # per data set and person: indices of the accepted frames
         for data, people in zip(sampler.datasets, sampler.clips_by_person, strict=True):
@@ -93,7 +91,7 @@ class InpaintSampler(Generic[ConfigT]):
         return apply_color_lut(images, lut), landmarks, landmarks_to_head_frame(landmarks, cameras)
 
 
-class MouthSampler(InpaintSampler[MouthConfig]):
+class MouthSampler(InpaintSampler):
     """Open mouths."""
 
     stage = "mouth"
@@ -112,7 +110,7 @@ class MouthSampler(InpaintSampler[MouthConfig]):
         )
 
 
-class EyeSampler(InpaintSampler[EyesConfig]):
+class EyeSampler(InpaintSampler):
     """Open right eyes of the person, or left ones of mirrored images."""
 
     stage = "eyes"
@@ -130,13 +128,13 @@ class EyeSampler(InpaintSampler[EyesConfig]):
         return eye_hole(points, uv, 0, colour, confidence * torch.from_numpy(is_visible))
 
 
-class EyelidSampler(InpaintSampler[LidsConfig]):
+class EyelidSampler(InpaintSampler):
     """Shut right eyes of the person, or left ones of mirrored images."""
 
     stage = "lids"
     requirement = "shut enough: raise {}.max_opening"
 
-    def __init__(self, sampler: PairSampler, config: LidsConfig) -> None:
+    def __init__(self, sampler: PairSampler, config: Any) -> None:
         super().__init__(sampler, config)
         openings = [eye_opening(torch.from_numpy(data.landmarks), 0) for data in sampler.datasets]
         self.is_open = [(opening > MIN_OPEN_EYE).numpy() for opening in openings]
@@ -157,6 +155,4 @@ class EyelidSampler(InpaintSampler[LidsConfig]):
         return eyelid_hole(uv[:, 0], 0, images[:, 1], uv[:, 1], visibility)
 
 
-INPAINT_SAMPLERS: dict[
-    str, type[InpaintSampler[MouthConfig]] | type[InpaintSampler[EyesConfig]] | type[InpaintSampler[LidsConfig]]
-] = {"mouth": MouthSampler, "eyes": EyeSampler, "lids": EyelidSampler}
+INPAINT_SAMPLERS = {"mouth": MouthSampler, "eyes": EyeSampler, "lids": EyelidSampler}
