@@ -25,8 +25,7 @@ from export3d_cli.core.runtime.files import driver_track_id, folder_lock, read_m
 from export3d_cli.core.runtime.weights import resolve_weights
 
 MASK_SIZE = 64  # side of the cached person masks
-CACHE_VERSION = 2  # changes with the content of a cache
-MAPPED_ARRAYS = ("frames", "person_mask")  # too large for memory
+MAPPED_ARRAYS = ("frames", "person")  # too large for memory
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,20 @@ def load_dataset(
     if cache:  # datasets may share a folder name, not a path
         path_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         cache_folder = Path(cache) / f"{folder.name}-{path_hash}-{name}"
-    stamp = hashlib.sha256(json.dumps([CACHE_VERSION, entries, size, stride], sort_keys=True).encode()).hexdigest()
+    stamp = hashlib.sha256(json.dumps([entries, size, stride], sort_keys=True).encode()).hexdigest()
     if _read_stamp(cache_folder) != stamp:
         with folder_lock(cache_folder.parent, wait=True):
             if _read_stamp(cache_folder) != stamp:  # no other process has built it meanwhile
                 _build_cache(folder, entries, cache_folder, size, stride, stamp, progress)
     try:
         index = json.loads((cache_folder / "index.json").read_text(encoding="utf-8"))
+        arrays = {name: _load_array(cache_folder, name, index["count"], row) for name, row in _shapes(size).items()}
         dataset = FaceDataset(
             name=folder.name,
+            person_mask=arrays.pop("person"),
+            frame_index=arrays.pop("number"),
             clips=tuple(Clip(**clip) for clip in index["clips"]),
-            **{name: _load_array(cache_folder, name, index["count"], shape) for name, shape in _shapes(size).items()},
+            **arrays,
         )
         for clip in dataset.clips:
             if not (0 <= clip.start < clip.start + clip.count <= index["count"]):
@@ -102,8 +104,8 @@ def _shapes(size: int) -> dict[str, tuple[tuple[int, ...], type]]:
     """Return the shape of a row and the data type of each array of a cache of images of side `size`."""
     return {
         "frames": ((size, size, 3), np.uint8), "beta": ((BETA_DIM,), np.float32), "camera": ((CAMERA_DIM,), np.float32),
-        "landmarks": ((NUM_LANDMARKS, 3), np.float32), "person_mask": ((MASK_SIZE, MASK_SIZE), np.uint8),
-        "frame_index": ((), np.int32),
+        "landmarks": ((NUM_LANDMARKS, 3), np.float32), "person": ((MASK_SIZE, MASK_SIZE), np.uint8),
+        "number": ((), np.int32),
     }  # fmt: skip
 
 
@@ -156,8 +158,8 @@ def _build_cache(
                 continue
             for name in ("beta", "camera", "landmarks"):
                 arrays[name].append(np.asarray(getattr(motion, name), np.float32)[numbers])
-            arrays["person_mask"].append(_person_masks(matting, frames[row : row + len(numbers)]))
-            arrays["frame_index"].append(np.array(numbers, np.int32))
+            arrays["person"].append(_person_masks(matting, frames[row : row + len(numbers)]))
+            arrays["number"].append(np.array(numbers, np.int32))
             clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
             row += len(numbers)
             if progress is not None and (i % 20 == 0 or i == len(entries)):

@@ -59,7 +59,7 @@ def test_damaged_cache_is_refused(data_set: Path, tmp_path: Path) -> None:
     for name, array in {
         "beta": np.zeros((3, 64), np.float32), "camera": np.full((count, 25), np.nan, np.float32),
         "landmarks": np.zeros((count, 478, 3), np.uint8), "frames": np.zeros((2, SIZE, SIZE, 3), np.uint8),
-        "person_mask": np.zeros((count, 64, 64), np.float32),
+        "person": np.zeros((count, 64, 64), np.float32),
     }.items():  # fmt: skip
         before = (cache / f"{name}.npy").read_bytes()
         np.save(cache / f"{name}.npy", array)
