@@ -196,8 +196,6 @@ class LossConfig:
     density_tv: float = 0.0  # EG3D's total variation of the density
     silhouette: float = 0.0  # L1 between the opacity and the head mask of the target
     landmarks: float = 0.0  # L1 of the landmarks detected in output and target, percent of the face crop
-    identity: float = 0.0  # 1 - cosine of the face embeddings of output and target
-    embedder: str = ""  # TorchScript face embedder, (B, 3, 112, 112) RGB with ImageNet's mean and deviation
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,6 @@ def _validate_stages(config: TrainConfig) -> None:
 
 def _validate_loss(config: TrainConfig) -> None:
     loss, model = config.loss, config.model
-    if loss.identity > 0 and not loss.embedder:
-        raise ConfigError("loss.identity needs loss.embedder: set it to a TorchScript face embedder, or identity to 0")
     if loss.lpips and not loss.backbone:
         raise ConfigError("loss.lpips needs loss.backbone: set it to the VGG16 file that the linear weights belong to")
     if loss.lpips and min(config.raw_size_start or model.raw_size, model.raw_size) < 16:

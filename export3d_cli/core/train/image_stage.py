@@ -15,7 +15,6 @@ from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.cuda_graph import StepGraph
-from export3d_cli.core.train.identity_loss import load_identity_loss
 from export3d_cli.core.train.landmark_loss import LandmarkLoss, LandmarkNetwork
 from export3d_cli.core.train.objective import learning_rate, reconstruction_loss, scheduled_raw_size
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
@@ -39,7 +38,6 @@ class ImageStages(Stage):
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.ema_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.perceptual = self._load_perceptual()
-        self.identity = load_identity_loss(config.loss.embedder, run.device) if config.loss.identity > 0 else None
         self.landmarks = None
         if config.loss.landmarks > 0:
             self.landmarks = LandmarkLoss(LandmarkNetwork(resolve_weights("face_landmarker"))).to(run.device)
@@ -173,7 +171,7 @@ class ImageStages(Stage):
         with self.run.autocast():
             output = self.forward(batch, raw_size, batch_rows)
             loss, terms = reconstruction_loss(
-                output, batch, config, self.perceptual, self.identity, self.landmarks, self.head_masks(batch)
+                output, batch, config, self.perceptual, self.landmarks, self.head_masks(batch)
             )
         if self.discriminator is not None:  # eq. 14
             adversarial_loss = adversary.generator_loss(self.discriminator(output.image, batch.target_camera))

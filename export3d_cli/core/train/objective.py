@@ -10,7 +10,6 @@ from torch import Tensor
 
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.train import losses
-from export3d_cli.core.train.identity_loss import IdentityLoss
 from export3d_cli.core.train.landmark_loss import LandmarkLoss
 from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.perceptual import PerceptualDistance
@@ -37,7 +36,6 @@ def reconstruction_loss(
     batch: Batch,
     config: TrainConfig,
     perceptual: PerceptualDistance | None,
-    identity: IdentityLoss | None = None,
     landmarks: LandmarkLoss | None = None,
     head_mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,8 +65,6 @@ def reconstruction_loss(
     if w.mask > 0:
         mask = losses.face_mask(batch.target_landmarks, batch.target.shape[-1])
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
-    if identity is not None and w.identity > 0:
-        terms["identity"] = w.identity * identity(output.image, batch.target, batch.target_landmarks)
     if landmarks is not None and w.landmarks > 0:
         terms["landmarks"] = w.landmarks * landmarks(output.image, batch.target, batch.target_landmarks)
     if w.residual_flow > 0 and getattr(output, "residual_flow", None) is not None:
