@@ -24,10 +24,7 @@ from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.frame_cache import Clip, FaceDataset, resize_square
 
 HARD_PAIR_CANDIDATES = 8  # candidate drivers; the most different one is chosen
-WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = (
-    4,
-    16,
-)  # clips of one dataset, and frames of each, searched for a pair of different views
+WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = 4, 16  # clips, and frames of each, searched for a pair of different views
 
 
 @dataclass(frozen=True)
@@ -99,35 +96,24 @@ class PairSampler:
             return torch.from_numpy(apply_color_lut(frames, lut)), _to_tensor(beta)
         raise TrainingError(f"no clip with {min_frames} frames or more: contrastive training needs longer clips")
 
-    def draw_landmark_pairs(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return pairs of frames without images: beta (N, 64) and head-frame points (N, 478, 3) of both, camera of one.
+    def draw_landmark_pairs(self, seed: int, step: int, size: int) -> tuple[Tensor, ...]:
+        """Return pairs of frames without images: `(beta_k, beta_j, points_k, points_j, camera_j)`.
 
-        Returns `(beta_k, beta_j, points_k, points_j, camera_j)`.
+        beta (N, 64) and points (N, 478, 3) in the head frame are of both frames, the camera (N, 25) of one.
         """
         rng = np.random.default_rng([seed, step, 3])
-        parts: list[list[np.ndarray]] = [[], [], [], [], []]
+        pairs = []
         for _ in range(size):
             data, clip = self._draw_clip(rng, self.video_clips_by_person)
             k = clip.start + int(rng.integers(clip.count))
-            j = self._draw_driver(rng, data, clip, k)
-            beta, camera = data.beta[[k, j]], data.camera[[k, j]]
-            marks = data.landmarks[[k, j]]
+            rows = [k, self._draw_driver(rng, data, clip, k)]
+            beta, camera, marks = data.beta[rows], data.camera[rows], data.landmarks[rows]
             if self.config.flip and rng.random() < 0.5:
                 beta, camera, marks = mirror_beta(beta), mirror_camera(camera), mirror_landmarks(marks, self.mirror)
-            for part, value in zip(parts, (beta[0], beta[1], marks[0], marks[1], camera), strict=True):
-                part.append(value)
-        beta_k, beta_j, marks_k, marks_j, cameras = (np.stack(p) for p in parts)
-        points_k, points_j = (
-            landmarks_to_head_frame(marks_k, cameras[:, 0]),
-            landmarks_to_head_frame(marks_j, cameras[:, 1]),
-        )
-        return (
-            _to_tensor(beta_k),
-            _to_tensor(beta_j),
-            _to_tensor(points_k),
-            _to_tensor(points_j),
-            _to_tensor(cameras[:, 1]),
-        )
+            pairs.append((*beta, *marks, *camera))
+        beta_k, beta_j, marks_k, marks_j, camera_k, camera_j = map(np.stack, zip(*pairs, strict=True))
+        points = (landmarks_to_head_frame(marks_k, camera_k), landmarks_to_head_frame(marks_j, camera_j))
+        return tuple(map(_to_tensor, (beta_k, beta_j, *points, camera_j)))
 
     def draw_person_betas(self, seed: int, step: int, count: int, frames: int) -> Tensor:
         """Return the expressions of random frames of people with video, beta (count, frames, 64)."""
