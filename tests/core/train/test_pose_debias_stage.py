@@ -68,7 +68,7 @@ def rotating_run(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         PoseDebiasStage, "track_rotations", lambda self, frames: (np.ones(len(frames), bool), np.stack(true_rotations))
     )
-    stage_config = PoseDebiasConfig(steps=4, batch=2, ridge=1e-3)
+    stage_config = PoseDebiasConfig(steps=4, batch=4, ridge=1e-3)
     return replace(
         tiny,
         stages=("pose_debias",),
