@@ -54,7 +54,7 @@ from export3d_cli.core.config.loading import load_train_config
 from export3d_cli.core.train.trainer import train
 original, calls = checkpoint.save_file, []
 def save_file(tensors, path, metadata=None):
-    if "state" in Path(path).name:
+    if "state" in metadata["format"]:
         calls.append(path)
     if len(calls) == 3:
         original(tensors, path, metadata=metadata)
@@ -206,7 +206,13 @@ def test_non_finite_steps_change_nothing(tiny: TrainConfig, monkeypatch: pytest.
     assert all(torch.isfinite(v).all() for v in load_tensors(config).values() if v.is_floating_point())
     with pytest.raises(TrainingError, match=r"loss of stage reconstruction is nan at step 0 \(loss nan, l2 "):
         train(
-            replace(config, run=config.run + "-strict", stages=("reconstruction",), skip_nonfinite=0, lr=float("nan"))
+            replace(
+                config,
+                run=config.run + "-strict",
+                stages=("reconstruction",),
+                skip_nonfinite=0,
+                loss=replace(config.loss, l2=float("nan")),
+            )
         )
 
 
