@@ -24,7 +24,7 @@ HEAD_AXIS_LENGTH = 0.2  # head-frame units
 MAX_THUMBNAILS = 48
 THUMBNAIL_PX, GRID_COLUMNS = 96, 12
 CAPTION_PX, LINE_PX = 14, 24  # heights of the clip's name below its thumbnail, and of a line of text
-MAX_MEASURED_CLIPS = 2000  # clips of which pose and expression are measured, spread evenly over the data set
+MAX_MEASURED_CLIPS = 2000  # clips whose pose and expression are measured, spread evenly over the data set
 MEASURED_COEFFICIENTS = {
     "jawOpen": ("jawOpen",),
     "blink": ("eyeBlinkLeft", "eyeBlinkRight"),

@@ -130,7 +130,7 @@ def test_preprocess_shards_fill_one_data_set(stills, tmp_path):
 
 
 def test_preprocess_continues_a_killed_run(stills, tmp_path, monkeypatch):
-    """The lists are made again; a row that another shard is writing is not read."""
+    """The lists are rebuilt; a row that another shard is writing is not read."""
     out = tmp_path / "out"
     preprocess([stills], out, size=32)
     whole = (out / "manifest.jsonl").read_text(encoding="utf-8")
