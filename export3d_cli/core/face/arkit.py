@@ -125,39 +125,30 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def _parse_rows(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Parse row by row, so that only numbers stay in memory."""
     header = [name.strip().lower().replace("_", "") for name in next(lines, [])]
-    columns = [(name, header.index(name.lower())) for name in (*ARKIT_NAMES, *ANGLE_COLUMNS) if name.lower() in header]
+    missing = [name for name in ("Timecode", *ARKIT_NAMES) if name.lower() not in header and name != "tongueOut"]
+    if missing:
+        raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
+    columns = {name: header.index(name.lower()) for name in (*ARKIT_NAMES, *ANGLE_COLUMNS) if name.lower() in header}
     values, times = array("d"), array("d")
     for number, row in enumerate(lines, start=2):
         if not any(cell.strip() for cell in row):
             continue
-        if number == 2:
-            _check_columns(path, header)
-        if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
-            raise InputError(f"{path} has {len(row)} values in row {number}, not {len(header)}: export it again")
-        for name, column in columns:
-            try:
-                values.append(float(row[column]))
-            except ValueError as error:
-                raise InputError(f"{path} has a {name} of {row[column]!r} in row {number}: export it again") from error
-        code = row[header.index("timecode")].strip()
-        match = _TIMECODE.fullmatch(code)
-        if not match:
-            raise InputError(f"{path} has the timecode {code!r} in row {number}: expected HH:MM:SS:FF.fff")
-        times.extend(float(text) for text in match.groups())
+        try:
+            if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
+                raise ValueError(f"{len(row)} values, not {len(header)}")
+            values.extend(float(row[column]) for column in columns.values())
+            code = row[header.index("timecode")].strip()
+            if not (match := _TIMECODE.fullmatch(code)):
+                raise ValueError(f"the timecode {code!r}, not HH:MM:SS:FF.fff")
+            times.extend(float(text) for text in match.groups())
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read in row {number} ({error}): export it again") from error
     if not times:
         raise InputError(f"{path} has no rows of numbers: export it from Live Link Face")
     table = np.array(values).reshape(-1, len(columns))
     if not np.isfinite(table).all():
         raise InputError(f"{path} holds numbers that are not finite: export it again")
-    return {name: table[:, k] for k, (name, _) in enumerate(columns)}, np.array(times).reshape(-1, 4)
-
-
-def _check_columns(path: Path, header: list[str]) -> None:
-    missing = [name for name in ARKIT_NAMES if name.lower() not in header and name != "tongueOut"]
-    if missing:
-        raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
-    if "timecode" not in header:
-        raise InputError(f"{path} lacks the column Timecode, which gives the frame rate: export it from Live Link Face")
+    return dict(zip(columns, table.T, strict=True)), np.array(times).reshape(-1, 4)
 
 
 def _timecodes_to_seconds(path: Path, timecodes: np.ndarray) -> tuple[np.ndarray, int]:
@@ -172,14 +163,10 @@ def _timecodes_to_seconds(path: Path, timecodes: np.ndarray) -> tuple[np.ndarray
     seconds = whole + frames / base
     seconds += 86400 * np.cumsum(np.diff(seconds, prepend=seconds[0]) < -43200)  # past midnight
     steps = np.diff(seconds)
-    if len(steps) and steps.min() <= 0:
-        raise InputError(
-            f"{path} goes back in time or stands still at row {int(steps.argmin()) + 3}: give a single recording"
-        )
-    if len(steps) and steps.max() > MAX_GAP_S:
-        raise InputError(
-            f"{path} has a gap of {steps.max():.0f} s before row {int(steps.argmax()) + 3}: give a single recording"
-        )
+    jumps = np.flatnonzero((steps <= 0) | (steps > MAX_GAP_S))
+    if len(jumps):
+        row, step = jumps[0] + 3, steps[jumps[0]]
+        raise InputError(f"{path} has a time step of {step:.3g} s before row {row}: give a single recording")
     if len(steps) and np.median(steps) < 1 / MAX_ROWS_PER_S:
         raise InputError(f"{path} has more than {MAX_ROWS_PER_S} rows a second: export it again")
     return seconds, base

@@ -10,13 +10,17 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
 
 from export3d_cli.core.runtime.errors import InputError, WeightsError
+from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 from export3d_cli.core.runtime.hub import HubFile, commit_of, fetch, file_sha256, push
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULT_WEIGHTS = "export3d-compact"
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -95,6 +99,17 @@ def verify_weights(entry: ManifestEntry) -> None:
     if sha256 != entry.sha256:
         hashes = f"sha256 {sha256[:12]}..., must be {entry.sha256[:12]}..."
         raise WeightsError(f"{entry.path} is damaged ({hashes}): reinstall export3d-cli")
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a `.npz` file; raises `WeightsError` if it is damaged."""
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
+            return dict(data)
+    except DAMAGED_ZIP_ERRORS as error:
+        raise WeightsError(f"{path} is damaged ({error}): reinstall export3d-cli") from error
 
 
 @dataclass(frozen=True)
