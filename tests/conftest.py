@@ -12,10 +12,9 @@ from hypothesis import settings
 from torch import nn
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.weights import weights_dir
 
 settings.register_profile("ci", derandomize=True)  # repeatable in CI, new examples on each local run
 if os.environ.get("CI"):
@@ -32,7 +31,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
-    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
+    triangles = load_canonical_face().flow_triangles
     model.flow.triangles.copy_(torch.from_numpy(triangles))
     model.flow.basis.normal_(std=0.003)
     for parameter in model.parameters():

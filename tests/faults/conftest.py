@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
@@ -23,7 +23,7 @@ from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path
 
 SIDE, FRAMES = 64, 8
 
@@ -46,7 +46,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def motion_of(seed: int, frames: int) -> Motion:
     """Return the motion of a slightly turning head, made without a tracker."""
     rng = np.random.default_rng(seed)
-    face = load_canonical_face(weights_dir() / "face_landmarker.task").points
+    face = load_canonical_face().points
     cameras = [Camera.orbit(rng.uniform(-15, 15), rng.uniform(-8, 8)) for _ in range(frames)]
     marks = []
     for camera in cameras:
@@ -80,7 +80,7 @@ def _weights(folder: Path) -> Path:
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
-    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
+    triangles = load_canonical_face().flow_triangles
     model.flow.triangles.copy_(torch.from_numpy(triangles))
     model.flow.basis.normal_(std=0.003)
     save_weights(path, model.state_dict(), PRESETS["tiny"], {})

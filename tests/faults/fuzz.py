@@ -33,7 +33,6 @@ from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.beta_statistics import BetaStatistics
-from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
@@ -127,7 +126,6 @@ def readers() -> dict[str, Reader]:
     photos = (json.dumps(photo) + "\n" + json.dumps({**photo, "id": "b"}) + "\n").encode()
     yaml = b"preset: tiny\nlr: 1e-4\nstages: [clebs, reconstruction]\nmodel: {width: 64, stem: [8, 8, 16]}\n"
     yaml += b"data:\n  path: [x]\n"
-    bundle = zipped({"geometry_pipeline_metadata_landmarks.binarypb": _geometry()})
     statistics = weights_dir() / "beta_statistics.npz"
     camera = Camera.orbit(0, 0).to_vector()
 
@@ -152,7 +150,6 @@ def readers() -> dict[str, Reader]:
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, camera)),
         "statistics": Reader([statistics.read_bytes()], ".npz", BetaStatistics.load, mutate_zip),
-        "bundle": Reader([bundle], ".task", lambda path: load_canonical_face.__wrapped__(path), mutate_zip),
     }  # fmt: skip
 
 
@@ -172,11 +169,6 @@ def _train(data: Path, motion: bytes) -> None:
         load_dataset(data, 64)
     finally:
         shutil.rmtree(data / "cache-64", ignore_errors=True)
-
-
-def _geometry() -> bytes:
-    with zipfile.ZipFile(weights_dir() / "face_landmarker.task") as archive:
-        return archive.read("geometry_pipeline_metadata_landmarks.binarypb")
 
 
 def fuzz(name: str, executions: int, seed: int) -> tuple[int, list[str]]:

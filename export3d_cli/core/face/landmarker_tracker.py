@@ -30,7 +30,7 @@ class LandmarkerTracker:
     def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
         """See `Landmarker`."""
         self.landmarker = Landmarker(bundle, detector=detector, threads=threads)
-        self.canonical = load_canonical_face(bundle)
+        self.canonical = load_canonical_face()
 
     def track_frames(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
         """Track the face through the frames of a video, uint8 (H, W, 3) RGB, read one at a time."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from export3d_cli.core.config.loading import save_yaml
 from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, ModelConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.device import pick_device, precision_notes, torch_state
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.files import folder_lock
-from export3d_cli.core.runtime.weights import resolve_weights, weights_dir
+from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train.clebs_stage import ClebsStage, prepare_ablation
 from export3d_cli.core.train.distributed import init_distributed
 from export3d_cli.core.train.frame_cache import load_datasets
@@ -86,14 +86,14 @@ def _train(run: TrainingRun) -> TrainSummary:
     )
     if world.is_main:
         world.barrier()
-    face = load_canonical_face(weights_dir() / "face_landmarker.task")
+    face = load_canonical_face()
     sampler = PairSampler(datasets, config.data, face.mirror)
 
     # model
     torch.manual_seed(config.seed)
     model = Export3D(config.model).to(run.device)
     if model.flow is not None:
-        model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(face)))
+        model.flow.triangles.copy_(torch.from_numpy(face.flow_triangles))
     _load_initial_weights(model, run)
 
     # stages

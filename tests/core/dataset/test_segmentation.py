@@ -20,7 +20,6 @@ from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import weights_dir
 
 RATE = Fraction(25)
 SIZE = (160, 120)
@@ -35,7 +34,7 @@ def scene(colour, shift=0):
 
 @pytest.fixture(scope="module")
 def canonical():
-    return load_canonical_face(weights_dir() / "face_landmarker.task")
+    return load_canonical_face()
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from export3d_cli.core.evaluation.protocol import (
     read_clips,
     select_frames,
 )
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_tensor, write_image
 from export3d_cli.core.media.writer import VideoWriter
@@ -40,7 +40,7 @@ from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.main import cli
 
@@ -73,7 +73,7 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
-    triangles = make_flow_triangles(load_canonical_face(weights_dir() / "face_landmarker.task"))
+    triangles = load_canonical_face().flow_triangles
     model.flow.triangles.copy_(torch.from_numpy(triangles))
     save_weights(path, model.state_dict(), PRESETS["tiny"], {}, half=False)
     return path

@@ -48,10 +48,9 @@ def test_landmark_distance_is_in_the_image_plane_in_pixels_at_256():
 def test_ibug68_points_lie_on_the_right_features():
     from export3d_cli.core.face.canonical_face import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE
-    from export3d_cli.core.runtime.weights import weights_dir
 
     assert len(set(IBUG68)) == 68
-    points = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
+    points = load_canonical_face().points[list(IBUG68)]
     assert set(IBUG68[36:42]) <= set(RIGHT_EYE) and set(IBUG68[42:48]) <= set(LEFT_EYE)
     assert set(IBUG68[48:]) <= set(LIPS)
     assert (np.diff(points[1:16, 0]) > 0).all()  # the jaw is listed from the image's left to its right
@@ -95,9 +94,8 @@ def test_gaze_direction_from_iris_entries_of_beta():
     from export3d_cli.core.face.canonical_face import load_canonical_face
     from export3d_cli.core.face.expression_coefficients import compute_measures
     from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS
-    from export3d_cli.core.runtime.weights import weights_dir
 
-    points = np.repeat(load_canonical_face(weights_dir() / "face_landmarker.task").points[None], 2, axis=0)
+    points = np.repeat(load_canonical_face().points[None], 2, axis=0)
     eyes = [points[0, list(corners)].mean(0) for corners in ((362, 263), (33, 133))]
     unit = np.linalg.norm(eyes[0] - eyes[1])
     for iris, eye in zip((LEFT_IRIS, RIGHT_IRIS), eyes, strict=True):

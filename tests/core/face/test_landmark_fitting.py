@@ -112,7 +112,7 @@ def test_fit_frames_of_a_mirrored_face_mirrors_coefficients(basis: FaceBasis) ->
 
 
 def test_shipped_basis_matches_the_canonical_face_and_is_symmetric(basis: FaceBasis) -> None:
-    canonical = load_canonical_face(weights_dir() / "face_landmarker.task").points[list(IBUG68)]
+    canonical = load_canonical_face().points[list(IBUG68)]
     assert np.linalg.norm(basis.mean - canonical, axis=1).mean() < 0.02  # 1 cm
     np.testing.assert_allclose(basis.mean[list(IBUG68_MIRROR)], basis.mean * [-1, 1, 1], atol=2e-3)
     jaw = basis.expression[ARKIT_NAMES.index("jawOpen")]

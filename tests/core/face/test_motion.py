@@ -31,7 +31,7 @@ POSES = [(0, 0, 0), (20, 0, 0), (-20, 0, 0), (0, 15, 0), (0, -15, 0), (0, 0, 25)
 
 @pytest.fixture(scope="module")
 def canonical() -> CanonicalFace:
-    return load_canonical_face(BUNDLE)
+    return load_canonical_face()
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import CanonicalFace, load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import CanonicalFace, load_canonical_face
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import BasisFlow
 from export3d_cli.core.runtime.camera import Camera
-from export3d_cli.core.runtime.weights import weights_dir
 
 
 @pytest.fixture(scope="session")
 def canonical() -> CanonicalFace:
-    return load_canonical_face(weights_dir() / "face_landmarker.task")
+    return load_canonical_face()
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def orbit() -> Callable[..., Tensor]:
 def flow(canonical: CanonicalFace) -> BasisFlow:
     """Basis flow of the tiny preset with the canonical face's triangles."""
     flow = BasisFlow(PRESETS["tiny"])
-    flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
+    flow.triangles.copy_(torch.from_numpy(canonical.flow_triangles))
     return flow
 
 
@@ -54,7 +53,7 @@ def tiny(canonical: CanonicalFace) -> Export3D:
     torch.manual_seed(0)
     model = Export3D(PRESETS["tiny"])
     assert model.flow is not None
-    model.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
+    model.flow.triangles.copy_(torch.from_numpy(canonical.flow_triangles))
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)

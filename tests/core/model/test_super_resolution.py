@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.face.canonical_face import CanonicalFace, make_flow_triangles
+from export3d_cli.core.face.canonical_face import CanonicalFace
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.generator import zero_init
 from export3d_cli.core.model.super_resolution import FRINGE_DIVISOR, PHOTO_LOGIT_BIAS, widen_mask
@@ -51,7 +51,7 @@ def test_outline_of_a_far_moved_head_does_not_show_the_photo(
     """The photo shows both sides of a head's outline, but not if the background there samples the head."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None and net.flow_blend is not None
-    net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
+    net.flow.triangles.copy_(torch.from_numpy(canonical.flow_triangles))
     person, photo = torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64)
     person[..., 10:54] = 1
     camera = orbit(0)
@@ -74,7 +74,7 @@ def test_stray_hair_does_not_stay_on_the_wall(
     """Masks miss stray hair: next to where the head was, the wall does not count as visible, the body does."""
     net = Export3D(replace(tiny.config, mesh_size=128)).eval()
     assert net.flow is not None
-    net.flow.triangles.copy_(torch.from_numpy(make_flow_triangles(canonical)))
+    net.flow.triangles.copy_(torch.from_numpy(canonical.flow_triangles))
     render, person = net.render, torch.zeros(1, 1, 64, 64)
     person[..., 12:52] = 1  # a head and the body below it
 

@@ -26,7 +26,7 @@ BUNDLE = weights_dir() / "face_landmarker.task"
 
 def motion_of(seed: int, frames: int) -> Motion:
     rng = np.random.default_rng(seed)
-    face = load_canonical_face(BUNDLE).points * rng.uniform(0.95, 1.05, 3)
+    face = load_canonical_face().points * rng.uniform(0.95, 1.05, 3)
     beta = rng.uniform(0, 0.01, (frames, 64)).astype(np.float32)
     jaw = rng.uniform(0, 1, frames)
     beta[:, ARKIT_NAMES.index("jawOpen")] = jaw

@@ -17,7 +17,7 @@ import torch
 
 from export3d_cli.core.config.loading import make_train_config, save_yaml
 from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face, make_flow_triangles
+from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.export3d import Export3D
@@ -29,8 +29,6 @@ from export3d_cli.core.train import image_stage as stages
 from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
 from export3d_cli.core.train.training_plan import plan_training
-
-from .conftest import BUNDLE
 
 ADVERSARIAL = AdversarialConfig(
     steps=1, channel_max=8, channel_base=256, mapping_layers=1, mbstd_group_size=2, r1_gamma=1.0, r1_interval=1
@@ -181,7 +179,7 @@ def test_silhouette_term_gets_the_head_mask_of_the_target(tiny: TrainConfig, mon
     train(config)
     (batch, head), flow = seen[0], Export3D(config.model).flow
     assert flow is not None
-    flow.triangles.copy_(torch.from_numpy(make_flow_triangles(load_canonical_face(BUNDLE))))
+    flow.triangles.copy_(torch.from_numpy(load_canonical_face().flow_triangles))
     torch.testing.assert_close(head, flow.head_mask(batch.target_points, batch.target_camera, batch.target_person_mask))
     assert not torch.equal(head, flow.head_mask(batch.source_points, batch.source_camera, batch.source_person_mask))
 

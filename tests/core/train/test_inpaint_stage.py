@@ -24,7 +24,7 @@ from export3d_cli.core.train.inpaint_data import INPAINT_SAMPLERS
 from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.trainer import train
 
-from .conftest import BUNDLE, SIZE
+from .conftest import SIZE
 
 SHORT = {"steps": 3, "batch": 2, "adversarial_start": 1, "discriminator_width": 2}
 # the canonical lips almost touch; the clips move all lips alike and shut no eyes
@@ -45,7 +45,7 @@ def stage_run(config: TrainConfig, name: str) -> TrainConfig:
 
 @pytest.fixture
 def sampler(tiny: TrainConfig) -> PairSampler:
-    return PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face(BUNDLE).mirror)
+    return PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face().mirror)
 
 
 @each_stage

@@ -19,13 +19,13 @@ from export3d_cli.core.runtime.errors import InputError, TrainingError
 from export3d_cli.core.train.frame_cache import load_dataset, load_datasets
 from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, num_loader_threads, prefetch
 
-from .conftest import BUNDLE, FRAMES, SIZE
+from .conftest import FRAMES, SIZE
 
 
 @pytest.fixture
 def sampler(data_set: Path) -> PairSampler:
     config = DataConfig(path=(str(data_set),), jitter=0.0, flip=False, still_image_ratio=0.0)
-    return PairSampler(load_datasets(config, SIZE), config, load_canonical_face(BUNDLE).mirror)
+    return PairSampler(load_datasets(config, SIZE), config, load_canonical_face().mirror)
 
 
 def test_cache_holds_the_frames_with_a_face_and_is_built_once(data_set: Path) -> None:

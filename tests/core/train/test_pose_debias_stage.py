@@ -22,9 +22,7 @@ from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, fit_rotations
 from export3d_cli.core.train.trainer import train
 
-from .conftest import BUNDLE
-
-FACE = load_canonical_face(BUNDLE).points
+FACE = load_canonical_face().points
 
 
 def rigid_rotation(before: np.ndarray, after: np.ndarray) -> np.ndarray:

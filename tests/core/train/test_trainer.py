@@ -24,7 +24,7 @@ from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.trainer import train
 from export3d_cli.core.train.training_run import WARM_RESTART_PROGRESS, TrainingRun
 
-from .conftest import BUNDLE, SIZE
+from .conftest import SIZE
 
 
 def test_clebs_stage_uses_its_own_dataset_weights(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_learning_rate_and_raw_size_schedules(tiny: TrainConfig) -> None:
 
 
 def test_fit_flow_basis_recovers_a_linear_motion(tiny: TrainConfig) -> None:
-    sampler = PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face(BUNDLE).mirror)
+    sampler = PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face().mirror)
     torch.manual_seed(0)
     lebs = LeBS(tiny.model)
     basis, report = fit_flow_basis(lebs, sampler, 0, 400, 1e-4)

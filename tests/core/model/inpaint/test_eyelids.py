@@ -19,7 +19,6 @@ from export3d_cli.core.model.inpaint.eyelids import (
 )
 from export3d_cli.core.model.inpaint.eyes import eyelid_rims
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.runtime.weights import weights_dir
 
 GREY = torch.zeros(1, 3, 64, 64)
 
@@ -34,7 +33,7 @@ def with_lids_lowered(points: Tensor, ratio: float = 1.0) -> Tensor:
 
 
 def test_folds_lie_above_the_rims_on_both_sides(points: Tensor) -> None:
-    mirror = load_canonical_face(weights_dir() / "face_landmarker.task").mirror
+    mirror = load_canonical_face().mirror
     assert eyelid_fold_and_rim(1) == tuple(tuple(mirror[list(edge)].tolist()) for edge in eyelid_fold_and_rim(0))
     for side in (0, 1):
         fold, rim = (points[0, list(edge)] for edge in eyelid_fold_and_rim(side))

@@ -23,7 +23,6 @@ from export3d_cli.core.model.inpaint.eyes import (
     iris_colour,
 )
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.runtime.weights import weights_dir
 
 GREY = torch.zeros(1, 3, 64, 64)
 
@@ -50,7 +49,7 @@ def with_irises(points: Tensor) -> Tensor:
 
 
 def test_eye_crops_of_both_eyes_are_mirrored(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    mirror = torch.from_numpy(load_canonical_face(weights_dir() / "face_landmarker.task").mirror.copy())
+    mirror = torch.from_numpy(load_canonical_face().mirror.copy())
     uv, _ = project(points, orbit(15.0))
     mirrored = uv[:, mirror] * torch.tensor([-1.0, 1.0]) + torch.tensor([1.0, 0.0])
     left, right = eye_crop(uv, 1), eye_crop(mirrored, 0)
