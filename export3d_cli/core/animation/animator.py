@@ -32,11 +32,12 @@ from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
+from export3d_cli.core.face.face_track import FaceTracker
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import find_photo_face
-from export3d_cli.core.face.tracker import FaceTracker, TrackerName, open_tracker
+from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source

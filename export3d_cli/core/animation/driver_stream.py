@@ -21,6 +21,7 @@ from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
+from export3d_cli.core.face.face_track import FaceTracker
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import Motion, resample_rows
@@ -32,7 +33,6 @@ from export3d_cli.core.face.target_face import (
     rotate_clockwise,
 )
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera

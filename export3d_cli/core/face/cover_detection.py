@@ -20,7 +20,7 @@ from export3d_cli.core.face.landmarks import (
     OUTER_LIPS,
     RIGHT_EYE_OUTER,
 )
-from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.weights import load_arrays
 
 PICTURE_SIZE_PX = 256  # side of the face crop that the crops of parts are taken from
 CROP_SIZE_PX = 48  # side of the network's input
@@ -53,11 +53,7 @@ class CoverDetector:
 
     def __init__(self, path: Path) -> None:
         """Load `cover_detector.npz`; raises `WeightsError` if it does not load."""
-        try:
-            with np.load(path) as file:
-                self._weights = {name: file[name].astype(np.float32) for name in file.files}
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"cannot read {path} ({error}): install export3d-cli again") from error
+        self._weights = {name: array.astype(np.float32) for name, array in load_arrays(path).items()}
 
     def covered_parts(self, image: np.ndarray, landmarks: np.ndarray) -> CoveredParts:
         """Return what is covered in a face crop, uint8 (K, K, 3), with landmarks (478, 2 or 3) in crop units."""

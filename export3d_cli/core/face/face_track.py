@@ -1,15 +1,26 @@
-"""Following one face through the frames of a video. All state of the tracking is here: threads may share a finder."""
+"""What all face trackers share: finding faces, following one through a video, and its conversion to `Motion`.
+
+All state of the tracking is in `FaceTrack`: threads may share a finder and a tracker.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 
+from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration
 from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.runtime.errors import NoFaceError
 
 WARMUP_PASSES = 3  # a first frame is tracked this often: the region of interest converges to the one kept in videos
 _THOROUGH_INTERVAL = 8  # frames without a face between thorough searches for small faces
+CHUNK_FRAMES = 1024  # frames computed at once, which bounds the memory of double precision in a long video
 
 
 class FaceFinder(Protocol):
@@ -26,6 +37,45 @@ class FaceFinder(Protocol):
 
     def find_near(self, image: np.ndarray, face: Face) -> Face | None:
         """Return the face near the place of `face`, which another image showed, or None."""
+
+
+class FaceTracker(ABC):
+    """A finder of faces, and the conversion of its faces to `Motion`."""
+
+    landmarker: FaceFinder
+
+    @abstractmethod
+    def calibrate_clip(
+        self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
+    ) -> ClipCalibration:
+        """Measure what stays the same in a clip, from faces of its frames of `size`; `scale`: see `fit_clip_crop`."""
+
+    @abstractmethod
+    def fit(self, faces: Sequence[Face], clip: ClipCalibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return beta (F, 64), cameras (F, 25) and landmarks (F, N, 3) in crop units, float32, of faces of a clip."""
+
+    def make_motion(
+        self, faces: Sequence[Face | None], fps: Fraction, size: tuple[int, int], *, clip: ClipCalibration | None = None
+    ) -> Motion:
+        """Return the motion of a clip in one fixed crop.
+
+        Raises `NoFaceError` if no frame has a face.
+
+        Args:
+            faces: of each frame, in pixels; None where the frame shows none: it repeats the face before it.
+            fps: frames a second.
+            size: width, height of the frames.
+            clip: from `calibrate_clip`; None: calibrate on these faces.
+        """
+        found = np.array([face is not None for face in faces], dtype=bool)
+        present = [face for face in faces if face is not None]
+        if not present:
+            raise NoFaceError("no face was found in any frame")
+        clip = clip or self.calibrate_clip(present, size)
+        chunks = [self.fit(present[i : i + CHUNK_FRAMES], clip) for i in range(0, len(present), CHUNK_FRAMES)]
+        beta, cameras, landmarks = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        motion = Motion(beta, cameras, landmarks, found[found], fps, clip.crop, size)
+        return motion if found.all() else replace(motion.select((np.cumsum(found) - 1).clip(0)), found=found)
 
 
 class FaceTrack:

@@ -8,10 +8,7 @@ stay at the same places of a turned head. YuNet detects the faces and confirms t
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,14 @@ import numpy as np
 
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, Square, crop_image, fit_crop_square
 from export3d_cli.core.face.detector import FaceDetector
-from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, compute_measures
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, compute_measures
+from export3d_cli.core.face.face_track import FaceTracker
 from export3d_cli.core.face.landmark_fitting import FaceBasis, FaceFit, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarker import Face, hold_missing_faces
+from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.landmarks import IBUG68_MEASURE_POINTS
-from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import FOCAL, default_intrinsics, with_head_pose
-from export3d_cli.core.runtime.errors import Export3DError, WeightsError
+from export3d_cli.core.runtime.errors import WeightsError
+from export3d_cli.core.runtime.weights import load_arrays
 
 NUM_FAN_LANDMARKS = 68
 INPUT_SIDE_PX = 512  # the network sees half of it, but the package rounds points to whole pixels of it
@@ -85,33 +83,32 @@ class FanLandmarker:
     def _detect_faces(self, image: np.ndarray) -> Iterator[Face]:
         for detection in self.detector(image):
             rough = self.predict_points(image, _input_square(detection.box.reshape(2, 2)))
-            face = (
-                None
-                if _shape_deviation(rough, self.mean_face) > _MAX_SHAPE_DEVIATION
-                else self._confirm_face(image, _input_square(rough))
-            )
-            if face is not None:
-                yield face
+            if _shape_deviation(rough, self.mean_face) <= _MAX_SHAPE_DEVIATION:
+                face = self._confirm_face(image, _input_square(rough))
+                if face is not None:
+                    yield face
 
     def _confirm_face(self, image: np.ndarray, view: Square) -> Face | None:
         detections = self.detector(crop_image(image, view, _CONFIRM_SIDE_PX))
-        if not detections:
-            return None
-        points = self.predict_points(image, view)
-        if _shape_deviation(points, self.mean_face) > _MAX_SHAPE_DEVIATION:
+        points = self.predict_points(image, view) if detections else None
+        if points is None or _shape_deviation(points, self.mean_face) > _MAX_SHAPE_DEVIATION:
             return None
         landmarks = np.column_stack([points, np.zeros(NUM_FAN_LANDMARKS)]).astype(np.float32)
         return Face(landmarks, np.zeros(len(ARKIT_NAMES), np.float32), detections[0].score)
 
 
-class FanTracker:
+class FanTracker(FaceTracker):
     """A `FaceTracker` for 68 points."""
 
-    num_landmarks = NUM_FAN_LANDMARKS
-
     def __init__(self, basis: Path, detector: FaceDetector, *, device: str = "cpu") -> None:
-        """See `FanLandmarker`; `basis` is the file of `FaceBasis` and `BetaCalibration`."""
-        self.basis, self.calibration = FaceBasis.load(basis), BetaCalibration.load(basis)
+        """See `FanLandmarker`; `basis` is `fan_basis.npz`.
+
+        It also holds the linear map from fitted coefficients to the landmarker's beta: `gain` and `rest`, (64,) each;
+        the gain is 0 for entries that 68 points do not show, such as the gaze.
+        """
+        arrays = {name: array.astype(np.float64) for name, array in load_arrays(basis).items()}
+        self.basis = FaceBasis(arrays["mean"], arrays["identity"], arrays["expression"])
+        self.gain, self.offset = arrays["gain"], arrays["rest"]
         self.landmarker = FanLandmarker(detector, self.basis.mean, device=device)
 
     def calibrate_clip(
@@ -123,63 +120,22 @@ class FanTracker:
         x0, y0, side = crop = fit_crop_square(nose, FACE_BOX_RATIO * np.ptp(pixels, axis=1).max(-1), size, scale)
         return ClipCalibration(crop, fit_neutral((pixels - [x0, y0]) / side, self.basis))
 
-    def make_motion(
-        self,
-        faces: Sequence[Face | None],
-        fps: Fraction,
-        size: tuple[int, int],
-        *,
-        clip: ClipCalibration | None = None,
-        scale: tuple[float, float] = CROP_SCALE,
-    ) -> Motion:
-        """Return the motion of a clip with 68 landmarks, (T, 68, 3), calibrated on these faces if `clip` is None.
-
-        Raises `NoFaceError` if no frame has a face.
-        """
-        present, found, held = hold_missing_faces(faces)
-        crop, neutral_face = clip or self.calibrate_clip(present, size, scale)
-        if neutral_face is None:
-            raise Export3DError("the clip has no neutral face: calibrate it with FanTracker.calibrate_clip")
-        x0, y0, side = crop
-        points = (np.stack([face.landmarks[:, :2] for face in present]).astype(np.float64) - [x0, y0]) / side
-        fit = fit_frames(points, self.basis, neutral_face)
+    def fit(self, faces: Sequence[Face], clip: ClipCalibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fit the face model to the points."""
+        assert clip.neutral_face is not None
+        x0, y0, side = clip.crop
+        points = (np.stack([face.landmarks[:, :2] for face in faces]).astype(np.float64) - [x0, y0]) / side
+        fit = fit_frames(points, self.basis, clip.neutral_face)
         depth = fit.depth()
         z = FOCAL * (depth / depth.mean(1, keepdims=True) - 1)
         landmarks = np.concatenate([points, z[..., None]], axis=-1).astype(np.float32)
-        beta = self.calibration(
-            np.concatenate(
-                [fit.coefficients, compute_measures(points_to_head_frame(points, fit), IBUG68_MEASURE_POINTS)], axis=1
-            )
-        )
-        return Motion(beta[held], _cameras_from_fit(fit)[held], landmarks[held], found, fps, crop, size)
-
-
-@dataclass(frozen=True)
-class BetaCalibration:
-    """The linear map from fitted coefficients to the landmarker's beta: beta = gain * fitted + offset."""
-
-    gain: np.ndarray  # (64,); 0 for entries that 68 points do not show, such as the gaze
-    offset: np.ndarray  # (64,)
-
-    @classmethod
-    def load(cls, path: Path) -> BetaCalibration:
-        """Read it from the file of the basis."""
-        try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-                gain, offset = (data[name].astype(np.float64) for name in ("gain", "rest"))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise WeightsError(f"{path} holds no gains of beta ({error}): install export3d-cli again") from error
-        if gain.shape != (len(BETA_NAMES),) or offset.shape != gain.shape:
-            raise WeightsError(f"{path} holds gains of shape {gain.shape}: install export3d-cli again")
-        return cls(gain, offset)
-
-    def __call__(self, fitted: np.ndarray) -> np.ndarray:
-        """Map coefficients and measures (F, 60), without irises, to beta (F, 64) float32."""
-        padded = np.zeros((len(fitted), len(BETA_NAMES)))
-        padded[:, : fitted.shape[1]] = fitted
-        beta = padded * self.gain + self.offset
+        measures = compute_measures(points_to_head_frame(points, fit), IBUG68_MEASURE_POINTS)  # (F, 8): no irises
+        fitted = np.concatenate([fit.coefficients, measures, np.zeros((len(points), 4))], axis=1)
+        beta = fitted * self.gain + self.offset
         beta[:, : len(ARKIT_NAMES)] = beta[:, : len(ARKIT_NAMES)].clip(0, 1)
-        return beta.astype(np.float32)
+        identity = np.concatenate([np.eye(4).ravel(), default_intrinsics().ravel()])
+        cameras = with_head_pose(np.tile(identity, (len(points), 1)), fit.rotation, fit.centre)
+        return beta.astype(np.float32), cameras, landmarks
 
 
 def points_to_head_frame(points: np.ndarray, fit: FaceFit) -> np.ndarray:
@@ -187,12 +143,6 @@ def points_to_head_frame(points: np.ndarray, fit: FaceFit) -> np.ndarray:
     depth = fit.depth()[..., None]
     cloud = np.concatenate([(points - 0.5) / FOCAL * depth, depth], axis=-1) - fit.centre[:, None]
     return np.einsum("fji,fnj->fni", fit.rotation, cloud)
-
-
-def _cameras_from_fit(fit: FaceFit) -> np.ndarray:
-    """Return the cameras (F, 25) of the fitted head poses."""
-    identity = np.concatenate([np.eye(4).ravel(), default_intrinsics().ravel()])
-    return with_head_pose(np.tile(identity, (len(fit.centre), 1)), fit.rotation, fit.centre)
 
 
 def _input_square(points: np.ndarray) -> Square:

@@ -7,15 +7,12 @@ coefficients in [0, 1] by coordinate descent. `fit_neutral` fits one neutral fac
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS, rotation_exp
-from export3d_cli.core.runtime.errors import WeightsError
 
 GAUSS_NEWTON_STEPS, DESCENT_SWEEPS = 5, 12  # linearisations; passes of coordinate descent in each
 NEUTRAL_FRAMES, NEUTRAL_ROUNDS = 48, 6  # frames used for the neutral face; alternations of both fits
@@ -31,24 +28,11 @@ LANDMARK_SD = np.repeat([0.02, 0.01, 0.02, 0.006, 0.005, 0.003, 0.004], [6, 5, 6
 
 @dataclass(frozen=True)
 class FaceBasis:
-    """A linear face model of 68 points in the head frame."""
+    """A linear face model of 68 points in the head frame; `fan_basis.npz` holds it."""
 
     mean: np.ndarray  # (68, 3)
     identity: np.ndarray  # (K, 68, 3), one standard deviation each
     expression: np.ndarray  # (52, 68, 3), in the order of ARKIT_NAMES
-
-    @classmethod
-    def load(cls, path: Path) -> FaceBasis:
-        """Read `fan_basis.npz`; raises `WeightsError` for any other file."""
-        try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-                basis = cls(*(data[name].astype(np.float64) for name in ("mean", "identity", "expression")))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise WeightsError(f"{path} holds no basis of 68 points ({error}): install export3d-cli again") from error
-        shapes = basis.mean.shape, basis.identity.shape[1:], basis.expression.shape
-        if shapes != ((68, 3), (68, 3), (52, 68, 3)):
-            raise WeightsError(f"{path} holds a basis of shapes {shapes}: install export3d-cli again")
-        return basis
 
     def deform(self, neutral: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Return the points (F, 68, 3) of a neutral face (68, 3) with coefficients (F, 52)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import numpy as np
 from export3d_cli.core.face.detector import SEARCH_SIDES_PX, Detection, FaceDetector
 from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
 from export3d_cli.core.face.litert import LiteRTNetwork
-from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
+from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 
 _DETECTOR_SIDE_PX = 128  # input side of the detector
@@ -282,14 +282,3 @@ def _warp_roi(image: np.ndarray, roi: _Roi, size: int, border: int) -> np.ndarra
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     y: np.ndarray = 1 / (1 + np.exp(-np.clip(x, -80, 80)))  # exp overflows not far beyond 80
     return y
-
-
-def hold_missing_faces(faces: Sequence[Face | None]) -> tuple[list[Face], np.ndarray, np.ndarray]:
-    """Return the faces found, the mask of their frames (T,), and the row of each frame among them (T,).
-
-    A frame without a face gets the row of the last face before it. Raises `NoFaceError` if no frame has a face.
-    """
-    found = np.array([face is not None for face in faces], dtype=bool)
-    if not found.any():
-        raise NoFaceError("no face was found in any frame")
-    return [face for face in faces if face is not None], found, (np.cumsum(found) - 1).clip(0)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 
 import numpy as np
 
-from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 
-_LANDMARK_VALUES = mesh.NUM_LANDMARKS * 3
-# float32: score (0: no face), number of landmarks, whether a shot begins, landmarks, blendshapes
-_RECORD_LENGTH = 3 + _LANDMARK_VALUES + len(ARKIT_NAMES)
+_RECORD = np.dtype([
+    ("is_new_shot", "?"), ("score", "f4"), ("count", "i4"),  # score 0: no face; number of landmarks
+    ("landmarks", "f4", (NUM_LANDMARKS, 3)), ("blendshapes", "f4", len(ARKIT_NAMES)),
+])  # fmt: skip
 
 
 class TrackCache:
@@ -35,9 +35,7 @@ class TrackCache:
     def __enter__(self) -> TrackCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
 
     def is_complete(self, key: object) -> bool:
@@ -52,12 +50,11 @@ class TrackCache:
 
     def append(self, face: Face | None, size: tuple[int, int], *, is_new_shot: bool = False) -> None:
         """Record the face of the next frame, None if it shows none; `size` is its (width, height)."""
-        record = np.zeros(_RECORD_LENGTH, dtype=np.float32)
-        record[2] = is_new_shot
+        record = np.zeros((), _RECORD)
+        record["is_new_shot"] = is_new_shot
         if face is not None:
-            count = len(face.landmarks)
-            record[:2], record[3 + _LANDMARK_VALUES :] = (face.score, count), face.blendshapes
-            record[3 : 3 + 3 * count] = face.landmarks.ravel()
+            record["score"], record["count"] = face.score, len(face.landmarks)
+            record["landmarks"][: len(face.landmarks)], record["blendshapes"] = face.landmarks, face.blendshapes
         self.size = size
         self._file.write(record.tobytes())
 
@@ -67,14 +64,9 @@ class TrackCache:
 
     def __iter__(self) -> Iterator[tuple[Face | None, bool]]:
         """Yield the face of each frame, and whether a shot begins there."""
-        position = 0
-        while True:
-            self._file.seek(position)
-            content = self._file.read(4 * _RECORD_LENGTH)
-            if not content:
-                return
-            position += len(content)
-            record = np.frombuffer(content, dtype=np.float32)
-            landmarks = record[3 : 3 + 3 * int(record[1])].reshape(-1, 3)
-            face = Face(landmarks, record[3 + _LANDMARK_VALUES :], float(record[0])) if record[0] else None
-            yield face, bool(record[2])
+        self._file.seek(0)
+        while content := self._file.read(_RECORD.itemsize):
+            record = np.frombuffer(content, _RECORD)[0]
+            landmarks = record["landmarks"][: record["count"]]
+            face = Face(landmarks, record["blendshapes"], float(record["score"])) if record["score"] else None
+            yield face, bool(record["is_new_shot"])

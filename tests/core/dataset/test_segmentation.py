@@ -51,7 +51,8 @@ def split_video(canonical):
             return Face(points, np.zeros(52, np.float32), 1.0)
 
         positions = iter(nose_positions)
-        tracker = SimpleNamespace(canonical=canonical)
+        tracker = LandmarkerTracker.__new__(LandmarkerTracker)
+        tracker.canonical = canonical
         current = {}
 
         def track(frame):
@@ -62,7 +63,6 @@ def split_video(canonical):
         tracker.landmarker = SimpleNamespace(
             find=lambda frame, thorough: track(frame), find_near=lambda frame, face: track(frame)
         )
-        tracker.make_motion = lambda *args: LandmarkerTracker.make_motion(tracker, *args)
         if frames is None:
             frames = [scene((90, 120, 90), i % 2) for i in range(len(nose_positions))]
         return list(track_segments(frames, tracker, RATE, SIZE, max_seconds))

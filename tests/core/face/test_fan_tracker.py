@@ -17,7 +17,6 @@ from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
-from export3d_cli.core.face.landmark_fitting import FaceBasis
 from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import IBUG68
@@ -26,7 +25,7 @@ from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path, load_arrays, weights_dir
 
 BASIS = weights_dir() / "fan_basis.npz"
 WEIGHTS = "3DFAN4-7835d9f11d.pth.tar"
@@ -148,7 +147,7 @@ def test_real_network_with_random_weights(
         pytest.skip("the extra fan is not installed")
     package = fan.import_face_alignment()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    mean = FaceBasis.load(BASIS).mean
+    mean = load_arrays(BASIS)["mean"]
     folder = tmp_path / "hub" / "checkpoints"
 
     def offline(*_: object, **__: object) -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from export3d_cli.core.face import landmark_fitting as fitting
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
-from export3d_cli.core.face.fan_tracker import BetaCalibration
 from export3d_cli.core.face.landmark_fitting import OBSERVABLE, FaceBasis, FaceFit, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR
 from export3d_cli.core.runtime.camera import rotation_from_angles
-from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.weights import weights_dir
+from export3d_cli.core.runtime.weights import load_arrays, resolve_weights
 
-FILE = weights_dir() / "fan_basis.npz"
 POSES = [(0, 0, 0), (30, 0, 0), (-40, 10, 5), (10, -20, -15), (0, 15, 80)]  # yaw, pitch, roll in degrees
 
 
 @pytest.fixture(scope="module")
 def basis() -> FaceBasis:
-    return FaceBasis.load(FILE)
+    arrays = load_arrays(resolve_weights("fan_basis"))
+    return FaceBasis(*(arrays[name].astype(np.float64) for name in ("mean", "identity", "expression")))
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +114,3 @@ def test_shipped_basis_matches_the_canonical_face_and_is_symmetric(basis: FaceBa
     jaw = basis.expression[ARKIT_NAMES.index("jawOpen")]
     assert jaw[8, 1] > 0.03  # the chin goes down
     assert np.abs(jaw[36:48]).max() < 1e-3  # the eyes stay
-
-
-def test_damaged_files_raise_weights_errors(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"none\.npz"):
-        FaceBasis.load(tmp_path / "none.npz")
-    broken = tmp_path / "broken.npz"
-    broken.write_bytes(FILE.read_bytes()[:1000])
-    small = tmp_path / "small.npz"
-    np.savez(small, mean=np.zeros((5, 3)), identity=np.zeros((1, 5, 3)), expression=np.zeros((52, 5, 3)))
-    for path in (broken, small):
-        with pytest.raises(WeightsError, match="install"):
-            FaceBasis.load(path)
-        with pytest.raises(WeightsError, match="install"):
-            BetaCalibration.load(path)

@@ -245,7 +245,7 @@ def test_make_motion_in_chunks_gives_the_same_motion(
     ]
     faces = [face(row, i / 10) if i != 3 else None for i, row in enumerate(points)]
     whole = tracker.make_motion(faces, Fraction(30), (100, 100))
-    monkeypatch.setattr("export3d_cli.core.face.landmarker_tracker.CHUNK_FRAMES", 2)
+    monkeypatch.setattr("export3d_cli.core.face.face_track.CHUNK_FRAMES", 2)
     parts = tracker.make_motion(faces, Fraction(30), (100, 100))
     for name in ("beta", "camera", "landmarks", "found"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)
