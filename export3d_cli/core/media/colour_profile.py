@@ -11,7 +11,6 @@ import struct
 import warnings
 from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from export3d_cli.core.runtime.errors import Export3DWarning
@@ -85,22 +84,14 @@ def _convert(image: Image.Image, profile: ImageCms.ImageCmsProfile | ImageCms.co
         mode = "RGB"
     if mode != expected:
         raise ValueError(f"it is for {expected}, the image is {mode}")
+    if space.strip() == "RGB" and "sRGB" in ImageCms.getProfileDescription(profile):  # rounding would change it
+        return image
     transform = ImageCms.buildTransform(
         profile, ImageCms.createProfile("sRGB"), mode, "RGB",
         ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )  # fmt: skip
-    if mode == "RGB" and _is_identity(transform):
-        return image
     converted = ImageCms.applyTransform(image.convert(mode), transform)
     assert converted is not None
     if alpha is not None:
         converted.putalpha(alpha)
     return converted
-
-
-def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Return whether a profile is sRGB up to rounding, as most are."""
-    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
-    converted = ImageCms.applyTransform(Image.fromarray(colours), transform)
-    return bool(np.abs(np.asarray(converted).astype(int) - colours).max() <= 1)

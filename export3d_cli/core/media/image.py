@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from export3d_cli.core.media.colour_profile import convert_to_srgb
-from export3d_cli.core.runtime.errors import Export3DWarning, InputError, MediaError
+from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 from export3d_cli.core.runtime.files import check_file, write_atomic
 
 if TYPE_CHECKING:
@@ -34,11 +33,7 @@ _DECODE_ERRORS = (  # what Pillow raises for damaged files
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, EOFError, RuntimeError,
     struct.error, zlib.error,
 )  # fmt: skip
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_JPEG_MARKER = re.compile(rb"\xff+[^\xff\0\x01\xd0-\xd7]")  # start of a segment; not an escaped 0xFF or a restart
-_JPEG_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # their decoders ignore bytes after the last scan; arithmetic ones do not
-_JPEG_PROGRESSIVE_FRAME = 0xC2
-_JPEG_END_MARKER = b"\xff\xd9"
+_JPEG_END = b"\xff\xd9"
 # entropy-coded data with restart markers, which changes the image if its own data is incomplete
 _PADDING_SCANS = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
 
@@ -65,17 +60,13 @@ def read_image(path: Path) -> np.ndarray:
 
         pi_heif.register_heif_opener()  # adds HEIC, the format of iPhone photos, to Pillow
         formats = ("HEIF", "AVIF")
-    jpeg_end, jpeg_frame = _find_jpeg_end(data)
-    if jpeg_end:  # many cameras omit the end marker or append other data
-        data = data[:jpeg_end] + _JPEG_END_MARKER
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            reduction = _choose_reduction(image.size, len(data), path)
-            if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
-                Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-            if (image.format == "PNG" and _PNG_END not in data) or (jpeg_end and _is_truncated_jpeg(data, jpeg_frame)):
-                raise InputError(f"{path} is truncated: copy or download it again")
-            return _to_rgb(convert_to_srgb(_decode(image, reduction), path))
+        try:
+            return _read_rgb(data, formats, path)
+        except OSError:
+            if not _lacks_end_marker(data):
+                raise
+            return _read_rgb(data + _JPEG_END, formats, path)
     except Image.DecompressionBombError as error:
         limit = MAX_STORED_PIXELS // 1_000_000
         raise InputError(f"{path} has more than {limit} megapixels: reduce its size") from error
@@ -93,21 +84,24 @@ def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
 
     `comment` is stored in PNG and JPEG files.
     """
-    import cv2
-
     path = Path(path)
     channels = (3, 4) if path.suffix.lower() == ".png" else (3,)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in channels:
         raise InputError(f"an image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         raise InputError(f"cannot write images of type {path.suffix!r}: use .png, .jpg or .webp")
-    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")  # OpenCV 5 warns of a setting that the format does not have
-    settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if is_jpeg else []
-    ok, data = cv2.imencode(path.suffix.lower(), image[..., [2, 1, 0, 3][: image.shape[2]]], settings)
-    if not ok:
-        raise MediaError(f"{path} could not be encoded")
+    png_info = PngImagePlugin.PngInfo()
+    if comment:
+        png_info.add_text("Comment", comment)
+    settings: dict[str, dict[str, Any]] = {
+        ".jpg": {"quality": 95, "comment": comment}, ".png": {"compress_type": zlib.Z_RLE, "pnginfo": png_info},
+        ".webp": {"lossless": True},
+    }  # fmt: skip
+    suffix = path.suffix.lower().replace(".jpeg", ".jpg")
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, Image.registered_extensions()[suffix], **settings.get(suffix, {}))
     with write_atomic(path) as temporary:
-        temporary.write_bytes(_add_comment(data.tobytes(), comment.encode("ascii", "replace")))
+        temporary.write_bytes(data.getbuffer())
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -142,6 +136,24 @@ def _read_bytes(path: Path) -> bytes:
     if not data:
         raise InputError(f"{path} is empty")
     return data
+
+
+def _read_rgb(data: bytes, formats: tuple[str, ...], path: Path) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=formats) as image:
+        reduction = _choose_reduction(image.size, len(data), path)
+        if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
+            Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+        return _to_rgb(convert_to_srgb(_decode(image, reduction), path))
+
+
+def _lacks_end_marker(data: bytes) -> bool:
+    """Return whether a JPEG file lacks only its end marker, as many do: then longer scans do not change the image."""
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    one, two = (
+        np.asarray(Image.open(io.BytesIO(data + more + _JPEG_END), formats=["JPEG"])) for more in (b"", _PADDING_SCANS)
+    )
+    return np.array_equal(one, two)
 
 
 def _choose_reduction(size: tuple[int, int], file_bytes: int, path: Path) -> int:
@@ -181,58 +193,5 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         raise ValueError("32 bits per channel")
     if not image.has_transparency_data:
         return np.array(image.convert("RGB"))
-    rgba = np.asarray(image.convert("RGBA")).astype(np.float32)
-    alpha = rgba[..., 3:] / 255.0
-    blended: np.ndarray = np.rint(rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
-    return blended
-
-
-def _find_jpeg_end(data: bytes) -> tuple[int, int]:
-    """Return where the scans of a JPEG file end (at the end marker or the end of the file), and its type of frame.
-
-    Returns (0, 0) for other formats, JPEG files without a scan, and those with arithmetic coding.
-    """
-    position, frame, has_scan = 2, 0, False
-    while data.startswith(b"\xff\xd8") and position < len(data):
-        found = _JPEG_MARKER.search(data, position)  # skips junk between segments, as decoders do
-        if found is None or data[found.end() - 1] == 0xD9:
-            end = found.start() if found else len(data)
-            return (end, frame) if has_scan and frame in _JPEG_HUFFMAN_FRAMES else (0, 0)
-        marker, position = data[found.end() - 1], found.end()
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = marker
-        has_scan |= marker == 0xDA
-        position += max(2, int.from_bytes(data[position : position + 2], "big"))
-    return 0, 0
-
-
-def _is_truncated_jpeg(data: bytes, frame: int) -> bool:
-    """Return whether the scans are incomplete, which decoders hide by filling the rest with grey.
-
-    Scans appended to a complete image are ignored; appended to an incomplete one, they change it. Baseline images are
-    compared at 1/8 of their size.
-    """
-
-    def decode(jpeg: bytes) -> np.ndarray:
-        image = Image.open(io.BytesIO(jpeg), formats=["JPEG"])
-        if frame != _JPEG_PROGRESSIVE_FRAME:  # at 1/8, the last scans of progressive images make no difference
-            image.draft(None, (1, 1))
-        return np.asarray(image)
-
-    original = decode(data)
-    try:
-        padded = decode(data.removesuffix(_JPEG_END_MARKER) + _PADDING_SCANS + _JPEG_END_MARKER)
-    except _DECODE_ERRORS:
-        return True
-    return not np.array_equal(original, padded)
-
-
-def _add_comment(data: bytes, text: bytes) -> bytes:
-    """Return a PNG or JPEG file with a comment in its metadata, and files of other formats unchanged."""
-    if text and data.startswith(b"\xff\xd8"):  # COM segment, before all others
-        return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + data[2:]
-    if text and data.startswith(b"\x89PNG"):  # tEXt chunk after signature (8 bytes) and header chunk (25 bytes)
-        chunk = b"tEXtComment\0" + text
-        block = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        return data[:33] + block + data[33:]
-    return data
+    white = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ class VideoInfo:
     frame_count: int  # estimate at `fps`; 0 if unknown
     duration: float  # seconds; 0 if unknown
     has_audio: bool
-    rotation: int = 0  # degrees of the display matrix, already applied to width and height
     vfr: bool = False  # variable frame rate: timestamps are not evenly spaced
     hdr_transfer: str = ""  # "smpte2084" (PQ) or "arib-std-b67" (HLG); empty for standard dynamic range
     interlaced: bool = False  # according to the file's flags
@@ -61,22 +59,15 @@ def ffmpeg_path() -> str:
 
 @lru_cache(maxsize=4)
 def _check_ffmpeg(program: str) -> None:
-    if os.environ.get("IMAGEIO_FFMPEG_EXE"):
-        name, remedy = f"IMAGEIO_FFMPEG_EXE names {program}, which", "unset it"
-    else:
-        name, remedy = f"the ffmpeg of this system ({program})", "run `pip install --force-reinstall imageio-ffmpeg`"
+    remedy = "unset IMAGEIO_FFMPEG_EXE, or run `pip install --force-reinstall imageio-ffmpeg`"
     try:
-        done = run_ffmpeg([program, "-version"])
+        done = run_ffmpeg([program, "-hide_banner", "-h", "long"])
         done.check_returncode()
-        options = run_ffmpeg([program, "-hide_banner", "-h", "long"]).stdout
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "strerror", None) or "it fails"
-        raise MediaError(f"{name} cannot be run ({reason}): {remedy}") from error
-    if b"-fps_mode" not in options:
-        version = re.match(r"ffmpeg version (\S+)", done.stdout.decode("utf-8", "replace"))
-        raise MediaError(
-            f"{name} is too old ({version[1] if version else 'unknown'}, 5.1 or later is needed): {remedy}"
-        )
+        raise MediaError(f"the ffmpeg {program} cannot be run ({reason}): {remedy}") from error
+    if b"-fps_mode" not in done.stdout:
+        raise MediaError(f"the ffmpeg {program} is too old, 5.1 or later is needed: {remedy}")
 
 
 def probe(path: Path) -> VideoInfo:
@@ -88,12 +79,6 @@ def probe(path: Path) -> VideoInfo:
     path = _check_video_file(path)
     stat = path.stat()
     return _probe(path.resolve(), stat.st_mtime_ns, stat.st_size)
-
-
-def audio_codec(path: Path) -> str | None:
-    """Return the codec of the first audio track ("aac", ...), or None."""
-    tracks = audio_tracks(path)
-    return tracks[0].codec if tracks else None
 
 
 @dataclass(frozen=True)
@@ -126,29 +111,26 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
     if stream is None and has_audio:
         raise InputError(f"{path} has audio but no video: give a video file")
-    size = stream and re.search(r", ([1-9]\d*)x([1-9]\d*)\b", stream.group(1))
+    size = stream and re.search(r", ([1-9]\d*)x([1-9]\d*)\b", stream[1])
     if stream is None or size is None:
         raise InputError(f"{path} is not a video that can be read: give a video file, for example .mp4")
-    width, height = int(size.group(1)), int(size.group(2))
-    aspect = re.search(r"SAR (\d+):(\d+)", stream.group(1))
-    if aspect and int(aspect.group(1)) and int(aspect.group(2)):
-        width = max(1, round(width * int(aspect.group(1)) / int(aspect.group(2))))
-    display_matrix = re.search(r"rotation of (-?[\d.]+) degrees", header)
-    rotation = round(float(display_matrix.group(1))) if display_matrix else 0
-    if rotation % 180 == 90:
+    width, height = int(size[1]), int(size[2])
+    aspect = re.search(r"SAR ([1-9]\d*):([1-9]\d*)", stream[1])
+    if aspect:
+        width = max(1, round(width * int(aspect[1]) / int(aspect[2])))
+    rotation = re.search(r"rotation of (-?[\d.]+) degrees", header)
+    if rotation and round(float(rotation[1])) % 180 == 90:
         width, height = height, width
     check_pixel_count(width, height, path)
-    time = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
-    duration = int(time.group(1)) * 3600 + int(time.group(2)) * 60 + float(time.group(3)) if time else 0.0
+    alpha_source = _find_alpha(header, stream[1])
     if "_pipe" in header.partition(" from ")[0] or "Input #0, image2" in header:  # a still image
-        return VideoInfo(
-            width, height, Fraction(25), 1, 0.0, has_audio, rotation, alpha_source=_find_alpha(header, stream.group(1))
-        )
+        return VideoInfo(width, height, Fraction(25), 1, 0.0, has_audio, alpha_source=alpha_source)
+    time = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header)
+    duration = int(time[1]) * 3600 + int(time[2]) * 60 + float(time[3]) if time else 0.0
     header_duration = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others estimate it
     stamps = _read_timestamps(path, _TIMESTAMP_SCAN_S if duration else _MAX_DURATION_H * 3600 + 1)
     times = stamps.times
-    mean, base = _parse_rate(stream.group(1), "fps"), _parse_rate(stream.group(1), "tbr")
-    fps, vfr = _estimate_rate(stamps.tick, times, mean, base)
+    fps, vfr = _estimate_rate(stamps.tick, times, _parse_rate(stream[1], "fps"), _parse_rate(stream[1], "tbr"))
     if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all timestamps known: exact duration
         duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late first frame is shown from 0 s
     duration = duration or float(stamps.packet_count / fps)
@@ -156,13 +138,13 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
         raise InputError(
             f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_DURATION_H}: cut it first"
         )
-    hdr = re.search(r"smpte2084|arib-std-b67", stream.group(1))
+    hdr = re.search(r"smpte2084|arib-std-b67", stream[1])
     return VideoInfo(
-        width, height, fps, max(1, round(duration * fps)), duration, has_audio, rotation, vfr,
-        hdr_transfer=hdr.group() if hdr else "", header_duration=header_duration,
-        interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream.group(1))),
+        width, height, fps, max(1, round(duration * fps)), duration, has_audio, vfr,
+        hdr_transfer=hdr[0] if hdr else "", header_duration=header_duration,
+        interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream[1])),
         decode_delay=0.0 if stamps.are_presentation_times else _measure_decode_delay(path, times),
-        alpha_source=_find_alpha(header, stream.group(1)),
+        alpha_source=alpha_source,
     )  # fmt: skip
 
 
@@ -193,12 +175,9 @@ def _estimate_rate(
         return min((rate for rate in (mean, base) if rate), default=Fraction(25)), False
     average = (times[-1] - times[0]) / len(steps)
     reported = [rate for rate in (mean, base) if rate]
-    if min(steps) == max(steps) and tick < Fraction(1, 1000):
-        near = [rate for rate in reported if abs(average - 1 / rate) * len(steps) <= tick]
-        return near[0] if near else _nearest_standard_rate(1 / average), False
     spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
-    rounding = max(2 * tick, Fraction(2, 1000))  # containers count in milliseconds, GIF in 10 ms
-    if spread < rounding and spread < average / 2:  # constant up to rounding
+    rounding = max(2 * tick, Fraction(2, 1000)) if spread else tick  # containers count in milliseconds, GIF in 10 ms
+    if spread < min(rounding, average / 2):  # constant up to rounding
         near = [rate for rate in reported if abs(rate * average - 1) < rounding / (average * len(steps))]
         return near[0] if near else _nearest_standard_rate(1 / average), False
     common = 1 / sorted(steps)[len(steps) // 2]
@@ -218,13 +197,8 @@ def _nearest_standard_rate(rate: Fraction) -> Fraction:
 
 def _parse_rate(text: str, unit: str) -> Fraction | None:
     found = re.search(rf"([\d.]+)(k?) {unit}\b", text)
-    if not found:
-        return None
-    return (
-        _nearest_standard_rate(Fraction(found.group(1)) * (1000 if found.group(2) else 1))
-        if float(found.group(1))
-        else None
-    )
+    rate = Fraction(found[1]) * (1000 if found[2] else 1) if found else Fraction(0)
+    return _nearest_standard_rate(rate) if rate else None
 
 
 class _Timestamps(NamedTuple):
@@ -242,7 +216,7 @@ def _read_timestamps(path: Path, seconds: float) -> _Timestamps:
     packets = re.findall(r"^0,\s*(-?\d+),\s*(-?\d+),", text, flags=re.MULTILINE)
     columns = [[int(stamp) for stamp in column] for column in zip(*packets, strict=True)] or [[], []]
     stamps = next((column for column in reversed(columns) if _NO_TIMESTAMP not in column), [])
-    tick = Fraction(int(clock.group(1)), int(clock.group(2))) if clock else Fraction(0)
+    tick = Fraction(int(clock[1]), int(clock[2])) if clock else Fraction(0)
     times = sorted(stamp * tick for stamp in stamps)
     if times and times[-1] - times[0] > _TIMESTAMP_SCAN_S * 0.8 and seconds == _TIMESTAMP_SCAN_S:
         del times[-16:]  # frames are stored out of order: some near the end of the scan may be missing
@@ -256,7 +230,7 @@ def _measure_decode_delay(path: Path, times: list[Fraction]) -> float:
     clock, stamp = re.search(r"config in time_base: (\d+)/(\d+)", text), re.search(r"\bn: *0 pts: *(\d+)", text)
     if not clock or not stamp or not times:
         return 0.0
-    first = Fraction(int(stamp.group(1)) * int(clock.group(1)), int(clock.group(2)))
+    first = Fraction(int(stamp[1]) * int(clock[1]), int(clock[2]))
     return max(0.0, float(first - max(times[0], Fraction(0))))
 
 

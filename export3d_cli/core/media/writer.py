@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Mapping
 from fractions import Fraction
@@ -190,10 +189,6 @@ class VideoWriter:
 
 def _add_gif_comment(path: Path, text: str) -> None:
     """Insert a comment block after the header; ffmpeg writes none, and readers take one at the end for a frame."""
-    data = text.encode("ascii", "replace")
-    blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
-    with write_atomic(path) as commented, path.open("rb") as file, commented.open("wb") as out:
-        header = file.read(13)
-        palette_bytes = 3 << ((header[10] & 7) + 1) if header[10] & 0x80 else 0  # of the global palette
-        out.write(header + file.read(palette_bytes) + b"\x21\xfe" + blocks + b"\x00")
-        shutil.copyfileobj(file, out)
+    data, comment = path.read_bytes(), text.encode("ascii", "replace")[:255]
+    start = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 0x80 else 0)  # behind the global palette
+    path.write_bytes(data[:start] + b"\x21\xfe" + bytes([len(comment)]) + comment + b"\0" + data[start:])

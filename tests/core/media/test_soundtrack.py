@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.media.probe import audio_codec, audio_tracks, ffmpeg_path, probe
+from export3d_cli.core.media.probe import audio_tracks, ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.soundtrack import check_has_sound, choose_soundtrack
 from export3d_cli.core.media.writer import VideoWriter
@@ -65,13 +65,11 @@ def break_first_track(path, kind=b"zzzz"):
     path.write_bytes(data.replace(b"mp4a", kind, 1).replace(b"esds", b"free", 1))
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv", ".mov"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("codec", ["pcm_s16le", "flac"])
-def test_writer_adds_sound_of_any_channel_layout(make, tmp_path, layout, codec, suffix):
+def test_writer_adds_sound_of_any_channel_layout(make, tmp_path, layout):
+    suffix = (".mp4", ".webm", ".mkv", ".mov")[LAYOUTS.index(layout) % 4]
+    codec = "pcm_s16le" if layout in ("hexadecagonal", "22.2") else "flac"  # FLAC has 8 channels at most
     filters = f"sine=frequency=440:d=2:r=48000,aformat=channel_layouts={layout}"
-    if codec == "flac" and layout in ("hexadecagonal", "22.2"):
-        pytest.skip("FLAC has 8 channels at most")
     source = make("a.mkv", "-f", "lavfi", "-i", filters, "-c:a", codec)
     write_second(tmp_path / f"out{suffix}", source)
     wave = waveform(tmp_path / f"out{suffix}")
@@ -99,8 +97,7 @@ def test_writer_adds_first_two_of_unknown_channels(tmp_path):
     assert abs(tone_of(tmp_path / "out.mp4") - 700) < 2
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
-@pytest.mark.parametrize("kind", [b"apac", b"zzzz"])  # iPhones write a track of Apple's APAC
+@pytest.mark.parametrize(("suffix", "kind"), [(".mp4", b"apac"), (".webm", b"zzzz")])  # iPhones write Apple's APAC
 def test_writer_adds_first_decodable_track(make, tmp_path, suffix, kind):
     source = tones(make, "a.mp4", 300, 900, 1500)
     break_first_track(source, kind)
@@ -147,9 +144,10 @@ def test_writer_keeps_picture_if_sound_cannot_be_added(make, tmp_path):
     assert [int(frame[9, 9, 0]) for frame in VideoReader(out)] == pytest.approx([90] * 25, abs=2)
 
 
-@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_u8", "mp2", "wmav2", "libmp3lame", "adpcm_ms"])
-@pytest.mark.parametrize("start", [0.0, 0.04, 0.5])
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(
+    ("codec", "start", "suffix"),
+    [("pcm_s16le", 0.5, ".mkv"), ("wmav2", 0.04, ".mp4"), ("libmp3lame", 0.5, ".mp4"), ("adpcm_ms", 0.0, ".mp4")],
+)
 def test_writer_adds_sound_of_avi_of_copied_stream(make, tmp_path, codec, start, suffix):
     original = tones(make, "a.mp4", 440)
     source = make("a.avi", "-i", str(original), "-c:v", "copy", "-c:a", codec)
@@ -182,4 +180,3 @@ def test_check_has_sound_of_silent_video_raises(picture, sound):
         check_has_sound(picture("a.mp4"))
     check_has_sound(sound("a.wav"))
     check_has_sound(Path(sound("b.mp3")))
-    assert audio_codec(sound("b.mp3")) == "mp3"

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from export3d_cli.core.media.probe import audio_codec, ffmpeg_path, probe
+from export3d_cli.core.media.probe import audio_tracks, ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError, MediaError
@@ -26,55 +26,6 @@ def header(path):
 def seconds(path):
     h, m, s = re.search(r"Duration: (\d+):(\d+):([\d.]+)", header(path)).groups()
     return int(h) * 3600 + int(m) * 60 + float(s)
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-@pytest.mark.parametrize("rate", ["25", "30000/1001", "24000/1001", "60000/1001", "25/2", "1234/100"])
-def test_probe_frame_rate_is_exact(picture, rate, suffix):
-    path = picture("a" + suffix, rate)
-    info = probe(path)
-    assert info.fps == Fraction(rate)
-    assert (info.frame_count, info.vfr, info.width, info.height) == (12, False, 64, 48)
-    assert len(list(VideoReader(path))) == 12
-
-
-@pytest.mark.parametrize("name", ["a.avi", "a.webm", "a.gif", "a.mov"])
-def test_probe_of_other_containers(picture, name):
-    info = probe(picture(name, "25", 10, *(["-bf", "0"] if name == "a.avi" else [])))
-    assert info.fps == 25
-    assert info.frame_count == 10
-
-
-def test_probe_and_reader_agree_on_rotated_size(picture, make):
-    path = make("turned.mp4", "-display_rotation", "90", "-i", str(picture("a.mp4")), "-c", "copy")
-    reader = VideoReader(path)
-    assert (reader.info.width, reader.info.height, abs(reader.info.rotation)) == (48, 64, 90)
-    assert next(iter(reader)).shape == (64, 48, 3)
-    reader.close()
-
-
-def test_reader_makes_pixels_square(picture):
-    reader = VideoReader(picture("a.mp4", "25", 2, "-vf", "setsar=2"))
-    assert (reader.info.width, reader.info.height) == (128, 48)
-    assert next(iter(reader)).shape == (48, 128, 3)
-    reader.close()
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_reader_of_variable_rate_keeps_duration(picture, suffix):
-    holes = "select='not(between(n,20,50)*mod(n,3))'"
-    path = picture("a" + suffix, "30", 80, "-vf", holes, "-fps_mode", "vfr")
-    info = probe(path)
-    assert info.vfr
-    assert info.fps == 30
-    count = sum(1 for _ in VideoReader(path))
-    assert abs(count / 30 - seconds(path)) < 1.5 / 30
-
-
-def test_reader_keeps_bt709_colours(make):
-    path = make("red.mp4", "-f", "lavfi", "-i", "color=0xC03040:s=32x32:r=5:d=1", "-pix_fmt", "yuv420p")
-    middle = list(VideoReader(path))[2][16, 16].astype(int)
-    assert np.abs(middle - [0xC0, 0x30, 0x40]).max() < 6
 
 
 def test_reader_start_duration_rate_and_size(picture):
@@ -130,12 +81,6 @@ def test_reader_of_damaged_video_raises(picture):
         list(VideoReader(path))
 
 
-def test_reader_takes_option_like_names_as_files(picture, monkeypatch, tmp_path):
-    picture("a.mp4").rename(tmp_path / "-http:%d [1].mp4")
-    monkeypatch.chdir(tmp_path)
-    assert len(list(VideoReader("-http:%d [1].mp4"))) == 12
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
 def test_video_round_trip(tmp_path, suffix):
     path = tmp_path / f"new/folder/a{suffix}"
@@ -189,11 +134,7 @@ def test_writer_output_is_reproducible(tmp_path):
     ("suffix", "source", "codec"),
     [
         (".mp4", "a.m4a", "aac"),
-        (".mov", "a.m4a", "aac"),
-        (".mkv", "a.ogg", "vorbis"),
-        (".mp4", "a.wav", "aac"),
         (".mkv", "a.wav", "pcm_s16le"),
-        (".webm", "a.m4a", "opus"),
     ],
 )
 def test_writer_adds_audio_cut_to_video(tmp_path, sound, suffix, source, codec):
@@ -202,7 +143,7 @@ def test_writer_adds_audio_cut_to_video(tmp_path, sound, suffix, source, codec):
     with VideoWriter(path, size=(64, 48), fps=Fraction(25), audio=audio, audio_start=0.5) as writer:
         for frame in frames(25):
             writer.write(frame)
-    assert audio_codec(path) == codec
+    assert audio_tracks(path)[0].codec == codec
     assert len(list(VideoReader(path))) == 25
     assert abs(seconds(path) - 1.0) < 0.05
     assert not [p for p in tmp_path.iterdir() if ".part" in p.name]
