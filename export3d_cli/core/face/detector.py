@@ -71,8 +71,6 @@ class FaceDetector:
 
     def _load(self) -> cv2.FaceDetectorYN:
         if self._net is None:
-            if not self.network.is_file():
-                raise WeightsError(f"no face detector at {self.network}: install export3d-cli again")
             try:
                 self._net = cv2.FaceDetectorYN.create(
                     str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES

@@ -188,9 +188,6 @@ class Landmarker:
 
 def read_bundle(bundle: Path, *names: str) -> list[bytes]:
     """Read the named files of a bundle; raises `WeightsError` if it is missing or damaged."""
-    bundle = Path(bundle)
-    if not bundle.is_file():
-        raise WeightsError(f"no face landmarker at {bundle}: install export3d-cli again")
     try:
         with zipfile.ZipFile(bundle) as archive:
             return [archive.read(name) for name in names]
@@ -199,11 +196,8 @@ def read_bundle(bundle: Path, *names: str) -> list[bytes]:
 
 
 def _check_image(image: np.ndarray) -> np.ndarray:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise InputError(f"an image must be a uint8 (H, W, 3) RGB array, got {got}")
-    if not image.size:
-        raise InputError(f"an image must not be empty, got shape {image.shape}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InputError(f"an image must be a uint8 (H, W, 3) RGB array, got {image.dtype} {image.shape}")
     return np.ascontiguousarray(image)
 
 

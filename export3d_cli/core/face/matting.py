@@ -11,14 +11,10 @@ import numpy as np
 from export3d_cli.core.face.crop import Square
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.litert import LiteRTNetwork
-from export3d_cli.core.runtime.errors import WeightsError
 
 FacePosition = tuple[float, float, float]  # x, y of a face's centre and its size, in sizes of the picture
 _NETWORK_SIDE_PX = 256  # input and output side of the network
-_BACKGROUND_CONFIDENCE, _PERSON_CONFIDENCE = (
-    0.1,
-    0.5,
-)  # mapped to alpha 0 and 1: loose hair has low confidence
+_BACKGROUND_CONFIDENCE, _PERSON_CONFIDENCE = 0.1, 0.5  # mapped to alpha 0 and 1: loose hair has low confidence
 _MAX_HOLE_AREA = 1000  # holes in the person of fewer network pixels are filled as errors of the network
 _EDGE_BLUR_SD = 1.3  # blur of the edge, network pixels
 _GUIDED_RADIUS = 4  # window radius of the guided filter, pixels at half size
@@ -38,11 +34,7 @@ class PersonMatting:
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
         """Load `selfie_segmentation.tflite`; raises `WeightsError` if it does not load."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise WeightsError(f"cannot read {path} ({error.strerror}): install export3d-cli again") from error
-        self._network = LiteRTNetwork(content, path, threads)
+        self._network = LiteRTNetwork(path.read_bytes(), path, threads)
 
     def alpha(self, image: np.ndarray, faces: Sequence[FacePosition] = (), *, hair_strands: bool = False) -> np.ndarray:
         """Return the person's alpha of a single picture, float32 (H, W) in [0, 1].
@@ -65,10 +57,8 @@ class PersonMatting:
         """Return the mask (256, 256) float32 of a `_network_input`, with edges softened inwards to hide background."""
         # loose hair that the network misses is often found in the mirror image
         confidence = np.maximum(self._network(small)[0][0, ..., 0], self._network(small[:, ::-1])[0][0, :, ::-1, 0])
-        mask: np.ndarray = np.clip(
-            (confidence - _BACKGROUND_CONFIDENCE) / (_PERSON_CONFIDENCE - _BACKGROUND_CONFIDENCE), 0, 1
-        )
-        mask = _fill_holes(mask)
+        mask = (confidence - _BACKGROUND_CONFIDENCE) / (_PERSON_CONFIDENCE - _BACKGROUND_CONFIDENCE)
+        mask = _fill_holes(np.clip(mask, 0, 1))
         mask = cv2.GaussianBlur(mask, (0, 0), _EDGE_BLUR_SD, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
 
@@ -94,9 +84,8 @@ class VideoMatting:
 
 def _network_input(image: np.ndarray) -> np.ndarray:
     """Resize a picture for the network, (256, 256, 3) float32 in [0, 1]."""
-    return cv2.resize(image, (_NETWORK_SIDE_PX, _NETWORK_SIDE_PX), interpolation=cv2.INTER_AREA).astype(np.float32) * (
-        1 / 255
-    )
+    small = cv2.resize(image, (_NETWORK_SIDE_PX, _NETWORK_SIDE_PX), interpolation=cv2.INTER_AREA)
+    return small.astype(np.float32) * (1 / 255)
 
 
 def face_positions(face: Face, detected: Sequence[Face], crop: Square) -> list[FacePosition]:

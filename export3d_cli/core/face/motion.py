@@ -30,9 +30,7 @@ class Motion:
 
     beta: np.ndarray  # (T, 64) float32
     camera: np.ndarray  # (T, 25) float32, head frame
-    landmarks: (
-        np.ndarray
-    )  # (T, 478, 3) float32, crop units (see `head_pose`); a driver's may be (T, 68, 3) or (T, 0, 3)
+    landmarks: np.ndarray  # (T, N, 3) float32, crop units (see `head_pose`); N is 478, for drivers also 68 or 0
     found: np.ndarray  # (T,) bool: whether the frame shows a face; rows without one repeat the last face found
     fps: Fraction
     crop: tuple[float, float, float]  # x0, y0, side in pixels of the frames; may reach outside them
@@ -87,40 +85,33 @@ class Motion:
         if T == 0 or shapes not in [((T, 64), (T, 25), (T, count, 3), (T,)) for count in landmark_counts]:
             expected = f"(T, 64), (T, 25), (T, {landmark_counts[0]}, 3), (T,)"
             raise InputError(f"{path} is a motion file of shapes {shapes}: expected {expected}")
-        finite = all(np.isfinite(a).all() for a in (motion.beta, motion.camera, motion.landmarks, motion.crop))
-        if not finite or motion.fps <= 0:
-            raise InputError(f"{path} holds numbers that are not finite or a rate that is not positive")
         if len(motion.crop) != 3 or len(motion.size) != 2:
             raise InputError(f"{path} holds a crop {motion.crop} of frames {motion.size}: expected 3 and 2 numbers")
         if not FPS_RANGE[0] <= motion.fps <= FPS_RANGE[1]:
             raise InputError(f"{path} has a rate of {float(motion.fps):.3g} frames/s: it must be 1/1000 to 1000")
         rotation = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
         arrays = (motion.beta, motion.camera, motion.landmarks, motion.crop)
-        largest = max(float(np.abs(array).max(initial=0)) for array in arrays)
-        if largest > MAX_VALUE or np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
-            raise InputError(f"{path} holds numbers beyond {MAX_VALUE:g} or cameras without a rotation: make it again")
+        is_valid = all(np.abs(array).max(initial=0) <= MAX_VALUE for array in arrays)  # False for NaN
+        if not is_valid or np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
+            raise InputError(
+                f"{path} holds numbers that are not finite or beyond {MAX_VALUE:g}, or cameras without a rotation"
+            )
         return motion
 
     @classmethod
     def _from_arrays(cls, data: Mapping[str, np.ndarray]) -> Motion:
         """Convert the arrays of a file, without checking their shapes."""
 
-        def numbers(name: str) -> np.ndarray:
+        def numbers(name: str, kind: type) -> np.ndarray:
             array = data[name]
-            if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            if array.dtype.kind not in "biuf":
                 raise TypeError(f"{name} is not an array of numbers")
-            return array
-
-        def floats(name: str) -> np.ndarray:
             with np.errstate(all="ignore"):  # values too large for float32 become infinite, which `load` refuses
-                return numbers(name).astype(np.float32)
+                return array.astype(kind)
 
-        n, d = (int(v) for v in numbers("fps"))
-        return cls(
-            beta=floats("beta"), camera=floats("camera"), landmarks=floats("landmarks"),
-            found=numbers("found").astype(bool), fps=Fraction(n, d), crop=tuple(float(v) for v in numbers("crop")),  # type: ignore[arg-type]
-            size=tuple(int(v) for v in numbers("size")),  # type: ignore[arg-type]
-        )  # fmt: skip
+        beta, camera, landmarks = (numbers(name, np.float32) for name in ("beta", "camera", "landmarks"))
+        fps, crop, size = Fraction(*numbers("fps", int).tolist()), numbers("crop", float), numbers("size", int)
+        return cls(beta, camera, landmarks, numbers("found", bool), fps, tuple(crop.tolist()), tuple(size.tolist()))
 
 
 def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:

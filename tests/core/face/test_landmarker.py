@@ -169,11 +169,11 @@ def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
 
 @pytest.mark.parametrize(
     "image",
-    [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8), "photo.jpg"],
+    [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8)],
 )
-def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: object) -> None:
+def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: np.ndarray) -> None:
     for call in (landmarker.detect, landmarker.find, landmarker.find_all):
-        with pytest.raises(InputError, match=r"got|empty"):
+        with pytest.raises(InputError, match="got"):
             call(image)
 
 
