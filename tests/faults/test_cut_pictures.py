@@ -61,11 +61,13 @@ def test_read_image_of_complete_jpeg(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", JPEG)
 def test_read_image_of_truncated_jpeg_raises(kind: str, tmp_path: Path) -> None:
+    """Also if a program has appended an end marker."""
     data = jpeg(kind)
     start = data.index(b"\xff\xda") + 14
     for at in np.linspace(start, len(data) - 100, 25).astype(int):
-        with pytest.raises(InputError, match=r"is truncated|is damaged|not an image that can be read"):
-            read(data[:at], tmp_path)
+        for tail in (b"", END, b"\xff"):
+            with pytest.raises(InputError, match=r"is truncated|is damaged|not an image that can be read"):
+                read(data[:at] + tail, tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
@@ -74,7 +76,7 @@ def test_read_image_of_other_truncated_formats_raises(suffix: str, tmp_path: Pat
     for layers in (picture, np.dstack([picture, picture[..., :1]])):
         data = cv2.imencode(suffix, layers)[1].tobytes()
         assert read(data + b"junk" * 9, tmp_path).shape == (64, 96, 3)
-        for at in np.linspace(30, len(data) - 1, 25).astype(int):
+        for at in np.linspace(30, len(data) - 13, 25).astype(int):
             with pytest.raises(InputError, match=r"is truncated|is damaged|not an image that can be read"):
                 read(data[:at], tmp_path)
 
@@ -94,7 +96,7 @@ def test_read_image_ignores_markers_in_exif_thumbnail(tmp_path: Path) -> None:
 
 def test_reenact_of_truncated_photo_fails(good: SimpleNamespace, tmp_path: Path) -> None:
     data = good.source.read_bytes()
-    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2] + END)
     ended = run("reenact", tmp_path / "half.jpg", good.motion, "-o", tmp_path / "out.mp4", "--weights", good.weights)
     check_error(ended, {2})
     assert "half.jpg is truncated: copy or download it again" in ended.stderr

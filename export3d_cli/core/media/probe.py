@@ -155,13 +155,6 @@ def _find_alpha(header: str, stream: str) -> str:
     return "plain" if re.search(r", (yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16)", stream) else ""
 
 
-@lru_cache(maxsize=1)
-def has_tone_mapping() -> bool:
-    """Return whether this ffmpeg has the filters for tone mapping (HDR to SDR)."""
-    text = run_ffmpeg([ffmpeg_path(), "-hide_banner", "-filters"]).stdout.decode()
-    return all(re.search(rf"^ \S+\s+{name} ", text, flags=re.MULTILINE) for name in ("zscale", "tonemap"))
-
-
 def _estimate_rate(
     tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None
 ) -> tuple[Fraction, bool]:

@@ -12,7 +12,7 @@ import numpy as np
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
 from export3d_cli.core.media.image import check_pixel_count
 from export3d_cli.core.media.image_folder import list_images, read_images
-from export3d_cli.core.media.probe import READ_OPTIONS, ffmpeg_path, file_url, has_tone_mapping, probe
+from export3d_cli.core.media.probe import READ_OPTIONS, ffmpeg_path, file_url, probe
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
 _MISSING_PICTURE_S = 1.0  # a video that ends earlier than its header says, by more than this, gets a note
@@ -50,14 +50,12 @@ class VideoReader:
         size: tuple[int, int] | None = None,
     ) -> None:
         self.path = Path(path)
+        if start < 0 or (duration is not None and duration <= 0) or (fps is not None and fps <= 0):
+            raise InputError(f"start must be >= 0, duration and fps must be positive, got {start}, {duration}, {fps}")
         info = probe(self.path)
         self._images = list_images(self.path) if self.path.is_dir() else []
-        if fps is not None and fps > 0 and self._images:
+        if fps is not None and self._images:
             info = replace(info, fps=fps, duration=float(info.frame_count / fps))
-        if fps is not None and fps <= 0:
-            raise InputError(f"the frame rate must be positive, got {fps}")
-        if start < 0 or (duration is not None and duration <= 0):
-            raise InputError(f"start must not be negative and duration must be positive, got {start} and {duration}")
         if info.duration and start >= info.duration:
             raise InputError(f"start {start} s is past the end of {path} ({info.duration:.2f} s)")
         rate = fps or info.fps
@@ -73,8 +71,7 @@ class VideoReader:
         self._process: FfmpegProcess | None = None
         self.notes = [f"{path}: variable frame rate resampled to {rate}"] if info.vfr and fps is None else []
         if info.hdr_transfer:
-            effect = "tone-mapped" if has_tone_mapping() else "this ffmpeg cannot tone-map it: colours will look flat"
-            self.notes.append(f"{path}: high dynamic range, {effect}")
+            self.notes.append(f"{path}: high dynamic range, tone-mapped")
 
     def __enter__(self) -> VideoReader:
         return self
@@ -128,7 +125,7 @@ class VideoReader:
         info = self.info
         steps = ["yadif=deint=interlaced"] if info.interlaced else []
         steps += [_ON_WHITE_FILTER] if info.alpha_source else []
-        steps += [_TONE_MAP_FILTER.format(hdr=info.hdr_transfer)] if info.hdr_transfer and has_tone_mapping() else []
+        steps += [_TONE_MAP_FILTER.format(hdr=info.hdr_transfer)] if info.hdr_transfer else []
         if info.decode_delay:  # of AVI, in which ffmpeg does not find every time: decode it from the beginning
             skipped = info.decode_delay + self._start
             limit = "" if self._duration is None else f":duration={self._duration!r}"
