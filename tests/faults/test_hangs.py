@@ -94,9 +94,9 @@ def running(program: Path) -> list[str]:
 
 
 def test_slow_ffmpeg_is_not_killed(good: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Computing without output, slow output and a slow consumer are not hanging."""
+    """Slow output and a slow consumer are not hanging."""
     how = (
-        "import time\n    while time.process_time() < 1: pass\n"
+        "import time\n"
         "    all = subprocess.run([real, *sys.argv[1:]], stdout=-1).stdout\n"
         "    for at in range(0, len(all), len(all) // 4 + 1):\n"
         "        time.sleep(0.5); os.write(1, all[at:at + len(all) // 4 + 1])\n    sys.exit()"
@@ -106,7 +106,7 @@ def test_slow_ffmpeg_is_not_killed(good: SimpleNamespace, tmp_path: Path, monkey
     frames = 0
     for frames, _ in enumerate(VideoReader(good.clip, size=(16, 16)), 1):
         if frames == 1:
-            time.sleep(1.8)
+            time.sleep(2.4)
     assert frames == 8
 
 

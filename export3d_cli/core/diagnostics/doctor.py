@@ -147,12 +147,12 @@ def _detector() -> Iterator[Finding]:
 
 
 def _tracker() -> Iterator[Finding]:
-    from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+    from export3d_cli.core.face.tracker import open_landmarker_tracker
     from export3d_cli.core.media.image import read_image
-    from export3d_cli.core.runtime.weights import example_path, resolve_weights
+    from export3d_cli.core.runtime.weights import example_path
 
     image = read_image(example_path("source.jpg"))
-    found = any(LandmarkerTracker(resolve_weights("face_landmarker")).track_frames([image] * 2))
+    found = any(open_landmarker_tracker().track_frames([image] * 2))
     result = f"finds {'the' if found else 'no'} face in the example"
     yield Finding("litert", found, f"{_version('ai-edge-litert')}, {result}", "" if found else _REINSTALL)
 

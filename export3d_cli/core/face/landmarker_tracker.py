@@ -21,9 +21,9 @@ from export3d_cli.core.face.motion import Motion
 class LandmarkerTracker(FaceTracker):
     """A `FaceTracker`: a landmarker and the canonical face."""
 
-    def __init__(self, bundle: Path, *, detector: FaceDetector | None = None, threads: int = 1) -> None:
+    def __init__(self, bundle: Path, detector: FaceDetector, *, threads: int = 1) -> None:
         """See `Landmarker`."""
-        self.landmarker: Landmarker = Landmarker(bundle, detector=detector, threads=threads)
+        self.landmarker = Landmarker(bundle, detector, threads=threads)
         self.canonical = load_canonical_face()
 
     def track_frames(self, frames: Iterable[np.ndarray]) -> list[Face | None]:

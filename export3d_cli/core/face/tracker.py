@@ -18,9 +18,8 @@ TrackerName = Literal["landmarker", "fan"]
 
 def open_landmarker_tracker(*, threads: int = 1) -> LandmarkerTracker:
     """Open the landmarker with its shipped networks, `threads` for each; raises `WeightsError`."""
-    return LandmarkerTracker(
-        resolve_weights("face_landmarker"), detector=FaceDetector(resolve_weights("yunet")), threads=threads
-    )
+    detector = FaceDetector(resolve_weights("yunet"))
+    return LandmarkerTracker(resolve_weights("face_landmarker"), detector, threads=threads)
 
 
 def open_tracker(name: TrackerName, *, device: str | None = None, threads: int = 1) -> FaceTracker:

@@ -153,7 +153,7 @@ def _complete_jpeg(data: bytes) -> bytes:
         if not image.info.get("progressive"):
             image.draft(None, (1, 1))
         decoded.append(np.asarray(image))
-    if not np.array_equal(*decoded):
+    if not np.array_equal(decoded[0], decoded[1]):
         raise OSError("truncated")
     return scans + _JPEG_END
 

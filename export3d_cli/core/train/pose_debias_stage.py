@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import DataConfig, TrainConfig
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
-from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
 from export3d_cli.core.train.stage import Stage
 from export3d_cli.core.train.training_run import TrainingRun
@@ -46,7 +45,7 @@ class PoseDebiasStage(Stage):
         super().__init__(run, "pose_debias")
         assert model.flow is not None  # the config's validation ensures it
         self.model, self.flow, self.sampler, self.config = model.eval(), model.flow, sampler, run.config.pose_debias
-        self.tracker = LandmarkerTracker(resolve_weights("face_landmarker"))
+        self.tracker = open_landmarker_tracker()
         # measured since the basis last changed, of N frames: changes of lambda (N, n) and rotation vectors (N, 3)
         self.measured = {
             "lam_deltas": torch.zeros(0, run.config.model.num_coefficients),

@@ -21,7 +21,7 @@ from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
 SOURCE_MOTION = Motion(
@@ -33,7 +33,7 @@ BLACK = "drawbox=enable='{}':t=fill:color=black:w=iw:h=ih"  # over the frames n 
 
 @pytest.fixture(scope="module")
 def tracker() -> LandmarkerTracker:
-    return LandmarkerTracker(weights_dir() / "face_landmarker.task")
+    return open_landmarker_tracker()
 
 
 def stream(driver: Path, tracker: LandmarkerTracker, **options: Any) -> DriverStream:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from export3d_cli.core.evaluation import face_embedding as identity
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path
 
 
 def test_load_embedder_without_dlib_names_the_extra(monkeypatch):
@@ -24,7 +24,7 @@ def test_dlib_embeddings_of_two_people_differ():
     if importlib.util.find_spec("face_recognition_models") is None:
         pytest.skip("the extra `eval` is not installed")
     embed = identity.load_embedder("dlib", torch.device("cpu"))
-    tracker = LandmarkerTracker(weights_dir() / "face_landmarker.task")
+    tracker = open_landmarker_tracker()
     images = [read_image(example_path("source.jpg")), read_image(example_path("source.jpg").with_name("astronaut.jpg"))]
     faces = [tracker.track_frames([image] * 3)[-1] for image in images]
     points = [face.landmarks[:, :2] for face in faces]

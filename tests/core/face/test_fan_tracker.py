@@ -17,10 +17,9 @@ from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
-from export3d_cli.core.face.landmarker import Landmarker
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
@@ -35,7 +34,7 @@ class FakeNetwork:
     """Returns 68 of the landmarker's points, instead of the package's own."""
 
     def __init__(self) -> None:
-        self.landmarker = Landmarker(weights_dir() / "face_landmarker.task")
+        self.landmarker = open_landmarker_tracker().landmarker
 
     def get_landmarks_from_image(self, image: np.ndarray, detected_faces: list[np.ndarray]) -> list[np.ndarray]:
         (x0, y0, x1, y1), side = detected_faces[0], fan.INPUT_SIDE_PX
@@ -63,7 +62,7 @@ def motions(tracker: FanTracker, step: int = 6) -> tuple[Motion, Motion]:
         size, fps = (reader.info.width, reader.info.height), reader.info.fps / step
     track = FaceTrack(tracker.landmarker).track
     fan_motion = tracker.make_motion([track(frame) for frame in frames], fps, size)
-    landmarker_tracker = LandmarkerTracker(weights_dir() / "face_landmarker.task")
+    landmarker_tracker = open_landmarker_tracker()
     return fan_motion, landmarker_tracker.make_motion(landmarker_tracker.track_frames(frames), fps, size)
 
 

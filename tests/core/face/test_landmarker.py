@@ -22,11 +22,12 @@ from export3d_cli.core.runtime.errors import InputError, WeightsError
 
 REPO = Path(__file__).parents[3]
 BUNDLE = REPO / "weights" / "face_landmarker.task"
+DETECTOR = FaceDetector(REPO / "weights" / "yunet_n_dynamic.onnx")
 
 
 @pytest.fixture(scope="module")
 def landmarker() -> Landmarker:
-    return Landmarker(BUNDLE, detector=FaceDetector(REPO / "weights" / "yunet_n_dynamic.onnx"))
+    return Landmarker(BUNDLE, DETECTOR)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_find_returns_landmarks_and_blendshapes_of_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
-    (detection,) = landmarker.detect(photo)
+    (detection,) = DETECTOR(photo)
     face = landmarker.find(photo)
     assert face is not None
     assert face.score > 0.9
@@ -159,7 +160,6 @@ def test_rotation_to_upright_of_a_rotated_photo(landmarker: Landmarker, photo: n
 
 def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
     black = np.zeros((240, 320, 3), np.uint8)
-    assert landmarker.detect(black) == []
     assert landmarker.find(black) is None
     assert landmarker.find_all(black) == []
     assert landmarker.rotation_to_upright(black) is None
@@ -172,25 +172,25 @@ def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
     [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8)],
 )
 def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: np.ndarray) -> None:
-    for call in (landmarker.detect, landmarker.find, landmarker.find_all):
+    for call in (landmarker.find, landmarker.find_all):
         with pytest.raises(InputError, match="got"):
             call(image)
 
 
 def test_unusable_bundles_raise_weights_errors(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"missing\.task"):
-        Landmarker(tmp_path / "missing.task")
+        Landmarker(tmp_path / "missing.task", DETECTOR)
 
     cut = tmp_path / "cut.task"
     cut.write_bytes(BUNDLE.read_bytes()[:100_000])
     with pytest.raises(WeightsError, match="not a whole"):
-        Landmarker(cut)
+        Landmarker(cut, DETECTOR)
 
     empty = tmp_path / "empty.task"
     with zipfile.ZipFile(empty, "w"):
         pass
     with pytest.raises(WeightsError, match="not a whole"):
-        Landmarker(empty)
+        Landmarker(empty, DETECTOR)
 
     flipped = tmp_path / "flipped.task"
     shutil.copy(BUNDLE, flipped)
@@ -198,12 +198,12 @@ def test_unusable_bundles_raise_weights_errors(tmp_path: Path) -> None:
     data[200_000] ^= 0xFF
     flipped.write_bytes(data)
     with pytest.raises(WeightsError):
-        Landmarker(flipped)
+        Landmarker(flipped, DETECTOR)
     with zipfile.ZipFile(flipped, "w") as archive:
-        for name in ("face_detector.tflite", "face_landmarks_detector.tflite", "face_blendshapes.tflite"):
+        for name in ("face_landmarks_detector.tflite", "face_blendshapes.tflite"):
             archive.writestr(name, b"not a network")
     with pytest.raises(WeightsError, match="does not load"):
-        Landmarker(flipped)
+        Landmarker(flipped, DETECTOR)
 
 
 def test_unusable_detectors_raise_weights_errors(photo: np.ndarray, tmp_path: Path) -> None:
@@ -220,6 +220,7 @@ def test_loading_does_not_redirect_stderr(closed: bool) -> None:
     code = f"""
 import os, sys, threading
 from pathlib import Path
+from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.landmarker import Landmarker
 if {closed}:
     os.close(2)
@@ -233,9 +234,9 @@ def write():
 writer = threading.Thread(target=write)
 if not {closed}:
     writer.start()
-Landmarker(Path({str(BUNDLE)!r}))
+Landmarker(Path({str(BUNDLE)!r}), FaceDetector(Path()))
 while not {closed} and number < 5:  # until the other thread has written during a load
-    Landmarker(Path({str(BUNDLE)!r}))
+    Landmarker(Path({str(BUNDLE)!r}), FaceDetector(Path()))
 stop.set()
 if not {closed}:
     writer.join()

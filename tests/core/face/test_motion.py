@@ -20,6 +20,7 @@ from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks
+from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import FOCAL, Camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
@@ -36,7 +37,7 @@ def canonical() -> CanonicalFace:
 
 @pytest.fixture(scope="module")
 def tracker() -> LandmarkerTracker:
-    return LandmarkerTracker(BUNDLE)
+    return open_landmarker_tracker()
 
 
 def observe(points: np.ndarray, camera: Camera) -> np.ndarray:

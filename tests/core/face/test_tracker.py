@@ -14,13 +14,12 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.dataset.preprocess import preprocess
 from export3d_cli.core.face import fan_tracker as fan
-from export3d_cli.core.face.landmarker import Landmarker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker, open_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError, NoFaceError, WeightsError
-from export3d_cli.core.runtime.weights import example_path, weights_dir
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 MakeClip = Callable[..., Path]
@@ -51,7 +50,7 @@ def test_fan_tracks_a_driver_but_no_source(
     make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FakeNetwork:
-        landmarker = Landmarker(weights_dir() / "face_landmarker.task")
+        landmarker = open_landmarker_tracker().landmarker
 
         def get_landmarks_from_image(self, image: np.ndarray, **_: object) -> list[np.ndarray]:
             face = self.landmarker.find(image)
