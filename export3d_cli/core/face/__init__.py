@@ -1,13 +1,15 @@
 """Faces in pictures: detection, landmarks, expression coefficients and head pose, and their motion over a clip.
 
-    landmarks, beta            tables: landmark indices, names of the 64 expression coefficients
-    detector, landmarker       YuNet; MediaPipe's 478 landmarks and 52 blendshapes, on LiteRT (`litert`)
-    head_pose, crop, motion    landmarks -> camera, head frame, crop; the `.motion.npz` file
-    tracker                    `landmarker_tracker` or `fan_tracker` (68 points, `landmark_fitting`), by name
-    target_face, track_cache   one face of several, followed through a video; tracked once for several sources
-    smoothing, arkit           smoothing without lag, or causal; drivers recorded by Live Link Face
-    matting, canonical_face    the person's alpha; MediaPipe's mean face
+    landmarks, expression_coefficients   tables: landmark indices, names of the 64 expression coefficients
+    detector, landmarker                 YuNet; MediaPipe's 478 landmarks and 52 blendshapes, on LiteRT (`litert`)
+    head_pose, crop, motion              landmarks -> camera, head frame, crop; the `.motion.npz` file
+    face_track                           what the trackers share: one face through a video, and its motion
+    tracker                              `landmarker_tracker` or `fan_tracker` (68 points, `landmark_fitting`), by name
+    target_face, track_cache             one face of several, through a video; tracked once for several sources
+    smoothing, arkit                     smoothing without lag, or causal; drivers recorded by Live Link Face
+    matting, cover_detection             the person's alpha; masks, hands and dark lenses before the face
+    canonical_face                       MediaPipe's mean face
 
 Imports `media`, `config` and `runtime` only. Imported by `animation`, `train`, `dataset`, `evaluation` and
-`diagnostics`; `model` may import `landmarks` and `beta`, which are data.
+`diagnostics`; `model` may import `landmarks` and `expression_coefficients`, which are data.
 """
