@@ -34,25 +34,35 @@ class FaceDetector:
         self._net: cv2.FaceDetectorYN | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[2]) -> list[Detection]:
-        """Return all faces, the largest first; an image with a side above `max_side` pixels is shrunk to it.
+    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[2], rotation: int = 0) -> list[Detection]:
+        """Return all faces, the largest first.
 
-        Raises `WeightsError` if the network cannot be loaded.
+        Args:
+            image: shrunk for the search if a side is above `max_side`.
+            max_side: pixels.
+            rotation: clockwise degrees, a multiple of 90, by which the image is rotated for the search.
+
+        Raises:
+            WeightsError: the network cannot be loaded.
         """
+        image = np.rot90(image, -rotation // 90)
         h, w = image.shape[:2]
         scale = min(1.0, max_side / max(h, w))
         size = max(1, round(w * scale)), max(1, round(h * scale))
-        if scale < 1:
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
         with self._lock:
             net = self._load()
             net.setInputSize(size)
             _, rows = net.detect(np.ascontiguousarray(image[..., ::-1]))  # (N, 15): box, 5 keypoints, score
         detections = []
         for row in [] if rows is None else rows:
-            x, y, width, height = row[:4] / scale
-            box = np.array([x, y, x + width, y + height], dtype=np.float32)
-            detections.append(Detection(box, row[4:14].reshape(5, 2) / scale, float(row[14])))
+            points = np.concatenate([[row[:2], row[:2] + row[2:4]], row[4:14].reshape(5, 2)]) / scale
+            width, height = w, h
+            for _ in range(rotation // 90):  # back, a quarter at a time
+                points = np.stack([points[:, 1], width - points[:, 0]], axis=1)
+                width, height = height, width
+            box = np.concatenate([points[:2].min(0), points[:2].max(0)]).astype(np.float32)
+            detections.append(Detection(box, points[2:], float(row[14])))
         return sorted(detections, key=lambda d: -float(np.prod(d.box[2:] - d.box[:2])))
 
     def rotation_to_upright(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[1]) -> int | None:
@@ -62,7 +72,7 @@ class FaceDetector:
         """
         scores = []
         for quarters in range(4):
-            detections = self(np.rot90(image, -quarters), max_side=max_side)
+            detections = self(image, max_side=max_side, rotation=90 * quarters)
             scores.append(detections[0].score if detections else 0.0)
         best = int(np.argmax(scores))
         if not scores[best]:

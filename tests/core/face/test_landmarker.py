@@ -15,9 +15,9 @@ import pytest
 
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
-from export3d_cli.core.face.face_track import FaceTrack
+from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
 from export3d_cli.core.face.landmarker import Landmarker
-from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
+from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 
 REPO = Path(__file__).parents[3]
@@ -84,12 +84,14 @@ def test_track_loses_a_face_that_left(landmarker: Landmarker, photo: np.ndarray)
 
 
 def test_find_in_a_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.ndarray) -> None:
-    face, mirrored = landmarker.find(photo), landmarker.find(photo[:, ::-1])
+    tracks = FaceTrack(landmarker), FaceTrack(landmarker)
+    for _ in range(WARMUP_PASSES):
+        face, mirrored = tracks[0].track(photo), tracks[1].track(photo[:, ::-1])
     swap = {"Left": "Right", "Right": "Left"}
     for i, name in enumerate(ARKIT_NAMES):
         side = next((side for side in swap if name.endswith(side)), None)
         j = i if side is None else ARKIT_NAMES.index(name.removesuffix(side) + swap[side])
-        assert mirrored.blendshapes[j] == pytest.approx(face.blendshapes[i], abs=0.2), name
+        assert mirrored.blendshapes[j] == pytest.approx(face.blendshapes[i], abs=0.3), name
     width = photo.shape[1]
     assert mirrored.landmarks[LEFT_EYE_OUTER, 0] == pytest.approx(width - face.landmarks[RIGHT_EYE_OUTER, 0], abs=4)
 
@@ -105,11 +107,14 @@ def test_find_in_a_rotated_photo_rotates_the_landmarks(
     assert distance(rolled.landmarks, expected).mean() < 0.01 * w
 
 
-def test_find_in_a_photo_on_its_side_gives_no_upright_face(landmarker: Landmarker, photo: np.ndarray) -> None:
-    face = landmarker.find(np.rot90(photo))
-    if face is not None:
-        x, y, _ = face.landmarks[CHIN] - face.landmarks[FOREHEAD_TOP]
-        assert x > abs(y)  # anticlockwise: the chin is to the right of the forehead
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_find_in_a_photo_on_its_side_or_upside_down(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
+    side = photo.shape[0]  # square
+    expected = landmarker.find(photo).landmarks[:, :2]
+    for _ in range(quarters):  # clockwise
+        expected = np.stack([side - expected[:, 1], expected[:, 0]], axis=1)
+    face = landmarker.find(np.rot90(photo, -quarters))
+    assert distance(face.landmarks, expected).mean() < 0.01 * side
 
 
 def test_find_all_finds_several_faces_and_small_ones_once(landmarker: Landmarker, photo: np.ndarray) -> None:
@@ -195,7 +200,7 @@ def test_unusable_bundles_raise_weights_errors(tmp_path: Path) -> None:
     flipped = tmp_path / "flipped.task"
     shutil.copy(BUNDLE, flipped)
     data = bytearray(flipped.read_bytes())
-    data[200_000] ^= 0xFF
+    data[2_000_000] ^= 0xFF  # of the landmark network
     flipped.write_bytes(data)
     with pytest.raises(WeightsError):
         Landmarker(flipped, DETECTOR)
