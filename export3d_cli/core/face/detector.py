@@ -12,7 +12,7 @@ import numpy as np
 from export3d_cli.core.runtime.errors import Export3DError, WeightsError
 from export3d_cli.core.runtime.opencv import find_opencv_problem
 
-SEARCH_SIDES_PX = (320, 640, 1280)  # longer sides at which an image is searched; the last in thorough searches only
+SEARCH_SIDES_PX = (160, 320, 640, 1280)  # longer sides at which an image is searched; the last if thoroughly
 _UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual
 _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES = 0.6, 0.3, 1000
 
@@ -34,7 +34,7 @@ class FaceDetector:
         self._net: cv2.FaceDetectorYN | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[2], rotation: int = 0) -> list[Detection]:
+    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[3], rotation: int = 0) -> list[Detection]:
         """Return all faces, the largest first.
 
         Args:
@@ -65,7 +65,7 @@ class FaceDetector:
             detections.append(Detection(box, points[2:], float(row[14])))
         return sorted(detections, key=lambda d: -float(np.prod(d.box[2:] - d.box[:2])))
 
-    def rotation_to_upright(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[1]) -> int | None:
+    def rotation_to_upright(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[2]) -> int | None:
         """Return the clockwise degrees (0, 90, 180, 270) that turn an image so that its largest face is upright.
 
         None if no rotation shows a face. The score drops for faces that are not upright.

@@ -265,8 +265,8 @@ def test_a_cut_within_the_same_framing_keeps_crop_and_reference(
 ) -> None:
     """As jump cuts and flashes do."""
     frames = list(VideoReader(make_clip("clip.mp4", frames=8)))
-    inverted = frames[:4] + [255 - frames[4]] + frames[5:]  # without a face
-    batches = list(stream(write_frames(tmp_path, inverted), tracker, batch=2, reference="auto", source=SOURCE_MOTION))
+    flash = frames[:4] + [np.full_like(frames[4], 255)] + frames[5:]
+    batches = list(stream(write_frames(tmp_path, flash), tracker, batch=2, reference="auto", source=SOURCE_MOTION))
     assert len({batch.motion.crop for batch in batches}) == len({id(batch.reference) for batch in batches}) == 1
 
 
