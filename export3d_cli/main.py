@@ -59,11 +59,7 @@ class LazyGroup(click.Group):
         except Exception as error:
             if _InterruptHandler.received:  # Ctrl-C also ends ffmpeg, whose error may arrive first
                 _exit_interrupted(ctx)
-            reason = (
-                str(error)
-                if isinstance(error, Export3DError)
-                else _usage_message(error) or _resource_message(error) or _installation_message(error)
-            )
+            reason = _reason(error)
             if not reason:
                 raise
             if ctx.meta.get("verbose"):
@@ -78,13 +74,6 @@ class LazyGroup(click.Group):
             ctx.exit(getattr(error, "exit_code", 1))
 
 
-def _usage_message(error: Exception) -> str:
-    """Return the message of a usage error with a pointer to --help; empty for other errors and for a bare group."""
-    if not isinstance(error, click.UsageError) or error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":
-        return ""
-    return f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`"
-
-
 _RESOURCE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
     errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
@@ -95,24 +84,21 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def _resource_message(error: Exception) -> str:
-    """Return a message if the error is a lack of memory, disk, permission or open files; empty otherwise."""
+def _reason(error: Exception) -> str:
+    """Return problem and remedy of an error of the user, the machine or the installation; '' for a defect of ours."""
+    if isinstance(error, Export3DError):
+        return str(error)
+    if isinstance(error, click.UsageError) and error.ctx and type(error).__name__ != "NoArgsIsHelpError":
+        return f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`"
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return "out of memory: close other programs, or try a smaller --batch, picture or video"
     if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
         return f"the operating system reported: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
-    return ""
-
-
-def _installation_message(error: Exception) -> str:
-    """Return a message if a library that we need cannot be imported; empty for defects of our own modules."""
-    if not isinstance(error, (ImportError, AttributeError)):
-        return ""
-    if problem := find_opencv_problem():
+    if isinstance(error, (ImportError, AttributeError)) and (problem := find_opencv_problem()):
         return problem
-    if isinstance(error, AttributeError) or (error.name or "").startswith("export3d_cli"):
-        return ""
-    return f"{error.name or 'a library'} cannot be imported ({error}): run `export3d doctor`"
+    if isinstance(error, ImportError) and not (error.name or "").startswith("export3d_cli"):
+        return f"{error.name or 'a library'} cannot be imported ({error}): run `export3d doctor`"
+    return ""
 
 
 def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
