@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import cv2
 import torch
 
 from export3d_cli.core.runtime.errors import ConfigError
@@ -39,21 +40,24 @@ def tracking_thread_count(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def torch_state(*, threads: int = 0, seed: int | None = None, device: torch.device | None = None) -> Iterator[None]:
-    """Set PyTorch's thread count (0: unchanged) and random seed, and restore both when the block ends.
+    """Set the thread count of PyTorch and OpenCV (0: unchanged) and PyTorch's seed; restore them when the block ends.
 
     With a seed, random numbers may be drawn on the CPU and on `device`.
     """
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
-    previous_threads = torch.get_num_threads()
+    previous_threads = torch.get_num_threads(), cv2.getNumThreads()
     with torch.random.fork_rng(cuda_devices, enabled=seed is not None):
         try:
             if seed is not None:
                 torch.manual_seed(seed)
             if threads:
                 torch.set_num_threads(threads)
+                cv2.setNumThreads(threads)
             yield
         finally:
-            torch.set_num_threads(previous_threads)
+            if threads:
+                torch.set_num_threads(previous_threads[0])
+                cv2.setNumThreads(previous_threads[1])
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -65,11 +66,11 @@ def test_animator_short_of_memory_returns_same_frames(animator: Animator, monkey
 
 
 def test_torch_state_restores_threads_and_seed() -> None:
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    threads, of_opencv, state = torch.get_num_threads(), cv2.getNumThreads(), torch.get_rng_state()
     with torch_state(threads=threads + 1, seed=7):
-        assert torch.get_num_threads() == threads + 1
+        assert torch.get_num_threads() == cv2.getNumThreads() == threads + 1
         first = torch.rand(3)
-    assert torch.get_num_threads() == threads
+    assert (torch.get_num_threads(), cv2.getNumThreads()) == (threads, of_opencv)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(KeyError), torch_state(threads=threads + 1, seed=7):  # noqa: PT012
         assert torch.equal(torch.rand(3), first)
