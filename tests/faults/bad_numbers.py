@@ -111,14 +111,14 @@ def motions(whole: Path) -> Iterator[BadFile]:
 
 
 def _bomb(path: Path, raw: dict[str, bytes]) -> None:
-    """Six gigabytes of zeros in six megabytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    """More than two gigabytes of zeros, in a few megabytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, data in raw.items():
             if name != "beta.npy":
                 archive.writestr(name, data)
         with archive.open("beta.npy", "w", force_zip64=True) as file:
-            file.write(npy("(24000000, 64)", body=b""))
-            for _ in range(375):
+            file.write(npy("(8400000, 64)", body=b""))
+            for _ in range(129):
                 file.write(bytes(1 << 24))
 
 
