@@ -50,8 +50,8 @@ def run(line: str) -> Result:
 def test_commands_of_the_overview_write_marked_videos(folder: Path) -> None:
     for line, out in (
         ("reenact src.jpg drive.mp4 -o out.mp4", "out.mp4"),
-        ("novel-view --yaw -30:30", "novel_view.mp4"),
-        ("edit-basis --v 4 --scale 1:10", "edit_basis.mp4"),
+        ("novel-view --yaw -30:30 --frames 4", "novel_view.mp4"),
+        ("edit-basis --v 4 --scale 1:10 --frames 4", "edit_basis.mp4"),
     ):
         assert run(line).exit_code == 0, line
         assert run(f"verify-mark {out}").exit_code == 0
