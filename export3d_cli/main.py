@@ -85,7 +85,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def _reason(error: Exception) -> str:
-    """Return problem and remedy of an error of the user, the machine or the installation; '' for a defect of ours."""
+    """Return problem and remedy of an error of the user, the machine or the installation; '' for a defect."""
     if isinstance(error, Export3DError):
         return str(error)
     if isinstance(error, click.UsageError) and error.ctx and type(error).__name__ != "NoArgsIsHelpError":
