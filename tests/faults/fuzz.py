@@ -32,14 +32,13 @@ from export3d_cli.core.config.loading import load_train_config, to_dict
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.manifest import DatasetManifest
 from export3d_cli.core.face import arkit
-from export3d_cli.core.face.beta_statistics import BetaStatistics
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.weights import example_path, weights_dir, weights_info
+from export3d_cli.core.runtime.weights import example_path, weights_info
 from export3d_cli.core.train.frame_cache import load_dataset
 
 NUMBERS = [0, 1, -1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1]
@@ -126,7 +125,6 @@ def readers() -> dict[str, Reader]:
     photos = (json.dumps(photo) + "\n" + json.dumps({**photo, "id": "b"}) + "\n").encode()
     yaml = b"preset: tiny\nlr: 1e-4\nstages: [clebs, reconstruction]\nmodel: {width: 64, stem: [8, 8, 16]}\n"
     yaml += b"data:\n  path: [x]\n"
-    statistics = weights_dir() / "beta_statistics.npz"
     camera = Camera.orbit(0, 0).to_vector()
 
     def video(path: Path) -> None:
@@ -149,7 +147,6 @@ def readers() -> dict[str, Reader]:
                                          lambda path: DatasetManifest(path.parent).write()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, camera)),
-        "statistics": Reader([statistics.read_bytes()], ".npz", BetaStatistics.load, mutate_zip),
     }  # fmt: skip
 
 
