@@ -105,38 +105,66 @@ def validate_face(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value
 
 
-def frame_option(command: F) -> F:
-    """Add --frame: the part of the photo that frames show."""
-    text = "What frames show: the whole photo, or a square around the head."
-    choices = click.Choice(["photo", "face"])
-    return click.option("--frame", "framing", type=choices, default="photo", show_default=True, help=text)(command)
+def _together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Return a decorator that adds several options, listed by --help in this order."""
+
+    def add(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return add
 
 
-def pose_option(command: F) -> F:
-    """Add --pose: how the driver's head pose is used."""
-    return click.option(
-        "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
-        help="auto: SRC keeps its own pose and place in the frame of DRIVE that is most like it in head rotation and "
-        "expression, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, from a "
-        "reference frame (the first by default); absolute: DRIVE's own pose and place.",
-    )(command)  # fmt: skip
-
-
-def source_options(command: F) -> F:
-    """Add --face, --crop, --frame and --size: the part of the portrait that is animated, and what frames show."""
-    command = click.option(
-        "--size", type=SIZE, default="auto", show_default=True,
-        help="Longer side of the frames in pixels; auto is that of SRC, at most 1080 (512 in a contact sheet).",
-    )(command)  # fmt: skip
-    command = frame_option(command)
-    command = click.option(
-        "--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
-        help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=validate_face,
-        help="Which face of SRC to use if there are several; index counts from the left, from 0.",
-    )(command)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
+fps_option = click.option("--fps", type=FrameRate(), default="25", show_default=True, help="Frames per second.")
+batch_option = click.option(
+    "--batch", type=BATCH, default="auto", show_default=True, help="Frames per batch; halved when memory runs out."
+)
+frame_option = click.option(
+    "--frame", "framing", type=click.Choice(["photo", "face"]), default="photo", show_default=True,
+    help="What frames show: the whole photo, or a square around the head.",
+)  # fmt: skip
+pose_option = click.option(
+    "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
+    help="auto: SRC keeps its own pose and place in the frame of DRIVE that is most like it in head rotation and "
+    "expression, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, from a "
+    "reference frame (the first by default); absolute: DRIVE's own pose and place.",
+)  # fmt: skip
+quality_option = click.option(
+    "--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced", show_default=True,
+    help="Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to best or more), fast 1/8.",
+)  # fmt: skip
+smooth_option = click.option(
+    "--smooth", type=click.Choice(["off", "light", "strong"]), default="light", show_default=True,
+    help="Smooth the jitter of the tracked motion; neither level delays it.",
+)  # fmt: skip
+tracker_option = click.option(
+    "--tracker", type=click.Choice(["landmarker", "fan"]), default="landmarker", show_default=True,
+    help="Face tracker of the driver; fan is slower and needs export3d-cli[fan]. SRC always uses landmarker.",
+)  # fmt: skip
+# the part of the portrait that is animated, and what frames show
+source_options = _together(
+    click.option("--face", default="largest", show_default=True, metavar="largest|left|right|index:N",
+                 callback=validate_face,
+                 help="Which face of SRC to use if there are several; index counts from the left, from 0."),
+    click.option("--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+                 help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is."),
+    frame_option,
+    click.option("--size", type=SIZE, default="auto", show_default=True,
+                 help="Longer side of the frames in pixels; auto is that of SRC, at most 1080 (512 in a contact "
+                 "sheet)."),
+)  # fmt: skip
+# how the output is written and reported
+output_options = _together(
+    click.option("--crf", type=click.IntRange(0, 51), show_default="18",
+                 help="Constant rate factor of the video, 0 (lossless) to 51 (worst); not for .gif, images and "
+                 "transparent .mov."),
+    click.option("--watermark", type=click.Choice(["none", "visible", "invisible"]), default="none", show_default=True,
+                 help="Mark the picture as synthetic, in addition to the metadata."),
+    click.option("--overwrite", is_flag=True, help="Overwrite an existing output file."),
+    json_option,
+)  # fmt: skip
 
 
 class _Gaze(click.ParamType):
@@ -186,7 +214,7 @@ def expression_options(command: F) -> F:
         return {name: NumberRange().convert(ends, param, ctx) for name, ends in pairs}
 
     named = [click.option(f"--{name}", type=NumberRange(), help=text) for name, text in _CONTROLS.items()]
-    for option in reversed([
+    return _together(
         *named,
         click.option("--gaze", type=_Gaze(), help="Gaze, -1 to 1; + is to the image's right and up: --gaze 0,0."),
         click.option("--set", "set_", multiple=True, metavar="NAME=A[:B]", callback=parse_set,
@@ -196,9 +224,7 @@ def expression_options(command: F) -> F:
                      "mine.yaml#grin with the line `grin: {smile: 1, jaw: .2}`. Repeatable."),
         click.option("--from", "origin", type=click.Choice(["photo", "neutral"]), default="photo", show_default=True,
                      help="Expression that controls change: SRC's own, or with mouth and brows at rest."),
-    ]):  # fmt: skip
-        collect = option(collect)
-    return collect  # type: ignore[return-value]
+    )(collect)  # type: ignore[return-value]  # fmt: skip
 
 
 def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None:
@@ -209,63 +235,16 @@ def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None
         ctx.with_resource(core.torch_state(threads=value))
 
 
-def model_options(command: F) -> F:
-    """Add --weights, --device, --precision and --threads: how the animator is built and computes."""
-    precisions = click.Choice(["auto", "fp32", "bf16", "fp16"])
-    for option in reversed([
-        click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Model weights.  [default: embedded]"),
-        click.option("--device", default="auto", show_default=True, callback=_validate_device,
-                     metavar="auto|cpu|cuda[:N]|mps", help="Compute device; auto is CUDA if usable, else the CPU."),
-        click.option("--precision", type=precisions, default="auto", show_default=True, help="Network precision."),
-        click.option("--threads", type=click.IntRange(0), default=0, expose_value=False, callback=_set_threads,
-                     help="Number of CPU threads.  [default: all]"),
-    ]):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def quality_option(command: F) -> F:
-    """Add --quality: the number of samples per rendered volume."""
-    text = "Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to best or more), fast 1/8."
-    choices = click.Choice(["fast", "balanced", "best"])
-    return click.option("--quality", type=choices, default="balanced", show_default=True, help=text)(command)
-
-
-def smooth_option(command: F) -> F:
-    """Add --smooth: the smoothing of the driver's motion."""
-    text = "Smooth the jitter of the tracked motion; neither level delays it."
-    levels = click.Choice(["off", "light", "strong"])
-    return click.option("--smooth", type=levels, default="light", show_default=True, help=text)(command)
-
-
-def tracker_option(command: F) -> F:
-    """Add --tracker: the face tracker of the driver."""
-    trackers = click.Choice(["landmarker", "fan"])
-    text = "Face tracker of the driver; fan is slower and needs export3d-cli[fan]. SRC always uses landmarker."
-    return click.option("--tracker", type=trackers, default="landmarker", show_default=True, help=text)(command)
-
-
-def output_options(command: F) -> F:
-    """Add --crf, --watermark, --overwrite and --json: how the output is written and reported."""
-    text = "Constant rate factor of the video, 0 (lossless) to 51 (worst); not for .gif, images and transparent .mov."
-    command = json_option(command)
-    command = click.option("--overwrite", is_flag=True, help="Overwrite an existing output file.")(command)
-    command = click.option(
-        "--watermark", type=click.Choice(["none", "visible", "invisible"]), default="none", show_default=True,
-        help="Mark the picture as synthetic, in addition to the metadata.",
-    )(command)  # fmt: skip
-    return click.option("--crf", type=click.IntRange(0, 51), show_default="18", help=text)(command)
-
-
-def batch_option(command: F) -> F:
-    """Add --batch."""
-    text = "Frames per batch; halved when memory runs out."
-    return click.option("--batch", type=BATCH, default="auto", show_default=True, help=text)(command)
-
-
-def json_option(command: F) -> F:
-    """Add --json."""
-    return click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")(command)
+# how the animator is built and computes
+model_options = _together(
+    click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Model weights.  [default: embedded]"),
+    click.option("--device", default="auto", show_default=True, callback=_validate_device,
+                 metavar="auto|cpu|cuda[:N]|mps", help="Compute device; auto is CUDA if usable, else the CPU."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
+                 help="Network precision."),
+    click.option("--threads", type=click.IntRange(0), default=0, expose_value=False, callback=_set_threads,
+                 help="Number of CPU threads.  [default: all]"),
+)  # fmt: skip
 
 
 def only_given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -294,8 +273,3 @@ def add_negations(command: click.Command) -> None:
     if isinstance(command, click.Group):
         for subcommand in command.commands.values():
             add_negations(subcommand)
-
-
-def fps_option(command: F) -> F:
-    """Add --fps for commands without a driver."""
-    return click.option("--fps", type=FrameRate(), default="25", show_default=True, help="Frames per second.")(command)
