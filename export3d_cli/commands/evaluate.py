@@ -56,10 +56,7 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
 @options.quality_option
 @options.model_options
 @options.json_option
-@click.pass_context
-def evaluate(
-    ctx: click.Context, dataset: Path, output: Path | None, write_inputs: Path | None, as_json: bool, **chosen: Any
-) -> None:
+def evaluate(dataset: Path, output: Path | None, write_inputs: Path | None, as_json: bool, **chosen: Any) -> None:
     """Score what `reenact` writes by default on DATASET, a folder written by `preprocess`, next to baselines.
 
     The most frontal frame of each clip is animated by the clip. `raw` is the volume's render alone, `pwa` the photo
@@ -69,9 +66,8 @@ def evaluate(
     """
     from export3d_cli import core
 
-    given = options.only_given(ctx, {"output": output, **chosen})
     if write_inputs is not None:
-        options.refuse_unused(set(given) - {"cross", "cases", "seed"}, "--write-inputs")
+        options.refuse_unused({"output", *chosen} - {"cross", "cases", "seed"}, "--write-inputs")
     if not chosen["model"]:
         options.refuse_unused({"quality", "precision", "framing", "pose", "smooth"}, "--no-model")
     setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
