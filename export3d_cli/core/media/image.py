@@ -28,7 +28,7 @@ WRITABLE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif",
 IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".heic", ".heif", ".avif"}
 if Image.MAX_IMAGE_PIXELS is not None:  # above it Pillow warns, above twice as much it raises an error
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_STORED_PIXELS)
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # and no others: Pillow runs programs for some
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # and no others: Pillow runs programs for some
 _DECODE_ERRORS = (  # what Pillow raises for damaged files
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, EOFError, RuntimeError,
     struct.error, zlib.error,
@@ -49,8 +49,8 @@ def read_image(path: Path) -> np.ndarray:
     Issues an `Export3DWarning` if the image is reduced to `MAX_PIXELS`, or its colour profile is ignored.
 
     Raises:
-        InputError: the file is missing, no JPEG, PNG, WebP, BMP, TIFF, HEIC or AVIF image, damaged, truncated or larger
-            than `MAX_STORED_PIXELS`.
+        InputError: the file is missing, no JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC or AVIF image, damaged, truncated or
+            larger than `MAX_STORED_PIXELS`.
     """
     path = Path(path)
     data = _read_bytes(path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
+from export3d_cli.core.media.image import has_image_suffix, write_image
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
 DEFAULT_FOLDER_FPS = Fraction(25)  # unless the caller gives a rate
@@ -24,16 +23,6 @@ def list_images(folder: Path) -> list[Path]:
     if not paths:
         raise InputError(f"{folder} is a folder without images (.png, .jpg, .webp): give a video file or images")
     return sorted(paths, key=_natural_sort_key)
-
-
-def read_images(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield the images, uint8 (H, W, 3) RGB; raise `InputError` unless each has `size` (width, height)."""
-    for path in paths:
-        image = read_image(path)
-        if (image.shape[1], image.shape[0]) != size:
-            sizes = f"{image.shape[1]}x{image.shape[0]}, the first image {size[0]}x{size[1]}"
-            raise InputError(f"{path} is {sizes}: use one size in a folder")
-        yield image
 
 
 class ImageSequenceWriter:

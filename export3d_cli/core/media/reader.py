@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
-from export3d_cli.core.media.image import check_pixel_count
-from export3d_cli.core.media.image_folder import list_images, read_images
+from export3d_cli.core.media.image import check_pixel_count, read_image
+from export3d_cli.core.media.image_folder import list_images
 from export3d_cli.core.media.probe import READ_OPTIONS, ffmpeg_path, file_url, probe
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
@@ -118,7 +118,11 @@ class VideoReader:
 
         first = round(self._start * self.info.fps)
         full = probe(self.path)
-        for image in read_images(self._images[first : first + self.info.frame_count], (full.width, full.height)):
+        for path in self._images[first : first + self.info.frame_count]:
+            image = read_image(path)
+            if image.shape[:2] != (full.height, full.width):
+                sizes = f"{image.shape[1]}x{image.shape[0]}, the first image {full.width}x{full.height}"
+                raise InputError(f"{path} is {sizes}: use one size in a folder")
             yield cv2.resize(image, (self.info.width, self.info.height)) if self._resized else image
 
     def _filter_graph(self) -> str:

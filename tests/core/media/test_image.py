@@ -200,7 +200,15 @@ def test_read_image_of_any_format_applies_exif_orientation(tmp_path, suffix, alp
 
 @pytest.mark.parametrize(
     ("mode", "suffix", "tolerance"),
-    [("CMYK", "JPEG", 20), ("CMYK", "TIFF", 0), ("P", "PNG", 30), ("P", "BMP", 30), ("L", "JPEG", 4), ("1", "TIFF", 0)],
+    [
+        ("CMYK", "JPEG", 20),
+        ("CMYK", "TIFF", 0),
+        ("P", "PNG", 30),
+        ("P", "BMP", 30),
+        ("P", "GIF", 30),
+        ("L", "JPEG", 4),
+        ("1", "TIFF", 0),
+    ],
 )
 def test_read_image_converts_every_colour_mode(tmp_path, mode, suffix, tolerance):
     image = Image.fromarray(gradient()).convert(mode)
