@@ -31,7 +31,7 @@ from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 _LANDMARK_SIDE_PX = 256  # input side of the landmark network
 _MIN_SCORE = 0.5  # of the presence output, MediaPipe's default
 _ROI_SCALE = 1.5  # margin around the box of a detection or of a set of landmarks
-_SAME_FACE_IOU = 0.5  # two landmark boxes that overlap more are one face
+_SAME_FACE_DISTANCE = 0.3  # face boxes; faces that are nearer are one
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Face:
     blendshapes: np.ndarray  # (52,) float32 in [0, 1], in the order of ARKIT_NAMES; tongueOut is always 0
     score: float  # presence probability of the landmark network, in [0.5, 1]
 
-    @property
-    def roll(self) -> float:
-        """Rotation in the picture, clockwise, in degrees in (-180, 180]; 180 is upside down."""
-        dx, dy = (self.landmarks[LEFT_EYE_OUTER, :2] - self.landmarks[RIGHT_EYE_OUTER, :2]).tolist()
-        return math.degrees(math.atan2(dy, dx))
+    def distance_to(self, other: Face) -> float:
+        """Return the distance of the centres of two faces, in boxes of the smaller one."""
+        sizes = [float(np.ptp(face.landmarks[:, :2], axis=0).max()) for face in (self, other)]
+        distance = np.linalg.norm(self.landmarks[:, :2].mean(0) - other.landmarks[:, :2].mean(0))
+        return float(distance / max(1e-6, min(sizes)))
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ class Landmarker:
         for detections in self._detection_stages(image):  # each stage finds faces that the others miss
             for detection in detections:
                 face = self._face_from_detection(image, detection)
-                if face is not None:
-                    boxes = np.array([_bounding_box(other.landmarks) for other in faces]).reshape(-1, 4)
-                    if (_iou(_bounding_box(face.landmarks), boxes) <= _SAME_FACE_IOU).all():
-                        faces.append(face)
+                if face is not None and all(face.distance_to(other) > _SAME_FACE_DISTANCE for other in faces):
+                    faces.append(face)
         return sorted(faces, key=lambda face: -float(np.prod(np.ptp(face.landmarks[:, :2], axis=0))))
 
     def rotation_to_upright(self, image: np.ndarray) -> int | None:
@@ -126,7 +124,7 @@ class Landmarker:
         """Return the face in `roi`; None if the network finds none there."""
         crop = _warp_roi(image, roi, _LANDMARK_SIDE_PX)
         outputs = self._landmark_network(crop.astype(np.float32) * (1 / 255))
-        score = float(_sigmoid(outputs[1].reshape(-1))[0])
+        score = 0.5 + 0.5 * math.tanh(outputs[1].item() / 2)  # sigmoid
         if score < _MIN_SCORE:
             return None
         points = outputs[0].reshape(-1, 3) / _LANDMARK_SIDE_PX  # (478, 3)
@@ -154,33 +152,19 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of one box (4,) with boxes (N, 4), (N,)."""
-    overlap = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    shared = np.prod(np.maximum(overlap, 0), axis=1)
-    area = np.prod(box[2:] - box[:2]) + np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    iou: np.ndarray = shared / np.maximum(area - shared, 1e-9)
-    return iou
-
-
 def _roi_from_detection(detection: Detection) -> _Roi:
-    """Return the box with its margin, rotated so that the line through the eyes is level."""
-    (x0, y0), (x1, y1) = detection.box.reshape(2, 2).tolist()
-    dx, dy = (detection.keypoints[1] - detection.keypoints[0]).tolist()
-    side = max(x1 - x0, y1 - y0) * _ROI_SCALE
-    return _Roi((x0 + x1) / 2, (y0 + y1) / 2, side, rotation=math.atan2(dy, dx))
-
-
-def _bounding_box(landmarks: np.ndarray) -> np.ndarray:
-    return np.concatenate([landmarks[:, :2].min(axis=0), landmarks[:, :2].max(axis=0)])
+    return _face_roi(detection.box.reshape(2, 2), *detection.keypoints[:2])
 
 
 def _roi_from_landmarks(landmarks: np.ndarray) -> _Roi:
-    """Return the square around all points with its margin, rotated so that the outer eye corners are level."""
-    x0, y0, x1, y1 = _bounding_box(landmarks).tolist()
-    dx, dy = (landmarks[LEFT_EYE_OUTER, :2] - landmarks[RIGHT_EYE_OUTER, :2]).tolist()
-    side = max(x1 - x0, y1 - y0) * _ROI_SCALE
-    return _Roi((x0 + x1) / 2, (y0 + y1) / 2, side, rotation=math.atan2(dy, dx))
+    return _face_roi(landmarks[:, :2], landmarks[RIGHT_EYE_OUTER, :2], landmarks[LEFT_EYE_OUTER, :2])
+
+
+def _face_roi(points: np.ndarray, right_eye: np.ndarray, left_eye: np.ndarray) -> _Roi:
+    """Return the square around points (N, 2) with its margin, rotated so that the line through the eyes is level."""
+    (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    dx, dy = (left_eye - right_eye).tolist()
+    return _Roi((x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) * _ROI_SCALE, rotation=math.atan2(dy, dx))
 
 
 def _warp_roi(image: np.ndarray, roi: _Roi, size: int) -> np.ndarray:
@@ -191,8 +175,3 @@ def _warp_roi(image: np.ndarray, roi: _Roi, size: int) -> np.ndarray:
     to_image = np.array([[a, b, roi.x - (a + b) * size / 2], [c, d, roi.y - (c + d) * size / 2]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, to_image, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    y: np.ndarray = 1 / (1 + np.exp(-np.clip(x, -80, 80)))  # exp overflows not far beyond 80
-    return y

@@ -128,13 +128,13 @@ class TargetFaceTracker:
     def _follow_last(self, image: np.ndarray, last: Face) -> Face | None:
         max_jump = MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames
         face = self._track.track(image)
-        if face is None or _relative_distance(last, face) <= max_jump:
+        if face is None or last.distance_to(face) <= max_jump:
             return face
-        nearest = min(self._finder.find_all(image), key=lambda other: _relative_distance(last, other), default=face)
-        if _relative_distance(last, nearest) > max_jump and self._missing_frames < self._patience_frames:
+        nearest = min(self._finder.find_all(image), key=last.distance_to, default=face)
+        if last.distance_to(nearest) > max_jump and self._missing_frames < self._patience_frames:
             self._track.follow(last, image)  # another face: search at the last position again
             return None
-        self.is_new_shot = _relative_distance(last, nearest) > max_jump
+        self.is_new_shot = last.distance_to(nearest) > max_jump
         self._track.follow(nearest, image)
         return self._track.track(image)
 
@@ -174,10 +174,3 @@ def rotate_clockwise(image: np.ndarray, degrees: int) -> np.ndarray:
 def describe_rotation(degrees: int) -> str:
     """Return the predicate of a face that has to be rotated clockwise by these degrees to be upright."""
     return "is upside down" if degrees == 180 else "lies on its side"
-
-
-def _relative_distance(one: Face, two: Face) -> float:
-    """Return the distance of two faces, in boxes of the smaller one."""
-    boxes = [face.landmarks[:, :2].max(0) - face.landmarks[:, :2].min(0) for face in (one, two)]
-    distance = np.linalg.norm(one.landmarks[:, :2].mean(0) - two.landmarks[:, :2].mean(0))
-    return float(distance / max(1e-6, min(box.max() for box in boxes)))
