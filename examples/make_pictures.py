@@ -16,12 +16,12 @@ import numpy as np
 
 from export3d_cli.core import (
     Animator,
-    EditOptions,
     EvaluateOptions,
+    ExpressionEdit,
     NovelViewOptions,
     ReenactOptions,
     build_dataset,
-    edit_basis,
+    edit_expression,
     evaluate_model,
     novel_view,
     reenact,
@@ -84,9 +84,7 @@ def render_all(animator: Animator, folder: Path, count: int) -> None:
         novel_view(animator, SOURCE, folder / "own.png", options)
         views.insert(0, resize_to_width(read_image(folder / "own.png")))
     save_jpeg("novel-view.jpg", *views)
-    path = folder / "basis.png"
-    edit_basis(animator, SOURCE, path, EditOptions(edits=((1, (-8, 8)), (4, (-8, 8)), (5, (-8, 8))), grid=True))
-    save_jpeg("edit-basis.jpg", resize_to_width(read_image(path)))
+    controls(animator)
     failures(animator)
     data_set(animator, folder)
 
@@ -114,6 +112,31 @@ def compose(animator: Animator, folder: Path) -> None:
         reenact(animator, PHOTO, DRIVER, out, options)
         tiles.append(read_frames(out)[0])
     save_jpeg("compose.jpg", row(tiles, ("photo", "frame", "--background")))
+
+
+def controls(animator: Animator) -> None:
+    """Show the named expression controls on both portraits, cropped to the face."""
+    values = {"smile": 0.9, "jaw": 0.5, "pucker": 0.9, "blink": 0.8, "eyes-open": 0.3, "brows": (0.7, -0.7)}
+    values |= {"gaze-x": (0.6, -0.6), "gaze-y": -0.5}
+    captions, tiles = ["photo"], [[read_image(path)] for path in (SOURCE, PHOTO)]
+    portraits = [animator.portrait(images[0]) for images in tiles]
+    for name, ends in values.items():
+        for value in np.atleast_1d(ends):
+            captions.append(f"{name} {value:g}")
+            for portrait, images in zip(portraits, tiles, strict=True):
+                edit = edit_expression(animator, portrait, ExpressionEdit(((name, (value, value)),)))
+                images += animator.edit(portrait, animator.expression_change(portrait, edit.beta))
+    for portrait, images in zip(portraits, tiles, strict=True):
+        x0, y0, x1, y1 = portrait.face_box
+        scale = images[1].shape[0] / images[0].shape[0]
+        images[0] = cv2.resize(images[0], images[1].shape[1::-1], interpolation=cv2.INTER_AREA)
+        centre, half = np.array([x0 + x1, y0 + y1]) / 2 * scale, 0.62 * (y1 - y0) * scale
+        (left, top), side = np.maximum(centre - half, 0).astype(int), int(2 * half)
+        images[:] = [image[top : top + side, left : left + side] for image in images]
+    save_jpeg("controls.jpg", *(
+        row(images[k : k + 6], tuple(captions[k : k + 6]) if number == 0 else ())
+        for k in (0, 6) for number, images in enumerate(tiles)
+    ))  # fmt: skip
 
 
 def failures(animator: Animator) -> None:

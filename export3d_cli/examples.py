@@ -7,7 +7,7 @@ import click
 COMMANDS = {
     "reenact": "animate a portrait with a video",
     "novel-view": "turn a portrait; --grid, --depth",
-    "edit-basis": "change an expression; --grid, --describe",
+    "edit-basis": "change an expression; --smile, --preset, --grid",
     "preprocess": "track faces; write a motion file or a training data set",
     "train": "train a model on data sets; resumes",
     "evaluate": "score weights on a data set",
@@ -17,11 +17,14 @@ COMMANDS = {
     "doctor": "check the installation",
 }
 EXAMPLES: dict[str, tuple[str, str]] = {
-    "reenact": ("reenact src.jpg drive.mp4 -o out.mp4", "reenact src.jpg drive.mp4 -o out.mp4 --compare --duration 5"),
-    "novel-view": ("novel-view --yaw -30:30", "novel-view src.jpg --yaw -30:30 --grid -o views.png"),
+    "reenact": (
+        "reenact src.jpg drive.mp4 -o out.mp4",
+        "reenact src.jpg drive.mp4 -o out.mp4 --drive mouth,head --gaze 0,0",
+    ),
+    "novel-view": ("novel-view --yaw -30:30", "novel-view src.jpg --yaw 20 --smile .7 -o smile.png"),
     "edit-basis": (
-        "edit-basis --v 4 --scale 1:10",
-        "edit-basis src.jpg --v 1 --scale -3:3 --v 4 --scale 0:2 -o out.mp4",
+        "edit-basis src.jpg --smile 0:1 --jaw .2 -o laugh.mp4",
+        "edit-basis src.jpg --preset joy --from neutral -o joy.png",
     ),
     "preprocess": ("preprocess drive.mp4 -o drive.motion.npz", "preprocess videos -o data"),
     "train": ("train --config config.yaml", "train --config config.yaml batch=4 loss.l1=1 --dry-run"),
@@ -44,7 +47,7 @@ OVERVIEW = """export3d animates a portrait from one photo and a driving video.
 Start here
   export3d reenact src.jpg drive.mp4 -o out.mp4    animate the photo with the video
   export3d novel-view --yaw -30:30                 turn the bundled portrait (or give your own photo)
-  export3d edit-basis --v 4 --scale 1:10           change one expression coefficient
+  export3d edit-basis --smile 0:1                  make it smile
   export3d doctor                                  check the installation
 
 Commands
