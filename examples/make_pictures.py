@@ -124,7 +124,7 @@ def controls(animator: Animator) -> None:
         for value in np.atleast_1d(ends):
             captions.append(f"{name} {value:g}")
             for portrait, images in zip(portraits, tiles, strict=True):
-                edit = edit_expression(animator, portrait, ExpressionEdit(((name, (value, value)),)))
+                edit = edit_expression(animator, portrait, ExpressionEdit({name: float(value)}))
                 images += animator.edit(portrait, animator.expression_change(portrait, edit.beta))
     for portrait, images in zip(portraits, tiles, strict=True):
         x0, y0, x1, y1 = portrait.face_box

@@ -207,7 +207,7 @@ def expression_options(command: F) -> F:
             controls |= {"gaze-x": gaze[0], "gaze-y": gaze[1]}
         controls |= values.pop("set_")
         neutral = values.pop("origin") == "neutral"
-        return command(expression=core.ExpressionEdit(tuple(controls.items()), from_neutral=neutral), **values)
+        return command(expression=core.ExpressionEdit(controls, from_neutral=neutral), **values)
 
     def parse_set(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
         pairs = [text.partition("=")[::2] for text in texts]

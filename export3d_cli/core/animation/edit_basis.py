@@ -58,9 +58,9 @@ def edit_basis(
         for v, ends in options.edits:
             rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n)[v - 1]))
             labels += [f"v{v} {value:+.3g}" for value in np.linspace(*ends, GRID_VALUES)]
-        for name, (first, last) in options.expression.controls:
+        for name, (first, last) in options.expression.ranges.items():
             ends = (first, last) if first != last else (0.0, last)
-            edit = replace(options.expression, controls=((name, ends),))
+            edit = replace(options.expression, controls={name: ends})
             change, note = _control_changes(animator, portrait, edit, GRID_VALUES)
             rows, notes = [*rows, change], (*notes, *note)
             labels += [f"{name} {value:.2f}" for value in np.linspace(*ends, GRID_VALUES)]

@@ -9,8 +9,8 @@ are inverted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -79,12 +79,12 @@ CONTROLS = {
 class ExpressionEdit:
     """Controls and the values that the tracker shall read: first and last of a sweep, or twice the same."""
 
-    controls: tuple[tuple[str, Range], ...] = ()  # names of `CONTROLS`
+    controls: Mapping[str, float | Range] = field(default_factory=dict)  # by names of `CONTROLS`
     from_neutral: bool = False  # take the photo's own expression of mouth and brows out first
 
     def __post_init__(self) -> None:
         names = set()
-        for name, ends in self.controls:
+        for name, ends in self.ranges.items():
             if name not in CONTROLS:
                 near = difflib.get_close_matches(name, CONTROLS, 1, 0)
                 raise InputError(f"there is no control {name!r}: did you mean {near[0]}?")
@@ -100,9 +100,14 @@ class ExpressionEdit:
         return bool(self.controls) or self.from_neutral
 
     @property
+    def ranges(self) -> dict[str, Range]:
+        """First and last value of each control."""
+        return {name: ends if isinstance(ends, tuple) else (ends, ends) for name, ends in self.controls.items()}
+
+    @property
     def is_constant(self) -> bool:
         """Whether no control sweeps a range."""
-        return all(first == last for _, (first, last) in self.controls)
+        return all(first == last for first, last in self.ranges.values())
 
 
 class EditedExpression(NamedTuple):
@@ -113,7 +118,7 @@ class EditedExpression(NamedTuple):
     notes: tuple[str, ...]  # for the user
 
 
-def read_preset(name: str) -> dict[str, Range]:
+def read_preset(name: str) -> dict[str, float]:
     """Return the controls of a preset of this package, or of `FILE#NAME` in a YAML file like presets.yaml."""
     file, _, key = name.rpartition("#")
     path = Path(file) if file else _PRESETS
@@ -124,7 +129,7 @@ def read_preset(name: str) -> dict[str, Range]:
     values = presets[key]
     if not isinstance(values, dict) or not all(isinstance(v, int | float) for v in values.values()):
         raise InputError(f"preset {key} in {path} must map controls to numbers, such as {{smile: 0.8}}")
-    return {str(control): (float(value), float(value)) for control, value in values.items()}
+    return {str(control): float(value) for control, value in values.items()}
 
 
 def edit_expression(
@@ -136,7 +141,7 @@ def edit_expression(
     if not edit.controls:
         return EditedExpression(base, base[None].repeat(len(positions), axis=0), ())
     _check_movable(animator, edit)
-    controls = [CONTROLS[name] for name, _ in edit.controls]
+    controls = [CONTROLS[name] for name in edit.controls]
 
     def with_values(values: np.ndarray) -> np.ndarray:  # (T, controls) -> beta (T, 64)
         coefficients: dict[str, np.ndarray] = {}
@@ -153,7 +158,7 @@ def edit_expression(
     # of the base's values need their farther ends only
     start = np.array([control.measure(base) for control in controls])
     lowest = np.array([-MAX_COEFFICIENT if control.lowered else -0.5 for control in controls])
-    first, last = np.array([ends for _, ends in edit.controls]).T
+    first, last = np.array(list(edit.ranges.values())).T
     farther = np.where(abs(first - start) > abs(last - start), first, last)
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)
     ends = [first, last] if on_both_sides.any() else [farther]
@@ -171,7 +176,7 @@ def edit_expression(
         values, reached = _invert(controls, given, shown, asked)
         trial = values[np.linspace(0, len(values) - 1, min(len(values), STRENGTHS)).astype(int)]
     short = []
-    for k, (name, _) in enumerate(edit.controls):
+    for k, name in enumerate(edit.controls):
         worst = int(np.abs(asked - reached)[:, k].argmax())
         if abs(asked[worst, k] - reached[worst, k]) > MIN_SHORTFALL:
             short.append(f"{name} reaches {reached[worst, k]:.2f} of {asked[worst, k]:.2f}")
@@ -207,7 +212,7 @@ def _neutral(statistics: BetaStatistics, beta: np.ndarray) -> np.ndarray:
 def _check_movable(animator: Animator, edit: ExpressionEdit) -> None:
     """Raise `InputError` for a control whose coefficients did not vary in the training of the weights."""
     movable = animator.model.expression.beta_std.cpu().numpy() > MIN_BETA_STD
-    for name, _ in edit.controls:
+    for name in edit.controls:
         if not any(movable[BETA_NAMES.index(coefficient)] for coefficient in sum(CONTROLS[name], ())):
             raise InputError(f"these weights cannot move {name}, which did not vary in their training: use another one")
 

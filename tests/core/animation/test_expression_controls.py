@@ -24,7 +24,7 @@ def test_shipped_weights_show_what_is_asked() -> None:
     animator = Animator.from_weights(device="cpu", quality="fast")
     portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
     own = portrait.motion.beta
-    edit = ExpressionEdit((("smile", (0.3, 0.7)),))
+    edit = ExpressionEdit({"smile": (0.3, 0.7)})
     base, beta, notes = edit_expression(animator, portrait, edit, [0, 1])
     np.testing.assert_allclose(base, own[0])
     others = [k for region in ("eyes", "gaze", "brows") for k in REGIONS[region]]
@@ -36,12 +36,12 @@ def test_shipped_weights_show_what_is_asked() -> None:
     assert change.mean() < 0.05
     assert notes == ()
     with pytest.raises(InputError, match="cannot move cheekPuff"):
-        edit_expression(animator, portrait, ExpressionEdit((("cheekPuff", (1, 1)),)))
+        edit_expression(animator, portrait, ExpressionEdit({"cheekPuff": 1}))
 
 
 def test_untrained_weights_note_what_they_cannot_show(animator: Animator) -> None:
     portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
-    *_, notes = edit_expression(animator, portrait, ExpressionEdit((("jaw", (0.9, 0.9)),)))
+    *_, notes = edit_expression(animator, portrait, ExpressionEdit({"jaw": 0.9}))
     assert [note.partition("jaw reaches")[2] != "" for note in notes] == [True]
     neutral = edit_expression(animator, portrait, ExpressionEdit(from_neutral=True), [0, 0.5, 1])
     assert neutral.beta.shape == (3, 64)
@@ -54,24 +54,24 @@ def test_untrained_weights_note_what_they_cannot_show(animator: Animator) -> Non
 @pytest.mark.parametrize(
     ("controls", "words"),
     [
-        ([("smyle", (0, 1))], "did you mean smile"),
-        ([("jawopen", (0, 1))], "did you mean jawOpen"),
-        ([("smile", (0, 1.5))], "smile must be 0 to 1, got 0:1.5"),
-        ([("brows", (-2, -2))], "brows must be -1 to 1, got -2"),
-        ([("blink", (1, 1)), ("eyes-open", (1, 1))], "two controls set eyeBlinkLeft"),
+        ({"smyle": 1}, "did you mean smile"),
+        ({"jawopen": (0, 1)}, "did you mean jawOpen"),
+        ({"smile": (0, 1.5)}, "smile must be 0 to 1, got 0:1.5"),
+        ({"brows": -2}, "brows must be -1 to 1, got -2"),
+        ({"blink": 1, "eyes-open": 1}, "two controls set eyeBlinkLeft"),
     ],
 )
-def test_bad_controls_are_refused(controls: list[tuple[str, tuple[float, float]]], words: str) -> None:
+def test_bad_controls_are_refused(controls: dict[str, float | tuple[float, float]], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        ExpressionEdit(tuple(controls))
+        ExpressionEdit(controls)
 
 
 def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> None:
     for name in ("joy", "surprise", "anger", "sad", "kiss", "wink", "sleep"):
-        ExpressionEdit(tuple(read_preset(name).items()))
+        ExpressionEdit(read_preset(name))
     mine = tmp_path / "mine.yaml"
     mine.write_text("grin: {smile: 1, jaw: 0.2}\nodd: {smile: wide}\n")
-    assert read_preset(f"{mine}#grin") == {"smile": (1.0, 1.0), "jaw": (0.2, 0.2)}
+    assert read_preset(f"{mine}#grin") == {"smile": 1.0, "jaw": 0.2}
     for name, words in (("jo", "did you mean joy"), (f"{mine}#odd", "must map"), (f"{tmp_path / 'no.yaml'}#a", "read")):
         with pytest.raises(InputError, match=words):
             read_preset(name)
