@@ -116,7 +116,7 @@ def compose(animator: Animator, folder: Path) -> None:
 
 def controls(animator: Animator) -> None:
     """Show the named expression controls on both portraits, cropped to the face."""
-    values = {"smile": 0.9, "jaw": 0.5, "pucker": 0.9, "blink": 0.8, "eyes-open": 0.3, "brows": (0.7, -0.7)}
+    values = {"smile": 0.9, "jaw": 0.5, "pucker": 0.9, "blink": 0.8, "eyes-open": 0.1, "brows": (0.7, -0.7)}
     values |= {"gaze-x": (0.6, -0.6), "gaze-y": -0.5}
     captions, tiles = ["photo"], [[read_image(path)] for path in (SOURCE, PHOTO)]
     portraits = [animator.portrait(images[0]) for images in tiles]

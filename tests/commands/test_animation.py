@@ -161,6 +161,7 @@ def test_reenact_controls_and_dry_run(tiny, tmp_path):
         ["--drive", "mouth,torso"],
         ["--scale", "mouth"],
         ["--scale", "nose=1"],
+        ["--smile", "0:1"],
         ["--face", "index:-1"],
         ["--smooth", "much"],
         ["--pose-scale", "nan"],

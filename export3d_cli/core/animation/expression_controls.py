@@ -30,7 +30,8 @@ MIN_BETA_STD = 0.0201  # entries of beta with the floor of 0.02 hardly varied in
 ROUNDS = 2  # of trial frames
 STRENGTHS = 5  # at which the portrait is rendered for each end of a range
 MAX_STRENGTH = 3.0  # of the asked change
-MAX_COEFFICIENT = 1.3  # that the network is given; beyond about this value faces break
+MAX_COEFFICIENT = 1.3  # that the network is given
+MAX_CHANGE = 28.0  # length of the change of lambda; 99.5 % of filmed frames are this near to the median of their clip
 MIN_SHORTFALL = 0.1  # between asked and shown value, from which it is noted
 _NEAR = 0.1  # a range that reaches beyond the base's value by less counts as one-sided
 _RIDGE = 1e-3  # of the regression on few coefficients
@@ -162,7 +163,10 @@ def edit_expression(
     farther = np.where(abs(first - start) > abs(last - start), first, last)
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)
     ends = [first, last] if on_both_sides.any() else [farther]
-    limits = [(start + MAX_STRENGTH * (end - start)).clip(lowest, MAX_COEFFICIENT) for end in ends]
+    limits = np.stack([(start + MAX_STRENGTH * (end - start)).clip(lowest, MAX_COEFFICIENT) for end in ends])
+    lam = animator.expression_change(portrait, with_values(np.stack([start, *limits])))  # (1 + ends, n)
+    change = np.linalg.norm(lam[1:] - lam[0], axis=1)[:, None]
+    limits = start + (limits - start) * np.minimum(1, MAX_CHANGE / change.clip(1e-6))
     trial = np.concatenate([np.linspace(start, limit, STRENGTHS + 1) for limit in limits])  # (K, controls)
     asked = first + np.asarray(positions)[:, None] * (last - first)  # (T, controls)
     values, reached = asked.copy(), asked
