@@ -55,6 +55,20 @@ def show_progress() -> Iterator[ProgressCallback]:
         yield report
 
 
+def live_log(interval_s: float = 10.0) -> Callable[[str], None]:
+    """Return a callback that prints a line whose state, the part before the comma, is new; else every `interval_s`."""
+    state, printed = "", 0.0
+
+    def show(line: str) -> None:
+        nonlocal state, printed
+        new_state, now = line.partition(",")[0], time.monotonic()
+        if new_state != state or now - printed >= interval_s:
+            state, printed = new_state, now
+            click.echo(line, err=True)
+
+    return (lambda line: None) if is_quiet() else show
+
+
 def training_log(interval_s: float = 10.0) -> Callable[[Any], None]:
     """Return a callback for `TrainEvent` that prints messages at once, and steps every `interval_s` and at the end."""
     last_printed: dict[str, float] = {}

@@ -59,6 +59,8 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "edit_expression": "animation.expression_controls",
     "read_preset": "animation.expression_controls",
     "reenact": "animation.reenact",
+    "LiveOptions": "animation.live",
+    "run_live": "animation.live:live",
     "reenact_all": "animation.batch",
     "plan_reenact": "animation.batch",
     "output_paths": "animation.batch",

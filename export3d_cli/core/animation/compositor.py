@@ -115,9 +115,15 @@ def load_backdrop(background: str, size: tuple[int, int]) -> np.ndarray:
     width, height = size
     if background.startswith("#"):
         return np.full((height, width, 3), list(bytes.fromhex(background[1:])), np.uint8)
-    image = read_image(Path(background))
+    return fill_frame(read_image(Path(background)), size)
+
+
+def fill_frame(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale an image, uint8 (H, W, 3), to fill (width, height), and crop it around its centre."""
+    width, height = size
     scale = max(width / image.shape[1], height / image.shape[0])
-    w, h = max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale))
-    image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LANCZOS4)
-    x, y = (w - width) // 2, (h - height) // 2
+    if scale != 1:
+        w, h = max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale))
+        image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LANCZOS4)
+    x, y = (image.shape[1] - width) // 2, (image.shape[0] - height) // 2
     return np.ascontiguousarray(image[y : y + height, x : x + width])

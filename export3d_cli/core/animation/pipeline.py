@@ -11,9 +11,10 @@ Ctrl-C - both threads have ended before anything that was opened before them is 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -112,6 +113,39 @@ class PrefetchIterator(_Worker, Generic[T]):
         while not self._leaving and (item := next(items, _END)) is not _END:
             self._queue.put(item)
             self._slots.get()
+
+
+class LatestIterator(_Worker, Generic[T]):
+    """Iterator over the newest item that a thread has computed, for live sources.
+
+    An item that is not taken before the next one is dropped and counted, so a slow user sees fewer items but not older
+    ones. A context manager for one pass. Its arguments are those of `PrefetchIterator`.
+
+    Attributes:
+        dropped: number of dropped items.
+    """
+
+    def __init__(self, items: Iterable[T], *, stop: Callable[[], None] = _noop) -> None:
+        super().__init__(0, stop)
+        self._items = items
+        self.dropped = 0
+
+    def __exit__(self, *_: object) -> None:
+        self._leave(early=not self._ended)
+
+    def __iter__(self) -> Iterator[T]:
+        while (item := self._queue.get()) is not _END:
+            yield item
+        self._check()
+
+    def _loop(self) -> None:
+        for item in self._items:
+            if self._leaving:
+                return
+            with contextlib.suppress(Empty):
+                self._queue.get_nowait()
+                self.dropped += 1
+            self._queue.put(item)
 
 
 class BackgroundWriter(_Worker, Generic[T]):

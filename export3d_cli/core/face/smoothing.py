@@ -83,7 +83,7 @@ def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: b
     Rows without a face repeat the last output, and the filter restarts after them.
 
     Args:
-        motions: consecutive parts with one rate.
+        motions: consecutive parts with one rate; with `causal` each may have its own.
         level: how much is smoothed.
         causal: use no later frame, for a live source. Otherwise a row is returned when the rows that its kernel
             reaches are known.
@@ -171,9 +171,10 @@ def _smooth_causal(motions: Iterable[Motion], level: SmoothingLevel) -> Iterator
     one_euro: _OneEuroFilters | None = None
     last: _Signals | None = None
     for motion in motions:
-        one_euro = one_euro or _OneEuroFilters(ONE_EURO_CUTOFFS[level], float(motion.fps))
+        one_euro = one_euro or _OneEuroFilters(ONE_EURO_CUTOFFS[level])
         signals = _Signals(motion.beta.astype(np.float64), *head_pose(motion.camera))
-        rows = [one_euro(_Signals(*row), found) for *row, found in zip(*signals, motion.found, strict=True)]
+        rate = float(motion.fps)
+        rows = [one_euro(_Signals(*row), found, rate) for *row, found in zip(*signals, motion.found, strict=True)]
         smoothed, last = _hold_missing(motion, _Signals(*map(np.stack, zip(*rows, strict=True))), last)
         yield smoothed
 
@@ -184,17 +185,21 @@ class OneEuroFilter:
     With `joint` the speed is the norm over all axes, so that no axis is special; else each entry has its own.
     """
 
-    def __init__(self, cutoff: Cutoff, rate: float, *, joint: bool) -> None:
-        self.cutoff, self.rate, self.joint = cutoff, rate, joint
+    def __init__(self, cutoff: Cutoff, *, joint: bool) -> None:
+        self.cutoff, self.joint = cutoff, joint
         self._speed: np.ndarray | float = 0.0
 
-    def step(self, change: np.ndarray, raw_change: np.ndarray) -> np.ndarray:
-        """Return the step from the last output, given new input minus last output and new input minus last input."""
-        self._speed = self._speed + _smoothing_factor(SPEED_CUTOFF_HZ, self.rate) * (
-            raw_change * self.rate - self._speed
-        )
+    def step(self, change: np.ndarray, raw_change: np.ndarray, rate: float) -> np.ndarray:
+        """Return the step from the last output.
+
+        Args:
+            change: new input minus last output.
+            raw_change: new input minus last input.
+            rate: 1 / seconds since the last input.
+        """
+        self._speed = self._speed + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (raw_change * rate - self._speed)
         speed = np.linalg.norm(self._speed) if self.joint else np.abs(self._speed)
-        return change * _smoothing_factor(self.cutoff.min_cutoff + self.cutoff.speed_gain * speed, self.rate)
+        return change * _smoothing_factor(self.cutoff.min_cutoff + self.cutoff.speed_gain * speed, rate)
 
 
 def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | float:
@@ -206,29 +211,29 @@ def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | f
 class _OneEuroFilters:
     """The filters of all signals; they restart after a frame without a face."""
 
-    def __init__(self, cutoffs: OneEuroCutoffs, rate: float) -> None:
-        self._cutoffs, self._rate = cutoffs, rate
+    def __init__(self, cutoffs: OneEuroCutoffs) -> None:
+        self._cutoffs = cutoffs
         self._output: _Signals | None = None
         self._input: _Signals | None = None
 
-    def __call__(self, new: _Signals, found: bool) -> _Signals:
-        """Return the filtered signals of the next frame."""
+    def __call__(self, new: _Signals, found: bool, rate: float) -> _Signals:
+        """Return the filtered signals of the next frame, 1 / `rate` seconds after the last one."""
         output, previous = self._output, self._input
         if not found:
             self._output = self._input = None
             return new
         self._input = new
         if output is None or previous is None:
-            self._beta = OneEuroFilter(self._cutoffs.beta, self._rate, joint=False)
-            self._rotation = OneEuroFilter(self._cutoffs.rotation, self._rate, joint=True)
-            self._centre = OneEuroFilter(self._cutoffs.centre, self._rate, joint=False)
+            self._beta = OneEuroFilter(self._cutoffs.beta, joint=False)
+            self._rotation = OneEuroFilter(self._cutoffs.rotation, joint=True)
+            self._centre = OneEuroFilter(self._cutoffs.centre, joint=False)
             self._output = new
             return new
         rotation_change = rotation_log(output.rotation.T @ new.rotation)
-        rotation_step = self._rotation.step(rotation_change, rotation_log(previous.rotation.T @ new.rotation))
+        rotation_step = self._rotation.step(rotation_change, rotation_log(previous.rotation.T @ new.rotation), rate)
         self._output = _Signals(
-            output.beta + self._beta.step(new.beta - output.beta, new.beta - previous.beta),
+            output.beta + self._beta.step(new.beta - output.beta, new.beta - previous.beta, rate),
             output.rotation @ rotation_exp(rotation_step),
-            output.centre + self._centre.step(new.centre - output.centre, new.centre - previous.centre),
+            output.centre + self._centre.step(new.centre - output.centre, new.centre - previous.centre, rate),
         )
         return self._output

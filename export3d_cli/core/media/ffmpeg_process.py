@@ -34,7 +34,11 @@ class FfmpegProcess:
     ) -> None:
         pipe, none = subprocess.PIPE, subprocess.DEVNULL
         self._popen = subprocess.Popen(
-            command, stdin=pipe if stdin else none, stdout=pipe if stdout else none, stderr=pipe
+            command,
+            stdin=pipe if stdin else none,
+            stdout=pipe if stdout else none,
+            stderr=pipe,
+            start_new_session=stdin,  # Ctrl-C must not end an encoder whose file is kept; it ends with its input
         )
         self._output_file = output_file
         self._messages: deque[str] = deque(maxlen=4)

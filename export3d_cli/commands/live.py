@@ -1,0 +1,71 @@
+"""`export3d live [SRC...]`: animate a portrait by a camera."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from export3d_cli import console, options
+
+
+class CameraType(click.ParamType):
+    """The number of a camera, or an existing video file."""
+
+    name = "N|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Path:
+        """Return a number, or a path."""
+        text = str(value)
+        return int(text) if text.isdecimal() and len(text) < 4 else options.EXISTING_FILE.convert(value, param, ctx)
+
+
+@click.command()
+@click.argument("sources", type=options.EXISTING_FILE, metavar="[SRC]...", nargs=-1)
+@click.option(
+    "--camera", type=CameraType(), default="0", show_default=True,
+    help="Number of the camera, or a video file that stands in for one and is repeated.",
+)  # fmt: skip
+@click.option(
+    "--to", multiple=True, metavar="window|http://HOST:PORT",
+    help="Where to show the result: a window, or a page that browsers and OBS can read; may be repeated.  "
+    "[default: window, or nothing with --record]",
+)  # fmt: skip
+@click.option("--record", type=options.OUTPUT_FILE, metavar="OUT", help="Video file to record the result in, silent.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after this time.  [default: never]")
+@click.option("--mirror", is_flag=True, help="Mirror the motion, as a mirror would show it.")
+@options.source_options
+@click.option(
+    "--expression-scale", type=click.FloatRange(0, 10), default=1.0, show_default=True,
+    help="Strength of the expression: 0 keeps SRC's, 1 copies the change seen by the camera, more exaggerates.",
+)  # fmt: skip
+@click.option(
+    "--pose-scale", type=click.FloatRange(0, 10), default=1.0, show_default=True,
+    help="Strength of the head's movement, likewise.",
+)  # fmt: skip
+@click.option(
+    "--background", default="source", show_default=True, metavar="source|#rrggbb|FILE",
+    help="Background behind the person.",
+)  # fmt: skip
+@options.smooth_option
+@options.quality_option
+@options.model_options
+@options.output_options
+def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen: Any) -> None:
+    """Animate the portraits SRC (default: the bundled example) with the face in front of a camera.
+
+    Keep a neutral face for the first two seconds. Keys in the window, and buttons on the page: c calibrate again, r
+    re-centre the head, m mirror, p pause, n next portrait, q quit. Ctrl-C also ends it and keeps the recording.
+    """
+    from export3d_cli import core
+
+    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
+    if chosen["crop"] == "none":
+        options.refuse_unused({"framing"}, "--crop none")
+    if not chosen["record"]:
+        options.refuse_unused({"crf", "overwrite"}, "no --record")
+    job = core.LiveOptions(to=to or (() if chosen["record"] else ("window",)), **chosen)
+    animator = core.Animator.from_weights(**model)
+    portraits = sources or [core.example_path("source.jpg")]
+    console.print_summary(core.run_live(animator, portraits, job, report=console.live_log()), as_json=as_json)

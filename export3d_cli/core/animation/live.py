@@ -1,0 +1,343 @@
+"""Animate portraits by a camera while it films; the newest frame always comes first, so the latency does not grow.
+
+    camera thread -> newest frame -> tracking thread -> newest motion -> rendering and outputs
+
+The motion is relative to a neutral face, which the first two seconds show: at that face and pose the portrait is as in
+its photo. Without a face, the portrait settles to rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.compositor import Compositor, check_outputs, fill_frame
+from export3d_cli.core.animation.options import Pose, ReenactOptions, check_overwrite
+from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterator
+from export3d_cli.core.animation.reenact import load_portrait
+from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.face.crop import CROP_SCALE
+from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera
+from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
+from export3d_cli.core.face.target_face import TargetFaceTracker
+from export3d_cli.core.face.tracker import FaceTracker
+from export3d_cli.core.media.live_camera import open_camera
+from export3d_cli.core.media.mjpeg_server import MjpegServer
+from export3d_cli.core.media.writer import VideoWriter
+from export3d_cli.core.runtime.device import precision_notes, trim_heap
+from export3d_cli.core.runtime.errors import InputError, MediaError
+
+CALIBRATION_S = 2.0  # seconds with a face that show the neutral face
+SETTLE_S = 0.6  # seconds from full motion to rest, and back
+PATIENCE_S = 0.2  # seconds without a face before the portrait settles
+RECORD_DEPTH = 8  # frames that wait for the encoder
+REPORT_INTERVAL_S = 1.0
+WINDOW_NAME = "export3d live"
+Output = Callable[[np.ndarray, str], None]  # frame, state and figures as text
+COMMANDS = {  # command -> label; its first letter is its key in the window
+    "calibrate": "Calibrate: 2 s of neutral face",
+    "recentre": "Re-centre the head",
+    "mirror": "Mirror",
+    "pause": "Pause",
+    "next": "Next portrait",
+    "quit": "Quit",
+}
+
+
+@dataclass(frozen=True)
+class LiveOptions(ReenactOptions):
+    """Source of the motion and outputs, in addition to the options of a picture and of its motion."""
+
+    camera: int | Path = 0  # number of a camera, or a video file that stands in for it
+    to: tuple[str, ...] = ("window",)  # window | http://HOST:PORT
+    record: Path | None = None
+    seconds: float | None = None  # None: until it is stopped
+    mirror: bool = False
+    pose: Pose = "relative"
+    relative_expression: bool = True
+
+
+@dataclass(frozen=True)
+class LiveSummary:
+    """Result of a live session."""
+
+    frames: int  # shown
+    seconds: float
+    fps: float  # shown frames a second
+    latency_ms: dict[str, float]  # p50 and p95 of the time from the arrival of a camera frame to its output
+    dropped: int  # camera frames that were replaced by newer ones
+    missing: int  # shown frames whose camera frame has no face
+    device: str
+    notes: tuple[str, ...] = field(default=())
+
+
+class LiveFrame(NamedTuple):
+    """Motion of a camera frame."""
+
+    time: float  # of its arrival, by `time.monotonic`
+    state: str  # live | calibrating | no face
+    motion: Motion | None  # one row; None before the first calibration
+    reference: Motion | None  # one row, the neutral face
+    strength: float  # 0: at rest, 1: full motion
+
+
+class LiveTracker:
+    """Called with a camera's frames; calibrates on a neutral face, then follows and smooths without delay.
+
+    Attributes, which any thread may set:
+        recalibrate: take the next two seconds as the neutral face.
+        recentre: take the present head pose as the neutral one.
+    """
+
+    def __init__(self, tracker: FaceTracker, fps: Fraction, level: SmoothingLevel) -> None:
+        self._tracker, self._level = tracker, level
+        self._target = TargetFaceTracker(tracker.landmarker, fps, name="the camera")
+        self._time: float | None = None  # of the last frame
+        self._faces: list[Face] = []  # of the calibration
+        self._calibrated_s = 0.0
+        self._is_calibrated = self.recalibrate = self.recentre = False
+        self._reference: Motion | None = None
+        self._last_face: Face | None = None
+        self._presence = 0.0  # of a calibrated face, with PATIENCE_S above 1
+
+    def __call__(self, image: np.ndarray, now: float) -> LiveFrame:
+        """Return the motion of the next frame, uint8 (H, W, 3), that arrived at `now`."""
+        elapsed = 0.0 if self._time is None else min(1.0, now - self._time)
+        self._time = now
+        face = self._target(image)
+        size = (image.shape[1], image.shape[0])
+        if self.recalibrate:
+            self.recalibrate = self._is_calibrated = False
+            self._faces, self._calibrated_s = [], 0.0
+        change = elapsed if face is not None and self._is_calibrated else -elapsed
+        self._presence = min(max(self._presence + change / SETTLE_S, 0.0), 1 + PATIENCE_S / SETTLE_S)
+        if face is not None and not self._is_calibrated:
+            self._faces.append(face)
+            self._calibrated_s += elapsed
+            if self._calibrated_s >= CALIBRATION_S:
+                self._finish_calibration(size)
+        state = "no face" if face is None else "live" if self._is_calibrated else "calibrating"
+        self._last_face = face or self._last_face
+        if self._reference is None:
+            return LiveFrame(now, state, None, None, 0.0)
+        rate = Fraction(1 / max(elapsed, 1e-3)).limit_denominator(1000)
+        self._row = self._tracker.make_motion([self._last_face], rate, size, clip=self._clip)
+        self._row = replace(self._row, found=np.array([face is not None]))
+        motion = next(self._smoothed)
+        if self.recentre:
+            self.recentre = False
+            self._reference = replace(self._reference, camera=motion.camera)
+        shown = min(self._presence, 1.0)
+        return LiveFrame(now, state, motion, self._reference, shown * shown * (3 - 2 * shown))
+
+    def _finish_calibration(self, size: tuple[int, int]) -> None:
+        """Measure the crop, and the neutral face: the median expression, and the frame nearest to the mean pose."""
+        self._clip = self._tracker.calibrate_clip(self._faces, size, CROP_SCALE)
+        motion = self._tracker.make_motion(self._faces, Fraction(25), size, clip=self._clip)
+        nearest = np.linalg.norm(motion.camera - motion.camera.mean(0), axis=1).argmin()
+        self._reference = replace(motion.select(np.array([nearest])), beta=np.median(motion.beta, axis=0)[None])
+        self._smoothed = smooth_stream(iter(lambda: self._row, None), self._level, causal=True)
+        self._faces, self._is_calibrated = [], True
+
+
+class _Stage:
+    """The portraits, one of them shown; later ones are encoded when they are first shown."""
+
+    def __init__(self, animator: Animator, sources: Sequence[Path], options: LiveOptions) -> None:
+        self._animator, self._sources, self._options = animator, sources, options
+        self._mark = get_watermarker(options.watermark)
+        self._portraits: dict[int, tuple[Portrait, Compositor]] = {}
+        self._number = 0
+        self._rest: np.ndarray | None = None  # the frame at rest
+        self.mirrored = options.mirror
+        self.notes: dict[str, None] = {}
+        self.size = self._load()[1].size  # of all frames, width and height
+
+    def next(self) -> None:
+        """Show the next portrait."""
+        self._number, self._rest = (self._number + 1) % len(self._sources), None
+
+    def __call__(self, live: LiveFrame) -> np.ndarray:
+        """Return a frame, uint8 (H, W, 3)."""
+        portrait, compositor = self._load()
+        at_rest = live.strength == 0
+        if at_rest and self._rest is not None:
+            return self._rest
+        motion, reference = live.motion or portrait.motion, live.reference or portrait.motion
+        if self.mirrored:
+            motion, reference = _mirror(motion), _mirror(reference)
+        scales = live.strength * self._options.expression_scale, live.strength * self._options.pose_scale
+        control = replace(self._options.control, expression_scale=scales[0], pose_scale=scales[1])
+        rendered = self._animator.animate(
+            portrait, [motion], control=control, reference=reference, notify=self.notes.setdefault, layers=True
+        )
+        frame = fill_frame(self._mark(compositor(next(rendered))), self.size)
+        self._rest = frame if at_rest else self._rest
+        return frame
+
+    def _load(self) -> tuple[Portrait, Compositor]:
+        if self._number not in self._portraits:
+            self._portraits[self._number] = load_portrait(self._animator, self._sources[self._number], self._options)
+        return self._portraits[self._number]
+
+
+def live(
+    animator: Animator,
+    sources: Sequence[Path],
+    options: LiveOptions | None = None,
+    *,
+    report: Callable[[str], None] | None = None,
+) -> LiveSummary:
+    """Animate the first of the portraits by a camera until the user quits, Ctrl-C, or `seconds` have passed.
+
+    `report` receives the state and its figures as a line of text, once a second.
+    """
+    options = options or LiveOptions()
+    if options.background == "transparent":
+        raise InputError("live pictures cannot be transparent: use a colour that can be keyed, such as #00ff00")
+    check_outputs([options.record] if options.record else [], options.background, options.crf)
+    if options.record:
+        check_overwrite(options.record, options.overwrite)
+    stopped = threading.Event()
+    fps, camera = open_camera(options.camera, stopped)
+    stage = _Stage(animator, sources, options)
+    follow = LiveTracker(animator.tracker(), fps, options.smooth)
+    images = LatestIterator(camera, stop=stopped.set)
+    frames = LatestIterator((follow(*item) for item in images), stop=stopped.set)
+    commands: SimpleQueue[str] = SimpleQueue()
+    latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms
+    line, missing, paused = "", 0, False
+    with contextlib.ExitStack() as stack:
+        outputs = [_open_output(name, commands, stack) for name in options.to]
+        if options.record:
+            outputs.append(_open_recording(options.record, stage.size, fps, options.crf, stack))
+        began = reported = time.monotonic()
+        with contextlib.suppress(KeyboardInterrupt), images, frames:  # Ctrl-C is the usual end: the recording is kept
+            for frame in frames:
+                pressed = [commands.get() for _ in range(commands.qsize())]
+                for command in pressed:
+                    match command:
+                        case "calibrate":
+                            follow.recalibrate = True
+                        case "recentre":
+                            follow.recentre = True
+                        case "mirror":
+                            stage.mirrored = not stage.mirrored
+                        case "pause":
+                            paused = not paused
+                        case "next":
+                            stage.next()
+                if "quit" in pressed or time.monotonic() - began >= (options.seconds or math.inf):
+                    break
+                if not (paused and latencies):
+                    shown = stage(frame)
+                for output in outputs:
+                    output(shown, line)
+                missing += frame.state == "no face"
+                now = time.monotonic()
+                recent[int(1000 * (now - frame.time))] += 1
+                if not line or now - reported >= REPORT_INTERVAL_S:
+                    rate, (p50, p95) = recent.total() / (now - reported), _percentiles(recent)
+                    line = f"{'paused' if paused else frame.state}, {rate:.1f} frames/s, latency {p50:.0f} ms "
+                    line += f"(95 % within {p95:.0f} ms), {images.dropped + frames.dropped} dropped"
+                    latencies += recent
+                    recent.clear()
+                    reported = now
+                    trim_heap()
+                    if report is not None:
+                        report(line)
+            else:
+                if not line:
+                    raise MediaError(
+                        "the camera gives no pictures: allow this program to use it, or choose another one"
+                    )
+                stage.notes["the camera gives no more pictures: connect it again"] = None
+    latencies += recent
+    seconds, (p50, p95) = time.monotonic() - began, _percentiles(latencies)
+    return LiveSummary(
+        latencies.total(), seconds, latencies.total() / seconds, {"p50": p50, "p95": p95},
+        images.dropped + frames.dropped, missing, animator.device_name,
+        (*precision_notes(animator.precision, animator.device), *stage.notes),
+    )  # fmt: skip
+
+
+def _percentiles(latencies: Counter[int]) -> list[float]:
+    return [float(value) for value in np.percentile([*latencies.elements()] or [0], (50, 95))]
+
+
+def _mirror(motion: Motion) -> Motion:
+    return replace(motion, beta=mirror_beta(motion.beta), camera=mirror_camera(motion.camera))
+
+
+def _open_output(name: str, commands: SimpleQueue[str], stack: contextlib.ExitStack) -> Output:
+    """Open a window or a page until `stack` ends."""
+    if name == "window":
+        return _open_window(commands, stack)
+    match = re.fullmatch(r"http://([\w.-]+):(\d{1,5})/?", name, flags=re.ASCII)
+    if match is None:
+        raise InputError(f"{name!r} is not an output: use window or http://127.0.0.1:8000")
+    server = stack.enter_context(MjpegServer(match[1], int(match[2]), COMMANDS, commands.put))
+
+    def show(frame: np.ndarray, line: str) -> None:
+        server.status = line
+        server.show(frame)
+
+    return show
+
+
+def _open_window(commands: SimpleQueue[str], stack: contextlib.ExitStack) -> Output:
+    no_display = "there is no display for a window: use --to http://127.0.0.1:8000 or --record out.mp4"
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise InputError(no_display)  # OpenCV would end the process
+    try:
+        cv2.namedWindow(WINDOW_NAME, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+    except cv2.error as error:  # opencv-python-headless
+        raise InputError(no_display) from error
+    stack.callback(cv2.destroyAllWindows)
+    keys = {ord(name[0]): name for name in COMMANDS} | {27: "quit"}  # Esc
+
+    def show(frame: np.ndarray, line: str) -> None:
+        cv2.imshow(WINDOW_NAME, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        cv2.setWindowTitle(WINDOW_NAME, f"{WINDOW_NAME}: {line}")
+        key = cv2.waitKey(1)
+        if key in keys:
+            commands.put(keys[key])
+        elif cv2.getWindowProperty(WINDOW_NAME, cv2.WND_PROP_VISIBLE) < 1:  # it was closed
+            commands.put("quit")
+
+    return show
+
+
+def _open_recording(
+    path: Path, size: tuple[int, int], fps: Fraction, crf: int | None, stack: contextlib.ExitStack
+) -> Output:
+    """Open a video file in real time: each frame is repeated until the next one comes."""
+    writer = stack.enter_context(VideoWriter(path, size=size, fps=fps, crf=crf))
+    background = stack.enter_context(BackgroundWriter(writer.write, RECORD_DEPTH, stop=writer.abort))
+    began, written = time.monotonic(), 0
+
+    def record(frame: np.ndarray, line: str) -> None:
+        nonlocal written
+        due = int((time.monotonic() - began) * fps) + 1
+        for _ in range(min(due - written, round(fps))):  # at most a second: a slow encoder shortens the recording
+            background.put(frame)
+        written = due
+
+    return record

@@ -1,0 +1,152 @@
+"""A small local web page that shows a live picture (Motion JPEG) and has buttons."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+from PIL import Image
+
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
+from export3d_cli.core.runtime.errors import InputError
+
+CLIENT_TIMEOUT_S = 10.0  # after which a viewer that reads nothing is disconnected
+_LOOPBACK = ("127.0.0.1", "localhost")
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>export3d live</title><link rel="icon" href="data:,">
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 0 auto; padding: 1rem }}
+img {{ display: block; width: 100%; max-height: 75vh; object-fit: contain; background: #8883; border-radius: .5rem }}
+button {{ font: inherit; padding: .4rem .9rem; margin: 0 .4rem .4rem 0 }}
+</style></head><body>
+<img src="/stream" alt="The animated portrait, live">
+<p id="status" role="status">Starting</p>
+<p>{buttons}</p>
+<p><small>Synthetic picture, not a recording of this person. In OBS, add a browser source with the address of
+<a href="/stream">this stream</a>.</small></p>
+<script>
+const post = name => fetch('/command/' + name, {{method: 'POST'}});
+document.querySelectorAll('button').forEach(button => button.onclick = () => post(button.value));
+const line = document.getElementById('status');
+setInterval(() => fetch('/status').then(r => r.text()).then(text => line.textContent = text)
+  .catch(() => line.textContent = 'The program has ended.'), 1000);
+</script></body></html>
+"""
+
+
+class MjpegServer(ThreadingHTTPServer):
+    """Serves the page while its `with` block runs: `/`, `/stream`, `/status` and the buttons' `/command/NAME`.
+
+    Pages of other sites can neither read it nor press its buttons.
+
+    Args:
+        host: the address to listen on.
+        port: TCP port; 0: a free one, see `server_port`.
+        buttons: command -> label.
+        on_press: called by other threads with the command of a pressed button.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, buttons: Mapping[str, str], on_press: Callable[[str], None]) -> None:
+        self.host, self.buttons, self.on_press = host, buttons, on_press
+        self.status = ""  # the line of text under the picture
+        self.changed = threading.Condition()
+        self.jpeg: bytes | None = b""  # the newest frame; None: the end
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"http://{host}:{port} cannot be opened ({reason}): choose another port") from error
+
+    def __enter__(self) -> MjpegServer:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._publish(None)
+        self.shutdown()
+        self.server_close()
+
+    def show(self, frame: np.ndarray) -> None:
+        """Show the next frame, uint8 (H, W, 3) RGB."""
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "JPEG", quality=90, comment=SYNTHETIC_COMMENT)
+        self._publish(file.getvalue())
+
+    def _publish(self, jpeg: bytes | None) -> None:
+        with self.changed:
+            self.jpeg = jpeg
+            self.changed.notify_all()
+
+    def frames(self) -> Iterator[bytes]:
+        """Yield the newest frame whenever there is another one, to the end."""
+        last: bytes | None = b""
+        while True:
+            with self.changed:
+                while self.jpeg in (last, b""):
+                    self.changed.wait()
+                last = self.jpeg
+            if last is None:
+                return
+            yield last
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: MjpegServer
+    timeout = CLIENT_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        if not self._is_own_page():
+            self.send_error(403)
+        elif self.path == "/":
+            labels = self.server.buttons.items()
+            buttons = "".join(f'<button value="{name}">{html.escape(label)}</button>' for name, label in labels)
+            self._send("text/html; charset=utf-8", _PAGE.format(buttons=buttons))
+        elif self.path == "/status":
+            self._send("text/plain; charset=utf-8", self.server.status)
+        elif self.path == "/stream":
+            self._send("multipart/x-mixed-replace; boundary=frame", "--frame\r\n")
+            for jpeg in self.server.frames():
+                head = b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
+                self.wfile.write(head + jpeg + b"\r\n--frame\r\n")  # browsers show a part when the next one begins
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        name = self.path.removeprefix("/command/")
+        if self._is_own_page() and name in self.server.buttons:
+            self.server.on_press(name)
+            self._send("text/plain", "")
+        else:
+            self.send_error(403)
+
+    def _is_own_page(self) -> bool:
+        """Return whether the request comes from this page or from no page; loopback has only local names."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        is_local = self.server.host not in _LOOPBACK or host.partition(":")[0] in _LOOPBACK
+        return is_local and origin in (None, f"http://{host}")
+
+    def _send(self, kind: str, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline'; img-src 'self' data:")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def handle(self) -> None:
+        """Serve one connection, which the viewer may end at any time."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""

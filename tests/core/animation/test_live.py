@@ -1,0 +1,232 @@
+"""Live animation: calibration, a lost face, mirror, outputs; a file stands in for the camera."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from export3d_cli.core.animation import live as live_module
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.live import LiveFrame, LiveOptions, LiveTracker, live
+from export3d_cli.core.animation.pipeline import LatestIterator
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.probe import probe
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.runtime.camera import head_pose, rotation_exp, with_head_pose
+from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.runtime.weights import example_path
+from export3d_cli.main import cli
+
+SOURCE, DRIVER = example_path("source.jpg"), example_path("drive.mp4")
+GREY = np.full((512, 512, 3), 128, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    """Every tenth frame of the bundled driver."""
+    with VideoReader(DRIVER) as reader:
+        return list(reader)[::10]
+
+
+def follow(tracker: LiveTracker, images: list[np.ndarray], start: float, step: float) -> list[LiveFrame]:
+    return [tracker(image, start + step * k) for k, image in enumerate(images)]
+
+
+def test_tracker_calibrates_follows_settles_without_a_face_and_comes_back(images: list[np.ndarray]) -> None:
+    tracker = LiveTracker(open_landmarker_tracker(), Fraction(25), "off")
+    first = follow(tracker, images[:5], 0.0, 0.5)  # two seconds from the first face
+    assert [frame.state for frame in first] == ["calibrating"] * 4 + ["live"]
+    assert [frame.motion is None for frame in first] == [True] * 4 + [False]
+    assert first[-1].reference is not None
+    neutral = first[-1].reference.beta
+
+    moving = follow(tracker, images[5:9], 2.1, 0.1)
+    strengths = [frame.strength for frame in moving]
+    assert strengths == sorted(strengths)
+    assert 0 < strengths[0] < 0.999
+    later = tracker(images[9], 3.0)
+    assert later.strength == 1.0
+    assert later.motion is not None
+    assert later.motion.found.all()
+    assert np.abs(later.motion.beta - neutral).max() > 0.1
+
+    lost = follow(tracker, [GREY] * 10, 3.1, 0.1)
+    assert [frame.state for frame in lost] == ["no face"] * 10
+    assert lost[0].strength == 1.0  # a short loss is not visible
+    assert [frame.strength for frame in lost] == sorted((frame.strength for frame in lost), reverse=True)
+    assert lost[-1].strength == 0.0
+    back = tracker(images[9], 4.2)
+    assert back.state == "live"
+    assert 0 < back.strength < 0.5
+
+    tracker.recentre = True
+    centred = tracker(images[9], 4.3)
+    assert centred.motion is not None
+    assert centred.reference is not None
+    assert np.array_equal(centred.reference.camera, centred.motion.camera)
+    assert np.array_equal(centred.reference.beta, neutral)
+
+    tracker.recalibrate = True
+    again = follow(tracker, [images[9]] * 6, 4.4, 0.5)
+    assert [frame.state for frame in again] == ["calibrating"] * 4 + ["live"] * 2
+    assert again[2].strength == 0.0
+    assert again[-1].reference is not None
+    assert again[-1].motion is not None
+    assert np.abs(again[-1].reference.beta - again[-1].motion.beta).max() < 0.02  # this face is neutral now
+
+
+class Recorder(LiveTracker):
+    """A tracker whose first face already is the neutral one."""
+
+    def __call__(self, image: np.ndarray, now: float) -> LiveFrame:
+        self._calibrated_s = 2.0
+        return super().__call__(image, now)
+
+
+def test_session_records_in_real_time_and_reports(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(live_module, "LiveTracker", Recorder)
+    monkeypatch.setattr(live_module, "REPORT_INTERVAL_S", 0.2)
+    out = tmp_path / "out.mp4"
+    line = f"live {SOURCE} --camera {DRIVER} --record {out} --seconds 2 --mirror --frame face --size 64 --json"
+    result = CliRunner().invoke(cli, [*line.split(), "--device", "cpu", "--weights", str(tiny_weights)])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["frames"] > 3
+    assert summary["fps"] == pytest.approx(summary["frames"] / summary["seconds"], rel=0.05)
+    assert 0 < summary["latency_ms"]["p50"] <= summary["latency_ms"]["p95"]
+    assert summary["missing"] == 0
+    info = probe(out)
+    assert info.fps == probe(DRIVER).fps
+    assert info.duration == pytest.approx(2, abs=1)
+    assert any(line.startswith("live, ") and "frames/s, latency" in line for line in result.stderr.splitlines())
+
+
+def test_commands_refuse_what_they_cannot_do() -> None:
+    for line, message in (
+        ("live --camera nothing.mp4", "does not exist"),
+        ("live --to http://127.0.0.1:8000 --crf 20", "--crf has no effect with no --record"),
+    ):
+        result = CliRunner().invoke(cli, line.split())
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_stage_turns_the_other_way_when_mirrored_and_rests_without_strength(animator: Animator) -> None:
+    options = LiveOptions(framing="face", size=64)
+    stage = live_module._Stage(animator, [SOURCE], options)
+    portrait = stage._load()[0]
+    reference = portrait.motion
+    turned = replace(reference, camera=_turned(reference.camera, 0.3))
+    rest = stage(LiveFrame(0.0, "no face", turned, reference, 0.0))
+    frame = stage(LiveFrame(0.0, "live", turned, reference, 1.0))
+    assert np.abs(frame.astype(int) - rest).mean() > 1
+    seen: list[np.ndarray] = []
+    animate = animator.animate
+
+    def spy(portrait: object, motions: list[Motion], **options: object) -> Iterator[object]:
+        seen.append(_yaw(options["reference"].camera[0]) - _yaw(motions[0].camera[0]))  # type: ignore[attr-defined]
+        return animate(portrait, motions, **options)  # type: ignore[arg-type]
+
+    animator.animate = spy  # type: ignore[method-assign, assignment]
+    try:
+        for _ in range(2):
+            stage(LiveFrame(0.0, "live", turned, reference, 1.0))
+            stage.mirrored = True
+    finally:
+        del animator.animate
+    assert abs(seen[0]) > 0.2
+    assert seen[1] == pytest.approx(-seen[0], abs=1e-4)
+
+
+def _turned(camera: np.ndarray, radians: float) -> np.ndarray:
+    rotation, centre = head_pose(camera)
+    return with_head_pose(camera, rotation @ rotation_exp(np.array([[0.0, radians, 0.0]])), centre)
+
+
+def _yaw(camera: np.ndarray) -> float:
+    return float(np.arctan2(*head_pose(camera)[0][[0, 2], 2]))
+
+
+def test_latest_iterator_drops_older_items_and_raises_errors_of_its_thread() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        taken.wait(10)
+        yield from range(1, 100)
+        produced.set()
+        taken.clear()
+        taken.wait(10)
+        raise MediaError("unplugged")
+
+    taken, produced = threading.Event(), threading.Event()
+    with LatestIterator(items()) as latest:
+        values = iter(latest)
+        assert next(values) == 0
+        taken.set()
+        assert produced.wait(10)
+        assert next(values) == 99
+        assert latest.dropped == 98
+        taken.set()
+        with pytest.raises(MediaError, match="unplugged"):
+            next(values)
+
+
+def test_slow_rendering_drops_frames_instead_of_delaying_them(
+    animator: Animator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(live_module._Stage):
+        def __call__(self, frame: LiveFrame) -> np.ndarray:
+            time.sleep(0.3)
+            return GREY
+
+    monkeypatch.setattr(live_module, "_Stage", Slow)
+    options = LiveOptions(camera=DRIVER, to=(), seconds=3, framing="face", size=64)
+    summary = live(animator, [SOURCE], options)
+    assert summary.dropped > summary.frames
+    assert summary.latency_ms["p95"] < 2000  # every frame of the camera in order would take 20 s
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"camera": 987}, "camera 987 cannot be opened: .*use a file"),
+        ({"to": ("rtmp://x",)}, "'rtmp://x' is not an output: use window"),
+        ({"background": "transparent"}, "cannot be transparent"),
+        ({"to": ("window",)}, "no display for a window: use --to http"),
+    ],
+)
+def test_unusable_outputs_and_cameras_are_one_clear_error(
+    animator: Animator, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"camera": DRIVER, "framing": "face", "size": 64, "to": (), **options}
+    with pytest.raises(InputError, match=message):
+        live(animator, [SOURCE], LiveOptions(**given))  # type: ignore[arg-type]
+
+
+def test_next_portrait_of_another_shape_fills_the_first_ones_frame(animator: Animator, tmp_path: Path) -> None:
+    wide = np.pad(read_image(SOURCE), ((0, 0), (200, 200), (0, 0)), mode="edge")
+    write_image(tmp_path / "wide.png", wide)
+    stage = live_module._Stage(animator, [SOURCE, tmp_path / "wide.png"], LiveOptions(size=128))
+    still = LiveFrame(0.0, "no face", None, None, 0.0)
+    first = stage(still)
+    stage.next()
+    second = stage(still)
+    assert first.shape == second.shape == (128, 128, 3)
+    assert 1 < np.abs(first.astype(int) - second).mean() < 60  # the same picture, at another scale
+    stage.next()
+    assert np.array_equal(stage(still), first)
