@@ -110,7 +110,7 @@ class Landmarker:
 
     def _detection_stages(self, image: np.ndarray, *, thorough: bool = True) -> Iterator[list[Detection]]:
         """Yield the detections at each size of the image, the smallest first; large faces are found in small images."""
-        rotation = self._detector.rotation_to_upright(image, max_side=SEARCH_SIDES_PX[1]) or 0 if thorough else 0
+        rotation = self._detector.rotation_to_upright(image, max_side=SEARCH_SIDES_PX[0]) or 0 if thorough else 0
         for max_side in SEARCH_SIDES_PX[: None if thorough else 3]:
             yield self._detector(image, max_side=max_side, rotation=rotation)
             if max_side >= max(image.shape[:2]):
