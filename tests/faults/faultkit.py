@@ -129,13 +129,14 @@ def limit_resource(kind: int, limit: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(kind, (limit, limit))
 
 
-def session_processes(session: int) -> list[int]:
-    """Return the running processes of a session (each `spawn` starts one)."""
+def session_processes(session: int, folder: Path) -> list[int]:
+    """Return the running processes of a session (each `spawn` starts one), and encoders that write into a folder."""
     pids = []
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session and fields[0] != "Z":
+                writes = os.fsencode(folder) in (entry / "cmdline").read_bytes()  # encoders have their own session
+                if (int(fields[3]) == session or writes) and fields[0] != "Z":
                     pids.append(int(entry.name))
     return pids

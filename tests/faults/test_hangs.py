@@ -124,7 +124,7 @@ def test_stopped_encoder_fails_command(good: SimpleNamespace, tmp_path: Path) ->
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True,
     )  # fmt: skip
     while work.poll() is None:
-        for pid in session_processes(work.pid):
+        for pid in session_processes(work.pid, tmp_path):
             line = Path(f"/proc/{pid}/cmdline")
             if pid != work.pid and line.exists() and b"pipe:0" in line.read_bytes():
                 os.kill(pid, signal.SIGSTOP)
@@ -139,4 +139,4 @@ def test_stopped_encoder_fails_command(good: SimpleNamespace, tmp_path: Path) ->
     assert "no progress for 2 s" in err
     assert out.read_bytes() == b"the one before"
     assert list_names(tmp_path) == ["out.mp4"]
-    assert session_processes(work.pid) == []
+    assert session_processes(work.pid, tmp_path) == []

@@ -113,9 +113,9 @@ def kill_once(job: Job, number: signal.Signals, *, after: float = 0.0, when: str
     assert work.returncode in CODES[number] | {0}, err
     assert not (number in HANDLED and work.returncode > 0 and b"Traceback" in err), err
     deadline = time.monotonic() + 30
-    while session_processes(work.pid) and time.monotonic() < deadline:
+    while session_processes(work.pid, job.folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert session_processes(work.pid) == [], "ffmpeg is still running"
+    assert session_processes(work.pid, job.folder) == [], "ffmpeg is still running"
     job.check_complete()
     if number in HANDLED and work.returncode > 0:
         assert job.temporary_names() == []
