@@ -220,7 +220,7 @@ def expression_options(command: F) -> F:
         click.option("--set", "set_", multiple=True, metavar="NAME=A[:B]", callback=parse_set,
                      help="Any of ARKit's coefficients: --set jawOpen=.4 --set mouthSmileLeft=.7. Repeatable."),
         click.option("--preset", multiple=True, metavar="NAME|FILE#NAME",
-                     help="An expression: joy, surprise, anger, sad, kiss, wink, sleep, or one of a YAML file, such as "
+                     help="An expression: joy, surprise, anger, sad, kiss, sleep, or one of a YAML file, such as "
                      "mine.yaml#grin with the line `grin: {smile: 1, jaw: .2}`. Repeatable."),
         click.option("--from", "origin", type=click.Choice(["photo", "neutral"]), default="photo", show_default=True,
                      help="Expression that controls change: SRC's own, or with mouth and brows at rest."),

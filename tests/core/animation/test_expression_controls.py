@@ -67,7 +67,7 @@ def test_bad_controls_are_refused(controls: dict[str, float | tuple[float, float
 
 
 def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> None:
-    for name in ("joy", "surprise", "anger", "sad", "kiss", "wink", "sleep"):
+    for name in ("joy", "surprise", "anger", "sad", "kiss", "sleep"):
         ExpressionEdit(read_preset(name))
     mine = tmp_path / "mine.yaml"
     mine.write_text("grin: {smile: 1, jaw: 0.2}\nodd: {smile: wide}\n")
