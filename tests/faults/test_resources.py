@@ -91,21 +91,16 @@ def test_full_standard_output(good: SimpleNamespace, tmp_path: Path) -> None:
 
 
 def test_closed_output_pipes(good: SimpleNamespace, tmp_path: Path) -> None:
-    """With a closed pipe, or without stdout and stderr, the output is complete."""
-    read, write = os.pipe()
-    os.close(read)
-    done = run(reenact(good, tmp_path / "a.mp4", "--json"), capture_output=False, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    """Without stdout and stderr, the output is complete."""
 
     def close() -> None:
         os.close(1)
         os.close(2)
 
-    assert run(reenact(good, tmp_path / "b.mp4", "--json"), capture_output=False, preexec_fn=close).returncode in (0, 1)
-    assert list_names(tmp_path) == ["a.mp4", "b.mp4"]
-    assert [len(list(VideoReader(tmp_path / name))) for name in list_names(tmp_path)] == [8, 8]
+    done = run(reenact(good, tmp_path / "b.mp4", "--json"), capture_output=False, preexec_fn=close)
+    assert done.returncode in (0, 1)
+    assert list_names(tmp_path) == ["b.mp4"]
+    assert len(list(VideoReader(tmp_path / "b.mp4"))) == 8
 
 
 def test_no_permission(good: SimpleNamespace, tmp_path: Path) -> None:
