@@ -24,11 +24,8 @@ def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
     if as_json:
         console.print_summary(marks, as_json=True)
     else:
-        click.echo(f"metadata: {_found_or_none(marks.metadata)}")
+        metadata, invisible = ("found" if found else "none" for found in (marks.metadata, marks.invisible))
+        click.echo(f"metadata: {metadata}")
         score = f"score {marks.score:.1f}, threshold {marks.threshold:.0f}, {marks.frames} frames"
-        click.echo(f"invisible mark: {_found_or_none(marks.invisible)} ({score})")
+        click.echo(f"invisible mark: {invisible} ({score})")
     ctx.exit(0 if marks.found else 1)
-
-
-def _found_or_none(found: bool) -> str:
-    return "found" if found else "none"
