@@ -75,7 +75,7 @@ def edit_basis(
     if describe:
         _print_basis(core.describe_basis(animator), as_json)
         return
-    if not expression:
+    if grid and not expression.controls:
         vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
     scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
     edits = tuple(zip(vectors, scales, strict=True))

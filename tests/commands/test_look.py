@@ -173,6 +173,8 @@ def test_expression_controls_make_pictures_and_videos(tiny, tmp_path, monkeypatc
         assert read_image(tmp_path / f"{command}.png").shape == (64, 64, 3)
     assert run_tiny(tiny, "edit-basis", "--pucker", "0:1", *small, "--frames", "3", "-o", "a.mp4").exit_code == 0
     assert len(list(VideoReader(tmp_path / "a.mp4"))) == 3
+    assert run_tiny(tiny, "edit-basis", "--from", "neutral", *small, "-o", "neutral.png").exit_code == 0
+    assert read_image(tmp_path / "neutral.png").shape == (64, 64, 3)
     assert run_tiny(tiny, "edit-basis", "--eyes-open", ".3", "--grid", *small, "-o", "sheet.png").exit_code == 0
     assert read_image(tmp_path / "sheet.png").shape == (64, 5 * 64, 3)
 

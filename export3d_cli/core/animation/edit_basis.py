@@ -47,7 +47,7 @@ def edit_basis(
     for v, _ in options.edits:
         if not 1 <= v <= n:
             raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")
-    if not options.edits and not options.expression:
+    if not options.edits and not (options.expression.controls if options.grid else options.expression):
         raise InputError("nothing to edit: give basis vectors or controls")
     if is_image and not options.grid and not options.single:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
