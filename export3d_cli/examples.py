@@ -7,6 +7,7 @@ import click
 COMMANDS = {
     "reenact": "animate a portrait with a video",
     "live": "animate a portrait with a camera",
+    "app": "open a page in the browser that does it",
     "novel-view": "turn a portrait; --grid, --depth",
     "edit-basis": "change an expression; --smile, --preset, --grid",
     "preprocess": "track faces; write a motion file or a training data set",
@@ -23,6 +24,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "reenact src.jpg drive.mp4 -o out.mp4 --drive mouth,head --gaze 0,0",
     ),
     "live": ("live src.jpg", "live src.jpg --to http://127.0.0.1:8000 --record out.mp4"),
+    "app": ("app", "app --port 7861 --quality fast"),
     "novel-view": ("novel-view --yaw -30:30", "novel-view src.jpg --yaw 20 --smile .7 -o smile.png"),
     "edit-basis": (
         "edit-basis src.jpg --smile 0:1 --jaw .2 -o laugh.mp4",

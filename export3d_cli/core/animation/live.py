@@ -47,6 +47,7 @@ from export3d_cli.core.runtime.errors import InputError, MediaError
 CALIBRATION_S = 2.0  # seconds with a face that show the neutral face
 SETTLE_S = 0.6  # seconds from full motion to rest, and back
 PATIENCE_S = 0.2  # seconds without a face before the portrait settles
+MAX_REPEAT_S = 5  # of one frame in a recording: an encoder that cannot keep up shortens it
 RECORD_DEPTH = 8  # frames that wait for the encoder
 REPORT_INTERVAL_S = 1.0
 WINDOW_NAME = "export3d live"
@@ -336,7 +337,7 @@ def _open_recording(
     def record(frame: np.ndarray, line: str) -> None:
         nonlocal written
         due = int((time.monotonic() - began) * fps) + 1
-        for _ in range(min(due - written, round(fps))):  # at most a second: a slow encoder shortens the recording
+        for _ in range(min(due - written, round(MAX_REPEAT_S * fps))):
             background.put(frame)
         written = due
 

@@ -118,6 +118,7 @@ def test_commands_refuse_what_they_cannot_do() -> None:
     for line, message in (
         ("live --camera nothing.mp4", "does not exist"),
         ("live --to http://127.0.0.1:8000 --crf 20", "--crf has no effect with no --record"),
+        ("app --port 0", "0 is not in the range"),
     ):
         result = CliRunner().invoke(cli, line.split())
         assert result.exit_code == 2

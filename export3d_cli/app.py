@@ -1,0 +1,272 @@
+"""The page of `export3d app` (Gradio): a photo, a driver, sliders with a preview, and the command of each result.
+
+Each browser tab is a session with a folder of its own; its files are deleted when the tab is closed, and all files when
+the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+import gradio as gr
+
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.basis_description import describe_basis
+from export3d_cli.core.animation.compositor import read_portrait
+from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit, edit_expression
+from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
+from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.reenact import reenact
+from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
+from export3d_cli.core.runtime.errors import Export3DError, InputError
+from export3d_cli.core.runtime.weights import example_path
+
+PREVIEW_SIZE_PX = 512  # longer side of preview frames
+MAX_UPLOAD = "500mb"
+BASIS_RANGE = 6.0  # slider range of basis coefficients: 98 % of filmed values lie within it
+SHOWN_CONTROLS = ("smile", "jaw", "pucker", "blink", "eyes-open", "brows", "gaze-x", "gaze-y")
+CSS = "footer {display: none} .gradio-container {max-width: 72rem !important; margin: 0 auto !important}"
+
+
+@dataclass
+class Session:
+    """One open page."""
+
+    folder: Path  # for its results
+    uploads: set[Path] = field(default_factory=set)  # files that the browser sent
+    photo: Path | None = None
+    portrait: Portrait | None = None
+    controlled: tuple[ExpressionEdit, np.ndarray] | None = None  # the last controls, and their change of lambda (1, n)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@contextlib.contextmanager
+def serve(animator: Animator, port: int) -> Iterator[str]:
+    """Serve the page on this machine only, and yield its address; delete all files at the end."""
+    with tempfile.TemporaryDirectory(prefix="export3d-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads
+        jobs = _Jobs(animator, Path(folder))
+        page = build(jobs)
+        jobs.examples = set(Path(folder).rglob("*"))
+        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        try:
+            _, address, _ = page.launch(
+                server_name="127.0.0.1", server_port=port, share=False, prevent_thread_lock=True, quiet=True,
+                max_file_size=MAX_UPLOAD, ssr_mode=False, theme=theme, css=CSS, footer_links=[],
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"port {port} is in use: choose another one with --port") from error
+        try:
+            yield address
+        finally:
+            page.close(verbose=False)
+
+
+def build(jobs: _Jobs) -> gr.Blocks:
+    """Lay out the page."""
+    names = [f"v{v.v}: {', '.join(list(v.moved_by)[:2])}" for v in describe_basis(jobs.animator).vectors]
+    photo_example, driver_example = str(example_path("source.jpg")), str(example_path("drive.mp4"))
+
+    def number(low: float, high: float, value: float, label: str, step: float = 0.1) -> gr.Slider:
+        return gr.Slider(low, high, value, step=step, label=label, min_width=220)
+
+    def command_line() -> gr.Code:
+        command = "export3d reenact source.jpg drive.mp4 -o out.mp4"
+        return gr.Code(command, label="The same on the command line", lines=1, interactive=False, wrap_lines=True)
+
+    with gr.Blocks(title="export3d", analytics_enabled=False) as page:
+        gr.Markdown("# export3d\n\nAnimate only people who agree to it. Every result is marked as synthetic.")
+        with gr.Row():
+            photo = gr.Image(
+                photo_example, label="Photo with one large face", type="filepath", sources=["upload", "webcam"],
+                height=380, alt_text="The photo",
+            )  # fmt: skip
+            with gr.Column(), gr.Tabs():
+                with gr.Tab("Animate"):
+                    driver = gr.Video(
+                        driver_example, label="Video of the face that moves it", sources=["upload", "webcam"],
+                        include_audio=True, height=320,
+                    )  # fmt: skip
+                    with gr.Accordion("Options", open=False):
+                        expression = number(0, 3, 1, "Strength of the expression")
+                        pose = number(0, 3, 1, "Strength of the head's movement")
+                        seconds = number(1, 600, 600, "Seconds of the video to use, at most", 1)
+                        framing = gr.Radio(["photo", "face"], value="photo", label="Show the whole photo or the face")
+                        mark = gr.Radio(["none", "visible", "invisible"], value="none", label="Mark in the picture")
+                    with gr.Row():
+                        render = gr.Button("Render", variant="primary")
+                        cancel = gr.Button("Cancel")
+                    result = gr.Video(label="Result", interactive=False, buttons=["download"])
+                    reenact_command = command_line()
+                with gr.Tab("Turn"):
+                    turn_inputs = [
+                        number(-40, 40, 0, "Yaw in degrees; + turns the head to the image's right", 1),
+                        number(-30, 30, 0, "Pitch in degrees; + is up", 1),
+                    ]
+                    turned, turn_command = _preview(), command_line()
+                with gr.Tab("Change the expression"):
+                    edited, edit_command = _preview(), command_line()
+                    reset = gr.Button("Reset")
+                    with gr.Row():  # two columns where there is room
+                        edit_inputs = [number(-1 if CONTROLS[c].lowered else 0, 1, 0, c, 0.05) for c in SHOWN_CONTROLS]
+                    with gr.Accordion("Directions of the expression basis", open=False), gr.Row():
+                        edit_inputs += [number(-BASIS_RANGE, BASIS_RANGE, 0, name) for name in names]
+
+        turn, edit = (jobs.turn, [turned, turn_command]), (jobs.edit, [edited, edit_command])
+        for inputs, (run, outputs) in ((turn_inputs, turn), (edit_inputs, edit)):
+            gr.on(
+                [slider.change for slider in inputs], run, inputs, outputs, show_progress="minimal",
+                trigger_mode="always_last", concurrency_id="preview", api_visibility="private",
+            )  # fmt: skip
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        gr.on([page.load, photo.change], jobs.set_photo, photo, None, **hidden).success(
+            turn[0], turn_inputs, turn[1], **hidden
+        ).success(edit[0], edit_inputs, edit[1], **hidden)
+        reset.click(lambda: [0] * len(edit_inputs), None, edit_inputs, **hidden)
+        render.click(
+            jobs.reenact, [photo, driver, expression, pose, seconds, framing, mark], [result, reenact_command],
+            show_progress_on=[result], concurrency_id="render", api_visibility="private",
+        )  # fmt: skip
+        cancel.click(jobs.cancel, queue=False, **hidden)
+        page.unload(jobs.close)
+    return page
+
+
+def _preview() -> gr.Image:
+    return gr.Image(label="Preview", type="filepath", interactive=False, height=380, buttons=["download"])
+
+
+class _Jobs:
+    """What the page's elements do, for all open pages; Gradio identifies them by `session_hash`."""
+
+    def __init__(self, animator: Animator, folder: Path) -> None:
+        self.animator, self._folder = animator, folder
+        self.examples: set[Path] = set()  # files that all pages share
+        self._sessions: dict[str, Session] = {}
+        self._numbers = itertools.count(1)
+
+    def close(self, request: gr.Request) -> None:
+        """Stop the page's job and delete its files."""
+        session = self._sessions.pop(str(request.session_hash), None)
+        if session is not None:
+            session.cancelled.set()
+            shutil.rmtree(session.folder, ignore_errors=True)
+            for path in session.uploads.difference(self.examples, *(s.uploads for s in self._sessions.values())):
+                path.unlink(missing_ok=True)
+
+    def set_photo(self, photo: str | None, request: gr.Request) -> None:
+        """Encode a new photo."""
+        session = self._session(request)
+        session.photo = session.portrait = session.controlled = None
+        if photo is not None:
+            with _show_errors():
+                image = read_portrait(Path(photo))
+                size = min(PREVIEW_SIZE_PX, max(image.shape[:2]) // 2 * 2)
+                session.portrait = self.animator.portrait(image, size=size, name="the photo")
+            session.photo = Path(photo)
+            session.uploads.add(session.photo)
+
+    def turn(self, yaw: float, pitch: float, request: gr.Request) -> tuple[str | None, str]:
+        """Show the photo from another angle, and return the command for it."""
+        view = NovelViewOptions(yaw=(yaw, yaw), pitch=(pitch, pitch), frames=1)
+        arguments = [f"--yaw={yaw:g}", f"--pitch={pitch:g}", "-o", "view.png"]
+        frame = self._show(request, lambda p: self.animator.view(p, orbit_cameras(p.camera, view)))
+        return frame, _command("novel-view", self._session(request).photo, arguments)
+
+    def edit(self, request: gr.Request, *values: float) -> tuple[str | None, str]:
+        """Show the photo with another expression, by controls and basis, and return the command for it."""
+        session, basis = self._session(request), values[len(SHOWN_CONTROLS) :]
+        controls = {name: value for name, value in zip(SHOWN_CONTROLS, values, strict=False) if value}
+        edit = ExpressionEdit(controls)
+
+        def render(portrait: Portrait) -> Iterator[np.ndarray]:
+            if session.controlled is None or session.controlled[0] != edit:  # finding its strength renders ten frames
+                beta = edit_expression(self.animator, portrait, edit).beta
+                session.controlled = edit, self.animator.expression_change(portrait, beta)
+            return self.animator.edit(portrait, session.controlled[1] + np.array([basis], np.float32))
+
+        arguments = [f"--set={name}={value:g}" for name, value in controls.items()]
+        edits = {v: value for v, value in enumerate(basis, 1) if value} or ({} if controls else {1: 0.0})
+        arguments += [part for v, value in edits.items() for part in ("--v", f"{v}", f"--scale={value:g}")]
+        return self._show(request, render), _command("edit-basis", session.photo, [*arguments, "-o", "expression.png"])
+
+    def reenact(
+        self, photo: str | None, driver: str | None, expression: float, pose: float, seconds: float, framing: str,
+        mark: str, request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
+    ) -> tuple[str, str]:  # fmt: skip
+        """Animate the photo, and return the command for it; `progress` is the bar on the page."""
+        session = self._session(request)
+        session.cancelled.clear()
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if session.cancelled.is_set():
+                raise Export3DError("The rendering was cancelled.")
+            progress((done, total), unit=stage)
+
+        with _show_errors():
+            if photo is None or driver is None:
+                raise InputError("a photo and a video are needed: drop both into the page")
+            session.uploads |= {Path(photo), Path(driver)}
+            options = ReenactOptions(
+                expression_scale=expression, pose_scale=pose, duration=seconds, framing=framing,  # type: ignore[arg-type]
+                watermark=mark,  # type: ignore[arg-type]
+            )  # fmt: skip
+            out = self._new_file(session, ".mp4")
+            progress(0, desc="Reading the photo and the video")
+            reenact(self.animator, Path(photo), Path(driver), out, options, progress=report)
+        arguments = [Path(driver).name, "-o", "out.mp4", f"--duration={seconds:g}", "--frame", framing]
+        arguments += [f"--expression-scale={expression:g}", f"--pose-scale={pose:g}", "--watermark", mark]
+        return str(out), _command("reenact", photo, arguments)
+
+    def cancel(self, request: gr.Request) -> None:
+        """Stop the running job of this page."""
+        self._session(request).cancelled.set()
+
+    def _session(self, request: gr.Request) -> Session:
+        key = str(request.session_hash)
+        if key not in self._sessions:
+            self._sessions[key] = Session(Path(tempfile.mkdtemp(dir=self._folder)))
+        return self._sessions[key]
+
+    def _new_file(self, session: Session, suffix: str) -> Path:
+        """Return a name for a result, and delete old ones; browsers cache by name, so it is never used twice."""
+        for old in sorted(session.folder.glob(f"*{suffix}"), key=os.path.getmtime)[:-4]:
+            old.unlink(missing_ok=True)
+        return session.folder / f"export3d-{next(self._numbers)}{suffix}"
+
+    def _show(self, request: gr.Request, render: Callable[[Portrait], Iterator[np.ndarray]]) -> str | None:
+        """Render one frame of the session's portrait into a picture with the synthetic mark."""
+        session = self._session(request)
+        if session.portrait is None:
+            return None
+        with _show_errors():
+            out = self._new_file(session, ".png")
+            write_image(out, next(render(session.portrait)), comment=SYNTHETIC_COMMENT)
+        return str(out)
+
+
+def _command(command: str, photo: Path | str | None, arguments: list[str]) -> str:
+    return shlex.join(["export3d", command, Path(photo or "photo.jpg").name, *arguments])
+
+
+@contextlib.contextmanager
+def _show_errors() -> Iterator[None]:
+    """Show errors that the user can correct as a message on the page."""
+    try:
+        yield
+    except Export3DError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error

@@ -1,0 +1,112 @@
+"""The page of `export3d app` in headless Chromium: photo, preview, video, and no request to elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.watermark import find_marks
+from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.probe import probe
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Gradio and its libraries
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("no Chromium", allow_module_level=True)
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from export3d_cli import app  # noqa: E402 - needs Gradio
+
+
+@pytest.fixture(scope="module")
+def address(tiny_weights: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    animator = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
+    with app.serve(animator, port) as address:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        yield address
+    assert not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def result_files() -> list[Path]:
+    return sorted(Path(os.environ["GRADIO_TEMP_DIR"]).glob("*/export3d-*"), key=os.path.getmtime)
+
+
+def test_photo_becomes_preview_and_video_without_a_request_to_elsewhere(
+    address: str, browser: Any, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(address)
+    page.get_by_role("tab", name="Turn").click()
+    preview = page.locator("img[src*='/export3d-'][src$='.png']:visible")
+    before = preview.get_attribute("src")
+    page.get_by_label("Yaw").first.fill("20")
+    page.get_by_label("Yaw").first.press("Tab")
+    sync_api.expect(preview).not_to_have_attribute("src", before, timeout=60_000)
+    assert find_marks(result_files()[-1]).metadata
+    command = page.locator(".cm-content:visible")
+    sync_api.expect(command).to_have_text("export3d novel-view source.jpg --yaw=20 --pitch=0 -o view.png")
+
+    page.get_by_role("tab", name="Animate").click()
+    page.get_by_text("Options").click()
+    page.get_by_label("Seconds of the video").first.fill("1")
+    page.get_by_label("Seconds of the video").first.press("Tab")
+    page.get_by_role("button", name="Render").click()
+    link = page.locator("a[download][href*='.mp4']")
+    link.wait_for()
+    with page.expect_download() as download:
+        link.click()
+    download.value.save_as(tmp_path / "out.mp4")
+    info = probe(tmp_path / "out.mp4")
+    assert (info.width, info.height, info.duration) == (512, 512, pytest.approx(1, abs=0.05))
+    assert find_marks(tmp_path / "out.mp4").metadata
+    sync_api.expect(command).to_contain_text("export3d reenact source.jpg drive.mp4 -o out.mp4 --duration=1")
+    assert requests
+    assert [url for url in requests if not url.removeprefix("blob:").startswith(address)] == []
+
+    page.close()
+    for _ in range(60):
+        if not result_files():
+            break
+        time.sleep(0.5)
+    assert not result_files()
+
+
+def test_rendering_can_be_cancelled_and_a_bad_photo_is_explained(address: str, browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    page.get_by_role("button", name="Render").click()
+    page.get_by_text(re.compile("Reading the photo|frames")).first.wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("The rendering was cancelled.").wait_for()
+    assert not [path for path in result_files() if path.suffix == ".mp4"]
+    write_image(tmp_path / "grey.png", np.full((256, 256, 3), 128, np.uint8))
+    page.get_by_label("Remove Image").click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
+    page.get_by_text("no face found in the photo").wait_for()
+    page.close()
