@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,9 +96,7 @@ class Recorder(LiveTracker):
         return super().__call__(image, now)
 
 
-def test_session_records_in_real_time_and_reports(
-    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_session_records_and_reports(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(live_module, "LiveTracker", Recorder)
     monkeypatch.setattr(live_module, "REPORT_INTERVAL_S", 0.2)
     out = tmp_path / "out.mp4"
@@ -104,14 +104,25 @@ def test_session_records_in_real_time_and_reports(
     result = CliRunner().invoke(cli, [*line.split(), "--device", "cpu", "--weights", str(tiny_weights)])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
-    assert summary["frames"] > 3
+    assert summary["frames"] > 0
     assert summary["fps"] == pytest.approx(summary["frames"] / summary["seconds"], rel=0.05)
     assert 0 < summary["latency_ms"]["p50"] <= summary["latency_ms"]["p95"]
     assert summary["missing"] == 0
     info = probe(out)
     assert info.fps == probe(DRIVER).fps
-    assert info.duration == pytest.approx(2, abs=1)
+    assert info.duration < summary["seconds"] + 0.1
     assert any(line.startswith("live, ") and "frames/s, latency" in line for line in result.stderr.splitlines())
+
+
+def test_recording_repeats_frames_to_keep_real_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 0.1, 0.5])  # of the beginning and of three frames, seconds
+    monkeypatch.setattr(live_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with contextlib.ExitStack() as stack:
+        record = live_module._open_recording(tmp_path / "out.mp4", (64, 64), Fraction(10), None, stack)
+        for level in (0, 100, 200):
+            record(np.full((64, 64, 3), level, np.uint8), "")
+    levels = [round(float(frame.mean()), -2) for frame in VideoReader(tmp_path / "out.mp4")]
+    assert levels == [0, 100, 200, 200, 200, 200]
 
 
 def test_commands_refuse_what_they_cannot_do() -> None:
