@@ -56,12 +56,9 @@ class ClebsStage(Stage):
         self.modules.train()
         parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=self.config.lr)
+        self.saved_parts = {"clebs.": self.modules, "": self.optimizer}
         self.motion_scale = _motion_scale(sampler, self.seed).to(run.device)
         self.pair_pool = functools.lru_cache(maxsize=1)(self._draw_pair_pool)
-
-    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
-        """Return what the training state holds."""
-        return {"clebs.": self.modules, "": self.optimizer}
 
     def draw(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Draw this process's groups of frames of one clip, images and beta; none in the warm-up."""

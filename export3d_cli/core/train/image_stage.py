@@ -24,7 +24,7 @@ from export3d_cli.core.train.objective import (
     scheduled_raw_size,
 )
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
-from export3d_cli.core.train.perceptual import PerceptualDistance, load_perceptual
+from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.core.train.stage import Stage, is_finite, update_ema
 from export3d_cli.core.train.training_run import TrainingRun
 
@@ -48,7 +48,9 @@ class ImageStages(Stage):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.ema_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.perceptual = self._load_perceptual()
+        self.saved_parts = {"model.": model, "average.": self.ema_weights, "": self.optimizer}
+        perceptual = load_perceptual(config.loss)
+        self.perceptual = perceptual.to(run.device) if perceptual is not None else None
         self.landmarks = None
         if config.loss.landmarks > 0:
             self.landmarks = LandmarkLoss(LandmarkNetwork(resolve_weights("face_landmarker"))).to(run.device)
@@ -67,12 +69,7 @@ class ImageStages(Stage):
             adversarial = self.config.adversarial
             self.discriminator = adversary.Discriminator(self.config.model.image_size, adversarial).to(self.run.device)
             self.discriminator_optimizer = adversary.make_discriminator_optimizer(self.discriminator, adversarial)
-
-    def _load_perceptual(self) -> PerceptualDistance | None:
-        distance = load_perceptual(self.config.loss)
-        title = f"perceptual term: {distance.title}" if distance else "no perceptual term: loss.backbone is empty"
-        self.run.report_progress("reconstruction", 0, 0, message=title)
-        return distance.to(self.run.device) if distance else None
+            self.saved_parts |= {"discriminator.": self.discriminator, "against.": self.discriminator_optimizer}
 
     def _make_cuda_graph(self) -> StepGraph | None:
         """Return the CUDA graph of a step, if one device processes the whole batch at once."""
@@ -253,13 +250,6 @@ class ImageStages(Stage):
     def decay_progress(self) -> float:
         """Return the progress of a decay by time."""
         return self.decay_fraction() if self.config.decay_by_time else 0.0
-
-    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
-        """Return what the training state holds."""
-        parts: dict[str, Any] = {"model.": self.model, "average.": self.ema_weights, "": self.optimizer}
-        if self.discriminator is not None:
-            parts |= {"discriminator.": self.discriminator, "against.": self.discriminator_optimizer}
-        return parts
 
     def save(self) -> None:
         """Write the training state and the inference weights."""

@@ -58,7 +58,7 @@ class InpaintStage(Stage):
         super().__init__(run, stage)
         inpainter = model.inpainters[stage]
         assert isinstance(inpainter, Inpainter)
-        self.model, self.config = model, getattr(run.config, stage)
+        self.config = getattr(run.config, stage)
         if self.config.batch % run.world.size:
             raise ConfigError(
                 f"{stage}.batch must be a multiple of the {run.world.size} processes, got {self.config.batch}"
@@ -76,11 +76,8 @@ class InpaintStage(Stage):
         self.ema = copy.deepcopy(inpainter).to(run.device)
         distance = load_perceptual(run.config.loss)
         self.perceptual = distance.to(run.device) if distance is not None else None
-
-    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
-        """Return what the training state holds."""
-        return {
-            "model.": self.model, "discriminator.": self.discriminator, "ema.": self.ema,
+        self.saved_parts = {
+            "model.": model, "discriminator.": self.discriminator, "ema.": self.ema,
             "inpainter_optimizer.": self.optimizer, "discriminator_optimizer.": self.discriminator_optimizer,
         }  # fmt: skip
 

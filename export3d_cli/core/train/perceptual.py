@@ -43,11 +43,6 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)  # features are compared after each
         self.name = "lpips" if official else "perceptual"  # of the term in logs
-        self.title = "features of a frozen backbone, compared without learned weights"
-        if heads:
-            self.title = "VGG16 with linear weights, not the published files: not LPIPS"
-        if official:
-            self.title = "LPIPS v0.1 on VGG16"
         self.epsilon = 1e-20 if heads else 1e-6  # no gradient where all features are 0
         self.num_heads = len(heads)
         for number, head in enumerate(heads):

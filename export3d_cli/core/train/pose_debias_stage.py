@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from export3d_cli.core.config.schema import DataConfig, TrainConfig
 from export3d_cli.core.face.tracker import open_landmarker_tracker
@@ -52,18 +52,14 @@ class PoseDebiasStage(Stage):
             "rotations": torch.zeros(0, 3),
             "source_points": torch.zeros(0, *model.flow.basis.shape[1:]),  # landmarks of their sources
         }
+        self.saved_parts = {"model.": model, "measured.": self.measured}
         self.correction_steps = {round(self.steps * (k + 1) / CORRECTION_ROUNDS) for k in range(CORRECTION_ROUNDS)}
-
-    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
-        """Return what the training state holds."""
-        return {"model.": self.model, "measured.": self.measured}
 
     def draw(self, step: int) -> tuple[Batch, Tensor]:
         """Draw sources and the expressions of filmed people for each of them."""
         seed, size = self.run.config.seed, self.config.batch
-        return self.sampler.draw_pairs(seed, step, size), self.sampler.draw_person_betas(
-            seed, step, size, FILMED_EXPRESSIONS
-        )
+        betas = self.sampler.draw_person_betas(seed, step, size, FILMED_EXPRESSIONS)
+        return self.sampler.draw_pairs(seed, step, size), betas
 
     def take_step(self, batch: tuple[Batch, Tensor]) -> dict[str, float]:
         """Measure on the first process; after a round, correct the basis."""

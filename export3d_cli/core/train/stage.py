@@ -15,6 +15,7 @@ from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.train.pair_sampler import num_loader_threads, prefetch
 from export3d_cli.core.train.training_run import TrainingRun
 
+Part = nn.Module | torch.optim.Optimizer | dict[str, Tensor]
 MAX_SKIPPED_GRADIENTS = 20  # consecutive steps with a finite loss and non-finite gradients before giving up
 
 
@@ -27,6 +28,7 @@ class Stage:
         self.run, self.name, self.step = run, name, 0
         self.start_minute = 0.0  # of this call, when the stage began
         self.values: dict[str, float] = {}  # the last log line
+        self.saved_parts: dict[str, Part] = {}  # what the training state holds, by the prefix of its tensors' names
 
     @property
     def steps(self) -> int:
@@ -42,10 +44,6 @@ class Stage:
 
         The values must be the same on all processes.
         """
-        raise NotImplementedError
-
-    def saved_parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
-        """Return what the training state holds, by the prefix of its tensors' names."""
         raise NotImplementedError
 
     def decay_progress(self) -> float:
@@ -121,13 +119,13 @@ class Stage:
     def save(self) -> None:
         """Write the training state."""
         decayed = self.decay_progress()  # collective
-        tensors = {f"{prefix}{k}": v for prefix, part in self.saved_parts().items() for k, v in _pack(part).items()}
+        tensors = {f"{prefix}{k}": v for prefix, part in self.saved_parts.items() for k, v in _pack(part).items()}
         self.run.save(self.name, self.step, tensors, decayed)
 
     def resume(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Continue from a training state."""
         try:
-            for prefix, part in self.saved_parts().items():
+            for prefix, part in self.saved_parts.items():
                 saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if isinstance(part, nn.Module):
                     load_into(part, saved, "the training state")
@@ -142,7 +140,7 @@ class Stage:
             ) from error
 
 
-def _pack(part: nn.Module | torch.optim.Optimizer | dict[str, Tensor]) -> dict[str, Tensor]:
+def _pack(part: Part) -> dict[str, Tensor]:
     if isinstance(part, torch.optim.Optimizer):
         return pack_optimizer(part)
     return part.state_dict() if isinstance(part, nn.Module) else part

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.runtime.errors import TrainingError
@@ -26,6 +25,7 @@ class CountingStage(Stage):
     def __init__(self, run: TrainingRun, bad: dict[int, dict[str, float]]) -> None:
         super().__init__(run, "reconstruction")
         self.bad, self.taken, self.counter = bad, list[int](), {"counter": torch.zeros(1)}
+        self.saved_parts = {"mine.": self.counter}
 
     def draw(self, step: int) -> int:
         return step
@@ -35,9 +35,6 @@ class CountingStage(Stage):
         self.taken.append(batch)
         self.counter["counter"] += torch.rand(1)  # seeded by the step
         return {"loss": float(batch), "grad": 1.0} | self.bad.get(batch, {})
-
-    def saved_parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer | dict[str, Tensor]]:
-        return {"mine.": self.counter}
 
 
 def make_stage(config: TrainConfig, bad: dict[int, dict[str, float]] | None = None) -> CountingStage:
@@ -89,7 +86,7 @@ def test_loop_stops_when_the_time_is_over(config: TrainConfig, monkeypatch: pyte
 def test_state_that_does_not_fit_is_refused(config: TrainConfig) -> None:
     make_stage(config).train()
     stage = make_stage(config)
-    stage.counter = {"other": torch.zeros(1)}
+    stage.saved_parts = {"mine.": {"other": torch.zeros(1)}}
     with pytest.raises(TrainingError, match="does not fit its configuration"):
         stage.train()
 

@@ -15,7 +15,7 @@ from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence
 from export3d_cli.core.model.expression import LeBS
-from export3d_cli.core.runtime.errors import ConfigError
+from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.clebs_stage import fit_flow_basis
 from export3d_cli.core.train.frame_cache import load_datasets
@@ -28,32 +28,33 @@ from .conftest import SIZE
 
 
 def test_clebs_stage_uses_its_own_dataset_weights(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: dict[str, list[list[float]]] = {"draw_landmark_pairs": [], "draw_pairs": []}
-    for name, weights in used.items():
-        original = getattr(PairSampler, name)
+    weights: list[list[float]] = []
 
-        def record(self: PairSampler, *args: object, original=original, weights=weights) -> object:  # type: ignore[no-untyped-def]
-            weights.append(self.dataset_weights.tolist())
-            return original(self, *args)
+    def make_stage(run: object, model: object, sampler: PairSampler) -> None:
+        weights.append(sampler.dataset_weights.tolist())
+        raise TrainingError("stop")
 
-        monkeypatch.setattr(PairSampler, name, record)
+    monkeypatch.setattr(trainer, "ClebsStage", make_stage)
+    monkeypatch.setattr(trainer, "ImageStages", make_stage)
     data, clebs = replace(tiny.data, path=tiny.data.path * 2), replace(tiny.clebs, weight=(3.0, 1.0))
-    train(replace(tiny, data=data, clebs=clebs, steps=1))
-    assert used["draw_landmark_pairs"] and all(w == [0.75, 0.25] for w in used["draw_landmark_pairs"])
-    assert used["draw_pairs"] and all(w == [0.5, 0.5] for w in used["draw_pairs"])
+    for stages in (("clebs",), ("reconstruction",)):
+        with pytest.raises(TrainingError, match="stop"):
+            train(replace(tiny, data=data, clebs=clebs, stages=stages))
+    assert weights == [[0.75, 0.25], [0.5, 0.5]]
 
 
-def test_train_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = replace(tiny, decay=False, loss=LossConfig(l1=0.5, mask=10.0))
+def test_train_resumes_exactly(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny, decay=False, loss=LossConfig(l1=0.5, mask=10.0), checkpoint_every=1)
     whole = train(config)
-    assert whole.finished
-    assert whole.step == 4
+    assert (whole.finished, whole.step) == (True, 4)
     halves = replace(config, run=str(tmp_path / "halves"))
-    first = train(replace(halves, steps=2))
-    assert first.step == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.TrainingRun, "out_of_time", lambda self: (self.folder / "state.json").exists())
+        stopped = train(halves)
+    assert (stopped.finished, stopped.stage, stopped.step) == (False, "clebs", 1)
+    assert train(replace(halves, steps=2)).step == 2
     second = train(halves)
-    assert second.finished
-    assert second.step == 4
+    assert (second.finished, second.step) == (True, 4)
     a, b = load_state(Path(config.run)), load_state(Path(halves.run))
     assert a is not None
     assert b is not None
@@ -67,21 +68,6 @@ def test_train_resumes_exactly(tiny: TrainConfig, tmp_path: Path) -> None:
     steps = [json.loads(s)["step"] for s in (Path(halves.run) / "stats.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3, 1, 2, 3, 4]  # three of the CLeBS stage and its report, four of reconstruction
     assert sorted(p.name for p in (Path(config.run) / "samples").iterdir()) == ["0000004.png"]
-
-
-def test_clebs_stage_resumes_exactly(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(tiny, stages=("clebs",), checkpoint_every=1)
-    whole = train(config)
-    broken = replace(config, run=str(tmp_path / "broken"))
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.TrainingRun, "out_of_time", lambda self: (self.folder / "state.json").exists())
-        stopped = train(broken)
-    assert not stopped.finished
-    assert stopped.stage == "clebs"
-    assert stopped.step == 1
-    assert train(broken).finished
-    a, b = load_weights(whole.weights)[0], load_weights(Path(broken.run) / "weights.safetensors")[0]
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
