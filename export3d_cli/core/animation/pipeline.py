@@ -115,23 +115,16 @@ class PrefetchIterator(_Worker, Generic[T]):
             self._slots.get()
 
 
-class LatestIterator(_Worker, Generic[T]):
+class LatestIterator(PrefetchIterator[T]):
     """Iterator over the newest item that a thread has computed, for live sources.
 
-    An item that is not taken before the next one is dropped and counted, so a slow user sees fewer items but not older
-    ones. A context manager for one pass. Its arguments are those of `PrefetchIterator`.
-
-    Attributes:
-        dropped: number of dropped items.
+    An item that is not taken before the next one is `dropped`, which counts them: a slow user sees fewer items, but not
+    older ones.
     """
 
     def __init__(self, items: Iterable[T], *, stop: Callable[[], None] = _noop) -> None:
-        super().__init__(0, stop)
-        self._items = items
+        super().__init__(items, 0, stop=stop)
         self.dropped = 0
-
-    def __exit__(self, *_: object) -> None:
-        self._leave(early=not self._ended)
 
     def __iter__(self) -> Iterator[T]:
         while (item := self._queue.get()) is not _END:
