@@ -1,6 +1,6 @@
 """Animation of a portrait: the engine, and the jobs that go from files to files.
 
-    animator, geometry, pool      the engine: weights -> `Animator`, photo -> `Portrait`, motion -> frames
+    animator, framing             the engine: weights -> `Animator`, photo -> `Portrait`, motion -> frames
     rendering, retargeting        rendering quality and uint8 frames; which of the driver's motion is used
     reenact, batch, options       a driver animates one portrait, or several; what a user can choose
     novel_view, edit_basis        the camera moves, or expression coefficients do; `view_writer` writes both

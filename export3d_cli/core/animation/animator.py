@@ -23,15 +23,20 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.expression_controls import EditedExpression
-from export3d_cli.core.animation.framing import place_on_canvas
-from export3d_cli.core.animation.geometry import MAX_FRAME_SIZE_PX, Geometry
+from export3d_cli.core.animation.framing import (
+    MAX_FRAME_SIZE_PX,
+    PHOTO_MARGIN,
+    Margins,
+    place_on_canvas,
+    uncropped_frame_size,
+)
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
-from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
+from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
 from export3d_cli.core.face.face_track import FaceTracker
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
@@ -42,7 +47,6 @@ from export3d_cli.core.media.image import to_tensor
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
-from export3d_cli.core.model.warp.layer_warp import photo_residual
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime.camera import Camera
@@ -86,13 +90,13 @@ class Portrait:
 
     crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3), the part of the photo that is animated
     motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
-    geometry: Geometry
+    margins: Margins | None  # of the photo around the crop; None: nothing is known around it
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
     face_box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the person's landmarks, pixels of the photo as it was given
     shown: tuple[int, int, int, int]  # x0, y0, x1, y1 of the part that frames show, pixels of the photo as it was given
     source: Source = field(repr=False)  # the network's encoding of the crop
     canvas: PhotoCanvas | None = field(repr=False)  # the photo that frames show whole; None: frames are the crop
-    detail: Tensor | None = field(repr=False)  # (1, 3, M, M) photo detail that is finer than the network's image
+    padded: Tensor | None = field(repr=False)  # (1, 3, M, M) the crop with the photo around it, for fine detail
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
     covered: CoveredParts  # covered parts of the face, which are not animated
@@ -101,6 +105,11 @@ class Portrait:
     def camera(self) -> Camera:
         """The camera that took the photo, in the head frame."""
         return Camera.from_vector(self.motion.camera[0])
+
+    @property
+    def square(self) -> Square:
+        """The crop in what frames show: x0, y0, side in pixels; may reach outside."""
+        return self.motion.crop
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -223,16 +232,19 @@ class Animator:
         photo_size = (photo.shape[1], photo.shape[0])
         motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))
         faces = face_positions(target, others, motion.crop)
-        frame_size = size
-        if crop == "auto":  # the crop at the photo's scale, as far as the network goes
-            frame_size = min(max(round(square[2]), self.model.config.image_size), MAX_FRAME_SIZE_PX)
-        geometry = Geometry.from_photo(photo_size, square, self.model.config.image_size, frame_size)
-        padded = crop_with_padding(photo, geometry.padded_square, geometry.padded_size)
+        x0, y0, side = square
         canvas = None
-        if crop == "auto":
+        if crop == "none":
+            frame_size = uncropped_frame_size(width, self.model.config.image_size, size)
+        else:  # the crop at the photo's scale
+            frame_size = min(round(side), MAX_FRAME_SIZE_PX)
             canvas = PhotoCanvas.from_photo(photo, square, partial(self.matting.alpha, hair_strands=True), faces)
-        crop_image = crop_with_padding(photo, motion.crop, geometry.frame_size)
-        return self._make_portrait(crop_image, motion, geometry, faces, face_box, shown, padded, canvas)
+        padding = round(PHOTO_MARGIN * frame_size)
+        around = padding * side / frame_size  # the same in pixels of the photo
+        padded = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), frame_size + 2 * padding)
+        crop_image = padded[padding:-padding, padding:-padding].copy()
+        left, top, right = (min(max(v, 0) / side, PHOTO_MARGIN) for v in (x0, y0, photo_size[0] - x0 - side))
+        return self._make_portrait(crop_image, motion, (left, top, right), faces, face_box, shown, padded, canvas)
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
         """Encode a face crop that has been tracked: row `frame` of `motion`.
@@ -242,12 +254,10 @@ class Animator:
             motion: has its expression, camera and landmarks in crop units.
             frame: row of `motion`.
         """
-        network_size = self.model.config.image_size
-        geometry = Geometry(motion.crop, motion.size, network_size, len(crop), None)
-        padded = crop if len(crop) > network_size else None
+        padded = crop if len(crop) > self.model.config.image_size else None
         motion = motion.select(np.array([frame]))
         box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
-        return self._make_portrait(crop.copy(), motion, geometry, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
+        return self._make_portrait(crop.copy(), motion, None, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
@@ -358,38 +368,37 @@ class Animator:
         return values[:, :3], values[:, 3]
 
     def _make_portrait(
-        self, crop: np.ndarray, motion: Motion, geometry: Geometry, faces: Sequence[FacePosition],
+        self, crop: np.ndarray, motion: Motion, margins: Margins | None, faces: Sequence[FacePosition],
         face_box: tuple[int, int, int, int], shown: tuple[int, int, int, int], padded: np.ndarray | None,
         canvas: PhotoCanvas | None,
     ) -> Portrait:  # fmt: skip
         """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
         for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
             array.flags.writeable = False
-        detail = None
-        if padded is not None:
-            detail = photo_residual(to_tensor(padded)[None], geometry.frame_size, geometry.network_size).to(self.device)
+        around = None if padded is None else to_tensor(padded)[None].to(self.device)
         covered = self._cover_detector.covered_parts(crop, motion.landmarks[0])
-        source = self._encode(self.model, self.precision, crop, motion, geometry, faces, covered)
+        source = self._encode(self.model, self.precision, crop, motion, margins, faces, covered)
         portrait = Portrait(
-            crop, motion, geometry, tuple(faces), face_box, shown, source, canvas, detail, self.model, self.precision,
+            crop, motion, margins, tuple(faces), face_box, shown, source, canvas, around, self.model, self.precision,
             covered,
         )  # fmt: skip
         finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
         return portrait if finite else self._to_fp32(portrait)
 
     def _encode(
-        self, model: Export3D, precision: str, crop: np.ndarray, motion: Motion, geometry: Geometry,
+        self, model: Export3D, precision: str, crop: np.ndarray, motion: Motion, margins: Margins | None,
         faces: Sequence[FacePosition], covered: CoveredParts,
     ) -> Source:  # fmt: skip
-        size = geometry.network_size
-        small = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) if len(crop) > size else crop
+        size = model.config.image_size
+        interpolation = cv2.INTER_AREA if len(crop) > size else cv2.INTER_LINEAR
+        small = cv2.resize(crop, (size, size), interpolation=interpolation)
         alpha = self.matting.alpha(small, faces, hair_strands=True)[None, None]
-        margins = None if geometry.margins is None else self._tensor(np.array([geometry.margins]))
         landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)
         with torch.inference_mode(), autocast(self.device, precision):
             return model.encode_source(
                 to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
-                self._tensor(landmarks), self._tensor(alpha), margins, self._tensor(np.array([covered])),
+                self._tensor(landmarks), self._tensor(alpha),
+                None if margins is None else self._tensor(np.array([margins])), self._tensor(np.array([covered])),
             )  # fmt: skip
 
     def _to_fp32(self, portrait: Portrait) -> Portrait:
@@ -397,7 +406,7 @@ class Animator:
         if portrait.precision == "fp32":
             raise Export3DError("the network gives values that are not finite: use a smaller scale, or other weights")
         model, p = self._fp32_model, portrait
-        source = self._encode(model, "fp32", p.crop, p.motion, p.geometry, p.faces, p.covered)
+        source = self._encode(model, "fp32", p.crop, p.motion, p.margins, p.faces, p.covered)
         return replace(portrait, source=source, model=model, precision="fp32")
 
     def _renderer(
@@ -432,11 +441,13 @@ class Animator:
         """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
         model, source = portrait.model, portrait.source.expand(len(cameras))
         size, samples = sampling(model.config, self.quality)
+        # larger frames need a larger mesh, up to twice: otherwise the outline shows steps
+        scale = np.clip(len(portrait.crop) / model.config.image_size, 1, 2)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
             output = model.drive(
                 source, None, self._tensor(cameras), lam=lam, posed=posed, raw_size=size, samples=samples,
-                mesh_size=portrait.geometry.mesh_size(model.config.mesh_size),
+                mesh_size=int(scale * model.config.mesh_size),
             )  # fmt: skip
         return output, posed
 
@@ -489,7 +500,7 @@ class _Renderer:
         depth: bool = False,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """Render frames with lambda (T, n); `posed` and `planes` as in `Animator._render`."""
-        portrait, size = self._portrait, self._portrait.geometry.frame_size
+        portrait, size = self._portrait, len(self._portrait.crop)
 
         def compute(part: slice) -> Iterable[Any]:
             with torch.inference_mode():
@@ -499,7 +510,7 @@ class _Renderer:
                     output, head = self._render_fp32(cameras[part], lam[part])
                 if depth:
                     return colour_depth(output, cameras[part], size)
-                images = to_frames(output, portrait.detail, size)
+                images = to_frames(output, portrait.padded, size)
                 if portrait.canvas is None:
                     return images
                 flow = self._animator._extend_flow(portrait, cameras[part], output, head, self._torso)

@@ -13,6 +13,10 @@ from export3d_cli.core.face.crop import Square, fit_clip_crop
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.runtime.errors import InputError
 
+MAX_FRAME_SIZE_PX = 2048  # side of the crop's image
+PHOTO_MARGIN = 0.25  # of the crop's side: photo kept around the crop, for hair and shoulders that move into view
+Margins = tuple[float, float, float]  # photo left of, above and right of the crop, in crop sides: PHOTO_MARGIN at most
+MIN_UPSCALE_RATIO = 1.5  # photo side over network size from which uncropped frames default to twice the network size
 DEFAULT_MAX_SIDE_PX = 1080  # longer side of frames of larger photos, unless asked otherwise
 SIZE_RANGE_PX = (64, 4096)
 MIN_CROP_PX = 16  # side of the network's crop
@@ -84,3 +88,14 @@ def _head_square(
     centre = (left + right) / 2, (top + bottom) / 2
     x, y = (int(np.clip(round(c - side / 2), 0, n - side)) for c, n in zip(centre, (width, height), strict=True))
     return x, y, side
+
+
+def uncropped_frame_size(side: int, network_size: int, size: int = 0) -> int:
+    """Return the side of frames that show a square photo of `side` pixels as the network makes it.
+
+    `size` 0 is twice the network size where the photo is nearly as large, else the network size. Raises `InputError`
+    for a size that is less than the network size or more than MAX_FRAME_SIZE_PX.
+    """
+    if size and not network_size <= size <= MAX_FRAME_SIZE_PX:
+        raise InputError(f"size must be {network_size} to {MAX_FRAME_SIZE_PX} with these weights, got {size}")
+    return size or (2 * network_size if side >= MIN_UPSCALE_RATIO * network_size else network_size)

@@ -22,16 +22,19 @@ CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes r
 CLOSE_UP_SIZE_PX = 512
 CLOSE_UP_FADE = 0.12  # fraction of a close-up's side over which its matte takes over
 HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
-HOLE_MARGIN_PX = 2  # pixels around the person that its colours reach
+HOLE_MARGIN = 0.012  # crop sides around the person that its colours reach: 2 pixels at least
 SUPPORT_RADIUS = 0.012  # crop sides that the person may reach beyond the network's head layer: stray hair
-ABOVE_CHIN_FADE = (0.02, 0.17)  # face heights above the chin over which only the head layer shows the person
-NETWORK_FADE = (-0.6, -0.3)  # face heights above the chin over which the network's image takes over from the photo
-SUPPORT_FADE = (0.2, 0.6)  # head weights over which the person becomes visible above the chin
+GAP_RADIUS = 0.05  # crop sides: gaps in the head layer up to twice as wide are closed
+SUPPORT_FADE = (0.2, 0.6)  # head weights over which the person becomes visible above the jaw
+ABOVE_JAW_FADE = (0.1, 0.3)  # face heights above the chin over which only the head layer shows the person
+# Below that the network's image is shown with its background: a turned jaw uncovers neck, which the photo hides.
+BELOW_JAW_FADE = (-0.35, -0.15)  # face heights above the chin
+JAW_RADIUS = 0.1  # crop sides around the head layer
 EDGE_ALPHA_FADE = (0.6, 1.0)  # alpha over which the network's image takes over at the person's outline
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
 CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
-HEAD_EXTENT = (0.2, 0.1, 0.8, 0.8)  # left, top, right and bottom of the usual head in the crop
-TRAVEL_RANGE = (0.15, 0.36)  # crop sides: least and largest limit of the head's travel; between, its room in the photo
+HEAD_EXTENT = (0.12, 0.1, 0.88, 0.8)  # left, top, right and bottom of the usual head in the crop
+TRAVEL_RANGE = (0.08, 0.22)  # crop sides: least and largest limit of the head's travel; between, its room in the photo
 MAX_TRAVEL_CUT = 0.06  # the same away from a border that cuts the head: more would show where the hair ends
 
 
@@ -101,7 +104,8 @@ class PhotoCanvas:
         rows = slice(max(0, round(y0 - margin)), min(height, round(y0 + side + margin)))
         window = (rows, columns)
         part, matte = np.ascontiguousarray(photo[window]), np.ascontiguousarray(alpha[window])
-        hole = cv2.dilate(np.uint8(matte > HOLE_ALPHA), np.ones((2 * HOLE_MARGIN_PX + 1,) * 2, np.uint8)) > 0  # type: ignore[call-overload]
+        kernel = np.ones((2 * max(2, round(HOLE_MARGIN * side)) + 1,) * 2, np.uint8)
+        hole = cv2.dilate(np.uint8(matte > HOLE_ALPHA), kernel) > 0  # type: ignore[call-overload]
         plate = fill_hole(part, hole)
         colours = np.where(matte[..., None] > 0.98, part, estimate_foreground(part, matte))
         foreground = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
@@ -117,13 +121,16 @@ class PhotoCanvas:
 
     def compose(self, layers: FrameLayers) -> np.ndarray:
         """Return a frame, uint8 (H, W, 3), from layers that were rendered for this photo's crop."""
-        colours, alpha = self.person(layers)
+        colours, alpha = self.person(layers, cut_out=False)
         frame = self.photo.copy()
         frame[self.window] = cv2.blendLinear(colours, self.plate, alpha, 1 - alpha)
         return frame
 
-    def person(self, layers: FrameLayers) -> tuple[np.ndarray, np.ndarray]:
-        """Return the person in the window: colours uint8 (h, w, 3) and alpha, float32 (h, w)."""
+    def person(self, layers: FrameLayers, *, cut_out: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Return the person in the window: colours uint8 (h, w, 3) and alpha, float32 (h, w).
+
+        Without `cut_out` the background around the jaw is kept.
+        """
         rows, columns = self.window
         shape = (columns.stop - columns.start, rows.stop - rows.start)
         place = self._window_matrix()
@@ -136,15 +143,20 @@ class PhotoCanvas:
         moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
         alpha = moved[..., 3].astype(np.float32) * np.float32(1 / 255)
         head = _fill_holes(layers.head_weight)
-        radius = max(1, round(SUPPORT_RADIUS * len(head) / (1 + 2 * WINDOW_MARGIN) + 0.5))
-        kernel = np.ones((2 * radius + 1,) * 2, np.uint8)
-        support = smooth_step(cv2.dilate(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), kernel), *SUPPORT_FADE)
-        alpha *= 1 - self.in_crop * to_pixels(smooth_step(layers.height, *ABOVE_CHIN_FADE) * (1 - support))
+        kernel = _disc(SUPPORT_RADIUS)
+        support = cv2.morphologyEx(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), cv2.MORPH_CLOSE, _disc(GAP_RADIUS))
+        support = smooth_step(cv2.dilate(support, kernel), *SUPPORT_FADE)
+        above_jaw = smooth_step(layers.height, *ABOVE_JAW_FADE)
+        alpha *= 1 - self.in_crop * to_pixels(above_jaw * (1 - support))
         colours = np.ascontiguousarray(moved[..., :3])
-        weight = self.in_crop * to_pixels(smooth_step(layers.height, *NETWORK_FADE))
-        weight *= smooth_step(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
-        self._blend_network(colours, layers.image, weight)
-        return colours, np.maximum(alpha, weight)
+        jaw = smooth_step(layers.height, *BELOW_JAW_FADE) * (1 - above_jaw)
+        jaw *= cv2.blur(cv2.dilate(head, _disc(JAW_RADIUS)), (5, 5))
+        inside = smooth_step(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
+        weight = inside * to_pixels(head)
+        weight = self.in_crop * (weight if cut_out else np.maximum(weight, to_pixels(jaw)))
+        alpha = np.maximum(alpha, weight)
+        self._blend_network(colours, layers.image, weight / alpha.clip(1e-3))
+        return colours, alpha
 
     def _window_matrix(self) -> np.ndarray:
         """Return the affine map from pixel indices of the window to cell indices of the flow."""
@@ -163,15 +175,17 @@ class PhotoCanvas:
             index = index[None, :] if axis == 0 else index[:, None]
             shift = displacement[..., axis]
             room = np.where(shift > 0, length - 1 - index, index) + np.float32(1e-3)
-            positions.append((index - part.start + room * np.tanh(shift / room)).astype(np.float32))
+            beyond = np.abs(shift) - room / 2  # half the way to the border stays as it is
+            limited = np.where(beyond > 0, np.sign(shift) * room / 2 * (1 + np.tanh(2 * beyond / room)), shift)
+            positions.append((index - part.start + limited).astype(np.float32))
         return positions[0], positions[1]
 
     def _blend_network(self, frame: np.ndarray, image: np.ndarray, weight: np.ndarray) -> None:
         """Blend the network's image of the crop into a window, in place."""
         rows, columns = self.window
         x0, y0, side = (round(v) for v in self.square)
-        image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) if len(image) > side else image
-        image = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC) if len(image) < side else image
+        if len(image) != side:
+            image = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
         left, top = max(x0, columns.start), max(y0, rows.start)
         right, bottom = min(x0 + side, columns.stop), min(y0 + side, rows.stop)
         target = slice(top - rows.start, bottom - rows.start), slice(left - columns.start, right - columns.start)
@@ -241,6 +255,12 @@ def _travel_limits(alpha: np.ndarray, square: Square) -> TravelLimits:
         up=limit(top),
         down=limit(height / side - bottom, alpha[:band_y, columns] if y0 < 0.5 * side else None),
     )
+
+
+def _disc(radius: float) -> np.ndarray:
+    """Return a kernel for the flow's cells; `radius` in crop sides."""
+    cells = max(1, round(radius * FLOW_SIZE / (1 + 2 * WINDOW_MARGIN)))
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * cells + 1,) * 2)
 
 
 def _fill_holes(weight: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ def open_driver(
     return DriverStream(
         driver, animator.tracker(options.tracker), face=options.driver_face, batch=animator.window,
         crop_scale=portrait.crop_scale, fps=options.fps, start=options.start, duration=options.duration,
-        crop_size=(crop_size or portrait.geometry.frame_size) if options.compare else None,
+        crop_size=(crop_size or len(portrait.crop)) if options.compare else None,
         max_frames=options.max_frames, on_missing=options.on_missing, smooth=options.smooth,
         reference=options.reference, source=portrait.motion, track_cache=track_cache,
     )  # fmt: skip

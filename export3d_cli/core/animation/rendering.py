@@ -48,14 +48,9 @@ def triplane_tolerance(config: ModelConfig, quality: Quality, device: torch.devi
     return config.triplane_tolerance[0 if quality == "fast" else 1]
 
 
-def to_frames(output: Output, detail: Tensor | None, size: int) -> np.ndarray:
-    """Return frames uint8 (B, size, size, 3), with the photo's high-frequency `detail` (1, 3, M, M) if there is any.
-
-    Without `detail` their side is that of the network's image.
-    """
-    if detail is None:
-        return to_uint8(output.image)
-    return to_uint8(output.upscale(detail.expand(len(output.image), -1, -1, -1), size))
+def to_frames(output: Output, photo: Tensor | None, size: int) -> np.ndarray:
+    """Return frames uint8 (B, size, size, 3) with the detail of `photo` (1, 3, M, M), if there is one."""
+    return to_uint8(output.image if photo is None else output.upscale(photo, size))
 
 
 def colour_depth(output: Output, cameras: np.ndarray, size: int) -> np.ndarray:

@@ -237,7 +237,7 @@ def _score_case(
         layers = list(render_layers(animator, portrait, case.driver.file, rows, settings))
         add("model", [portrait.canvas.compose(layer) for layer in layers])
         scores["model"]["copied"] = views.copied_fraction(portrait, layers)
-        square = portrait.geometry.square
+        square = portrait.square
         add("raw", [views.paste_crop(portrait.canvas.photo, square, layer.volume.colours) for layer in layers])
     for folder in options.results:
         name = folder.resolve().name

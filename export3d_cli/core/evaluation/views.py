@@ -43,7 +43,7 @@ def paste_crop(photo: np.ndarray, square: tuple[float, float, float], image: np.
 
 def copied_fraction(portrait: Portrait, layers: list[FrameLayers]) -> float:
     """Return the fraction of whole frames that is the photo's pixels, moved: everything outside the network's crop."""
-    (x0, y0, side), (width, height) = portrait.geometry.square, portrait.frame_size
+    (x0, y0, side), (width, height) = portrait.square, portrait.frame_size
     inside = np.prod([min(x0 + side, width) - max(x0, 0), min(y0 + side, height) - max(y0, 0)])
     synthesised = 1 - np.mean([layer.volume.copied for layer in layers])
     return float(1 - synthesised * inside / (width * height))
@@ -71,7 +71,7 @@ def score_novel_views(
 def _crop_cameras(suite: MetricSuite, portrait: Portrait, tracked: TrackedFrames) -> np.ndarray:
     """Return the cameras (T, 25) of faces tracked in whole frames, as cameras of the network's crop."""
     assert tracked.motion is not None
-    x0, y0, side = portrait.geometry.square
+    x0, y0, side = portrait.square
     points = (tracked.motion.landmarks * portrait.frame_size[0] - (x0, y0, 0)) / side
     return fit_cameras(points, suite.tracker.canonical.points)
 
@@ -116,7 +116,7 @@ def score_head(
     embedding = suite.embed(tracked, np.array([first]))
     layers = list(animator.view(portrait, cameras, layers=True))
     views = suite.track([portrait.canvas.compose(layer) for layer in layers], independent=True)
-    raw = [paste_crop(portrait.canvas.photo, portrait.geometry.square, x.volume.colours) for x in layers]
+    raw = [paste_crop(portrait.canvas.photo, portrait.square, x.volume.colours) for x in layers]
     truths = [tracked.frames[k] for k in seen]
     pictures: dict[str, Frames] = {"truth": truths, "result": views.frames, "raw": raw, "true depth": [], "depth": []}
     by_yaw: dict[int, list[Scores]] = {yaw: [] for yaw in YAWS}
@@ -148,7 +148,7 @@ def _compare_depth(
     portrait: Portrait, render: VolumeRender, camera: np.ndarray, depth: np.ndarray, classes: np.ndarray, focal: float
 ) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:
     """Compare a volume's depth with the truth (d, d) at the truth's pixels; also return both in colours."""
-    count, (x0, y0, side), size = len(depth), portrait.geometry.square, portrait.frame_size[0]
+    count, (x0, y0, side), size = len(depth), portrait.square, portrait.frame_size[0]
     centres = (np.arange(count, dtype=np.float32) + 0.5) * size / count  # pixels of the frame
     x, y = np.meshgrid((centres - x0) / side, (centres - y0) / side)  # crop units
     inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)

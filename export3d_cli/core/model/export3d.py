@@ -82,15 +82,15 @@ class Output(NamedTuple):
     blend_weights: Tensor | None = None  # (B, 2, H, W) weights of both layers
     inpainted: tuple[InpaintedPatch, ...] = ()  # synthesised patches: mouth, eyes, eyelids
 
-    def upscale(self, detail: Tensor, size: int) -> Tensor:
-        """Return the image as (B, 3, size, size) with `detail` (B, 3, M, M), the `photo_residual` of a larger photo."""
+    def upscale(self, photo: Tensor, size: int) -> Tensor:
+        """Return the image as (B, 3, size, size) with the detail of `photo` (1, 3, M, M), see `upscale_with_detail`."""
         if self.before_inpainting is None or self.sample_grid is None or self.blend_weights is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
-        batch = CPU_UPSCALE_BATCH if detail.device.type == "cpu" else len(detail)
-        parts = (x.split(batch) for x in (self.before_inpainting, self.sample_grid, self.blend_weights, detail))
+        batch = CPU_UPSCALE_BATCH if photo.device.type == "cpu" else len(self.image)
+        parts = (x.split(batch) for x in (self.before_inpainting, self.sample_grid, self.blend_weights))
         large = [
-            upscale_with_detail(image, LayerWarp(grid, weights), part, size)
-            for image, grid, weights, part in zip(*parts, strict=True)
+            upscale_with_detail(image, LayerWarp(grid, weights), photo, size)
+            for image, grid, weights in zip(*parts, strict=True)
         ]
         return composite_patches(torch.cat(large), self.inpainted)
 

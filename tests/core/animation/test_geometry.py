@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.geometry import PHOTO_MARGIN, Geometry
+from export3d_cli.core.animation.framing import PHOTO_MARGIN, uncropped_frame_size
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera
@@ -17,38 +17,20 @@ from export3d_cli.core.runtime.weights import example_path
 PHOTO = read_image(example_path("source.jpg"))
 
 
-def geometry(crop_side: float, frame_size: int = 0) -> Geometry:
-    return Geometry.from_photo((4000, 4000), (0.0, 0.0, crop_side), 256, frame_size)
-
-
-def test_frame_size_is_the_given_one_or_as_the_photo_allows() -> None:
-    assert [geometry(side).frame_size for side in (100.0, 383.0, 384.0, 4000.0)] == [256, 256, 512, 512]
-    assert [geometry(4000.0, size).frame_size for size in (256, 300, 2048)] == [256, 300, 2048]
+def test_frame_size_of_an_uncropped_photo_is_the_given_one_or_as_the_photo_allows() -> None:
+    assert [uncropped_frame_size(side, 256) for side in (100, 383, 384, 4000)] == [256, 256, 512, 512]
+    assert [uncropped_frame_size(4000, 256, size) for size in (256, 300, 2048)] == [256, 300, 2048]
     for bad in (64, 254, 2050):
         with pytest.raises(InputError, match=f"size must be 256 to 2048 .*got {bad}"):
-            geometry(4000.0, bad)
+            uncropped_frame_size(4000, 256, bad)
 
 
-def test_margins_are_the_photo_around_the_crop_up_to_a_limit() -> None:
-    for square, size, margins in (
-        ((20.0, 5.0, 100.0), (130, 90), (0.2, 0.05, 0.1)),
-        ((-20.0, 500.0, 100.0), (80, 700), (0, PHOTO_MARGIN, 0)),
-    ):
-        assert Geometry.from_photo(size, square, 64).margins == pytest.approx(margins)
-
-
-def test_padded_square_has_whole_pixels_of_padding() -> None:
-    found = Geometry.from_photo((400, 400), (50.0, 60.0, 100.0), 64, 70)
-    assert found.padding == 18  # a quarter of 70, rounded
-    assert found.padded_size == 70 + 36
-    padding = 18 * 100 / 70
-    assert found.padded_square == pytest.approx((50 - padding, 60 - padding, 100 + 2 * padding))
-    tracked_crop = Geometry((0.0, 0.0, 70.0), (70, 70), 64, 70, None)
-    assert (tracked_crop.padding, tracked_crop.padded_size) == (0, 70)
-
-
-def test_mesh_size_grows_with_the_frames_up_to_twice() -> None:
-    assert [geometry(100.0, size).mesh_size(128) for size in (256, 300, 512, 1024)] == [128, 150, 256, 256]
+def test_margins_are_the_photo_around_the_crop_up_to_a_limit(animator: Animator) -> None:
+    x0, y0, side = animator.portrait(PHOTO).square
+    left, top, right = (min(max(room, 0) / side, PHOTO_MARGIN) for room in (x0, y0, PHOTO.shape[1] - x0 - side))
+    assert animator.portrait(PHOTO).margins == pytest.approx((left, top, right))
+    tight = PHOTO[:, round(x0 + 0.1 * side) :]
+    assert animator.portrait(tight).margins[0] < 0.02
 
 
 def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> None:
@@ -57,7 +39,6 @@ def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> Non
         portrait = animator.portrait(PHOTO, crop="none", size=size)
         (frames[size],) = animator.animate(portrait, [portrait.motion])
         assert frames[size].shape == portrait.crop.shape == (size, size, 3)
-        assert portrait.geometry.frame_size == size
     truth = crop_image(PHOTO, portrait.motion.crop, 192).astype(float)[40:-40, 40:-40]
     enlarged = cv2.resize(frames[64], (192, 192), interpolation=cv2.INTER_CUBIC)
     errors = [np.square(frame[40:-40, 40:-40] - truth).mean() for frame in (enlarged, frames[192])]
@@ -65,7 +46,7 @@ def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> Non
 
 
 def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animator: Animator) -> None:
-    x, y, side = (round(value) for value in animator.portrait(PHOTO).geometry.square)
+    x, y, side = (round(value) for value in animator.portrait(PHOTO).square)
     wide = np.full((1000, 1000, 3), (0, 255, 0), np.uint8)
     wide[250 : 250 + side, 250 : 250 + side] = PHOTO[y : y + side, x : x + side]
     photo = animator.portrait(wide)
@@ -74,9 +55,9 @@ def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animat
     pose[:3, 3] *= 1.4
     cameras = Camera(np.linalg.inv(pose), photo.camera.intrinsics).to_vector()[None]
     for portrait, is_green in ((photo, True), (crop, False)):
-        (frame,) = animator.view(portrait, cameras)
+        (frame,) = animator.view(portrait, cameras, layers=True)
         if portrait.canvas is not None:
-            frame = crop_image(frame, photo.motion.crop, 64)
+            frame = cv2.resize(frame.image, (64, 64), interpolation=cv2.INTER_AREA)
         red, green, blue = frame[-4:, 16:-16].reshape(-1, 3).mean(0)  # below the shoulders
         assert (green - max(red, blue) > 100) == is_green
 
@@ -84,11 +65,11 @@ def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animat
 def test_crop_of_the_network_s_size_has_no_detail(animator: Animator) -> None:
     motion = animator.portrait(PHOTO).motion
     portrait = animator.portrait_from_motion(crop_image(PHOTO, motion.crop, 64), motion)
-    assert portrait.detail is None
+    assert portrait.padded is None
     assert next(animator.edit(portrait, np.zeros((1, 10), np.float32))).shape == (64, 64, 3)
 
 
 def test_depth_has_the_crop_s_size(animator: Animator) -> None:
     for portrait in (animator.portrait(PHOTO, crop="none", size=100), animator.portrait(PHOTO, size=100)):
         (depth,) = animator.view(portrait, portrait.motion.camera, depth=True)
-        assert depth.shape == portrait.crop.shape == (portrait.geometry.frame_size, portrait.geometry.frame_size, 3)
+        assert depth.shape == portrait.crop.shape

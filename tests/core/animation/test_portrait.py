@@ -19,7 +19,7 @@ def couple(animator: Animator) -> np.ndarray:
     crops = []
     for name in ("source.jpg", "astronaut.jpg"):
         photo = read_image(example_path(name))
-        crops.append(crop_image(photo, animator.portrait(photo).geometry.square, 256))
+        crops.append(crop_image(photo, animator.portrait(photo).square, 256))
     return np.concatenate([crops[0][:, :192], crops[1][:, 64:]], axis=1)
 
 
@@ -32,10 +32,10 @@ def test_faces_start_with_the_person_s_and_list_the_other(
     points = portrait.motion.landmarks[0, :, :2]
     np.testing.assert_allclose(own, points[:, 0].mean(), atol=0.02)
     np.testing.assert_allclose(size, np.ptp(points, axis=0).max(), atol=0.02)
-    np.testing.assert_allclose((other - own) * portrait.geometry.square[2] * direction, 128, atol=20)
-    side = round(portrait.geometry.square[2])
+    np.testing.assert_allclose((other - own) * portrait.square[2] * direction, 128, atol=20)
+    side = round(portrait.square[2])
     assert portrait.crop.shape == (side, side, 3)
-    assert portrait.detail is not None and portrait.detail.shape == (1, 3, *2 * (side + 2 * round(side / 4),))
+    assert portrait.padded is not None and portrait.padded.shape == (1, 3, *2 * (side + 2 * round(side / 4),))
 
 
 def test_other_person_is_not_part_of_the_person_mask(animator: Animator, couple: np.ndarray) -> None:

@@ -230,7 +230,7 @@ def test_face_index_counts_from_left_to_right(animator: Animator, tmp_path: Path
     pair[: small.shape[0], : small.shape[1]], pair[:, small.shape[1] :] = small, photo
     across = {}
     for face in ("largest", "left", "right", "index:0", "index:1"):
-        x0, _, side = animator.portrait(pair, face=face).geometry.square
+        x0, _, side = animator.portrait(pair, face=face).square
         across[face] = x0 + side / 2 > small.shape[1]  # whether it is the right one
     assert across == {"largest": True, "left": False, "right": True, "index:0": False, "index:1": True}
     with pytest.raises(InputError, match="shows 2 face"):

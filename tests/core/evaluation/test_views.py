@@ -23,7 +23,7 @@ def test_compare_depth_ignores_scale_and_distance_and_measures_shape() -> None:
     depth = (1.6 + 0.3 * ((x - 0.5) ** 2 + (y - 0.5) ** 2)).astype(np.float32)  # metres
     classes = np.zeros((64, 64), np.uint8)
     classes[16:48, 16:48], classes[8:16, 16:48], classes[48:] = views.SKIN, views.HAIR, views.CLOTHES
-    portrait = SimpleNamespace(geometry=SimpleNamespace(square=(0.0, 0.0, 256.0)), frame_size=(256, 256))
+    portrait = SimpleNamespace(square=(0.0, 0.0, 256.0), frame_size=(256, 256))
     camera = Camera.orbit(0, radius=2.7).to_vector()
     truth_focal = 5.0
     middle = float(np.median(depth[classes == views.SKIN]))

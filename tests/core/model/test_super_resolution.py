@@ -16,7 +16,7 @@ from export3d_cli.core.face.canonical_face import CanonicalFace
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.generator import zero_init
 from export3d_cli.core.model.super_resolution import FRINGE_DIVISOR, PHOTO_LOGIT_BIAS, widen_mask
-from export3d_cli.core.model.warp.layer_warp import highpass, photo_residual
+from export3d_cli.core.model.warp.layer_warp import highpass
 from export3d_cli.core.model.warp.mesh_flow import resize
 
 
@@ -138,13 +138,12 @@ def test_solid_neck_is_not_covered_by_the_wall(
     assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
 
 
-def test_upscale_to_own_size_is_identity(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """A photo of the network's input size has no additional detail."""
+def test_upscale_without_detail_is_the_result(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     photo = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
         out = tiny.drive(source, None, orbit(15), lam=source.lam)
-        torch.testing.assert_close(out.upscale(photo_residual(photo, 64, 64), 64), out.image, atol=1e-4, rtol=0)
+        torch.testing.assert_close(out.upscale(torch.full((1, 3, 96, 96), 0.3), 64), out.image, atol=1e-4, rtol=0)
         torch.testing.assert_close(
             out._replace(before_inpainting=None).upscale(photo, 128),
             F.interpolate(out.image, (128, 128), mode="bicubic"),
@@ -165,9 +164,7 @@ def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor
         for target in (points, opened):
             posed = replace(tiny.pose_head(source, source.lam), mesh=tiny.flow.deform_mesh(points, orbit(0), target))
             out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
-            detail.append(
-                out.upscale(photo_residual(stripes, 128, 64), 128) - out.upscale(torch.zeros_like(stripes), 128)
-            )
+            detail.append(out.upscale(stripes, 128) - out.upscale(torch.zeros_like(stripes), 128))
             flows.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
     face = (flows[0].face == 1).expand_as(stripes)
     closed = (-F.max_pool2d(-flows[1].closed_in_photo, 5, 1, 2) > 0.9).expand_as(stripes)
@@ -192,9 +189,7 @@ def test_blended_face_keeps_the_full_highpass_detail(
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
             face = tiny.flow(points, orbit(0), points, orbit(0), size).face == 1
-            fraction = highpass(out.upscale(photo_residual(photo, size, 64), size)) / highpass(
-                photo
-            )  # (1, 1, size, size)
+            fraction = highpass(out.upscale(photo, size)) / highpass(photo)  # (1, 1, size, size)
             assert fraction[face.expand_as(fraction)].median() == pytest.approx(expected, abs=0.03)
             assert fraction[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)
 

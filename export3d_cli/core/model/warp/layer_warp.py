@@ -19,11 +19,12 @@ class LayerWarp(NamedTuple):
     sample_grid: Tensor  # (B, 4, s, s) photo positions (x, y) of the head layer and the background layer
     blend_weights: Tensor  # (B, 2, s, s) of head and background, sum <= 1
 
-    def sample(self, photo: Tensor) -> Tensor:
-        """Sample photo channels (B, C, ., .) along both layers: (B, C, s, s), 0 where neither has weight."""
+    def sample(self, photo: Tensor, *, mode: str = "bilinear") -> Tensor:
+        """Sample photo channels (B or 1, C, ., .) along both layers: (B, C, s, s), 0 where neither has weight."""
         head, background = self.sample_grid.split(2, dim=1)
         head_weight, background_weight = self.blend_weights.split(1, dim=1)
-        return torch.addcmul(warp(photo, head) * head_weight, warp(photo, background), background_weight)
+        photo = photo.expand(len(head), -1, -1, -1)
+        return torch.addcmul(warp(photo, head, mode) * head_weight, warp(photo, background, mode), background_weight)
 
     def sample_over(self, photo: Tensor, fill: Tensor) -> Tensor:
         """Composite the sampled photo over `fill` (B, C, s, s)."""
@@ -65,28 +66,21 @@ def highpass(photo: Tensor) -> Tensor:
     return x - lowpass(x)
 
 
-def photo_residual(photo: Tensor, size: int, side: int) -> Tensor:
-    """Return the detail of a larger photo copy, (1, 3, M, M), that its version of `side` pixels lacks, same shape.
+def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, photo: Tensor, size: int) -> Tensor:
+    """Resize the result to `size` and give it the detail of another copy of the photo, which no network sees.
 
-    The photo is the central `size` pixels; the network sees its border replicated over the (M - size) / 2 pixels on
-    each side of it.
-    """
-    margin = (photo.shape[-1] - size) // 2
-    centre = photo[..., margin : margin + size, margin : margin + size]
-    smoothed = resize(F.interpolate(centre, (side, side), mode="area"), size)
-    return photo - F.pad(smoothed, (margin,) * 4, mode="replicate")
-
-
-def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, detail: Tensor, size: int) -> Tensor:
-    """Upscale the result to `size` and add detail that no network sees: pixels of a larger photo copy, only moved.
+    What the network sampled is replaced by what the copy shows there, with the same weights: along outlines both
+    differ by detail only, and draw no lines. Bicubic sampling keeps the sharpness of pixels that move.
 
     Args:
         image: (B, 3, H, W), the result.
         layer_warp: where the result samples the photo.
-        detail: (B, 3, M, M) from `photo_residual`. It is fine detail only and therefore draws no lines where the layers
-            meet or photo positions jump; the colours there are the result's.
-        size: side of the upscaled image.
+        photo: (1, 3, M, M), its central `size` pixels are the network's photo, whose border the network replicates.
+        size: side of the returned image.
     """
-    margin = (detail.shape[-1] - size) / 2 / size
-    grid = (resize(layer_warp.sample_grid, size) + margin) / (1 + 2 * margin)
-    return resize(image, size) + LayerWarp(grid, resize(layer_warp.blend_weights, size)).sample(detail)
+    margin, side = (photo.shape[-1] - size) // 2, image.shape[-1]
+    centre = photo[..., margin : margin + size, margin : margin + size]
+    coarse = F.interpolate(centre, (side, side), mode="area") if size > side else resize(centre, side)
+    grid = (resize(layer_warp.sample_grid, size) + margin / size) / (1 + 2 * margin / size)
+    fine = LayerWarp(grid, resize(layer_warp.blend_weights, size)).sample(photo, mode="bicubic")
+    return resize(image - layer_warp.sample(coarse), size) + fine

@@ -338,7 +338,7 @@ def resize(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
-def warp(image: Tensor, uv: Tensor) -> Tensor:
+def warp(image: Tensor, uv: Tensor, mode: str = "bilinear") -> Tensor:
     """Sample an image (B, C, H, W) at positions uv (B, 2, h, w), borders replicated -> (B, C, h, w)."""
     grid = uv.permute(0, 2, 3, 1).float() * 2 - 1
-    return F.grid_sample(image.float(), grid, align_corners=False, padding_mode="border")
+    return F.grid_sample(image.float(), grid, mode=mode, align_corners=False, padding_mode="border")

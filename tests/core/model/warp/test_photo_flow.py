@@ -68,15 +68,21 @@ def test_torso_follows_by_its_ratio(points: Tensor, orbit: Callable[..., Tensor]
     torch.testing.assert_close(at(flow.displacement, CHEST)[0], torch.tensor([expected, 0.0]), atol=1e-4, rtol=0)
 
 
+def test_torso_ignores_a_nod(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """A turn about the head's centre moves the neck, but not the centre; a shift moves both."""
+    nod = extend(points, orbit(0), orbit(0, pitch=12))
+    assert at(nod.displacement, CHEST)[0, 1].abs() < 0.005
+
+
 def test_motion_fades_between_head_and_torso_and_ends_at_the_windows_border(
     points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    displacement = extend(points, orbit(0), shifted(orbit(0)), torso=0.0).displacement[0, 0]
+    displacement = extend(points, orbit(0), shifted(orbit(0))).displacement[0, 0]
     middle = displacement[:, FLOW_SIZE // 2]
     cell = (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE
     assert middle.diff().abs().max() < 0.7 * cell  # nothing tears or folds
     inner = middle[FLOW_SIZE // 3 :]
-    assert (inner.diff() > -1e-6).all() and inner[0] < -0.99 * SHIFT and inner[-1] > -0.01 * SHIFT
+    assert (inner.diff() > -0.02 * SHIFT).all() and inner[0] < -0.99 * SHIFT and inner[-1] > -0.01 * SHIFT
     for edge in (displacement[0], displacement[-1], displacement[:, 0], displacement[:, -1]):
         assert edge.abs().max() < 0.02 * SHIFT
 
@@ -87,8 +93,9 @@ def test_network_flow_is_used_where_its_head_is_within_the_crop(points: Tensor, 
     weight[..., :8] = 1  # the left half
     flow = extend(points, orbit(0), orbit(0), uv=uv, weight=weight)
     torch.testing.assert_close(at(flow.displacement, (0.3, 0.3))[0], torch.tensor([0.03, 0.03]), atol=1e-4, rtol=0)
-    for place in ((0.7, 0.3), CROWN, NEXT_TO_THE_EAR, CHEST):
+    for place in ((0.7, 0.3), (0.8, -0.2), CHEST):
         assert at(flow.displacement, place).abs().max() < 1e-3
+    assert 0.001 < float(at(flow.displacement, NEXT_TO_THE_EAR).min()) < 0.029  # it fades out beyond the crop
     assert float(at(flow.head_weight, (0.3, 0.3))) == 1 and float(at(flow.head_weight, NEXT_TO_THE_EAR)) == 0
     assert float(at(flow.height, CROWN)) > 1 and float(at(flow.height, CHEST)) < 0
 
