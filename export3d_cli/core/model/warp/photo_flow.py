@@ -28,7 +28,7 @@ CROP_FADE = 0.06  # crop sides inside the crop's border over which the network's
 CROP_REACH = 0.25  # crop sides outside the crop over which the network's flow at its border fades out
 HEAD_WEIGHT_FADE = (0.3, 0.8)  # weights of the network's head layer over which its flow takes over
 NECK_FADE = (-0.55, -0.05)  # face heights above the chin over which the torso's motion becomes the head's
-JAW_FADE = (0.1, 0.35)  # the same beside the head layer inside the crop: a turned jaw uncovers the neck
+JAW_FADE = (0.1, 0.35)  # the same next to the head layer inside the crop: a turned jaw uncovers the neck
 
 Values = TypeVar("Values", Tensor, np.ndarray)
 
