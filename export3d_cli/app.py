@@ -39,7 +39,7 @@ PREVIEW_SIZE_PX = 512  # longer side of preview frames
 MAX_UPLOAD = "500mb"
 BASIS_RANGE = 6.0  # slider range of basis coefficients: 98 % of filmed values lie within it
 SHOWN_CONTROLS = ("smile", "jaw", "pucker", "blink", "eyes-open", "brows", "gaze-x", "gaze-y")
-CSS = "footer {display: none} .gradio-container {max-width: 72rem !important; margin: 0 auto !important}"
+CSS = "footer {display: none} .gradio-container {width: 100%; max-width: 72rem !important; margin: 0 auto !important}"
 
 
 @dataclass
@@ -70,6 +70,8 @@ def serve(animator: Animator, port: int) -> Iterator[str]:
             )  # fmt: skip
         except OSError as error:
             raise InputError(f"port {port} is in use: choose another one with --port") from error
+        except ValueError as error:  # it does not answer
+            raise InputError(f"no connection to 127.0.0.1:{port}: check the proxy settings and try again") from error
         try:
             yield address
         finally:
