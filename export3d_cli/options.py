@@ -127,9 +127,9 @@ frame_option = click.option(
 )  # fmt: skip
 pose_option = click.option(
     "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
-    help="auto: SRC keeps its own pose and place in the frame of DRIVE that is most like it in head rotation and "
-    "expression, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, from a "
-    "reference frame (the first by default); absolute: DRIVE's own pose and place.",
+    help="auto: SRC keeps its own pose and place in the frame of DRIVE that is SRC itself, or else the first whose "
+    "head is turned alike, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, "
+    "from a reference frame (the first by default); absolute: DRIVE's own pose and place.",
 )  # fmt: skip
 quality_option = click.option(
     "--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced", show_default=True,

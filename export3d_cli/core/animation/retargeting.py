@@ -30,6 +30,8 @@ _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
 LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
+SAME_FRAME = 4.0  # largest squared distance, in these units, of two pictures of one moment; of two people 50 and more
+ROTATION_TIE = np.radians(1)  # rotations that differ by less are equally near
 
 
 class TravelLimits(NamedTuple):
@@ -126,14 +128,18 @@ class Control:
 
 
 def most_similar_frame(driver: Motion, source: Motion) -> int:
-    """Return the driver's frame whose head rotation and expression are nearest to the source's, which has one frame.
+    """Return the driver's frame whose head is turned as the source's, which has one frame.
 
-    A driver that contains the photo itself is then followed exactly: what moves relative to that frame is absolute.
+    A driver that contains the photo itself, found by rotation and expression, is then followed exactly: what moves
+    relative to that frame is absolute. The expressions of other people say little about one another; theirs is the
+    earliest of the frames that are nearest in rotation.
     """
     rotations, own = head_pose(driver.camera)[0], head_pose(source.camera[0])[0]
     angles = np.linalg.norm(rotation_log(own.T @ rotations), axis=-1)
     changes = (driver.beta - source.beta) / BETA_CHANGE
-    return int(np.argmin((angles / ROTATION_UNIT) ** 2 + (changes**2).mean(1)))
+    distances = (angles / ROTATION_UNIT) ** 2 + (changes**2).mean(1)
+    nearest = int(np.argmin(distances))
+    return nearest if distances[nearest] < SAME_FRAME else int(np.argmax(angles < angles.min() + ROTATION_TIE))
 
 
 def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:

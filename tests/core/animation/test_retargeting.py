@@ -97,7 +97,7 @@ def test_relative_movement_is_a_fraction_of_the_head_at_any_zoom() -> None:
     assert heads == pytest.approx(0.1 / 2.9 * 2.6, rel=1e-3)
 
 
-def test_most_similar_frame_has_the_source_s_rotation_and_among_those_its_expression(animator: Animator) -> None:
+def test_most_similar_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(animator: Animator) -> None:
     portrait = animator.portrait(read_image(SOURCE)).motion
     yaws = [20, 3.9, -10, 4.5, 4.0]
     driver = replace(
@@ -111,6 +111,8 @@ def test_most_similar_frame_has_the_source_s_rotation_and_among_those_its_expres
     assert best(4.4) == 3 and best(-30) == 2
     driver.beta[[0, 2, 3, 4]] += 0.1  # another expression outweighs the tracker's noise, but not a turn
     assert best(4.4) == 1 and best(20) == 0
+    driver.beta[1] += 1  # another person: 3.9 and 4.5 degrees are a tie
+    assert best(4.6) == 1
 
 
 def test_target_expression_scales_changes_of_lambda() -> None:
