@@ -79,7 +79,8 @@ _RESOURCE_ERRORS = {
     errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
 }  # fmt: skip
 _OUT_OF_MEMORY = re.compile(
-    r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory|could not create a primitive",
+    r"(can't|cannot|failed to) (allocate|map)|out of memory|insufficient memory|could not create a primitive"
+    r"|can't start new thread",
     re.IGNORECASE,
 )
 
