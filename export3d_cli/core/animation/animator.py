@@ -9,7 +9,6 @@ An `Animator` holds weights and no portrait: threads may share one. Memory does 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -157,12 +156,6 @@ class Animator:
     def window(self) -> int:
         """Number of frames that are prepared together; motions of this length are rendered without waiting."""
         return max(self.batch, KEYFRAME_WINDOW) if self._triplane_tolerance else self.batch
-
-    def with_batch(self, batch: int) -> Animator:
-        """Return an Animator that shares all but the number of frames rendered at once; portraits fit both."""
-        other = copy.copy(self)
-        other.batch = batch
-        return other
 
     def tracker(self, name: TrackerName = "landmarker") -> FaceTracker:
         """Return the tracker of this name, opened at first use; threads share it. Raises `WeightsError`."""

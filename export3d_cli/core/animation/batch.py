@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from export3d_cli.core.animation.compositor import check_outputs
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
 from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.runtime.device import precision_notes
+from export3d_cli.core.runtime.device import peak_memory, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.files import check_name_length, shorten_name
 
@@ -167,8 +166,10 @@ def plan_reenact(
     animator.tracker(options.tracker).landmarker.find(compositor.source_frame)
     tracking = time.monotonic() - began
     remaining = sum(options.overwrite or not source.exists for source in planned)
+    is_cuda = animator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
     return Plan(
-        tuple(planned), driver, frames, fps, animator.device_name, _peak_memory_mb(animator.device),
+        tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
         frames * (tracking + remaining * seconds[-1]), (*notes, *precision_notes(animator.precision, animator.device)),
     )  # fmt: skip
 
@@ -184,15 +185,3 @@ def _prefix_stage(progress: Progress | None, source: Path) -> Progress | None:
     if progress is None:
         return None
     return lambda stage, done, total: progress(f"{source.name}: {stage}", done, total)
-
-
-def _peak_memory_mb(device: torch.device) -> int | None:
-    """Return the peak memory in MB, of the GPU if it is used, else of the process; None: unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device) / 2**20)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)

@@ -7,7 +7,6 @@ with a clock. Frames/s are measured separately, without clocks.
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
+from export3d_cli.core.runtime.device import peak_memory
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -113,7 +113,7 @@ def run_benchmark(
         stages={name: round(float(np.median(values)), 3) for name, values in clock.times.items()},
         fps=summary.frames / seconds,
         seconds=seconds,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
         peak_gpu=torch.cuda.max_memory_allocated(animator.device) if is_cuda else None,
         tri_planes=min(clock.counts.get("tri-plane", 0) / len(images), 1.0),
     )
@@ -167,12 +167,3 @@ def _with_clock(function: Callable[..., Any], stage: str, clock: _StageClock) ->
             return function(*args, **kwargs)
 
     return timed
-
-
-def _peak_memory() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -135,6 +135,16 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def peak_memory() -> int | None:
+    """Return the peak memory of this process in bytes; None: unknown on this system."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def copy_for_inference(model: Model, device: torch.device) -> Model:
     """Return a copy of a model on `device`, in eval mode; tensors that are already there are shared, not copied."""
     tensors = (*model.parameters(), *model.buffers())
