@@ -11,13 +11,7 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.expression_controls import ExpressionEdit, Range, edit_expression
 from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
-from export3d_cli.core.animation.view_writer import (
-    ViewOptions,
-    is_image_output,
-    load_photo,
-    write_sheet,
-    write_video,
-)
+from export3d_cli.core.animation.view_writer import ViewOptions, is_image_output, load_photo, write_views
 from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.errors import InputError
 
@@ -72,16 +66,10 @@ def edit_basis(
             changes, notes = _control_changes(animator, portrait, options.expression, count)
         for v, ends in options.edits:
             changes[:, v - 1] += np.linspace(*ends, count)
-    frames, size = animator.edit(portrait, changes), portrait.frame_size
-    count = len(changes)
-    if not is_image:
-        summary = write_video(animator, frames, count, out, options, size, began=began, progress=progress)
-    else:
-        columns = GRID_VALUES if options.grid else 1
-        summary = write_sheet(
-            animator, frames, count, out, options, size, columns=columns, labels=labels, began=began, progress=progress
-        )
-    return replace(summary, notes=notes)
+    return write_views(
+        animator, animator.edit(portrait, changes), len(changes), out, options, portrait.frame_size,
+        columns=GRID_VALUES if options.grid else 1, labels=labels, notes=notes, began=began, progress=progress,
+    )  # fmt: skip
 
 
 def _control_changes(

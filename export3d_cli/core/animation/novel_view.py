@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -18,13 +18,7 @@ from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.expression_controls import edit_expression
 from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
 from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
-from export3d_cli.core.animation.view_writer import (
-    ViewOptions,
-    is_image_output,
-    load_photo,
-    write_sheet,
-    write_video,
-)
+from export3d_cli.core.animation.view_writer import ViewOptions, is_image_output, load_photo, write_views
 from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
@@ -95,18 +89,15 @@ def novel_view(
     if options.mesh is not None:
         _write_mesh(animator, portrait, options.mesh, beta, progress)
     frames = _view_once(animator, portrait, cameras, beta, options.depth)
-    if not is_image:
-        summary = write_video(animator, frames, count, out, options, size, began=began, progress=progress)
-        return replace(summary, notes=notes)
     labels: list[str] = []
     if options.grid:
         angles = [Camera.from_vector(camera).angles() for camera in cameras]
         labels = [f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in angles]
     columns = count if count <= ROW_COLUMNS else int(np.ceil(np.sqrt(count)))
-    summary = write_sheet(
-        animator, frames, count, out, options, size, columns=columns, labels=labels, began=began, progress=progress
-    )
-    return replace(summary, notes=notes)
+    return write_views(
+        animator, frames, count, out, options, size, columns=columns, labels=labels, notes=notes, began=began,
+        progress=progress,
+    )  # fmt: skip
 
 
 def sweep_positions(options: NovelViewOptions) -> np.ndarray:

@@ -60,34 +60,34 @@ def is_image_output(out: Path, grid: bool) -> bool:
     return is_image
 
 
-def write_video(
+def write_views(
     animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions,
-    size: tuple[int, int], *, began: float, progress: Progress | None,
+    size: tuple[int, int], *, columns: int, labels: Sequence[str], notes: Sequence[str], began: float,
+    progress: Progress | None,
 ) -> Summary:  # fmt: skip
-    """Write frames of `size` (width, height) into a video; `began` is the job's start by `time.monotonic`."""
-    add_watermark = get_watermarker(options.watermark)
-    with (
-        VideoWriter(out, size=size, fps=options.fps, crf=options.crf) as writer,
-        BackgroundWriter[np.ndarray](
-            lambda frame: writer.write(add_watermark(frame)), animator.batch, stop=writer.abort
-        ) as background,
-    ):
-        for frame in _report(frames, total, progress):
-            background.put(frame)
-    return Summary(out, total, 0, options.fps, time.monotonic() - began, animator.device_name)
+    """Write frames of `size` (width, height) into a video, or into one image, a contact sheet where there are several.
 
-
-def write_sheet(
-    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions,
-    size: tuple[int, int], *, columns: int, labels: Sequence[str], began: float, progress: Progress | None,
-) -> Summary:  # fmt: skip
-    """Write frames of `size` (width, height) into one image, as a contact sheet where there are several."""
-    if total * size[0] * size[1] > MAX_PIXELS:
+    `began` is the job's start by `time.monotonic`.
+    """
+    add_watermark, frames = get_watermarker(options.watermark), _report(frames, total, progress)
+    is_image = is_image_output(out, options.grid)
+    if not is_image:
+        with (
+            VideoWriter(out, size=size, fps=options.fps, crf=options.crf) as writer,
+            BackgroundWriter[np.ndarray](
+                lambda frame: writer.write(add_watermark(frame)), animator.batch, stop=writer.abort
+            ) as background,
+        ):
+            for frame in frames:
+                background.put(frame)
+    elif total * size[0] * size[1] > MAX_PIXELS:
         limit = MAX_PIXELS // (size[0] * size[1])
         raise InputError(f"a contact sheet of {total} views is too large, {limit} fit: set --frames or --size")
-    sheet = contact_sheet(list(_report(frames, total, progress)), columns, labels)
-    write_image(out, get_watermarker(options.watermark)(sheet), comment=SYNTHETIC_COMMENT)
-    return Summary(out, total, 0, Fraction(0), time.monotonic() - began, animator.device_name)
+    else:
+        sheet = contact_sheet(list(frames), columns, labels)
+        write_image(out, add_watermark(sheet), comment=SYNTHETIC_COMMENT)
+    fps = Fraction(0) if is_image else options.fps
+    return Summary(out, total, 0, fps, time.monotonic() - began, animator.device_name, tuple(notes))
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[str] = ()) -> np.ndarray:
