@@ -13,6 +13,7 @@ from bad_media import with_exif
 from faultkit import check_error, list_names, run
 
 from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg_path
@@ -121,6 +122,6 @@ def test_reader_notes_truncated_video(suffix: str, args: list[str], good: Simple
         reader = VideoReader(path, **more)
         assert 0 < len(list(reader)) <= 75
         assert any("the picture ends after" in note for note in reader.notes) == short
-    stream = DriverStream(cut, open_landmarker_tracker(), batch=8, crop_scale=2.2)
+    stream = DriverStream(cut, open_landmarker_tracker(), ReenactOptions(pose="absolute"), batch=8, crop_scale=2.2)
     assert 0 < sum(len(motion) for motion, _, _ in stream) < 50
     assert [note for note in stream.notes if " s of 3.0 s: truncated" in note]

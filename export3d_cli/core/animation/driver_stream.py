@@ -7,6 +7,7 @@ shot's first ten seconds, while faces and motion, not images, wait.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
@@ -25,7 +27,7 @@ from export3d_cli.core.face.face_track import FaceTracker
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
 from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import Motion, resample_rows
-from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
+from export3d_cli.core.face.smoothing import smooth_stream
 from export3d_cli.core.face.target_face import (
     TargetFaceTracker,
     UprightFrames,
@@ -40,8 +42,6 @@ from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
 
 LOOKAHEAD_S = 10  # seconds of a shot over which its crop is measured and its reference frame is chosen
 SAME_FRAMING = (0.25, 0.15)  # face boxes of movement, and change of the logarithm of the size
-OnMissing = Literal["hold", "skip", "fail"]  # how to treat frames without a face
-ReferenceFrame = int | Literal["auto"] | None
 
 
 class MotionBatch(NamedTuple):
@@ -60,24 +60,18 @@ class _Part(NamedTuple):
     frames: list[int]  # their numbers in the driver
 
 
-class DriverStream:
+class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     """Iterate over the driver's motion in batches; a context manager, one pass.
 
     Args:
         driver: a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
         tracker: follows the face.
-        face: which of several faces: largest, left, right or index:N, the N-th from the left, from 0.
+        options: which frames and which face are used, what is done with frames without one, smoothing and reference
+            frame: its number among the frames used, from 0, or `auto`: the frame of each shot that is most like
+            `source`, see `most_similar_frame`.
         batch: maximum number of frames in a batch.
         crop_scale: side of the crop in face boxes.
         crop_size: side in pixels of the face crops that come with the motion; None: no crops.
-        fps: frame rate; None keeps the driver's.
-        start: seconds to skip.
-        duration: seconds to use; None: to the end.
-        max_frames: maximum number of frames to use; None: all.
-        on_missing: repeat the last frame with a face, skip the frame, or raise `NoFaceError`.
-        smooth: smoothing of the motion.
-        reference: the reference frame: its number among the frames used, from 0, or `auto`: the frame of each shot
-            that is most like `source`, see `most_similar_frame`. None: no reference.
         source: the portrait's motion, one row; its camera is also where a CSV's head is placed. None: EG3D's usual.
         track_cache: records the faces at the first pass; later passes with the same driver, tracker, face and frames
             read them from it.
@@ -87,38 +81,21 @@ class DriverStream:
     """
 
     def __init__(
-        self,
-        driver: Path,
-        tracker: FaceTracker,
-        *,
-        batch: int,
-        crop_scale: float,
-        face: str = "largest",
-        crop_size: int | None = None,
-        fps: Fraction | None = None,
-        start: float = 0.0,
-        duration: float | None = None,
-        max_frames: int | None = None,
-        on_missing: OnMissing = "hold",
-        smooth: SmoothingLevel = "off",
-        reference: ReferenceFrame = None,
-        source: Motion | None = None,
-        track_cache: TrackCache | None = None,
-    ) -> None:
-        self.driver, self.tracker = driver, tracker
-        self.batch, self.crop_scale, self.crop_size = batch, crop_scale, crop_size
-        self.max_frames, self.on_missing = max_frames, on_missing
-        self.smooth, self.track_cache, self.face = smooth, track_cache, face
+        self, driver: Path, tracker: FaceTracker, options: ReenactOptions, *, batch: int, crop_scale: float,
+        crop_size: int | None = None, source: Motion | None = None, track_cache: TrackCache | None = None,
+    ) -> None:  # fmt: skip
+        self.driver, self.tracker, self.options, self.source = driver, tracker, options, source
+        self.batch, self.crop_scale, self.crop_size, self.track_cache = batch, crop_scale, crop_size, track_cache
         self.missing = 0
         self.notes: list[str] = []
-        self.reference, self.source = reference, source
         self._rotation = 0  # clockwise degrees by which the frames are rotated, so that the face is upright
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
         self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
         self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
         self._stopped = False
-        self._track_key = (driver.resolve(), type(tracker), face, fps, start, duration, max_frames)
+        fps, start, duration, max_frames = options.fps, options.start, options.duration, options.max_frames
+        self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames)
         if is_motion_file(driver):
             if crop_size is not None:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
@@ -143,10 +120,7 @@ class DriverStream:
             self.fps, self.total = info.fps, min(info.frame_count, max_frames or info.frame_count)
             self.notes += self._reader.notes
 
-    def __enter__(self) -> DriverStream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -165,31 +139,35 @@ class DriverStream:
                 yield part.motion
 
         parts = self._track() if self._motion is None else self._split(self._motion)
-        shots = (smooth_stream(motions(shot), self.smooth) for _, shot in groupby(parts, key=lambda part: part.shot))
+        shots = (
+            smooth_stream(motions(shot), self.options.smooth) for _, shot in groupby(parts, key=lambda part: part.shot)
+        )
         for motion, reference in self._with_reference(shots):
             crops = [self._driver_crop(frames.popleft(), motion.crop) for _ in range(len(motion))]
             yield MotionBatch(motion, crops, reference)
 
     def _with_reference(self, shots: Iterator[Iterator[Motion]]) -> Iterator[tuple[Motion, Motion | None]]:
         """Pair the motions of all shots with their reference frames; a fixed one may lie in a later shot."""
-        for motions in shots if self.reference == "auto" else [chain.from_iterable(shots)]:
-            count = max(1, round(LOOKAHEAD_S * self.fps)) if self.reference == "auto" else (self.reference or 0) + 1
-            ahead = _read_rows(motions, count)
-            reference = self._choose_reference(Motion.concatenate(ahead).select(np.arange(min(count, _count(ahead)))))
+        number = self.options.reference
+        for motions in shots if number == "auto" else [chain.from_iterable(shots)]:
+            count = max(1, round(LOOKAHEAD_S * self.fps)) if number == "auto" else (number or 0) + 1
+            ahead = [next(motions)]
+            while sum(map(len, ahead)) < count and (motion := next(motions, None)) is not None:
+                ahead.append(motion)
+            reference = None if number is None else self._choose_reference(Motion.concatenate(ahead), number, count)
             for motion in chain(ahead, motions):
                 yield motion, reference
 
-    def _choose_reference(self, ahead: Motion) -> Motion | None:
-        """Return the reference frame among the first frames of a shot."""
-        if self.reference is None:
-            return None
-        if self.reference == "auto":
-            assert self.source is not None
-            usable = ahead.select(np.flatnonzero(ahead.found)) if ahead.found.any() else ahead
-            return usable.select(np.array([most_similar_frame(usable, self.source)]))
-        if len(ahead) <= self.reference:
-            raise InputError(f"{self.driver} has {len(ahead)} frames: frame {self.reference} cannot be the reference")
-        return ahead.select(np.array([self.reference]))
+    def _choose_reference(self, ahead: Motion, number: int | Literal["auto"], count: int) -> Motion:
+        """Return the reference frame among the first `count` frames of a shot."""
+        if number != "auto":
+            if len(ahead) <= number:
+                raise InputError(f"{self.driver} has {len(ahead)} frames: frame {number} cannot be the reference")
+            return ahead.select(np.array([number]))
+        assert self.source is not None
+        rows = np.arange(min(count, len(ahead)))
+        usable = ahead.select(rows[ahead.found[rows]] if ahead.found[rows].any() else rows)
+        return usable.select(np.array([most_similar_frame(usable, self.source)]))
 
     def _split(self, motion: Motion) -> Iterator[_Part]:
         self.missing = int((~motion.found).sum())
@@ -202,7 +180,7 @@ class DriverStream:
             yield read_image(self.driver)
             return
         for index, frame in enumerate(reader):
-            if self.max_frames is not None and index >= self.max_frames:
+            if index == self.options.max_frames:
                 return
             if self._stopped:
                 raise MediaError(f"reading {self.driver} was stopped")
@@ -219,7 +197,9 @@ class DriverStream:
             return
         if cache is not None:
             cache.restart(self._track_key)
-        target = TargetFaceTracker(self.tracker.landmarker, self.fps, choice=self.face, name=str(self.driver))
+        target = TargetFaceTracker(
+            self.tracker.landmarker, self.fps, choice=self.options.driver_face, name=str(self.driver)
+        )
         frames = UprightFrames(self.tracker.landmarker, self._images(self._reader))
         for frame in frames:
             self._rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
@@ -253,9 +233,9 @@ class DriverStream:
                     shot = _Shot(shot.number + 1)
             if face is None:
                 self.missing += 1
-                if self.on_missing == "fail":
+                if self.options.on_missing == "fail":
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
-                if self.on_missing == "skip":
+                if self.options.on_missing == "skip":
                     continue
             shot.append(index, face)
             if shot.last is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
@@ -324,28 +304,6 @@ def _looks_alike(one: Face, two: Face) -> bool:
     return bool(distance < SAME_FRAMING[0] and abs(np.log(other_side / side)) < SAME_FRAMING[1])
 
 
-def _count(motions: Iterable[Motion]) -> int:
-    return sum(map(len, motions))
-
-
-def _read_rows(motions: Iterator[Motion], count: int) -> list[Motion]:
-    """Read at least one motion, and until there are `count` rows or no more."""
-    ahead = [next(motions)]
-    while _count(ahead) < count and (motion := next(motions, None)) is not None:
-        ahead.append(motion)
-    return ahead
-
-
 def is_motion_file(driver: Path) -> bool:
     """Return whether a driver is a file of numbers, without pictures and sound."""
     return driver.suffix.lower() in (".npz", ".csv")
-
-
-def select_audio(driver: Path, audio: str, start: float) -> tuple[Path | None, float]:
-    """Return the file whose sound is added, and the second to start at: `start` for the driver's sound, 0 for a file's.
-
-    `audio` is driver, none or a file, as in `ReenactOptions`.
-    """
-    if audio == "driver":
-        return (None if is_motion_file(driver) else driver), start
-    return (None if audio == "none" else Path(audio)), 0.0

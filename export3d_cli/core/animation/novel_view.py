@@ -17,7 +17,7 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.expression_controls import edit_expression
 from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
-from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
+from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import ViewOptions, is_image_output, load_photo, write_views
 from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
@@ -143,10 +143,10 @@ def _read_expressions(
         base, edited, notes = edit_expression(animator, portrait, options.expression, positions)
         beta, change = edited, edited - base
     if options.drive is not None:
+        job = ReenactOptions(fps=options.fps, max_frames=count, smooth="off", pose="absolute")
         with DriverStream(
-            options.drive, animator.tracker(), batch=animator.batch, crop_scale=portrait.crop_scale, fps=options.fps,
-            max_frames=count,
-        ) as stream:  # fmt: skip
+            options.drive, animator.tracker(), job, batch=animator.batch, crop_scale=portrait.crop_scale
+        ) as stream:
             beta = np.concatenate([batch.motion.beta for batch in stream])
         beta = beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
         beta = beta + change

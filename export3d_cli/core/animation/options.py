@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from export3d_cli.core.animation.driver_stream import OnMissing, ReferenceFrame
 from export3d_cli.core.animation.expression_controls import ExpressionEdit
 from export3d_cli.core.animation.retargeting import DRIVABLE, Control, TravelLimits
 from export3d_cli.core.animation.watermark import Watermark
@@ -38,7 +37,7 @@ class ReenactOptions:
     start: float = 0.0  # seconds
     duration: float | None = None  # seconds
     max_frames: int | None = None
-    on_missing: OnMissing = "hold"  # frames without a face
+    on_missing: Literal["hold", "skip", "fail"] = "hold"  # frames without a face
     overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
     crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
@@ -80,7 +79,7 @@ class ReenactOptions:
         )  # fmt: skip
 
     @property
-    def reference(self) -> ReferenceFrame:
+    def reference(self) -> int | Literal["auto"] | None:
         """The driver's reference frame, see `DriverStream`."""
         if not self.control.needs_reference:
             return None

@@ -13,7 +13,7 @@ import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Notify, Portrait
 from export3d_cli.core.animation.compositor import Compositor, check_outputs, read_portrait
-from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, select_audio
+from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, is_motion_file
 from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
@@ -47,7 +47,8 @@ def reenact(
     check_overwrite(out, options.overwrite)
     add_watermark = get_watermarker(options.watermark)
     portrait, compositor = load_portrait(animator, source, options)
-    audio, audio_start = select_audio(driver, options.audio, options.start)
+    audio = {"driver": None if is_motion_file(driver) else driver, "none": None}.get(options.audio, Path(options.audio))
+    audio_start = options.start if options.audio == "driver" else 0.0
     notes = precision_notes(animator.precision, animator.device)
     edit = edit_expression(animator, portrait, options.expression) if options.expression else None
     notes += edit.notes if edit is not None else ()
@@ -100,11 +101,9 @@ def open_driver(
 ) -> DriverStream:  # fmt: skip
     """Open the driver's motion for a portrait; `crop_size` is the side of the driver crops to show, 0: the frames'."""
     return DriverStream(
-        driver, animator.tracker(options.tracker), face=options.driver_face, batch=animator.window,
-        crop_scale=portrait.crop_scale, fps=options.fps, start=options.start, duration=options.duration,
-        crop_size=(crop_size or len(portrait.crop)) if options.compare else None,
-        max_frames=options.max_frames, on_missing=options.on_missing, smooth=options.smooth,
-        reference=options.reference, source=portrait.motion, track_cache=track_cache,
+        driver, animator.tracker(options.tracker), options, batch=animator.window, crop_scale=portrait.crop_scale,
+        crop_size=(crop_size or len(portrait.crop)) if options.compare else None, source=portrait.motion,
+        track_cache=track_cache,
     )  # fmt: skip
 
 

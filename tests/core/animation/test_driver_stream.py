@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
@@ -36,8 +37,16 @@ def tracker() -> LandmarkerTracker:
     return open_landmarker_tracker()
 
 
-def stream(driver: Path, tracker: LandmarkerTracker, **options: Any) -> DriverStream:
-    return DriverStream(driver, tracker, **{"batch": 4, "crop_scale": 2.1, **options})
+def stream(
+    driver: Path, tracker: LandmarkerTracker, *, reference: Any = None, batch: int = 4, crop_size: int | None = None,
+    source: Motion | None = None, track_cache: TrackCache | None = None, **options: Any,
+) -> DriverStream:  # fmt: skip
+    pose = {None: "absolute", "auto": "auto"}.get(reference, "relative")
+    number = reference if pose == "relative" else None
+    job = ReenactOptions(**{"smooth": "off", "pose": pose, "reference_frame": number, **options})
+    return DriverStream(
+        driver, tracker, job, batch=batch, crop_scale=2.1, crop_size=crop_size, source=source, track_cache=track_cache
+    )
 
 
 def read(driver: DriverStream) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
@@ -115,7 +124,7 @@ def test_track_cache_serves_only_the_recorded_pass(make_clip: MakeClip, tracker:
     """The same pass is read from the cache; another face, number of frames or driver is tracked."""
     two = make_clip("mirrored.mp4", filters="split[a][b];[b]hflip[c];[a][c]hstack")
     with TrackCache() as cache:
-        for options in ({"face": "left"}, {"face": "right"}, {"face": "right", "max_frames": 3}):
+        for options in ({"driver_face": "left"}, {"driver_face": "right"}, {"driver_face": "right", "max_frames": 3}):
             expected = read(stream(two, tracker, **options))
             for _ in range(2):
                 beta, landmarks, _ = read(stream(two, tracker, track_cache=cache, **options))
@@ -129,7 +138,7 @@ def test_hidden_face_is_not_replaced_by_another(make_clip: MakeClip, tracker: La
     clip = make_clip("two.mp4", filters=two + "," + hidden.format(36), frames=7)
     middles = []
     for face, missing in (("left", 2), ("right", 0), ("largest", 0)):
-        with stream(clip, tracker, face=face, batch=10) as driver:
+        with stream(clip, tracker, driver_face=face, batch=10) as driver:
             ((motion, _, _),) = list(driver)
         assert driver.missing == missing
         middles.append(motion.crop[0] + motion.crop[2] / 2)

@@ -366,7 +366,7 @@ def test_stopped_ffmpeg_is_killed_when_the_block_is_left(make_clip: MakeClip, tm
 
 
 def test_driver_stream_raises_after_stop(animator: Animator, make_clip: MakeClip) -> None:
-    with DriverStream(make_clip("clip.mp4"), animator.tracker(), batch=2, crop_scale=0.5) as stream:
+    with DriverStream(make_clip("clip.mp4"), animator.tracker(), ReenactOptions(), batch=2, crop_scale=0.5) as stream:
         stream.stop()
         with pytest.raises(MediaError, match="stopped"):
             next(iter(stream))

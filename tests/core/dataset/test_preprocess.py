@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.dataset import preprocess as module
 from export3d_cli.core.dataset.preprocess import preprocess
 from export3d_cli.core.dataset.segmentation import ClipFilter
@@ -191,7 +192,8 @@ def test_preprocess_arkit_csv_gives_one_motion(tmp_path):
     path.write_text("\n".join(["Timecode," + ",".join(ARKIT_NAMES), *rows]) + "\n", encoding="utf-8")
     for fps, count in ((None, 30), (Fraction(30), 15)):
         assert preprocess([path], tmp_path / "x.motion.npz", fps=fps).frames == count
-        with DriverStream(tmp_path / "x.motion.npz", None, batch=100, crop_scale=2.0) as driver:
+        options = ReenactOptions(smooth="off", pose="absolute")
+        with DriverStream(tmp_path / "x.motion.npz", None, options, batch=100, crop_scale=2.0) as driver:
             ((motion, _, _),) = list(driver)
         assert (driver.fps, len(motion)) == (fps or 60, count)
         np.testing.assert_allclose(motion.beta[-1, 0], (29 if fps is None else 28) / 100, atol=1e-6)
