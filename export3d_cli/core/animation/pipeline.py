@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from export3d_cli.core.animation.options import Progress
+
 T = TypeVar("T")
 _Self = TypeVar("_Self", bound="_Worker")
 _END = object()
@@ -150,21 +152,12 @@ class BackgroundWriter(_Worker, Generic[T]):
     Args:
         write: called by the thread.
         depth: 1 or more.
-        on_written: called by the user's thread, in `put` and at the end, with the numbers 1, 2, ... of written items.
         stop: called when the block is left by an exception; must make `write` return soon.
-
-    Attributes:
-        written: number of written items.
     """
 
-    def __init__(
-        self, write: Callable[[T], object], depth: int, *, on_written: Callable[[int], None] = _noop,
-        stop: Callable[[], None] = _noop,
-    ) -> None:  # fmt: skip
+    def __init__(self, write: Callable[[T], object], depth: int, *, stop: Callable[[], None] = _noop) -> None:
         super().__init__(depth, stop)
-        self._write, self._depth, self._on_written = write, depth, on_written
-        self._reported = 0
-        self.written = 0
+        self._write, self._depth = write, depth
 
     def put(self, item: T) -> None:
         """Pass the next item; wait while `depth` items are pending."""
@@ -185,12 +178,16 @@ class BackgroundWriter(_Worker, Generic[T]):
         self._check()
         self._slots.get()
         self._check()
-        while self._reported < self.written:
-            self._reported += 1
-            self._on_written(self._reported)
 
     def _loop(self) -> None:
         while (item := self._queue.get()) is not _END and not self._leaving:
             self._write(item)
-            self.written += 1
             self._slots.put(None)
+
+
+def report_each(items: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:
+    """Yield frames, and report each once it has been used."""
+    for count, item in enumerate(items, start=1):
+        yield item
+        if progress is not None:
+            progress("frames", count, total)

@@ -16,7 +16,7 @@ from export3d_cli.core.animation.compositor import Compositor, check_outputs, re
 from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, is_motion_file
 from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
-from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
+from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, report_each
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.motion import Motion
@@ -60,10 +60,6 @@ def reenact(
     def write(item: tuple[np.ndarray, np.ndarray | None]) -> None:
         writer.write(add_watermark(compositor(*item)))
 
-    def on_written(count: int) -> None:
-        if progress is not None:
-            progress("frames", count, stream.total)
-
     with (
         open_driver(
             animator, portrait, driver, options, track_cache=track_cache, crop_size=compositor.source_frame.shape[0]
@@ -72,16 +68,17 @@ def reenact(
             out, size=compositor.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
             alpha=compositor.transparent,
         ) as writer,
-        BackgroundWriter(write, animator.batch, on_written=on_written, stop=writer.abort) as background,
+        BackgroundWriter(write, animator.batch, stop=writer.abort) as background,
         # the driver is tracked by a thread, but not by `fan`, which computes with torch and needs all cores itself
         nullcontext(stream)
         if options.tracker == "fan"
         else PrefetchIterator(stream, PREFETCH_DEPTH, stop=stream.stop) as batches,
     ):  # fmt: skip
-        for item in _animate_stream(animator, portrait, batches, options.control, edit, notify):
+        items = _animate_stream(animator, portrait, batches, options.control, edit, notify)
+        for item in report_each(items, stream.total, progress):
             background.put(item)
     return Summary(
-        out, background.written, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
+        out, writer.frame_count, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
         (*stream.notes, *notes),
     )  # fmt: skip
 

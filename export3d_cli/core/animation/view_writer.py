@@ -15,7 +15,7 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import read_portrait
 from export3d_cli.core.animation.expression_controls import ExpressionEdit
 from export3d_cli.core.animation.options import Crop, Framing, Progress, Summary
-from export3d_cli.core.animation.pipeline import BackgroundWriter
+from export3d_cli.core.animation.pipeline import BackgroundWriter, report_each
 from export3d_cli.core.animation.watermark import Watermark, get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
@@ -69,7 +69,7 @@ def write_views(
 
     `began` is the job's start by `time.monotonic`.
     """
-    add_watermark, frames = get_watermarker(options.watermark), _report(frames, total, progress)
+    add_watermark, frames = get_watermarker(options.watermark), report_each(frames, total, progress)
     is_image = is_image_output(out, options.grid)
     if not is_image:
         with (
@@ -104,11 +104,3 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[s
         row, column = divmod(k, columns)
         sheet[row * H : (row + 1) * H, column * W : (column + 1) * W] = cell
     return sheet
-
-
-def _report(frames: Iterator[np.ndarray], total: int, progress: Progress | None) -> Iterator[np.ndarray]:
-    """Yield the frames and report each once it has been used."""
-    for count, frame in enumerate(frames, start=1):
-        yield frame
-        if progress is not None:
-            progress("frames", count, total)

@@ -87,34 +87,28 @@ def test_prefetch_iterator_keeps_order_and_depth(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_background_writer_keeps_order_and_reports_in_the_user_s_thread(depth: int) -> None:
-    done, reported, threads, gate = [], [], set(), threading.Semaphore(0)
+def test_background_writer_keeps_order_and_depth(depth: int) -> None:
+    done, threads, gate = [], set(), threading.Semaphore(0)
 
     def write(k: int) -> None:
         gate.acquire()
         threads.add(threading.get_ident())
         done.append(k)
 
-    def report(count: int) -> None:
-        assert threading.current_thread() is threading.main_thread() and len(done) >= count
-        reported.append(count)
-
-    with BackgroundWriter(write, depth, on_written=report) as background:
+    with BackgroundWriter(write, depth) as background:
         for k in range(20):
             if k >= depth:  # no free slot before one more is written
                 assert len(done) == k - depth
                 gate.release()
             background.put(k)
-        assert reported == list(range(1, 21 - depth))
         gate.release(depth)
-    assert done == list(range(20)) and reported == list(range(1, 21)) and background.written == 20
+    assert done == list(range(20))
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
 def test_pipeline_without_items() -> None:
-    with PrefetchIterator([], 2) as inputs, BackgroundWriter(print, 2) as background:
+    with PrefetchIterator([], 2) as inputs, BackgroundWriter(print, 2):
         assert list(inputs) == []
-    assert background.written == 0
 
 
 def put_all(write: Callable[[int], object], depth: int, items: Iterable[int]) -> None:
