@@ -80,7 +80,7 @@ def serve(animator: Animator, port: int) -> Iterator[str]:
 
 def build(jobs: _Jobs) -> gr.Blocks:
     """Lay out the page."""
-    names = [f"v{v.v}: {', '.join(list(v.moved_by)[:2])}" for v in describe_basis(jobs.animator).vectors]
+    names = [f"v{v.v}: {', '.join(list(v.moved_by)[:2])}" for v in describe_basis(jobs.animator)]
     photo_example, driver_example = str(example_path("source.jpg")), str(example_path("drive.mp4"))
 
     def number(low: float, high: float, value: float, label: str, step: float = 0.1) -> gr.Slider:

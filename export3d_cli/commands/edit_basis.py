@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from export3d_cli import console, options
-
-if TYPE_CHECKING:
-    from export3d_cli.core.animation.basis_description import BasisDescription
 
 GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this range around their clip's mean
 
@@ -73,7 +72,14 @@ def edit_basis(
         core.check_crf(output, values["crf"])
     animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
     if describe:
-        _print_basis(core.describe_basis(animator), as_json)
+        basis = core.describe_basis(animator)
+        if as_json:
+            click.echo(json.dumps({"vectors": [dataclasses.asdict(vector) for vector in basis]}))
+            return
+        for vector in basis:  # changes of lambda_i per standard deviation, and what b_i moves in pixels at 256
+            by = ", ".join(f"{name} {change:+.2f}" for name, change in vector.moved_by.items())
+            moves = ", ".join(f"{region} {pixels:.2f} px" for region, pixels in vector.moves.items())
+            click.echo(f"v{vector.v}: {by}" + (f"; moves {moves}" if moves else ""))
         return
     if grid and not expression.controls:
         vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
@@ -84,14 +90,3 @@ def edit_basis(
     with console.show_progress() as report:
         summary = core.edit_basis(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
     console.print_summary(summary, as_json=as_json)
-
-
-def _print_basis(basis: BasisDescription, as_json: bool) -> None:
-    """Print a line per vector: changes of lambda_i per standard deviation, and what b_i moves in pixels at 256."""
-    if as_json:
-        console.print_summary(basis, as_json=True)
-        return
-    for vector in basis.vectors:
-        by = ", ".join(f"{name} {change:+.2f}" for name, change in vector.moved_by.items())
-        moves = ", ".join(f"{region} {pixels:.2f} px" for region, pixels in vector.moves.items())
-        click.echo(f"v{vector.v}: {by}" + (f"; moves {moves}" if moves else ""))

@@ -31,7 +31,7 @@ from export3d_cli.core.animation.framing import (
 )
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
-from export3d_cli.core.animation.rendering import colour_depth, sampling, to_frames, triplane_tolerance
+from export3d_cli.core.animation.rendering import colour_depth, sampling, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control, amplify_expression
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
@@ -42,7 +42,7 @@ from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_pos
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import find_photo_face
 from export3d_cli.core.face.tracker import TrackerName, open_tracker
-from export3d_cli.core.media.image import to_tensor
+from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
@@ -252,7 +252,7 @@ class Animator:
             control = replace(control, travel_limits=portrait.canvas.limits)
         if control.needs_reference and reference is None:
             raise InputError("relative control needs the driver's reference frame: pass reference=")
-        renderer = self._renderer(portrait, notify, layers, control.torso)
+        renderer = _Renderer(self, portrait, notify, layers, control.torso)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
         own_beta, own, offset = portrait.motion.beta[0], portrait.source.lam, None
@@ -289,7 +289,7 @@ class Animator:
         _check_rows("cameras", cameras, CAMERA_DIM)
         if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):
             raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
-        renderer, lam = self._renderer(portrait, notify, layers), self._lam(portrait, beta)
+        renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
 
         def frames() -> Iterator[np.ndarray]:
@@ -303,7 +303,7 @@ class Animator:
     def edit(self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None) -> Iterator[np.ndarray]:
         """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (H, W, 3)."""
         _check_rows("changes", changes, self.model.config.num_coefficients)
-        renderer, camera = self._renderer(portrait, notify), portrait.camera.to_vector()[None]
+        renderer, camera = _Renderer(self, portrait, notify), portrait.camera.to_vector()[None]
         lam = portrait.source.lam + self._tensor(changes)
 
         def frames() -> Iterator[np.ndarray]:
@@ -375,12 +375,6 @@ class Animator:
         source = self._encode(model, "fp32", p.crop, p.motion, p.margins, p.faces, p.covered)
         return replace(portrait, source=source, model=model, precision="fp32")
 
-    def _renderer(
-        self, portrait: Portrait, notify: Notify | None, layers: bool = False, torso: float | None = None
-    ) -> _Renderer:
-        self._check_owner(portrait)
-        return _Renderer(self, portrait, notify or (lambda note: None), layers, torso)
-
     def _check_owner(self, portrait: Portrait) -> None:
         if portrait.model is not self.model and portrait.model is not self._fp32_model:
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
@@ -440,9 +434,11 @@ class _Renderer:
     """Renders the frames of one iteration, and holds all state that passes between its batches."""
 
     def __init__(
-        self, animator: Animator, portrait: Portrait, notify: Notify, layers: bool, torso: float | None
-    ) -> None:
-        self._animator, self._portrait, self._notify = animator, portrait, notify
+        self, animator: Animator, portrait: Portrait, notify: Notify | None, layers: bool = False,
+        torso: float | None = None,
+    ) -> None:  # fmt: skip
+        animator._check_owner(portrait)
+        self._animator, self._portrait, self._notify = animator, portrait, notify or (lambda note: None)
         self._as_layers, self._torso = layers, torso
         self._fp32_portrait: Portrait | None = None
         self._batcher = AdaptiveBatcher()
@@ -452,7 +448,7 @@ class _Renderer:
         if portrait.precision != animator.precision:
             self._report_fallback()
         if any(portrait.covered):
-            notify(portrait.covered.note())
+            self._notify(portrait.covered.note())
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
         """Render frames of a moving expression, lambda (T, n), T at most `Animator.window`."""
@@ -476,7 +472,7 @@ class _Renderer:
                     output, head = self._render_fp32(cameras[part], lam[part])
                 if depth:
                     return colour_depth(output, cameras[part], size)
-                images = to_frames(output, portrait.padded, size)
+                images = to_uint8(output.image if portrait.padded is None else output.upscale(portrait.padded, size))
                 if portrait.canvas is None:
                     return images
                 flow = self._animator._extend_flow(portrait, cameras[part], output, head, self._torso)
@@ -522,11 +518,7 @@ def _windows(motions: Iterable[Motion], length: int) -> Iterator[tuple[np.ndarra
     """Yield beta (T, 64) and cameras (T, 25) of `length` frames at a time, however they are spread over `motions`."""
     beta, camera = np.empty((0, 64), np.float32), np.empty((0, 25), np.float32)
     for motion in motions:
-        beta, camera = (
-            (np.concatenate([beta, motion.beta]), np.concatenate([camera, motion.camera]))
-            if len(beta)
-            else (motion.beta, motion.camera)
-        )
+        beta, camera = np.concatenate([beta, motion.beta]), np.concatenate([camera, motion.camera])
         while len(beta) >= length:
             yield beta[:length], camera[:length]
             beta, camera = beta[length:], camera[length:]

@@ -32,14 +32,7 @@ class BasisVector:
     moves: dict[str, float]  # region -> mean motion in pixels of a 256 image for lambda_i + 1; {}: no flow
 
 
-@dataclass(frozen=True)
-class BasisDescription:
-    """Meaning of all basis vectors of some weights."""
-
-    vectors: tuple[BasisVector, ...]
-
-
-def describe_basis(animator: Animator, *, top: int = 4) -> BasisDescription:
+def describe_basis(animator: Animator, *, top: int = 4) -> list[BasisVector]:
     """Return the `top` entries of beta in the mean Jacobian of f_e for each lambda_i, and the regions b_i moves."""
     expression, flow = animator.model.expression, animator.model.flow
     generator = torch.Generator().manual_seed(0)
@@ -59,4 +52,4 @@ def describe_basis(animator: Animator, *, top: int = 4) -> BasisDescription:
             motion = flow.basis[i, :, :2].float().norm(dim=-1).cpu().numpy() * pixels_per_unit  # (478,)
             moves = {name: float(motion[list(points)].mean()) for name, points in REGIONS.items()}
         vectors.append(BasisVector(i + 1, {BETA_NAMES[k]: float(row[k]) for k in strongest}, moves))
-    return BasisDescription(tuple(vectors))
+    return vectors

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.animation.options import Quality
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Output
 
 DEPTH_RANGE = 0.45  # head-frame units before and behind the head's centre that the depth colours span
 
 
-class RenderScale(NamedTuple):
-    """Size of the volume rendering as fractions of the size the weights were trained at."""
-
-    image: float
-    samples: float
-
-
 # PSNR against `best` of three driven portraits, frame by frame: balanced 39 to 45 dB, fast 37 to 43 dB.
-RENDER_SCALES: dict[Quality, RenderScale] = {
-    "fast": RenderScale(0.5, 0.5), "balanced": RenderScale(0.5, 0.75), "best": RenderScale(1.0, 1.0)
-}  # fmt: skip
+# Side of the volume rendering and samples of a ray, as fractions of those that the weights were trained at.
+RENDER_SCALES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanced": (0.5, 0.75), "best": (1.0, 1.0)}
 
 
 def sampling(config: ModelConfig, quality: Quality) -> tuple[int, tuple[int, int]]:
     """Return the side of the volume rendering and the numbers of coarse and fine samples of a ray."""
-    scale = RENDER_SCALES[quality]
-    counts = round(scale.samples * config.coarse_samples), round(scale.samples * config.fine_samples)
-    return round(scale.image * config.raw_size), counts
+    image, samples = RENDER_SCALES[quality]
+    return round(image * config.raw_size), (
+        round(samples * config.coarse_samples),
+        round(samples * config.fine_samples),
+    )
 
 
 def triplane_tolerance(config: ModelConfig, quality: Quality, device: torch.device) -> float:
@@ -46,11 +36,6 @@ def triplane_tolerance(config: ModelConfig, quality: Quality, device: torch.devi
     if device.type != "cpu" or quality == "best":
         return 0.0
     return config.triplane_tolerance[0 if quality == "fast" else 1]
-
-
-def to_frames(output: Output, photo: Tensor | None, size: int) -> np.ndarray:
-    """Return frames uint8 (B, size, size, 3) with the detail of `photo` (1, 3, M, M), if there is one."""
-    return to_uint8(output.image if photo is None else output.upscale(photo, size))
 
 
 def colour_depth(output: Output, cameras: np.ndarray, size: int) -> np.ndarray:

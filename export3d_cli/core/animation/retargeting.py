@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from export3d_cli.core.face.smoothing import BETA_CHANGE
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 
-T = TypeVar("T")
 DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
 _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
@@ -94,7 +93,9 @@ class Control:
         scale = self.expression_scale if set(self.drive) & set(REGIONS) else 0.0
         if not self.relative_expression and scale == 1:
             return driver
-        return source + scale * (driver - (_require_reference(reference) if self.relative_expression else source))
+        base = reference if self.relative_expression else source
+        assert base is not None  # `Animator.animate` checks it
+        return source + scale * (driver - base)
 
     def target_cameras(self, source: np.ndarray, driver: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
         """Return cameras (T, 25) float32 from those of the source (25,), the driver (T, 25) and its reference (25,).
@@ -106,9 +107,9 @@ class Control:
         if self.pose == "absolute" and scale == 1 and self.travel_limits is None:
             return driver
         source_rotation, source_centre = head_pose(source)
-        base_rotation, base_centre = head_pose(
-            _require_reference(reference) if self.pose == "relative" else np.asarray(source)
-        )
+        base = reference if self.pose == "relative" else source
+        assert base is not None
+        base_rotation, base_centre = head_pose(base)
         driver_rotation, driver_centre = head_pose(driver)
         turn = rotation_exp(scale * rotation_log(base_rotation.T @ driver_rotation))
         growth = scale * np.log(base_centre[2] / driver_centre[:, 2])  # of the logarithm of the head's size
@@ -168,9 +169,3 @@ def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise InputError(f"regions are {', '.join((*DRIVABLE, *_GROUPS))}, got {unknown[0] if unknown else 'none'!r}")
     return tuple(dict.fromkeys(region for name in names for region in _GROUPS.get(name, (name,))))
-
-
-def _require_reference(reference: T | None) -> T:
-    if reference is None:
-        raise InputError("relative control needs the driver's reference frame: pass reference")
-    return reference

@@ -36,10 +36,8 @@ STRENGTH = (0.5, 1.9)  # least and greatest root mean square of the added patter
 GAIN = 0.25  # strength per grey level of local standard deviation
 THRESHOLD = 7.0  # score from which the pattern counts as detected
 MAX_FRAMES = 250  # of a video that are examined
-SCALES = (
-    1.0,
-    *(round(0.8 * 1.005**k, 4) for k in range(98)),
-)  # tried sizes of the pattern, up to 1.3 for cropped frames
+# tried sizes of the pattern, up to 1.3 for cropped frames
+SCALES = (1.0, *(round(0.8 * 1.005**k, 4) for k in range(98)))
 BADGE_TEXT = "SYNTHETIC"
 
 
