@@ -15,7 +15,7 @@ from export3d_cli.core.media.probe import probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.errors import ConfigError, InputError
+from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
@@ -298,8 +298,3 @@ def test_threads_applies_to_the_command_alone(tmp_path, monkeypatch):
     assert run("novel-view", "-o", tmp_path / "a.png", "--yaw", "0", "--threads", before + 1).exit_code == 2
     assert counts == [before + 1]
     assert torch.get_num_threads() == before
-
-
-def test_from_weights_with_threads_names_the_replacement(tiny):
-    with pytest.raises(ConfigError, match=r"torch_state\(threads=N\)"):
-        Animator.from_weights(tiny, threads=2)

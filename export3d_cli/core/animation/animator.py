@@ -32,7 +32,7 @@ from export3d_cli.core.animation.framing import (
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.rendering import colour_depth, sampling, triplane_tolerance
-from export3d_cli.core.animation.retargeting import Control, amplify_expression
+from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
@@ -384,7 +384,8 @@ class Animator:
         return portrait.source.lam if beta is None else self._amplify(portrait, self._coefficients(beta))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
-        return amplify_expression(portrait.source.lam, lam, self.model.config.expression_gain)
+        """Return lambda (B, n) to give to the network, so that its frames show `lam` (B, n)."""
+        return torch.lerp(portrait.source.lam.expand_as(lam), lam, self.model.config.expression_gain)
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():

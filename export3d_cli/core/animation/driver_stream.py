@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, groupby
 from pathlib import Path
@@ -58,6 +58,18 @@ class _Part(NamedTuple):
     shot: int
     motion: Motion
     frames: list[int]  # their numbers in the driver
+
+
+@dataclass
+class _Shot:
+    """The faces of a shot that wait to become motion."""
+
+    number: int
+    frames: list[int] = field(default_factory=list)  # numbers of the waiting frames
+    faces: list[Face | None] = field(default_factory=list)
+    clip: ClipCalibration | None = None  # once it is measured
+    held: Face | None = None  # what a frame without a face repeats: the face before it, or the shot's first
+    last: Face | None = None  # the last face that was added
 
 
 class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
@@ -237,7 +249,9 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
                 if self.options.on_missing == "skip":
                     continue
-            shot.append(index, face)
+            shot.frames.append(index)
+            shot.faces.append(face)
+            shot.held, shot.last = shot.held or face, face or shot.last
             if shot.last is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
                 yield from self._flush(shot, size, self.batch)
         if shot.last is None:
@@ -250,7 +264,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             found = [face for face in shot.faces if face is not None]
             shot.clip = self.tracker.calibrate_clip(found, size, (self.crop_scale, self.crop_scale))
         while len(shot.faces) >= minimum:
-            frames, faces = shot.take(self.batch)
+            frames, faces = shot.frames[: self.batch], shot.faces[: self.batch]
+            del shot.frames[: self.batch], shot.faces[: self.batch]
             present = []
             for face in faces:
                 shot.held = face or shot.held
@@ -267,31 +282,6 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             self._crop_frames = enumerate(self._images(self._crop_reader))
         image = next(image for number, image in self._crop_frames if number == index)
         return crop_with_padding(rotate_clockwise(image, self._rotation), crop, self.crop_size)
-
-
-class _Shot:
-    """The faces of a shot that wait to become motion."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.frames: list[int] = []  # numbers of the waiting frames
-        self.faces: list[Face | None] = []
-        self.clip: ClipCalibration | None = None  # once it is measured
-        self.held: Face | None = None  # what a frame without a face repeats: the face before it, or the shot's first
-        self.last: Face | None = None  # the last face that was added
-
-    def append(self, frame: int, face: Face | None) -> None:
-        """Add the next frame."""
-        self.frames.append(frame)
-        self.faces.append(face)
-        self.held = self.held or face
-        self.last = face or self.last
-
-    def take(self, count: int) -> tuple[list[int], list[Face | None]]:
-        """Remove and return the first waiting frames."""
-        taken = self.frames[:count], self.faces[:count]
-        del self.frames[:count], self.faces[:count]
-        return taken
 
 
 def _looks_alike(one: Face, two: Face) -> bool:

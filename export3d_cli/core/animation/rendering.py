@@ -22,10 +22,8 @@ RENDER_SCALES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanc
 def sampling(config: ModelConfig, quality: Quality) -> tuple[int, tuple[int, int]]:
     """Return the side of the volume rendering and the numbers of coarse and fine samples of a ray."""
     image, samples = RENDER_SCALES[quality]
-    return round(image * config.raw_size), (
-        round(samples * config.coarse_samples),
-        round(samples * config.fine_samples),
-    )
+    counts = round(samples * config.coarse_samples), round(samples * config.fine_samples)
+    return round(image * config.raw_size), counts
 
 
 def triplane_tolerance(config: ModelConfig, quality: Quality, device: torch.device) -> float:

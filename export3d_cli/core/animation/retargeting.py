@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from export3d_cli.core.face.expression_coefficients import REGIONS
@@ -150,14 +149,6 @@ def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:
     beyond = np.maximum(np.abs(values) - linear, 0)
     limited: np.ndarray = np.sign(values) * (np.minimum(np.abs(values), linear) + rest * np.tanh(beyond / rest))
     return limited
-
-
-def amplify_expression(source: Tensor, target: Tensor, gain: float) -> Tensor:
-    """Return lambda (B, n) to give to the network, so that its frames show `target` (B, n).
-
-    The difference from the source's lambda (1, n) is multiplied by `ModelConfig.expression_gain`.
-    """
-    return torch.lerp(source.expand_as(target), target, gain)
 
 
 def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:

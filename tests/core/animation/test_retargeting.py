@@ -14,7 +14,7 @@ import torch
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.animation.retargeting import Control, TravelLimits, amplify_expression, most_similar_frame
+from export3d_cli.core.animation.retargeting import Control, TravelLimits, most_similar_frame
 from export3d_cli.core.face.expression_coefficients import REGIONS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import choose_face
@@ -45,13 +45,6 @@ def test_absolute_pose_interpolates_from_source_to_driver() -> None:
         np.testing.assert_allclose(
             angles(Control(pose_scale=scale).target_cameras(straight, turned, None)), [[yaw, 0, 0]], atol=1e-3
         )
-
-
-def test_amplify_expression_multiplies_the_change_by_the_gain() -> None:
-    source, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0], [2.0, -2.0], [1.0, 0.0]])
-    torch.testing.assert_close(amplify_expression(source, target, 1.1) - source, 1.1 * (target - source))
-    assert torch.equal(amplify_expression(source, source, 1.1), source)
-    assert torch.equal(amplify_expression(source, target, 1.0), target)
 
 
 def test_relative_pose_moves_the_source_camera() -> None:
