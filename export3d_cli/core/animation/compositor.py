@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.animation.animator import Portrait
+from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.options import PortraitOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.face.matting import PersonMatting, VideoMatting, estimate_foreground
 from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_crf, check_output_suffix
@@ -24,6 +25,15 @@ def read_portrait(path: Path) -> np.ndarray:
     if path.suffix.lower() in _VIDEO_SUFFIXES:
         raise InputError(f"{path} is a video, and the portrait must be a photo: save one of its frames as .png")
     return read_image(path)
+
+
+def load_photo(animator: Animator, source: Path, options: PortraitOptions, *, max_side: int = 0) -> Portrait:
+    """Read and encode a photo; frames of a larger one have `max_side` pixels unless a size is asked for."""
+    photo = read_portrait(source)
+    size = options.size or (max_side if max(photo.shape[:2]) > max_side else 0)
+    return animator.portrait(
+        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size
+    )
 
 
 def check_outputs(outputs: list[Path], background: str, crf: int | None = None) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.expression_controls import ExpressionEdit, Range, edit_expression
 from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
-from export3d_cli.core.animation.view_writer import ViewOptions, is_image_output, load_photo, write_views
+from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
 from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.errors import InputError
 
@@ -45,7 +46,7 @@ def edit_basis(
         raise InputError("nothing to edit: give basis vectors or controls")
     if is_image and not options.grid and not options.single:
         raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
-    portrait = load_photo(animator, source, options)
+    portrait = load_photo(animator, source, options, max_side=SHEET_CELL_PX if options.grid else 0)
     rows, labels = list[np.ndarray](), list[str]()
     notes: tuple[str, ...] = ()
     if options.grid:

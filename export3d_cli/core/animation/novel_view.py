@@ -14,11 +14,12 @@ from typing import Literal
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.expression_controls import edit_expression
 from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
-from export3d_cli.core.animation.view_writer import ViewOptions, is_image_output, load_photo, write_views
+from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
 from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
@@ -64,30 +65,30 @@ def novel_view(
     began = time.monotonic()
     if options.mesh is not None:
         check_mesh_output(options.mesh)
-        if out is None:
-            check_crf(options.mesh, options.crf)
         check_overwrite(options.mesh, options.overwrite)
-    if out is None:
-        if options.mesh is None:
-            raise InputError("nothing to write: give an output, a mesh, or both")
-        portrait = load_photo(animator, source, options)
-        beta, notes = _read_expressions(animator, portrait, options, 1)
-        _write_mesh(animator, portrait, options.mesh, beta, progress)
-        return Summary(options.mesh, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name, notes)
-    check_overwrite(out, options.overwrite)
-    check_crf(out, options.crf)
-    is_image = is_image_output(out, options.grid)
-    if is_image and not options.grid and not options.single:
+    target = out or options.mesh
+    if target is None:
+        raise InputError("nothing to write: give an output, a mesh, or both")
+    if out is not None:
+        check_overwrite(out, options.overwrite)
+    check_crf(target, options.crf)
+    is_single_image = out is not None and is_image_output(out, options.grid) and not options.grid
+    if is_single_image and not options.single:
         raise InputError(f"{out} can hold one view: give one angle (--yaw 20), --frames 1, --grid, or a video's name")
-    portrait = load_photo(animator, source, options)
+    portrait = load_photo(animator, source, options, max_side=SHEET_CELL_PX if options.grid else 0)
     cameras = orbit_cameras(portrait.camera, options)
-    if is_image and not options.grid:
+    if out is None or is_single_image:
         cameras = cameras[:1]
     count = len(cameras)
     size = portrait.crop.shape[1::-1] if options.depth else portrait.frame_size
     beta, notes = _read_expressions(animator, portrait, options, count)
     if options.mesh is not None:
-        _write_mesh(animator, portrait, options.mesh, beta, progress)
+        report = progress or (lambda stage, done, total: None)
+        report("mesh", 0, 1)
+        write_mesh(options.mesh, extract_head_mesh(animator, portrait, beta=None if beta is None else beta[:1]))
+        report("mesh", 1, 1)
+    if out is None:
+        return Summary(target, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name, notes)
     frames = _view_once(animator, portrait, cameras, beta, options.depth)
     labels: list[str] = []
     if options.grid:
@@ -119,17 +120,6 @@ def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
         pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
         cameras.append(Camera(np.linalg.inv(pose), camera.intrinsics).to_vector())
     return np.stack(cameras)
-
-
-def _write_mesh(
-    animator: Animator, portrait: Portrait, path: Path, beta: np.ndarray | None, progress: Progress | None
-) -> None:
-    """Write the head with the first of the expressions."""
-    if progress is not None:
-        progress("mesh", 0, 1)
-    write_mesh(path, extract_head_mesh(animator, portrait, beta=None if beta is None else beta[:1]))
-    if progress is not None:
-        progress("mesh", 1, 1)
 
 
 def _read_expressions(

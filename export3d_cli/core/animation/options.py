@@ -28,27 +28,34 @@ FACE_TRAVEL = TravelLimits(0.15, 0.15, 0.1, 0.15)  # the head of a driver who wa
 
 
 @dataclass(frozen=True)
-class ReenactOptions:
+class PortraitOptions:
+    """How a portrait is read, and how its frames are written; options of all jobs."""
+
+    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
+    overwrite: bool = False
+    face: str = "largest"  # which face of the source: largest | left | right | index:N
+    framing: Framing = "photo"  # the whole photo, or a square around the head
+    crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
+    size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
+    expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # added to every frame, or swept over them
+    watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
+
+
+@dataclass(frozen=True)
+class ReenactOptions(PortraitOptions):
     """How the driver is read, which of its motion is used, and how the result is written."""
 
     audio: str = "driver"  # driver | none | a file
-    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     fps: Fraction | None = None  # frames/s; None: exactly the driver's
     start: float = 0.0  # seconds
     duration: float | None = None  # seconds
     max_frames: int | None = None
     on_missing: Literal["hold", "skip", "fail"] = "hold"  # frames without a face
-    overwrite: bool = False
     compare: bool = False  # source | driver | result side by side
-    crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
-    size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080
-    framing: Framing = "photo"  # the whole photo, or a square around the head
     background: str = "source"  # source | transparent | #rrggbb | path of an image
-    face: str = "largest"  # which face of the source: largest | left | right | index:N
     driver_face: str = "largest"  # which face of the driver, likewise
     tracker: TrackerName = "landmarker"  # for the driver; the source is always tracked by the landmarker
     drive: tuple[str, ...] = DRIVABLE  # eyes, gaze, brows, mouth, head: which of the driver's motion is used
-    expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # added to every frame
     scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales below
     expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
     pose_scale: float = 1.0  # of the head pose, likewise
@@ -57,7 +64,6 @@ class ReenactOptions:
     relative_expression: bool = False  # the source's expression plus the driver's change
     reference_frame: int | None = None  # of the used driver frames, from 0; None: automatic with pose auto, else 0
     smooth: SmoothingLevel = "light"
-    watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
 
     def __post_init__(self) -> None:
         _ = self.control  # checks regions and scales before anything is read

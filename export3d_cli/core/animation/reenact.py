@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Notify, Portrait
-from export3d_cli.core.animation.compositor import Compositor, check_outputs, read_portrait
+from export3d_cli.core.animation.compositor import Compositor, check_outputs, load_photo
 from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, is_motion_file
 from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
@@ -85,10 +85,7 @@ def reenact(
 
 def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> tuple[Portrait, Compositor]:
     """Encode a photo, and make the compositor that turns its animated crop into frames."""
-    photo = read_portrait(source)
-    portrait = animator.portrait(
-        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=options.size
-    )
+    portrait = load_photo(animator, source, options)
     return portrait, Compositor(portrait, background=options.background, compare=options.compare)
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.compositor import read_portrait
-from export3d_cli.core.animation.expression_controls import ExpressionEdit
-from export3d_cli.core.animation.options import Crop, Framing, Progress, Summary
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.options import PortraitOptions, Progress, Summary
 from export3d_cli.core.animation.pipeline import BackgroundWriter, report_each
-from export3d_cli.core.animation.watermark import Watermark, get_watermarker
+from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, write_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
@@ -26,30 +24,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # formats that can carry the mark th
 
 
 @dataclass(frozen=True)
-class ViewOptions:
-    """How a portrait is read, and how its frames are written."""
+class ViewOptions(PortraitOptions):
+    """Number, rate and arrangement of the frames."""
 
     frames: int = 60
     fps: Fraction = Fraction(25)
-    crf: int | None = None  # constant rate factor, 0 to 51; None: 18
-    overwrite: bool = False
-    expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # controls, which sweep over the frames
     grid: bool = False  # a contact sheet instead of a video
-    watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
-    face: str = "largest"  # of the photo: largest | left | right | index:N
-    framing: Framing = "photo"  # the whole photo, or a square around the head
-    crop: Crop = "auto"  # of the photo: a square around the face, or none: the whole photo
-    size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
-
-
-def load_photo(animator: Animator, source: Path, options: ViewOptions) -> Portrait:
-    """Read and encode the portrait."""
-    photo, size = read_portrait(source), options.size
-    if options.grid and max(photo.shape[:2]) > SHEET_CELL_PX:
-        size = size or SHEET_CELL_PX
-    return animator.portrait(
-        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size
-    )
 
 
 def is_image_output(out: Path, grid: bool) -> bool:
