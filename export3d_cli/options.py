@@ -167,19 +167,6 @@ output_options = _together(
 )  # fmt: skip
 
 
-class _Gaze(click.ParamType):
-    """`X,Y`, each a number or a range `A:B`."""
-
-    name = "X,Y"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the ranges of x and y."""
-        parts = str(value).split(",")
-        if len(parts) != 2:
-            self.fail(f"must be X,Y such as 0,0 or -.5:.5,0; got {value!r}", param, ctx)
-        return tuple(NumberRange().convert(part, param, ctx) for part in parts)
-
-
 _CONTROLS = {  # option and its help, of the controls that have an option of their own
     "smile": "Smile, 0 to 1: --smile .6.",
     "jaw": "Open the jaw, 0 to 1: --jaw .4; 0 shuts the mouth.",
@@ -209,6 +196,13 @@ def expression_options(command: F) -> F:
         neutral = values.pop("origin") == "neutral"
         return command(expression=core.ExpressionEdit(controls, from_neutral=neutral), **values)
 
+    def parse_gaze(ctx: click.Context, param: click.Parameter, text: str | None) -> list[tuple[float, float]] | None:
+        if text is None:
+            return None
+        if text.count(",") != 1:
+            raise click.BadParameter(f"must be X,Y such as 0,0 or -.5:.5,0; got {text!r}", ctx, param)
+        return [NumberRange().convert(part, param, ctx) for part in text.split(",")]
+
     def parse_set(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
         pairs = [text.partition("=")[::2] for text in texts]
         return {name: NumberRange().convert(ends, param, ctx) for name, ends in pairs}
@@ -216,7 +210,8 @@ def expression_options(command: F) -> F:
     named = [click.option(f"--{name}", type=NumberRange(), help=text) for name, text in _CONTROLS.items()]
     return _together(
         *named,
-        click.option("--gaze", type=_Gaze(), help="Gaze, -1 to 1; + is to the image's right and up: --gaze 0,0."),
+        click.option("--gaze", metavar="X,Y", callback=parse_gaze,
+                     help="Gaze, -1 to 1; + is to the image's right and up: --gaze 0,0."),
         click.option("--set", "set_", multiple=True, metavar="NAME=A[:B]", callback=parse_set,
                      help="Any of ARKit's coefficients: --set jawOpen=.4 --set mouthSmileLeft=.7. Repeatable."),
         click.option("--preset", multiple=True, metavar="NAME|FILE#NAME",

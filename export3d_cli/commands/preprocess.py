@@ -20,20 +20,8 @@ def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) 
     return int(match[1]), int(match[2])
 
 
-def _check_inputs(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
-    for path in value:
-        if str(path) == "-":
-            message = "- (standard input) is not supported, since inputs are read twice: give a file"
-            raise click.BadParameter(message, ctx, param)
-        if not path.exists():
-            raise click.BadParameter(f"{str(path)!r} does not exist: give a video, a photo or a folder", ctx, param)
-    return value
-
-
 @click.command()
-@click.argument(
-    "inputs", type=click.Path(path_type=Path), metavar="INPUT...", nargs=-1, required=True, callback=_check_inputs
-)
+@click.argument("inputs", type=options.EXISTING_PATH, metavar="INPUT...", nargs=-1, required=True)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
     help="Folder of the data set, or for the motion of one input X.motion.npz, or X.csv (ARKit, Live Link Face).",

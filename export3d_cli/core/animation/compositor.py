@@ -59,11 +59,7 @@ def check_outputs(outputs: list[Path], background: str, crf: int | None = None) 
 class Compositor:
     """Turns what an `Animator` renders of a portrait into the frames to write: uint8 (H, W, 3), or (H, W, 4).
 
-    Args:
-        portrait: the portrait that is rendered.
-        background: source, transparent (frames have alpha), #rrggbb or the path of an image.
-        compare: frames are source | driver | result; the driver's crop is square and as high as the others.
-
+    With `compare`, frames are source | driver | result; the driver's crop is square and as high as the others.
     `size` is (width, height) of the frames, `source_frame` shows the portrait itself.
     """
 

@@ -29,21 +29,11 @@ def place_on_canvas(
     photo: np.ndarray, faces: Sequence[Face], framing: Framing, size: int,
     person_alpha: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, list[Face], Square, tuple[int, int, int, int]]:  # fmt: skip
-    """Cut and scale a photo to what frames show, and choose the network's crop in it.
+    """Cut and scale a photo, uint8 (H, W, 3), to what frames show, and choose the network's crop in it.
 
-    Args:
-        photo: uint8 (H, W, 3).
-        faces: the face to animate, then others; pixels of `photo`.
-        framing: photo keeps all of it; face cuts a square that holds the head, hair included, as far as the photo goes.
-        size: longer side of the result in pixels; 0: the photo's own, `DEFAULT_MAX_SIDE_PX` at most.
-        person_alpha: mattes an image.
-
-    Returns:
-        The canvas uint8 (h, w, 3), the faces in it, the network's crop in whole pixels, and the part of the photo that
-        the canvas shows: x0, y0, x1, y1, whole pixels of `photo`.
-
-    Raises:
-        InputError: `size` is out of range.
+    `faces` are the one to animate, then others, in pixels of `photo`. Return the canvas uint8 (h, w, 3), the faces in
+    it, the network's crop in whole pixels, and the part of the photo that the canvas shows: x0, y0, x1, y1, whole
+    pixels of `photo`. Raises `InputError` if `size` is out of range.
     """
     if size and not SIZE_RANGE_PX[0] <= size <= SIZE_RANGE_PX[1]:
         raise InputError(f"size must be {SIZE_RANGE_PX[0]} to {SIZE_RANGE_PX[1]} pixels, got {size}")

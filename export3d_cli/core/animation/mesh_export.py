@@ -45,14 +45,8 @@ def extract_head_mesh(
 ) -> HeadMesh:
     """Return the largest connected surface of the portrait's person, at density `ModelConfig.surface_density`.
 
-    Args:
-        animator: encoded the portrait.
-        portrait: the head; the surroundings of its person are cut away.
-        beta: expression (1, 64); None: the portrait's.
-        resolution: samples along each axis; 0: `RESOLUTION`.
-
-    Raises:
-        InputError: there is no surface.
+    `beta` (1, 64) is the expression, None: the portrait's; `resolution` are samples along each axis, 0: `RESOLUTION`.
+    Raises `InputError` if there is no surface.
     """
     from skimage import measure
 

@@ -88,14 +88,7 @@ class PhotoCanvas:
     def from_photo(
         cls, photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Sequence[FacePosition] = ()
     ) -> PhotoCanvas:
-        """Take a photo apart.
-
-        Args:
-            photo: uint8 (H, W, 3) RGB.
-            square: the face crop: x0, y0, side in whole pixels.
-            alpha_of: mattes an image.
-            faces: of the person and of others, in crop units, see `PersonMatting.alpha`.
-        """
+        """Take a photo, uint8 (H, W, 3), apart; `faces` in the crop are those of `PersonMatting.alpha`."""
         height, width = photo.shape[:2]
         alpha = _photo_alpha(photo, square, alpha_of, faces)
         x0, y0, side = square

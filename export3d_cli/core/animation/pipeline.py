@@ -89,11 +89,7 @@ class PrefetchIterator(_Worker, Generic[T]):
     """Iterator over items that a thread computes, at most `depth` of them ahead.
 
     A context manager for one pass. An exception of `items` is raised at its place in the iteration.
-
-    Args:
-        items: iterated over, and closed, by the thread only.
-        depth: 1 or more.
-        stop: called when the block is left before the last item; must make `items` end soon.
+    `stop` is called when the block is left before the last item; it must make `items` end soon.
     """
 
     def __init__(self, items: Iterable[T], depth: int, *, stop: Callable[[], None] = _noop) -> None:
@@ -148,11 +144,7 @@ class BackgroundWriter(_Worker, Generic[T]):
 
     A context manager: all items are written at its end; after an exception pending items are dropped. An exception of
     `write` is raised by the next `put`, or at the end.
-
-    Args:
-        write: called by the thread.
-        depth: 1 or more.
-        stop: called when the block is left by an exception; must make `write` return soon.
+    `stop` is called when the block is left by an exception; it must make `write` return soon.
     """
 
     def __init__(self, write: Callable[[T], object], depth: int, *, stop: Callable[[], None] = _noop) -> None:
