@@ -62,10 +62,7 @@ Commands
 
 
 def add_examples(command: click.Command, name: str) -> None:
-    """Append the examples to the help of a command and its subcommands."""
+    """Append the examples to the help of a command, and its short help."""
     command.short_help = COMMANDS.get(name, command.short_help)
     if name in EXAMPLES:
         command.epilog = "\b\nExamples:\n" + "\n".join(f"  export3d {line}" for line in EXAMPLES[name])
-    if isinstance(command, click.Group):
-        for subname, subcommand in command.commands.items():
-            add_examples(subcommand, f"{name} {subname}")

@@ -43,9 +43,11 @@ class LazyGroup(click.Group):
             return None
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(importlib.import_module(f"export3d_cli.commands.{name}"), name)
-        _add_global_options(command)
-        add_negations(command)
-        add_examples(command, cmd_name)
+        subcommands = command.commands if isinstance(command, click.Group) else {}
+        for part, path in ((command, cmd_name), *((sub, f"{cmd_name} {key}") for key, sub in subcommands.items())):
+            _add_global_options(part)
+            add_negations(part)
+            add_examples(part, path)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -126,9 +128,6 @@ def _add_global_options(command: click.Command) -> None:
         return
     for names, text in ((["-v", "--verbose"], VERBOSE_HELP), (["-q", "--quiet"], QUIET_HELP)):
         command.params.append(click.Option(names, is_flag=True, expose_value=False, callback=_apply_global, help=text))
-    if isinstance(command, click.Group):
-        for subcommand in command.commands.values():
-            _add_global_options(subcommand)
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

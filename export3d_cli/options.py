@@ -261,10 +261,7 @@ def refuse_unused(names: Collection[str], because: str) -> None:
 
 
 def add_negations(command: click.Command) -> None:
-    """Add `--no-x` for every flag `--x` of a command and its subcommands, so that a later argument can undo it."""
+    """Add `--no-x` for every flag `--x` of a command, so that a later argument can undo it."""
     for option in command.params:
         if isinstance(option, click.Option) and option.is_flag and not option.secondary_opts:
             option.secondary_opts = [f"--no-{name[2:]}" for name in option.opts if name.startswith("--")]
-    if isinstance(command, click.Group):
-        for subcommand in command.commands.values():
-            add_negations(subcommand)
