@@ -242,12 +242,6 @@ model_options = _together(
 )  # fmt: skip
 
 
-def only_given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of options with None in place of those that the user did not give."""
-    default = click.core.ParameterSource.DEFAULT
-    return {name: None if ctx.get_parameter_source(name) is default else value for name, value in values.items()}
-
-
 def refuse_unused(names: Collection[str], because: str) -> None:
     """Raise `UsageError` for options of the running command that were given but have no effect because of `because`."""
     ctx = click.get_current_context()

@@ -10,21 +10,15 @@ import click
 from export3d_cli import console, options
 
 
-class CameraType(click.ParamType):
-    """The number of a camera, or an existing video file."""
-
-    name = "N|FILE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Path:
-        """Return a number, or a path."""
-        text = str(value)
-        return int(text) if text.isdecimal() and len(text) < 4 else options.EXISTING_FILE.convert(value, param, ctx)
+def _parse_camera(ctx: click.Context, param: click.Parameter, value: str) -> int | Path:
+    """Return the number of a camera, or the path of a video file."""
+    return int(value) if value.isdecimal() and len(value) < 4 else options.EXISTING_FILE.convert(value, param, ctx)
 
 
 @click.command()
 @click.argument("sources", type=options.EXISTING_FILE, metavar="[SRC]...", nargs=-1)
 @click.option(
-    "--camera", type=CameraType(), default="0", show_default=True,
+    "--camera", default="0", show_default=True, metavar="N|FILE", callback=_parse_camera,
     help="Number of the camera, or a video file that stands in for one and is repeated.",
 )  # fmt: skip
 @click.option(

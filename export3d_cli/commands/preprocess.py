@@ -74,7 +74,8 @@ def preprocess(
     """
     from export3d_cli import core
 
-    given = options.only_given(ctx, chosen)
+    default = click.core.ParameterSource.DEFAULT
+    given = {name: None if ctx.get_parameter_source(name) is default else value for name, value in chosen.items()}
     limits = {name: given.pop(name) for name in ("min_seconds", "max_seconds", "min_face", "max_yaw")}
     limits["min_face_px"] = limits.pop("min_face")
     limits = {name: value for name, value in limits.items() if value is not None}

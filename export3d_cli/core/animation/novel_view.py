@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +15,7 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.animation.expression_controls import edit_expression
+from export3d_cli.core.animation.expression_controls import Range, edit_expression
 from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
@@ -24,9 +23,8 @@ from export3d_cli.core.media.encoder_settings import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 
-MAX_CACHED_BYTES = 128 << 20  # of frames kept because their camera recurs
+MAX_CACHED_BYTES = 128 << 20  # of frames kept because their camera may recur
 ROW_COLUMNS = 5  # so many views of a contact sheet stay in one row
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -148,18 +146,12 @@ def _view_once(
 ) -> Iterator[np.ndarray]:
     """Yield the frames of `Animator.view`; of equal cameras, as on the way back, only the first is rendered."""
     _, first, inverse = np.unique(cameras, axis=0, return_index=True, return_inverse=True)
-    first = first[inverse.reshape(-1)]  # number of the first frame with the same camera
-    uses = Counter(first.tolist())
-    repeated = sum(times > 1 for times in uses.values())
-    changes = beta is not None and len(beta) > 1
-    if changes or repeated * math.prod(portrait.frame_size) * 3 > MAX_CACHED_BYTES:
+    if (beta is not None and len(beta) > 1) or len(first) * math.prod(portrait.frame_size) * 3 > MAX_CACHED_BYTES:
         yield from animator.view(portrait, cameras, beta=beta, depth=depth)
         return
-    rendered = animator.view(portrait, cameras[sorted(uses)], beta=beta, depth=depth)
+    rendered = animator.view(portrait, cameras[np.sort(first)], beta=beta, depth=depth)
     cache: dict[int, np.ndarray] = {}
-    for index, k in enumerate(first.tolist()):
-        frame = next(rendered) if k == index else cache.pop(k)
-        uses[k] -= 1
-        if uses[k]:
-            cache[k] = frame.copy()  # the consumer may write into the frame
-        yield frame
+    for index, k in enumerate(first[inverse.reshape(-1)].tolist()):  # k is the first frame with the same camera
+        if k == index:
+            cache[k] = next(rendered)
+        yield cache[k].copy()  # the consumer may write into the frame

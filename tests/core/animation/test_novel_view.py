@@ -41,7 +41,7 @@ def test_edit_basis_writes_its_frames_and_refuses_vectors_that_do_not_exist(anim
             edit_basis(animator, SOURCE, tmp_path / "x.mp4", EditOptions(edits=((v, (0.0, 1.0)),)))
 
 
-@pytest.mark.parametrize(("max_bytes", "rendered"), [(1 << 21, 4), (0, 6)])
+@pytest.mark.parametrize(("max_bytes", "rendered"), [(1 << 22, 4), (0, 6)])
 def test_equal_cameras_are_rendered_once_within_a_memory_limit(
     animator: Animator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int, rendered: int
 ) -> None:
