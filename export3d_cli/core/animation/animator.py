@@ -291,26 +291,14 @@ class Animator:
             raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
         renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
-
-        def frames() -> Iterator[np.ndarray]:
-            for start in range(0, len(cameras), self.batch):
-                part = cameras[start : start + self.batch]
-                part_lam = lam.expand(len(part), -1) if len(lam) == 1 else lam[start : start + self.batch]
-                yield from renderer.render(part, part_lam, posed=posed, depth=depth)
-
-        return frames()
+        return renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed, depth=depth)
 
     def edit(self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None) -> Iterator[np.ndarray]:
         """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (H, W, 3)."""
         _check_rows("changes", changes, self.model.config.num_coefficients)
-        renderer, camera = _Renderer(self, portrait, notify), portrait.camera.to_vector()[None]
-        lam = portrait.source.lam + self._tensor(changes)
-
-        def frames() -> Iterator[np.ndarray]:
-            for part in lam.split(self.window):
-                yield from renderer.render_motion(np.repeat(camera, len(part), axis=0), part)
-
-        return frames()
+        renderer = _Renderer(self, portrait, notify)
+        cameras = np.repeat(portrait.camera.to_vector()[None], len(changes), axis=0)
+        return renderer.render_motion(cameras, portrait.source.lam + self._tensor(changes))
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
         """Return the changes of lambda (T, n) that make `edit` show expressions beta (T, 64)."""
@@ -452,11 +440,12 @@ class _Renderer:
             self._notify(portrait.covered.note())
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
-        """Render frames of a moving expression, lambda (T, n), T at most `Animator.window`."""
-        planes = None if self._interpolator is None else self._interpolator(lam)
-        for start in range(0, len(lam), self._animator.batch):
-            part = slice(start, start + self._animator.batch)
-            yield from self.render(cameras[part], lam[part], planes=None if planes is None else planes[part])
+        """Render frames of a moving expression, lambda (T, n)."""
+        window = self._animator.window
+        for start in range(0, len(lam), window):
+            part = slice(start, start + window)
+            planes = None if self._interpolator is None else self._interpolator(lam[part])
+            yield from self.render(cameras[part], lam[part], planes=planes)
 
     def render(
         self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None,
@@ -480,7 +469,8 @@ class _Renderer:
                 layers = FrameLayers.from_output(images, flow, output)
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 
-        yield from self._batcher(compute, 0, len(cameras))
+        for start in range(0, len(cameras), self._animator.batch):
+            yield from self._batcher(compute, start, min(start + self._animator.batch, len(cameras)))
 
     def _generate_planes(self, lam: Tensor) -> Tensor:
         portrait = self._portrait
