@@ -213,12 +213,9 @@ class Animator:
         return self._make_portrait(crop_image, motion, (left, top, right), faces, face_box, shown, padded, canvas)
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
-        """Encode a face crop that has been tracked: row `frame` of `motion`.
+        """Encode a face crop, uint8 (K, K, 3), that has been tracked: row `frame` of `motion`, in crop units.
 
-        Args:
-            crop: uint8 (K, K, 3); frames are as large, and show its detail where it is larger than the network's image.
-            motion: has its expression, camera and landmarks in crop units.
-            frame: row of `motion`.
+        Frames are as large, and show its detail where it is larger than the network's image.
         """
         padded = crop if len(crop) > self.model.config.image_size else None
         motion = motion.select(np.array([frame]))
@@ -276,15 +273,10 @@ class Animator:
         self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
         notify: Notify | None = None, layers: bool = False,
     ) -> Iterator[Any]:  # fmt: skip
-        """Render the portrait from other cameras: frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
+        """Render the portrait from cameras (T, 25): frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
-        Args:
-            portrait: made by this object.
-            cameras: (T, 25).
-            beta: expressions (1, 64) or (T, 64); None: the portrait's.
-            depth: render the depth of the face crop in colours, red is near and blue is far: (K, K, 3).
-            notify: called with notes for the user.
-            layers: as in `animate`.
+        `beta` are expressions (1, 64) or (T, 64), None: the portrait's. With `depth`, frames (K, K, 3) show the depth
+        of the face crop in colours: red is near, blue is far. `notify` and `layers` are as in `animate`.
         """
         _check_rows("cameras", cameras, CAMERA_DIM)
         if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):

@@ -75,18 +75,11 @@ class _Shot:
 class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     """Iterate over the driver's motion in batches; a context manager, one pass.
 
-    Args:
-        driver: a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
-        tracker: follows the face.
-        options: which frames and which face are used, what is done with frames without one, smoothing and reference
-            frame: its number among the frames used, from 0, or `auto`: the frame of each shot that is most like
-            `source`, see `most_similar_frame`.
-        batch: maximum number of frames in a batch.
-        crop_scale: side of the crop in face boxes.
-        crop_size: side in pixels of the face crops that come with the motion; None: no crops.
-        source: the portrait's motion, one row; its camera is also where a CSV's head is placed. None: EG3D's usual.
-        track_cache: records the faces at the first pass; later passes with the same driver, tracker, face and frames
-            read them from it.
+    `driver` is a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
+    With the reference `auto` of `options`, each shot has its own: the frame most like `source`, the portrait's motion,
+    one row, whose camera is also where a CSV's head is placed (None: EG3D's usual). Crops are `crop_scale` face boxes
+    wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
+    first pass; later passes with the same driver, tracker, face and frames read them from it.
 
     `fps` is the exact rate, `total` the expected number of frames, `missing` the frames without a face so far, `notes`
     are for the user.

@@ -65,12 +65,7 @@ def get_watermarker(kind: Watermark) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def find_marks(path: Path) -> MarkReport:
-    """Search for both marks in an image, or in the first `MAX_FRAMES` frames of a video.
-
-    Raises:
-        InputError: the file is neither an image nor a video.
-    """
-    path = Path(path)
+    """Search an image, or the first `MAX_FRAMES` frames of a video, for both marks; raise `InputError` for others."""
     total, count = np.zeros((1, 1), np.float32), 0
     if has_image_suffix(path):
         total, count = _normalize_contrast(read_image(path)), 1
