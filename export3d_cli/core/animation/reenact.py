@@ -49,21 +49,15 @@ def reenact(
     portrait, compositor = load_portrait(animator, source, options)
     audio = {"driver": None if is_motion_file(driver) else driver, "none": None}.get(options.audio, Path(options.audio))
     audio_start = options.start if options.audio == "driver" else 0.0
-    notes = precision_notes(animator.precision, animator.device)
+    notes = dict.fromkeys(precision_notes(animator.precision, animator.device))  # each shot may give the same ones
     edit = edit_expression(animator, portrait, options.expression) if options.expression else None
-    notes += edit.notes if edit is not None else ()
-
-    def notify(note: str) -> None:
-        if note not in notes:  # each shot may give the same ones
-            notes.append(note)
+    notes |= dict.fromkeys(edit.notes if edit is not None else ())
 
     def write(item: tuple[np.ndarray, np.ndarray | None]) -> None:
         writer.write(add_watermark(compositor(*item)))
 
     with (
-        open_driver(
-            animator, portrait, driver, options, track_cache=track_cache, crop_size=compositor.source_frame.shape[0]
-        ) as stream,
+        open_driver(animator, portrait, driver, options, track_cache) as stream,
         VideoWriter(
             out, size=compositor.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
             alpha=compositor.transparent,
@@ -74,7 +68,7 @@ def reenact(
         if options.tracker == "fan"
         else PrefetchIterator(stream, PREFETCH_DEPTH, stop=stream.stop) as batches,
     ):  # fmt: skip
-        items = _animate_stream(animator, portrait, batches, options.control, edit, notify)
+        items = _animate_stream(animator, portrait, batches, options.control, edit, notes.setdefault)
         for item in report_each(items, stream.total, progress):
             background.put(item)
     return Summary(
@@ -90,13 +84,12 @@ def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> 
 
 
 def open_driver(
-    animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, *,
-    track_cache: TrackCache | None = None, crop_size: int = 0,
-) -> DriverStream:  # fmt: skip
-    """Open the driver's motion for a portrait; `crop_size` is the side of the driver crops to show, 0: the frames'."""
+    animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, track_cache: TrackCache | None = None
+) -> DriverStream:
+    """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
     return DriverStream(
         driver, animator.tracker(options.tracker), options, batch=animator.window, crop_scale=portrait.crop_scale,
-        crop_size=(crop_size or len(portrait.crop)) if options.compare else None, source=portrait.motion,
+        crop_size=portrait.frame_size[1] if options.compare else None, source=portrait.motion,
         track_cache=track_cache,
     )  # fmt: skip
 

@@ -205,8 +205,7 @@ def reenact_without_threads(
 ) -> tuple[int, int, tuple[str, ...]]:
     """Reenact in one thread; return the numbers of frames and of frames without a face, and the notes."""
     (portrait, compositor), add_watermark = load_portrait(animator, SOURCE, options), get_watermarker(options.watermark)
-    crop_size = compositor.source_frame.shape[0]
-    with open_driver(animator, portrait, driver, options, crop_size=crop_size) as stream:
+    with open_driver(animator, portrait, driver, options) as stream:
         motions, crops, references = zip(*stream, strict=True)
     frames = animator.animate(portrait, motions, control=options.control, reference=references[0], layers=True)
     with VideoWriter(out, size=compositor.size, fps=stream.fps, crf=options.crf) as writer:
