@@ -323,37 +323,35 @@ class Animator:
             array.flags.writeable = False
         around = None if padded is None else to_tensor(padded)[None].to(self.device)
         covered = self._cover_detector.covered_parts(crop, motion.landmarks[0])
-        source = self._encode(self.model, self.precision, crop, motion, margins, faces, covered)
-        portrait = Portrait(
-            crop, motion, margins, tuple(faces), face_box, shown, source, canvas, around, self.model, self.precision,
-            covered,
-        )  # fmt: skip
+        portrait = self._encode(Portrait(
+            crop, motion, margins, tuple(faces), face_box, shown, None, canvas, around, self.model,  # type: ignore[arg-type]
+            self.precision, covered,
+        ))  # fmt: skip
+        source = portrait.source
         finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
         return portrait if finite else self._to_fp32(portrait)
 
-    def _encode(
-        self, model: Export3D, precision: str, crop: np.ndarray, motion: Motion, margins: Margins | None,
-        faces: Sequence[FacePosition], covered: CoveredParts,
-    ) -> Source:  # fmt: skip
+    def _encode(self, portrait: Portrait) -> Portrait:
+        """Return the portrait with its crop encoded by its network."""
+        model, crop, motion, margins = portrait.model, portrait.crop, portrait.motion, portrait.margins
         size = model.config.image_size
         interpolation = cv2.INTER_AREA if len(crop) > size else cv2.INTER_LINEAR
         small = cv2.resize(crop, (size, size), interpolation=interpolation)
-        alpha = self.matting.alpha(small, faces, hair_strands=True)[None, None]
+        alpha = self.matting.alpha(small, portrait.faces, hair_strands=True)[None, None]
         landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)
-        with torch.inference_mode(), autocast(self.device, precision):
-            return model.encode_source(
+        with torch.inference_mode(), autocast(self.device, portrait.precision):
+            return replace(portrait, source=model.encode_source(
                 to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
                 self._tensor(landmarks), self._tensor(alpha),
-                None if margins is None else self._tensor(np.array([margins])), self._tensor(np.array([covered])),
-            )  # fmt: skip
+                None if margins is None else self._tensor(np.array([margins])),
+                self._tensor(np.array([portrait.covered])),
+            ))  # fmt: skip
 
     def _to_fp32(self, portrait: Portrait) -> Portrait:
         """Return the portrait encoded in fp32, for values that overflow in half precision."""
         if portrait.precision == "fp32":
             raise Export3DError("the network gives values that are not finite: use a smaller scale, or other weights")
-        model, p = self._fp32_model, portrait
-        source = self._encode(model, "fp32", p.crop, p.motion, p.margins, p.faces, p.covered)
-        return replace(portrait, source=source, model=model, precision="fp32")
+        return self._encode(replace(portrait, model=self._fp32_model, precision="fp32"))
 
     def _check_owner(self, portrait: Portrait) -> None:
         if portrait.model is not self.model and portrait.model is not self._fp32_model:
