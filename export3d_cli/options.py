@@ -17,9 +17,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 class ExistingPath(click.Path):
     """An existing file or folder; `-` is refused because inputs are read twice."""
 
-    def __init__(self, *, dir_okay: bool = True) -> None:
-        super().__init__(exists=True, dir_okay=dir_okay, path_type=Path)
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path if it exists."""
         if str(value) == "-":
@@ -27,8 +24,8 @@ class ExistingPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-EXISTING_FILE = ExistingPath(dir_okay=False)
-EXISTING_PATH = ExistingPath()
+EXISTING_FILE = ExistingPath(exists=True, dir_okay=False, path_type=Path)
+EXISTING_PATH = ExistingPath(exists=True, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 

@@ -212,13 +212,13 @@ class Animator:
         left, top, right = (min(max(v, 0) / side, PHOTO_MARGIN) for v in (x0, y0, photo_size[0] - x0 - side))
         return self._make_portrait(crop_image, motion, (left, top, right), faces, face_box, shown, padded, canvas)
 
-    def portrait_from_motion(self, crop: np.ndarray, motion: Motion, frame: int = 0) -> Portrait:
-        """Encode a face crop, uint8 (K, K, 3), that has been tracked: row `frame` of `motion`, in crop units.
+    def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
+        """Encode a face crop, uint8 (K, K, 3), that has been tracked: the first row of `motion`, in crop units.
 
         Frames are as large, and show its detail where it is larger than the network's image.
         """
         padded = crop if len(crop) > self.model.config.image_size else None
-        motion = motion.select(np.array([frame]))
+        motion = motion.select(np.array([0]))
         box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
         return self._make_portrait(crop.copy(), motion, None, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
 
