@@ -113,18 +113,9 @@ def reenact_all(
             if os.path.lexists(path) and not options.overwrite:
                 skipped.append(path)
                 continue
+            report = _prefix_stage(progress, source)
             try:
-                done.append(
-                    reenact(
-                        animator,
-                        source,
-                        driver,
-                        path,
-                        options,
-                        progress=_prefix_stage(progress, source),
-                        track_cache=track_cache,
-                    )
-                )
+                done.append(reenact(animator, source, driver, path, options, progress=report, track_cache=track_cache))
             except (Export3DError, OSError) as error:
                 failed.append(f"{source}: {error}")
             except (RuntimeError, MemoryError) as error:  # of torch or LiteRT, such as out of memory
