@@ -28,7 +28,7 @@ def read_portrait(path: Path) -> np.ndarray:
 
 
 def load_photo(animator: Animator, source: Path, options: PortraitOptions, *, max_side: int = 0) -> Portrait:
-    """Read and encode a photo; frames of a larger one have `max_side` pixels unless a size is asked for."""
+    """Read and encode a photo; frames of a larger one have `max_side` pixels unless `options` has a size."""
     photo = read_portrait(source)
     size = options.size or (max_side if max(photo.shape[:2]) > max_side else 0)
     return animator.portrait(
