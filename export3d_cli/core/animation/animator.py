@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -59,12 +59,28 @@ from export3d_cli.core.runtime.device import (
     tracking_thread_count,
     tune_malloc,
 )
-from export3d_cli.core.runtime.errors import Export3DError, InputError
+from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError
 from export3d_cli.core.runtime.weights import resolve_weights
 
 FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
 FP32_PARTS = ("expression", "decoder")  # parts of the network whose weights always stay fp32
 Notify = Callable[[str], None]  # takes a note for the user
+
+_REPLACED = {  # names of earlier versions
+    "set_source": "portrait = animator.portrait(photo)",
+    "set_source_motion": "portrait = animator.portrait_from_motion(crop, motion)",
+    "drive": "animator.animate(portrait, motions)",
+    "field": "animator.query_field(portrait, points)",
+    "source_motion": "portrait.motion",
+    "source_camera": "portrait.camera",
+    "source_crop": "portrait.crop",
+    "crop_scale": "portrait.crop_scale",
+    "size": "portrait.frame_size",
+    "follower": "animator.tracker(name)",
+    "person_mask": "animator.matting.alpha(image)",
+    "notes": "the notes of each job's Summary",
+    "ahead": "animator.window",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +148,23 @@ class Animator:
         self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
         self._cover_detector = CoverDetector(resolve_weights("cover_detector"))
 
+    if not TYPE_CHECKING:  # type checkers know the names that exist
+
+        def __getattr__(self, name: str) -> None:
+            if name in _REPLACED:
+                raise AttributeError(f"Animator.{name} no longer exists: use {_REPLACED[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @classmethod
     def from_weights(
         cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto", batch: int = 0,
-        quality: Quality = "balanced",
+        quality: Quality = "balanced", threads: int | None = None,
     ) -> Animator:  # fmt: skip
         """Load weights by name, path or `hf:owner/repo`; None loads the embedded ones. Raises `WeightsError`."""
+        if threads is not None:
+            raise ConfigError(
+                "from_weights no longer takes threads, which apply to a process: use torch_state(threads=N)"
+            )
         state, config, _ = load_weights(resolve_weights(weights))
         check_header_size(config, state)
         model = Export3D(config)
