@@ -27,37 +27,19 @@ KEEP_FP32 = ("expression.", "flow.basis")  # small, and the geometry of every fr
 
 
 def save_weights(
-    path: Path | str,
-    state: dict[str, Tensor],
-    config: ModelConfig,
-    record: dict[str, Any],
-    *,
-    half: bool = True,
-    keep: tuple[str, ...] = KEEP_FP32,
-    licence: str = "",
-) -> None:
-    """Write a weights file; its header holds the model's config, the training record and the licence.
+    path: Path | str, state: dict[str, Tensor], config: ModelConfig, record: dict[str, Any], *,
+    half: bool = True, licence: str = "",
+) -> None:  # fmt: skip
+    """Write a weights file atomically; its header holds the model's config, the training record and the licence.
 
-    Args:
-        path: file to write, replaced atomically.
-        state: the model's `state_dict()`.
-        config: size of the network, which loading rebuilds from the file.
-        record: JSON-able description of the training (steps, data, options).
-        half: store matrices and kernels as float16; vectors (biases, norms) stay float32.
-        keep: prefixes of names that stay float32 nevertheless.
-        licence: SPDX name of the weights' licence; empty: unknown.
+    With `half`, matrices and kernels are stored as float16; vectors (biases, norms) and `KEEP_FP32` stay float32.
     """
 
     def to_stored(name: str, value: Tensor) -> Tensor:
-        as_half = half and value.is_floating_point() and value.ndim > 1 and not name.startswith(keep)
+        as_half = half and value.is_floating_point() and value.ndim > 1 and not name.startswith(KEEP_FP32)
         return value.detach().cpu().to(torch.float16 if as_half else value.dtype).contiguous().clone()
 
-    header = {
-        "format": FORMAT,
-        "config": json.dumps(to_dict(config)),
-        "record": json.dumps(record),
-        "licence": licence,
-    }
+    header = {"format": FORMAT, "config": json.dumps(to_dict(config)), "record": json.dumps(record), "licence": licence}
     _write(Path(path), {name: to_stored(name, value) for name, value in state.items()}, header)
 
 

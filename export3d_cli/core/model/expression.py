@@ -152,21 +152,12 @@ class ImageEncoder(nn.Module):
 
 
 def contrastive_loss(
-    image_code: Tensor,
-    code: Tensor,
-    temperature: float,
-    denominator: Literal["printed", "infonce"] = "infonce",
+    image_code: Tensor, code: Tensor, temperature: float, denominator: Literal["printed", "infonce"] = "infonce"
 ) -> tuple[Tensor, Tensor]:
-    """Compute eq. 1 over frames of one clip; each frame in turn is the positive.
+    """Compute eq. 1 over frames of one clip, f_I(X_j) and f_e(beta_k), each (N, d); each frame in turn is the positive.
 
-    Args:
-        image_code: f_I(X_j), (N, d).
-        code: f_e(beta_k), (N, d).
-        temperature: tau.
-        denominator: "printed" sums over the negatives only, as eq. 1 prints it; "infonce" adds the positive.
-
-    Returns:
-        The mean loss and the fraction of frames k whose own image is the most similar one; scalars.
+    The denominator "printed" sums over the negatives only, as eq. 1 prints it; "infonce" adds the positive. Also
+    returns the fraction of frames k whose own image is the most similar one.
     """
     if image_code.shape != code.shape or code.ndim != 2 or len(code) < 2:
         raise ValueError(f"codes must be two (N >= 2, d) tensors, got {tuple(image_code.shape)}, {tuple(code.shape)}")

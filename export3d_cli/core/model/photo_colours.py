@@ -33,11 +33,9 @@ FREE_REACH = 0.3  # from this reach on, no colours are limited: faces in colour 
 
 
 def light_colour(photo: Tensor, uv: Tensor) -> Tensor:
-    """Measure the light on the face in photos (B, 3, H, W) in [-1, 1] with landmarks uv (B, 478, 2).
+    """Return the ratio (B, 3, 1, 1) of each gamma-encoded channel to that in white light, on the face in photos.
 
-    Returns:
-        (B, 3, 1, 1) ratio of each gamma-encoded channel to that in white light; 1 unless all parts of the face have an
-        unusual colour: a mask or a beard covers only some of them.
+    1 unless all parts of the face have an unusual colour: a mask or a beard covers only some of them.
     """
     cells = F.adaptive_avg_pool2d(photo.float(), 2 * SKIN_GRID)
     points = uv[:, list(SKIN_POINTS)].transpose(1, 2)[..., None].float()  # (B, 2, 5, 1)

@@ -34,11 +34,9 @@ class SourceView(nn.Module):
         return leaky_relu(self.quarter(stem[1]) + upsampled)
 
     def make_background(self, stem: list[Tensor], filled_photo: Tensor | None = None) -> Tensor:
-        """Predict the features behind the head, (B, C', H/4, W/4), RGB first.
+        """Predict the features behind the head, (B, C', H/4, W/4), RGB first, from those of the stem.
 
-        Args:
-            stem: features at H/2, H/4 and H/8.
-            filled_photo: (B, 3, H/4, W/4) photo with the head filled from its surroundings; added to the RGB channels.
+        `filled_photo` (B, 3, H/4, W/4), in which the head is filled from its surroundings, is added to RGB.
         """
         background = self.background(leaky_relu(stem[1]))  # (B, C', H/4, W/4)
         if filled_photo is None:
@@ -47,15 +45,9 @@ class SourceView(nn.Module):
 
 
 def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
-    """Fill unknown pixels from their surroundings with coarser and coarser means (push-pull).
+    """Fill the pixels of images (B, C, H, W) that are not `known` (B, 1, h, w) -> (B, C, size, size) float32.
 
-    Args:
-        image: (B, C, H, W).
-        known: (B, 1, h, w) in [0, 1].
-        size: side of the result, ideally a power of two.
-
-    Returns:
-        (B, C, size, size) float32.
+    They get coarser and coarser means of their surroundings (push-pull).
     """
     # mask edges are not exact and hair is stray: pixels next to unknown ones count as unknown
     known = F.interpolate(known.float(), (size, size), mode="area")

@@ -23,14 +23,9 @@ DISPLACEMENT_DEPTH = 0.08  # depth behind the surface in which an expression's d
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
-    """Average the bilinear samples of three planes (eq. 7).
+    """Average the bilinear samples of three planes (B, 3, C, P, P) at points (B, N, 3) -> (B, N, C) (eq. 7).
 
-    Args:
-        planes: (B, 3, C, P, P), axes `PLANE_AXES`, covering [-0.5, 0.5] of the head frame.
-        points: (B, N, 3); outside the cube the planes are zero.
-
-    Returns:
-        (B, N, C).
+    The planes have the axes `PLANE_AXES` and cover [-0.5, 0.5] of the head frame; outside they are zero.
     """
     B, K, C, P, _ = planes.shape
     N = points.shape[1]
@@ -55,13 +50,7 @@ class FaceField(NamedTuple):
 
 
 def sample_face_field(points: Tensor, surface: Tensor, half_extent: float) -> FaceField:
-    """Evaluate a front surface at points of the volume.
-
-    Args:
-        points: (B, N, 3), head frame.
-        surface: (B, 6, s, s) from `BasisFlow.rasterize_surface`.
-        half_extent: the surface covers [-half_extent, half_extent] in x and y.
-    """
+    """Evaluate a surface (B, 6, s, s) from `BasisFlow.rasterize_surface` at points (B, N, 3) of the head frame."""
     grid = (points[..., :2] / half_extent)[:, None]  # (B, 1, N, 2)
     samples = F.grid_sample(surface, grid, align_corners=False)[:, :, 0]  # (B, 6, N)
     height, certainty, coverage = samples[:, :3].unbind(1)  # (B, N) each
@@ -87,15 +76,9 @@ class Decoder(nn.Module):
         self.has_head_prior = config.head_prior
 
     def forward(self, features: Tensor, points: Tensor, log_prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Decode features (B, N, C) at points (B, N, 3).
+        """Decode features (B, N, C) at points (B, N, 3) to colours (B, N, C'), about [-1, 1], and densities (B, N).
 
-        Args:
-            features: (B, N, C).
-            points: (B, N, 3), head frame.
-            log_prior: (B, N) known log density, used instead of the ellipsoid.
-
-        Returns:
-            Colour features (B, N, C') in about [-1, 1] and densities (B, N) >= 0, fp32.
+        `log_prior` (B, N) is a known log density, used instead of the ellipsoid.
         """
         x = self.activate(self.hidden(features))  # (B, N, hidden)
         return self.decode_colours(x), self.decode_densities(x, points, log_prior)

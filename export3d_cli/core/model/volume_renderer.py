@@ -52,7 +52,7 @@ def project(points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
 
 
 BatchRows = tuple[int, int, int]  # (first, end, total): the rows of a larger batch
-RayOutputs = tuple[Tensor, Tensor, Tensor]  # features (B, R, C), depth (B, R) and opacity (B, R)
+RayOutputs = tuple[Tensor, Tensor, Tensor]  # features (B, R, C), depth (B, R) and opacity (B, R) in [0, 1]
 
 
 def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
@@ -82,14 +82,9 @@ def sample_coarse_depths(
 def sample_importance_depths(
     depths: Tensor, weights: Tensor, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
 ) -> Tensor:
-    """Sample depths (B, R, samples) from the distribution of the ray weights by inverting its CDF.
+    """Sample depths (B, R, samples) from the distribution of `ray_weights` (B, R, S-1) by inverting its CDF.
 
-    Args:
-        depths: (B, R, S), ascending.
-        weights: (B, R, S-1) of the intervals between depths, from `ray_weights`.
-        samples: number of depths per ray.
-        jitter: draw randomly within equal parts of the CDF (training) instead of taking their mid-points.
-        batch_rows: see `uniform_noise`.
+    `jitter` draws randomly within equal parts of the CDF (training) instead of taking their mid-points.
     """
     density = weights + 1e-3
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
@@ -114,15 +109,9 @@ def ray_weights(densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs:
-    """Composite sorted samples along rays (eq. 9).
+    """Composite features (B, R, S, C), densities (B, R, S) >= 0 at ascending depths (B, R, S) along rays (eq. 9).
 
-    Args:
-        features: (B, R, S, C).
-        densities: (B, R, S), >= 0.
-        depths: (B, R, S), ascending.
-
-    Returns:
-        Features (B, R, C), expected depth (B, R) (transparency counts as the far end), opacity (B, R) in [0, 1].
+    In the expected depth, transparency counts as the far end.
     """
     weights, opacity = ray_weights(densities, depths)
     middle = 0.5 * (features[..., 1:, :] + features[..., :-1, :])
@@ -133,20 +122,12 @@ def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs
 
 
 def render_rays(
-    decode: Callable[[Tensor], tuple[Tensor, Tensor]],
-    coarse: Tensor,
-    fine_samples: int,
-    *,
-    jitter: bool = False,
-    batch_rows: BatchRows | None = None,
-) -> RayOutputs:
-    """Render rays with coarse and importance samples.
+    decode: Callable[[Tensor], tuple[Tensor, Tensor]], coarse: Tensor, fine_samples: int, *,
+    jitter: bool = False, batch_rows: BatchRows | None = None,
+) -> RayOutputs:  # fmt: skip
+    """Render rays with ascending depths `coarse` (B, R, S) and `fine_samples` importance samples each.
 
-    Args:
-        decode: maps depths (B, R, S) to features (B, R, S, C) and densities (B, R, S).
-        coarse: depths (B, R, S), ascending.
-        fine_samples: number of importance samples per ray; 0: none.
-        jitter, batch_rows: see `sample_importance_depths`.
+    `decode` maps depths (B, R, S) to features (B, R, S, C) and densities (B, R, S).
     """
     depths = coarse
     features, densities = decode(depths)

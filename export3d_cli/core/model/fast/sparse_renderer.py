@@ -92,26 +92,10 @@ class _RayGroup(NamedTuple):
 
 
 def render_rays(
-    decode_hidden: DecodeHidden,
-    decode_colours: DecodeColours,
-    origin: Tensor,
-    directions: Tensor,
-    coarse: Tensor,
+    decode_hidden: DecodeHidden, decode_colours: DecodeColours, origin: Tensor, directions: Tensor, coarse: Tensor,
     fine_samples: int,
-) -> RayOutputs:
-    """Render the rays of one head.
-
-    Args:
-        decode_hidden: maps points to activations and densities.
-        decode_colours: maps activations to colour features.
-        origin: (3,).
-        directions: (R, 3).
-        coarse: depths (R, S), ascending.
-        fine_samples: number of importance samples per ray.
-
-    Returns:
-        Features (R, C'), depth (R,) and opacity (R,), as from `volume_renderer.render_rays`.
-    """
+) -> RayOutputs:  # fmt: skip
+    """Render rays of one head, origin (3,), directions (R, 3), depths `coarse` (R, S), as `volume_renderer` does."""
     R, S = coarse.shape
     device = coarse.device
     hidden: list[Tensor] = []  # activations of all samples decoded so far

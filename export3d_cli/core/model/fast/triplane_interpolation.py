@@ -14,12 +14,9 @@ KEYFRAME_WINDOW = 4  # frames among which at least one is a key frame
 
 
 class TriplaneInterpolator:
-    """Tri-planes of consecutive frames of one source.
+    """Tri-planes of consecutive frames of one source, by `generate`: lambda (1, n) -> tri-plane (1, 3, C, P, P).
 
-    Args:
-        generate: lambda (1, n) -> tri-plane (1, 3, C, P, P).
-        max_deviation: largest distance of lambda from the straight line between two key frames for which their planes
-            are interpolated; in units of lambda (an expression has a norm of about 3).
+    They are interpolated where lambda is at most `max_deviation` from the straight line between two key frames.
     """
 
     def __init__(self, generate: Callable[[Tensor], Tensor], max_deviation: float) -> None:

@@ -43,12 +43,8 @@ def eyelid_height(points: Tensor, side: int) -> Tensor:
 def eyelid_hole(uv: Tensor, side: int, photo: Tensor, uv_photo: Tensor, visibility: Tensor) -> CroppedHole:
     """Return an upper lid and its lashes.
 
-    The condition holds: inside 1, visibility in the photo 1, the photo's stretched lid 3, coordinates on the lid 2.
-
-    Args:
-        uv: (B, 478, 2) landmarks in the result.
-        photo, uv_photo: the photo (B, 3, H, W) and its landmarks (B, 478, 2).
-        visibility: (B,) how far the photo shows the eye; at 0 the lid is inpainted from the surrounding face alone.
+    The condition holds: inside 1, visibility in the photo 1, the photo's stretched lid 3, coordinates on the lid 2. At
+    `visibility` (B,) 0 the lid is inpainted from the surrounding face alone.
     """
     crop, (fold, rim) = eye_crop(uv, side), eyelid_fold_and_rim(side)
     uv_lashes = uv.clone()

@@ -78,13 +78,9 @@ def eye_visibility(points: Tensor, depth: Tensor, side: int) -> Tensor:
 
 
 def iris_colour(image: Tensor, uv: Tensor, side: int, visible_height: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Measure the mean colour of the visible iris in images (B, 3, H, W) with landmarks (B, 478, 2).
+    """Measure the mean colour (B, 3) of the iris in images (B, 3, H, W), and its confidence (B,), 0 in a shut eye.
 
-    Args:
-        visible_height: (B,) fraction of the iris's height, around its centre, that is used; None: all of it.
-
-    Returns:
-        Color (B, 3), and confidence (B,) in 0..1: 0 where the eye is shut.
+    `visible_height` (B,) is the fraction of the iris's height, around its centre, that is used; None: all of it.
     """
     crop, iris = eye_crop(uv, side), EYE_RIMS[side][0]
     _, inside = rasterize_in_crop(crop, uv, strip_triangles(*eyelid_rims(side), uv.device))
@@ -102,14 +98,9 @@ def iris_colour(image: Tensor, uv: Tensor, side: int, visible_height: Tensor | N
 
 
 def eye_hole(points: Tensor, uv: Tensor, side: int, colour: Tensor, confidence: Tensor) -> CroppedHole:
-    """Return the whole inside of an eye.
+    """Return the whole inside of an eye with the iris colour (B, 3) of `iris_colour`.
 
     The condition holds: inside 1, confidence of the colour 1, colour 3, coordinates around the iris 2.
-
-    Args:
-        points: (B, 478, 3) landmarks of the result, head frame.
-        uv: (B, 478, 2) their positions in the result.
-        colour, confidence: (B, 3) and (B,), of the iris, see `iris_colour`.
     """
     crop, triangles = eye_crop(uv, side), strip_triangles(*eyelid_rims(side), uv.device)
     raster, inside = rasterize_in_crop(crop, uv, triangles)

@@ -166,12 +166,8 @@ class Inpainter(nn.Module):
     def inpaint(
         self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
     ) -> list[InpaintedPatch]:
-        """Inpaint what the photo does not show; return no patches if it shows all that the results need.
+        """Inpaint results `image` (B, 3, H, W) with landmarks (B, 478, 3), head frame, and cameras (B, 25).
 
-        Args:
-            image: (B, 3, H, W) results.
-            photo, photo_points, photo_camera: the photo (B, 3, H, W), its landmarks (B, 478, 3), head frame, and its
-                camera (B, 25).
-            points, camera: landmarks (B, 478, 3) and cameras (B, 25) of the results.
+        Returns no patches if the photo shows all that they need.
         """
         raise NotImplementedError

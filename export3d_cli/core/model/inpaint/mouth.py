@@ -65,11 +65,7 @@ def mouth_hole(points: Tensor, uv: Tensor, opening_ratio: Tensor) -> tuple[Align
     """Return the inside of a mouth, masked where the photo does not show it.
 
     The condition holds: inside 1, mouth coordinates 2, coordinates of upper and of lower teeth, 2 each.
-
-    Args:
-        points: (B, 478, 3) landmarks of the result, head frame.
-        uv: (B, 478, 2) their positions in the result.
-        opening_ratio: (B, 478, 1) how much wider open the lips are than in the photo, see `lip_edges`.
+    `opening_ratio` (B, 478, 1): how much wider open the lips are than in the photo, see `lip_edges`.
     """
     crop, triangles = mouth_crop(uv), strip_triangles(UPPER_INNER_LIP, LOWER_INNER_LIP, uv.device)
     raster, inside = rasterize_in_crop(crop, uv, triangles)

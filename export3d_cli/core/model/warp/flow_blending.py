@@ -98,16 +98,10 @@ class FlowBlend(nn.Module):
         self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, neck: Tensor, opacity: Tensor, head_mask: Tensor,
         body_mask: Tensor, rotation: Tensor, lam_delta: Tensor,
     ) -> LayeredFlow:  # fmt: skip
-        """Blend the candidate flows.
+        """Blend the flows `mesh` at (m, m), `rigid` and `neck` (B, 2, s, s) for a photo (B, 3, H, W).
 
-        Args:
-            photo: (B, 3, H, W) source photo.
-            mesh: flow of the face mesh at (m, m).
-            rigid, neck: (B, 2, s, s) from `rigid_flow` and `neck_flow`.
-            opacity: (B, 1, s, s) of the rendered head.
-            head_mask, body_mask: (B, 1, m, m) where the photo shows the head and the rest of the person.
-            rotation: (B, 3) from `relative_rotation`.
-            lam_delta: (B, n) lambda(D) - lambda(S).
+        `opacity` (B, 1, s, s) is the rendered head's; `head_mask` and `body_mask` (B, 1, m, m) tell where the photo
+        shows the head and the rest of the person; `lam_delta` (B, n) is lambda(D) - lambda(S).
         """
         mesh_full, s, m = mesh, rigid.shape[-1], mesh.uv.shape[-1]
         mesh = MeshFlow(*(resize(x, s) for x in mesh_full))

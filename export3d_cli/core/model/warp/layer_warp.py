@@ -70,13 +70,8 @@ def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, photo: Tensor, siz
     """Resize the result to `size` and give it the detail of another copy of the photo, which no network sees.
 
     What the network sampled is replaced by what the copy shows there, with the same weights: along outlines both
-    differ by detail only, and draw no lines. Bicubic sampling keeps the sharpness of pixels that move.
-
-    Args:
-        image: (B, 3, H, W), the result.
-        layer_warp: where the result samples the photo.
-        photo: (1, 3, M, M), its central `size` pixels are the network's photo, whose border the network replicates.
-        size: side of the returned image.
+    differ by detail only, and draw no lines. Bicubic sampling keeps the sharpness of pixels that move. The central
+    `size` pixels of `photo` (1, 3, M, M) are the network's photo.
     """
     margin, side = (photo.shape[-1] - size) // 2, image.shape[-1]
     centre = photo[..., margin : margin + size, margin : margin + size]

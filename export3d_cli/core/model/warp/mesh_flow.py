@@ -190,12 +190,8 @@ class BasisFlow(nn.Module):
     ) -> Tensor:
         """Return where a photo shows the head, (B, 1, m, m) in 0..1: all that moves with it, down to the upper neck.
 
-        Args:
-            points: (B, 478, 3) landmarks of the photo.
-            camera: (B, 25).
-            person: (B, 1, ., .) mask of the person with hair and body. Without it, or if it misses the face, the mask
-                of the head fades out softly all around.
-            visibility: result of `source_visibility` for the same points and camera, if known.
+        Without the mask `person` (B, 1, ., .) of hair and body, or if it misses the face, the mask of the head fades
+        out softly all around. `visibility`: `source_visibility` of the same points and camera, if known.
         """
         visibility = self.source_visibility(points, camera) if visibility is None else visibility
         face, weight = face_and_head_weights(visibility[:, :1])
@@ -293,13 +289,8 @@ class BasisFlow(nn.Module):
     def rasterize_surface(self, points: Tensor, displacement: Tensor) -> Tensor:
         """Rasterise the front of a head as a height field over x and y of the head frame.
 
-        Args:
-            points: (B, 478, 3) landmarks.
-            displacement: (B, 478, 3) by which the expression has moved them; the rings stay.
-
-        Returns:
-            (B, 6, s, s) over [-SURFACE_HALF_EXTENT, SURFACE_HALF_EXTENT]: z times coverage, confidence (1 in the face,
-            falling to 0 at the second ring), coverage (0 or 1), and the displacement.
+        (B, 6, s, s) over [-SURFACE_HALF_EXTENT, SURFACE_HALF_EXTENT]: z times coverage, confidence (1 in the face,
+        falling to 0 at the second ring), coverage (0 or 1), and the `displacement` (B, 478, 3) by the expression.
         """
         triangles = self.all_triangles()[:, :3]
         points = add_head_rings(points.float())

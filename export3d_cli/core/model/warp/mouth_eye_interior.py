@@ -52,12 +52,7 @@ def anchored_coords(points: Tensor) -> Tensor:
 def lip_edges(uv: Tensor, points: Tensor, deformed_points: Tensor) -> Tensor:
     """Return the inputs of `sample_behind_lips` at each landmark: the photo's lip edges and the opening ratio.
 
-    Args:
-        uv: (B, 478 or more, 2) landmarks in the photo.
-        points, deformed_points: (B, 478, 3) landmarks of the photo and of the result.
-
-    Returns:
-        (B, 478, 5): uv of the upper edge, uv of the lower edge, ratio of openings; 0 except at the inner lips.
+    (B, 478, 5): uv of the upper edge, uv of the lower edge, ratio of openings; 0 except at the inner lips.
     """
     upper, lower = index_tensor(UPPER_INNER_LIP, uv), index_tensor(LOWER_INNER_LIP, uv)
     before, after = ((p[:, upper] - p[:, lower]).norm(dim=-1) for p in (points, deformed_points))  # (B, 11)
@@ -71,14 +66,10 @@ def lip_edges(uv: Tensor, points: Tensor, deformed_points: Tensor) -> Tensor:
 
 
 def sample_behind_lips(height: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the photo shows the interior of an opening mouth: teeth stay behind the upper lip, unstretched.
+    """Return uv (B, P, 2) where the photo has the interior of an opening mouth, and how well it shows it, (B, P, 1).
 
-    Args:
-        height: (B, P, 1) from the lower (-1) to the upper lip (1).
-        edges: (B, P, 5) from `lip_edges`, interpolated.
-
-    Returns:
-        uv in the photo, (B, P, 2), and how well the photo shows it, (B, P, 1) in 0..1.
+    Teeth stay behind the upper lip, unstretched. `height` (B, P, 1) goes from the lower (-1) to the upper lip (1),
+    `edges` (B, P, 5) are interpolated from `lip_edges`.
     """
     upper, lower, ratio = edges.split([2, 2, 1], dim=-1)
     depth = (1 - height) / 2 * ratio  # below the upper lip, in openings of the photo

@@ -47,14 +47,9 @@ def extend_flow(
 ) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
-    Args:
-        points: (B, V, 3) landmarks and rings of the head with the target expression.
-        source_landmarks, source_camera: (B, 478, 3) and (B, 25) of the photo.
-        camera: (B, 25) of the result.
-        head_uv: (B, 2, H, W) positions of the network's head layer in the crop, see `LayerWarp`; None: without a flow
-            the head moves as its rings do.
-        head_weight: (B, 1, m, m) weight of the network's head.
-        torso: fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
+    `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
+    (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
+    as its rings do. `torso` is the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
     """
     grid = window_grid(FLOW_SIZE, camera)  # (1, 2, n, n)
     result, _ = project(points, camera)  # (B, V, 2)

@@ -43,15 +43,8 @@ class RasterWindows:
 def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: RasterWindows | None = None) -> Raster:
     """Find the nearest front-facing triangle at each pixel centre, batched, without a loop over triangles.
 
-    Triangles of similar size are tested together, each on a window as wide as the largest one needs; a scatter keeps
-    the nearest.
-
-    Args:
-        uv: (B, V, 2) vertex positions, fractions of the image size.
-        depth: (B, V).
-        triangles: (T, 3) int64.
-        size: pixels a side.
-        windows: window widths; None computes them.
+    Triangles (T, 3) of vertices at `uv` (B, V, 2), in image sizes, and `depth` (B, V) of similar size are tested
+    together, each on a window as wide as the largest one needs; a scatter keeps the nearest.
     """
     B, T = uv.shape[0], triangles.shape[0]
     pixel = uv.float() * size - 0.5  # integers are pixel centres
