@@ -39,11 +39,7 @@ _STANDARD_RATES = (
 def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
     """Read a Live Link Face CSV as Motion without landmarks, (T, 0, 3); also returns notes for the user.
 
-    Raises `InputError` for any other file.
-
-    Args:
-        path: the CSV.
-        camera: (25,); gives the distance and the position of the head, and its pose too if the CSV has no head angles.
+    `camera` (25,) gives the head's place, and its pose if the CSV has no angles. Raises `InputError` for other files.
     """
     values, timecodes = _read_columns(path)
     count, notes = len(timecodes), list[str]()

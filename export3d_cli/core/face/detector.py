@@ -35,15 +35,9 @@ class FaceDetector:
         self._lock = threading.Lock()
 
     def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[3], rotation: int = 0) -> list[Detection]:
-        """Return all faces, the largest first.
+        """Return all faces, the largest first; raises `WeightsError` if the network does not load.
 
-        Args:
-            image: shrunk for the search if a side is above `max_side`.
-            max_side: pixels.
-            rotation: clockwise degrees, a multiple of 90, by which the image is rotated for the search.
-
-        Raises:
-            WeightsError: the network cannot be loaded.
+        For the search the image is rotated clockwise by a multiple of 90 degrees and shrunk to `max_side` pixels.
         """
         image = np.rot90(image, -rotation // 90)
         h, w = image.shape[:2]

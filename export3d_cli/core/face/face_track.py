@@ -57,15 +57,9 @@ class FaceTracker(ABC):
     def make_motion(
         self, faces: Sequence[Face | None], fps: Fraction, size: tuple[int, int], *, clip: ClipCalibration | None = None
     ) -> Motion:
-        """Return the motion of a clip in one fixed crop.
+        """Return the motion of a clip of `size` (width, height); raises `NoFaceError` if no frame has a face.
 
-        Raises `NoFaceError` if no frame has a face.
-
-        Args:
-            faces: of each frame, in pixels; None where the frame shows none: it repeats the face before it.
-            fps: frames a second.
-            size: width, height of the frames.
-            clip: from `calibrate_clip`; None: calibrate on these faces.
+        A frame without a face repeats the face before it. `clip` None: calibrate on these faces.
         """
         found = np.array([face is not None for face in faces], dtype=bool)
         present = [face for face in faces if face is not None]

@@ -47,10 +47,7 @@ class FanLandmarker:
     def __init__(self, detector: FaceDetector, mean_face: np.ndarray, *, device: str = "cpu") -> None:
         """Load the network; raises `WeightsError` if the package is missing or its weights cannot be fetched.
 
-        Args:
-            detector: detects faces.
-            mean_face: (68, 3); points unlike any view of it are rejected.
-            device: a torch device: cpu, cuda or mps.
+        Points unlike any view of `mean_face` (68, 3) are rejected.
         """
         self.detector, self.mean_face = detector, mean_face
         self._network = _load_network(device)

@@ -23,14 +23,8 @@ def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
 
     A weighted similarity fit in three dimensions (Umeyama 1991). The scale is removed by moving the camera, repeated
     because perspective depends on the distance. Against exact labels of synthetic heads it reads pitch better than
-    PnP of the image positions alone (slope 0.95 against 0.71).
-
-    Args:
-        landmarks: (F, 478, 3), crop units.
-        canonical: (478, 3), head frame.
-
-    Returns:
-        Cameras (F, 25) float32.
+    PnP of the image positions alone (slope 0.95 against 0.71). Landmarks (F, 478, 3) in crop units, canonical face
+    (478, 3) in the head frame -> cameras (F, 25) float32.
     """
     weights = np.array(list(RIGID_WEIGHTS.values()))
     weights /= weights.sum()

@@ -63,13 +63,7 @@ class FaceFit:
 
 
 def fit_frames(points: np.ndarray, basis: FaceBasis, neutral: np.ndarray) -> FaceFit:
-    """Fit pose and coefficients of each frame on its own.
-
-    Args:
-        points: (F, 68, 2), crop units.
-        basis: the face model.
-        neutral: the person's neutral face, (68, 3).
-    """
+    """Fit pose and coefficients of each frame (F, 68, 2), crop units, on its own to a person's neutral face (68, 3)."""
     coefficients = np.zeros((len(points), len(ARKIT_NAMES)))
     shape = basis.deform(neutral, coefficients)
     fit = FaceFit(*_initial_pose(points, shape), coefficients, shape)
@@ -122,10 +116,9 @@ def _initial_pose(points: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _linearise(points: np.ndarray, fit: FaceFit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Linearise the projection around a fit; each row is divided by its standard deviation.
+    """Return the residual (F, 136), its derivatives by the pose (F, 136, 6) and by each head point (F, 68, 2, 3).
 
-    Returns:
-        Residual (F, 136), its derivatives by the pose (F, 136, 6) and by each head point (F, 68, 2, 3).
+    Each row is divided by its standard deviation.
     """
     rotated = np.einsum("fij,fnj->fni", fit.rotation, fit.shape)
     x, y, z = np.moveaxis(rotated + fit.centre[:, None], -1, 0)

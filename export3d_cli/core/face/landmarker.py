@@ -67,13 +67,7 @@ class Landmarker:
     """
 
     def __init__(self, bundle: Path, detector: FaceDetector, *, threads: int = 1) -> None:
-        """Load the networks of a `face_landmarker.task` bundle; raises `WeightsError` if they do not load.
-
-        Args:
-            bundle: the file.
-            detector: detects faces.
-            threads: for each network.
-        """
+        """Load the networks of a `face_landmarker.task` bundle; raises `WeightsError` if they do not load."""
         mesh, blendshapes = read_bundle(bundle, "face_landmarks_detector.tflite", "face_blendshapes.tflite")
         self._landmark_network = LiteRTNetwork(mesh, bundle, threads)
         self._blendshape_network = LiteRTNetwork(blendshapes, bundle, threads)

@@ -32,18 +32,14 @@ _COLOUR_WINDOW_PX = 25  # window of the colour estimates, network pixels
 class PersonMatting:
     """Computes the alpha of the person in pictures, uint8 (H, W, 3) RGB. Keeps no state: threads may share it."""
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
+    def __init__(self, path: Path) -> None:
         """Load `selfie_segmentation.tflite`; raises `WeightsError` if it does not load."""
-        self._network = LiteRTNetwork(path.read_bytes(), path, threads)
+        self._network = LiteRTNetwork(path.read_bytes(), path, threads=1)
 
     def alpha(self, image: np.ndarray, faces: Sequence[FacePosition] = (), *, hair_strands: bool = False) -> np.ndarray:
-        """Return the person's alpha of a single picture, float32 (H, W) in [0, 1].
+        """Return the person's alpha of a picture, float32 (H, W) in [0, 1]; pixels of all `faces` but the first get 0.
 
-        Args:
-            image: the picture.
-            faces: the person's face, then those of other persons, whose pixels get 0.
-            hair_strands: add loose strands of hair. For a person who moves with the surroundings; before another
-                background the strands would show as a rim.
+        `hair_strands` adds loose hair, for a person who moves with the surroundings: elsewhere it would show as a rim.
         """
         height, width = image.shape[:2]
         network_input = _network_input(image)

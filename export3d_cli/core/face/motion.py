@@ -63,10 +63,7 @@ class Motion:
 
     @classmethod
     def load(cls, path: Path, *, landmark_counts: tuple[int, ...] = (NUM_LANDMARKS,)) -> Motion:
-        """Read a `.motion.npz` file; raises `InputError` for any other file.
-
-        `landmark_counts` are the accepted numbers of landmarks per face.
-        """
+        """Read a `.motion.npz` file with an accepted number of landmarks; raises `InputError` for any other file."""
         path = Path(path)
         try:
             check_file(path, MAX_BYTES)
@@ -117,12 +114,7 @@ class Motion:
 def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
     """Return the row shown in each frame at rate `fps` of a motion of `count` rows at rate `source_fps`.
 
-    Args:
-        count: rows of the motion.
-        source_fps: its frames a second.
-        fps: frames a second of the result.
-        start: seconds to skip.
-        duration: seconds to use; None: to the end.
+    `start` seconds are skipped, `duration` seconds used (None: to the end).
     """
     first = round(start * source_fps)
     last = count if duration is None else min(count, first + round(duration * source_fps))

@@ -80,13 +80,8 @@ def smooth_motion(motion: Motion, level: SmoothingLevel, *, causal: bool = False
 def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: bool = False) -> Iterator[Motion]:
     """Smooth beta and camera of one shot that is given in parts; the rows come back in order, in parts of any length.
 
-    Rows without a face repeat the last output, and the filter restarts after them.
-
-    Args:
-        motions: consecutive parts with one rate; with `causal` each may have its own.
-        level: how much is smoothed.
-        causal: use no later frame, for a live source. Otherwise a row is returned when the rows that its kernel
-            reaches are known.
+    Rows without a face repeat the last output, and the filter restarts after them. With `causal`, for a live source, no
+    later frame is used, and each part may have a rate of its own.
     """
     if level == "off":
         yield from motions
@@ -190,13 +185,7 @@ class OneEuroFilter:
         self._speed: np.ndarray | float = 0.0
 
     def step(self, change: np.ndarray, raw_change: np.ndarray, rate: float) -> np.ndarray:
-        """Return the step from the last output.
-
-        Args:
-            change: new input minus last output.
-            raw_change: new input minus last input.
-            rate: 1 / seconds since the last input.
-        """
+        """Return the step from the last output, given the new input minus it, and minus the last input."""
         self._speed = self._speed + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (raw_change * rate - self._speed)
         speed = np.linalg.norm(self._speed) if self.joint else np.abs(self._speed)
         return change * _smoothing_factor(self.cutoff.min_cutoff + self.cutoff.speed_gain * speed, rate)

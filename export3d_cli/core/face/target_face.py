@@ -39,8 +39,7 @@ def choose_face(faces: list[Face], choice: str, name: str) -> Face:
 def find_photo_face(finder: FaceFinder, image: np.ndarray, *, name: str = "the photo", face: str = "largest") -> Face:
     """Return the chosen face (see `choose_face`) of a photo, uint8 (H, W, 3) RGB, tracked like a video of one frame.
 
-    Raises:
-        NoFaceError: the photo shows none, or it is not upright.
+    Raises `NoFaceError` if the photo shows none, or it is not upright.
     """
     degrees = finder.rotation_to_upright(image)
     if degrees:
@@ -63,13 +62,7 @@ class TargetFaceTracker:
     The face is chosen in the first frame that shows any, and again after a cut. Within a shot, faces elsewhere in the
     picture are not taken for it. If a shot after a cut shows too few faces for index:N, its frames have no face, and
     `notes` says so: another person is never taken instead. `is_new_shot` says whether the last frame follows a cut, or
-    shows another face than the frames before because that one was lost for long.
-
-    Args:
-        finder: finds the faces.
-        fps: frames a second.
-        choice: largest, left, right or index:N, as in `choose_face`.
-        name: of the video, for errors.
+    shows another face than the frames before because that one was lost for long. For `choice` see `choose_face`.
     """
 
     def __init__(self, finder: FaceFinder, fps: Fraction, *, choice: str = "largest", name: str = "the video") -> None:

@@ -407,8 +407,7 @@ class Export3D(nn.Module):
     def _sample_features(self, source: Source, posed: PosedHead, points: Tensor, face: FaceField | None) -> Tensor:
         """Sample the decoder's input features (B, N, C) at points (B, N, 3).
 
-        The tri-plane is made for the expression. The photo's features are looked up where the points were in the photo,
-        before the expression moved them.
+        The photo's features are looked up where the points were before the expression moved them.
         """
         features = sample_planes(posed.planes, points)
         if source.view_plane is not None:

@@ -18,11 +18,8 @@ def fit_lambda_axes(lam_deviations: Tensor, basis: Tensor, antisymmetric_dims: i
     strength, so that a unit step is visible on every axis. The positive direction is the rarer and farther one: for
     eyes, which rest open, closing.
 
-    Args:
-        lam_deviations: (N, n) lambda minus its mean over the frames of the same person.
-        basis: (n, K) displacements of each coefficient, weighted.
-        antisymmetric_dims: number of coefficients, the last ones, that change sign when a face is mirrored.
-        max_std: standard deviation of the strongest coefficient of either kind.
+    `lam_deviations` (N, n) is lambda minus its mean over the frames of the same person, `basis` (n, K) the weighted
+    displacements of each coefficient, `max_std` the standard deviation of the strongest coefficient of either kind.
     """
     n = lam_deviations.shape[1]
     mixture = torch.zeros(n, n, dtype=torch.float64)
@@ -42,11 +39,11 @@ def fit_lambda_axes(lam_deviations: Tensor, basis: Tensor, antisymmetric_dims: i
     return mixture.float()
 
 
-def varimax(loadings: Tensor, *, iterations: int = 200) -> Tensor:
+def varimax(loadings: Tensor) -> Tensor:
     """Return Kaiser's rotation (k, k), which maximises the variance of the squared columns of loadings (K, k)."""
     k = loadings.shape[1]
     rotation, last_sum = torch.eye(k, dtype=loadings.dtype), 0.0
-    for _ in range(iterations):
+    for _ in range(200):
         rotated = loadings @ rotation
         u, s, vt = torch.linalg.svd(loadings.T @ (rotated**3 - rotated * rotated.square().mean(0)))
         rotation, singular_sum = u @ vt, float(s.sum())

@@ -27,14 +27,7 @@ class StepGraph:
         self, compute: Callable[[Batch, Any], tuple[Tensor, ...]], parameters: Sequence[Tensor],
         buffers: Sequence[Tensor], windows: RasterWindows | None,
     ) -> None:  # fmt: skip
-        """Prepare a graph; all shapes must stay fixed and all tensors on one CUDA device.
-
-        Args:
-            compute: maps a batch and `graph_key` to tensors.
-            parameters: receive gradients.
-            buffers: tensors that `compute` changes; warm-up and capture restore them.
-            windows: of the rasteriser, fixed while there is a graph.
-        """
+        """All shapes must stay fixed; warm-up and capture restore the `buffers`, which `compute` changes."""
         self.compute, self.parameters, self.buffers, self.windows = compute, parameters, buffers, windows
         self.graph_key: Any = None
         self.eager_steps_done = 0

@@ -27,10 +27,10 @@ def downsample(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image, size=(size, size), mode="area") if image.shape[-1] != size else image
 
 
-def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
+def face_mask(landmarks: Tensor, size: int) -> Tensor:
     """Return a soft mask of eyes and mouth: landmarks (B, 478, 2) in crop units -> (B, 1, size, size) in 0..1.
 
-    Each region is the ellipse of its landmarks' covariance, scaled by `grow`, so that it rotates with the head.
+    Each region is the ellipse of its landmarks' covariance, scaled by 1.5, so that it rotates with the head.
     """
     pixels = pixel_grid(size, landmarks.device).view(size, size, 2)
     mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
@@ -46,17 +46,13 @@ def face_mask(landmarks: Tensor, size: int, *, grow: float = 1.5) -> Tensor:
         inverse = torch.stack([d, -b, -b, a], dim=-1).view(-1, 2, 2) / (a * d - b * b)[:, None, None]
         offset = pixels[None] - centre[:, None, None]  # (B, H, W, 2)
         # points on an ellipse lie at a squared Mahalanobis distance of 2 from its centre
-        distance = ((offset @ inverse[:, None]) * offset).sum(-1) / (2 * grow**2)
+        distance = ((offset @ inverse[:, None]) * offset).sum(-1) / (2 * 1.5**2)
         mask = torch.maximum(mask, torch.sigmoid(6 * (1 - distance)))
     return mask[:, None]
 
 
 def crop_eyes_and_mouth(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
-    """Return square crops of eyes and mouth, 1.4 times as wide as each, (3 B, C, side, side).
-
-    Args:
-        image: (B, C, H, W). landmarks: (B, 478, 2) crop units.
-    """
+    """Crop eyes and mouth, 1.4 times as wide, by landmarks (B, 478, 2): (B, C, H, W) -> (3 B, C, side, side)."""
     offsets = pixel_grid(side, image.device).T.view(2, side, side) - 0.5
     crops = []
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):
@@ -70,10 +66,8 @@ def crop_eyes_and_mouth(image: Tensor, landmarks: Tensor, side: int) -> Tensor:
 def flow_loss(sampled: Tensor, target: Tensor, source_visibility: Tensor) -> Tensor:
     """Return the photometric loss of the flow: the warped source against the target, where the source shows it.
 
-    Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off gets a gradient, too.
-
-    Args:
-        sampled: (B, 3, h, w). target: (B, 3, H, W). source_visibility: (B, 1, m, m) in 0..1; no gradient reaches it.
+    Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off gets a gradient, too. No
+    gradient reaches `source_visibility` (B, 1, m, m).
     """
     size = sampled.shape[-1]
     difference = (sampled.float() - downsample(target.float(), size)) * resize(source_visibility.detach().float(), size)

@@ -61,13 +61,9 @@ def ray_loss(
 
 
 def reconstruction_loss(
-    output: Any,
-    batch: Batch,
-    config: TrainConfig,
-    perceptual: PerceptualDistance | None,
-    landmarks: LandmarkLoss | None = None,
-    head_mask: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    output: Any, batch: Batch, config: TrainConfig, perceptual: PerceptualDistance | None,
+    landmarks: LandmarkLoss | None = None, head_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, plus terms beyond the paper, and its weighted terms.
 
     `head_mask` (B, 1, ., .) in 0..1 is where the target shows the head: the desired opacity.
@@ -96,7 +92,7 @@ def reconstruction_loss(
         terms["mask"] = w.mask * losses.mask_loss(output.image, batch.target, mask)
     if landmarks is not None and w.landmarks > 0:
         terms["landmarks"] = w.landmarks * landmarks(output.image, batch.target, batch.target_landmarks)
-    if w.residual_flow > 0 and getattr(output, "residual_flow", None) is not None:
+    if w.residual_flow > 0 and output.residual_flow is not None:
         terms["residual_flow"] = w.residual_flow * output.residual_flow.float().square().mean()
     if w.flow > 0 and output.warped_photo is not None:
         terms["flow"] = w.flow * losses.flow_loss(output.warped_photo, batch.target, output.source_visibility)
