@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -10,9 +11,13 @@ from export3d_cli.core.model.face_cover import FaceCover
 from export3d_cli.core.model.photo_colours import PhotoColours
 
 
-def expand_batch(value: Tensor, batch: int) -> Tensor:
-    """Expand (1, ...) to (batch, ...) without copying memory."""
-    return value.expand(batch, *value.shape[1:])
+def expand_batch(value: Any, batch: int) -> Any:
+    """Expand tensors (1, ...), also in named tuples, to (batch, ...) without copying memory; repeat lists."""
+    if isinstance(value, Tensor):
+        return value.expand(batch, *value.shape[1:])
+    if isinstance(value, tuple):
+        return type(value)(*(expand_batch(item, batch) for item in value))
+    return value * batch if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,5 @@ class Source:
 
     def expand(self, batch: int) -> Source:
         """Expand a single source to a batch of drivers, without copying memory."""
-        tensors = {k: expand_batch(v, batch) for k, v in vars(self).items() if isinstance(v, Tensor) and k != "basis"}
-        stem = [expand_batch(x, batch) for x in self.stem]
-        view_tables = self.view_tables and self.view_tables * batch
-        parts = {
-            "colours": self.colours and self.colours.expand(batch),
-            "cover": self.cover and self.cover.expand(batch),
-        }
-        return replace(self, **tensors, **parts, stem=stem, view_tables=view_tables)  # type: ignore[arg-type]
+        parts = {k: expand_batch(value, batch) for k, value in vars(self).items() if k not in ("stem", "basis")}
+        return replace(self, **parts, stem=[expand_batch(x, batch) for x in self.stem])

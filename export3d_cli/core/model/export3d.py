@@ -57,12 +57,7 @@ class PosedHead:
 
     def expand(self, batch: int) -> PosedHead:
         """Expand a single head to a batch of cameras, without copying memory."""
-        return PosedHead(
-            planes=expand_batch(self.planes, batch),
-            surface=None if self.surface is None else expand_batch(self.surface, batch),
-            mesh=None if self.mesh is None else DeformedMesh(*(expand_batch(x, batch) for x in self.mesh)),
-            plane_tables=self.plane_tables and self.plane_tables * batch,
-        )
+        return PosedHead(*(expand_batch(part, batch) for part in vars(self).values()))
 
 
 class Output(NamedTuple):

@@ -26,10 +26,6 @@ class FaceCover(NamedTuple):
     mask: Tensor  # (B, 1, m, m) 1 on the covers in the photo
     skin: Tensor  # (B, 3, 1, 1) mean colour of the rest of the face
 
-    def expand(self, batch: int) -> FaceCover:
-        """Expand that of a single photo to a batch, without copying memory."""
-        return FaceCover(*(x.expand(batch, *x.shape[1:]) for x in self))
-
 
 def cover_motion(points: Tensor, covered: Tensor) -> Tensor:
     """Return `FaceCover.motion` for landmarks (B, 478, 3), head frame.

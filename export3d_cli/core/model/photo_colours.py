@@ -128,8 +128,3 @@ class PhotoColours(NamedTuple):
     def limit(self, image: Tensor, head_weight: Tensor) -> Tensor:
         """Limit the chroma of synthesised images (B, 3, s, s) in white light; `head_weight` (B, 1, s, s) in [0, 1]."""
         return torch.lerp(self.scene.limit(image), self.head.limit(image), head_weight)
-
-    def expand(self, batch: int) -> PhotoColours:
-        """Expand those of a single photo to a batch, without copying memory."""
-        head, scene = (ColourRange(*(x.expand(batch, *x.shape[1:]) for x in part)) for part in self[1:])
-        return PhotoColours(self.light.expand(batch, -1, -1, -1), head, scene)
