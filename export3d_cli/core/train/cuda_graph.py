@@ -7,7 +7,6 @@ as a graph they are launched together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -51,8 +50,8 @@ class StepGraph:
         if self.graph is None:
             self._record(batch, graph_key)
         assert self.static_batch is not None and self.graph is not None
-        for field in fields(Batch):
-            getattr(self.static_batch, field.name).copy_(getattr(batch, field.name))
+        for static, new in zip(self.static_batch, batch, strict=True):
+            static.copy_(new)
         seed()
         self.graph.replay()
         return self.static_result
@@ -68,7 +67,7 @@ class StepGraph:
             parameter.grad = None
 
     def _record(self, batch: Batch, graph_key: Any) -> None:
-        self.static_batch = Batch(**{f.name: getattr(batch, f.name).clone() for f in fields(Batch)})
+        self.static_batch = Batch(*(x.clone() for x in batch))
         if self.windows is not None:
             self.windows.fixed = True
         saved = [buffer.clone() for buffer in self.buffers]

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import abc, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -27,8 +26,7 @@ HARD_PAIR_CANDIDATES = 8  # candidate drivers; the most different one is chosen
 WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = 4, 16  # clips, and frames of each, searched for a pair of different views
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Pairs of frames, each pair from one clip; all float32, images in [-1, 1]."""
 
     source: Tensor  # (B, 3, H, W)
@@ -45,14 +43,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
     def split(self, rows: int) -> list[Batch]:
         """Split the batch into parts of `rows` pairs."""
-        if rows == len(self.source):
-            return [self]
-        parts = zip(*(getattr(self, f.name).split(rows) for f in fields(self)), strict=True)
-        return [Batch(*tensors) for tensors in parts]
+        return [Batch(*parts) for parts in zip(*(x.split(rows) for x in self), strict=True)]
 
 
 class PairSampler:
@@ -73,7 +68,7 @@ class PairSampler:
         rng = np.random.default_rng([seed, step, 1])
         rows = range(size) if rows is None else rows
         pairs = [self._draw_pair(rng, is_needed=row in rows) for row in range(rows.stop)]
-        return _collate([pair for pair in pairs if pair])
+        return Batch(*(_to_tensor(np.stack(rows)) for rows in zip(*filter(None, pairs), strict=True)))
 
     def draw_clip_group(
         self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8, group_index: int = 0
@@ -165,8 +160,8 @@ class PairSampler:
         beta = (data.beta[others] - data.beta[row]) / self.beta_scale
         return angle / 10 + np.sqrt((beta**2).mean(1))
 
-    def _draw_pair(self, rng: Generator, *, is_needed: bool = True) -> dict[str, np.ndarray]:
-        """Draw one pair; if it is not needed, only advance `rng`, so that later pairs do not change."""
+    def _draw_pair(self, rng: Generator, *, is_needed: bool = True) -> tuple[np.ndarray, ...]:
+        """Draw a row of a `Batch`; if it is not needed, only advance `rng`, so that later pairs do not change."""
         if self.config.wide_view_ratio > 0 and rng.random() < self.config.wide_view_ratio:
             data, source, target = self._draw_wide_view_pair(rng)
         else:
@@ -184,7 +179,7 @@ class PairSampler:
         flip = self.config.flip and rng.random() < 0.5
         lut = make_color_lut(rng, self.config.jitter)
         if not is_needed:
-            return {}
+            return ()
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
         frames, person_mask = np.stack([data.frames[source], data.frames[target]]), data.person_mask[rows][:, None]
@@ -192,12 +187,8 @@ class PairSampler:
             frames, person_mask = frames[:, :, ::-1], person_mask[..., ::-1]
         images, points = apply_color_lut(frames, lut), landmarks_to_head_frame(marks, cameras)
         person_mask = person_mask / np.float32(255)
-        return {
-            "source": images[0], "source_beta": betas[0], "source_camera": cameras[0],
-            "source_points": points[0], "source_person_mask": person_mask[0],
-            "target": images[1], "target_beta": betas[1], "target_camera": cameras[1],
-            "target_landmarks": marks[1, :, :2], "target_points": points[1], "target_person_mask": person_mask[1],
-        }  # fmt: skip
+        source_row = (images[0], betas[0], cameras[0], points[0], person_mask[0])
+        return *source_row, images[1], betas[1], cameras[1], marks[1, :, :2], points[1], person_mask[1]
 
     def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:
         """Return the two most different views of one clip among a few frames of a few clips: wide views are rare."""
@@ -298,7 +289,3 @@ def apply_color_lut(frames: np.ndarray, lut: np.ndarray) -> np.ndarray:
 
 def _to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-
-
-def _collate(pairs: list[dict[str, np.ndarray]]) -> Batch:
-    return Batch(**{f.name: _to_tensor(np.stack([p[f.name] for p in pairs])) for f in fields(Batch)})
