@@ -48,7 +48,6 @@ class Clip:
 class FaceDataset:
     """One dataset in memory, with memory-mapped images."""
 
-    name: str
     frames: np.ndarray  # (F, size, size, 3) uint8
     beta: np.ndarray  # (F, 64)
     camera: np.ndarray  # (F, 25)
@@ -86,7 +85,6 @@ def load_dataset(
         index = json.loads((cache_folder / "index.json").read_text(encoding="utf-8"))
         arrays = {name: _load_array(cache_folder, name, index["count"], row) for name, row in _shapes(size).items()}
         dataset = FaceDataset(
-            name=folder.name,
             person_mask=arrays.pop("person"),
             frame_index=arrays.pop("number"),
             clips=tuple(Clip(**clip) for clip in index["clips"]),
