@@ -25,6 +25,8 @@ FIRST_PASS_RATIO = 9 / 16  # of the coarse samples are decoded before opaque ray
 
 DecodeHidden = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (M, 3) -> activations (M, h), densities (M,)
 DecodeColours = Callable[[Tensor], Tensor]  # activations (M, h) -> features (M, C')
+# Some rays (R',), their depths and densities (R', S'), and the samples' rows (R', S') in the table of activations
+RayGroup = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class BilinearTaps(NamedTuple):
@@ -82,15 +84,6 @@ def sample_view_table(table: Tensor, size: int, points: Tensor, camera: Tensor) 
     return gather_bilinear(table, x, y, size)
 
 
-class _RayGroup(NamedTuple):
-    """Samples of some of the rays."""
-
-    rays: Tensor  # (R',) indices
-    depths: Tensor  # (R', S') ascending
-    densities: Tensor  # (R', S')
-    rows: Tensor  # (R', S') each sample's row in the table of activations
-
-
 def render_rays(
     decode_hidden: DecodeHidden, decode_colours: DecodeColours, origin: Tensor, directions: Tensor, coarse: Tensor,
     fine_samples: int,
@@ -124,18 +117,18 @@ def render_rays(
     # Importance samples for the rays that meet something
     hits = opacity > MIN_RAY_OPACITY if fine_samples else torch.zeros(R, dtype=torch.bool, device=device)
     hit, miss = hits.nonzero()[:, 0], (~hits).nonzero()[:, 0]
-    groups = [_RayGroup(miss, coarse[miss], densities[miss], rows[miss])]
+    groups = [(miss, coarse[miss], densities[miss], rows[miss])]
     if len(hit):
         fine = sample_importance_depths(coarse[hit][None], weights[hit][None], fine_samples, jitter=False)[0]
         fine_densities, fine_rows = decode(hit, fine)
         depths, order = torch.sort(torch.cat([coarse[hit], fine], -1), -1)
         hit_densities = torch.cat([densities[hit], fine_densities], -1).gather(-1, order)
         hit_rows = torch.cat([rows[hit], fine_rows], -1).gather(-1, order)
-        groups.append(_RayGroup(hit, depths, hit_densities, hit_rows))
+        groups.append((hit, depths, hit_densities, hit_rows))
     return _composite(groups, torch.cat(hidden), decode_colours, R)
 
 
-def _composite(groups: list[_RayGroup], hidden: Tensor, decode_colours: DecodeColours, ray_count: int) -> RayOutputs:
+def _composite(groups: list[RayGroup], hidden: Tensor, decode_colours: DecodeColours, ray_count: int) -> RayOutputs:
     """Composite groups of samples with activations `hidden` (M, h) into features, depth and opacity of all rays."""
     depth, opacity = (hidden.new_zeros(ray_count, dtype=torch.float32) for _ in range(2))
     visible: list[tuple[Tensor, Tensor, Tensor]] = []  # ray, row and weight of each sample that counts
