@@ -72,11 +72,6 @@ class _Signals(NamedTuple):
     centre: np.ndarray  # (..., 3), of the head in the camera frame
 
 
-def smooth_motion(motion: Motion, level: SmoothingLevel, *, causal: bool = False) -> Motion:
-    """Smooth beta and camera of one shot; see `smooth_stream`."""
-    return Motion.concatenate(list(smooth_stream([motion], level, causal=causal)))
-
-
 def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: bool = False) -> Iterator[Motion]:
     """Smooth beta and camera of one shot that is given in parts; the rows come back in order, in parts of any length.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_motion, smooth_stream
+from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
 from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
 
 NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # standard deviations of the tracker
@@ -45,6 +45,10 @@ def motion_of(track: Track, fps: Fraction = FPS) -> Motion:
 def track_of(motion: Motion) -> Track:
     rotation, centre = head_pose(motion.camera)
     return Track(motion.beta.astype(float), rotation_log(rotation), centre)
+
+
+def smooth_motion(motion: Motion, level: SmoothingLevel, *, causal: bool = False) -> Motion:
+    return Motion.concatenate(list(smooth_stream([motion], level, causal=causal)))
 
 
 def noisy(track: Track, seed: int = 0) -> Track:
