@@ -196,18 +196,10 @@ class Export3D(nn.Module):
         return PosedHead(planes, surface, mesh, tables)
 
     def drive(
-        self,
-        source: Source,
-        beta: Tensor | None,
-        camera: Tensor,
-        *,
-        lam: Tensor | None = None,
-        posed: PosedHead | None = None,
-        raw_size: int | None = None,
-        samples: SampleCounts | None = None,
-        mesh_size: int | None = None,
-        batch_rows: BatchRows | None = None,
-    ) -> Output:
+        self, source: Source, beta: Tensor | None, camera: Tensor, *, lam: Tensor | None = None,
+        posed: PosedHead | None = None, raw_size: int | None = None, samples: SampleCounts | None = None,
+        mesh_size: int | None = None, batch_rows: BatchRows | None = None,
+    ) -> Output:  # fmt: skip
         """Render the source with the driver's expression and camera.
 
         Args:
@@ -251,18 +243,10 @@ class Export3D(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self,
-        source_image: Tensor,
-        source_beta: Tensor,
-        source_camera: Tensor,
-        source_landmarks: Tensor,
-        driver_beta: Tensor,
-        driver_camera: Tensor,
-        person_mask: Tensor | None = None,
-        raw_size: int | None = None,
-        batch_rows: BatchRows | None = None,
-        rays: Tensor | None = None,
-    ) -> Output:
+        self, source_image: Tensor, source_beta: Tensor, source_camera: Tensor, source_landmarks: Tensor,
+        driver_beta: Tensor, driver_camera: Tensor, person_mask: Tensor | None = None, raw_size: int | None = None,
+        batch_rows: BatchRows | None = None, rays: Tensor | None = None,
+    ) -> Output:  # fmt: skip
         """Encode and drive in one call, for training.
 
         With `rays` (B, R), pixel indices of the raw render, only the volume is rendered, and only at these pixels: the
