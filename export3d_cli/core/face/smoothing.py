@@ -42,25 +42,11 @@ ROTATION_CHANGE = 0.015  # radians
 CENTRE_CHANGE = np.array([0.0015, 0.0015, 0.012])  # of the head in the camera frame, head-frame units
 
 
-class Cutoff(NamedTuple):
-    """Cutoff frequency in Hz: `min_cutoff` at rest, plus `speed_gain` times the speed in units per second."""
-
-    min_cutoff: float
-    speed_gain: float
-
-
-class OneEuroCutoffs(NamedTuple):
-    """Cutoffs of each kind of signal."""
-
-    beta: Cutoff  # per entry; speed in coefficients per second
-    rotation: Cutoff  # speed in radians per second
-    centre: Cutoff  # of the head, per camera axis; speed in head-frame units per second
-
-
-ONE_EURO_CUTOFFS: dict[SmoothingLevel, OneEuroCutoffs] = {
-    "light": OneEuroCutoffs(Cutoff(2.0, 6.0), Cutoff(1.2, 20.0), Cutoff(2.5, 50.0)),
-    "strong": OneEuroCutoffs(Cutoff(0.8, 2.0), Cutoff(0.5, 8.0), Cutoff(1.0, 25.0)),
-}
+# Cutoff frequencies of beta, rotation and centre in Hz: at rest, and the addition per unit of speed (coefficients,
+# radians or head-frame units per second).
+ONE_EURO_CUTOFFS: dict[SmoothingLevel, tuple[tuple[float, float], ...]] = {
+    "light": ((2.0, 6.0), (1.2, 20.0), (2.5, 50.0)), "strong": ((0.8, 2.0), (0.5, 8.0), (1.0, 25.0))
+}  # fmt: skip
 SPEED_CUTOFF_HZ = 2.0  # cutoff of the measured speed itself
 
 
@@ -70,6 +56,15 @@ class _Signals(NamedTuple):
     beta: np.ndarray  # (..., 64)
     rotation: np.ndarray  # (..., 3, 3), head to camera
     centre: np.ndarray  # (..., 3), of the head in the camera frame
+
+    def changes_to(self, other: _Signals) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the differences; that of rotations is a rotation vector."""
+        rotation = rotation_log(np.swapaxes(self.rotation, -1, -2) @ other.rotation)
+        return other.beta - self.beta, rotation, other.centre - self.centre
+
+    def moved_by(self, beta: np.ndarray, rotation: np.ndarray, centre: np.ndarray) -> _Signals:
+        """Add steps like those of `changes_to`."""
+        return _Signals(self.beta + beta, self.rotation @ rotation_exp(rotation), self.centre + centre)
 
 
 def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: bool = False) -> Iterator[Motion]:
@@ -123,11 +118,7 @@ def _smooth_rows(
         other = (index + offset).clip(0, len(window) - 1)
         valid = window.found[other] & (other == index + offset) & (run[other] == run[index])
         weight_in_time = valid * np.exp(-0.5 * (offset / (kernel.time * float(window.fps))) ** 2)
-        changes = (
-            signals.beta[other] - own.beta,
-            rotation_log(np.swapaxes(own.rotation, 1, 2) @ signals.rotation[other]),
-            signals.centre[other] - own.centre,
-        )
+        changes = own.changes_to(_Signals(*(signal[other] for signal in signals)))
         sizes = (
             changes[0] / BETA_CHANGE,
             np.linalg.norm(changes[1], axis=1, keepdims=True) / ROTATION_CHANGE,
@@ -137,8 +128,7 @@ def _smooth_rows(
             weight = weight_in_time[:, None] * np.exp(-0.5 * (size / kernel.change) ** 2)
             total += weight
             step += weight * change
-    beta_step, rotation_step, centre_step = (step / total for step, total in zip(steps, weights, strict=True))
-    smoothed = _Signals(own.beta + beta_step, own.rotation @ rotation_exp(rotation_step), own.centre + centre_step)
+    smoothed = own.moved_by(*(step / total for step, total in zip(steps, weights, strict=True)))
     return _hold_missing(window.select(index), smoothed, last)
 
 
@@ -175,15 +165,15 @@ class OneEuroFilter:
     With `joint` the speed is the norm over all axes, so that no axis is special; else each entry has its own.
     """
 
-    def __init__(self, cutoff: Cutoff, *, joint: bool) -> None:
-        self.cutoff, self.joint = cutoff, joint
+    def __init__(self, min_cutoff: float, speed_gain: float, *, joint: bool) -> None:
+        self.min_cutoff, self.speed_gain, self.joint = min_cutoff, speed_gain, joint
         self._speed: np.ndarray | float = 0.0
 
     def step(self, change: np.ndarray, raw_change: np.ndarray, rate: float) -> np.ndarray:
         """Return the step from the last output, given the new input minus it, and minus the last input."""
         self._speed = self._speed + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (raw_change * rate - self._speed)
         speed = np.linalg.norm(self._speed) if self.joint else np.abs(self._speed)
-        return change * _smoothing_factor(self.cutoff.min_cutoff + self.cutoff.speed_gain * speed, rate)
+        return change * _smoothing_factor(self.min_cutoff + self.speed_gain * speed, rate)
 
 
 def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | float:
@@ -195,7 +185,7 @@ def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | f
 class _OneEuroFilters:
     """The filters of all signals; they restart after a frame without a face."""
 
-    def __init__(self, cutoffs: OneEuroCutoffs) -> None:
+    def __init__(self, cutoffs: tuple[tuple[float, float], ...]) -> None:
         self._cutoffs = cutoffs
         self._output: _Signals | None = None
         self._input: _Signals | None = None
@@ -208,16 +198,9 @@ class _OneEuroFilters:
             return new
         self._input = new
         if output is None or previous is None:
-            self._beta = OneEuroFilter(self._cutoffs.beta, joint=False)
-            self._rotation = OneEuroFilter(self._cutoffs.rotation, joint=True)
-            self._centre = OneEuroFilter(self._cutoffs.centre, joint=False)
+            self._filters = [OneEuroFilter(*cutoff, joint=k == 1) for k, cutoff in enumerate(self._cutoffs)]
             self._output = new
             return new
-        rotation_change = rotation_log(output.rotation.T @ new.rotation)
-        rotation_step = self._rotation.step(rotation_change, rotation_log(previous.rotation.T @ new.rotation), rate)
-        self._output = _Signals(
-            output.beta + self._beta.step(new.beta - output.beta, new.beta - previous.beta, rate),
-            output.rotation @ rotation_exp(rotation_step),
-            output.centre + self._centre.step(new.centre - output.centre, new.centre - previous.centre, rate),
-        )
+        changes = zip(self._filters, output.changes_to(new), previous.changes_to(new), strict=True)
+        self._output = output.moved_by(*(one_euro.step(change, raw, rate) for one_euro, change, raw in changes))
         return self._output
