@@ -54,12 +54,6 @@ def relative_rotation(source_camera: Tensor, camera: Tensor) -> Tensor:
     return torch.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], dim=1)
 
 
-def soft_dilate(mask: Tensor) -> Tensor:
-    """Widen a mask (B, 1, m, m) by m / `PERSON_MARGIN_DIVISOR` pixels, with a soft border of the same width."""
-    radius = max(1, mask.shape[-1] // PERSON_MARGIN_DIVISOR)
-    return box_mean(dilate(mask, radius), radius)
-
-
 class LayeredFlow(NamedTuple):
     """Backward flow of two layers, the head and what is behind it."""
 
@@ -134,7 +128,8 @@ class FlowBlend(nn.Module):
         rigid_weight = rigid_weight * head_occlusion  # a nearly transparent ray has no valid depth
         head_shift, background_shift = shift.split(2, dim=1)
         grid = identity_grid(m, photo)
-        movable = soft_dilate(torch.maximum(torso_mask, resize(head_mask, m)))  # a background must not move
+        margin = max(1, m // PERSON_MARGIN_DIVISOR)
+        movable = box_mean(dilate(torch.maximum(torso_mask, resize(head_mask, m)), margin), margin)
         head = torch.lerp(mesh_full.uv, resize(rigid, m), rigid_weight)
         head = head + head_shift * (1 - (1 - self.face_residual_ratio) * mesh_full.face)
         background = grid + movable * (neck_weight * (resize(neck, m) - grid) + background_shift)

@@ -51,7 +51,7 @@ def extend_flow(
     (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
     as its rings do. `torso` is the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
     """
-    grid = window_grid(FLOW_SIZE, camera)  # (1, 2, n, n)
+    grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
     result, _ = project(points, camera)  # (B, V, 2)
     photo, _ = project(add_head_rings(source_landmarks.float()), source_camera)
     rigid = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid)
@@ -84,11 +84,6 @@ def extend_flow(
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     displacement = (moved - grid) * smooth_step(to_window, 0, WINDOW_FADE)
     return PhotoFlow(displacement, weight, height)
-
-
-def window_grid(size: int, like: Tensor) -> Tensor:
-    """Return the centres of the window's cells, (1, 2, size, size), crop units."""
-    return identity_grid(size, like) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN
 
 
 def smooth_step(x: Values, low: float, high: float) -> Values:
