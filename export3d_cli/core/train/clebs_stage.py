@@ -14,6 +14,7 @@ from export3d_cli.core.face.landmarks import LEFT_EYE, LEFT_IRIS, LIPS, NUM_LAND
 from export3d_cli.core.face.motion import mirror_beta
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
+from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.train.basis_rotation import fit_lambda_axes
 from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.stage import Stage, is_finite
@@ -240,16 +241,9 @@ def fit_flow_basis(
     basis = solve(all_rows)
     residual = (motion - change @ basis).square().sum(1)
     basis = solve(residual <= residual.quantile(0.99))
-    target, rigid = project_points(after, camera), project_points(before, camera)
-    moved = project_points(before + (change @ basis).view_as(before), camera)
+    moved = before + (change @ basis).view_as(before)
+    target, rigid, moved = (project(points, camera)[0] for points in (after, before, moved))
     distance = {"": (moved - target).norm(dim=-1) * 256, "_rigid": (rigid - target).norm(dim=-1) * 256}
     regions = {"all": list(range(NUM_LANDMARKS)), "lips": list(LIPS), "eyes": list(LEFT_EYE + RIGHT_EYE)}
     report = {f"{r}{kind}": float(d[:, idx].mean()) for r, idx in regions.items() for kind, d in distance.items()}
     return basis.view(-1, NUM_LANDMARKS, 3), report
-
-
-def project_points(points: Tensor, camera: Tensor) -> Tensor:
-    """Project head-frame points (N, P, 3) by cameras (N, 25) to (N, P, 2) in crop units."""
-    pose = camera[:, :16].view(-1, 4, 4)
-    local = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
-    return local[..., :2] / local[..., 2:] * camera[:, 16].view(-1, 1, 1) + 0.5

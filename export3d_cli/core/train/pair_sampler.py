@@ -248,11 +248,6 @@ def prefetch(make: Callable[[int], Any], steps: range, workers: int = 1) -> abc.
         pool.shutdown(cancel_futures=True)
 
 
-def num_loader_threads(config: DataConfig, device: torch.device) -> int:
-    """Return the number of threads that prefetch batches."""
-    return config.workers or (1 if device.type == "cpu" else 4)
-
-
 def _group_by_person(data: FaceDataset, min_frames: int = 1) -> dict[str, list[Clip]]:
     people: dict[str, list[Clip]] = {}
     for clip in data.clips:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.model.checkpoint import load_into, pack_optimizer, unpack_optimizer
 from export3d_cli.core.runtime.errors import TrainingError
-from export3d_cli.core.train.pair_sampler import num_loader_threads, prefetch
+from export3d_cli.core.train.pair_sampler import prefetch
 from export3d_cli.core.train.training_run import TrainingRun
 
 Part = nn.Module | torch.optim.Optimizer | dict[str, Tensor]
@@ -64,7 +64,7 @@ class Stage:
         self.start_minute = clock = run.elapsed_minutes()
         sums: dict[str, list[float]] = {}
         taken = skipped = 0
-        threads = num_loader_threads(config.data, run.device)
+        threads = config.data.workers or (1 if run.device.type == "cpu" else 4)
         with contextlib.closing(prefetch(self.draw, range(self.step, self.steps), threads)) as batches:
             while self.step < self.steps and not run.out_of_time():
                 run.seed_step(self.name, self.step)

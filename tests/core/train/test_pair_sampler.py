@@ -17,7 +17,7 @@ from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, TrainingError
 from export3d_cli.core.train.frame_cache import load_dataset, load_datasets
-from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, num_loader_threads, prefetch
+from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, prefetch
 
 from .conftest import FRAMES, SIZE
 
@@ -253,5 +253,3 @@ def test_prefetch_keeps_order_and_raises_errors() -> None:
     batches = prefetch(lambda step: slow.wait(5) if step == 0 else step, range(4), 2)
     slow.set()
     assert list(batches) == [True, 1, 2, 3]
-    assert num_loader_threads(DataConfig(), torch.device("cpu")) == 1
-    assert num_loader_threads(DataConfig(workers=3), torch.device("cuda")) == 3
