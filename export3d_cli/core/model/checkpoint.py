@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -108,22 +109,16 @@ def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *
 
     The last `keep` states stay: the previous one is `state.1.safetensors`, and so on.
     """
-    newest = folder / "state.safetensors"
-    for age in range(max(keep, 1) - 1, 0, -1):
-        older = folder / f"state.{age}.safetensors"
-        younger = folder / f"state.{age - 1}.safetensors" if age > 1 else newest
-        if not younger.exists():
-            continue
-        if age > 1:
-            os.replace(younger, older)
-        else:  # a newest state must exist at every moment
+    states = [folder / "state.safetensors", *(folder / f"state.{age}.safetensors" for age in range(1, keep))]
+    for younger, older in reversed([*itertools.pairwise(states)]):
+        if younger.exists():  # linked, not renamed: a newest state must exist at every moment
             older.unlink(missing_ok=True)
             try:
-                os.link(newest, older)
+                os.link(younger, older)
             except OSError:
-                shutil.copyfile(newest, older)
+                shutil.copyfile(younger, older)
     cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _write(newest, cpu, {"format": "export3d-state-1", "info": json.dumps(info)})
+    _write(states[0], cpu, {"format": "export3d-state-1", "info": json.dumps(info)})
     write_text(folder / "state.json", json.dumps(info, indent=1) + "\n")
 
 
