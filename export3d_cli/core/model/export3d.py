@@ -269,7 +269,10 @@ class Export3D(nn.Module):
         else:
 
             def decode(depths: Tensor) -> tuple[Tensor, Tensor]:
-                return self._decode_samples(source, posed, origin, directions, depths)
+                B, R, S = depths.shape
+                points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
+                colours, densities = self.query_field(source, posed, points)
+                return colours.view(B, R, S, -1), densities.view(B, R, S)
 
             outputs = volume_renderer.render_rays(
                 decode, coarse, fine_samples, jitter=self.training, batch_rows=batch_rows
@@ -349,15 +352,6 @@ class Export3D(nn.Module):
         if not posed.planes.isfinite().all():  # such samples were skipped as invisible; the result must show them
             features = torch.full_like(features, torch.nan)
         return features, depth, opacity
-
-    def _decode_samples(
-        self, source: Source, posed: PosedHead, origin: Tensor, directions: Tensor, depths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return colour features (B, R, S, C') and densities (B, R, S) at the sample depths (B, R, S) of the rays."""
-        B, R, S = depths.shape
-        points = (origin[:, None, None] + directions[:, :, None] * depths[..., None]).view(B, R * S, 3)
-        colours, densities = self.query_field(source, posed, points)
-        return colours.view(B, R, S, -1), densities.view(B, R, S)
 
     def _sample_face_field(self, posed: PosedHead, points: Tensor, row: int | None = None) -> FaceField | None:
         """Sample what is known of the face at points (B, N, 3), or only of one `row` at points (1, N, 3)."""

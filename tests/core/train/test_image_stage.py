@@ -251,14 +251,14 @@ def test_plan_training_counts_parameters_and_flops() -> None:
 def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> None:
     model = Export3D(PRESETS["tiny"])
     kinds: dict[str, set[torch.dtype]] = {"ray": set(), "layer": set()}
-    whole = model._decode_samples
+    whole = model.query_field
 
     def decode(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
         colours, densities = whole(*args)  # type: ignore[arg-type]
         kinds["ray"] |= {x.dtype for x in (*args[2:], colours, densities) if isinstance(x, torch.Tensor)}
         return colours, densities
 
-    model._decode_samples = decode  # type: ignore[method-assign]
+    model.query_field = decode  # type: ignore[method-assign]
     model.decoder.hidden.register_forward_hook(lambda module, args, out: kinds["layer"].add(out.dtype))
     camera = torch.from_numpy(Camera.orbit(0, 0).to_vector()).float()[None].expand(2, -1)
     beta, image = torch.rand(2, 64), torch.rand(2, 3, 64, 64)
