@@ -12,14 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.landmarks import (
-    CHIN,
-    EYE_RIMS,
-    FOREHEAD_TOP,
-    LEFT_EYE_OUTER,
-    OUTER_LIPS,
-    RIGHT_EYE_OUTER,
-)
+from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FOREHEAD_TOP, LEFT_EYE_OUTER, OUTER_LIPS, RIGHT_EYE_OUTER
 from export3d_cli.core.runtime.weights import load_arrays
 
 PICTURE_SIZE_PX = 256  # side of the face crop that the crops of parts are taken from

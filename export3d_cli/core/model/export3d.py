@@ -29,13 +29,7 @@ from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_fie
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
-from export3d_cli.core.model.warp.mesh_flow import (
-    SURFACE_HALF_EXTENT,
-    BasisFlow,
-    DeformedMesh,
-    resize,
-    warp,
-)
+from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, resize, warp
 
 DENSITY_TV_POINTS = 1024  # points at which `_density_tv` compares neighbours
 DENSITY_TV_DISTANCE = 0.008  # largest distance of neighbours along each axis, head-frame units

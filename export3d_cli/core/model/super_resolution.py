@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.encoded_source import Source
-from export3d_cli.core.model.fast.fused_conv import (
-    upsample_2x,
-    upsample_concat_conv,
-    upsample_concat_conv_inference,
-)
+from export3d_cli.core.model.fast.fused_conv import upsample_2x, upsample_concat_conv, upsample_concat_conv_inference
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
 from export3d_cli.core.model.inpaint.hidden_textures import HiddenTextures
 from export3d_cli.core.model.masks import dilate, linear_step

@@ -20,12 +20,7 @@ from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.model.warp.mouth_eye_interior import (
-    anchored_coords,
-    lip_edges,
-    mouth_coords,
-    sample_behind_lips,
-)
+from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords, lip_edges, mouth_coords, sample_behind_lips
 from export3d_cli.core.model.warp.rasterizer import (
     RasterWindows,
     cross_2d,
