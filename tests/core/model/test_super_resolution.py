@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mesh_rendering import render_mesh
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +37,7 @@ def test_hair_vanishes_where_the_head_has_moved_away(
         hair = resize(blank.head_mask, size) > 0.98
         white_haired = replace(blank, image=torch.where(hair, 1.0, photo))
         output, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, white_haired))
-        flow = tiny.flow(points, orbit(0), points, orbit(25), size, blank.head_mask)
+        flow = render_mesh(tiny.flow, points, orbit(0), points, orbit(25), size, blank.head_mask)
     assert output.flow_weights is not None
     changed = (output.image - marked.image).abs().amax(1, keepdim=True)
     uncovered = (F.max_pool2d(flow.weight, 5, 1, 2) == 0) & (resize(output.flow_weights[:, 1:2], size) < 0.05)
@@ -59,7 +60,7 @@ def test_outline_of_a_far_moved_head_does_not_show_the_photo(
     with torch.no_grad():
         source = net.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
         out = net.drive(source, None, camera, lam=source.lam)
-        flow = net.flow(points, orbit(0), points, camera, 128, source.head_mask)
+        flow = render_mesh(net.flow, points, orbit(0), points, camera, 128, source.head_mask)
     assert out.source_visibility is not None and out.flow_weights is not None and source.head_mask is not None
     outline = (widen_mask(flow.weight) - flow.weight > 0.1) & (source.head_mask > 0.9)
     background = out.source_visibility - out.flow_weights[:, :2].sum(1, keepdim=True)
@@ -165,7 +166,7 @@ def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor
             posed = replace(tiny.pose_head(source, source.lam), mesh=tiny.flow.deform_mesh(points, orbit(0), target))
             out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
             detail.append(out.upscale(stripes, 128) - out.upscale(torch.zeros_like(stripes), 128))
-            flows.append(tiny.flow(points, orbit(0), target, orbit(0), 128))
+            flows.append(render_mesh(tiny.flow, points, orbit(0), target, orbit(0), 128))
     face = (flows[0].face == 1).expand_as(stripes)
     closed = (-F.max_pool2d(-flows[1].closed_in_photo, 5, 1, 2) > 0.9).expand_as(stripes)
     assert face.sum() > 3000 and closed.sum() > 50
@@ -188,7 +189,7 @@ def test_blended_face_keeps_the_full_highpass_detail(
             photo = stripes[:size].expand(1, 3, size, size)
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
             out = tiny.drive(source, None, orbit(0), lam=source.lam)
-            face = tiny.flow(points, orbit(0), points, orbit(0), size).face == 1
+            face = render_mesh(tiny.flow, points, orbit(0), points, orbit(0), size).face == 1
             fraction = highpass(out.upscale(photo, size)) / highpass(photo)  # (1, 1, size, size)
             assert fraction[face.expand_as(fraction)].median() == pytest.approx(expected, abs=0.03)
             assert fraction[..., 2 : size // 16].median() == pytest.approx(blend, rel=0.1)

@@ -143,17 +143,6 @@ class BasisFlow(nn.Module):
         """Give landmarks (B, 478, 3) the expression change lambda(D) - lambda(S), (B, n)."""
         return points.float() + (lam_delta.float()[:, :, None, None] * self.basis.float()).sum(1)
 
-    def forward(
-        self, points: Tensor, source_camera: Tensor, deformed_points: Tensor, camera: Tensor, size: int | None = None,
-        head_mask: Tensor | None = None, visibility: Tensor | None = None,
-    ) -> MeshFlow:  # fmt: skip
-        """Render the flow at `size` from landmarks (B, 478, 3) of source and result and both cameras (B, 25).
-
-        `head_mask` (B, 1, ., .) and `visibility` (B, 2, ., .) come from the methods of these names.
-        """
-        mesh = self.deform_mesh(points, source_camera, deformed_points)
-        return self.render_flow(mesh, camera, size, head_mask, visibility)
-
     def all_triangles(self) -> Tensor:
         """Return the triangles of face and rings, (T, 4) int64: a, b, c, kind."""
         return torch.cat([self.triangles.long(), self.ring_triangles])
@@ -214,7 +203,7 @@ class BasisFlow(nn.Module):
         return torch.where(covers_face, torch.maximum(face, hair), weight)
 
     def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor) -> DeformedMesh:
-        """Compute the part of `forward` that does not depend on the driver's camera."""
+        """Deform the mesh of landmarks (B, 478, 3) of the source, which a camera (B, 25) sees, for `render_flow`."""
         B, triangles = points.shape[0], self.all_triangles()[:, :3]
         points, deformed_points = points.float(), deformed_points.float()
         source_vertices = add_head_rings(points)
@@ -232,8 +221,8 @@ class BasisFlow(nn.Module):
     ) -> MeshFlow:  # fmt: skip
         """Rasterise the mesh (one, or one per camera) as cameras (B, 25) see it, at `size`.
 
-        `head_mask` and `visibility` are those of `forward`. `margins` (B, 3) tells how far a larger photo continues to
-        the left, the top and the right, in image sizes, so that cut hair does not end at the border.
+        `head_mask` and `visibility` come from the methods of these names. `margins` (B, 3) tells how far a larger photo
+        continues to the left, the top and the right, in image sizes, so that cut hair does not end at the border.
         """
         B, s = camera.shape[0], size or self.size
         triangles = self.all_triangles()

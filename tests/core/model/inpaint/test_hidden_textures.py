@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from mesh_rendering import render_mesh
 from torch import Tensor
 
 from export3d_cli.core.model.export3d import Export3D
@@ -17,7 +18,7 @@ def test_hidden_textures_are_zero_outside_mouth_and_eyes(
     assert tiny.flow is not None
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
-    mesh = tiny.flow(points, orbit(0), opened, orbit(0), 128)
+    mesh = render_mesh(tiny.flow, points, orbit(0), opened, orbit(0), 128)
     hidden_textures = HiddenTextures()
     textures = hidden_textures(mesh, 128)
     assert textures.shape == (1, hidden_textures.out_channels, 128, 128)
@@ -31,7 +32,7 @@ def test_hidden_textures_get_gradients(tiny: Export3D, points: Tensor, orbit: Ca
     assert tiny.flow is not None
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
-    mesh = tiny.flow(points, orbit(0), opened, orbit(0), 64)
+    mesh = render_mesh(tiny.flow, points, orbit(0), opened, orbit(0), 64)
     hidden_textures = HiddenTextures()
     hidden_textures(mesh, 64).square().sum().backward()
     assert hidden_textures.textures.grad is not None
@@ -43,7 +44,10 @@ def test_hidden_textures_window_equals_full_map(tiny: Export3D, points: Tensor, 
     opened = points.repeat(2, 1, 1)
     opened[:, [14, 87, 317, 178, 402], 1] += torch.tensor([[0.08], [0.03]])
     camera = orbit(0, 20)
-    mesh, hidden_textures = tiny.flow(points.expand(2, -1, -1), camera, opened, camera, 64), HiddenTextures()
+    mesh, hidden_textures = (
+        render_mesh(tiny.flow, points.expand(2, -1, -1), camera, opened, camera, 64),
+        HiddenTextures(),
+    )
     for size in (24, 96, 160):  # at the smallest size the window is the whole map
         with torch.no_grad():
             values, top, left = hidden_textures.render_window(mesh, size)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from mesh_rendering import render_mesh
 from torch import Tensor
 
 from export3d_cli.core.config.schema import PRESETS
@@ -56,7 +57,7 @@ def test_untrained_blend_keeps_the_background(flow: BasisFlow, points: Tensor, o
     blend = FlowBlend(config)
     body = torch.zeros(1, 1, flow.size, flow.size)
     body[:, :, -flow.size // 4 :] = 1
-    mesh = flow(points, front, points, moved)
+    mesh = render_mesh(flow, points, front, points, moved)
     small = torch.zeros(1, 2, 16, 16)
     neck = neck_flow(front, moved, 16)
     turned, change = relative_rotation(front, moved), torch.zeros(1, config.basis)
@@ -82,7 +83,7 @@ def test_learned_shift_keeps_the_background(flow: BasisFlow, points: Tensor, orb
     head[..., : size // 2, size // 2 :] = 1
     body[..., -size // 8 :, size // 2 :] = 1
     small, turned, change = torch.zeros(1, 2, 16, 16), relative_rotation(front, moved), torch.zeros(1, config.basis)
-    mesh = flow(points, front, points, moved)
+    mesh = render_mesh(flow, points, front, points, moved)
     layers = blend(
         torch.zeros(1, 3, 64, 64), mesh, small, neck_flow(front, moved, 16), small[:, :1], head,
         body, turned, change,
@@ -95,7 +96,7 @@ def test_learned_shift_keeps_the_background(flow: BasisFlow, points: Tensor, orb
 def test_face_takes_its_ratio_of_the_learned_shift(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    mesh = flow(points, orbit(0), points, orbit(0))
+    mesh = render_mesh(flow, points, orbit(0), points, orbit(0))
     blank, small = torch.zeros(1, 1, flow.size, flow.size), torch.zeros(1, 2, 16, 16)
 
     def head(face_shift: float, change: float) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mesh_rendering import render_mesh
 from torch import Tensor
 
 from export3d_cli.core.face.canonical_face import CanonicalFace
@@ -38,7 +39,7 @@ def test_equal_source_and_driver_give_the_identity_flow(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], yaw: float, pitch: float
 ) -> None:
     camera = orbit(yaw, pitch=pitch)
-    mesh = flow(points, camera, flow.deform_landmarks(points, torch.zeros(1, 10)), camera, SIZE)
+    mesh = render_mesh(flow, points, camera, flow.deform_landmarks(points, torch.zeros(1, 10)), camera, SIZE)
     grid = pixel_grid(SIZE).T.view(1, 2, SIZE, SIZE)
     face = (mesh.weight == 1) & (mesh.valid == 1)
     assert face.float().mean() > 0.1
@@ -51,7 +52,7 @@ def test_equal_source_and_driver_give_the_identity_flow(
 def test_weight_falls_from_1_in_the_face_to_0_at_the_border(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    mesh = flow(points, orbit(0), points, orbit(0), SIZE)
+    mesh = render_mesh(flow, points, orbit(0), points, orbit(0), SIZE)
     weight = mesh.weight[0, 0]
     middle = weight[SIZE // 2]
     assert middle[SIZE // 2] == 1
@@ -67,7 +68,7 @@ def test_weight_falls_from_1_in_the_face_to_0_at_the_border(
 def test_head_mask_is_the_person_above_the_neck(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     camera = orbit(0)
     (chin_x, chin_y), (_, top_y) = project(points[:, [CHIN, FOREHEAD_TOP]], camera)[0][0].tolist()
-    mesh = flow(points, camera, points, camera)
+    mesh = render_mesh(flow, points, camera, points, camera)
     people = torch.ones(1, 1, 64, 64)
     people[..., 2:14] = 0
     alone, crowd, without = (flow.head_mask(points, camera, mask) for mask in (mesh.face, people, mesh.face * 0))
@@ -88,13 +89,13 @@ def test_hair_moves_with_the_head_and_its_surroundings_do_not(
 ) -> None:
     """With hair on one side only, the rings carry that side."""
     source, driver = orbit(0), orbit(12)
-    person = flow(points, source, points, source).face
+    person = render_mesh(flow, points, source, points, source).face
     person[..., person.shape[-1] // 2 :] = 1
     head = flow.head_mask(points, source, person)
-    mesh = flow(points, source, points, driver, 2 * SIZE, head)
+    mesh = render_mesh(flow, points, source, points, driver, 2 * SIZE, head)
     uv, _ = project(add_head_rings(points)[:, 478:514], driver)  # the inner ring
     weight = warp(mesh.weight, uv.transpose(1, 2)[..., None])[0, 0, :, 0]
-    unmasked = flow(points, source, points, driver, 2 * SIZE)
+    unmasked = render_mesh(flow, points, source, points, driver, 2 * SIZE)
     middle, above = uv[0, :, 0].mean(), uv[0, :, 1] < uv[0, :, 1].mean()
     right, left = (uv[0, :, 0] > middle + 0.1) & above, (uv[0, :, 0] < middle - 0.1) & above
     assert weight[right].mean() > 0.8 and weight[left].max() < 0.3
@@ -124,7 +125,7 @@ def test_high_hair_belongs_to_the_head_and_background_next_to_it_does_not(
     top = int(project(outer, source)[0][0, :, 1].argmin())
     before, after = (project(outer[:, top : top + 1], camera)[0].flatten() for camera in (source, driver))
     assert (after - before).norm() > 0.02
-    mesh = flow(points, source, points, driver, 2 * SIZE, head)
+    mesh = render_mesh(flow, points, source, points, driver, 2 * SIZE, head)
     torch.testing.assert_close(at(mesh.uv, after), before, atol=0.01, rtol=0)
     assert at(mesh.weight, after) > 0.8
 
@@ -140,7 +141,7 @@ def test_wide_hair_belongs_to_the_head_only_if_connected(
     face, size = chin - brow, 128
     monkeypatch.setattr(flow, "size", size)
     x, y = pixel_grid(size).T.view(2, size, size)
-    person = flow(points, camera, points, camera, size).face
+    person = render_mesh(flow, points, camera, points, camera, size).face
     person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x > middle - 0.4 * face)] = 1
     person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x < middle - 0.8 * face)] = 1
     head = flow.head_mask(points, camera, person)
@@ -177,7 +178,7 @@ def test_flow_of_a_turned_head_maps_landmarks_to_the_photo(
 ) -> None:
     """At a landmark of the result the flow holds its position in the photo."""
     source, driver = orbit(0), orbit(15)
-    mesh = flow(points, source, points, driver, 4 * SIZE)
+    mesh = render_mesh(flow, points, source, points, driver, 4 * SIZE)
     nose_and_cheeks = [1, 4, 50, 280, 101, 330]
     before, _ = project(points[:, nose_and_cheeks], source)
     after, _ = project(points[:, nose_and_cheeks], driver)
@@ -188,13 +189,13 @@ def test_flow_of_a_turned_head_maps_landmarks_to_the_photo(
 
 def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
     """In the photo the head looks to the image's right, which hides that cheek."""
-    mesh = flow(points, orbit(45), points, orbit(0), SIZE)
+    mesh = render_mesh(flow, points, orbit(45), points, orbit(0), SIZE)
     face = mesh.weight[0, 0] == 1
     hidden = (mesh.valid[0, 0] == 0) & face & (mesh.mouth[0, 0] == 0)
     left, right = hidden[:, : SIZE // 2], hidden[:, SIZE // 2 :]
     assert right.sum() > 20
     assert left.sum() < 0.2 * right.sum()
-    straight = flow(points, orbit(0), points, orbit(0), SIZE)
+    straight = render_mesh(flow, points, orbit(0), points, orbit(0), SIZE)
     assert ((straight.valid == 0) & (straight.weight == 1) & (straight.mouth == 0)).sum() < 0.02 * face.sum()
 
 
@@ -202,15 +203,15 @@ def test_hidden_stretched_cheek_is_invalid(flow: BasisFlow, points: Tensor, orbi
     """The part that a cheek occludes is invalid in the result, although its triangles face the photo's camera."""
     photo, driver = orbit(30), orbit(-10)
     visibility = flow.source_visibility(points, photo)
-    unchecked = flow(points, photo, points, driver, SIZE)
-    mesh = flow(points, photo, points, driver, SIZE, visibility=visibility)
+    unchecked = render_mesh(flow, points, photo, points, driver, SIZE)
+    mesh = render_mesh(flow, points, photo, points, driver, SIZE, visibility=visibility)
     lost = (unchecked.valid - mesh.valid > 0.5)[0, 0]
     assert lost[:, SIZE // 2 :].sum() > 50 and lost[:, : SIZE // 2].sum() == 0  # behind the far cheek
-    identity = flow(points, photo, points, photo, SIZE)
+    identity = render_mesh(flow, points, photo, points, photo, SIZE)
     face_in_photo = warp(identity.face, unchecked.uv)[0, 0][lost]  # the photo shows the cheek or its edge
     assert face_in_photo.mean() > 0.8 and face_in_photo.min() > 0
-    frontal = flow(
-        points, photo, points, photo, SIZE, visibility=visibility
+    frontal = render_mesh(
+        flow, points, photo, points, photo, SIZE, visibility=visibility
     )  # nothing is stretched from the photo's view
     assert torch.equal(frontal.valid, identity.valid)
 
@@ -224,7 +225,7 @@ def test_jaw_displacement_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit
     def opened(amount: float) -> MeshFlow:
         change = torch.zeros(1, 10)
         change[0, 2] = amount
-        return flow(points, camera, flow.deform_landmarks(points, change), camera, 2 * SIZE)
+        return render_mesh(flow, points, camera, flow.deform_landmarks(points, change), camera, 2 * SIZE)
 
     closed, half, wide = opened(0), opened(1), opened(2)
     areas = [float(mesh.mouth.sum()) for mesh in (closed, half, wide)]
@@ -246,7 +247,7 @@ def test_teeth_stay_behind_the_upper_lip(flow: BasisFlow, points: Tensor, orbit:
     def opened(more: float) -> MeshFlow:
         target = parted.clone()
         target[0, list(LOWER_INNER_LIP[1:-1]), 1] += more
-        return flow(parted, camera, target, camera, 4 * SIZE)
+        return render_mesh(flow, parted, camera, target, camera, 4 * SIZE)
 
     unchanged, wider = opened(0), opened(0.03)
     inside = (unchanged.mouth[0, 0] == 1) & (wider.mouth[0, 0] == 1)
@@ -271,7 +272,7 @@ def test_stretched_closing_lid_is_less_valid(flow: BasisFlow, points: Tensor, or
     for _, rim in EYE_RIMS:
         upper, lower = list(rim[1:8]), list(rim[:8:-1])
         shut[0, upper, 1] = points[0, lower, 1] - 0.001
-    opened, closed = (flow(points, camera, target, camera, 2 * SIZE) for target in (points, shut))
+    opened, closed = (render_mesh(flow, points, camera, target, camera, 2 * SIZE) for target in (points, shut))
     skin = (closed.mouth == 0) & (closed.eye == 0) & (closed.weight == 1) & (opened.eye > 0)
     assert closed.valid[skin].mean() < 0.7
     assert opened.valid[(opened.mouth == 0) & (opened.eye == 0) & (opened.weight == 1)].mean() > 0.95
@@ -304,7 +305,7 @@ def test_anchored_coords_of_both_eyes_are_mirrored(points: Tensor) -> None:
 def test_anchored_coords_are_0_outside_mouth_and_eyes(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
-    mesh = flow(points, orbit(0), points, orbit(0), 2 * SIZE)
+    mesh = render_mesh(flow, points, orbit(0), points, orbit(0), 2 * SIZE)
     inside = (mesh.mouth + mesh.eye)[0, 0] > 0
     assert 0 < mesh.eye.mean() < 0.02
     assert mesh.anchored_coords[:, :, ~inside].abs().max() == 0
