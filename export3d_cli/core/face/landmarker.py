@@ -111,7 +111,7 @@ class Landmarker:
                 return
 
     def _face_from_detection(self, image: np.ndarray, detection: Detection) -> Face | None:
-        face = self._predict_face(image, _roi_from_detection(detection))
+        face = self._predict_face(image, _face_roi(detection.box.reshape(2, 2), *detection.keypoints[:2]))
         return face and self._predict_face(image, _roi_from_landmarks(face.landmarks))  # refined
 
     def _predict_face(self, image: np.ndarray, roi: _Roi) -> Face | None:
@@ -144,10 +144,6 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InputError(f"an image must be a uint8 (H, W, 3) RGB array, got {image.dtype} {image.shape}")
     return np.ascontiguousarray(image)
-
-
-def _roi_from_detection(detection: Detection) -> _Roi:
-    return _face_roi(detection.box.reshape(2, 2), *detection.keypoints[:2])
 
 
 def _roi_from_landmarks(landmarks: np.ndarray) -> _Roi:

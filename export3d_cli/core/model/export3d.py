@@ -104,12 +104,9 @@ class Export3D(nn.Module):
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
         self.inpainters = nn.ModuleDict()  # each trained in a stage of its own
-        if config.mouth:
-            self.inpainters["mouth"] = MouthInpainter(config.mouth)
-        if config.eyes:
-            self.inpainters["eyes"] = EyeInpainter(config.eyes)
-        if config.lids:
-            self.inpainters["lids"] = EyelidInpainter(config.lids)
+        for name, inpainter in (("mouth", MouthInpainter), ("eyes", EyeInpainter), ("lids", EyelidInpainter)):
+            if width := getattr(config, name):
+                self.inpainters[name] = inpainter(width)
 
     def encode_source(
         self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,

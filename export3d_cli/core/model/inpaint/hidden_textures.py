@@ -28,14 +28,9 @@ class HiddenTextures(nn.Module):
         """Render (B, 17, size, size): upper teeth or eye, lower teeth, eye mask; 0 outside mouth and eyes."""
         mouth, eye, coordinates = self._texture_coordinates(mesh, size)
         upper_grid, lower_grid = (x.permute(0, 2, 3, 1) for x in coordinates.split(2, dim=1))  # (B, size, size, 2)
-
-        def sample(texture: Tensor, grid: Tensor) -> Tensor:
-            texture = texture.float().expand(len(grid), -1, -1, -1)
-            return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")
-
         upper_teeth, lower_teeth, iris = self.textures.split(1)
-        upper = sample(upper_teeth, upper_grid) * mouth + sample(iris, upper_grid) * eye
-        return torch.cat([upper, sample(lower_teeth, lower_grid) * mouth, eye], dim=1)
+        upper = _sample(upper_teeth, upper_grid) * mouth + _sample(iris, upper_grid) * eye
+        return torch.cat([upper, _sample(lower_teeth, lower_grid) * mouth, eye], dim=1)
 
     def render_window(self, mesh: MeshFlow, size: int) -> PatchWindow:
         """Render only the window that is not 0, about a hundredth of the map, with a border of zeros."""
@@ -45,14 +40,10 @@ class HiddenTextures(nn.Module):
             return PatchWindow(mouth.new_zeros(len(mouth), self.out_channels, 0, 0), 0, 0)
         mouth_weight, eye_weight = mouth[b, 0, row, column][:, None], eye[b, 0, row, column][:, None]  # (M, 1)
         grid = coordinates[b, :, row, column].view(1, -1, 2, 2)  # (1, M, upper and lower, 2)
-        upper_grid, lower_grid = grid[:, :, :1], grid[:, :, 1:]
-        upper_teeth, lower_teeth, iris = self.textures.float().split(1)
-
-        def sample(texture: Tensor, grid: Tensor) -> Tensor:
-            return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")[0, :, :, 0].T  # (M, 8)
-
-        upper = sample(upper_teeth, upper_grid) * mouth_weight + sample(iris, upper_grid) * eye_weight
-        lower = sample(lower_teeth, lower_grid) * mouth_weight
+        upper_teeth, lower_teeth, iris = self.textures.split(1)
+        parts = ((upper_teeth, grid[:, :, :1]), (iris, grid[:, :, :1]), (lower_teeth, grid[:, :, 1:]))
+        upper, iris, lower = (_sample(texture, x)[0, :, :, 0].T for texture, x in parts)  # (M, 8) each
+        upper, lower = upper * mouth_weight + iris * eye_weight, lower * mouth_weight
         top, height = _window_range(row, size)
         left, width = _window_range(column, size)
         out = mouth.new_zeros(len(mouth), height, width, self.out_channels)
@@ -64,6 +55,11 @@ class HiddenTextures(nn.Module):
         mouth, eye, coordinates = (resize(x, size) for x in (mesh.mouth, mesh.eye, mesh.anchored_coords))
         # coordinates fade to 0 at the mask's border; dividing by the mask keeps the texture from sliding there
         return mouth, eye, coordinates / (mouth + eye).clamp_min(0.1)
+
+
+def _sample(texture: Tensor, grid: Tensor) -> Tensor:
+    texture = texture.float().expand(len(grid), -1, -1, -1)
+    return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")
 
 
 def _window_range(indices: Tensor, size: int) -> tuple[int, int]:
