@@ -76,7 +76,7 @@ def fit_frames(points: np.ndarray, basis: FaceBasis, neutral: np.ndarray) -> Fac
         target = residual + (jacobian @ previous[..., None])[..., 0]
         current = _solve_bounded(*_eliminate_pose(by_pose, jacobian, target), previous)
         residual = residual - (jacobian @ (current - previous)[..., None])[..., 0]
-        pose_step = np.linalg.solve(_transpose(by_pose) @ by_pose, _transpose(by_pose) @ residual[..., None])[..., 0]
+        pose_step = np.linalg.solve(by_pose.mT @ by_pose, by_pose.mT @ residual[..., None])[..., 0]
         coefficients = np.zeros_like(fit.coefficients)
         coefficients[:, OBSERVABLE] = current
         fit = FaceFit(
@@ -139,10 +139,10 @@ def _mode_jacobian(by_point: np.ndarray, modes: np.ndarray) -> np.ndarray:
 
 def _eliminate_pose(by_pose: np.ndarray, jacobian: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the normal equations (F, K, K), (F, K) of the modes with the pose eliminated (Schur complement)."""
-    coupling = _transpose(by_pose) @ jacobian  # (F, 6, K)
-    solved = np.linalg.solve(_transpose(by_pose) @ by_pose, coupling)
-    rhs = _transpose(jacobian) @ target[..., None] - _transpose(solved) @ (_transpose(by_pose) @ target[..., None])
-    return _transpose(jacobian) @ jacobian - _transpose(solved) @ coupling, rhs[..., 0]
+    coupling = by_pose.mT @ jacobian  # (F, 6, K)
+    solved = np.linalg.solve(by_pose.mT @ by_pose, coupling)
+    rhs = jacobian.mT @ target[..., None] - solved.mT @ (by_pose.mT @ target[..., None])
+    return jacobian.mT @ jacobian - solved.mT @ coupling, rhs[..., 0]
 
 
 def _solve_bounded(normal: np.ndarray, rhs: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -155,7 +155,3 @@ def _solve_bounded(normal: np.ndarray, rhs: np.ndarray, start: np.ndarray) -> np
             descent = rhs[:, k] - SPARSITY_WEIGHT - (normal[:, k] * current).sum(-1)
             current[:, k] = (current[:, k] + descent / normal[:, k, k]).clip(0, 1)
     return current
-
-
-def _transpose(matrices: np.ndarray) -> np.ndarray:
-    return np.swapaxes(matrices, -1, -2)
