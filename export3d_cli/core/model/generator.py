@@ -116,21 +116,15 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, code_dim: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.tokens = nn.Linear(code_dim, self.CODE_TOKENS * code_dim)
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(code_dim, 2 * width)
-        self.out = nn.Linear(width, width)
-        zero_init(self.out)  # training starts unconditioned, as with EAdaLN
+        self.attention = nn.MultiheadAttention(width, heads, kdim=code_dim, vdim=code_dim, batch_first=True)
+        zero_init(self.attention.out_proj)  # training starts unconditioned, as with EAdaLN
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         """Return the residual (B, N, h) for tokens (B, N, h) and beta' (B, d)."""
-        B, N, h = x.shape
-        tokens = self.tokens(code).view(B, self.CODE_TOKENS, -1)  # (B, 8, d)
-        q = self.query(self.norm(x)).view(B, N, self.heads, -1).transpose(1, 2)  # (B, heads, N, h/heads)
-        k, v = self.key_value(tokens).view(B, self.CODE_TOKENS, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, h))
+        tokens = self.tokens(code).unflatten(1, (self.CODE_TOKENS, -1))  # (B, 8, d)
+        return self.attention(self.norm(x), tokens, tokens, need_weights=False)[0]
 
 
 class ViTBlock(nn.Module):

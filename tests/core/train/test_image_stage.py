@@ -157,7 +157,7 @@ def test_ablations_train_and_sample(tiny: TrainConfig, options: dict[str, object
     assert read_image(Path(config.run) / "samples" / "0000001.png").shape == (4 * 64, 5 * 64, 3)
     moments = [k for k in load_tensors(config) if k.endswith("exp_avg")]
     assert len(moments) == len(list(Export3D(found).parameters()))  # ablations are trained end to end
-    assert ("generator.blocks.0.cross.out.weight" in state) == (found.conditioning == "cross_attention")
+    assert ("generator.blocks.0.cross.attention.out_proj.weight" in state) == (found.conditioning == "cross_attention")
 
 
 def test_ablation_options_do_not_change_the_presets() -> None:
