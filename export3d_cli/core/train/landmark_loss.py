@@ -10,8 +10,8 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from torch import Tensor, nn
 
 from export3d_cli.core.face.landmarker import read_bundle
-from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, NUM_LANDMARKS, RIGHT_EYE_OUTER
-from export3d_cli.core.model.volume_renderer import pixel_grid
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
+from export3d_cli.core.model.inpaint.inpainter import AlignedCrop, level_axes
 from export3d_cli.core.model.warp.mesh_flow import warp
 
 VIEW_SIZE_PX = 256  # side of the landmark network's input
@@ -102,10 +102,5 @@ class LandmarkLoss(nn.Module):
 def landmarker_view_grid(landmarks: Tensor) -> Tensor:
     """Return the sampling grid of the network's input, (B, 2, 256, 256) in crop units, for landmarks (B, 478, 2)."""
     low, high = landmarks.amin(1), landmarks.amax(1)
-    side = VIEW_MARGIN * (high - low).amax(1)  # (B,)
-    along = landmarks[:, LEFT_EYE_OUTER] - landmarks[:, RIGHT_EYE_OUTER]  # level in the view
-    along = side[:, None] * along / along.norm(dim=1, keepdim=True).clamp_min(1e-6)  # (B, 2), the view's x axis
-    across = torch.stack([-along[:, 1], along[:, 0]], dim=1)
-    grid = pixel_grid(VIEW_SIZE_PX, landmarks.device) - 0.5  # (P, 2)
-    where = grid[None, :, :1] * along[:, None] + grid[None, :, 1:] * across[:, None] + ((low + high) / 2)[:, None]
-    return where.transpose(1, 2).reshape(-1, 2, VIEW_SIZE_PX, VIEW_SIZE_PX)
+    view = AlignedCrop((low + high) / 2, level_axes(landmarks), VIEW_MARGIN * (high - low).amax(1))
+    return view.pixel_positions(VIEW_SIZE_PX)
