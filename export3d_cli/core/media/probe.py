@@ -171,7 +171,7 @@ def _estimate_rate(
     spread = max(abs(t - times[0] - i * average) for i, t in enumerate(sorted(set(times))))
     rounding = max(2 * tick, Fraction(2, 1000)) if spread else tick  # containers count in milliseconds, GIF in 10 ms
     if spread < min(rounding, average / 2):  # constant up to rounding
-        near = [rate for rate in reported if abs(rate * average - 1) < rounding / (average * len(steps))]
+        near = [rate for rate in reported if abs(rate * average - 1) <= rounding * rate / len(steps)]
         return near[0] if near else _nearest_standard_rate(1 / average), False
     common = 1 / sorted(steps)[len(steps) // 2]
     near = [rate for rate in reversed(reported) if abs(rate / common - 1) < Fraction(1, 10)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from export3d_cli.core.face.motion import resample_rows
@@ -15,6 +15,7 @@ RATES = st.sampled_from([*TELEVISION, *map(Fraction, (10, 12, 15, 24, 25, 30, 48
 
 
 @settings(deadline=None)
+@example(Fraction(60000, 1001), 3, 90000, 3)  # both ends are rounded by half a tick
 @given(RATES, st.integers(3, 300), st.sampled_from([1000, 12800, 90000]), st.integers(0, 2000))
 def test_estimate_rate_of_constant_rate_is_exact(rate: Fraction, frames: int, ticks: int, start: int) -> None:
     tick = Fraction(1, ticks)
