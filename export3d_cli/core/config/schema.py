@@ -264,6 +264,9 @@ class TrainConfig:
     cuda_graph: bool = True  # stage reconstruction on one GPU: run forward and backward as one CUDA graph
     skip_nonfinite: int = 0  # consecutive steps with a non-finite loss that are skipped before giving up
     raw_size_start: int = 0  # initial side of the raw render in pixels; 0: model.raw_size
+    # pixels of each raw render that the stage reconstruction trains on; then only the volume is trained, without
+    # background, flow and super-resolution, which is a fraction of the work; 0: all pixels, and the whole model
+    raw_rays: int = 0
     raw_size_grow_step: int = 0  # step from which the raw render has the side model.raw_size
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # training states to keep

@@ -76,6 +76,13 @@ def validate_train_config(config: TrainConfig) -> None:
         raise ConfigError(
             f"raw_size_start ({config.raw_size_start}) must be 0 to model.raw_size ({config.model.raw_size})"
         )
+    pixels = (config.raw_size_start or config.model.raw_size) ** 2
+    if config.raw_rays and not (config.model.flow and 0 < config.raw_rays <= pixels):
+        raise ConfigError(
+            f"raw_rays ({config.raw_rays}) must be 0 to {pixels}, the raw render's pixels; needs model.flow"
+        )
+    if config.raw_rays and "adversarial" in config.stages:
+        raise ConfigError("raw_rays trains the volume alone: set it to 0 for the stage adversarial, in a second run")
     _validate_stages(config)
     for section in ("data", "clebs", *INPAINTERS, "pose_debias"):
         weight = getattr(config, section).weight

@@ -30,6 +30,7 @@ from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, proje
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
 from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, resize, warp
+from export3d_cli.core.model.warp.rasterizer import gather_rows
 
 DENSITY_TV_POINTS = 1024  # points at which `_density_tv` compares neighbours
 DENSITY_TV_DISTANCE = 0.008  # largest distance of neighbours along each axis, head-frame units
@@ -235,24 +236,40 @@ class Export3D(nn.Module):
     def forward(
         self, source_image: Tensor, source_beta: Tensor, source_camera: Tensor, source_landmarks: Tensor,
         driver_beta: Tensor, driver_camera: Tensor, person_mask: Tensor | None = None, raw_size: int | None = None,
-        batch_rows: BatchRows | None = None,
+        batch_rows: BatchRows | None = None, rays: Tensor | None = None,
     ) -> Output:  # fmt: skip
-        """Encode and drive in one call, for training."""
+        """Encode and drive in one call, for training.
+
+        With `rays` (B, R), pixel indices of the raw render, only the volume is rendered, and only at these pixels: the
+        maps of the output are (B, ., R, 1), without background.
+        """
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
-        return self.drive(source, driver_beta, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
+        if rays is None:
+            return self.drive(source, driver_beta, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
+        posed = self.pose_head(source, self.expression.coefficients(driver_beta))
+        size = raw_size or self.config.raw_size
+        features, depth, opacity = self.render(source, posed, driver_camera, size, None, batch_rows, rays)
+        return Output(
+            image=features[:, :3], raw=features[:, :3], depth=depth, opacity=opacity, residual_flow=None,
+            flow_weights=None, density_tv=self._density_tv(source, posed, batch_rows),
+        )  # fmt: skip
 
     def render(
         self, source: Source, posed: PosedHead, camera: Tensor, size: int, samples: SampleCounts | None = None,
-        batch_rows: BatchRows | None = None,
+        batch_rows: BatchRows | None = None, rays: Tensor | None = None,
     ) -> RayOutputs:  # fmt: skip
-        """Render the volume (sec. 3.3), without the background, fp32.
+        """Render the volume (sec. 3.3), without the background; `rays` (B, R) selects pixels by their index.
 
-        Returns features (B, C', s, s), RGB first, depth and opacity (B, 1, s, s).
+        Returns:
+            Features (B, C', s, s), RGB first, depth and opacity (B, 1, s, s); fp32. With `rays`, (B, ., R, 1).
         """
         coarse_samples, fine_samples = samples or (self.config.coarse_samples, self.config.fine_samples)
         origin, directions = volume_renderer.camera_rays(camera, size)  # (B, 3), (B, R, 3), R = s * s
+        shape = (size, size) if rays is None else (rays.shape[1], 1)
+        if rays is not None:
+            directions = gather_rows(directions, rays)
         coarse = volume_renderer.sample_coarse_depths(
-            camera, size * size, coarse_samples, jitter=self.training, batch_rows=batch_rows
+            camera, directions.shape[1], coarse_samples, jitter=self.training, batch_rows=batch_rows
         )  # (B, R, S)
         has_tables = posed.plane_tables is not None and (source.view_plane is None or source.view_tables is not None)
         if has_tables and self._use_sparse_path(camera):
@@ -268,7 +285,7 @@ class Export3D(nn.Module):
             outputs = volume_renderer.render_rays(
                 decode, coarse, fine_samples, jitter=self.training, batch_rows=batch_rows
             )
-        features, depth, opacity = (x.view(len(x), size, size, -1).permute(0, 3, 1, 2) for x in outputs)
+        features, depth, opacity = (x.view(len(x), *shape, -1).permute(0, 3, 1, 2) for x in outputs)
         return features, depth, opacity
 
     def query_field(self, source: Source, posed: PosedHead, points: Tensor) -> tuple[Tensor, Tensor]:

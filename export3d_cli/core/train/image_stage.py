@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import TrainConfig
-from export3d_cli.core.model.export3d import Export3D, Output
+from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.volume_renderer import BatchRows
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.cuda_graph import StepGraph
 from export3d_cli.core.train.landmark_loss import LandmarkLoss, LandmarkNetwork
-from export3d_cli.core.train.objective import learning_rate, reconstruction_loss, scheduled_raw_size
+from export3d_cli.core.train.objective import (
+    draw_rays,
+    learning_rate,
+    ray_loss,
+    reconstruction_loss,
+    scheduled_raw_size,
+)
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
 from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.core.train.stage import Stage, is_finite, update_ema
 from export3d_cli.core.train.training_run import TrainingRun
+
+VOLUME_PARTS = ("expression.", "generator.", "decoder.", "source_view.eighth.", "source_view.quarter.")
 
 
 class ImageStages(Stage):
@@ -31,6 +40,9 @@ class ImageStages(Stage):
         self.config, self.model, self.sampler = config, model, sampler
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
         model.expression.requires_grad_(not is_expression_frozen(config))
+        if config.raw_rays:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name.startswith(VOLUME_PARTS))
         self.local_rows = self._assign_rows()
         self.images_per_step = config.batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -166,8 +178,13 @@ class ImageStages(Stage):
         config = self.config
         with self.run.autocast():
             head_mask = self.head_masks(batch)
-            output = self.forward(batch, raw_size, batch_rows)
-            loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.landmarks, head_mask)
+            if config.raw_rays:
+                rays = draw_rays(config, batch, raw_size)
+                output = self.forward(batch, raw_size, batch_rows, rays)
+                loss, terms = ray_loss(output, rays, raw_size, batch, config, head_mask)
+            else:
+                output = self.forward(batch, raw_size, batch_rows)
+                loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.landmarks, head_mask)
         if self.discriminator is not None:  # eq. 14
             adversarial_loss = adversary.generator_loss(self.discriminator(output.image, batch.target_camera))
             loss, terms["g_adv"] = loss + config.adversarial.weight * adversarial_loss, adversarial_loss.detach()
@@ -178,7 +195,7 @@ class ImageStages(Stage):
     @torch.no_grad()
     def head_masks(self, batch: Batch) -> Tensor | None:
         """Return where the targets show the head, (B, 1, m, m) in 0..1, if the loss needs it."""
-        if self.model.flow is None or self.config.loss.silhouette <= 0:
+        if self.model.flow is None or not (self.config.raw_rays or self.config.loss.silhouette > 0):
             return None
         return self.model.flow.head_mask(batch.target_points, batch.target_camera, batch.target_person_mask)
 
@@ -206,13 +223,15 @@ class ImageStages(Stage):
             self.discriminator_optimizer.step()
         return values
 
-    def forward(self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None) -> Output:
+    def forward(
+        self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None, rays: Tensor | None = None
+    ) -> Any:
         """Run the model on a batch."""
-        output: Output = self.model(
+        return self.model(
             batch.source, batch.source_beta, batch.source_camera, batch.source_points,
             batch.target_beta, batch.target_camera, batch.source_person_mask, raw_size=raw_size, batch_rows=batch_rows,
+            rays=rays,
         )  # fmt: skip
-        return output
 
     def decay_fraction(self) -> float:
         """Return the progress of the learning-rate decay, 0..1."""

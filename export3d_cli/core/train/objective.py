@@ -31,6 +31,35 @@ def scheduled_raw_size(config: TrainConfig, step: int) -> int:
     return config.raw_size_start if is_small else config.model.raw_size
 
 
+def draw_rays(config: TrainConfig, batch: Batch, size: int) -> Tensor:
+    """Draw `raw_rays` pixels of raw renders of side `size`, more densely in eyes and mouth: indices (B, R)."""
+    density = 1 + config.loss.mask * losses.face_mask(batch.target_landmarks, size)
+    return torch.multinomial(density.flatten(1), config.raw_rays)
+
+
+def ray_loss(
+    output: Any, rays: Tensor, size: int, batch: Batch, config: TrainConfig, head_mask: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a volume rendered at the pixels `rays` (B, R) of images of side `size`, and its terms.
+
+    Colours are compared in front of mid-grey (0), so that hair and neck must end where the target's do.
+    """
+
+    def pick(image: Tensor) -> Tensor:
+        image = losses.downsample(image, size).flatten(2)
+        return image.gather(2, rays[:, None].expand(-1, image.shape[1], -1))[..., None]  # (B, C, R, 1)
+
+    assert head_mask is not None
+    w, head = config.loss, pick(head_mask)
+    colour, target = output.image, pick(batch.target) * head
+    terms = {"l2_raw": w.l2 * losses.l2(colour, target), "l1_raw": w.l1 * losses.l1(colour, target)}
+    terms["silhouette"] = w.silhouette * losses.l1(output.opacity, head)
+    if w.density_tv > 0:
+        terms["density_tv"] = w.density_tv * output.density_tv.mean()
+    loss = torch.stack([t.float() for t in terms.values()]).sum()
+    return loss, {k: v.detach().float() for k, v in terms.items()}
+
+
 def reconstruction_loss(
     output: Any, batch: Batch, config: TrainConfig, perceptual: PerceptualDistance | None,
     landmarks: LandmarkLoss | None = None, head_mask: Tensor | None = None,

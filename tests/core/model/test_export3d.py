@@ -217,3 +217,12 @@ def test_expression_moves_the_look_up_of_the_photo_s_features(tiny: Export3D, in
         )
         expected = sample_view_plane(source.view_plane, nose, source.camera)
         assert (with_motion - expected).norm() < 0.02 * (without - expected).norm()
+
+
+def test_forward_with_rays_renders_these_pixels(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:
+    beta, camera, rays = torch.rand(1, 64), orbit(10), torch.tensor([[3, 40, 36, 255]])
+    source = tiny.encode_source(**inputs)
+    whole = tiny.render(source, tiny.pose_head(source, tiny.expression.coefficients(beta)), camera, 16)
+    out = tiny(*inputs.values(), beta, camera, raw_size=16, rays=rays)
+    for part, full in ((out.image, whole[0][:, :3]), (out.depth, whole[1]), (out.opacity, whole[2])):
+        torch.testing.assert_close(part[..., 0], full.flatten(2)[..., rays[0]], atol=1e-5, rtol=0)

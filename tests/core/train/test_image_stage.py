@@ -102,6 +102,19 @@ def test_accumulated_parts_give_the_gradients_of_the_whole_batch(joined: TrainCo
     assert_equal_moments(load_tensors(joined), load_tensors(parts))
 
 
+def test_raw_rays_train_the_volume_alone(tiny: TrainConfig) -> None:
+    config = replace(
+        tiny, stages=("reconstruction",), steps=1, checkpoint_every=1, raw_rays=64, loss=replace(tiny.loss, l1=1.0)
+    )
+    train(config)
+    trained = load_tensors(config)
+    torch.manual_seed(config.seed)
+    initial = Export3D(config.model).state_dict()
+    changed = {k for k, v in initial.items() if not torch.equal(v, trained[f"model.{k}"])}
+    assert {"decoder.density.weight", "source_view.quarter.weight", "generator.to_planes.weight"} <= changed
+    assert not [k for k in changed if k.startswith(("superres.", "flow_blend.", "source_view.background."))]
+
+
 def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: Path) -> None:
     """All stages; `decay_by_time` and saving need the processes' agreement."""
     clebs = replace(joined.clebs, geometry_warmup_steps=0, steps=1, clips_per_step=2, ridge_pairs=8, lr=1e-9)

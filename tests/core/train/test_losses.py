@@ -12,7 +12,7 @@ from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.warp.mesh_flow import resize
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.clebs_stage import identity_leakage_loss, mirror_loss
-from export3d_cli.core.train.objective import reconstruction_loss
+from export3d_cli.core.train.objective import draw_rays, ray_loss, reconstruction_loss
 from export3d_cli.core.train.pair_sampler import Batch
 
 from .conftest import motion_of
@@ -114,3 +114,21 @@ def test_silhouette_and_density_tv_terms() -> None:
     total, terms = reconstruction_loss(output, batch, config, None, head_mask=head)
     assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["density_tv"] == pytest.approx(3 * 0.5)
     assert float(total) == pytest.approx(2.5)
+
+
+def test_ray_loss_compares_the_head_before_grey_at_the_drawn_pixels() -> None:
+    config = make_train_config({"loss": {"l2": 1, "l1": 2, "silhouette": 3, "mask": 20}, "raw_rays": 16})
+    marks = torch.from_numpy(motion_of(0, 1).landmarks)
+    image, head = torch.ones(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    head[..., :8] = 1
+    camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
+    batch = Batch(image, beta, camera, marks, head, image, beta, camera, marks[..., :2], marks, head)
+    rays = draw_rays(config, batch, 8)
+    assert len(set(rays[0].tolist())) == 16  # distinct pixels
+    rays = torch.tensor([[0, 1, 6, 7]])  # two on the head, two outside it
+    grey = torch.zeros(1, 3, 4, 1)
+    opacity = torch.full((1, 1, 4, 1), 0.25)
+    total, terms = ray_loss(Output(grey, grey, opacity, opacity, None, None), rays, 8, batch, config, head)
+    assert terms["l2_raw"] == pytest.approx(0.5) and terms["l1_raw"] == pytest.approx(1.0)
+    assert terms["silhouette"] == pytest.approx(3 * 0.5)
+    assert float(total) == pytest.approx(3.0)
