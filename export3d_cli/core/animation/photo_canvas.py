@@ -145,7 +145,7 @@ class PhotoCanvas:
         jaw = smooth_step(layers.height, *BELOW_JAW_FADE) * (1 - above_jaw)
         jaw *= cv2.blur(cv2.dilate(head, _disc(JAW_RADIUS)), (5, 5))
         inside = smooth_step(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
-        weight = inside * to_pixels(head)
+        weight = inside * to_pixels(np.maximum(head, support))
         weight = self.in_crop * (weight if cut_out else np.maximum(weight, to_pixels(jaw)))
         alpha = np.maximum(alpha, weight)
         self._blend_network(colours, layers.image, weight / alpha.clip(1e-3))

@@ -70,6 +70,10 @@ def test_compose_takes_the_networks_image_inside_the_head(photo: np.ndarray) -> 
     frame = PhotoCanvas.from_photo(photo, SQUARE, disc_alpha).compose(layers(network=1.0, image=image))
     assert (frame[100, 140] == (200, 10, 10)).all()
     assert np.abs(frame[75, 105].astype(int) - photo[75, 105]).max() <= 2  # in the crop, but not the person
+    turned = layers(0.1, network=1.0, image=image)
+    turned.head_weight[:, FLOW_SIZE // 2 : FLOW_SIZE // 2 + 4] = 0  # a fold, across which the flow jumps
+    frame = PhotoCanvas.from_photo(photo, SQUARE, disc_alpha).compose(turned)
+    assert (frame[100, 136:146] == (200, 10, 10)).all()
 
 
 def test_displacement_never_samples_beyond_the_photo(photo: np.ndarray) -> None:
