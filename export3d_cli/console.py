@@ -56,7 +56,7 @@ def show_progress() -> Iterator[ProgressCallback]:
 
 
 def live_log(interval_s: float = 10.0) -> Callable[[str], None]:
-    """Return a callback that prints a line whose state, the part before the comma, is new; else every `interval_s`."""
+    """Return a callback that prints lines: at once if the part before the comma changes, else every `interval_s`."""
     state, printed = "", 0.0
 
     def show(line: str) -> None:

@@ -95,8 +95,8 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 )  # fmt: skip
 @click.option(
     "--reference-frame", type=click.IntRange(0),
-    help="Frame of DRIVE, from 0 after --start, that relative motion refers to.  [default: with --pose auto the "
-    "most similar one of each shot's first 10 s, else 0]",
+    help="Frame of DRIVE, from 0 after --start, that relative motion refers to.  [default: with --pose auto "
+    "one of the first 10 s of each shot, see --pose; else 0]",
 )  # fmt: skip
 @options.expression_options
 @options.smooth_option

@@ -76,8 +76,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     """Iterate over the driver's motion in batches; a context manager, one pass.
 
     `driver` is a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
-    With the reference `auto` of `options`, each shot has its own: the frame most like `source`, the portrait's motion,
-    one row, whose camera is also where a CSV's head is placed (None: EG3D's usual). Crops are `crop_scale` face boxes
+    With the reference `auto` of `options`, each shot has its own, see `most_similar_frame`. `source` is the portrait's
+    motion, one row; its camera also places the head of a CSV (None: EG3D's usual). Crops are `crop_scale` face boxes
     wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
     first pass; later passes with the same driver, tracker, face and frames read them from it.
 

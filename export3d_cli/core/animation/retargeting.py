@@ -128,7 +128,7 @@ class Control:
 
 
 def most_similar_frame(driver: Motion, source: Motion) -> int:
-    """Return the driver's frame whose head is turned as the source's, which has one frame.
+    """Return the row of `driver` whose head rotation matches that of `source`, which has one row.
 
     A driver that contains the photo itself, found by rotation and expression, is then followed exactly: what moves
     relative to that frame is absolute. The expressions of other people say little about one another; theirs is the

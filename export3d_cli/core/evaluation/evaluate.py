@@ -266,7 +266,7 @@ def _show(frames: Frames, portrait: Portrait | None) -> Frames:
 def render_layers(
     animator: Animator, portrait: Portrait, driver: Path, rows: np.ndarray, options: ReenactOptions
 ) -> Iterator[FrameLayers]:
-    """Render frames `rows` (ascending) of what `reenact` writes for a portrait and a driver."""
+    """Render the frames `rows` (ascending) that `reenact` would write for a portrait and a driver."""
     with open_driver(animator, portrait, driver, options) as stream:
         first = 0
         for reference, shot in groupby(stream, key=lambda batch: batch.reference):

@@ -51,7 +51,7 @@ class Stage:
         return 0.0
 
     def write_samples(self) -> None:
-        """Write a picture of what the stage has learned."""
+        """Write a sample picture of the present weights."""
 
     def finish(self) -> None:
         """Complete the stage after its last step."""
