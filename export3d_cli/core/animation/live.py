@@ -41,6 +41,7 @@ from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.live_camera import open_camera
 from export3d_cli.core.media.mjpeg_server import MjpegServer
 from export3d_cli.core.media.writer import VideoWriter
+from export3d_cli.core.model.masks import smooth_step
 from export3d_cli.core.runtime.device import precision_notes, trim_heap
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
@@ -145,8 +146,8 @@ class LiveTracker:
         if self.recentre:
             self.recentre = False
             self._reference = replace(self._reference, camera=motion.camera)
-        shown = min(self._presence, 1.0)
-        return LiveFrame(now, state, motion, self._reference, shown * shown * (3 - 2 * shown))
+        strength = float(smooth_step(np.array(self._presence), 0, 1))
+        return LiveFrame(now, state, motion, self._reference, strength)
 
     def _finish_calibration(self, size: tuple[int, int]) -> None:
         """Measure the crop, and the neutral face: the median expression, and the frame nearest to the mean pose."""

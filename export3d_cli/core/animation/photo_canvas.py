@@ -15,7 +15,8 @@ from export3d_cli.core.face.crop import Square, crop_image
 from export3d_cli.core.face.matting import FacePosition, estimate_foreground, refine_alpha
 from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Output
-from export3d_cli.core.model.warp.photo_flow import CROP_FADE, FLOW_SIZE, WINDOW_MARGIN, PhotoFlow, smooth_step
+from export3d_cli.core.model.masks import smooth_step
+from export3d_cli.core.model.warp.photo_flow import CROP_FADE, FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
 
 AlphaFn = Callable[[np.ndarray, Sequence[FacePosition]], np.ndarray]  # image, faces in it -> alpha matte
 CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes refine the whole photo's

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 def linear_step(x: Tensor, low: float, high: float) -> Tensor:
     """Map `x` linearly to 0 at `low` and 1 at `high`, clamped to [0, 1]."""
     return ((x - low) / (high - low)).clamp(0, 1)
+
+
+def smooth_step(x: Values, low: float, high: float) -> Values:
+    """Return 0 below `low`, 1 above `high`, and a smooth ramp between."""
+    t = ((x - low) / (high - low)).clip(0, 1)
+    return t * t * (3 - 2 * t)
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:

@@ -7,16 +7,15 @@ crop units: (0, 0) and (1, 1) are corners of the crop.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, NUM_LANDMARKS
 from export3d_cli.core.model.cached_tensors import cached_tensor
-from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.masks import linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
@@ -29,8 +28,6 @@ CROP_REACH = 0.25  # crop sides outside the crop over which the network's flow a
 HEAD_WEIGHT_FADE = (0.3, 0.8)  # weights of the network's head layer over which its flow takes over
 NECK_FADE = (-0.55, -0.05)  # face heights above the chin over which the torso's motion becomes the head's
 JAW_FADE = (0.1, 0.35)  # the same next to the head layer inside the crop: a turned jaw uncovers the neck
-
-Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 class PhotoFlow(NamedTuple):
@@ -84,12 +81,6 @@ def extend_flow(
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     displacement = (moved - grid) * smooth_step(to_window, 0, WINDOW_FADE)
     return PhotoFlow(displacement, weight, height)
-
-
-def smooth_step(x: Values, low: float, high: float) -> Values:
-    """Return 0 below `low`, 1 above `high`, and a smooth ramp between."""
-    t = ((x - low) / (high - low)).clip(0, 1)
-    return t * t * (3 - 2 * t)
 
 
 def _affine(result: Tensor, photo: Tensor, grid: Tensor) -> Tensor:
