@@ -348,7 +348,7 @@ class Animator:
         """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
         for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
             array.flags.writeable = False
-        around = None if padded is None else to_tensor(padded)[None].to(self.device)
+        around = None if padded is None else to_tensor(padded)[None].to(self.device, memory_format=torch.channels_last)
         covered = self._cover_detector.covered_parts(crop, motion.landmarks[0])
         portrait = self._encode(Portrait(
             crop, motion, margins, tuple(faces), face_box, shown, None, canvas, around, self.model,  # type: ignore[arg-type]

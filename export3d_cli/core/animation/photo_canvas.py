@@ -135,14 +135,14 @@ class PhotoCanvas:
 
         x, y = self._sample_positions(to_pixels(layers.displacement * np.float32(self.square[2])))
         moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-        alpha = moved[..., 3].astype(np.float32) * np.float32(1 / 255)
+        alpha = cv2.extractChannel(moved, 3) * np.float32(1 / 255)
         head = _fill_holes(layers.head_weight)
         kernel = _disc(SUPPORT_RADIUS)
         support = cv2.morphologyEx(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), cv2.MORPH_CLOSE, _disc(GAP_RADIUS))
         support = smooth_step(cv2.dilate(support, kernel), *SUPPORT_FADE)
         above_jaw = smooth_step(layers.height, *ABOVE_JAW_FADE)
         alpha *= 1 - self.in_crop * to_pixels(above_jaw * (1 - support))
-        colours = np.ascontiguousarray(moved[..., :3])
+        colours = cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
         jaw = smooth_step(layers.height, *BELOW_JAW_FADE) * (1 - above_jaw)
         jaw *= cv2.blur(cv2.dilate(head, _disc(JAW_RADIUS)), (5, 5))
         inside = smooth_step(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
@@ -170,8 +170,10 @@ class PhotoCanvas:
             shift = displacement[..., axis]
             room = np.where(shift > 0, length - 1 - index, index) + np.float32(1e-3)
             beyond = np.abs(shift) - room / 2  # half the way to the border stays as it is
-            limited = np.where(beyond > 0, np.sign(shift) * room / 2 * (1 + np.tanh(2 * beyond / room)), shift)
-            positions.append((index - part.start + limited).astype(np.float32))
+            position, far = index - part.start + shift, beyond > 0
+            shift, room, beyond = shift[far], room[far], beyond[far]
+            position[far] += np.sign(shift) * room / 2 * (1 + np.tanh(2 * beyond / room)) - shift
+            positions.append(position)
         return positions[0], positions[1]
 
     def _blend_network(self, frame: np.ndarray, image: np.ndarray, weight: np.ndarray) -> None:

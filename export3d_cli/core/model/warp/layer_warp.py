@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from export3d_cli.core.model.fast.resampling import can_resample, sample_bicubic
 from export3d_cli.core.model.generator import lowpass
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.mesh_flow import resize, warp
@@ -23,8 +24,12 @@ class LayerWarp(NamedTuple):
         """Sample photo channels (B or 1, C, ., .) along both layers: (B, C, s, s), 0 where neither has weight."""
         head, background = self.sample_grid.split(2, dim=1)
         head_weight, background_weight = self.blend_weights.split(1, dim=1)
-        photo = photo.expand(len(head), -1, -1, -1)
-        return torch.addcmul(warp(photo, head, mode) * head_weight, warp(photo, background, mode), background_weight)
+        if mode == "bicubic" and can_resample(photo):
+            head, background = sample_bicubic(photo, head), sample_bicubic(photo, background)
+        else:
+            photo = photo.expand(len(head), -1, -1, -1)
+            head, background = warp(photo, head, mode), warp(photo, background, mode)
+        return torch.addcmul(head * head_weight, background, background_weight)
 
     def sample_over(self, photo: Tensor, fill: Tensor) -> Tensor:
         """Composite the sampled photo over `fill` (B, C, s, s)."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
+from export3d_cli.core.model.fast.resampling import can_resample, resize_bilinear
 from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords, lip_edges, mouth_coords, sample_behind_lips
@@ -310,7 +311,11 @@ def identity_grid(size: int, like: Tensor) -> Tensor:
 
 def resize(x: Tensor, size: int) -> Tensor:
     """Resize (B, C, h, w) to (B, C, size, size), bilinear."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    if x.shape[-1] == size:
+        return x
+    if can_resample(x):
+        return resize_bilinear(x, size)
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 def warp(image: Tensor, uv: Tensor, mode: str = "bilinear") -> Tensor:
