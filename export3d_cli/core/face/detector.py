@@ -34,11 +34,17 @@ class FaceDetector:
         self._net: cv2.FaceDetectorYN | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[3], rotation: int = 0) -> list[Detection]:
+    def __call__(
+        self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[3], rotation: int = 0, margin: float = 0.0
+    ) -> list[Detection]:
         """Return all faces, the largest first; raises `WeightsError` if the network does not load.
 
-        For the search the image is rotated clockwise by a multiple of 90 degrees and shrunk to `max_side` pixels.
+        For the search the image is rotated clockwise by a multiple of 90 degrees, gets a black `margin` of this
+        fraction of its longer side, which shows faces larger than the image, and is shrunk to `max_side` pixels.
         """
+        added = round(margin * max(image.shape[:2]))
+        if added:
+            image = cv2.copyMakeBorder(image, *(4 * (added,)), cv2.BORDER_CONSTANT)
         image = np.rot90(image, -rotation // 90)
         h, w = image.shape[:2]
         scale = min(1.0, max_side / max(h, w))
@@ -55,6 +61,7 @@ class FaceDetector:
             for _ in range(rotation // 90):  # back, a quarter at a time
                 points = np.stack([points[:, 1], width - points[:, 0]], axis=1)
                 width, height = height, width
+            points -= added
             box = np.concatenate([points[:2].min(0), points[:2].max(0)]).astype(np.float32)
             detections.append(Detection(box, points[2:], float(row[14])))
         return sorted(detections, key=lambda d: -float(np.prod(d.box[2:] - d.box[:2])))

@@ -31,6 +31,7 @@ from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 _LANDMARK_SIDE_PX = 256  # input side of the landmark network
 _MIN_SCORE = 0.5  # of the presence output, MediaPipe's default
 _ROI_SCALE = 1.5  # margin around the box of a detection or of a set of landmarks
+SEARCH_MARGIN = 0.25  # around an image that shows no face without it
 _SAME_FACE_DISTANCE = 0.3  # face boxes; faces that are nearer are one
 
 
@@ -108,7 +109,9 @@ class Landmarker:
         for max_side in SEARCH_SIDES_PX[: None if thorough else 3]:
             yield self._detector(image, max_side=max_side, rotation=rotation)
             if max_side >= max(image.shape[:2]):
-                return
+                break
+        if thorough:  # a face that fills the image, or more
+            yield self._detector(image, max_side=SEARCH_SIDES_PX[0], rotation=rotation, margin=SEARCH_MARGIN)
 
     def _face_from_detection(self, image: np.ndarray, detection: Detection) -> Face | None:
         face = self._predict_face(image, _face_roi(detection.box.reshape(2, 2), *detection.keypoints[:2]))

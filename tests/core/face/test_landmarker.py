@@ -8,12 +8,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.detector import FaceDetector
+from export3d_cli.core.face.detector import Detection, FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
 from export3d_cli.core.face.landmarker import Landmarker
@@ -147,6 +148,26 @@ def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: Landmarker, phot
     assert distance(face.landmarks[inside] + (cut, 0, 0), whole[inside]).mean() < 0.03 * np.ptp(whole[:, 0])
 
 
+def test_find_searches_with_a_margin_where_no_face_is_found_without(
+    landmarker: Landmarker, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some faces that fill the picture are found only then; on its side, too, the place is right."""
+    whole, detector = landmarker.find(photo).landmarks, landmarker._detector
+    low, high = (extreme(whole[:, :2], axis=0).astype(int) for extreme in (np.min, np.max))
+    face = photo[low[1] : high[1], low[0] : high[0]]
+
+    def needs_margin(image: np.ndarray, **options: Any) -> list[Detection]:
+        return detector(image, **options) if options.get("margin") else []
+
+    monkeypatch.setattr(landmarker, "_detector", needs_margin)
+    needs_margin.rotation_to_upright = detector.rotation_to_upright  # type: ignore[attr-defined]
+    found = landmarker.find(face)
+    assert distance(found.landmarks + (*low, 0), whole).mean() < 0.02 * np.ptp(whole[:, 0])
+    assert landmarker.find(face, thorough=False) is None
+    detections = [detector(np.rot90(face), rotation=90, margin=margin)[0] for margin in (0.0, 0.25)]
+    np.testing.assert_allclose(detections[0].box, detections[1].box, atol=0.06 * np.ptp(whole[:, 0]))
+
+
 @pytest.mark.parametrize("hidden", [slice(0.55, 1.0), slice(0.25, 0.48)])
 def test_find_with_a_covered_mouth_or_covered_eyes(landmarker: Landmarker, photo: np.ndarray, hidden: slice) -> None:
     whole = landmarker.find(photo).landmarks
@@ -225,7 +246,8 @@ def test_loading_does_not_redirect_stderr(closed: bool) -> None:
     code = f"""
 import os, sys, threading
 from pathlib import Path
-from export3d_cli.core.face.detector import FaceDetector
+from typing import Any
+from export3d_cli.core.face.detector import Detection, FaceDetector
 from export3d_cli.core.face.landmarker import Landmarker
 if {closed}:
     os.close(2)
