@@ -130,6 +130,8 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     header_duration = duration if re.search(r"Input #0, (mov|matroska)", header) else 0.0  # others estimate it
     stamps = _read_timestamps(path, _TIMESTAMP_SCAN_S if duration else _MAX_DURATION_H * 3600 + 1)
     times = stamps.times
+    if start := re.search(r"Input #0, mov.*? start: (-?[\d.]+)", header, flags=re.DOTALL):
+        times = [t for t in times if t >= Fraction(start[1]) - stamps.tick]  # an edit list hides earlier frames
     fps, vfr = _estimate_rate(stamps.tick, times, _parse_rate(stream[1], "fps"), _parse_rate(stream[1], "tbr"))
     if len(times) > 2 and (not duration or duration < _TIMESTAMP_SCAN_S / 2):  # all timestamps known: exact duration
         duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late first frame is shown from 0 s

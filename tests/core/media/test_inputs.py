@@ -194,6 +194,16 @@ def test_avi_of_copied_stream_with_missing_frames_has_rate_of_original(picture, 
     assert abs(len(list(VideoReader(path))) - len(list(VideoReader(original)))) <= 1
 
 
+def test_edit_list_hides_the_frames_before_it(picture, make):
+    """A clip that a phone trimmed still holds the frames before its start, from the key frame on."""
+    original = picture("a.mp4", "25", 40)
+    path = make("trimmed.mp4", "-ss", "0.52", "-i", str(original), "-c", "copy")
+    info, frames = probe(path), list(VideoReader(path))
+    assert (info.fps, info.frame_count, info.vfr, len(frames)) == (25, 27, False, 27)
+    assert info.duration == pytest.approx(27 / 25)
+    assert np.array_equal(frames, list(VideoReader(original))[13:])
+
+
 def test_avi_of_mpeg4_with_b_frames_has_all_frames(make):
     path = make("a.avi", "-f", "lavfi", "-i", "testsrc=r=25:d=1", "-c:v", "mpeg4", "-bf", "2", "-q:v", "2")
     assert (probe(path).fps, probe(path).frame_count, len(list(VideoReader(path)))) == (25, 25, 25)
