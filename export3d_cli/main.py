@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from typing import Any, NoReturn
 
 import click
@@ -21,7 +22,6 @@ from click.core import ParameterSource
 
 from export3d_cli.console import hide_library_messages, show_warnings
 from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.interrupts import reraise_dropped_interrupts
 from export3d_cli.core.runtime.opencv import find_opencv_problem
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_negations
@@ -156,6 +156,16 @@ class _InterruptHandler:
         raise KeyboardInterrupt
 
 
+def _reraise_dropped_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send Ctrl-C to the main thread again, if Python dropped it because it occurred in a finalizer (`__del__`)."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+    elif hasattr(signal, "pthread_kill"):  # not on Windows
+        timer = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
+
 def _exit_interrupted(ctx: click.Context) -> NoReturn:
     click.echo("interrupted", err=True)
     ctx.exit(130)
@@ -170,5 +180,5 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore it
         signal.signal(signal.SIGINT, _InterruptHandler.handle)
-        reraise_dropped_interrupts()
+        sys.unraisablehook = _reraise_dropped_interrupt
     cli(prog_name="export3d")

@@ -156,7 +156,7 @@ def test_doctor_passes_here(tiny):
     assert summary["ok"] is all(finding["ok"] for finding in summary["findings"])
     assert result.exit_code == (0 if summary["ok"] else 1)
     passed = {finding["what"] for finding in summary["findings"] if finding["ok"]}
-    assert {"python", "torch", "cv2", "ffmpeg", "litert", "model"} <= passed
+    assert {"torch", "cv2", "ffmpeg", "tracker", "model"} <= passed
 
 
 def test_expression_controls_make_pictures_and_videos(tiny, tmp_path, monkeypatch):

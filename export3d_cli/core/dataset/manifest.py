@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.files import MAX_MANIFEST_BYTES, check_file, write_atomic
+from export3d_cli.core.runtime.files import read_rows, write_atomic
 
 ManifestRow = dict[str, Any]
 
@@ -22,7 +22,7 @@ class DatasetManifest:
     def __init__(self, out: Path) -> None:
         self.out = out
         paths = [out / "manifest.jsonl", *sorted((out / "inputs").glob("[!.]*.jsonl"))]
-        rows = {str(row["id"]): row for path in paths if path.exists() for row in _read_rows(path)}
+        rows = {row["id"]: row for path in paths if path.exists() for row in _read_rows(path)}
         self.clips = [row for _, row in sorted(rows.items()) if "reason" not in row]
         self.rejected = [row for _, row in sorted(rows.items()) if "reason" in row]
         failed = {_source(row) for row in self.rejected if row.get("failed")}  # the next run tries them again
@@ -46,10 +46,6 @@ def _source(row: ManifestRow) -> str:
 
 def _read_rows(path: Path) -> list[ManifestRow]:
     try:
-        check_file(path, MAX_MANIFEST_BYTES)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
+        return read_rows(path)
+    except (InputError, ValueError) as error:
         raise InputError(f"{path} is not a manifest ({str(error)[:200]}): choose another output folder") from error
-    if not all(isinstance(row, dict) and "id" in row for row in rows):
-        raise InputError(f"{path} is not a manifest (rows without an id): choose another output folder")
-    return rows

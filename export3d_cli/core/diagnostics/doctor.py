@@ -8,7 +8,6 @@ import importlib.util
 import os
 import platform
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,18 +48,15 @@ def versions() -> dict[str, str]:
 def examine(weights: str | None = None) -> list[Finding]:
     """Run all checks; `weights` names other weights than the default ones."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]], str]] = [
-        ("python", _python, "use Python 3.10 to 3.13"),
         ("torch", _torch, "install torch: https://pytorch.org/get-started/locally"),
-        ("cv2", _opencv, "`pip install --force-reinstall opencv-python`"),
+        ("cv2", _opencv, _REINSTALL),
         (
             "ffmpeg",
             _ffmpeg,
-            "`pip install --force-reinstall imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE if it is set",
+            "`pip install --force-reinstall imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE",
         ),
         ("weights", lambda: _weights(weights), _REINSTALL),
-        ("detector", _detector, _REINSTALL),
-        ("litert", _tracker, "`pip install --force-reinstall ai-edge-litert`"),
-        ("hub", _hub, "`pip install --force-reinstall huggingface-hub`; embedded weights work without it"),
+        ("tracker", _tracker, "`pip install --force-reinstall export3d-cli ai-edge-litert`"),
     ]
     findings = []
     for what, check, advice in checks:
@@ -73,17 +69,13 @@ def examine(weights: str | None = None) -> list[Finding]:
     return findings
 
 
-def _python() -> Iterator[Finding]:
-    supported = (3, 10) <= sys.version_info[:2] < (3, 14)
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, export3d {__version__}"
-    yield Finding("python", supported, found, "" if supported else "use Python 3.10 to 3.13")
-
-
 def _torch() -> Iterator[Finding]:
     import torch
 
     torch.zeros(2, 2) @ torch.zeros(2, 2)
-    yield Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}")
+    system = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, export3d {__version__}"
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
+    yield Finding("torch", True, f"{torch.__version__}, {threads}, {system}")
     built = torch.version.cuda
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -137,15 +129,6 @@ def _weights(name: str | None) -> Iterator[Finding]:
     yield Finding("model", bool(info.config), facts, "" if info.config else "give weights of a model")
 
 
-def _detector() -> Iterator[Finding]:
-    from export3d_cli.core.face.detector import FaceDetector
-    from export3d_cli.core.media.image import read_image
-    from export3d_cli.core.runtime.weights import example_path, resolve_weights
-
-    found = len(FaceDetector(resolve_weights("yunet"))(read_image(example_path("source.jpg"))))
-    yield Finding("detector", found == 1, f"finds {found} of 1 face in the example", "" if found == 1 else _REINSTALL)
-
-
 def _tracker() -> Iterator[Finding]:
     from export3d_cli.core.face.tracker import open_landmarker_tracker
     from export3d_cli.core.media.image import read_image
@@ -153,15 +136,8 @@ def _tracker() -> Iterator[Finding]:
 
     image = read_image(example_path("source.jpg"))
     found = any(open_landmarker_tracker().track_frames([image] * 2))
-    result = f"finds {'the' if found else 'no'} face in the example"
-    yield Finding("litert", found, f"{_version('ai-edge-litert')}, {result}", "" if found else _REINSTALL)
-
-
-def _hub() -> Iterator[Finding]:
-    from huggingface_hub import constants
-
-    endpoint = "offline" if constants.HF_HUB_OFFLINE else re.sub(r"//[^/@]+@", "//", constants.ENDPOINT)
-    yield Finding("hub", True, f"{_version('huggingface-hub')}, {endpoint}, cache {constants.HF_HUB_CACHE}")
+    result = f"LiteRT {_version('ai-edge-litert')}, finds {'the' if found else 'no'} face in the example"
+    yield Finding("tracker", found, result, "" if found else _REINSTALL)
 
 
 def _version(package: str) -> str:

@@ -5,7 +5,6 @@
     device                           device, precision, threads, random state and memory of PyTorch
     camera                           the 25-number camera in the head frame
     weights, hub                     weights files: manifest, paths, Hugging Face Hub
-    interrupts                       Ctrl-C inside finalizers
 
 The lowest layer: imports no other package of `core`. Every package may import it, and so may the command line.
 """

@@ -193,21 +193,28 @@ def read_manifest(dataset: Path) -> list[dict[str, Any]]:
 
     Raises `InputError` for a folder that `preprocess` did not write.
     """
-    path = dataset / "manifest.jsonl"
     try:
-        check_file(path, MAX_MANIFEST_BYTES)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = read_rows(dataset / "manifest.jsonl")
         for row in rows:
-            row["id"] = str(row["id"])
             ensure_relative(row["file"])
             ensure_relative(row["motion"])
             if Path(row["id"]).name != row["id"]:  # files of reports are named after it
                 raise ValueError(f"invalid clip id {row['id'][:80]!r}")
-    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (InputError, ValueError, KeyError, TypeError) as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         reason = kind + str(error)[:200]
         raise InputError(f"{dataset} is not a data set ({reason}): make one with `export3d preprocess`") from error
     return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a list of a data set: one JSON object with an `id` per line. Raises `InputError` or `ValueError`."""
+    check_file(path, MAX_MANIFEST_BYTES)
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [{**row, "id": str(row["id"])} for row in rows]
+    except (OSError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def check_file(path: Path, max_bytes: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.runtime.errors import Export3DError, InputError
-from export3d_cli.core.runtime.files import driver_track_id, folder_lock, read_manifest
+from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.files import driver_track_id, folder_lock, read_manifest, write_folder
 from export3d_cli.core.runtime.weights import resolve_weights
 
 MASK_SIZE = 64  # side of the cached person masks
@@ -80,22 +79,19 @@ def load_dataset(
     if _read_stamp(cache_folder) != stamp:
         with folder_lock(cache_folder.parent, wait=True):
             if _read_stamp(cache_folder) != stamp:  # no other process has built it meanwhile
-                _build_cache(folder, entries, cache_folder, size, stride, stamp, progress)
+                shutil.rmtree(cache_folder, ignore_errors=True)
+                with write_folder(cache_folder) as temporary:
+                    _build_cache(folder, entries, temporary, size, stride, stamp, progress)
     try:
         index = json.loads((cache_folder / "index.json").read_text(encoding="utf-8"))
         arrays = {name: _load_array(cache_folder, name, index["count"], row) for name, row in _shapes(size).items()}
-        dataset = FaceDataset(
-            person_mask=arrays.pop("person"),
-            frame_index=arrays.pop("number"),
-            clips=tuple(Clip(**clip) for clip in index["clips"]),
-            **arrays,
-        )
-        for clip in dataset.clips:
+        clips = tuple(Clip(**clip) for clip in index["clips"])
+        for clip in clips:
             if not (0 <= clip.start < clip.start + clip.count <= index["count"]):
                 raise ValueError(f"clip {clip.id!s:.60} lies outside the frames")
+        return FaceDataset(person_mask=arrays.pop("person"), frame_index=arrays.pop("number"), clips=clips, **arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(f"the cache {cache_folder} is damaged ({error}): remove it, it will be built again") from error
-    return dataset
 
 
 def _shapes(size: int) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -129,57 +125,41 @@ def _build_cache(
     folder: Path, entries: list[dict[str, Any]], cache_folder: Path, size: int, stride: int, stamp: str,
     progress: Callable[[str], None] | None,
 ) -> None:  # fmt: skip
-    """Decode all clips into a temporary folder that is renamed to `cache_folder` when complete."""
-    temporary = cache_folder.with_name(f"{cache_folder.name}.{os.getpid()}.tmp")
-    for stale in cache_folder.parent.glob(f"{cache_folder.name}.*.tmp"):  # left by a killed process: we hold the lock
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        motions = [Motion.load(folder / e["motion"]) for e in entries]
-        capacity = sum(int(np.asarray(m.found)[::stride].sum()) for m in motions)
-        frames = np.lib.format.open_memmap(
-            temporary / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(capacity, 1), size, size, 3)
-        )
-        arrays: dict[str, list[np.ndarray]] = {name: [] for name in _shapes(size) if name != "frames"}
-        matting = PersonMatting(resolve_weights("selfie_segmentation"))
-        clips: list[Clip] = []
-        row = 0
-        for i, (entry, motion) in enumerate(zip(entries, motions, strict=True), start=1):
-            still = Path(entry["file"]).suffix.lower() != ".mp4"
-            usable = np.asarray(motion.found, bool) & np.isfinite(motion.landmarks).all((1, 2))
-            numbers: list[int] = []
-            for number, image in _decode_frames(folder / entry["file"], still, stride):
-                if number < len(usable) and usable[number]:
-                    frames[row + len(numbers)] = resize_square(image, size)
-                    numbers.append(number)
-            if not numbers:
-                continue
-            for name in ("beta", "camera", "landmarks"):
-                arrays[name].append(np.asarray(getattr(motion, name), np.float32)[numbers])
-            arrays["person"].append(_person_masks(matting, frames[row : row + len(numbers)]))
-            arrays["number"].append(np.array(numbers, np.int32))
-            clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
-            row += len(numbers)
-            if progress is not None and (i % 20 == 0 or i == len(entries)):
-                progress(f"{folder.name}: {i} of {len(entries)} clips decoded, {row} frames")
-        if not clips:
-            raise InputError(f"dataset {folder} has no frame with a detected face")
-        frames.flush()
-        del frames
-        for name, parts in arrays.items():
-            np.save(temporary / f"{name}.npy", np.concatenate(parts))
-        index = {"stamp": stamp, "count": row, "clips": [vars(clip) for clip in clips]}
-        (temporary / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        if cache_folder.exists():
-            shutil.rmtree(cache_folder)
-        os.replace(temporary, cache_folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise Export3DError(
-            f"cannot write the cache {cache_folder} ({reason}): free space, or set data.cache"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Decode the frames with a face of all clips."""
+    motions = [Motion.load(folder / e["motion"]) for e in entries]
+    capacity = sum(int(np.asarray(m.found)[::stride].sum()) for m in motions)
+    frames = np.lib.format.open_memmap(
+        cache_folder / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(capacity, 1), size, size, 3)
+    )
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in _shapes(size) if name != "frames"}
+    matting = PersonMatting(resolve_weights("selfie_segmentation"))
+    clips: list[Clip] = []
+    row = 0
+    for i, (entry, motion) in enumerate(zip(entries, motions, strict=True), start=1):
+        still = Path(entry["file"]).suffix.lower() != ".mp4"
+        usable = np.asarray(motion.found, bool) & np.isfinite(motion.landmarks).all((1, 2))
+        numbers: list[int] = []
+        for number, image in _decode_frames(folder / entry["file"], still, stride):
+            if number < len(usable) and usable[number]:
+                frames[row + len(numbers)] = resize_square(image, size)
+                numbers.append(number)
+        if not numbers:
+            continue
+        for name in ("beta", "camera", "landmarks"):
+            arrays[name].append(np.asarray(getattr(motion, name), np.float32)[numbers])
+        arrays["person"].append(_person_masks(matting, frames[row : row + len(numbers)]))
+        arrays["number"].append(np.array(numbers, np.int32))
+        clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
+        row += len(numbers)
+        if progress is not None and (i % 20 == 0 or i == len(entries)):
+            progress(f"{folder.name}: {i} of {len(entries)} clips decoded, {row} frames")
+    if not clips:
+        raise InputError(f"dataset {folder} has no frame with a detected face")
+    frames.flush()
+    for name, parts in arrays.items():
+        np.save(cache_folder / f"{name}.npy", np.concatenate(parts))
+    index = {"stamp": stamp, "count": row, "clips": [vars(clip) for clip in clips]}
+    (cache_folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def _person_masks(matting: PersonMatting, images: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ def fake_ffmpeg(path: Path, condition: str, action: str) -> None:
 def test_examine_of_this_installation_finds_no_problem() -> None:
     findings = examine()
     assert failed(findings) == {}
-    assert {"cv2", "ffmpeg", "detector", "litert"} <= {finding.what for finding in findings}
+    assert {"cv2", "ffmpeg", "tracker"} <= {finding.what for finding in findings}
 
 
 def test_command_prints_all_problems_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,11 +46,10 @@ def test_command_prints_all_problems_with_advice(tmp_path: Path, monkeypatch: py
     (tmp_path / "manifest.yaml").write_text("weights: []")
     real = weights.resolve_weights
     replaced = lambda name=None: tmp_path / "yunet.onnx" if name == "yunet" else real(name)  # noqa: E731
-    monkeypatch.setattr("export3d_cli.core.runtime.weights.resolve_weights", replaced)
+    monkeypatch.setattr("export3d_cli.core.face.tracker.resolve_weights", replaced)
     monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
     monkeypatch.setattr("export3d_cli.core.media.probe.ffmpeg_path", broken)
     monkeypatch.setattr(doctor, "find_opencv_problem", lambda: CV2_PROBLEM)
-    monkeypatch.setattr(doctor, "_tracker", lambda: 1 / 0)
     result = CliRunner().invoke(cli, ["doctor"])
     assert result.exit_code == 1
     problems = [line.removeprefix("BAD  ") for line in result.stdout.splitlines() if line.startswith("BAD")]
@@ -58,8 +57,7 @@ def test_command_prints_all_problems_with_advice(tmp_path: Path, monkeypatch: py
         r"cv2: OpenCV 4\.11\.0 is installed, and the face detector needs 5 or later -> run `pip install`",
         r"ffmpeg: no ffmpeg found: bring one -> .*pip install",
         r"weights: no weights 'export3d-compact': .* -> `pip install",
-        r"detector: .*yunet\.onnx.* does not load.* -> `pip install",
-        r"litert: ZeroDivisionError: division by zero -> `pip install",
+        r"tracker: .*yunet\.onnx.* does not load.* -> `pip install",
     )
     assert len(problems) == len(expected)
     for line, pattern in zip(problems, expected, strict=True):
