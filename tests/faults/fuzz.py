@@ -30,7 +30,7 @@ from faultkit import TookTooLongError, memory_mib, time_limit
 
 from export3d_cli.core.config.loading import load_train_config, to_dict
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.dataset.manifest import DatasetManifest
+from export3d_cli.core.dataset.preprocess import DatasetManifest
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image

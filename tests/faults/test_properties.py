@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as np_st
 
 from export3d_cli.core.config.loading import load_train_config, make_train_config, model_config_from_dict, to_dict
 from export3d_cli.core.config.schema import PRESETS, TrainConfig
-from export3d_cli.core.dataset.manifest import DatasetManifest
+from export3d_cli.core.dataset.preprocess import DatasetManifest
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 

@@ -46,6 +46,7 @@ for _stage in ("mouth", "eyes", "lids"):
     }
 
 REMOVED_KEYS = {
+    "tensorboard": "stats.jsonl in the run folder holds all values",
     "loss.l2_scales": "L2 is computed at full size",
     **dict.fromkeys(
         ("adversarial.ada", "adversarial.ada_every", "adversarial.ada_images", "adversarial.augment"),

@@ -272,7 +272,6 @@ class TrainConfig:
     keep_checkpoints: int = 2  # training states to keep
     sample_every: int = 500
     log_every: int = 10
-    tensorboard: bool = True  # also write event files, if TensorBoard is installed
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
 
     def stage_steps(self, stage: str) -> int:

@@ -1,6 +1,6 @@
 """Data sets: videos and photos become face crops with motion files, a manifest and an overview picture.
 
 `preprocess` writes a data set or one motion file, `segmentation` splits videos into clips of one face and filters them,
-`manifest` keeps the lists on disk, `overview` draws what was tracked, `track_video` reads the motion of one file.
+`overview` draws what was tracked, `track_video` reads the motion of one file.
 `commands`, `evaluation` and `diagnostics` may import this package; it imports `face`, `media`, `config` and `runtime`.
 """

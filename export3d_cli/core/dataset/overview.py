@@ -11,13 +11,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from export3d_cli.core.dataset.segmentation import yaw_pitch_roll
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import Camera, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 HEAD_AXIS_LENGTH = 0.2  # head-frame units

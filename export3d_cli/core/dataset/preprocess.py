@@ -2,9 +2,10 @@
 
 A data set is `manifest.jsonl` (one row per clip: id, person, file, motion, frames, fps, split, source) and
 `clips/<id>.mp4` or `.png` (square face crops) with `clips/<id>.motion.npz`; `rejected.jsonl` says what was left out and
-why, and `inputs/` which inputs are finished. A video is read twice, once to track faces (`segmentation.py`) and once to
-write the crops, so that memory never holds more than one frame. A clip that covers its whole video has the video's id,
-others `<id>-cNN`. Shard i of n processes every n-th input into the same folder.
+why. Every finished input leaves its rows in `inputs/<id>.jsonl`, and both lists are made from these files, so an
+interrupted run loses one input only, and several runs (shards) can fill one data set. A clip that covers its whole
+video has the video's id, others `<id>-cNN`. A video is read twice, to track faces and to write the crops, so that
+memory never holds more than one frame.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -25,25 +27,30 @@ from typing import Any, Literal
 
 import numpy as np
 
-from export3d_cli.core.dataset.manifest import DatasetManifest, ManifestRow, write_rows
 from export3d_cli.core.dataset.overview import draw_overlay, draw_report
 from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpness, track_segments
 from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.crop import crop_image, crop_with_padding
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
-from export3d_cli.core.face.tracker import TrackerName, open_landmarker_tracker
+from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_landmarker_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.runtime.files import folder_lock, remove_stale_temporaries, shorten_name
+from export3d_cli.core.runtime.files import (
+    folder_lock,
+    read_rows,
+    remove_stale_temporaries,
+    shorten_name,
+    write_atomic,
+)
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
 CLIP_FPS = Fraction(25)  # frame rate of the clips in a data set
 CLIP_FILTER_OPTIONS = "--min-seconds, --max-seconds, --min-face, --max-yaw"
 Progress = Callable[[str, int, "int | None"], None]
 PersonRule = Literal["name", "folder"]
+ManifestRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,27 +95,12 @@ def preprocess(
 ) -> PreprocessSummary:
     """Track faces and write one motion file (`out` ends in .motion.npz or .csv) or a data set (`out` is a folder).
 
-    Inputs that are in the data set already are kept, so that an interrupted run can be continued. A motion file can
-    also be made from a Live Link Face CSV. None stands for the default; an option that does not apply is refused.
-
-    Args:
-        inputs: videos, photos or folders of them.
-        out: folder of the data set, X.motion.npz, or X.csv for ARKit's coefficients as Live Link Face writes them.
-        max_frames: maximum number of frames of each input; default: all.
-        progress: called with the stage, the number done and the total.
-
-        size: side of the crops in pixels; default 256. This one and those below are for a data set only.
-        workers: number of processes; default 1.
-        clip_filter: limits for clips.
-        person: take the person's id from the file "name" up to its last underscore (default) or from the "folder".
-        shard: (i, n): process every n-th input, starting at the i-th.
-        report: write `report.png`, an overview of the data set.
-
-        fps: frame rate; default: the video's. This one and those below are for a motion file only: the clips of a data
-            set have 25 frames/s, the largest face and the landmarker's points.
-        face: which of several faces: largest (default), left, right or index:N.
-        tracker: "landmarker" (default) or "fan".
-        overlay: video or image to write with the tracking drawn on it.
+    `inputs` are videos, photos or folders, of each of which `max_frames` are used. For a data set only: `size`, the
+    side of the crops (256 pixels), number of `workers` (1), `clip_filter`, `person` (the id is the file "name" up to
+    its last underscore, or the "folder"), `shard` (i, n) for every n-th input from the i-th, and `report`, which adds
+    `report.png`. Inputs that are in it already are kept, so that an interrupted run can be continued. Its clips have 25
+    frames/s. For a motion file only: `fps`, `face`, `tracker` (see `extract_motion`), and `overlay`, a video or image
+    to write with the tracking drawn on it. An option that does not apply is refused.
 
     Raises:
         InputError: there is nothing to read, or an option does not apply.
@@ -359,3 +351,38 @@ def _rejected_row(job: InputJob, name: str, reason: str, segment: Segment | None
         seconds = float(len(segment.motion) / CLIP_FPS)
         row |= {"start": round(float(segment.start / CLIP_FPS), 3), "seconds": round(seconds, 3)}
     return row
+
+
+class DatasetManifest:
+    """The rows of a data set when this object is made."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        paths = [out / "manifest.jsonl", *sorted((out / "inputs").glob("[!.]*.jsonl"))]
+        rows = {row["id"]: row for path in paths if path.exists() for row in _read_rows(path)}
+        self.clips = [row for _, row in sorted(rows.items()) if "reason" not in row]
+        self.rejected = [row for _, row in sorted(rows.items()) if "reason" in row]
+        failed = {_source(row) for row in self.rejected if row.get("failed")}  # the next run tries them again
+        self.finished_sources = {_source(row) for row in rows.values()} - failed
+
+    def write(self) -> None:
+        """Write both lists."""
+        write_rows(self.out / "manifest.jsonl", self.clips)
+        write_rows(self.out / "rejected.jsonl", self.rejected)
+
+
+def write_rows(path: Path, rows: list[ManifestRow]) -> None:
+    """Write rows, one a line."""
+    with write_atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _source(row: ManifestRow) -> str:
+    return str(row.get("source", row["id"]))
+
+
+def _read_rows(path: Path) -> list[ManifestRow]:
+    try:
+        return read_rows(path)
+    except (InputError, ValueError) as error:
+        raise InputError(f"{path} is not a manifest ({str(error)[:200]}): choose another output folder") from error

@@ -16,11 +16,11 @@ import numpy as np
 
 from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import RIGID_POINTS
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.media.scene_detection import DISSOLVE_SPANS, SceneCutDetector
-from export3d_cli.core.runtime.camera import head_pose
+from export3d_cli.core.runtime.camera import yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 MAX_GAP_S = 0.2  # longest time without a face that does not end a segment
@@ -179,15 +179,6 @@ def landmark_jitter(motion: Motion, face_px: float) -> float:
     points = motion.landmarks[:, list(RIGID_POINTS), :2].astype(np.float64) * motion.crop[2] / face_px
     second_difference = np.linalg.norm(points[2:] - 2 * points[1:-1] + points[:-2], axis=-1)
     return float(np.median(second_difference[consecutive], axis=1).mean())
-
-
-def yaw_pitch_roll(camera: np.ndarray) -> np.ndarray:
-    """Return yaw, pitch and roll in degrees (T, 3) of cameras (T, 25), as `Camera.angles` does for one."""
-    r, _ = head_pose(camera)
-    yaw = -np.arctan2(r[:, 0, 2], np.hypot(r[:, 1, 2], r[:, 2, 2]))
-    pitch = np.arctan2(r[:, 1, 2], r[:, 2, 2])
-    roll = np.arctan2(-r[:, 0, 1], r[:, 0, 0])
-    return np.degrees(np.stack([yaw, pitch, roll], axis=1))
 
 
 def _face_size(face: Face) -> float:

@@ -36,16 +36,8 @@ def extract_motion(
 ) -> tuple[Motion, list[str]]:
     """Track one face of a video (streamed) or of a photo (one frame); return its motion and notes for the user.
 
-    Args:
-        path: a video, a folder of pictures, a photo, or a Live Link Face CSV (placed at EG3D's camera radius, 2.7).
-        fps: frame rate; None keeps the video's, and is 25 for pictures.
-        max_frames: maximum number of frames; None: all.
-        face: which of several faces: largest, left, right or index:N, the N-th from the left, starting at 0.
-        tracker: "landmarker" or "fan".
-        progress: called with the stage, the number of frames done and the total.
-
-    Raises:
-        NoFaceError: no frame has a face.
+    A Live Link Face CSV is placed at EG3D's camera radius. `fps` None is the video's rate, 25 for pictures. `face`:
+    largest, left, right or index:N, the N-th from the left, starting at 0. Raises `NoFaceError` if no frame has one.
     """
     if is_arkit_csv(path):
         motion, notes = read_csv(path, Camera.orbit(0).to_vector())

@@ -16,10 +16,7 @@ BORDER_POINTS = 9  # pinned points on each side of the picture
 def warp_piecewise(photo: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Warp a photo, uint8 (H, W, 3), by the Delaunay triangles of its target points; the border stays.
 
-    Args:
-        photo: the photo.
-        source: its landmarks (478, 2 or more), fractions of its width and height.
-        target: where they lie in the result.
+    `source` (478, 2 or more) are its landmarks, `target` their places in the result, fractions of width and height.
     """
     height, width = photo.shape[:2]
     to_pixels = np.array([width, height])

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export3d_cli.core.dataset.segmentation import yaw_pitch_roll
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.face_embedding import Embedder
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.tracker import LandmarkerTracker
+from export3d_cli.core.runtime.camera import yaw_pitch_roll
 
 Frames = list[np.ndarray]  # uint8 (H, W, 3) each
 Scores = dict[str, float]  # by names of `metrics.METRICS`

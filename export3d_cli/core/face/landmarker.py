@@ -13,6 +13,7 @@ behind it. The One-Euro smoothing of its video mode is left out: smoothing is th
 from __future__ import annotations
 
 import math
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from ai_edge_litert.interpreter import Interpreter
 
 from export3d_cli.core.face.detector import SEARCH_SIDES_PX, Detection, FaceDetector
 from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
-from export3d_cli.core.face.litert import LiteRTNetwork
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
 
@@ -132,6 +133,29 @@ class Landmarker:
         (values,) = self._blendshape_network(landmarks[list(BLENDSHAPE_POINTS), :2])  # _neutral, ARKit's but the last
         blendshapes = np.append(np.clip(values.reshape(-1)[1:], 0, 1), 0).astype(np.float32)
         return Face(landmarks=landmarks, blendshapes=blendshapes, score=score)
+
+
+class LiteRTNetwork:
+    """A tflite network with a single float32 input; `origin` is its file, for errors. Threads may share one."""
+
+    def __init__(self, content: bytes, origin: Path, threads: int) -> None:
+        try:
+            self._interpreter = Interpreter(model_content=content, num_threads=threads)
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"{origin} holds a network that does not load ({error}): fetch the file again"
+            ) from error
+        self._lock = threading.Lock()  # an interpreter serves one thread at a time
+        self._input = self._interpreter.get_input_details()[0]
+        self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]
+
+    def __call__(self, array: np.ndarray) -> list[np.ndarray]:
+        """Run the network on one input without batch axis; returns all outputs with their batch axis."""
+        with self._lock:
+            self._interpreter.set_tensor(self._input["index"], array[None])
+            self._interpreter.invoke()
+            return [self._interpreter.get_tensor(index) for index in self._outputs]  # copies
 
 
 def read_bundle(bundle: Path, *names: str) -> list[bytes]:

@@ -20,13 +20,8 @@ class FfmpegProcess:
     """A running ffmpeg process. One thread drains its stderr, so that a full pipe cannot block it.
 
     A second thread kills the process if it makes no progress while the caller waits for it (not while it waits for
-    the caller). The caller's wait then ends, and `error_summary` gives the reason.
-
-    Args:
-        command: program and arguments.
-        stdin: open a pipe to the process.
-        stdout: open a pipe from the process.
-        output_file: file that the process writes; changes of it count as progress.
+    the caller). The caller's wait then ends, and `error_summary` gives the reason. Changes of `output_file`, which the
+    process writes, count as progress.
     """
 
     def __init__(

@@ -46,11 +46,8 @@ def has_image_suffix(path: Path) -> bool:
 def read_image(path: Path) -> np.ndarray:
     """Read a still image as uint8 (H, W, 3) sRGB, with EXIF orientation applied and transparency composited on white.
 
-    Issues an `Export3DWarning` if the image is reduced to `MAX_PIXELS`, or its colour profile is ignored.
-
-    Raises:
-        InputError: the file is missing, no JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC or AVIF image, damaged, truncated or
-            larger than `MAX_STORED_PIXELS`.
+    Issues an `Export3DWarning` if the image is reduced to `MAX_PIXELS`, or its colour profile is ignored. Raises
+    `InputError` if the file is missing, of another format, damaged, truncated or larger than `MAX_STORED_PIXELS`.
     """
     path = Path(path)
     data = _read_bytes(path)

@@ -21,12 +21,7 @@ DEFAULT_FPS = 30  # of cameras that do not report their rate
 def open_camera(camera: int | Path, stopped: threading.Event) -> tuple[Fraction, Iterator[CameraFrame]]:
     """Return a camera's rate, and its frames until `stopped` is set or it is disconnected.
 
-    Args:
-        camera: its number, from 0; or a video file, which is repeated, its frames paced at its rate.
-        stopped: ends the frames.
-
-    Raises:
-        InputError: the camera cannot be opened.
+    `camera` is its number, from 0, or a video file, which is repeated at its rate. Raises `InputError`.
     """
     if isinstance(camera, Path):
         reader = VideoReader(camera)

@@ -44,13 +44,8 @@ setInterval(() => fetch('/status').then(r => r.text()).then(text => line.textCon
 class MjpegServer(ThreadingHTTPServer):
     """Serves the page while its `with` block runs: `/`, `/stream`, `/status` and the buttons' `/command/NAME`.
 
-    Pages of other sites can neither read it nor press its buttons.
-
-    Args:
-        host: the address to listen on.
-        port: TCP port; 0: a free one, see `server_port`.
-        buttons: command -> label.
-        on_press: called by other threads with the command of a pressed button.
+    Pages of other sites can neither read it nor press its buttons: `buttons` maps commands to labels, and other threads
+    call `on_press` with the command of a pressed one. Port 0 stands for a free one, see `server_port`.
     """
 
     daemon_threads = True

@@ -29,13 +29,8 @@ class VideoReader:
     Rotation and pixel aspect are applied, interlaced frames are deinterlaced, high dynamic range is tone-mapped,
     transparency is composited on white, and a variable rate is resampled to a constant one.
 
-    Args:
-        path: any video (or image: one frame) that ffmpeg reads, or a folder of images of one size.
-        fps: resample to this rate; None: the video's rate. For a folder: the rate of its images, 25 by default.
-        start: seconds to skip.
-        duration: seconds to read; None: to the end.
-        size: (width, height) to scale to; None: the video's size.
-
+    `path` is any video or image (one frame) that ffmpeg reads, or a folder of images of one size. `fps` None is the
+    video's rate, 25 for a folder. `start` and `duration` are in seconds; `size` (width, height) scales the frames.
     `info` describes the stream: rate, size and expected number of frames. `notes` are warnings for the user; one about
     a truncated video is added when the iteration ends.
     """

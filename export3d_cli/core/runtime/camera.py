@@ -46,11 +46,8 @@ class Camera:
 
     def angles(self) -> tuple[float, float, float]:
         """Return yaw (+: to the image's right), pitch (+: up), roll (+: clockwise) of the head in degrees."""
-        r = self.cam2world[:3, :3].T  # head -> camera
-        yaw = -np.degrees(np.arctan2(r[0, 2], np.hypot(r[1, 2], r[2, 2])))
-        pitch = np.degrees(np.arctan2(r[1, 2], r[2, 2]))
-        roll = np.degrees(np.arctan2(-r[0, 1], r[0, 0]))
-        return float(yaw), float(pitch), float(roll)
+        yaw, pitch, roll = _rotation_to_angles(self.cam2world[:3, :3].T).tolist()
+        return yaw, pitch, roll
 
     def project(self, points: np.ndarray) -> np.ndarray:
         """Project head-frame points (N, 3) to image sizes (N, 2): (0, 0) top left corner, (1, 1) bottom right."""
@@ -72,6 +69,18 @@ def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
     about_x = np.array([[1, 0, 0], [0, np.cos(p), np.sin(p)], [0, -np.sin(p), np.cos(p)]])
     about_z = np.array([[np.cos(r), -np.sin(r), 0], [np.sin(r), np.cos(r), 0], [0, 0, 1]])
     return about_x @ about_y @ about_z
+
+
+def yaw_pitch_roll(camera: np.ndarray) -> np.ndarray:
+    """Return yaw, pitch and roll in degrees (T, 3) of cameras (T, 25), as `Camera.angles` does for one."""
+    return _rotation_to_angles(head_pose(camera)[0])
+
+
+def _rotation_to_angles(r: np.ndarray) -> np.ndarray:
+    """Convert head-to-camera rotations (..., 3, 3) to angles (..., 3), the inverse of `rotation_from_angles`."""
+    yaw = -np.arctan2(r[..., 0, 2], np.hypot(r[..., 1, 2], r[..., 2, 2]))
+    pitch, roll = np.arctan2(r[..., 1, 2], r[..., 2, 2]), np.arctan2(-r[..., 0, 1], r[..., 0, 0])
+    return np.degrees(np.stack([yaw, pitch, roll], axis=-1))
 
 
 def rotation_log(rotation: np.ndarray) -> np.ndarray:

@@ -175,20 +175,17 @@ class AdaptiveBatcher:
 
     def __call__(self, compute: Callable[[slice], Iterable[Any]], start: int, stop: int) -> Iterator[Any]:
         """Yield the rows of `compute(slice)` from start to stop; raise its error if a single row does not fit."""
-        rows = None
-        if stop - start <= self.max_batch:
+        while start < stop:
+            end = min(stop, start + self.max_batch)
             try:
-                rows = compute(slice(start, stop))
+                rows = compute(slice(start, end))
             except RuntimeError as error:
-                if stop - start == 1 or not _is_out_of_memory(error):
+                if end - start == 1 or not _is_out_of_memory(error):
                     raise
-                self.max_batch = (stop - start) // 2
-        if rows is not None:
+                self.max_batch = (end - start) // 2
+                continue
             yield from rows
-            return
-        middle = start + max(1, min(self.max_batch, (stop - start) // 2))
-        yield from self(compute, start, middle)
-        yield from self(compute, middle, stop)
+            start = end
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

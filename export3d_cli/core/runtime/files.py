@@ -38,11 +38,8 @@ _cleaned_folders: set[Path] = set()  # folders that this process has cleaned
 def write_atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` (same suffix); rename it on success, delete it on failure.
 
-    Also deletes temporary files that killed processes left in the folder.
-
-    Raises:
-        InputError: the folder is not writable.
-        Export3DError: writing failed midway, for example because the disk is full.
+    Also deletes temporary files that killed processes left in the folder. Raises `InputError` if the folder is not
+    writable, `Export3DError` if writing failed midway.
     """
     path = Path(path)
     check_name_length(path)
@@ -158,12 +155,8 @@ def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
 def folder_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Lock `folder`, which is created, against other processes. The system drops the lock when the process ends.
 
-    Issues an `Export3DWarning` if the system or the file system has no locks.
-
-    Args:
-        folder: the folder.
-        shared: allow other shared locks at the same time.
-        wait: wait for a conflicting lock to end, instead of raising `Export3DError`.
+    `shared` locks exclude only others that are not. A conflicting lock raises `Export3DError`, unless `wait`. Issues an
+    `Export3DWarning` if the system or the file system has no locks.
     """
     _make_folder(folder)
     with contextlib.ExitStack() as stack:

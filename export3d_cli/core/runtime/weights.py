@@ -69,14 +69,10 @@ def weights_manifest() -> dict[str, ManifestEntry]:
 
 
 def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> Path:
-    """Return the path of a weights file after verifying it.
+    """Return the path of a weights file: a name in the manifest, a path, or `hf:owner/repo[@revision][:file]`.
 
-    Args:
-        name: a name in the manifest, a path, or `hf:owner/repo[@revision][:file]`; None: the default weights.
-        force: download from the Hub again even if the file is cached.
-
-    Raises:
-        WeightsError: the weights do not exist, are damaged, or cannot be downloaded.
+    None is the default weights; `force` downloads a cached file again. Raises `WeightsError` if the weights do not
+    exist, are damaged, or cannot be downloaded.
     """
     text = DEFAULT_WEIGHTS if name is None else str(name)
     if text.startswith("hf:"):

@@ -5,7 +5,7 @@
   `image_stage` (reconstruction, adversarial), `pose_debias_stage`.
 - objective: `objective` sums the terms of `losses`, `perceptual`, `landmark_loss`; `discriminator`.
 - data: `frame_cache` decodes datasets once, `pair_sampler` and `inpaint_data` draw batches from them.
-- around them: `distributed` (torchrun), `cuda_graph`, `training_plan` (cost), `basis_rotation` (axes of lambda).
+- around them: `distributed` (torchrun), `cuda_graph`, `training_plan` (cost).
 
 Only the core's public API and `evaluation` (for the perceptual distance) import it. It imports `model`, `face`,
 `media`, `config` and `runtime`.

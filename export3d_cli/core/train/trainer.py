@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from export3d_cli.core.config.loading import save_yaml
-from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, ModelConfig, TrainConfig
+from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, DataConfig, ModelConfig, TrainConfig
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence
 from export3d_cli.core.model.export3d import Export3D
@@ -56,82 +55,76 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             "license is not set: name the licence of the trained weights, for example --license CC-BY-4.0 "
             "(what your training data and initial weights allow)"
         )
-    if config.init:
-        init_model = load_weights(resolve_weights(config.init))[1]
-        config = replace(config, model=_inherit_calibration(config.model, init_model))
+    names = {"init": config.init, "expression": config.expression_from}
+    initial = {key: load_weights(resolve_weights(name)) for key, name in names.items() if name}
+    if "init" in initial:
+        config = replace(config, model=_inherit_calibration(config.model, initial["init"][1]))
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(init_distributed(pick_device(config.device)))
         stack.enter_context(torch_state(threads=config.threads, seed=config.seed, device=world.device))
         if world.is_main:
             stack.enter_context(folder_lock(Path(config.run)))
         run = TrainingRun.open(config, progress, world)
-        try:
-            return _train(run)
-        finally:
-            run.close()
 
-
-def _train(run: TrainingRun) -> TrainSummary:
-    config, world = run.config, run.world
-
-    # data
-    if world.is_main:
-        save_yaml(config, run.folder / "config.yaml")
-    else:
-        world.barrier()  # the first process builds the caches
-    for message in precision_notes("bf16" if run.bf16 else "fp32", run.device):
-        run.report_progress("data", 0, 0, message=message)
-    datasets = load_datasets(
-        config.data, config.model.image_size, progress=lambda m: run.report_progress("data", 0, 0, message=m)
-    )
-    if world.is_main:
-        world.barrier()
-    face = load_canonical_face()
-    sampler = PairSampler(datasets, config.data, face.mirror)
-
-    # model
-    torch.manual_seed(config.seed)
-    model = Export3D(config.model).to(run.device)
-    if model.flow is not None:
-        model.flow.triangles.copy_(torch.from_numpy(face.flow_triangles))
-    _load_initial_weights(model, run)
-
-    # stages
-    model.inpainters.requires_grad_(False)  # only their own stages train them
-    run.record = _training_record(config)
-    resumed_stage = config.stages[0] if run.resumed_state is None else run.resumed_state[1]["stage"]
-    images: ImageStages | None = None
-    stage: Stage | None = None
-    finished = True
-    for name in config.stages[config.stages.index(resumed_stage) :]:
-        if name == "clebs":
-            data = replace(config.data, weight=config.clebs.weight or config.data.weight)
-            clebs_sampler = PairSampler(datasets, data, face.mirror)
-            if config.model.expression != "clebs":
-                prepare_ablation(run, model, clebs_sampler)
-                continue
-            stage = ClebsStage(run, model, clebs_sampler)
-        elif name in INPAINTERS:
-            stage = InpaintStage(run, model, sampler, name)
-        elif name == "pose_debias":
-            if run.resumed_state is None and images is None:
-                run.save_weights(model.state_dict())
-            world.barrier()  # the first process has written the weights
-            state, _, run.record = load_weights(run.weights)
-            load_into(model, state, f"the weights {run.weights}")
-            stage = PoseDebiasStage(run, model, PairSampler(datasets, sampling_config(config), face.mirror))
+        # data
+        if world.is_main:
+            save_yaml(config, run.folder / "config.yaml")
         else:
-            stage = images = images or ImageStages(run, model, sampler)
-            images.begin(name)
-        finished = stage.train()
-        if not finished:
-            break
-        run.resumed_state = None  # the next stage starts without a state
-        if name not in IMAGE_STAGES:
-            world.broadcast_module(model)
-            run.save_weights(model.state_dict())
-    step, values = (stage.step, stage.values) if stage is not None else (0, {})
-    return TrainSummary(run.folder, run.weights, name, step, finished, run.elapsed_minutes(), values)
+            world.barrier()  # the first process builds the caches
+        for message in [*_licence_notes(config), *precision_notes("bf16" if run.bf16 else "fp32", run.device)]:
+            run.report_message(message)
+        datasets = load_datasets(config.data, config.model.image_size, progress=run.report_message)
+        if world.is_main:
+            world.barrier()
+        face = load_canonical_face()
+
+        # model
+        torch.manual_seed(config.seed)
+        model = Export3D(config.model).to(run.device)
+        if model.flow is not None:
+            model.flow.triangles.copy_(torch.from_numpy(face.flow_triangles))
+        _load_initial_weights(model, config, initial)
+        run.record = _training_record(config) | {key: record for key, (_, _, record) in initial.items()}
+        del initial
+
+        # stages
+        model.inpainters.requires_grad_(False)  # only their own stages train them
+
+        def make_sampler(data: DataConfig = config.data) -> PairSampler:
+            return PairSampler(datasets, data, face.mirror)
+
+        resumed_stage = config.stages[0] if run.resumed_state is None else run.resumed_state[1]["stage"]
+        images: ImageStages | None = None
+        stage: Stage | None = None
+        finished = True
+        for name in config.stages[config.stages.index(resumed_stage) :]:
+            if name == "clebs":
+                sampler = make_sampler(replace(config.data, weight=config.clebs.weight or config.data.weight))
+                if config.model.expression != "clebs":
+                    prepare_ablation(run, model, sampler)
+                    continue
+                stage = ClebsStage(run, model, sampler)
+            elif name in INPAINTERS:
+                stage = InpaintStage(run, model, make_sampler(), name)
+            elif name == "pose_debias":
+                if run.resumed_state is None and images is None:
+                    run.save_weights(model.state_dict())
+                world.barrier()  # the first process has written the weights
+                state, _, run.record = load_weights(run.weights)
+                load_into(model, state, f"the weights {run.weights}")
+                stage = PoseDebiasStage(run, model, make_sampler(sampling_config(config)))
+            else:
+                stage = images = images or ImageStages(run, model, make_sampler())
+                images.begin(name)
+            finished = stage.train()
+            if not finished:
+                break
+            run.resumed_state = None  # the next stage starts without a state
+            if name not in IMAGE_STAGES:
+                world.broadcast_module(model)
+                run.save_weights(model.state_dict())
+        step, values = (stage.step, stage.values) if stage is not None else (0, {})
+        return TrainSummary(run.folder, run.weights, name, step, finished, run.elapsed_minutes(), values)
 
 
 def _inherit_calibration(model: ModelConfig, init_model: ModelConfig) -> ModelConfig:
@@ -140,31 +133,32 @@ def _inherit_calibration(model: ModelConfig, init_model: ModelConfig) -> ModelCo
     return replace(model, **{name: getattr(init_model, name) for name in unset})
 
 
-def _load_initial_weights(model: Export3D, run: TrainingRun) -> None:
-    """Fill a new model from `init`, or its expression code and basis flow from `expression_from`."""
-    config = run.config
-    for name in (config.init, config.expression_from):
-        licence = read_licence(resolve_weights(name)) if name else config.license
-        if licence != config.license:
-            message = f"{name} has the licence {licence or 'unknown'}: make sure that it allows {config.license}"
-            run.report_progress("data", 0, 0, message=message)
-    if config.init:
-        state, init_config, _ = load_weights(resolve_weights(config.init))
+def _licence_notes(config: TrainConfig) -> list[str]:
+    """Return a note for initial weights whose licence is another than that of the trained ones."""
+    licences = {name: read_licence(resolve_weights(name)) for name in (config.init, config.expression_from) if name}
+    return [
+        f"{name} has the licence {licence or 'unknown'}: make sure that it allows {config.license}"
+        for name, licence in licences.items()
+        if licence != config.license
+    ]
+
+
+def _load_initial_weights(model: Export3D, config: TrainConfig, initial: dict[str, Any]) -> None:
+    """Fill a new model from the weights `init`, or its expression code and basis flow from `expression`."""
+    if "init" in initial:
+        state, init_config, _ = initial["init"]
         kept = {name: getattr(config.model, name) for name in ("raw_size", *CALIBRATION)}
-        init_config = replace(init_config, **kept)
-        new_state: dict[str, Tensor] = {}
-        for stage in INPAINTERS:
-            if not getattr(init_config, stage) and stage in config.stages:  # this run adds the inpainter
-                init_config = replace(init_config, **{stage: getattr(config.model, stage)})  # type: ignore[arg-type]
-                prefix = f"inpainters.{stage}."
-                new_state |= {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
+        added = [s for s in INPAINTERS if not getattr(init_config, s) and s in config.stages]  # inpainters of this run
+        init_config = replace(init_config, **kept, **{stage: getattr(config.model, stage) for stage in added})
+        prefixes = tuple(f"inpainters.{stage}." for stage in added)
+        new_state = {k: v for k, v in model.state_dict().items() if prefixes and k.startswith(prefixes)}
         model_fields = vars(config.model)
         differing = [f"{name}={value}" for name, value in vars(init_config).items() if value != model_fields[name]]
         if differing:
             raise ConfigError(f"init {config.init} holds another model: set model.{', model.'.join(differing)}")
         load_into(model, {**new_state, **state}, f"the weights {config.init}")
-    if config.expression_from:
-        state, _, _ = load_weights(resolve_weights(config.expression_from))
+    if "expression" in initial:
+        state = initial["expression"][0]
         expression = {k: v for k, v in state.items() if k.startswith("expression.") or k == "flow.basis"}
         load_into(model, {**model.state_dict(), **expression}, f"the expression code of {config.expression_from}")
 
@@ -172,7 +166,7 @@ def _load_initial_weights(model: Export3D, run: TrainingRun) -> None:
 def _training_record(config: TrainConfig) -> dict[str, Any]:
     """Return the training record for the weights' header: enough to know what the weights have seen, no paths."""
     has_clebs = "clebs" in config.stages
-    record: dict[str, Any] = {
+    return {
         "stages": list(config.stages),
         "steps": 0,  # of reconstruction; set when weights are saved
         "clebs_steps": config.clebs.steps if has_clebs and config.model.expression == "clebs" else 0,
@@ -183,7 +177,3 @@ def _training_record(config: TrainConfig) -> dict[str, Any]:
         "data": [Path(p).name for p in config.data.path],
         "backbone": Path(config.loss.backbone).name,
     }
-    for key, name in (("init", config.init), ("expression", config.expression_from)):
-        if name:  # weights from elsewhere keep their own record
-            record[key] = load_weights(resolve_weights(name))[2]
-    return record

@@ -1,9 +1,8 @@
-"""Bookkeeping of one training run: run folder, clock, log, TensorBoard, training state. The stages do the training."""
+"""Bookkeeping of one training run: run folder, clock, log, training state. The stages do the training."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -55,7 +54,6 @@ class TrainingRun:
     resumed_state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     last_saved: tuple[str, int] | None = None  # stage and step of the newest training state
     record: dict[str, Any] = field(default_factory=dict)  # training record for the header of the weights
-    tensorboard: Any = None  # SummaryWriter, on the first process, if TensorBoard is installed
 
     @classmethod
     def open(
@@ -88,11 +86,6 @@ class TrainingRun:
                 run._truncate_log(run.resumed_state[1])
             else:  # killed before the first state: all steps are repeated
                 (folder / "stats.jsonl").unlink(missing_ok=True)
-            if config.tensorboard and importlib.util.find_spec("tensorboard") is not None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                first_step = run._global_step(*run.last_saved) + 1 if run.last_saved else None  # purges repeated steps
-                run.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, max_queue=100)
         return run
 
     def seed_step(self, stage: str, step: int) -> None:
@@ -131,16 +124,18 @@ class TrainingRun:
                 seconds_left = max(min(seconds_left, remaining), 0.0)
         self.progress(TrainEvent(stage, step, steps, values or {}, message, seconds_left))
 
+    def report_message(self, message: str) -> None:
+        """Report a message of the preparation."""
+        self.report_progress("data", 0, 0, message=message)
+
     def log(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        """Append a line to stats.jsonl, write it to TensorBoard and report it."""
+        """Append a line to stats.jsonl and report it."""
         if not self.world.is_main:
             return
         line = {"stage": stage, "step": step, "minutes": round(self.elapsed_minutes(), 3)}
         line |= {k: float(f"{v:.5g}") for k, v in values.items()}
         with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for key, value in values.items() if self.tensorboard is not None else ():
-            self.tensorboard.add_scalar(f"{stage}/{key}", value, self._global_step(stage, step))
         self.report_progress(stage, step, steps, values)
 
     def save(self, stage: str, step: int, tensors: dict[str, Tensor], decayed: float = 0.0) -> None:
@@ -167,16 +162,6 @@ class TrainingRun:
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         write_image(folder / name, to_uint8(grid.cpu()))
-
-    def close(self) -> None:
-        """Finish TensorBoard's event file."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-
-    def _global_step(self, stage: str, step: int) -> int:
-        """Return the number of steps since the run began, over all stages."""
-        earlier_stages = self.config.stages[: self.config.stages.index(stage)]
-        return sum(self.config.stage_steps(s) for s in earlier_stages) + step
 
     def _truncate_log(self, info: dict[str, Any]) -> None:
         """Drop the log lines of steps that will be repeated."""

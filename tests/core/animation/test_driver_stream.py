@@ -14,10 +14,9 @@ from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face.crop import crop_image
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera

@@ -12,12 +12,11 @@ from export3d_cli.core.dataset.segmentation import (
     landmark_jitter,
     sharpness,
     track_segments,
-    yaw_pitch_roll,
 )
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
 
@@ -164,12 +163,6 @@ def test_clip_filter_names_the_reason():
         assert reason in clip_filter.rejection_reason(segment)
     with pytest.raises(InputError, match="min <= max"):
         ClipFilter(min_seconds=5, max_seconds=2)
-
-
-def test_yaw_pitch_roll_matches_camera_angles():
-    cameras = [Camera.orbit(20, -10, 5), Camera.orbit(-35, 12, -3)]
-    got = yaw_pitch_roll(np.stack([camera.to_vector() for camera in cameras]))
-    assert np.allclose(got, [camera.angles() for camera in cameras], atol=1e-3)
 
 
 def test_landmark_jitter_ignores_uniform_motion():

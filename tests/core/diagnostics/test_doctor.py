@@ -42,11 +42,7 @@ def test_command_prints_all_problems_with_advice(tmp_path: Path, monkeypatch: py
     def broken() -> str:
         raise MediaError("no ffmpeg found: bring one")
 
-    (tmp_path / "yunet.onnx").write_bytes(b"no network")
     (tmp_path / "manifest.yaml").write_text("weights: []")
-    real = weights.resolve_weights
-    replaced = lambda name=None: tmp_path / "yunet.onnx" if name == "yunet" else real(name)  # noqa: E731
-    monkeypatch.setattr("export3d_cli.core.face.tracker.resolve_weights", replaced)
     monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
     monkeypatch.setattr("export3d_cli.core.media.probe.ffmpeg_path", broken)
     monkeypatch.setattr(doctor, "find_opencv_problem", lambda: CV2_PROBLEM)
@@ -57,7 +53,7 @@ def test_command_prints_all_problems_with_advice(tmp_path: Path, monkeypatch: py
         r"cv2: OpenCV 4\.11\.0 is installed, and the face detector needs 5 or later -> run `pip install`",
         r"ffmpeg: no ffmpeg found: bring one -> .*pip install",
         r"weights: no weights 'export3d-compact': .* -> `pip install",
-        r"tracker: .*yunet\.onnx.* does not load.* -> `pip install",
+        r"tracker: no weights 'yunet': .* -> `pip install",
     )
     assert len(problems) == len(expected)
     for line, pattern in zip(problems, expected, strict=True):

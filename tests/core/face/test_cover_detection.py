@@ -10,9 +10,8 @@ import pytest
 
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import crop_with_padding
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.target_face import find_photo_face
-from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import WeightsError

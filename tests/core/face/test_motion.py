@@ -17,10 +17,9 @@ from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, crop_image,
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES, compute_measures
 from export3d_cli.core.face.head_pose import RELIEF_SCALE, TRACKER_Z_SCALE, fit_cameras, landmarks_to_head_frame
 from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.landmarker_tracker import LandmarkerTracker
 from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks
-from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import FOCAL, Camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError

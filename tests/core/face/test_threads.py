@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.face_track import FaceTrack
-from export3d_cli.core.face.landmarker import read_bundle
-from export3d_cli.core.face.litert import LiteRTNetwork
+from export3d_cli.core.face.landmarker import LiteRTNetwork, read_bundle
 from export3d_cli.core.face.matting import PersonMatting, VideoMatting
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image

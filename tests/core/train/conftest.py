@@ -77,7 +77,6 @@ def tiny(data_set: Path, tmp_path: Path) -> TrainConfig:
         {
             "run": str(tmp_path / "run"), "preset": "tiny", "device": "cpu", "precision": "fp32", "batch": 2,
             "license": "CC0-1.0", "steps": 4, "checkpoint_every": 2, "sample_every": 0, "log_every": 1,
-            "tensorboard": False,
             "data": {"path": [str(data_set)]},
             "clebs": {
                 "steps": 2, "geometry_warmup_steps": 1, "negatives": 9, "image_size": 32, "encoder_width": 4,

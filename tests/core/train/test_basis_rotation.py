@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from export3d_cli.core.train.basis_rotation import fit_lambda_axes, varimax
+from export3d_cli.core.train.clebs_stage import fit_lambda_axes, varimax
 
 
 def make_mixed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.face.landmarker import read_bundle
-from export3d_cli.core.face.litert import LiteRTNetwork
+from export3d_cli.core.face.landmarker import LiteRTNetwork, read_bundle
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.warp.mesh_flow import warp
