@@ -1,4 +1,4 @@
-"""Resizing and bicubic sampling by OpenCV, for inference on a CPU: four times as fast as PyTorch, with the same values."""
+"""Resizing and bicubic sampling by OpenCV, for inference on a CPU: 4 times as fast as PyTorch, with the same values."""
 
 from __future__ import annotations
 
