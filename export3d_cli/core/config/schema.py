@@ -194,6 +194,7 @@ class LossConfig:
     residual_flow: float = 0.0  # squared length of the residual flow
     flow: float = 0.0  # photometric loss of the source warped along the flow
     density_tv: float = 0.0  # EG3D's total variation of the density
+    depth: float = 0.0  # L1 of the expected depth where the data set has exact depth; needs raw_rays
     silhouette: float = 0.0  # L1 between the opacity and the head mask of the target
     landmarks: float = 0.0  # L1 of the landmarks detected in output and target, percent of the face crop
 
@@ -267,6 +268,8 @@ class TrainConfig:
     # pixels of each raw render that the stage reconstruction trains on; then only the volume is trained, without
     # background, flow and super-resolution, which is a fraction of the work; 0: all pixels, and the whole model
     raw_rays: int = 0
+    # the stage reconstruction trains only parameters whose names start so, e.g. superres.; empty: all that it can
+    trainable: tuple[str, ...] = ()
     raw_size_grow_step: int = 0  # step from which the raw render has the side model.raw_size
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # training states to keep

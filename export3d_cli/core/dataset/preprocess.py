@@ -5,7 +5,8 @@ A data set is `manifest.jsonl` (one row per clip: id, person, file, motion, fram
 why. Every finished input leaves its rows in `inputs/<id>.jsonl`, and both lists are made from these files, so an
 interrupted run loses one input only, and several runs (shards) can fill one data set. A clip that covers its whole
 video has the video's id, others `<id>-cNN`. A video is read twice, to track faces and to write the crops, so that
-memory never holds more than one frame.
+memory never holds more than one frame. A folder with `exact_views` gives a clip of each head that is not held out, with
+the key `depth`: `clips/<id>.depth.npz`, see `crop_depth`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from export3d_cli.core.dataset.exact_views import crop_depth, has_exact_views, read_labels, split_heads
 from export3d_cli.core.dataset.overview import draw_overlay, draw_report
 from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpness, track_segments
 from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.crop import crop_image, crop_with_padding
+from export3d_cli.core.face.face_track import WARMUP_PASSES
 from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_landmarker_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
@@ -190,7 +193,10 @@ def _find_inputs(inputs: list[Path], out: Path) -> list[tuple[Path, str]]:
             raise InputError(f"{path} does not exist: give a video, a photo or a folder")
         if out.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in the output folder {out}: choose another output folder")
-        files = sorted(p for p in path.rglob("*") if _is_input_file(p, path, out)) if path.is_dir() else [path]
+        if has_exact_views(path):
+            files = [path / f"clips/{name}.mp4" for name in split_heads(path)[0]]
+        else:
+            files = sorted(p for p in path.rglob("*") if _is_input_file(p, path, out)) if path.is_dir() else [path]
         for file in files:
             if file in ids:
                 continue
@@ -267,6 +273,8 @@ def _process_input(job: InputJob) -> list[str]:
     clips: list[ManifestRow] = []
     try:
         process = _process_image if has_image_suffix(job.file) else _process_video
+        if has_exact_views(job.file.parents[1]):
+            process = _process_exact_views
         clips, rejected = process(job, _worker_tracker)
     except Export3DError as error:
         rejected = [_rejected_row(job, job.source_id, str(error)) | {"failed": not isinstance(error, NoFaceError)}]
@@ -314,6 +322,26 @@ def _process_video(job: InputJob, tracker: LandmarkerTracker) -> tuple[list[Mani
     if kept:
         _write_crop_videos(job, kept)
     return [_manifest_row(job, name, length, ".mp4") for name, _, length, _ in kept], rejected
+
+
+def _process_exact_views(job: InputJob, tracker: LandmarkerTracker) -> tuple[list[ManifestRow], list[ManifestRow]]:
+    """Write one clip of all pictures of a rendered head, which do not follow each other in time, and its depth."""
+    labels, name = read_labels(job.file.parents[1], job.file.stem), f"clips/{job.source_id}"
+    with VideoReader(job.file, fps=CLIP_FPS) as reader:
+        size = (reader.info.width, reader.info.height)
+        pictures = itertools.islice(reader, job.max_frames)
+        faces = [tracker.track_frames([picture] * WARMUP_PASSES)[-1] for picture in pictures]
+    if size[0] != size[1] or len(faces) > len(labels.depth):
+        raise InputError(
+            f"{job.file} must have {len(labels.depth)} square pictures like its depth, got {len(faces)} of {size}"
+        )
+    motion = tracker.make_motion(faces, CLIP_FPS, size)
+    motion.save(job.out / f"{name}.motion.npz")
+    depth, person = crop_depth(labels, motion)
+    with write_atomic(job.out / f"{name}.depth.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, depth=depth, person=person)
+    _write_crop_videos(job, [(job.source_id, 0, len(faces), motion.crop)])
+    return [_manifest_row(job, job.source_id, len(faces), ".mp4") | {"depth": f"{name}.depth.npz"}], []
 
 
 def _write_crop_videos(job: InputJob, segments: list[tuple[str, int, int, tuple[float, float, float]]]) -> None:

@@ -7,7 +7,7 @@ is the volume's render alone, enlarged and pasted over the photo. `pwa` is the p
 the source with its own expression, turned by N degrees. Finished videos of any tool can be scored in the same way.
 
 Cross-reenactment: another person drives. The truth is known if clips `<head>_tNN` of rendered heads share the track NN:
-then it is the source head's own clip. A data set with exact views, see `views`, is scored against those.
+then it is the source head's own clip. A data set with `exact_views` is scored against those.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import Progress, ReenactOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.reenact import open_driver
+from export3d_cli.core.dataset.exact_views import has_exact_views, split_heads
 from export3d_cli.core.evaluation import metrics, views
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
@@ -110,13 +111,13 @@ def evaluate(
     The data set was written by `preprocess`, or has exact views of rendered heads.
     """
     options, began = options or EvaluateOptions(), time.monotonic()
-    exact = views.has_exact_views(dataset)
+    exact = has_exact_views(dataset)
     if exact and (options.cross or options.results or not options.model):
         raise InputError(f"{dataset} has exact views: --cross, --results and --no-model do not apply, leave them out")
     suite = _make_metric_suite(animator, options)
     score: dict[str, Callable[[], tuple[dict[str, Scores], dict[str, Frames]]]]
     if exact:
-        heads = views.held_out_heads(dataset)[: options.cases]
+        heads = split_heads(dataset)[1][: options.cases]
         score = {head: partial(views.score_head, animator, dataset, head, suite) for head in heads}
     else:
         cases = find_cases(dataset, options)

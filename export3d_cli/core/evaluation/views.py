@@ -1,14 +1,7 @@
-"""Novel views: of real photos by their own consistency, of rendered heads against exact pictures and depth.
-
-A data set with exact views is a folder with `clips/<head>.mp4`, `labels/<head>.npz` (arrays `expression` (F,),
-`head_rot_deg` (F, 3) yaw, pitch and roll, `intrinsics` for image size 1) and `depth/<head>.npz` (`depth` (F, d, d) in
-metres along the camera's axis, `classes` (F, d, d), see `SKIN`). Frames of one expression show one still head. The last
-eleventh of the heads, by name, is scored; the others may be trained on.
-"""
+"""Novel views: of real photos by their own consistency, of rendered heads against exact pictures and depth."""
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -17,16 +10,14 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
 from export3d_cli.core.animation.photo_canvas import FrameLayers, VolumeRender
+from export3d_cli.core.dataset.exact_views import CLOTHES, HAIR, SKIN, read_labels
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.evaluation.protocol import read_rows
 from export3d_cli.core.evaluation.scorer import Frames, MetricSuite, Scores, TrackedFrames
 from export3d_cli.core.face.head_pose import fit_cameras
 from export3d_cli.core.model.volume_renderer import HALF_EXTENT
-from export3d_cli.core.runtime.errors import InputError
 
 YAWS = (0, 15, 30, 45, 60)  # degrees; each view counts for the nearest one
-HELD_OUT = 11  # one head of so many is held out
-SKIN, HAIR, CLOTHES = 1, 2, 5  # classes of the depth files; 0 is background, others are eyes and mouth
 MIN_OPACITY = 0.5  # opacity from which the volume shows a surface
 DEPTH_RANGE_MM = 150  # before and behind the face, in the pictures of depth
 
@@ -76,19 +67,6 @@ def _crop_cameras(suite: MetricSuite, portrait: Portrait, tracked: TrackedFrames
     return fit_cameras(points, suite.tracker.canonical.points)
 
 
-def has_exact_views(dataset: Path) -> bool:
-    """Return whether a folder holds rendered heads with exact views."""
-    return (dataset / "labels").is_dir() and (dataset / "depth").is_dir()
-
-
-def held_out_heads(dataset: Path) -> list[str]:
-    """Return the names of the heads to score; raise `InputError` if there are none."""
-    names = sorted(path.stem for path in (dataset / "depth").glob("*.npz"))
-    if not names:
-        raise InputError(f"{dataset / 'depth'} has no .npz file: give a folder with exact views of rendered heads")
-    return names[min(len(names) - 1, len(names) * (HELD_OUT - 1) // HELD_OUT) :]
-
-
 def score_head(
     animator: Animator, dataset: Path, name: str, suite: MetricSuite
 ) -> tuple[dict[str, Scores], dict[str, Frames]]:
@@ -96,16 +74,11 @@ def score_head(
 
     The camera of each view is the one that the tracker sees in its true picture, as for a driver.
     """
-    try:
-        with np.load(dataset / "labels" / f"{name}.npz") as labels:
-            rows = np.flatnonzero(labels["expression"] == labels["expression"][0])
-            yaws, pitches, _ = labels["head_rot_deg"][rows].T
-            focal = float(labels["intrinsics"][0, 0])
-        with np.load(dataset / "depth" / f"{name}.npz") as truth:
-            depth, classes = truth["depth"][rows].astype(np.float32), truth["classes"][rows]
-        frames = read_rows(dataset / "clips" / f"{name}.mp4", rows)
-    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
-        raise InputError(f"{dataset} has no exact views of {name} ({error}): see its labels and depth") from error
+    labels = read_labels(dataset, name)
+    rows = np.flatnonzero(labels.expression == labels.expression[0])
+    yaws, pitches, _ = labels.rotation[rows].T
+    depth, classes = labels.depth[rows], labels.classes[rows]
+    frames = read_rows(dataset / "clips" / f"{name}.mp4", rows)
     first = int((np.abs(yaws) + np.abs(pitches)).argmin())
     portrait = animator.portrait(frames[first], name=name)
     assert portrait.canvas is not None
@@ -122,7 +95,7 @@ def score_head(
     by_yaw: dict[int, list[Scores]] = {yaw: [] for yaw in YAWS}
     for number, row in enumerate(seen):
         render, camera = layers[number].volume, cameras[number]
-        score, reliefs = _compare_depth(portrait, render, camera, depth[row], classes[row], focal)
+        score, reliefs = _compare_depth(portrait, render, camera, depth[row], classes[row], labels.focal)
         pictures["true depth"].append(reliefs[0])
         pictures["depth"].append(reliefs[1])
         head = (classes[row] > 0) & (classes[row] != CLOTHES)

@@ -189,8 +189,9 @@ def read_manifest(dataset: Path) -> list[dict[str, Any]]:
     try:
         rows = read_rows(dataset / "manifest.jsonl")
         for row in rows:
-            ensure_relative(row["file"])
-            ensure_relative(row["motion"])
+            for path_key in ("file", "motion", "depth"):
+                if path_key != "depth" or row.get(path_key):
+                    ensure_relative(row[path_key])
             if Path(row["id"]).name != row["id"]:  # files of reports are named after it
                 raise ValueError(f"invalid clip id {row['id'][:80]!r}")
     except (InputError, ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.files import driver_track_id, folder_lock, read_manifest, write_folder
+from export3d_cli.core.runtime.files import check_file, driver_track_id, folder_lock, read_manifest, write_folder
 from export3d_cli.core.runtime.weights import resolve_weights
 
-MASK_SIZE = 64  # side of the cached person masks
-MAPPED_ARRAYS = ("frames", "person")  # too large for memory
+MASK_SIZE = 64  # side of the cached person masks and depths
+MAX_DEPTH_BYTES = 2**28  # of a file of depths
+MAPPED_ARRAYS = ("frames", "person", "depth")  # too large for memory
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class FaceDataset:
     camera: np.ndarray  # (F, 25)
     landmarks: np.ndarray  # (F, 478, 3) crop units
     person_mask: np.ndarray  # (F, MASK_SIZE, MASK_SIZE) uint8, the person's coverage of each cell
+    depth: np.ndarray  # (F, MASK_SIZE, MASK_SIZE) float16, see `exact_views.crop_depth`; all 0 where it is not known
     frame_index: np.ndarray  # (F,) index of the frame in its clip's video
     clips: tuple[Clip, ...]
 
@@ -75,7 +78,7 @@ def load_dataset(
     if cache:  # datasets may share a folder name, not a path
         path_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         cache_folder = Path(cache) / f"{folder.name}-{path_hash}-{name}"
-    stamp = hashlib.sha256(json.dumps([entries, size, stride], sort_keys=True).encode()).hexdigest()
+    stamp = hashlib.sha256(json.dumps([entries, size, stride, [*_shapes(size)]], sort_keys=True).encode()).hexdigest()
     if _read_stamp(cache_folder) != stamp:
         with folder_lock(cache_folder.parent, wait=True):
             if _read_stamp(cache_folder) != stamp:  # no other process has built it meanwhile
@@ -99,7 +102,7 @@ def _shapes(size: int) -> dict[str, tuple[tuple[int, ...], type]]:
     return {
         "frames": ((size, size, 3), np.uint8), "beta": ((BETA_DIM,), np.float32), "camera": ((CAMERA_DIM,), np.float32),
         "landmarks": ((NUM_LANDMARKS, 3), np.float32), "person": ((MASK_SIZE, MASK_SIZE), np.uint8),
-        "number": ((), np.int32),
+        "number": ((), np.int32), "depth": ((MASK_SIZE, MASK_SIZE), np.float16),
     }  # fmt: skip
 
 
@@ -131,7 +134,10 @@ def _build_cache(
     frames = np.lib.format.open_memmap(
         cache_folder / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(capacity, 1), size, size, 3)
     )
-    arrays: dict[str, list[np.ndarray]] = {name: [] for name in _shapes(size) if name != "frames"}
+    depth = np.lib.format.open_memmap(
+        cache_folder / "depth.npy", mode="w+", dtype=np.float16, shape=(max(capacity, 1), MASK_SIZE, MASK_SIZE)
+    )
+    arrays: dict[str, list[np.ndarray]] = {k: [] for k in _shapes(size) if k not in ("frames", "depth")}
     matting = PersonMatting(resolve_weights("selfie_segmentation"))
     clips: list[Clip] = []
     row = 0
@@ -147,7 +153,11 @@ def _build_cache(
             continue
         for name in ("beta", "camera", "landmarks"):
             arrays[name].append(np.asarray(getattr(motion, name), np.float32)[numbers])
-        arrays["person"].append(_person_masks(matting, frames[row : row + len(numbers)]))
+        if entry.get("depth"):
+            depth[row : row + len(numbers)], person = _read_depth(folder / entry["depth"], numbers)
+        else:
+            person = _person_masks(matting, frames[row : row + len(numbers)])
+        arrays["person"].append(person)
         arrays["number"].append(np.array(numbers, np.int32))
         clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
         row += len(numbers)
@@ -155,11 +165,27 @@ def _build_cache(
             progress(f"{folder.name}: {i} of {len(entries)} clips decoded, {row} frames")
     if not clips:
         raise InputError(f"dataset {folder} has no frame with a detected face")
-    frames.flush()
+    for mapped in (frames, depth):
+        mapped.flush()
     for name, parts in arrays.items():
         np.save(cache_folder / f"{name}.npy", np.concatenate(parts))
     index = {"stamp": stamp, "count": row, "clips": [vars(clip) for clip in clips]}
     (cache_folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _read_depth(path: Path, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return `FaceDataset.depth` and `person_mask` of some frames of a clip with exact views."""
+    try:
+        check_file(path, MAX_DEPTH_BYTES)
+        with np.load(path) as file:
+            pictures = (file[key][numbers].astype(np.float32) for key in ("depth", "person"))
+            depth, person = (
+                np.stack([cv2.resize(x, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_NEAREST) for x in array])
+                for array in pictures
+            )
+    except (OSError, KeyError, ValueError, IndexError, cv2.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}): run `export3d preprocess` again") from error
+    return np.nan_to_num(depth).astype(np.float16), person.astype(np.uint8)
 
 
 def _person_masks(matting: PersonMatting, images: np.ndarray) -> np.ndarray:

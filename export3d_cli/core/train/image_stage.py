@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.volume_renderer import BatchRows
+from export3d_cli.core.model.warp.mesh_flow import NECK_FADE_HEIGHT
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
@@ -40,12 +41,14 @@ class ImageStages(Stage):
         self.config, self.model, self.sampler = config, model, sampler
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
         model.expression.requires_grad_(not is_expression_frozen(config))
-        if config.raw_rays:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name.startswith(VOLUME_PARTS))
+        trainable = config.trainable or (VOLUME_PARTS if config.raw_rays else ("",))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(trainable))
         self.local_rows = self._assign_rows()
         self.images_per_step = config.batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError(f"trainable must name parts of the model, for example superres., got {trainable[0]!r}")
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.ema_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.saved_parts = {"model.": model, "average.": self.ema_weights, "": self.optimizer}
@@ -141,6 +144,8 @@ class ImageStages(Stage):
         first_row = self.local_rows.start
         raw_size = scheduled_raw_size(config, self.global_step)
         self.model.train()
+        generator = self.model.generator  # a frozen one keeps its mean tri-plane, too
+        generator.train(any(parameter.requires_grad for parameter in generator.parameters()))
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
 
@@ -197,7 +202,11 @@ class ImageStages(Stage):
         """Return where the targets show the head, (B, 1, m, m) in 0..1, if the loss needs it."""
         if self.model.flow is None or not (self.config.raw_rays or self.config.loss.silhouette > 0):
             return None
-        return self.model.flow.head_mask(batch.target_points, batch.target_camera, batch.target_person_mask)
+        flow, points, camera = self.model.flow, batch.target_points, batch.target_camera
+        mask = flow.head_mask(points, camera, batch.target_person_mask)
+        surface = nn.functional.interpolate((batch.target_depth > 0).float(), mask.shape[2:])
+        exact = surface * (flow.face_axes(points, camera)[0] / NECK_FADE_HEIGHT + 1).clamp(0, 1)
+        return torch.where(surface.amax((1, 2, 3), keepdim=True) > 0, exact, mask)
 
     def train_discriminator(self, parts: list[Batch], fakes: list[Tensor]) -> dict[str, float]:
         """Take one step of the discriminator, with lazy R1; return its terms."""

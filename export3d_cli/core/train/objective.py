@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.train import losses
@@ -15,6 +16,7 @@ from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.perceptual import PerceptualDistance
 
 CROP_SIZE_PX = 64  # side of the crops of eyes and mouth
+SOLID_HEAD = 0.9  # head mask from which the depth of the surface counts: the mask fades out on the neck
 
 
 def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
@@ -42,18 +44,24 @@ def ray_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a volume rendered at the pixels `rays` (B, R) of images of side `size`, and its terms.
 
-    Colours are compared in front of mid-grey (0), so that hair and neck must end where the target's do.
+    Colours are compared in front of a random colour for each pair: the head must be opaque, and end, where the target's
+    is and does. In the expected depth transparency counts as the far end, so that its loss makes the head opaque, too.
     """
 
-    def pick(image: Tensor) -> Tensor:
-        image = losses.downsample(image, size).flatten(2)
+    def pick(image: Tensor, mode: str = "area") -> Tensor:
+        image = F.interpolate(image, (size, size), mode=mode).flatten(2)
         return image.gather(2, rays[:, None].expand(-1, image.shape[1], -1))[..., None]  # (B, C, R, 1)
 
     assert head_mask is not None
     w, head = config.loss, pick(head_mask)
-    colour, target = output.image, pick(batch.target) * head
+    background = 2 * torch.rand_like(batch.target[:, :, :1, :1]) - 1
+    colour = output.image + (1 - output.opacity) * background
+    target = torch.lerp(background, pick(batch.target), head)
     terms = {"l2_raw": w.l2 * losses.l2(colour, target), "l1_raw": w.l1 * losses.l1(colour, target)}
     terms["silhouette"] = w.silhouette * losses.l1(output.opacity, head)
+    if w.depth > 0:
+        depth = pick(batch.target_depth, "nearest")
+        terms["depth"] = w.depth * ((output.depth - depth).abs() * (depth > 0) * (head > SOLID_HEAD)).mean()
     if w.density_tv > 0:
         terms["density_tv"] = w.density_tv * output.density_tv.mean()
     loss = torch.stack([t.float() for t in terms.values()]).sum()

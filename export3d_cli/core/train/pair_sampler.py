@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     target_landmarks: Tensor  # (B, 478, 2) crop units
     target_points: Tensor  # (B, 478, 3) head frame
     target_person_mask: Tensor  # (B, 1, m, m)
+    target_depth: Tensor  # (B, 1, m, m) of the head's surface along the camera's axis; 0 elsewhere or if not known
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`."""
@@ -183,12 +184,13 @@ class PairSampler:
         if flip:
             marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
         frames, person_mask = np.stack([data.frames[source], data.frames[target]]), data.person_mask[rows][:, None]
+        depth = data.depth[target][None]
         if flip:
-            frames, person_mask = frames[:, :, ::-1], person_mask[..., ::-1]
+            frames, person_mask, depth = frames[:, :, ::-1], person_mask[..., ::-1], depth[..., ::-1]
         images, points = apply_color_lut(frames, lut), landmarks_to_head_frame(marks, cameras)
         person_mask = person_mask / np.float32(255)
         source_row = (images[0], betas[0], cameras[0], points[0], person_mask[0])
-        return *source_row, images[1], betas[1], cameras[1], marks[1, :, :2], points[1], person_mask[1]
+        return *source_row, images[1], betas[1], cameras[1], marks[1, :, :2], points[1], person_mask[1], depth
 
     def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:
         """Return the two most different views of one clip among a few frames of a few clips: wide views are rare."""

@@ -49,15 +49,6 @@ def test_paste_crop_places_an_enlarged_image_in_the_photo() -> None:
     assert np.array_equal(pasted, expected)
 
 
-def test_held_out_heads_are_the_last_eleventh(tmp_path) -> None:
-    (tmp_path / "depth").mkdir()
-    with pytest.raises(InputError, match=r"no \.npz file"):
-        views.held_out_heads(tmp_path)
-    for number in range(258):
-        (tmp_path / "depth" / f"v{number:03d}.npz").touch()
-    assert views.held_out_heads(tmp_path) == [f"v{number}" for number in range(234, 258)]
-
-
 def test_evaluate_scores_exact_views_by_yaw(tmp_path) -> None:
     """The views are frames of the example driver: the shipped model renders them from its first frame."""
     for name in ("clips", "labels", "depth"):

@@ -115,6 +115,19 @@ def test_raw_rays_train_the_volume_alone(tiny: TrainConfig) -> None:
     assert not [k for k in changed if k.startswith(("superres.", "flow_blend.", "source_view.background."))]
 
 
+def test_trainable_parts_change_alone(tiny: TrainConfig) -> None:
+    """The frozen generator keeps its mean tri-plane, too."""
+    config = replace(tiny, stages=("reconstruction",), steps=1, checkpoint_every=1, trainable=("superres.", "flow_b"))
+    train(config)
+    trained = load_tensors(config)
+    torch.manual_seed(config.seed)
+    initial = Export3D(config.model).state_dict()
+    changed = {k for k, v in initial.items() if not torch.equal(v, trained[f"model.{k}"])} - {"flow.triangles"}
+    assert changed and all(k.startswith(config.trainable) for k in changed)
+    with pytest.raises(ConfigError, match="trainable must name parts of the model"):
+        train(replace(config, run=config.run + "-2", trainable=("superresolution",)))
+
+
 def test_two_processes_give_the_gradients_of_one(joined: TrainConfig, tmp_path: Path) -> None:
     """All stages; `decay_by_time` and saving need the processes' agreement."""
     clebs = replace(joined.clebs, geometry_warmup_steps=0, steps=1, clips_per_step=2, ridge_pairs=8, lr=1e-9)
@@ -279,7 +292,7 @@ def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> No
     with torch.autocast("cpu", torch.bfloat16):
         output = model(image, beta, camera, torch.zeros(2, 478, 3), beta, camera)
         loss, _ = stages.reconstruction_loss(
-            output, Batch(image, beta, camera, beta, image, image, beta, camera, marks, marks, image), tiny, None
+            output, Batch(image, beta, camera, beta, image, image, beta, camera, marks, marks, image, image), tiny, None
         )
     assert kinds["ray"] == {torch.float32}
     assert kinds["layer"] == {torch.bfloat16}  # what is between them is not

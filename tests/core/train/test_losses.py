@@ -89,7 +89,7 @@ def test_flow_loss_covers_visible_parts_at_several_scales() -> None:
     alternating = torch.ones(1, 3, 16, 16)
     alternating[..., 1::2] = -1  # differences of single pixels cancel out in cells
     marks = torch.zeros(1, 478, 2)
-    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known)
+    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known, known)
     for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (alternating, 2 * 0.5 / 3)):
         shown = resize(known, 16).mean().item() / 0.5  # the mask has a soft border
         output = Output(
@@ -110,25 +110,36 @@ def test_silhouette_and_density_tv_terms() -> None:
     output = Output(image, image, opacity, opacity, None, None, torch.tensor([0.5]))
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
     marks = torch.zeros(1, 478, 2)
-    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head)
+    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head, head)
     total, terms = reconstruction_loss(output, batch, config, None, head_mask=head)
     assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["density_tv"] == pytest.approx(3 * 0.5)
     assert float(total) == pytest.approx(2.5)
 
 
-def test_ray_loss_compares_the_head_before_grey_at_the_drawn_pixels() -> None:
-    config = make_train_config({"loss": {"l2": 1, "l1": 2, "silhouette": 3, "mask": 20}, "raw_rays": 16})
+def test_ray_loss_compares_head_and_depth_at_the_drawn_pixels() -> None:
+    weights = {"l2": 1, "l1": 2, "silhouette": 3, "mask": 20, "depth": 10}
+    config = make_train_config({"loss": weights, "raw_rays": 16})
     marks = torch.from_numpy(motion_of(0, 1).landmarks)
     image, head = torch.ones(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
     head[..., :8] = 1
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
-    batch = Batch(image, beta, camera, marks, head, image, beta, camera, marks[..., :2], marks, head)
+    depth = 2.5 * head
+    depth[..., 0, :4] = 0  # not known at the first of the pixels below
+    batch = Batch(image, beta, camera, marks, head, image, beta, camera, marks[..., :2], marks, head, depth)
     rays = draw_rays(config, batch, 8)
     assert len(set(rays[0].tolist())) == 16  # distinct pixels
-    rays = torch.tensor([[0, 1, 6, 7]])  # two on the head, two outside it
-    grey = torch.zeros(1, 3, 4, 1)
-    opacity = torch.full((1, 1, 4, 1), 0.25)
-    total, terms = ray_loss(Output(grey, grey, opacity, opacity, None, None), rays, 8, batch, config, head)
-    assert terms["l2_raw"] == pytest.approx(0.5) and terms["l1_raw"] == pytest.approx(1.0)
-    assert terms["silhouette"] == pytest.approx(3 * 0.5)
-    assert float(total) == pytest.approx(3.0)
+    rays = torch.tensor([[0, 2, 6, 7]])  # two on the head, two outside it
+    opacity = torch.tensor([1.0, 1, 0, 0]).view(1, 1, 4, 1)
+    perfect = Output(opacity.expand(-1, 3, -1, -1), opacity, 2.5 * torch.ones_like(opacity), opacity, None, None)
+    for _ in range(3):  # before any colour
+        assert float(ray_loss(perfect, rays, 8, batch, config, head)[0]) == pytest.approx(0, abs=1e-6)
+    half = perfect._replace(opacity=opacity / 2, image=perfect.image / 2, depth=perfect.depth + 0.1)
+    torch.manual_seed(0)
+    difference = (1 - (2 * torch.rand(1, 3, 1, 1) - 1)) / 2  # from the background, at two of four pixels
+    torch.manual_seed(0)
+    total, terms = ray_loss(half, rays, 8, batch, config, head)
+    assert terms["l2_raw"] == pytest.approx(float(difference.square().mean() / 2))
+    assert terms["l1_raw"] == pytest.approx(float(difference.mean()))
+    assert terms["silhouette"] == pytest.approx(3 * 0.25)
+    assert terms["depth"] == pytest.approx(10 * 0.1 / 4, rel=1e-4)
+    assert float(total) == pytest.approx(float(sum(terms.values())))

@@ -182,26 +182,31 @@ class BasisFlow(nn.Module):
         face, weight = face_and_head_weights(visibility[:, :1])
         if person is None:
             return weight
-        uv, _ = project(points.float()[:, index_tensor((CHIN, FOREHEAD_TOP), points)], camera)
-        chin, up = uv[:, 0], uv[:, 1] - uv[:, 0]  # (B, 2)
-        offset = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
-        height = (offset * up[:, None]).sum(-1) / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
-        above_neck = (height / NECK_FADE_HEIGHT + 1).clamp(0, 1).view(-1, 1, self.size, self.size)
-        lateral = cross_2d(offset, up[:, None]).abs() / up.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        height, lateral = self.face_axes(points, camera)
+        above_neck = (height / NECK_FADE_HEIGHT + 1).clamp(0, 1)
         # on the sides at most half of the second ring: there may be other people in the photo
         is_high = linear_step(height, *HAIR_TOP_FADE)
         top, side = (
             is_high * (1 - linear_step(lateral, *fade)) for fade in (HAIR_TOP_WIDTH_FADE, HAIR_SIDE_WIDTH_FADE)
         )
-        near = torch.maximum((2 * weight).clamp_max(1), top.view_as(above_neck))
+        near = torch.maximum((2 * weight).clamp_max(1), top)
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
         hair = person * above_neck * near
-        allowed, connected = person * side.view_as(above_neck), hair * (hair > 0.5)
+        allowed, connected = person * side, hair * (hair > 0.5)
         for _ in range(HAIR_GROW_STEPS):
             connected = torch.minimum(allowed, dilate(connected, max(1, self.size // 64)))
         hair = torch.maximum(hair, connected)
         covers_face = (person * face).sum((1, 2, 3), keepdim=True) > face.sum((1, 2, 3), keepdim=True) / 2
         return torch.where(covers_face, torch.maximum(face, hair), weight)
+
+    def face_axes(self, points: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pixels' height above the chin and distance from the face's axis, face heights, (B, 1, m, m)."""
+        uv, _ = project(points.float()[:, index_tensor((CHIN, FOREHEAD_TOP), points)], camera)
+        chin, up = uv[:, 0], (uv[:, 1] - uv[:, 0])[:, None]  # (B, 2), (B, 1, 2)
+        offset = pixel_grid(self.size, camera.device) - chin[:, None]  # (B, P, 2)
+        length = up.square().sum(-1).clamp_min(1e-6)
+        height, lateral = (offset * up).sum(-1) / length, cross_2d(offset, up).abs() / length
+        return height.view(-1, 1, self.size, self.size), lateral.view(-1, 1, self.size, self.size)
 
     def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor) -> DeformedMesh:
         """Deform the mesh of landmarks (B, 478, 3) of the source, which a camera (B, 25) sees, for `render_flow`."""
