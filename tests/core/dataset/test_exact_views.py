@@ -1,9 +1,9 @@
-"""Rendered heads with exact views: which are held out, their labels, their depth in the crop, and a data set of them."""
+"""Rendered heads with exact views: which are held out, their labels, their depth in the crop, a data set of them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,14 @@ from export3d_cli.core.config.schema import DataConfig
 from export3d_cli.core.dataset.exact_views import CLOTHES, SKIN, HeadLabels, crop_depth, read_labels, split_heads
 from export3d_cli.core.dataset.preprocess import preprocess
 from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.camera import FOCAL
+from export3d_cli.core.runtime.camera import FOCAL, Camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.frame_cache import load_dataset
 from export3d_cli.core.train.pair_sampler import PairSampler
-
-from ..train.conftest import motion_of
 
 COUNT = 12  # heads in `folder`
 
@@ -45,9 +44,8 @@ def folder(tmp_path: Path) -> Path:
     classes[:, 16:44, 20:44], classes[:, 44:] = SKIN, CLOTHES
     for number in range(COUNT):
         np.savez(tmp_path / f"views/labels/h{number:02d}.npz", **labels)
-        np.savez(
-            tmp_path / f"views/depth/h{number:02d}.npz", depth=np.full((3, 64, 64), 1.5, np.float16), classes=classes
-        )
+        depth = np.full((3, 64, 64), 1.5, np.float16)
+        np.savez(tmp_path / f"views/depth/h{number:02d}.npz", depth=depth, classes=classes)
     return tmp_path / "views"
 
 
@@ -68,14 +66,22 @@ def test_damaged_labels_are_refused(folder: Path, name: str) -> None:
 
 def test_crop_depth_lies_on_the_landmarks_in_head_frame_units() -> None:
     """The truth sees the landmarks' plane at another scale; a crop of half the picture shows its middle."""
-    motion = replace(motion_of(0, 2), crop=(16.0, 16.0, 32.0))
+    camera, face = Camera.orbit(5, 3), load_canonical_face().points
+    distance = ((face - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
+    marks = np.column_stack([camera.project(face), (distance - 2.7) * FOCAL / 2.7]).astype(np.float32)
+    arrays = (
+        np.zeros((2, 64), np.float32),
+        np.stack([camera.to_vector()] * 2),
+        np.stack([marks] * 2),
+        np.ones(2, bool),
+    )
+    motion = Motion(*arrays, Fraction(25), (16.0, 16.0, 32.0), (64, 64))
     y, x = np.mgrid[:64, :64] / 64
     slope = 0.2 * (x + y - 1)  # metres of depth across the picture
     classes = np.where(y < 0.7, SKIN, CLOTHES)[None].repeat(2, 0)
     classes[..., :20] = 0
-    labels = HeadLabels(
-        np.zeros(2), np.zeros((2, 3)), 5.0, (1.5 + slope)[None].repeat(2, 0).astype(np.float32), classes
-    )
+    depth = (1.5 + slope)[None].repeat(2, 0).astype(np.float32)
+    labels = HeadLabels(np.zeros(2), np.zeros((2, 3)), 5.0, depth, classes)
     depth, person = crop_depth(labels, motion)
     assert depth.dtype == np.float16 and depth.shape == person.shape == (2, 64, 64)
     assert not depth[..., :8].any() and not person[..., :8].any()  # background, left of cell 20 of the picture
