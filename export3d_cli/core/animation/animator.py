@@ -426,9 +426,10 @@ class Animator:
         uv = None if output.sample_grid is None else output.sample_grid[:, :2]
         weights = output.flow_weights
         head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
+        face = output.opacity if output.face is None else output.face
         return extend_flow(
             points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
-            torso,
+            face, torso,
         )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -16,7 +16,8 @@ from export3d_cli.core.face.matting import FacePosition, estimate_foreground, re
 from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.masks import smooth_step
-from export3d_cli.core.model.warp.photo_flow import CROP_FADE, FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
+from export3d_cli.core.model.warp.mesh_flow import resize
+from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
 
 AlphaFn = Callable[[np.ndarray, Sequence[FacePosition]], np.ndarray]  # image, faces in it -> alpha matte
 CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes refine the whole photo's
@@ -24,14 +25,8 @@ CLOSE_UP_SIZE_PX = 512
 CLOSE_UP_FADE = 0.12  # fraction of a close-up's side over which its matte takes over
 HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
 HOLE_MARGIN = 0.012  # crop sides around the person that its colours reach: 2 pixels at least
-SUPPORT_RADIUS = 0.012  # crop sides that the person may reach beyond the network's head layer: stray hair
-GAP_RADIUS = 0.05  # crop sides: gaps in the head layer up to twice as wide are closed
-SUPPORT_FADE = (0.2, 0.6)  # head weights over which the person becomes visible above the jaw
-ABOVE_JAW_FADE = (0.1, 0.3)  # face heights above the chin over which only the head layer shows the person
-# Below that the network's image is shown with its background: a turned jaw uncovers neck, which the photo hides.
-BELOW_JAW_FADE = (-0.35, -0.15)  # face heights above the chin
-JAW_RADIUS = 0.1  # crop sides around the head layer
-EDGE_ALPHA_FADE = (0.6, 1.0)  # alpha over which the network's image takes over at the person's outline
+BORDER_SLOPE = 0.6  # largest displacement towards a border that cuts the person, over the distance from it
+BORDER_WINDOW = 0.15  # crop sides along a border over which the fraction of it that cuts the person is averaged
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
 CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
 HEAD_EXTENT = (0.12, 0.1, 0.88, 0.8)  # left, top, right and bottom of the usual head in the crop
@@ -45,7 +40,7 @@ class VolumeRender(NamedTuple):
     colours: np.ndarray  # uint8 (h, w, 3) before super-resolution and without the photo's pixels
     depth: np.ndarray  # float32 (h, w) along the camera's axis, head-frame units; transparency counts as the far end
     opacity: np.ndarray  # float32 (h, w) in [0, 1]
-    copied: float  # fraction of the network's image that is the photo's pixels, moved
+    copied: float  # fraction of the crop that is the photo's pixels, moved
 
 
 class FrameLayers(NamedTuple):
@@ -53,20 +48,21 @@ class FrameLayers(NamedTuple):
 
     image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop
     displacement: np.ndarray  # float32 (n, n, 2) see `PhotoFlow`, crop units
-    head_weight: np.ndarray  # float32 (n, n)
-    height: np.ndarray  # float32 (n, n) above the chin, face heights
+    face_weight: np.ndarray  # float32 (n, n)
     volume: VolumeRender
 
     @classmethod
     def from_output(cls, images: np.ndarray, flow: PhotoFlow, output: Output) -> list[FrameLayers]:
         """Split a batch: images uint8 (B, S, S, 3) of the network, their flow, and the network's output."""
         displacement = flow.displacement.permute(0, 2, 3, 1).float().cpu().numpy()
-        weight, height = (x[:, 0].float().cpu().numpy() for x in (flow.head_weight, flow.height))
+        weight = flow.face_weight[:, 0].float().cpu().numpy()
         depth, opacity = (x[:, 0].float().cpu().numpy() for x in (output.depth, output.opacity))
-        weights = output.blend_weights
-        copied = [0.0] * len(images) if weights is None else weights.float().sum(1).mean((1, 2)).tolist()
+        copied = [0.0] * len(images)
+        if output.blend_weights is not None and output.face is not None:
+            synthesised = 1 - output.blend_weights.float().sum(1, keepdim=True)
+            copied = (1 - synthesised * resize(output.face, len(synthesised[0, 0]))).mean((1, 2, 3)).tolist()
         volumes = map(VolumeRender, to_uint8(output.raw), depth, opacity, copied)
-        return [cls(*layers) for layers in zip(images, displacement, weight, height, volumes, strict=True)]
+        return [cls(*layers) for layers in zip(images, displacement, weight, volumes, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +78,7 @@ class PhotoCanvas:
     window: tuple[slice, slice]  # rows and columns that change
     foreground: np.ndarray = field(repr=False)  # uint8 (h, w, 4) the person's own colours in the window, and alpha
     plate: np.ndarray = field(repr=False)  # uint8 (h, w, 3) the background in the window, filled in behind the person
-    in_crop: np.ndarray = field(repr=False)  # float32 (h, w) 1 in the face crop, 0 from its border on
+    room: np.ndarray = field(repr=False)  # float32 (4, n, n) of the flow's cells before each border, see `_border_room`
     limits: TravelLimits
 
     @classmethod
@@ -103,10 +99,10 @@ class PhotoCanvas:
         plate = fill_hole(part, hole)
         colours = np.where(matte[..., None] > 0.98, part, estimate_foreground(part, matte))
         foreground = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
-        in_crop = _inside(square, window, CROP_FADE)
-        for array in (photo, alpha, foreground, plate, in_crop):
+        room = _border_room(alpha, square)
+        for array in (photo, alpha, foreground, plate, room):
             array.flags.writeable = False
-        return cls(photo, alpha, square, window, foreground, plate, in_crop, _travel_limits(alpha, square))
+        return cls(photo, alpha, square, window, foreground, plate, room, _travel_limits(alpha, square))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,41 +111,34 @@ class PhotoCanvas:
 
     def compose(self, layers: FrameLayers) -> np.ndarray:
         """Return a frame, uint8 (H, W, 3), from layers that were rendered for this photo's crop."""
-        colours, alpha = self.person(layers, cut_out=False)
+        colours, alpha = self.person(layers)
         frame = self.photo.copy()
         frame[self.window] = cv2.blendLinear(colours, self.plate, alpha, 1 - alpha)
         return frame
 
-    def person(self, layers: FrameLayers, *, cut_out: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def person(self, layers: FrameLayers) -> tuple[np.ndarray, np.ndarray]:
         """Return the person in the window: colours uint8 (h, w, 3) and alpha, float32 (h, w).
 
-        Without `cut_out` the background around the jaw is kept.
+        The photo is moved, except for the face, which the network shows.
         """
         rows, columns = self.window
         shape = (columns.stop - columns.start, rows.stop - rows.start)
-        place = self._window_matrix()
-
-        def to_pixels(cells: np.ndarray) -> np.ndarray:
-            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            return cv2.warpAffine(cells, place, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
-
-        x, y = self._sample_positions(to_pixels(layers.displacement * np.float32(self.square[2])))
+        near, far = self.room[:2], self.room[2:]
+        shift = layers.displacement.transpose(2, 0, 1)
+        # where a border cuts the person, what is there stays, and what is next to it is stretched
+        shift = shift / (1 + (shift / np.where(shift < 0, near, far)) ** 4) ** 0.25
+        cells = np.dstack([*(self.square[2] * shift), layers.face_weight]).astype(np.float32)
+        pixels = cv2.warpAffine(
+            cells, self._window_matrix(), shape, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )  # fmt: skip
+        x = pixels[..., 0] + np.arange(shape[0], dtype=np.float32)
+        y = pixels[..., 1] + np.arange(shape[1], dtype=np.float32)[:, None]
         moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-        alpha = cv2.extractChannel(moved, 3) * np.float32(1 / 255)
-        head = _fill_holes(layers.head_weight)
-        kernel = _disc(SUPPORT_RADIUS)
-        support = cv2.morphologyEx(cv2.morphologyEx(head, cv2.MORPH_OPEN, kernel), cv2.MORPH_CLOSE, _disc(GAP_RADIUS))
-        support = smooth_step(cv2.dilate(support, kernel), *SUPPORT_FADE)
-        above_jaw = smooth_step(layers.height, *ABOVE_JAW_FADE)
-        alpha *= 1 - self.in_crop * to_pixels(above_jaw * (1 - support))
+        face = cv2.extractChannel(pixels, 2)
+        alpha = np.maximum(cv2.extractChannel(moved, 3) * np.float32(1 / 255), face)
         colours = cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
-        jaw = smooth_step(layers.height, *BELOW_JAW_FADE) * (1 - above_jaw)
-        jaw *= cv2.blur(cv2.dilate(head, _disc(JAW_RADIUS)), (5, 5))
-        inside = smooth_step(cv2.erode(alpha, np.ones((3, 3), np.uint8)), *EDGE_ALPHA_FADE)
-        weight = inside * to_pixels(np.maximum(head, support))
-        weight = self.in_crop * (weight if cut_out else np.maximum(weight, to_pixels(jaw)))
-        alpha = np.maximum(alpha, weight)
-        self._blend_network(colours, layers.image, weight / alpha.clip(1e-3))
+        self._blend_network(colours, layers.image, face / alpha.clip(1e-3))
         return colours, alpha
 
     def _window_matrix(self) -> np.ndarray:
@@ -159,22 +148,6 @@ class PhotoCanvas:
         cell = side * (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE  # pixels
         offset = [(s.start + 0.5 - o + WINDOW_MARGIN * side) / cell - 0.5 for s, o in ((columns, x0), (rows, y0))]
         return np.array([[1 / cell, 0, offset[0]], [0, 1 / cell, offset[1]]])
-
-    def _sample_positions(self, displacement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return window pixels to sample; where the photo ends displacements shrink instead of reaching beyond it."""
-        rows, columns = self.window
-        positions = []
-        for axis, (part, length) in enumerate(((columns, self.size[0]), (rows, self.size[1]))):
-            index = np.arange(part.start, part.stop, dtype=np.float32)
-            index = index[None, :] if axis == 0 else index[:, None]
-            shift = displacement[..., axis]
-            room = np.where(shift > 0, length - 1 - index, index) + np.float32(1e-3)
-            beyond = np.abs(shift) - room / 2  # half the way to the border stays as it is
-            position, far = index - part.start + shift, beyond > 0
-            shift, room, beyond = shift[far], room[far], beyond[far]
-            position[far] += np.sign(shift) * room / 2 * (1 + np.tanh(2 * beyond / room)) - shift
-            positions.append(position)
-        return positions[0], positions[1]
 
     def _blend_network(self, frame: np.ndarray, image: np.ndarray, weight: np.ndarray) -> None:
         """Blend the network's image of the crop into a window, in place."""
@@ -228,6 +201,26 @@ def _to_frame(
             for x, y, s in faces]  # fmt: skip
 
 
+def _border_room(alpha: np.ndarray, square: Square) -> np.ndarray:
+    """Return the largest displacements of the flow's cells to the left, up, right and down: float32 (4, n, n).
+
+    They are in crop sides and proportional to the distance from the photo's border, more so the less the border cuts
+    the person.
+    """
+    x0, y0, side = square
+    centres = (np.arange(FLOW_SIZE, dtype=np.float32) + 0.5) * (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE - WINDOW_MARGIN
+    room = []
+    for start, along, edges in ((x0, y0, alpha[:, [0, -1]]), (y0, x0, alpha[[0, -1]].T)):
+        length = alpha.size // len(edges)  # between the two borders, pixels
+        window = 2 * round(BORDER_WINDOW * side / 2) + 1
+        cut = cv2.blur(np.ascontiguousarray(edges), (1, window), borderType=cv2.BORDER_REPLICATE)
+        cut = cut[(along + side * centres).astype(int).clip(0, len(cut) - 1)]  # (n, 2)
+        distance = np.stack([start / side + centres, (length - start) / side - centres])  # (2, n)
+        room.append(BORDER_SLOPE * distance.clip(1e-3)[:, None] / cut.T[..., None].clip(1e-3))
+    (left, right), (up, down) = room[0], room[1].transpose(0, 2, 1)
+    return np.stack([left, up, right, down]).astype(np.float32)
+
+
 def _travel_limits(alpha: np.ndarray, square: Square) -> TravelLimits:
     """Return how far the head may move: into the photo's room, hardly away from a border that cuts the head."""
     height, width = alpha.shape
@@ -251,17 +244,3 @@ def _travel_limits(alpha: np.ndarray, square: Square) -> TravelLimits:
         up=limit(top),
         down=limit(height / side - bottom, alpha[:band_y, columns] if y0 < 0.5 * side else None),
     )
-
-
-def _disc(radius: float) -> np.ndarray:
-    """Return a kernel for the flow's cells; `radius` in crop sides."""
-    cells = max(1, round(radius * FLOW_SIZE / (1 + 2 * WINDOW_MARGIN)))
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * cells + 1,) * 2)
-
-
-def _fill_holes(weight: np.ndarray) -> np.ndarray:
-    """Fill what the head layer surrounds, such as an open mouth: float32 (n, n)."""
-    outside = np.pad(np.uint8(weight < 0.5), 1, constant_values=1)  # type: ignore[call-overload]
-    cv2.floodFill(outside, None, (0, 0), 2)  # type: ignore[call-overload]
-    inside = (outside != 2)[1:-1, 1:-1]
-    return np.where(inside & (weight < 0.5), np.float32(1), weight).astype(np.float32)

@@ -63,6 +63,7 @@ class Output(NamedTuple):
     opacity: Tensor  # (B, 1, h, w) of the volume, [0, 1]
     residual_flow: Tensor | None  # (B, 2, H/2, W/2) in image sizes
     flow_weights: Tensor | None  # (B, 4, m, m) weights of mesh, rigid, static and neck flow
+    face: Tensor | None = None  # (B, 1, m, m) 1 in the face, falling to 0 at the mesh's inner ring
     density_tv: Tensor | None = None  # (B,) density regularisation, in training only
     warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
     source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
@@ -229,6 +230,7 @@ class Export3D(nn.Module):
         image = composite_patches(refined.image.clone(), patches) if patches else refined.image
         return Output(
             raw=features[:, :3], depth=depth, opacity=opacity, flow_weights=detail and detail.flow.weights,
+            face=detail and detail.mesh.face,
             density_tv=self._density_tv(source, posed, batch_rows) if self.training else None,
             before_inpainting=refined.image, inpainted=patches, **refined._replace(image=image)._asdict(),
         )  # fmt: skip

@@ -34,7 +34,7 @@ def still(portrait: Any) -> FrameLayers:
     """Layers of a frame in which nothing moves, and the network takes over nothing."""
     zero = np.zeros((FLOW_SIZE, FLOW_SIZE), np.float32)
     volume = VolumeRender(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2)), np.zeros((2, 2)), 1.0)
-    return FrameLayers(portrait.crop, np.zeros((FLOW_SIZE, FLOW_SIZE, 2), np.float32), zero, zero - 1, volume)
+    return FrameLayers(portrait.crop, np.zeros((FLOW_SIZE, FLOW_SIZE, 2), np.float32), zero, volume)
 
 
 def test_without_a_canvas_a_rendered_crop_is_the_frame() -> None:

@@ -1,8 +1,9 @@
 """Flow of the whole photo (beyond the paper): continues the network's flow outside its crop, for hair and torso.
 
-The person is one deformable layer: the head moves as the network moves it, outside the crop as the rings of the face
-mesh do; the torso follows the neck; between chin and chest both blend. The background does not move. Positions are in
-crop units: (0, 0) and (1, 1) are corners of the crop.
+The person is one layer that deforms smoothly, so that nothing tears: the face moves exactly as the network moves it;
+hair and ears by the same flow, smoothed, and outside the crop as the rings of the face mesh do; the torso follows the
+neck; next to the lower face both blend. The background does not move. Positions are in crop units: (0, 0) and (1, 1) are
+corners of the crop.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, NUM_LANDMARKS
 from export3d_cli.core.model.cached_tensors import cached_tensor
-from export3d_cli.core.model.masks import linear_step, smooth_step
+from export3d_cli.core.model.masks import box_mean, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
@@ -23,48 +24,49 @@ from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
 WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
 FLOW_SIZE = 192  # cells of a side of the window
 WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motion fades out
-CROP_FADE = 0.06  # crop sides inside the crop's border over which the network's image takes over
-CROP_REACH = 0.25  # crop sides outside the crop over which the network's flow at its border fades out
-HEAD_WEIGHT_FADE = (0.3, 0.8)  # weights of the network's head layer over which its flow takes over
-NECK_FADE = (-0.55, -0.05)  # face heights above the chin over which the torso's motion becomes the head's
-JAW_FADE = (0.1, 0.35)  # the same next to the head layer inside the crop: a turned jaw uncovers the neck
+CROP_FADE = 0.06  # crop sides inside the crop's border over which the network's image and flow take over
+HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over
+SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's flow outside the face
+UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
+NECK_FADE = (0.0, 0.5)  # face heights above the chin over which the torso's motion becomes the head's outside the face
 
 
 class PhotoFlow(NamedTuple):
     """Backward flow over the window around the crop, (B, ., n, n)."""
 
     displacement: Tensor  # (B, 2) position in the photo minus own position, crop units
-    head_weight: Tensor  # (B, 1) weight of the network's head layer, 0 outside the crop
-    height: Tensor  # (B, 1) above the chin of the result, face heights
+    face_weight: Tensor  # (B, 1) 1 where the network's image shows the face, 0 outside the crop
 
 
 def extend_flow(
     points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-    head_weight: Tensor, torso: float | None = None,
+    head_weight: Tensor, face: Tensor, torso: float | None = None,
 ) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
     `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
-    (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
-    as its rings do. `torso` is the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
+    (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`, `face` (B, 1, m, m) is 1 in the
+    face; without positions the head moves as its rings do. `torso` is the fraction of the neck's motion that the torso
+    follows; None: `TORSO_FOLLOW_RATIO`.
     """
     grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
     result, _ = project(points, camera)  # (B, V, 2)
     photo, _ = project(add_head_rings(source_landmarks.float()), source_camera)
-    rigid = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid)
+    head = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid) - grid
 
     to_edge = torch.minimum(grid, 1 - grid).amin(1, keepdim=True)  # distance inside the crop's border
+    in_crop = smooth_step(to_edge, 0, CROP_FADE)
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
-    weight = F.grid_sample(head_weight.float(), inside, align_corners=False, padding_mode="zeros")
-    in_crop, in_layer = smooth_step(to_edge, 0, CROP_FADE), linear_step(weight, *HEAD_WEIGHT_FADE)
-    head = rigid
+    weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
+    face = face * in_crop
+    shift = head
     if head_uv is not None:
         shift = (head_uv - identity_grid(head_uv.shape[-1], grid)).float()
-        shift, layer = (
-            F.grid_sample(x, inside, align_corners=False, padding_mode="border") for x in (shift, head_weight.float())
-        )
-        near = smooth_step(to_edge, -CROP_REACH, 0)
-        head = torch.lerp(rigid, grid + shift, near * linear_step(layer, *HEAD_WEIGHT_FADE))
+        shift = F.grid_sample(shift, inside, align_corners=False, padding_mode="border")
+        weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop
+        known = torch.cat([weight * (shift - head), weight], dim=1)
+        known = box_mean(box_mean(known, SMOOTHING_CELLS), SMOOTHING_CELLS)
+        head = head + known[:, :2] / (known[:, 2:] + UNKNOWN_WEIGHT)
 
     chin, top = result[:, CHIN, :, None, None], result[:, FOREHEAD_TOP, :, None, None]
     up = top - chin
@@ -75,12 +77,11 @@ def extend_flow(
     neck, centre = (project(pivots, source_camera)[0] - project(pivots, camera)[0]).unbind(1)  # (B, 2) each
     common = torch.where(neck * centre > 0, neck.sign() * torch.minimum(neck.abs(), centre.abs()), 0.0)
     follow = TORSO_FOLLOW_RATIO if torso is None else torso
-    body = grid + follow * torch.stack([neck[:, 0], common[:, 1]], dim=1)[..., None, None]  # its size stays
-    jaw = torch.maximum(in_layer, smooth_step(height, *JAW_FADE))
-    moved = torch.lerp(body, head, torch.lerp(smooth_step(height, *NECK_FADE), jaw, in_crop))
+    body = follow * torch.stack([neck[:, 0], common[:, 1]], dim=1)[..., None, None]  # its size stays
+    displacement = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
+    displacement = torch.lerp(displacement, shift, face)
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
-    displacement = (moved - grid) * smooth_step(to_window, 0, WINDOW_FADE)
-    return PhotoFlow(displacement, weight, height)
+    return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), face)
 
 
 def _affine(result: Tensor, photo: Tensor, grid: Tensor) -> Tensor:

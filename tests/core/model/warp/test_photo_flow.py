@@ -19,13 +19,14 @@ CROWN, NEXT_TO_THE_EAR, CHEST = (0.5, -0.2), (-0.15, 0.4), (0.5, 1.3)  # x, y in
 
 def extend(
     points: Tensor, source_camera: Tensor, camera: Tensor, *, uv: Tensor | None = None, weight: Tensor | None = None,
-    torso: float | None = None,
+    face: Tensor | None = None, torso: float | None = None,
 ) -> PhotoFlow:  # fmt: skip
     """Extend a flow over a photo that shows the landmarks `points` from `source_camera`; default: no network flow."""
     count = len(camera)
-    weight = torch.zeros(count, 1, 16, 16) if weight is None else weight
+    nowhere = torch.zeros(count, 1, 16, 16)
+    weight, face = nowhere if weight is None else weight, nowhere if face is None else face
     source = points.expand(count, -1, -1)
-    return extend_flow(add_head_rings(source), source, source_camera.expand(count, -1), camera, uv, weight, torso)
+    return extend_flow(add_head_rings(source), source, source_camera.expand(count, -1), camera, uv, weight, face, torso)
 
 
 def at(field: Tensor, place: tuple[float, float]) -> Tensor:
@@ -87,26 +88,34 @@ def test_motion_fades_between_head_and_torso_and_ends_at_the_windows_border(
         assert edge.abs().max() < 0.02 * SHIFT
 
 
-def test_network_flow_is_used_where_its_head_is_within_the_crop(points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    uv = identity_grid(32, points) + 0.03
-    weight = torch.zeros(1, 1, 16, 16)
-    weight[..., :8] = 1  # the left half
-    flow = extend(points, orbit(0), orbit(0), uv=uv, weight=weight)
-    torch.testing.assert_close(at(flow.displacement, (0.3, 0.3))[0], torch.tensor([0.03, 0.03]), atol=1e-4, rtol=0)
-    for place in ((0.7, 0.3), (0.8, -0.2), CHEST):
-        assert at(flow.displacement, place).abs().max() < 1e-3
-    assert 0.001 < float(at(flow.displacement, NEXT_TO_THE_EAR).min()) < 0.029  # it fades out beyond the crop
-    assert float(at(flow.head_weight, (0.3, 0.3))) == 1 and float(at(flow.head_weight, NEXT_TO_THE_EAR)) == 0
-    assert float(at(flow.height, CROWN)) > 1 and float(at(flow.height, CHEST)) < 0
+def test_network_flow_is_exact_in_the_face_and_smooth_around_it(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    uv = identity_grid(32, points)
+    uv = uv + 0.03 * (uv[:, :1] < 0.5)  # the flow jumps in the middle
+    everywhere = torch.ones(1, 1, 16, 16)
+    across = slice(FLOW_SIZE // 2 - 6, FLOW_SIZE // 2 + 6)
+    for face, smooth in ((everywhere, False), (None, True)):
+        flow = extend(points, orbit(0), orbit(0), uv=uv, weight=everywhere, face=face)
+        for place, expected in (((0.3, 0.3), 0.03), ((0.7, 0.3), 0.0), (CROWN, 0.0), (CHEST, 0.0)):
+            torch.testing.assert_close(at(flow.displacement, place)[0], torch.full((2,), expected), atol=2e-3, rtol=0)
+        steps = flow.displacement[0, 0, FLOW_SIZE // 2 - 20, across].diff().abs()
+        assert bool(steps.max() < 0.006) is smooth
+        assert float(at(flow.face_weight, (0.3, 0.3))) == (not smooth)
 
 
 def test_batch_of_two_equals_two_single_calls(points: Tensor, orbit: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     cameras = torch.cat([orbit(20, pitch=5), shifted(orbit(-10))])
     uv, weight = identity_grid(32, points) + 0.05 * torch.rand(2, 2, 32, 32), torch.rand(2, 1, 16, 16)
-    both = extend(points, orbit(3), cameras, uv=uv, weight=weight)
+    both = extend(points, orbit(3), cameras, uv=uv, weight=weight, face=weight**2)
     for k in range(2):
-        one = extend(points, orbit(3), cameras[k : k + 1], uv=uv[k : k + 1], weight=weight[k : k + 1])
-        for name in ("displacement", "head_weight", "height"):
+        one = extend(
+            points,
+            orbit(3),
+            cameras[k : k + 1],
+            uv=uv[k : k + 1],
+            weight=weight[k : k + 1],
+            face=weight[k : k + 1] ** 2,
+        )
+        for name in ("displacement", "face_weight"):
             torch.testing.assert_close(getattr(both, name)[k : k + 1], getattr(one, name), atol=1e-5, rtol=0)
     assert (both.displacement[0] - both.displacement[1]).abs().max() > 0.05
