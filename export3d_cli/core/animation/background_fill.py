@@ -6,8 +6,12 @@ import cv2
 import numpy as np
 
 WORKING_SIDE_PX = 256  # longer side of the image in which a hole is filled
-RADIUS_PX = 4  # neighbourhood of Telea's method, working pixels
+RADIUS_PX = 10  # neighbourhood of Telea's method, working pixels
 GRAIN_SD_PX = 0.7  # of the blur that makes noise as coarse as that of photos
+LOOSE_HAIR_REACH = 0.12  # crop sides around the person in which loose hair is looked for
+LOOSE_HAIR_WINDOW = 0.045  # crop sides: window whose median shows the background without loose hair
+LOOSE_HAIR_CONTRAST = (5.0, 4.0)  # least levels, and times the background's own texture, that loose hair differs by
+MAX_MEDIAN_PX = 255  # largest window of OpenCV's median
 
 
 def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
@@ -31,3 +35,23 @@ def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     noise = cv2.GaussianBlur(np.random.default_rng(0).standard_normal((H, W), np.float32), (0, 0), GRAIN_SD_PX)
     filled += (noise * strength / np.median(np.abs(noise)))[..., None]
     return np.where(hole[..., None], np.rint(filled.clip(0, 255)), image).astype(np.uint8)
+
+
+def find_loose_hair(image: np.ndarray, person: np.ndarray, side: float) -> np.ndarray:
+    """Return where an image, uint8 (H, W, 3), shows thin structures around a `person`, bool (H, W), of a crop `side`.
+
+    They are what differs from the median of its surroundings more than the background's texture does.
+    """
+
+    def window(size: float) -> int:
+        return 2 * max(1, round(size * side / 2)) + 1
+
+    median = cv2.medianBlur(image, min(window(LOOSE_HAIR_WINDOW), MAX_MEDIAN_PX))
+    difference = cv2.absdiff(image, median).max(-1).astype(np.float32)
+    background = (~person).astype(np.float32)
+    area = (window(LOOSE_HAIR_REACH),) * 2
+    texture = cv2.blur(difference * background, area) / cv2.blur(background, area).clip(1e-3)
+    near = cv2.dilate(person.astype(np.uint8), np.ones((window(2 * LOOSE_HAIR_REACH),) * 2, np.uint8)) > 0
+    least, ratio = LOOSE_HAIR_CONTRAST
+    found: np.ndarray = near & ~person & (difference > least + ratio * texture)
+    return found

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from export3d_cli.core.animation.background_fill import fill_hole
+from export3d_cli.core.animation.background_fill import fill_hole, find_loose_hair
 from export3d_cli.core.animation.retargeting import TravelLimits
 from export3d_cli.core.face.crop import Square, crop_image
 from export3d_cli.core.face.matting import FacePosition, estimate_foreground, refine_alpha
@@ -24,7 +24,8 @@ CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes r
 CLOSE_UP_SIZE_PX = 512
 CLOSE_UP_FADE = 0.12  # fraction of a close-up's side over which its matte takes over
 HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
-HOLE_MARGIN = 0.012  # crop sides around the person that its colours reach: 2 pixels at least
+HOLE_MARGIN = 0.02  # crop sides around the person that its colours reach: 2 pixels at least
+LOOSE_HAIR_MARGIN_PX = 3  # around loose hair, which is removed from the background
 BORDER_SLOPE = 0.6  # largest displacement towards a border that cuts the person, over the distance from it
 BORDER_WINDOW = 0.15  # crop sides along a border over which the fraction of it that cuts the person is averaged
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
@@ -94,8 +95,8 @@ class PhotoCanvas:
         rows = slice(max(0, round(y0 - margin)), min(height, round(y0 + side + margin)))
         window = (rows, columns)
         part, matte = np.ascontiguousarray(photo[window]), np.ascontiguousarray(alpha[window])
-        kernel = np.ones((2 * max(2, round(HOLE_MARGIN * side)) + 1,) * 2, np.uint8)
-        hole = cv2.dilate(np.uint8(matte > HOLE_ALPHA), kernel) > 0  # type: ignore[call-overload]
+        hole = _grow(matte > HOLE_ALPHA, max(2, round(HOLE_MARGIN * side)))
+        hole |= _grow(find_loose_hair(part, hole, side), LOOSE_HAIR_MARGIN_PX)
         plate = fill_hole(part, hole)
         colours = np.where(matte[..., None] > 0.98, part, estimate_foreground(part, matte))
         foreground = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
@@ -199,6 +200,12 @@ def _to_frame(
     left, top, width, height = frame
     return [((x0 + x * side - left) / width, (y0 + y * side - top) / height, s * side / max(width, height))
             for x, y, s in faces]  # fmt: skip
+
+
+def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
+    """Dilate a mask, bool (h, w), by a disc of `radius` pixels."""
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
+    return cv2.dilate(mask.astype(np.uint8), disc) > 0
 
 
 def _border_room(alpha: np.ndarray, square: Square) -> np.ndarray:

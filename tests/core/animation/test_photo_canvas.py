@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export3d_cli.core.animation.background_fill import fill_hole
+from export3d_cli.core.animation.background_fill import fill_hole, find_loose_hair
 from export3d_cli.core.animation.photo_canvas import (
     MAX_TRAVEL_CUT,
     TRAVEL_RANGE,
@@ -116,3 +116,13 @@ def test_fill_hole_continues_its_surroundings() -> None:
     np.testing.assert_array_equal(filled[~hole], wall[~hole])
     assert np.abs(filled.astype(int) - wall)[hole].mean() < 8
     np.testing.assert_array_equal(fill_hole(wall, np.zeros_like(hole)), wall)
+
+
+def test_find_loose_hair_sees_strands_on_an_even_wall_but_no_texture(photo: np.ndarray) -> None:
+    person = disc_alpha(photo) > 0
+    photo[100, 172:180] = 0  # a strand next to the person
+    photo[20:40, 20] = 0  # the same far away
+    found = find_loose_hair(photo, person, SQUARE[2])
+    assert found[100, 172:178].all() and found.sum() < 60 and not found[:, :60].any()
+    photo[::2][~person[::2]] = 90  # a striped wall
+    assert not find_loose_hair(photo, person, SQUARE[2])[100, 172:178].any()

@@ -2,8 +2,8 @@
 
 The person is one layer that deforms smoothly, so that nothing tears: the face moves exactly as the network moves it;
 hair and ears by the same flow, smoothed, and outside the crop as the rings of the face mesh do; the torso follows the
-neck; next to the lower face both blend. The background does not move. Positions are in crop units: (0, 0) and (1, 1) are
-corners of the crop.
+neck; next to the lower face both blend. The background does not move. Positions are in crop units: (0, 0) and (1, 1)
+are corners of the crop.
 """
 
 from __future__ import annotations
