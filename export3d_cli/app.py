@@ -30,6 +30,7 @@ from export3d_cli.core.animation.expression_controls import CONTROLS, Expression
 from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
+from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import Export3DError, InputError
@@ -108,7 +109,9 @@ def build(jobs: _Jobs) -> gr.Blocks:
                         pose = number(0, 3, 1, "Strength of the head's movement")
                         seconds = number(1, 600, 600, "Seconds of the video to use, at most", 1)
                         framing = gr.Radio(["photo", "face"], value="photo", label="Show the whole photo or the face")
-                        mark = gr.Radio(["none", "visible", "invisible"], value="none", label="Mark in the picture")
+                        mark = gr.Radio(
+                            ["none", "visible", "invisible"], value="invisible", label="Mark in the picture"
+                        )
                     with gr.Row():
                         render = gr.Button("Render", variant="primary")
                         cancel = gr.Button("Cancel")
@@ -257,7 +260,8 @@ class _Jobs:
             return None
         with _show_errors():
             out = self._new_file(session, ".png")
-            write_image(out, next(render(session.portrait)), comment=SYNTHETIC_COMMENT)
+            frame = get_watermarker("invisible")(next(render(session.portrait)))
+            write_image(out, frame, comment=SYNTHETIC_COMMENT)
         return str(out)
 
 

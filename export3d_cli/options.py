@@ -152,13 +152,16 @@ source_options = _together(
                  help="Longer side of the frames in pixels; auto is that of SRC, at most 1080 (512 in a contact "
                  "sheet)."),
 )  # fmt: skip
+watermark_option = click.option(
+    "--watermark", type=click.Choice(["none", "visible", "invisible"]), default="invisible", show_default=True,
+    help="Mark the picture as synthetic, beside the metadata: by a badge, by a pattern for verify-mark, or not.",
+)  # fmt: skip
 # how the output is written and reported
 output_options = _together(
     click.option("--crf", type=click.IntRange(0, 51), show_default="18",
                  help="Constant rate factor of the video, 0 (lossless) to 51 (worst); not for .gif, images and "
                  "transparent .mov."),
-    click.option("--watermark", type=click.Choice(["none", "visible", "invisible"]), default="none", show_default=True,
-                 help="Mark the picture as synthetic, in addition to the metadata."),
+    watermark_option,
     click.option("--overwrite", is_flag=True, help="Overwrite an existing output file."),
     json_option,
 )  # fmt: skip

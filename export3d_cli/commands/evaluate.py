@@ -53,6 +53,7 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
 @options.frame_option
 @options.pose_option
 @options.smooth_option
+@options.watermark_option
 @options.quality_option
 @options.model_options
 @options.json_option
@@ -69,9 +70,9 @@ def evaluate(dataset: Path, output: Path | None, write_inputs: Path | None, as_j
     if write_inputs is not None:
         options.refuse_unused({"output", *chosen} - {"cross", "cases", "seed"}, "--write-inputs")
     if not chosen["model"]:
-        options.refuse_unused({"quality", "precision", "framing", "pose", "smooth"}, "--no-model")
+        options.refuse_unused({"quality", "precision", "framing", "pose", "smooth", "watermark"}, "--no-model")
     setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
-    settings = core.ReenactOptions(**{name: chosen.pop(name) for name in ("framing", "pose", "smooth")})
+    settings = core.ReenactOptions(**{name: chosen.pop(name) for name in ("framing", "pose", "smooth", "watermark")})
     chosen["max_frames"] = chosen["max_frames"] or None
     evaluation = core.EvaluateOptions(**chosen, reenact=settings)
     if write_inputs is not None:

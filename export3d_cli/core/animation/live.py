@@ -190,7 +190,7 @@ class _Stage:
         rendered = self._animator.animate(
             portrait, [motion], control=control, reference=reference, notify=self.notes.setdefault, layers=True
         )
-        frame = fill_frame(self._mark(compositor(next(rendered))), self.size)
+        frame = self._mark(fill_frame(compositor(next(rendered)), self.size))
         self._rest = frame if at_rest else self._rest
         return frame
 

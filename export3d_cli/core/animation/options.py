@@ -38,7 +38,7 @@ class PortraitOptions:
     crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
     size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
     expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # added to every frame, or swept over them
-    watermark: Watermark = "none"  # in the picture; the metadata always carry a mark
+    watermark: Watermark = "invisible"  # in the picture; the metadata always carry a mark
 
 
 @dataclass(frozen=True)

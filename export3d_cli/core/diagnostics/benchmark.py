@@ -21,6 +21,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import Compositor
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
+from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
@@ -91,10 +92,11 @@ def run_benchmark(
     next(animator.animate(portrait, [motion]))  # warm up
     with _timed_stages(animator, clock):
         rendered = list(animator.animate(portrait, [motion], layers=True))
-    compositor, results = Compositor(portrait), []
+    options = ReenactOptions(max_frames=len(images), audio="none")
+    compositor, add_watermark, results = Compositor(portrait), get_watermarker(options.watermark), []
     for layers in rendered:
         with clock("compose"):
-            results.append(compositor(layers))
+            results.append(add_watermark(compositor(layers)))
     with tempfile.TemporaryDirectory() as folder:
         size = results[0].shape[1::-1]
         # a whole file, because ffmpeg runs behind a pipe and single frames cannot be timed
@@ -102,7 +104,6 @@ def run_benchmark(
             for frame in results:
                 writer.write(frame)
         began = time.perf_counter()
-        options = ReenactOptions(max_frames=len(images), audio="none")
         summary = reenact(animator, source, driver, Path(folder) / "b.mp4", options)
         seconds = time.perf_counter() - began
     return BenchmarkResult(

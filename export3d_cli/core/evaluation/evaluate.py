@@ -30,6 +30,7 @@ from export3d_cli.core.animation.options import Progress, ReenactOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.reenact import open_driver
 from export3d_cli.core.dataset.exact_views import has_exact_views, split_heads
+from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.evaluation import metrics, views
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
@@ -69,7 +70,7 @@ class EvaluateOptions:
     lpips: Path | None = None  # LPIPS' learned weights for that VGG16, if they are a file of their own
     results: tuple[Path, ...] = ()  # folders of finished videos: `<case>.mp4`, or pictures in `<case>/`
     model: bool = True  # False: score only `results` and the baselines
-    reenact: ReenactOptions = field(default_factory=ReenactOptions)  # framing, pose and smoothing are used
+    reenact: ReenactOptions = field(default_factory=ReenactOptions)  # framing, pose, smoothing and watermark are used
 
     def __post_init__(self) -> None:
         """Refuse options without effect."""
@@ -236,7 +237,8 @@ def _score_case(
         if case.has_truth:  # the photo is a frame of the track: relative to another one, the head would be displaced
             settings = replace(settings, reference_frame=most_frontal_frame(case.source.motion))
         layers = list(render_layers(animator, portrait, case.driver.file, rows, settings))
-        add("model", [portrait.canvas.compose(layer) for layer in layers])
+        mark = get_watermarker(settings.watermark)
+        add("model", [mark(portrait.canvas.compose(layer)) for layer in layers])
         scores["model"]["copied"] = views.copied_fraction(portrait, layers)
         square = portrait.square
         add("raw", [views.paste_crop(portrait.canvas.photo, square, layer.volume.colours) for layer in layers])

@@ -48,7 +48,8 @@ def describe(result: Evaluation) -> str:
     how = options.reenact
     facts = [
         result.protocol, f"{result.cases} cases", f"{result.frames} frames, {options.take}",
-        *([f"frame {how.framing}, pose {how.pose}, smooth {how.smooth}, quality {result.quality}"] * options.model),
+        *([f"frame {how.framing}, pose {how.pose}, smooth {how.smooth}, watermark {how.watermark}, "
+           f"quality {result.quality}"] * options.model),
         *([f"seed {options.seed}"] * options.cross),
         *([f"identity by {Path(options.identity).name}"] if options.identity else []),
         result.device, f"{result.seconds:.0f} s", f"export3d {__version__}",

@@ -111,7 +111,10 @@ def test_write_report_writes_tables_and_pictures(result):
     assert json.loads(whole.read_text())["mean"]["pwa"]["psnr"] == result.mean["pwa"]["psnr"]
     assert read_image(sheet).shape == (5 * 192, 9 * 192, 3)  # truth, model, raw, pwa and views
     text = report.read_text(encoding="utf-8")
-    assert "frame photo, pose auto, smooth light, quality balanced" in text and f"({sheet.name})" in text
+    assert (
+        "frame photo, pose auto, smooth light, watermark invisible, quality balanced" in text
+        and f"({sheet.name})" in text
+    )
     (line,) = (line for line in text.splitlines() if line.startswith("| psnr dB ↑"))
     assert line.split("|")[2].strip() == f"{result.mean['model']['psnr']:.2f}" and line.split("|")[6].strip() == ""
 
@@ -120,7 +123,7 @@ def test_write_report_writes_tables_and_pictures(result):
 def test_render_layers_are_the_frames_that_reenact_writes(animator, data_set, tmp_path, framing):
     clip, rows = read_clips(data_set)[0], np.array([0, 4, 9])
     photo = load_source_image(clip)
-    options = ReenactOptions(framing=framing)
+    options = ReenactOptions(framing=framing, watermark="none")
     portrait = animator.portrait(photo, framing=framing)
     layers = list(render_layers(animator, portrait, clip.file, rows, options))
     write_image(tmp_path / "photo.png", photo)
