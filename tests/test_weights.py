@@ -1,4 +1,6 @@
 import hashlib
+import runpy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -75,3 +77,21 @@ def test_resolve_weights_with_broken_manifest_raises(folder):
 def test_resolve_weights_of_malformed_hub_name_raises(folder, name):
     with pytest.raises(WeightsError, match="form hf:owner/repo"):
         weights.resolve_weights(name)
+
+
+def read_table(text, command):
+    """Return the rows of the table under a command, with numbers; None where there is none."""
+    lines = text.partition(command)[2].partition("|")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: [float(cell) if cell else None for cell in cells] for name, *cells in rows}
+
+
+def test_table_of_the_bundled_heads_is_what_evaluate_writes():
+    script = Path(__file__).parents[1] / "weights" / "make_tables.py"
+    text = script.with_name("README.md").read_text(encoding="utf-8")
+    updated = runpy.run_path(str(script))["update_tables"](text, {})
+    published, measured = (read_table(version, "evaluate BUNDLED") for version in (text, updated))
+    assert list(published) == list(measured) and {"psnr dB ↑", "yaw error deg ↓", "identity cos ↑"} < set(measured)
+    for name, row in published.items():  # other processors round differently
+        assert row == pytest.approx(measured[name], abs=0.01 + 0.05 * max(map(abs, measured[name]))), name
+    assert updated.count("|") == text.count("|")  # the other tables stay

@@ -29,6 +29,11 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
     "--take", type=click.Choice(["spread", "first"]), default="spread", show_default=True,
     help="Which frames of a clip to score: evenly spread, or the first.",
 )  # fmt: skip
+@click.option(
+    "--protocol", type=click.Choice(["vfhq", "talkinghead"]),
+    help="Compare as papers do: the first frame of each clip is the photo, 512 x 512; vfhq: 50 frames of 50 clips, "
+    "background black; talkinghead: all frames.",
+)  # fmt: skip
 @click.option("--cross", is_flag=True, help="Let another person drive.")
 @click.option(
     "--cases", type=click.IntRange(1), help="Maximum number of clips, pairs or heads.  [default: all, 5 with --cross]"
@@ -57,7 +62,9 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
 @options.quality_option
 @options.model_options
 @options.json_option
-def evaluate(dataset: Path, output: Path | None, write_inputs: Path | None, as_json: bool, **chosen: Any) -> None:
+def evaluate(
+    dataset: Path, output: Path | None, protocol: str | None, write_inputs: Path | None, as_json: bool, **chosen: Any
+) -> None:
     """Score what `reenact` writes by default on DATASET, a folder written by `preprocess`, next to baselines.
 
     The most frontal frame of each clip is animated by the clip. `raw` is the volume's render alone, `pwa` the photo
@@ -68,12 +75,15 @@ def evaluate(dataset: Path, output: Path | None, write_inputs: Path | None, as_j
     from export3d_cli import core
 
     if write_inputs is not None:
-        options.refuse_unused({"output", *chosen} - {"cross", "cases", "seed"}, "--write-inputs")
+        options.refuse_unused({"output", *chosen} - {"protocol", "cross", "cases", "seed"}, "--write-inputs")
     if not chosen["model"]:
         options.refuse_unused({"quality", "precision", "framing", "pose", "smooth", "watermark"}, "--no-model")
     setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
     settings = core.ReenactOptions(**{name: chosen.pop(name) for name in ("framing", "pose", "smooth", "watermark")})
     chosen["max_frames"] = chosen["max_frames"] or None
+    if protocol is not None:
+        options.refuse_unused({"max_frames", "cases"}, f"--protocol {protocol}")
+        chosen |= core.PROTOCOLS[protocol]
     evaluation = core.EvaluateOptions(**chosen, reenact=settings)
     if write_inputs is not None:
         files = [*map(str, core.write_inputs(dataset, evaluation, write_inputs))]

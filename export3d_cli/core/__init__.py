@@ -78,6 +78,7 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "ClipFilter": "dataset.segmentation",
     "build_dataset": "dataset.preprocess:preprocess",  # three functions have their module's name
     "EvaluateOptions": "evaluation.evaluate",
+    "PROTOCOLS": "evaluation.evaluate",
     "evaluate_model": "evaluation.evaluate:evaluate",
     "write_inputs": "evaluation.evaluate",
     "METRICS": "evaluation.metrics",

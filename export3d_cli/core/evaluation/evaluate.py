@@ -1,6 +1,6 @@
 """Scores a model on a data set, next to baselines without a network and to results of other tools.
 
-Self-reenactment: a clip's most frontal frame is the source, the clip is the driver. `model` is what `reenact` writes
+Self-reenactment: a clip's most frontal frame is the photo, the clip is the driver. `model` is what `reenact` writes
 before encoding, with its defaults unless `EvaluateOptions` says otherwise, but relative to the photo's own frame. `raw`
 is the volume's render alone, enlarged and pasted over the photo. `pwa` is the photo warped by the true landmarks,
 `repeat` the unchanged photo. All are compared with the clip's other frames, in the frame that users get. `view N` is
@@ -36,23 +36,30 @@ from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
 from export3d_cli.core.evaluation.protocol import (
     Case,
+    Photo,
     consecutive_frames,
     cross_cases,
     decode_frames,
     load_result_frames,
     load_source_image,
-    most_frontal_frame,
     read_clips,
     select_frames,
 )
 from export3d_cli.core.evaluation.report import draw_sheet, write_report
 from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
+from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_tensor, write_image
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import resolve_weights
 
 DEFAULT_PAIRS = 5
+# options by which papers compare: VFHQ's 50 test clips as GAGAvatar uses them, TalkingHead-1KH as face-vid2vid does
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "vfhq": {"photo": "first", "size": 512, "background": "black", "cases": 50, "max_frames": 50},
+    "talkinghead": {"photo": "first", "size": 512, "max_frames": None},
+}
 SHEET_COLUMNS = 8
 
 
@@ -64,6 +71,9 @@ class EvaluateOptions:
     take: Literal["spread", "first"] = "spread"  # which frames: spread evenly, or the first
     cross: bool = False  # another person drives
     cases: int | None = None  # at most so many clips, pairs or heads; None: all, with `cross` 5 pairs
+    photo: Photo = "frontal"  # which frame of a clip is animated: the most frontal, or the first
+    size: int | None = None  # side to which photos and truth are resized, pixels; None: their own
+    background: Literal["source", "black"] = "source"  # black: of photos and truth, behind the matted person
     seed: int = 0  # of the pairs and of the bootstrap
     identity: str | None = None  # `dlib` or a TorchScript file, see `face_embedding`; None: not measured
     perceptual: Path | None = None  # backbone file (VGG16 or MobileNetV2); None: perceptual distance is not measured
@@ -113,8 +123,10 @@ def evaluate(
     """
     options, began = options or EvaluateOptions(), time.monotonic()
     exact = has_exact_views(dataset)
-    if exact and (options.cross or options.results or not options.model):
-        raise InputError(f"{dataset} has exact views: --cross, --results and --no-model do not apply, leave them out")
+    if exact and (options.cross or options.results or not options.model or options.size):
+        raise InputError(
+            f"{dataset} has exact views: --cross, --protocol, --results and --no-model do not apply, leave them out"
+        )
     suite = _make_metric_suite(animator, options)
     score: dict[str, Callable[[], tuple[dict[str, Scores], dict[str, Frames]]]]
     if exact:
@@ -162,9 +174,9 @@ def find_cases(dataset: Path, options: EvaluateOptions) -> list[Case]:
     """Return the cases of a data set; raise `InputError` if there is none."""
     clips = read_clips(dataset)
     if options.cross:
-        cases = cross_cases(clips, options.cases or DEFAULT_PAIRS, options.seed)
+        cases = cross_cases(clips, options.cases or DEFAULT_PAIRS, options.seed, options.photo)
     else:
-        cases = [Case(clip, clip) for clip in clips if len(clip.motion) > 1][: options.cases]
+        cases = [Case(clip, clip, options.photo) for clip in clips if len(clip.motion) > 1][: options.cases]
     if not cases:
         missing = "pair of two people" if options.cross else "video"
         raise InputError(f"{dataset} has no {missing} to evaluate with: give a larger data set")
@@ -179,7 +191,7 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path) -> list[Pat
     files = []
     for case in find_cases(dataset, options):
         files += [out / f"{case.name}-source.png", out / f"{case.name}-driver{case.driver.file.suffix}"]
-        write_image(files[-2], load_source_image(case.source))
+        write_image(files[-2], _prepare([load_source_image(case)], options)[0])
         shutil.copyfile(case.driver.file, files[-1])
     return files
 
@@ -216,11 +228,12 @@ def _score_case(
     consecutive = consecutive_frames(case, len(scored_rows))
     rows = np.union1d(scored_rows, consecutive)
     sample = FrameSample(np.searchsorted(rows, scored_rows), np.searchsorted(rows, consecutive))
-    photo, portrait = load_source_image(case.source), None
+    photo, portrait = _prepare([load_source_image(case)], options)[0], None
     if options.model:
         portrait = animator.portrait(photo, framing=options.reenact.framing, name=case.name)
     source = suite.track(_show([photo], portrait))
-    truth = suite.track(_show(decode_frames(case.source if case.has_truth else case.driver, rows), portrait))
+    truth_frames = decode_frames(case.source if case.has_truth else case.driver, rows)
+    truth = suite.track(_show(_prepare(truth_frames, options), portrait))
     embedding = suite.embed(source)
     scores: dict[str, Scores] = {}
     lines: dict[str, Frames] = {"truth" if case.has_truth else "driver": [truth.frames[k] for k in sample.rows]}
@@ -235,7 +248,7 @@ def _score_case(
     if portrait is not None and portrait.canvas is not None:
         settings = options.reenact
         if case.has_truth:  # the photo is a frame of the track: relative to another one, the head would be displaced
-            settings = replace(settings, reference_frame=most_frontal_frame(case.source.motion))
+            settings = replace(settings, reference_frame=case.photo_row)
         layers = list(render_layers(animator, portrait, case.driver.file, rows, settings))
         mark = get_watermarker(settings.watermark)
         add("model", [mark(portrait.canvas.compose(layer)) for layer in layers])
@@ -255,6 +268,16 @@ def _score_case(
         view_scores, lines["views"] = views.score_novel_views(animator, portrait, suite, embedding)
         scores |= view_scores
     return scores, lines
+
+
+def _prepare(frames: Frames, options: EvaluateOptions) -> Frames:
+    """Return a clip's frames at the options' size, in front of their background."""
+    if options.background == "black":
+        matting = PersonMatting(resolve_weights("selfie_segmentation"))
+        frames = [np.rint(frame * matting.alpha(frame)[..., None]).astype(np.uint8) for frame in frames]
+    if options.size is None:
+        return frames
+    return [cv2.resize(frame, (options.size, options.size), interpolation=cv2.INTER_AREA) for frame in frames]
 
 
 def _show(frames: Frames, portrait: Portrait | None) -> Frames:

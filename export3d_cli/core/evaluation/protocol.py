@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from export3d_cli.core.runtime.camera import yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import driver_track_id, read_manifest
 
+Photo = Literal["frontal", "first"]  # which frame of a clip: the most frontal, or the first with a face
 MAX_RUN_FRAMES = 12  # longest run of consecutive frames for flicker and jitter
 ASPECT_TOLERANCE = 0.02  # allowed |width - height| / longer side of a result video
 
@@ -32,15 +34,22 @@ class Clip:
 
 @dataclass(frozen=True)
 class Case:
-    """One source clip, whose most frontal frame is animated by a driver clip."""
+    """One source clip, of which one frame, the photo, is animated by a driver clip."""
 
     source: Clip
     driver: Clip
+    photo: Photo = "frontal"
 
     @property
     def name(self) -> str:
         """Return the name for tables and files: the clip's id, or `<source>-by-<driver>`."""
         return self.driver.id if self.driver is self.source else f"{self.source.id}-by-{self.driver.id}"
+
+    @property
+    def photo_row(self) -> int:
+        """Return the index of the source's frame that is the photo."""
+        motion = self.source.motion
+        return most_frontal_frame(motion) if self.photo == "frontal" else int(motion.found.argmax())
 
     @property
     def has_truth(self) -> bool:
@@ -59,9 +68,9 @@ def read_clips(dataset: Path) -> list[Clip]:
     ]
 
 
-def cross_cases(clips: list[Clip], pairs: int, seed: int) -> list[Case]:
+def cross_cases(clips: list[Clip], pairs: int, seed: int, photo: Photo = "frontal") -> list[Case]:
     """Return up to `pairs` cases of different sources, fixed by the seed; with ground truth if heads share tracks."""
-    cases = [Case(a, b) for a in clips for b in clips if a.person != b.person and len(b.motion) > 1]
+    cases = [Case(a, b, photo) for a in clips for b in clips if a.person != b.person and len(b.motion) > 1]
     cases = [case for case in cases if case.has_truth] or cases
     chosen: dict[str, Case] = {}
     for index in np.random.default_rng(seed).permutation(len(cases)):
@@ -76,9 +85,9 @@ def most_frontal_frame(motion: Motion) -> int:
     return int(np.where(motion.found, score, np.inf).argmin())
 
 
-def load_source_image(clip: Clip) -> np.ndarray:
-    """Return the clip's most frontal frame, uint8 (H, W, 3): the source photo."""
-    return decode_frames(clip, np.array([most_frontal_frame(clip.motion)]))[0]
+def load_source_image(case: Case) -> np.ndarray:
+    """Return the source photo, uint8 (H, W, 3)."""
+    return decode_frames(case.source, np.array([case.photo_row]))[0]
 
 
 def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> np.ndarray:
@@ -88,7 +97,7 @@ def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> n
     """
     rows = np.flatnonzero(_tracked_frames(case))
     if case.has_truth:
-        rows = rows[rows != most_frontal_frame(case.source.motion)]
+        rows = rows[rows != case.photo_row]
     if max_frames is None or len(rows) <= max_frames:
         return rows
     return rows[:max_frames] if take == "first" else rows[np.linspace(0, len(rows) - 1, max_frames).round().astype(int)]

@@ -48,6 +48,7 @@ def describe(result: Evaluation) -> str:
     how = options.reenact
     facts = [
         result.protocol, f"{result.cases} cases", f"{result.frames} frames, {options.take}",
+        f"photo: {options.photo} frame, size {options.size or 'own'}, background {options.background}",
         *([f"frame {how.framing}, pose {how.pose}, smooth {how.smooth}, watermark {how.watermark}, "
            f"quality {result.quality}"] * options.model),
         *([f"seed {options.seed}"] * options.cross),

@@ -35,6 +35,7 @@ from export3d_cli.core.evaluation.protocol import (
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_tensor, write_image
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
@@ -122,7 +123,7 @@ def test_write_report_writes_tables_and_pictures(result):
 @pytest.mark.parametrize("framing", ["photo", "face"])
 def test_render_layers_are_the_frames_that_reenact_writes(animator, data_set, tmp_path, framing):
     clip, rows = read_clips(data_set)[0], np.array([0, 4, 9])
-    photo = load_source_image(clip)
+    photo = load_source_image(Case(clip, clip))
     options = ReenactOptions(framing=framing, watermark="none")
     portrait = animator.portrait(photo, framing=framing)
     layers = list(render_layers(animator, portrait, clip.file, rows, options))
@@ -209,6 +210,36 @@ def test_evaluate_scores_results_of_other_tools(animator, data_set, tmp_path):
     assert result.mean["repeat"]["psnr"] < 60
 
 
+def test_protocol_vfhq_takes_the_first_frame_on_black_at_512(weights, tmp_path):
+    """With the layout of VFHQ-Test: a folder of pictures for each clip, named by its number in VFHQ."""
+    pictures = tmp_path / "VFHQ-Test" / "Clip+G0DGRma_p48+P0+C0+F11208-11383"
+    with VideoReader(example_path("drive.mp4"), duration=FRAMES / 25) as reader:
+        for number, frame in enumerate(reader):
+            write_image(pictures / f"{number:08d}.png", frame)
+    with VideoWriter(tmp_path / f"{pictures.name}.mp4", size=frame.shape[1::-1], fps=Fraction(25), crf=10) as writer:
+        for frame in VideoReader(pictures):
+            writer.write(frame)
+    preprocess([tmp_path / f"{pictures.name}.mp4"], tmp_path / "data", size=512, max_frames=FRAMES)
+    args = ["evaluate", str(tmp_path / "data"), "--protocol", "vfhq", "--weights", str(weights), "--device", "cpu"]
+    done = CliRunner().invoke(cli, ["evaluate", args[1], "--protocol", "vfhq", "--write-inputs", str(tmp_path / "in")])
+    assert done.exit_code == 0, done.output
+    (clip,) = read_clips(tmp_path / "data")
+    photo, first = read_image(tmp_path / "in" / f"{clip.id}-source.png"), decode_frames(clip, np.array([0]))[0]
+    assert photo.shape == first.shape == (512, 512, 3)
+    assert photo[:40, :40].max() == 0 < first[:40, :40].max()  # the background
+    assert (photo[200:300, 200:300] == first[200:300, 200:300]).all()  # the face
+    (tmp_path / "tool").mkdir()
+    shutil.copyfile(clip.file, tmp_path / "tool" / f"{clip.id}.mp4")
+    done = CliRunner().invoke(cli, [*args, "--results", str(tmp_path / "tool"), "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["cases"], result["frames"]) == (1, FRAMES - 1)
+    assert (result["options"]["photo"], result["options"]["size"]) == ("first", 512)
+    assert result["mean"]["tool"]["akd478"] < 1 and result["mean"]["tool"]["psnr"] < 40  # its background is not black
+    assert result["mean"]["model"]["psnr"] > result["mean"]["raw"]["psnr"]
+    assert CliRunner().invoke(cli, [*args, "--max-frames", "3"]).exit_code == 2
+
+
 @pytest.mark.parametrize(("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "must be square")])
 def test_evaluate_refuses_results_of_wrong_length_or_shape(animator, data_set, tmp_path, size, frames, message):
     name = read_clips(data_set)[0].id
@@ -260,7 +291,7 @@ def test_evaluate_does_not_call_every_perceptual_distance_lpips(animator, data_s
     assert repeat["lpips"] is None
     clip = read_clips(data_set)[0]
     truth = decode_frames(clip, select_frames(Case(clip, clip), 3))
-    photo = to_tensor(load_source_image(clip))
+    photo = to_tensor(load_source_image(Case(clip, clip)))
     network = load_perceptual(LossConfig(backbone=str(backbone)))
     assert network is not None
     expected = [float(network(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
