@@ -157,7 +157,8 @@ def test_verify_mark_reports_both_marks(tmp_path: Path, frames: list[np.ndarray]
 
 
 @pytest.mark.parametrize(
-    "command", [["novel-view", "--yaw", "0:20", "--frames", "2"], ["novel-view", "--grid"],
+    "command", [["novel-view", "--yaw", "0:20", "--frames", "2"],
+                ["novel-view", "--grid", "--frames", "4", "--size", "128"],
                 ["edit-basis", "--v", "1", "--scale", "0:1", "--frames", "2"],
                 ["reenact", example_path("source.jpg"), example_path("drive.mp4"), "--max-frames", "2"]]
 )  # fmt: skip
