@@ -28,6 +28,7 @@ from bad_media import clip, encoded, y4m
 from bad_numbers import npz, safetensors, zipped
 from faultkit import TookTooLongError, memory_mib, time_limit
 
+from export3d_cli.core.animation.expression_controls import ExpressionEdit, read_preset
 from export3d_cli.core.config.loading import load_train_config, to_dict
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.preprocess import DatasetManifest
@@ -143,6 +144,8 @@ def readers() -> dict[str, Reader]:
         "weights info": Reader([weights], ".safetensors", weights_info, mutate_safetensors),
         "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
         "config": Reader([yaml], ".yaml", load_train_config),
+        "preset": Reader([b"grin: {smile: 0.8, jaw: .2, mouthPucker: 0}\nsad: {brows: -1, gaze-x: 0.5}\n"], ".yaml",
+                         lambda path: [ExpressionEdit(read_preset(f"{path}#{name}")) for name in ("grin", "sad")]),
         "manifest of preprocess": Reader([manifest], "/manifest.jsonl",
                                          lambda path: DatasetManifest(path.parent).write()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),

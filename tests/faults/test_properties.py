@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 import numpy as np
 import yaml
 from bad_numbers import npz
@@ -16,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
+from export3d_cli.core.animation.expression_controls import ExpressionEdit
 from export3d_cli.core.config.loading import load_train_config, make_train_config, model_config_from_dict, to_dict
 from export3d_cli.core.config.schema import PRESETS, TrainConfig
 from export3d_cli.core.dataset.preprocess import DatasetManifest
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import ConfigError, InputError
+from export3d_cli.options import NumberRange
 
 YAML_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.dates(),
@@ -139,3 +142,14 @@ def test_manifest_of_any_lines_is_valid_or_refused(lines: list[Any], junk: bytes
         again = DatasetManifest(out)
         assert [str(row["id"]) for row in again.clips] == [str(row["id"]) for row in manifest.clips]
         assert again.finished_sources >= {str(line.get("source", line["id"])) for line in manifest.clips}
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=20) | st.from_regex(r"[-+0-9.e:naif]{0,12}", fullmatch=True), name=st.text(max_size=9))
+def test_set_of_any_text_is_a_valid_edit_or_refused(text: str, name: str) -> None:
+    try:
+        low, high = NumberRange().convert(text, None, None)
+        ExpressionEdit({name if len(text) % 2 else "jawOpen": (low, high)})
+        assert 0 <= low <= 1 and 0 <= high <= 1
+    except (click.BadParameter, InputError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 300

@@ -88,7 +88,7 @@ class ExpressionEdit:
         for name, ends in self.ranges.items():
             if name not in CONTROLS:
                 near = difflib.get_close_matches(name, CONTROLS, 1, 0)
-                raise InputError(f"there is no control {name!r}: did you mean {near[0]}?")
+                raise InputError(f"there is no control {name[:40]!r}: did you mean {near[0]}?")
             low = -1.0 if CONTROLS[name].lowered else 0.0
             if not all(low <= end <= 1 for end in ends):
                 raise InputError(f"{name} must be {low:g} to 1, got {':'.join(f'{e:g}' for e in dict.fromkeys(ends))}")
@@ -126,10 +126,14 @@ def read_preset(name: str) -> dict[str, float]:
     presets = read_yaml(path)
     if key not in presets:
         near = difflib.get_close_matches(key, map(str, presets), 1, 0)
-        raise InputError(f"there is no preset {key!r} in {path.name}: did you mean {near[0] if near else 'FILE#NAME'}?")
+        raise InputError(
+            f"there is no preset {key[:40]!r} in {path.name}: did you mean {near[0] if near else 'FILE#NAME'}?"
+        )
     values = presets[key]
-    if not isinstance(values, dict) or not all(isinstance(v, int | float) for v in values.values()):
-        raise InputError(f"preset {key} in {path} must map controls to numbers, such as {{smile: 0.8}}")
+    if not isinstance(values, dict) or not all(
+        isinstance(value, int | float) and abs(value) <= 1 for value in values.values()
+    ):
+        raise InputError(f"preset {key} in {path} must map controls to numbers from -1 to 1, such as {{smile: 0.8}}")
     return {str(control): float(value) for control, value in values.items()}
 
 

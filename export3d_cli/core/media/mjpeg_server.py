@@ -8,6 +8,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 
 CLIENT_TIMEOUT_S = 10.0  # after which a viewer that reads nothing is disconnected
+MAX_THREADS = 64  # of the process; further connections are closed
 _LOOPBACK = ("127.0.0.1", "localhost")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -69,6 +71,13 @@ class MjpegServer(ThreadingHTTPServer):
         self._publish(None)
         self.shutdown()
         self.server_close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own."""
+        if threading.active_count() < MAX_THREADS:
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
 
     def show(self, frame: np.ndarray) -> None:
         """Show the next frame, uint8 (H, W, 3) RGB."""

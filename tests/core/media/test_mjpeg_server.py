@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
+import random
+import socket
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from fuzz import mutate
 from PIL import Image
 
-from export3d_cli.core.media.mjpeg_server import MjpegServer
+from export3d_cli.core.media.mjpeg_server import MAX_THREADS, MjpegServer
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 
@@ -73,6 +78,26 @@ def test_other_sites_can_neither_read_nor_press(
     assert request(server, "POST", "/command/pause", **headers).status == 403
     assert request(server, "GET", "/status", **headers).status == 403
     assert pressed == []
+
+
+def test_mutated_requests_and_many_connections_leave_the_page_alive(
+    server: MjpegServer, pressed: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rng, address = random.Random(1), ("127.0.0.1", server.server_port)
+    head = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\nContent-Length: 3\r\n\r\nabc"
+    for _ in range(150):
+        with contextlib.suppress(ConnectionError), socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(mutate(rng.choice((b"GET /", b"POST /command/pause")) + head, rng))
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):
+                pass
+    with contextlib.ExitStack() as stack:  # none of these sends a request
+        for _ in range(2 * MAX_THREADS):
+            stack.enter_context(socket.create_connection(address, timeout=10))
+        assert threading.active_count() <= MAX_THREADS
+    assert request(server, "GET", "/status").status == 200
+    assert set(pressed) <= {"pause"}
+    assert capfd.readouterr().err == ""
 
 
 def test_port_in_use_is_one_clear_error(server: MjpegServer, pressed: list[str]) -> None:
