@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from export3d_cli.core import example_path
+from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
 from export3d_cli.core.face.tracker import open_landmarker_tracker
@@ -98,11 +99,4 @@ def test_reenact_of_its_own_first_frame_reaches_the_floors(
     truth = read_frames(clip)
     results = reenact(truth[0], clip, tmp_path)
     check(score(metrics, results, truth, truth[0]), floors)
-
-
-def test_reenact_by_another_head_reaches_the_floors(metrics: MetricSuite, tmp_path: Path) -> None:
-    """Both heads show the same expressions from the same cameras, so the truth is known."""
-    truth = read_frames(HEADS / "head2.mp4")
-    results = reenact(truth[0], HEADS / "head1.mp4", tmp_path)
-    floors = {"psnr": 25.5, "akd478": 2.3, "jaw": 0.84, "blink": 0.95, "yaw": 0.98, "yaw_error": 1.2, "identity": 0.97}
-    check(score(metrics, results, truth, truth[0]), floors)
+    assert find_marks(next((tmp_path / "out").iterdir())).invisible

@@ -125,10 +125,8 @@ def read_preset(name: str) -> dict[str, float]:
     path = Path(file) if file else _PRESETS
     presets = read_yaml(path)
     if key not in presets:
-        near = difflib.get_close_matches(key, map(str, presets), 1, 0)
-        raise InputError(
-            f"there is no preset {key[:40]!r} in {path.name}: did you mean {near[0] if near else 'FILE#NAME'}?"
-        )
+        near = [*difflib.get_close_matches(key, map(str, presets), 1, 0), "FILE#NAME"][0][:40]
+        raise InputError(f"there is no preset {key[:40]!r} in {path.name}: did you mean {near}?")
     values = presets[key]
     if not isinstance(values, dict) or not all(
         isinstance(value, int | float) and abs(value) <= 1 for value in values.values()
