@@ -154,7 +154,7 @@ source_options = _together(
 )  # fmt: skip
 watermark_option = click.option(
     "--watermark", type=click.Choice(["none", "visible", "invisible"]), default="invisible", show_default=True,
-    help="Mark the picture as synthetic, beside the metadata: by a badge, by a pattern for verify-mark, or not.",
+    help="Mark the picture as synthetic, in addition to the metadata: by a badge, a pattern for verify-mark, or not.",
 )  # fmt: skip
 # how the output is written and reported
 output_options = _together(

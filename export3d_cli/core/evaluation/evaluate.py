@@ -29,8 +29,8 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import Progress, ReenactOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.reenact import open_driver
-from export3d_cli.core.dataset.exact_views import has_exact_views, split_heads
 from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.dataset.exact_views import has_exact_views, split_heads
 from export3d_cli.core.evaluation import metrics, views
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise

@@ -34,7 +34,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Case:
-    """One source clip, of which one frame, the photo, is animated by a driver clip."""
+    """One source clip, whose `photo` frame is animated by a driver clip."""
 
     source: Clip
     driver: Clip
