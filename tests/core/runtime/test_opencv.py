@@ -54,3 +54,14 @@ def test_command_without_usable_opencv_ends_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert expected in done.stderr
+
+
+def test_doctor_without_usable_opencv_advises_only_to_replace_it(tmp_path: Path) -> None:
+    """The tracker fails with it, and must not be blamed."""
+    environment = stand_in(tmp_path, NO_LIBRARY)
+    done = subprocess.run(
+        [sys.executable, "-m", "export3d_cli", "doctor"], env=environment, capture_output=True, text=True, check=False
+    )
+    bad = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
+    assert done.returncode == 1 and len(bad) >= 2
+    assert all("libGL" in line and "-> run `pip uninstall -y opencv-python " in line for line in bad)
