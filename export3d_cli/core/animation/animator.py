@@ -9,7 +9,8 @@ An `Animator` holds weights and no portrait: threads may share one. Memory does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -31,6 +32,7 @@ from export3d_cli.core.animation.framing import (
 )
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
+from export3d_cli.core.animation.pipeline import chain_parallel
 from export3d_cli.core.animation.rendering import colour_depth, sampling, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
@@ -142,7 +144,7 @@ class Animator:
                 if name not in FP32_PARTS:
                     cast_weights(part, precision)
         self.device, self.precision, self.quality = device, precision, quality
-        self.batch = batch or (32 if device.type == "cuda" else 4)
+        self.batch = batch or (32 if device.type == "cuda" else 4 // self._workers)
         self._triplane_tolerance = triplane_tolerance(model.config, quality, device)
         self._trackers: dict[str, FaceTracker] = {}
         self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
@@ -178,6 +180,11 @@ class Animator:
     def device_name(self) -> str:
         """Device and precision, for display."""
         return f"{self.device} {self.precision}"
+
+    @property
+    def _workers(self) -> int:
+        """Number of threads that render: two, as one alone leaves cores idle between its many short operations."""
+        return min(2, torch.get_num_threads()) if self.device.type == "cpu" else 1
 
     @property
     def window(self) -> int:
@@ -253,7 +260,7 @@ class Animator:
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
         reference: Motion | None = None, edit: EditedExpression | None = None, notify: Notify | None = None,
         layers: bool = False,
-    ) -> Iterator[Any]:  # fmt: skip
+    ) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait with the expressions and cameras of a driver: frames uint8 (H, W, 3), in order.
 
         The chunking of the driver's frames into `motions` has no effect: they are rendered `window` at a time, and a
@@ -286,7 +293,7 @@ class Animator:
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera.to_vector()
 
-        def frames() -> Iterator[np.ndarray]:
+        def parts() -> Iterator[Iterable[Any]]:
             for beta, camera in _windows(motions, self.window):
                 beta = control.select_regions(base_beta, beta)
                 lam = control.target_expression(own, self._coefficients(beta), base)
@@ -294,12 +301,12 @@ class Animator:
                 cameras = control.target_cameras(source_camera, camera, base_camera)
                 yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
 
-        return frames()
+        return chain_parallel(parts(), self._workers)
 
     def view(
         self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
         notify: Notify | None = None, layers: bool = False,
-    ) -> Iterator[Any]:  # fmt: skip
+    ) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait from cameras (T, 25): frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
         `beta` are expressions (1, 64) or (T, 64), None: the portrait's. With `depth`, frames (K, K, 3) show the depth
@@ -310,14 +317,18 @@ class Animator:
             raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
         renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
-        return renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed, depth=depth)
+        parts = renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed, depth=depth)
+        return chain_parallel(parts, self._workers)
 
-    def edit(self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None) -> Iterator[np.ndarray]:
+    def edit(
+        self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
+    ) -> Generator[np.ndarray, None, None]:
         """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (H, W, 3)."""
         _check_rows("changes", changes, self.model.config.num_coefficients)
         renderer = _Renderer(self, portrait, notify)
         cameras = np.repeat(portrait.camera.to_vector()[None], len(changes), axis=0)
-        return renderer.render_motion(cameras, portrait.source.lam + self._tensor(changes))
+        parts = renderer.render_motion(cameras, portrait.source.lam + self._tensor(changes))
+        return chain_parallel(parts, self._workers)
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
         """Return the changes of lambda (T, n) that make `edit` show expressions beta (T, 64)."""
@@ -448,6 +459,7 @@ class _Renderer:
         self._animator, self._portrait, self._notify = animator, portrait, notify or (lambda note: None)
         self._as_layers, self._torso = layers, torso
         self._fp32_portrait: Portrait | None = None
+        self._lock = threading.Lock()  # of the line above: two threads render
         self._batcher = AdaptiveBatcher()
         self._interpolator: TriplaneInterpolator | None = None
         if animator._triplane_tolerance:
@@ -457,8 +469,8 @@ class _Renderer:
         if any(portrait.covered):
             self._notify(portrait.covered.note())
 
-    def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[np.ndarray]:
-        """Render frames of a moving expression, lambda (T, n)."""
+    def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[Iterable[Any]]:
+        """Yield lazy parts of the frames of a moving expression, lambda (T, n)."""
         window = self._animator.window
         for start in range(0, len(lam), window):
             part = slice(start, start + window)
@@ -468,8 +480,8 @@ class _Renderer:
     def render(
         self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None,
         depth: bool = False,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
-        """Render frames with lambda (T, n); `posed` and `planes` as in `Animator._render`."""
+    ) -> Iterator[Iterable[Any]]:  # fmt: skip
+        """Yield lazy parts of the frames with lambda (T, n); `posed` and `planes` as in `Animator._render`."""
         portrait, size = self._portrait, len(self._portrait.crop)
 
         def compute(part: slice) -> Iterable[Any]:
@@ -488,7 +500,8 @@ class _Renderer:
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 
         for start in range(0, len(cameras), self._animator.batch):
-            yield from self._batcher(compute, start, min(start + self._animator.batch, len(cameras)))
+            stop = min(start + self._animator.batch, len(cameras))
+            yield self._batcher(compute, start, stop)
 
     def _generate_planes(self, lam: Tensor) -> Tensor:
         portrait = self._portrait
@@ -497,9 +510,10 @@ class _Renderer:
 
     def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> tuple[Output, PosedHead]:
         """Render a batch that overflowed in half precision again in fp32."""
-        if self._fp32_portrait is None:
-            self._fp32_portrait = self._animator._to_fp32(self._portrait)
-            self._report_fallback()
+        with self._lock:
+            if self._fp32_portrait is None:
+                self._fp32_portrait = self._animator._to_fp32(self._portrait)
+                self._report_fallback()
         output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float())
         if not output.image.isfinite().all():
             self._animator._to_fp32(self._fp32_portrait)  # raises

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -143,7 +143,7 @@ def _read_expressions(
 
 def _view_once(
     animator: Animator, portrait: Portrait, cameras: np.ndarray, beta: np.ndarray | None, depth: bool
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Yield the frames of `Animator.view`; of equal cameras, as on the way back, only the first is rendered."""
     _, first, inverse = np.unique(cameras, axis=0, return_index=True, return_inverse=True)
     if (beta is not None and len(beta) > 1) or len(first) * math.prod(portrait.frame_size) * 3 > MAX_CACHED_BYTES:

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from export3d_cli.core.animation.options import Progress
 
@@ -175,6 +179,45 @@ class BackgroundWriter(_Worker, Generic[T]):
         while (item := self._queue.get()) is not _END and not self._leaving:
             self._write(item)
             self._slots.put(None)
+
+
+def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, None, None]:
+    """Yield the items of lazy parts in order; threads, which share PyTorch's threads, evaluate a part each.
+
+    At most one more part than there are workers is taken ahead. A single part is evaluated here, with all threads. The
+    threads end with the generator: close it if it is not read to its end.
+    """
+    parts = iter(parts)
+    first = list(islice(parts, 2 if workers > 1 else 0))
+    if len(first) < 2:
+        yield from chain.from_iterable(chain(first, parts))
+        return
+    threads, pending = torch.get_num_threads(), deque[SimpleQueue[tuple[list[T], BaseException | None]]]()
+
+    def evaluate(task: tuple[Iterable[T], SimpleQueue[tuple[list[T], BaseException | None]]]) -> None:
+        torch.set_num_threads(max(1, threads // workers))  # of this thread and of those that start later
+        part, result = task
+        try:
+            result.put((list(part), None))
+        except BaseException as error:  # raised again in the user's thread
+            result.put(([], error))
+
+    def take() -> list[T]:
+        items, error = pending.popleft().get()
+        if error is not None:
+            raise error
+        return items
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        pool = [stack.enter_context(BackgroundWriter(evaluate, 2)) for _ in range(workers)]
+        for k, part in enumerate(chain(first, parts)):
+            pending.append(SimpleQueue())
+            pool[k % workers].put((part, pending[-1]))
+            if len(pending) > workers:
+                yield from take()
+        while pending:
+            yield from take()
 
 
 def report_each(items: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:

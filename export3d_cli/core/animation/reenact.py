@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -62,15 +62,16 @@ def reenact(
             out, size=compositor.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
             alpha=compositor.transparent,
         ) as writer,
-        BackgroundWriter(write, animator.batch, stop=writer.abort) as background,
+        BackgroundWriter(write, animator.window, stop=writer.abort) as background,
         # the driver is tracked by a thread, but not by `fan`, which computes with torch and needs all cores itself
         nullcontext(stream)
         if options.tracker == "fan"
         else PrefetchIterator(stream, PREFETCH_DEPTH, stop=stream.stop) as batches,
     ):  # fmt: skip
         items = _animate_stream(animator, portrait, batches, options.control, edit, notes.setdefault)
-        for item in report_each(items, stream.total, progress):
-            background.put(item)
+        with closing(items):  # ends the rendering threads
+            for item in report_each(items, stream.total, progress):
+                background.put(item)
     return Summary(
         out, writer.frame_count, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
         (*stream.notes, *notes),
@@ -97,7 +98,7 @@ def open_driver(
 def _animate_stream(
     animator: Animator, portrait: Portrait, batches: Iterable[MotionBatch], control: Control,
     edit: EditedExpression | None, notify: Notify,
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:  # fmt: skip
+) -> Generator[tuple[np.ndarray, np.ndarray | None], None, None]:  # fmt: skip
     """Yield each frame with the driver crop that is shown next to it; each shot has a reference frame of its own."""
     crops: deque[np.ndarray | None] = deque()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +42,7 @@ def is_image_output(out: Path, grid: bool) -> bool:
 
 
 def write_views(
-    animator: Animator, frames: Iterator[np.ndarray], total: int, out: Path, options: ViewOptions,
+    animator: Animator, frames: Generator[np.ndarray, None, None], total: int, out: Path, options: ViewOptions,
     size: tuple[int, int], *, columns: int, labels: Sequence[str], notes: Sequence[str], began: float,
     progress: Progress | None,
 ) -> Summary:  # fmt: skip
@@ -49,22 +50,23 @@ def write_views(
 
     `began` is the job's start by `time.monotonic`.
     """
-    add_watermark, frames = get_watermarker(options.watermark), report_each(frames, total, progress)
+    add_watermark, reported = get_watermarker(options.watermark), report_each(frames, total, progress)
     is_image = is_image_output(out, options.grid)
     if not is_image:
         with (
             VideoWriter(out, size=size, fps=options.fps, crf=options.crf) as writer,
             BackgroundWriter[np.ndarray](
-                lambda frame: writer.write(add_watermark(frame)), animator.batch, stop=writer.abort
+                lambda frame: writer.write(add_watermark(frame)), animator.window, stop=writer.abort
             ) as background,
+            closing(frames),  # ends the rendering threads
         ):
-            for frame in frames:
+            for frame in reported:
                 background.put(frame)
     elif total * size[0] * size[1] > MAX_PIXELS:
         limit = MAX_PIXELS // (size[0] * size[1])
         raise InputError(f"a contact sheet of {total} views is too large, {limit} fit: set --frames or --size")
     else:
-        sheet = contact_sheet(list(frames), columns, labels)
+        sheet = contact_sheet(list(reported), columns, labels)
         write_image(out, add_watermark(sheet), comment=SYNTHETIC_COMMENT)
     fps = Fraction(0) if is_image else options.fps
     return Summary(out, total, 0, fps, time.monotonic() - began, animator.device_name, tuple(notes))

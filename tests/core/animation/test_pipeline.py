@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.batch import reenact_all
@@ -21,12 +22,14 @@ from export3d_cli.core.animation.compositor import Compositor
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
 from export3d_cli.core.animation.options import ReenactOptions
-from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator
+from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, chain_parallel
 from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.face_track import FaceTrack
+from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
+from export3d_cli.core.runtime.device import torch_state
 from export3d_cli.core.runtime.errors import MediaError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -104,6 +107,67 @@ def test_background_writer_keeps_order_and_depth(depth: int) -> None:
         gate.release(depth)
     assert done == list(range(20))
     assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_parts_are_evaluated_in_parallel_and_chained_in_order() -> None:
+    barrier, taken, share = threading.Barrier(2, timeout=10), CountingItems(6), set[int]()
+
+    def part(k: int) -> Iterator[tuple[int, int]]:
+        barrier.wait()  # passes only if two parts run at once
+        share.add(torch.get_num_threads())
+        yield from ((k, 0), (k, 1))
+
+    with torch_state(threads=4):
+        got = []
+        for item in chain_parallel(map(part, taken), 2):
+            assert taken.yielded <= item[0] + 3
+            got.append(item)
+        assert torch.get_num_threads() == 4 and share == {2}
+    assert got == [(k, n) for k in range(6) for n in range(2)]
+
+
+def test_a_single_part_and_one_worker_run_in_the_callers_thread() -> None:
+    def part(_: int) -> Iterator[int]:
+        yield threading.get_ident()
+
+    assert list(chain_parallel(map(part, range(3)), 1)) == [threading.get_ident()] * 3
+    assert list(chain_parallel(map(part, range(1)), 2)) == [threading.get_ident()]
+    assert threading.get_ident() not in list(chain_parallel(map(part, range(3)), 2))
+    assert list(chain_parallel([], 2)) == []
+
+
+def test_an_error_in_a_part_is_raised_at_its_place() -> None:
+    def part(k: int) -> Iterator[int]:
+        yield 1 // (3 - k)
+
+    items = chain_parallel(map(part, range(9)), 2)
+    assert [next(items) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
+def test_chained_parts_end_with_the_generator() -> None:
+    started = []
+
+    def part(k: int) -> Iterator[int]:
+        started.append(k)
+        yield k
+
+    items = chain_parallel(map(part, range(100)), 2)
+    assert next(items) == 0
+    items.close()
+    assert len(started) <= 3
+
+
+def test_two_threads_render_the_same_frames_as_one(tiny_weights: Path) -> None:
+    animator = Animator.from_weights(tiny_weights, device="cpu", precision="fp32", batch=2)
+    portrait = animator.portrait(read_image(SOURCE))
+    changes = np.random.default_rng(3).normal(0, 1, (11, 10)).astype(np.float32)
+    made = []
+    for threads in (1, 2):
+        with torch_state(threads=threads):
+            made.append(np.stack(list(animator.edit(portrait, changes))))
+    np.testing.assert_array_equal(*made)
 
 
 def test_pipeline_without_items() -> None:
@@ -273,9 +337,8 @@ def test_error_of_any_part_is_raised_and_leaves_nothing(
     assert raised.value is error
     assert "in failing" in "".join(traceback.format_tb(error.__traceback__))
     main = threading.main_thread().name
-    assert len(threads) == earlier + call and set(threads[earlier:]) == (
-        {main} if part == "make" else set(threads) - {main}
-    )
+    # two threads may render, and the main thread if there is little to do
+    assert len(threads) >= call if part == "make" else len(threads) == earlier + call and main not in threads[earlier:]
     assert list(tmp_path.iterdir()) == []
     assert reenact(animator, SOURCE, clip, out).frames == 6
 
