@@ -26,7 +26,6 @@ from export3d_cli.core.runtime.errors import InputError
 DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
 _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
-MAX_TURN = np.radians(30)  # largest relative turn where travel is limited: the photo does not show other sides
 LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
 SAME_FRAME = 4.0  # largest squared distance, in these units, of two pictures of one moment; of two people 50 and more
@@ -52,7 +51,7 @@ class Control:
     scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales
     pose: Literal["absolute", "relative"] = "absolute"
     relative_expression: bool = False
-    travel_limits: TravelLimits | None = None  # soft; size and relative turns are limited with them
+    travel_limits: TravelLimits | None = None  # soft limits; with them the size changes by at most exp(MAX_GROWTH)
     torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
 
     def __post_init__(self) -> None:
@@ -111,25 +110,20 @@ class Control:
         assert base is not None
         base_rotation, base_centre = head_pose(base)
         driver_rotation, driver_centre = head_pose(driver)
-        turn = scale * rotation_log(base_rotation.T @ driver_rotation)
+        turn = rotation_exp(scale * rotation_log(base_rotation.T @ driver_rotation))
         growth = scale * np.log(base_centre[2] / driver_centre[:, 2])  # of the logarithm of the head's size
         shift = driver_centre[:, :2] / driver_centre[:, 2:] - base_centre[:2] / base_centre[2]  # at focal length 1
         shift *= scale * base_centre[2] / source_centre[2]
         if self.travel_limits is not None:
             growth = _limit_softly(growth, MAX_GROWTH, MAX_GROWTH)
             limits, focal = self.travel_limits, float(np.asarray(source)[16])
-            if self.pose == "relative":
-                angle = np.linalg.norm(turn[:, :2], axis=1, keepdims=True)  # without roll, which shows nothing new
-                turn[:, :2] *= _limit_softly(angle, MAX_TURN, MAX_TURN) / np.maximum(angle, 1e-9)
             shift[:, 0] = _limit_softly(shift[:, 0], limits.left / focal, limits.right / focal)
             shift[:, 1] = _limit_softly(shift[:, 1], limits.up / focal, limits.down / focal)
         depth = source_centre[2] * np.exp(-growth)
         place = source_centre[:2] / source_centre[2] + shift
         cameras = np.repeat(np.asarray(source, dtype=np.float32)[None], len(driver), axis=0)
         return with_head_pose(
-            cameras,
-            source_rotation @ rotation_exp(turn),
-            np.concatenate([place * depth[:, None], depth[:, None]], axis=1),
+            cameras, source_rotation @ turn, np.concatenate([place * depth[:, None], depth[:, None]], axis=1)
         )
 
 

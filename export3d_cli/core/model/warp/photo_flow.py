@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.face.landmarks import CHIN, FOREHEAD_TOP, NUM_LANDMARKS
-from export3d_cli.core.model.cached_tensors import cached_tensor
+from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
+from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.masks import box_mean, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
@@ -28,6 +28,8 @@ CROP_FADE = 0.06  # crop sides inside the crop's border over which the network's
 HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over
 SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's flow outside the face
 UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
+GRAZING_FADE = (1.5, 2.0)  # areas in the photo, in areas of the result, over which a surface counts as grazing
+OUTLINE_FADE = (0.8, 1.0)  # distances from the middle of the face from which on its motion is continued outside it
 NECK_FADE = (0.0, 0.5)  # face heights above the chin over which the torso's motion becomes the head's outside the face
 
 
@@ -63,8 +65,10 @@ def extend_flow(
     if head_uv is not None:
         shift = (head_uv - identity_grid(head_uv.shape[-1], grid)).float()
         shift = F.grid_sample(shift, inside, align_corners=False, padding_mode="border")
-        weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop
-        known = torch.cat([weight * (shift - head), weight], dim=1)
+        oval = photo[:, index_tensor(FACE_OVAL, photo)]
+        moved, radius = _push_outside_face(grid + shift, oval)
+        weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop * linear_step(radius, *OUTLINE_FADE)
+        known = torch.cat([weight * (moved - grid - head), weight], dim=1)
         known = box_mean(box_mean(known, SMOOTHING_CELLS), SMOOTHING_CELLS)
         head = head + known[:, :2] / (known[:, 2:] + UNKNOWN_WEIGHT)
 
@@ -82,6 +86,23 @@ def extend_flow(
     displacement = torch.lerp(displacement, shift, face)
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), face)
+
+
+def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor]:
+    """Move positions (B, 2, n, n) in the photo at which the face turns away outwards to its outline (B, N, 2).
+
+    What a picture shows next to a turned face is not the hidden part of the face but what is next to it in the photo.
+    Returns the positions and their distance from the middle of the face, in radii of the outline, (B, 1, n, n).
+    """
+    across, down = torch.gradient(uv, spacing=(1 + 2 * WINDOW_MARGIN) / FLOW_SIZE, dim=(3, 2))
+    area = (across[:, :1] * down[:, 1:] - across[:, 1:] * down[:, :1]).abs()
+    centre = oval.mean(1)[..., None, None]
+    offset = oval - oval.mean(1, keepdim=True)
+    precision = torch.linalg.inv(2 * offset.transpose(1, 2) @ offset / offset.shape[1])  # of the outline's ellipse
+    from_centre = uv - centre
+    radius = torch.einsum("bihw,bij,bjhw->bhw", from_centre, precision, from_centre)[:, None].clamp_min(1e-4).sqrt()
+    outwards = linear_step(area, *GRAZING_FADE) * (1 / radius - 1).clamp(0, 2)
+    return uv + outwards * from_centre, radius * (1 + outwards)
 
 
 def _affine(result: Tensor, photo: Tensor, grid: Tensor) -> Tensor:

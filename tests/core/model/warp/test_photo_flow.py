@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from export3d_cli.core.face.landmarks import FACE_OVAL
+from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
 from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, PhotoFlow, extend_flow
@@ -119,3 +121,21 @@ def test_batch_of_two_equals_two_single_calls(points: Tensor, orbit: Callable[..
         for name in ("displacement", "face_weight"):
             torch.testing.assert_close(getattr(both, name)[k : k + 1], getattr(one, name), atol=1e-5, rtol=0)
     assert (both.displacement[0] - both.displacement[1]).abs().max() > 0.05
+
+
+def test_what_is_next_to_a_turned_face_is_next_to_the_face_in_the_photo(
+    points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    """The right cheek turns away: it is seen compressed, and ends at x = 0.6; next to it must be no cheek."""
+    oval = project(points[:, list(FACE_OVAL)], orbit(0))[0]
+    cheek = float(oval[0, :, 0].max())
+    y = float(oval[0, :, 1].mean())
+    assert cheek > 0.63
+    uv = identity_grid(64, points)
+    x = uv[:, :1]
+    compressed = torch.where(x > 0.56, 0.56 + 2.5 * (x - 0.56), x)
+    weight = (torch.linspace(0, 1, 64) < 0.6).float().expand(1, 1, 64, 64)
+    flow = extend(points, orbit(0), orbit(0), uv=torch.cat([compressed, uv[:, 1:]], dim=1), weight=weight, face=weight)
+    for place in (0.61, 0.63):
+        assert place + float(at(flow.displacement, (place, y))[0, 0]) > cheek - 0.01
+    assert float(at(flow.displacement, (0.5, y))[0].abs().max()) < 1e-3
