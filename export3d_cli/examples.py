@@ -42,7 +42,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "weights push my.safetensors hf:owner/repo --dry-run",
         "weights push my.safetensors hf:owner/repo",
     ),
-    "bench": ("bench", "bench --device cpu --threads 4 --frames 60 --json"),
+    "bench": ("bench --device cpu --threads 4 --frames 60", "bench --against 'tool --photo {src} --video {drv} {out}'"),
     "verify-mark": ("verify-mark out.mp4", "verify-mark picture.png --json"),
     "doctor": ("doctor", "doctor --json"),
 }

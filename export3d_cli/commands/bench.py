@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,32 @@ from export3d_cli import console, options
 @click.option("--source", type=options.EXISTING_FILE, help="Portrait.  [default: the bundled example]")
 @click.option("--driver", type=options.EXISTING_FILE, help="Driving video.  [default: the bundled example]")
 @click.option("--frames", type=click.IntRange(2, 10_000), default=30, show_default=True, help="Frames to measure.")
+@click.option(
+    "--against",
+    metavar="COMMAND",
+    help="Time another tool instead, in turn with `reenact`: its command, with {src}, {drv} and {out}.",
+)
 @options.batch_option
 @options.model_options
 @options.json_option
-def bench(source: Path | None, driver: Path | None, frames: int, as_json: bool, **model: Any) -> None:
+def bench(
+    source: Path | None, driver: Path | None, frames: int, against: str | None, as_json: bool, **model: Any
+) -> None:
     """Measure the stages of `reenact` in ms per frame, and its speed in frames/s from file to file."""
     from export3d_cli import core
 
+    if against is not None:
+        options.refuse_unused({"frames", "batch", "threads"}, "--against, which times whole runs")
+        chosen = [f"--{name}={value}" for name, value in model.items() if value is not None and name != "batch"]
+        comparison = core.compare_speed(against, source, driver, arguments=chosen)
+        if as_json:
+            console.print_summary(comparison, as_json=True)
+            return
+        for name, seconds in (("export3d", comparison.seconds), ("the other tool", comparison.other_seconds)):
+            spread = f"{min(seconds):.2f} to {max(seconds):.2f} s in {len(seconds)} runs"
+            click.echo(f"{name:<18}{statistics.median(seconds):>9.2f} s, {spread}")
+        click.echo(f"ratio {comparison.ratio:.2f}: above 1 export3d is faster")
+        return
     result = core.run_benchmark(core.Animator.from_weights(**model), source, driver, frames=frames)
     if as_json:
         console.print_summary(result, as_json=True)

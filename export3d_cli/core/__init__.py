@@ -97,6 +97,7 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "weights_info": "runtime.weights",
     "weights_card": "runtime.weights",
     "upload_weights": "runtime.weights",
+    "compare_speed": "diagnostics.benchmark",
     "run_benchmark": "diagnostics.benchmark",
     "examine": "diagnostics.doctor",
     "versions": "diagnostics.doctor",

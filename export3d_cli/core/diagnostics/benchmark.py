@@ -1,4 +1,4 @@
-"""Benchmark of `reenact` on this machine: time per stage, and frames/s from file to file.
+"""Benchmark of `reenact` on this machine: time per stage, frames/s from file to file, and another tool's time.
 
 The stages of the network are timed where they are called: while a clip is animated, each method in `STAGES` is wrapped
 with a clock. Frames/s are measured separately, without clocks.
@@ -7,9 +7,12 @@ with a clock. Frames/s are measured separately, without clocks.
 from __future__ import annotations
 
 import contextlib
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,63 @@ def run_benchmark(
         peak_gpu=torch.cuda.max_memory_allocated(animator.device) if is_cuda else None,
         tri_planes=min(clock.counts.get("tri-plane", 0) / len(images), 1.0),
     )
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Seconds from file to file, start of the program included."""
+
+    seconds: tuple[float, ...]  # of each run of `export3d reenact`
+    other_seconds: tuple[float, ...]  # of each run of the other tool
+    ratio: float  # the other tool's median over that of export3d: above 1 export3d is faster
+
+
+def compare_speed(
+    command: str, source: Path | None = None, driver: Path | None = None, *, rounds: int = 5,
+    arguments: Sequence[str] = (),
+) -> SpeedComparison:  # fmt: skip
+    """Run `export3d reenact` and another tool in turn on the same files, `rounds` times each.
+
+    `command` is the other tool's, with {src}, {drv} and {out} for photo, driver and result; no shell reads it.
+    `arguments` are further options of `reenact`. Raises `InputError` for a command that cannot be run or fails.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"{command!r} is no command ({error}): quote it as a shell does") from error
+    if missing := [name for name in ("{src}", "{drv}", "{out}") if name not in command]:
+        raise InputError(f"{command!r} lacks {' and '.join(missing)}: put each where the tool expects that file")
+    own_words = [sys.executable, "-m", "export3d_cli", "reenact", "{src}", "{drv}", "-o", "{out}", "-q", *arguments]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.mp4"
+        source, driver = source or example_path("source.jpg"), driver or example_path("drive.mp4")
+        files = {"{src}": source, "{drv}": driver, "{out}": out}
+        for _ in range(rounds):
+            for times, tool in zip(seconds, (words, own_words), strict=True):  # the other first: it may fail
+                for name, path in files.items():
+                    tool = [word.replace(name, str(path.absolute())) for word in tool]
+                times.append(_time_tool(tool, out))
+    other, own = seconds
+    return SpeedComparison(tuple(own), tuple(other), float(np.median(other) / np.median(own)))
+
+
+def _time_tool(command: list[str], out: Path) -> float:
+    """Return the seconds of a program that writes `out`, which is removed; raise `InputError` if it does not."""
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise InputError(f"{command[0]} cannot be run ({error.strerror}): give the path of a program") from error
+    seconds = time.perf_counter() - began
+    if done.returncode or not out.is_file():
+        reason = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+        problem = f"ended with exit code {done.returncode}" if done.returncode else "did not write {out}"
+        raise InputError(f"{command[0]} {problem}: run it alone first ({reason or 'it printed nothing'})")
+    out.unlink()
+    return seconds
 
 
 class _StageClock:
