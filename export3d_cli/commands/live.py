@@ -22,6 +22,15 @@ def _parse_camera(ctx: click.Context, param: click.Parameter, value: str) -> int
     help="Number of the camera, or a video file that stands in for one and is repeated.",
 )  # fmt: skip
 @click.option(
+    "--from", "receive", metavar="livelink[:PORT]|vmc[:PORT]",
+    help="Motion that another program sends by UDP, instead of a camera: Live Link Face (port 11111) or the VMC "
+    "protocol (port 39539; needs export3d-cli[osc]).",
+)  # fmt: skip
+@click.option(
+    "--host", default="127.0.0.1", show_default=True,
+    help="Address that receives it; 0.0.0.0 lets every program of the network send.",
+)  # fmt: skip
+@click.option(
     "--to", multiple=True, metavar="window|http://HOST:PORT",
     help="Where to show the result: a window, or a page that browsers and OBS can read; may be repeated.  "
     "[default: window, or nothing with --record]",
@@ -57,6 +66,10 @@ def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen
     model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
     if chosen["crop"] == "none":
         options.refuse_unused({"framing"}, "--crop none")
+    if chosen["receive"]:
+        options.refuse_unused({"camera"}, "--from")
+    else:
+        options.refuse_unused({"host"}, "no --from")
     if not chosen["record"]:
         options.refuse_unused({"crf", "overwrite"}, "no --record")
     job = core.LiveOptions(to=to or (() if chosen["record"] else ("window",)), **chosen)

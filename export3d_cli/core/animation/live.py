@@ -16,12 +16,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -33,8 +33,8 @@ from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterato
 from export3d_cli.core.animation.reenact import load_portrait
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
-from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera
+from export3d_cli.core.face.motion_packets import PACKET_RATE, FacePacket, PacketTracker, open_packets
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
 from export3d_cli.core.face.target_face import TargetFaceTracker
 from export3d_cli.core.face.tracker import FaceTracker
@@ -68,6 +68,8 @@ class LiveOptions(ReenactOptions):
     """Source of the motion and outputs, in addition to the options of a picture and of its motion."""
 
     camera: int | Path = 0  # number of a camera, or a video file that stands in for it
+    receive: str | None = None  # livelink[:PORT] or vmc[:PORT]: motion that another program sends, instead of a camera
+    host: str = "127.0.0.1"  # address that receives it
     to: tuple[str, ...] = ("window",)  # window | http://HOST:PORT
     record: Path | None = None
     seconds: float | None = None  # None: until it is stopped
@@ -101,30 +103,35 @@ class LiveFrame(NamedTuple):
 
 
 class LiveTracker:
-    """Called with a camera's frames; calibrates on a neutral face, then follows and smooths without delay.
+    """Called with frames or packets; calibrates on a neutral face, then follows and smooths without delay.
 
     Attributes, which any thread may set:
         recalibrate: take the next two seconds as the neutral face.
         recentre: take the present head pose as the neutral one.
     """
 
-    def __init__(self, tracker: FaceTracker, fps: Fraction, level: SmoothingLevel) -> None:
-        self._tracker, self._level = tracker, level
-        self._target = TargetFaceTracker(tracker.landmarker, fps, name="the camera")
+    def __init__(self, tracker: FaceTracker | PacketTracker, fps: Fraction, level: SmoothingLevel) -> None:
+        self._tracker: Any = tracker
+        self._level = level
+        self._target: Callable[[Any], Any] = (
+            (lambda packet: packet)
+            if isinstance(tracker, PacketTracker)
+            else TargetFaceTracker(tracker.landmarker, fps, name="the camera")
+        )
         self._time: float | None = None  # of the last frame
-        self._faces: list[Face] = []  # of the calibration
+        self._faces: list[Any] = []  # of the calibration
         self._calibrated_s = 0.0
         self._is_calibrated = self.recalibrate = self.recentre = False
         self._reference: Motion | None = None
-        self._last_face: Face | None = None
+        self._last_face: Any = None
         self._presence = 0.0  # of a calibrated face, with PATIENCE_S above 1
 
-    def __call__(self, image: np.ndarray, now: float) -> LiveFrame:
-        """Return the motion of the next frame, uint8 (H, W, 3), that arrived at `now`."""
+    def __call__(self, image: np.ndarray | FacePacket | None, now: float) -> LiveFrame:
+        """Return the motion of the next frame, uint8 (H, W, 3), or packet, None if there is none, at `now`."""
         elapsed = 0.0 if self._time is None else min(1.0, now - self._time)
         self._time = now
         face = self._target(image)
-        size = (image.shape[1], image.shape[0])
+        size = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else (1, 1)
         if self.recalibrate:
             self.recalibrate = self._is_calibrated = False
             self._faces, self._calibrated_s = [], 0.0
@@ -218,10 +225,15 @@ def live(
     if options.record:
         check_overwrite(options.record, options.overwrite)
     stopped = threading.Event()
-    fps, camera = open_camera(options.camera, stopped)
+    items: Iterator[tuple[Any, float]]
+    tracker: FaceTracker | PacketTracker
+    if options.receive:
+        fps, items, tracker = PACKET_RATE, open_packets(options.receive, options.host, stopped), PacketTracker()
+    else:
+        (fps, items), tracker = open_camera(options.camera, stopped), animator.tracker()
     stage = _Stage(animator, sources, options)
-    follow = LiveTracker(animator.tracker(), fps, options.smooth)
-    images = LatestIterator(camera, stop=stopped.set)
+    follow = LiveTracker(tracker, fps, options.smooth)
+    images = LatestIterator(items, stop=stopped.set)
     frames = LatestIterator((follow(*item) for item in images), stop=stopped.set)
     commands: SimpleQueue[str] = SimpleQueue()
     latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms

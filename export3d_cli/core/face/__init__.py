@@ -6,7 +6,8 @@
     face_track                           what the trackers share: one face through a video, and its motion
     tracker, fan_tracker                 landmarks -> motion, of 478 points or 68 (`landmark_fitting`)
     target_face, track_cache             one face of several, through a video; tracked once for several sources
-    smoothing, arkit                     smoothing without lag, or causal; drivers recorded by Live Link Face
+    smoothing                            without lag, or causal
+    arkit, motion_packets                drivers recorded by Live Link Face; motion sent by it, or by VMC programs
     matting, cover_detection             the person's alpha; masks, hands and dark lenses before the face
     canonical_face                       MediaPipe's mean face
 

@@ -57,13 +57,18 @@ def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
         cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
     seconds, timecode_base = _timecodes_to_seconds(path, timecodes)
     fps, rows = estimate_frame_rate(seconds, timecode_base)
-    n, statistics = len(ARKIT_NAMES), BetaStatistics.load()
-    slope = statistics.regression(range(n))[n:]  # (12, 52)
-    measures = statistics.mean[n:] + (coefficients - statistics.mean[:n]) @ slope.T
-    beta = np.concatenate([coefficients, measures], axis=1).astype(np.float32)[rows]
+    beta = complete_beta(coefficients)[rows]
     found = np.ones(len(rows), dtype=bool)
     landmarks = np.zeros((len(rows), 0, 3), np.float32)
     return Motion(beta, cameras[rows], landmarks, found, fps, (0.0, 0.0, 1.0), (1, 1)), notes
+
+
+def complete_beta(coefficients: np.ndarray) -> np.ndarray:
+    """Return beta (T, 64) float32 of ARKit's coefficients (T, 52)."""
+    n, statistics = len(ARKIT_NAMES), BetaStatistics.load()
+    slope = statistics.regression(range(n))[n:]  # (12, 52)
+    measures = statistics.mean[n:] + (coefficients - statistics.mean[:n]) @ slope.T
+    return np.concatenate([coefficients, measures], axis=1).astype(np.float32)
 
 
 def head_rotations(angles: np.ndarray) -> np.ndarray:

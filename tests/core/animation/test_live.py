@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from live_link import live_link
 
 from export3d_cli.core.animation import live as live_module
 from export3d_cli.core.animation.animator import Animator
@@ -129,6 +131,8 @@ def test_commands_refuse_what_they_cannot_do() -> None:
     for line, message in (
         ("live --camera nothing.mp4", "does not exist"),
         ("live --to http://127.0.0.1:8000 --crf 20", "--crf has no effect with no --record"),
+        ("live --from vmc --camera 1", "--camera has no effect with --from"),
+        ("live --host 0.0.0.0", "--host has no effect with no --from"),
         ("app --port 0", "0 is not in the range"),
     ):
         result = CliRunner().invoke(cli, line.split())
@@ -208,6 +212,28 @@ def test_slow_rendering_drops_frames_instead_of_delaying_them(
     summary = live(animator, [SOURCE], options)
     assert summary.dropped > summary.frames
     assert summary.latency_ms["p95"] < 2000  # every frame of the camera in order would take 20 s
+
+
+def test_packets_of_another_program_drive_the_portrait(animator: Animator) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.bind(("127.0.0.1", 0))
+        port, ended = sender.getsockname()[1] + 1, threading.Event()
+
+        def send() -> None:
+            number = 0
+            while not ended.wait(0.02):
+                number += 1
+                sender.sendto(live_link(number, _17=0.5 * (number % 2)), ("127.0.0.1", port))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        lines: list[str] = []
+        options = LiveOptions(receive=f"livelink:{port}", to=(), seconds=5, framing="face", size=64)
+        summary = live(animator, [SOURCE], options, report=lines.append)
+        ended.set()
+        thread.join()
+    assert summary.missing < summary.frames
+    assert lines[-1].startswith("live, ")
 
 
 @pytest.mark.parametrize(
