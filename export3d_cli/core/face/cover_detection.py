@@ -24,6 +24,10 @@ _MIN_EYE_DISTANCE = 0.45  # lower bound of that distance in heights of the face,
 _VIEWS = ((0, 0, 1), (0.05, 0, 1), (-0.05, 0, 1), (0, 0.05, 1), (0, -0.05, 1), (0, 0, 1.1), (0, 0, 0.9))
 # Mean logit of mouth and eyes from which on they are covered; of 1646 uncovered faces the highest are -0.7 and 1.4.
 _COVERED_LOGITS = (0.5, 2.0, 2.0)
+# Covers are searched only in pictures of this size or more, with this mean detail or more that is lost at that size (over
+# the contrast; sharp ones have 0.07): mouths in others look like covers.
+_MIN_SIDE_PX = 48
+_MIN_DETAIL = 0.03
 
 
 class CoveredParts(NamedTuple):
@@ -51,6 +55,8 @@ class CoverDetector:
     def covered_parts(self, image: np.ndarray, landmarks: np.ndarray) -> CoveredParts:
         """Return what is covered in a face crop, uint8 (K, K, 3), with landmarks (478, 2 or 3) in crop units."""
         picture = cv2.resize(image, (PICTURE_SIZE_PX,) * 2, interpolation=cv2.INTER_AREA)
+        if len(image) < _MIN_SIDE_PX or _detail(picture) < _MIN_DETAIL:
+            return CoveredParts()
         return CoveredParts(
             *(self.logit(picture, landmarks, part) >= logit for part, logit in enumerate(_COVERED_LOGITS))
         )
@@ -62,6 +68,15 @@ class CoverDetector:
         for layer in range(4):
             x = np.maximum(_strided_conv(x, self._weights[f"{net}.{layer}"]) + self._weights[f"{net}.{layer}.bias"], 0)
         return float((x.reshape(len(x), -1) @ self._weights[f"{net}.out"] + self._weights[f"{net}.out.bias"]).mean())
+
+
+def _detail(picture: np.ndarray) -> float:
+    """Return the mean detail that the middle of a picture loses at `_MIN_SIDE_PX`, over its contrast."""
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    coarse = cv2.resize(grey, (_MIN_SIDE_PX,) * 2, interpolation=cv2.INTER_AREA)
+    coarse = cv2.resize(coarse, grey.shape, interpolation=cv2.INTER_CUBIC)
+    middle = (slice(PICTURE_SIZE_PX // 5, -PICTURE_SIZE_PX // 5),) * 2
+    return float(np.abs(grey - coarse)[middle].mean() / (grey[middle].std() + 6))
 
 
 def crop_part(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -83,6 +84,20 @@ def test_open_mouths_and_blinks_are_not_covers(detector: CoverDetector, tracker:
     for clip in (example_path("drive.mp4"), DATA / "head1.mp4", DATA / "head2.mp4"):
         for frame in list(VideoReader(clip))[::16]:
             assert covered_parts(detector, tracker, frame) == CoveredParts()
+
+
+@pytest.mark.parametrize(("side", "blur"), [(24, 0), (256, 6)])
+def test_tiny_and_blurred_faces_are_not_covered(
+    detector: CoverDetector, photos: list[Photo], side: int, blur: int
+) -> None:
+    """Their mouths look like covers."""
+    for photo, landmarks in photos:
+        low, high = (extreme(landmarks[:, :2], axis=0) for extreme in (np.min, np.max))
+        size = 2.1 * float((high - low).max())
+        x0, y0 = ((low + high - size) / 2).tolist()
+        crop = crop_with_padding(photo, (x0, y0, size), side)
+        crop = cv2.GaussianBlur(crop, (0, 0), blur) if blur else crop
+        assert detector.covered_parts(crop, (landmarks[:, :2] - (x0, y0)) / size) == CoveredParts()
 
 
 def test_note_names_what_is_covered() -> None:
