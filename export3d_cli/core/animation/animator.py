@@ -438,9 +438,10 @@ class Animator:
         weights = output.flow_weights
         head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
         face = output.opacity if output.face is None else output.face
+        photo_face = torch.zeros_like(face) if source.visibility is None else (source.visibility[:, :1] > 0.999).float()
         return extend_flow(
             points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
-            face, torso,
+            face, photo_face, torso,
         )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:

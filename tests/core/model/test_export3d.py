@@ -49,7 +49,8 @@ def test_forward_output_shapes_and_ranges(tiny: Export3D, inputs: Inputs, orbit:
         out = tiny(*inputs.values(), torch.rand(1, 64), orbit(10), raw_size=8)
     assert {name: tuple(t.shape) for name, t in out._asdict().items() if isinstance(t, Tensor)} == {
         "image": (1, 3, 64, 64), "raw": (1, 3, 8, 8), "depth": (1, 1, 8, 8), "opacity": (1, 1, 8, 8),
-        "residual_flow": (1, 2, 32, 32), "flow_weights": (1, 4, 32, 32), "warped_photo": (1, 3, 32, 32),
+        "residual_flow": (1, 2, 32, 32), "flow_weights": (1, 4, 32, 32), "face": (1, 1, 32, 32),
+        "warped_photo": (1, 3, 32, 32),
         "source_visibility": (1, 1, 32, 32), "before_inpainting": (1, 3, 64, 64), "sample_grid": (1, 4, 64, 64),
         "blend_weights": (1, 2, 64, 64),
     }  # fmt: skip

@@ -30,26 +30,28 @@ SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's
 UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
 GRAZING_FADE = (1.5, 2.0)  # areas in the photo, in areas of the result, over which a surface counts as grazing
 OUTLINE_FADE = (0.8, 1.0)  # distances from the middle of the face from which on its motion is continued outside it
-NECK_FADE = (0.0, 0.5)  # face heights above the chin over which the torso's motion becomes the head's outside the face
+PHOTO_FACE_DIVISOR = 40  # the radius of the box, applied twice, that widens the photo's face, in its mask's sizes ...
+PHOTO_FACE_FADE = (0.0, 0.4)  # ... and the smoothed mask's values over which the network's image takes over
+NECK_FADE = (-0.2, 0.5)  # face heights above the chin over which the torso's motion becomes the head's outside the face
 
 
 class PhotoFlow(NamedTuple):
     """Backward flow over the window around the crop, (B, ., n, n)."""
 
     displacement: Tensor  # (B, 2) position in the photo minus own position, crop units
-    face_weight: Tensor  # (B, 1) 1 where the network's image shows the face, 0 outside the crop
+    face_weight: Tensor  # (B, 1) 1 where the network's image is shown: in the face, and where it would appear again
 
 
 def extend_flow(
     points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-    head_weight: Tensor, face: Tensor, torso: float | None = None,
+    head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None,
 ) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
     `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
-    (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`, `face` (B, 1, m, m) is 1 in the
-    face; without positions the head moves as its rings do. `torso` is the fraction of the neck's motion that the torso
-    follows; None: `TORSO_FOLLOW_RATIO`.
+    (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
+    as its rings do. `face` and `photo_face` (B, 1, m, m) are 1 in the face of the result and of the photo. `torso` is
+    the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
     """
     grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
     result, _ = project(points, camera)  # (B, V, 2)
@@ -60,7 +62,6 @@ def extend_flow(
     in_crop = smooth_step(to_edge, 0, CROP_FADE)
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
     weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
-    face = face * in_crop
     shift = head
     if head_uv is not None:
         shift = (head_uv - identity_grid(head_uv.shape[-1], grid)).float()
@@ -83,9 +84,13 @@ def extend_flow(
     follow = TORSO_FOLLOW_RATIO if torso is None else torso
     body = follow * torch.stack([neck[:, 0], common[:, 1]], dim=1)[..., None, None]  # its size stays
     displacement = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
-    displacement = torch.lerp(displacement, shift, face)
+    displacement = torch.lerp(displacement, shift, face * in_crop)
+    # around a turned or raised face the flow may lead into the photo's face, which would appear twice
+    radius = max(1, photo_face.shape[-1] // PHOTO_FACE_DIVISOR)
+    again = linear_step(box_mean(box_mean(photo_face, radius), radius), *PHOTO_FACE_FADE)
+    again = F.grid_sample(again, 2 * (grid + displacement).permute(0, 2, 3, 1) - 1, align_corners=False)
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
-    return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), face)
+    return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_crop)
 
 
 def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,16 @@ CROWN, NEXT_TO_THE_EAR, CHEST = (0.5, -0.2), (-0.15, 0.4), (0.5, 1.3)  # x, y in
 
 def extend(
     points: Tensor, source_camera: Tensor, camera: Tensor, *, uv: Tensor | None = None, weight: Tensor | None = None,
-    face: Tensor | None = None, torso: float | None = None,
+    face: Tensor | None = None, photo_face: Tensor | None = None, torso: float | None = None,
 ) -> PhotoFlow:  # fmt: skip
     """Extend a flow over a photo that shows the landmarks `points` from `source_camera`; default: no network flow."""
     count = len(camera)
     nowhere = torch.zeros(count, 1, 16, 16)
-    weight, face = nowhere if weight is None else weight, nowhere if face is None else face
+    weight, face, photo_face = (nowhere if mask is None else mask for mask in (weight, face, photo_face))
     source = points.expand(count, -1, -1)
-    return extend_flow(add_head_rings(source), source, source_camera.expand(count, -1), camera, uv, weight, face, torso)
+    return extend_flow(
+        add_head_rings(source), source, source_camera.expand(count, -1), camera, uv, weight, face, photo_face, torso
+    )
 
 
 def at(field: Tensor, place: tuple[float, float]) -> Tensor:
@@ -102,6 +104,14 @@ def test_network_flow_is_exact_in_the_face_and_smooth_around_it(points: Tensor, 
         steps = flow.displacement[0, 0, FLOW_SIZE // 2 - 20, across].diff().abs()
         assert bool(steps.max() < 0.006) is smooth
         assert float(at(flow.face_weight, (0.3, 0.3))) == (not smooth)
+
+
+def test_network_shows_where_the_photos_face_would_appear_again(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    photo_face = torch.zeros(1, 1, 40, 40)
+    photo_face[..., 14:26, 14:26] = 1
+    weight = extend(points, orbit(0), shifted(orbit(0)), photo_face=photo_face).face_weight
+    assert float(at(weight, (0.5 + SHIFT, 0.3 + SHIFT))) == 1
+    assert float(at(weight, (0.4, 0.3 + SHIFT)).round()) == 0 and float(at(weight, CHEST)) == 0
 
 
 def test_batch_of_two_equals_two_single_calls(points: Tensor, orbit: Callable[..., Tensor]) -> None:
