@@ -97,10 +97,10 @@ def training_log(interval_s: float = 10.0) -> Callable[[Any], None]:
 
 def print_summary(summary: Any, *, as_json: bool = False) -> None:
     """Print a summary: one line (and one per note) on stderr, or all fields as JSON on stdout."""
-    fields = dataclasses.asdict(summary)
     if as_json:
-        click.echo(json.dumps(fields, default=_to_json))
+        print_json(summary)
         return
+    fields = dataclasses.asdict(summary)
     if is_quiet():
         return
     for note in fields.pop("notes", []):
@@ -108,6 +108,11 @@ def print_summary(summary: Any, *, as_json: bool = False) -> None:
     if not fields.get("fps", True):  # pictures have no frame rate
         del fields["fps"]
     click.echo(", ".join(f"{key} {_format_value(value)}" for key, value in fields.items()), err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value that may contain dataclasses, paths, fractions and NumPy numbers as JSON on stdout."""
+    click.echo(json.dumps(value, default=_to_json))
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -175,4 +180,6 @@ def _format_value(value: Any) -> str:
 
 
 def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return value.item() if hasattr(value, "item") else str(value)  # a NumPy number, a path or a fraction

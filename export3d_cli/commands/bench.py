@@ -43,7 +43,7 @@ def bench(
         return
     result = core.run_benchmark(core.Animator.from_weights(**model), source, driver, frames=frames)
     if as_json:
-        console.print_summary(result, as_json=True)
+        console.print_json(result)
         return
     # on stdout, even with -q, because it is the command's output
     click.echo(f"{result.device}, {result.threads} threads, {result.frames} frames, {result.batch} at once")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import click
 
-from export3d_cli import options
+from export3d_cli import console, options
 
 
 @click.command()
@@ -24,8 +21,7 @@ def doctor(ctx: click.Context, weights: str | None, as_json: bool) -> None:
     findings = core.examine(weights)
     all_passed = all(finding.ok for finding in findings)
     if as_json:
-        rows = [dataclasses.asdict(finding) for finding in findings]
-        click.echo(json.dumps({"ok": all_passed, "versions": core.versions(), "findings": rows}))
+        console.print_json({"ok": all_passed, "versions": core.versions(), "findings": findings})
     else:
         for finding in findings:
             mark = click.style("ok  ", fg="green") if finding.ok else click.style("BAD ", fg="red", bold=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +72,7 @@ def edit_basis(
     if describe:
         basis = core.describe_basis(animator)
         if as_json:
-            click.echo(json.dumps({"vectors": [dataclasses.asdict(vector) for vector in basis]}))
+            console.print_json({"vectors": basis})
             return
         for vector in basis:  # changes of lambda_i per standard deviation, and what b_i moves in pixels at 256
             by = ", ".join(f"{name} {change:+.2f}" for name, change in vector.moved_by.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def evaluate(
     if write_inputs is not None:
         files = [*map(str, core.write_inputs(dataset, evaluation, write_inputs))]
         if as_json:
-            click.echo(json.dumps({"files": files}))
+            console.print_json({"files": files})
         else:
             console.print_lines(files)
         return
@@ -96,6 +95,6 @@ def evaluate(
     with console.show_progress() as progress:
         result = core.evaluate_model(animator, dataset, evaluation, out=output, progress=progress)
     if as_json:
-        console.print_summary(result, as_json=True)
+        console.print_json(result)
     elif not console.is_quiet():
         console.print_lines([core.describe_evaluation(result), *core.mean_table(result), *map(str, result.files[:3])])

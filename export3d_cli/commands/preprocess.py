@@ -59,7 +59,7 @@ def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) 
 )  # fmt: skip
 @options.tracker_option
 @click.option("--overlay", type=options.OUTPUT_FILE, help="Motion file: write the video with the tracking drawn on it.")
-@click.option("--report", is_flag=True, help="Write report.png: clips, poses and expressions of the data set.")
+@click.option("--report", is_flag=True, help="Write report.png, a picture of the clips; print poses and expressions.")
 @options.json_option
 @click.pass_context
 def preprocess(

@@ -56,12 +56,10 @@ def train(
 
 def _print_plan(config: dict[str, Any], plan: dict[str, Any], *, as_json: bool) -> None:
     """Print the configuration as YAML, with its cost as comments: the output is a configuration file itself."""
-    import json
-
     import yaml
 
     if as_json:
-        click.echo(json.dumps({"config": config, "plan": plan}))
+        console.print_json({"config": config, "plan": plan})
         return
     click.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
     for name, count in plan["parameters"].items():

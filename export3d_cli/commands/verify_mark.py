@@ -22,7 +22,7 @@ def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
 
     marks = core.find_marks(file)
     if as_json:
-        console.print_summary(marks, as_json=True)
+        console.print_json(marks)
     else:
         metadata, invisible = ("found" if found else "none" for found in (marks.metadata, marks.invisible))
         click.echo(f"metadata: {metadata}")

@@ -28,7 +28,7 @@ def list_(as_json: bool) -> None:
 
     entries = core.weights_manifest().values()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(entry) for entry in entries]))
+        console.print_json(list(entries))
         return
     for entry in entries:
         click.echo(f"{entry.name}  {entry.size / 1e6:.1f} MB  {entry.licence}\n  {entry.what}\n  from {entry.source}")
@@ -93,7 +93,7 @@ def push(file: Path, target: str, private: bool, dry_run: bool) -> None:
 
 def _print_info(summary: Any, fields: tuple[str, ...], as_json: bool) -> None:
     if as_json:
-        console.print_summary(summary, as_json=True)
+        console.print_json(summary)
         return
     for key in fields:
         value = getattr(summary, key)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import PortraitOptions, Progress, Summary
 from export3d_cli.core.animation.pipeline import BackgroundWriter, report_each
 from export3d_cli.core.animation.watermark import get_watermarker
-from export3d_cli.core.media.image import MAX_PIXELS, write_image
+from export3d_cli.core.media.image import MAX_PIXELS, contact_sheet, write_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 
@@ -70,19 +69,3 @@ def write_views(
         write_image(out, add_watermark(sheet), comment=SYNTHETIC_COMMENT)
     fps = Fraction(0) if is_image else options.fps
     return Summary(out, total, 0, fps, time.monotonic() - began, animator.device_name, tuple(notes))
-
-
-def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[str] = ()) -> np.ndarray:
-    """Return images of one size, uint8 (H, W, 3), row by row, each with its label in the lower left corner."""
-    H, W = images[0].shape[:2]
-    rows = -(-len(images) // columns)
-    sheet = np.zeros((rows * H, columns * W, 3), dtype=np.uint8)
-    for k, image in enumerate(images):
-        cell = np.ascontiguousarray(image)
-        if labels:
-            origin, scale = (W // 32, H - H // 24), W / 512
-            for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # a dark outline under light letters
-                cv2.putText(cell, labels[k], origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
-        row, column = divmod(k, columns)
-        sheet[row * H : (row + 1) * H, column * W : (column + 1) * W] = cell
-    return sheet

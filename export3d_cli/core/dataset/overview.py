@@ -13,7 +13,7 @@ import numpy as np
 
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
+from export3d_cli.core.media.image import contact_sheet, has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.camera import Camera, yaw_pitch_roll
@@ -21,15 +21,13 @@ from export3d_cli.core.runtime.errors import InputError
 
 HEAD_AXIS_LENGTH = 0.2  # head-frame units
 MAX_THUMBNAILS = 48
-THUMBNAIL_PX, GRID_COLUMNS = 96, 12
-CAPTION_PX, LINE_PX = 14, 24  # heights of the clip's name below its thumbnail, and of a line of text
+THUMBNAIL_PX, GRID_COLUMNS = 160, 12
 MAX_MEASURED_CLIPS = 2000  # clips whose pose and expression are measured, spread evenly over the data set
 MEASURED_COEFFICIENTS = {
     "jawOpen": ("jawOpen",),
     "blink": ("eyeBlinkLeft", "eyeBlinkRight"),
     "smile": ("mouthSmileLeft", "mouthSmileRight"),
 }
-DARK_GREY = (40, 40, 40)
 
 
 def draw_overlay(
@@ -69,26 +67,23 @@ def draw_tracking(frame: np.ndarray, motion: Motion, index: int) -> np.ndarray:
     return out
 
 
-def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> Path:
-    """Write an overview of a data set: the middle frame of up to 48 clips, percentiles of pose and expression."""
-    tiles = [_make_thumbnail(folder, clip) for clip in _sample_evenly(clips, MAX_THUMBNAILS)]
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % GRID_COLUMNS)
-    rows = [np.hstack(tiles[i : i + GRID_COLUMNS]) for i in range(0, len(tiles), GRID_COLUMNS)]
-    frames, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
-    lines = [f"{len(clips)} clips, {people} persons, {frames} frames, {frames / 1500:.1f} minutes"]
-    measured = _sample_evenly(clips, MAX_MEASURED_CLIPS)
-    pose, beta = _load_poses_and_expressions(folder, measured)
+def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[str]:
+    """Write the middle frames of up to 48 clips of a data set; return percentiles of its poses and expressions."""
+    shown = _sample_evenly(clips, MAX_THUMBNAILS)
+    frames = [_middle_frame(folder / clip["file"]) for clip in shown]
+    tiles = [cv2.resize(frame, (THUMBNAIL_PX,) * 2, interpolation=cv2.INTER_AREA) for frame in frames]
+    names = [str(clip["id"]).encode("ascii", "replace").decode()[-16:] for clip in shown]
+    write_image(out, contact_sheet(tiles, GRID_COLUMNS, names), comment="report of export3d preprocess")
+    count, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
+    lines = [f"report in {out}: {len(clips)} clips, {people} persons, {count} frames, {count / 1500:.1f} minutes"]
+    pose, beta = _load_poses_and_expressions(folder, _sample_evenly(clips, MAX_MEASURED_CLIPS))
     values = {"yaw, degrees": pose[:, 0], "pitch, degrees": pose[:, 1]}
     for name, coefficients in MEASURED_COEFFICIENTS.items():
         values[name] = beta[:, [ARKIT_NAMES.index(coefficient) for coefficient in coefficients]].mean(1)
     for name, x in values.items():
         p5, p50, p95 = np.percentile(x, [5, 50, 95])
         lines.append(f"{name}: 5 % below {p5:.2f}, median {p50:.2f}, 5 % above {p95:.2f}")
-    text = np.full((LINE_PX * (len(lines) + 1), rows[0].shape[1], 3), 255, np.uint8)
-    for i, line in enumerate(lines, start=1):
-        _put_text(text, line, (12, LINE_PX * i), 0.5)
-    write_image(out, np.vstack([*rows, text]), comment="report of export3d preprocess")
-    return out
+    return lines
 
 
 def _sample_evenly(clips: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -96,21 +91,13 @@ def _sample_evenly(clips: list[dict[str, Any]], count: int) -> list[dict[str, An
     return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, count).round().astype(int))]
 
 
-def _make_thumbnail(folder: Path, clip: dict[str, Any]) -> np.ndarray:
-    """Return the middle frame of a clip with the clip's name below it."""
-    file = folder / clip["file"]
+def _middle_frame(file: Path) -> np.ndarray:
     if has_image_suffix(file):
-        frame = read_image(file)
-    else:
-        with VideoReader(file) as reader:
-            info = reader.info
-        with VideoReader(file, start=max(0.0, float((info.frame_count // 2) / info.fps) - 0.001)) as reader:
-            frame = next(iter(reader))
-    tile = np.full((THUMBNAIL_PX + CAPTION_PX, THUMBNAIL_PX, 3), 255, np.uint8)
-    tile[:THUMBNAIL_PX] = cv2.resize(frame, (THUMBNAIL_PX, THUMBNAIL_PX), interpolation=cv2.INTER_AREA)
-    name = str(clip["id"]).encode("ascii", "replace").decode()[-16:]
-    _put_text(tile, name, (1, THUMBNAIL_PX + 11), 0.32)
-    return tile
+        return read_image(file)
+    with VideoReader(file) as reader:
+        info = reader.info
+    with VideoReader(file, start=max(0.0, float((info.frame_count // 2) / info.fps) - 0.001)) as reader:
+        return next(iter(reader))
 
 
 def _load_poses_and_expressions(folder: Path, clips: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +115,3 @@ def _load_poses_and_expressions(folder: Path, clips: list[dict[str, Any]]) -> tu
                 f"{path} cannot be read ({error}): remove its row from the manifest and run again"
             ) from error
     return np.concatenate(poses), np.concatenate(betas)
-
-
-def _put_text(canvas: np.ndarray, text: str, position: tuple[int, int], scale: float) -> None:
-    cv2.putText(canvas, text, position, cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 1, cv2.LINE_AA)

@@ -154,7 +154,7 @@ def preprocess(
         first = rejected[0] if rejected else f"see {out / 'rejected.jsonl'}"
         raise NoFaceError(f"none of the {len(all_inputs)} inputs gave a usable clip; the first: {first}")
     if report and manifest.clips:
-        notes.append(f"report in {draw_report(out, manifest.clips, out / 'report.png')}")
+        notes += draw_report(out, manifest.clips, out / "report.png")
     return PreprocessSummary(len(manifest.clips), sum(row["frames"] for row in manifest.clips), rejected, notes)
 
 

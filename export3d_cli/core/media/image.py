@@ -7,6 +7,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,24 @@ def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
     Image.fromarray(image).save(data, Image.registered_extensions()[suffix], **settings.get(suffix, {}))
     with write_atomic(path) as temporary:
         temporary.write_bytes(data.getbuffer())
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[str] = ()) -> np.ndarray:
+    """Return images of one size, uint8 (H, W, 3), row by row, each with its label in the lower left corner."""
+    import cv2
+
+    H, W = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    sheet = np.zeros((rows * H, columns * W, 3), dtype=np.uint8)
+    for k, image in enumerate(images):
+        cell = np.ascontiguousarray(image)
+        if labels:
+            origin, scale = (W // 32, H - H // 24), W / 512
+            for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # a dark outline under light letters
+                cv2.putText(cell, labels[k], origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
+        row, column = divmod(k, columns)
+        sheet[row * H : (row + 1) * H, column * W : (column + 1) * W] = cell
+    return sheet
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
