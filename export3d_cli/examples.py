@@ -13,7 +13,7 @@ COMMANDS = {
     "preprocess": "track faces; write a motion file or a training data set",
     "train": "train a model on data sets; resumes",
     "evaluate": "score weights on a data set",
-    "weights": "list, download, verify, inspect and upload weights",
+    "weights": "list, download, inspect and upload weights",
     "bench": "measure the speed of this machine, stage by stage",
     "verify-mark": "check whether a file carries this program's marks",
     "doctor": "check the installation",
@@ -36,7 +36,6 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "weights": ("weights list", "weights download hf:owner/repo@v1.0"),
     "weights list": ("weights list", "weights list --json"),
     "weights download": ("weights download hf:owner/repo", "weights download hf:owner/repo@v1.0:small.safetensors"),
-    "weights verify": ("weights verify", "weights verify face_landmarker"),
     "weights info": ("weights info", "weights info my.safetensors --json"),
     "weights push": (
         "weights push my.safetensors hf:owner/repo --dry-run",

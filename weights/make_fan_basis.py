@@ -25,7 +25,7 @@ from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, compute_measures
 from export3d_cli.core.face.fan_tracker import points_to_head_frame
 from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MEASURE_POINTS, IBUG68_MIRROR
+from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MEASURE_POINTS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log
 
@@ -38,6 +38,7 @@ BASE_MESH_VERTICES = {
     67: 488,
 }  # fmt: skip
 STABLE_POINTS = [27, 28, 29, 30, 31, 33, 35, 36, 39, 42, 45]  # bridge and base of the nose, corners of the eyes
+MIRROR = [IBUG68.index(load_canonical_face().mirror[i]) for i in IBUG68]  # for each of the 68, its mirror point
 NUM_HEADS, NUM_MODES = 3000, 20
 FRAMES_PER_CLIP, TILT_CLIP_STRIDE = 24, 5  # frames used of each clip; the tilt is fitted to every fifth clip
 DETAIL_FOLDERS = ("head", "forehead", "eyebrows", "eyes", "nose", "mouth", "chin", "cheek")  # of targets
@@ -56,7 +57,7 @@ class BaseMesh:
             a, b = (int(word) for word in line.split()[:2])
             mirror[a], mirror[b] = b, a
         picked = BASE_MESH_VERTICES
-        indices = [picked[i] if i in picked else mirror[picked[IBUG68_MIRROR[i]]] for i in range(68)]
+        indices = [picked[i] if i in picked else mirror[picked[MIRROR[i]]] for i in range(68)]
         self.row = {int(vertex): i for i, vertex in enumerate(indices)}
         self.points = vertices[indices]  # (68, 3), decimetres, y up, z towards the camera
 

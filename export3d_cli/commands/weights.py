@@ -1,4 +1,4 @@
-"""`export3d weights list|download|verify|info|push`."""
+"""`export3d weights list|download|info|push`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from export3d_cli import console, options
 
 @click.group()
 def weights() -> None:
-    """List, download, verify, inspect and upload weights.
+    """List, download, inspect and upload weights.
 
     NAME is a name from `weights list`, a file, or hf:OWNER/REPO[@REVISION][:FILE] on the Hugging Face Hub.
     """
@@ -45,20 +45,6 @@ def download(names: tuple[str, ...], force: bool, as_json: bool) -> None:
     for name in names:
         path = core.resolve_weights(name, force=force)
         _print_info(core.weights_info(path), ("path", "size", "revision", "sha256"), as_json)
-
-
-@weights.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-def verify(names: tuple[str, ...]) -> None:
-    """Verify the sha256 of bundled files; without NAME, of all of them."""
-    from export3d_cli import core
-
-    entries = core.weights_manifest()
-    for name in names or tuple(entries):
-        if name not in entries:
-            raise click.BadParameter(f"{name!r} is unknown: choose from {', '.join(entries)}")
-        core.verify_weights(entries[name])
-        click.echo(f"{name}: OK")
 
 
 @weights.command()

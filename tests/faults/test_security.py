@@ -184,6 +184,6 @@ def test_modified_weights_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     changed.unlink()
     changed.write_bytes(data)
     monkeypatch.setattr(weights, "weights_dir", lambda: folder)
-    result = CliRunner().invoke(cli, ["weights", "verify", "face_landmarker"])
+    result = CliRunner().invoke(cli, ["weights", "info", "face_landmarker"])
     assert result.exit_code == 4
     assert "damaged" in result.stderr

@@ -64,7 +64,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
         stack.enter_context(torch_state(threads=config.threads, seed=config.seed, device=world.device))
         if world.is_main:
             stack.enter_context(folder_lock(Path(config.run)))
-        run = TrainingRun.open(config, progress, world)
+        run = TrainingRun(config, progress, world)
 
         # data
         if world.is_main:

@@ -39,54 +39,42 @@ class TrainEvent:
     seconds_left: float | None = None  # until the stage, or the time of this call, ends
 
 
-@dataclass
 class TrainingRun:
-    """One run folder and the clock of this call."""
+    """One run folder, which is created or reopened, and the clock of this call.
 
-    config: TrainConfig
-    folder: Path
-    device: torch.device
-    bf16: bool
-    progress: Callable[[TrainEvent], None] | None
-    world: World = field(default_factory=World)
-    started: float = field(default_factory=time.monotonic)
-    decay_progress: float = 0.0  # progress of a decay by time at the start of this call, 0..1
-    resumed_state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    last_saved: tuple[str, int] | None = None  # stage and step of the newest training state
-    record: dict[str, Any] = field(default_factory=dict)  # training record for the header of the weights
+    A training state in the folder is where the run continues.
+    """
 
-    @classmethod
-    def open(
-        cls, config: TrainConfig, progress: Callable[[TrainEvent], None] | None, world: World | None = None
-    ) -> TrainingRun:
-        """Create or reopen the run folder; a training state in it is where the run continues."""
-        folder = Path(config.run)
-        folder.mkdir(parents=True, exist_ok=True)
-        world = world or World(device=pick_device(config.device))
-        device = world.device
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
-        run = cls(config, folder, device, bf16, progress, world, resumed_state=load_state(folder))
-        if run.resumed_state is not None:
-            info = run.resumed_state[1]
+    def __init__(
+        self, config: TrainConfig, progress: Callable[[TrainEvent], None] | None = None, world: World | None = None
+    ) -> None:
+        self.config, self.progress, self.folder = config, progress, Path(config.run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.world = world or World(device=pick_device(config.device))
+        self.device = self.world.device
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(self.device))
+        self.started = time.monotonic()
+        self.decay_progress = 0.0  # progress of a decay by time at the start of this call, 0..1
+        self.last_saved: tuple[str, int] | None = None  # stage and step of the newest training state
+        self.record: dict[str, Any] = {}  # training record for the header of the weights
+        self.resumed_state = load_state(self.folder)
+        if self.resumed_state is not None:
+            info = self.resumed_state[1]
             info["stage"] = RENAMED_KEYS.get(info["stage"], info["stage"])
             if info["stage"] not in config.stages:
                 raise TrainingError(
-                    f"{folder} stopped in the stage {info['stage']}, which is not one of this run's "
+                    f"{self.folder} stopped in the stage {info['stage']}, which is not one of this run's "
                     f"({', '.join(config.stages)}): set run to another folder, or add the stage"
                 )
-            run.decay_progress = float(info.get("decayed", 0.0))
-            if run.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
-                run.decay_progress = WARM_RESTART_PROGRESS
-            run.last_saved = (info["stage"], int(info["step"]))
-        world.barrier()  # all processes read before the first one writes
-        if world.is_main:
-            for temporary in folder.glob(".*.part.*"):  # left by a process that was killed while writing
+            self.decay_progress = float(info.get("decayed", 0.0))
+            if self.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
+                self.decay_progress = WARM_RESTART_PROGRESS
+            self.last_saved = (info["stage"], int(info["step"]))
+        self.world.barrier()  # all processes read before the first one writes
+        if self.world.is_main:
+            for temporary in self.folder.glob(".*.part.*"):  # left by a process that was killed while writing
                 temporary.unlink(missing_ok=True)
-            if run.resumed_state is not None:
-                run._truncate_log(run.resumed_state[1])
-            else:  # killed before the first state: all steps are repeated
-                (folder / "stats.jsonl").unlink(missing_ok=True)
-        return run
+            self._truncate_log()
 
     def seed_step(self, stage: str, step: int) -> None:
         """Seed all random numbers of a step by (seed, stage, step), so that a resumed run repeats exactly."""
@@ -163,16 +151,15 @@ class TrainingRun:
         folder.mkdir(exist_ok=True)
         write_image(folder / name, to_uint8(grid.cpu()))
 
-    def _truncate_log(self, info: dict[str, Any]) -> None:
-        """Drop the log lines of steps that will be repeated."""
+    def _truncate_log(self) -> None:
+        """Drop the log lines of steps that will be repeated; all of them if there is no training state."""
         path = self.folder / "stats.jsonl"
         if not path.exists():
             return
-        order = {stage: number for number, stage in enumerate(STAGES)}
         kept = []
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines() if self.last_saved is not None else ():
             with contextlib.suppress(ValueError, KeyError):  # a line truncated by a crash
-                line = json.loads(text)
-                if (order[line["stage"]], line["step"]) <= (order[info["stage"]], info["step"]):
+                line, (stage, step) = json.loads(text), self.last_saved
+                if (STAGES.index(line["stage"]), line["step"]) <= (STAGES.index(stage), step):
                     kept.append(text)
         write_text(path, "".join(f"{text}\n" for text in kept))

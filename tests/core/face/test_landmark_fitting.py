@@ -9,10 +9,11 @@ from export3d_cli.core.face import landmark_fitting as fitting
 from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmark_fitting import OBSERVABLE, FaceBasis, FaceFit, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MIRROR
+from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.runtime.camera import rotation_from_angles
 from export3d_cli.core.runtime.weights import load_arrays, resolve_weights
 
+MIRROR = [IBUG68.index(load_canonical_face().mirror[i]) for i in IBUG68]
 POSES = [(0, 0, 0), (30, 0, 0), (-40, 10, 5), (10, -20, -15), (0, 15, 80)]  # yaw, pitch, roll in degrees
 
 
@@ -98,7 +99,7 @@ def test_fit_frames_keeps_coefficients_in_bounds_with_noise(basis: FaceBasis) ->
 def test_fit_frames_of_a_mirrored_face_mirrors_coefficients(basis: FaceBasis) -> None:
     truth = project_face(basis, basis.mean, [(20, 5, 3)], mouthSmileLeft=0.8, eyeBlinkRight=0.7)
     points = truth.project()
-    mirrored = points[:, list(IBUG68_MIRROR)] * [-1, 1] + [1, 0]
+    mirrored = points[:, MIRROR] * [-1, 1] + [1, 0]
     one, two = (fit_frames(p, basis, basis.mean).coefficients[0] for p in (points, mirrored))
     swap = {"Left": "Right", "Right": "Left"}
     for i, name in enumerate(ARKIT_NAMES):
@@ -110,7 +111,7 @@ def test_fit_frames_of_a_mirrored_face_mirrors_coefficients(basis: FaceBasis) ->
 def test_shipped_basis_matches_the_canonical_face_and_is_symmetric(basis: FaceBasis) -> None:
     canonical = load_canonical_face().points[list(IBUG68)]
     assert np.linalg.norm(basis.mean - canonical, axis=1).mean() < 0.02  # 1 cm
-    np.testing.assert_allclose(basis.mean[list(IBUG68_MIRROR)], basis.mean * [-1, 1, 1], atol=2e-3)
+    np.testing.assert_allclose(basis.mean[MIRROR], basis.mean * [-1, 1, 1], atol=2e-3)
     jaw = basis.expression[ARKIT_NAMES.index("jawOpen")]
     assert jaw[8, 1] > 0.03  # the chin goes down
     assert np.abs(jaw[36:48]).max() < 1e-3  # the eyes stay

@@ -38,7 +38,7 @@ class CountingStage(Stage):
 
 
 def make_stage(config: TrainConfig, bad: dict[int, dict[str, float]] | None = None) -> CountingStage:
-    return CountingStage(TrainingRun.open(config, None), bad or {})
+    return CountingStage(TrainingRun(config), bad or {})
 
 
 @pytest.fixture

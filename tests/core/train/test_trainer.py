@@ -81,7 +81,7 @@ def test_max_minutes_stops_and_saves(tiny: TrainConfig, monkeypatch: pytest.Monk
     assert saved is not None
     assert saved[1]["step"] == summary.step
     assert saved[1]["decayed"] == 1.0
-    assert TrainingRun.open(config, None).decay_progress == WARM_RESTART_PROGRESS  # continued with more time
+    assert TrainingRun(config).decay_progress == WARM_RESTART_PROGRESS  # continued with more time
 
 
 def test_train_leaves_threads_and_random_state_unchanged(tiny: TrainConfig) -> None:

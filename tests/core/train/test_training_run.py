@@ -17,4 +17,4 @@ def test_state_of_another_stage_is_refused(tiny: TrainConfig) -> None:
     Path(tiny.run).mkdir()
     save_state(Path(tiny.run), {"x": torch.zeros(1)}, {"stage": "lids", "step": 2, "seed": 0})
     with pytest.raises(TrainingError, match="stopped in the stage lids, which is not one of this run's"):
-        TrainingRun.open(tiny, None)
+        TrainingRun(tiny)
