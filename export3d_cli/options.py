@@ -14,18 +14,8 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class ExistingPath(click.Path):
-    """An existing file or folder; `-` is refused because inputs are read twice."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path if it exists."""
-        if str(value) == "-":
-            self.fail("- (standard input) is not supported, since inputs are read twice: give a file", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-EXISTING_FILE = ExistingPath(exists=True, dir_okay=False, path_type=Path)
-EXISTING_PATH = ExistingPath(exists=True, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING_PATH = click.Path(exists=True, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 

@@ -80,16 +80,6 @@ def test_invalid_ranges_are_refused(text: str) -> None:
         RANGE.convert(text, None, None)
 
 
-@pytest.mark.parametrize("args", [["-", "x.mp4"], ["x.jpg", "-"]])
-def test_standard_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in args:
-        Path(name).touch()  # refused even if a file is called `-`
-    result = CliRunner().invoke(cli, ["reenact", "-o", "out.mp4", "--", *args])
-    assert result.exit_code == 2
-    assert "standard input" in " ".join(result.stderr.split())
-
-
 def list_options(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Option]]:
     """Yield every option of a command and its subcommands with the command's full name."""
     context = click.Context(command)

@@ -14,7 +14,6 @@ def run(*args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["-", "-o", "out"], "standard input"),
         (["nowhere", "-o", "out"], "does not exist"),
         ([__file__, "-o", "out", "--shard", "3/2"], "1 <= I <= N"),
         ([__file__, "-o", "out", "--shard", "half"], "1 <= I <= N"),

@@ -47,6 +47,7 @@ for _stage in ("mouth", "eyes", "lids"):
 
 REMOVED_KEYS = {
     "tensorboard": "stats.jsonl in the run folder holds all values",
+    "loss.backbone_sha256": "torchvision's file names hold the sha256, and hf: names check it",
     "loss.l2_scales": "L2 is computed at full size",
     **dict.fromkeys(
         ("adversarial.ada", "adversarial.ada_every", "adversarial.ada_images", "adversarial.augment"),

@@ -186,7 +186,6 @@ class LossConfig:
     # VGG16 or MobileNetV2 features, a file or hf:owner/repo:file; empty: no perceptual term. The term is LPIPS, and is
     # logged as such, with torchvision's vgg16-397923af.pth and the linear weights of LPIPS v0.1 (vgg.pth) in `lpips`.
     backbone: str = ""
-    backbone_sha256: str = ""  # expected sha256 of the backbone; empty: not checked
     lpips: str = ""  # linear weights of LPIPS, a file or hf: name; empty if the backbone's file holds them
     perceptual_scales: int = 2  # image sizes of the perceptual term, each half the one before; raw render: one
     crop_perceptual: float = 0.0  # perceptual term on crops of the mouth and the eyes

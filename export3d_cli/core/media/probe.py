@@ -15,11 +15,13 @@ from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
 from export3d_cli.core.media.image import check_pixel_count, read_image
 from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS, list_images
 from export3d_cli.core.runtime.errors import InputError, MediaError
+from export3d_cli.core.runtime.files import check_file
 
 READ_OPTIONS = ("-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe")  # of every ffmpeg that reads a file
 _TIMESTAMP_SCAN_S = 30  # part of the video whose timestamps tell constant from variable rate
 _NO_TIMESTAMP = -(2**63)  # AV_NOPTS_VALUE
 _MAX_VFR_FPS = 60  # limit of the constant rate chosen for a video of variable rate
+_MAX_FILE_BYTES = 2**50  # no limit in practice
 _MAX_DURATION_H = 24  # damaged files claim more, which would be filled with repeated frames
 
 
@@ -76,7 +78,7 @@ def probe(path: Path) -> VideoInfo:
         images = list_images(path)
         height, width = read_image(images[0]).shape[:2]
         return VideoInfo(width, height, DEFAULT_FOLDER_FPS, len(images), float(len(images) / DEFAULT_FOLDER_FPS), False)
-    path = _check_video_file(path)
+    path = _check_video_file(Path(path))
     stat = path.stat()
     return _probe(path.resolve(), stat.st_mtime_ns, stat.st_size)
 
@@ -93,7 +95,7 @@ def audio_tracks(path: Path) -> list[AudioTrack]:
     """Return the audio tracks of a file in its order; none for a folder of images."""
     if Path(path).is_dir():
         return []
-    header = _read_header(_check_video_file(path))
+    header = _read_header(_check_video_file(Path(path)))
     streams = re.findall(r"Stream #0:\d+.*?: Audio: (\w+)(?:.*? Hz, ([^,\n]+))?", header)
     return [AudioTrack(codec, layout) for codec, layout in streams]
 
@@ -234,11 +236,7 @@ def _read_header(path: Path) -> str:
 
 
 def _check_video_file(path: Path) -> Path:
-    path = Path(path)
-    if str(path) == "-" and not path.exists():
-        raise InputError("- (standard input) cannot be read, because videos are read twice: give a file")
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
+    check_file(path, _MAX_FILE_BYTES)
     if not path.stat().st_size:
         raise InputError(f"{path} is empty")
     return path

@@ -110,23 +110,25 @@ def _error_message(error: Exception, name: HubFile, verb: str = "download") -> s
     """Return the problem and the remedy on one line, without tokens."""
     class_names = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
+    is_unreachable = class_names & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}
+    remedy = "check the name"
     if "OfflineModeIsEnabled" in class_names:
         problem, remedy = "HF_HUB_OFFLINE is set", "unset it"
     elif status in (401, 403) or class_names & {"GatedRepoError", "LocalTokenNotFoundError"}:
         problem = f"it does not exist, or is private or gated ({status})"
         remedy = "sign in (`hf auth login`) or set HF_TOKEN"
     elif "RevisionNotFoundError" in class_names:
-        problem, remedy = f"the repository has no revision {name.revision!r}", "check the name"
-    elif "EntryNotFoundError" in class_names and "LocalEntryNotFoundError" not in class_names:
-        problem, remedy = f"the repository has no file {name.file!r}", "check the name"
+        problem = f"the repository has no revision {name.revision!r}"
+    elif "EntryNotFoundError" in class_names and not is_unreachable:
+        problem = f"the repository has no file {name.file!r}"
     elif "RepositoryNotFoundError" in class_names:
-        problem, remedy = "no such repository", "check the name"
+        problem = "no such repository"
     elif status is not None:
         problem, remedy = f"the Hub answered {status}", "wait"
-    elif class_names & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}:
+    elif is_unreachable:
         problem, remedy = f"{_endpoint() or 'https://huggingface.co'} cannot be reached", "check the network"
     else:
-        problem, remedy = (str(error).strip().splitlines() or [type(error).__name__])[0], "check the name"
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
     retry = f"run `export3d weights download {name}`" if verb == "download" else "push again"
     return _redact(f"cannot {verb} {name}: {problem}: {remedy}, then {retry}")
 

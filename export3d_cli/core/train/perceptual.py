@@ -87,7 +87,7 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
     """Return the perceptual term that `loss` configures (downloads hub files), or None without a backbone."""
     if not loss.backbone:
         return None
-    backbone, backbone_sha256 = _resolve_file(loss.backbone, loss.backbone_sha256)
+    backbone, backbone_sha256 = _resolve_file(loss.backbone)
     heads_path, heads_sha256 = _resolve_file(loss.lpips) if loss.lpips else (backbone, "")
     linear = _read_tensors(heads_path, "lin")
     state = _read_tensors(backbone, "features.")
@@ -114,21 +114,19 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
     return PerceptualDistance(stages, heads, official=official)
 
 
-def _resolve_file(name: str, sha256: str = "") -> tuple[Path, str]:
-    """Return the local file of a path or hub name, and its sha256, checked if an expected one is known.
+def _resolve_file(name: str) -> tuple[Path, str]:
+    """Return the local file of a path or hub name, and its sha256.
 
-    It is known from the configuration, or from torchvision's file names, which end with its first eight digits.
+    It is checked where torchvision's file names end with its first eight digits.
     """
     path = fetch(HubFile.parse(name)) if name.startswith("hf:") else Path(name)
     if not path.is_file():
         raise ConfigError(
             f"loss.backbone and loss.lpips must be a file or hf:owner/repo:file, got {name!r}, which does not exist"
         )
-    actual = file_sha256(path)
-    in_name = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    expected = sha256.lower() or (in_name.group(1) if in_name else "")
-    if not actual.startswith(expected):
-        raise WeightsError(f"{name} has sha256 {actual[:12]}..., not {expected[:12]}...: download it again")
+    actual, expected = file_sha256(path), re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if expected and not actual.startswith(expected[1]):
+        raise WeightsError(f"{name} has sha256 {actual[:12]}..., not {expected[1]}...: download it again")
     return path, actual
 
 

@@ -110,12 +110,6 @@ def test_probe_of_cover_art_raises(sound, make, tmp_path):
         probe(path)
 
 
-def test_probe_of_standard_input_raises(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="standard input"):
-        probe("-")
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder of twelve images, of brightness 10 times their number, and other files."""
