@@ -26,7 +26,7 @@ from export3d_cli import console, options
 def bench(
     source: Path | None, driver: Path | None, frames: int, against: str | None, as_json: bool, **model: Any
 ) -> None:
-    """Measure the stages of `reenact` in ms per frame, and its speed in frames/s from file to file."""
+    """Measure the stages of `reenact` one by one in ms per frame, and its speed in frames/s from file to file."""
     from export3d_cli import core
 
     if against is not None:
@@ -34,7 +34,7 @@ def bench(
         chosen = [f"--{name}={value}" for name, value in model.items() if value is not None and name != "batch"]
         comparison = core.compare_speed(against, source, driver, arguments=chosen)
         if as_json:
-            console.print_summary(comparison, as_json=True)
+            console.print_json(comparison)
             return
         for name, seconds in (("export3d", comparison.seconds), ("the other tool", comparison.other_seconds)):
             spread = f"{min(seconds):.2f} to {max(seconds):.2f} s in {len(seconds)} runs"
@@ -49,8 +49,6 @@ def bench(
     click.echo(f"{result.device}, {result.threads} threads, {result.frames} frames, {result.batch} at once")
     for name, milliseconds in result.stages.items():
         click.echo(f"{name:<18}{milliseconds:>9.2f} ms")
-    if result.tri_planes < 1:
-        click.echo(f"{100 * result.tri_planes:.0f} % of the tri-planes are computed, the others interpolated")
     click.echo(f"{result.fps:.2f} frames/s from file to file")
     for what, peak in (("process", result.peak_memory), ("GPU", result.peak_gpu)):
         if peak is not None:

@@ -1,21 +1,17 @@
-"""Benchmark of `reenact` on this machine: time per stage, frames/s from file to file, and another tool's time.
-
-The stages of the network are timed where they are called: while a clip is animated, each method in `STAGES` is wrapped
-with a clock. Frames/s are measured separately, without clocks.
-"""
+"""Speed of `reenact` on this machine: time per stage, frames/s from file to file, and another tool's time."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,16 +29,7 @@ from export3d_cli.core.runtime.device import peak_memory
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
-STAGES = (  # stage, part of the model, method
-    ("expression", "expression", "coefficients"),  # beta to lambda; beta' is computed within the tri-plane
-    ("tri-plane", "", "generate_planes"),
-    ("render", "", "render"),
-    ("flow", "", "_prepare_photo_detail"),
-    ("super-resolution", "superres", "forward"),
-    ("mouth", "inpainters.mouth", "inpaint"),  # for frames with parted lips, if the weights have it
-    ("eyes", "inpainters.eyes", "inpaint"),  # for frames with eyes wider open than in the photo
-    ("lids", "inpainters.lids", "inpaint"),  # for frames with (nearly) closed eyes
-)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,13 +40,11 @@ class BenchmarkResult:
     threads: int
     batch: int  # frames at once
     frames: int
-    # median milliseconds per frame; per photo for `encode source`, per computed tri-plane for `tri-plane`
-    stages: dict[str, float]
+    stages: dict[str, float]  # milliseconds per frame; per photo for `encode source`
     fps: float  # frames/s of `reenact` from file to file, including tracking and encoding
     seconds: float  # duration of that run
     peak_memory: int | None  # bytes of this process without ffmpeg; None: unknown on this system
     peak_gpu: int | None  # bytes on the GPU; None: no GPU
-    tri_planes: float  # tri-planes computed per frame; below 1 if others are interpolated
 
 
 def run_benchmark(
@@ -70,56 +55,50 @@ def run_benchmark(
     is_cuda = animator.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(animator.device)
-    clock = _StageClock(animator.device)
-    images: list[np.ndarray] = []
+    stages: dict[str, float] = {}
+
+    def timed(stage: str, items: Iterable[T]) -> list[T]:
+        began = time.perf_counter()
+        made = list(items)
+        if is_cuda:
+            torch.cuda.synchronize(animator.device)
+        stages[stage] = round(1000 * (time.perf_counter() - began) / max(len(made), 1), 3)
+        return made
+
     with VideoReader(driver) as reader:
-        fps, stream = reader.info.fps, iter(reader)
-        for _ in range(frames):
-            with clock("decode"):
-                image = next(stream, None)
-            if image is None:
-                break
-            images.append(image)
+        images = timed("decode", itertools.islice(reader, frames))
     if len(images) < 2:
         raise InputError(f"{driver} has fewer than two frames: give a longer video")
-    faces = []
     tracker = animator.tracker()
     track = FaceTrack(tracker.landmarker)
-    for image in images:
-        with clock("track"):
-            faces.append(track.track(image))
-    motion = tracker.make_motion(faces, fps, (images[0].shape[1], images[0].shape[0]))
-    portrait = animator.portrait(read_image(source), name=str(source))
-    with clock("encode source"):
-        animator.portrait_from_motion(portrait.crop, portrait.motion)
-    next(animator.animate(portrait, [motion]))  # warm up
-    with _timed_stages(animator, clock):
-        rendered = list(animator.animate(portrait, [motion], layers=True))
+    faces = timed("track", map(track.track, images))
+    motion = tracker.make_motion(faces, reader.info.fps, (images[0].shape[1], images[0].shape[0]))
+    photo = read_image(source)
+    next(animator.animate(animator.portrait(photo, name=str(source)), [motion]))  # warm up
+    (portrait,) = timed("encode source", map(animator.portrait, [photo]))
+    rendered = timed("render", animator.animate(portrait, [motion], layers=True))
     options = ReenactOptions(max_frames=len(images), audio="none")
-    compositor, add_watermark, results = Compositor(portrait), get_watermarker(options.watermark), []
-    for layers in rendered:
-        with clock("compose"):
-            results.append(add_watermark(compositor(layers)))
+    add_watermark = get_watermarker(options.watermark)
+    results = timed("compose", map(add_watermark, map(Compositor(portrait), rendered)))
     with tempfile.TemporaryDirectory() as folder:
-        size = results[0].shape[1::-1]
-        # a whole file, because ffmpeg runs behind a pipe and single frames cannot be timed
-        with clock("encode video", len(results)), VideoWriter(Path(folder) / "a.mp4", size=size, fps=fps) as writer:
-            for frame in results:
-                writer.write(frame)
-        began = time.perf_counter()
+        writer = VideoWriter(Path(folder) / "a.mp4", size=results[0].shape[1::-1], fps=reader.info.fps)
+
+        def encode() -> Iterator[None]:  # a whole file, because ffmpeg runs behind a pipe
+            with writer:
+                yield from map(writer.write, results)
+
+        timed("encode video", encode())
         summary = reenact(animator, source, driver, Path(folder) / "b.mp4", options)
-        seconds = time.perf_counter() - began
     return BenchmarkResult(
         device=animator.device_name,
         threads=torch.get_num_threads(),
         batch=animator.batch,
         frames=len(images),
-        stages={name: round(float(np.median(values)), 3) for name, values in clock.times.items()},
-        fps=summary.frames / seconds,
-        seconds=seconds,
+        stages=stages,
+        fps=summary.frames / summary.seconds,
+        seconds=summary.seconds,
         peak_memory=peak_memory(),
         peak_gpu=torch.cuda.max_memory_allocated(animator.device) if is_cuda else None,
-        tri_planes=min(clock.counts.get("tri-plane", 0) / len(images), 1.0),
     )
 
 
@@ -178,53 +157,3 @@ def _time_tool(command: list[str], out: Path) -> float:
         raise InputError(f"{command[0]} {problem}: run it alone first ({reason or 'it printed nothing'})")
     out.unlink()
     return seconds
-
-
-class _StageClock:
-    """Collects milliseconds per stage; waits for the GPU before and after."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: dict[str, list[float]] = {}
-        self.counts: dict[str, int] = {}  # items that each stage processed
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str, items: int = 1) -> Iterator[None]:
-        self._synchronize()
-        began = time.perf_counter()
-        yield
-        self._synchronize()
-        self.times.setdefault(stage, []).append(1000 * (time.perf_counter() - began) / items)
-        self.counts[stage] = self.counts.get(stage, 0) + items
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
-
-@contextlib.contextmanager
-def _timed_stages(animator: Animator, clock: _StageClock) -> Iterator[None]:
-    """Wrap the methods of `STAGES` with a clock, for a while."""
-    wrapped = []
-    modules = dict(animator.model.named_modules())
-    for stage, part, method in STAGES:
-        owner = modules.get(part)
-        if owner is not None:
-            setattr(owner, method, _with_clock(getattr(owner, method), stage, clock))
-            wrapped.append((owner, method))
-    try:
-        yield
-    finally:
-        for owner, method in wrapped:
-            delattr(owner, method)
-
-
-def _with_clock(function: Callable[..., Any], stage: str, clock: _StageClock) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        batch = next((len(arg) for arg in reversed(args) if isinstance(arg, torch.Tensor)), 1)
-        with clock(stage, batch):
-            return function(*args, **kwargs)
-
-    return timed

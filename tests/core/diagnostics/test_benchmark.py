@@ -21,19 +21,17 @@ COPY = (
 
 def test_run_benchmark_reports_every_stage(animator: Animator) -> None:
     result = run_benchmark(animator, frames=2)
-    network = ["expression", "tri-plane", "render", "flow", "super-resolution"]
-    assert list(result.stages) == ["decode", "track", "encode source", *network, "compose", "encode video"]
+    assert list(result.stages) == ["decode", "track", "encode source", "render", "compose", "encode video"]
     assert all(milliseconds > 0 for milliseconds in result.stages.values())
     assert (result.frames, result.fps) == (2, pytest.approx(2 / result.seconds))
     assert result.peak_memory is None or result.peak_memory > 40 * 2**20
     assert result.peak_gpu is None
-    assert "forward" not in vars(animator.model.superres)  # the clocks are removed
 
 
 def test_bench_command_prints_stages_and_speed(tiny_weights: Path) -> None:
     done = CliRunner().invoke(cli, ["bench", "--weights", str(tiny_weights), "--device", "cpu", "--frames", "2"])
     assert done.exit_code == 0, done.output
-    assert "super-resolution" in done.stdout
+    assert "render" in done.stdout
     assert "frames/s from file to file" in done.stdout
 
 
