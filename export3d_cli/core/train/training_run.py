@@ -156,10 +156,11 @@ class TrainingRun:
         path = self.folder / "stats.jsonl"
         if not path.exists():
             return
+        stage, step = self.last_saved or (STAGES[0], -1)
         kept = []
-        for text in path.read_text(encoding="utf-8").splitlines() if self.last_saved is not None else ():
+        for text in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError):  # a line truncated by a crash
-                line, (stage, step) = json.loads(text), self.last_saved
+                line = json.loads(text)
                 if (STAGES.index(line["stage"]), line["step"]) <= (STAGES.index(stage), step):
                     kept.append(text)
         write_text(path, "".join(f"{text}\n" for text in kept))
