@@ -69,7 +69,7 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "novel_view": "animation.novel_view",
     "check_overwrite": "animation.options",
     "check_has_sound": "media.soundtrack",
-    "check_crf": "media.encoder_settings",
+    "check_crf": "media.writer",
     "torch_state": "runtime.device",
     "check_mesh_output": "animation.mesh_export",
     "edit_basis": "animation.edit_basis",

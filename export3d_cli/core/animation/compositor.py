@@ -12,8 +12,8 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import PortraitOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.face.matting import PersonMatting, VideoMatting, estimate_foreground
-from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES, check_crf, check_output_suffix
 from export3d_cli.core.media.image import has_image_suffix, read_image
+from export3d_cli.core.media.writer import VIDEO_SUFFIXES, check_crf, check_output_suffix
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import resolve_weights
 

@@ -13,7 +13,7 @@ from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.expression_controls import ExpressionEdit, Range, edit_expression
 from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
-from export3d_cli.core.media.encoder_settings import check_crf
+from export3d_cli.core.media.writer import check_crf
 from export3d_cli.core.runtime.errors import InputError
 
 GRID_VALUES = 5  # values of each basis vector or control in a contact sheet

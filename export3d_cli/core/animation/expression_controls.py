@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from export3d_cli.core.config.loading import read_yaml
-from export3d_cli.core.face.beta_statistics import BetaStatistics
-from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS, region_of
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS, BetaStatistics, region_of
 from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.runtime.errors import InputError
 

@@ -19,7 +19,7 @@ from export3d_cli.core.animation.expression_controls import Range, edit_expressi
 from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_head_mesh, write_mesh
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
-from export3d_cli.core.media.encoder_settings import check_crf
+from export3d_cli.core.media.writer import check_crf
 from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
 from export3d_cli.core.runtime.errors import InputError
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from export3d_cli.core.evaluation.scorer import Frames
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VIDEO_SUFFIXES
 from export3d_cli.core.runtime.camera import yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import driver_track_id, read_manifest

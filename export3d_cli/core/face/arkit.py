@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export3d_cli.core.face.beta_statistics import BetaStatistics
-from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStatistics
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, with_head_pose
 from export3d_cli.core.runtime.errors import InputError

@@ -1,4 +1,4 @@
-"""The 64 expression coefficients beta: their names, and the measures taken from landmarks.
+"""The 64 expression coefficients beta: their names, the measures taken from landmarks, and how they vary together.
 
 beta is 52 ARKit blendshape coefficients in [0, 1], then 12 measures in the head frame, divided by the inter-ocular
 distance. "Left" and "right" are the person's.
@@ -7,10 +7,12 @@ distance. "Left" and "right" are the person's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from export3d_cli.core.face.landmarks import MEASURE_POINTS, MeasurePoints
+from export3d_cli.core.runtime.weights import load_arrays, resolve_weights
 
 ARKIT_NAMES: tuple[str, ...] = (
     *("browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight"),
@@ -30,6 +32,7 @@ MEASURE_NAMES = (
     "eyeOpeningLeft", "eyeOpeningRight", "irisXLeft", "irisYLeft", "irisXRight", "irisYRight",
 )  # fmt: skip
 BETA_NAMES = ARKIT_NAMES + MEASURE_NAMES
+RIDGE = 1e-4  # added to the variances, for coefficients that never change
 
 
 def region_of(name: str) -> str:
@@ -66,3 +69,27 @@ def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS
     for iris, eye in zip(indices.irises or (), (left, right), strict=False):
         columns += [*((points[:, iris] - eye)[:, :2] / interocular[:, None]).T]
     return np.stack(columns, axis=1)
+
+
+class BetaStatistics(NamedTuple):
+    """Mean (64,) of beta, and its covariance (64, 64) within clips, where the person stays the same.
+
+    With it, unknown entries (the measures of a Live Link Face CSV) are predicted from those that are known.
+    `weights/make_beta_statistics.py` measures it.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def regression(self, known: Sequence[int], ridge: float = RIDGE) -> np.ndarray:
+        """Return the linear map (64, K) from changes of the `known` entries to the most likely change of all."""
+        known = list(known)
+        covariance = self.covariance[np.ix_(known, known)] + ridge * np.eye(len(known))
+        slope: np.ndarray = np.linalg.solve(covariance, self.covariance[known]).T
+        return slope
+
+    @classmethod
+    def load(cls) -> BetaStatistics:
+        """Read the bundled file; raises `WeightsError`."""
+        arrays = load_arrays(resolve_weights("beta_statistics"))
+        return cls(*(arrays[name].astype(np.float64) for name in cls._fields))

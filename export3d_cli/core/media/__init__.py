@@ -2,9 +2,9 @@
 
     image, image_folder              still images as uint8 RGB arrays and float tensors; image sequences
     colour_profile                   conversion of photos to sRGB
-    reader, writer                   videos as streams of frames
+    reader, writer                   videos as streams of frames; output formats and encoders
     soundtrack                       the audio track of output videos
-    probe, encoder_settings          properties of input videos; formats and encoders of output videos
+    probe                            properties of input videos
     ffmpeg_process                   ffmpeg subprocesses, killed if they hang
     scene_detection                  cuts, dissolves and fades
 

@@ -13,10 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from export3d_cli.core.animation.watermark import THRESHOLD, find_marks, get_watermarker
-from export3d_cli.core.media.encoder_settings import VIDEO_SUFFIXES
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.media.writer import VideoWriter
+from export3d_cli.core.media.writer import VIDEO_SUFFIXES, VideoWriter
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.beta_statistics import BetaStatistics
-from export3d_cli.core.face.expression_coefficients import BETA_NAMES
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES, BetaStatistics
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.weights import load_arrays
 
