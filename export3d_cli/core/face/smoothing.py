@@ -159,23 +159,6 @@ def _smooth_causal(motions: Iterable[Motion], level: SmoothingLevel) -> Iterator
         yield smoothed
 
 
-class OneEuroFilter:
-    """The filter of one signal. It takes changes and returns steps, so that rotation vectors can be filtered too.
-
-    With `joint` the speed is the norm over all axes, so that no axis is special; else each entry has its own.
-    """
-
-    def __init__(self, min_cutoff: float, speed_gain: float, *, joint: bool) -> None:
-        self.min_cutoff, self.speed_gain, self.joint = min_cutoff, speed_gain, joint
-        self._speed: np.ndarray | float = 0.0
-
-    def step(self, change: np.ndarray, raw_change: np.ndarray, rate: float) -> np.ndarray:
-        """Return the step from the last output, given the new input minus it, and minus the last input."""
-        self._speed = self._speed + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (raw_change * rate - self._speed)
-        speed = np.linalg.norm(self._speed) if self.joint else np.abs(self._speed)
-        return change * _smoothing_factor(self.min_cutoff + self.speed_gain * speed, rate)
-
-
 def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | float:
     """Return the weight of a new sample in a first-order low-pass filter."""
     omega = 2 * np.pi * cutoff / rate
@@ -189,18 +172,24 @@ class _OneEuroFilters:
         self._cutoffs = cutoffs
         self._output: _Signals | None = None
         self._input: _Signals | None = None
+        self._speeds: list[np.ndarray | float] = []
 
     def __call__(self, new: _Signals, found: bool, rate: float) -> _Signals:
         """Return the filtered signals of the next frame, 1 / `rate` seconds after the last one."""
         output, previous = self._output, self._input
-        if not found:
-            self._output = self._input = None
+        self._input = new if found else None
+        if not found or output is None or previous is None:
+            self._speeds = [0.0] * len(self._cutoffs)
+            self._output = self._input
             return new
-        self._input = new
-        if output is None or previous is None:
-            self._filters = [OneEuroFilter(*cutoff, joint=k == 1) for k, cutoff in enumerate(self._cutoffs)]
-            self._output = new
-            return new
-        changes = zip(self._filters, output.changes_to(new), previous.changes_to(new), strict=True)
-        self._output = output.moved_by(*(one_euro.step(change, raw, rate) for one_euro, change, raw in changes))
+        steps = []
+        for k, (change, raw_change) in enumerate(zip(output.changes_to(new), previous.changes_to(new), strict=True)):
+            velocity = self._speeds[k] + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (
+                raw_change * rate - self._speeds[k]
+            )
+            self._speeds[k] = velocity
+            speed = np.linalg.norm(velocity) if k == 1 else np.abs(velocity)  # no axis of a rotation is special
+            min_cutoff, speed_gain = self._cutoffs[k]
+            steps.append(change * _smoothing_factor(min_cutoff + speed_gain * speed, rate))
+        self._output = output.moved_by(*steps)
         return self._output
