@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from export3d_cli import core
 from export3d_cli.core.animation import animator as animate
-from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.probe import ffmpeg_path
-from export3d_cli.core.model.checkpoint import save_weights
-from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime import weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,14 +41,10 @@ def test_type_marker_is_shipped() -> None:
 
 
 @pytest.fixture
-def tiny_by_default(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_by_default(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiny untrained weights the default, for speed."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    torch.manual_seed(0)
-    save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
-    monkeypatch.setattr(
-        animate, "resolve_weights", lambda name=None: path if name is None else weights.resolve_weights(name)
-    )
+    resolve = weights.resolve_weights
+    monkeypatch.setattr(animate, "resolve_weights", lambda name=None: tiny_weights if name is None else resolve(name))
 
 
 def test_code_blocks_of_the_readme_run(

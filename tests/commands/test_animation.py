@@ -9,23 +9,17 @@ import torch
 from click.testing import CliRunner
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import probe
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.model.checkpoint import save_weights
-from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, Export3D(PRESETS["tiny"]).state_dict(), PRESETS["tiny"], {})
-    return path
+@pytest.fixture
+def tiny(tiny_weights):
+    return tiny_weights
 
 
 def run(*args):
