@@ -73,7 +73,9 @@ def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[st
     frames = [_middle_frame(folder / clip["file"]) for clip in shown]
     tiles = [cv2.resize(frame, (THUMBNAIL_PX,) * 2, interpolation=cv2.INTER_AREA) for frame in frames]
     names = [str(clip["id"]).encode("ascii", "replace").decode()[-16:] for clip in shown]
-    write_image(out, contact_sheet(tiles, GRID_COLUMNS, names), comment="report of export3d preprocess")
+    write_image(
+        out, contact_sheet(tiles, min(len(tiles), GRID_COLUMNS), names), comment="report of export3d preprocess"
+    )
     count, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
     lines = [f"report in {out}: {len(clips)} clips, {people} persons, {count} frames, {count / 1500:.1f} minutes"]
     pose, beta = _load_poses_and_expressions(folder, _sample_evenly(clips, MAX_MEASURED_CLIPS))

@@ -113,9 +113,10 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, labels: Sequence[s
     for k, image in enumerate(images):
         cell = np.ascontiguousarray(image)
         if labels:
-            origin, scale = (W // 32, H - H // 24), W / 512
-            for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # a dark outline under light letters
-                cv2.putText(cell, labels[k], origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
+            x, y, scale = W // 32, H - H // 24, max(W / 512, 0.4)  # smaller letters cannot be read
+            edge = [((x + dx, y + dy), (0, 0, 0)) for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1))]
+            for origin, colour in (*edge, ((x, y), (255, 255, 255))):  # a dark edge around light letters
+                cv2.putText(cell, labels[k], origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
         row, column = divmod(k, columns)
         sheet[row * H : (row + 1) * H, column * W : (column + 1) * W] = cell
     return sheet

@@ -89,7 +89,7 @@ def test_preprocess_output_is_read_by_the_trainer(data):
 
 
 def test_preprocess_report_is_a_picture(data):
-    assert read_image(data[0] / "report.png").shape == (160, 12 * 160, 3)
+    assert read_image(data[0] / "report.png").shape == (160, 2 * 160, 3)
     assert "report.png" in data[1].notes[0]
     assert data[1].notes[1].startswith("yaw, degrees: 5 % below ")
 
