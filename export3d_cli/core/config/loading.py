@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from export3d_cli.core.config.renamed_keys import check_key
-from export3d_cli.core.config.schema import INPAINTERS, PRESETS, TRAINING_PRESETS, ModelConfig, TrainConfig
+from export3d_cli.core.config.schema import INPAINTERS, PRESETS, TRAINING_PRESETS, Count, ModelConfig, TrainConfig
 from export3d_cli.core.config.validation import short_repr, validate_model_config, validate_train_config
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.runtime.files import check_file
@@ -118,7 +118,7 @@ def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
     Raises `ConfigError` on unknown keys, wrong types, and numbers that are negative or not finite (no configuration
     field has a meaning for them).
     """
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{where}.{key}" if where and isinstance(key, str) else key
@@ -132,6 +132,10 @@ def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
 
 
 def _parse_value(value: Any, value_type: Any, name: str) -> Any:
+    if value_type == Count:
+        if (number := _parse_value(value, int, name)) < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {number}")
+        return number
     if dataclasses.is_dataclass(value_type):
         if not isinstance(value, dict):
             raise ConfigError(f"{name} must be a section, got {short_repr(value)}")

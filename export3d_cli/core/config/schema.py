@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+Count = Annotated[int, "1 or more"]  # the other numbers of a configuration are 0 or more
 BETA_DIM = 64
 CAMERA_DIM = 25
 
@@ -95,7 +96,7 @@ class DataConfig:
     path: tuple[str, ...] = ()  # dataset folders written by `preprocess`
     weight: tuple[float, ...] = ()  # sampling weight of each folder; empty: equal
     cache: str = ""  # folder of the cache of decoded frames; empty: `<dataset>/cache-<size>`
-    cache_stride: int = 1  # cache every k-th frame of a clip
+    cache_stride: Count = 1  # cache every k-th frame of a clip
     hard_pair_ratio: float = 0.5  # fraction of pairs whose driver is chosen for its different pose and expression
     wide_view_ratio: float = 0.0  # fraction of pairs that are the two most different views among a few clips
     flip: bool = True  # mirror half of the pairs: images, beta, landmarks and camera
@@ -112,22 +113,22 @@ class ClebsConfig:
 
     steps: int = 60_000
     weight: tuple[float, ...] = ()  # sampling weight of each dataset in this stage; empty: data.weight
-    negatives: int = 32  # negatives for a positive: other frames of the same clip
-    clips_per_step: int = 1  # several processes share them if their number divides this one
+    negatives: Count = 32  # negatives for a positive: other frames of the same clip
+    clips_per_step: Count = 1  # several processes share them if their number divides this one
     temperature: float = 0.07
     lr: float = 1e-4
     lr_decay: bool = True  # linear, to a tenth over the stage
     clip_grad: float = 5.0  # largest gradient norm; 0: no clipping
     denominator: Literal["printed", "infonce"] = "infonce"  # only infonce sums over the positive
-    image_size: int = 128  # side of the images that f_I receives, in pixels
-    encoder_width: int = 64  # base width of ResNet-SE-18
+    image_size: Count = 128  # side of the images that f_I receives, in pixels
+    encoder_width: Count = 64  # base width of ResNet-SE-18
     geometry: float = 0.0  # weight of a linear readout of landmark motion from lambda (beyond the paper)
     # weight of the variance between people's mean lambda relative to that within each person (beyond the paper)
     identity_leakage: float = 0.0
     mirror: float = 0.0  # weight of the change of lambda when the face is mirrored (beyond the paper)
     antisymmetric_dims: int = 0  # number of dimensions of lambda, the last ones, that change sign when mirrored
     geometry_warmup_steps: int = 0  # first steps, on landmark motion alone, without images
-    geometry_pairs: int = 256  # pairs of frames of a step for the landmark readout
+    geometry_pairs: Count = 256  # pairs of frames of a step for the landmark readout
     ridge: float = 1.0  # regularisation of the basis flow's ridge regression, in pairs
     ridge_pairs: int = 20_000  # pairs of frames that the basis flow is fitted to
 
@@ -138,7 +139,7 @@ class InpaintConfig:
 
     steps: int = 8000
     weight: tuple[float, ...] = ()  # sampling weight of each dataset in this stage; empty: data.weight
-    batch: int = 16  # crops of one update, over all processes
+    batch: Count = 16  # crops of one update, over all processes
     lr: float = 1e-3  # decays linearly to a tenth
     jitter: float = 0.05  # replaces data.jitter; small, since teeth are white in any light
     l1: float = 1.0  # weight of the L1 loss inside the hole
@@ -146,7 +147,7 @@ class InpaintConfig:
     adversarial: float = 0.1  # weight of the adversarial loss, from step `adversarial_start`
     adversarial_start: int = 500  # first step with the adversarial loss
     discriminator_lr: float = 2e-4
-    discriminator_width: int = 16  # base width of the discriminator
+    discriminator_width: Count = 16  # base width of the discriminator
     r1_gamma: float = 0.02  # gamma of `gamma / 2 * |dD/dx|^2` on real crops, every 8 steps
     ema: float = 0.998
 
@@ -187,7 +188,7 @@ class LossConfig:
     # logged as such, with torchvision's vgg16-397923af.pth and the linear weights of LPIPS v0.1 (vgg.pth) in `lpips`.
     backbone: str = ""
     lpips: str = ""  # linear weights of LPIPS, a file or hf: name; empty if the backbone's file holds them
-    perceptual_scales: int = 2  # image sizes of the perceptual term, each half the one before; raw render: one
+    perceptual_scales: Count = 2  # image sizes of the perceptual term, each half the one before; raw render: one
     crop_perceptual: float = 0.0  # perceptual term on crops of the mouth and the eyes
     mask: float = 0.0  # L1 inside eyes and mouth, PlaneDict's mask loss
     residual_flow: float = 0.0  # squared length of the residual flow
@@ -212,20 +213,20 @@ class AdversarialConfig:
     lr: float = 1e-5  # of the discriminator
     betas: tuple[float, float] = (0.0, 0.99)  # of the discriminator's Adam
     r1_gamma: float = 0.0  # gamma of `gamma / 2 * |dD/dx|^2` on real images; 0: off
-    r1_interval: int = 16  # steps between R1 penalties
-    channel_max: int = 512  # upper limit of a block's channels
-    channel_base: int = 16_384  # a block at side s has min(channel_max, channel_base / s) channels
+    r1_interval: Count = 16  # steps between R1 penalties
+    channel_max: Count = 512  # upper limit of a block's channels
+    channel_base: Count = 16_384  # a block at side s has min(channel_max, channel_base / s) channels
     mapping_layers: int = 8  # layers of the camera mapping network
-    mbstd_group_size: int = 4  # images of a group for the minibatch standard deviation
+    mbstd_group_size: Count = 4  # images of a group for the minibatch standard deviation
 
 
 @dataclass(frozen=True)
 class PoseDebiasConfig:
     """Stage `pose_debias` (beyond the paper): remove the head rotation that an expression appears to cause."""
 
-    steps: int = 100
+    steps: Count = 100
     weight: tuple[float, ...] = ()  # sampling weight of each dataset in this stage; empty: data.weight
-    batch: int = 4  # source images of a step
+    batch: Count = 4  # source images of a step
     ridge: float = 30.0  # regularisation of the ridge regression
 
 
@@ -249,8 +250,8 @@ class TrainConfig:
     init: str = ""  # weights to start from: a name, a file or hf:owner/repo
     expression_from: str = ""  # weights whose expression code and basis flow replace the stage clebs
     steps: int = 300_000  # of the stage reconstruction
-    batch: int = 8  # pairs of one update, over all processes and accumulation parts
-    accumulate: int = 1  # parts into which a process splits its rows of the batch, to save memory
+    batch: Count = 8  # pairs of one update, over all processes and accumulation parts
+    accumulate: Count = 1  # parts into which a process splits its rows of the batch, to save memory
     lr: float = 1e-4
     warmup: int = 0  # steps of linear learning-rate warm-up
     decay: bool = False  # cosine to a tenth over `steps`
@@ -270,10 +271,10 @@ class TrainConfig:
     # the stage reconstruction trains only parameters whose names start so, e.g. superres.; empty: all that it can
     trainable: tuple[str, ...] = ()
     raw_size_grow_step: int = 0  # step from which the raw render has the side model.raw_size
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2  # training states to keep
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2  # training states to keep
     sample_every: int = 500
-    log_every: int = 10
+    log_every: Count = 10
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
 
     def stage_steps(self, stage: str) -> int:

@@ -1,11 +1,10 @@
 """Rules between the fields of a configuration, checked before any data or device is touched.
 
-Types, unknown keys and negative numbers are refused earlier, by `loading`.
+Types, unknown keys and numbers below 0 or 1 are refused earlier, by `loading`.
 """
 
 from __future__ import annotations
 
-import operator
 import re
 import reprlib
 from typing import Any
@@ -18,13 +17,6 @@ _DEFAULT_MAX = 65_536
 _MAX_SIZES = {"image_size": 2048, "plane_size": 2048, "raw_size": 2048, "mesh_size": 2048, "flow_size": 2048}
 _MAX_SIZES |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096, "fine_samples": 4096}
 _MAY_BE_ZERO = ("eadaln_blocks", "plain_blocks", "plain_width", "fine_samples", *INPAINTERS)
-_AT_LEAST_ONE = (
-    "batch", "accumulate", "keep_checkpoints", "checkpoint_every", "log_every", "data.cache_stride",
-    "clebs.image_size", "clebs.encoder_width", "clebs.geometry_pairs", "clebs.clips_per_step", "clebs.negatives",
-    "loss.perceptual_scales", "pose_debias.batch", "pose_debias.steps", "adversarial.r1_interval",
-    "adversarial.mbstd_group_size", "adversarial.channel_max", "adversarial.channel_base",
-    *(f"{stage}.{key}" for stage in INPAINTERS for key in ("batch", "discriminator_width")),
-)  # fmt: skip
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 80
 
@@ -62,10 +54,6 @@ def validate_model_config(model: ModelConfig) -> None:
 def validate_train_config(config: TrainConfig) -> None:
     """Raise `ConfigError` for the first broken rule, with the key and what to set."""
     validate_model_config(config.model)
-    for name in _AT_LEAST_ONE:
-        value = operator.attrgetter(name)(config)
-        if value < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {value}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", config.device):
         raise ConfigError(f"device {short_repr(config.device)} is unknown: use auto, cpu, cuda, cuda:N or mps")
     if config.ema >= 1:
