@@ -273,7 +273,7 @@ def _process_input(job: InputJob) -> list[str]:
     clips: list[ManifestRow] = []
     try:
         process = _process_image if has_image_suffix(job.file) else _process_video
-        if has_exact_views(job.file.parents[1]):
+        if has_exact_views(job.file.absolute().parent.parent):
             process = _process_exact_views
         clips, rejected = process(job, _worker_tracker)
     except Export3DError as error:
