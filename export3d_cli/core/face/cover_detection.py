@@ -24,8 +24,8 @@ _MIN_EYE_DISTANCE = 0.45  # lower bound of that distance in heights of the face,
 _VIEWS = ((0, 0, 1), (0.05, 0, 1), (-0.05, 0, 1), (0, 0.05, 1), (0, -0.05, 1), (0, 0, 1.1), (0, 0, 0.9))
 # Mean logit of mouth and eyes from which on they are covered; of 1646 uncovered faces the highest are -0.7 and 1.4.
 _COVERED_LOGITS = (0.5, 2.0, 2.0)
-# Covers are searched only in pictures of this size or more, with this mean detail or more that is lost at that size (over
-# the contrast; sharp ones have 0.07): mouths in others look like covers.
+# Covers are searched only in pictures of this size or more, with this mean detail or more that is lost at that size
+# (over the contrast; sharp ones have 0.07): mouths in others look like covers.
 _MIN_SIDE_PX = 48
 _MIN_DETAIL = 0.03
 
