@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def test_help_ends_with_two_valid_examples(name: str, tmp_path: Path, monkeypatc
         (tmp_path / folder).mkdir()
     for line in examples.EXAMPLES[name]:
         command: click.Command = cli
-        words, parent = line.split(), click.Context(cli)
+        words, parent = shlex.split(line), click.Context(cli)
         while isinstance(command, click.Group):
             parent = click.Context(command, parent=parent)
             subcommand = command.get_command(parent, words.pop(0))
