@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -233,18 +234,23 @@ class Animator:
         motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))
         faces = face_positions(target, others, motion.crop)
         x0, y0, side = square
-        canvas = None
+        frame_size = min(round(side), MAX_FRAME_SIZE_PX)  # the crop at the photo's scale
         if crop == "none":
             frame_size = uncropped_frame_size(width, self.model.config.image_size, size)
-        else:  # the crop at the photo's scale
-            frame_size = min(round(side), MAX_FRAME_SIZE_PX)
-            canvas = PhotoCanvas.from_photo(photo, square, partial(self.matting.alpha, hair_strands=True), faces)
         padding = round(PHOTO_MARGIN * frame_size)
         around = padding * side / frame_size  # the same in pixels of the photo
         padded = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), frame_size + 2 * padding)
         crop_image = padded[padding:-padding, padding:-padding].copy()
         left, top, right = (min(max(v, 0) / side, PHOTO_MARGIN) for v in (x0, y0, photo_size[0] - x0 - side))
-        return self._make_portrait(crop_image, motion, (left, top, right), faces, face_box, shown, padded, canvas)
+        encode = partial(
+            self._make_portrait, crop_image, motion, (left, top, right), faces, face_box, shown, padded, None
+        )
+        if crop == "none":
+            return encode()
+        alpha_of = partial(self.matting.alpha, hair_strands=True)
+        with ThreadPoolExecutor(1) as pool:  # while the network encodes the crop
+            canvas = pool.submit(PhotoCanvas.from_photo, photo, square, alpha_of, faces)
+            return replace(encode(), canvas=canvas.result())
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
         """Encode a face crop, uint8 (K, K, 3), that has been tracked: the first row of `motion`, in crop units.

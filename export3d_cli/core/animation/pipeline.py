@@ -15,7 +15,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -184,8 +184,9 @@ class BackgroundWriter(_Worker, Generic[T]):
 def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, None, None]:
     """Yield the items of lazy parts in order; threads, which share PyTorch's threads, evaluate a part each.
 
-    At most one more part than there are workers is taken ahead. A single part is evaluated here, with all threads. The
-    threads end with the generator: close it if it is not read to its end.
+    At most twice as many parts as there are workers are taken ahead, so that what taking one costs delays no worker. A
+    single part is evaluated here, with all threads. The threads end with the generator: close it if it is not read to
+    its end.
     """
     parts = iter(parts)
     first = list(islice(parts, 2 if workers > 1 else 0))
@@ -193,9 +194,10 @@ def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, N
         yield from chain.from_iterable(chain(first, parts))
         return
     threads, pending = torch.get_num_threads(), deque[SimpleQueue[tuple[list[T], BaseException | None]]]()
+    share = max(1, threads // workers)
 
     def evaluate(task: tuple[Iterable[T], SimpleQueue[tuple[list[T], BaseException | None]]]) -> None:
-        torch.set_num_threads(max(1, threads // workers))  # of this thread and of those that start later
+        torch.set_num_threads(share)  # of this thread and of those that start later
         part, result = task
         try:
             result.put((list(part), None))
@@ -210,11 +212,17 @@ def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, N
 
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        pool = [stack.enter_context(BackgroundWriter(evaluate, 2)) for _ in range(workers)]
-        for k, part in enumerate(chain(first, parts)):
+        pool = [stack.enter_context(BackgroundWriter(evaluate, 3)) for _ in range(workers)]
+        parts = chain(first, parts)
+        for worker in cycle(pool):
+            torch.set_num_threads(share)  # threads that wait for each other would wait for the workers' cores, too
+            part = next(parts, None)
+            torch.set_num_threads(threads)
+            if part is None:
+                break
             pending.append(SimpleQueue())
-            pool[k % workers].put((part, pending[-1]))
-            if len(pending) > workers:
+            worker.put((part, pending[-1]))
+            while pending and (len(pending) > 2 * workers or not pending[0].empty()):
                 yield from take()
         while pending:
             yield from take()

@@ -41,6 +41,8 @@ def box_mean(mask: Tensor, radius: int) -> Tensor:
     pixel = torch.arange(mask.shape[-1], device=mask.device)
     low, high = (pixel - radius).clamp_min(0), (pixel + radius + 1).clamp_max(len(pixel))
     for _ in range(2):  # along rows, then along columns
-        sums = F.pad(mask.float().cumsum(-1), (1, 0))
-        mask = ((sums[..., high] - sums[..., low]) / (high - low)).mT
+        sums = mask.float().cumsum(-1)
+        last = sums[..., -1:].expand(*sums.shape[:-1], radius)
+        sums = torch.cat([F.pad(sums, (radius + 1, 0)), last], dim=-1)
+        mask = ((sums[..., 2 * radius + 1 :] - sums[..., : len(pixel)]) / (high - low)).mT
     return mask

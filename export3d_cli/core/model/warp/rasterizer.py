@@ -89,12 +89,18 @@ def _rasterize_group(
     wc = dy * (ab[..., 0] / safe_area)[..., None, None] - dx * (ab[..., 1] / safe_area)[..., None, None]
     inside = (torch.minimum(torch.minimum(wb, wc), 1 - wb - wc) >= -1e-4) & (area > 1e-8)[..., None, None]
     inside = inside & ((x >= 0) & (x < size)) & ((y >= 0) & (y < size))  # (B, T, w, w)
-    z = za[..., None, None] + wb * (zb - za)[..., None, None] + wc * (zc - za)[..., None, None]
     if sparse:
-        b, t, row, column = inside.nonzero(as_tuple=True)
-        first = low.long()[b, t]  # (N, 2)
-        pixel_index = (b * size + first[:, 1] + row) * size + first[:, 0] + column
-        return z[inside], pixel_index, numbers[t]
+        cell = inside.flatten().nonzero()[:, 0]
+        triangle = cell.div(window * window, rounding_mode="floor")  # of B * T
+        place = cell - triangle * (window * window)
+        row = place.div(window, rounding_mode="floor")
+        column = place - row * window
+        z, zb, zc = (value.flatten()[triangle] for value in (za, zb - za, zc - za))
+        z = z + wb.flatten()[cell] * zb + wc.flatten()[cell] * zc
+        first = torch.arange(len(low), device=low.device)[:, None] * size * size + low[..., 1].long() * size
+        first = (first + low[..., 0].long()).flatten()[triangle]
+        return z, first + row * size + column, numbers.expand(len(low), -1).flatten()[triangle]
+    z = za[..., None, None] + wb * (zb - za)[..., None, None] + wc * (zc - za)[..., None, None]
     x, y = (coordinate.clamp(0, size - 1).long() for coordinate in (x, y))
     pixel_index = (torch.arange(len(z), device=z.device)[:, None, None, None] * size + y) * size + x
     number = numbers[:, None, None].expand_as(z)
