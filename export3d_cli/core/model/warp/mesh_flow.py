@@ -21,7 +21,16 @@ from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.fast.resampling import can_resample, resize_bilinear
 from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords, lip_edges, mouth_coords, sample_behind_lips
+from export3d_cli.core.model.warp.mouth_eye_interior import (
+    RIM,
+    anchored_coords,
+    interpolate_iris_edge,
+    iris_edge,
+    lip_edges,
+    mouth_coords,
+    sample_behind_lips,
+    split_eye_triangles,
+)
 from export3d_cli.core.model.warp.rasterizer import (
     RasterWindows,
     cross_2d,
@@ -32,6 +41,7 @@ from export3d_cli.core.model.warp.rasterizer import (
 )
 
 FACE_TRIANGLES = 902  # rows of (a, b, c, kind): kind 0 skin, 1 inside of the mouth, 2 eye
+EYE_TRIANGLES = 32  # the last ones of the face
 # Rings around the face oval: (scale of the oval, depth added, proximity to the face). The last one is for hair on top.
 HEAD_RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 # Head mask, in face heights (chin to forehead). Each pair is a fade: 0 at the first value, 1 at the second.
@@ -77,6 +87,7 @@ class DeformedMesh(NamedTuple):
     """A source's mesh with an expression, independent of the driver's camera; V vertices, T triangles."""
 
     points: Tensor  # (B, V, 3) deformed, head frame
+    iris_edges: Tensor  # (B, 32, 3) likewise
     # (B, T, 3 * 15) per corner: uv in the photo 2, proximity 1, mouth coords 2, anchored coords 4, lip edges 5, depth 1
     corner_attributes: Tensor
     source_areas: Tensor  # (B, T) twice the signed area in the photo
@@ -132,6 +143,12 @@ class BasisFlow(nn.Module):
         self.register_buffer("basis", torch.zeros(config.num_coefficients, NUM_LANDMARKS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(FACE_TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("ring_triangles", ring_triangles(), persistent=False)
+        eyes, eye_parents = split_eye_triangles(
+            NUM_LANDMARKS + len(HEAD_RINGS) * len(FACE_OVAL), FACE_TRIANGLES - EYE_TRIANGLES
+        )
+        skin, rings = torch.arange(int(eye_parents[0])), FACE_TRIANGLES + torch.arange(len(self.ring_triangles))
+        self.register_buffer("eye_triangles", eyes, persistent=False)
+        self.register_buffer("parents", torch.cat([skin, eye_parents, rings]), persistent=False)
         self.register_buffer("eye_rims", torch.tensor([v for _, rim in EYE_RIMS for v in rim]), persistent=False)
         self.register_buffer("mouth_coords", _pad_rings(mouth_coords()), persistent=False)
         self.basis: Tensor
@@ -139,6 +156,8 @@ class BasisFlow(nn.Module):
         self.eye_rims: Tensor
         self.triangles: Tensor
         self.ring_triangles: Tensor
+        self.eye_triangles: Tensor
+        self.parents: Tensor
 
     def deform_landmarks(self, points: Tensor, lam_delta: Tensor) -> Tensor:
         """Give landmarks (B, 478, 3) the expression change lambda(D) - lambda(S), (B, n)."""
@@ -147,6 +166,13 @@ class BasisFlow(nn.Module):
     def all_triangles(self) -> Tensor:
         """Return the triangles of face and rings, (T, 4) int64: a, b, c, kind."""
         return torch.cat([self.triangles.long(), self.ring_triangles])
+
+    def _flow_triangles(self) -> Tensor:
+        """Return `all_triangles` with the eyes split at the edge of the iris, so that it moves without a distortion.
+
+        `parents` holds the number of the one among `all_triangles` that each is a part of.
+        """
+        return torch.cat([self.triangles[:-EYE_TRIANGLES].long(), self.eye_triangles, self.ring_triangles])
 
     def source_visibility(self, points: Tensor, camera: Tensor) -> Tensor:
         """Rasterise the mesh in the photo, (B, 2, m, m): proximity to the face, and depth in head-frame units.
@@ -210,16 +236,22 @@ class BasisFlow(nn.Module):
 
     def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor) -> DeformedMesh:
         """Deform the mesh of landmarks (B, 478, 3) of the source, which a camera (B, 25) sees, for `render_flow`."""
-        B, triangles = points.shape[0], self.all_triangles()[:, :3]
-        points, deformed_points = points.float(), deformed_points.float()
-        source_vertices = add_head_rings(points)
+        B, points, deformed_points = points.shape[0], points.float(), deformed_points.float()
+        source_edge, edge = (iris_edge(x, points) for x in (points, deformed_points))  # (B, 32, 1)
+        source_vertices = torch.cat([add_head_rings(points), interpolate_iris_edge(points, source_edge)], dim=1)
         # the rings ignore the expression: an opening jaw must not drag the neck
-        vertices = torch.cat([deformed_points, source_vertices[:, NUM_LANDMARKS:]], dim=1)
+        vertices = torch.cat([deformed_points, source_vertices[:, NUM_LANDMARKS:-EYE_TRIANGLES]], dim=1)
         uv, depth = project(source_vertices, source_camera)  # (B, V, 2), (B, V)
-        constant = torch.cat([vertex_proximity(points.device)[:, None], self.mouth_coords], dim=-1)  # (V, 3)
+        constant = torch.cat([vertex_proximity(points.device)[:, None], self.mouth_coords], dim=-1)  # (V - 32, 3)
+        constant = torch.cat([constant, constant[index_tensor(RIM, uv)]])
         varying = torch.cat([anchored_coords(deformed_points), lip_edges(uv, points, deformed_points)], dim=-1)
-        attributes = torch.cat([uv, constant.expand(B, -1, -1), _pad_rings(varying), depth[..., None]], dim=-1)
-        return DeformedMesh(vertices, attributes[:, triangles].flatten(2), _double_areas(uv, triangles))
+        varying = torch.cat([_pad_rings(varying), interpolate_iris_edge(varying, edge)], dim=1)
+        attributes = torch.cat([uv, constant.expand(B, -1, -1), varying, depth[..., None]], dim=-1)
+        triangles = self._flow_triangles()[:, :3]
+        areas = _double_areas(uv, self.all_triangles()[:, :3])
+        return DeformedMesh(
+            vertices, interpolate_iris_edge(deformed_points, edge), attributes[:, triangles].flatten(2), areas
+        )
 
     def render_flow(
         self, mesh: DeformedMesh, camera: Tensor, size: int | None = None, head_mask: Tensor | None = None,
@@ -233,8 +265,8 @@ class BasisFlow(nn.Module):
         B, s = camera.shape[0], size or self.size
         triangles = self.all_triangles()
         kind, triangles = triangles[:, 3], triangles[:, :3]
-        uv_result, depth = project(mesh.points, camera)
-        raster = rasterize(uv_result, depth, triangles, s, self.windows)
+        uv_result, depth = project(torch.cat([mesh.points, mesh.iris_edges], dim=1), camera)
+        raster = rasterize(uv_result, depth, self._flow_triangles()[:, :3], s, self.windows)
         attributes = interpolate_corners(raster, mesh.corner_attributes.expand(B, -1, -1))  # (B, P, 15)
 
         before, after = mesh.source_areas.expand(B, -1), _double_areas(uv_result, triangles)
@@ -249,7 +281,7 @@ class BasisFlow(nn.Module):
         valid = valid * (1 - STRETCHED_LID_PENALTY * is_lid * (stretch - 0.5).clamp(0, 1))
         closed = interior * (1 - 2 * ratio).clamp_min(0)
         per_triangle = torch.stack([valid, stretch, mouth, closed, eye], dim=-1)
-        per_pixel = gather_rows(per_triangle, raster.triangle)  # (B, P, 5)
+        per_pixel = gather_rows(per_triangle, self.parents[raster.triangle])  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
         valid, stretch, mouth, closed, eye = (x * covered for x in per_pixel.split(1, dim=-1))  # each (B, P, 1)
         mouth_uv, mouth_visible = sample_behind_lips(attributes[..., 4:5], attributes[..., 9:14])

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, LOWER_INNER_LIP, NOSE_BASE, NUM_LANDMARKS, UPPER_INNER_LIP
+from export3d_cli.core.face.landmarks import (
+    CHIN,
+    EYE_RIMS,
+    LEFT_EYE,
+    LEFT_IRIS,
+    LOWER_INNER_LIP,
+    NOSE_BASE,
+    NUM_LANDMARKS,
+    RIGHT_EYE,
+    RIGHT_IRIS,
+    UPPER_INNER_LIP,
+)
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 
 MAX_OPENING_RATIO = 20.0  # a mouth counts as at most this much wider open than in the photo
@@ -13,7 +24,45 @@ MAX_OPENING_RATIO = 20.0  # a mouth counts as at most this much wider open than 
 # the base of the nose), lower teeth to the jaw (relative to the chin), the iris box to the iris.
 UPPER_TEETH_BOX = ((0.0, 0.42), (0.55, 0.25))
 LOWER_TEETH_BOX = ((0.0, -0.85), (0.55, 0.35))
+MAX_IRIS_REACH = 0.85  # of the way from the iris's centre to the lid: irises that the lids cut end there in the mesh
 IRIS_BOX = ((0.0, 0.0), (0.25, 0.15))
+
+_EYES = ((LEFT_IRIS, LEFT_EYE), (RIGHT_IRIS, RIGHT_EYE))  # in the order of the eyes' triangles
+RIM = tuple(v for _, rim in _EYES for v in rim)  # (32,)
+_CENTRE = tuple(iris[0] for iris, rim in _EYES for _ in rim)
+
+
+def split_eye_triangles(first_vertex: int, first_triangle: int) -> tuple[Tensor, Tensor]:
+    """Split the eyes' triangles, each from the iris's centre to the lids, at the edge of the iris: (96, 4), kind 2.
+
+    The edge's vertices, of `iris_edge`, are numbered from `first_vertex`, the eyes' own triangles from
+    `first_triangle`; also returns the number of the one that each new triangle is a part of, (96,).
+    """
+    rows, parents, count = list[list[int]](), list[int](), len(RIGHT_EYE)
+    for k, (centre, rim) in enumerate(zip(_CENTRE, RIM, strict=True)):
+        j = k - k % count + (k + 1) % count  # the next point of the same eye
+        edge, next_edge = first_vertex + k, first_vertex + j
+        rows += [[centre, edge, next_edge, 2], [edge, rim, RIM[j], 2], [edge, RIM[j], next_edge, 2]]
+        parents += 3 * [first_triangle + k]
+    return torch.tensor(rows), torch.tensor(parents)
+
+
+def iris_edge(points: Tensor, source: Tensor) -> Tensor:
+    """Return where the edge of the iris is on the way from its centre to each point of `RIM`, (B, 32, 1) in 0..1.
+
+    `points` (B, 478, 3) are landmarks; the radius is that of the photo's landmarks `source`.
+    """
+    flat = source[..., :2]
+    radii = [(flat[:, list(iris[1:])] - flat[:, iris[:1]]).norm(dim=-1).mean(1, keepdim=True) for iris, _ in _EYES]
+    radius = torch.cat([r.expand(-1, len(RIGHT_EYE)) for r in radii], dim=1)  # (B, 32)
+    rim, centre = (points[:, index_tensor(vertices, points), :2] for vertices in (RIM, _CENTRE))
+    return (radius / (rim - centre).norm(dim=-1).clamp_min(1e-6)).clamp_max(MAX_IRIS_REACH)[..., None]
+
+
+def interpolate_iris_edge(values: Tensor, edge: Tensor) -> Tensor:
+    """Interpolate values (B, 478, K) of landmarks at `edge` of `iris_edge`: (B, 32, K)."""
+    centre, rim = (values[:, index_tensor(vertices, values)] for vertices in (_CENTRE, RIM))
+    return torch.lerp(centre, rim, edge)
 
 
 def mouth_coords() -> Tensor:

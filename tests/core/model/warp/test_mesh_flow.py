@@ -15,7 +15,11 @@ from export3d_cli.core.face.landmarks import (
     EYE_RIMS,
     FACE_OVAL,
     FOREHEAD_TOP,
+    LEFT_EYE_OUTER,
+    LEFT_IRIS,
     LOWER_INNER_LIP,
+    RIGHT_EYE_OUTER,
+    RIGHT_IRIS,
     UPPER_INNER_LIP,
 )
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
@@ -47,6 +51,30 @@ def test_equal_source_and_driver_give_the_identity_flow(
     assert moved[face].max() < 0.5
     assert moved.max() < 0.5  # also in the rings and outside
     assert mesh.stretch.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shift", [(0.006, 0.0), (-0.006, 0.0)])
+def test_iris_moves_without_distortion(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], shift: tuple[float, float]
+) -> None:
+    """All of the iris moves as its centre does, not less towards its edge; the corners of the eye stay."""
+    ring = 0.012 * torch.tensor([[1.0, 0.0], [0.0, -1.0], [-1.0, 0.0], [0.0, 1.0]])
+    for centre, *edge in (RIGHT_IRIS, LEFT_IRIS):
+        points[:, edge, :2] = points[:, centre : centre + 1, :2] + ring
+    moved, camera, size = points.clone(), orbit(0), 512
+    irises = [*RIGHT_IRIS, *LEFT_IRIS]
+    moved[:, irises, :2] += torch.tensor(shift)
+    mesh = render_mesh(flow, points, camera, moved, camera, size)
+    before, after = (project(x[:, irises], camera)[0].view(2, 5, 2) for x in (points, moved))
+    offset = mesh.uv - identity_grid(size, mesh.uv)
+    for eye in (0, 1):
+        expected = before[eye, 0] - after[eye, 0]
+        along = torch.linspace(-0.6, 0.6, 9)[:, None]  # across the iris, where no lid cuts it
+        across = after[eye, 0] + along * (after[eye, 1] - after[eye, 0])
+        actual = warp(offset, across.T[None, :, :, None])[0, :, :, 0].T
+        torch.testing.assert_close(actual, expected.expand_as(actual), atol=0.16 * float(expected.norm()), rtol=0)
+    corner = project(points[:, [RIGHT_EYE_OUTER, LEFT_EYE_OUTER]], camera)[0]
+    assert warp(offset, corner.transpose(1, 2)[..., None]).norm(dim=1).max() < 0.3 * float(expected.norm())
 
 
 def test_weight_falls_from_1_in_the_face_to_0_at_the_border(
