@@ -86,8 +86,8 @@ def extend_flow(
     displacement = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
     displacement = torch.lerp(displacement, shift, face * in_crop)
     # around a turned or raised face the flow may lead into the photo's face, which would appear twice
-    radius = max(1, photo_face.shape[-1] // PHOTO_FACE_DIVISOR)
-    again = linear_step(box_mean(box_mean(photo_face, radius), radius), *PHOTO_FACE_FADE)
+    margin = max(1, photo_face.shape[-1] // PHOTO_FACE_DIVISOR)
+    again = linear_step(box_mean(box_mean(photo_face, margin), margin), *PHOTO_FACE_FADE)
     again = F.grid_sample(again, 2 * (grid + displacement).permute(0, 2, 3, 1) - 1, align_corners=False)
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_crop)
