@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `main`; before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import replace
