@@ -202,7 +202,7 @@ class _Jobs:
             if session.controlled is None or session.controlled[0] != edit:  # finding its strength renders ten frames
                 beta = edit_expression(self.animator, portrait, edit).beta
                 session.controlled = edit, self.animator.expression_change(portrait, beta)
-            return self.animator.edit(portrait, session.controlled[1] + np.array([basis], np.float32))
+            return self.animator.edit(portrait, session.controlled[1] + np.array([(*basis, 0.0)], np.float32))
 
         arguments = [f"--set={name}={value:g}" for name, value in controls.items()]
         edits = {v: value for v, value in enumerate(basis, 1) if value} or ({} if controls else {1: 0.0})

@@ -292,7 +292,7 @@ class Animator:
         renderer = _Renderer(self, portrait, notify, layers, control.torso)
         base = None if reference is None else self._coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
-        own_beta, own, offset = portrait.motion.beta[0], portrait.source.lam, None
+        own_beta, own, offset = portrait.motion.beta[0], portrait.source.coefficients, None
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), self._coefficients(edit.base[None])
             offset = self._coefficients(edit.beta) - own
@@ -329,16 +329,22 @@ class Animator:
     def edit(
         self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
     ) -> Generator[np.ndarray, None, None]:
-        """Render the portrait with its lambda changed by (T, n), from its own camera: frames uint8 (H, W, 3)."""
-        _check_rows("changes", changes, self.model.config.num_coefficients)
+        """Render the portrait from its own camera: frames uint8 (H, W, 3).
+
+        `changes` (T, n) are of its lambda, or (T, n + 1) also of the wink, from `expression_change`.
+        """
+        n = self.model.config.num_coefficients
+        if changes.shape[1:] == (n,):
+            changes = np.pad(changes, ((0, 0), (0, 1)))
+        _check_rows("changes", changes, n + 1)
         renderer = _Renderer(self, portrait, notify)
         cameras = np.repeat(portrait.camera.to_vector()[None], len(changes), axis=0)
-        parts = renderer.render_motion(cameras, portrait.source.lam + self._tensor(changes))
+        parts = renderer.render_motion(cameras, portrait.source.coefficients + self._tensor(changes))
         return chain_parallel(parts, self._workers)
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
-        """Return the changes of lambda (T, n) that make `edit` show expressions beta (T, 64)."""
-        change: np.ndarray = (self._lam(portrait, beta) - portrait.source.lam).float().cpu().numpy()
+        """Return the changes of lambda and wink (T, n + 1) that make `edit` show expressions beta (T, 64)."""
+        change: np.ndarray = (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
         return change
 
     def query_field(
@@ -402,16 +408,16 @@ class Animator:
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
     def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:
-        """Return coefficients lambda for the network: the portrait's (1, n), or those of expressions beta (T, 64)."""
-        return portrait.source.lam if beta is None else self._amplify(portrait, self._coefficients(beta))
+        """Return coefficients for the network: the portrait's (1, n + 1), or those of expressions beta (T, 64)."""
+        return portrait.source.coefficients if beta is None else self._amplify(portrait, self._coefficients(beta))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
-        """Return lambda (B, n) to give to the network, so that its frames show `lam` (B, n)."""
-        return torch.lerp(portrait.source.lam.expand_as(lam), lam, self.model.config.expression_gain)
+        """Return coefficients (B, n + 1) to give to the network, so that its frames show `lam` (B, n + 1)."""
+        return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
-            return self.model.expression.coefficients(self._tensor(beta))
+            return self.model.coefficients(self._tensor(beta))
 
     def _pose(self, portrait: Portrait, lam: Tensor) -> PosedHead:
         with torch.inference_mode(), autocast(self.device, portrait.precision):
@@ -477,18 +483,18 @@ class _Renderer:
             self._notify(portrait.covered.note())
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[Iterable[Any]]:
-        """Yield lazy parts of the frames of a moving expression, lambda (T, n)."""
-        window = self._animator.window
+        """Yield lazy parts of the frames of a moving expression, lambda with wink (T, n + 1)."""
+        window, n = self._animator.window, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), window):
             part = slice(start, start + window)
-            planes = None if self._interpolator is None else self._interpolator(lam[part])
+            planes = None if self._interpolator is None else self._interpolator(lam[part, :n])
             yield from self.render(cameras[part], lam[part], planes=planes)
 
     def render(
         self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None,
         depth: bool = False,
     ) -> Iterator[Iterable[Any]]:  # fmt: skip
-        """Yield lazy parts of the frames with lambda (T, n); `posed` and `planes` as in `Animator._render`."""
+        """Yield lazy parts of the frames with lambda and wink (T, n + 1); the rest as in `Animator._render`."""
         portrait, size = self._portrait, len(self._portrait.crop)
 
         def compute(part: slice) -> Iterable[Any]:

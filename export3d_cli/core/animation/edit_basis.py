@@ -51,7 +51,7 @@ def edit_basis(
     notes: tuple[str, ...] = ()
     if options.grid:
         for v, ends in options.edits:
-            rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n)[v - 1]))
+            rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n, n + 1)[v - 1]))
             labels += [f"v{v} {value:+.3g}" for value in np.linspace(*ends, GRID_VALUES)]
         for name, (first, last) in options.expression.ranges.items():
             ends = (first, last) if first != last else (0.0, last)
@@ -62,7 +62,7 @@ def edit_basis(
         changes = np.concatenate(rows)
     else:
         count = 1 if is_image else options.frames
-        changes = np.zeros((count, n))
+        changes = np.zeros((count, n + 1))
         if options.expression:
             changes, notes = _control_changes(animator, portrait, options.expression, count)
         for v, ends in options.edits:
@@ -76,6 +76,6 @@ def edit_basis(
 def _control_changes(
     animator: Animator, portrait: Portrait, edit: ExpressionEdit, count: int
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return changes of lambda (count, n) along the ranges of an edit, and notes."""
+    """Return changes of lambda and wink (count, n + 1) along the ranges of an edit, and notes."""
     edited = edit_expression(animator, portrait, edit, np.linspace(0, 1, count))
     return animator.expression_change(portrait, edited.beta), edited.notes

@@ -1,9 +1,9 @@
 """Named expression controls: ARKit values that a portrait shall show, turned into beta for the network.
 
 A control such as `smile` sets a few coefficients; the rest of their regions moves as it does on filmed people
-(`BetaStatistics`), other regions keep their values. How strongly an expression shows depends on the face and on the
-weights, so the portrait is rendered at several strengths and tracked, and the curves from strength to the tracked value
-are inverted.
+(`BetaStatistics`), the same coefficients of the other side and other regions keep their values. How strongly an
+expression shows depends on the face and on the weights, so the portrait is rendered at several strengths and tracked,
+and the curves from strength to the tracked value are inverted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from export3d_cli.core.config.loading import read_yaml
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS, BetaStatistics, region_of
+from export3d_cli.core.face.motion import MIRROR_ORDER
 from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.runtime.errors import InputError
 
@@ -150,10 +151,11 @@ def edit_expression(
         for control, column in zip(controls, values.T, strict=True):
             coefficients |= control.coefficients(column)
         known = [BETA_NAMES.index(name) for name in coefficients]
-        slope = statistics.regression(known, _RIDGE)
+        held = [int(MIRROR_ORDER[k]) for k in known if MIRROR_ORDER[k] not in known]  # the other side of the face
+        slope = statistics.regression(known + held, _RIDGE)[:, : len(known)]
         regions = {region_of(name) for name in coefficients}
         slope[[k for region in set(REGIONS) - regions for k in REGIONS[region]]] = 0
-        slope[known] = np.eye(len(known))
+        slope[known], slope[held] = np.eye(len(known)), 0
         return np.asarray(base + (np.stack(list(coefficients.values()), axis=1) - base[known]) @ slope.T)
 
     # strengths from the base's values to a multiple of the asked change, for all controls at once; ranges on one side

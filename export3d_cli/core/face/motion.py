@@ -131,13 +131,13 @@ def _mirror_name(name: str) -> str:
     return name
 
 
-_MIRROR_ORDER = np.array([BETA_NAMES.index(_mirror_name(name)) for name in BETA_NAMES])
+MIRROR_ORDER = np.array([BETA_NAMES.index(_mirror_name(name)) for name in BETA_NAMES])
 _MIRROR_SIGN = np.array([-1.0 if name.startswith("irisX") else 1.0 for name in BETA_NAMES], dtype=np.float32)
 
 
 def mirror_beta(beta: np.ndarray) -> np.ndarray:
     """Return beta (..., 64) of the mirrored face."""
-    return beta[..., _MIRROR_ORDER] * _MIRROR_SIGN
+    return beta[..., MIRROR_ORDER] * _MIRROR_SIGN
 
 
 def mirror_camera(camera: np.ndarray) -> np.ndarray:

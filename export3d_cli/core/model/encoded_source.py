@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from export3d_cli.core.model.face_cover import FaceCover
@@ -28,6 +29,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     landmarks: Tensor  # (B, 478, 3), head frame
     lam: Tensor  # (B, n) expression coefficients lambda
+    wink: Tensor  # (B, 1) how far one eye is shut alone, see `one_sided`
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     margins: Tensor | None = None  # (B, 3) how far a larger photo continues, see `Export3D.encode_source`
@@ -47,6 +49,11 @@ class Source:
     highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `layer_warp.highpass`
     basis: Tensor | None = None  # (n, d) expression basis of the weights
     view_tables: list[Tensor] | None = None  # `make_feature_table` of each view plane
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Lambda and the wink, (B, n + 1), as `Export3D.coefficients` gives them."""
+        return torch.cat([self.lam, self.wink], dim=1)
 
     def expand(self, batch: int) -> Source:
         """Expand a single source to a batch of drivers, without copying memory."""

@@ -22,6 +22,7 @@ from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.one_sided import apply_wink, measure_wink
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
@@ -146,7 +147,7 @@ class Export3D(nn.Module):
         stem, tokens = self.generator.encode(image)  # [(B, c2, H/2, W/2), ...], (B, N, h)
         lam = self.expression.coefficients(beta)  # (B, n)
         basis = self.expression.basis() if inference else None
-        source = Source(image, camera, landmarks, lam, stem, tokens, margins, basis=basis)
+        source = Source(image, camera, landmarks, lam, measure_wink(beta), stem, tokens, margins, basis=basis)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
             source = replace(
@@ -165,12 +166,16 @@ class Export3D(nn.Module):
             )  # fmt: skip
         return source
 
+    def coefficients(self, beta: Tensor) -> Tensor:
+        """Map expressions `beta` (B, 64) to coefficients lambda and the wink, (B, n + 1)."""
+        return torch.cat([self.expression.coefficients(beta), measure_wink(beta)], dim=1)
+
     def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
     def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
-        """Apply coefficients lambda (B, n) to the source, for `drive` with any number of cameras.
+        """Apply coefficients lambda (B, n), or (B, n + 1) with a wink, to the source, for any number of cameras.
 
         `planes` are the tri-planes if they are known already.
         """
@@ -178,7 +183,10 @@ class Export3D(nn.Module):
         mesh, surface = None, None
         if self.flow is not None:
             with torch.no_grad():
-                landmarks = self.flow.deform_landmarks(source.landmarks, lam - source.lam)  # (B, 478, 3)
+                change, wink = self._change(source, lam), lam[:, self.config.num_coefficients :]  # (B, n), (B, 1 or 0)
+                landmarks = self.flow.deform_landmarks(source.landmarks, change)  # (B, 478, 3)
+                if wink.shape[1]:
+                    landmarks = apply_wink(landmarks, source.landmarks, wink, source.wink)
                 if source.cover is not None:
                     landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
                 mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks)
@@ -198,7 +206,7 @@ class Export3D(nn.Module):
             source: from `encode_source`.
             beta: driver's expression (B, 64); not needed with `lam`.
             camera: driver's camera (B, 25).
-            lam: coefficients lambda (B, n) instead of `beta`.
+            lam: coefficients lambda (B, n) instead of `beta`, or (B, n + 1) with a wink, see `coefficients`.
             posed: result of `pose_head` for the same source and `lam`, if known.
             raw_size: side of the volume rendering; default: the config's.
             samples: coarse and fine samples per ray; default: the config's.
@@ -208,7 +216,7 @@ class Export3D(nn.Module):
         if lam is None:
             if beta is None:
                 raise ValueError("drive needs beta or lam, got neither")
-            lam = self.expression.coefficients(beta)  # (B, n)
+            lam = self.coefficients(beta)  # (B, n + 1)
         if posed is None:
             posed = self.pose_head(source, lam)  # planes (B, 3, C, P, P)
         size = raw_size or self.config.raw_size
@@ -248,7 +256,7 @@ class Export3D(nn.Module):
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
         if rays is None:
             return self.drive(source, driver_beta, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
-        posed = self.pose_head(source, self.expression.coefficients(driver_beta))
+        posed = self.pose_head(source, self.coefficients(driver_beta))
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, driver_camera, size, None, batch_rows, rays)
         return Output(
@@ -301,9 +309,13 @@ class Export3D(nn.Module):
         lam = source.lam + self._visible_change(source, lam)
         return self.expression.code(lam, None if torch.is_grad_enabled() else source.basis)
 
+    def _change(self, source: Source, lam: Tensor) -> Tensor:
+        """Return the change of lambda (B, n) from the photo's; `lam` may hold a wink."""
+        return lam[:, : self.config.num_coefficients] - source.lam
+
     def _visible_change(self, source: Source, lam: Tensor) -> Tensor:
         """Return the change of lambda (B, n) from the photo's, without what covers hide."""
-        change = lam - source.lam
+        change = self._change(source, lam)
         return change if source.cover is None else (change[:, :, None] * source.cover.code_filter).sum(1)
 
     def _measure_cover(

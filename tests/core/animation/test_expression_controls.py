@@ -35,6 +35,14 @@ def test_shipped_weights_show_what_is_asked() -> None:
     change = np.abs(shown - own)[:, [k for k in others if k < len(ARKIT_NAMES)]]
     assert change.mean() < 0.05
     assert notes == ()
+    wink = edit_expression(animator, portrait, ExpressionEdit({"eyeBlinkLeft": 0.6})).beta
+    assert wink[0, BETA_NAMES.index("eyeBlinkRight")] == pytest.approx(own[0, BETA_NAMES.index("eyeBlinkRight")])
+    frames = list(animator.edit(portrait, animator.expression_change(portrait, wink)))
+    left, right = (
+        float(animator.tracker().track_crops(frames, independent=True).beta[0, k] / own[0, k])
+        for k in (BETA_NAMES.index("eyeOpeningLeft"), BETA_NAMES.index("eyeOpeningRight"))
+    )
+    assert left < 0.6 * right and right > 0.5  # trackers read the open eye of a wink as narrowed
     with pytest.raises(InputError, match="cannot move cheekPuff"):
         edit_expression(animator, portrait, ExpressionEdit({"cheekPuff": 1}))
 
