@@ -318,7 +318,8 @@ def test_evaluate_unusable_input_raises_input_error(animator, data_set, tmp_path
     with pytest.raises(InputError, match="is not a data set"):
         evaluate(animator, tmp_path)
     line = json.loads((data_set / "manifest.jsonl").read_text())
-    for key, value in (("id", "../x"), ("id", "a/b"), ("file", "/etc/passwd"), ("motion", "../m.npz"), ("file", 3)):
+    invalid = (("id", "../x"), ("id", "a/b"), ("file", "/etc/passwd"), ("motion", "../m.npz"), ("file", 3))
+    for key, value in (*invalid, ("depth", "/d.npz")):
         (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, key: value}))
         with pytest.raises(InputError, match="is not a data set"):
             evaluate(animator, tmp_path)
