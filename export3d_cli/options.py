@@ -135,6 +135,10 @@ source_options = _together(
     click.option("--face", default="largest", show_default=True, metavar="largest|left|right|index:N",
                  callback=validate_face,
                  help="Which face of SRC to use if there are several; index counts from the left, from 0."),
+    click.option("--also", type=EXISTING_FILE, multiple=True, metavar="PHOTO",
+                 help="Another photo of the same person, for what SRC does not show: teeth, shut eyes, the far cheek. "
+                 "Repeatable."),
+    click.option("--force", is_flag=True, help="Use a photo of --also even if it seems to show somebody else."),
     click.option("--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
                  help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is."),
     frame_option,

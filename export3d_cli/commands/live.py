@@ -70,6 +70,8 @@ def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen
         options.refuse_unused({"camera"}, "--from")
     else:
         options.refuse_unused({"host"}, "no --from")
+    if len(sources) > 1:
+        options.refuse_unused({"also"}, "several SRC")
     if not chosen["record"]:
         options.refuse_unused({"crf", "overwrite"}, "no --record")
     job = core.LiveOptions(to=to or (() if chosen["record"] else ("window",)), **chosen)

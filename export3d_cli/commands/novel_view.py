@@ -60,7 +60,7 @@ def novel_view(
 
     mesh, grid, depth, drive = (values[name] for name in ("mesh", "grid", "depth", "drive"))
     if mesh is not None and not (output or grid or depth):
-        unused = {"yaw", "pitch", "roll", "frames", "loop", "framing", "size", "watermark"}
+        unused = {"yaw", "pitch", "roll", "frames", "loop", "framing", "size", "watermark", "also"}
         options.refuse_unused(unused, "a mesh alone (add -o, --grid or --depth)")
     if values["crop"] == "none":
         options.refuse_unused({"framing"}, "--crop none")

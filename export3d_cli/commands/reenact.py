@@ -140,6 +140,8 @@ def reenact(
         options.refuse_unused({"framing", "paste_back"}, "--crop none")
     if chosen.pop("paste_back") and chosen["framing"] == "face":
         raise click.UsageError("--paste-back means --frame photo: leave out one of --paste-back and --frame face")
+    if len(sources) > 1:
+        options.refuse_unused({"also"}, "several SRC")
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background, job.crf)

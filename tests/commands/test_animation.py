@@ -76,6 +76,17 @@ def test_missing_face_exits_3_and_names_the_file(tiny, tmp_path):
     assert not (tmp_path / "out.mp4").exists()
 
 
+def test_additional_photo_of_somebody_else_is_refused_by_name_unless_forced(tiny_weights, tmp_path):
+    other = example_path("astronaut.jpg")
+    refused = reenact(tiny_weights, tmp_path / "out.mp4", "--max-frames", "1", "--also", other)
+    assert refused.exit_code == 2
+    assert f"{other} seems to show somebody else" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+    forced = reenact(tiny_weights, tmp_path / "out.mp4", "--max-frames", "1", "--also", other, "--force")
+    assert forced.exit_code == 0, forced.output
+    assert len(list(VideoReader(tmp_path / "out.mp4"))) == 1
+
+
 def test_bad_files_exit_2_and_bad_weights_exit_4(tiny, tmp_path):
     (tmp_path / "text.jpg").write_text("not a picture")
     assert reenact(tiny, tmp_path / "out.mp4", source=tmp_path / "text.jpg").exit_code == 2

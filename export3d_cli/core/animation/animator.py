@@ -10,7 +10,7 @@ An `Animator` holds weights and no portrait: threads may share one. Memory does 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -38,7 +38,7 @@ from export3d_cli.core.animation.rendering import colour_depth, sampling, tripla
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
-from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
+from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding, fit_clip_crop
 from export3d_cli.core.face.face_track import FaceTracker
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
@@ -65,6 +65,9 @@ from export3d_cli.core.runtime.device import (
 from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError
 from export3d_cli.core.runtime.weights import resolve_weights
 
+# Of additional photos, see `similarity`: pairs of one person had 0.6 to 0.94; of 593 pairs of two people 27 % reach it,
+# most of them photos from one studio. Another light lowers it.
+MIN_SIMILARITY = 0.5
 FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
 FP32_PARTS = ("expression", "decoder")  # parts of the network whose weights always stay fp32
 Notify = Callable[[str], None]  # takes a note for the user
@@ -98,10 +101,12 @@ class Portrait:
     shown: tuple[int, int, int, int]  # x0, y0, x1, y1 of the part that frames show, pixels of the photo as it was given
     source: Source = field(repr=False)  # the network's encoding of the crop
     canvas: PhotoCanvas | None = field(repr=False)  # the photo that frames show whole; None: frames are the crop
-    padded: Tensor | None = field(repr=False)  # (1, 3, M, M) the crop with the photo around it, for fine detail
+    # (N, 3, M, M) the crop with the photo around it, for fine detail; then those of additional photos
+    padded: Tensor | None = field(repr=False)
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
     covered: CoveredParts  # covered parts of the face, which are not animated
+    others: tuple[Portrait, ...] = field(default=(), repr=False)  # additional photos of the person, crops only
 
     @property
     def camera(self) -> Camera:
@@ -201,7 +206,8 @@ class Animator:
 
     def portrait(
         self, photo: np.ndarray, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
-        size: int = 0, name: str = "the photo",
+        size: int = 0, name: str = "the photo", also: Mapping[str, np.ndarray] | None = None,
+        force: bool = False,
     ) -> Portrait:  # fmt: skip
         """Find a face in a photo and encode the crop around it.
 
@@ -213,10 +219,13 @@ class Animator:
                 square, and frames show it as the network makes it.
             size: longer side of the frames in pixels; 0: the photo's, see `place_on_canvas`.
             name: of the photo, for error messages.
+            also: more photos of the person, likewise, by their names. Frames take from them what they show better of
+                the head, such as teeth, shut eyes or the other cheek. The largest face of each is used.
+            force: use photos of `also` even if they seem to show somebody else.
 
         Raises:
             NoFaceError: there is no face, or it is not upright.
-            InputError: an option does not fit the photo or the weights.
+            InputError: an option does not fit the photo or the weights, or `also` seems to show somebody else.
         """
         height, width = photo.shape[:2]
         if crop == "none" and height != width:
@@ -242,15 +251,52 @@ class Animator:
         padded = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), frame_size + 2 * padding)
         crop_image = padded[padding:-padding, padding:-padding].copy()
         left, top, right = (min(max(v, 0) / side, PHOTO_MARGIN) for v in (x0, y0, photo_size[0] - x0 - side))
-        encode = partial(
-            self._make_portrait, crop_image, motion, (left, top, right), faces, face_box, shown, padded, None
-        )
+
+        def encode() -> Portrait:
+            edges = (left, top, right)
+            portrait = self._make_portrait(crop_image, motion, edges, faces, face_box, shown, padded, None)
+            return self._add_photos(portrait, also, padding, force) if also else portrait
+
         if crop == "none":
             return encode()
         alpha_of = partial(self.matting.alpha, hair_strands=True)
         with ThreadPoolExecutor(1) as pool:  # while the network encodes the crop
             canvas = pool.submit(PhotoCanvas.from_photo, photo, square, alpha_of, faces)
             return replace(encode(), canvas=canvas.result())
+
+    def _add_photos(self, portrait: Portrait, photos: Mapping[str, np.ndarray], padding: int, force: bool) -> Portrait:
+        """Return the portrait with additional photos, by their names; its crop has `padding` pixels around it."""
+        if self.model.flow is None or portrait.padded is None:
+            raise InputError("these weights use one photo: leave out the additional ones")
+        tracker, size = self.tracker(), len(portrait.crop)
+        others, padded = list[Portrait](), [portrait.padded]
+        for name, photo in photos.items():
+            target = find_photo_face(tracker.landmarker, photo, name=name)
+            photo_size = (photo.shape[1], photo.shape[0])
+            x0, y0, side = square = fit_clip_crop(target.landmarks[None], photo_size)
+            motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))
+            around = padding * side / size
+            large = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), size + 2 * padding)
+            landmarks = self._tensor(landmarks_to_head_frame(motion.landmarks, motion.camera))
+            with torch.inference_mode():
+                matched, similarity = self._fp32_model.match_colours(
+                    portrait.source, to_tensor(large)[None].to(self.device), padding, self._tensor(motion.camera),
+                    landmarks,
+                )  # fmt: skip
+            if similarity < MIN_SIMILARITY and not force:
+                raise InputError(
+                    f"{name} seems to show somebody else (similarity {similarity:.2f}, at least {MIN_SIMILARITY}): "
+                    "leave it out, or pass --force"
+                )
+            padded.append(matched)
+            crop = to_uint8(matched[0, :, padding:-padding, padding:-padding])
+            others.append(replace(
+                portrait, crop=crop, motion=motion, margins=None, faces=tuple(face_positions(target, [], square)),
+                face_box=_bounding_box(target.landmarks), canvas=None,
+                covered=self._cover_detector.covered_parts(crop, motion.landmarks[0]),
+            ))  # fmt: skip
+        stacked = torch.cat(padded).contiguous(memory_format=torch.channels_last)
+        return self._encode(replace(portrait, others=tuple(others), padded=stacked))
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
         """Encode a face crop, uint8 (K, K, 3), that has been tracked: the first row of `motion`, in crop units.
@@ -381,8 +427,8 @@ class Animator:
         finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
         return portrait if finite else self._to_fp32(portrait)
 
-    def _encode(self, portrait: Portrait) -> Portrait:
-        """Return the portrait with its crop encoded by its network."""
+    def _encode(self, portrait: Portrait, first: Source | None = None) -> Portrait:
+        """Return the portrait with its crop encoded by its network, as an addition to the photo `first` if given."""
         model, crop, motion, margins = portrait.model, portrait.crop, portrait.motion, portrait.margins
         size = model.config.image_size
         interpolation = cv2.INTER_AREA if len(crop) > size else cv2.INTER_LINEAR
@@ -390,12 +436,15 @@ class Animator:
         alpha = self.matting.alpha(small, portrait.faces, hair_strands=True)[None, None]
         landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
-            return replace(portrait, source=model.encode_source(
+            source = model.encode_source(
                 to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
                 self._tensor(landmarks), self._tensor(alpha),
                 None if margins is None else self._tensor(np.array([margins])),
-                self._tensor(np.array([portrait.covered])),
-            ))  # fmt: skip
+                self._tensor(np.array([portrait.covered])), first,
+            )  # fmt: skip
+        others = [replace(photo, model=model, precision=portrait.precision) for photo in portrait.others]
+        others = [self._encode(photo, source) for photo in others]
+        return replace(portrait, source=replace(source, others=tuple(photo.source for photo in others)))
 
     def _to_fp32(self, portrait: Portrait) -> Portrait:
         """Return the portrait encoded in fp32, for values that overflow in half precision."""

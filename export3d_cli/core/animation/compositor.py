@@ -32,8 +32,9 @@ def load_photo(animator: Animator, source: Path, options: PortraitOptions, *, ma
     photo = read_portrait(source)
     size = options.size or (max_side if max(photo.shape[:2]) > max_side else 0)
     return animator.portrait(
-        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size
-    )
+        photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size,
+        also={str(path): read_portrait(path) for path in options.also}, force=options.force,
+    )  # fmt: skip
 
 
 def check_outputs(outputs: list[Path], background: str, crf: int | None = None) -> None:

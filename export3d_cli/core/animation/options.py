@@ -37,6 +37,8 @@ class PortraitOptions:
     framing: Framing = "photo"  # the whole photo, or a square around the head
     crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
     size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
+    also: tuple[Path, ...] = ()  # more photos of the person, see `Animator.portrait`
+    force: bool = False  # use them even if they seem to show somebody else
     expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # added to every frame, or swept over them
     watermark: Watermark = "invisible"  # in the picture; the metadata always carry a mark
 

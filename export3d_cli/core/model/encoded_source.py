@@ -49,6 +49,11 @@ class Source:
     highpass: Tensor | None = None  # (B, 1, H, W) luminance detail, see `layer_warp.highpass`
     basis: Tensor | None = None  # (n, d) expression basis of the weights
     view_tables: list[Tensor] | None = None  # `make_feature_table` of each view plane
+    others: tuple[Source, ...] = ()  # additional photos of the person, in the colours of this one
+
+    def collect(self, name: str) -> list[Tensor]:
+        """Return a field of this photo and of the additional ones."""
+        return [getattr(photo, name) for photo in (self, *self.others)]
 
     @property
     def coefficients(self) -> Tensor:
@@ -57,5 +62,7 @@ class Source:
 
     def expand(self, batch: int) -> Source:
         """Expand a single source to a batch of drivers, without copying memory."""
-        parts = {k: expand_batch(value, batch) for k, value in vars(self).items() if k not in ("stem", "basis")}
-        return replace(self, **parts, stem=[expand_batch(x, batch) for x in self.stem])
+        names = vars(self).keys() - {"stem", "basis", "others"}
+        parts = {name: expand_batch(getattr(self, name), batch) for name in names}
+        others = tuple(photo.expand(batch) for photo in self.others)
+        return replace(self, **parts, others=others, stem=[expand_batch(x, batch) for x in self.stem])

@@ -21,21 +21,31 @@ from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
 from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
-from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.masks import box_mean, linear_step
 from export3d_cli.core.model.one_sided import apply_wink, measure_wink
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
 from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_field, sample_planes
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
-from export3d_cli.core.model.warp.flow_blending import FlowBlend, neck_flow, relative_rotation, rigid_flow
+from export3d_cli.core.model.warp.flow_blending import FlowBlend, LayeredFlow, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
-from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, resize, warp
+from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, MeshFlow, resize, warp
+from export3d_cli.core.model.warp.photo_selection import (
+    blend_landmarks,
+    expression_distances,
+    select_photos,
+    similarity,
+)
 from export3d_cli.core.model.warp.rasterizer import gather_rows
 
 DENSITY_TV_POINTS = 1024  # points at which `_density_tv` compares neighbours
 DENSITY_TV_DISTANCE = 0.008  # largest distance of neighbours along each axis, head-frame units
 OPACITY_FADE = (0.1, 0.5)  # ray opacities that are not shown (scraps in the air) and fully shown
+SHOWN_FADE = (0.5, 0.9)  # validity of additional photos over which they replace inpainting
+# Gain that gives an additional photo the colours of the first one, as a map over the crop:
+GAIN_SIZE = 16  # cells of its side
+MIN_GAIN_LEVEL, MAX_GAIN = 0.08, 3.0  # least brightness that is compared, of 2, and the limit of the gain
 DEFAULT_BODY_WEIGHT = 0.2  # body weight of pixels outside the head if no person mask is given
 CPU_UPSCALE_BATCH = 2  # images upscaled together on a CPU; one takes 250 MB at 2048 x 2048
 SampleCounts = tuple[int, int]  # coarse and fine samples per ray
@@ -49,6 +59,7 @@ class PosedHead:
     surface: Tensor | None  # (B, 6, s, s), see `BasisFlow.rasterize_surface`
     mesh: DeformedMesh | None
     plane_tables: list[Tensor] | None  # `make_feature_table` of each head's planes; None on the plain path
+    distances: Tensor | None = None  # (B, 478, J) of several photos' expressions, see `expression_distances`
 
     def expand(self, batch: int) -> PosedHead:
         """Expand a single head to a batch of cameras, without copying memory."""
@@ -69,18 +80,18 @@ class Output(NamedTuple):
     warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
     source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
     before_inpainting: Tensor | None = None  # (B, 3, H, W) image without `inpainted`
-    sample_grid: Tensor | None = None  # (B, 4, H, W) photo positions of both layers, see `LayerWarp`
-    blend_weights: Tensor | None = None  # (B, 2, H, W) weights of both layers
+    sample_grid: Tensor | None = None  # (B, 2 L, H, W) photo positions of each layer, see `LayerWarp`
+    blend_weights: Tensor | None = None  # (B, L, H, W) weights of the layers
     inpainted: tuple[InpaintedPatch, ...] = ()  # synthesised patches: mouth, eyes, eyelids
 
-    def upscale(self, photo: Tensor, size: int) -> Tensor:
-        """Return the image as (B, 3, size, size) with the detail of `photo` (1, 3, M, M), see `upscale_with_detail`."""
+    def upscale(self, photos: Tensor, size: int) -> Tensor:
+        """Return the image as (B, 3, size, size) with the detail of photos (N, 3, M, M), see `upscale_with_detail`."""
         if self.before_inpainting is None or self.sample_grid is None or self.blend_weights is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
-        batch = CPU_UPSCALE_BATCH if photo.device.type == "cpu" else len(self.image)
+        batch = CPU_UPSCALE_BATCH if photos.device.type == "cpu" else len(self.image)
         parts = (x.split(batch) for x in (self.before_inpainting, self.sample_grid, self.blend_weights))
         large = [
-            upscale_with_detail(image, LayerWarp(grid, weights), photo, size)
+            upscale_with_detail(image, LayerWarp(grid, weights), photos, size)
             for image, grid, weights in zip(*parts, strict=True)
         ]
         return composite_patches(torch.cat(large), self.inpainted)
@@ -113,7 +124,7 @@ class Export3D(nn.Module):
 
     def encode_source(
         self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
-        margins: Tensor | None = None, covered: Tensor | None = None,
+        margins: Tensor | None = None, covered: Tensor | None = None, first: Source | None = None,
     ) -> Source:  # fmt: skip
         """Encode a photo for `drive`.
 
@@ -125,6 +136,7 @@ class Export3D(nn.Module):
             person_mask: (B, 1, ., .) in [0, 1], 1 on the person. Without it hair counts as background.
             margins: (B, 3) how far a larger photo continues to the left, top and right, in image sizes.
             covered: (B, 3) 1 where something is before the mouth, the person's right eye and left eye, else 0.
+            first: the photo that this one is added to, in whose colours it is, see `match_colours`.
         """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
@@ -140,7 +152,9 @@ class Export3D(nn.Module):
             with torch.no_grad():
                 visibility = self.flow.source_visibility(landmarks, camera)
                 head_mask = self.flow.head_mask(landmarks, camera, person_mask, visibility)
-            if inference:
+            if first is not None:
+                colours = first.colours
+            elif inference:
                 colours = PhotoColours.measure(image, project(landmarks, camera)[0], head_mask)
         if colours is not None and detail is not None:
             image, detail = remove_light(image, colours.light), detail / colours.light
@@ -166,6 +180,29 @@ class Export3D(nn.Module):
             )  # fmt: skip
         return source
 
+    def match_colours(
+        self, first: Source, photo: Tensor, margin: int, camera: Tensor, landmarks: Tensor
+    ) -> tuple[Tensor, float]:
+        """Return an additional photo in the colours and the light of the first one, and their `similarity`.
+
+        The photo (1, 3, M, M) continues `margin` pixels around the crop that has this camera and these landmarks. Its
+        gain is smooth, and measured where both photos show the face.
+        """
+        assert self.flow is not None
+        centre = photo[..., margin:-margin, margin:-margin]
+        mesh = self.flow.render_flow(self.flow.deform_mesh(first.landmarks, first.camera, landmarks), camera)
+        skin = (mesh.face * mesh.valid * (1 - mesh.mouth - mesh.eye) > 0.5).float()
+        pair = torch.cat([warp(first.image, mesh.uv), F.interpolate(centre, mesh.uv.shape[2:], mode="area")])
+        if first.colours is not None:
+            pair[:1] = add_light(pair[:1], first.colours.light)
+        like, own = (fill_push_pull(pair, skin.expand(2, -1, -1, -1), GAIN_SIZE) + 1).clamp_min(MIN_GAIN_LEVEL)
+        gain = box_mean((like / own).clamp(1 / MAX_GAIN, MAX_GAIN)[None], 1)
+        photo = (photo + 1) * F.pad(resize(gain, centre.shape[-1]), (margin,) * 4, mode="replicate") - 1
+        if first.colours is not None:
+            white = first.colours.head.limit(remove_light(photo, first.colours.light))
+            photo = add_light(white, first.colours.light)
+        return photo.clamp(-1, 1), similarity(pair, skin)
+
     def coefficients(self, beta: Tensor) -> Tensor:
         """Map expressions `beta` (B, 64) to coefficients lambda and the wink, (B, n + 1)."""
         return torch.cat([self.expression.coefficients(beta), measure_wink(beta)], dim=1)
@@ -180,20 +217,23 @@ class Export3D(nn.Module):
         `planes` are the tri-planes if they are known already.
         """
         planes = self.generate_planes(source, lam) if planes is None else planes  # (B, 3, C, P, P)
-        mesh, surface = None, None
+        mesh, surface, distances = None, None, None
         if self.flow is not None:
             with torch.no_grad():
-                change, wink = self._change(source, lam), lam[:, self.config.num_coefficients :]  # (B, n), (B, 1 or 0)
-                landmarks = self.flow.deform_landmarks(source.landmarks, change)  # (B, 478, 3)
-                if wink.shape[1]:
-                    landmarks = apply_wink(landmarks, source.landmarks, wink, source.wink)
+                photos = (source, *source.others)
+                deformed = [self._deform(photo, lam) for photo in photos]
+                landmarks = deformed[0]  # (B, 478, 3)
+                if source.others:
+                    distances = expression_distances(landmarks, deformed, [x.landmarks for x in photos])
+                    angles = [relative_rotation(x.camera, source.camera).norm(dim=1) for x in photos]
+                    landmarks = blend_landmarks(deformed, distances, torch.stack(angles, dim=1))
                 if source.cover is not None:
                     landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
                 mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks)
                 if self.config.head_prior:
                     surface = self.flow.rasterize_surface(landmarks, landmarks - source.landmarks)  # (B, 6, s, s)
         tables = self._make_plane_tables(planes) if self._use_sparse_path(planes) else None
-        return PosedHead(planes, surface, mesh, tables)
+        return PosedHead(planes, surface, mesh, tables, distances)
 
     def drive(
         self, source: Source, beta: Tensor | None, camera: Tensor, *, lam: Tensor | None = None,
@@ -312,6 +352,13 @@ class Export3D(nn.Module):
     def _change(self, source: Source, lam: Tensor) -> Tensor:
         """Return the change of lambda (B, n) from the photo's; `lam` may hold a wink."""
         return lam[:, : self.config.num_coefficients] - source.lam
+
+    def _deform(self, source: Source, lam: Tensor) -> Tensor:
+        """Return a photo's landmarks (B, 478, 3) with lambda (B, n), or (B, n + 1) with a wink."""
+        assert self.flow is not None
+        landmarks = self.flow.deform_landmarks(source.landmarks, self._change(source, lam))
+        wink = lam[:, self.config.num_coefficients :]  # (B, 1 or 0)
+        return apply_wink(landmarks, source.landmarks, wink, source.wink) if wink.shape[1] else landmarks
 
     def _visible_change(self, source: Source, lam: Tensor) -> Tensor:
         """Return the change of lambda (B, n) from the photo's, without what covers hide."""
@@ -434,7 +481,26 @@ class Export3D(nn.Module):
             source.image, mesh, rigid, neck, resize(opacity, m), source.head_mask, source.body_mask, rotation,
             self._visible_change(source, lam),
         )  # fmt: skip
+        if source.others:
+            flow, mesh = self._select_photos(source, posed, camera, flow, mesh, cover)
         return PhotoDetail(source, mesh, flow, self._expression_code(source, lam), cover)
+
+    def _select_photos(
+        self, source: Source, posed: PosedHead, camera: Tensor, flow: LayeredFlow, mesh: MeshFlow, cover: Tensor | None
+    ) -> tuple[LayeredFlow, MeshFlow]:
+        """Let the additional photos supply what they show of the face better than the first one."""
+        assert self.flow is not None and posed.mesh is not None and posed.distances is not None
+        head, points = posed.mesh.points, posed.mesh.points[:, :NUM_LANDMARKS]
+        meshes, shown = [mesh], [1 - mesh.face * 0]
+        for photo in source.others:
+            own = self.flow.deform_mesh(photo.landmarks, photo.camera, points)._replace(points=head)
+            flow_of = self.flow.render_flow(own, camera, mesh.uv.shape[-1], photo.head_mask, photo.visibility)
+            covers = [cover] if photo.cover is None else [cover, warp(photo.cover.mask, flow_of.uv)]
+            meshes.append(flow_of)
+            shown.append(torch.stack([1 - x for x in covers if x is not None] or shown[:1]).amin(0))
+        expression = resize(self.flow.rasterize_landmark_values(points, camera, posed.distances), mesh.uv.shape[-1])
+        angles = [relative_rotation(photo.camera, camera).norm(dim=1) for photo in (source, *source.others)]
+        return select_photos(flow, meshes, expression, torch.stack(angles, dim=1), torch.cat(shown, dim=1))
 
     def _inpaint(
         self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor, detail: PhotoDetail | None
@@ -450,6 +516,9 @@ class Export3D(nn.Module):
         for inpainter in self.inpainters.values():
             assert isinstance(inpainter, Inpainter)
             patches += inpainter.inpaint(image, source.image, source.landmarks, source.camera, landmarks, camera)
+        if detail is not None and detail.flow.fractions is not None:  # what other photos show is not synthesised
+            shown = linear_step(detail.flow.fractions.sum(1, keepdim=True) * detail.mesh.valid, *SHOWN_FADE)
+            patches = [patch._replace(mask=patch.mask * (1 - patch.crop.sample(shown))) for patch in patches]
         return tuple(patches)
 
     def _density_tv(self, source: Source, posed: PosedHead, batch_rows: BatchRows | None) -> Tensor:

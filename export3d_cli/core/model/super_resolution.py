@@ -1,6 +1,6 @@
 """Super-resolution (sec. 3.3): plain convolution blocks, (B, C', H/4, W/4) -> (B, 3, H, W).
 
-With a flow (beyond the paper), colours and features of the photo, sampled along it, are concatenated at each size. A
+With a flow (beyond the paper), colours and features of the photos, sampled along it, are concatenated at each size. A
 residual flow of a few pixels corrects it, and the last block blends the sampled colour with its own.
 """
 
@@ -50,8 +50,8 @@ class SuperResolutionOutput(NamedTuple):
     residual_flow: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
     warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
     source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
-    sample_grid: Tensor | None = None  # (B, 4, H, W) see `LayerWarp`
-    blend_weights: Tensor | None = None  # (B, 2, H, W) weights of the photo's detail, see `LayerWarp`
+    sample_grid: Tensor | None = None  # (B, 2 L, H, W) see `LayerWarp`
+    blend_weights: Tensor | None = None  # (B, L, H, W) weights of the photos' detail, see `LayerWarp`
 
 
 def widen_mask(mask: Tensor, divisor: int = SEAM_DIVISOR) -> Tensor:
@@ -124,8 +124,6 @@ class SuperResolution(nn.Module):
             return SuperResolutionOutput(rgb + self.colour(leaky_relu(x)).float())
 
         source, mesh, flow, code, cover = detail
-        assert source.image_half is not None and source.features_half is not None
-        assert source.features_quarter is not None
         quarter = features.shape[-1]
         half, full = 2 * quarter, 4 * quarter
         background_visibility = _background_visibility(detail)  # (B, 1, m, m)
@@ -134,19 +132,20 @@ class SuperResolution(nn.Module):
 
         facts = torch.cat([face, rigid, background, visibility, mesh.stretch, mesh.mouth, mesh.mouth_coords], dim=1)
         layers = make_layer_warp(flow, background_visibility, quarter)
-        x = torch.cat([features, layers.sample(source.features_quarter), resize(facts, quarter)], dim=1)
+        x = torch.cat([features, layers.sample(source.collect("features_quarter")), resize(facts, quarter)], dim=1)
         x = leaky_relu(self.block4(self.enter(x)))  # (B, c2, H/4, W/4)
 
         facts = resize(torch.cat([visibility, mesh.mouth, mesh.mouth_coords], dim=1), half)
         layers = make_layer_warp(flow, background_visibility, half)
-        warped_half = layers.sample_over(source.image_half, rgb_half)  # (B, 3, H/2, W/2)
-        x = self._upsample_concat_conv(self.to2, x, [warped_half, layers.sample(source.features_half), facts], mesh)
+        warped_half = layers.sample_over(source.collect("image_half"), rgb_half)  # (B, 3, H/2, W/2)
+        halves = layers.sample(source.collect("features_half"))
+        x = self._upsample_concat_conv(self.to2, x, [warped_half, halves, facts], mesh)
         x = leaky_relu(self.block2(x + self.expression(code)[:, :, None, None]))  # (B, c2, H/2, W/2)
         residual_flow = MAX_RESIDUAL_FLOW * torch.tanh(self.offset(x).float())  # (B, 2, H/2, W/2)
 
         facts = resize(facts, full)
         layers = make_layer_warp(flow, background_visibility, full, residual_flow)
-        warped = layers.sample_over(source.image, rgb)  # (B, 3, H, W)
+        warped = layers.sample_over(source.collect("image"), rgb)  # (B, 3, H, W)
         x = self.block1(self._upsample_concat_conv(self.to1, x, [warped, facts], mesh))  # (B, c1, H, W)
         colour, logit = self.colour(leaky_relu(x)).float().split([3, 1], dim=1)
         blend = torch.sigmoid(4 * logit + PHOTO_LOGIT_BIAS * facts[:, :1] - 3)  # starts with the photo where visible
@@ -155,18 +154,21 @@ class SuperResolution(nn.Module):
             blend = torch.maximum(blend, resize(cover, full))
         synthesised = rgb + colour
         if source.colours is not None:
-            synthesised = source.colours.limit(synthesised, layers.blend_weights[:, :1])
+            synthesised = source.colours.limit(synthesised, layers.head_weight)
         image = blend * warped + (1 - blend) * synthesised
-        weights = blend * layers.blend_weights  # (B, 2, H, W)
+        weights = blend * layers.blend_weights  # (B, L, H, W)
         if source.highpass is not None:
-            missing = _missing_detail(blend, facts[:, :2]) * layers.blend_weights[:, :1]  # head layer only
-            weights[:, :1] += missing
+            missing = _missing_detail(blend, facts[:, :2])
             # No detail where photo positions jump: at outlines and on faces seen from the side. Every second pixel
             # suffices, as the grid has no finer structure.
             jump = warp_discontinuity(layers.sample_grid[..., ::2, ::2])
             continuous = resize(1 - linear_step(jump, *DISCONTINUITY_FADE), full)
+            for k, fine in zip((0, *range(2, weights.shape[1])), source.collect("highpass"), strict=True):  # the head's
+                share = missing * layers.blend_weights[:, k : k + 1]
+                weights[:, k : k + 1] += share
+                grid = layers.sample_grid[:, 2 * k : 2 * k + 2]
+                image = image + share * continuous[:, k : k + 1] * warp(fine, grid)
             weights = weights * continuous
-            image = image + missing * continuous[:, :1] * warp(source.highpass, layers.sample_grid[:, :2])
         return SuperResolutionOutput(image, residual_flow, warped_half, visibility, layers.sample_grid, weights)
 
     def _upsample_concat_conv(self, conv: nn.Conv2d, x: Tensor, others: list[Tensor], mesh: MeshFlow) -> Tensor:

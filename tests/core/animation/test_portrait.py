@@ -64,3 +64,19 @@ def test_distance_to_a_face_is_counted_in_its_sizes() -> None:
 def test_crop_none_of_a_photo_that_is_not_square_is_refused(animator: Animator, couple: np.ndarray) -> None:
     with pytest.raises(InputError, match="it is 384x256: --crop none takes square pictures"):
         animator.portrait(couple, name="it", face="left", crop="none")
+
+
+def test_additional_photo_changes_frames_and_none_changes_nothing(animator: Animator) -> None:
+    photo = read_image(example_path("source.jpg"))
+    blue = photo.copy()
+    blue[..., 0] //= 2
+    alone, again = (animator.portrait(photo, also=also) for also in (None, {}))
+    both = animator.portrait(photo, also={"blue": blue, "mirrored": photo[:, ::-1].copy()})
+    assert [len(portrait.source.others) for portrait in (alone, again, both)] == [0, 0, 2]
+    assert both.padded is not None and len(both.padded) == 3
+    matched = np.abs(both.others[0].crop.astype(float) - alone.crop).mean()
+    assert matched < np.abs(alone.crop // (2, 1, 1) - alone.crop.astype(float)).mean() / 2  # in the first one's colours
+    camera = np.repeat(alone.motion.camera, 2, axis=0)
+    frames = [list(animator.view(portrait, camera)) for portrait in (alone, again, both)]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert not np.array_equal(frames[0], frames[2])

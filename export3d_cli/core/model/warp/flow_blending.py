@@ -55,12 +55,14 @@ def relative_rotation(source_camera: Tensor, camera: Tensor) -> Tensor:
 
 
 class LayeredFlow(NamedTuple):
-    """Backward flow of two layers, the head and what is behind it."""
+    """Backward flow of two layers, the head and what is behind it; the head may come from additional photos, too."""
 
     head: Tensor  # (B, 2, m, m) uv in the photo
     background: Tensor  # (B, 2, m, m) uv in the photo, torso included
     weights: Tensor  # (B, 4, m, m) of mesh, rigid, static and neck flow; they sum to 1
     head_occlusion: Tensor  # (B, 1, m, m) 1 where the rendered head is opaque, 0 where it hardly hides the background
+    additional: tuple[Tensor, ...] = ()  # (B, 2, m, m) uv of the head in each additional photo
+    fractions: Tensor | None = None  # (B, N, m, m) of the head that each additional photo supplies
 
     @property
     def head_weight(self) -> Tensor:
