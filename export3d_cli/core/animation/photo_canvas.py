@@ -59,9 +59,11 @@ class FrameLayers(NamedTuple):
         weight = flow.face_weight[:, 0].float().cpu().numpy()
         depth, opacity = (x[:, 0].float().cpu().numpy() for x in (output.depth, output.opacity))
         copied = [0.0] * len(images)
-        if output.blend_weights is not None and output.face is not None:
+        if output.blend_weights is not None:
+            margin = round(FLOW_SIZE * WINDOW_MARGIN / (1 + 2 * WINDOW_MARGIN))  # cells around the crop
+            shown = flow.face_weight[..., margin:-margin, margin:-margin]
             synthesised = 1 - output.blend_weights.float().sum(1, keepdim=True)
-            copied = (1 - synthesised * resize(output.face, len(synthesised[0, 0]))).mean((1, 2, 3)).tolist()
+            copied = (1 - shown * resize(synthesised, shown.shape[-1])).mean((1, 2, 3)).tolist()
         volumes = map(VolumeRender, to_uint8(output.raw), depth, opacity, copied)
         return [cls(*layers) for layers in zip(images, displacement, weight, volumes, strict=True)]
 
