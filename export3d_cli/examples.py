@@ -10,6 +10,7 @@ COMMANDS = {
     "app": "open a page in the browser that does it",
     "novel-view": "turn a portrait; --grid, --depth",
     "edit-basis": "change an expression; --smile, --preset, --grid",
+    "edit": "change an expression in a video; --smile, --gaze",
     "preprocess": "track faces; write a motion file or a training data set",
     "train": "train a model on data sets; resumes",
     "evaluate": "score weights on a data set",
@@ -29,6 +30,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "edit-basis": (
         "edit-basis src.jpg --smile 0:1 --jaw .2 -o laugh.mp4",
         "edit-basis src.jpg --preset joy --from neutral -o joy.png",
+    ),
+    "edit": (
+        "edit clip.mp4 --smile .4 -o out.mp4",
+        "edit clip.mp4 --eyes-to-camera --lips-shut-when-silent -o out.mp4",
     ),
     "preprocess": ("preprocess drive.mp4 -o drive.motion.npz", "preprocess videos -o data"),
     "train": ("train --config config.yaml", "train --config config.yaml batch=4 loss.l1=1 --dry-run"),

@@ -87,8 +87,21 @@ def _validate_device(ctx: click.Context, param: click.Parameter, value: str) -> 
 
 def validate_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Check the rule that selects one of several faces."""
-    if not re.fullmatch(r"largest|left|right|index:\d{1,6}", value, flags=re.ASCII):
+    several = "|all" if ctx.command.name == "reenact" and param.name == "face" else ""
+    if not re.fullmatch(r"largest|left|right|index:\d{1,6}" + several, value, flags=re.ASCII):
         raise click.BadParameter(f"must be largest, left, right or index:N (from 0); got {value!r}", ctx, param)
+    return value
+
+
+def validate_audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Check that a sound exists if it is a file."""
+    if value in ("auto", "driver", "source", "none"):
+        return value
+    if not Path(value).is_file():
+        raise click.BadParameter(f"audio must be driver, source, none or a file with sound, got {value!r}", ctx, param)
+    from export3d_cli import core
+
+    core.check_has_sound(Path(value))
     return value
 
 
@@ -130,15 +143,27 @@ tracker_option = click.option(
     "--tracker", type=click.Choice(["landmarker", "fan"]), default="landmarker", show_default=True,
     help="Face tracker of the driver; fan is slower and needs export3d-cli[fan]. SRC always uses landmarker.",
 )  # fmt: skip
+face_option = click.option(
+    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=validate_face,
+    help="Which face of SRC to use if there are several; index counts from the left, from 0; all (only reenact, of a "
+    "photo): DRIVE moves every face.",
+)  # fmt: skip
+# the part of a video that is read
+range_options = _together(
+    click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds to skip."),
+    click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds to use.  [default: all]"),
+    click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames."),
+)
 # the part of the portrait that is animated, and what frames show
 source_options = _together(
-    click.option("--face", default="largest", show_default=True, metavar="largest|left|right|index:N",
-                 callback=validate_face,
-                 help="Which face of SRC to use if there are several; index counts from the left, from 0."),
+    face_option,
     click.option("--also", type=EXISTING_FILE, multiple=True, metavar="PHOTO",
                  help="Another photo of the same person, for what SRC does not show: teeth, shut eyes, the far cheek. "
                  "Repeatable."),
     click.option("--force", is_flag=True, help="Use a photo of --also even if it seems to show somebody else."),
+    click.option("--landmarks", type=EXISTING_FILE,
+                 help="Landmarks of a face that is not found, as in paintings: .json or .csv with 68 (iBUG) or 478 "
+                 "(MediaPipe) points x, y in pixels of SRC."),
     click.option("--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
                  help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is."),
     frame_option,
@@ -214,6 +239,14 @@ def expression_options(command: F) -> F:
         click.option("--from", "origin", type=click.Choice(["photo", "neutral"]), default="photo", show_default=True,
                      help="Expression that controls change: SRC's own, or with mouth and brows at rest."),
     )(collect)  # type: ignore[return-value]  # fmt: skip
+
+
+correction_options = _together(
+    click.option("--eyes-to-camera", is_flag=True,
+                 help="Turn the gaze to the camera, wherever the head turns; blinks stay."),
+    click.option("--lips-shut-when-silent", is_flag=True,
+                 help="Shut the lips where the result's sound is silent (25 dB below speech)."),
+)  # fmt: skip
 
 
 def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None:

@@ -41,6 +41,10 @@ from export3d_cli import console, options
     "--mesh", type=options.OUTPUT_FILE, metavar="OUT.ply|OUT.glb",
     help="Write the head as a mesh (metres, y up); other outputs only with -o, --grid or --depth.",
 )  # fmt: skip
+@click.option(
+    "--morphs", type=click.Choice(["none", "arkit"]), default="none", show_default=True,
+    help="Give a .glb mesh 52 morph targets with ARKit's names, for other programs; the mouth has no inside.",
+)  # fmt: skip
 @options.source_options
 @options.expression_options
 @options.fps_option
@@ -62,6 +66,8 @@ def novel_view(
     if mesh is not None and not (output or grid or depth):
         unused = {"yaw", "pitch", "roll", "frames", "loop", "framing", "size", "watermark", "also"}
         options.refuse_unused(unused, "a mesh alone (add -o, --grid or --depth)")
+    if mesh is None:
+        options.refuse_unused({"morphs"}, "views: morph targets need --mesh OUT.glb")
     if values["crop"] == "none":
         options.refuse_unused({"framing"}, "--crop none")
     if grid:
@@ -71,7 +77,7 @@ def novel_view(
     picture = grid or (chosen.single and drive is None)
     out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")
     if mesh is not None:
-        core.check_mesh_output(mesh)
+        core.check_mesh_output(mesh, morphs=values["morphs"] == "arkit")
         out = out if output or grid or depth else None
     if out is not None:
         core.check_overwrite(out, chosen.overwrite)

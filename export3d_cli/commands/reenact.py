@@ -1,4 +1,4 @@
-"""`export3d reenact SRC... DRIVE -o OUT`: animate portraits by a driver."""
+"""`export3d reenact SRC... DRIVE -o OUT`: animate photos, or faces in videos, by a driver."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ import click
 from export3d_cli import console, options
 
 
-def _check_audio(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value not in ("driver", "none") and not Path(value).is_file():
-        raise click.BadParameter(f"audio must be driver, none or a file with sound, got {value!r}", ctx, param)
-    if value not in ("driver", "none"):
-        from export3d_cli import core
-
-        core.check_has_sound(Path(value))
-    return value
-
-
 def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     return tuple(value.split(","))
 
@@ -27,6 +17,13 @@ def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 def _parse_scales(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     pairs = [text.partition("=")[::2] for text in value]
     return tuple((name, SCALE_RANGE(scale, param, ctx)) for name, scale in pairs)
+
+
+def _parse_pairs(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
+    pairs = [text.partition("=")[::2] for text in value]
+    return tuple(
+        (options.validate_face(ctx, param, face), options.EXISTING_PATH(driver, param, ctx)) for face, driver in pairs
+    )
 
 
 def _parse_torso(ctx: click.Context, param: click.Parameter, value: str) -> Any:
@@ -45,23 +42,27 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     required=True,
     help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.",
 )
-@click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of DRIVE to skip.")
-@click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of DRIVE to use.  [default: all]")
-@click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames.")
+@options.range_options
 @click.option("--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: exactly the driver's]")
 @click.option(
-    "--audio",
-    default="driver",
-    show_default=True,
-    metavar="driver|none|FILE",
-    callback=_check_audio,
-    help="Sound of the result.",
-)
+    "--audio", default="auto", show_default=True, metavar="auto|driver|source|none|FILE",
+    callback=options.validate_audio, help="Sound of the result; auto is DRIVE's, or that of a video as SRC.",
+)  # fmt: skip
+@click.option(
+    "--length", type=click.Choice(["source", "driver", "shortest", "loop"]), default="source", show_default=True,
+    help="Length of the result if SRC is a video: SRC's (after DRIVE's end it is not edited), DRIVE's (SRC repeats), "
+    "the shorter one, or SRC's while DRIVE repeats.",
+)  # fmt: skip
 @click.option(
     "--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
     help="For driver frames without a face: repeat the last motion, leave the frame out, or stop.",
 )  # fmt: skip
 @options.source_options
+@click.option(
+    "--pair", "pairs", multiple=True, metavar="FACE=DRIVE", callback=_parse_pairs,
+    help="Another face of the photo SRC and its own driver: --face left --pair right=b.mp4. Repeatable; the shortest "
+    "driver ends the result.",
+)  # fmt: skip
 @click.option(
     "--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
     callback=options.validate_face, help="Which face of DRIVE to follow, chosen in the first frame with a face.",
@@ -99,6 +100,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     "one of the first 10 s of each shot, see --pose; else 0]",
 )  # fmt: skip
 @options.expression_options
+@options.correction_options
 @options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
@@ -130,7 +132,8 @@ def reenact(
 ) -> None:
     """Animate the portraits SRC with the head and face motion of DRIVE.
 
-    DRIVE is a video, an image, a .motion.npz or a CSV of Live Link Face. The result has its frame rate and sound.
+    DRIVE is a video, an image, a .motion.npz or a CSV of Live Link Face. The result has its frame rate and sound. SRC
+    may be a video, too: its frames keep the head's pose and all but the regions of the face that DRIVE drives.
     """
     from export3d_cli import core
 
@@ -141,7 +144,7 @@ def reenact(
     if chosen.pop("paste_back") and chosen["framing"] == "face":
         raise click.UsageError("--paste-back means --frame photo: leave out one of --paste-back and --frame face")
     if len(sources) > 1:
-        options.refuse_unused({"also"}, "several SRC")
+        options.refuse_unused({"also", "landmarks"}, "several SRC")
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
     core.check_outputs(paths, job.background, job.crf)

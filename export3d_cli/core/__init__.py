@@ -56,6 +56,7 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "NovelViewOptions": "animation.novel_view",
     "EditOptions": "animation.edit_basis",
     "ExpressionEdit": "animation.expression_controls",
+    "edit_clip": "animation.clip_editing",
     "edit_expression": "animation.expression_controls",
     "read_preset": "animation.expression_controls",
     "reenact": "animation.reenact",

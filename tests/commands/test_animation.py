@@ -303,3 +303,21 @@ def test_threads_applies_to_the_command_alone(tmp_path, monkeypatch):
     assert run("novel-view", "-o", tmp_path / "a.png", "--yaw", "0", "--threads", before + 1).exit_code == 2
     assert counts == [before + 1]
     assert torch.get_num_threads() == before
+
+
+def test_edit_writes_the_clip_with_a_changed_expression(tiny, tmp_path):
+    clip, out = example_path("drive.mp4"), tmp_path / "out.mp4"
+    usual = ("--weights", tiny, "--device", "cpu", "--max-frames", 3)
+    result = run("edit", clip, "-o", out, "--eyes-to-camera", "--json", *usual)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["frames"] == probe(out).frame_count == 3
+    for args, words in (
+        ((clip,), "nothing to edit"), ((example_path("source.jpg"), "--smile", ".4"), "is not a video"),
+        ((clip, "--lips-shut-when-silent"), "has no sound"), ((clip, "--smile", "0:1"), "range A:B"),
+    ):  # fmt: skip
+        result = run("edit", *args, "-o", tmp_path / "no.mp4", *usual)
+        assert (result.exit_code, words in result.stderr) == (2, True), result.output
+    assert not (tmp_path / "no.mp4").exists()
+    refused = reenact(tiny, tmp_path / "no.mp4", "--compare", "--drive", "mouth", source=clip)
+    assert refused.exit_code == 2
+    assert "leave out --compare" in refused.stderr

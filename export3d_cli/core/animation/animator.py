@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export3d_cli.core.animation.expression_controls import EditedExpression
+from export3d_cli.core.animation.expression_controls import EditedExpression, look_at_camera
 from export3d_cli.core.animation.framing import (
     MAX_FRAME_SIZE_PX,
     PHOTO_MARGIN,
@@ -40,11 +40,12 @@ from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding, fit_clip_crop
 from export3d_cli.core.face.face_track import FaceTracker
+from export3d_cli.core.face.given_landmarks import complete_landmarks
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.target_face import find_photo_face
-from export3d_cli.core.face.tracker import TrackerName, open_tracker
+from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_tracker
 from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
@@ -154,7 +155,7 @@ class Animator:
         self._triplane_tolerance = triplane_tolerance(model.config, quality, device)
         self._trackers: dict[str, FaceTracker] = {}
         self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
-        self._cover_detector = CoverDetector(resolve_weights("cover_detector"))
+        self.cover_detector = CoverDetector(resolve_weights("cover_detector"))
 
     if not TYPE_CHECKING:  # type checkers know the names that exist
 
@@ -207,7 +208,7 @@ class Animator:
     def portrait(
         self, photo: np.ndarray, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
         size: int = 0, name: str = "the photo", also: Mapping[str, np.ndarray] | None = None,
-        force: bool = False,
+        force: bool = False, landmarks: np.ndarray | None = None,
     ) -> Portrait:  # fmt: skip
         """Find a face in a photo and encode the crop around it.
 
@@ -222,6 +223,7 @@ class Animator:
             also: more photos of the person, likewise, by their names. Frames take from them what they show better of
                 the head, such as teeth, shut eyes or the other cheek. The largest face of each is used.
             force: use photos of `also` even if they seem to show somebody else.
+            landmarks: of the face in pixels, (68, 2), (478, 2) or (478, 3); None: found.
 
         Raises:
             NoFaceError: there is no face, or it is not upright.
@@ -231,7 +233,11 @@ class Animator:
         if crop == "none" and height != width:
             raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
         tracker = self.tracker()
-        target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
+        assert isinstance(tracker, LandmarkerTracker)
+        if landmarks is None:
+            target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
+        else:
+            target = tracker.landmarker.face_at(complete_landmarks(landmarks))
         others = tracker.landmarker.find_all(photo)
         face_box = _bounding_box(target.landmarks)
         square, shown = (0.0, 0.0, float(width)), (0, 0, width, height)
@@ -351,6 +357,10 @@ class Animator:
                 lam = control.target_expression(own, self._coefficients(beta), base)
                 lam = lam if offset is None else lam + offset
                 cameras = control.target_cameras(source_camera, camera, base_camera)
+                if control.eyes_to_camera:
+                    start = base_beta if control.relative_expression else own_beta
+                    shown = own_beta + control.expression_scale * (beta - start)
+                    lam = lam + self._coefficients(look_at_camera(shown, cameras)) - self._coefficients(shown)
                 yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
 
         return chain_parallel(parts(), self._workers)
@@ -393,6 +403,11 @@ class Animator:
         change: np.ndarray = (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
         return change
 
+    def coefficients(self, beta: np.ndarray) -> np.ndarray:
+        """Return the coefficients lambda (T, n) of expressions beta (T, 64)."""
+        lam: np.ndarray = self._coefficients(beta).float().cpu().numpy()
+        return lam
+
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -418,7 +433,7 @@ class Animator:
         for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
             array.flags.writeable = False
         around = None if padded is None else to_tensor(padded)[None].to(self.device, memory_format=torch.channels_last)
-        covered = self._cover_detector.covered_parts(crop, motion.landmarks[0])
+        covered = self.cover_detector.covered_parts(crop, motion.landmarks[0])
         portrait = self._encode(Portrait(
             crop, motion, margins, tuple(faces), face_box, shown, None, canvas, around, self.model,  # type: ignore[arg-type]
             self.precision, covered,

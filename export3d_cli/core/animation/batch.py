@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.compositor import check_outputs
+from export3d_cli.core.animation.compositor import check_outputs, is_video
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
 from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
 from export3d_cli.core.face.track_cache import TrackCache
@@ -135,6 +135,10 @@ def plan_reenact(
     paths = output_paths(sources, driver, out)
     check_outputs(paths, options.background, options.crf)
     planned = []
+    if videos := [source for source in sources if is_video(source)]:
+        raise InputError(f"--dry-run plans photos, and {videos[0]} is a video: leave it out")
+    if options.face == "all":
+        options = replace(options, face="largest")
     for source, path in zip(sources, paths, strict=True):
         portrait, compositor = load_portrait(animator, source, options)
         planned.append(PlannedSource(source, portrait.face_box, compositor.size, path, os.path.lexists(path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import PortraitOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
+from export3d_cli.core.face.given_landmarks import read_landmarks
 from export3d_cli.core.face.matting import PersonMatting, VideoMatting, estimate_foreground
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.writer import VIDEO_SUFFIXES, check_crf, check_output_suffix
@@ -20,9 +22,14 @@ from export3d_cli.core.runtime.weights import resolve_weights
 _VIDEO_SUFFIXES = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
 
 
+def is_video(path: Path) -> bool:
+    """Return whether the suffix is that of a video."""
+    return path.suffix.lower() in _VIDEO_SUFFIXES
+
+
 def read_portrait(path: Path) -> np.ndarray:
     """Read the photo of a portrait, uint8 (H, W, 3) RGB; raise `InputError` for a video."""
-    if path.suffix.lower() in _VIDEO_SUFFIXES:
+    if is_video(path):
         raise InputError(f"{path} is a video, and the portrait must be a photo: save one of its frames as .png")
     return read_image(path)
 
@@ -31,9 +38,11 @@ def load_photo(animator: Animator, source: Path, options: PortraitOptions, *, ma
     """Read and encode a photo; frames of a larger one have `max_side` pixels unless `options` has a size."""
     photo = read_portrait(source)
     size = options.size or (max_side if max(photo.shape[:2]) > max_side else 0)
+    landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, photo.shape[1::-1])
     return animator.portrait(
         photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size,
         also={str(path): read_portrait(path) for path in options.also}, force=options.force,
+        landmarks=landmarks,
     )  # fmt: skip
 
 
@@ -108,6 +117,29 @@ class Compositor:
         assert self._matting is not None  # with a canvas, frames come as layers
         alpha = self._matting(rendered)
         return composite_over(estimate_foreground(rendered, alpha), alpha, self._backdrop)
+
+
+class GroupCompositor:
+    """Composes several animated persons into their photo, uint8 (H, W, 3), the smallest first."""
+
+    def __init__(self, portraits: Sequence[Portrait]) -> None:
+        canvases = [portrait.canvas for portrait in portraits if portrait.canvas is not None]
+        self._order = sorted(range(len(canvases)), key=lambda k: canvases[k].square[2])
+        self._canvases, self.transparent = canvases, False
+        self.size = canvases[0].size
+        self._plate = canvases[0].photo.copy()  # without all of them
+        for canvas in canvases:
+            part, own = self._plate[canvas.window], canvas.photo[canvas.window]
+            np.copyto(part, canvas.plate, where=(canvas.plate != own).any(-1, keepdims=True))
+
+    def __call__(self, rendered: Sequence[FrameLayers], driver: np.ndarray | None = None) -> np.ndarray:
+        """Return the next frame from the layers of each portrait."""
+        frame = self._plate.copy()
+        for k in self._order:
+            colours, alpha = self._canvases[k].person(rendered[k])
+            window = self._canvases[k].window
+            frame[window] = composite_over(colours, alpha, frame[window])
+        return frame
 
 
 def composite_over(colours: np.ndarray, alpha: np.ndarray, backdrop: np.ndarray | None) -> np.ndarray:

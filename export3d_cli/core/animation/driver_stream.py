@@ -81,8 +81,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
     first pass; later passes with the same driver, tracker, face and frames read them from it.
 
-    `fps` is the exact rate, `total` the expected number of frames, `missing` the frames without a face so far, `notes`
-    are for the user.
+    `fps` is the exact rate, `total` the expected number of frames, `missing` the frames without a face so far,
+    `rotation` the clockwise degrees by which frames are rotated, so that the face is upright, `notes` are for the user.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         self.batch, self.crop_scale, self.crop_size, self.track_cache = batch, crop_scale, crop_size, track_cache
         self.missing = 0
         self.notes: list[str] = []
-        self._rotation = 0  # clockwise degrees by which the frames are rotated, so that the face is upright
+        self.rotation = 0
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
         self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
@@ -195,7 +195,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         """Yield the face of each frame, whether a shot begins there, and the frame's size."""
         cache = self.track_cache
         if cache is not None and cache.is_complete(self._track_key):
-            self._rotation = cache.rotation
+            self.rotation = cache.rotation
             for face, is_new_shot in cache:
                 yield face, is_new_shot, cache.size
             self.notes += [note for note in cache.notes if note not in self.notes]
@@ -207,21 +207,21 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         )
         frames = UprightFrames(self.tracker.landmarker, self._images(self._reader))
         for frame in frames:
-            self._rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
+            self.rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
             face = target(frame)
             if cache is not None:
                 cache.append(face, size, is_new_shot=target.is_new_shot)
             yield face, target.is_new_shot, size
-        if self._rotation:
+        if self.rotation:
             self.notes.append(
-                f"the face in {self.driver} {describe_rotation(self._rotation)}: its frames are used rotated by "
-                f"{self._rotation} degrees clockwise"
+                f"the face in {self.driver} {describe_rotation(self.rotation)}: its frames are used rotated by "
+                f"{self.rotation} degrees clockwise"
             )
         if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
         self.notes += target.notes
         if cache is not None:
-            cache.rotation = self._rotation
+            cache.rotation = self.rotation
             cache.finish(self.notes)
 
     def _track(self) -> Iterator[_Part]:
@@ -248,7 +248,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             if shot.last is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
                 yield from self._flush(shot, size, self.batch)
         if shot.last is None:
-            raise NoFaceError(f"no face found in {self.driver}: use a driver that shows one large, upright face")
+            raise NoFaceError(f"no face found in {self.driver}: use a video that shows one large, upright face")
         yield from self._flush(shot, size, 1)
 
     def _flush(self, shot: _Shot, size: tuple[int, int], minimum: int) -> Iterator[_Part]:
@@ -274,7 +274,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         if self._crop_frames is None:
             self._crop_frames = enumerate(self._images(self._crop_reader))
         image = next(image for number, image in self._crop_frames if number == index)
-        return crop_with_padding(rotate_clockwise(image, self._rotation), crop, self.crop_size)
+        return crop_with_padding(rotate_clockwise(image, self.rotation), crop, self.crop_size)
 
 
 def _looks_alike(one: Face, two: Face) -> bool:

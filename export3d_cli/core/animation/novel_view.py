@@ -38,6 +38,7 @@ class NovelViewOptions(ViewOptions):
     depth: bool = False  # the depth in colours
     drive: Path | None = None  # image, video or motion file with the expression; None: the photo's
     mesh: Path | None = None  # where the head's surface is written, .ply or .glb, with the first expression
+    morphs: Literal["none", "arkit"] = "none"  # of the mesh: 52 morph targets
 
     @property
     def single(self) -> bool:
@@ -62,7 +63,7 @@ def novel_view(
     options = options or NovelViewOptions()
     began = time.monotonic()
     if options.mesh is not None:
-        check_mesh_output(options.mesh)
+        check_mesh_output(options.mesh, morphs=options.morphs == "arkit")
         check_overwrite(options.mesh, options.overwrite)
     target = out or options.mesh
     if target is None:
@@ -83,7 +84,9 @@ def novel_view(
     if options.mesh is not None:
         report = progress or (lambda stage, done, total: None)
         report("mesh", 0, 1)
-        write_mesh(options.mesh, extract_head_mesh(animator, portrait, beta=None if beta is None else beta[:1]))
+        expression = None if beta is None else beta[:1]
+        mesh = extract_head_mesh(animator, portrait, beta=expression, morphs=options.morphs == "arkit")
+        write_mesh(options.mesh, mesh)
         report("mesh", 1, 1)
     if out is None:
         return Summary(target, 0, 0, Fraction(0), time.monotonic() - began, animator.device_name, notes)

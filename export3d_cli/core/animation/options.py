@@ -24,6 +24,7 @@ Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
 # Pose of the head. absolute: the driver's; relative: the source's own, moved as the driver's moves from its reference
 # frame; auto: relative to the frame whose head rotation is nearest to the source's.
 Pose = Literal["auto", "relative", "absolute"]
+Length = Literal["source", "driver", "shortest", "loop"]  # loop: the source's, and the driver repeats
 FACE_TRAVEL = TravelLimits(0.15, 0.15, 0.1, 0.15)  # the head of a driver who walks past stays in the crop
 
 
@@ -33,7 +34,8 @@ class PortraitOptions:
 
     crf: int | None = None  # constant rate factor, 0 to 51; None: 18
     overwrite: bool = False
-    face: str = "largest"  # which face of the source: largest | left | right | index:N
+    face: str = "largest"  # which face of the source: largest | left | right | index:N; in `reenact` also all
+    landmarks: Path | None = None  # of that face, if none is found, see `read_landmarks`
     framing: Framing = "photo"  # the whole photo, or a square around the head
     crop: Crop = "auto"  # of the source: auto: a square around the face; none: the whole photo
     size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
@@ -47,14 +49,16 @@ class PortraitOptions:
 class ReenactOptions(PortraitOptions):
     """How the driver is read, which of its motion is used, and how the result is written."""
 
-    audio: str = "driver"  # driver | none | a file
+    audio: str = "auto"  # auto (the driver's, or the source's if that is a video) | driver | source | none | a file
     fps: Fraction | None = None  # frames/s; None: exactly the driver's
     start: float = 0.0  # seconds
     duration: float | None = None  # seconds
     max_frames: int | None = None
+    length: Length = "source"  # of the result, if the source is a video
     on_missing: Literal["hold", "skip", "fail"] = "hold"  # frames without a face
     compare: bool = False  # source | driver | result side by side
     background: str = "source"  # source | transparent | #rrggbb | path of an image
+    pairs: tuple[tuple[str, Path], ...] = ()  # more faces of the source, each with a driver of its own
     driver_face: str = "largest"  # which face of the driver, likewise
     tracker: TrackerName = "landmarker"  # for the driver; the source is always tracked by the landmarker
     drive: tuple[str, ...] = DRIVABLE  # eyes, gaze, brows, mouth, head: which of the driver's motion is used
@@ -64,11 +68,20 @@ class ReenactOptions(PortraitOptions):
     pose: Pose = "auto"
     torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
     relative_expression: bool = False  # the source's expression plus the driver's change
+    eyes_to_camera: bool = False  # the gaze is at the camera
+    lips_shut_when_silent: bool = False  # where the result's sound is silent
     reference_frame: int | None = None  # of the used driver frames, from 0; None: automatic with pose auto, else 0
     smooth: SmoothingLevel = "light"
 
     def __post_init__(self) -> None:
         _ = self.control  # checks regions and scales before anything is read
+        whole_photo = self.framing == "photo" and self.crop == "auto" and self.background == "source"
+        if (self.face == "all" or self.pairs) and not (whole_photo and not self.compare):
+            raise InputError(
+                "several faces are animated in their whole photo: leave out other framings, --compare and --background"
+            )
+        if self.face == "all" and self.pairs:
+            raise InputError("--face all gives one driver to all faces: leave it out with --pair")
         if not self.expression.is_constant:
             raise InputError("a range A:B sweeps in edit-basis and novel-view: give reenact one number per control")
 
@@ -83,7 +96,7 @@ class ReenactOptions(PortraitOptions):
         limits = None if pose == "absolute" else FACE_TRAVEL
         return Control(
             self.drive, self.expression_scale, self.pose_scale, self.scales, pose, self.relative_expression, limits,
-            self.torso,
+            self.torso, self.eyes_to_camera,
         )  # fmt: skip
 
     @property
@@ -107,6 +120,15 @@ class Summary:
     seconds: float  # wall-clock
     device: str
     notes: tuple[str, ...] = field(default=())
+
+
+def choose_sound(audio: str, source: Path | None, driver: Path | None) -> Path | None:
+    """Return the file that an option `audio` means, for a source that is a video, else None, and a driver."""
+    if audio == "source" and source is None:
+        raise InputError("--audio source needs a video as source: use driver, none or a file with sound")
+    silent = driver is None or driver.suffix.lower() in (".npz", ".csv") or has_image_suffix(driver)
+    sound = None if silent else driver
+    return {"auto": source or sound, "source": source, "driver": sound, "none": None}.get(audio, Path(audio))
 
 
 def check_overwrite(out: Path, overwrite: bool) -> None:

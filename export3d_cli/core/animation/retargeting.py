@@ -53,6 +53,7 @@ class Control:
     relative_expression: bool = False
     travel_limits: TravelLimits | None = None  # soft limits; with them the size changes by at most exp(MAX_GROWTH)
     torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
+    eyes_to_camera: bool = False  # the gaze is at the camera, whatever source and driver look at
 
     def __post_init__(self) -> None:
         scales = [self.expression_scale, self.pose_scale, *(scale for _, scale in self.scales)]
@@ -74,11 +75,11 @@ class Control:
         return float(np.prod(scales)) if region in self.drive else 0.0
 
     def select_regions(self, base: np.ndarray, driver: np.ndarray) -> np.ndarray:
-        """Return the driver's beta (T, 64) with the base's, (64,), in regions that are not driven; others scaled."""
+        """Return the driver's beta (T, 64) with the base's, (64,) or (T, 64), in undriven regions; others scaled."""
         scales = {region: self._scale(region) for region in REGIONS}
         if set(scales.values()) == {1.0}:
             return driver
-        weights = np.ones_like(base)
+        weights = np.ones(base.shape[-1], base.dtype)
         for region, scale in scales.items():
             weights[list(REGIONS[region])] = scale
         selected: np.ndarray = base + weights * (driver - base)

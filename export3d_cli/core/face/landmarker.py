@@ -128,8 +128,11 @@ class Landmarker:
         points = outputs[0].reshape(-1, 3) / _LANDMARK_SIDE_PX  # (478, 3)
         x, y, z = ((points - [0.5, 0.5, 0]) * roi.side).T
         cos, sin = math.cos(roi.rotation), math.sin(roi.rotation)
-        landmarks = np.stack([cos * x - sin * y + roi.x, sin * x + cos * y + roi.y, z], axis=1).astype(np.float32)
+        return self.face_at(np.stack([cos * x - sin * y + roi.x, sin * x + cos * y + roi.y, z], axis=1), score)
 
+    def face_at(self, landmarks: np.ndarray, score: float = 1.0) -> Face:
+        """Return the face with these landmarks (478, 3), see `Face`: reads the coefficients from them."""
+        landmarks = landmarks.astype(np.float32)
         (values,) = self._blendshape_network(landmarks[list(BLENDSHAPE_POINTS), :2])  # _neutral, ARKit's but the last
         blendshapes = np.append(np.clip(values.reshape(-1)[1:], 0, 1), 0).astype(np.float32)
         return Face(landmarks=landmarks, blendshapes=blendshapes, score=score)

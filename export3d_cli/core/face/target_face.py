@@ -52,7 +52,8 @@ def find_photo_face(finder: FaceFinder, image: np.ndarray, *, name: str = "the p
     for _ in range(WARMUP_PASSES):
         tracked = track.track(image)
     if tracked is None:
-        raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
+        hint = "use a photo with one large, upright face, or give its 68 or 478 points with --landmarks FILE"
+        raise NoFaceError(f"no face found in {name}: {hint}")
     return tracked
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
+import numpy as np
+
+from export3d_cli.core.media.ffmpeg_process import FfmpegProcess, run_ffmpeg
 from export3d_cli.core.media.probe import READ_OPTIONS, AudioTrack, audio_tracks, ffmpeg_path, file_url
 from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 
@@ -23,6 +26,10 @@ _MP4_OPTIONS = ("-movflags", "+frag_keyframe+delay_moov", "-f")
 _STREAMED_CONTAINERS = {  # formats as they can be written to a pipe
     ".mp4": (*_MP4_OPTIONS, "mp4"), ".mov": (*_MP4_OPTIONS, "mov"), ".mkv": ("-f", "matroska"), ".webm": ("-f", "webm"),
 }  # fmt: skip
+SILENCE_DB = 25.0  # below the sound's 95th percentile
+SPEECH_MARGIN_S = 0.12  # seconds around sounds that are not silent; lips then shut, or part, within twice as long
+_NOISE_DB = 36.0  # over one step of 16 bits, -54 dB of full scale: sounds below are silence anyway
+_SOUND_RATE = 16_000  # samples a second
 _TRIAL_FRAMES = "20"  # audio frames
 
 
@@ -64,6 +71,39 @@ def check_has_sound(path: Path) -> None:
         raise InputError(f"{path} has no sound: give an audio file or a video with sound")
     if not any(_is_decodable(Path(path), index) for index in range(len(tracks))):
         raise InputError(f"the sound of {path} cannot be decoded ({tracks[0].codec}): convert it to .wav")
+
+
+def find_silence(path: Path | None, fps: Fraction, start: float = 0.0) -> np.ndarray:
+    """Return the weight of silence, float64 (N,) in [0, 1], in each frame at a rate `fps` of the sound of a file.
+
+    It begins `start` seconds into the file. A frame is silent if it is `SILENCE_DB` below the loud ones, and no louder
+    one is within `SPEECH_MARGIN_S`. Raises `InputError` if there is no sound.
+    """
+    if path is None:
+        raise InputError("--lips-shut-when-silent needs sound: give --audio FILE")
+    check_has_sound(path)
+    command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-ss", repr(start), "-i", file_url(path)]
+    command += ["-map", "0:a:0", "-ac", "1", "-ar", str(_SOUND_RATE), "-f", "s16le", "pipe:1"]
+    process, power = FfmpegProcess(command, stdout=True), list[float]()
+    try:
+        while True:
+            first, end = (round(k * _SOUND_RATE / fps) for k in (len(power), len(power) + 1))
+            samples = np.zeros(max(1, end - first), np.int16)
+            if not process.read_into(samples.view(np.uint8).data):
+                break
+            power.append(float(np.square(samples.astype(np.float64)).mean()))
+        if process.wait():
+            raise InputError(f"the sound of {path} cannot be decoded: {process.error_summary()}")
+    finally:
+        process.kill()
+    if not power:
+        return np.ones(0)
+    level = 10 * np.log10(np.array(power) + 1)  # dB over one step of 16 bits
+    loud = level > max(np.percentile(level, 95) - SILENCE_DB, _NOISE_DB)
+    near = max(1, round(SPEECH_MARGIN_S * fps))
+    window = np.lib.stride_tricks.sliding_window_view(np.pad(loud, near), 2 * near + 1)
+    speech = np.pad(window.any(1).astype(np.float64), near, mode="edge")
+    return 1 - np.lib.stride_tricks.sliding_window_view(speech, 2 * near + 1).mean(1)
 
 
 def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Iterator[Soundtrack]:

@@ -10,12 +10,17 @@ import pytest
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.expression_controls import (
     CONTROLS,
+    GAZE_GAIN,
+    GAZE_SLOPE,
     ExpressionEdit,
     edit_expression,
+    look_at_camera,
     read_preset,
+    shut_lips,
 )
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS
 from export3d_cli.core.media.image import read_image
+from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -83,3 +88,26 @@ def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> Non
     for name, words in (("jo", "did you mean joy"), (f"{mine}#odd", "must map"), (f"{tmp_path / 'no.yaml'}#a", "read")):
         with pytest.raises(InputError, match=words):
             read_preset(name)
+
+
+def test_look_at_camera_turns_the_eyes_against_the_head() -> None:
+    beta = np.zeros((4, 64))
+    beta[3, [BETA_NAMES.index("eyeBlinkLeft"), BETA_NAMES.index("eyeBlinkRight")]] = 0.9
+    cameras = np.stack([Camera.orbit(*angles).to_vector() for angles in ((8, 0), (-8, 0), (0, 8), (8, 0))])
+    looking = look_at_camera(beta, cameras)
+    x, y = CONTROLS["gaze-x"].measure(looking), CONTROLS["gaze-y"].measure(looking)
+    np.testing.assert_allclose(x[1] - x[0], 2 * GAZE_GAIN * GAZE_SLOPE[0] * np.sin(np.radians(8)), rtol=1e-3)
+    np.testing.assert_allclose(y[0] - y[2], GAZE_GAIN * GAZE_SLOPE[1] * np.sin(np.radians(8)), rtol=1e-3)
+    assert x[0] < 0 < x[1]  # a head that is turned to the image's right looks back to the left
+    np.testing.assert_array_equal(looking[3], beta[3])  # a blink
+    others = [k for region in ("eyes", "brows", "mouth") for k in REGIONS[region]]
+    np.testing.assert_array_equal(looking[:, others], beta[:, others])
+
+
+def test_shut_lips_follows_the_weights_of_silence() -> None:
+    beta = np.zeros((4, 64))
+    beta[:, BETA_NAMES.index("jawOpen")] = 0.5
+    shut = shut_lips(beta, np.array([1, 0, 0.5, 1]), first=1)  # the frame beyond the sound is silent
+    np.testing.assert_allclose(CONTROLS["jawOpen"].measure(shut), [0.5, 0.25, 0, 0])
+    gap = BETA_NAMES.index("lipGapCentre")
+    assert (np.diff(shut[:3, gap]) < -0.01).all()

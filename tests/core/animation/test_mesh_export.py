@@ -13,6 +13,7 @@ import trimesh
 from export3d_cli.core.animation import mesh_export
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.mesh_export import extract_head_mesh, write_mesh
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
@@ -84,6 +85,51 @@ def test_head_mesh_excludes_the_photo_s_surroundings(animator: Animator) -> None
     uv = portrait.camera.project(mesh.vertices * [2, -2, -2])
     assert uv.min() > -0.1
     assert uv.max() < 1.1
+
+
+def read_targets(path: Path) -> dict[str, np.ndarray]:
+    """Return the morph targets of a .glb with one mesh, (V, 3) each, by their names."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[12:16], "little")
+    tree = json.loads(data[20 : 20 + length])
+    (mesh,) = tree["meshes"]
+
+    def view(number: int, kind: type) -> np.ndarray:
+        where = tree["bufferViews"][number]
+        return np.frombuffer(data, kind, where["byteLength"] // 4, 28 + length + where["byteOffset"])
+
+    targets = {}
+    for name, target in zip(mesh["extras"]["targetNames"], mesh["primitives"][0]["targets"], strict=True):
+        accessor = tree["accessors"][target["POSITION"]]
+        targets[name] = np.zeros((accessor["count"], 3), np.float32)
+        sparse = accessor["sparse"]
+        values = view(sparse["values"]["bufferView"], np.float32).reshape(sparse["count"], 3)
+        targets[name][view(sparse["indices"]["bufferView"], np.uint32)] = values
+    return targets
+
+
+def test_morph_targets_move_what_their_names_say(tmp_path: Path) -> None:
+    animator = Animator.from_weights(device="cpu", quality="fast")
+    portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
+    mesh = extract_head_mesh(animator, portrait, resolution=64, morphs=True)
+    write_mesh(tmp_path / "head.glb", mesh)
+    targets = read_targets(tmp_path / "head.glb")
+    assert tuple(targets) == ARKIT_NAMES
+    assert mesh.morphs is not None
+    for values, expected in zip(targets.values(), mesh.morphs, strict=True):
+        np.testing.assert_allclose(values, expected, atol=2e-5)
+    jaw, smile = targets["jawOpen"], targets["mouthSmileLeft"]
+    lowest = mesh.vertices[np.argmin(jaw[:, 1])]
+    assert jaw[:, 1].min() < -0.004 and lowest[1] < mesh.vertices[:, 1].mean()  # the chin falls by 4 mm or more
+    assert mesh.vertices[np.argmax(smile[:, 1])][0] > 0  # the person's left is the image's right
+    back = mesh.vertices[:, 2] < -0.05
+    assert back.any() and np.abs(mesh.morphs[:, back]).max() < 1e-3 < 5e-3 < np.abs(mesh.morphs).max() < 0.06
+    assert not targets["cheekPuff"].any()  # which did not vary in training
+    scene = trimesh.load(tmp_path / "head.glb")
+    (loaded,) = scene.geometry.values()
+    assert len(loaded.vertices) == len(mesh.vertices)
+    with pytest.raises(InputError, match=r"need a \.glb"):
+        write_mesh(tmp_path / "head.ply", mesh)
 
 
 def test_check_mesh_output_names_wrong_suffix_and_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -156,3 +157,28 @@ def test_notes_of_one_job_are_not_in_the_next(
             summary = reenact(animator, SOURCE, make_clip("clip.mp4"), tmp_path / f"{index}.mp4", LOSSLESS)
         notes.append([note for note in summary.notes if "not finite" in note])
     assert len(notes[0]) == 1 and notes[1] == []
+
+
+def test_several_faces_of_a_photo_are_animated_together(
+    animator: Animator, make_clip: MakeClip, tmp_path: Path
+) -> None:
+    one, other = read_image(SOURCE)[::2, ::2], read_image(example_path("astronaut.jpg"))
+    other = cv2.resize(other, (256, 256), interpolation=cv2.INTER_AREA)
+    write_image(tmp_path / "two.png", np.concatenate([one, np.full_like(one, 128), other], axis=1))
+    driver, still = make_clip("late.mp4", "-ss", "1.5", frames=4), make_clip("clip.mp4")
+
+    def moved_faces(name: str, **options: Any) -> list[bool]:
+        reenact(animator, tmp_path / "two.png", driver, tmp_path / name / "%05d.png", ReenactOptions(**options))
+        frames = [read_image(tmp_path / name / f"0000{k}.png").astype(int) for k in (0, 3)]
+        faces = (part[:, 40:150, 80:180] for part in np.split(np.stack(frames), 3, axis=2)[::2])
+        return [bool(np.abs(np.diff(face, axis=0)).mean() > 0.5) for face in faces]
+
+    assert moved_faces("left", face="left") == [True, False]
+    assert moved_faces("all", face="all") == [True, True]
+    assert moved_faces("pair", face="right", pairs=(("left", still),)) == [True, True]
+    assert len(list((tmp_path / "pair").glob("*.png"))) == 4
+    with pytest.raises(InputError, match="two drivers are given to one face"):
+        moved_faces("same", face="left", pairs=(("index:0", still),))
+    for bad in ({"face": "all", "compare": True}, {"face": "all", "pairs": (("left", still),)}):
+        with pytest.raises(InputError, match="leave"):
+            ReenactOptions(**bad)

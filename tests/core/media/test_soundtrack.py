@@ -10,7 +10,7 @@ import pytest
 
 from export3d_cli.core.media.probe import audio_tracks, ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.media.soundtrack import check_has_sound, choose_soundtrack
+from export3d_cli.core.media.soundtrack import check_has_sound, choose_soundtrack, find_silence
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 
@@ -180,3 +180,17 @@ def test_check_has_sound_of_silent_video_raises(picture, sound):
         check_has_sound(picture("a.mp4"))
     check_has_sound(sound("a.wav"))
     check_has_sound(Path(sound("b.mp3")))
+
+
+def test_find_silence_weighs_frames_between_tones(tmp_path):
+    path, rate = tmp_path / "sound.wav", Fraction(30000, 1001)
+    source = "sine=300:d=3,volume=volume='if(between(t,1,2),0.002,0.5)':eval=frame"
+    subprocess.run([ffmpeg_path(), "-v", "error", "-f", "lavfi", "-i", source, str(path)], check=True)
+    silent = find_silence(path, rate)
+    assert len(silent) == 90
+    at = [round(float(t * rate)) for t in (0.5, 1.0, 1.5, 2.0, 2.5)]
+    np.testing.assert_allclose(silent[at], [0, 0, 1, 0, 0])
+    assert (np.abs(np.diff(silent)) <= 0.2).all()  # lips take time
+    np.testing.assert_allclose(find_silence(path, rate, 1.5)[:3], 1)
+    with pytest.raises(InputError, match="needs sound"):
+        find_silence(None, rate)

@@ -308,7 +308,7 @@ class BasisFlow(nn.Module):
             valid, stretch = valid * moves, stretch * moves
         return MeshFlow(uv, weight, valid, stretch, mouth, closed, in_mouth, eye, anchored, face)
 
-    def rasterize_surface(self, points: Tensor, displacement: Tensor) -> Tensor:
+    def rasterize_surface(self, points: Tensor, displacement: Tensor, size: int = SURFACE_SIZE) -> Tensor:
         """Rasterise the front of a head as a height field over x and y of the head frame.
 
         (B, 6, s, s) over [-SURFACE_HALF_EXTENT, SURFACE_HALF_EXTENT]: z times coverage, confidence (1 in the face,
@@ -317,12 +317,12 @@ class BasisFlow(nn.Module):
         triangles = self.all_triangles()[:, :3]
         points = add_head_rings(points.float())
         xy = points[..., :2] / (2 * SURFACE_HALF_EXTENT) + 0.5
-        raster = rasterize(xy, points[..., 2], triangles, SURFACE_SIZE, self.windows)
+        raster = rasterize(xy, points[..., 2], triangles, size, self.windows)
         _, confidence = face_and_head_weights(vertex_proximity(points.device)[None, :, None])
         confidence = confidence.expand(len(points), -1, -1)
         vertex = [points[..., 2:], confidence, torch.ones_like(confidence), _pad_rings(displacement.float())]
         surface = interpolate_vertices(raster, torch.cat(vertex, dim=-1), triangles)  # (B, P, 6)
-        return surface.transpose(1, 2).reshape(-1, 6, SURFACE_SIZE, SURFACE_SIZE)
+        return surface.transpose(1, 2).reshape(-1, 6, size, size)
 
 
 def _pad_rings(landmark_values: Tensor) -> Tensor:

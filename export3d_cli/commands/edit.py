@@ -1,0 +1,47 @@
+"""`export3d edit CLIP --smile .4 -o OUT`: change the expression in a video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from export3d_cli import console, options
+
+
+@click.command()
+@click.argument("clip", type=options.EXISTING_FILE, metavar="CLIP")
+@click.option(
+    "-o", "--output", type=options.OUTPUT_FILE, required=True,
+    help="Output: .mp4, .mov, .mkv, .webm, .gif, or FOLDER/%05d.png.",
+)  # fmt: skip
+@options.expression_options
+@options.correction_options
+@options.range_options
+@click.option(
+    "--audio", default="source", show_default=True, metavar="source|none|FILE", callback=options.validate_audio,
+    help="Sound of the result.",
+)  # fmt: skip
+@options.face_option
+@options.smooth_option
+@options.batch_option
+@options.model_options
+@options.output_options
+def edit(
+    clip: Path, output: Path, weights: str | None, device: str, precision: str, batch: int, as_json: bool, **chosen: Any
+) -> None:
+    """Change the expression of a face in the video CLIP; all but the face stays as it is.
+
+    Controls hold their value in every frame: --gaze 0,0 looks straight ahead throughout. The result has CLIP's size,
+    frame rate and sound. Another video drives regions of the face with `export3d reenact CLIP DRIVE --drive mouth`.
+    """
+    from export3d_cli import core
+
+    job = core.ReenactOptions(**chosen)
+    core.check_outputs([output], job.background, job.crf)
+    core.check_overwrite(output, job.overwrite)
+    animator = core.Animator.from_weights(weights, device=device, precision=precision, batch=batch)
+    with console.show_progress() as report:
+        summary = core.edit_clip(animator, clip, output, job, progress=report)
+    console.print_summary(summary, as_json=as_json)

@@ -1,0 +1,331 @@
+"""Edit the expression in a video, by a driver, by controls, or by both; all else of each frame stays as it is.
+
+The video is read twice: once to track its face, once for the frames, so that none waits in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.compositor import check_outputs, is_video
+from export3d_cli.core.animation.driver_stream import DriverStream
+from export3d_cli.core.animation.expression_controls import (
+    CONTROLS,
+    HeldExpression,
+    hold_expression,
+    look_at_camera,
+    shut_lips,
+)
+from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite, choose_sound
+from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, report_each
+from export3d_cli.core.animation.retargeting import DRIVABLE
+from export3d_cli.core.animation.retouching import FaceWindows, retouch
+from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.face.cover_detection import CoveredParts
+from export3d_cli.core.face.crop import CROP_SCALE, crop_with_padding
+from export3d_cli.core.face.expression_coefficients import REGIONS, region_of
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.target_face import rotate_clockwise
+from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.media.image import has_image_suffix
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.soundtrack import find_silence
+from export3d_cli.core.media.writer import VideoWriter
+from export3d_cli.core.runtime.device import precision_notes, trim_heap
+from export3d_cli.core.runtime.errors import InputError
+
+FADE_S = 0.2  # seconds over which an edit fades next to frames without a face, at covers, and where the driver ends
+CALIBRATION_S = 2.0  # seconds of the clip from which the frame is taken that controls are calibrated on
+MAX_BATCH = 8  # frames that are edited at once, and wait in memory at full size
+PREFETCH_DEPTH = 16  # frames whose motion is read ahead
+TRIM_INTERVAL = 128  # frames between two calls of `trim_heap`
+_OF_PHOTOS = {  # fields of the options that have no effect on a video -> their options
+    "framing": "--frame", "crop": "--crop", "size": "--size", "background": "--background", "compare": "--compare",
+    "torso": "--torso", "pose": "--pose", "pose_scale": "--pose-scale", "landmarks": "--landmarks",
+    "pairs": "--pair", "also": "--also",
+}  # fmt: skip
+
+
+class _Row(NamedTuple):
+    """A frame of the clip or of its driver."""
+
+    motion: Motion  # one row
+    reference: Motion | None = None  # one row: the frame that relative expression counts from
+    strength: float = 1.0  # of the edit or of the driver, [0, 1]
+
+
+def edit_clip(
+    animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *, driver: Path | None = None,
+    progress: Progress | None = None,
+) -> Summary:  # fmt: skip
+    """Edit the expression of a face in the video `clip`: the result has its size, its exact rate and its sound.
+
+    A driver changes the regions that it drives; controls hold their values in every frame. Frames without a face pass
+    unchanged; in the others only pixels of the face change, and those of a watermark. Without a driver, start and
+    duration of `options` are the clip's, else the driver's. Raises `InputError` for options that need a photo, and if
+    there is nothing to edit.
+    """
+    options, began = options or ReenactOptions(), time.monotonic()
+    regions = _edited_regions(clip, driver, options)
+    check_outputs([out], options.background, options.crf)
+    check_overwrite(out, options.overwrite)
+    add_watermark = get_watermarker(options.watermark)
+    of_clip = replace(
+        options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute", max_frames=None,
+        relative_expression=False,
+    )  # fmt: skip
+    if driver is not None:
+        of_clip = replace(of_clip, start=0.0, duration=None)
+    is_still = driver is not None and has_image_suffix(driver)
+    length = "source" if driver is None or is_still else options.length
+    audio = choose_sound(options.audio, clip, driver)
+    audio_start = options.start if audio == (driver or clip) else 0.0
+
+    def write(item: tuple[np.ndarray, bool]) -> None:
+        frame, is_edited = item
+        writer.write(add_watermark(frame) if is_edited else frame)
+
+    with ExitStack() as stack:
+        track = stack.enter_context(_Track(animator, clip, of_clip, repeated=length == "driver"))
+        fps, total = track.stream.fps, track.stream.total
+        fade = max(1, round(FADE_S * fps))
+        rows: Iterator[_Row] = iter(
+            stack.enter_context(PrefetchIterator(_fade_at_gaps(track, fade), PREFETCH_DEPTH, stop=track.stop))
+        )
+        driver_rows: Iterator[_Row | None] = repeat(None)
+        if driver is not None:
+            of_driver = replace(options, fps=fps, pose="absolute", max_frames=None)
+            other = stack.enter_context(_Track(animator, driver, of_driver, repeated=is_still or length == "loop"))
+            total = {"driver": other.stream.total, "shortest": min(total, other.stream.total)}.get(length, total)
+            driver_rows = iter(other)
+            if options.tracker != "fan":  # which computes with torch and needs all cores itself
+                driver_rows = iter(stack.enter_context(PrefetchIterator(other, PREFETCH_DEPTH, stop=other.stop)))
+            if length == "source":
+                driver_rows = _fade_at_end(driver_rows, fade)
+        notes = dict.fromkeys(precision_notes(animator.precision, animator.device))
+        editor = _Editor(animator, options, regions, 1 / fade)
+        if options.expression:
+            rows = _calibrate_on(rows, editor, track, max(1, round(CALIBRATION_S * fps)))
+        info = track.reader().info
+        frames = stack.enter_context(closing(track.frames()))
+        writer = stack.enter_context(VideoWriter(
+            out, size=(info.width, info.height), fps=fps, crf=options.crf, audio=audio, audio_start=audio_start,
+        ))  # fmt: skip
+        background = stack.enter_context(BackgroundWriter(write, MAX_BATCH, stop=writer.abort))
+        if options.lips_shut_when_silent:
+            editor.silent = find_silence(audio, fps, audio_start)
+        items = islice(zip(frames, rows, driver_rows, strict=False), options.max_frames)
+        edited = _edit_frames(items, editor, track, min(animator.batch, MAX_BATCH))
+        for item in report_each(edited, min(total, options.max_frames or total), progress):
+            background.put(item)
+    return Summary(
+        out, writer.frame_count, track.stream.missing, fps, time.monotonic() - began, animator.device_name,
+        (*track.stream.notes, *notes, *editor.notes),
+    )  # fmt: skip
+
+
+def _edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> set[str]:
+    """Return the regions that the driver or controls change; raise `InputError` for what a video cannot do."""
+    if not is_video(clip):
+        raise InputError(f"{clip} is not a video: give a photo to reenact, novel-view or edit-basis")
+    default = ReenactOptions()
+    unused = [name for field, name in _OF_PHOTOS.items() if getattr(options, field) != getattr(default, field)]
+    if unused:
+        raise InputError(f"{clip} is a video, whose frames keep their pose and picture: leave out {', '.join(unused)}")
+    if options.face == "all":
+        raise InputError(
+            f"{clip} is a video, and one face of it is edited: edit its faces one by one, with --face index:N"
+        )
+    drive = set(options.control.drive)
+    if "head" in drive and drive != set(DRIVABLE):
+        raise InputError(f"{clip} is a video, whose head keeps its own motion: leave head out of --drive")
+    regions = drive & set(REGIONS) if driver is not None else set()
+    regions |= {region_of(c) for name in options.expression.controls for c in sum(CONTROLS[name], ())}
+    regions |= {"mouth", "brows"} if options.expression.from_neutral else set()
+    regions |= {"gaze"} if options.eyes_to_camera else set()
+    regions |= {"mouth"} if options.lips_shut_when_silent else set()
+    if not regions:
+        raise InputError("nothing to edit: give a control, such as --smile .4, or a driver and regions that it drives")
+    return regions
+
+
+class _Track:
+    """The motion of a file, frame by frame, from the beginning again where it is `repeated`; one pass."""
+
+    def __init__(self, animator: Animator, path: Path, options: ReenactOptions, *, repeated: bool = False) -> None:
+        self._animator, self._path, self._options, self._repeated = animator, path, options, repeated
+        self._cache, self._stopped = TrackCache(), False
+        self.stream = self._current = self._open()
+
+    def __enter__(self) -> _Track:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._cache.__exit__()
+
+    def stop(self) -> None:
+        """Make an iteration in another thread end at its next frame."""
+        self._stopped = True
+        self._current.stop()
+
+    def __iter__(self) -> Iterator[_Row]:
+        while True:
+            for batch in self._current:
+                for k in range(len(batch.motion)):
+                    yield _Row(batch.motion.select(np.array([k])), batch.reference)
+            if not self._repeated or self._stopped:
+                return
+            self._current = self._open()
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Read the frames, uint8 (H, W, 3), as they are stored."""
+        while True:
+            with self.reader() as reader:
+                yield from reader
+            if not self._repeated:
+                return
+
+    def reader(self) -> VideoReader:
+        """Open the frames again."""
+        options = self._options
+        return VideoReader(self._path, fps=options.fps, start=options.start, duration=options.duration)
+
+    def _open(self) -> DriverStream:
+        tracker = self._animator.tracker(self._options.tracker)
+        cache = self._cache if self._repeated else None
+        return DriverStream(
+            self._path, tracker, self._options, batch=self._animator.window, crop_scale=CROP_SCALE[0], track_cache=cache
+        )
+
+
+def _fade_at_gaps(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
+    """Let the strength fall to 0 within `fade` frames before and after frames without a face."""
+    ahead: deque[_Row] = deque()
+    distance = fade  # to the last frame without a face
+    for row in chain(rows, repeat(None, fade)):
+        ahead += () if row is None else (row,)
+        if len(ahead) > fade or (row is None and ahead):
+            current = ahead.popleft()
+            distance = min(distance + 1, fade) if current.motion.found[0] else 0
+            gap = next((k for k, later in enumerate(ahead, start=1) if not later.motion.found[0]), fade)
+            yield current._replace(strength=min(distance, gap) / fade)
+
+
+def _fade_at_end(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
+    """Repeat the last row without end, with a strength that falls to 0."""
+    for row in rows:
+        yield row
+    for k in chain(range(fade - 1, 0, -1), repeat(0)):
+        yield row._replace(strength=k / fade)
+
+
+def _calibrate_on(rows: Iterator[_Row], editor: _Editor, track: _Track, count: int) -> Iterator[_Row]:
+    """Pass rows on; of the first `count` from a face on, calibrate controls on the one of the most usual expression."""
+    for number, row in enumerate(rows):
+        if not row.motion.found[0]:
+            yield row
+            continue
+        ahead = [row, *islice(rows, count - 1)]
+        found = [k for k, row in enumerate(ahead) if row.motion.found[0]]
+        betas = np.concatenate([ahead[k].motion.beta for k in found])
+        usual = found[int(np.abs(betas - np.median(betas, axis=0)).mean(1).argmin())]
+        with closing(track.frames()) as frames:
+            frame = rotate_clockwise(next(islice(frames, number + usual, None)), track.stream.rotation)
+        editor.calibrate(frame, ahead[usual].motion)
+        yield from chain(ahead, rows)
+
+
+class _Editor:
+    """Edits frames in order; what covers mouth or eyes stays as it is, and fades by `step` per frame."""
+
+    def __init__(self, animator: Animator, options: ReenactOptions, regions: set[str], step: float) -> None:
+        self._animator, self._options, self._step = animator, options, step
+        self._size = animator.model.config.image_size
+        self._still = np.array([not regions & set(part) for part in (("mouth",), *[("eyes", "gaze", "brows")] * 2)])
+        self._covered: np.ndarray | None = None  # (3,) of the last frame, [0, 1]
+        self._held: HeldExpression | None = None
+        self._was_covered = np.zeros(3, bool)
+        self.silent: np.ndarray | None = None  # weights of silence of all frames, in which lips are shut
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user."""
+        notes = [] if self._held is None else list(self._held.notes)
+        return notes + ([CoveredParts(*self._was_covered).note()] if self._was_covered.any() else [])
+
+    def calibrate(self, frame: np.ndarray, motion: Motion) -> None:
+        """Measure on a frame with its motion how strongly controls show."""
+        crop = crop_with_padding(frame, motion.crop, self._size)
+        portrait = self._animator.portrait_from_motion(crop, motion)
+        self._held = hold_expression(self._animator, portrait, self._options.expression)
+
+    def __call__(
+        self, frames: Sequence[np.ndarray], rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Return the edited frames, uint8 (H, W, 3); `numbers` are theirs in the result."""
+        faces = FaceWindows.cut(frames, [row.motion for row in rows], self._size)
+        detector = self._animator.cover_detector
+        still = []
+        for image, positions in zip(faces.images, faces.positions, strict=True):
+            covered = np.array(detector.covered_parts(image, positions), float)
+            self._was_covered |= (covered > 0) & ~self._still
+            last = covered if self._covered is None else self._covered
+            self._covered = last + (covered - last).clip(-self._step, self._step)
+            still.append(np.maximum(self._covered, self._still))
+        strength = np.array([row.strength for row in rows])[:, None]
+        return retouch(self._animator, faces, strength * self._changes(rows, driver, numbers), np.array(still))
+
+    def _changes(self, rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]) -> np.ndarray:
+        """Return the changes of lambda (T, n)."""
+        coefficients, control = self._animator.coefficients, self._options.control
+        own = beta = np.concatenate([row.motion.beta for row in rows])
+        change = np.zeros((len(rows), self._animator.model.config.num_coefficients))
+        driven = [row for row in driver if row is not None]
+        if driven:
+            base = own
+            if control.relative_expression:
+                base = np.concatenate([row.reference.beta for row in driven if row.reference is not None])
+            selected = control.select_regions(base, np.concatenate([row.motion.beta for row in driven]))
+            strength = control.expression_scale * np.array([row.strength for row in driven])[:, None]
+            change = strength * (coefficients(selected) - coefficients(base))
+            beta = own + strength * (selected - base)
+        shown = beta
+        if self._held is not None:
+            shown = self._held(shown)
+        if control.eyes_to_camera:
+            shown = look_at_camera(shown, np.concatenate([row.motion.camera for row in rows]))
+        if self.silent is not None:
+            shown = np.concatenate([shut_lips(b[None], self.silent, k) for b, k in zip(shown, numbers, strict=True)])
+        return change if shown is beta else change + coefficients(shown) - coefficients(beta)
+
+
+def _edit_frames(
+    items: Iterator[tuple[np.ndarray, _Row, _Row | None]], editor: _Editor, track: _Track, batch: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Edit frames in batches, and tell which: those without a face pass as they are."""
+    first = 0
+    while chunk := list(islice(items, batch)):
+        chosen = [k for k, (_, row, _) in enumerate(chunk) if row.strength > 0]
+        results = [(frame, False) for frame, _, _ in chunk]
+        if chosen:
+            rotation = track.stream.rotation
+            frames = [rotate_clockwise(chunk[k][0], rotation) for k in chosen]
+            _, rows, driver = zip(*(chunk[k] for k in chosen), strict=True)
+            edited = editor(frames, rows, driver, [first + k for k in chosen])
+            for k, frame in zip(chosen, edited, strict=True):
+                results[k] = rotate_clockwise(frame, -rotation), True
+        yield from results
+        first += batch
+        if first % TRIM_INTERVAL < batch:
+            trim_heap()
