@@ -404,7 +404,7 @@ class Animator:
         return change
 
     def coefficients(self, beta: np.ndarray) -> np.ndarray:
-        """Return the coefficients lambda (T, n) of expressions beta (T, 64)."""
+        """Return lambda and wink (T, n + 1) of expressions beta (T, 64)."""
         lam: np.ndarray = self._coefficients(beta).float().cpu().numpy()
         return lam
 

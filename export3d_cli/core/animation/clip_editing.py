@@ -284,13 +284,15 @@ class _Editor:
             self._covered = last + (covered - last).clip(-self._step, self._step)
             still.append(np.maximum(self._covered, self._still))
         strength = np.array([row.strength for row in rows])[:, None]
-        return retouch(self._animator, faces, strength * self._changes(rows, driver, numbers), np.array(still))
+        own = self._animator.coefficients(np.concatenate([row.motion.beta for row in rows]))
+        changes = strength * self._changes(rows, driver, numbers)
+        return retouch(self._animator, faces, own, changes, np.array(still))
 
     def _changes(self, rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]) -> np.ndarray:
-        """Return the changes of lambda (T, n)."""
+        """Return the changes of lambda and wink (T, n + 1)."""
         coefficients, control = self._animator.coefficients, self._options.control
         own = beta = np.concatenate([row.motion.beta for row in rows])
-        change = np.zeros((len(rows), self._animator.model.config.num_coefficients))
+        change = np.zeros_like(coefficients(own))
         driven = [row for row in driver if row is not None]
         if driven:
             base = own

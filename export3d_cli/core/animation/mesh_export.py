@@ -96,11 +96,12 @@ def _arkit_displacements(
     slope = BetaStatistics.load().regression(range(count)).T  # (52, 64)
     slope[:, :count] = np.eye(count)
     ends = [base + slope * (value - base[:count, None]) for value in (0, 1)]
-    low, high = (torch.from_numpy(animator.coefficients(end)).to(animator.device) for end in ends)
+    n = model.config.num_coefficients
+    low, high = (torch.from_numpy(animator.coefficients(end)[:, :n]).to(animator.device) for end in ends)
     changes = (high - low) * movable_coefficients(animator)[:count, None]
     changes *= MAX_CHANGE / changes.norm(dim=1, keepdim=True).clamp_min(MAX_CHANGE)
     with torch.inference_mode():
-        own = source.lam if beta is None else torch.from_numpy(animator.coefficients(beta)).to(source.lam)
+        own = source.lam if beta is None else torch.from_numpy(animator.coefficients(beta)[:, :n]).to(source.lam)
         neutral = model.flow.deform_landmarks(source.landmarks, own - source.lam)  # (1, 478, 3)
         place, moved = torch.from_numpy(points).to(animator.device)[None], []
         for change in changes:

@@ -17,6 +17,7 @@ from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.face_cover import cover_motion
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
+from export3d_cli.core.model.one_sided import apply_wink
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import identity_grid, warp
@@ -33,8 +34,9 @@ class ExpressionWarp(NamedTuple):
 
 
 def warp_expression(
-    model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor, still: Tensor
-) -> ExpressionWarp:
+    model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor, wink: Tensor,
+    source_wink: Tensor, still: Tensor,
+) -> ExpressionWarp:  # fmt: skip
     """Change the expression in pictures (B, 3, H, H) around faces; the model must have a flow.
 
     Args:
@@ -43,10 +45,11 @@ def warp_expression(
         landmarks: (B, 478, 3), head frame.
         camera: (B, 25).
         change: of lambda (B, n).
+        wink: to show, and `source_wink` of the pictures, (B, 1), see `one_sided`.
         still: (B, 3) how far mouth, the person's right eye and left eye stay as they are, [0, 1].
     """
     assert model.flow is not None
-    deformed = model.flow.deform_landmarks(landmarks, change)
+    deformed = apply_wink(model.flow.deform_landmarks(landmarks, change), landmarks, wink, source_wink)
     deformed = torch.lerp(landmarks.float(), deformed, cover_motion(landmarks.float(), still))
     mesh = model.flow.render_flow(model.flow.deform_mesh(landmarks, camera, deformed), camera, image.shape[-1])
     colours = PhotoColours.measure(F.avg_pool2d(image, COLOUR_POOLING), project(landmarks, camera)[0], mesh.face)
