@@ -62,16 +62,17 @@ def extend_flow(
     in_crop = smooth_step(to_edge, 0, CROP_FADE)
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
     weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
-    shift = head
+    shift, far_side = head, torch.zeros_like(weight)
     if head_uv is not None:
         shift = (head_uv - identity_grid(head_uv.shape[-1], grid)).float()
         shift = F.grid_sample(shift, inside, align_corners=False, padding_mode="border")
         oval = photo[:, index_tensor(FACE_OVAL, photo)]
-        moved, radius = _push_outside_face(grid + shift, oval)
+        moved, radius, turned_away = _push_outside_face(grid + shift, oval)
         weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop * linear_step(radius, *OUTLINE_FADE)
-        known = torch.cat([weight * (moved - grid - head), weight], dim=1)
+        known = weight * torch.cat([moved - grid - head, turned_away, torch.ones_like(weight)], dim=1)
         known = box_mean(box_mean(known, SMOOTHING_CELLS), SMOOTHING_CELLS)
-        head = head + known[:, :2] / (known[:, 2:] + UNKNOWN_WEIGHT)
+        continued = known[:, :3] / (known[:, 3:] + UNKNOWN_WEIGHT)
+        head, far_side = head + continued[:, :2], continued[:, 2:]
 
     chin, top = result[:, CHIN, :, None, None], result[:, FOREHEAD_TOP, :, None, None]
     up = top - chin
@@ -85,19 +86,22 @@ def extend_flow(
     body = follow * torch.stack([neck[:, 0], common[:, 1]], dim=1)[..., None, None]  # its size stays
     displacement = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
     displacement = torch.lerp(displacement, shift, face * in_crop)
-    # around a turned or raised face the flow may lead into the photo's face, which would appear twice
+    # around a raised face, and at the near side of a turned one, the flow may lead into the photo's face
     margin = max(1, photo_face.shape[-1] // PHOTO_FACE_DIVISOR)
     again = linear_step(box_mean(box_mean(photo_face, margin), margin), *PHOTO_FACE_FADE)
-    again = F.grid_sample(again, 2 * (grid + displacement).permute(0, 2, 3, 1) - 1, align_corners=False)
+    again = F.grid_sample(again, 2 * (grid + displacement).permute(0, 2, 3, 1) - 1, align_corners=False) * (
+        1 - far_side
+    )
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_crop)
 
 
-def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor]:
+def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Move positions (B, 2, n, n) in the photo at which the face turns away outwards to its outline (B, N, 2).
 
     What a picture shows next to a turned face is not the hidden part of the face but what is next to it in the photo.
-    Returns the positions and their distance from the middle of the face, in radii of the outline, (B, 1, n, n).
+    Returns the positions, their distance from the middle of the face in radii of the outline, and where the face turns
+    away, (B, 1, n, n) both.
     """
     across, down = torch.gradient(uv, spacing=(1 + 2 * WINDOW_MARGIN) / FLOW_SIZE, dim=(3, 2))
     area = (across[:, :1] * down[:, 1:] - across[:, 1:] * down[:, :1]).abs()
@@ -106,8 +110,9 @@ def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor]:
     precision = torch.linalg.inv(2 * offset.transpose(1, 2) @ offset / offset.shape[1])  # of the outline's ellipse
     from_centre = uv - centre
     radius = torch.einsum("bihw,bij,bjhw->bhw", from_centre, precision, from_centre)[:, None].clamp_min(1e-4).sqrt()
-    outwards = linear_step(area, *GRAZING_FADE) * (1 / radius - 1).clamp(0, 2)
-    return uv + outwards * from_centre, radius * (1 + outwards)
+    turned_away = linear_step(area, *GRAZING_FADE)
+    outwards = turned_away * (1 / radius - 1).clamp(0, 2)
+    return uv + outwards * from_centre, radius * (1 + outwards), turned_away
 
 
 def _affine(result: Tensor, photo: Tensor, grid: Tensor) -> Tensor:
