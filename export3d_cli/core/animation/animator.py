@@ -299,7 +299,7 @@ class Animator:
             others.append(replace(
                 portrait, crop=crop, motion=motion, margins=None, faces=tuple(face_positions(target, [], square)),
                 face_box=_bounding_box(target.landmarks), canvas=None,
-                covered=self._cover_detector.covered_parts(crop, motion.landmarks[0]),
+                covered=self.cover_detector.covered_parts(crop, motion.landmarks[0]),
             ))  # fmt: skip
         stacked = torch.cat(padded).contiguous(memory_format=torch.channels_last)
         return self._encode(replace(portrait, others=tuple(others), padded=stacked))
