@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import chain, islice, repeat
@@ -107,11 +107,10 @@ def edit_clip(
             of_driver = replace(options, fps=fps, pose="absolute", max_frames=None)
             other = stack.enter_context(_Track(animator, driver, of_driver, repeated=is_still or length == "loop"))
             total = {"driver": other.stream.total, "shortest": min(total, other.stream.total)}.get(length, total)
-            driver_rows = iter(other)
+            tracked: Iterable[_Row] = other
             if options.tracker != "fan":  # which computes with torch and needs all cores itself
-                driver_rows = iter(stack.enter_context(PrefetchIterator(other, PREFETCH_DEPTH, stop=other.stop)))
-            if length == "source":
-                driver_rows = _fade_at_end(driver_rows, fade)
+                tracked = stack.enter_context(PrefetchIterator(other, PREFETCH_DEPTH, stop=other.stop))
+            driver_rows = _fade_at_end(tracked, fade) if length == "source" else iter(tracked)
         notes = dict.fromkeys(precision_notes(animator.precision, animator.device))
         editor = _Editor(animator, options, regions, 1 / fade)
         if options.expression:
@@ -188,7 +187,7 @@ class _Track:
                 return
             self._current = self._open()
 
-    def frames(self) -> Iterator[np.ndarray]:
+    def frames(self) -> Generator[np.ndarray, None, None]:
         """Read the frames, uint8 (H, W, 3), as they are stored."""
         while True:
             with self.reader() as reader:

@@ -125,14 +125,13 @@ class GroupCompositor:
     def __init__(self, portraits: Sequence[Portrait]) -> None:
         canvases = [portrait.canvas for portrait in portraits if portrait.canvas is not None]
         self._order = sorted(range(len(canvases)), key=lambda k: canvases[k].square[2])
-        self._canvases, self.transparent = canvases, False
-        self.size = canvases[0].size
+        self._canvases = canvases
         self._plate = canvases[0].photo.copy()  # without all of them
         for canvas in canvases:
             part, own = self._plate[canvas.window], canvas.photo[canvas.window]
             np.copyto(part, canvas.plate, where=(canvas.plate != own).any(-1, keepdims=True))
 
-    def __call__(self, rendered: Sequence[FrameLayers], driver: np.ndarray | None = None) -> np.ndarray:
+    def __call__(self, rendered: Sequence[FrameLayers]) -> np.ndarray:
         """Return the next frame from the layers of each portrait."""
         frame = self._plate.copy()
         for k in self._order:

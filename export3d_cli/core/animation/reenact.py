@@ -64,14 +64,15 @@ def reenact(
     add_watermark = get_watermarker(options.watermark)
     portraits = load_portraits(animator, source, options)
     one = Compositor(portraits[0], background=options.background, compare=options.compare)
-    compositor = one if len(portraits) == 1 else GroupCompositor(portraits)
+    group = None if len(portraits) == 1 else GroupCompositor(portraits)
     audio = choose_sound(options.audio, None, driver)
     audio_start = options.start if audio == driver else 0.0
     notes = dict.fromkeys(precision_notes(animator.precision, animator.device))  # each shot may give the same ones
 
     def write(item: tuple[tuple[Any, np.ndarray | None], ...]) -> None:
-        layers, crops = zip(*item, strict=True)
-        writer.write(add_watermark(compositor(layers[0] if compositor is one else layers, crops[0])))
+        (layers, crop), *others = item
+        frame = one(layers, crop) if group is None else group([layers, *(layers for layers, _ in others)])
+        writer.write(add_watermark(frame))
 
     with ExitStack() as stack:
         stream = stack.enter_context(open_driver(animator, portraits[0], driver, options, track_cache))
@@ -80,8 +81,8 @@ def reenact(
             of_other = replace(options, fps=stream.fps).for_driver(other)
             streams.append(stack.enter_context(open_driver(animator, portrait, other, of_other)))
         writer = stack.enter_context(VideoWriter(
-            out, size=compositor.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
-            alpha=compositor.transparent,
+            out, size=one.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
+            alpha=one.transparent,
         ))  # fmt: skip
         background = stack.enter_context(BackgroundWriter(write, animator.window, stop=writer.abort))
         tracked: list[Iterable[MotionBatch]] = list(streams)
