@@ -66,10 +66,10 @@ def paste(frame: np.ndarray) -> np.ndarray:
     [
         (23, lambda frame: mark(frame)),
         (28, lambda frame: mark(frame)),
-        (23, lambda frame: resize(mark(frame), 128, 128)),
+        (15, lambda frame: resize(mark(frame), 128, 128)),
         (23, lambda frame: resize(mark(frame), 384, 384)),
         (23, lambda frame: mark(frame)[8:-18, 20:-6]),
-        (23, lambda frame: mark(frame)[60:220, 50:210]),
+        (23, lambda frame: mark(frame)[40:220, 40:220]),
         (23, lambda frame: mark(resize(frame, 400, 224))[:, 100:324]),
         (23, lambda frame: mark(resize(frame, 256, 456))),
         (23, lambda frame: paste(mark(frame))),
