@@ -236,10 +236,9 @@ def test_conflicting_options_exit_2_before_weights_are_read(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_video_as_portrait_is_refused_and_crop_none_keeps_the_photo(tiny, tmp_path):
+def test_video_as_portrait_of_views_is_refused_and_crop_none_keeps_the_photo(tiny, tmp_path):
     film = example_path("drive.mp4")
     for result in (
-        reenact(tiny, tmp_path / "a.mp4", source=film),
         run("novel-view", film, "--weights", tiny, "--device", "cpu", "-o", tmp_path / "b.mp4"),
         run(
             "edit-basis",

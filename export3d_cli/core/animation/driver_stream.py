@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from export3d_cli.core.animation.options import ReenactOptions
-from export3d_cli.core.animation.pipeline import PrefetchIterator
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
@@ -100,7 +99,6 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
         self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
         self._stopped = False
-        self._ahead: PrefetchIterator[tuple[Face | None, bool, tuple[int, int]]] | None = None
         fps, start, duration, max_frames = options.fps, options.start, options.duration, options.max_frames
         self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames)
         if is_motion_file(driver):
@@ -129,12 +127,6 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        if self._ahead is not None:
-            self._ahead.__exit__()
-
-    def track_ahead(self) -> None:
-        """Begin to track a video in a thread; `crop_scale` and `source` may be set before the iteration begins."""
-        self._ahead = PrefetchIterator(self._faces(), round(LOOKAHEAD_S * self.fps), stop=self.stop).__enter__()
 
     def stop(self) -> None:
         """Make an iteration in another thread raise `MediaError` at its next frame."""
@@ -237,7 +229,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         shot = _Shot(0)
         is_cut = False
         size = (0, 0)
-        for index, (face, is_new_shot, size) in enumerate(self._ahead or self._faces()):
+        for index, (face, is_new_shot, size) in enumerate(self._faces()):
             is_cut |= is_new_shot
             if face is not None and is_cut:
                 is_cut = False

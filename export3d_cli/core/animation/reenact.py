@@ -23,7 +23,7 @@ from export3d_cli.core.animation.compositor import (
     load_photo,
     read_portrait,
 )
-from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch, is_motion_file
+from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch
 from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression, shut_lips
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite, choose_sound
 from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, report_each
@@ -31,7 +31,6 @@ from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
-from export3d_cli.core.media.image import has_image_suffix
 from export3d_cli.core.media.soundtrack import find_silence
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.device import precision_notes, trim_heap
@@ -63,6 +62,9 @@ def reenact(
     check_outputs([out], options.background, options.crf)
     check_overwrite(out, options.overwrite)
     add_watermark = get_watermarker(options.watermark)
+    portraits = load_portraits(animator, source, options)
+    one = Compositor(portraits[0], background=options.background, compare=options.compare)
+    group = None if len(portraits) == 1 else GroupCompositor(portraits)
     audio = choose_sound(options.audio, None, driver)
     audio_start = options.start if audio == driver else 0.0
     notes = dict.fromkeys(precision_notes(animator.precision, animator.device))  # each shot may give the same ones
@@ -73,16 +75,7 @@ def reenact(
         writer.write(add_watermark(frame))
 
     with ExitStack() as stack:
-        early = None
-        no_video = is_motion_file(driver) or has_image_suffix(driver)
-        if not (no_video or options.compare or options.tracker == "fan"):  # tracked while the photo is encoded
-            early = stack.enter_context(open_driver(animator, None, driver, options, track_cache))
-            early.track_ahead()
-        portraits = load_portraits(animator, source, options)
-        one = Compositor(portraits[0], background=options.background, compare=options.compare)
-        group = None if len(portraits) == 1 else GroupCompositor(portraits)
-        stream = early or stack.enter_context(open_driver(animator, portraits[0], driver, options, track_cache))
-        stream.crop_scale, stream.source = portraits[0].crop_scale, portraits[0].motion
+        stream = stack.enter_context(open_driver(animator, portraits[0], driver, options, track_cache))
         streams = [stream]
         for portrait, (_, other) in zip(portraits[1:], options.pairs, strict=False):
             of_other = replace(options, fps=stream.fps).for_driver(other)
@@ -134,19 +127,13 @@ def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> 
 
 
 def open_driver(
-    animator: Animator, portrait: Portrait | None, driver: Path, options: ReenactOptions,
-    track_cache: TrackCache | None = None,
-) -> DriverStream:  # fmt: skip
-    """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared.
-
-    Without the portrait its `crop_scale` and `source` are to be set later.
-    """
-    crop_scale, size, motion = (1.0, (0, 0), None) if portrait is None else (
-        portrait.crop_scale, portrait.frame_size, portrait.motion
-    )  # fmt: skip
+    animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, track_cache: TrackCache | None = None
+) -> DriverStream:
+    """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
     return DriverStream(
-        driver, animator.tracker(options.tracker), options, batch=animator.window, crop_scale=crop_scale,
-        crop_size=size[1] if options.compare else None, source=motion, track_cache=track_cache,
+        driver, animator.tracker(options.tracker), options, batch=animator.window, crop_scale=portrait.crop_scale,
+        crop_size=portrait.frame_size[1] if options.compare else None, source=portrait.motion,
+        track_cache=track_cache,
     )  # fmt: skip
 
 

@@ -42,26 +42,25 @@ class FaceDetector:
         For the search the image is rotated clockwise by a multiple of 90 degrees, gets a black `margin` of this
         fraction of its longer side, which shows faces larger than the image, and is shrunk to `max_side` pixels.
         """
-        added = round(margin * max(image.shape[:2]))
-        if added:
-            image = cv2.copyMakeBorder(image, *(4 * (added,)), cv2.BORDER_CONSTANT)
         image = np.rot90(image, -rotation // 90)
         h, w = image.shape[:2]
-        scale = min(1.0, max_side / max(h, w))
+        scale = min(1.0, max_side / ((1 + 2 * margin) * max(h, w)))
         size = max(1, round(w * scale)), max(1, round(h * scale))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
+        added = round(margin * max(size))
+        image = cv2.copyMakeBorder(image, *(4 * (added,)), cv2.BORDER_CONSTANT)
         with self._lock:
             net = self._load()
-            net.setInputSize(size)
+            net.setInputSize(image.shape[1::-1])
             _, rows = net.detect(np.ascontiguousarray(image[..., ::-1]))  # (N, 15): box, 5 keypoints, score
         detections = []
         for row in [] if rows is None else rows:
-            points = np.concatenate([[row[:2], row[:2] + row[2:4]], row[4:14].reshape(5, 2)]) / scale
+            points = np.concatenate([[row[:2], row[:2] + row[2:4]], row[4:14].reshape(5, 2)])
+            points = (points - added) / scale
             width, height = w, h
             for _ in range(rotation // 90):  # back, a quarter at a time
                 points = np.stack([points[:, 1], width - points[:, 0]], axis=1)
                 width, height = height, width
-            points -= added
             box = np.concatenate([points[:2].min(0), points[:2].max(0)]).astype(np.float32)
             detections.append(Detection(box, points[2:], float(row[14])))
         return sorted(detections, key=lambda d: -float(np.prod(d.box[2:] - d.box[:2])))

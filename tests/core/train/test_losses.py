@@ -107,7 +107,7 @@ def test_silhouette_and_density_tv_terms() -> None:
     image, head = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     head[..., :4] = 1
     opacity = torch.full((1, 1, 4, 4), 0.25)
-    output = Output(image, image, opacity, opacity, None, None, torch.tensor([0.5]))
+    output = Output(image, image, opacity, opacity, None, None, density_tv=torch.tensor([0.5]))
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
     marks = torch.zeros(1, 478, 2)
     batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head, head)
