@@ -19,12 +19,12 @@ from export3d_cli.core.model.masks import linear_step
 WINK_FADE = (0.03, 0.065)
 LOWER_LID_RISE = 0.15  # where the lids of a shut eye meet, over its opening
 FOLD_DROP = 0.25  # motion of the upper lid's fold over that of the middle of its rim
-_OPENINGS = [BETA_NAMES.index(f"eyeOpening{side}") for side in ("Right", "Left")]
+_OPENINGS = tuple(BETA_NAMES.index(f"eyeOpening{side}") for side in ("Right", "Left"))
 
 
 def measure_wink(beta: Tensor) -> Tensor:
     """Return how far one eye is shut alone in expressions beta (B, 64): (B, 1), -1 the person's right, 1 the left."""
-    right, left = beta[:, _OPENINGS].float().unbind(1)
+    right, left = beta[:, index_tensor(_OPENINGS, beta)].float().unbind(1)
     difference = right - left
     return (linear_step(difference.abs(), *WINK_FADE) * difference.sign())[:, None]
 

@@ -53,7 +53,8 @@ def iris_edge(points: Tensor, source: Tensor) -> Tensor:
     `points` (B, 478, 3) are landmarks; the radius is that of the photo's landmarks `source`.
     """
     flat = source[..., :2]
-    radii = [(flat[:, list(iris[1:])] - flat[:, iris[:1]]).norm(dim=-1).mean(1, keepdim=True) for iris, _ in _EYES]
+    irises = (flat[:, index_tensor(iris, flat)] for iris, _ in _EYES)  # each its centre and 4 points of its edge
+    radii = [(iris[:, 1:] - iris[:, :1]).norm(dim=-1).mean(1, keepdim=True) for iris in irises]
     radius = torch.cat([r.expand(-1, len(RIGHT_EYE)) for r in radii], dim=1)  # (B, 32)
     rim, centre = (points[:, index_tensor(vertices, points), :2] for vertices in (RIM, _CENTRE))
     return (radius / (rim - centre).norm(dim=-1).clamp_min(1e-6)).clamp_max(MAX_IRIS_REACH)[..., None]
