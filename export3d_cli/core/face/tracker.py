@@ -26,6 +26,8 @@ TrackerName = Literal["landmarker", "fan"]
 class LandmarkerTracker(FaceTracker):
     """A `FaceTracker`: a landmarker and the canonical face."""
 
+    landmarker: Landmarker
+
     def __init__(self, bundle: Path, detector: FaceDetector, *, threads: int = 1) -> None:
         """See `Landmarker`."""
         self.landmarker = Landmarker(bundle, detector, threads=threads)
