@@ -197,6 +197,7 @@ def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, N
     share = max(1, threads // workers)
 
     def evaluate(task: tuple[Iterable[T], SimpleQueue[tuple[list[T], BaseException | None]]]) -> None:
+        torch.get_num_threads()  # a thread's first call takes over the last number that any thread has set
         torch.set_num_threads(share)  # of this thread and of those that start later
         part, result = task
         try:

@@ -144,9 +144,11 @@ def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
     if host == _HOST_ID and os.name != "nt":
         try:
             os.kill(process, 0)
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True  # killed, and its parent has not noticed yet
         except ProcessLookupError:
             return True
-        except OSError:  # alive, of another user
+        except OSError:  # alive, of another user; or there is no /proc
             pass
     return time.time() - entry.stat().st_mtime > _STALE_AFTER_S
 
