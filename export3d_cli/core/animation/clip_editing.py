@@ -47,7 +47,7 @@ from export3d_cli.core.runtime.errors import InputError
 FADE_S = 0.2  # seconds over which an edit fades next to frames without a face, at covers, and where the driver ends
 CALIBRATION_S = 2.0  # seconds of the clip from which the frame is taken that controls are calibrated on
 MAX_BATCH = 8  # frames that are edited at once, and wait in memory at full size
-PREFETCH_DEPTH = 16  # frames whose motion is read ahead
+PREFETCH_DEPTH = 16  # frames that are tracked ahead of the editing
 TRIM_INTERVAL = 128  # frames between two calls of `trim_heap`
 _OF_PHOTOS = {  # fields of the options that have no effect on a video -> their options
     "framing": "--frame", "crop": "--crop", "size": "--size", "background": "--background", "compare": "--compare",

@@ -17,7 +17,7 @@ from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.masks import smooth_step
 from export3d_cli.core.model.warp.mesh_flow import resize
-from export3d_cli.core.model.warp.photo_flow import FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
+from export3d_cli.core.model.warp.photo_flow import CELL, FLOW_SIZE, WINDOW_MARGIN, PhotoFlow
 
 AlphaFn = Callable[[np.ndarray, Sequence[FacePosition]], np.ndarray]  # image, faces in it -> alpha matte
 CLOSE_UP_SCALES = (1.7, 1.0)  # crops, in sides of the face crop, whose mattes refine the whole photo's
@@ -60,7 +60,7 @@ class FrameLayers(NamedTuple):
         depth, opacity = (x[:, 0].float().cpu().numpy() for x in (output.depth, output.opacity))
         copied = [0.0] * len(images)
         if output.blend_weights is not None:
-            margin = round(FLOW_SIZE * WINDOW_MARGIN / (1 + 2 * WINDOW_MARGIN))  # cells around the crop
+            margin = round(WINDOW_MARGIN / CELL)  # cells around the crop
             shown = flow.face_weight[..., margin:-margin, margin:-margin]
             synthesised = 1 - output.blend_weights.float().sum(1, keepdim=True)
             copied = (1 - shown * resize(synthesised, shown.shape[-1])).mean((1, 2, 3)).tolist()
@@ -148,7 +148,7 @@ class PhotoCanvas:
         """Return the affine map from pixel indices of the window to cell indices of the flow."""
         rows, columns = self.window
         x0, y0, side = self.square
-        cell = side * (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE  # pixels
+        cell = side * CELL  # pixels
         offset = [(s.start + 0.5 - o + WINDOW_MARGIN * side) / cell - 0.5 for s, o in ((columns, x0), (rows, y0))]
         return np.array([[1 / cell, 0, offset[0]], [0, 1 / cell, offset[1]]])
 
@@ -217,7 +217,7 @@ def _border_room(alpha: np.ndarray, square: Square) -> np.ndarray:
     the person.
     """
     x0, y0, side = square
-    centres = (np.arange(FLOW_SIZE, dtype=np.float32) + 0.5) * (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE - WINDOW_MARGIN
+    centres = (np.arange(FLOW_SIZE, dtype=np.float32) + 0.5) * CELL - WINDOW_MARGIN
     room = []
     for start, along, edges in ((x0, y0, alpha[:, [0, -1]]), (y0, x0, alpha[[0, -1]].T)):
         length = alpha.size // len(edges)  # between the two borders, pixels

@@ -21,7 +21,7 @@ from export3d_cli.core.runtime.device import autocast
 from export3d_cli.core.runtime.errors import InputError
 
 WINDOW_SCALE = 1.7  # side of the window that can change, in face boxes: the first ring of the face mesh lies inside
-MIN_SHIFT_PX = 1 / 64  # half of what `cv2.remap` resolves: smaller displacements leave pixels as they are
+MIN_SHIFT_PX = 1 / 64  # displacements below half of the step of `cv2.remap`, 1/32 pixel, are ignored
 Window = tuple[int, int, int]  # x0, y0, side in pixels; may reach outside the frame
 
 

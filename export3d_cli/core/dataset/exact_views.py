@@ -1,4 +1,4 @@
-"""Rendered heads with exact views: pictures of still heads, with the class and depth of what their pixels show.
+"""Data sets of rendered heads: images from known cameras, with class and depth of every pixel.
 
 The folder holds `clips/<head>.mp4`, `labels/<head>.npz` (arrays `expression` (F,), `head_rot_deg` (F, 3) yaw, pitch and
 roll, `intrinsics` for image size 1) and `depth/<head>.npz` (`depth` (F, d, d) in metres along the camera's axis,

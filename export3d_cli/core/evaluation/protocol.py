@@ -34,7 +34,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Case:
-    """One source clip, whose `photo` frame is animated by a driver clip."""
+    """A source clip and a driver clip; the driver animates the source's frame `photo`."""
 
     source: Clip
     driver: Clip

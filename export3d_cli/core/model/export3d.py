@@ -136,7 +136,7 @@ class Export3D(nn.Module):
             person_mask: (B, 1, ., .) in [0, 1], 1 on the person. Without it hair counts as background.
             margins: (B, 3) how far a larger photo continues to the left, top and right, in image sizes.
             covered: (B, 3) 1 where something is before the mouth, the person's right eye and left eye, else 0.
-            first: the photo that this one is added to, in whose colours it is, see `match_colours`.
+            first: the main photo, if this is an additional one; its colours must match, see `match_colours`.
         """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (

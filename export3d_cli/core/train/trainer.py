@@ -134,7 +134,7 @@ def _inherit_calibration(model: ModelConfig, init_model: ModelConfig) -> ModelCo
 
 
 def _licence_notes(config: TrainConfig) -> list[str]:
-    """Return a note for initial weights whose licence is another than that of the trained ones."""
+    """Return a note if the initial weights have another licence than the trained ones."""
     licences = {name: read_licence(resolve_weights(name)) for name in (config.init, config.expression_from) if name}
     return [
         f"{name} has the licence {licence or 'unknown'}: make sure that it allows {config.license}"

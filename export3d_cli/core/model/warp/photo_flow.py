@@ -23,6 +23,7 @@ from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
 
 WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
 FLOW_SIZE = 192  # cells of a side of the window
+CELL = (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE  # side of a cell, crop sides
 WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motion fades out
 CROP_FADE = 0.06  # crop sides inside the crop's border over which the network's image and flow take over
 HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over
@@ -103,7 +104,7 @@ def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor, Tensor
     Returns the positions, their distance from the middle of the face in radii of the outline, and where the face turns
     away, (B, 1, n, n) both.
     """
-    across, down = torch.gradient(uv, spacing=(1 + 2 * WINDOW_MARGIN) / FLOW_SIZE, dim=(3, 2))
+    across, down = torch.gradient(uv, spacing=CELL, dim=(3, 2))
     area = (across[:, :1] * down[:, 1:] - across[:, 1:] * down[:, :1]).abs()
     centre = oval.mean(1)[..., None, None]
     offset = oval - oval.mean(1, keepdim=True)

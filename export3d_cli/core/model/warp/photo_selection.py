@@ -1,7 +1,7 @@
 """Several photos of one person (beyond the paper): which of them each pixel of the face comes from.
 
-Every photo's mesh is deformed to the same head, so that their pixels meet. A pixel comes from the photo that shows it,
-from the side and with the expression nearest to the result's; the first photo, whose scene this is, is preferred.
+Every photo's mesh is deformed to the same head, so that their pixels correspond. Each pixel is taken from a photo that
+shows it; photos with a view and an expression similar to the result's, and the main photo, get more weight.
 """
 
 from __future__ import annotations
