@@ -17,7 +17,7 @@ from hypothesis import settings
 from torch import nn
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
 

@@ -41,7 +41,7 @@ def read_faces(paths: list[Path]) -> dict[str, list[Face]]:
     for path in paths:
         frames = [read_image(path)] if has_image_suffix(path) else list(VideoReader(path))
         for frame in frames[:: max(1, len(frames) // FRAMES_PER_CLIP)][:FRAMES_PER_CLIP]:
-            face = max(tracker.landmarker.find_all(frame), key=lambda f: np.ptp(f.landmarks[:, 0]), default=None)
+            face = max(tracker.find_all(frame), key=lambda f: np.ptp(f.landmarks[:, 0]), default=None)
             if face is not None:
                 low, high = face.landmarks[:, :2].min(0), face.landmarks[:, :2].max(0)
                 side = 2 * float((high - low).max())

@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT

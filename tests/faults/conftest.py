@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.probe import ffmpeg_path

@@ -39,12 +39,11 @@ from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding, fit_clip_crop
-from export3d_cli.core.face.face_track import FaceTracker
+from export3d_cli.core.face.face_track import FaceTracker, find_photo_face
 from export3d_cli.core.face.given_landmarks import complete_landmarks
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.target_face import find_photo_face
 from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_tracker
 from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
@@ -235,10 +234,10 @@ class Animator:
         tracker = self.tracker()
         assert isinstance(tracker, LandmarkerTracker)
         if landmarks is None:
-            target = find_photo_face(tracker.landmarker, photo, name=name, face=face)
+            target = find_photo_face(tracker, photo, name=name, face=face)
         else:
-            target = tracker.landmarker.face_at(complete_landmarks(landmarks))
-        others = tracker.landmarker.find_all(photo)
+            target = tracker.face_at(complete_landmarks(landmarks))
+        others = tracker.find_all(photo)
         face_box = _bounding_box(target.landmarks)
         square, shown = (0.0, 0.0, float(width)), (0, 0, width, height)
         if crop == "auto":
@@ -277,7 +276,7 @@ class Animator:
         tracker, size = self.tracker(), len(portrait.crop)
         others, padded = list[Portrait](), [portrait.padded]
         for name, photo in photos.items():
-            target = find_photo_face(tracker.landmarker, photo, name=name)
+            target = find_photo_face(tracker, photo, name=name)
             photo_size = (photo.shape[1], photo.shape[0])
             x0, y0, side = square = fit_clip_crop(target.landmarks[None], photo_size)
             motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))

@@ -158,7 +158,7 @@ def plan_reenact(
             compositor(frame)
         seconds.append((time.monotonic() - began) / len(motion))
     began = time.monotonic()
-    animator.tracker(options.tracker).landmarker.find(compositor.source_frame)
+    animator.tracker(options.tracker).find(compositor.source_frame)
     tracking = time.monotonic() - began
     remaining = sum(options.overwrite or not source.exists for source in planned)
     is_cuda = animator.device.type == "cuda"

@@ -34,8 +34,8 @@ from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.cover_detection import CoveredParts
 from export3d_cli.core.face.crop import CROP_SCALE, crop_with_padding
 from export3d_cli.core.face.expression_coefficients import REGIONS, region_of
+from export3d_cli.core.face.face_track import rotate_clockwise
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.target_face import rotate_clockwise
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import has_image_suffix
 from export3d_cli.core.media.reader import VideoReader

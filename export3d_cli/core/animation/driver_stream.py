@@ -23,17 +23,17 @@ from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
-from export3d_cli.core.face.face_track import FaceTracker
-from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
-from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.motion import Motion, resample_rows
-from export3d_cli.core.face.smoothing import smooth_stream
-from export3d_cli.core.face.target_face import (
+from export3d_cli.core.face.face_track import (
+    Face,
+    FaceTracker,
     TargetFaceTracker,
     UprightFrames,
     describe_rotation,
     rotate_clockwise,
 )
+from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
+from export3d_cli.core.face.motion import Motion, resample_rows
+from export3d_cli.core.face.smoothing import smooth_stream
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
@@ -202,10 +202,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             return
         if cache is not None:
             cache.restart(self._track_key)
-        target = TargetFaceTracker(
-            self.tracker.landmarker, self.fps, choice=self.options.driver_face, name=str(self.driver)
-        )
-        frames = UprightFrames(self.tracker.landmarker, self._images(self._reader))
+        target = TargetFaceTracker(self.tracker, self.fps, choice=self.options.driver_face, name=str(self.driver))
+        frames = UprightFrames(self.tracker, self._images(self._reader))
         for frame in frames:
             self.rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
             face = target(frame)

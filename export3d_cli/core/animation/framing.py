@@ -10,7 +10,7 @@ import numpy as np
 
 from export3d_cli.core.animation.options import Framing
 from export3d_cli.core.face.crop import Square, fit_clip_crop
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import Face
 from export3d_cli.core.runtime.errors import InputError
 
 MAX_FRAME_SIZE_PX = 2048  # side of the crop's image

@@ -33,10 +33,10 @@ from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterato
 from export3d_cli.core.animation.reenact import load_portrait
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
+from export3d_cli.core.face.face_track import TargetFaceTracker
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera
 from export3d_cli.core.face.motion_packets import PACKET_RATE, FacePacket, PacketTracker, open_packets
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
-from export3d_cli.core.face.target_face import TargetFaceTracker
 from export3d_cli.core.face.tracker import FaceTracker
 from export3d_cli.core.media.live_camera import open_camera
 from export3d_cli.core.media.mjpeg_server import MjpegServer
@@ -116,7 +116,7 @@ class LiveTracker:
         self._target: Callable[[Any], Any] = (
             (lambda packet: packet)
             if isinstance(tracker, PacketTracker)
-            else TargetFaceTracker(tracker.landmarker, fps, name="the camera")
+            else TargetFaceTracker(tracker, fps, name="the camera")
         )
         self._time: float | None = None  # of the last frame
         self._faces: list[Any] = []  # of the calibration

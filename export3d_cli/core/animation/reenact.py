@@ -110,7 +110,7 @@ def load_portraits(animator: Animator, source: Path, options: ReenactOptions) ->
     """Encode the faces of a photo that are animated: one, all, or one and those of `options.pairs`."""
     if options.face == "all":
         photo = read_portrait(source)
-        count = len(animator.tracker().landmarker.find_all(photo))
+        count = len(animator.tracker().find_all(photo))
         faces = [f"index:{k}" for k in range(count)] or ["largest"]  # which raises if there is none
     else:
         faces = [options.face, *(face for face, _ in options.pairs)]

@@ -284,7 +284,7 @@ def _process_input(job: InputJob) -> list[str]:
 
 def _process_image(job: InputJob, tracker: LandmarkerTracker) -> tuple[list[ManifestRow], list[ManifestRow]]:
     image = read_image(job.file)
-    face = tracker.landmarker.find(image)
+    face = tracker.find(image)
     if face is None:
         return [], [_rejected_row(job, job.source_id, "no face found")]
     motion = tracker.make_motion([face], CLIP_FPS, (image.shape[1], image.shape[0]))

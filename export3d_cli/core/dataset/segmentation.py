@@ -14,8 +14,7 @@ from fractions import Fraction
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import WARMUP_PASSES, Face, FaceTrack
 from export3d_cli.core.face.landmarks import RIGID_POINTS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import LandmarkerTracker
@@ -91,7 +90,7 @@ def track_segments(
     A segment ends at a cut, at a jump of the landmarks, after more than `MAX_GAP_S` without a face and at
     `max_seconds`. Frames of a dissolve or fade, which mix two scenes, belong to no segment.
     """
-    track, detect_cut = FaceTrack(tracker.landmarker), SceneCutDetector()
+    track, detect_cut = FaceTrack(tracker), SceneCutDetector()
     max_frames, max_gap = max(1, round(max_seconds * fps)), round(MAX_GAP_S * fps)
     builder = _SegmentBuilder(tracker, fps, size)
     face: Face | None = None
@@ -102,7 +101,7 @@ def track_segments(
         if previous is None or not np.array_equal(frame, previous):  # a repeated frame has the same face
             mixed = detect_cut(frame)
             if mixed is not None:
-                track = FaceTrack(tracker.landmarker)
+                track = FaceTrack(tracker)
             for _ in range(1 if builder.faces and mixed is None else WARMUP_PASSES):
                 face = track.track(frame)
                 if face is None:

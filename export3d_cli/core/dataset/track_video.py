@@ -9,9 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from export3d_cli.core.face.arkit import read_csv
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import Face, TargetFaceTracker, choose_face
 from export3d_cli.core.face.motion import Motion, resample_rows
-from export3d_cli.core.face.target_face import TargetFaceTracker, choose_face
 from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS
@@ -48,14 +47,14 @@ def extract_motion(
     faces: list[Face | None] = []
     if has_image_suffix(path):
         image = read_image(path)
-        candidates = face_tracker.landmarker.find_all(image)
+        candidates = face_tracker.find_all(image)
         faces += [choose_face(candidates, face, str(path))] if candidates else []
         fps, size, notes = fps or DEFAULT_FOLDER_FPS, (image.shape[1], image.shape[0]), []
     else:
         with VideoReader(path, fps=fps) as reader:
             fps, size, notes = reader.info.fps, (reader.info.width, reader.info.height), reader.notes
             total = min(reader.info.frame_count, max_frames or reader.info.frame_count)
-            track = TargetFaceTracker(face_tracker.landmarker, fps, choice=face, name=str(path))
+            track = TargetFaceTracker(face_tracker, fps, choice=face, name=str(path))
             for frame in itertools.islice(reader, max_frames):
                 faces.append(track(frame))
                 if progress is not None:

@@ -70,7 +70,7 @@ def run_benchmark(
     if len(images) < 2:
         raise InputError(f"{driver} has fewer than two frames: give a longer video")
     tracker = animator.tracker()
-    track = FaceTrack(tracker.landmarker)
+    track = FaceTrack(tracker)
     faces = timed("track", map(track.track, images))
     motion = tracker.make_motion(faces, reader.info.fps, (images[0].shape[1], images[0].shape[0]))
     photo = read_image(source)

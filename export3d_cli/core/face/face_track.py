@@ -1,48 +1,80 @@
-"""What all face trackers share: finding faces, following one through a video, and its conversion to `Motion`.
+"""Faces of pictures, followed through videos: what the face trackers share, one face, and the target face of several.
 
-All state of the tracking is in `FaceTrack`: threads may share a finder and a tracker.
+All state of the tracking is in `FaceTrack` and `TargetFaceTracker`: threads may share a `FaceTracker`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
+from itertools import chain
 
 import numpy as np
 
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.runtime.errors import NoFaceError
+from export3d_cli.core.media.scene_detection import SceneCutDetector
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
 WARMUP_PASSES = 3  # a first frame is tracked this often: the region of interest converges to the one kept in videos
 _THOROUGH_INTERVAL = 8  # frames without a face between thorough searches for small faces
 CHUNK_FRAMES = 1024  # frames computed at once, which bounds the memory of double precision in a long video
+_SAME_FACE_DISTANCE = 0.3  # face boxes; faces that are nearer are one
+MAX_JUMP = (0.75, 0.03)  # face boxes a face may move between frames, and the addition per frame without a face
+ROTATION_VOTES = 3  # frames with a face that must agree before a video is rotated
+PATIENCE_S = 2  # how long a lost face is searched at its last position before another one is taken
 
 
-class FaceFinder(Protocol):
-    """Finds faces in images, uint8 (H, W, 3) RGB; keeps no state between calls."""
+@dataclass(frozen=True)
+class Face:
+    """A face's landmarks and expression, as a tracker finds them."""
 
-    def find(self, image: np.ndarray, *, thorough: bool = True) -> Face | None:
-        """Return the largest face, or None; `thorough` also searches for small faces."""
+    # (478, 3) float32; x, y in pixels, z on the scale of x, negative towards the camera; of `fan` (68, 3) with z = 0
+    landmarks: np.ndarray
+    blendshapes: np.ndarray  # (52,) float32 in [0, 1], in the order of ARKIT_NAMES; tongueOut, of `fan` all, are 0
+    score: float  # probability that it is a face, in [0.5, 1]
 
-    def find_all(self, image: np.ndarray) -> list[Face]:
-        """Return every face, the largest first."""
-
-    def rotation_to_upright(self, image: np.ndarray) -> int | None:
-        """Return the clockwise degrees (0, 90, 180, 270) that turn the largest face upright; None without a face."""
-
-    def find_near(self, image: np.ndarray, face: Face) -> Face | None:
-        """Return the face near the place of `face`, which another image showed, or None."""
+    def distance_to(self, other: Face) -> float:
+        """Return the distance of the centres of two faces, in boxes of the smaller one."""
+        sizes = [float(np.ptp(face.landmarks[:, :2], axis=0).max()) for face in (self, other)]
+        distance = np.linalg.norm(self.landmarks[:, :2].mean(0) - other.landmarks[:, :2].mean(0))
+        return float(distance / max(1e-6, min(sizes)))
 
 
 class FaceTracker(ABC):
-    """A finder of faces, and the conversion of its faces to `Motion`."""
+    """Finds faces in images, uint8 (H, W, 3) RGB, and converts those of a clip to `Motion`."""
 
-    landmarker: FaceFinder
+    detector: FaceDetector
+
+    @abstractmethod
+    def search(self, image: np.ndarray, *, thorough: bool) -> Iterator[Face]:
+        """Yield the faces of an image, some perhaps twice; `thorough` also searches for small faces."""
+
+    @abstractmethod
+    def find_near(self, image: np.ndarray, face: Face) -> Face | None:
+        """Return the face near the place of `face`, which another image showed, or None."""
+
+    def find(self, image: np.ndarray, *, thorough: bool = True) -> Face | None:
+        """Return the largest face, or None; `thorough` also searches for small faces."""
+        return next(self.search(check_image(image), thorough=thorough), None)
+
+    def find_all(self, image: np.ndarray) -> list[Face]:
+        """Return every face, the largest first."""
+        faces: list[Face] = []
+        for face in self.search(check_image(image), thorough=True):
+            if all(face.distance_to(other) > _SAME_FACE_DISTANCE for other in faces):
+                faces.append(face)
+        return sorted(faces, key=lambda face: -float(np.prod(np.ptp(face.landmarks[:, :2], axis=0))))
+
+    def rotation_to_upright(self, image: np.ndarray) -> int | None:
+        """Return the clockwise degrees (0, 90, 180, 270) that turn the largest face upright; None without a face.
+
+        Asks the detector: landmark networks often find an upright face in one that is upside down.
+        """
+        return self.detector.rotation_to_upright(check_image(image))
 
     @abstractmethod
     def calibrate_clip(
@@ -72,11 +104,18 @@ class FaceTracker(ABC):
         return motion if found.all() else replace(motion.select((np.cumsum(found) - 1).clip(0)), found=found)
 
 
+def check_image(image: np.ndarray) -> np.ndarray:
+    """Return the image as a contiguous array; raise `InputError` unless it is a uint8 (H, W, 3) RGB array."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise InputError(f"an image must be a uint8 (H, W, 3) RGB array, got {image.dtype} {image.shape}")
+    return np.ascontiguousarray(image)
+
+
 class FaceTrack:
     """One face, followed from frame to frame of a video; cheaper and steadier than finding it in each frame."""
 
-    def __init__(self, finder: FaceFinder) -> None:
-        self._finder = finder
+    def __init__(self, tracker: FaceTracker) -> None:
+        self._tracker = tracker
         self._face: Face | None = None  # of the previous frame
         self._size: tuple[int, ...] = ()  # height, width of the previous frame
         self._lost_frames = 0  # since a face was found
@@ -88,9 +127,9 @@ class FaceTrack:
         """
         if image.shape[:2] != self._size:
             self._face, self._lost_frames = None, 0
-        face = None if self._face is None else self._finder.find_near(image, self._face)
+        face = None if self._face is None else self._tracker.find_near(image, self._face)
         if face is None:
-            face = self._finder.find(image, thorough=self._lost_frames % _THOROUGH_INTERVAL == 0)
+            face = self._tracker.find(image, thorough=self._lost_frames % _THOROUGH_INTERVAL == 0)
         self._lost_frames = 0 if face is not None else self._lost_frames + 1
         self._face, self._size = face, image.shape[:2]
         return face
@@ -98,3 +137,157 @@ class FaceTrack:
     def follow(self, face: Face, image: np.ndarray) -> None:
         """Let `track` follow this face of `image` from now on."""
         self._face, self._size = face, image.shape[:2]
+
+
+def choose_face(faces: list[Face], choice: str, name: str) -> Face:
+    """Return the largest, left, right or index:N face (from the left, from 0); `faces` are the largest first."""
+    if not faces:
+        raise NoFaceError(f"no face found in {name}: use a photo with one large, upright face")
+    if choice == "largest":
+        return faces[0]
+    across = sorted(faces, key=lambda face: float(face.landmarks[:, 0].mean()))
+    index = {"left": 0, "right": len(faces) - 1}.get(choice)
+    if index is None:
+        kind, _, number = choice.partition(":")
+        if kind != "index" or not number.isdecimal():
+            raise InputError(f"face must be largest, left, right or index:N, got {choice!r}")
+        index = int(number)
+    if index >= len(faces):
+        raise InputError(f"{name} shows {len(faces)} face(s): {choice} does not exist, index:0 is the leftmost")
+    return across[index]
+
+
+def find_photo_face(tracker: FaceTracker, image: np.ndarray, *, name: str = "the photo", face: str = "largest") -> Face:
+    """Return the chosen face (see `choose_face`) of a photo, uint8 (H, W, 3) RGB, tracked like a video of one frame.
+
+    Raises `NoFaceError` if the photo shows none, or it is not upright.
+    """
+    degrees = tracker.rotation_to_upright(image)
+    if degrees:
+        pose = describe_rotation(degrees)
+        raise NoFaceError(f"the face in {name} {pose}: rotate the photo by {degrees} degrees clockwise")
+    track = FaceTrack(tracker)
+    tracked: Face | None = None
+    if face != "largest":
+        track.follow(choose_face(tracker.find_all(image), face, name), image)
+    for _ in range(WARMUP_PASSES):
+        tracked = track.track(image)
+    if tracked is None:
+        hint = "use a photo with one large, upright face, or give its 68 or 478 points with --landmarks FILE"
+        raise NoFaceError(f"no face found in {name}: {hint}")
+    return tracked
+
+
+class TargetFaceTracker:
+    """Called with the frames of a video, uint8 (H, W, 3) RGB, in order; returns the target face of each, or None.
+
+    The face is chosen in the first frame that shows any, and again after a cut. Within a shot, faces elsewhere in the
+    picture are not taken for it. If a shot after a cut shows too few faces for index:N, its frames have no face, and
+    `notes` says so: another person is never taken instead. `is_new_shot` says whether the last frame follows a cut, or
+    shows another face than the frames before because that one was lost for long. For `choice` see `choose_face`.
+    """
+
+    def __init__(
+        self, tracker: FaceTracker, fps: Fraction, *, choice: str = "largest", name: str = "the video"
+    ) -> None:
+        self._tracker, self._choice, self._name = tracker, choice, name
+        self._track = FaceTrack(tracker)
+        self._fps = fps
+        self._patience_frames = round(PATIENCE_S * fps)
+        self._cuts = SceneCutDetector()
+        self._previous_image: np.ndarray | None = None
+        self._face: Face | None = None  # of the previous frame
+        self._last_face: Face | None = None  # the last one found
+        self._missing_frames = 0  # frames since the last face
+        self._frame = -1
+        self._cut_frame = 0
+        self._chosen = False  # whether a face was chosen in any shot
+        self.is_new_shot = False
+        self.notes: list[str] = []  # for the user
+
+    def __call__(self, image: np.ndarray) -> Face | None:
+        """Return the target face in the next frame."""
+        self._frame += 1
+        self.is_new_shot = False
+        if self._previous_image is not None and np.array_equal(image, self._previous_image):
+            return self._face
+        self._previous_image = image
+        if self._cuts(image) is not None:
+            self._track = FaceTrack(self._tracker)
+            self._last_face, self._cut_frame, self.is_new_shot = None, self._frame, True
+        self._face = self._choose(image) if self._last_face is None else self._follow_last(image, self._last_face)
+        self._missing_frames = 0 if self._face is not None else self._missing_frames + 1
+        self._last_face = self._face or self._last_face
+        return self._face
+
+    def _choose(self, image: np.ndarray) -> Face | None:
+        face = self._track.track(image)
+        if face is None:
+            return None
+        if self._choice != "largest":
+            faces = self._tracker.find_all(image)
+            index = self._choice.partition(":")[2]
+            if self._chosen and len(faces) <= int(index or 0):
+                self._track = FaceTrack(self._tracker)
+                if index and not self.notes:
+                    seconds = float(self._cut_frame / self._fps)
+                    self.notes.append(
+                        f"{self._name} shows {len(faces)} face(s) after the cut at {seconds:.1f} s: {self._choice} "
+                        "does not exist there, and its frames count as frames without a face"
+                    )
+                return None
+            self._track.follow(choose_face(faces, self._choice, self._name), image)
+        self._chosen = True
+        for _ in range(WARMUP_PASSES - 1):
+            face = self._track.track(image)
+        return face
+
+    def _follow_last(self, image: np.ndarray, last: Face) -> Face | None:
+        max_jump = MAX_JUMP[0] + MAX_JUMP[1] * self._missing_frames
+        face = self._track.track(image)
+        if face is None or last.distance_to(face) <= max_jump:
+            return face
+        nearest = min(self._tracker.find_all(image), key=last.distance_to, default=face)
+        if last.distance_to(nearest) > max_jump and self._missing_frames < self._patience_frames:
+            self._track.follow(last, image)  # another face: search at the last position again
+            return None
+        self.is_new_shot = last.distance_to(nearest) > max_jump
+        self._track.follow(nearest, image)
+        return self._track.track(image)
+
+
+class UprightFrames:
+    """The frames of a video, uint8 (H, W, 3) RGB, rotated so that the face is upright, as if no rotation tag were lost.
+
+    The first three frames that show a face decide; `rotation` is the result, clockwise in degrees: 0, 90, 180 or 270.
+    Frames before them stay as they are.
+    """
+
+    def __init__(self, tracker: FaceTracker, frames: Iterable[np.ndarray]) -> None:
+        self._tracker, self._frames = tracker, frames
+        self.rotation = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        frames, undecided, votes = iter(self._frames), list[np.ndarray](), list[int]()
+        for frame in frames:
+            vote = self._tracker.rotation_to_upright(frame)
+            if vote is None and not votes:
+                yield frame
+                continue
+            undecided.append(frame)
+            votes += [] if vote is None else [vote]
+            if len(votes) == ROTATION_VOTES or len(undecided) == 2 * ROTATION_VOTES:
+                break
+        self.rotation = votes[0] if len(set(votes)) == 1 else 0
+        for frame in chain(undecided, frames):
+            yield rotate_clockwise(frame, self.rotation)
+
+
+def rotate_clockwise(image: np.ndarray, degrees: int) -> np.ndarray:
+    """Rotate an image (H, W, 3) by a multiple of 90 degrees."""
+    return np.ascontiguousarray(np.rot90(image, -degrees // 90))
+
+
+def describe_rotation(degrees: int) -> str:
+    """Return the predicate of a face that has to be rotated clockwise by these degrees to be upright."""
+    return "is upside down" if degrees == 180 else "lies on its side"

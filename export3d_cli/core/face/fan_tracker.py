@@ -17,9 +17,8 @@ import numpy as np
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, Square, crop_image, fit_crop_square
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, compute_measures
-from export3d_cli.core.face.face_track import FaceTracker
+from export3d_cli.core.face.face_track import Face, FaceTracker
 from export3d_cli.core.face.landmark_fitting import FaceBasis, FaceFit, fit_frames, fit_neutral
-from export3d_cli.core.face.landmarker import Face
 from export3d_cli.core.face.landmarks import IBUG68_MEASURE_POINTS
 from export3d_cli.core.runtime.camera import FOCAL, default_intrinsics, with_head_pose
 from export3d_cli.core.runtime.errors import WeightsError
@@ -38,35 +37,33 @@ _NOSE_WEIGHTS = (0.55, 0.45)  # of the points 30 and 33: the landmarker's nose t
 INSTALL_COMMAND = "pip install 'export3d-cli[fan]'"
 
 
-class FanLandmarker:
-    """A `FaceFinder` for 68 points.
+class FanTracker(FaceTracker):
+    """The tracker `fan`. It fills only the landmarks of a `Face`, with z = 0; coefficients need the whole clip."""
 
-    It fills only the landmarks of a `Face`, (68, 3) in pixels with z = 0; coefficients need the whole clip.
-    """
-
-    def __init__(self, detector: FaceDetector, mean_face: np.ndarray, *, device: str = "cpu") -> None:
+    def __init__(self, basis: Path, detector: FaceDetector, *, device: str = "cpu") -> None:
         """Load the network; raises `WeightsError` if the package is missing or its weights cannot be fetched.
 
-        Points unlike any view of `mean_face` (68, 3) are rejected.
+        `basis` is `fan_basis.npz`. It also holds the linear map from fitted coefficients to the landmarker's beta:
+        `gain` and `rest`, (64,) each; the gain is 0 for entries that 68 points do not show, such as the gaze.
         """
-        self.detector, self.mean_face = detector, mean_face
+        arrays = {name: array.astype(np.float64) for name, array in load_arrays(basis).items()}
+        self.basis = FaceBasis(arrays["mean"], arrays["identity"], arrays["expression"])
+        self.gain, self.offset = arrays["gain"], arrays["rest"]
+        self.detector = detector
         self._network = _load_network(device)
 
-    def find(self, image: np.ndarray, *, thorough: bool = True) -> Face | None:
-        """Return the largest face of an image, uint8 (H, W, 3) RGB, or None; every search is thorough."""
-        return next(self._detect_faces(image), None)
+    def search(self, image: np.ndarray, *, thorough: bool) -> Iterator[Face]:
+        """Search the image once; points unlike any view of the mean face are rejected."""
+        for detection in self.detector(image):
+            rough = self.predict_points(image, _input_square(detection.box.reshape(2, 2)))
+            if _shape_deviation(rough, self.basis.mean) <= _MAX_SHAPE_DEVIATION:
+                face = self._confirm_face(image, _input_square(rough))
+                if face is not None:
+                    yield face
 
     def find_near(self, image: np.ndarray, face: Face) -> Face | None:
-        """Return the face near the place of `face`, which another image showed, or None."""
+        """Look at the place of `face`."""
         return self._confirm_face(image, _input_square(face.landmarks[:, :2]))
-
-    def find_all(self, image: np.ndarray) -> list[Face]:
-        """Return every face of the image, the largest first."""
-        return list(self._detect_faces(image))
-
-    def rotation_to_upright(self, image: np.ndarray) -> int | None:
-        """Return the clockwise degrees (0, 90, 180, 270) that turn the largest face upright; None without a face."""
-        return self.detector.rotation_to_upright(image)
 
     def predict_points(self, image: np.ndarray, square: Square) -> np.ndarray:
         """Return the network's points (68, 2) in pixels for a square of the image, whether or not it shows a face."""
@@ -77,36 +74,13 @@ class FanLandmarker:
         points: np.ndarray = (np.asarray(predicted[0], dtype=np.float64)[:, :2] + 0.5) * side / INPUT_SIDE_PX + [x0, y0]
         return points
 
-    def _detect_faces(self, image: np.ndarray) -> Iterator[Face]:
-        for detection in self.detector(image):
-            rough = self.predict_points(image, _input_square(detection.box.reshape(2, 2)))
-            if _shape_deviation(rough, self.mean_face) <= _MAX_SHAPE_DEVIATION:
-                face = self._confirm_face(image, _input_square(rough))
-                if face is not None:
-                    yield face
-
     def _confirm_face(self, image: np.ndarray, view: Square) -> Face | None:
         detections = self.detector(crop_image(image, view, _CONFIRM_SIDE_PX))
         points = self.predict_points(image, view) if detections else None
-        if points is None or _shape_deviation(points, self.mean_face) > _MAX_SHAPE_DEVIATION:
+        if points is None or _shape_deviation(points, self.basis.mean) > _MAX_SHAPE_DEVIATION:
             return None
         landmarks = np.column_stack([points, np.zeros(NUM_FAN_LANDMARKS)]).astype(np.float32)
         return Face(landmarks, np.zeros(len(ARKIT_NAMES), np.float32), detections[0].score)
-
-
-class FanTracker(FaceTracker):
-    """A `FaceTracker` for 68 points."""
-
-    def __init__(self, basis: Path, detector: FaceDetector, *, device: str = "cpu") -> None:
-        """See `FanLandmarker`; `basis` is `fan_basis.npz`.
-
-        It also holds the linear map from fitted coefficients to the landmarker's beta: `gain` and `rest`, (64,) each;
-        the gain is 0 for entries that 68 points do not show, such as the gaze.
-        """
-        arrays = {name: array.astype(np.float64) for name, array in load_arrays(basis).items()}
-        self.basis = FaceBasis(arrays["mean"], arrays["identity"], arrays["expression"])
-        self.gain, self.offset = arrays["gain"], arrays["rest"]
-        self.landmarker = FanLandmarker(detector, self.basis.mean, device=device)
 
     def calibrate_clip(
         self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from export3d_cli.core.face.canonical_face import load_canonical_face
-from export3d_cli.core.face.head_pose import TRACKER_Z_SCALE
+from export3d_cli.core.face.head_pose import TRACKER_Z_SCALE, load_canonical_face
 from export3d_cli.core.face.landmarks import EYE_RIMS, IBUG68, NUM_LANDMARKS
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import check_file

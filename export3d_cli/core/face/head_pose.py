@@ -1,14 +1,18 @@
-"""Head pose from landmarks: the camera of each frame, and landmarks lifted into the head frame.
+"""Head pose from landmarks: the mean face, the camera of each frame, and landmarks lifted into the head frame.
 
 "Crop units" are positions divided by the side of the crop: x, y in [0, 1] inside it, z at the same scale.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import numpy as np
 
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS, RIGID_POINTS, RIGID_WEIGHTS
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS, default_intrinsics
+from export3d_cli.core.runtime.weights import load_arrays, resolve_weights
 
 RIGID_CENTROID = np.array([0.000000, 0.004524, -0.064495])  # weighted mean of the canonical rigid points
 TRACKER_Z_SCALE = 1.1  # the landmarker flattens faces: with this factor turning heads read their true angle
@@ -16,6 +20,23 @@ TRACKER_Z_SCALE = 1.1  # the landmarker flattens faces: with this factor turning
 # another frame's camera, come nearest to the other frame's: the same factor for 63 filmed people and for 445 rendered
 # heads, at turns of 5 and of 30 degrees.
 RELIEF_SCALE = 0.94
+
+
+@dataclass(frozen=True)
+class CanonicalFace:
+    """MediaPipe's mean face and the triangles of the basis flow, made by `weights/make_canonical_face.py`."""
+
+    points: np.ndarray  # (478, 3) float64, head frame; all points of an iris lie at the centre of the eye
+    mirror: np.ndarray  # (478,) int64: index of each point's mirror point
+    # (902, 4) int32: three points, then the kind: 0 skin, 1 the inside of the mouth, 2 eye (a fan around the iris, so
+    # that the gaze can move). All have the same winding: positive area with y down, seen from the front.
+    flow_triangles: np.ndarray
+
+
+@functools.lru_cache(maxsize=1)
+def load_canonical_face() -> CanonicalFace:
+    """Read the shipped canonical face; raises `WeightsError`."""
+    return CanonicalFace(**load_arrays(resolve_weights("canonical_face")))
 
 
 def fit_cameras(landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:

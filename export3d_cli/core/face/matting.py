@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.face.crop import Square
-from export3d_cli.core.face.landmarker import Face, LiteRTNetwork
+from export3d_cli.core.face.face_track import Face
+from export3d_cli.core.face.tracker import LiteRTNetwork
 
 FacePosition = tuple[float, float, float]  # x, y of a face's centre and its size, in sizes of the picture
 _NETWORK_SIDE_PX = 256  # input and output side of the network

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import Face
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 
 _RECORD = np.dtype([

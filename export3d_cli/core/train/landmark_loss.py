@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from torch import Tensor, nn
 
-from export3d_cli.core.face.landmarker import read_bundle
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
+from export3d_cli.core.face.tracker import read_bundle
 from export3d_cli.core.model.inpaint.inpainter import AlignedCrop, level_axes
 from export3d_cli.core.model.warp.mesh_flow import warp
 

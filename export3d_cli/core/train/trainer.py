@@ -12,7 +12,7 @@ import torch
 
 from export3d_cli.core.config.loading import save_yaml
 from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, DataConfig, ModelConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.device import pick_device, precision_notes, torch_state

@@ -18,7 +18,7 @@ from export3d_cli.core.animation.expression_controls import CONTROLS, Expression
 from export3d_cli.core.animation.options import ReenactOptions, choose_sound
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.animation.retouching import WINDOW_SCALE
-from export3d_cli.core.face.target_face import rotate_clockwise
+from export3d_cli.core.face.face_track import rotate_clockwise
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader

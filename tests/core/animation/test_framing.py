@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.framing import DEFAULT_MAX_SIDE_PX, SIZE_RANGE_PX, place_on_canvas
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import Face
 from export3d_cli.core.runtime.errors import InputError
 
 PERSON = 255  # in the first channel; the other two hold x and y

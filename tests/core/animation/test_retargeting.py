@@ -16,8 +16,8 @@ from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import open_driver, reenact
 from export3d_cli.core.animation.retargeting import Control, TravelLimits, most_similar_frame
 from export3d_cli.core.face.expression_coefficients import REGIONS
+from export3d_cli.core.face.face_track import choose_face
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.target_face import choose_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import Camera, head_pose, with_head_pose
 from export3d_cli.core.runtime.errors import InputError, NoFaceError

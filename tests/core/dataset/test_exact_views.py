@@ -12,7 +12,7 @@ import pytest
 from export3d_cli.core.config.schema import DataConfig
 from export3d_cli.core.dataset.exact_views import CLOTHES, SKIN, HeadLabels, crop_depth, read_labels, split_heads
 from export3d_cli.core.dataset.preprocess import preprocess
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter

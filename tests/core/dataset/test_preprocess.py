@@ -78,7 +78,7 @@ def test_preprocess_crops_match_their_motion(data):
         assert np.abs(np.median(motion.landmarks[:, 1, :2], axis=0) - 0.5).max() < 0.02
         tracker = module.open_landmarker_tracker()
         with VideoReader(out / line["file"], size=(256, 256)) as reader:
-            face = tracker.landmarker.find(next(iter(reader)))
+            face = tracker.find(next(iter(reader)))
         assert np.abs(face.landmarks[:, :2] / 256 - motion.landmarks[0, :, :2]).mean() < 0.02
 
 

@@ -13,8 +13,8 @@ from export3d_cli.core.dataset.segmentation import (
     sharpness,
     track_segments,
 )
-from export3d_cli.core.face.canonical_face import load_canonical_face
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import Face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.runtime.camera import Camera
@@ -59,9 +59,7 @@ def split_video(canonical):
                 current.update(frame=id(frame), face=face(next(positions)))
             return current["face"]
 
-        tracker.landmarker = SimpleNamespace(
-            find=lambda frame, thorough: track(frame), find_near=lambda frame, face: track(frame)
-        )
+        tracker = SimpleNamespace(find=lambda frame, thorough: track(frame), find_near=lambda frame, face: track(frame))
         if frames is None:
             frames = [scene((90, 120, 90), i % 2) for i in range(len(nose_positions))]
         return list(track_segments(frames, tracker, RATE, SIZE, max_seconds))

@@ -32,7 +32,7 @@ from export3d_cli.core.evaluation.protocol import (
     read_clips,
     select_frames,
 )
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image, to_tensor, write_image
 from export3d_cli.core.media.reader import VideoReader

@@ -46,7 +46,7 @@ def test_landmark_distance_is_in_the_image_plane_in_pixels_at_256():
 
 
 def test_ibug68_points_lie_on_the_right_features():
-    from export3d_cli.core.face.canonical_face import load_canonical_face
+    from export3d_cli.core.face.head_pose import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE
 
     assert len(set(IBUG68)) == 68
@@ -91,8 +91,8 @@ def test_gaze_direction_follows_the_iris():
 
 def test_gaze_direction_from_iris_entries_of_beta():
     """Move both irises of the canonical face to where eyes turned by 15 degrees have them."""
-    from export3d_cli.core.face.canonical_face import load_canonical_face
     from export3d_cli.core.face.expression_coefficients import compute_measures
+    from export3d_cli.core.face.head_pose import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS
 
     points = np.repeat(load_canonical_face().points[None], 2, axis=0)

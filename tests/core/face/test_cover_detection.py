@@ -11,7 +11,7 @@ import pytest
 
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import crop_with_padding
-from export3d_cli.core.face.target_face import find_photo_face
+from export3d_cli.core.face.face_track import find_photo_face
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
@@ -40,12 +40,12 @@ def photos(tracker: LandmarkerTracker) -> list[Photo]:
     """Return photos and the landmarks of their faces."""
     photos = [next(iter(VideoReader(DATA / name))) for name in ("head1.mp4", "head2.mp4")]
     photos += [read_image(example_path(name)) for name in ("source.jpg", "astronaut.jpg")]
-    return [(photo, find_photo_face(tracker.landmarker, photo).landmarks) for photo in photos]
+    return [(photo, find_photo_face(tracker, photo).landmarks) for photo in photos]
 
 
 def covered_parts(detector: CoverDetector, tracker: LandmarkerTracker, photo: np.ndarray) -> CoveredParts:
     """Track the photo with its cover, as the engine does."""
-    face = find_photo_face(tracker.landmarker, photo, name="photo", face="largest")
+    face = find_photo_face(tracker, photo, name="photo", face="largest")
     motion = tracker.make_motion([face], Fraction(25), photo.shape[1::-1])
     return detector.covered_parts(crop_with_padding(photo, motion.crop, 256), motion.landmarks[0])
 

@@ -16,7 +16,7 @@ from export3d_cli.core.face import fan_tracker as fan
 from export3d_cli.core.face.detector import FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, MEASURE_NAMES
 from export3d_cli.core.face.face_track import FaceTrack
-from export3d_cli.core.face.fan_tracker import FanLandmarker, FanTracker
+from export3d_cli.core.face.fan_tracker import FanTracker
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker
@@ -24,7 +24,7 @@ from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import WeightsError
-from export3d_cli.core.runtime.weights import example_path, load_arrays, weights_dir
+from export3d_cli.core.runtime.weights import example_path, weights_dir
 
 BASIS = weights_dir() / "fan_basis.npz"
 WEIGHTS = "3DFAN4-7835d9f11d.pth.tar"
@@ -34,7 +34,7 @@ class FakeNetwork:
     """Returns 68 of the landmarker's points, instead of the package's own."""
 
     def __init__(self) -> None:
-        self.landmarker = open_landmarker_tracker().landmarker
+        self.landmarker = open_landmarker_tracker()
 
     def get_landmarks_from_image(self, image: np.ndarray, detected_faces: list[np.ndarray]) -> list[np.ndarray]:
         (x0, y0, x1, y1), side = detected_faces[0], fan.INPUT_SIDE_PX
@@ -60,7 +60,7 @@ def motions(tracker: FanTracker, step: int = 6) -> tuple[Motion, Motion]:
     with VideoReader(example_path("drive.mp4")) as reader:
         frames = list(reader)[::step]
         size, fps = (reader.info.width, reader.info.height), reader.info.fps / step
-    track = FaceTrack(tracker.landmarker).track
+    track = FaceTrack(tracker).track
     fan_motion = tracker.make_motion([track(frame) for frame in frames], fps, size)
     landmarker_tracker = open_landmarker_tracker()
     return fan_motion, landmarker_tracker.make_motion(landmarker_tracker.track_frames(frames), fps, size)
@@ -87,8 +87,8 @@ def test_fan_motion_agrees_with_the_landmarker(tracker: FanTracker) -> None:
 def test_make_motion_does_not_depend_on_the_batch(tracker: FanTracker) -> None:
     image = read_image(example_path("source.jpg"))
     size = (image.shape[1], image.shape[0])
-    face = tracker.landmarker.find(image)
-    moved = tracker.landmarker.find(np.roll(image, 9, axis=1))
+    face = tracker.find(image)
+    moved = tracker.find(np.roll(image, 9, axis=1))
     assert face is not None
     assert moved is not None
     clip = tracker.calibrate_clip([face, moved], size)
@@ -103,7 +103,7 @@ def test_make_motion_does_not_depend_on_the_batch(tracker: FanTracker) -> None:
 
 
 def test_finder_loses_finds_and_follows_faces(tracker: FanTracker) -> None:
-    image, finder = read_image(example_path("source.jpg")), tracker.landmarker
+    image, finder = read_image(example_path("source.jpg")), tracker
     track = FaceTrack(finder)
     black = np.zeros_like(image)
     assert track.track(black) is None
@@ -123,7 +123,7 @@ def test_finder_loses_finds_and_follows_faces(tracker: FanTracker) -> None:
 
 def test_fan_motion_files_round_trip(tracker: FanTracker, tmp_path: Path) -> None:
     image = read_image(example_path("source.jpg"))
-    face = tracker.landmarker.find(image)
+    face = tracker.find(image)
     assert face is not None
     motion = tracker.make_motion([face], Fraction(25), (image.shape[1], image.shape[0]))
     motion.save(tmp_path / "a.motion.npz")
@@ -146,7 +146,6 @@ def test_real_network_with_random_weights(
         pytest.skip("the extra fan is not installed")
     package = fan.import_face_alignment()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    mean = load_arrays(BASIS)["mean"]
     folder = tmp_path / "hub" / "checkpoints"
 
     def offline(*_: object, **__: object) -> None:
@@ -154,15 +153,15 @@ def test_real_network_with_random_weights(
 
     monkeypatch.setattr("face_alignment.utils.download_url_to_file", offline)
     with pytest.raises(WeightsError, match=rf"{WEIGHTS} and cannot be fetched .*no network"):
-        FanLandmarker(detector, mean)
+        FanTracker(BASIS, detector)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(b"not weights")
     with pytest.raises(WeightsError, match=rf"{WEIGHTS} does not load .*\): delete it"):
-        FanLandmarker(detector, mean)
+        FanTracker(BASIS, detector)
     shapes = {name: entry.shape for name, entry in package.models.FAN(4).state_dict().items()}
     noise = torch.rand(max(shape.numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0))
     torch.save({name: noise[: shape.numel()].view(shape) for name, shape in shapes.items()}, folder / WEIGHTS)
-    finder = FanLandmarker(detector, mean)
+    finder = FanTracker(BASIS, detector)
     image = read_image(example_path("source.jpg"))
     points = finder.predict_points(image, (100.0, 50.0, 300.0))
     assert points.shape == (68, 2)

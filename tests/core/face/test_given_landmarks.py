@@ -50,7 +50,7 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
 
 def test_completed_landmarks_are_near_those_that_are_found(animator: Animator) -> None:
     photo = read_image(example_path("source.jpg"))
-    face = animator.tracker().landmarker.find(photo)
+    face = animator.tracker().find(photo)
     assert face is not None
     found = face.landmarks
     np.testing.assert_array_equal(complete_landmarks(found), found)
@@ -69,7 +69,7 @@ def test_completed_landmarks_are_near_those_that_are_found(animator: Animator) -
 
 def test_a_face_that_is_not_found_becomes_a_portrait_by_its_landmarks(animator: Animator) -> None:
     photo = read_image(example_path("source.jpg"))
-    face = animator.tracker().landmarker.find(photo)
+    face = animator.tracker().find(photo)
     assert face is not None
     drawing = np.full_like(photo, 200)
     with pytest.raises(NoFaceError, match="--landmarks"):

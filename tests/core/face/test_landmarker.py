@@ -16,9 +16,9 @@ import pytest
 
 from export3d_cli.core.face.detector import Detection, FaceDetector
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
-from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack
-from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.face_track import WARMUP_PASSES, FaceTrack, FaceTracker
 from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, NOSE_TIP, RIGHT_EYE_OUTER
+from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 
 REPO = Path(__file__).parents[3]
@@ -27,8 +27,8 @@ DETECTOR = FaceDetector(REPO / "weights" / "yunet_n_dynamic.onnx")
 
 
 @pytest.fixture(scope="module")
-def landmarker() -> Landmarker:
-    return Landmarker(BUNDLE, DETECTOR)
+def landmarker() -> FaceTracker:
+    return LandmarkerTracker(BUNDLE, DETECTOR)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(a[:, :2] - b[:, :2], axis=1)
 
 
-def test_find_returns_landmarks_and_blendshapes_of_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_returns_landmarks_and_blendshapes_of_the_face(landmarker: FaceTracker, photo: np.ndarray) -> None:
     (detection,) = DETECTOR(photo)
     face = landmarker.find(photo)
     assert face is not None
@@ -65,7 +65,7 @@ def test_find_returns_landmarks_and_blendshapes_of_the_face(landmarker: Landmark
     assert (face.blendshapes <= 1).all()
 
 
-def test_track_agrees_with_find_on_a_still(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_track_agrees_with_find_on_a_still(landmarker: FaceTracker, photo: np.ndarray) -> None:
     track = FaceTrack(landmarker).track
     reference = landmarker.find(photo)
     frames = [track(photo) for _ in range(5)]
@@ -75,7 +75,7 @@ def test_track_agrees_with_find_on_a_still(landmarker: Landmarker, photo: np.nda
     assert distance(frames[3].landmarks, frames[4].landmarks).max() < 0.5
 
 
-def test_track_loses_a_face_that_left(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_track_loses_a_face_that_left(landmarker: FaceTracker, photo: np.ndarray) -> None:
     track = FaceTrack(landmarker).track
     assert track(photo) is not None
     assert track(np.zeros_like(photo)) is None
@@ -84,7 +84,7 @@ def test_track_loses_a_face_that_left(landmarker: Landmarker, photo: np.ndarray)
     np.testing.assert_array_equal(track(smaller).landmarks, landmarker.find(smaller).landmarks)
 
 
-def test_find_in_a_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_in_a_mirrored_photo_swaps_left_and_right(landmarker: FaceTracker, photo: np.ndarray) -> None:
     tracks = FaceTrack(landmarker), FaceTrack(landmarker)
     for _ in range(WARMUP_PASSES):
         face, mirrored = tracks[0].track(photo), tracks[1].track(photo[:, ::-1])
@@ -99,7 +99,7 @@ def test_find_in_a_mirrored_photo_swaps_left_and_right(landmarker: Landmarker, p
 
 @pytest.mark.parametrize("degrees", [-30, 30])
 def test_find_in_a_rotated_photo_rotates_the_landmarks(
-    landmarker: Landmarker, photo: np.ndarray, degrees: float
+    landmarker: FaceTracker, photo: np.ndarray, degrees: float
 ) -> None:
     h, w = photo.shape[:2]
     turn = cv2.getRotationMatrix2D((w / 2, h / 2), degrees, 1.0)  # (2, 3)
@@ -109,7 +109,7 @@ def test_find_in_a_rotated_photo_rotates_the_landmarks(
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
-def test_find_in_a_photo_on_its_side_or_upside_down(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
+def test_find_in_a_photo_on_its_side_or_upside_down(landmarker: FaceTracker, photo: np.ndarray, quarters: int) -> None:
     side = photo.shape[0]  # square
     expected = landmarker.find(photo).landmarks[:, :2]
     for _ in range(quarters):  # clockwise
@@ -118,7 +118,7 @@ def test_find_in_a_photo_on_its_side_or_upside_down(landmarker: Landmarker, phot
     assert distance(face.landmarks, expected).mean() < 0.01 * side
 
 
-def test_find_all_finds_several_faces_and_small_ones_once(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_all_finds_several_faces_and_small_ones_once(landmarker: FaceTracker, photo: np.ndarray) -> None:
     expected = landmarker.find(photo).landmarks
     canvas = np.full((720, 1280, 3), 127, np.uint8)
     places = ((500, 500), (1000, 180), (300, 80), (100, 60))  # the face is half as high as the photo
@@ -130,7 +130,7 @@ def test_find_all_finds_several_faces_and_small_ones_once(landmarker: Landmarker
         assert distance(face.landmarks, expected * (side / photo.shape[1]) + (x, 100, 0)).mean() < 0.03 * side
 
 
-def test_track_finds_a_lost_small_face_again(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_track_finds_a_lost_small_face_again(landmarker: FaceTracker, photo: np.ndarray) -> None:
     canvas = np.full((720, 1280, 3), 127, np.uint8)
     small = canvas.copy()
     small[400:460, 900:960] = cv2.resize(photo, (60, 60), interpolation=cv2.INTER_AREA)
@@ -140,7 +140,7 @@ def test_track_finds_a_lost_small_face_again(landmarker: Landmarker, photo: np.n
     assert any(track(small) is not None for _ in range(8))
 
 
-def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: Landmarker, photo: np.ndarray) -> None:
+def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: FaceTracker, photo: np.ndarray) -> None:
     whole = landmarker.find(photo).landmarks
     cut = int(whole[:, 0].min() + 0.3 * np.ptp(whole[:, 0]))
     face = landmarker.find(photo[:, cut:])
@@ -149,17 +149,17 @@ def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: Landmarker, phot
 
 
 def test_find_searches_with_a_margin_where_no_face_is_found_without(
-    landmarker: Landmarker, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    landmarker: FaceTracker, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some faces that fill the picture are found only then; on its side, too, the place is right."""
-    whole, detector = landmarker.find(photo).landmarks, landmarker._detector
+    whole, detector = landmarker.find(photo).landmarks, landmarker.detector
     low, high = (extreme(whole[:, :2], axis=0).astype(int) for extreme in (np.min, np.max))
     face = photo[low[1] : high[1], low[0] : high[0]]
 
     def needs_margin(image: np.ndarray, **options: Any) -> list[Detection]:
         return detector(image, **options) if options.get("margin") else []
 
-    monkeypatch.setattr(landmarker, "_detector", needs_margin)
+    monkeypatch.setattr(landmarker, "detector", needs_margin)
     needs_margin.rotation_to_upright = detector.rotation_to_upright  # type: ignore[attr-defined]
     found = landmarker.find(face)
     assert distance(found.landmarks + (*low, 0), whole).mean() < 0.02 * np.ptp(whole[:, 0])
@@ -169,7 +169,7 @@ def test_find_searches_with_a_margin_where_no_face_is_found_without(
 
 
 @pytest.mark.parametrize("hidden", [slice(0.55, 1.0), slice(0.25, 0.48)])
-def test_find_with_a_covered_mouth_or_covered_eyes(landmarker: Landmarker, photo: np.ndarray, hidden: slice) -> None:
+def test_find_with_a_covered_mouth_or_covered_eyes(landmarker: FaceTracker, photo: np.ndarray, hidden: slice) -> None:
     whole = landmarker.find(photo).landmarks
     low, high = whole[:, :2].min(0), whole[:, :2].max(0)
     image = photo.copy()
@@ -179,12 +179,12 @@ def test_find_with_a_covered_mouth_or_covered_eyes(landmarker: Landmarker, photo
 
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
-def test_rotation_to_upright_of_a_rotated_photo(landmarker: Landmarker, photo: np.ndarray, quarters: int) -> None:
+def test_rotation_to_upright_of_a_rotated_photo(landmarker: FaceTracker, photo: np.ndarray, quarters: int) -> None:
     """The landmark network alone would take the face upside down for an upright one."""
     assert landmarker.rotation_to_upright(np.rot90(photo, quarters)) == 90 * quarters
 
 
-def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
+def test_pictures_without_a_face_give_none(landmarker: FaceTracker) -> None:
     black = np.zeros((240, 320, 3), np.uint8)
     assert landmarker.find(black) is None
     assert landmarker.find_all(black) == []
@@ -197,7 +197,7 @@ def test_pictures_without_a_face_give_none(landmarker: Landmarker) -> None:
     "image",
     [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8)],
 )
-def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: np.ndarray) -> None:
+def test_invalid_images_raise_input_errors(landmarker: FaceTracker, image: np.ndarray) -> None:
     for call in (landmarker.find, landmarker.find_all):
         with pytest.raises(InputError, match="got"):
             call(image)
@@ -205,18 +205,18 @@ def test_invalid_images_raise_input_errors(landmarker: Landmarker, image: np.nda
 
 def test_unusable_bundles_raise_weights_errors(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"missing\.task"):
-        Landmarker(tmp_path / "missing.task", DETECTOR)
+        LandmarkerTracker(tmp_path / "missing.task", DETECTOR)
 
     cut = tmp_path / "cut.task"
     cut.write_bytes(BUNDLE.read_bytes()[:100_000])
     with pytest.raises(WeightsError, match="not a whole"):
-        Landmarker(cut, DETECTOR)
+        LandmarkerTracker(cut, DETECTOR)
 
     empty = tmp_path / "empty.task"
     with zipfile.ZipFile(empty, "w"):
         pass
     with pytest.raises(WeightsError, match="not a whole"):
-        Landmarker(empty, DETECTOR)
+        LandmarkerTracker(empty, DETECTOR)
 
     flipped = tmp_path / "flipped.task"
     shutil.copy(BUNDLE, flipped)
@@ -224,12 +224,12 @@ def test_unusable_bundles_raise_weights_errors(tmp_path: Path) -> None:
     data[2_000_000] ^= 0xFF  # of the landmark network
     flipped.write_bytes(data)
     with pytest.raises(WeightsError):
-        Landmarker(flipped, DETECTOR)
+        LandmarkerTracker(flipped, DETECTOR)
     with zipfile.ZipFile(flipped, "w") as archive:
         for name in ("face_landmarks_detector.tflite", "face_blendshapes.tflite"):
             archive.writestr(name, b"not a network")
     with pytest.raises(WeightsError, match="does not load"):
-        Landmarker(flipped, DETECTOR)
+        LandmarkerTracker(flipped, DETECTOR)
 
 
 def test_unusable_detectors_raise_weights_errors(photo: np.ndarray, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ import os, sys, threading
 from pathlib import Path
 from typing import Any
 from export3d_cli.core.face.detector import Detection, FaceDetector
-from export3d_cli.core.face.landmarker import Landmarker
+from export3d_cli.core.face.tracker import LandmarkerTracker
 if {closed}:
     os.close(2)
 before = sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
@@ -261,9 +261,9 @@ def write():
 writer = threading.Thread(target=write)
 if not {closed}:
     writer.start()
-Landmarker(Path({str(BUNDLE)!r}), FaceDetector(Path()))
+LandmarkerTracker(Path({str(BUNDLE)!r}), FaceDetector(Path()))
 while not {closed} and number < 5:  # until the other thread has written during a load
-    Landmarker(Path({str(BUNDLE)!r}), FaceDetector(Path()))
+    LandmarkerTracker(Path({str(BUNDLE)!r}), FaceDetector(Path()))
 stop.set()
 if not {closed}:
     writer.join()

@@ -12,11 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export3d_cli.core.face.canonical_face import CanonicalFace, load_canonical_face
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, crop_image, fit_clip_crop
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES, compute_measures
-from export3d_cli.core.face.head_pose import RELIEF_SCALE, TRACKER_Z_SCALE, fit_cameras, landmarks_to_head_frame
-from export3d_cli.core.face.landmarker import Face
+from export3d_cli.core.face.face_track import Face
+from export3d_cli.core.face.head_pose import (
+    RELIEF_SCALE,
+    TRACKER_Z_SCALE,
+    CanonicalFace,
+    fit_cameras,
+    landmarks_to_head_frame,
+    load_canonical_face,
+)
 from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker

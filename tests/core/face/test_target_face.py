@@ -8,15 +8,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.landmarker import Face
-from export3d_cli.core.face.target_face import TargetFaceTracker
+from export3d_cli.core.face.face_track import Face, TargetFaceTracker
 from export3d_cli.core.runtime.errors import InputError
 
 FaceRow = Sequence[tuple[float, float]]  # centre and size of each face of a frame
 
 
-class FakeFinder:
-    """A finder whose faces are given for each frame, at places along a line."""
+class FakeTracker:
+    """A tracker whose faces are given for each frame, at places along a line."""
 
     def __init__(self, rows: Sequence[FaceRow]) -> None:
         self.rows, self.frame = rows, -1
@@ -55,10 +54,10 @@ def track(
     rows: Sequence[FaceRow], choice: str = "largest", cuts: Sequence[int] = ()
 ) -> tuple[list[float | None], list[str]]:
     """Return the position of the target face in each frame and the notes; `cuts` are frames with a new picture."""
-    finder = FakeFinder(rows)
-    target = TargetFaceTracker(finder, Fraction(5), choice=choice, name="film.mp4")
+    tracker = FakeTracker(rows)
+    target = TargetFaceTracker(tracker, Fraction(5), choice=choice, name="film.mp4")
     positions = []
-    for finder.frame, image in enumerate(images(len(rows), cuts)):
+    for tracker.frame, image in enumerate(images(len(rows), cuts)):
         face = target(image)
         positions.append(None if face is None else centre(face))
     return positions, target.notes
@@ -120,10 +119,10 @@ def test_tracker_reports_cuts_and_other_faces_as_new_shots() -> None:
         ([both] * 3 + [alone] * 5 + [both] * 3, [], []),
         ([both] * 3 + [alone] * 14, [], [13]),  # another face, after the patience
     ):
-        finder = FakeFinder(rows)
-        target = TargetFaceTracker(finder, Fraction(5))
+        tracker = FakeTracker(rows)
+        target = TargetFaceTracker(tracker, Fraction(5))
         new_shots = []
-        for finder.frame, image in enumerate(images(len(rows), cuts)):
+        for tracker.frame, image in enumerate(images(len(rows), cuts)):
             target(image)
-            new_shots += [finder.frame] * target.is_new_shot
+            new_shots += [tracker.frame] * target.is_new_shot
         assert new_shots == expected

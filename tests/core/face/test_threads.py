@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.face_track import FaceTrack
-from export3d_cli.core.face.landmarker import LiteRTNetwork, read_bundle
 from export3d_cli.core.face.matting import PersonMatting, VideoMatting
-from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.face.tracker import LiteRTNetwork, open_landmarker_tracker, read_bundle
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
@@ -32,7 +31,7 @@ def test_network_shared_by_threads_returns_the_outputs_of_each_input() -> None:
 
 
 def test_landmarker_shared_by_threads_finds_the_face_of_each_image(photo: np.ndarray) -> None:
-    landmarker = open_landmarker_tracker().landmarker
+    landmarker = open_landmarker_tracker()
     canvas = np.full((256, 256, 3), 127, np.uint8)
     images = [cv2.resize(photo, (side, side)) for side in range(180, 260, 20)] + [canvas] * 2
     expected = [landmarker.find_all(image) for image in images]
@@ -53,7 +52,7 @@ def test_matting_shared_by_threads_returns_the_alpha_of_each_picture(photo: np.n
 
 
 def test_tracks_and_mattings_of_two_videos_in_threads_equal_separate_runs(photo: np.ndarray) -> None:
-    landmarker = open_landmarker_tracker().landmarker
+    landmarker = open_landmarker_tracker()
     matting = PersonMatting(resolve_weights("selfie_segmentation"))
     videos = [
         [np.roll(image, 2 * k, axis=1) for k in range(6)] for image in (photo, np.ascontiguousarray(photo[:, ::-1]))

@@ -43,14 +43,14 @@ def test_opened_landmarker_finds_small_faces() -> None:
     photo = read_image(example_path("source.jpg"))[::8, ::8]
     canvas = np.full((720, 1280, 3), 90, np.uint8)
     canvas[600 : 600 + len(photo), 1000 : 1000 + photo.shape[1]] = photo
-    assert open_landmarker_tracker().landmarker.find(canvas) is not None
+    assert open_landmarker_tracker().find(canvas) is not None
 
 
 def test_fan_tracks_a_driver_but_no_source(
     make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FakeNetwork:
-        landmarker = open_landmarker_tracker().landmarker
+        landmarker = open_landmarker_tracker()
 
         def get_landmarks_from_image(self, image: np.ndarray, **_: object) -> list[np.ndarray]:
             face = self.landmarker.find(image)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.canonical_face import CanonicalFace, load_canonical_face
+from export3d_cli.core.face.head_pose import CanonicalFace, load_canonical_face
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import BasisFlow

@@ -13,7 +13,7 @@ from mesh_rendering import render_mesh
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.face.canonical_face import CanonicalFace
+from export3d_cli.core.face.head_pose import CanonicalFace
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.generator import zero_init
 from export3d_cli.core.model.super_resolution import FRINGE_DIVISOR, PHOTO_LOGIT_BIAS, widen_mask

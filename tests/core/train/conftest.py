@@ -11,8 +11,8 @@ import pytest
 
 from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.config.schema import TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image

@@ -17,7 +17,7 @@ import torch
 
 from export3d_cli.core.config.loading import make_train_config, save_yaml
 from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.export3d import Export3D

@@ -12,7 +12,7 @@ import torch
 
 from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.config.schema import EyesConfig, InpaintConfig, LidsConfig, MouthConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.inpaint.eyes import eye_opening
 from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, INPAINT_SIZE_PX

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.face.landmarker import LiteRTNetwork, read_bundle
-from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.face.tracker import LiteRTNetwork, open_landmarker_tracker, read_bundle
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
@@ -40,7 +39,7 @@ def test_network_matches_litert(network: LandmarkNetwork, photo: np.ndarray) -> 
 def test_view_grid_matches_the_landmarkers_crop(network: LandmarkNetwork, photo: np.ndarray) -> None:
     """Landmarks found in the crop of a tilted face, mapped back, equal the landmarker's."""
     tilted = cv2.warpAffine(photo, cv2.getRotationMatrix2D((128, 128), 20, 0.8), (VIEW_SIZE_PX, VIEW_SIZE_PX))
-    landmarker = open_landmarker_tracker().landmarker
+    landmarker = open_landmarker_tracker()
     face = landmarker.find(tilted)
     assert face is not None
     face = landmarker.find_near(tilted, face)
@@ -54,7 +53,7 @@ def test_view_grid_matches_the_landmarkers_crop(network: LandmarkNetwork, photo:
 
 
 def test_loss_is_zero_for_equal_images_and_measures_a_moved_mouth(network: LandmarkNetwork, photo: np.ndarray) -> None:
-    face = open_landmarker_tracker().landmarker.find(photo)
+    face = open_landmarker_tracker().find(photo)
     assert face is not None
     marks = torch.from_numpy(face.landmarks[None, :, :2]) / VIEW_SIZE_PX
     image = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from export3d_cli.core.config.schema import DataConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import InputError, TrainingError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.config.schema import PoseDebiasConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import rotation_log

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from export3d_cli.core.config.schema import LossConfig, TrainConfig
-from export3d_cli.core.face.canonical_face import load_canonical_face
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.model.checkpoint import load_state, load_weights, read_licence
 from export3d_cli.core.model.expression import LeBS

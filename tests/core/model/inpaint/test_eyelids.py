@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.canonical_face import load_canonical_face
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.inpaint.eyelids import (
     EYELID_HEIGHT_FADE,

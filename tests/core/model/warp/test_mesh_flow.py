@@ -9,7 +9,7 @@ import torch
 from mesh_rendering import render_mesh
 from torch import Tensor
 
-from export3d_cli.core.face.canonical_face import CanonicalFace
+from export3d_cli.core.face.head_pose import CanonicalFace
 from export3d_cli.core.face.landmarks import (
     CHIN,
     EYE_RIMS,
