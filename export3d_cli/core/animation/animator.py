@@ -499,7 +499,7 @@ class Animator:
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
             output = model.drive(
                 source, None, self._tensor(cameras), lam=lam, posed=posed, raw_size=size, samples=samples,
-                mesh_size=int(scale * model.config.mesh_size),
+                mesh_size=int(scale * model.config.mesh_size), face_only=portrait.canvas is not None,
             )  # fmt: skip
         return output, posed
 
@@ -516,7 +516,7 @@ class Animator:
         photo_face = torch.zeros_like(face) if source.visibility is None else (source.visibility[:, :1] > 0.999).float()
         return extend_flow(
             points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
-            face, photo_face, torso,
+            face, photo_face, torso, output.window,
         )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -194,7 +194,7 @@ class LossConfig:
     residual_flow: float = 0.0  # squared length of the residual flow
     flow: float = 0.0  # photometric loss of the source warped along the flow
     density_tv: float = 0.0  # EG3D's total variation of the density
-    depth: float = 0.0  # L1 of the expected depth where the data set has exact depth; needs raw_rays
+    depth: float = 0.0  # L1 of the expected depth where the data set has exact depth
     silhouette: float = 0.0  # L1 between the opacity and the head mask of the target
     landmarks: float = 0.0  # L1 of the landmarks detected in output and target, percent of the face crop
 

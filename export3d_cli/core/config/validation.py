@@ -69,8 +69,6 @@ def validate_train_config(config: TrainConfig) -> None:
         raise ConfigError(
             f"raw_rays ({config.raw_rays}) must be 0 to {pixels}, the raw render's pixels; needs model.flow"
         )
-    if config.loss.depth and not config.raw_rays:
-        raise ConfigError(f"loss.depth ({config.loss.depth}) needs raw_rays, the training of the volume alone")
     if config.raw_rays and "adversarial" in config.stages:
         raise ConfigError("raw_rays trains the volume alone: set it to 0 for the stage adversarial, in a second run")
     _validate_stages(config)

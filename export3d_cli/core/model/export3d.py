@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, ModelConfig
-from export3d_cli.core.face.landmarks import NUM_LANDMARKS
+from export3d_cli.core.face.landmarks import FACE_OVAL, NUM_LANDMARKS
 from export3d_cli.core.model import volume_renderer
+from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.encoded_source import Source, expand_batch
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.face_cover import FaceCover, cover_motion, make_code_filter
@@ -21,7 +22,7 @@ from export3d_cli.core.model.inpaint.eyelids import EyelidInpainter
 from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
-from export3d_cli.core.model.masks import box_mean, linear_step
+from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
 from export3d_cli.core.model.one_sided import apply_wink, measure_wink
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
@@ -47,6 +48,8 @@ SHOWN_FADE = (0.5, 0.9)  # validity of additional photos over which they replace
 GAIN_SIZE = 16  # cells of its side
 MIN_GAIN_LEVEL, MAX_GAIN = 0.08, 3.0  # least brightness that is compared, of 2, and the limit of the gain
 DEFAULT_BODY_WEIGHT = 0.2  # body weight of pixels outside the head if no person mask is given
+FACE_WINDOW_MARGIN = 0.08  # image sizes around the outline of the face that `face_only` renders
+FACE_WINDOW_STEP = 1 / 32  # of its borders, image sizes: few shapes occur
 CPU_UPSCALE_BATCH = 2  # images upscaled together on a CPU; one takes 250 MB at 2048 x 2048
 SampleCounts = tuple[int, int]  # coarse and fine samples per ray
 
@@ -83,6 +86,7 @@ class Output(NamedTuple):
     sample_grid: Tensor | None = None  # (B, 2 L, H, W) photo positions of each layer, see `LayerWarp`
     blend_weights: Tensor | None = None  # (B, L, H, W) weights of the layers
     inpainted: tuple[InpaintedPatch, ...] = ()  # synthesised patches: mouth, eyes, eyelids
+    window: Window = WHOLE  # part of the image that was computed; the rest is 0
 
     def upscale(self, photos: Tensor, size: int) -> Tensor:
         """Return the image as (B, 3, size, size) with the detail of photos (N, 3, M, M), see `upscale_with_detail`."""
@@ -91,7 +95,7 @@ class Output(NamedTuple):
         batch = CPU_UPSCALE_BATCH if photos.device.type == "cpu" else len(self.image)
         parts = (x.split(batch) for x in (self.before_inpainting, self.sample_grid, self.blend_weights))
         large = [
-            upscale_with_detail(image, LayerWarp(grid, weights), photos, size)
+            upscale_with_detail(image, LayerWarp(grid, weights), photos, size, self.window)
             for image, grid, weights in zip(*parts, strict=True)
         ]
         return composite_patches(torch.cat(large), self.inpainted)
@@ -238,7 +242,7 @@ class Export3D(nn.Module):
     def drive(
         self, source: Source, beta: Tensor | None, camera: Tensor, *, lam: Tensor | None = None,
         posed: PosedHead | None = None, raw_size: int | None = None, samples: SampleCounts | None = None,
-        mesh_size: int | None = None, batch_rows: BatchRows | None = None,
+        mesh_size: int | None = None, batch_rows: BatchRows | None = None, face_only: bool = False,
     ) -> Output:  # fmt: skip
         """Render the source with the driver's expression and camera.
 
@@ -252,6 +256,7 @@ class Export3D(nn.Module):
             samples: coarse and fine samples per ray; default: the config's.
             mesh_size: side at which the face mesh is rasterised; default: the config's.
             batch_rows: rows of a larger batch that these are; training noise is then that of the larger batch.
+            face_only: compute the image only in a window around the face.
         """
         if lam is None:
             if beta is None:
@@ -267,7 +272,8 @@ class Export3D(nn.Module):
         if colours is not None and detail is not None:
             rgb = colours.limit(features[:, :3].float(), resize(detail.flow.head_weight, size))
             features = torch.cat([rgb, features[:, 3:]], dim=1)
-        refined = self.superres(resize(features, self.config.image_size // 4), detail)  # (B, 3, H, W)
+        window = self._face_window(source, posed, camera) if face_only else WHOLE
+        refined = self.superres(resize(features, self.config.image_size // 4), detail, window)  # (B, 3, H, W)
         patches = () if self.training else self._inpaint(source, posed, refined.image, camera, detail)
         if colours is not None:
             patches = tuple(
@@ -280,7 +286,8 @@ class Export3D(nn.Module):
             raw=features[:, :3], depth=depth, opacity=opacity, flow_weights=detail and detail.flow.weights,
             face=detail and detail.mesh.face,
             density_tv=self._density_tv(source, posed, batch_rows) if self.training else None,
-            before_inpainting=refined.image, inpainted=patches, **refined._replace(image=image)._asdict(),
+            before_inpainting=refined.image, inpainted=patches, window=window,
+            **refined._replace(image=image)._asdict(),
         )  # fmt: skip
 
     def forward(
@@ -520,6 +527,19 @@ class Export3D(nn.Module):
             shown = linear_step(detail.flow.fractions.sum(1, keepdim=True) * detail.mesh.valid, *SHOWN_FADE)
             patches = [patch._replace(mask=patch.mask * (1 - patch.crop.sample(shown))) for patch in patches]
         return tuple(patches)
+
+    def _face_window(self, source: Source, posed: PosedHead, camera: Tensor) -> Window:
+        """Return a window around the faces of all results and of the photos."""
+        if posed.mesh is None:
+            return WHOLE
+        outline = index_tensor(FACE_OVAL, camera)
+        uv = torch.cat([
+            project(points[:, outline].float(), view)[0]
+            for points, view in ((posed.mesh.points, camera), (source.landmarks, source.camera))
+        ], dim=1)  # fmt: skip
+        low = ((uv.amin((0, 1)) - FACE_WINDOW_MARGIN) / FACE_WINDOW_STEP).floor() * FACE_WINDOW_STEP
+        high = ((uv.amax((0, 1)) + FACE_WINDOW_MARGIN) / FACE_WINDOW_STEP).ceil() * FACE_WINDOW_STEP
+        return Window(*low.clamp(0, 0.5).tolist(), *high.clamp(0.5, 1).tolist())
 
     def _density_tv(self, source: Source, posed: PosedHead, batch_rows: BatchRows | None) -> Tensor:
         """Return EG3D's density regularisation: mean difference of the log densities of nearby points, (B,)."""

@@ -1,8 +1,9 @@
-"""Soft masks: thresholds, dilation and box filters whose cost hardly grows with the radius."""
+"""Soft masks: thresholds, dilation and box filters whose cost hardly grows with the radius; windows of images."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import math
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Values = TypeVar("Values", Tensor, np.ndarray)
+
+
+class Window(NamedTuple):
+    """A part of square images: its borders as fractions of their side."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def slices(self, size: int) -> tuple[slice, slice]:
+        """Return the rows and columns of the pixels that the window touches in an image of side `size`."""
+        left, top = (math.floor(v * size) for v in self[:2])
+        right, bottom = (math.ceil(v * size) for v in self[2:])
+        return slice(top, bottom), slice(left, right)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Return the window of images (..., s, s)."""
+        rows, columns = self.slices(x.shape[-1])
+        return x[..., rows, columns]
+
+    def pad(self, x: Tensor, size: int) -> Tensor:
+        """Return images (..., size, size) that are `x` in the window and 0 elsewhere."""
+        rows, columns = self.slices(size)
+        return F.pad(x, (columns.start, size - columns.stop, rows.start, size - rows.stop))
+
+
+WHOLE = Window(0, 0, 1, 1)
 
 
 def linear_step(x: Tensor, low: float, high: float) -> Tensor:

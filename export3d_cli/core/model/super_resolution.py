@@ -16,7 +16,7 @@ from export3d_cli.core.model.encoded_source import Source
 from export3d_cli.core.model.fast.fused_conv import upsample_2x, upsample_concat_conv, upsample_concat_conv_inference
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
 from export3d_cli.core.model.inpaint.hidden_textures import HiddenTextures
-from export3d_cli.core.model.masks import dilate, linear_step
+from export3d_cli.core.model.masks import WHOLE, Window, dilate, linear_step
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.layer_warp import make_layer_warp, warp_discontinuity
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, resize, warp
@@ -48,7 +48,7 @@ class SuperResolutionOutput(NamedTuple):
 
     image: Tensor  # (B, 3, H, W)
     residual_flow: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
-    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
+    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow, in the window
     source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
     sample_grid: Tensor | None = None  # (B, 2 L, H, W) see `LayerWarp`
     blend_weights: Tensor | None = None  # (B, L, H, W) weights of the photos' detail, see `LayerWarp`
@@ -113,8 +113,18 @@ class SuperResolution(nn.Module):
             self.expression = nn.Linear(config.code_dim, c2)
             zero_init(self.expression)
 
-    def forward(self, features: Tensor, detail: PhotoDetail | None = None) -> SuperResolutionOutput:
-        """Map features (B, C', H/4, W/4), RGB first, to the image and intermediate results."""
+    def forward(
+        self, features: Tensor, detail: PhotoDetail | None = None, window: Window = WHOLE
+    ) -> SuperResolutionOutput:
+        """Map features (B, C', H/4, W/4), RGB first, to the image and intermediate results.
+
+        With `detail`, image and blend weights are computed only in the `window`, whose borders are multiples of 1/16;
+        they are 0 outside. Next to its borders, up to a tenth of the image inside, values depend on the window.
+        """
+        quarter = features.shape[-1]
+        half, full = 2 * quarter, 4 * quarter
+        if detail is not None:
+            features = window.crop(features)
         rgb_half = upsample_2x(features[:, :3].float())  # (B, 3, H/2, W/2)
         rgb = upsample_2x(rgb_half)  # (B, 3, H, W)
         if detail is None:
@@ -124,34 +134,37 @@ class SuperResolution(nn.Module):
             return SuperResolutionOutput(rgb + self.colour(leaky_relu(x)).float())
 
         source, mesh, flow, code, cover = detail
-        quarter = features.shape[-1]
-        half, full = 2 * quarter, 4 * quarter
         background_visibility = _background_visibility(detail)  # (B, 1, m, m)
         face, rigid, background = flow.weights[:, :1], flow.weights[:, 1:2], 1 - flow.head_weight
         visibility = face * mesh.valid + rigid + background * background_visibility  # (B, 1, m, m)
 
         facts = torch.cat([face, rigid, background, visibility, mesh.stretch, mesh.mouth, mesh.mouth_coords], dim=1)
-        layers = make_layer_warp(flow, background_visibility, quarter)
-        x = torch.cat([features, layers.sample(source.collect("features_quarter")), resize(facts, quarter)], dim=1)
+        layers = make_layer_warp(flow, background_visibility, quarter).crop(window)
+        facts = window.crop(resize(facts, quarter))
+        x = torch.cat([features, layers.sample(source.collect("features_quarter")), facts], dim=1)
         x = leaky_relu(self.block4(self.enter(x)))  # (B, c2, H/4, W/4)
 
         facts = resize(torch.cat([visibility, mesh.mouth, mesh.mouth_coords], dim=1), half)
-        layers = make_layer_warp(flow, background_visibility, half)
+        layers = make_layer_warp(flow, background_visibility, half).crop(window)
         warped_half = layers.sample_over(source.collect("image_half"), rgb_half)  # (B, 3, H/2, W/2)
         halves = layers.sample(source.collect("features_half"))
-        x = self._upsample_concat_conv(self.to2, x, [warped_half, halves, facts], mesh)
+        x = self._upsample_concat_conv(self.to2, x, [warped_half, halves, window.crop(facts)], mesh, half, window)
         x = leaky_relu(self.block2(x + self.expression(code)[:, :, None, None]))  # (B, c2, H/2, W/2)
         residual_flow = MAX_RESIDUAL_FLOW * torch.tanh(self.offset(x).float())  # (B, 2, H/2, W/2)
 
-        facts = resize(facts, full)
-        layers = make_layer_warp(flow, background_visibility, full, residual_flow)
+        residual_flow = window.pad(residual_flow, half)
+        facts = window.crop(resize(facts, full))
+        whole = make_layer_warp(flow, background_visibility, full, residual_flow)
+        layers = whole.crop(window)
         warped = layers.sample_over(source.collect("image"), rgb)  # (B, 3, H, W)
-        x = self.block1(self._upsample_concat_conv(self.to1, x, [warped, facts], mesh))  # (B, c1, H, W)
+        x = self.block1(self._upsample_concat_conv(self.to1, x, [warped, facts], mesh, full, window))  # (B, c1, H, W)
         colour, logit = self.colour(leaky_relu(x)).float().split([3, 1], dim=1)
         blend = torch.sigmoid(4 * logit + PHOTO_LOGIT_BIAS * facts[:, :1] - 3)  # starts with the photo where visible
-        blend = blend * (1 - resize(mesh.closed_in_photo, full))  # closed lips must not be copied into an open mouth
+        blend = blend * (
+            1 - window.crop(resize(mesh.closed_in_photo, full))
+        )  # closed lips must not be copied into an open mouth
         if cover is not None:
-            blend = torch.maximum(blend, resize(cover, full))
+            blend = torch.maximum(blend, window.crop(resize(cover, full)))
         synthesised = rgb + colour
         if source.colours is not None:
             synthesised = source.colours.limit(synthesised, layers.head_weight)
@@ -161,19 +174,23 @@ class SuperResolution(nn.Module):
             missing = _missing_detail(blend, facts[:, :2])
             # No detail where photo positions jump: at outlines and on faces seen from the side. Every second pixel
             # suffices, as the grid has no finer structure.
-            jump = warp_discontinuity(layers.sample_grid[..., ::2, ::2])
-            continuous = resize(1 - linear_step(jump, *DISCONTINUITY_FADE), full)
+            jump = warp_discontinuity(whole.sample_grid[..., ::2, ::2])
+            continuous = window.crop(resize(1 - linear_step(jump, *DISCONTINUITY_FADE), full))
             for k, fine in zip((0, *range(2, weights.shape[1])), source.collect("highpass"), strict=True):  # the head's
                 share = missing * layers.blend_weights[:, k : k + 1]
                 weights[:, k : k + 1] += share
                 grid = layers.sample_grid[:, 2 * k : 2 * k + 2]
                 image = image + share * continuous[:, k : k + 1] * warp(fine, grid)
             weights = weights * continuous
-        return SuperResolutionOutput(image, residual_flow, warped_half, visibility, layers.sample_grid, weights)
+        image, weights = window.pad(image, full), window.pad(weights, full)
+        return SuperResolutionOutput(image, residual_flow, warped_half, visibility, whole.sample_grid, weights)
 
-    def _upsample_concat_conv(self, conv: nn.Conv2d, x: Tensor, others: list[Tensor], mesh: MeshFlow) -> Tensor:
-        """Upsample `x`, concatenate `others` and the hidden textures, and apply `conv`."""
-        size = 2 * x.shape[-1]
+    def _upsample_concat_conv(
+        self, conv: nn.Conv2d, x: Tensor, others: list[Tensor], mesh: MeshFlow, size: int, window: Window
+    ) -> Tensor:
+        """Upsample `x`, concatenate `others` and the hidden textures, and apply `conv`, in a window of side `size`."""
         if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return upsample_concat_conv_inference(conv, x, others, self.hidden_textures.render_window(mesh, size))
-        return upsample_concat_conv(conv, x, [*others, self.hidden_textures(mesh, size)])
+            return upsample_concat_conv_inference(
+                conv, x, others, self.hidden_textures.render_window(mesh, size, window)
+            )
+        return upsample_concat_conv(conv, x, [*others, window.crop(self.hidden_textures(mesh, size))])

@@ -200,7 +200,8 @@ class ImageStages(Stage):
     @torch.no_grad()
     def head_masks(self, batch: Batch) -> Tensor | None:
         """Return where the targets show the head, (B, 1, m, m) in 0..1, if the loss needs it."""
-        if self.model.flow is None or not (self.config.raw_rays or self.config.loss.silhouette > 0):
+        loss = self.config.loss
+        if self.model.flow is None or not (self.config.raw_rays or loss.silhouette or loss.depth):
             return None
         flow, points, camera = self.model.flow, batch.target_points, batch.target_camera
         mask = flow.head_mask(points, camera, batch.target_person_mask)

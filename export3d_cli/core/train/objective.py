@@ -39,6 +39,11 @@ def draw_rays(config: TrainConfig, batch: Batch, size: int) -> Tensor:
     return torch.multinomial(density.flatten(1), config.raw_rays)
 
 
+def depth_loss(expected: Tensor, truth: Tensor, head: Tensor) -> Tensor:
+    """Return the mean error of the expected depth of solid parts of the head; 0 where `truth` is not known."""
+    return ((expected - truth).abs() * (truth > 0) * (head > SOLID_HEAD)).mean()
+
+
 def ray_loss(
     output: Any, rays: Tensor, size: int, batch: Batch, config: TrainConfig, head_mask: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,7 +66,7 @@ def ray_loss(
     terms["silhouette"] = w.silhouette * losses.l1(output.opacity, head)
     if w.depth > 0:
         depth = pick(batch.target_depth, "nearest")
-        terms["depth"] = w.depth * ((output.depth - depth).abs() * (depth > 0) * (head > SOLID_HEAD)).mean()
+        terms["depth"] = w.depth * depth_loss(output.depth, depth, head)
     if w.density_tv > 0:
         terms["density_tv"] = w.density_tv * output.density_tv.mean()
     loss = torch.stack([t.float() for t in terms.values()]).sum()
@@ -106,8 +111,11 @@ def reconstruction_loss(
         terms["flow"] = w.flow * losses.flow_loss(output.warped_photo, batch.target, output.source_visibility)
     if w.density_tv > 0 and output.density_tv is not None:
         terms["density_tv"] = w.density_tv * output.density_tv.mean()
-    if w.silhouette > 0 and head_mask is not None:
+    if head_mask is not None:
         head = losses.downsample(head_mask, output.opacity.shape[-1])
         terms["silhouette"] = w.silhouette * losses.l1(output.opacity, head)
+        if w.depth > 0:
+            depth = F.interpolate(batch.target_depth, output.depth.shape[2:])
+            terms["depth"] = w.depth * depth_loss(output.depth, depth, head)
     loss = torch.stack([t.float() for t in terms.values()]).sum()
     return loss, {k: v.detach().float() for k, v in terms.items()}

@@ -98,7 +98,6 @@ def test_file_overrides_a_training_preset() -> None:
         ({"preset": "huge"}, "preset 'huge' is unknown: choose one of tiny"),
         ({"batch": "many"}, "batch must be int, got 'many'"),
         ({"batch": 0}, "batch must be 1 or more, got 0"),
-        ({"loss": {"depth": 8.0}}, r"loss\.depth \(8\.0\) needs raw_rays"),
         ({"adversarial": {"r1_interval": 0}}, r"adversarial\.r1_interval must be 1 or more, got 0"),
         ({"model": {"heads": 5}}, "divisible by model.heads"),
         ({"model": {"basis": 1000}}, "cannot exceed model.code_dim"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.export3d import Export3D, Output
@@ -39,9 +40,30 @@ def test_drive_of_encoded_source_equals_forward(tiny: Export3D, inputs: Inputs, 
         batched = tiny.drive(source.expand(3), beta, camera)
         for k in range(3):
             assert_same(single[k], tiny(*inputs.values(), beta[k : k + 1], camera[k : k + 1]))
-            part = Output(*(t if t is None else t[k : k + 1] for t in batched))
+            part = Output(*(t[k : k + 1] if isinstance(t, Tensor) else t for t in batched))
             assert_same(part, single[k], atol=1e-4)
     assert not torch.allclose(single[0].image, single[2].image, atol=1e-3)
+
+
+def test_face_only_computes_the_face_as_in_the_whole_image(
+    tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]
+) -> None:
+    with torch.no_grad():
+        source, beta, camera = tiny.encode_source(**inputs), torch.rand(1, 64), orbit(-10)
+        whole, face = (tiny.drive(source, beta, camera, face_only=value) for value in (False, True))
+        rows, columns = face.window.slices(64)
+        assert 24 < rows.stop - rows.start < 64
+        assert whole.face is not None
+        outline = (F.interpolate(whole.face, (64, 64)) > 0.5).expand(-1, 3, -1, -1)
+        assert outline[..., rows, columns].sum() == outline.sum() > 500
+        torch.testing.assert_close(face.image[outline], whole.image[outline], atol=0.02, rtol=0)
+        outside = torch.ones(64, 64, dtype=torch.bool)
+        outside[rows, columns] = False
+        assert face.image[..., outside].abs().max() == 0
+        photo = F.interpolate(inputs["image"], (128, 128), mode="bicubic")
+        large, expected = face.upscale(photo, 128), whole.upscale(photo, 128)
+        outline = F.interpolate(outline.float(), (128, 128)) > 0.5
+        torch.testing.assert_close(large[outline], expected[outline], atol=0.05, rtol=0)
 
 
 def test_forward_output_shapes_and_ranges(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:
@@ -93,7 +115,7 @@ def test_drive_of_posed_head_with_many_cameras_equals_single_cameras(
         batched = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
         for k in range(3):
             single = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
-            assert_same(Output(*(t if t is None else t[k : k + 1] for t in batched)), single, atol=1e-4)
+            assert_same(Output(*(t[k : k + 1] if isinstance(t, Tensor) else t for t in batched)), single, atol=1e-4)
 
 
 def test_source_basis_follows_the_weights(tiny: Export3D, inputs: Inputs) -> None:

@@ -102,18 +102,22 @@ def test_flow_loss_covers_visible_parts_at_several_scales() -> None:
         assert not sampled.grad[..., 10:].any()
 
 
-def test_silhouette_and_density_tv_terms() -> None:
-    config = make_train_config({"loss": {"l2": 0, "raw": 0, "perceptual": 0, "silhouette": 2, "density_tv": 3}})
+def test_silhouette_depth_and_density_tv_terms() -> None:
+    weights = {"l2": 0, "raw": 0, "perceptual": 0, "silhouette": 2, "density_tv": 3, "depth": 8}
+    config = make_train_config({"loss": weights})
     image, head = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     head[..., :4] = 1
     opacity = torch.full((1, 1, 4, 4), 0.25)
     output = Output(image, image, opacity, opacity, None, None, density_tv=torch.tensor([0.5]))
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
     marks = torch.zeros(1, 478, 2)
-    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head, head)
+    depth = 0.5 * head
+    depth[..., :4, :] = 0  # known on half of the head; the expected depth is 0.25
+    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head, depth)
     total, terms = reconstruction_loss(output, batch, config, None, head_mask=head)
     assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["density_tv"] == pytest.approx(3 * 0.5)
-    assert float(total) == pytest.approx(2.5)
+    assert terms["depth"] == pytest.approx(8 * 0.25 / 4)
+    assert float(total) == pytest.approx(3.0)
 
 
 def test_ray_loss_compares_head_and_depth_at_the_drawn_pixels() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.model.fast.fused_conv import PatchWindow
+from export3d_cli.core.model.masks import WHOLE, Window
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, resize
 
 WINDOW_STEP_PX = 32  # sides of the window are multiples of this, so that few shapes occur
@@ -32,9 +33,9 @@ class HiddenTextures(nn.Module):
         upper = _sample(upper_teeth, upper_grid) * mouth + _sample(iris, upper_grid) * eye
         return torch.cat([upper, _sample(lower_teeth, lower_grid) * mouth, eye], dim=1)
 
-    def render_window(self, mesh: MeshFlow, size: int) -> PatchWindow:
-        """Render only the window that is not 0, about a hundredth of the map, with a border of zeros."""
-        mouth, eye, coordinates = self._texture_coordinates(mesh, size)
+    def render_window(self, mesh: MeshFlow, size: int, part: Window = WHOLE) -> PatchWindow:
+        """Render only the window of a `part` of the map that is not 0, with a border of zeros."""
+        mouth, eye, coordinates = (part.crop(x) for x in self._texture_coordinates(mesh, size))
         b, row, column = ((mouth + eye)[:, 0] > 0).nonzero(as_tuple=True)
         if not len(b):
             return PatchWindow(mouth.new_zeros(len(mouth), self.out_channels, 0, 0), 0, 0)
@@ -44,8 +45,8 @@ class HiddenTextures(nn.Module):
         parts = ((upper_teeth, grid[:, :, :1]), (iris, grid[:, :, :1]), (lower_teeth, grid[:, :, 1:]))
         upper, iris, lower = (_sample(texture, x)[0, :, :, 0].T for texture, x in parts)  # (M, 8) each
         upper, lower = upper * mouth_weight + iris * eye_weight, lower * mouth_weight
-        top, height = _window_range(row, size)
-        left, width = _window_range(column, size)
+        top, height = _window_range(row, mouth.shape[-2])
+        left, width = _window_range(column, mouth.shape[-1])
         out = mouth.new_zeros(len(mouth), height, width, self.out_channels)
         out[b, row - top, column - left] = torch.cat([upper, lower, eye_weight], dim=1)
         return PatchWindow(out.permute(0, 3, 1, 2), top, left)

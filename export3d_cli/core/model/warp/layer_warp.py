@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.model.fast.resampling import can_resample, sample_bicubic
 from export3d_cli.core.model.generator import lowpass
+from export3d_cli.core.model.masks import WHOLE, Window
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.mesh_flow import resize, warp
 
@@ -28,6 +29,10 @@ class LayerWarp(NamedTuple):
     def head_weight(self) -> Tensor:
         """Weight of the head in all photos, (B, 1, s, s)."""
         return self.blend_weights[:, :1] + self.blend_weights[:, 2:].sum(1, keepdim=True)
+
+    def crop(self, window: Window) -> LayerWarp:
+        """Return a part of the image."""
+        return self if window == WHOLE else LayerWarp(*(window.crop(x) for x in self))
 
     def sample(self, photos: Sequence[Tensor], *, mode: str = "bilinear") -> Tensor:
         """Sample channels (B or 1, C, ., .) of each photo along all layers: (B, C, s, s), 0 where none has weight."""
@@ -88,16 +93,20 @@ def highpass(photo: Tensor) -> Tensor:
     return x - lowpass(x)
 
 
-def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, photos: Tensor, size: int) -> Tensor:
+def upscale_with_detail(
+    image: Tensor, layer_warp: LayerWarp, photos: Tensor, size: int, window: Window = WHOLE
+) -> Tensor:
     """Resize the result to `size` and give it the detail of other copies of the N photos, which no network sees.
 
     What the network sampled is replaced by what the copies show there, with the same weights: along outlines both
     differ by detail only, and draw no lines. Bicubic sampling keeps the sharpness of pixels that move. The central
-    `size` pixels of `photos` (N, 3, M, M) are the network's photos.
+    `size` pixels of `photos` (N, 3, M, M) are the network's photos. Outside the `window` the result is 0.
     """
     margin, side = (photos.shape[-1] - size) // 2, image.shape[-1]
     centre = photos[..., margin : margin + size, margin : margin + size]
     coarse = F.interpolate(centre, (side, side), mode="area") if size > side else resize(centre, side)
-    grid = (resize(layer_warp.sample_grid, size) + margin / size) / (1 + 2 * margin / size)
-    fine = LayerWarp(grid, resize(layer_warp.blend_weights, size)).sample(photos.split(1), mode="bicubic")
-    return resize(image - layer_warp.sample(coarse.split(1)), size) + fine
+    large = LayerWarp(*(resize(x, size) for x in layer_warp)).crop(window)
+    fine = large._replace(sample_grid=(large.sample_grid + margin / size) / (1 + 2 * margin / size))
+    rest = window.crop(image) - layer_warp.crop(window).sample(coarse.split(1))
+    rest = window.crop(resize(window.pad(rest, side), size))
+    return window.pad(rest + fine.sample(photos.split(1), mode="bicubic"), size)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
-from export3d_cli.core.model.masks import box_mean, linear_step, smooth_step
+from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
@@ -25,7 +25,7 @@ WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
 FLOW_SIZE = 192  # cells of a side of the window
 CELL = (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE  # side of a cell, crop sides
 WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motion fades out
-CROP_FADE = 0.06  # crop sides inside the crop's border over which the network's image and flow take over
+EDGE_FADE = 0.06  # crop sides inside the border of the network's flow or image over which it takes over
 HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over
 SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's flow outside the face
 UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
@@ -45,22 +45,22 @@ class PhotoFlow(NamedTuple):
 
 def extend_flow(
     points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-    head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None,
+    head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None, window: Window = WHOLE,
 ) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
     `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
     (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
     as its rings do. `face` and `photo_face` (B, 1, m, m) are 1 in the face of the result and of the photo. `torso` is
-    the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`.
+    the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`. The network's image covers the
+    `window` of the crop.
     """
     grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
     result, _ = project(points, camera)  # (B, V, 2)
     photo, _ = project(add_head_rings(source_landmarks.float()), source_camera)
     head = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid) - grid
 
-    to_edge = torch.minimum(grid, 1 - grid).amin(1, keepdim=True)  # distance inside the crop's border
-    in_crop = smooth_step(to_edge, 0, CROP_FADE)
+    in_crop, in_window = _inside(WHOLE, grid), _inside(window, grid)
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
     weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
     shift, far_side = head, torch.zeros_like(weight)
@@ -94,7 +94,13 @@ def extend_flow(
         1 - far_side
     )
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
-    return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_crop)
+    return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_window)
+
+
+def _inside(window: Window, grid: Tensor) -> Tensor:
+    """Return a mask (1, 1, n, n) of positions (1, 2, n, n): 1 in a window, falling to 0 at its border."""
+    low, high = (grid.new_tensor(corner)[:, None, None] for corner in (window[:2], window[2:]))
+    return smooth_step(torch.minimum(grid - low, high - grid).amin(1, keepdim=True), 0, EDGE_FADE)
 
 
 def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor, Tensor]:
