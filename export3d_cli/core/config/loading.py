@@ -1,34 +1,47 @@
-"""Build validated configurations from YAML files, weights headers and `key=value` overrides, and write them."""
+"""Build validated configurations from YAML files, weights headers and `key=value` overrides, and write them.
+
+All rules are checked before any data or device is touched.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
+import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from export3d_cli.core.config.renamed_keys import check_key
-from export3d_cli.core.config.schema import INPAINTERS, PRESETS, TRAINING_PRESETS, Count, ModelConfig, TrainConfig
-from export3d_cli.core.config.validation import short_repr, validate_model_config, validate_train_config
+from export3d_cli.core.config.schema import (
+    INPAINTERS,
+    PRESETS,
+    STAGES,
+    TRAINING_PRESETS,
+    Count,
+    ModelConfig,
+    TrainConfig,
+)
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.runtime.files import check_file
 
 MAX_YAML_BYTES = 2**20
+_DEFAULT_MAX = 65_536
+_MAX_SIZES = {"image_size": 2048, "plane_size": 2048, "raw_size": 2048, "mesh_size": 2048, "flow_size": 2048}
+_MAX_SIZES |= {"eadaln_blocks": 1000, "plain_blocks": 1000, "coarse_samples": 4096, "fine_samples": 4096}
+_MAY_BE_ZERO = ("eadaln_blocks", "plain_blocks", "plain_width", "fine_samples", *INPAINTERS)
+_REPR = reprlib.Repr()  # a few lines of YAML can expand to gigabytes of text
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 80
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain data that YAML and JSON can hold (tuples become lists)."""
-
-    def to_plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: to_plain(v) for k, v in value.items()}
-        return [to_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return to_plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
 def model_config_from_dict(data: dict[str, Any]) -> ModelConfig:
@@ -40,7 +53,7 @@ def model_config_from_dict(data: dict[str, Any]) -> ModelConfig:
         raise ConfigError("the model's configuration is not a mapping of keys to values")
     current = {"face_residual_ratio" if key == "face_shift" else key: value for key, value in data.items()}
     model: ModelConfig = _build_dataclass(ModelConfig, current, "model")
-    validate_model_config(model)
+    _check_model(model)
     return model
 
 
@@ -60,7 +73,7 @@ def make_train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
         section[leaf] = _parse_yaml(value, f"override {override[:100]!r}")
     preset = data.get("preset", TrainConfig.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(f"preset {short_repr(preset)} is unknown: choose one of {', '.join(PRESETS)}")
+        raise ConfigError(f"preset {_REPR.repr(preset)} is unknown: choose one of {', '.join(PRESETS)}")
     for key, value in TRAINING_PRESETS.get(preset, {}).items():
         if key not in data:
             data[key] = value
@@ -75,7 +88,7 @@ def make_train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
     without_untrained = {name: 0 for name in INPAINTERS if name not in trained}
     data["model"] = {**to_dict(PRESETS[preset]), **without_untrained, **model}
     config: TrainConfig = _build_dataclass(TrainConfig, data, "")
-    validate_train_config(config)
+    _check_training(config)
     return config
 
 
@@ -126,7 +139,7 @@ def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
             check_key(str(name))
             matches = difflib.get_close_matches(key, hints, n=1) if isinstance(key, str) and len(key) < 80 else []
             suggestion = f"; did you mean {matches[0]!r}?" if matches else ""
-            raise ConfigError(f"unknown key {short_repr(name)} in the configuration{suggestion}")
+            raise ConfigError(f"unknown key {_REPR.repr(name)} in the configuration{suggestion}")
         values[key] = _parse_value(value, hints[key], name)
     return cls(**values)
 
@@ -138,23 +151,100 @@ def _parse_value(value: Any, value_type: Any, name: str) -> Any:
         return number
     if dataclasses.is_dataclass(value_type):
         if not isinstance(value, dict):
-            raise ConfigError(f"{name} must be a section, got {short_repr(value)}")
+            raise ConfigError(f"{name} must be a section, got {_REPR.repr(value)}")
         return _build_dataclass(value_type, value, name)  # type: ignore[arg-type]
     if get_origin(value_type) is tuple:
         types, items = get_args(value_type), value if isinstance(value, (list, tuple)) else [value]
         if types[-1] is not Ellipsis and len(items) != len(types):
-            raise ConfigError(f"{name} must be {len(types)} values, got {short_repr(value)}")
+            raise ConfigError(f"{name} must be {len(types)} values, got {_REPR.repr(value)}")
         return tuple(_parse_value(item, types[0], name) for item in items)
     if get_origin(value_type) is Literal:
         choices = get_args(value_type)
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {short_repr(value)}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {_REPR.repr(value)}")
         return value
     if value_type is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4 as text
     if type(value) is not value_type:
-        raise ConfigError(f"{name} must be {value_type.__name__}, got {short_repr(value)}")
+        raise ConfigError(f"{name} must be {value_type.__name__}, got {_REPR.repr(value)}")
     if value_type in (int, float) and not (value >= 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be a number of 0 or more, got {short_repr(value)}")
+        raise ConfigError(f"{name} must be a number of 0 or more, got {_REPR.repr(value)}")
     return value
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Raise `ConfigError` for sizes that no network can have; the header of a weights file is not to be trusted."""
+    for name, value in vars(model).items():
+        minimum, maximum = 0 if name in _MAY_BE_ZERO else 1, _MAX_SIZES.get(name, _DEFAULT_MAX)
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and not minimum <= size <= maximum:
+                raise ConfigError(f"model.{name} must be {minimum} to {maximum}, got {_REPR.repr(value)}")
+    plain_width = model.plain_width or model.width // 2
+    _check_rules(
+        (model.image_size % 16 == 0, f"model.image_size must be a multiple of 16, got {model.image_size}"),
+        (model.width % model.heads == 0,
+         f"model.width ({model.width}) must be divisible by model.heads ({model.heads})"),
+        (not model.plain_blocks or plain_width % model.heads == 0,
+         f"model.plain_width ({plain_width}; 0: model.width / 2) must be divisible by model.heads ({model.heads})"),
+        (model.basis <= model.code_dim,
+         f"model.basis ({model.basis}) cannot exceed model.code_dim ({model.code_dim})"),
+        (model.plane_ema < 1, f"model.plane_ema must be below 1, got {model.plane_ema}"),
+        *((0 < (value := getattr(model, name)) <= 1000, f"model.{name} must be above 0 and at most 1000, got {value}")
+          for name in ("expression_gain", "surface_density")),
+    )  # fmt: skip
+
+
+def _check_training(config: TrainConfig) -> None:
+    """Raise `ConfigError` for the first broken rule between fields, with the key and what to set."""
+    model, loss, clebs, stages, rays = config.model, config.loss, config.clebs, config.stages, config.raw_rays
+    _check_model(model)
+    for stage in stages:
+        if stage not in STAGES:
+            check_key(stage)
+            raise ConfigError(f"unknown stage {_REPR.repr(stage)}: choose from {', '.join(STAGES)}")
+    raw_size = config.raw_size_start or model.raw_size
+    weights = {name: getattr(config, name).weight for name in ("data", "clebs", *INPAINTERS, "pose_debias")}
+    _check_rules(
+        (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", config.device),
+         f"device {_REPR.repr(config.device)} is unknown: use auto, cpu, cuda, cuda:N or mps"),
+        (config.ema < 1, f"ema must be below 1, got {config.ema}"),
+        (config.batch % config.accumulate == 0,
+         f"batch ({config.batch}) must be a multiple of accumulate ({config.accumulate})"),
+        (config.raw_size_start <= model.raw_size,
+         f"raw_size_start ({config.raw_size_start}) must be 0 to model.raw_size ({model.raw_size})"),
+        (not rays or (model.flow and rays <= raw_size**2),
+         f"raw_rays ({rays}) must be 0 to {raw_size**2}, the raw render's pixels; needs model.flow"),
+        (not rays or "adversarial" not in stages,
+         "raw_rays trains the volume alone: set it to 0 for the stage adversarial, in a second run"),
+        (list(stages) == [stage for stage in STAGES if stage in stages],
+         f"stages must be in the order {', '.join(STAGES)}, each at most once"),
+        *((stage not in stages or (getattr(model, stage) and model.flow),
+           f"the stage {stage} needs model.{stage}, the width of its network, and model.flow") for stage in INPAINTERS),
+        *((not getattr(model, stage) or stage in stages or config.init,
+           f"model.{stage} is trained by the stage {stage}: add the stage, or set init to trained weights, or "
+           f"model.{stage} to 0") for stage in INPAINTERS),
+        ("pose_debias" not in stages or model.flow,
+         "the stage pose_debias needs model.flow: it changes the basis flow"),
+        (stages != ("pose_debias",) or config.init,
+         "the stage pose_debias needs trained weights: set init, or add stages"),
+        *((not weight or (len(weight) == len(config.data.path) and any(weight)),
+           f"{name}.weight needs one number per data.path, not all 0, got {weight}")
+          for name, weight in weights.items()),
+        (clebs.temperature > 0, f"clebs.temperature must be positive, got {clebs.temperature}"),
+        (clebs.antisymmetric_dims <= model.basis,
+         f"clebs.antisymmetric_dims must be 0 to {model.basis} (model.basis), got {clebs.antisymmetric_dims}"),
+        (not loss.lpips or loss.backbone,
+         "loss.lpips needs loss.backbone: set it to the VGG16 file that the linear weights belong to"),
+        (not loss.lpips or raw_size >= 16,
+         "loss.lpips needs a raw render of 16 pixels or more: set raw_size_start to 16, or 0"),
+        (model.image_size >> (loss.perceptual_scales - 1) >= 16,
+         f"loss.perceptual_scales ({loss.perceptual_scales}) must leave 16 pixels of {model.image_size}"),
+    )  # fmt: skip
+
+
+def _check_rules(*rules: tuple[object, str]) -> None:
+    """Raise `ConfigError` with the message of the first rule, (whether it holds, message), that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
