@@ -4,7 +4,7 @@
     files                            atomic writes, folder locks, checks of input files
     device                           device, precision, threads, random state and memory of PyTorch
     camera                           the 25-number camera in the head frame
-    weights, hub                     weights files: manifest, paths, Hugging Face Hub
+    weights                          weights files: manifest, paths, Hugging Face Hub
 
 The lowest layer: imports no other package of `core`. Every package may import it, and so may the command line.
 """

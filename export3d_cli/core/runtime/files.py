@@ -43,15 +43,9 @@ def write_atomic(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_name_length(path)
-    _prepare_folder(path.parent)
-    temporary = _temporary_name(path.parent, path.suffix)
-    try:
-        with translate_os_errors(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with _temporary_path(path.parent, path, path.suffix) as temporary:
+        yield temporary
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -62,32 +56,21 @@ def write_folder(folder: Path) -> Iterator[Path]:
     others. Raises the same errors as `write_atomic`.
     """
     parent = folder if folder.is_dir() else folder.parent
-    _prepare_folder(parent)
-    temporary = _temporary_name(parent)
-    try:
-        with translate_os_errors(folder):
-            temporary.mkdir()
-            yield temporary
-            if parent == folder:
-                if any((folder / path.name).exists() for path in temporary.iterdir()):
-                    raise InputError(f"{folder} now contains files of the same name: choose another folder")
-                for path in sorted(temporary.iterdir()):
-                    path.rename(folder / path.name)
-            else:
-                temporary.rename(folder)  # fails if another process has filled it meanwhile
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary_path(parent, folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        if parent != folder:
+            temporary.rename(folder)  # fails if another process has filled it meanwhile
+            return
+        if any((folder / path.name).exists() for path in temporary.iterdir()):
+            raise InputError(f"{folder} now contains files of the same name: choose another folder")
+        for path in sorted(temporary.iterdir()):
+            path.rename(folder / path.name)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
-
-
-def _prepare_folder(folder: Path) -> None:
-    """Create the folder of an output, check that it is writable, and delete stale temporary files in it."""
+@contextlib.contextmanager
+def _temporary_path(folder: Path, output: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a hidden path in the folder of an output, for a file or folder that is deleted at the end if it is left."""
     _make_folder(folder)
     if not os.access(folder, os.W_OK):  # fail before the work, not in ffmpeg after it
         raise InputError(f"cannot write to folder {folder} (no permission): choose another output")
@@ -95,6 +78,27 @@ def _prepare_folder(folder: Path) -> None:
     if folder not in _cleaned_folders:  # once per process, because folders can be large
         _cleaned_folders.add(folder)
         remove_stale_temporaries(folder)
+    temporary = _temporary_name(folder, suffix)
+    try:
+        with translate_os_errors(output):
+            yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to folder {folder} ({error.strerror}): choose another output") from error
 
 
 def _temporary_name(folder: Path, suffix: str = "") -> Path:
@@ -134,10 +138,7 @@ def remove_stale_temporaries(folder: Path) -> None:
         for entry in entries:
             match = _TEMPORARY_NAME.fullmatch(entry.name)
             if match and _is_abandoned(match[1], int(match[2]), entry):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                else:
-                    Path(entry.path).unlink(missing_ok=True)
+                _remove(Path(entry.path))
 
 
 def _is_abandoned(host: str, process: int, entry: os.DirEntry[str]) -> bool:
@@ -191,9 +192,9 @@ def read_manifest(dataset: Path) -> list[dict[str, Any]]:
     try:
         rows = read_rows(dataset / "manifest.jsonl")
         for row in rows:
-            for path_key in ("file", "motion", "depth"):
-                if path_key != "depth" or row.get(path_key):
-                    ensure_relative(row[path_key])
+            for name in (row["file"], row["motion"], row.get("depth") or "."):
+                if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f"{name[:80]!r} is not a path inside the dataset")
             if Path(row["id"]).name != row["id"]:  # files of reports are named after it
                 raise ValueError(f"invalid clip id {row['id'][:80]!r}")
     except (InputError, ValueError, KeyError, TypeError) as error:
@@ -227,9 +228,3 @@ def check_file(path: Path, max_bytes: int) -> None:
         raise InputError(f"{path} is a device or a pipe: give a file")
     if status.st_size > max_bytes:
         raise InputError(f"{path} is larger than {max_bytes >> 20} MiB: reduce its size")
-
-
-def ensure_relative(name: str) -> None:
-    """Raise `ValueError` unless `name`, from an untrusted manifest, is a relative path inside the dataset."""
-    if "\0" in name or len(name) > 1000 or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{name[:80]!r} is not a path inside the dataset")

@@ -1,13 +1,18 @@
 """Weights files: bundled ones by their name in the manifest, others by path or from the Hugging Face Hub.
 
 The manifest states content, origin, licence and sha256 of each bundled file. The sha256 is verified on every use.
-No torch here.
+
+All requests go through huggingface_hub, which reads HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN, resumes
+interrupted downloads and draws its own progress bar. Its errors become a `WeightsError` with a remedy. No torch here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
-from export3d_cli.core.runtime.hub import HubFile, commit_of, fetch, file_sha256, push
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +80,7 @@ def resolve_weights(name: str | Path | None = None, *, force: bool = False) -> P
     """
     text = DEFAULT_WEIGHTS if name is None else str(name)
     if text.startswith("hf:"):
-        return fetch(HubFile.parse(text), force=force)
+        return _fetch(text, force)
     entries = weights_manifest()
     if text in entries and not isinstance(name, Path):
         verify_weights(entries[text])
@@ -126,7 +130,9 @@ def weights_info(name: str | Path | None = None) -> WeightsInfo:
     """Read the model configuration, training record, licence and size from the header of a weights file."""
     path = resolve_weights(name)
     entry = next((e for e in weights_manifest().values() if e.path == path), None)
-    facts = (path, path.stat().st_size, file_sha256(path), commit_of(path))
+    parts = path.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else ""  # of the Hub's cache
+    facts = (path, path.stat().st_size, file_sha256(path), commit)
     if entry and path.suffix != ".safetensors":
         return WeightsInfo(*facts, entry.licence, None, {}, {})
     try:
@@ -182,10 +188,98 @@ export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 
 
 def upload_weights(path: Path, name: str, *, private: bool = False) -> str:
-    """Upload a weights file with its model card to `hf:owner/repo[@branch][:file]`; return the URL of the commit."""
-    return push(path, HubFile.parse(name), weights_card(weights_info(path), name), private=private)
+    """Upload a weights file to `hf:owner/repo[@branch][:file]`, and its model card as README.md if there is none.
+
+    Returns the URL of the commit.
+    """
+    import huggingface_hub
+
+    repo, revision, file = _parse_hub_name(name).values()
+    card, api = weights_card(weights_info(path), name), huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        adds = [huggingface_hub.CommitOperationAdd(file, path)]
+        if not api.file_exists(repo, "README.md", revision=revision):
+            adds.append(huggingface_hub.CommitOperationAdd("README.md", card.encode()))
+        message = f"Add {file} with export3d"
+        return str(api.create_commit(repo, adds, commit_message=message, revision=revision).commit_url)
+    except Exception as error:  # as in `_fetch`
+        raise WeightsError(_error_message(error, name, verb="upload")) from error
 
 
 def _bundled_folder(folder: str) -> Path:
     packaged = _PACKAGE / f"_{folder}"
     return packaged if packaged.is_dir() else _PACKAGE.parent / folder
+
+
+def _parse_hub_name(name: str) -> dict[str, Any]:
+    """Return huggingface_hub's arguments for `hf:owner/repo[@branch, tag or commit][:file]`."""
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([^:@]+))?(?::([^:]+))?", name)
+    if not match:
+        raise WeightsError(f"{name!r} must have the form hf:owner/repo[@revision][:file]")
+    return {"repo_id": match[1], "revision": match[2], "filename": match[3] or "model.safetensors"}
+
+
+def _fetch(name: str, force: bool) -> Path:
+    """Return the path of a file of the Hub in its cache; download it if it is not cached, or with `force`.
+
+    The sha256 that the Hub states for large files is verified on every call.
+    """
+    import huggingface_hub
+
+    place = _parse_hub_name(name)
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(**place), str):
+            # fail at once if the Hub is unreachable; a download retries for half a minute
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**place), timeout=10)
+        path = Path(huggingface_hub.hf_hub_download(**place, force_download=force))
+    except Exception as error:  # classes of the library's and its HTTP client's errors differ between versions
+        raise WeightsError(_error_message(error, name)) from error
+    stored, actual = path.resolve(), file_sha256(path)
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and actual != stored.name:  # the cache names large files by sha256
+        stored.unlink()
+        path.unlink(missing_ok=True)
+        retry = f"run `export3d weights download {name}`"
+        raise WeightsError(f"{name} was damaged (sha256 {actual[:12]}...) and deleted: {retry}")
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _error_message(error: Exception, name: str, verb: str = "download") -> str:
+    """Return the problem and the remedy on one line, without tokens."""
+    from huggingface_hub import constants
+
+    place, names = _parse_hub_name(name), {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    is_unreachable = names & {"LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError"}
+    remedy = "check the name"
+    if "OfflineModeIsEnabled" in names:
+        problem, remedy = "HF_HUB_OFFLINE is set", "unset it"
+    elif status in (401, 403) or names & {"GatedRepoError", "LocalTokenNotFoundError"}:
+        problem = f"it does not exist, or is private or gated ({status})"
+        remedy = "sign in (`hf auth login`) or set HF_TOKEN"
+    elif "RevisionNotFoundError" in names:
+        problem = f"the repository has no revision {place['revision']!r}"
+    elif "EntryNotFoundError" in names and not is_unreachable:
+        problem = f"the repository has no file {place['filename']!r}"
+    elif "RepositoryNotFoundError" in names:
+        problem = "no such repository"
+    elif status is not None:
+        problem, remedy = f"the Hub answered {status}", "wait"
+    elif is_unreachable:
+        problem, remedy = f"{constants.ENDPOINT} cannot be reached", "check the network"
+    else:
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    retry = f"run `export3d weights download {name}`" if verb == "download" else "push again"
+    text = f"cannot {verb} {name}: {problem}: {remedy}, then {retry}"
+    for secret in filter(None, (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"))):
+        text = text.replace(secret, "***")
+    return re.sub(r"//[^/@\s]+@", "//", re.sub(r"hf_\w{8,}", "***", text))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import LossConfig
 from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
-from export3d_cli.core.runtime.hub import HubFile, fetch, file_sha256
+from export3d_cli.core.runtime.weights import file_sha256, resolve_weights
 
 OFFICIAL_VGG16 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # torchvision, IMAGENET1K_V1
 OFFICIAL_LINEAR_WEIGHTS = (
@@ -119,7 +119,7 @@ def _resolve_file(name: str) -> tuple[Path, str]:
 
     It is checked where torchvision's file names end with its first eight digits.
     """
-    path = fetch(HubFile.parse(name)) if name.startswith("hf:") else Path(name)
+    path = resolve_weights(name) if name.startswith("hf:") else Path(name)
     if not path.is_file():
         raise ConfigError(
             f"loss.backbone and loss.lpips must be a file or hf:owner/repo:file, got {name!r}, which does not exist"

@@ -152,7 +152,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
     server = Hub()
     server.files["model.safetensors"] = os.urandom(1000)
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    use_endpoint(monkeypatch, server.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -160,6 +160,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield server
     server.close()
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Do what HF_ENDPOINT does when huggingface_hub is imported."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def run(*args: object) -> Result:
@@ -238,7 +246,7 @@ def test_fetch_without_network_names_download_command(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert weights.resolve_weights("hf:me/model").is_file()
-    monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9")
+    use_endpoint(monkeypatch, "http://user:password@127.0.0.1:9")
     assert weights.resolve_weights("hf:me/model").is_file()  # from the cache
     with pytest.raises(WeightsError, match=r"//127.0.0.1:9 cannot be reached.*run `export3d weights download .*`"):
         weights.resolve_weights("hf:me/model:x.st")

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.config.schema import LossConfig, TrainConfig
 from export3d_cli.core.runtime.errors import ConfigError, InputError, WeightsError
-from export3d_cli.core.runtime.hub import HubFile
 from export3d_cli.core.train import perceptual
 from export3d_cli.core.train.trainer import train
 
@@ -199,11 +198,11 @@ def test_wrong_files_are_refused(files: tuple[str, str], tmp_path: Path) -> None
 def test_hub_files_are_downloaded(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch(name: HubFile) -> Path:
-        asked.append(str(name))
-        return Path(files[0] if name.file == "vgg16.pth" else files[1])
+    def fetch(name: str) -> Path:
+        asked.append(name)
+        return Path(files[0] if name.endswith("vgg16.pth") else files[1])
 
-    monkeypatch.setattr(perceptual, "fetch", fetch)
+    monkeypatch.setattr(perceptual, "resolve_weights", fetch)
     model = perceptual.load_perceptual(
         LossConfig(backbone="hf:someone/vgg:vgg16.pth", lpips="hf:someone/vgg@v1:vgg.pth")
     )
