@@ -516,7 +516,7 @@ class Animator:
         photo_face = torch.zeros_like(face) if source.visibility is None else (source.visibility[:, :1] > 0.999).float()
         return extend_flow(
             points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
-            face, photo_face, torso, output.window,
+            face, photo_face, torso, output.windows,
         )  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,24 @@ from export3d_cli.core.model.face_cover import FaceCover
 from export3d_cli.core.model.photo_colours import PhotoColours
 
 
-def expand_batch(value: Any, batch: int) -> Any:
-    """Expand tensors (1, ...), also in named tuples, to (batch, ...) without copying memory; repeat lists."""
+def map_rows(value: Any, tensor: Callable[[Tensor], Tensor], rows: Callable[[list[Any]], list[Any]]) -> Any:
+    """Apply `tensor` to tensors (B, ...), also in tuples, and `rows` to lists of B items; keep other values."""
     if isinstance(value, Tensor):
-        return value.expand(batch, *value.shape[1:])
+        return tensor(value)
     if isinstance(value, tuple):
-        return type(value)(*(expand_batch(item, batch) for item in value))
-    return value * batch if isinstance(value, list) else value
+        items = (map_rows(item, tensor, rows) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return rows(value) if isinstance(value, list) else value
+
+
+def expand_batch(value: Any, batch: int) -> Any:
+    """Expand tensors (1, ...), also in tuples, to (batch, ...) without copying memory; repeat lists."""
+    return map_rows(value, lambda x: x.expand(batch, *x.shape[1:]), lambda items: items * batch)
+
+
+def take_row(value: Any, row: int) -> Any:
+    """Return one row of tensors (B, ...), also in tuples, and of lists."""
+    return map_rows(value, lambda x: x[row : row + 1], lambda items: items[row : row + 1])
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,14 @@ class Source:
 
     def expand(self, batch: int) -> Source:
         """Expand a single source to a batch of drivers, without copying memory."""
+        return self._map(lambda value: expand_batch(value, batch))
+
+    def row(self, row: int) -> Source:
+        """Return one of a batch."""
+        return self._map(lambda value: take_row(value, row))
+
+    def _map(self, change: Callable[[Any], Any]) -> Source:
         names = vars(self).keys() - {"stem", "basis", "others"}
-        parts = {name: expand_batch(getattr(self, name), batch) for name in names}
-        others = tuple(photo.expand(batch) for photo in self.others)
-        return replace(self, **parts, others=others, stem=[expand_batch(x, batch) for x in self.stem])
+        parts = {name: change(getattr(self, name)) for name in names}
+        others = tuple(photo._map(change) for photo in self.others)
+        return replace(self, **parts, others=others, stem=[change(x) for x in self.stem])

@@ -26,7 +26,7 @@ from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
 from export3d_cli.core.model.one_sided import apply_wink, measure_wink
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
-from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution
+from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution, SuperResolutionOutput
 from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_field, sample_planes
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, LayeredFlow, neck_flow, relative_rotation, rigid_flow
@@ -49,7 +49,7 @@ GAIN_SIZE = 16  # cells of its side
 MIN_GAIN_LEVEL, MAX_GAIN = 0.08, 3.0  # least brightness that is compared, of 2, and the limit of the gain
 DEFAULT_BODY_WEIGHT = 0.2  # body weight of pixels outside the head if no person mask is given
 FACE_WINDOW_MARGIN = 0.08  # image sizes around the outline of the face that `face_only` renders
-FACE_WINDOW_STEP = 1 / 32  # of its borders, image sizes: few shapes occur
+FACE_WINDOW_STEPS = 32  # positions of its borders along a side of the image, at most
 CPU_UPSCALE_BATCH = 2  # images upscaled together on a CPU; one takes 250 MB at 2048 x 2048
 SampleCounts = tuple[int, int]  # coarse and fine samples per ray
 
@@ -86,17 +86,18 @@ class Output(NamedTuple):
     sample_grid: Tensor | None = None  # (B, 2 L, H, W) photo positions of each layer, see `LayerWarp`
     blend_weights: Tensor | None = None  # (B, L, H, W) weights of the layers
     inpainted: tuple[InpaintedPatch, ...] = ()  # synthesised patches: mouth, eyes, eyelids
-    window: Window = WHOLE  # part of the image that was computed; the rest is 0
+    windows: tuple[Window, ...] = ()  # part of each image that was computed, the rest is 0; empty: all
 
     def upscale(self, photos: Tensor, size: int) -> Tensor:
         """Return the image as (B, 3, size, size) with the detail of photos (N, 3, M, M), see `upscale_with_detail`."""
         if self.before_inpainting is None or self.sample_grid is None or self.blend_weights is None:
             return F.interpolate(self.image.float(), (size, size), mode="bicubic", align_corners=False)
         batch = CPU_UPSCALE_BATCH if photos.device.type == "cpu" else len(self.image)
-        parts = (x.split(batch) for x in (self.before_inpainting, self.sample_grid, self.blend_weights))
+        batch = 1 if self.windows else batch
+        parts = [x.split(batch) for x in (self.before_inpainting, self.sample_grid, self.blend_weights)]
         large = [
-            upscale_with_detail(image, LayerWarp(grid, weights), photos, size, self.window)
-            for image, grid, weights in zip(*parts, strict=True)
+            upscale_with_detail(image, LayerWarp(grid, weights), photos, size, window)
+            for image, grid, weights, window in zip(*parts, self.windows or [WHOLE] * len(parts[0]), strict=True)
         ]
         return composite_patches(torch.cat(large), self.inpainted)
 
@@ -272,8 +273,13 @@ class Export3D(nn.Module):
         if colours is not None and detail is not None:
             rgb = colours.limit(features[:, :3].float(), resize(detail.flow.head_weight, size))
             features = torch.cat([rgb, features[:, 3:]], dim=1)
-        window = self._face_window(source, posed, camera) if face_only else WHOLE
-        refined = self.superres(resize(features, self.config.image_size // 4), detail, window)  # (B, 3, H, W)
+        windows = self._face_windows(source, posed, camera) if face_only else ()
+        quarter = resize(features, self.config.image_size // 4)
+        if windows and detail is not None:  # of each frame alone, whatever the batch
+            parts = [self.superres(quarter[k : k + 1], detail.row(k), window) for k, window in enumerate(windows)]
+            refined = SuperResolutionOutput(*map(torch.cat, zip(*parts, strict=True)))  # (B, 3, H, W)
+        else:
+            refined = self.superres(quarter, detail)
         patches = () if self.training else self._inpaint(source, posed, refined.image, camera, detail)
         if colours is not None:
             patches = tuple(
@@ -286,7 +292,7 @@ class Export3D(nn.Module):
             raw=features[:, :3], depth=depth, opacity=opacity, flow_weights=detail and detail.flow.weights,
             face=detail and detail.mesh.face,
             density_tv=self._density_tv(source, posed, batch_rows) if self.training else None,
-            before_inpainting=refined.image, inpainted=patches, window=window,
+            before_inpainting=refined.image, inpainted=patches, windows=windows,
             **refined._replace(image=image)._asdict(),
         )  # fmt: skip
 
@@ -528,18 +534,19 @@ class Export3D(nn.Module):
             patches = [patch._replace(mask=patch.mask * (1 - patch.crop.sample(shown))) for patch in patches]
         return tuple(patches)
 
-    def _face_window(self, source: Source, posed: PosedHead, camera: Tensor) -> Window:
-        """Return a window around the faces of all results and of the photos."""
+    def _face_windows(self, source: Source, posed: PosedHead, camera: Tensor) -> tuple[Window, ...]:
+        """Return a window around the face of each result and of the photo."""
         if posed.mesh is None:
-            return WHOLE
+            return ()
         outline = index_tensor(FACE_OVAL, camera)
         uv = torch.cat([
             project(points[:, outline].float(), view)[0]
             for points, view in ((posed.mesh.points, camera), (source.landmarks, source.camera))
         ], dim=1)  # fmt: skip
-        low = ((uv.amin((0, 1)) - FACE_WINDOW_MARGIN) / FACE_WINDOW_STEP).floor() * FACE_WINDOW_STEP
-        high = ((uv.amax((0, 1)) + FACE_WINDOW_MARGIN) / FACE_WINDOW_STEP).ceil() * FACE_WINDOW_STEP
-        return Window(*low.clamp(0, 0.5).tolist(), *high.clamp(0.5, 1).tolist())
+        steps = min(FACE_WINDOW_STEPS, self.config.image_size // 4)
+        low = ((uv.amin(1) - FACE_WINDOW_MARGIN) * steps).floor() / steps
+        high = ((uv.amax(1) + FACE_WINDOW_MARGIN) * steps).ceil() / steps
+        return tuple(Window(*row) for row in torch.cat([low.clamp(0, 0.5), high.clamp(0.5, 1)], dim=1).tolist())
 
     def _density_tv(self, source: Source, posed: PosedHead, batch_rows: BatchRows | None) -> Tensor:
         """Return EG3D's density regularisation: mean difference of the log densities of nearby points, (B,)."""

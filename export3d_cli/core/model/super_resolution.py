@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.model.encoded_source import Source
+from export3d_cli.core.model.encoded_source import Source, take_row
 from export3d_cli.core.model.fast.fused_conv import upsample_2x, upsample_concat_conv, upsample_concat_conv_inference
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
 from export3d_cli.core.model.inpaint.hidden_textures import HiddenTextures
@@ -42,13 +42,17 @@ class PhotoDetail(NamedTuple):
     code: Tensor  # (B, d) beta': a smile shows teeth, a pout does not, with the same mouth opening
     cover: Tensor | None = None  # (B, 1, m, m) 1 on what is before mouth or eyes
 
+    def row(self, row: int) -> PhotoDetail:
+        """Return one of a batch."""
+        return PhotoDetail(self.source.row(row), *(take_row(value, row) for value in self[1:]))
+
 
 class SuperResolutionOutput(NamedTuple):
     """Result of super-resolution; without a flow only the image."""
 
     image: Tensor  # (B, 3, H, W)
     residual_flow: Tensor | None = None  # (B, 2, H/2, W/2), in image sizes
-    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow, in the window
+    warped_photo: Tensor | None = None  # (B, 3, H/2, W/2) photo colours sampled along the flow
     source_visibility: Tensor | None = None  # (B, 1, m, m) 1 where the photo shows the pixel
     sample_grid: Tensor | None = None  # (B, 2 L, H, W) see `LayerWarp`
     blend_weights: Tensor | None = None  # (B, L, H, W) weights of the photos' detail, see `LayerWarp`
@@ -118,8 +122,8 @@ class SuperResolution(nn.Module):
     ) -> SuperResolutionOutput:
         """Map features (B, C', H/4, W/4), RGB first, to the image and intermediate results.
 
-        With `detail`, image and blend weights are computed only in the `window`, whose borders are multiples of 1/16;
-        they are 0 outside. Next to its borders, up to a tenth of the image inside, values depend on the window.
+        With `detail`, image and blend weights are computed only in the `window`, whose borders are pixels of the
+        features; they are 0 outside. Up to a tenth of the image inside its borders, values depend on the window.
         """
         quarter = features.shape[-1]
         half, full = 2 * quarter, 4 * quarter
@@ -182,7 +186,7 @@ class SuperResolution(nn.Module):
                 grid = layers.sample_grid[:, 2 * k : 2 * k + 2]
                 image = image + share * continuous[:, k : k + 1] * warp(fine, grid)
             weights = weights * continuous
-        image, weights = window.pad(image, full), window.pad(weights, full)
+        image, weights, warped_half = window.pad(image, full), window.pad(weights, full), window.pad(warped_half, half)
         return SuperResolutionOutput(image, residual_flow, warped_half, visibility, whole.sample_grid, weights)
 
     def _upsample_concat_conv(

@@ -51,7 +51,7 @@ def test_face_only_computes_the_face_as_in_the_whole_image(
     with torch.no_grad():
         source, beta, camera = tiny.encode_source(**inputs), torch.rand(1, 64), orbit(-10)
         whole, face = (tiny.drive(source, beta, camera, face_only=value) for value in (False, True))
-        rows, columns = face.window.slices(64)
+        rows, columns = face.windows[0].slices(64)
         assert 24 < rows.stop - rows.start < 64
         assert whole.face is not None
         outline = (F.interpolate(whole.face, (64, 64)) > 0.5).expand(-1, 3, -1, -1)

@@ -8,6 +8,7 @@ are corners of the crop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,22 +46,24 @@ class PhotoFlow(NamedTuple):
 
 def extend_flow(
     points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-    head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None, window: Window = WHOLE,
+    head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None,
+    windows: Sequence[Window] = (),
 ) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
     `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
     (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
     as its rings do. `face` and `photo_face` (B, 1, m, m) are 1 in the face of the result and of the photo. `torso` is
-    the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`. The network's image covers the
-    `window` of the crop.
+    the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`. The network's images cover
+    these `windows` of the crop; empty: all of it.
     """
     grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
     result, _ = project(points, camera)  # (B, V, 2)
     photo, _ = project(add_head_rings(source_landmarks.float()), source_camera)
     head = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid) - grid
 
-    in_crop, in_window = _inside(WHOLE, grid), _inside(window, grid)
+    in_crop = _inside(WHOLE, grid)
+    in_window = torch.cat([_inside(window, grid) for window in windows or [WHOLE]])
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
     weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
     shift, far_side = head, torch.zeros_like(weight)
