@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "score weights on a data set",
     "weights": "list, download, inspect and upload weights",
     "bench": "measure the speed of this machine, stage by stage",
+    "sign": "add C2PA content credentials to a result",
     "verify-mark": "check whether a file carries this program's marks",
     "doctor": "check the installation",
 }
@@ -47,6 +48,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "weights push my.safetensors hf:owner/repo",
     ),
     "bench": ("bench --device cpu --threads 4 --frames 60", "bench --against 'tool --photo {src} --video {drv} {out}'"),
+    "sign": ("sign out.mp4", "sign out.mp4 --certificate chain.pem --key key.pem"),
     "verify-mark": ("verify-mark out.mp4", "verify-mark picture.png --json"),
     "doctor": ("doctor", "doctor --json"),
 }

@@ -76,6 +76,7 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "edit_basis": "animation.edit_basis",
     "describe_basis": "animation.basis_description",
     "find_marks": "animation.watermark",
+    "sign_file": "media.content_credentials",
     "ClipFilter": "dataset.segmentation",
     "build_dataset": "dataset.preprocess:preprocess",  # three functions have their module's name
     "EvaluateOptions": "evaluation.evaluate",

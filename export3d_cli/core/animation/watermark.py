@@ -25,6 +25,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from export3d_cli.core.media.content_credentials import Credentials, read_credentials
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
@@ -57,6 +58,7 @@ class MarkReport:
     score: float  # of the invisible mark, in standard deviations
     threshold: float
     frames: int  # examined
+    credentials: Credentials | None  # C2PA; None: none found, or `c2pa-python` is not installed
 
 
 def get_watermarker(kind: Watermark) -> Callable[[np.ndarray], np.ndarray]:
@@ -73,7 +75,10 @@ def find_marks(path: Path) -> MarkReport:
     """Search an image, or the first `MAX_FRAMES` frames of a video, for both marks; raise `InputError` for others."""
     score, frames = _search_pattern(path)
     has_metadata, has_pattern = _has_metadata_mark(path), score >= THRESHOLD
-    return MarkReport(path, has_metadata or has_pattern, has_metadata, has_pattern, round(score, 2), THRESHOLD, frames)
+    return MarkReport(
+        path, has_metadata or has_pattern, has_metadata, has_pattern, round(score, 2), THRESHOLD, frames,
+        read_credentials(path),
+    )  # fmt: skip
 
 
 def _add_badge(frame: np.ndarray) -> np.ndarray:

@@ -1,0 +1,30 @@
+"""`export3d sign FILE`: add signed content credentials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from export3d_cli import options
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=options.EXISTING_FILE)
+@click.option(
+    "--certificate",
+    type=options.EXISTING_FILE,
+    help="Your certificate and its issuers', PEM.  [default: a new, self-signed one]",
+)
+@click.option("--key", type=options.EXISTING_FILE, help="Its private key, PEM without a password.")
+def sign(files: tuple[Path, ...], certificate: Path | None, key: Path | None) -> None:
+    """Add C2PA content credentials to each FILE: a signed statement that it is synthetic.
+
+    Needs export3d-cli[c2pa]. Sign last: any change of the file breaks the signature. A self-signed certificate is
+    valid, but readers do not trust it.
+    """
+    from export3d_cli import core
+
+    for file in files:
+        core.sign_file(file, certificate, key)
+        click.echo(f"signed {file}")
