@@ -38,8 +38,8 @@ from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera
 from export3d_cli.core.face.motion_packets import PACKET_RATE, FacePacket, PacketTracker, open_packets
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
 from export3d_cli.core.face.tracker import FaceTracker
-from export3d_cli.core.media.live_camera import open_camera
 from export3d_cli.core.media.mjpeg_server import MjpegServer
+from export3d_cli.core.media.reader import open_camera
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.masks import smooth_step
 from export3d_cli.core.runtime.device import precision_notes, trim_heap

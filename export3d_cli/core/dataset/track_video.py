@@ -13,7 +13,7 @@ from export3d_cli.core.face.face_track import Face, TargetFaceTracker, choose_fa
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
-from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS
+from export3d_cli.core.media.probe import DEFAULT_FOLDER_FPS
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.errors import NoFaceError

@@ -1,8 +1,8 @@
 """Reading and writing images and videos.
 
-    image, image_folder              still images as uint8 RGB arrays and float tensors; image sequences
+    image                            still images as uint8 RGB arrays and float tensors; folders of images
     colour_profile                   conversion of photos to sRGB
-    reader, writer                   videos as streams of frames; output formats and encoders
+    reader, writer                   videos, image sequences and cameras as streams of frames; output formats
     soundtrack                       the audio track of output videos
     probe                            properties of input videos
     ffmpeg_process                   ffmpeg subprocesses, killed if they hang

@@ -1,10 +1,10 @@
-"""Still images: reading and writing files as uint8 RGB arrays, and their conversion to and from float tensors."""
+"""Still images: reading and writing files as uint8 RGB arrays, folders of them, and conversion from and to tensors."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import struct
+import re
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from export3d_cli.core.media.colour_profile import convert_to_srgb
 from export3d_cli.core.runtime.errors import Export3DWarning, InputError
-from export3d_cli.core.runtime.files import check_file, write_atomic
+from export3d_cli.core.runtime.files import DECODE_ERRORS, check_file, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,6 @@ IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".heic", ".heif", ".avif"}
 if Image.MAX_IMAGE_PIXELS is not None:  # above it Pillow warns, above twice as much it raises an error
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_STORED_PIXELS)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # and no others: Pillow runs programs for some
-_DECODE_ERRORS = (  # what Pillow raises for damaged files
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, EOFError, RuntimeError,
-    struct.error, zlib.error,
-)  # fmt: skip
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers
 # entropy-coded data with restart markers, which changes the image if its own data is incomplete
 _PADDING_SCANS = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
@@ -42,6 +38,22 @@ _PADDING_SCANS = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0
 def has_image_suffix(path: Path) -> bool:
     """Return whether the suffix is that of a still image that `read_image` reads."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the images of a folder in natural sort order (numbers by value); raise `InputError` if it has none."""
+
+    def sort_key(path: Path) -> tuple[list[tuple[int, str]], str]:
+        parts = re.split(r"(\d+)", path.name)  # text and digits alternate
+        return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name
+
+    try:
+        paths = [path for path in Path(folder).iterdir() if has_image_suffix(path) and not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read folder {folder}: {error.strerror}") from error
+    if not paths:
+        raise InputError(f"{folder} is a folder without images (.png, .jpg, .webp): give a video file or images")
+    return sorted(paths, key=sort_key)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -71,7 +83,7 @@ def read_image(path: Path) -> np.ndarray:
         raise InputError(f"{path} has more than {limit} megapixels: reduce its size") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image that can be read: give a JPEG, PNG, WebP or HEIC file") from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "truncated" in reason.lower():
             raise InputError(f"{path} is truncated: copy or download it again") from error
@@ -194,7 +206,7 @@ def _decode(image: Image.Image, reduction: int) -> Image.Image:
         image.draft(None, smaller)  # JPEG files are decoded at half the size
         reduction = image.width // smaller[0]
     image.load()
-    with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF data: keep the stored orientation
+    with contextlib.suppress(*DECODE_ERRORS):  # damaged EXIF data: keep the stored orientation
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # 16-bit grey
         info, image = image.info, Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from export3d_cli.core.media.ffmpeg_process import run_ffmpeg
-from export3d_cli.core.media.image import check_pixel_count, read_image
-from export3d_cli.core.media.image_folder import DEFAULT_FOLDER_FPS, list_images
+from export3d_cli.core.media.image import check_pixel_count, list_images, read_image
 from export3d_cli.core.runtime.errors import InputError, MediaError
 from export3d_cli.core.runtime.files import check_file
 
-READ_OPTIONS = ("-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe")  # of every ffmpeg that reads a file
+DEFAULT_FOLDER_FPS = Fraction(25)  # of image sequences, unless the caller gives a rate
 _TIMESTAMP_SCAN_S = 30  # part of the video whose timestamps tell constant from variable rate
 _NO_TIMESTAMP = -(2**63)  # AV_NOPTS_VALUE
 _MAX_VFR_FPS = 60  # limit of the constant rate chosen for a video of variable rate
-_MAX_FILE_BYTES = 2**50  # no limit in practice
 _MAX_DURATION_H = 24  # damaged files claim more, which would be filled with repeated frames
 
 
@@ -207,8 +205,8 @@ class _Timestamps(NamedTuple):
 
 def _read_timestamps(path: Path, seconds: float) -> _Timestamps:
     """Read the timestamps of the first packets, without decoding."""
-    command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-i", file_url(path), "-map", "0:V:0", "-c", "copy"]
-    text = run_ffmpeg([*command, "-t", str(seconds), "-f", "framecrc", "pipe:1"]).stdout.decode()
+    command = [*read_command(path, "-loglevel", "error"), "-map", "0:V:0", "-c", "copy", "-t", str(seconds)]
+    text = run_ffmpeg([*command, "-f", "framecrc", "pipe:1"]).stdout.decode()
     clock = re.search(r"#tb 0: (\d+)/(\d+)", text)
     packets = re.findall(r"^0,\s*(-?\d+),\s*(-?\d+),", text, flags=re.MULTILINE)
     columns = [[int(stamp) for stamp in column] for column in zip(*packets, strict=True)] or [[], []]
@@ -222,7 +220,7 @@ def _read_timestamps(path: Path, seconds: float) -> _Timestamps:
 
 def _measure_decode_delay(path: Path, times: list[Fraction]) -> float:
     """Return how much later than its first packet the first decoded frame of a video is stamped, in seconds."""
-    command = [ffmpeg_path(), *READ_OPTIONS, "-i", file_url(path), "-map", "0:V:0", "-frames:v", "1"]
+    command = [*read_command(path), "-map", "0:V:0", "-frames:v", "1"]
     text = run_ffmpeg([*command, "-vf", "showinfo=checksum=0", "-f", "null", "-"]).stderr.decode("utf-8", "replace")
     clock, stamp = re.search(r"config in time_base: (\d+)/(\d+)", text), re.search(r"\bn: *0 pts: *(\d+)", text)
     if not clock or not stamp or not times:
@@ -232,14 +230,20 @@ def _measure_decode_delay(path: Path, times: list[Fraction]) -> float:
 
 
 def _read_header(path: Path) -> str:
-    return run_ffmpeg([ffmpeg_path(), *READ_OPTIONS, "-i", file_url(path)]).stderr.decode("utf-8", "replace")
+    return run_ffmpeg(read_command(path)).stderr.decode("utf-8", "replace")
 
 
 def _check_video_file(path: Path) -> Path:
-    check_file(path, _MAX_FILE_BYTES)
+    check_file(path)
     if not path.stat().st_size:
         raise InputError(f"{path} is empty")
     return path
+
+
+def read_command(path: Path, *options: str) -> list[str]:
+    """Return the beginning of every command that reads a file: ffmpeg, with options of its own, and the input."""
+    safe = ("-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe")
+    return [ffmpeg_path(), *safe, *options, "-i", file_url(path)]
 
 
 def file_url(path: Path) -> str:

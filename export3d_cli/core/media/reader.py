@@ -1,20 +1,24 @@
-"""Reading videos as streams of uint8 (H, W, 3) RGB frames, one frame in memory at a time."""
+"""Reading videos and cameras as streams of uint8 (H, W, 3) RGB frames, one frame in memory at a time."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
-from export3d_cli.core.media.image import check_pixel_count, read_image
-from export3d_cli.core.media.image_folder import list_images
-from export3d_cli.core.media.probe import READ_OPTIONS, ffmpeg_path, file_url, probe
+from export3d_cli.core.media.image import check_pixel_count, list_images, read_image
+from export3d_cli.core.media.probe import probe, read_command
 from export3d_cli.core.runtime.errors import InputError, MediaError
 
+CameraFrame = tuple[np.ndarray, float]  # uint8 (H, W, 3) RGB, and the time of its arrival by `time.monotonic`
+_CAMERA_FPS = Fraction(30)  # of cameras that do not report their rate
 _MISSING_PICTURE_S = 1.0  # a video that ends earlier than its header says, by more than this, gets a note
 _ON_WHITE_FILTER = "format=gbrap,negate,premultiply=inplace=1,negate"  # 1 - (1 - colour) alpha
 _TONE_MAP_FILTER = (  # BT.2408: diffuse white at 203 cd/m2
@@ -134,12 +138,53 @@ class VideoReader:
         return ",".join(steps) + ":flags=bicubic+accurate_rnd+full_chroma_int"
 
     def _decode_command(self) -> list[str]:
-        command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error"]
+        options = ["-loglevel", "error"]
         if self.info.alpha_source.startswith("vp"):
-            command += ["-c:v", "libvpx" + ("-vp9" if self.info.alpha_source == "vp9" else "")]
+            options += ["-c:v", "libvpx" + ("-vp9" if self.info.alpha_source == "vp9" else "")]
         if self._start and not self.info.decode_delay:
-            command += ["-ss", repr(self._start)]
+            options += ["-ss", repr(self._start)]
         if self._duration is not None and not self.info.decode_delay:
-            command += ["-t", repr(self._duration)]
-        command += ["-i", file_url(self.path), "-map", "0:V:0", "-vf", self._filter_graph()]
-        return [*command, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+            options += ["-t", repr(self._duration)]
+        output = ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+        return [*read_command(self.path, *options), "-map", "0:V:0", "-vf", self._filter_graph(), *output]
+
+
+def open_camera(camera: int | Path, stopped: threading.Event) -> tuple[Fraction, Iterator[CameraFrame]]:
+    """Return a camera's rate, and its frames until `stopped` is set or it is disconnected.
+
+    `camera` is its number, from 0, or a video file, which is repeated at its rate. Raises `InputError`.
+    """
+    if isinstance(camera, Path):
+        reader = VideoReader(camera)
+        return reader.info.fps, _play_file(reader, stopped)
+    import cv2
+
+    capture = cv2.VideoCapture(camera)
+    if not capture.isOpened():
+        raise InputError(f"camera {camera} cannot be opened: connect it, close programs that use it, or use a file")
+    capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # frames that wait in the driver would be late
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    fps = Fraction(rate).limit_denominator(1001) if 1 <= rate <= 240 else _CAMERA_FPS
+    return fps, _read_camera(capture, stopped)
+
+
+def _read_camera(capture: Any, stopped: threading.Event) -> Iterator[CameraFrame]:
+    try:
+        while not stopped.is_set():
+            ok, image = capture.read()
+            if not ok:  # it was disconnected
+                return
+            yield np.ascontiguousarray(image[..., ::-1]), time.monotonic()
+    finally:
+        capture.release()
+
+
+def _play_file(reader: VideoReader, stopped: threading.Event) -> Iterator[CameraFrame]:
+    due = time.monotonic()
+    while True:
+        with reader:
+            for image in reader:
+                due = max(due + float(1 / reader.info.fps), time.monotonic() - 1)  # catches up at most a second
+                if stopped.wait(max(0.0, due - time.monotonic())):
+                    return
+                yield image, time.monotonic()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess, run_ffmpeg
-from export3d_cli.core.media.probe import READ_OPTIONS, AudioTrack, audio_tracks, ffmpeg_path, file_url
+from export3d_cli.core.media.probe import AudioTrack, audio_tracks, read_command
 from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 
 _COPYABLE_CODECS = {  # that a container takes without re-encoding
@@ -82,7 +82,7 @@ def find_silence(path: Path | None, fps: Fraction, start: float = 0.0) -> np.nda
     if path is None:
         raise InputError("--lips-shut-when-silent needs sound: give --audio FILE")
     check_has_sound(path)
-    command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-ss", repr(start), "-i", file_url(path)]
+    command = read_command(path, "-loglevel", "error", "-ss", repr(start))
     command += ["-map", "0:a:0", "-ac", "1", "-ar", str(_SOUND_RATE), "-f", "s16le", "pipe:1"]
     process, power = FfmpegProcess(command, stdout=True), list[float]()
     try:
@@ -132,5 +132,5 @@ def _is_decodable(path: Path, index: int) -> bool:
 
 
 def _runs(path: Path, outputs: list[str]) -> bool:
-    command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-abort_on", "empty_output_stream"]
-    return run_ffmpeg([*command, "-i", file_url(path), *outputs]).returncode == 0
+    command = read_command(path, "-loglevel", "error", "-abort_on", "empty_output_stream")
+    return run_ffmpeg([*command, *outputs]).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Mapping
 from fractions import Fraction
@@ -12,8 +13,8 @@ from types import TracebackType
 import numpy as np
 
 from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
-from export3d_cli.core.media.image_folder import ImageSequenceWriter
-from export3d_cli.core.media.probe import READ_OPTIONS, can_seek, ffmpeg_path, file_url
+from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.probe import can_seek, ffmpeg_path, file_url, read_command
 from export3d_cli.core.media.soundtrack import Soundtrack, choose_soundtrack
 from export3d_cli.core.runtime.errors import Export3DWarning, InputError, MediaError
 from export3d_cli.core.runtime.files import write_atomic, write_folder
@@ -62,7 +63,7 @@ class VideoWriter:
         check_output_suffix(self.path, alpha=alpha)
         check_crf(self.path, crf, alpha=alpha)
         crf = DEFAULT_CRF if crf is None else crf
-        self._image_sequence = ImageSequenceWriter(self.path) if self.suffix == ".png" else None
+        self._image_name = _check_image_names(self.path) if self.suffix == ".png" else None
         if self.path.is_dir():
             raise InputError(f"{path} is a folder: give the name of a video file")
         if fps <= 0 or min(size) < 2 or not 0 <= crf <= 51:
@@ -75,29 +76,30 @@ class VideoWriter:
         self._soundtrack = choose_soundtrack(audio, self.suffix) if audio is not None and has_sound else None
         self.frame_count = 0
         self._process: FfmpegProcess | None = None
+        self._exit_stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> VideoWriter:
         with contextlib.ExitStack() as stack:
-            if self._image_sequence:
-                self._image_sequence.temporary_folder = stack.enter_context(write_folder(self._image_sequence.folder))
-                self._exit_stack = stack.pop_all()
-                return self
-            self._temporary = self._video_only = stack.enter_context(write_atomic(self.path))
+            target = write_folder(self.path.parent) if self._image_name else write_atomic(self.path)
+            self._temporary = self._video_only = stack.enter_context(target)
             if self._soundtrack:  # encode the picture alone; the audio is added at the end
                 self._video_only = self._temporary.with_stem(self._temporary.stem + "-picture")
                 stack.callback(self._video_only.unlink, missing_ok=True)
-            self._process = FfmpegProcess(self._encode_command(), stdin=True, output_file=self._video_only)
-            stack.callback(self._process.kill)
+            if not self._image_name:
+                self._process = FfmpegProcess(self._encode_command(), stdin=True, output_file=self._video_only)
+                stack.callback(self._process.kill)
             self._exit_stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        stack, self._exit_stack = self._exit_stack, None
+        assert stack is not None
         if kind is not None:
-            self._exit_stack.__exit__(kind, value, trace)
+            stack.__exit__(kind, value, trace)
             return
-        with self._exit_stack:
+        with stack:
             self._finish()
 
     def write(self, frame: np.ndarray) -> None:
@@ -106,17 +108,17 @@ class VideoWriter:
         expected = (height, width, 4 if self.alpha else 3)
         if frame.dtype != np.uint8 or frame.shape != expected:
             raise InputError(f"frames must be uint8 {expected}, got {frame.dtype} {frame.shape}")
-        if self._image_sequence:
-            self._image_sequence.write(frame, "; ".join(self.metadata.values()))
-            self.frame_count += 1
-            return
-        if self._process is None:
+        if self._exit_stack is None:
             raise MediaError("the video writer is not open: use it in a `with` block")
-        try:
-            self._process.write(np.ascontiguousarray(frame).data.cast("B"))
-        except OSError as error:
-            self._process.wait()
-            raise MediaError(f"encoding {self.path} failed: {self._process.error_summary()}") from error
+        if self._image_name:
+            name = self._image_name % self.frame_count
+            write_image(self._temporary / name, frame, comment="; ".join(self.metadata.values()))
+        elif self._process is not None:
+            try:
+                self._process.write(np.ascontiguousarray(frame).data.cast("B"))
+            except OSError as error:
+                self._process.wait()
+                raise MediaError(f"encoding {self.path} failed: {self._process.error_summary()}") from error
         self.frame_count += 1
 
     def abort(self) -> None:
@@ -126,15 +128,13 @@ class VideoWriter:
             process.kill()
 
     def _finish(self) -> None:
-        if self._image_sequence:
-            if not self.frame_count:
-                raise MediaError(f"encoding {self.path} failed: no frame was written")
-            return
         process, self._process = self._process, None
-        assert process is not None
-        process.close_input()
-        if process.wait() or not self.frame_count:
-            reason = process.error_summary() if self.frame_count else "no frame was written"
+        reason = "" if self.frame_count else "no frame was written"
+        if process is not None:
+            process.close_input()
+            if process.wait():
+                reason = reason or process.error_summary()
+        if reason:
             raise MediaError(f"encoding {self.path} failed: {reason}")
         if self._soundtrack:
             self._add_audio(self._soundtrack)
@@ -166,7 +166,7 @@ class VideoWriter:
 
     def _mux_command(self, soundtrack: Soundtrack) -> list[str]:
         """Return the command that joins the encoded picture with the audio, cut to the picture's length."""
-        command = [ffmpeg_path(), *READ_OPTIONS, "-loglevel", "error", "-y", "-i", file_url(self._video_only)]
+        command = read_command(self._video_only, "-loglevel", "error", "-y")
         encoder = list(soundtrack.encoder)
         if soundtrack.is_copied:
             # shifting the audio and dropping packets before 0 is exact to a packet; seeking needs an index for that
@@ -196,6 +196,18 @@ def _add_gif_comment(path: Path, text: str) -> None:
     data, comment = path.read_bytes(), text.encode("ascii", "replace")[:255]
     start = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 0x80 else 0)  # behind the global palette
     path.write_bytes(data[:start] + b"\x21\xfe" + bytes([len(comment)]) + comment + b"\0" + data[start:])
+
+
+def _check_image_names(path: Path) -> str:
+    """Return the name of an image sequence as a format of numbers; raise `InputError` if it is none, or is taken."""
+    match = re.fullmatch(r"([^%]*)%0?([1-9]?)d([^%]*)", path.name)
+    if not match:
+        raise InputError(f"{path} names a single image: name one image per frame, for example %05d.png")
+    prefix, digits, suffix = match.groups()
+    numbered = re.compile(rf"{re.escape(prefix)}\d+{re.escape(suffix)}")
+    if path.parent.is_dir() and any(numbered.fullmatch(image.name) for image in path.parent.iterdir()):
+        raise InputError(f"{path.parent} already contains images of that name: choose another folder")
+    return f"{prefix}%0{digits or 1}d{suffix}"
 
 
 def check_output_suffix(path: Path, *, alpha: bool = False) -> None:

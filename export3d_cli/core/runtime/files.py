@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -24,10 +25,12 @@ from export3d_cli.core.runtime.errors import Export3DError, Export3DWarning, Inp
 
 _HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part.*")  # groups: host, process ID
-DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...] = (  # raised by zipfile and NumPy for damaged archives
-    OSError, KeyError, ValueError, TypeError, ArithmeticError, EOFError, MemoryError, RecursionError, RuntimeError,
-    SyntaxError, AttributeError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+DECODE_ERRORS: tuple[type[Exception], ...] = (  # raised by Pillow for damaged images
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, EOFError, RuntimeError,
+    struct.error, zlib.error,
 )  # fmt: skip
+DAMAGED_ZIP_ERRORS: tuple[type[Exception], ...]  # raised by zipfile and NumPy
+DAMAGED_ZIP_ERRORS = (*DECODE_ERRORS, MemoryError, tokenize.TokenError, zipfile.BadZipFile)
 MAX_NAME_BYTES = 255  # of a file name, on all usual file systems
 MAX_MANIFEST_BYTES = 2**30  # limit for a dataset's manifest
 _STALE_AFTER_S = 86_400  # age at which a temporary file counts as abandoned, even if its process may be alive
@@ -214,7 +217,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def check_file(path: Path, max_bytes: int) -> None:
+def check_file(path: Path, max_bytes: float = math.inf) -> None:
     """Raise `InputError` unless `path` is a regular file of at most `max_bytes`; devices and pipes can be endless."""
     try:
         status = path.stat()
@@ -227,4 +230,4 @@ def check_file(path: Path, max_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is a device or a pipe: give a file")
     if status.st_size > max_bytes:
-        raise InputError(f"{path} is larger than {max_bytes >> 20} MiB: reduce its size")
+        raise InputError(f"{path} is larger than {max_bytes / 2**20:.0f} MiB: reduce its size")
