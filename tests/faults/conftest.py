@@ -22,7 +22,7 @@ from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points
 from export3d_cli.core.runtime.weights import example_path
 
 SIDE, FRAMES = 64, 8
@@ -47,13 +47,14 @@ def motion_of(seed: int, frames: int) -> Motion:
     """Return the motion of a slightly turning head, made without a tracker."""
     rng = np.random.default_rng(seed)
     face = load_canonical_face().points
-    cameras = [Camera.orbit(rng.uniform(-15, 15), rng.uniform(-8, 8)) for _ in range(frames)]
+    cameras = [orbit_camera(rng.uniform(-15, 15), rng.uniform(-8, 8)) for _ in range(frames)]
     marks = []
     for camera in cameras:
-        depth = ((face - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
-        marks.append(np.column_stack([camera.project(face), (depth - 2.7) * 4.2647 / 2.7]))
+        rotation, centre = head_pose(camera)
+        depth = (face @ rotation.T + centre)[:, 2]
+        marks.append(np.column_stack([project_points(camera, face), (depth - 2.7) * 4.2647 / 2.7]))
     return Motion(
-        rng.uniform(0, 0.3, (frames, 64)).astype(np.float32), np.stack([c.to_vector() for c in cameras]),
+        rng.uniform(0, 0.3, (frames, 64)).astype(np.float32), np.stack(cameras),
         np.stack(marks).astype(np.float32), np.ones(frames, bool), Fraction(25), (0.0, 0.0, 64.0), (SIDE, SIDE),
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_state, load_weights
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.weights import example_path, weights_info
 from export3d_cli.core.train.frame_cache import load_dataset
@@ -126,7 +126,7 @@ def readers() -> dict[str, Reader]:
     photos = (json.dumps(photo) + "\n" + json.dumps({**photo, "id": "b"}) + "\n").encode()
     yaml = b"preset: tiny\nlr: 1e-4\nstages: [clebs, reconstruction]\nmodel: {width: 64, stem: [8, 8, 16]}\n"
     yaml += b"data:\n  path: [x]\n"
-    camera = Camera.orbit(0, 0).to_vector()
+    camera = orbit_camera(0, 0)
 
     def video(path: Path) -> None:
         with VideoReader(path) as reader:
@@ -154,7 +154,7 @@ def readers() -> dict[str, Reader]:
 
 
 def _motion(frames: int) -> bytes:
-    pose = np.tile(Camera.orbit(0, 0).to_vector(), (frames, 1))
+    pose = np.tile(orbit_camera(0, 0), (frames, 1))
     return npz({"beta": np.zeros((frames, 64)), "camera": pose, "landmarks": np.zeros((frames, 478, 3)),
                 "found": np.ones(frames, bool), "fps": np.array([25, 1]), "crop": np.array([0.0, 0, 64]),
                 "size": np.array([64, 64])})  # fmt: skip

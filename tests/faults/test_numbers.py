@@ -19,7 +19,7 @@ from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.weights import example_path
 
 SMALL = ("--device", "cpu", "--precision", "fp32", "--audio", "none", "--batch", "2")
@@ -59,9 +59,9 @@ def test_animator_extreme_inputs_give_finite_results(animator: Animator) -> None
     count = animator.model.config.num_coefficients
     changes = [np.eye(count)[:2] * 1e6, np.full((1, count), -1e6), np.zeros((1, count))]
     check_finite(animator, portrait, edit=np.concatenate(changes))
-    turned = [Camera.orbit(yaw, pitch) for yaw, pitch in ((180, 0), (90, 89), (-90, -89), (0, 180), (0, 90))]
-    vectors = np.stack([camera.to_vector() for camera in turned])
-    moved = np.repeat(Camera.orbit(0, 0).to_vector()[None], 5, axis=0)
+    turned = [orbit_camera(yaw, pitch) for yaw, pitch in ((180, 0), (90, 89), (-90, -89), (0, 180), (0, 90))]
+    vectors = np.stack(turned)
+    moved = np.repeat(orbit_camera(0, 0)[None], 5, axis=0)
     for row, distance in enumerate((0.3, 0.01, 0.0, 1e3, 1e6)):  # of its centre from the head's
         moved[row, [3, 7, 11]] *= distance / np.linalg.norm(moved[row, [3, 7, 11]])
     check_finite(animator, portrait, view=np.concatenate([vectors, moved]))

@@ -51,7 +51,6 @@ from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
-from export3d_cli.core.runtime.camera import Camera
 from export3d_cli.core.runtime.device import (
     AdaptiveBatcher,
     autocast,
@@ -109,9 +108,9 @@ class Portrait:
     others: tuple[Portrait, ...] = field(default=(), repr=False)  # additional photos of the person, crops only
 
     @property
-    def camera(self) -> Camera:
-        """The camera that took the photo, in the head frame."""
-        return Camera.from_vector(self.motion.camera[0])
+    def camera(self) -> np.ndarray:
+        """(25,) float32, the camera that took the photo, in the head frame."""
+        return self.motion.camera[0]
 
     @property
     def square(self) -> Square:
@@ -348,7 +347,7 @@ class Animator:
             own_beta, own = edit.base.astype(np.float32), self._coefficients(edit.base[None])
             offset = self._coefficients(edit.beta) - own
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
-        source_camera = portrait.camera.to_vector()
+        source_camera = portrait.camera
 
         def parts() -> Iterator[Iterable[Any]]:
             for beta, camera in _windows(motions, self.window):
@@ -393,7 +392,7 @@ class Animator:
             changes = np.pad(changes, ((0, 0), (0, 1)))
         _check_rows("changes", changes, n + 1)
         renderer = _Renderer(self, portrait, notify)
-        cameras = np.repeat(portrait.camera.to_vector()[None], len(changes), axis=0)
+        cameras = np.repeat(portrait.camera[None], len(changes), axis=0)
         parts = renderer.render_motion(cameras, portrait.source.coefficients + self._tensor(changes))
         return chain_parallel(parts, self._workers)
 

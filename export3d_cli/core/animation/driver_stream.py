@@ -37,7 +37,7 @@ from export3d_cli.core.face.smoothing import smooth_stream
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
 
 LOOKAHEAD_S = 10  # seconds of a shot over which its crop is measured and its reference frame is chosen
@@ -105,7 +105,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             if crop_size is not None:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
             if driver.suffix.lower() == ".csv":
-                camera = Camera.orbit(0).to_vector() if source is None else source.camera[0]
+                camera = orbit_camera(0) if source is None else source.camera[0]
                 motion, self.notes = arkit.read_csv(driver, camera)
             else:
                 motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))

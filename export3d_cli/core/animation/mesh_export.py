@@ -21,6 +21,7 @@ from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStat
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.model.triplane import sample_face_field
 from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT
+from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import write_atomic
 
@@ -150,7 +151,7 @@ def _grid(resolution: int) -> np.ndarray:
 def _person_alpha(animator: Animator, portrait: Portrait, points: np.ndarray) -> np.ndarray:
     """Return the person's alpha (N,) in [0, 1] where the photo's camera sees points (N, 3); 0 outside the crop."""
     alpha = animator.matting.alpha(portrait.crop)
-    pixel = np.floor(portrait.camera.project(points) * len(alpha)).astype(int)
+    pixel = np.floor(project_points(portrait.camera, points) * len(alpha)).astype(int)
     inside = ((pixel >= 0) & (pixel < len(alpha))).all(-1)
     column, row = pixel.clip(0, len(alpha) - 1).T
     return alpha[row, column] * inside

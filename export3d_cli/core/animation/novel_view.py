@@ -20,7 +20,7 @@ from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_h
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
 from export3d_cli.core.media.writer import check_crf
-from export3d_cli.core.runtime.camera import Camera, rotation_from_angles
+from export3d_cli.core.runtime.camera import head_pose, rotation_from_angles, with_head_pose, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 MAX_CACHED_BYTES = 128 << 20  # of frames kept because their camera may recur
@@ -93,8 +93,7 @@ def novel_view(
     frames = _view_once(animator, portrait, cameras, beta, options.depth)
     labels: list[str] = []
     if options.grid:
-        angles = [Camera.from_vector(camera).angles() for camera in cameras]
-        labels = [f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in angles]
+        labels = [f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in yaw_pitch_roll(cameras).tolist()]
     columns = count if count <= ROW_COLUMNS else int(np.ceil(np.sqrt(count)))
     return write_views(
         animator, frames, count, out, options, size, columns=columns, labels=labels, notes=notes, began=began,
@@ -111,16 +110,12 @@ def sweep_positions(options: NovelViewOptions) -> np.ndarray:
     return np.linspace(0, 1, count)
 
 
-def orbit_cameras(camera: Camera, options: NovelViewOptions) -> np.ndarray:
-    """Return cameras (T, 25) that see the head at the options' angles, at the place and distance of `camera`."""
+def orbit_cameras(camera: np.ndarray, options: NovelViewOptions) -> np.ndarray:
+    """Return cameras (T, 25) that see the head at the options' angles, at the place and distance of `camera` (25,)."""
     ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
-    pose = np.linalg.inv(camera.cam2world)  # its last column stays
-    cameras = []
-    for t in sweep_positions(options):
-        yaw, pitch, roll = (a + t * (b - a) for a, b in ranges)
-        pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
-        cameras.append(Camera(np.linalg.inv(pose), camera.intrinsics).to_vector())
-    return np.stack(cameras)
+    angles = [[a + t * (b - a) for a, b in ranges] for t in sweep_positions(options)]
+    rotations = np.stack([rotation_from_angles(*row) for row in angles])
+    return with_head_pose(np.tile(camera, (len(angles), 1)), rotations, head_pose(camera)[1])
 
 
 def _read_expressions(

@@ -16,7 +16,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import contact_sheet, has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.camera import Camera, yaw_pitch_roll
+from export3d_cli.core.runtime.camera import project_points, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 HEAD_AXIS_LENGTH = 0.2  # head-frame units
@@ -58,9 +58,8 @@ def draw_tracking(frame: np.ndarray, motion: Motion, index: int) -> np.ndarray:
     points = motion.landmarks[index, :, :2] * side + [x0, y0]
     for x, y in points.round().astype(int).tolist():
         cv2.circle(out, (x, y), max(0, thickness - 1), colour, -1)
-    camera = Camera.from_vector(motion.camera[index])
     axis_tips = HEAD_AXIS_LENGTH * np.diag([1.0, 1.0, -1.0])  # z is drawn towards the camera
-    corners = camera.project(np.concatenate([np.zeros((1, 3)), axis_tips])) * side + [x0, y0]
+    corners = project_points(motion.camera[index], np.concatenate([np.zeros((1, 3)), axis_tips])) * side + [x0, y0]
     origin, *ends = [(int(x), int(y)) for x, y in corners]
     for end, colour in zip(ends, ((235, 50, 50), (50, 200, 50), (70, 110, 255)), strict=True):
         cv2.line(out, origin, end, colour, thickness + 1, cv2.LINE_AA)

@@ -15,7 +15,7 @@ from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.probe import DEFAULT_FOLDER_FPS
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import NoFaceError
 
 
@@ -39,7 +39,7 @@ def extract_motion(
     largest, left, right or index:N, the N-th from the left, starting at 0. Raises `NoFaceError` if no frame has one.
     """
     if is_arkit_csv(path):
-        motion, notes = read_csv(path, Camera.orbit(0).to_vector())
+        motion, notes = read_csv(path, orbit_camera(0))
         fps = fps or motion.fps
         rows = resample_rows(len(motion), motion.fps, fps, 0.0, None)[:max_frames]
         return replace(motion.select(rows), fps=fps), notes

@@ -20,7 +20,7 @@ import numpy as np
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, with_head_pose
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, rotation_exp, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 
 PORTS = {"livelink": 11111, "vmc": 39539}
@@ -58,7 +58,7 @@ class PacketTracker:
         self, packets: Sequence[FacePacket], fps: Fraction, size: tuple[int, int], *, clip: None = None
     ) -> Motion:
         """Return the packets as a motion without landmarks."""
-        cameras = np.repeat(Camera.orbit(0, 0).to_vector()[None], len(packets), axis=0)
+        cameras = np.repeat(orbit_camera(0, 0)[None], len(packets), axis=0)
         cameras = with_head_pose(cameras, np.stack([p.rotation for p in packets]), head_pose(cameras)[1])
         beta = arkit.complete_beta(np.stack([p.coefficients for p in packets]))
         landmarks = np.zeros((len(packets), 0, 3), np.float32)

@@ -7,54 +7,10 @@ negated. NumPy only, so that trackers need no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-
-from export3d_cli.core.runtime.errors import InputError
 
 FOCAL = 4.2647  # EG3D's focal length in image sizes: a field of view of 18.837 degrees
 RADIUS = 2.7  # EG3D's distance between camera and head centre
-
-
-@dataclass(frozen=True)
-class Camera:
-    """A pinhole camera: `cam2world` (4, 4) float64 in the head frame, `intrinsics` (3, 3) for an image of size 1."""
-
-    cam2world: np.ndarray
-    intrinsics: np.ndarray
-
-    @classmethod
-    def from_vector(cls, p: np.ndarray) -> Camera:
-        """Make a camera from its 25 numbers, shape (25,)."""
-        p = np.asarray(p, dtype=np.float64)
-        if p.shape != (25,):
-            raise InputError(f"a camera must be 25 numbers, got an array of shape {p.shape}")
-        return cls(p[:16].reshape(4, 4), p[16:].reshape(3, 3))
-
-    def to_vector(self) -> np.ndarray:
-        """Return the 25 numbers, (25,) float32."""
-        return np.concatenate([self.cam2world.ravel(), self.intrinsics.ravel()]).astype(np.float32)
-
-    @classmethod
-    def orbit(cls, yaw: float, pitch: float = 0.0, roll: float = 0.0, *, radius: float = RADIUS) -> Camera:
-        """Make the camera of a head at the image centre, turned by yaw, pitch, roll in degrees (signs of `angles`)."""
-        pose = np.eye(4)
-        pose[:3, :3] = rotation_from_angles(yaw, pitch, roll)
-        pose[2, 3] = radius
-        return cls(np.linalg.inv(pose), default_intrinsics())
-
-    def angles(self) -> tuple[float, float, float]:
-        """Return yaw (+: to the image's right), pitch (+: up), roll (+: clockwise) of the head in degrees."""
-        yaw, pitch, roll = _rotation_to_angles(self.cam2world[:3, :3].T).tolist()
-        return yaw, pitch, roll
-
-    def project(self, points: np.ndarray) -> np.ndarray:
-        """Project head-frame points (N, 3) to image sizes (N, 2): (0, 0) top left corner, (1, 1) bottom right."""
-        r = self.cam2world[:3, :3]
-        cam = (np.asarray(points, dtype=np.float64) - self.cam2world[:3, 3]) @ r
-        uvw = cam @ self.intrinsics.T
-        return uvw[:, :2] / uvw[:, 2:]
 
 
 def default_intrinsics() -> np.ndarray:
@@ -63,7 +19,7 @@ def default_intrinsics() -> np.ndarray:
 
 
 def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Return the head-to-camera rotation (3, 3) of `Camera.angles` in degrees: roll first, then yaw, then pitch."""
+    """Return the head-to-camera rotation (3, 3) of `yaw_pitch_roll` in degrees: roll first, then yaw, then pitch."""
     y, p, r = np.radians([-yaw, pitch, roll])
     about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
     about_x = np.array([[1, 0, 0], [0, np.cos(p), np.sin(p)], [0, -np.sin(p), np.cos(p)]])
@@ -71,16 +27,25 @@ def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return about_x @ about_y @ about_z
 
 
+def orbit_camera(yaw: float, pitch: float = 0.0, roll: float = 0.0, *, radius: float = RADIUS) -> np.ndarray:
+    """Return the camera (25,) of a head at the image centre, turned by the angles of `yaw_pitch_roll` in degrees."""
+    camera = np.concatenate([np.zeros(16), default_intrinsics().ravel()])
+    return with_head_pose(camera, rotation_from_angles(yaw, pitch, roll), np.array([0.0, 0.0, radius]))
+
+
 def yaw_pitch_roll(camera: np.ndarray) -> np.ndarray:
-    """Return yaw, pitch and roll in degrees (T, 3) of cameras (T, 25), as `Camera.angles` does for one."""
-    return _rotation_to_angles(head_pose(camera)[0])
-
-
-def _rotation_to_angles(r: np.ndarray) -> np.ndarray:
-    """Convert head-to-camera rotations (..., 3, 3) to angles (..., 3), the inverse of `rotation_from_angles`."""
+    """Return yaw (+: to the image's right), pitch (+: up), roll (+: clockwise) of the head (..., 3) in degrees."""
+    r = head_pose(camera)[0]
     yaw = -np.arctan2(r[..., 0, 2], np.hypot(r[..., 1, 2], r[..., 2, 2]))
     pitch, roll = np.arctan2(r[..., 1, 2], r[..., 2, 2]), np.arctan2(-r[..., 0, 1], r[..., 0, 0])
     return np.degrees(np.stack([yaw, pitch, roll], axis=-1))
+
+
+def project_points(camera: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Project head-frame points (N, 3) to image sizes (N, 2): (0, 0) top left corner, (1, 1) bottom right."""
+    rotation, centre = head_pose(camera)
+    uvw = (np.asarray(points, dtype=np.float64) @ rotation.T + centre) @ np.reshape(camera[16:], (3, 3)).T
+    return uvw[:, :2] / uvw[:, 2:]
 
 
 def rotation_log(rotation: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from export3d_cli.core.config.schema import BETA_DIM, TrainConfig
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.train.discriminator import Discriminator
 
 WEIGHT_COPIES = 5  # weights, gradients, two moments of Adam, moving average
@@ -61,7 +61,7 @@ def plan_training(config: TrainConfig) -> TrainPlan:
         if "adversarial" in config.stages:
             discriminator = count(Discriminator(config.model.image_size, config.adversarial))
         photo = torch.zeros(1, 3, config.model.image_size, config.model.image_size)
-        camera = torch.from_numpy(Camera.orbit(0).to_vector()).float()[None]
+        camera = torch.from_numpy(orbit_camera(0)).float()[None]
         beta, points = torch.zeros(1, BETA_DIM), torch.zeros(1, NUM_LANDMARKS, 3)
         with FlopCounterMode(display=False) as counter:  # with gradients: a CPU skips work without them
             source = model.encode_source(photo, beta, camera, points)

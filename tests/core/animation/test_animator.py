@@ -21,7 +21,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.device import pick_device, pick_precision, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import example_path
@@ -48,7 +48,7 @@ def moving(portrait: Portrait, frames: int, seed: int = 0) -> Motion:
     """A head that turns and changes its expression, from random numbers."""
     rng = np.random.default_rng(seed)
     motion = portrait.motion.select(np.zeros(frames, np.int64))
-    motion.camera[:] = np.stack([Camera.orbit(*rng.uniform(-15, 15, 2)).to_vector() for _ in range(frames)])
+    motion.camera[:] = np.stack([orbit_camera(*rng.uniform(-15, 15, 2)) for _ in range(frames)])
     motion.beta[:] = rng.uniform(0, 0.5, motion.beta.shape)
     return motion
 
@@ -77,7 +77,7 @@ def test_crop_scale_is_the_crop_in_face_boxes(portrait: Portrait) -> None:
     extent = np.ptp(portrait.motion.landmarks[0, :, :2], axis=0).max()
     assert portrait.crop_scale == pytest.approx(1 / extent)
     assert portrait.crop.shape == (*2 * (round(portrait.square[2]),), 3)
-    np.testing.assert_allclose(portrait.camera.to_vector(), portrait.motion.camera[0], atol=1e-6)
+    np.testing.assert_allclose(portrait.camera, portrait.motion.camera[0], atol=1e-6)
 
 
 def test_portrait_cannot_be_changed(animator: Animator, portrait: Portrait) -> None:

@@ -19,13 +19,13 @@ from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
 SOURCE_MOTION = Motion(
-    np.zeros((1, 64), np.float32), Camera.orbit(0).to_vector()[None], np.zeros((1, 478, 3), np.float32),
+    np.zeros((1, 64), np.float32), orbit_camera(0)[None], np.zeros((1, 478, 3), np.float32),
     np.ones(1, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1),
 )  # fmt: skip
 BLACK = "drawbox=enable='{}':t=fill:color=black:w=iw:h=ih"  # over the frames n that meet a condition

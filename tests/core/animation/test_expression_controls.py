@@ -20,7 +20,7 @@ from export3d_cli.core.animation.expression_controls import (
 )
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -93,7 +93,7 @@ def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> Non
 def test_look_at_camera_turns_the_eyes_against_the_head() -> None:
     beta = np.zeros((4, 64))
     beta[3, [BETA_NAMES.index("eyeBlinkLeft"), BETA_NAMES.index("eyeBlinkRight")]] = 0.9
-    cameras = np.stack([Camera.orbit(*angles).to_vector() for angles in ((8, 0), (-8, 0), (0, 8), (8, 0))])
+    cameras = np.stack([orbit_camera(*angles) for angles in ((8, 0), (-8, 0), (0, 8), (8, 0))])
     looking = look_at_camera(beta, cameras)
     x, y = CONTROLS["gaze-x"].measure(looking), CONTROLS["gaze-y"].measure(looking)
     np.testing.assert_allclose(x[1] - x[0], 2 * GAZE_GAIN * GAZE_SLOPE[0] * np.sin(np.radians(8)), rtol=1e-3)

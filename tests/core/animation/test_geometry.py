@@ -10,7 +10,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.framing import PHOTO_MARGIN, uncropped_frame_size
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import head_pose, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -51,9 +51,8 @@ def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animat
     wide[250 : 250 + side, 250 : 250 + side] = PHOTO[y : y + side, x : x + side]
     photo = animator.portrait(wide)
     crop = animator.portrait_from_motion(crop_image(wide, photo.motion.crop, 64), photo.motion)
-    pose = np.linalg.inv(photo.camera.cam2world)
-    pose[:3, 3] *= 1.4
-    cameras = Camera(np.linalg.inv(pose), photo.camera.intrinsics).to_vector()[None]
+    rotation, centre = head_pose(photo.camera)
+    cameras = with_head_pose(photo.camera, rotation, 1.4 * centre)[None]
     for portrait, is_green in ((photo, True), (crop, False)):
         (frame,) = animator.view(portrait, cameras, layers=True)
         if portrait.canvas is not None:

@@ -16,6 +16,7 @@ from export3d_cli.core.animation.mesh_export import extract_head_mesh, write_mes
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
+from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -82,7 +83,7 @@ def test_head_mesh_excludes_the_photo_s_surroundings(animator: Animator) -> None
     assert len(mesh.vertices) > 100
     assert mesh.faces.max() == len(mesh.vertices) - 1
     assert np.abs(mesh.vertices).max() <= 0.26
-    uv = portrait.camera.project(mesh.vertices * [2, -2, -2])
+    uv = project_points(portrait.camera, mesh.vertices * [2, -2, -2])
     assert uv.min() > -0.1
     assert uv.max() < 1.1
 

@@ -19,28 +19,26 @@ from export3d_cli.core.face.expression_coefficients import REGIONS
 from export3d_cli.core.face.face_track import choose_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.camera import Camera, head_pose, with_head_pose
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points, with_head_pose, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 
 MakeClip = Callable[..., Path]
 SOURCE = example_path("source.jpg")
-OWN = Camera.orbit(15, 5, -3, radius=2.9).to_vector()
-CAMERAS = np.stack(
-    [Camera.orbit(y, p, r, radius=2.6).to_vector() for y, p, r in ((0, 0, 0), (20, -10, 5), (-30, 8, 0))]
-)
+OWN = orbit_camera(15, 5, -3, radius=2.9)
+CAMERAS = np.stack([orbit_camera(y, p, r, radius=2.6) for y, p, r in ((0, 0, 0), (20, -10, 5), (-30, 8, 0))])
 
 
 def angles(cameras: np.ndarray) -> np.ndarray:
-    return np.array([Camera.from_vector(camera).angles() for camera in cameras])
+    return np.array([yaw_pitch_roll(camera) for camera in cameras])
 
 
 def test_absolute_pose_interpolates_from_source_to_driver() -> None:
     np.testing.assert_array_equal(Control().target_cameras(OWN, CAMERAS, None), CAMERAS)
     for still in (Control(drive=("expression",)), Control(pose_scale=0)):
         np.testing.assert_allclose(still.target_cameras(OWN, CAMERAS, None), OWN[None].repeat(3, axis=0), atol=1e-6)
-    straight = Camera.orbit(10, radius=2.7).to_vector()
-    turned = np.stack([Camera.orbit(30, radius=2.7).to_vector()])
+    straight = orbit_camera(10, radius=2.7)
+    turned = np.stack([orbit_camera(30, radius=2.7)])
     for scale, yaw in ((0.5, 20), (1.5, 40)):
         np.testing.assert_allclose(
             angles(Control(pose_scale=scale).target_cameras(straight, turned, None)), [[yaw, 0, 0]], atol=1e-3
@@ -53,22 +51,22 @@ def test_relative_pose_moves_the_source_camera() -> None:
         relative.target_cameras(OWN, CAMERAS[:1], CAMERAS[0])[0], OWN, atol=1e-6
     )  # at the reference
     np.testing.assert_allclose(relative.target_cameras(CAMERAS[1], CAMERAS, CAMERAS[1]), CAMERAS, atol=1e-5)  # itself
-    nod = np.stack([Camera.orbit(0, -12, radius=2.6).to_vector()])  # from frontal, the nose down by 12 degrees
-    side = Camera.orbit(40, radius=2.9).to_vector()
+    nod = np.stack([orbit_camera(0, -12, radius=2.6)])  # from frontal, the nose down by 12 degrees
+    side = orbit_camera(40, radius=2.9)
     (rotation,), _ = head_pose(relative.target_cameras(side, nod, CAMERAS[0]))
     ears = np.array([1.0, 0.0, 0.0])
     np.testing.assert_allclose(rotation @ ears, head_pose(side)[0] @ ears, atol=1e-5)  # about the axis through its ears
     shifted = CAMERAS[:1].copy()
     shifted[0, 3] -= 0.1  # the camera to the left: the head appears further right
     seen = relative.target_cameras(side, shifted, CAMERAS[0])
-    centre = [Camera.from_vector(c).project(np.zeros((1, 3)))[0] for c in (side, seen[0])]
+    centre = [project_points(c, np.zeros((1, 3)))[0] for c in (side, seen[0])]
     assert centre[1][0] > centre[0][0] + 0.05
     assert centre[1][1] == pytest.approx(centre[0][1], abs=1e-6)
 
 
 def test_relative_movement_is_a_fraction_of_the_head_at_any_zoom() -> None:
     """A driver seen twice as large, who moves twice as far in the image, moves the source alike."""
-    still, moved = Camera.orbit(0, radius=2.6).to_vector(), Camera.orbit(10, radius=2.6).to_vector()
+    still, moved = orbit_camera(0, radius=2.6), orbit_camera(10, radius=2.6)
     moved[:16] = np.linalg.inv(
         np.linalg.inv(moved[:16].reshape(4, 4)) + [[0, 0, 0, 0.1], [0] * 4, [0, 0, 0, 0.3], [0] * 4]
     ).ravel()
@@ -95,11 +93,11 @@ def test_most_similar_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(
     yaws = [20, 3.9, -10, 4.5, 4.0]
     driver = replace(
         portrait.select(np.zeros(5, dtype=np.int64)),
-        camera=np.stack([Camera.orbit(yaw).to_vector() for yaw in yaws]),
+        camera=np.stack([orbit_camera(yaw) for yaw in yaws]),
     )
 
     def best(yaw: float) -> int:
-        return most_similar_frame(driver, replace(portrait, camera=Camera.orbit(yaw).to_vector()[None]))
+        return most_similar_frame(driver, replace(portrait, camera=orbit_camera(yaw)[None]))
 
     assert best(4.4) == 3 and best(-30) == 2
     driver.beta[[0, 2, 3, 4]] += 0.1  # another expression outweighs the tracker's noise, but not a turn
@@ -165,7 +163,7 @@ def test_pose_auto_keeps_the_source_s_pose_and_place_at_the_most_similar_frame(
     animator: Animator, make_clip: MakeClip
 ) -> None:
     portrait, options = animator.portrait(read_image(SOURCE)), ReenactOptions(smooth="off")
-    own = portrait.camera.to_vector()
+    own = portrait.camera
     with open_driver(animator, portrait, make_clip("clip.mp4"), options) as stream:
         motions, _, references = zip(*stream, strict=True)
     cameras = np.concatenate([motion.camera for motion in motions])
@@ -192,7 +190,7 @@ def test_pose_auto_of_a_picture_is_the_picture_s_own() -> None:
 def test_motion_file_has_a_reference_frame(animator: Animator, tmp_path: Path) -> None:
     portrait = animator.portrait(read_image(SOURCE))
     motion = portrait.motion.select(np.zeros(5, dtype=np.int64))
-    motion.camera[:] = Camera.orbit(12).to_vector()
+    motion.camera[:] = orbit_camera(12)
     motion.save(tmp_path / "a.motion.npz")
     options = ReenactOptions(pose="relative", reference_frame=4)
     with open_driver(animator, portrait, tmp_path / "a.motion.npz", options) as stream:
@@ -245,16 +243,16 @@ def test_live_link_face_csv_drives(animator: Animator, tmp_path: Path) -> None:
 
 
 def test_travel_limits_hold_position_and_size_of_the_head() -> None:
-    source = Camera.orbit(10, 5).to_vector()
-    far = np.stack([Camera.orbit(yaw, radius=radius).to_vector() for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
+    source = orbit_camera(10, 5)
+    far = np.stack([orbit_camera(yaw, radius=radius) for yaw, radius in ((0, 2.7), (20, 2.0), (-20, 4.0))])
     pose = np.linalg.inv(far[:, :16].reshape(-1, 4, 4).astype(float))
     pose[:, 0, 3] += [0.002, 0.4, -0.4]
     far[:, :16] = np.linalg.inv(pose).reshape(-1, 16)
     limits = TravelLimits(left=0.05, right=0.04, up=0.05, down=0.05)
     free, kept = (Control(travel_limits=limit).target_cameras(source, far, None) for limit in (None, limits))
     np.testing.assert_array_equal(free, far)
-    own_uv = Camera.from_vector(source).project(np.zeros((1, 3)))
-    shift = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0] - own_uv[0] for row in kept])
+    own_uv = project_points(source, np.zeros((1, 3)))
+    shift = np.array([project_points(row, np.zeros((1, 3)))[0] - own_uv[0] for row in kept])
     assert shift[0, 0] == pytest.approx(0.002 * 4.2647 / 2.7, rel=1e-3)  # small shifts stay
     assert 0.039 < shift[1, 0] <= 0.0401 and -0.0501 <= shift[2, 0] < -0.049  # each side has its own limit
     for row, wanted in zip(kept, far, strict=True):
@@ -263,7 +261,7 @@ def test_travel_limits_hold_position_and_size_of_the_head() -> None:
         assert abs(np.log(centre[2] / 2.7)) <= 0.1201
     still = Control(travel_limits=TravelLimits(0, 0, 0, 0)).target_cameras(source, far, None)
     np.testing.assert_allclose(
-        [Camera.from_vector(row).project(np.zeros((1, 3)))[0] for row in still],
+        [project_points(row, np.zeros((1, 3)))[0] for row in still],
         np.repeat(own_uv.reshape(1, 2), 3, axis=0),
         atol=1e-6,
     )
@@ -279,8 +277,8 @@ def test_pose_auto_keeps_a_driver_who_walks_past_within_the_crop(animator: Anima
     with open_driver(animator, portrait, tmp_path / "walk.motion.npz", options) as stream:
         batches = list(stream)
     cameras = np.concatenate([batch.motion.camera for batch in batches])
-    targets = options.control.target_cameras(portrait.camera.to_vector(), cameras, batches[0].reference.camera[0])
-    u = np.array([Camera.from_vector(row).project(np.zeros((1, 3)))[0, 0] for row in targets])
-    own = portrait.camera.project(np.zeros((1, 3)))[0, 0]
+    targets = options.control.target_cameras(portrait.camera, cameras, batches[0].reference.camera[0])
+    u = np.array([project_points(row, np.zeros((1, 3)))[0, 0] for row in targets])
+    own = project_points(portrait.camera, np.zeros((1, 3)))[0, 0]
     assert np.abs(u - own).max() <= 0.1501
     assert (np.diff(u) >= -1e-6).all() and np.ptp(u) > 0.1  # it moves, to the right

@@ -16,7 +16,7 @@ from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.camera import FOCAL, Camera
+from export3d_cli.core.runtime.camera import FOCAL, head_pose, orbit_camera, project_points
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.frame_cache import load_dataset
@@ -66,12 +66,13 @@ def test_damaged_labels_are_refused(folder: Path, name: str) -> None:
 
 def test_crop_depth_lies_on_the_landmarks_in_head_frame_units() -> None:
     """The truth sees the landmarks' plane at another scale; a crop of half the picture shows its middle."""
-    camera, face = Camera.orbit(5, 3), load_canonical_face().points
-    distance = ((face - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
-    marks = np.column_stack([camera.project(face), (distance - 2.7) * FOCAL / 2.7]).astype(np.float32)
+    camera, face = orbit_camera(5, 3), load_canonical_face().points
+    rotation, centre = head_pose(camera)
+    distance = (face @ rotation.T + centre)[:, 2]
+    marks = np.column_stack([project_points(camera, face), (distance - 2.7) * FOCAL / 2.7]).astype(np.float32)
     arrays = (
         np.zeros((2, 64), np.float32),
-        np.stack([camera.to_vector()] * 2),
+        np.stack([camera] * 2),
         np.stack([marks] * 2),
         np.ones(2, bool),
     )

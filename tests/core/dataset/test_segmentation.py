@@ -17,7 +17,7 @@ from export3d_cli.core.face.face_track import Face
 from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import LandmarkerTracker
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera, project_points
 from export3d_cli.core.runtime.errors import InputError
 
 RATE = Fraction(25)
@@ -39,7 +39,7 @@ def canonical():
 @pytest.fixture
 def split_video(canonical):
     """Return a function that splits a video with given faces: None, or the nose's position in pixels."""
-    shape = Camera.orbit(0).project(canonical.points) - 0.5
+    shape = project_points(orbit_camera(0), canonical.points) - 0.5
     depth = canonical.points[:, 2:] * 100
 
     def run(nose_positions, frames=None, max_seconds=60.0):
@@ -136,7 +136,7 @@ def motion(count=50, yaw=0.0, pitch=0.0, noise=0.0):
     rng = np.random.default_rng(1)
     landmarks = np.tile(rng.random((1, 478, 3)) / 2 + 0.25, (count, 1, 1))
     landmarks[..., :2] += rng.normal(0, 1, (count, 1, 2)) * noise
-    camera = np.tile(Camera.orbit(yaw, pitch).to_vector(), (count, 1))
+    camera = np.tile(orbit_camera(yaw, pitch), (count, 1))
     found = np.ones(count, bool)
     return Motion(
         np.zeros((count, 64), np.float32), camera, landmarks.astype(np.float32), found, RATE, (0, 0, 200), SIZE

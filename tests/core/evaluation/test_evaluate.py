@@ -39,7 +39,7 @@ from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.checkpoint import save_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.perceptual import load_perceptual
@@ -156,8 +156,8 @@ def test_warp_piecewise_moves_the_landmarks_and_pins_the_border():
 def test_most_frontal_frame_ignores_untracked_frames(data_set):
     motion = Motion.load(next(data_set.glob("clips/*.npz")))
     camera = motion.camera.copy()
-    camera[:] = Camera.orbit(20.0).to_vector()
-    camera[3], camera[5] = Camera.orbit(1.0).to_vector(), Camera.orbit(0.0).to_vector()
+    camera[:] = orbit_camera(20.0)
+    camera[3], camera[5] = orbit_camera(1.0), orbit_camera(0.0)
     found = np.ones(len(motion), bool)
     found[5] = False
     assert most_frontal_frame(Motion(**{**vars(motion), "camera": camera, "found": found})) == 3

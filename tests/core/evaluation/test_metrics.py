@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from export3d_cli.core.evaluation import metrics
 from export3d_cli.core.face.landmarks import IBUG68
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_mean_abs_difference():
 
 
 def test_pose_vector_is_in_radians_and_head_units():
-    a, b = (Camera.orbit(yaw, radius=radius).to_vector()[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
+    a, b = (orbit_camera(yaw, radius=radius)[None] for yaw, radius in ((10.0, 2.7), (40.0, 3.3)))
     expected = np.array([np.radians(30), 0.6])  # rotation about the vertical axis; depth
     difference = np.abs(metrics.pose_vector(a) - metrics.pose_vector(b))[0]
     assert np.allclose(difference[[1, 5]], expected, atol=1e-5) and np.allclose(difference[[0, 2, 3, 4]], 0, atol=1e-5)
@@ -73,8 +73,8 @@ def test_pose_vector_is_in_radians_and_head_units():
 
 
 def test_rotation_angle_of_known_cameras():
-    a = np.stack([Camera.orbit(0, 0, roll).to_vector() for roll in (0.0, 25.0)])
-    b = np.stack([Camera.orbit(0, 20.0).to_vector(), Camera.orbit(0, 0, -20.0, radius=5).to_vector()])
+    a = np.stack([orbit_camera(0, 0, roll) for roll in (0.0, 25.0)])
+    b = np.stack([orbit_camera(0, 20.0), orbit_camera(0, 0, -20.0, radius=5)])
     assert np.allclose(metrics.rotation_angle(a, b), [20, 45], atol=1e-3)
 
 

@@ -12,7 +12,7 @@ from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.volume_renderer import HALF_EXTENT
-from export3d_cli.core.runtime.camera import FOCAL, Camera
+from export3d_cli.core.runtime.camera import FOCAL, orbit_camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -24,7 +24,7 @@ def test_compare_depth_ignores_scale_and_distance_and_measures_shape() -> None:
     classes = np.zeros((64, 64), np.uint8)
     classes[16:48, 16:48], classes[8:16, 16:48], classes[48:] = views.SKIN, views.HAIR, views.CLOTHES
     portrait = SimpleNamespace(square=(0.0, 0.0, 256.0), frame_size=(256, 256))
-    camera = Camera.orbit(0, radius=2.7).to_vector()
+    camera = orbit_camera(0, radius=2.7)
     truth_focal = 5.0
     middle = float(np.median(depth[classes == views.SKIN]))
     metre = (2.7 / FOCAL) / (middle / truth_focal)  # in units, so that a pixel of the face is as wide in both

@@ -12,12 +12,12 @@ import pytest
 from export3d_cli.core.face.arkit import estimate_frame_rate, read_csv, write_csv
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 EYES = ("LeftEyeYaw", "LeftEyePitch", "LeftEyeRoll", "RightEyeYaw", "RightEyePitch", "RightEyeRoll")
 COLUMNS = [name[0].upper() + name[1:] for name in reversed(ARKIT_NAMES)] + ["HeadYaw", "HeadPitch", "HeadRoll", *EYES]
-CAMERA = Camera.orbit(20, 5, radius=3.1).to_vector()
+CAMERA = orbit_camera(20, 5, radius=3.1)
 Write = Callable[..., Path]
 
 
@@ -84,11 +84,11 @@ def test_estimate_frame_rate_fills_dropped_frames() -> None:
 def test_head_angles_rotate_the_camera_at_its_distance(
     write: Write, column: str, expected: tuple[float, float, float]
 ) -> None:
-    camera = Camera.from_vector(read(write([{}, {column: np.radians(20)}])).camera[1])
-    np.testing.assert_allclose(camera.angles(), expected, atol=1e-3)
-    assert np.linalg.norm(camera.cam2world[:3, 3]) == pytest.approx(3.1, abs=1e-5)
+    camera = read(write([{}, {column: np.radians(20)}])).camera[1]
+    np.testing.assert_allclose(yaw_pitch_roll(camera), expected, atol=1e-3)
+    assert np.linalg.norm(head_pose(camera)[1]) == pytest.approx(3.1, abs=1e-5)
     # the nose tip, in front of the head's centre, moves to the image's right, down, or not at all
-    nose = camera.project(np.array([[0.0, 0.0, -0.2]]))[0] - camera.project(np.zeros((1, 3)))[0]
+    nose = project_points(camera, np.array([[0.0, 0.0, -0.2]]))[0] - project_points(camera, np.zeros((1, 3)))[0]
     assert [int(v) for v in np.sign(nose.round(3))] == {"HeadYaw": [1, 0], "HeadPitch": [0, 1], "HeadRoll": [0, 0]}[
         column
     ]
@@ -108,7 +108,7 @@ def test_angles_beyond_pi_are_read_as_degrees(write: Write) -> None:
 def test_written_csv_reads_back(tmp_path: Path, rate: Fraction) -> None:
     generator = np.random.default_rng(0)
     beta = generator.uniform(0, 1, (70, len(BETA_NAMES))).astype(np.float32)
-    cameras = np.stack([Camera.orbit(k - 35, k / 3, 20 - k / 2, radius=3.1).to_vector() for k in range(70)])
+    cameras = np.stack([orbit_camera(k - 35, k / 3, 20 - k / 2, radius=3.1) for k in range(70)])
     found = np.ones(70, bool)
     motion = Motion(beta, cameras, np.zeros((70, 0, 3), np.float32), found, rate, (0.0, 0.0, 1.0), (1, 1))
     write_csv(tmp_path / "take.csv", motion)

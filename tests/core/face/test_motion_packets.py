@@ -25,7 +25,7 @@ from export3d_cli.core.face.motion_packets import (
     VmcDecoder,
     open_packets,
 )
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 
@@ -54,7 +54,7 @@ def vmc_face(jaw: float = 0.5) -> bytes:
 def yaw(packet: FacePacket) -> float:
     """Return the yaw in radians: positive to the image's right."""
     camera = PacketTracker().make_motion([packet], Fraction(60), (1, 1)).camera[0]
-    return float(np.radians(Camera.from_vector(camera).angles()[0]))
+    return float(np.radians(yaw_pitch_roll(camera)[0]))
 
 
 def test_live_link_packet_gives_coefficients_and_head() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
-from export3d_cli.core.runtime.camera import Camera, head_pose, rotation_exp, rotation_log, with_head_pose
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, rotation_exp, rotation_log, with_head_pose
 
 NOISE = {"beta": 0.01, "turn": 0.0026, "centre": np.array([3e-4, 4e-4, 3e-3])}  # standard deviations of the tracker
 FPS = Fraction(25)
@@ -36,7 +36,7 @@ def speaking(t: np.ndarray) -> Track:
 
 def motion_of(track: Track, fps: Fraction = FPS) -> Motion:
     T = len(track.beta)
-    cameras = np.repeat(Camera.orbit(0).to_vector()[None], T, axis=0)
+    cameras = np.repeat(orbit_camera(0)[None], T, axis=0)
     cameras = with_head_pose(cameras, rotation_exp(track.turn), track.centre)
     points = np.zeros((T, 0, 3), np.float32)
     return Motion(track.beta.astype(np.float32), cameras, points, np.ones(T, bool), fps, (0.0, 0.0, 1.0), (1, 1))
@@ -172,5 +172,5 @@ def test_rotation_vectors_and_head_poses_round_trip() -> None:
     vectors = np.random.default_rng(0).standard_normal((50, 3))
     vectors *= np.linspace(0, 3.1, 50)[:, None] / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(rotation_log(rotation_exp(vectors)), vectors, atol=1e-7)
-    cameras = np.stack([Camera.orbit(20, -10, 5, radius=3).to_vector(), Camera.orbit(-40).to_vector()])
+    cameras = np.stack([orbit_camera(20, -10, 5, radius=3), orbit_camera(-40)])
     np.testing.assert_allclose(with_head_pose(cameras, *head_pose(cameras)), cameras, atol=1e-6)

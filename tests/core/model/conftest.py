@@ -15,7 +15,7 @@ from export3d_cli.core.face.head_pose import CanonicalFace, load_canonical_face
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import BasisFlow
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def orbit() -> Callable[..., Tensor]:
     """Return a function: yaw angles (and one pitch) in degrees -> cameras (B, 25)."""
 
     def cameras(*yaws: float, pitch: float = 0.0) -> Tensor:
-        return torch.from_numpy(np.stack([Camera.orbit(yaw, pitch).to_vector() for yaw in yaws]))
+        return torch.from_numpy(np.stack([orbit_camera(yaw, pitch) for yaw in yaws]))
 
     return cameras
 

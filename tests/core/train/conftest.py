@@ -17,7 +17,7 @@ from export3d_cli.core.face.landmarks import LIPS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points
 from export3d_cli.core.runtime.weights import weights_dir
 
 SIZE, FRAMES = 64, 12
@@ -32,12 +32,13 @@ def motion_of(seed: int, frames: int) -> Motion:
     beta[:, ARKIT_NAMES.index("jawOpen")] = jaw
     cameras, landmarks = [], []
     for t in range(frames):
-        camera = Camera.orbit(rng.uniform(-20, 20), rng.uniform(-10, 10))
+        camera = orbit_camera(rng.uniform(-20, 20), rng.uniform(-10, 10))
         points = face.copy()
         points[list(LIPS), 1] += 0.05 * jaw[t]
-        cameras.append(camera.to_vector())
-        depth = ((points - camera.cam2world[:3, 3]) @ camera.cam2world[:3, :3])[:, 2]
-        landmarks.append(np.column_stack([camera.project(points), (depth - 2.7) * 4.2647 / 2.7]))
+        cameras.append(camera)
+        rotation, centre = head_pose(camera)
+        depth = (points @ rotation.T + centre)[:, 2]
+        landmarks.append(np.column_stack([project_points(camera, points), (depth - 2.7) * 4.2647 / 2.7]))
     found = np.ones(frames, bool)
     return Motion(
         beta, np.stack(cameras), np.stack(landmarks).astype(np.float32), found, Fraction(25), (0.0, 0.0, 64.0), (64, 64)

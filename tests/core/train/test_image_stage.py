@@ -21,7 +21,7 @@ from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.camera import Camera
+from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import clebs_stage as pretrain
 from export3d_cli.core.train import discriminator as adversary
@@ -286,7 +286,7 @@ def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> No
 
     model.query_field = decode  # type: ignore[method-assign]
     model.decoder.hidden.register_forward_hook(lambda module, args, out: kinds["layer"].add(out.dtype))
-    camera = torch.from_numpy(Camera.orbit(0, 0).to_vector()).float()[None].expand(2, -1)
+    camera = torch.from_numpy(orbit_camera(0, 0)).float()[None].expand(2, -1)
     beta, image = torch.rand(2, 64), torch.rand(2, 3, 64, 64)
     marks = torch.rand(2, 478, 2)
     with torch.autocast("cpu", torch.bfloat16):
