@@ -58,7 +58,6 @@ from export3d_cli.core.runtime.device import (
     copy_for_inference,
     pick_device,
     pick_precision,
-    tracking_thread_count,
     tune_malloc,
 )
 from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError
@@ -199,7 +198,7 @@ class Animator:
     def tracker(self, name: TrackerName = "landmarker") -> FaceTracker:
         """Return the tracker of this name, opened at first use; threads share it. Raises `WeightsError`."""
         if name not in self._trackers:
-            threads = tracking_thread_count(self.device)
+            threads = 1 if self.device.type == "cpu" else min(4, max(1, torch.get_num_threads() // 2))
             self._trackers[name] = open_tracker(name, device=str(self.device), threads=threads)
         return self._trackers[name]
 

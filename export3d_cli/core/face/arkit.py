@@ -30,9 +30,9 @@ MAX_GAP_S = 60  # between two rows
 MAX_ROWS_PER_S = 1000
 _TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
 _TIMECODE_BASES = (24, 25, 30, 48, 50, 60, 100, 120)  # frames per second in a timecode's last field
-_STANDARD_RATES = (
-    [Fraction(n) for n in _TIMECODE_BASES] + [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(15)]
-)
+_STANDARD_RATES = [
+    *map(Fraction, (15, *_TIMECODE_BASES)), *(Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)),
+]  # fmt: skip
 
 
 def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
@@ -56,18 +56,17 @@ def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
         cameras = with_head_pose(cameras, head_rotations(angles), head_pose(cameras)[1])
     seconds, timecode_base = _timecodes_to_seconds(path, timecodes)
     fps, rows = estimate_frame_rate(seconds, timecode_base)
-    beta = complete_beta(coefficients)[rows]
-    found = np.ones(len(rows), dtype=bool)
-    landmarks = np.zeros((len(rows), 0, 3), np.float32)
-    return Motion(beta, cameras[rows], landmarks, found, fps, (0.0, 0.0, 1.0), (1, 1)), notes
+    return make_motion(coefficients[rows], cameras[rows], fps), notes
 
 
-def complete_beta(coefficients: np.ndarray) -> np.ndarray:
-    """Return beta (T, 64) float32 of ARKit's coefficients (T, 52)."""
+def make_motion(coefficients: np.ndarray, cameras: np.ndarray, fps: Fraction) -> Motion:
+    """Return the motion without landmarks of ARKit's coefficients (T, 52) and cameras (T, 25)."""
     n, statistics = len(ARKIT_NAMES), BetaStatistics.load()
     slope = statistics.regression(range(n))[n:]  # (12, 52)
     measures = statistics.mean[n:] + (coefficients - statistics.mean[:n]) @ slope.T
-    return np.concatenate([coefficients, measures], axis=1).astype(np.float32)
+    beta = np.concatenate([coefficients, measures], axis=1).astype(np.float32)
+    landmarks, found = np.zeros((len(beta), 0, 3), np.float32), np.ones(len(beta), bool)
+    return Motion(beta, cameras, landmarks, found, fps, (0.0, 0.0, 1.0), (1, 1))
 
 
 def head_rotations(angles: np.ndarray) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _READ_ERRORS: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP_ERRORS)
 MAX_BYTES = 2**31  # of an unpacked motion file: about four hours at 25 frames a second
 FPS_RANGE = (Fraction(1, 1000), Fraction(1000))  # accepted frames a second
 MAX_VALUE = 1e6  # largest absolute value accepted in a motion file
+_ROWS = ("beta", "camera", "landmarks", "found")  # fields with a row for each frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +42,17 @@ class Motion:
 
     def select(self, rows: np.ndarray) -> Motion:
         """Return the motion of some frames only; `rows` are their indices."""
-        return replace(self, **{k: getattr(self, k)[rows] for k in ("beta", "camera", "landmarks", "found")})
+        return replace(self, **{key: getattr(self, key)[rows] for key in _ROWS})
 
     @staticmethod
     def concatenate(motions: Sequence[Motion]) -> Motion:
         """Join motions one after another; rate, crop and size are those of the first."""
-        keys = ("beta", "camera", "landmarks", "found")
-        arrays: dict[str, Any] = {key: np.concatenate([getattr(m, key) for m in motions]) for key in keys}
-        return replace(motions[0], **arrays)
+        return replace(motions[0], **{key: np.concatenate([getattr(m, key) for m in motions]) for key in _ROWS})  # type: ignore[arg-type]
 
     def save(self, path: Path) -> None:
         """Write a `.motion.npz` file atomically."""
         arrays = {
-            "beta": self.beta, "camera": self.camera, "landmarks": self.landmarks, "found": self.found,
+            **{key: getattr(self, key) for key in _ROWS},
             "fps": np.array([self.fps.numerator, self.fps.denominator], dtype=np.int64),
             "crop": np.array(self.crop, dtype=np.float64), "size": np.array(self.size, dtype=np.int64),
             "version": np.array(__version__),
@@ -67,14 +66,12 @@ class Motion:
         path = Path(path)
         try:
             check_file(path, MAX_BYTES)
-            with path.open("rb") as file:
-                with zipfile.ZipFile(file) as archive:
-                    if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                        raise ValueError(f"more than {MAX_BYTES >> 20} MiB when unpacked")
-                file.seek(0)
-                with warnings.catch_warnings(), np.load(file, allow_pickle=False) as data:
-                    warnings.simplefilter("ignore")  # about headers written by Python 2: an error is one line
-                    motion = cls._from_arrays(data)
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                    raise ValueError(f"more than {MAX_BYTES >> 20} MiB when unpacked")
+            with warnings.catch_warnings(), np.load(path, allow_pickle=False) as data:
+                warnings.simplefilter("ignore")  # about headers written by Python 2: an error is one line
+                motion = cls._from_arrays(data)
         except _READ_ERRORS as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
         T = len(motion.beta) if motion.beta.ndim else 0
@@ -124,14 +121,10 @@ def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float,
     return first + np.array([int(t * source_fps / fps) for t in range(frames)]).clip(max=last - first - 1)
 
 
-def _mirror_name(name: str) -> str:
-    for side, other in (("Left", "Right"), ("Right", "Left")):
-        if name.endswith(side):
-            return name.removesuffix(side) + other
-    return name
-
-
-MIRROR_ORDER = np.array([BETA_NAMES.index(_mirror_name(name)) for name in BETA_NAMES])
+_OTHER_SIDE = {"Left": "Right", "Right": "Left"}
+MIRROR_ORDER = np.array([
+    BETA_NAMES.index(re.sub("(Left|Right)$", lambda side: _OTHER_SIDE[side[0]], name)) for name in BETA_NAMES
+])  # fmt: skip
 _MIRROR_SIGN = np.array([-1.0 if name.startswith("irisX") else 1.0 for name in BETA_NAMES], dtype=np.float32)
 
 

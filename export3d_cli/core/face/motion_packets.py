@@ -60,9 +60,7 @@ class PacketTracker:
         """Return the packets as a motion without landmarks."""
         cameras = np.repeat(orbit_camera(0, 0)[None], len(packets), axis=0)
         cameras = with_head_pose(cameras, np.stack([p.rotation for p in packets]), head_pose(cameras)[1])
-        beta = arkit.complete_beta(np.stack([p.coefficients for p in packets]))
-        landmarks = np.zeros((len(packets), 0, 3), np.float32)
-        return Motion(beta, cameras, landmarks, np.ones(len(packets), bool), fps, (0.0, 0.0, 1.0), (1, 1))
+        return arkit.make_motion(np.stack([p.coefficients for p in packets]), cameras, fps)
 
 
 def open_packets(protocol: str, host: str, stopped: threading.Event) -> Iterator[tuple[FacePacket | None, float]]:

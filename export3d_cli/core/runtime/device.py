@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ import torch
 from export3d_cli.core.runtime.errors import ConfigError
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+_OUT_OF_MEMORY = "out of memory|can't allocate memory|could not create a primitive"  # messages of torch and oneDNN
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,11 +33,6 @@ def pick_device(name: str) -> torch.device:
     if not usable.get(device.type, False):
         raise ConfigError(f"device {name!r} is not usable on this machine: use auto or cpu")
     return device
-
-
-def tracking_thread_count(device: torch.device) -> int:
-    """Return the number of face tracking threads: one if the CPU also renders, up to 4 with a GPU."""
-    return 1 if device.type == "cpu" else min(4, max(1, torch.get_num_threads() // 2))
 
 
 @contextlib.contextmanager
@@ -84,35 +81,29 @@ def precision_notes(name: str, device: torch.device) -> list[str]:
     return [f"{name} is much slower than fp32 on this CPU: use --precision auto"]
 
 
-class _Tf32Off:
-    """Turns TF32 convolutions off while any thread is in the block: the flag belongs to the process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._previous = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._users:
-                self._previous, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                torch.backends.cudnn.allow_tf32 = self._previous
+_tf32_lock, _tf32_before = threading.Lock(), list[bool]()
 
 
-_TF32_OFF = _Tf32Off()
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Turn TF32 convolutions off while any thread is in the block: the flag belongs to the process."""
+    with _tf32_lock:
+        _tf32_before.append(torch.backends.cudnn.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        with _tf32_lock:
+            before = _tf32_before.pop()
+            if not _tf32_before:
+                torch.backends.cudnn.allow_tf32 = before
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Return a context that computes in bf16 or fp16; for fp32 on CUDA, one without TF32 convolutions."""
     dtype = HALF_DTYPES.get(precision)
     if dtype is None and device.type == "cuda":
-        return _TF32_OFF
+        return _without_tf32()
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
@@ -182,15 +173,9 @@ class AdaptiveBatcher:
             try:
                 rows = compute(slice(start, end))
             except RuntimeError as error:
-                if end - start == 1 or not _is_out_of_memory(error):
+                if end - start == 1 or not re.search(_OUT_OF_MEMORY, str(error)):
                     raise
                 self.max_batch = (end - start) // 2
                 continue
             yield from rows
             start = end
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether the memory of the GPU or of the machine ran out."""
-    messages = "can't allocate memory", "could not create a primitive"  # of torch, and of oneDNN without memory
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(message in str(error) for message in messages)

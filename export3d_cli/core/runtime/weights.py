@@ -155,9 +155,7 @@ def weights_card(info: WeightsInfo, name: str) -> str:
         "tags": ["portrait-animation", "face-reenactment", "tri-plane"],
     }  # fmt: skip
 
-    def rows(values: dict[str, Any]) -> str:
-        return "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in values.items()) or "| - | - |"
-
+    details = {"training": info.record, "network": info.config}
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -173,17 +171,11 @@ export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 {info.parameters:,} parameters, {info.size / 1e6:.1f} MB, licence {info.licence or "not stated"}, sha256
 `{info.sha256}`. Animate only people who have consented.
 
-## Training
+## Training and network
 
-| key | value |
-|---|---|
-{rows(info.record)}
-
-## Network
-
-| key | value |
-|---|---|
-{rows(info.config)}
+```yaml
+{yaml.safe_dump(details, sort_keys=False).strip()}
+```
 """
 
 
