@@ -20,7 +20,7 @@ from export3d_cli.core.animation.mesh_export import check_mesh_output, extract_h
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite
 from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
 from export3d_cli.core.media.writer import check_crf
-from export3d_cli.core.runtime.camera import head_pose, rotation_from_angles, with_head_pose, yaw_pitch_roll
+from export3d_cli.core.runtime.camera import rotation_from_angles, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 MAX_CACHED_BYTES = 128 << 20  # of frames kept because their camera may recur
@@ -113,9 +113,12 @@ def sweep_positions(options: NovelViewOptions) -> np.ndarray:
 def orbit_cameras(camera: np.ndarray, options: NovelViewOptions) -> np.ndarray:
     """Return cameras (T, 25) that see the head at the options' angles, at the place and distance of `camera` (25,)."""
     ranges = [r or (0.0, 0.0) for r in (options.yaw, options.pitch, options.roll)]
-    angles = [[a + t * (b - a) for a, b in ranges] for t in sweep_positions(options)]
-    rotations = np.stack([rotation_from_angles(*row) for row in angles])
-    return with_head_pose(np.tile(camera, (len(angles), 1)), rotations, head_pose(camera)[1])
+    pose = np.linalg.inv(camera[:16].astype(np.float64).reshape(4, 4))  # its last column stays
+    cameras = []
+    for t in sweep_positions(options):
+        pose[:3, :3] = rotation_from_angles(*(a + t * (b - a) for a, b in ranges))
+        cameras.append(np.concatenate([np.linalg.inv(pose).ravel(), camera[16:]]))
+    return np.stack(cameras).astype(np.float32)
 
 
 def _read_expressions(

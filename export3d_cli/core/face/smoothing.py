@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -148,48 +148,33 @@ def _hold_missing(motion: Motion, smoothed: _Signals, last: _Signals | None) -> 
 
 
 def _smooth_causal(motions: Iterable[Motion], level: SmoothingLevel) -> Iterator[Motion]:
-    one_euro: _OneEuroFilters | None = None
-    last: _Signals | None = None
+    """Apply a One-Euro filter to each signal; the filters restart after a frame without a face."""
+    cutoffs = ONE_EURO_CUTOFFS[level]
+    previous: _Signals | None = None  # signals of the frame before, unless it had no face
+    output: _Signals | None = None  # their filtered values
+    last: _Signals | None = None  # output of the last frame with a face
     for motion in motions:
-        one_euro = one_euro or _OneEuroFilters(ONE_EURO_CUTOFFS[level])
         signals = _Signals(motion.beta.astype(np.float64), *head_pose(motion.camera))
-        rate = float(motion.fps)
-        rows = [one_euro(_Signals(*row), found, rate) for *row, found in zip(*signals, motion.found, strict=True)]
+        rate, rows = float(motion.fps), list[_Signals]()
+        for *row, found in zip(*signals, motion.found, strict=True):
+            new = _Signals(*row)
+            if previous is None or output is None or not found:
+                output, speeds = new, [np.zeros(1)] * len(cutoffs)
+            else:
+                steps, changes = [], zip(output.changes_to(new), previous.changes_to(new), strict=True)
+                for k, (change, raw_change) in enumerate(changes):
+                    speeds[k] = speeds[k] + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (raw_change * rate - speeds[k])
+                    # no axis of a rotation is special
+                    speed = np.linalg.norm(speeds[k]) if k == 1 else np.abs(speeds[k])
+                    steps.append(change * _smoothing_factor(cutoffs[k][0] + cutoffs[k][1] * speed, rate))
+                output = output.moved_by(*steps)
+            previous = new if found else None
+            rows.append(output)
         smoothed, last = _hold_missing(motion, _Signals(*map(np.stack, zip(*rows, strict=True))), last)
         yield smoothed
 
 
-def _smoothing_factor(cutoff: np.ndarray | float, rate: float) -> np.ndarray | float:
+def _smoothing_factor(cutoff: Any, rate: float) -> Any:
     """Return the weight of a new sample in a first-order low-pass filter."""
     omega = 2 * np.pi * cutoff / rate
     return omega / (omega + 1)
-
-
-class _OneEuroFilters:
-    """The filters of all signals; they restart after a frame without a face."""
-
-    def __init__(self, cutoffs: tuple[tuple[float, float], ...]) -> None:
-        self._cutoffs = cutoffs
-        self._output: _Signals | None = None
-        self._input: _Signals | None = None
-        self._speeds: list[np.ndarray | float] = []
-
-    def __call__(self, new: _Signals, found: bool, rate: float) -> _Signals:
-        """Return the filtered signals of the next frame, 1 / `rate` seconds after the last one."""
-        output, previous = self._output, self._input
-        self._input = new if found else None
-        if not found or output is None or previous is None:
-            self._speeds = [0.0] * len(self._cutoffs)
-            self._output = self._input
-            return new
-        steps = []
-        for k, (change, raw_change) in enumerate(zip(output.changes_to(new), previous.changes_to(new), strict=True)):
-            velocity = self._speeds[k] + _smoothing_factor(SPEED_CUTOFF_HZ, rate) * (
-                raw_change * rate - self._speeds[k]
-            )
-            self._speeds[k] = velocity
-            speed = np.linalg.norm(velocity) if k == 1 else np.abs(velocity)  # no axis of a rotation is special
-            min_cutoff, speed_gain = self._cutoffs[k]
-            steps.append(change * _smoothing_factor(min_cutoff + speed_gain * speed, rate))
-        self._output = output.moved_by(*steps)
-        return self._output

@@ -17,10 +17,9 @@ import math
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -45,8 +44,7 @@ _ROI_SCALE = 1.5  # margin around the box of a detection or of a set of landmark
 SEARCH_MARGIN = 0.25  # around an image that shows no face without it
 
 
-@dataclass(frozen=True)
-class _Roi:
+class _Roi(NamedTuple):
     """A rotated square of the image, in pixels; x, y of its centre; rotation in radians, clockwise on screen."""
 
     x: float

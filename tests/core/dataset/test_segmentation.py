@@ -1,7 +1,6 @@
 import weakref
 from dataclasses import replace
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +58,8 @@ def split_video(canonical):
                 current.update(frame=id(frame), face=face(next(positions)))
             return current["face"]
 
-        tracker = SimpleNamespace(find=lambda frame, thorough: track(frame), find_near=lambda frame, face: track(frame))
+        tracker.find = lambda frame, thorough: track(frame)
+        tracker.find_near = lambda frame, face: track(frame)
         if frames is None:
             frames = [scene((90, 120, 90), i % 2) for i in range(len(nose_positions))]
         return list(track_segments(frames, tracker, RATE, SIZE, max_seconds))
