@@ -34,7 +34,7 @@ from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpnes
 from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.crop import crop_image, crop_with_padding
-from export3d_cli.core.face.face_track import WARMUP_PASSES
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_landmarker_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
@@ -330,7 +330,7 @@ def _process_exact_views(job: InputJob, tracker: LandmarkerTracker) -> tuple[lis
     with VideoReader(job.file, fps=CLIP_FPS) as reader:
         size = (reader.info.width, reader.info.height)
         pictures = itertools.islice(reader, job.max_frames)
-        faces = [tracker.track_frames([picture] * WARMUP_PASSES)[-1] for picture in pictures]
+        faces = [FaceTrack(tracker).settle(picture) for picture in pictures]
     if size[0] != size[1] or len(faces) > len(labels.depth):
         raise InputError(
             f"{job.file} must have {len(labels.depth)} square pictures like its depth, got {len(faces)} of {size}"

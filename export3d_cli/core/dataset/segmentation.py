@@ -14,7 +14,7 @@ from fractions import Fraction
 import cv2
 import numpy as np
 
-from export3d_cli.core.face.face_track import WARMUP_PASSES, Face, FaceTrack
+from export3d_cli.core.face.face_track import Face, FaceTrack
 from export3d_cli.core.face.landmarks import RIGID_POINTS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import LandmarkerTracker
@@ -102,10 +102,7 @@ def track_segments(
             mixed = detect_cut(frame)
             if mixed is not None:
                 track = FaceTrack(tracker)
-            for _ in range(1 if builder.faces and mixed is None else WARMUP_PASSES):
-                face = track.track(frame)
-                if face is None:
-                    break
+            face = track.track(frame) if builder.faces and mixed is None else track.settle(frame)
             distinct.append(index)
         previous = frame
         ends = mixed is not None or len(builder.faces) >= max_frames or builder.frames_without_face > max_gap

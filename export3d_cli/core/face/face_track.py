@@ -19,7 +19,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.scene_detection import SceneCutDetector
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 
-WARMUP_PASSES = 3  # a first frame is tracked this often: the region of interest converges to the one kept in videos
+WARMUP_PASSES = 3  # see `FaceTrack.settle`
 _THOROUGH_INTERVAL = 8  # frames without a face between thorough searches for small faces
 CHUNK_FRAMES = 1024  # frames computed at once, which bounds the memory of double precision in a long video
 _SAME_FACE_DISTANCE = 0.3  # face boxes; faces that are nearer are one
@@ -134,6 +134,14 @@ class FaceTrack:
         self._face, self._size = face, image.shape[:2]
         return face
 
+    def settle(self, image: np.ndarray) -> Face | None:
+        """Track a picture, or the first frame of a video, until the region of interest is the one kept in videos."""
+        for _ in range(WARMUP_PASSES):
+            face = self.track(image)
+            if face is None:
+                break
+        return face
+
     def follow(self, face: Face, image: np.ndarray) -> None:
         """Let `track` follow this face of `image` from now on."""
         self._face, self._size = face, image.shape[:2]
@@ -167,11 +175,9 @@ def find_photo_face(tracker: FaceTracker, image: np.ndarray, *, name: str = "the
         pose = describe_rotation(degrees)
         raise NoFaceError(f"the face in {name} {pose}: rotate the photo by {degrees} degrees clockwise")
     track = FaceTrack(tracker)
-    tracked: Face | None = None
     if face != "largest":
         track.follow(choose_face(tracker.find_all(image), face, name), image)
-    for _ in range(WARMUP_PASSES):
-        tracked = track.track(image)
+    tracked = track.settle(image)
     if tracked is None:
         hint = "use a photo with one large, upright face, or give its 68 or 478 points with --landmarks FILE"
         raise NoFaceError(f"no face found in {name}: {hint}")

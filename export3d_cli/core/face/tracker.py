@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,7 +28,7 @@ from ai_edge_litert.interpreter import Interpreter
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, fit_clip_crop
 from export3d_cli.core.face.detector import SEARCH_SIDES_PX, Detection, FaceDetector
 from export3d_cli.core.face.expression_coefficients import compute_measures
-from export3d_cli.core.face.face_track import WARMUP_PASSES, Face, FaceTrack, FaceTracker, check_image
+from export3d_cli.core.face.face_track import Face, FaceTrack, FaceTracker, check_image
 from export3d_cli.core.face.fan_tracker import FanTracker
 from export3d_cli.core.face.head_pose import fit_cameras, landmarks_to_head_frame, load_canonical_face
 from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
@@ -105,11 +105,6 @@ class LandmarkerTracker(FaceTracker):
         blendshapes = np.append(np.clip(values.reshape(-1)[1:], 0, 1), 0).astype(np.float32)
         return Face(landmarks=landmarks, blendshapes=blendshapes, score=score)
 
-    def track_frames(self, frames: Iterable[np.ndarray]) -> list[Face | None]:
-        """Track the face through the frames of a video, uint8 (H, W, 3) RGB, read one at a time."""
-        track = FaceTrack(self)
-        return [track.track(frame) for frame in frames]
-
     def track_crops(self, frames: Sequence[np.ndarray], *, independent: bool = False) -> Motion | None:
         """Track the face in square frames, which are the crop itself; None if no frame shows a face.
 
@@ -117,9 +112,11 @@ class LandmarkerTracker(FaceTracker):
         """
         side = len(frames[0])
         if independent:
-            faces = [self.track_frames([frame] * WARMUP_PASSES)[-1] for frame in frames]
+            faces = [FaceTrack(self).settle(frame) for frame in frames]
         else:
-            faces = self.track_frames([*[frames[0]] * WARMUP_PASSES, *frames])[WARMUP_PASSES:]
+            track = FaceTrack(self)
+            track.settle(frames[0])
+            faces = [track.track(frame) for frame in frames]
         if all(face is None for face in faces):
             return None
         return self.make_motion(faces, Fraction(25), (side, side), clip=ClipCalibration((0.0, 0.0, float(side))))

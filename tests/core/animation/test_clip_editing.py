@@ -18,7 +18,7 @@ from export3d_cli.core.animation.expression_controls import CONTROLS, Expression
 from export3d_cli.core.animation.options import ReenactOptions, choose_sound
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.animation.retouching import WINDOW_SCALE
-from export3d_cli.core.face.face_track import rotate_clockwise
+from export3d_cli.core.face.face_track import FaceTrack, rotate_clockwise
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
@@ -48,8 +48,9 @@ def test_only_the_face_changes_and_frames_without_a_face_pass(animator: Animator
     changed = np.abs(after - before).max(-1) > 0
     frames = changed.any((1, 2))
     assert frames[[0, 1, 11]].all() and not frames[4:7].any()
+    track = FaceTrack(animator.tracker())
     with VideoReader(clip) as reader:
-        faces = animator.tracker().track_frames(reader)  # type: ignore[attr-defined]
+        faces = [track.track(frame) for frame in reader]
     for mask, face in zip(changed, faces, strict=True):
         if face is not None:
             low, high = face.landmarks[:, :2].min(0), face.landmarks[:, :2].max(0)

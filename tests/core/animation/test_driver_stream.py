@@ -14,6 +14,7 @@ from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face.crop import crop_image
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
@@ -193,7 +194,9 @@ def test_resampled_rows_keep_the_motion_s_timing(
 
 def test_motion_file_streams_its_rows(make_clip: MakeClip, tracker: LandmarkerTracker, tmp_path: Path) -> None:
     frames = list(VideoReader(make_clip("clip.mp4")))
-    motion = tracker.make_motion(tracker.track_frames(frames), Fraction(25), (frames[0].shape[1], frames[0].shape[0]))
+    track = FaceTrack(tracker).track
+    faces = [track(frame) for frame in frames]
+    motion = tracker.make_motion(faces, Fraction(25), (frames[0].shape[1], frames[0].shape[0]))
     motion.found[2] = False
     path = tmp_path / "a.motion.npz"
     motion.save(path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export3d_cli.core.evaluation import face_embedding as identity
+from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
@@ -26,7 +27,7 @@ def test_dlib_embeddings_of_two_people_differ():
     embed = identity.load_embedder("dlib", torch.device("cpu"))
     tracker = open_landmarker_tracker()
     images = [read_image(example_path("source.jpg")), read_image(example_path("source.jpg").with_name("astronaut.jpg"))]
-    faces = [tracker.track_frames([image] * 3)[-1] for image in images]
+    faces = [FaceTrack(tracker).settle(image) for image in images]
     points = [face.landmarks[:, :2] for face in faces]
     images.append(np.clip(images[0] * 0.8 + 10, 0, 255).astype(np.uint8))  # the first one, darker
     vectors = np.concatenate([embed([image], at[None]) for image, at in zip(images, [*points, points[0]], strict=True)])

@@ -60,10 +60,10 @@ def motions(tracker: FanTracker, step: int = 6) -> tuple[Motion, Motion]:
     with VideoReader(example_path("drive.mp4")) as reader:
         frames = list(reader)[::step]
         size, fps = (reader.info.width, reader.info.height), reader.info.fps / step
-    track = FaceTrack(tracker).track
+    track, reference = FaceTrack(tracker).track, open_landmarker_tracker()
     fan_motion = tracker.make_motion([track(frame) for frame in frames], fps, size)
-    landmarker_tracker = open_landmarker_tracker()
-    return fan_motion, landmarker_tracker.make_motion(landmarker_tracker.track_frames(frames), fps, size)
+    track = FaceTrack(reference).track
+    return fan_motion, reference.make_motion([track(frame) for frame in frames], fps, size)
 
 
 def test_fan_motion_agrees_with_the_landmarker(tracker: FanTracker) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from export3d_cli.core.face.crop import CROP_SCALE, ClipCalibration, crop_image, fit_clip_crop
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES, compute_measures
-from export3d_cli.core.face.face_track import Face
+from export3d_cli.core.face.face_track import Face, FaceTrack
 from export3d_cli.core.face.head_pose import (
     RELIEF_SCALE,
     TRACKER_Z_SCALE,
@@ -164,7 +164,7 @@ def test_mirror_agrees_with_tracking_the_flipped_image(tracker: LandmarkerTracke
     size = (image.shape[1], image.shape[0])
 
     def track(picture: np.ndarray) -> Motion:
-        face = tracker.track_frames([picture] * 3)[-1]
+        face = FaceTrack(tracker).settle(picture)
         return tracker.make_motion([face], Fraction(25), size, clip=ClipCalibration((0.0, 0.0, float(size[0]))))
 
     original, flipped = track(image), track(np.ascontiguousarray(image[:, ::-1]))
