@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import re
 from array import array
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -113,35 +112,33 @@ def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fracti
 
 def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return the columns in use, by their name in `ARKIT_NAMES` or `ANGLE_COLUMNS`, and the timecodes (T, 4)."""
+    check_file(path, MAX_BYTES)
+    values, times = array("d"), array("d")  # row by row, so that only numbers stay in memory
     try:
-        check_file(path, MAX_BYTES)
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return _parse_rows(path, csv.reader(file))
+            lines = csv.reader(file)
+            header = [name.strip().lower().replace("_", "") for name in next(lines, [])]
+            needed = [name for name in ("Timecode", *ARKIT_NAMES) if name != "tongueOut"]
+            missing = [name for name in needed if name.lower() not in header]
+            if missing:
+                count = f"{missing[0]} ({len(missing)} in all)"
+                raise InputError(f"{path} lacks the column {count}: export it from Live Link Face")
+            named = {name: name.lower() for name in (*ARKIT_NAMES, *ANGLE_COLUMNS)}
+            columns = {name: header.index(lower) for name, lower in named.items() if lower in header}
+            for row in lines:
+                if not any(cell.strip() for cell in row):
+                    continue
+                if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
+                    raise ValueError(f"{len(row)} values, not {len(header)}")
+                values.extend(float(row[column]) for column in columns.values())
+                code = row[header.index("timecode")].strip()
+                if not (match := _TIMECODE.fullmatch(code)):
+                    raise ValueError(f"the timecode {code!r}, not HH:MM:SS:FF.fff")
+                times.extend(float(text) for text in match.groups())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV ({error}): export it from Live Link Face") from error
-
-
-def _parse_rows(path: Path, lines: Iterator[list[str]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Parse row by row, so that only numbers stay in memory."""
-    header = [name.strip().lower().replace("_", "") for name in next(lines, [])]
-    missing = [name for name in ("Timecode", *ARKIT_NAMES) if name.lower() not in header and name != "tongueOut"]
-    if missing:
-        raise InputError(f"{path} lacks the column {missing[0]} ({len(missing)} in all): export it from Live Link Face")
-    columns = {name: header.index(name.lower()) for name in (*ARKIT_NAMES, *ANGLE_COLUMNS) if name.lower() in header}
-    values, times = array("d"), array("d")
-    for number, row in enumerate(lines, start=2):
-        if not any(cell.strip() for cell in row):
-            continue
-        try:
-            if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
-                raise ValueError(f"{len(row)} values, not {len(header)}")
-            values.extend(float(row[column]) for column in columns.values())
-            code = row[header.index("timecode")].strip()
-            if not (match := _TIMECODE.fullmatch(code)):
-                raise ValueError(f"the timecode {code!r}, not HH:MM:SS:FF.fff")
-            times.extend(float(text) for text in match.groups())
-        except ValueError as error:
-            raise InputError(f"{path} cannot be read in row {number} ({error}): export it again") from error
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read in row {lines.line_num} ({error}): export it again") from error
     if not times:
         raise InputError(f"{path} has no rows of numbers: export it from Live Link Face")
     table = np.array(values).reshape(-1, len(columns))

@@ -51,7 +51,7 @@ class FaceTracker(ABC):
 
     @abstractmethod
     def search(self, image: np.ndarray, *, thorough: bool) -> Iterator[Face]:
-        """Yield the faces of an image, some perhaps twice; `thorough` also searches for small faces."""
+        """Yield the faces of an image, the largest first, some perhaps twice; `thorough`: small ones, too."""
 
     @abstractmethod
     def find_near(self, image: np.ndarray, face: Face) -> Face | None:

@@ -30,7 +30,7 @@ SILENCE_DB = 25.0  # below the sound's 95th percentile
 SPEECH_MARGIN_S = 0.12  # seconds around sounds that are not silent; lips then shut, or part, within twice as long
 _NOISE_DB = 36.0  # over one step of 16 bits, -54 dB of full scale: sounds below are silence anyway
 _SOUND_RATE = 16_000  # samples a second
-_TRIAL_FRAMES = "20"  # audio frames
+_TRIAL = ("-frames:a", "20")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def check_has_sound(path: Path) -> None:
     tracks = audio_tracks(path)
     if not tracks:
         raise InputError(f"{path} has no sound: give an audio file or a video with sound")
-    if not any(_is_decodable(Path(path), index) for index in range(len(tracks))):
+    trials = (["-map", f"0:a:{index}", *_TRIAL, "-f", "null", "-"] for index in range(len(tracks)))
+    if not any(_runs(Path(path), trial) for trial in trials):
         raise InputError(f"the sound of {path} cannot be decoded ({tracks[0].codec}): convert it to .wav")
 
 
@@ -122,13 +123,9 @@ def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Itera
 
 def _works(soundtrack: Soundtrack, suffix: str) -> bool:
     """Return whether ffmpeg puts the first packets of the track into a file, and decodes them."""
-    track = ["-map", f"0:a:{soundtrack.index}", "-frames:a", _TRIAL_FRAMES]
+    track = ["-map", f"0:a:{soundtrack.index}", *_TRIAL]
     output = [*track, "-c:a", *soundtrack.encoder, *_STREAMED_CONTAINERS[suffix], "pipe:1"]
     return _runs(soundtrack.path, [*output, *track, "-f", "null", "-"])
-
-
-def _is_decodable(path: Path, index: int) -> bool:
-    return _runs(path, ["-map", f"0:a:{index}", "-frames:a", _TRIAL_FRAMES, "-f", "null", "-"])
 
 
 def _runs(path: Path, outputs: list[str]) -> bool:
