@@ -9,9 +9,7 @@ from export3d_cli.core.model.warp.mesh_flow import BasisFlow, MeshFlow
 
 def render_mesh(
     flow: BasisFlow | None, points: Tensor, source_camera: Tensor, deformed_points: Tensor, camera: Tensor,
-    size: int | None = None, head_mask: Tensor | None = None, visibility: Tensor | None = None,
+    size: int | None = None, head_mask: Tensor | None = None,
 ) -> MeshFlow:  # fmt: skip
     assert flow is not None
-    return flow.render_flow(
-        flow.deform_mesh(points, source_camera, deformed_points), camera, size, head_mask, visibility
-    )
+    return flow.render_flow(flow.deform_mesh(points, source_camera, deformed_points), camera, size, head_mask)

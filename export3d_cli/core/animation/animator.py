@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.expression_controls import EditedExpression, look_at_camera
-from export3d_cli.core.animation.framing import (
-    MAX_FRAME_SIZE_PX,
-    PHOTO_MARGIN,
-    Margins,
-    place_on_canvas,
-    uncropped_frame_size,
-)
+from export3d_cli.core.animation.framing import MAX_FRAME_SIZE_PX, PHOTO_MARGIN, place_on_canvas, uncropped_frame_size
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pipeline import chain_parallel
@@ -93,7 +87,6 @@ class Portrait:
 
     crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3), the part of the photo that is animated
     motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
-    margins: Margins | None  # of the photo around the crop; None: nothing is known around it
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
     face_box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the person's landmarks, pixels of the photo as it was given
     shown: tuple[int, int, int, int]  # x0, y0, x1, y1 of the part that frames show, pixels of the photo as it was given
@@ -253,11 +246,9 @@ class Animator:
         around = padding * side / frame_size  # the same in pixels of the photo
         padded = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), frame_size + 2 * padding)
         crop_image = padded[padding:-padding, padding:-padding].copy()
-        left, top, right = (min(max(v, 0) / side, PHOTO_MARGIN) for v in (x0, y0, photo_size[0] - x0 - side))
 
         def encode() -> Portrait:
-            edges = (left, top, right)
-            portrait = self._make_portrait(crop_image, motion, edges, faces, face_box, shown, padded, None)
+            portrait = self._make_portrait(crop_image, motion, faces, face_box, shown, padded, None)
             return self._add_photos(portrait, also, padding, force) if also else portrait
 
         if crop == "none":
@@ -294,7 +285,7 @@ class Animator:
             padded.append(matched)
             crop = to_uint8(matched[0, :, padding:-padding, padding:-padding])
             others.append(replace(
-                portrait, crop=crop, motion=motion, margins=None, faces=tuple(face_positions(target, [], square)),
+                portrait, crop=crop, motion=motion, faces=tuple(face_positions(target, [], square)),
                 face_box=_bounding_box(target.landmarks), canvas=None,
                 covered=self.cover_detector.covered_parts(crop, motion.landmarks[0]),
             ))  # fmt: skip
@@ -309,7 +300,7 @@ class Animator:
         padded = crop if len(crop) > self.model.config.image_size else None
         motion = motion.select(np.array([0]))
         box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
-        return self._make_portrait(crop.copy(), motion, None, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
+        return self._make_portrait(crop.copy(), motion, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
@@ -422,7 +413,7 @@ class Animator:
         return values[:, :3], values[:, 3]
 
     def _make_portrait(
-        self, crop: np.ndarray, motion: Motion, margins: Margins | None, faces: Sequence[FacePosition],
+        self, crop: np.ndarray, motion: Motion, faces: Sequence[FacePosition],
         face_box: tuple[int, int, int, int], shown: tuple[int, int, int, int], padded: np.ndarray | None,
         canvas: PhotoCanvas | None,
     ) -> Portrait:  # fmt: skip
@@ -432,7 +423,7 @@ class Animator:
         around = None if padded is None else to_tensor(padded)[None].to(self.device, memory_format=torch.channels_last)
         covered = self.cover_detector.covered_parts(crop, motion.landmarks[0])
         portrait = self._encode(Portrait(
-            crop, motion, margins, tuple(faces), face_box, shown, None, canvas, around, self.model,  # type: ignore[arg-type]
+            crop, motion, tuple(faces), face_box, shown, None, canvas, around, self.model,  # type: ignore[arg-type]
             self.precision, covered,
         ))  # fmt: skip
         source = portrait.source
@@ -441,7 +432,7 @@ class Animator:
 
     def _encode(self, portrait: Portrait, first: Source | None = None) -> Portrait:
         """Return the portrait with its crop encoded by its network, as an addition to the photo `first` if given."""
-        model, crop, motion, margins = portrait.model, portrait.crop, portrait.motion, portrait.margins
+        model, crop, motion = portrait.model, portrait.crop, portrait.motion
         size = model.config.image_size
         interpolation = cv2.INTER_AREA if len(crop) > size else cv2.INTER_LINEAR
         small = cv2.resize(crop, (size, size), interpolation=interpolation)
@@ -451,7 +442,6 @@ class Animator:
             source = model.encode_source(
                 to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
                 self._tensor(landmarks), self._tensor(alpha),
-                None if margins is None else self._tensor(np.array([margins])),
                 self._tensor(np.array([portrait.covered])), first,
             )  # fmt: skip
         others = [replace(photo, model=model, precision=portrait.precision) for photo in portrait.others]
@@ -511,7 +501,7 @@ class Animator:
         weights = output.flow_weights
         head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
         face = output.opacity if output.face is None else output.face
-        photo_face = torch.zeros_like(face) if source.visibility is None else (source.visibility[:, :1] > 0.999).float()
+        photo_face = torch.zeros_like(face) if source.proximity is None else (source.proximity > 0.999).float()
         return extend_flow(
             points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
             face, photo_face, torso, output.windows,

@@ -15,7 +15,6 @@ from export3d_cli.core.runtime.errors import InputError
 
 MAX_FRAME_SIZE_PX = 2048  # side of the crop's image
 PHOTO_MARGIN = 0.25  # of the crop's side: photo kept around the crop, for hair and shoulders that move into view
-Margins = tuple[float, float, float]  # photo left of, above and right of the crop, in crop sides: PHOTO_MARGIN at most
 MIN_UPSCALE_RATIO = 1.5  # photo side over network size from which uncropped frames default to twice the network size
 DEFAULT_MAX_SIDE_PX = 1080  # longer side of frames of larger photos, unless asked otherwise
 SIZE_RANGE_PX = (64, 4096)

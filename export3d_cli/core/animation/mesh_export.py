@@ -20,7 +20,6 @@ from export3d_cli.core.animation.expression_controls import MAX_CHANGE, movable_
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStatistics
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.model.triplane import sample_face_field
-from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT
 from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import write_atomic
@@ -108,7 +107,9 @@ def _arkit_displacements(
         for change in changes:
             shift = model.flow.deform_landmarks(torch.zeros_like(neutral), change[None])
             surface = model.flow.rasterize_surface(neutral, shift, MORPH_GRID)
-            moved.append(sample_face_field(place, surface, SURFACE_HALF_EXTENT).displacement[0].float().cpu().numpy())
+            field = sample_face_field(place, surface)
+            assert field is not None
+            moved.append(field.displacement[0].float().cpu().numpy())
     return np.stack(moved)
 
 

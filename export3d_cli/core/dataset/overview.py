@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from export3d_cli.core.media.image import contact_sheet, has_image_suffix, read_
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.camera import project_points, yaw_pitch_roll
-from export3d_cli.core.runtime.errors import InputError
 
 HEAD_AXIS_LENGTH = 0.2  # head-frame units
 MAX_THUMBNAILS = 48
@@ -77,7 +75,9 @@ def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[st
     )
     count, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
     lines = [f"report in {out}: {len(clips)} clips, {people} persons, {count} frames, {count / 1500:.1f} minutes"]
-    pose, beta = _load_poses_and_expressions(folder, _sample_evenly(clips, MAX_MEASURED_CLIPS))
+    motions = (Motion.load(folder / clip["motion"]) for clip in _sample_evenly(clips, MAX_MEASURED_CLIPS))
+    measured = [(yaw_pitch_roll(motion.camera[motion.found]), motion.beta[motion.found]) for motion in motions]
+    pose, beta = (np.concatenate(rows) for rows in zip(*measured, strict=True))
     values = {"yaw, degrees": pose[:, 0], "pitch, degrees": pose[:, 1]}
     for name, coefficients in MEASURED_COEFFICIENTS.items():
         values[name] = beta[:, [ARKIT_NAMES.index(coefficient) for coefficient in coefficients]].mean(1)
@@ -99,20 +99,3 @@ def _middle_frame(file: Path) -> np.ndarray:
         info = reader.info
     with VideoReader(file, start=max(0.0, float((info.frame_count // 2) / info.fps) - 0.001)) as reader:
         return next(iter(reader))
-
-
-def _load_poses_and_expressions(folder: Path, clips: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return yaw, pitch, roll (F, 3) in degrees and beta (F, 64) of all frames with a face, without the landmarks."""
-    poses, betas = [], []
-    for clip in clips:
-        path = folder / clip["motion"]
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-                found = data["found"].astype(bool)
-                poses.append(yaw_pitch_roll(data["camera"][found]).astype(np.float32))
-                betas.append(data["beta"][found].astype(np.float32))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{path} cannot be read ({error}): remove its row from the manifest and run again"
-            ) from error
-    return np.concatenate(poses), np.concatenate(betas)

@@ -40,13 +40,7 @@ from export3d_cli.core.media.image import has_image_suffix, read_image, write_im
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
-from export3d_cli.core.runtime.files import (
-    folder_lock,
-    read_rows,
-    remove_stale_temporaries,
-    shorten_name,
-    write_atomic,
-)
+from export3d_cli.core.runtime.files import folder_lock, read_rows, remove_stale_temporaries, shorten_name, write_atomic
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".wmv")
 CLIP_FPS = Fraction(25)  # frame rate of the clips in a data set
@@ -80,22 +74,12 @@ class InputJob:
 
 
 def preprocess(
-    inputs: list[Path],
-    out: Path,
-    *,
-    size: int | None = None,
-    workers: int | None = None,
-    max_frames: int | None = None,
-    fps: Fraction | None = None,
-    clip_filter: ClipFilter | None = None,
-    person: PersonRule | None = None,
-    shard: tuple[int, int] | None = None,
-    face: str | None = None,
-    tracker: TrackerName | None = None,
-    overlay: Path | None = None,
-    report: bool = False,
+    inputs: list[Path], out: Path, *, size: int | None = None, workers: int | None = None,
+    max_frames: int | None = None, fps: Fraction | None = None, clip_filter: ClipFilter | None = None,
+    person: PersonRule | None = None, shard: tuple[int, int] | None = None, face: str | None = None,
+    tracker: TrackerName | None = None, overlay: Path | None = None, report: bool = False,
     progress: Progress | None = None,
-) -> PreprocessSummary:
+) -> PreprocessSummary:  # fmt: skip
     """Track faces and write one motion file (`out` ends in .motion.npz or .csv) or a data set (`out` is a folder).
 
     `inputs` are videos, photos or folders; `max_frames` of each input are used. For a data set only: `size`, the side
@@ -362,15 +346,10 @@ def _write_crop_videos(job: InputJob, segments: list[tuple[str, int, int, tuple[
 
 def _manifest_row(job: InputJob, name: str, frames: int, suffix: str) -> ManifestRow:
     return {
-        "id": name,
-        "person": job.person,
-        "file": f"clips/{name}{suffix}",
-        "motion": f"clips/{name}.motion.npz",
-        "frames": frames,
-        "fps": f"{CLIP_FPS.numerator}/{CLIP_FPS.denominator}",
-        "split": "train",
+        "id": name, "person": job.person, "file": f"clips/{name}{suffix}", "motion": f"clips/{name}.motion.npz",
+        "frames": frames, "fps": f"{CLIP_FPS.numerator}/{CLIP_FPS.denominator}", "split": "train",
         "source": job.source_id,
-    }
+    }  # fmt: skip
 
 
 def _rejected_row(job: InputJob, name: str, reason: str, segment: Segment | None = None) -> ManifestRow:

@@ -25,14 +25,9 @@ def is_arkit_csv(path: Path) -> bool:
 
 
 def extract_motion(
-    path: Path,
-    *,
-    fps: Fraction | None = None,
-    max_frames: int | None = None,
-    face: str = "largest",
-    tracker: TrackerName = "landmarker",
-    progress: Callable[[str, int, int | None], None] | None = None,
-) -> tuple[Motion, list[str]]:
+    path: Path, *, fps: Fraction | None = None, max_frames: int | None = None, face: str = "largest",
+    tracker: TrackerName = "landmarker", progress: Callable[[str, int, int | None], None] | None = None,
+) -> tuple[Motion, list[str]]:  # fmt: skip
     """Track one face of a video (streamed) or of a photo (one frame); return its motion and notes for the user.
 
     A Live Link Face CSV is placed at EG3D's camera radius. `fps` None is the video's rate, 25 for pictures. `face`:

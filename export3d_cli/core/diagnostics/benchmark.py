@@ -89,17 +89,11 @@ def run_benchmark(
 
         timed("encode video", encode())
         summary = reenact(animator, source, driver, Path(folder) / "b.mp4", options)
+    peak_gpu = torch.cuda.max_memory_allocated(animator.device) if is_cuda else None
     return BenchmarkResult(
-        device=animator.device_name,
-        threads=torch.get_num_threads(),
-        batch=animator.batch,
-        frames=len(images),
-        stages=stages,
-        fps=summary.frames / summary.seconds,
-        seconds=summary.seconds,
-        peak_memory=peak_memory(),
-        peak_gpu=torch.cuda.max_memory_allocated(animator.device) if is_cuda else None,
-    )
+        animator.device_name, torch.get_num_threads(), animator.batch, len(images), stages,
+        summary.frames / summary.seconds, summary.seconds, peak_memory(), peak_gpu,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

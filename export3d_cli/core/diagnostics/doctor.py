@@ -50,11 +50,7 @@ def examine(weights: str | None = None) -> list[Finding]:
     checks: list[tuple[str, Callable[[], Iterator[Finding]], str]] = [
         ("torch", _torch, "install torch: https://pytorch.org/get-started/locally"),
         ("cv2", _opencv, _REINSTALL),
-        (
-            "ffmpeg",
-            _ffmpeg,
-            "`pip install --force-reinstall imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE",
-        ),
+        ("ffmpeg", _ffmpeg, "`pip install --force-reinstall imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE"),
         ("weights", lambda: _weights(weights), _REINSTALL),
         ("tracker", _tracker, "`pip install --force-reinstall export3d-cli ai-edge-litert`"),
     ]

@@ -110,13 +110,9 @@ class Evaluation:
 
 
 def evaluate(
-    animator: Animator,
-    dataset: Path,
-    options: EvaluateOptions | None = None,
-    *,
-    out: Path | None = None,
+    animator: Animator, dataset: Path, options: EvaluateOptions | None = None, *, out: Path | None = None,
     progress: Progress | None = None,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """Score a model on a data set; write tables, a report and a picture of each case to the folder `out`.
 
     The data set was written by `preprocess`, or has exact views of rendered heads.

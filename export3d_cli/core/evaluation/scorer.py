@@ -72,14 +72,9 @@ class MetricSuite:
         return self.embedder([tracked.frames[i] for i in rows], points)
 
     def score(
-        self,
-        result: TrackedFrames,
-        truth: TrackedFrames,
-        sample: FrameSample,
-        *,
-        has_ground_truth: bool,
+        self, result: TrackedFrames, truth: TrackedFrames, sample: FrameSample, *, has_ground_truth: bool,
         source_embedding: np.ndarray,
-    ) -> Scores:
+    ) -> Scores:  # fmt: skip
         """Return the metrics that apply to the frames of a method.
 
         `truth` are the driver's frames if there is no ground truth, which shows the source's own head.

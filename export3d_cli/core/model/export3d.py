@@ -13,7 +13,7 @@ from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, ModelConfig
 from export3d_cli.core.face.landmarks import FACE_OVAL, NUM_LANDMARKS
 from export3d_cli.core.model import volume_renderer
 from export3d_cli.core.model.cached_tensors import index_tensor
-from export3d_cli.core.model.encoded_source import Source, expand_batch
+from export3d_cli.core.model.encoded_source import Source, expand_batch, take_row
 from export3d_cli.core.model.expression import DirectCode, LeBS
 from export3d_cli.core.model.face_cover import FaceCover, cover_motion, make_code_filter
 from export3d_cli.core.model.fast import sparse_renderer
@@ -31,7 +31,7 @@ from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_fie
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, LayeredFlow, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
-from export3d_cli.core.model.warp.mesh_flow import SURFACE_HALF_EXTENT, BasisFlow, DeformedMesh, MeshFlow, resize, warp
+from export3d_cli.core.model.warp.mesh_flow import BasisFlow, DeformedMesh, MeshFlow, resize, warp
 from export3d_cli.core.model.warp.photo_selection import (
     blend_landmarks,
     expression_distances,
@@ -61,7 +61,6 @@ class PosedHead:
     planes: Tensor  # (B, 3, C, P, P)
     surface: Tensor | None  # (B, 6, s, s), see `BasisFlow.rasterize_surface`
     mesh: DeformedMesh | None
-    plane_tables: list[Tensor] | None  # `make_feature_table` of each head's planes; None on the plain path
     distances: Tensor | None = None  # (B, 478, J) of several photos' expressions, see `expression_distances`
 
     def expand(self, batch: int) -> PosedHead:
@@ -129,7 +128,7 @@ class Export3D(nn.Module):
 
     def encode_source(
         self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
-        margins: Tensor | None = None, covered: Tensor | None = None, first: Source | None = None,
+        covered: Tensor | None = None, first: Source | None = None,
     ) -> Source:  # fmt: skip
         """Encode a photo for `drive`.
 
@@ -139,7 +138,6 @@ class Export3D(nn.Module):
             camera: its camera (B, 25).
             landmarks: its landmarks (B, 478, 3), head frame.
             person_mask: (B, 1, ., .) in [0, 1], 1 on the person. Without it hair counts as background.
-            margins: (B, 3) how far a larger photo continues to the left, top and right, in image sizes.
             covered: (B, 3) 1 where something is before the mouth, the person's right eye and left eye, else 0.
             first: the main photo, if this is an additional one; its colours must match, see `match_colours`.
         """
@@ -151,12 +149,12 @@ class Export3D(nn.Module):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         inference = not torch.is_grad_enabled()
-        visibility = head_mask = colours = None
+        proximity = head_mask = colours = None
         detail = highpass(image) if inference else None
         if self.flow is not None:
             with torch.no_grad():
-                visibility = self.flow.source_visibility(landmarks, camera)
-                head_mask = self.flow.head_mask(landmarks, camera, person_mask, visibility)
+                proximity = self.flow.source_proximity(landmarks, camera)
+                head_mask = self.flow.head_mask(landmarks, camera, person_mask, proximity)
             if first is not None:
                 colours = first.colours
             elif inference:
@@ -166,11 +164,11 @@ class Export3D(nn.Module):
         stem, tokens = self.generator.encode(image)  # [(B, c2, H/2, W/2), ...], (B, N, h)
         lam = self.expression.coefficients(beta)  # (B, n)
         basis = self.expression.basis() if inference else None
-        source = Source(image, camera, landmarks, lam, measure_wink(beta), stem, tokens, margins, basis=basis)
+        source = Source(image, camera, landmarks, lam, measure_wink(beta), stem, tokens, basis=basis)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
             source = replace(
-                source, visibility=visibility, head_mask=head_mask, body_mask=(1 - head_mask) * person,
+                source, proximity=proximity, head_mask=head_mask, body_mask=(1 - head_mask) * person,
                 image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
                 features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
                 cover=self._measure_cover(image, landmarks, camera, covered),
@@ -179,10 +177,8 @@ class Export3D(nn.Module):
             view_plane = self.source_view.make_view_plane(stem)  # (B, C, H/4, W/4)
             head = source.head_mask
             filled_photo = None if head is None else fill_push_pull(image, 1 - head, H // 4)  # (B, 3, H/4, W/4)
-            source = replace(
-                source, view_plane=view_plane, background=self.source_view.make_background(stem, filled_photo),
-                view_tables=self._make_view_tables(view_plane) if self._use_sparse_path(image) else None,
-            )  # fmt: skip
+            background = self.source_view.make_background(stem, filled_photo)
+            source = replace(source, view_plane=view_plane, background=background)
         return source
 
     def match_colours(
@@ -204,7 +200,7 @@ class Export3D(nn.Module):
         gain = box_mean((like / own).clamp(1 / MAX_GAIN, MAX_GAIN)[None], 1)
         photo = (photo + 1) * F.pad(resize(gain, centre.shape[-1]), (margin,) * 4, mode="replicate") - 1
         if first.colours is not None:
-            white = first.colours.head.limit(remove_light(photo, first.colours.light))
+            white = first.colours.range.limit(remove_light(photo, first.colours.light))
             photo = add_light(white, first.colours.light)
         return photo.clamp(-1, 1), similarity(pair, skin)
 
@@ -237,8 +233,7 @@ class Export3D(nn.Module):
                 mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks)
                 if self.config.head_prior:
                     surface = self.flow.rasterize_surface(landmarks, landmarks - source.landmarks)  # (B, 6, s, s)
-        tables = self._make_plane_tables(planes) if self._use_sparse_path(planes) else None
-        return PosedHead(planes, surface, mesh, tables, distances)
+        return PosedHead(planes, surface, mesh, distances)
 
     def drive(
         self, source: Source, beta: Tensor | None, camera: Tensor, *, lam: Tensor | None = None,
@@ -271,20 +266,16 @@ class Export3D(nn.Module):
         features = self._composite_background(source, features, opacity, detail)  # (B, C', h, w)
         colours = source.colours
         if colours is not None and detail is not None:
-            rgb = colours.limit(features[:, :3].float(), resize(detail.flow.head_weight, size))
-            features = torch.cat([rgb, features[:, 3:]], dim=1)
+            features = torch.cat([colours.range.limit(features[:, :3].float()), features[:, 3:]], dim=1)
         windows = self._face_windows(source, posed, camera) if face_only else ()
         quarter = resize(features, self.config.image_size // 4)
         if windows and detail is not None:  # of each frame alone, whatever the batch
-            parts = [self.superres(quarter[k : k + 1], detail.row(k), window) for k, window in enumerate(windows)]
+            parts = [self.superres(quarter[k : k + 1], take_row(detail, k), w) for k, w in enumerate(windows)]
             refined = SuperResolutionOutput(*map(torch.cat, zip(*parts, strict=True)))  # (B, 3, H, W)
         else:
             refined = self.superres(quarter, detail)
         patches = () if self.training else self._inpaint(source, posed, refined.image, camera, detail)
         if colours is not None:
-            patches = tuple(
-                patch._replace(colours=add_light(colours.head.limit(patch.colours), colours.light)) for patch in patches
-            )
             refined = refined._replace(image=add_light(refined.image, colours.light))
             features = add_light(features[:, :3], colours.light)
         image = composite_patches(refined.image.clone(), patches) if patches else refined.image
@@ -334,8 +325,7 @@ class Export3D(nn.Module):
         coarse = volume_renderer.sample_coarse_depths(
             camera, directions.shape[1], coarse_samples, jitter=self.training, batch_rows=batch_rows
         )  # (B, R, S)
-        has_tables = posed.plane_tables is not None and (source.view_plane is None or source.view_tables is not None)
-        if has_tables and self._use_sparse_path(camera):
+        if self._use_sparse_path(camera):
             outputs = self._render_sparse(source, posed, origin, directions, coarse, fine_samples)
         else:
 
@@ -353,7 +343,7 @@ class Export3D(nn.Module):
 
     def query_field(self, source: Source, posed: PosedHead, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return colour features (B, N, C'), RGB first, and densities (B, N) at points (B, N, 3) of the head frame."""
-        face = self._sample_face_field(posed, points)
+        face = sample_face_field(points, posed.surface)
         features = self._sample_features(source, posed, points, face)  # (B, N, C)
         return self.decoder(features, points, face and face.log_density)
 
@@ -395,52 +385,40 @@ class Export3D(nn.Module):
         """Return whether invisible samples are skipped: on a CPU without gradients."""
         return like.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
 
-    def _make_plane_tables(self, planes: Tensor) -> list[Tensor]:
-        """Apply the decoder's first layer to tri-planes (B, 3, C, P, P): a `make_feature_table` for each head."""
-        weight = self.decoder.hidden.weight[:, : planes.shape[2]] / planes.shape[1]  # /3: planes are averaged
-        return [sparse_renderer.make_feature_table(x, weight) for x in planes]
-
-    def _make_view_tables(self, view_plane: Tensor) -> list[Tensor]:
-        """Apply the decoder's first layer to source-view planes (B, C, h, w): a `make_feature_table` for each."""
-        weight = self.decoder.hidden.weight[:, -view_plane.shape[1] :]
-        return [sparse_renderer.make_feature_table(x, weight) for x in view_plane.split(1)]
-
     def _render_sparse(
         self, source: Source, posed: PosedHead, origin: Tensor, directions: Tensor, coarse: Tensor, fine_samples: int
     ) -> RayOutputs:
         """Render rays as `volume_renderer.render_rays` does, head by head and without invisible samples."""
-        decoder, heads = self.decoder, []
-        for b in range(len(origin)):
+        decoder, channels = self.decoder, posed.planes.shape[2]
+        weight = decoder.hidden.weight
 
-            def decode(points: Tensor, b: int = b) -> tuple[Tensor, Tensor]:
-                assert posed.plane_tables is not None
-                face = self._sample_face_field(posed, points[None], b)
+        def render(b: int) -> RayOutputs:
+            surface = None if posed.surface is None else posed.surface[b : b + 1]
+            # the decoder's first layer comes before the sampling; / 3: planes are averaged
+            planes = sparse_renderer.make_feature_table(posed.planes[b], weight[:, :channels] / 3)
+            view = None if source.view_plane is None else source.view_plane[b : b + 1]
+            table = None if view is None else sparse_renderer.make_feature_table(view, weight[:, channels:])
+
+            def decode(points: Tensor) -> tuple[Tensor, Tensor]:
+                face = sample_face_field(points[None], surface)
                 flat = points.T.contiguous()  # (3, M)
-                x = sparse_renderer.sample_plane_table(posed.plane_tables[b], posed.planes.shape[-1], flat)
-                if source.view_plane is not None and source.view_tables is not None:
-                    table, size = source.view_tables[b], source.view_plane.shape[-1]
+                x = sparse_renderer.sample_plane_table(planes, posed.planes.shape[-1], flat)
+                if view is not None and table is not None:
                     neutral = flat if face is None else flat - face.displacement[0].T
-                    x += sparse_renderer.sample_view_table(table, size, neutral, source.camera[b : b + 1])
+                    x += sparse_renderer.sample_view_table(table, view.shape[-1], neutral, source.camera[b : b + 1])
                 x = decoder.activate(x.add_(decoder.hidden.bias))  # (M, hidden)
                 return x, decoder.decode_densities(x, points, face and face.log_density[0])
 
-            with torch.autocast(origin.device.type, enabled=False):
-                heads.append(
-                    sparse_renderer.render_rays(
-                        decode, decoder.decode_colours, origin[b], directions[b], coarse[b], fine_samples
-                    )
-                )
+            return sparse_renderer.render_rays(
+                decode, decoder.decode_colours, origin[b], directions[b], coarse[b], fine_samples
+            )
+
+        with torch.autocast(origin.device.type, enabled=False):
+            heads = [render(b) for b in range(len(origin))]
         features, depth, opacity = (torch.stack(x) for x in zip(*heads, strict=True))
         if not posed.planes.isfinite().all():  # such samples were skipped as invisible; the result must show them
             features = torch.full_like(features, torch.nan)
         return features, depth, opacity
-
-    def _sample_face_field(self, posed: PosedHead, points: Tensor, row: int | None = None) -> FaceField | None:
-        """Sample what is known of the face at points (B, N, 3), or only of one `row` at points (1, N, 3)."""
-        if posed.surface is None:
-            return None
-        surface = posed.surface if row is None else posed.surface[row : row + 1]
-        return sample_face_field(points, surface, SURFACE_HALF_EXTENT)
 
     def _sample_features(self, source: Source, posed: PosedHead, points: Tensor, face: FaceField | None) -> Tensor:
         """Sample the decoder's input features (B, N, C) at points (B, N, 3).
@@ -478,9 +456,7 @@ class Export3D(nn.Module):
             return None
         m = self.config.flow_size
         with torch.no_grad():
-            mesh = self.flow.render_flow(
-                posed.mesh, camera, mesh_size, source.head_mask, source.visibility, source.margins
-            )
+            mesh = self.flow.render_flow(posed.mesh, camera, mesh_size, source.head_mask)
         cover = None
         if source.cover is not None:
             cover = warp(source.cover.mask, mesh.uv) * mesh.face
@@ -507,7 +483,7 @@ class Export3D(nn.Module):
         meshes, shown = [mesh], [1 - mesh.face * 0]
         for photo in source.others:
             own = self.flow.deform_mesh(photo.landmarks, photo.camera, points)._replace(points=head)
-            flow_of = self.flow.render_flow(own, camera, mesh.uv.shape[-1], photo.head_mask, photo.visibility)
+            flow_of = self.flow.render_flow(own, camera, mesh.uv.shape[-1], photo.head_mask)
             covers = [cover] if photo.cover is None else [cover, warp(photo.cover.mask, flow_of.uv)]
             meshes.append(flow_of)
             shown.append(torch.stack([1 - x for x in covers if x is not None] or shown[:1]).amin(0))
@@ -525,14 +501,23 @@ class Export3D(nn.Module):
         if source.cover is not None and detail is not None and detail.cover is not None:
             # a blue mask below an eye must not tint its lid
             image = torch.lerp(image, source.cover.skin, resize(detail.cover, image.shape[-1]))
-        patches: list[InpaintedPatch] = []
-        for inpainter in self.inpainters.values():
-            assert isinstance(inpainter, Inpainter)
-            patches += inpainter.inpaint(image, source.image, source.landmarks, source.camera, landmarks, camera)
+        own = (source.landmarks, source.camera)
+        patches = self.inpaint(image, source.image, *own, landmarks, camera, source.colours)
         if detail is not None and detail.flow.fractions is not None:  # what other photos show is not synthesised
             shown = linear_step(detail.flow.fractions.sum(1, keepdim=True) * detail.mesh.valid, *SHOWN_FADE)
             patches = [patch._replace(mask=patch.mask * (1 - patch.crop.sample(shown))) for patch in patches]
         return tuple(patches)
+
+    def inpaint(
+        self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor,
+        colours: PhotoColours | None,
+    ) -> list[InpaintedPatch]:  # fmt: skip
+        """Inpaint mouth, eyes and eyelids of results, see `Inpainter.inpaint`; the patches are in the photo's light."""
+        patches = list[InpaintedPatch]()
+        for inpainter in self.inpainters.values():
+            assert isinstance(inpainter, Inpainter)
+            patches += inpainter.inpaint(image, photo, photo_points, photo_camera, points, camera)
+        return patches if colours is None else [x._replace(colours=colours.show(x.colours)) for x in patches]
 
     def _face_windows(self, source: Source, posed: PosedHead, camera: Tensor) -> tuple[Window, ...]:
         """Return a window around the face of each result and of the photo."""
@@ -554,7 +539,7 @@ class Export3D(nn.Module):
         points = volume_renderer.uniform_noise(like, batch_rows) - 0.5  # (B, N, 3)
         nearby = points + DENSITY_TV_DISTANCE * (2 * volume_renderer.uniform_noise(like, batch_rows) - 1)
         points = torch.cat([points, nearby], dim=1)
-        features = self._sample_features(source, posed, points, self._sample_face_field(posed, points))  # (B, 2N, C)
+        features = self._sample_features(source, posed, points, sample_face_field(points, posed.surface))  # (B, 2N, C)
         logits = self.decoder.density_logits(self.decoder.activate(self.decoder.hidden(features)))  # (B, 2N)
         first, second = logits.chunk(2, dim=1)
         return (first - second).abs().mean(1)

@@ -16,9 +16,9 @@ from export3d_cli.core.face.landmarks import INNER_LIPS
 from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.face_cover import cover_motion
-from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
+from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch
 from export3d_cli.core.model.one_sided import apply_wink
-from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
+from export3d_cli.core.model.photo_colours import PhotoColours, remove_light
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import identity_grid, warp
 
@@ -55,12 +55,7 @@ def warp_expression(
     colours = PhotoColours.measure(F.avg_pool2d(image, COLOUR_POOLING), project(landmarks, camera)[0], mesh.face)
     if colours is not None:
         image = remove_light(image, colours.light)
-    warped, patches = warp(image, mesh.uv), list[InpaintedPatch]()
-    for inpainter in model.inpainters.values():
-        assert isinstance(inpainter, Inpainter)
-        patches += inpainter.inpaint(warped, image, landmarks, camera, deformed, camera)
-    if colours is not None:
-        patches = [p._replace(colours=add_light(colours.head.limit(p.colours), colours.light)) for p in patches]
+    patches = model.inpaint(warp(image, mesh.uv), image, landmarks, camera, deformed, camera, colours)
     displacement = mesh.uv - identity_grid(image.shape[-1], mesh.uv)
     # positions behind the lips are found along them, and meet pixels of a mouth that does not move only nearly
     lips = index_tensor(INNER_LIPS, landmarks)

@@ -109,8 +109,7 @@ class PhotoColours(NamedTuple):
     """What is known of a photo's colours; its images are in the light of the photo."""
 
     light: Tensor  # (B, 3, 1, 1), see `light_colour`
-    head: ColourRange  # of the head in white light
-    scene: ColourRange  # of the whole photo in white light
+    range: ColourRange  # of the head in white light
 
     @classmethod
     def measure(cls, photo: Tensor, uv: Tensor, head_mask: Tensor) -> PhotoColours | None:
@@ -123,8 +122,8 @@ class PhotoColours(NamedTuple):
         head = ColourRange.measure(photo, resize(head_mask, photo.shape[-1]))
         if bool((light == 1).all() and (head.reach >= FREE_REACH).all()):
             return None
-        return cls(light, head, ColourRange.measure(photo, torch.ones_like(photo[:, :1])))
+        return cls(light, head)
 
-    def limit(self, image: Tensor, head_weight: Tensor) -> Tensor:
-        """Limit the chroma of synthesised images (B, 3, s, s) in white light; `head_weight` (B, 1, s, s) in [0, 1]."""
-        return torch.lerp(self.scene.limit(image), self.head.limit(image), head_weight)
+    def show(self, image: Tensor) -> Tensor:
+        """Bring synthesised images (B, 3, s, s) in white light within the range, and show them in the photo's light."""
+        return add_light(self.range.limit(image), self.light)

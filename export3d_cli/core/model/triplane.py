@@ -17,6 +17,7 @@ PLANE_AXES = ((0, 1), (1, 2), (2, 0))
 # The head as an ellipsoid: centre and half axes, head frame.
 HEAD_CENTRE = (0.0, -0.02, 0.03)
 HEAD_AXES = (0.14, 0.2, 0.17)
+SURFACE_HALF_EXTENT = 0.35  # head-frame units that a surface reaches from the origin along x and y
 SURFACE_STEEPNESS = 800.0  # log density per head-frame unit of depth behind a known surface
 SURFACE_OFFSET = 0.035  # head-frame units in front of the surface at which the log density starts to rise
 DISPLACEMENT_DEPTH = 0.08  # depth behind the surface in which an expression's displacement fades, head-frame units
@@ -49,9 +50,11 @@ class FaceField(NamedTuple):
     displacement: Tensor  # (B, N, 3) how far the expression has moved the head at the points, head-frame units
 
 
-def sample_face_field(points: Tensor, surface: Tensor, half_extent: float) -> FaceField:
+def sample_face_field(points: Tensor, surface: Tensor | None) -> FaceField | None:
     """Evaluate a surface (B, 6, s, s) from `BasisFlow.rasterize_surface` at points (B, N, 3) of the head frame."""
-    grid = (points[..., :2] / half_extent)[:, None]  # (B, 1, N, 2)
+    if surface is None:
+        return None
+    grid = (points[..., :2] / SURFACE_HALF_EXTENT)[:, None]  # (B, 1, N, 2)
     samples = F.grid_sample(surface, grid, align_corners=False)[:, :, 0]  # (B, 6, N)
     height, certainty, coverage = samples[:, :3].unbind(1)  # (B, N) each
     z = points[..., 2]

@@ -136,11 +136,6 @@ class Discriminator(nn.Module):
             return (x * self.mapping(camera.float())).sum(1) / math.sqrt(x.shape[1])
 
 
-def generator_loss(fake: Tensor) -> Tensor:
-    """Return L_adv of eq. 14 for the generator: non-saturating binary cross-entropy of the logits (B,)."""
-    return F.softplus(-fake).mean()
-
-
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Return the binary cross-entropy of the logits (B,) of real and generated images."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()

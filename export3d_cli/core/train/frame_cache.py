@@ -130,14 +130,11 @@ def _build_cache(
 ) -> None:  # fmt: skip
     """Decode the frames with a face of all clips."""
     motions = [Motion.load(folder / e["motion"]) for e in entries]
-    capacity = sum(int(np.asarray(m.found)[::stride].sum()) for m in motions)
-    frames = np.lib.format.open_memmap(
-        cache_folder / "frames.npy", mode="w+", dtype=np.uint8, shape=(max(capacity, 1), size, size, 3)
-    )
-    depth = np.lib.format.open_memmap(
-        cache_folder / "depth.npy", mode="w+", dtype=np.float16, shape=(max(capacity, 1), MASK_SIZE, MASK_SIZE)
-    )
-    arrays: dict[str, list[np.ndarray]] = {k: [] for k in _shapes(size) if k not in ("frames", "depth")}
+    capacity = max(sum(int(np.asarray(m.found)[::stride].sum()) for m in motions), 1)
+    arrays = {
+        name: np.lib.format.open_memmap(cache_folder / f"{name}.npy", "w+", dtype=dtype, shape=(capacity, *shape))
+        for name, (shape, dtype) in _shapes(size).items()
+    }
     matting = PersonMatting(resolve_weights("selfie_segmentation"))
     clips: list[Clip] = []
     row = 0
@@ -147,28 +144,26 @@ def _build_cache(
         numbers: list[int] = []
         for number, image in _decode_frames(folder / entry["file"], still, stride):
             if number < len(usable) and usable[number]:
-                frames[row + len(numbers)] = resize_square(image, size)
+                arrays["frames"][row + len(numbers)] = resize_square(image, size)
                 numbers.append(number)
         if not numbers:
             continue
+        rows = slice(row, row + len(numbers))
+        arrays["number"][rows] = numbers
         for name in ("beta", "camera", "landmarks"):
-            arrays[name].append(np.asarray(getattr(motion, name), np.float32)[numbers])
+            arrays[name][rows] = np.asarray(getattr(motion, name))[numbers]
         if entry.get("depth"):
-            depth[row : row + len(numbers)], person = _read_depth(folder / entry["depth"], numbers)
+            arrays["depth"][rows], arrays["person"][rows] = _read_depth(folder / entry["depth"], numbers)
         else:
-            person = _person_masks(matting, frames[row : row + len(numbers)])
-        arrays["person"].append(person)
-        arrays["number"].append(np.array(numbers, np.int32))
+            arrays["person"][rows] = _person_masks(matting, arrays["frames"][rows])
         clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
         row += len(numbers)
         if progress is not None and (i % 20 == 0 or i == len(entries)):
             progress(f"{folder.name}: {i} of {len(entries)} clips decoded, {row} frames")
     if not clips:
         raise InputError(f"dataset {folder} has no frame with a detected face")
-    for mapped in (frames, depth):
-        mapped.flush()
-    for name, parts in arrays.items():
-        np.save(cache_folder / f"{name}.npy", np.concatenate(parts))
+    for array in arrays.values():
+        array.flush()
     index = {"stamp": stamp, "count": row, "clips": [vars(clip) for clip in clips]}
     (cache_folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 

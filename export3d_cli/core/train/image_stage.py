@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.model.export3d import Export3D
@@ -17,13 +18,7 @@ from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.cuda_graph import StepGraph
 from export3d_cli.core.train.landmark_loss import LandmarkLoss, LandmarkNetwork
-from export3d_cli.core.train.objective import (
-    draw_rays,
-    learning_rate,
-    ray_loss,
-    reconstruction_loss,
-    scheduled_raw_size,
-)
+from export3d_cli.core.train.losses import draw_rays, ray_loss, reconstruction_loss
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
 from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.core.train.stage import Stage, is_finite, update_ema
@@ -40,7 +35,9 @@ class ImageStages(Stage):
         config = run.config
         self.config, self.model, self.sampler = config, model, sampler
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
-        model.expression.requires_grad_(not is_expression_frozen(config))
+        # f_e is frozen after its pre-training; without it, or as an ablation, f_e is trained end to end
+        is_pretrained = bool("clebs" in config.stages or config.init or config.expression_from)
+        model.expression.requires_grad_(not (is_pretrained and config.model.expression == "clebs"))
         trainable = config.trainable or (VOLUME_PARTS if config.raw_rays else ("",))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name.startswith(trainable))
@@ -117,7 +114,8 @@ class ImageStages(Stage):
         config, generator = self.config, self.model.generator
         parts = [part.to(self.run.device) for part in batch]
         if self.discriminator is None:
-            lr = learning_rate(config, self.step, self.decay_fraction())
+            fraction = self.decay_progress() if config.decay_by_time else self.step / max(config.steps, 1)
+            lr = learning_rate(config, self.step, fraction)
         else:
             lr = learning_rate(config, config.steps, 1.0)  # the final rate of reconstruction
         for group in self.optimizer.param_groups:
@@ -127,13 +125,15 @@ class ImageStages(Stage):
         terms["grad"] = float(nn.utils.clip_grad_norm_(self.parameters, config.clip_grad or math.inf))
         if is_finite(terms):
             self.optimizer.step()
-            self.update_plane_ema()
+            if generator.plane_means:  # of all parts and processes; else the forward pass has updated eq. 12
+                mean = torch.stack(generator.plane_means).mean(0)
+                generator.update_plane_ema(self.run.world.all_reduce_mean_(mean))
             if self.discriminator is not None:
                 terms |= self.train_discriminator(parts, fakes)
         else:
             generator.plane_ema.copy_(plane_ema)  # undo the forward pass
-            if generator.plane_means is not None:
-                generator.plane_means.clear()
+        if generator.plane_means is not None:
+            generator.plane_means.clear()
         update_ema(self.ema_weights, self.model.state_dict(), config.ema, self.global_step + 1)
         return terms | {"lr": lr}
 
@@ -191,7 +191,7 @@ class ImageStages(Stage):
                 output = self.forward(batch, raw_size, batch_rows)
                 loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.landmarks, head_mask)
         if self.discriminator is not None:  # eq. 14
-            adversarial_loss = adversary.generator_loss(self.discriminator(output.image, batch.target_camera))
+            adversarial_loss = F.softplus(-self.discriminator(output.image, batch.target_camera)).mean()
             loss, terms["g_adv"] = loss + config.adversarial.weight * adversarial_loss, adversarial_loss.detach()
         (loss / parts if parts > 1 else loss).backward()
         self.term_names = ("loss", *terms)
@@ -205,7 +205,7 @@ class ImageStages(Stage):
             return None
         flow, points, camera = self.model.flow, batch.target_points, batch.target_camera
         mask = flow.head_mask(points, camera, batch.target_person_mask)
-        surface = nn.functional.interpolate((batch.target_depth > 0).float(), mask.shape[2:])
+        surface = F.interpolate((batch.target_depth > 0).float(), mask.shape[2:])
         exact = surface * (flow.face_axes(points, camera)[0] / NECK_FADE_HEIGHT + 1).clamp(0, 1)
         return torch.where(surface.amax((1, 2, 3), keepdim=True) > 0, exact, mask)
 
@@ -243,23 +243,9 @@ class ImageStages(Stage):
             rays=rays,
         )  # fmt: skip
 
-    def decay_fraction(self) -> float:
-        """Return the progress of the learning-rate decay, 0..1."""
-        if self.config.decay_by_time:
-            return self.run.time_fraction(self.start_minute)
-        return self.step / max(self.config.steps, 1)
-
-    @torch.no_grad()
-    def update_plane_ema(self) -> None:
-        """Update eq. 12 by the mean over all parts and processes, unless the forward pass has done it."""
-        generator = self.model.generator
-        if generator.plane_means:
-            generator.update_plane_ema(self.run.world.all_reduce_mean_(torch.stack(generator.plane_means).mean(0)))
-            generator.plane_means.clear()
-
     def decay_progress(self) -> float:
         """Return the progress of a decay by time."""
-        return self.decay_fraction() if self.config.decay_by_time else 0.0
+        return self.run.time_fraction(self.start_minute) if self.config.decay_by_time else 0.0
 
     def save(self) -> None:
         """Write the training state and the inference weights."""
@@ -288,12 +274,19 @@ class ImageStages(Stage):
         low, high = depth.amin((2, 3), keepdim=True), depth.amax((2, 3), keepdim=True)
         depth = (1 - 2 * (depth - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)  # near is white
         columns = [batch.source, batch.target, output.raw[:, :3], output.image, depth]
-        resized = [nn.functional.interpolate(c.float().cpu(), size=(side, side)) for c in columns]
-        grid = torch.cat([torch.cat(list(c), dim=1) for c in resized], dim=2)  # (3, rows * H, 5 * W)
-        self.run.write_sample(f"{self.global_step:07d}.png", grid)
+        columns = [F.interpolate(column.float(), size=(side, side)) for column in columns]
+        self.run.write_sample(f"{self.global_step:07d}.png", columns)
 
 
-def is_expression_frozen(config: TrainConfig) -> bool:
-    """Whether f_e is frozen: after its pre-training. Without it, or as an ablation, f_e is trained end to end."""
-    is_pretrained = "clebs" in config.stages or config.init or config.expression_from
-    return config.model.expression == "clebs" and bool(is_pretrained)
+def learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
+    """Return linear warm-up, then (with `decay`) a cosine to a tenth; `fraction` is the decay's progress, 0..1."""
+    lr = config.lr * min(1.0, (step + 1) / config.warmup) if config.warmup else config.lr
+    if config.decay or config.decay_by_time:
+        lr *= 0.1 + 0.45 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
+    return lr
+
+
+def scheduled_raw_size(config: TrainConfig, step: int) -> int:
+    """Return the side of the raw render at a step in pixels: `raw_size_start` first, if set."""
+    is_small = config.raw_size_start > 0 and step < config.raw_size_grow_step
+    return config.raw_size_start if is_small else config.model.raw_size

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export3d_cli.core.config.schema import LidsConfig
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import mirror_camera, mirror_landmarks
 from export3d_cli.core.model.inpaint.eyelids import eyelid_hole
@@ -31,16 +32,15 @@ class InpaintBatch(NamedTuple):
 
 
 class InpaintSampler:
-    """Draws crops: first the data set by weight, then the person uniformly, then a frame."""
-
-    stage = ""
-    requirement = "open enough: lower {}.min_opening"
+    """Draws crops: first the data set by weight, then the person uniformly, then a frame whose opening is accepted."""
 
     def __init__(self, sampler: PairSampler, config: Any) -> None:
         self.sampler, self.config = sampler, config
+        limit, is_lids = ("max_opening", True) if isinstance(config, LidsConfig) else ("min_opening", False)
+        self.openings = [self.opening(torch.from_numpy(data.landmarks)).numpy() for data in sampler.datasets]
         self.frames: list[list[np.ndarray]] = []  # per data set and person: indices of the accepted frames
-        for data, people in zip(sampler.datasets, sampler.clips_by_person, strict=True):
-            accepted = self.accepts(torch.from_numpy(data.landmarks)).numpy()
+        for opening, people in zip(self.openings, sampler.clips_by_person, strict=True):
+            accepted = (opening < getattr(config, limit)) == is_lids
             spans = [
                 np.concatenate([np.arange(c.start, c.start + c.count) for c in clips]) for clips in people.values()
             ]
@@ -48,12 +48,14 @@ class InpaintSampler:
         weights = np.array(config.weight) if config.weight else sampler.dataset_weights
         weights = weights * [bool(rows) for rows in self.frames]
         if weights.sum() <= 0:
-            raise TrainingError(f"no frame of the data sets is {self.requirement.format(self.stage)}")
+            stage = next(name for name, kind in INPAINT_SAMPLERS.items() if type(self) is kind)
+            change = "shut enough: raise" if is_lids else "open enough: lower"
+            raise TrainingError(f"no frame of the data sets is {change} {stage}.{limit}")
         self.dataset_weights = weights / weights.sum()
 
-    def accepts(self, points: Tensor) -> Tensor:
-        """Return which frames with landmarks (N, 478, 3) are used, (N,) bool."""
-        raise NotImplementedError
+    def opening(self, points: Tensor) -> Tensor:
+        """Return the opening of frames with landmarks (N, 478, 3), (N,), that `min_opening` or `max_opening` limits."""
+        return eye_opening(points, 0)
 
     def reference_frames(self, rng: np.random.Generator, dataset: int, row: int) -> list[int]:
         """Return other frames of the data set that serve as the photo for frame `row`."""
@@ -94,11 +96,9 @@ class InpaintSampler:
 class MouthSampler(InpaintSampler):
     """Open mouths."""
 
-    stage = "mouth"
-
-    def accepts(self, points: Tensor) -> Tensor:
-        """Accept frames with parted lips."""
-        return mouth_opening(points) > self.config.min_opening
+    def opening(self, points: Tensor) -> Tensor:
+        """See `InpaintSampler.opening`."""
+        return mouth_opening(points)
 
     def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:
         """Return the whole inside, or the part that a photo with slightly parted lips would not show."""
@@ -113,12 +113,6 @@ class MouthSampler(InpaintSampler):
 class EyeSampler(InpaintSampler):
     """Open right eyes of the person, or left ones of mirrored images."""
 
-    stage = "eyes"
-
-    def accepts(self, points: Tensor) -> Tensor:
-        """Accept frames with an open right eye."""
-        return eye_opening(points, 0) > self.config.min_opening
-
     def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:
         """Return the whole inside, with the iris colour measured as in a narrow eye, or none for some of them."""
         images, points, uv = images[:, 0], points[:, 0], uv[:, 0]
@@ -131,22 +125,11 @@ class EyeSampler(InpaintSampler):
 class EyelidSampler(InpaintSampler):
     """Shut right eyes of the person, or left ones of mirrored images."""
 
-    stage = "lids"
-    requirement = "shut enough: raise {}.max_opening"
-
-    def __init__(self, sampler: PairSampler, config: Any) -> None:
-        super().__init__(sampler, config)
-        openings = [eye_opening(torch.from_numpy(data.landmarks), 0) for data in sampler.datasets]
-        self.is_open = [(opening > MIN_OPEN_EYE).numpy() for opening in openings]
-
-    def accepts(self, points: Tensor) -> Tensor:
-        """Accept frames whose right eye is shut or nearly shut."""
-        return eye_opening(points, 0) < self.config.max_opening
-
     def reference_frames(self, rng: np.random.Generator, dataset: int, row: int) -> list[int]:
         """Return a frame of the same clip with the eye open, as the photo; `row` itself if there is none."""
         clip = next(c for c in self.sampler.datasets[dataset].clips if c.start <= row < c.start + c.count)
-        rows = clip.start + self.is_open[dataset][clip.start : clip.start + clip.count].nonzero()[0]
+        is_open = self.openings[dataset][clip.start : clip.start + clip.count] > MIN_OPEN_EYE
+        rows = clip.start + is_open.nonzero()[0]
         return [int(rng.choice(rows)) if len(rows) else row]
 
     def make_hole(self, rng: np.random.Generator, images: Tensor, points: Tensor, uv: Tensor) -> CroppedHole:

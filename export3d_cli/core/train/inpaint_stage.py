@@ -12,14 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export3d_cli.core.model.encoded_source import map_tensors
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.model.inpaint.inpainter import (
-    CONDITION_CHANNELS,
-    INPAINT_SIZE_PX,
-    Hole,
-    Inpainter,
-    dilate_and_blur,
-)
+from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, Hole, Inpainter, dilate_and_blur
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train.inpaint_data import INPAINT_SAMPLERS, InpaintBatch
 from export3d_cli.core.train.pair_sampler import PairSampler
@@ -88,7 +83,7 @@ class InpaintStage(Stage):
 
     def take_step(self, batch: InpaintBatch) -> dict[str, float]:
         """Update the inpainter and the discriminator."""
-        config, batch = self.config, self._to_device(batch)
+        config, batch = self.config, map_tensors(batch, lambda x: x.to(self.run.device))
         for optimizer, lr in ((self.optimizer, config.lr), (self.discriminator_optimizer, config.discriminator_lr)):
             optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * self.step / self.steps)
         inpainted, terms = self.train_inpainter(batch)
@@ -102,10 +97,6 @@ class InpaintStage(Stage):
         """Replace the inpainter by its moving average, and freeze it."""
         self.inpainter.load_state_dict(self.ema.state_dict())
         self.inpainter.requires_grad_(False)
-
-    def _to_device(self, batch: InpaintBatch) -> InpaintBatch:
-        crops, hole = batch
-        return InpaintBatch(crops.to(self.run.device), Hole(*(x.to(self.run.device) for x in hole)))
 
     def train_inpainter(self, batch: InpaintBatch) -> tuple[Tensor, dict[str, float]]:
         """Compute the inpainter's gradients; return the inpainted crops and the loss terms."""
@@ -161,12 +152,11 @@ class InpaintStage(Stage):
         """Write a grid of crops, each with its hole and inpainted; the same crops throughout the run."""
         if not self.run.world.is_main:
             return
-        crops, hole = self._to_device(self.sampler.draw_batch(self.run.config.seed + 1, 2**31, 0, rows * columns))
+        batch = self.sampler.draw_batch(self.run.config.seed + 1, 2**31, 0, rows * columns)
+        crops, hole = map_tensors(batch, lambda x: x.to(self.run.device))
         with self.run.autocast():
             cells = torch.cat([crops, crops * (1 - hole.mask), fill_holes(self.ema, crops, hole)], dim=-1)
-        cells = cells.view(rows, columns, 3, INPAINT_SIZE_PX, 3 * INPAINT_SIZE_PX)
-        grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        self.run.write_sample(f"{self.name}-{self.step:07d}.png", grid)
+        self.run.write_sample(f"{self.name}-{self.step:07d}.png", list(cells.split(rows)))
 
 
 def fill_holes(inpainter: Inpainter, crops: Tensor, hole: Hole, context: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from export3d_cli.core.config.schema import DataConfig, TrainConfig
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_uint8
+from export3d_cli.core.model.encoded_source import take_row
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
@@ -74,10 +75,6 @@ class PoseDebiasStage(Stage):
         """Note the steps in the training record."""
         self.run.record["pose_debias_steps"] = self.steps
 
-    def add(self, **rows: Tensor) -> None:
-        """Append rows to the measurements."""
-        self.measured.update({name: torch.cat([self.measured[name], new.cpu()]) for name, new in rows.items()})
-
     def measure(self, batch: Batch, betas: Tensor) -> None:
         """Render a few sources with several expressions each, seen by the source's camera, and track their poses."""
         batch, betas = batch.to(self.run.device), betas.to(self.run.device)
@@ -89,14 +86,14 @@ class PoseDebiasStage(Stage):
                 continue
             relative = torch.from_numpy(rotation_log(rotations[0].T @ rotations[has_face])).float()[1:]
             lam_deltas = (lam - source_lam).cpu()[torch.from_numpy(has_face)[1:]]
-            self.add(lam_deltas=lam_deltas, rotations=relative, source_points=batch.source_points[row : row + 1])
+            new = (lam_deltas, relative, batch.source_points[row : row + 1].cpu())
+            rows = zip(self.measured.items(), new, strict=True)
+            self.measured.update({name: torch.cat([old, added]) for (name, old), added in rows})
 
     def render_expressions(self, batch: Batch, row: int, beta: Tensor) -> tuple[Tensor, Tensor, list[np.ndarray]]:
         """Render a source with its own lambda, then with K others; return both, (1, n) and (K, n), and the frames."""
-        photo, camera, points, person = (
-            x[row : row + 1] for x in (batch.source, batch.source_camera, batch.source_points, batch.source_person_mask)
-        )
-        source = self.model.encode_source(photo, batch.source_beta[row : row + 1], camera, points, person)
+        photo, photo_beta, camera, points, person = take_row(batch[:5], row)
+        source = self.model.encode_source(photo, photo_beta, camera, points, person)
         n, count = source.lam.shape[1], SINGLE_COEFFICIENT_EXPRESSIONS
         change = torch.eye(n)[torch.randint(n, (count,))] * (2 * torch.rand(count, 1) - 1) * MAX_COEFFICIENT_CHANGE
         lam = torch.cat([self.model.expression.coefficients(beta), source.lam + change.to(source.lam)])

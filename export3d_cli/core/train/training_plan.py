@@ -69,12 +69,6 @@ def plan_training(config: TrainConfig) -> TrainPlan:
             model.drive(source, beta, camera)
         activations = _activation_bytes(model, (photo, beta, camera, points, beta, camera)) / 2**20
     weights = (WEIGHT_COPIES * total + (WEIGHT_COPIES - 1) * discriminator) * 4 / 2**20
-    return TrainPlan(
-        parameters=parameters | ({"discriminator": discriminator} if discriminator else {}),
-        total_parameters=total,
-        gflops_source=source_flops / 1e9,
-        gflops_frame=(counter.get_total_flops() - source_flops) / 1e9,
-        activations_mib_a_pair=activations,
-        weights_mib=weights,
-        memory_mib=weights + config.batch // config.accumulate * activations,
-    )
+    parameters |= {"discriminator": discriminator} if discriminator else {}
+    frame_flops, memory = counter.get_total_flops() - source_flops, config.batch // config.accumulate * activations
+    return TrainPlan(parameters, total, source_flops / 1e9, frame_flops / 1e9, activations, weights, weights + memory)

@@ -145,9 +145,9 @@ class TrainingRun:
         """File of the inference weights."""
         return self.folder / "weights.safetensors"
 
-    def write_sample(self, name: str, grid: Tensor) -> None:
-        """Write a picture (3, H, W) in [-1, 1] into the folder of samples."""
-        folder = self.folder / "samples"
+    def write_sample(self, name: str, columns: list[Tensor]) -> None:
+        """Write a picture of columns of images (B, 3, h, w) in [-1, 1] into the folder of samples."""
+        folder, grid = self.folder / "samples", torch.cat([torch.cat(list(x), dim=1) for x in columns], dim=2)
         folder.mkdir(exist_ok=True)
         write_image(folder / name, to_uint8(grid.cpu()))
 

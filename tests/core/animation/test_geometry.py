@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.framing import PHOTO_MARGIN, uncropped_frame_size
+from export3d_cli.core.animation.framing import uncropped_frame_size
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import head_pose, with_head_pose
@@ -25,14 +25,6 @@ def test_frame_size_of_an_uncropped_photo_is_the_given_one_or_as_the_photo_allow
             uncropped_frame_size(4000, 256, bad)
 
 
-def test_margins_are_the_photo_around_the_crop_up_to_a_limit(animator: Animator) -> None:
-    x0, y0, side = animator.portrait(PHOTO).square
-    left, top, right = (min(max(room, 0) / side, PHOTO_MARGIN) for room in (x0, y0, PHOTO.shape[1] - x0 - side))
-    assert animator.portrait(PHOTO).margins == pytest.approx((left, top, right))
-    tight = PHOTO[:, round(x0 + 0.1 * side) :]
-    assert animator.portrait(tight).margins[0] < 0.02
-
-
 def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> None:
     frames = {}
     for size in (64, 192):
@@ -42,7 +34,7 @@ def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> Non
     truth = crop_image(PHOTO, portrait.motion.crop, 192).astype(float)[40:-40, 40:-40]
     enlarged = cv2.resize(frames[64], (192, 192), interpolation=cv2.INTER_CUBIC)
     errors = [np.square(frame[40:-40, 40:-40] - truth).mean() for frame in (enlarged, frames[192])]
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animator: Animator) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.source_view import sample_view_plane
+from export3d_cli.core.model.triplane import sample_face_field
 from export3d_cli.core.model.warp.flow_blending import TORSO_FOLLOW_RATIO, neck_flow
 from export3d_cli.core.model.warp.mesh_flow import identity_grid
 
@@ -235,7 +236,7 @@ def test_expression_moves_the_look_up_of_the_photo_s_features(tiny: Export3D, in
         assert source.view_plane is not None
         channels = source.view_plane.shape[1]
         with_motion, without = (
-            tiny._sample_features(source, posed, moved, tiny._sample_face_field(posed, moved))[..., -channels:]
+            tiny._sample_features(source, posed, moved, sample_face_field(moved, posed.surface))[..., -channels:]
             for posed in (tiny.pose_head(source, lam), tiny.pose_head(source, source.lam))
         )
         expected = sample_view_plane(source.view_plane, nose, source.camera)

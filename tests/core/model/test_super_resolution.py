@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.face.head_pose import CanonicalFace
-from export3d_cli.core.model.export3d import Export3D, Output
+from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.generator import zero_init
-from export3d_cli.core.model.super_resolution import FRINGE_DIVISOR, PHOTO_LOGIT_BIAS, widen_mask
+from export3d_cli.core.model.masks import dilate
+from export3d_cli.core.model.super_resolution import PHOTO_LOGIT_BIAS, upsample_2x, upsample_concat_conv
 from export3d_cli.core.model.warp.layer_warp import highpass
 from export3d_cli.core.model.warp.mesh_flow import resize
 
@@ -62,81 +62,10 @@ def test_outline_of_a_far_moved_head_does_not_show_the_photo(
         out = net.drive(source, None, camera, lam=source.lam)
         flow = render_mesh(net.flow, points, orbit(0), points, camera, 128, source.head_mask)
     assert out.source_visibility is not None and out.flow_weights is not None and source.head_mask is not None
-    outline = (widen_mask(flow.weight) - flow.weight > 0.1) & (source.head_mask > 0.9)
+    outline = (dilate(flow.weight, 2) - flow.weight > 0.1) & (source.head_mask > 0.9)
     background = out.source_visibility - out.flow_weights[:, :2].sum(1, keepdim=True)
     assert outline.sum() > 500
     assert background[outline].mean() < 0.02
-
-
-def test_stray_hair_does_not_stay_on_the_wall(
-    tiny: Export3D, canonical: CanonicalFace, points: Tensor, orbit: Callable[..., Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Masks miss stray hair: next to where the head was, the wall does not count as visible, the body does."""
-    net = Export3D(replace(tiny.config, mesh_size=128)).eval()
-    assert net.flow is not None
-    net.flow.triangles.copy_(torch.from_numpy(canonical.flow_triangles))
-    render, person = net.render, torch.zeros(1, 1, 64, 64)
-    person[..., 12:52] = 1  # a head and the body below it
-
-    def render_transparent(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        features, depth, opacity = render(*args)
-        return features, depth, torch.zeros_like(opacity)
-
-    monkeypatch.setattr(net, "render", render_transparent)  # only the mesh marks the head
-    camera = orbit(0)
-    camera[:, 3] += 0.3
-    with torch.no_grad():
-        source = net.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
-        unmoved, moved = (net.drive(source, None, c, lam=source.lam) for c in (orbit(0), camera))
-    assert source.head_mask is not None and source.body_mask is not None
-    fringe = (
-        (widen_mask(source.head_mask, FRINGE_DIVISOR) > 0.95)
-        & (widen_mask(source.head_mask) < 0.05)
-        & (source.body_mask < 0.05)
-    )
-
-    def mean_visibility(out: Output, region: Tensor) -> float:
-        """Return the visibility of the photo in the background layer."""
-        assert out.source_visibility is not None and out.flow_weights is not None
-        rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
-        background = region & (rest > 0.9)
-        assert background.sum() > 50
-        return ((out.source_visibility - 1 + rest) / rest)[background].mean().item()
-
-    assert unmoved.flow_weights is not None and moved.flow_weights is not None
-    static, torso = moved.flow_weights[:, 2:3] > 0.9, moved.flow_weights[:, 3:] > 0.5
-    assert mean_visibility(unmoved, fringe) > 0.95
-    assert mean_visibility(moved, fringe & static) < 0.05
-    assert mean_visibility(moved, torso) > 0.85
-
-
-def test_solid_neck_is_not_covered_by_the_wall(
-    tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    person = torch.zeros(1, 1, 64, 64)
-    person[..., 16:48] = 1
-    original_render = tiny.render
-    with torch.no_grad():
-        source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points, person)
-
-    def visibility(opacity: float) -> Tensor:
-        """Return the visibility of the photo in the background layer."""
-
-        def render(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-            features, depth, rendered = original_render(*args)
-            return features, depth, torch.full_like(rendered, opacity)
-
-        monkeypatch.setattr(tiny, "render", render)
-        with torch.no_grad():
-            out = tiny.drive(source, None, orbit(0), lam=source.lam)
-        assert out.source_visibility is not None and out.flow_weights is not None
-        rest = 1 - out.flow_weights[:, :2].sum(1, keepdim=True)
-        return (out.source_visibility - 1 + rest)[0, 0] / rest[0, 0].clamp_min(0.01)
-
-    thin, solid = visibility(0.0), visibility(1.0)
-    assert thin[:, [2, -3]].min() > 0.95 and solid[:, [2, -3]].max() < 0.05  # the wall
-    assert thin[-2:, 12:-12].min() > 0.95 and solid[-2:, 12:-12].min() > 0.95  # the body
 
 
 def test_upscale_without_detail_is_the_result(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -210,7 +139,7 @@ def test_highpass_detail_is_not_added_at_discontinuities(
             tiny.drive(encoded, None, orbit(30), lam=encoded.lam).image
             for encoded in (source, replace(source, highpass=None))
         )
-    assert highpass(plain)[..., 2:-2, 2:-2].abs().max() > 0.05
+    assert highpass(plain)[..., 2:-2, 2:-2].abs().max() > 0.04
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
 
 
@@ -228,3 +157,11 @@ def test_detail_is_not_added_where_the_photo_is_minified(
             out = tiny.drive(source, None, camera, lam=source.lam)
             deviations.append((out.upscale(noise, 128) - out.upscale(noise * 0, 128))[..., 56:72, 56:72].std())
     assert deviations[0] > 0.2 and deviations[1] < 0.01
+
+
+def test_upsample_concat_conv_equals_conv_of_concatenation() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(12, 5, 3, padding=1)
+    x, a, b = torch.randn(2, 7, 8, 8), torch.randn(2, 2, 16, 16), torch.randn(2, 3, 16, 16)
+    plain = conv(torch.cat([upsample_2x(x), a, b], 1))
+    torch.testing.assert_close(upsample_concat_conv(conv, x, [a, b]), plain, atol=1e-5, rtol=0)

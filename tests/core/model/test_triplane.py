@@ -65,7 +65,7 @@ def test_face_field_rises_and_moves_at_the_known_surface() -> None:
     surface = torch.tensor([-0.1, 1.0, 1.0, 0.01, 0.02, 0.03]).view(1, 6, 1, 1).repeat(1, 1, 8, 8)
     surface[..., :4] = 0  # surface points on one side only
     points = torch.tensor([[[0.05, 0.0, z] for z in (-0.2, -0.1, 0.0, 0.1, 0.4)]])
-    prior, displacement = (x[0] for x in sample_face_field(points, surface, 0.35))
+    prior, displacement = (x[0] for x in sample_face_field(points, surface))
     assert prior[0] == -4  # in front of the face
     assert prior[1] > 15
     assert (prior[2:4] > 15).all()  # inside the head
@@ -73,6 +73,6 @@ def test_face_field_rises_and_moves_at_the_known_surface() -> None:
     torch.testing.assert_close(displacement[:2], torch.tensor([[0.01, 0.02, 0.03]] * 2), atol=1e-6, rtol=0)
     assert displacement[4].abs().max() < 1e-6
     elsewhere = points * torch.tensor([-1.0, 1, 1])
-    prior, displacement = sample_face_field(elsewhere, surface, 0.35)
+    prior, displacement = sample_face_field(elsewhere, surface)
     torch.testing.assert_close(prior, (20 * ellipsoid_level(elsewhere)).clamp(-4, 20))
     assert displacement.abs().max() == 0

@@ -12,7 +12,7 @@ from export3d_cli.core.model.export3d import Output
 from export3d_cli.core.model.warp.mesh_flow import resize
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.clebs_stage import identity_leakage_loss, mirror_loss
-from export3d_cli.core.train.objective import draw_rays, ray_loss, reconstruction_loss
+from export3d_cli.core.train.losses import draw_rays, ray_loss, reconstruction_loss
 from export3d_cli.core.train.pair_sampler import Batch
 
 from .conftest import motion_of
@@ -36,12 +36,15 @@ def test_mask_covers_eyes_and_mouth_only() -> None:
     assert mask.mean() < 0.15
 
 
-def test_mask_loss_is_limited_to_the_mask() -> None:
-    mask = torch.zeros(1, 1, 4, 4)
-    mask[..., :2] = 1
-    a, b = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
-    assert losses.mask_loss(a, b, mask).item() == 0.5
-    assert losses.l2(a, b).item() == losses.l1(a, b).item() == 1.0
+def test_mask_term_is_limited_to_eyes_and_mouth() -> None:
+    config = make_train_config({"loss": {"l2": 1, "l1": 1, "raw": 0, "perceptual": 0, "mask": 2}})
+    marks = torch.from_numpy(motion_of(0, 1).landmarks)
+    black, white, head = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.zeros(1, 1, 8, 8)
+    camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
+    batch = Batch(black, beta, camera, marks, head, white, beta, camera, marks[..., :2], marks, head, head)
+    terms = reconstruction_loss(Output(black, black, head, head, None, None), batch, config, None)[1]
+    assert terms["l2"] == terms["l1"] == 1.0
+    assert terms["mask"] == pytest.approx(2 * float(losses.face_mask(marks[..., :2], 64).mean()))
 
 
 def test_identity_leakage_loss_is_fishers_criterion() -> None:

@@ -1,4 +1,4 @@
-"""Fast paths: sparse rendering and tri-plane interpolation for inference, fused convolutions.
+"""Fast paths for inference: sparse rendering, tri-plane interpolation, resampling by OpenCV.
 
 Imported by `core.model` and, for the interpolation, by `core.animation`; imports only from `core.model`.
 """

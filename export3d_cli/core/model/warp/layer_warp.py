@@ -25,11 +25,6 @@ class LayerWarp(NamedTuple):
     sample_grid: Tensor  # (B, 2 L, s, s) photo positions (x, y) of each layer
     blend_weights: Tensor  # (B, L, s, s) sum <= 1
 
-    @property
-    def head_weight(self) -> Tensor:
-        """Weight of the head in all photos, (B, 1, s, s)."""
-        return self.blend_weights[:, :1] + self.blend_weights[:, 2:].sum(1, keepdim=True)
-
     def crop(self, window: Window) -> LayerWarp:
         """Return a part of the image."""
         return self if window == WHOLE else LayerWarp(*(window.crop(x) for x in self))
@@ -60,17 +55,15 @@ def make_layer_warp(
     """Resize the layers of a flow to `size`.
 
     The background layer has weight where `background_visibility` (B, 1, m, m) says that the photo shows it. A
-    `residual_flow` shifts all; with it the head's outline is smoothed, which otherwise shows the triangles' steps.
+    `residual_flow` shifts all.
     """
     grid, head_weight = torch.cat([flow.head, flow.background, *flow.additional], dim=1), flow.head_weight
     if residual_flow is not None:
         grid = resize(grid, residual_flow.shape[-1]) + residual_flow.repeat(1, grid.shape[1] // 2, 1, 1)
-        head_weight, background_visibility = lowpass(resize(head_weight, size)), resize(background_visibility, size)
     weights = torch.cat([head_weight, background_visibility * (1 - head_weight)], dim=1)
     if flow.fractions is not None:
-        fractions = resize(flow.fractions, head_weight.shape[-1])
-        first = head_weight * (1 - fractions.sum(1, keepdim=True))
-        weights = torch.cat([first, weights[:, 1:], head_weight * fractions], dim=1)
+        first = head_weight * (1 - flow.fractions.sum(1, keepdim=True))
+        weights = torch.cat([first, weights[:, 1:], head_weight * flow.fractions], dim=1)
     return LayerWarp(resize(grid, size), resize(weights, size))
 
 

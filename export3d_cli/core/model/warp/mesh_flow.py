@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import ModelConfig
-from export3d_cli.core.face.landmarks import CHIN, EYE_RIMS, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
+from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.fast.resampling import can_resample, resize_bilinear
-from export3d_cli.core.model.masks import dilate, linear_step
+from export3d_cli.core.model.masks import linear_step
+from export3d_cli.core.model.triplane import SURFACE_HALF_EXTENT
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mouth_eye_interior import (
     RIM,
@@ -47,17 +48,8 @@ HEAD_RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 # Head mask, in face heights (chin to forehead). Each pair is a fade: 0 at the first value, 1 at the second.
 NECK_FADE_HEIGHT = 0.3  # the mask fades out over this distance below the chin
 HAIR_TOP_FADE = (0.6, 0.9)  # above the chin: from here hair of any height belongs to the head,
-HAIR_TOP_WIDTH_FADE = (0.6, 0.75)  # if it is no farther from the face's axis than this,
-HAIR_SIDE_WIDTH_FADE = (0.9, 1.05)  # or than this where it is connected to such hair
-HAIR_GROW_STEPS = 16  # dilations that follow connected hair
-FAR_DEPTH = 100.0  # head-frame units: depth where the mesh covers nothing
-# A cheek seen from the side hides what is behind it; stretched to the front it would appear twice.
-DEPTH_TOLERANCE = 0.02  # head-frame units behind the photo's visible surface from which a point counts as hidden
-STRETCH_FADE = (1.6, 2.0)  # log2 of stretch over which hidden points become invalid; at less, ears come out right
-STRETCHED_LID_PENALTY = 0.7  # validity taken from an eyelid stretched to twice its size or more
-HAIR_EXTENSION = 0.05  # image sizes beyond the photo's border over which cut hair fades out
+HAIR_TOP_WIDTH_FADE = (0.6, 0.75)  # if it is no farther from the face's axis than this
 SURFACE_SIZE = 64  # pixels a side of the height field of `BasisFlow.rasterize_surface`
-SURFACE_HALF_EXTENT = 0.35  # head-frame units that it reaches from the origin
 
 
 INTERIOR_FIELDS = ("mouth", "closed_in_photo", "mouth_coords", "eye", "anchored_coords")  # 0 outside mouth and eyes
@@ -88,7 +80,7 @@ class DeformedMesh(NamedTuple):
 
     points: Tensor  # (B, V, 3) deformed, head frame
     iris_edges: Tensor  # (B, 32, 3) likewise
-    # (B, T, 3 * 15) per corner: uv in the photo 2, proximity 1, mouth coords 2, anchored coords 4, lip edges 5, depth 1
+    # (B, T, 3 * 14) per corner: uv in the photo 2, proximity 1, mouth coords 2, anchored coords 4, lip edges 5
     corner_attributes: Tensor
     source_areas: Tensor  # (B, T) twice the signed area in the photo
 
@@ -149,11 +141,9 @@ class BasisFlow(nn.Module):
         skin, rings = torch.arange(int(eye_parents[0])), FACE_TRIANGLES + torch.arange(len(self.ring_triangles))
         self.register_buffer("eye_triangles", eyes, persistent=False)
         self.register_buffer("parents", torch.cat([skin, eye_parents, rings]), persistent=False)
-        self.register_buffer("eye_rims", torch.tensor([v for _, rim in EYE_RIMS for v in rim]), persistent=False)
         self.register_buffer("mouth_coords", _pad_rings(mouth_coords()), persistent=False)
         self.basis: Tensor
         self.mouth_coords: Tensor
-        self.eye_rims: Tensor
         self.triangles: Tensor
         self.ring_triangles: Tensor
         self.eye_triangles: Tensor
@@ -174,54 +164,42 @@ class BasisFlow(nn.Module):
         """
         return torch.cat([self.triangles[:-EYE_TRIANGLES].long(), self.eye_triangles, self.ring_triangles])
 
-    def source_visibility(self, points: Tensor, camera: Tensor) -> Tensor:
-        """Rasterise the mesh in the photo, (B, 2, m, m): proximity to the face, and depth in head-frame units.
+    def source_proximity(self, points: Tensor, camera: Tensor) -> Tensor:
+        """Return the proximity to the face in an image of landmarks (B, 478, 3): (B, 1, m, m), see `vertex_proximity`.
 
-        Where the mesh covers nothing they are -1 and `FAR_DEPTH`.
+        Where the mesh covers nothing it is -1.
         """
-        triangles = self.all_triangles()[:, :3]
         uv, depth = project(add_head_rings(points.float()), camera)
-        raster = rasterize(uv, depth, triangles, self.size, self.windows)
         proximity = vertex_proximity(points.device)[None, :, None].expand(len(points), -1, -1)
-        visible = interpolate_vertices(raster, torch.cat([proximity, depth[..., None]], dim=-1), triangles)  # (B, P, 2)
-        uncovered = cached_tensor((-1.0, FAR_DEPTH), points.device)
-        visible = torch.where(raster.triangle[..., None] < 0, uncovered, visible)
-        return visible.transpose(1, 2).reshape(-1, 2, self.size, self.size)
+        return self._draw(uv, depth, self.all_triangles(), 1 + proximity, self.size) - 1
 
     def rasterize_landmark_values(self, points: Tensor, camera: Tensor, values: Tensor) -> Tensor:
         """Interpolate values (B, 478, C) of landmarks over the face in an image: (B, C, m, m), 0 outside the face."""
-        triangles = self.triangles[:, :3].long()
-        uv, depth = project(points.float(), camera)
-        raster = rasterize(uv, depth, triangles, self.size, self.windows)
-        inside = interpolate_vertices(raster, values, triangles) * (raster.triangle >= 0)[..., None]
-        return inside.transpose(1, 2).reshape(len(points), -1, self.size, self.size)
+        return self._draw(*project(points.float(), camera), self.triangles.long(), values, self.size)
+
+    def _draw(self, uv: Tensor, depth: Tensor, triangles: Tensor, values: Tensor, size: int) -> Tensor:
+        """Rasterise values (B, V, C) of vertices: (B, C, size, size), 0 where there is no triangle."""
+        raster = rasterize(uv, depth, triangles[:, :3], size, self.windows)
+        return interpolate_vertices(raster, values, triangles[:, :3]).transpose(1, 2).reshape(len(uv), -1, size, size)
 
     def head_mask(
-        self, points: Tensor, camera: Tensor, person: Tensor | None, visibility: Tensor | None = None
+        self, points: Tensor, camera: Tensor, person: Tensor | None, proximity: Tensor | None = None
     ) -> Tensor:
         """Return where a photo shows the head, (B, 1, m, m) in 0..1: all that moves with it, down to the upper neck.
 
         Without the mask `person` (B, 1, ., .) of hair and body, or if it misses the face, the mask of the head fades
-        out softly all around. `visibility`: `source_visibility` of the same points and camera, if known.
+        out softly all around. `proximity`: `source_proximity` of the same points and camera, if known.
         """
-        visibility = self.source_visibility(points, camera) if visibility is None else visibility
-        face, weight = face_and_head_weights(visibility[:, :1])
+        face, weight = face_and_head_weights(self.source_proximity(points, camera) if proximity is None else proximity)
         if person is None:
             return weight
         height, lateral = self.face_axes(points, camera)
         above_neck = (height / NECK_FADE_HEIGHT + 1).clamp(0, 1)
         # on the sides at most half of the second ring: there may be other people in the photo
-        is_high = linear_step(height, *HAIR_TOP_FADE)
-        top, side = (
-            is_high * (1 - linear_step(lateral, *fade)) for fade in (HAIR_TOP_WIDTH_FADE, HAIR_SIDE_WIDTH_FADE)
-        )
+        top = linear_step(height, *HAIR_TOP_FADE) * (1 - linear_step(lateral, *HAIR_TOP_WIDTH_FADE))
         near = torch.maximum((2 * weight).clamp_max(1), top)
         person = resize(F.interpolate(person.float(), (self.size // 2, self.size // 2), mode="area"), self.size)
         hair = person * above_neck * near
-        allowed, connected = person * side, hair * (hair > 0.5)
-        for _ in range(HAIR_GROW_STEPS):
-            connected = torch.minimum(allowed, dilate(connected, max(1, self.size // 64)))
-        hair = torch.maximum(hair, connected)
         covers_face = (person * face).sum((1, 2, 3), keepdim=True) > face.sum((1, 2, 3), keepdim=True) / 2
         return torch.where(covers_face, torch.maximum(face, hair), weight)
 
@@ -241,12 +219,12 @@ class BasisFlow(nn.Module):
         source_vertices = torch.cat([add_head_rings(points), interpolate_iris_edge(points, source_edge)], dim=1)
         # the rings ignore the expression: an opening jaw must not drag the neck
         vertices = torch.cat([deformed_points, source_vertices[:, NUM_LANDMARKS:-EYE_TRIANGLES]], dim=1)
-        uv, depth = project(source_vertices, source_camera)  # (B, V, 2), (B, V)
+        uv, _ = project(source_vertices, source_camera)  # (B, V, 2)
         constant = torch.cat([vertex_proximity(points.device)[:, None], self.mouth_coords], dim=-1)  # (V - 32, 3)
         constant = torch.cat([constant, constant[index_tensor(RIM, uv)]])
         varying = torch.cat([anchored_coords(deformed_points), lip_edges(uv, points, deformed_points)], dim=-1)
         varying = torch.cat([_pad_rings(varying), interpolate_iris_edge(varying, edge)], dim=1)
-        attributes = torch.cat([uv, constant.expand(B, -1, -1), varying, depth[..., None]], dim=-1)
+        attributes = torch.cat([uv, constant.expand(B, -1, -1), varying], dim=-1)
         triangles = self._flow_triangles()[:, :3]
         areas = _double_areas(uv, self.all_triangles()[:, :3])
         return DeformedMesh(
@@ -254,20 +232,18 @@ class BasisFlow(nn.Module):
         )
 
     def render_flow(
-        self, mesh: DeformedMesh, camera: Tensor, size: int | None = None, head_mask: Tensor | None = None,
-        visibility: Tensor | None = None, margins: Tensor | None = None,
-    ) -> MeshFlow:  # fmt: skip
+        self, mesh: DeformedMesh, camera: Tensor, size: int | None = None, head_mask: Tensor | None = None
+    ) -> MeshFlow:
         """Rasterise the mesh (one, or one per camera) as cameras (B, 25) see it, at `size`.
 
-        `head_mask` and `visibility` come from the methods of these names. `margins` (B, 3) tells how far a larger photo
-        continues to the left, the top and the right, in image sizes, so that cut hair does not end at the border.
+        `head_mask` comes from the method of this name, for the photo.
         """
         B, s = camera.shape[0], size or self.size
         triangles = self.all_triangles()
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_result, depth = project(torch.cat([mesh.points, mesh.iris_edges], dim=1), camera)
         raster = rasterize(uv_result, depth, self._flow_triangles()[:, :3], s, self.windows)
-        attributes = interpolate_corners(raster, mesh.corner_attributes.expand(B, -1, -1))  # (B, P, 15)
+        attributes = interpolate_corners(raster, mesh.corner_attributes.expand(B, -1, -1))  # (B, P, 14)
 
         before, after = mesh.source_areas.expand(B, -1), _double_areas(uv_result, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
@@ -276,9 +252,6 @@ class BasisFlow(nn.Module):
         ratio = (before / after.clamp_min(1e-8)).clamp(0, 1)
         interior = (kind > 0).float()
         valid = (before > 0).float() * (1 - interior * (1 - ratio.square()))
-        # a closing lid is stretched from the few rows of skin above an open eye: lashes and iris must not smear
-        is_lid = (triangles[..., None] == self.eye_rims).flatten(1).any(1) & (kind == 0)
-        valid = valid * (1 - STRETCHED_LID_PENALTY * is_lid * (stretch - 0.5).clamp(0, 1))
         closed = interior * (1 - 2 * ratio).clamp_min(0)
         per_triangle = torch.stack([valid, stretch, mouth, closed, eye], dim=-1)
         per_pixel = gather_rows(per_triangle, self.parents[raster.triangle])  # (B, P, 5)
@@ -296,13 +269,9 @@ class BasisFlow(nn.Module):
         in_mouth = to_image(attributes[..., 3:5]) * mouth
         anchored = to_image(attributes[..., 5:9].clamp(-2, 2)) * (mouth + eye)
         uv, (face, weight) = to_image(uv), face_and_head_weights(proximity)
-        if visibility is not None:
-            behind = to_image(attributes[..., 14:]) - warp(visibility[:, 1:], uv)  # distance behind the photo's surface
-            hidden = linear_step(behind, DEPTH_TOLERANCE, 2 * DEPTH_TOLERANCE) * (1 - mouth - eye)
-            valid = valid * (1 - hidden * linear_step(stretch, *STRETCH_FADE))
         if head_mask is not None:  # around the face the mesh carries what belongs to the head in the photo
             carries = proximity > HEAD_RINGS[-1][2]
-            weight = torch.maximum(face, warp(head_mask, uv) * carries * inside_photo(uv, margins))
+            weight = torch.maximum(face, warp(head_mask, uv) * carries)
             moves = (proximity >= 0) | (weight > 0.05)  # beyond the second ring only hair
             uv = torch.where(moves, uv, identity_grid(s, camera))
             valid, stretch = valid * moves, stretch * moves
@@ -314,31 +283,17 @@ class BasisFlow(nn.Module):
         (B, 6, s, s) over [-SURFACE_HALF_EXTENT, SURFACE_HALF_EXTENT]: z times coverage, confidence (1 in the face,
         falling to 0 at the second ring), coverage (0 or 1), and the `displacement` (B, 478, 3) by the expression.
         """
-        triangles = self.all_triangles()[:, :3]
         points = add_head_rings(points.float())
         xy = points[..., :2] / (2 * SURFACE_HALF_EXTENT) + 0.5
-        raster = rasterize(xy, points[..., 2], triangles, size, self.windows)
         _, confidence = face_and_head_weights(vertex_proximity(points.device)[None, :, None])
         confidence = confidence.expand(len(points), -1, -1)
         vertex = [points[..., 2:], confidence, torch.ones_like(confidence), _pad_rings(displacement.float())]
-        surface = interpolate_vertices(raster, torch.cat(vertex, dim=-1), triangles)  # (B, P, 6)
-        return surface.transpose(1, 2).reshape(-1, 6, size, size)
+        return self._draw(xy, points[..., 2], self.all_triangles(), torch.cat(vertex, dim=-1), size)
 
 
 def _pad_rings(landmark_values: Tensor) -> Tensor:
     """Append zeros for the ring vertices to values (..., 478, K)."""
     return F.pad(landmark_values, (0, 0, 0, len(HEAD_RINGS) * len(FACE_OVAL)))
-
-
-def inside_photo(uv: Tensor, margins: Tensor | None) -> Tensor:
-    """Return (B, 1, s, s): 1 at positions uv (B, 2, s, s) where a head may be, 0 at `HAIR_EXTENSION` beyond the border.
-
-    `margins` as in `BasisFlow.render_flow`. Below the lower border it stays 1: bodies continue there.
-    """
-    x, y = uv.split(1, dim=1)
-    left, top, right = (0, 0, 0) if margins is None else margins[:, :, None, None, None].unbind(1)
-    distance = torch.maximum(torch.maximum(-x - left, x - 1 - right), -y - top)
-    return (1 - distance.clamp_min(0) / HAIR_EXTENSION).clamp_min(0)
 
 
 def identity_grid(size: int, like: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ def test_sparse_render_matches_plain_render(
     with torch.no_grad():
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
         posed = tiny.pose_head(source, source.lam)
-        planes = posed.planes * density_scale
-        posed = replace(posed, planes=planes, plane_tables=tiny._make_plane_tables(planes))
+        posed = replace(posed, planes=posed.planes * density_scale)
         sparse = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
     assert plain.image.requires_grad and not sparse.image.requires_grad

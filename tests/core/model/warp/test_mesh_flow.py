@@ -22,10 +22,9 @@ from export3d_cli.core.face.landmarks import (
     RIGHT_IRIS,
     UPPER_INNER_LIP,
 )
+from export3d_cli.core.model.triplane import SURFACE_HALF_EXTENT
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import (
-    HAIR_EXTENSION,
-    SURFACE_HALF_EXTENT,
     SURFACE_SIZE,
     BasisFlow,
     MeshFlow,
@@ -100,7 +99,7 @@ def test_head_mask_is_the_person_above_the_neck(flow: BasisFlow, points: Tensor,
     people = torch.ones(1, 1, 64, 64)
     people[..., 2:14] = 0
     alone, crowd, without = (flow.head_mask(points, camera, mask) for mask in (mesh.face, people, mesh.face * 0))
-    assert (alone >= mesh.face).all() and (alone - mesh.face).max() < 0.25  # the face is part of the head
+    assert (alone >= mesh.face - 1e-5).all() and (alone - mesh.face).max() < 0.25  # the face is part of the head
     torch.testing.assert_close(without, mesh.weight)  # a mask that misses the face is ignored
 
     def at(picture: Tensor, x: float, y: float) -> float:
@@ -158,10 +157,10 @@ def test_high_hair_belongs_to_the_head_and_background_next_to_it_does_not(
     assert at(mesh.weight, after) > 0.8
 
 
-def test_wide_hair_belongs_to_the_head_only_if_connected(
+def test_hair_far_aside_does_not_belong_to_the_head(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hair as far aside as another head could be: connected on the right, separate on the left."""
+    """It may be another head, whether it is connected or not."""
     camera = orbit(0)
     camera[:, [16, 20]] *= 0.7  # a wider lens leaves space next to the head
     uv, _ = project(points[:, [CHIN, FOREHEAD_TOP]], camera)
@@ -174,31 +173,9 @@ def test_wide_hair_belongs_to_the_head_only_if_connected(
     person[0, 0][(y < brow + 0.35 * face) & (y > brow - 0.35 * face) & (x < middle - 0.8 * face)] = 1
     head = flow.head_mask(points, camera, person)
     near, far, apart = (
-        float(warp(head, torch.tensor([middle + aside * face, brow]).view(1, 2, 1, 1))) for aside in (0.85, 1.15, -0.87)
+        float(warp(head, torch.tensor([middle + aside * face, brow]).view(1, 2, 1, 1))) for aside in (0.5, 1.15, -0.87)
     )
     assert near > 0.95 and far < 0.05 and apart < 0.05
-
-
-def test_cut_hair_ends_beyond_the_border_unless_the_photo_continues(
-    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
-) -> None:
-    """Below the lower border the body continues."""
-    source, camera, everywhere = orbit(0), orbit(0), torch.ones(1, 1, SIZE, SIZE)
-    source[:, 18] -= 0.2  # the head is at the photo's left border
-    camera[:, [16, 20]] *= 0.5  # a wider lens leaves space around the head
-    mesh = flow.deform_mesh(points, source, points)
-    x, y = flow.render_flow(mesh, camera, SIZE).uv[0]
-    all_margins = (None, torch.tensor([[0.0, 0.25, 0.0]]), torch.full((1, 3), 0.25))
-    cut, top, whole = (
-        flow.render_flow(mesh, camera, SIZE, everywhere, margins=margins).weight[0, 0] for margins in all_margins
-    )
-    within_x, far = (x > 0) & (x < 1), whole > 0.9
-    above, below = far & within_x & (y < -HAIR_EXTENSION), far & within_x & (y > 1 + HAIR_EXTENSION)
-    aside = far & (y > 0) & (x < -HAIR_EXTENSION)
-    assert min(above.sum(), below.sum(), aside.sum()) > 20
-    assert cut[above].max() == cut[aside].max() == top[aside].max() == 0
-    for actual, region in ((top, above), (cut, below), (cut, within_x & (y > 0)), (top, within_x & (y > 0))):
-        assert torch.equal(actual[region], whole[region])
 
 
 def test_flow_of_a_turned_head_maps_landmarks_to_the_photo(
@@ -225,23 +202,6 @@ def test_skin_hidden_in_the_photo_is_invalid(flow: BasisFlow, points: Tensor, or
     assert left.sum() < 0.2 * right.sum()
     straight = render_mesh(flow, points, orbit(0), points, orbit(0), SIZE)
     assert ((straight.valid == 0) & (straight.weight == 1) & (straight.mouth == 0)).sum() < 0.02 * face.sum()
-
-
-def test_hidden_stretched_cheek_is_invalid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    """The part that a cheek occludes is invalid in the result, although its triangles face the photo's camera."""
-    photo, driver = orbit(30), orbit(-10)
-    visibility = flow.source_visibility(points, photo)
-    unchecked = render_mesh(flow, points, photo, points, driver, SIZE)
-    mesh = render_mesh(flow, points, photo, points, driver, SIZE, visibility=visibility)
-    lost = (unchecked.valid - mesh.valid > 0.5)[0, 0]
-    assert lost[:, SIZE // 2 :].sum() > 50 and lost[:, : SIZE // 2].sum() == 0  # behind the far cheek
-    identity = render_mesh(flow, points, photo, points, photo, SIZE)
-    face_in_photo = warp(identity.face, unchecked.uv)[0, 0][lost]  # the photo shows the cheek or its edge
-    assert face_in_photo.mean() > 0.8 and face_in_photo.min() > 0
-    frontal = render_mesh(
-        flow, points, photo, points, photo, SIZE, visibility=visibility
-    )  # nothing is stretched from the photo's view
-    assert torch.equal(frontal.valid, identity.valid)
 
 
 def test_jaw_displacement_opens_the_mouth(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
@@ -293,17 +253,6 @@ def test_sample_behind_lips_stops_at_the_lower_lip_of_the_photo() -> None:
     uv, visibility = sample_behind_lips(torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1), edges)
     torch.testing.assert_close(uv[0, :, 1], torch.tensor([0.4, 0.45, 0.5]))
     assert visibility.flatten().tolist() == [1, 1, 0]
-
-
-def test_stretched_closing_lid_is_less_valid(flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]) -> None:
-    camera, shut = orbit(0), points.clone()
-    for _, rim in EYE_RIMS:
-        upper, lower = list(rim[1:8]), list(rim[:8:-1])
-        shut[0, upper, 1] = points[0, lower, 1] - 0.001
-    opened, closed = (render_mesh(flow, points, camera, target, camera, 2 * SIZE) for target in (points, shut))
-    skin = (closed.mouth == 0) & (closed.eye == 0) & (closed.weight == 1) & (opened.eye > 0)
-    assert closed.valid[skin].mean() < 0.7
-    assert opened.valid[(opened.mouth == 0) & (opened.eye == 0) & (opened.weight == 1)].mean() > 0.95
 
 
 def test_deform_landmarks_sums_the_fields(flow: BasisFlow, points: Tensor) -> None:
