@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from export3d_cli.core.runtime.errors import Export3DWarning
 
+T = TypeVar("T")
 ProgressCallback = Callable[[str, int, "int | None"], None]  # stage, done, total (None: unknown)
 
 
@@ -108,6 +109,14 @@ def print_summary(summary: Any, *, as_json: bool = False) -> None:
     if not fields.get("fps", True):  # pictures have no frame rate
         del fields["fps"]
     click.echo(", ".join(f"{key} {_format_value(value)}" for key, value in fields.items()), err=True)
+
+
+def run(job: Callable[..., T], *arguments: Any, as_json: bool, **options: Any) -> T:
+    """Call a job with a progress bar, print its summary, and return it."""
+    with show_progress() as progress:
+        summary = job(*arguments, progress=progress, **options)
+    print_summary(summary, as_json=as_json)
+    return summary
 
 
 def print_json(value: Any) -> None:

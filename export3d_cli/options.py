@@ -79,10 +79,18 @@ BATCH = AutoInt(r"\d{1,6}", "must be auto or a whole number of frames such as 8"
 SIZE = AutoInt(r"\d{0,5}[02468]", "must be auto or an even number of pixels such as 512")  # ffmpeg requires even sides
 
 
-def _validate_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+def _set_model_option(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Keep an option of the animator for `load_animator`."""
+    if param.name == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise click.BadParameter(f"must be auto, cpu, mps, cuda or cuda:N; got {value!r}", ctx, param)
-    return value
+    ctx.meta.setdefault("model", {})[param.name] = value
+
+
+def load_animator() -> Any:
+    """Return the running command's `Animator`, made by its model options."""
+    from export3d_cli import core
+
+    return core.Animator.from_weights(**click.get_current_context().meta["model"])
 
 
 def validate_face(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -119,8 +127,9 @@ def _together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 fps_option = click.option("--fps", type=FrameRate(), default="25", show_default=True, help="Frames per second.")
 batch_option = click.option(
-    "--batch", type=BATCH, default="auto", show_default=True, help="Frames per batch; halved when memory runs out."
-)
+    "--batch", type=BATCH, default="auto", show_default=True, help="Frames per batch; halved when memory runs out.",
+    expose_value=False, callback=_set_model_option,
+)  # fmt: skip
 frame_option = click.option(
     "--frame", "framing", type=click.Choice(["photo", "face"]), default="photo", show_default=True,
     help="What frames show: the whole photo, or a square around the head.",
@@ -134,6 +143,7 @@ pose_option = click.option(
 quality_option = click.option(
     "--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced", show_default=True,
     help="Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to best or more), fast 1/8.",
+    expose_value=False, callback=_set_model_option,
 )  # fmt: skip
 smooth_option = click.option(
     "--smooth", type=click.Choice(["off", "light", "strong"]), default="light", show_default=True,
@@ -165,7 +175,7 @@ source_options = _together(
                  help="Landmarks of a face that is not found, as in paintings: .json or .csv with 68 (iBUG) or 478 "
                  "(MediaPipe) points x, y in pixels of SRC."),
     click.option("--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
-                 help="Part of SRC for the network: a square around the face, or none to use a square SRC as it is."),
+                 help="What the network reads: a square around the face, or none for all that frames show (square)."),
     frame_option,
     click.option("--size", type=SIZE, default="auto", show_default=True,
                  help="Longer side of the frames in pixels; auto is that of SRC, at most 1080 (512 in a contact "
@@ -257,13 +267,14 @@ def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None
         ctx.with_resource(core.torch_state(threads=value))
 
 
-# how the animator is built and computes
+# how the animator is built and computes, see `load_animator`
 model_options = _together(
-    click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Model weights.  [default: embedded]"),
-    click.option("--device", default="auto", show_default=True, callback=_validate_device,
+    click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", help="Model weights.  [default: embedded]",
+                 expose_value=False, callback=_set_model_option),
+    click.option("--device", default="auto", show_default=True, expose_value=False, callback=_set_model_option,
                  metavar="auto|cpu|cuda[:N]|mps", help="Compute device; auto is CUDA if usable, else the CPU."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
-                 help="Network precision."),
+                 expose_value=False, callback=_set_model_option, help="Network precision."),
     click.option("--threads", type=click.IntRange(0), default=0, expose_value=False, callback=_set_threads,
                  help="Number of CPU threads.  [default: all]"),
 )  # fmt: skip

@@ -38,7 +38,7 @@ def animate(animator: Animator, photo: np.ndarray, driver: list[Motion]) -> np.n
 
 
 def animate_crop(animator: Animator, photo: np.ndarray, driver: list[Motion]) -> np.ndarray:
-    """Return frames of the face crop alone, 256 x 256, as the network makes them."""
+    """Return frames of the face crop alone, 256 x 256."""
     portrait = animator.portrait(photo)
     portrait = animator.portrait_from_motion(portrait.crop, portrait.motion)
     return np.stack(list(animator.animate(portrait, driver))).astype(float)

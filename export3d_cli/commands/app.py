@@ -15,7 +15,7 @@ from export3d_cli import options
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="TCP port of the page.")
 @options.quality_option
 @options.model_options
-def app(port: int, weights: str | None, device: str, precision: str, quality: str) -> None:
+def app(port: int) -> None:
     """Open a page in which a photo is animated, turned and edited with sliders; only this machine can reach it.
 
     Needs `pip install 'export3d-cli[app]'`. Ctrl-C ends it and deletes all files of its pages.
@@ -26,7 +26,6 @@ def app(port: int, weights: str | None, device: str, precision: str, quality: st
         raise core.InputError("the page needs gradio, which is not installed: run pip install 'export3d-cli[app]'")
     from export3d_cli.app import serve
 
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
-    with serve(animator, port) as address, contextlib.suppress(KeyboardInterrupt):
+    with serve(options.load_animator(), port) as address, contextlib.suppress(KeyboardInterrupt):
         click.echo(f"Open {address} in a browser; Ctrl-C ends it.", err=True)
         threading.Event().wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,15 +22,17 @@ from export3d_cli import console, options
 @options.batch_option
 @options.model_options
 @options.json_option
+@click.pass_context
 def bench(
-    source: Path | None, driver: Path | None, frames: int, against: str | None, as_json: bool, **model: Any
+    ctx: click.Context, source: Path | None, driver: Path | None, frames: int, against: str | None, as_json: bool
 ) -> None:
     """Measure the stages of `reenact` one by one in ms per frame, and its speed in frames/s from file to file."""
     from export3d_cli import core
 
     if against is not None:
         options.refuse_unused({"frames", "batch", "threads"}, "--against, which times whole runs")
-        chosen = [f"--{name}={value}" for name, value in model.items() if value is not None and name != "batch"]
+        model = ctx.meta["model"].items()
+        chosen = [f"--{name}={value}" for name, value in model if value is not None and name != "batch"]
         comparison = core.compare_speed(against, source, driver, arguments=chosen)
         if as_json:
             console.print_json(comparison)
@@ -41,7 +42,7 @@ def bench(
             click.echo(f"{name:<18}{statistics.median(seconds):>9.2f} s, {spread}")
         click.echo(f"ratio {comparison.ratio:.2f}: above 1 export3d is faster")
         return
-    result = core.run_benchmark(core.Animator.from_weights(**model), source, driver, frames=frames)
+    result = core.run_benchmark(options.load_animator(), source, driver, frames=frames)
     if as_json:
         console.print_json(result)
         return

@@ -28,9 +28,7 @@ from export3d_cli import console, options
 @options.batch_option
 @options.model_options
 @options.output_options
-def edit(
-    clip: Path, output: Path, weights: str | None, device: str, precision: str, batch: int, as_json: bool, **chosen: Any
-) -> None:
+def edit(clip: Path, output: Path, as_json: bool, **chosen: Any) -> None:
     """Change the expression of a face in the video CLIP; all but the face stays as it is.
 
     Controls hold their value in every frame: --gaze 0,0 looks straight ahead throughout. The result has CLIP's size,
@@ -39,9 +37,5 @@ def edit(
     from export3d_cli import core
 
     job = core.ReenactOptions(**chosen)
-    core.check_outputs([output], job.background, job.crf)
-    core.check_overwrite(output, job.overwrite)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, batch=batch)
-    with console.show_progress() as report:
-        summary = core.edit_clip(animator, clip, output, job, progress=report)
-    console.print_summary(summary, as_json=as_json)
+    job.check_outputs(output)
+    console.run(core.edit_clip, options.load_animator(), clip, output, job, as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this rang
 @options.output_options
 def edit_basis(
     source: Path | None, output: Path | None, vectors: tuple[int, ...], scales: tuple[tuple[float, float], ...],
-    describe: bool, weights: str | None, device: str, precision: str, quality: str, overwrite: bool, as_json: bool,
-    **values: Any,
+    describe: bool, overwrite: bool, as_json: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Change the expression of the portrait SRC (default: the bundled example).
 
@@ -55,8 +55,6 @@ def edit_basis(
         ctx = click.get_current_context()
         kept = {"describe", "weights", "device", "precision", "threads", "as_json"}
         options.refuse_unused({str(option.name) for option in ctx.command.params} - kept, "--describe")
-    if values["crop"] == "none":
-        options.refuse_unused({"framing"}, "--crop none")
     if grid:
         options.refuse_unused({"frames", "fps"}, "--grid")
     if not (grid or describe or expression):
@@ -65,10 +63,10 @@ def edit_basis(
                 raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
     if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
         raise click.BadParameter(f"give one --scale per --v, got {len(vectors)} --v and {len(scales)} --scale")
+    chosen = core.EditOptions(overwrite=overwrite or output is None, **values)
     if output is not None:
-        core.check_overwrite(output, overwrite)
-        core.check_crf(output, values["crf"])
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
+        chosen.check_outputs(output)
+    animator = options.load_animator()
     if describe:
         basis = core.describe_basis(animator)
         if as_json:
@@ -82,9 +80,7 @@ def edit_basis(
     if grid and not expression.controls:
         vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
     scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
-    edits = tuple(zip(vectors, scales, strict=True))
-    chosen = core.EditOptions(edits=edits, overwrite=overwrite or output is None, **values)
+    chosen = dataclasses.replace(chosen, edits=tuple(zip(vectors, scales, strict=True)))
     out = output or Path("edit_basis.png" if grid or chosen.single else "edit_basis.mp4")
-    with console.show_progress() as report:
-        summary = core.edit_basis(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
-    console.print_summary(summary, as_json=as_json)
+    source = source or core.example_path("source.jpg")
+    console.run(core.edit_basis, animator, source, out, chosen, as_json=as_json)

@@ -74,10 +74,10 @@ def evaluate(
     from export3d_cli import core
 
     if write_inputs is not None:
-        options.refuse_unused({"output", *chosen} - {"protocol", "cross", "cases", "seed"}, "--write-inputs")
+        unused = {"output", "weights", "device", "precision", "quality", *chosen}
+        options.refuse_unused(unused - {"protocol", "cross", "cases", "seed"}, "--write-inputs")
     if not chosen["model"]:
         options.refuse_unused({"quality", "precision", "framing", "pose", "smooth", "watermark"}, "--no-model")
-    setup = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
     settings = core.ReenactOptions(**{name: chosen.pop(name) for name in ("framing", "pose", "smooth", "watermark")})
     chosen["max_frames"] = chosen["max_frames"] or None
     if protocol is not None:
@@ -91,7 +91,7 @@ def evaluate(
         else:
             console.print_lines(files)
         return
-    animator = core.Animator.from_weights(**setup)
+    animator = options.load_animator()
     with console.show_progress() as progress:
         result = core.evaluate_model(animator, dataset, evaluation, out=output, progress=progress)
     if as_json:

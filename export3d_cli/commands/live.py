@@ -63,9 +63,6 @@ def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen
     """
     from export3d_cli import core
 
-    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality")}
-    if chosen["crop"] == "none":
-        options.refuse_unused({"framing"}, "--crop none")
     if chosen["receive"]:
         options.refuse_unused({"camera"}, "--from")
     else:
@@ -75,6 +72,6 @@ def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen
     if not chosen["record"]:
         options.refuse_unused({"crf", "overwrite"}, "no --record")
     job = core.LiveOptions(to=to or (() if chosen["record"] else ("window",)), **chosen)
-    animator = core.Animator.from_weights(**model)
+    animator = options.load_animator()
     portraits = sources or [core.example_path("source.jpg")]
     console.print_summary(core.run_live(animator, portraits, job, report=console.live_log()), as_json=as_json)

@@ -53,9 +53,8 @@ from export3d_cli import console, options
 @options.model_options
 @options.output_options
 def novel_view(
-    source: Path | None, output: Path | None, frames: int | None, weights: str | None, device: str, precision: str,
-    quality: str, overwrite: bool, as_json: bool, **values: Any,
-) -> None:  # fmt: skip
+    source: Path | None, output: Path | None, frames: int | None, overwrite: bool, as_json: bool, **values: Any
+) -> None:
     """Turn the portrait SRC (default: the bundled example) from A to B degrees.
 
     A single angle, or --frames 1, makes a picture.
@@ -68,21 +67,14 @@ def novel_view(
         options.refuse_unused(unused, "a mesh alone (add -o, --grid or --depth)")
     if mesh is None:
         options.refuse_unused({"morphs"}, "views: morph targets need --mesh OUT.glb")
-    if values["crop"] == "none":
-        options.refuse_unused({"framing"}, "--crop none")
     if grid:
         options.refuse_unused({"loop"} if drive else {"loop", "fps"}, "--grid")
     overwrite = overwrite or (output is None and mesh is None)
     chosen = core.NovelViewOptions(frames=frames or (9 if grid else 60), overwrite=overwrite, **values)
     picture = grid or (chosen.single and drive is None)
     out: Path | None = output or Path("novel_view.png" if picture else "novel_view.mp4")
-    if mesh is not None:
-        core.check_mesh_output(mesh, morphs=values["morphs"] == "arkit")
-        out = out if output or grid or depth else None
-    if out is not None:
-        core.check_overwrite(out, chosen.overwrite)
-        core.check_crf(out, chosen.crf)
-    animator = core.Animator.from_weights(weights, device=device, precision=precision, quality=quality)
-    with console.show_progress() as report:
-        summary = core.novel_view(animator, source or core.example_path("source.jpg"), out, chosen, progress=report)
-    console.print_summary(summary, as_json=as_json)
+    if mesh is not None and not (output or grid or depth):
+        out = None
+    chosen.check_outputs(*([] if out is None else [out]))
+    source = source or core.example_path("source.jpg")
+    console.run(core.novel_view, options.load_animator(), source, out, chosen, as_json=as_json)

@@ -80,13 +80,8 @@ def preprocess(
     limits = {name: given.pop(name) for name in ("min_seconds", "max_seconds", "min_face", "max_yaw")}
     limits["min_face_px"] = limits.pop("min_face")
     limits = {name: value for name, value in limits.items() if value is not None}
-    with console.show_progress() as progress:
-        summary = core.build_dataset(
-            list(inputs),
-            output,
-            max_frames=max_frames,
-            clip_filter=core.ClipFilter(**limits) if limits else None,
-            progress=progress,
-            **given,
-        )
-    console.print_summary(summary, as_json=as_json)
+    clip_filter = core.ClipFilter(**limits) if limits else None
+    console.run(
+        core.build_dataset, list(inputs), output, max_frames=max_frames, clip_filter=clip_filter, as_json=as_json,
+        **given,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,9 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 )  # fmt: skip
 @options.batch_option
 @click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, expose_value=False,
     help="Has no effect: rendering is deterministic.  [default: 0]",
-)
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done and an estimate of the time; write nothing.")
 @options.quality_option
 @options.model_options
@@ -137,31 +136,24 @@ def reenact(
     """
     from export3d_cli import core
 
-    model = {name: chosen.pop(name) for name in ("weights", "device", "precision", "quality", "batch")}
-    chosen.pop("seed")
-    if chosen["crop"] == "none":
-        options.refuse_unused({"framing", "paste_back"}, "--crop none")
     if chosen.pop("paste_back") and chosen["framing"] == "face":
         raise click.UsageError("--paste-back means --frame photo: leave out one of --paste-back and --frame face")
     if len(sources) > 1:
         options.refuse_unused({"also", "landmarks"}, "several SRC")
     job = core.ReenactOptions(**chosen)
     paths = core.output_paths(sources, driver, output)
-    core.check_outputs(paths, job.background, job.crf)
-    if len(paths) == 1 and not dry_run:  # of several outputs, existing ones are skipped
-        core.check_overwrite(paths[0], job.overwrite)
-    animator = core.Animator.from_weights(**model)
+    # of several outputs, existing ones are skipped
+    dataclasses.replace(job, overwrite=job.overwrite or dry_run or len(paths) > 1).check_outputs(*paths)
+    animator = options.load_animator()
     if dry_run:
         planned = core.plan_reenact(animator, sources, driver, output, job)
         console.print_lines(map(str, planned.sources))
         console.print_summary(planned, as_json=as_json)
         return
-    with console.show_progress() as report:
-        if len(sources) == 1:
-            summary = core.reenact(animator, sources[0], driver, paths[0], job, progress=report)
-        else:
-            summary = core.reenact_all(animator, sources, driver, output, job, progress=report)
-    console.print_summary(summary, as_json=as_json)
-    if len(sources) > 1 and summary.failed:
+    if len(sources) == 1:
+        console.run(core.reenact, animator, sources[0], driver, paths[0], job, as_json=as_json)
+        return
+    summary = console.run(core.reenact_all, animator, sources, driver, output, job, as_json=as_json)
+    if summary.failed:
         console.print_lines(f"failed: {line}" for line in summary.failed)
         ctx.exit(1)

@@ -188,7 +188,7 @@ def test_expression_controls_make_pictures_and_videos(tiny, tmp_path, monkeypatc
         (["--gaze", "1"], "must be X,Y"),
         (["--blink", "1", "--eyes-open", "1"], "two controls set"),
         (["--preset", "jot"], "did you mean joy"),
-        (["--smile", "0:1", "-o", "a.png"], "can hold one frame"),
+        (["--smile", "0:1", "-o", "a.png"], "can hold one view"),
     ],
 )
 def test_bad_expression_controls_exit_2(tiny, args, words):

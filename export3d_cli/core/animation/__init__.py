@@ -1,11 +1,15 @@
 """Animation of a portrait: the engine, and the jobs that go from files to files.
 
     animator, framing             the engine: weights -> `Animator`, photo -> `Portrait`, motion -> frames
-    rendering, retargeting        rendering quality and uint8 frames; which of the driver's motion is used
+    photo_canvas, background_fill the photo as person and background, onto which every frame is composed
     reenact, batch, options       a driver animates one portrait, or several; what a user can choose
-    novel_view, edit_basis        the camera moves, or expression coefficients do; `view_writer` writes both
-    driver_stream, compositor     the driver's motion in batches; background, paste-back and comparison
-    pipeline, watermark           reading and writing in threads; visible and invisible marks
+    clip_editing, retouching      expressions in a video change, its other pixels stay
+    novel_view, edit_basis        the camera moves, or expression coefficients do
+    expression_controls, live     expressions by name; a camera or another program drives
+    driver_stream, retargeting    the driver's motion in batches; which of it is used
+    compositor                    background, several persons and comparison
+    pipeline, frame_writer        reading and writing in threads; frames to files
+    watermark                     visible and invisible marks
     mesh_export, basis_description    the head as a mesh; the meaning of the expression basis
 
 Imports `model`, `face`, `media`, `config` and `runtime`. Imported by `evaluation` and `diagnostics`, and by the

@@ -24,16 +24,15 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.expression_controls import EditedExpression, look_at_camera
-from export3d_cli.core.animation.framing import MAX_FRAME_SIZE_PX, PHOTO_MARGIN, place_on_canvas, uncropped_frame_size
+from export3d_cli.core.animation.framing import MAX_FRAME_SIZE_PX, PHOTO_MARGIN, place_on_canvas
 from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pipeline import chain_parallel
-from export3d_cli.core.animation.rendering import colour_depth, sampling, triplane_tolerance
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding, fit_clip_crop
-from export3d_cli.core.face.face_track import FaceTracker, find_photo_face
+from export3d_cli.core.face.face_track import Face, FaceTracker, find_photo_face
 from export3d_cli.core.face.given_landmarks import complete_landmarks
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
@@ -62,6 +61,10 @@ from export3d_cli.core.runtime.weights import resolve_weights
 MIN_SIMILARITY = 0.5
 FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
 FP32_PARTS = ("expression", "decoder")  # parts of the network whose weights always stay fp32
+NOT_FINITE = "the network gives values that are not finite: use a smaller scale, or other weights"
+# Side of the volume rendering and samples of a ray, as fractions of those that the weights were trained at. PSNR to
+# `best` of three driven portraits, frame by frame: balanced 39 to 45 dB, fast 37 to 43 dB.
+RENDER_SCALES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanced": (0.5, 0.75), "best": (1.0, 1.0)}
 Notify = Callable[[str], None]  # takes a note for the user
 
 _REPLACED = {  # names of earlier versions
@@ -82,22 +85,33 @@ _REPLACED = {  # names of earlier versions
 
 
 @dataclass(frozen=True, eq=False)
-class Portrait:
-    """An encoded photo, made by `Animator.portrait`; immutable, its arrays are read-only."""
+class FaceCrop:
+    """The part of a photo that the network encodes; immutable, its arrays are read-only."""
 
-    crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3), the part of the photo that is animated
+    crop: np.ndarray = field(repr=False)  # uint8 (K, K, 3)
     motion: Motion = field(repr=False)  # one frame: its expression, camera and landmarks
     faces: tuple[FacePosition, ...]  # the person's face in the crop, then those of other people, who do not move
+    covered: CoveredParts  # covered parts of the face, which are not animated
+
+    def __post_init__(self) -> None:
+        motion = self.motion
+        for array in (self.crop, motion.beta, motion.camera, motion.landmarks, motion.found):
+            array.flags.writeable = False
+
+
+@dataclass(frozen=True, eq=False)
+class Portrait(FaceCrop):
+    """An encoded photo, made by `Animator.portrait`; immutable, its arrays are read-only."""
+
     face_box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the person's landmarks, pixels of the photo as it was given
     shown: tuple[int, int, int, int]  # x0, y0, x1, y1 of the part that frames show, pixels of the photo as it was given
     source: Source = field(repr=False)  # the network's encoding of the crop
-    canvas: PhotoCanvas | None = field(repr=False)  # the photo that frames show whole; None: frames are the crop
+    canvas: PhotoCanvas = field(repr=False)  # the photo, or the part of it that frames show
     # (N, 3, M, M) the crop with the photo around it, for fine detail; then those of additional photos
     padded: Tensor | None = field(repr=False)
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
-    covered: CoveredParts  # covered parts of the face, which are not animated
-    others: tuple[Portrait, ...] = field(default=(), repr=False)  # additional photos of the person, crops only
+    others: tuple[FaceCrop, ...] = field(default=(), repr=False)  # of additional photos of the person
 
     @property
     def camera(self) -> np.ndarray:
@@ -107,12 +121,12 @@ class Portrait:
     @property
     def square(self) -> Square:
         """The crop in what frames show: x0, y0, side in pixels; may reach outside."""
-        return self.motion.crop
+        return self.canvas.square
 
     @property
     def frame_size(self) -> tuple[int, int]:
         """Width and height of the frames, pixels."""
-        return self.crop.shape[1::-1] if self.canvas is None else self.canvas.size  # type: ignore[return-value]
+        return self.canvas.size
 
     @property
     def crop_scale(self) -> float:
@@ -142,7 +156,12 @@ class Animator:
                     cast_weights(part, precision)
         self.device, self.precision, self.quality = device, precision, quality
         self.batch = batch or (32 if device.type == "cuda" else 4 // self._workers)
-        self._triplane_tolerance = triplane_tolerance(model.config, quality, device)
+        config, (image_scale, sample_scale) = model.config, RENDER_SCALES[quality]
+        samples = round(sample_scale * config.coarse_samples), round(sample_scale * config.fine_samples)
+        self._sampling: dict[str, Any] = {"raw_size": round(image_scale * config.raw_size), "samples": samples}
+        # how far lambda may be from that of interpolated tri-planes; a GPU makes many at once cheaply
+        may_interpolate = device.type == "cpu" and quality != "best"
+        self._triplane_tolerance = config.triplane_tolerance[quality == "balanced"] if may_interpolate else 0.0
         self._trackers: dict[str, FaceTracker] = {}
         self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
         self.cover_detector = CoverDetector(resolve_weights("cover_detector"))
@@ -206,8 +225,8 @@ class Animator:
             photo: uint8 (H, W, 3) RGB.
             face: which of several faces: largest, left, right, or index:N, the N-th from the left, from 0.
             framing: what frames show: the whole photo, or a square around the face.
-            crop: auto crops a square around the face for the network; none takes the whole photo, which must be
-                square, and frames show it as the network makes it.
+            crop: auto crops a square around the face for the network; none takes all that frames show, which must
+                be square.
             size: longer side of the frames in pixels; 0: the photo's, see `place_on_canvas`.
             name: of the photo, for error messages.
             also: more photos of the person, likewise, by their names. Frames take from them what they show better of
@@ -219,62 +238,75 @@ class Animator:
             NoFaceError: there is no face, or it is not upright.
             InputError: an option does not fit the photo or the weights, or `also` seems to show somebody else.
         """
-        height, width = photo.shape[:2]
-        if crop == "none" and height != width:
-            raise InputError(f"{name} is {width}x{height}: --crop none takes square pictures, use --crop auto")
         tracker = self.tracker()
         assert isinstance(tracker, LandmarkerTracker)
         if landmarks is None:
             target = find_photo_face(tracker, photo, name=name, face=face)
         else:
             target = tracker.face_at(complete_landmarks(landmarks))
-        others = tracker.find_all(photo)
         face_box = _bounding_box(target.landmarks)
-        square, shown = (0.0, 0.0, float(width)), (0, 0, width, height)
-        if crop == "auto":
-            photo, (target, *others), square, shown = place_on_canvas(
-                photo, [target, *others], framing, size, self.matting.alpha
-            )
-        photo_size = (photo.shape[1], photo.shape[0])
-        motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))
-        faces = face_positions(target, others, motion.crop)
-        x0, y0, side = square
-        frame_size = min(round(side), MAX_FRAME_SIZE_PX)  # the crop at the photo's scale
-        if crop == "none":
-            frame_size = uncropped_frame_size(width, self.model.config.image_size, size)
-        padding = round(PHOTO_MARGIN * frame_size)
-        around = padding * side / frame_size  # the same in pixels of the photo
-        padded = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), frame_size + 2 * padding)
-        crop_image = padded[padding:-padding, padding:-padding].copy()
-
-        def encode() -> Portrait:
-            portrait = self._make_portrait(crop_image, motion, faces, face_box, shown, padded, None)
-            return self._add_photos(portrait, also, padding, force) if also else portrait
-
-        if crop == "none":
-            return encode()
-        alpha_of = partial(self.matting.alpha, hair_strands=True)
+        photo, (target, *others), square, shown = place_on_canvas(
+            photo, [target, *tracker.find_all(photo)], framing, crop, size, self.matting.alpha
+        )
+        if crop == "none" and photo.shape[0] != photo.shape[1]:
+            shape = f"{shown[2] - shown[0]}x{shown[3] - shown[1]}"
+            raise InputError(f"{name} is {shape}: --crop none takes square pictures, use --crop auto")
+        motion, crop_image, padded = self._cut_face(photo, square, target, min(round(square[2]), MAX_FRAME_SIZE_PX))
+        faces = tuple(face_positions(target, others, square))
         with ThreadPoolExecutor(1) as pool:  # while the network encodes the crop
-            canvas = pool.submit(PhotoCanvas.from_photo, photo, square, alpha_of, faces)
-            return replace(encode(), canvas=canvas.result())
+            canvas = pool.submit(self._make_canvas, photo, square, faces)
+            portrait = self._encode(Portrait(
+                crop_image, motion, faces, self._covered_parts(crop_image, motion), face_box, shown,
+                None, None, self._image_tensor(padded), self.model, self.precision,  # type: ignore[arg-type]
+            ), self.precision)  # fmt: skip
+            portrait = self._add_photos(portrait, also, force) if also else portrait
+            return replace(portrait, canvas=canvas.result())
 
-    def _add_photos(self, portrait: Portrait, photos: Mapping[str, np.ndarray], padding: int, force: bool) -> Portrait:
-        """Return the portrait with additional photos, by their names; its crop has `padding` pixels around it."""
+    def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
+        """Encode a face crop, uint8 (K, K, 3), that has been tracked: the first row of `motion`, in crop units.
+
+        Frames show the crop, and its detail where it is larger than the network's image.
+        """
+        motion, crop, size = motion.select(np.array([0])), crop.copy(), len(crop)
+        box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
+        padded = self._image_tensor(crop) if size > self.model.config.image_size else None
+        return self._encode(Portrait(
+            crop, motion, (), self._covered_parts(crop, motion), box, (0, 0, size, size), None,  # type: ignore[arg-type]
+            self._make_canvas(crop, (0.0, 0.0, float(size)), ()), padded, self.model, self.precision,
+        ), self.precision)  # fmt: skip
+
+    def _cut_face(
+        self, photo: np.ndarray, square: Square, face: Face, size: int
+    ) -> tuple[Motion, np.ndarray, np.ndarray]:
+        """Return a face's motion, one row, and its crop, uint8 (size, size, 3), alone and with the photo around it."""
+        x0, y0, side = square
+        padding = round(PHOTO_MARGIN * size)
+        around = padding * side / size  # the same in pixels of the photo
+        photo_size = (photo.shape[1], photo.shape[0])
+        motion = self.tracker().make_motion([face], Fraction(25), photo_size, clip=ClipCalibration(square))
+        padded = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), size + 2 * padding)
+        return motion, padded[padding:-padding, padding:-padding].copy(), padded
+
+    def _make_canvas(self, photo: np.ndarray, square: Square, faces: Sequence[FacePosition]) -> PhotoCanvas:
+        return PhotoCanvas.from_photo(photo, square, partial(self.matting.alpha, hair_strands=True), faces)
+
+    def _covered_parts(self, crop: np.ndarray, motion: Motion) -> CoveredParts:
+        return self.cover_detector.covered_parts(crop, motion.landmarks[0])
+
+    def _add_photos(self, portrait: Portrait, photos: Mapping[str, np.ndarray], force: bool) -> Portrait:
+        """Return the portrait with additional photos, by their names."""
         if self.model.flow is None or portrait.padded is None:
             raise InputError("these weights use one photo: leave out the additional ones")
-        tracker, size = self.tracker(), len(portrait.crop)
-        others, padded = list[Portrait](), [portrait.padded]
+        padding = (portrait.padded.shape[-1] - len(portrait.crop)) // 2
+        tracker, others, stacked = self.tracker(), list[FaceCrop](), [portrait.padded]
         for name, photo in photos.items():
             target = find_photo_face(tracker, photo, name=name)
-            photo_size = (photo.shape[1], photo.shape[0])
-            x0, y0, side = square = fit_clip_crop(target.landmarks[None], photo_size)
-            motion = tracker.make_motion([target], Fraction(25), photo_size, clip=ClipCalibration(square))
-            around = padding * side / size
-            large = crop_with_padding(photo, (x0 - around, y0 - around, side + 2 * around), size + 2 * padding)
+            square = fit_clip_crop(target.landmarks[None], (photo.shape[1], photo.shape[0]))
+            motion, _, padded = self._cut_face(photo, square, target, len(portrait.crop))
             landmarks = self._tensor(landmarks_to_head_frame(motion.landmarks, motion.camera))
             with torch.inference_mode():
                 matched, similarity = self._fp32_model.match_colours(
-                    portrait.source, to_tensor(large)[None].to(self.device), padding, self._tensor(motion.camera),
+                    portrait.source, to_tensor(padded)[None].to(self.device), padding, self._tensor(motion.camera),
                     landmarks,
                 )  # fmt: skip
             if similarity < MIN_SIMILARITY and not force:
@@ -282,25 +314,12 @@ class Animator:
                     f"{name} seems to show somebody else (similarity {similarity:.2f}, at least {MIN_SIMILARITY}): "
                     "leave it out, or pass --force"
                 )
-            padded.append(matched)
+            stacked.append(matched)
             crop = to_uint8(matched[0, :, padding:-padding, padding:-padding])
-            others.append(replace(
-                portrait, crop=crop, motion=motion, faces=tuple(face_positions(target, [], square)),
-                face_box=_bounding_box(target.landmarks), canvas=None,
-                covered=self.cover_detector.covered_parts(crop, motion.landmarks[0]),
-            ))  # fmt: skip
-        stacked = torch.cat(padded).contiguous(memory_format=torch.channels_last)
-        return self._encode(replace(portrait, others=tuple(others), padded=stacked))
-
-    def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
-        """Encode a face crop, uint8 (K, K, 3), that has been tracked: the first row of `motion`, in crop units.
-
-        Frames are as large, and show its detail where it is larger than the network's image.
-        """
-        padded = crop if len(crop) > self.model.config.image_size else None
-        motion = motion.select(np.array([0]))
-        box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
-        return self._make_portrait(crop.copy(), motion, (), box, (0, 0, *crop.shape[1::-1]), padded, None)
+            faces = tuple(face_positions(target, [], square))
+            others.append(FaceCrop(crop, motion, faces, self._covered_parts(crop, motion)))
+        together = torch.cat(stacked).contiguous(memory_format=torch.channels_last)
+        return self._encode(replace(portrait, others=tuple(others), padded=together), portrait.precision)
 
     def animate(
         self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
@@ -319,14 +338,12 @@ class Animator:
             reference: the driver's frame that relative control refers to, one row.
             edit: one frame: its base replaces the portrait's expression, and its change is added to every frame.
             notify: called with notes for the user.
-            layers: yield the `FrameLayers` of a portrait with a canvas, for a `Compositor`, instead of frames.
+            layers: yield `FrameLayers`, for a `Compositor`, instead of frames.
 
         Raises:
             InputError: relative control without a reference frame.
         """
         control = control or Control()
-        if portrait.canvas is not None:
-            control = replace(control, travel_limits=portrait.canvas.limits)
         if control.needs_reference and reference is None:
             raise InputError("relative control needs the driver's reference frame: pass reference=")
         renderer = _Renderer(self, portrait, notify, layers, control.torso)
@@ -344,7 +361,7 @@ class Animator:
                 beta = control.select_regions(base_beta, beta)
                 lam = control.target_expression(own, self._coefficients(beta), base)
                 lam = lam if offset is None else lam + offset
-                cameras = control.target_cameras(source_camera, camera, base_camera)
+                cameras = control.target_cameras(source_camera, camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
                     shown = own_beta + control.expression_scale * (beta - start)
@@ -354,20 +371,19 @@ class Animator:
         return chain_parallel(parts(), self._workers)
 
     def view(
-        self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None, depth: bool = False,
+        self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None,
         notify: Notify | None = None, layers: bool = False,
     ) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait from cameras (T, 25): frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
-        `beta` are expressions (1, 64) or (T, 64), None: the portrait's. With `depth`, frames (K, K, 3) show the depth
-        of the face crop in colours: red is near, blue is far. `notify` and `layers` are as in `animate`.
+        `beta` are expressions (1, 64) or (T, 64), None: the portrait's. `notify` and `layers` are as in `animate`.
         """
         _check_rows("cameras", cameras, CAMERA_DIM)
         if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):
             raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
         renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
-        parts = renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed, depth=depth)
+        parts = renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed)
         return chain_parallel(parts, self._workers)
 
     def edit(
@@ -412,47 +428,30 @@ class Animator:
         values = torch.cat(parts).numpy()
         return values[:, :3], values[:, 3]
 
-    def _make_portrait(
-        self, crop: np.ndarray, motion: Motion, faces: Sequence[FacePosition],
-        face_box: tuple[int, int, int, int], shown: tuple[int, int, int, int], padded: np.ndarray | None,
-        canvas: PhotoCanvas | None,
-    ) -> Portrait:  # fmt: skip
-        """Encode a crop; `padded` is the same with the photo around it, if its detail is to be used."""
-        for array in (crop, motion.beta, motion.camera, motion.landmarks, motion.found):
-            array.flags.writeable = False
-        around = None if padded is None else to_tensor(padded)[None].to(self.device, memory_format=torch.channels_last)
-        covered = self.cover_detector.covered_parts(crop, motion.landmarks[0])
-        portrait = self._encode(Portrait(
-            crop, motion, tuple(faces), face_box, shown, None, canvas, around, self.model,  # type: ignore[arg-type]
-            self.precision, covered,
-        ))  # fmt: skip
-        source = portrait.source
-        finite = all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem))
-        return portrait if finite else self._to_fp32(portrait)
+    def _encode(self, portrait: Portrait, precision: str) -> Portrait:
+        """Return the portrait with its photos encoded, in fp32 where values overflow in half precision."""
+        model = self._fp32_model if precision == "fp32" else self.model
+        source = self._encode_crop(model, precision, portrait)
+        if not all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem)):
+            if precision == "fp32":
+                raise Export3DError(NOT_FINITE)
+            return self._encode(portrait, "fp32")
+        others = tuple(self._encode_crop(model, precision, photo, source) for photo in portrait.others)
+        return replace(portrait, source=replace(source, others=others), model=model, precision=precision)
 
-    def _encode(self, portrait: Portrait, first: Source | None = None) -> Portrait:
-        """Return the portrait with its crop encoded by its network, as an addition to the photo `first` if given."""
-        model, crop, motion = portrait.model, portrait.crop, portrait.motion
+    def _encode_crop(self, model: Export3D, precision: str, face: FaceCrop, first: Source | None = None) -> Source:
+        """Encode a crop, as an addition to the photo `first` if given."""
         size = model.config.image_size
-        interpolation = cv2.INTER_AREA if len(crop) > size else cv2.INTER_LINEAR
-        small = cv2.resize(crop, (size, size), interpolation=interpolation)
-        alpha = self.matting.alpha(small, portrait.faces, hair_strands=True)[None, None]
-        landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)
-        with torch.inference_mode(), autocast(self.device, portrait.precision):
-            source = model.encode_source(
-                to_tensor(small)[None].to(self.device), self._tensor(motion.beta), self._tensor(motion.camera),
-                self._tensor(landmarks), self._tensor(alpha),
-                self._tensor(np.array([portrait.covered])), first,
+        interpolation = cv2.INTER_AREA if len(face.crop) > size else cv2.INTER_LINEAR
+        small = cv2.resize(face.crop, (size, size), interpolation=interpolation)
+        alpha = self.matting.alpha(small, face.faces, hair_strands=True)[None, None]
+        landmarks = landmarks_to_head_frame(face.motion.landmarks, face.motion.camera)
+        with torch.inference_mode(), autocast(self.device, precision):
+            return model.encode_source(
+                to_tensor(small)[None].to(self.device), self._tensor(face.motion.beta),
+                self._tensor(face.motion.camera), self._tensor(landmarks), self._tensor(alpha),
+                self._tensor(np.array([face.covered])), first,
             )  # fmt: skip
-        others = [replace(photo, model=model, precision=portrait.precision) for photo in portrait.others]
-        others = [self._encode(photo, source) for photo in others]
-        return replace(portrait, source=replace(source, others=tuple(photo.source for photo in others)))
-
-    def _to_fp32(self, portrait: Portrait) -> Portrait:
-        """Return the portrait encoded in fp32, for values that overflow in half precision."""
-        if portrait.precision == "fp32":
-            raise Export3DError("the network gives values that are not finite: use a smaller scale, or other weights")
-        return self._encode(replace(portrait, model=self._fp32_model, precision="fp32"))
 
     def _check_owner(self, portrait: Portrait) -> None:
         if portrait.model is not self.model and portrait.model is not self._fp32_model:
@@ -480,14 +479,13 @@ class Animator:
     ) -> tuple[Output, PosedHead]:  # fmt: skip
         """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
         model, source = portrait.model, portrait.source.expand(len(cameras))
-        size, samples = sampling(model.config, self.quality)
         # larger frames need a larger mesh, up to twice: otherwise the outline shows steps
         scale = np.clip(len(portrait.crop) / model.config.image_size, 1, 2)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
             output = model.drive(
-                source, None, self._tensor(cameras), lam=lam, posed=posed, raw_size=size, samples=samples,
-                mesh_size=int(scale * model.config.mesh_size), face_only=portrait.canvas is not None,
+                source, None, self._tensor(cameras), lam=lam, posed=posed, **self._sampling,
+                mesh_size=int(scale * model.config.mesh_size), face_only=True,
             )  # fmt: skip
         return output, posed
 
@@ -510,6 +508,10 @@ class Animator:
     def _tensor(self, array: np.ndarray) -> Tensor:
         array = np.ascontiguousarray(array, dtype=np.float32)
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+
+    def _image_tensor(self, image: np.ndarray) -> Tensor:
+        """Return an image, uint8 (H, W, 3), as (1, 3, H, W) in [-1, 1]."""
+        return to_tensor(image)[None].to(self.device, memory_format=torch.channels_last)
 
 
 class _Renderer:
@@ -542,8 +544,7 @@ class _Renderer:
             yield from self.render(cameras[part], lam[part], planes=planes)
 
     def render(
-        self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None,
-        depth: bool = False,
+        self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None
     ) -> Iterator[Iterable[Any]]:  # fmt: skip
         """Yield lazy parts of the frames with lambda and wink (T, n + 1); the rest as in `Animator._render`."""
         portrait, size = self._portrait, len(self._portrait.crop)
@@ -554,11 +555,7 @@ class _Renderer:
                 output, head = self._animator._render(portrait, cameras[part], lam[part], posed, part_planes)
                 if not output.image.isfinite().all():
                     output, head = self._render_fp32(cameras[part], lam[part])
-                if depth:
-                    return colour_depth(output, cameras[part], size)
                 images = to_uint8(output.image if portrait.padded is None else output.upscale(portrait.padded, size))
-                if portrait.canvas is None:
-                    return images
                 flow = self._animator._extend_flow(portrait, cameras[part], output, head, self._torso)
                 layers = FrameLayers.from_output(images, flow, output)
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
@@ -576,11 +573,11 @@ class _Renderer:
         """Render a batch that overflowed in half precision again in fp32."""
         with self._lock:
             if self._fp32_portrait is None:
-                self._fp32_portrait = self._animator._to_fp32(self._portrait)
+                self._fp32_portrait = self._animator._encode(self._portrait, "fp32")
                 self._report_fallback()
         output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float())
         if not output.image.isfinite().all():
-            self._animator._to_fp32(self._fp32_portrait)  # raises
+            raise Export3DError(NOT_FINITE)
         return output, posed
 
     def _report_fallback(self) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.compositor import check_outputs, is_video
+from export3d_cli.core.animation.compositor import Compositor, is_video, load_photo
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
-from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
+from export3d_cli.core.animation.reenact import open_driver, reenact
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.runtime.device import peak_memory, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
@@ -107,7 +107,7 @@ def reenact_all(
     skipped: list[Path] = []
     failed: list[str] = []
     paths = output_paths(sources, driver, out)
-    check_outputs(paths, options.background, options.crf)
+    replace(options, overwrite=True).check_outputs(*paths)
     with TrackCache() as track_cache:
         for source, path in zip(sources, paths, strict=True):
             if os.path.lexists(path) and not options.overwrite:
@@ -133,14 +133,15 @@ def plan_reenact(
     """Return what `reenact_all` would do: find all faces and time one batch, without writing."""
     options = (options or ReenactOptions()).for_driver(driver)
     paths = output_paths(sources, driver, out)
-    check_outputs(paths, options.background, options.crf)
+    replace(options, overwrite=True).check_outputs(*paths)
     planned = []
     if videos := [source for source in sources if is_video(source)]:
         raise InputError(f"--dry-run plans photos, and {videos[0]} is a video: leave it out")
     if options.face == "all":
         options = replace(options, face="largest")
     for source, path in zip(sources, paths, strict=True):
-        portrait, compositor = load_portrait(animator, source, options)
+        portrait = load_photo(animator, source, options)
+        compositor = Compositor([portrait], background=options.background, compare=options.compare)
         planned.append(PlannedSource(source, portrait.face_box, compositor.size, path, os.path.lexists(path)))
     with open_driver(animator, portrait, driver, options) as stream:
         frames, fps, notes = stream.total, stream.fps, list(stream.notes)
@@ -154,11 +155,11 @@ def plan_reenact(
     seconds = []
     for _ in range(2):  # the first run warms up
         began = time.monotonic()
-        for frame in animator.animate(portrait, [motion], control=options.control, reference=reference, layers=True):
+        for frame in animator.animate(portrait, [motion], control=options, reference=reference, layers=True):
             compositor(frame)
         seconds.append((time.monotonic() - began) / len(motion))
     began = time.monotonic()
-    animator.tracker(options.tracker).find(compositor.source_frame)
+    animator.tracker(options.tracker).find(portrait.canvas.photo)
     tracking = time.monotonic() - began
     remaining = sum(options.overwrite or not source.exists for source in planned)
     is_cuda = animator.device.type == "cuda"

@@ -1,33 +1,30 @@
 """Edit the expression in a video, by a driver, by controls, or by both; all else of each frame stays as it is.
 
-The video is read twice: once to track its face, once for the frames, so that none waits in memory.
+The video is read twice: once to track its face, once for the frames, so that none waits in memory. Only the motion of
+what is repeated (the clip with length `driver`, the driver with `loop`) is kept.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, islice, repeat
+from functools import partial
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.compositor import check_outputs, is_video
+from export3d_cli.core.animation.compositor import is_video
 from export3d_cli.core.animation.driver_stream import DriverStream
-from export3d_cli.core.animation.expression_controls import (
-    CONTROLS,
-    HeldExpression,
-    hold_expression,
-    look_at_camera,
-    shut_lips,
-)
-from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite, choose_sound
-from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, report_each
+from export3d_cli.core.animation.expression_controls import CONTROLS, hold_expression, look_at_camera, shut_lips
+from export3d_cli.core.animation.frame_writer import write_video
+from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, choose_sound
+from export3d_cli.core.animation.pipeline import PrefetchIterator
 from export3d_cli.core.animation.retargeting import DRIVABLE
 from export3d_cli.core.animation.retouching import FaceWindows, retouch
 from export3d_cli.core.animation.watermark import get_watermarker
@@ -36,19 +33,16 @@ from export3d_cli.core.face.crop import CROP_SCALE, crop_with_padding
 from export3d_cli.core.face.expression_coefficients import REGIONS, region_of
 from export3d_cli.core.face.face_track import rotate_clockwise
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import has_image_suffix
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.soundtrack import find_silence
-from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.device import precision_notes, trim_heap
+from export3d_cli.core.runtime.device import precision_notes
 from export3d_cli.core.runtime.errors import InputError
 
 FADE_S = 0.2  # seconds over which an edit fades next to frames without a face, at covers, and where the driver ends
 CALIBRATION_S = 2.0  # seconds of the clip from which the frame is taken that controls are calibrated on
 MAX_BATCH = 8  # frames that are edited at once, and wait in memory at full size
 PREFETCH_DEPTH = 16  # frames that are tracked ahead of the editing
-TRIM_INTERVAL = 128  # frames between two calls of `trim_heap`
 _OF_PHOTOS = {  # fields of the options that have no effect on a video -> their options
     "framing": "--frame", "crop": "--crop", "size": "--size", "background": "--background", "compare": "--compare",
     "torso": "--torso", "pose": "--pose", "pose_scale": "--pose-scale", "landmarks": "--landmarks",
@@ -77,8 +71,7 @@ def edit_clip(
     """
     options, began = options or ReenactOptions(), time.monotonic()
     regions = _edited_regions(clip, driver, options)
-    check_outputs([out], options.background, options.crf)
-    check_overwrite(out, options.overwrite)
+    options.check_outputs(out)
     add_watermark = get_watermarker(options.watermark)
     of_clip = replace(
         options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute", max_frames=None,
@@ -91,45 +84,48 @@ def edit_clip(
     audio = choose_sound(options.audio, clip, driver)
     audio_start = options.start if audio == (driver or clip) else 0.0
 
-    def write(item: tuple[np.ndarray, bool]) -> None:
-        frame, is_edited = item
-        writer.write(add_watermark(frame) if is_edited else frame)
-
     with ExitStack() as stack:
-        track = stack.enter_context(_Track(animator, clip, of_clip, repeated=length == "driver"))
-        fps, total = track.stream.fps, track.stream.total
-        fade = max(1, round(FADE_S * fps))
+
+        def track(path: Path, options: ReenactOptions) -> DriverStream:
+            tracker = animator.tracker(options.tracker)
+            return stack.enter_context(
+                DriverStream(path, tracker, options, batch=animator.window, crop_scale=CROP_SCALE[0])
+            )
+
+        stream = track(clip, of_clip)
+        fps, total, fade = stream.fps, stream.total, max(1, round(FADE_S * stream.fps))
+        read_clip = partial(VideoReader, clip, fps=of_clip.fps, start=of_clip.start, duration=of_clip.duration)
+        reader = stack.enter_context(read_clip())
+        frames, tracked = iter(reader), _rows(stream)
+        if length == "driver":
+            frames, tracked = chain.from_iterable(repeat(reader)), cycle(tracked)
         rows: Iterator[_Row] = iter(
-            stack.enter_context(PrefetchIterator(_fade_at_gaps(track, fade), PREFETCH_DEPTH, stop=track.stop))
+            stack.enter_context(PrefetchIterator(_fade_at_gaps(tracked, fade), PREFETCH_DEPTH, stop=stream.stop))
         )
         driver_rows: Iterator[_Row | None] = repeat(None)
         if driver is not None:
-            of_driver = replace(options, fps=fps, pose="absolute", max_frames=None)
-            other = stack.enter_context(_Track(animator, driver, of_driver, repeated=is_still or length == "loop"))
-            total = {"driver": other.stream.total, "shortest": min(total, other.stream.total)}.get(length, total)
-            tracked: Iterable[_Row] = other
+            other = track(driver, replace(options, fps=fps, pose="absolute", max_frames=None))
+            total = {"driver": other.total, "shortest": min(total, other.total)}.get(length, total)
+            driven: Iterable[_Row] = cycle(_rows(other)) if is_still or length == "loop" else _rows(other)
             if options.tracker != "fan":  # which computes with torch and needs all cores itself
-                tracked = stack.enter_context(PrefetchIterator(other, PREFETCH_DEPTH, stop=other.stop))
-            driver_rows = _fade_at_end(tracked, fade) if length == "source" else iter(tracked)
+                driven = stack.enter_context(PrefetchIterator(driven, PREFETCH_DEPTH, stop=other.stop))
+            driver_rows = _fade_at_end(driven, fade) if length == "source" else iter(driven)
         notes = dict.fromkeys(precision_notes(animator.precision, animator.device))
         editor = _Editor(animator, options, regions, 1 / fade)
         if options.expression:
-            rows = _calibrate_on(rows, editor, track, max(1, round(CALIBRATION_S * fps)))
-        info = track.reader().info
-        frames = stack.enter_context(closing(track.frames()))
-        writer = stack.enter_context(VideoWriter(
-            out, size=(info.width, info.height), fps=fps, crf=options.crf, audio=audio, audio_start=audio_start,
-        ))  # fmt: skip
-        background = stack.enter_context(BackgroundWriter(write, MAX_BATCH, stop=writer.abort))
+            rows = _calibrate_on(rows, editor, stream, read_clip, max(1, round(CALIBRATION_S * fps)))
         if options.lips_shut_when_silent:
             editor.silent = find_silence(audio, fps, audio_start)
         items = islice(zip(frames, rows, driver_rows, strict=False), options.max_frames)
-        edited = _edit_frames(items, editor, track, min(animator.batch, MAX_BATCH))
-        for item in report_each(edited, min(total, options.max_frames or total), progress):
-            background.put(item)
+        count = write_video(
+            _edit_frames(items, editor, stream, min(animator.batch, MAX_BATCH)), out, options,
+            lambda item: add_watermark(item[0]) if item[1] else item[0],
+            size=(reader.info.width, reader.info.height), fps=fps, depth=MAX_BATCH,
+            total=min(total, options.max_frames or total), progress=progress, audio=audio, audio_start=audio_start,
+        )  # fmt: skip
     return Summary(
-        out, writer.frame_count, track.stream.missing, fps, time.monotonic() - began, animator.device_name,
-        (*track.stream.notes, *notes, *editor.notes),
+        out, count, stream.missing, fps, time.monotonic() - began, animator.device_name,
+        (*stream.notes, *notes, *editor.notes),
     )  # fmt: skip
 
 
@@ -145,7 +141,7 @@ def _edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) ->
         raise InputError(
             f"{clip} is a video, and one face of it is edited: edit its faces one by one, with --face index:N"
         )
-    drive = set(options.control.drive)
+    drive = set(options.drive)
     if "head" in drive and drive != set(DRIVABLE):
         raise InputError(f"{clip} is a video, whose head keeps its own motion: leave head out of --drive")
     regions = drive & set(REGIONS) if driver is not None else set()
@@ -158,54 +154,11 @@ def _edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) ->
     return regions
 
 
-class _Track:
-    """The motion of a file, frame by frame, from the beginning again where it is `repeated`; one pass."""
-
-    def __init__(self, animator: Animator, path: Path, options: ReenactOptions, *, repeated: bool = False) -> None:
-        self._animator, self._path, self._options, self._repeated = animator, path, options, repeated
-        self._cache, self._stopped = TrackCache(), False
-        self.stream = self._current = self._open()
-
-    def __enter__(self) -> _Track:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._cache.__exit__()
-
-    def stop(self) -> None:
-        """Make an iteration in another thread end at its next frame."""
-        self._stopped = True
-        self._current.stop()
-
-    def __iter__(self) -> Iterator[_Row]:
-        while True:
-            for batch in self._current:
-                for k in range(len(batch.motion)):
-                    yield _Row(batch.motion.select(np.array([k])), batch.reference)
-            if not self._repeated or self._stopped:
-                return
-            self._current = self._open()
-
-    def frames(self) -> Generator[np.ndarray, None, None]:
-        """Read the frames, uint8 (H, W, 3), as they are stored."""
-        while True:
-            with self.reader() as reader:
-                yield from reader
-            if not self._repeated:
-                return
-
-    def reader(self) -> VideoReader:
-        """Open the frames again."""
-        options = self._options
-        return VideoReader(self._path, fps=options.fps, start=options.start, duration=options.duration)
-
-    def _open(self) -> DriverStream:
-        tracker = self._animator.tracker(self._options.tracker)
-        cache = self._cache if self._repeated else None
-        return DriverStream(
-            self._path, tracker, self._options, batch=self._animator.window, crop_scale=CROP_SCALE[0], track_cache=cache
-        )
+def _rows(stream: DriverStream) -> Iterator[_Row]:
+    """Yield the motion of a clip or driver frame by frame."""
+    for batch in stream:
+        for k in range(len(batch.motion)):
+            yield _Row(batch.motion.select(np.array([k])), batch.reference)
 
 
 def _fade_at_gaps(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
@@ -229,7 +182,9 @@ def _fade_at_end(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
         yield row._replace(strength=k / fade)
 
 
-def _calibrate_on(rows: Iterator[_Row], editor: _Editor, track: _Track, count: int) -> Iterator[_Row]:
+def _calibrate_on(
+    rows: Iterator[_Row], editor: _Editor, stream: DriverStream, read_clip: Callable[[], VideoReader], count: int
+) -> Iterator[_Row]:
     """Pass rows on; of the first `count` from a face on, calibrate controls on the one of the most usual expression."""
     for number, row in enumerate(rows):
         if not row.motion.found[0]:
@@ -239,8 +194,8 @@ def _calibrate_on(rows: Iterator[_Row], editor: _Editor, track: _Track, count: i
         found = [k for k, row in enumerate(ahead) if row.motion.found[0]]
         betas = np.concatenate([ahead[k].motion.beta for k in found])
         usual = found[int(np.abs(betas - np.median(betas, axis=0)).mean(1).argmin())]
-        with closing(track.frames()) as frames:
-            frame = rotate_clockwise(next(islice(frames, number + usual, None)), track.stream.rotation)
+        with read_clip() as reader:
+            frame = rotate_clockwise(next(islice(reader, number + usual, None)), stream.rotation)
         editor.calibrate(frame, ahead[usual].motion)
         yield from chain(ahead, rows)
 
@@ -253,21 +208,21 @@ class _Editor:
         self._size = animator.model.config.image_size
         self._still = np.array([not regions & set(part) for part in (("mouth",), *[("eyes", "gaze", "brows")] * 2)])
         self._covered: np.ndarray | None = None  # (3,) of the last frame, [0, 1]
-        self._held: HeldExpression | None = None
+        self._hold: Callable[[np.ndarray], np.ndarray] = lambda beta: beta  # see `hold_expression`
+        self._notes: tuple[str, ...] = ()
         self._was_covered = np.zeros(3, bool)
         self.silent: np.ndarray | None = None  # weights of silence of all frames, in which lips are shut
 
     @property
     def notes(self) -> list[str]:
         """Notes for the user."""
-        notes = [] if self._held is None else list(self._held.notes)
-        return notes + ([CoveredParts(*self._was_covered).note()] if self._was_covered.any() else [])
+        return [*self._notes, *([CoveredParts(*self._was_covered).note()] if self._was_covered.any() else [])]
 
     def calibrate(self, frame: np.ndarray, motion: Motion) -> None:
         """Measure on a frame with its motion how strongly controls show."""
         crop = crop_with_padding(frame, motion.crop, self._size)
         portrait = self._animator.portrait_from_motion(crop, motion)
-        self._held = hold_expression(self._animator, portrait, self._options.expression)
+        self._hold, self._notes = hold_expression(self._animator, portrait, self._options.expression)
 
     def __call__(
         self, frames: Sequence[np.ndarray], rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]
@@ -289,7 +244,7 @@ class _Editor:
 
     def _changes(self, rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]) -> np.ndarray:
         """Return the changes of lambda and wink (T, n + 1)."""
-        coefficients, control = self._animator.coefficients, self._options.control
+        coefficients, control = self._animator.coefficients, self._options
         own = beta = np.concatenate([row.motion.beta for row in rows])
         change = np.zeros_like(coefficients(own))
         driven = [row for row in driver if row is not None]
@@ -301,9 +256,7 @@ class _Editor:
             strength = control.expression_scale * np.array([row.strength for row in driven])[:, None]
             change = strength * (coefficients(selected) - coefficients(base))
             beta = own + strength * (selected - base)
-        shown = beta
-        if self._held is not None:
-            shown = self._held(shown)
+        shown = self._hold(beta)
         if control.eyes_to_camera:
             shown = look_at_camera(shown, np.concatenate([row.motion.camera for row in rows]))
         if self.silent is not None:
@@ -312,7 +265,7 @@ class _Editor:
 
 
 def _edit_frames(
-    items: Iterator[tuple[np.ndarray, _Row, _Row | None]], editor: _Editor, track: _Track, batch: int
+    items: Iterator[tuple[np.ndarray, _Row, _Row | None]], editor: _Editor, stream: DriverStream, batch: int
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Edit frames in batches, and tell which: those without a face pass as they are."""
     first = 0
@@ -320,13 +273,10 @@ def _edit_frames(
         chosen = [k for k, (_, row, _) in enumerate(chunk) if row.strength > 0]
         results = [(frame, False) for frame, _, _ in chunk]
         if chosen:
-            rotation = track.stream.rotation
-            frames = [rotate_clockwise(chunk[k][0], rotation) for k in chosen]
+            frames = [rotate_clockwise(chunk[k][0], stream.rotation) for k in chosen]
             _, rows, driver = zip(*(chunk[k] for k in chosen), strict=True)
             edited = editor(frames, rows, driver, [first + k for k in chosen])
             for k, frame in zip(chosen, edited, strict=True):
-                results[k] = rotate_clockwise(frame, -rotation), True
+                results[k] = rotate_clockwise(frame, -stream.rotation), True
         yield from results
         first += batch
-        if first % TRIM_INTERVAL < batch:
-            trim_heap()

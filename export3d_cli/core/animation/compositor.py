@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import PortraitOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.face.given_landmarks import read_landmarks
-from export3d_cli.core.face.matting import PersonMatting, VideoMatting, estimate_foreground
-from export3d_cli.core.media.image import has_image_suffix, read_image
-from export3d_cli.core.media.writer import VIDEO_SUFFIXES, check_crf, check_output_suffix
+from export3d_cli.core.face.matting import estimate_foreground
+from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.writer import VIDEO_SUFFIXES
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.weights import resolve_weights
 
 _VIDEO_SUFFIXES = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
 
@@ -46,99 +44,44 @@ def load_photo(animator: Animator, source: Path, options: PortraitOptions, *, ma
     )  # fmt: skip
 
 
-def check_outputs(outputs: list[Path], background: str, crf: int | None = None) -> None:
-    """Raise `InputError` for output names, backgrounds or a crf that cannot be used, or not together."""
-    for out in outputs:
-        check_output_suffix(out, alpha=background == "transparent")
-        check_crf(out, crf, alpha=background == "transparent")
-    if background in ("source", "transparent"):
-        return
-    if background.startswith("#"):
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}", background):
-            raise InputError(
-                f"background {background!r} is not a colour: give six hexadecimal digits, for example #00ff00"
-            )
-    else:
-        path = Path(background)
-        if not path.exists():
-            raise InputError(f"background {background!r} does not exist: use source, transparent, #rrggbb or an image")
-        if not has_image_suffix(path):
-            raise InputError(f"background {background} is not an image: give a .jpg, .png or .webp file")
-
-
 class Compositor:
-    """Turns what an `Animator` renders of a portrait into the frames to write: uint8 (H, W, 3), or (H, W, 4).
+    """Composes the animated persons of one photo into frames: uint8 (H, W, 3), or (H, W, 4) if they are transparent.
 
-    With `compare`, frames are source | driver | result; the driver's crop is square and as high as the others.
-    `size` is (width, height) of the frames, `source_frame` shows the portrait itself.
+    Only a single person can have another background than the photo's. With `compare`, frames are source | driver |
+    result; the driver's crop is square and as high as the others. `size` is (width, height) of the frames.
     """
 
-    def __init__(self, portrait: Portrait, *, background: str = "source", compare: bool = False) -> None:
-        canvas = self._canvas = portrait.canvas
-        self.source_frame = portrait.crop if canvas is None else canvas.photo
-        height, width = self.source_frame.shape[:2]
+    def __init__(self, portraits: Sequence[Portrait], *, background: str = "source", compare: bool = False) -> None:
+        canvases = self._canvases = [portrait.canvas for portrait in portraits]
+        self._order = sorted(range(len(canvases)), key=lambda k: canvases[k].square[2])  # smallest first
+        self._photo = canvases[0].photo
+        width, height = canvases[0].size
         self.size = (2 * width + height, height) if compare else (width, height)
         self.transparent = background == "transparent"
-        self._matting: VideoMatting | None = None
-        self._backdrop = None
-        self._replaced = background != "source"
-        if not self._replaced:
-            return
-        if not self.transparent:
-            self._backdrop = load_backdrop(background, (width, height))
-        if canvas is None:
-            self._matting = VideoMatting(PersonMatting(resolve_weights("selfie_segmentation")))
+        if background == "source":
+            self._still = self._photo.copy()  # without the persons
+            for canvas in canvases:
+                part, own = self._still[canvas.window], canvas.photo[canvas.window]
+                np.copyto(part, canvas.plate, where=(canvas.plate != own).any(-1, keepdims=True))
         else:
-            colours = estimate_foreground(canvas.photo, canvas.alpha)
-            self._still = composite_over(colours, canvas.alpha, self._backdrop)
+            (canvas,) = canvases
+            backdrop = None if self.transparent else load_backdrop(background, (width, height))
+            person = estimate_foreground(self._photo, canvas.alpha)  # which also shows outside the window
+            self._still = composite_over(person, canvas.alpha, backdrop)
+            self._still[canvas.window] = 0 if backdrop is None else backdrop[canvas.window]
 
-    def __call__(self, rendered: np.ndarray | FrameLayers, driver: np.ndarray | None = None) -> np.ndarray:
-        """Return the next frame; `driver` is the driver's crop (H, H, 3) if they are compared."""
-        frame = self._frame(rendered)
+    def __call__(self, *layers: FrameLayers, driver: np.ndarray | None = None) -> np.ndarray:
+        """Return the next frame from each portrait's layers; `driver` is its crop (H, H, 3) if they are compared."""
+        frame = self._still.copy()
+        for k in self._order:
+            part = frame[self._canvases[k].window]
+            part[:] = composite_over(*self._canvases[k].person(layers[k]), None if self.transparent else part)
         if driver is None:
             return frame
-        left = np.concatenate([self.source_frame, driver], axis=1)
+        left = np.concatenate([self._photo, driver], axis=1)
         if self.transparent:
             left = np.dstack([left, np.full(left.shape[:2], 255, np.uint8)])
         return np.concatenate([left, frame], axis=1)
-
-    def _frame(self, rendered: np.ndarray | FrameLayers) -> np.ndarray:
-        if isinstance(rendered, FrameLayers):
-            assert self._canvas is not None
-            if not self._replaced:
-                return self._canvas.compose(rendered)
-            window = self._canvas.window
-            frame = self._still.copy()
-            behind = None if self._backdrop is None else self._backdrop[window]
-            frame[window] = composite_over(*self._canvas.person(rendered), behind)
-            return frame
-        if not self._replaced:
-            return rendered
-        assert self._matting is not None  # with a canvas, frames come as layers
-        alpha = self._matting(rendered)
-        return composite_over(estimate_foreground(rendered, alpha), alpha, self._backdrop)
-
-
-class GroupCompositor:
-    """Composes several animated persons into their photo, uint8 (H, W, 3), the smallest first."""
-
-    def __init__(self, portraits: Sequence[Portrait]) -> None:
-        canvases = [portrait.canvas for portrait in portraits if portrait.canvas is not None]
-        self._order = sorted(range(len(canvases)), key=lambda k: canvases[k].square[2])
-        self._canvases = canvases
-        self._plate = canvases[0].photo.copy()  # without all of them
-        for canvas in canvases:
-            part, own = self._plate[canvas.window], canvas.photo[canvas.window]
-            np.copyto(part, canvas.plate, where=(canvas.plate != own).any(-1, keepdims=True))
-
-    def __call__(self, rendered: Sequence[FrameLayers]) -> np.ndarray:
-        """Return the next frame from the layers of each portrait."""
-        frame = self._plate.copy()
-        for k in self._order:
-            colours, alpha = self._canvases[k].person(rendered[k])
-            window = self._canvases[k].window
-            frame[window] = composite_over(colours, alpha, frame[window])
-        return frame
 
 
 def composite_over(colours: np.ndarray, alpha: np.ndarray, backdrop: np.ndarray | None) -> np.ndarray:

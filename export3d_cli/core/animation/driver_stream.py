@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, groupby
@@ -22,7 +22,7 @@ from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding
+from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
 from export3d_cli.core.face.face_track import (
     Face,
     FaceTracker,
@@ -52,20 +52,11 @@ class MotionBatch(NamedTuple):
     reference: Motion | None  # one row: the frame that relative control counts from; the same object within a shot
 
 
-class _Part(NamedTuple):
-    """Consecutive frames of one shot, before smoothing."""
-
-    shot: int
-    motion: Motion
-    frames: list[int]  # their numbers in the driver
-
-
 @dataclass
 class _Shot:
     """The faces of a shot that wait to become motion."""
 
     number: int
-    frames: list[int] = field(default_factory=list)  # numbers of the waiting frames
     faces: list[Face | None] = field(default_factory=list)
     clip: ClipCalibration | None = None  # once it is measured
     held: Face | None = None  # what a frame without a face repeats: the face before it, or the shot's first
@@ -97,7 +88,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
         self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
-        self._crop_frames: Iterator[tuple[int, np.ndarray]] | None = None
+        self._used = deque[int]()  # numbers of the frames whose motion is on its way
         self._stopped = False
         fps, start, duration, max_frames = options.fps, options.start, options.duration, options.max_frames
         self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames)
@@ -136,19 +127,19 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                 reader.close()
 
     def __iter__(self) -> Iterator[MotionBatch]:
-        frames: deque[int] = deque()  # numbers of the frames whose motion is on its way
-
-        def motions(parts: Iterable[_Part]) -> Iterator[Motion]:
-            for part in parts:
-                frames.extend(part.frames)
-                yield part.motion
-
         parts = self._track() if self._motion is None else self._split(self._motion)
         shots = (
-            smooth_stream(motions(shot), self.options.smooth) for _, shot in groupby(parts, key=lambda part: part.shot)
+            smooth_stream((motion for _, motion in shot), self.options.smooth)
+            for _, shot in groupby(parts, key=lambda part: part[0])
         )
+        images = enumerate(self._images(self._crop_reader))  # read a second time, so that none waits in memory
         for motion, reference in self._with_reference(shots):
-            crops = [self._driver_crop(frames.popleft(), motion.crop) for _ in range(len(motion))]
+            numbers = [self._used.popleft() for _ in range(len(motion))]
+            crops: list[np.ndarray | None] = [None] * len(motion)
+            if self.crop_size is not None:
+                for row, number in enumerate(numbers):
+                    image = rotate_clockwise(next(image for k, image in images if k == number), self.rotation)
+                    crops[row] = crop_with_padding(image, motion.crop, self.crop_size)
             yield MotionBatch(motion, crops, reference)
 
     def _with_reference(self, shots: Iterator[Iterator[Motion]]) -> Iterator[tuple[Motion, Motion | None]]:
@@ -174,11 +165,13 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         usable = ahead.select(rows[ahead.found[rows]] if ahead.found[rows].any() else rows)
         return usable.select(np.array([most_similar_frame(usable, self.source)]))
 
-    def _split(self, motion: Motion) -> Iterator[_Part]:
+    def _split(self, motion: Motion) -> Iterator[tuple[int, Motion]]:
+        """Yield the motion of a file in batches, as one shot."""
         self.missing = int((~motion.found).sum())
         for start in range(0, self.total, self.batch):
             rows = np.arange(start, min(start + self.batch, self.total))
-            yield _Part(0, motion.select(rows), rows.tolist())
+            self._used.extend(rows.tolist())
+            yield 0, motion.select(rows)
 
     def _images(self, reader: VideoReader | None) -> Iterator[np.ndarray]:
         if reader is None:
@@ -222,8 +215,11 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             cache.rotation = self.rotation
             cache.finish(self.notes)
 
-    def _track(self) -> Iterator[_Part]:
-        """Track frame by frame. A shot begins with its first face; frames wait until its crop is known."""
+    def _track(self) -> Iterator[tuple[int, Motion]]:
+        """Track frame by frame, and yield motions with the numbers of their shots, before smoothing.
+
+        A shot begins with its first face; frames wait until its crop is known.
+        """
         shot = _Shot(0)
         is_cut = False
         size = (0, 0)
@@ -240,7 +236,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
                 if self.options.on_missing == "skip":
                     continue
-            shot.frames.append(index)
+            self._used.append(index)
             shot.faces.append(face)
             shot.held, shot.last = shot.held or face, face or shot.last
             if shot.last is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
@@ -249,30 +245,21 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             raise NoFaceError(f"no face found in {self.driver}: use a video that shows one large, upright face")
         yield from self._flush(shot, size, 1)
 
-    def _flush(self, shot: _Shot, size: tuple[int, int], minimum: int) -> Iterator[_Part]:
+    def _flush(self, shot: _Shot, size: tuple[int, int], minimum: int) -> Iterator[tuple[int, Motion]]:
         """Yield the waiting frames of a shot in batches while there are at least `minimum`."""
         if shot.clip is None:  # the crop is as many face boxes wide as the portrait's, so that both faces have one size
             found = [face for face in shot.faces if face is not None]
             shot.clip = self.tracker.calibrate_clip(found, size, (self.crop_scale, self.crop_scale))
         while len(shot.faces) >= minimum:
-            frames, faces = shot.frames[: self.batch], shot.faces[: self.batch]
-            del shot.frames[: self.batch], shot.faces[: self.batch]
+            faces = shot.faces[: self.batch]
+            del shot.faces[: self.batch]
             present = []
             for face in faces:
                 shot.held = face or shot.held
                 present.append(shot.held)
             motion = self.tracker.make_motion(present, self.fps, size, clip=shot.clip)
             motion = replace(motion, found=np.array([face is not None for face in faces]))
-            yield _Part(shot.number, motion, frames)
-
-    def _driver_crop(self, index: int, crop: Square) -> np.ndarray | None:
-        """Return the crop of a frame to be shown; frames are read a second time, so that none waits in memory."""
-        if self.crop_size is None:
-            return None
-        if self._crop_frames is None:
-            self._crop_frames = enumerate(self._images(self._crop_reader))
-        image = next(image for number, image in self._crop_frames if number == index)
-        return crop_with_padding(rotate_clockwise(image, self.rotation), crop, self.crop_size)
+            yield shot.number, motion
 
 
 def _looks_alike(one: Face, two: Face) -> bool:

@@ -11,9 +11,8 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.expression_controls import ExpressionEdit, Range, edit_expression
-from export3d_cli.core.animation.options import Progress, Summary, check_overwrite
-from export3d_cli.core.animation.view_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
-from export3d_cli.core.media.writer import check_crf
+from export3d_cli.core.animation.frame_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
+from export3d_cli.core.animation.options import Progress, Summary
 from export3d_cli.core.runtime.errors import InputError
 
 GRID_VALUES = 5  # values of each basis vector or control in a contact sheet
@@ -28,24 +27,20 @@ class EditOptions(ViewOptions):
     @property
     def single(self) -> bool:
         """Whether all frames would be the same."""
-        return self.frames == 1 or (self.expression.is_constant and all(a == b for _, (a, b) in self.edits))
+        return super().single and (self.frames == 1 or all(a == b for _, (a, b) in self.edits))
 
 
 def edit_basis(
     animator: Animator, source: Path, out: Path, options: EditOptions, *, progress: Progress | None = None
 ) -> Summary:
     """Change the portrait's expression by basis vectors and by controls; nothing else changes."""
-    began = time.monotonic()
-    check_overwrite(out, options.overwrite)
-    check_crf(out, options.crf)
-    n, is_image = animator.model.config.num_coefficients, is_image_output(out, options.grid)
+    began, n = time.monotonic(), animator.model.config.num_coefficients
+    options.check_outputs(out)
     for v, _ in options.edits:
         if not 1 <= v <= n:
             raise InputError(f"basis vector {v} does not exist: these weights have 1 to {n}")
     if not options.edits and not (options.expression.controls if options.grid else options.expression):
         raise InputError("nothing to edit: give basis vectors or controls")
-    if is_image and not options.grid and not options.single:
-        raise InputError(f"{out} can hold one frame: give --frames 1, --grid, or a video's name")
     portrait = load_photo(animator, source, options, max_side=SHEET_CELL_PX if options.grid else 0)
     rows, labels = list[np.ndarray](), list[str]()
     notes: tuple[str, ...] = ()
@@ -61,7 +56,7 @@ def edit_basis(
             labels += [f"{name} {value:.2f}" for value in np.linspace(*ends, GRID_VALUES)]
         changes = np.concatenate(rows)
     else:
-        count = 1 if is_image else options.frames
+        count = 1 if is_image_output(out) else options.frames
         changes = np.zeros((count, n + 1))
         if options.expression:
             changes, notes = _control_changes(animator, portrait, options.expression, count)

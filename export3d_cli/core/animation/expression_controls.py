@@ -9,7 +9,7 @@ and the curves from strength to the tracked value are inverted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from export3d_cli.core.config.loading import read_yaml
+from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS, BetaStatistics, region_of
 from export3d_cli.core.face.motion import MIRROR_ORDER
 from export3d_cli.core.face.tracker import LandmarkerTracker
@@ -38,7 +39,7 @@ MAX_COEFFICIENT = 1.3  # that the network is given
 MAX_CHANGE = 28.0  # length of the change of lambda; 99.5 % of filmed frames are this near to the median of their clip
 MIN_SHORTFALL = 0.1  # between asked and shown value, from which it is noted
 MIN_MEASURED_CHANGE = 0.25  # of a control's value, from which its gain is measured
-GAIN_RANGE = (0.5, 2.5)  # of `HeldExpression.gains`
+GAIN_RANGE = (0.5, 2.5)  # of controls that are held in a video
 # Of people who look at the camera while they turn: gaze-x and gaze-y over the sines of the camera's direction to the
 # right and up in the head frame (median slopes and offsets of 19 and 24 filmed clips, correlations .9 and .75 or more).
 GAZE_SLOPE, GAZE_AT_REST = (1.9, 1.45), (0.1, -0.22)
@@ -71,11 +72,10 @@ class _Control(NamedTuple):
         )
         return np.asarray(raised - lowered)
 
-    def coefficients(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return coefficients that show values (T,)."""
-        if not self.lowered:
-            return dict.fromkeys(self.raised, values)
-        return dict.fromkeys(self.raised, values.clip(0)) | dict.fromkeys(self.lowered, (-values).clip(0))
+    def coefficients(self, values: np.ndarray) -> list[np.ndarray]:
+        """Return the coefficients, raised and then lowered, that show values (T,)."""
+        raised = values.clip(0) if self.lowered else values
+        return [raised] * len(self.raised) + [(-values).clip(0)] * len(self.lowered)
 
 
 CONTROLS = {
@@ -158,7 +158,10 @@ def edit_expression(
     base = _neutral(statistics, own) if edit.from_neutral else own
     if not edit.controls:
         return EditedExpression(base, base[None].repeat(len(positions), axis=0), ())
-    _check_movable(animator, edit)
+    movable = movable_coefficients(animator).cpu().numpy()
+    for name in edit.controls:
+        if not movable[[BETA_NAMES.index(coefficient) for coefficient in sum(CONTROLS[name], ())]].any():
+            raise InputError(f"these weights cannot move {name}, which did not vary in their training: use another one")
     setter = _ControlSetter(edit.controls, statistics)
     controls, with_values = setter.controls, partial(setter, base)
 
@@ -195,31 +198,24 @@ def edit_expression(
     return EditedExpression(base, with_values(values), notes)
 
 
-class HeldExpression(NamedTuple):
-    """Shows an edit's values in every frame of a video, whatever the frame itself shows."""
+def hold_expression(
+    animator: Animator, portrait: Portrait, edit: ExpressionEdit
+) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]:
+    """Measure on a portrait, a frame of a video, how strongly the controls of a constant edit show there.
 
-    setter: _ControlSetter
-    values: np.ndarray  # (controls,)
-    gains: np.ndarray  # (controls,) change to give over the change that shows
-    from_neutral: bool
-    notes: tuple[str, ...]  # for the user
-
-    def __call__(self, beta: np.ndarray) -> np.ndarray:
-        """Return the expressions to give to frames that show beta (T, 64)."""
-        base = _neutral(self.setter.statistics, beta) if self.from_neutral else beta
-        shown = self.setter.measure(base)
-        given = shown + self.gains * (self.values - shown)
-        return self.setter(base, given.clip(-MAX_COEFFICIENT, MAX_COEFFICIENT))
-
-
-def hold_expression(animator: Animator, portrait: Portrait, edit: ExpressionEdit) -> HeldExpression:
-    """Measure on a portrait, a frame of a video, how strongly the controls of a constant edit show there."""
+    Return a function from the expressions beta (T, 64) that frames show to those to give to them, so that the controls'
+    values show in every frame; and notes for the user.
+    """
     statistics, own = BetaStatistics.load(), portrait.motion.beta[0].astype(np.float64)
     opens_lips = any(name in LIP_OPENERS for control in edit.controls for name in sum(CONTROLS[control], ()))
     kept = () if opens_lips else (*LIP_OPENERS, *LIP_GAPS)  # speech stays: lips close where the video's do
     setter = _ControlSetter(edit.controls, statistics, kept)
     asked = np.array([first for first, _ in edit.ranges.values()])
-    start = setter.measure(_neutral(statistics, own) if edit.from_neutral else own)
+
+    def base(beta: np.ndarray) -> np.ndarray:
+        return _neutral(statistics, beta) if edit.from_neutral else beta
+
+    start = setter.measure(base(own))
     # a change too small to measure is measured at a larger one, towards the farther end of the range
     lowest = np.array([-1.0 if control.lowered else 0.0 for control in setter.controls])
     towards = np.where(start - lowest > 1 - start, -1.0, 1.0)
@@ -229,9 +225,14 @@ def hold_expression(animator: Animator, portrait: Portrait, edit: ExpressionEdit
     edited = edit_expression(animator, portrait, tried)
     change = trial - start
     gains = np.divide(setter.measure(edited.beta[0]) - start, change, out=np.ones_like(change), where=change != 0)
-    return HeldExpression(
-        setter, asked, gains.clip(*GAIN_RANGE), edit.from_neutral, () if small.any() else edited.notes
-    )
+    gains = gains.clip(*GAIN_RANGE)  # change to give over the change that shows
+
+    def hold(beta: np.ndarray) -> np.ndarray:
+        shown = setter.measure(base(beta))
+        given = shown + gains * (asked - shown)
+        return setter(base(beta), given.clip(-MAX_COEFFICIENT, MAX_COEFFICIENT))
+
+    return hold, () if small.any() else edited.notes
 
 
 def look_at_camera(beta: np.ndarray, cameras: np.ndarray) -> np.ndarray:
@@ -281,7 +282,7 @@ class _ControlSetter:
 
     def __call__(self, base: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Return beta (T, 64): `base` (64,) or (T, 64) with values (T, controls)."""
-        columns = [c for k, control in enumerate(self.controls) for c in control.coefficients(values[:, k]).values()]
+        columns = [c for k, control in enumerate(self.controls) for c in control.coefficients(values[:, k])]
         return base + (np.stack(columns, axis=1) - base[..., self._known]) @ self._slope.T if columns else base
 
 
@@ -320,18 +321,10 @@ def movable_coefficients(animator: Animator) -> Tensor:
     return animator.model.expression.beta_std > MIN_BETA_STD
 
 
-def _check_movable(animator: Animator, edit: ExpressionEdit) -> None:
-    """Raise `InputError` for a control whose coefficients did not vary in the training of the weights."""
-    movable = movable_coefficients(animator).cpu().numpy()
-    for name in edit.controls:
-        if not any(movable[BETA_NAMES.index(coefficient)] for coefficient in sum(CONTROLS[name], ())):
-            raise InputError(f"these weights cannot move {name}, which did not vary in their training: use another one")
-
-
 def _track(animator: Animator, portrait: Portrait, beta: np.ndarray) -> np.ndarray | None:
     """Render the portrait with expressions beta (T, 64) and return those that the tracker reads; None: no face."""
-    frames = list(animator.edit(replace(portrait, canvas=None), animator.expression_change(portrait, beta)))
+    frames = animator.edit(portrait, animator.expression_change(portrait, beta))
     tracker = animator.tracker()
     assert isinstance(tracker, LandmarkerTracker)
-    motion = tracker.track_crops(frames)
+    motion = tracker.track_crops([crop_image(frame, portrait.square, len(portrait.crop)) for frame in frames])
     return None if motion is None else motion.beta

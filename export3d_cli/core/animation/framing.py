@@ -8,14 +8,13 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from export3d_cli.core.animation.options import Framing
+from export3d_cli.core.animation.options import Crop, Framing
 from export3d_cli.core.face.crop import Square, fit_clip_crop
 from export3d_cli.core.face.face_track import Face
 from export3d_cli.core.runtime.errors import InputError
 
 MAX_FRAME_SIZE_PX = 2048  # side of the crop's image
 PHOTO_MARGIN = 0.25  # of the crop's side: photo kept around the crop, for hair and shoulders that move into view
-MIN_UPSCALE_RATIO = 1.5  # photo side over network size from which uncropped frames default to twice the network size
 DEFAULT_MAX_SIDE_PX = 1080  # longer side of frames of larger photos, unless asked otherwise
 SIZE_RANGE_PX = (64, 4096)
 MIN_CROP_PX = 16  # side of the network's crop
@@ -25,14 +24,14 @@ MIN_SQUARE = 2.1  # face boxes: side of a square framing, if the photo has room
 
 
 def place_on_canvas(
-    photo: np.ndarray, faces: Sequence[Face], framing: Framing, size: int,
+    photo: np.ndarray, faces: Sequence[Face], framing: Framing, crop: Crop, size: int,
     person_alpha: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, list[Face], Square, tuple[int, int, int, int]]:  # fmt: skip
     """Cut and scale a photo, uint8 (H, W, 3), to what frames show, and choose the network's crop in it.
 
     `faces` are the one to animate, then others, in pixels of `photo`. Return the canvas uint8 (h, w, 3), the faces in
-    it, the network's crop in whole pixels, and the part of the photo that the canvas shows: x0, y0, x1, y1, whole
-    pixels of `photo`. Raises `InputError` if `size` is out of range.
+    it, the network's crop in whole pixels (`crop` none: all of the canvas's width), and the part of the photo that the
+    canvas shows: x0, y0, x1, y1, whole pixels of `photo`. Raises `InputError` if `size` is out of range.
     """
     if size and not SIZE_RANGE_PX[0] <= size <= SIZE_RANGE_PX[1]:
         raise InputError(f"size must be {SIZE_RANGE_PX[0]} to {SIZE_RANGE_PX[1]} pixels, got {size}")
@@ -50,6 +49,8 @@ def place_on_canvas(
         photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     offset, factor = np.array([left, top, 0], np.float32), np.float32(scale)
     faces = [replace(face, landmarks=(face.landmarks - offset) * factor) for face in faces]
+    if crop == "none":
+        return photo, faces, (0.0, 0.0, float(photo.shape[1])), shown
     x0, y0, side = fit_clip_crop(faces[0].landmarks[None], (photo.shape[1], photo.shape[0]))
     grown = max(MIN_CROP_PX, round(side))
     x0, y0 = (round(v - (grown - side) / 2) for v in (x0, y0))
@@ -77,14 +78,3 @@ def _head_square(
     centre = (left + right) / 2, (top + bottom) / 2
     x, y = (int(np.clip(round(c - side / 2), 0, n - side)) for c, n in zip(centre, (width, height), strict=True))
     return x, y, side
-
-
-def uncropped_frame_size(side: int, network_size: int, size: int = 0) -> int:
-    """Return the side of frames that show a square photo of `side` pixels as the network makes it.
-
-    `size` 0 is twice the network size where the photo is nearly as large, else the network size. Raises `InputError`
-    for a size that is less than the network size or more than MAX_FRAME_SIZE_PX.
-    """
-    if size and not network_size <= size <= MAX_FRAME_SIZE_PX:
-        raise InputError(f"size must be {network_size} to {MAX_FRAME_SIZE_PX} with these weights, got {size}")
-    return size or (2 * network_size if side >= MIN_UPSCALE_RATIO * network_size else network_size)

@@ -27,10 +27,10 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.compositor import Compositor, check_outputs, fill_frame
-from export3d_cli.core.animation.options import Pose, ReenactOptions, check_overwrite
+from export3d_cli.core.animation.compositor import Compositor, fill_frame, load_photo
+from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterator
-from export3d_cli.core.animation.reenact import load_portrait
+from export3d_cli.core.animation.retargeting import Pose
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
 from export3d_cli.core.face.face_track import TargetFaceTracker
@@ -193,7 +193,7 @@ class _Stage:
         if self.mirrored:
             motion, reference = _mirror(motion), _mirror(reference)
         scales = live.strength * self._options.expression_scale, live.strength * self._options.pose_scale
-        control = replace(self._options.control, expression_scale=scales[0], pose_scale=scales[1])
+        control = replace(self._options, expression_scale=scales[0], pose_scale=scales[1])
         rendered = self._animator.animate(
             portrait, [motion], control=control, reference=reference, notify=self.notes.setdefault, layers=True
         )
@@ -203,7 +203,8 @@ class _Stage:
 
     def _load(self) -> tuple[Portrait, Compositor]:
         if self._number not in self._portraits:
-            self._portraits[self._number] = load_portrait(self._animator, self._sources[self._number], self._options)
+            portrait = load_photo(self._animator, self._sources[self._number], self._options)
+            self._portraits[self._number] = portrait, Compositor([portrait], background=self._options.background)
         return self._portraits[self._number]
 
 
@@ -221,9 +222,7 @@ def live(
     options = options or LiveOptions()
     if options.background == "transparent":
         raise InputError("live pictures cannot be transparent: use a colour that can be keyed, such as #00ff00")
-    check_outputs([options.record] if options.record else [], options.background, options.crf)
-    if options.record:
-        check_overwrite(options.record, options.overwrite)
+    options.check_outputs(*([options.record] if options.record else []))
     stopped = threading.Event()
     items: Iterator[tuple[Any, float]]
     tracker: FaceTracker | PacketTracker

@@ -63,7 +63,8 @@ def extract_head_mesh(
     from skimage import measure
 
     resolution, threshold = resolution or RESOLUTION, animator.model.config.surface_density
-    points = _grid(resolution)
+    centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5  # of the cube's cells
+    points = np.stack(np.meshgrid(centres, centres, centres, indexing="ij")[::-1], axis=-1).reshape(-1, 3)  # x fastest
     density = animator.query_field(portrait, points, beta=beta)[1] * _person_alpha(animator, portrait, points)
     volume = np.pad(density.reshape((resolution,) * 3), 1)  # closes the surface at the border of the cube
     parts = measure.label(volume > threshold, connectivity=1)
@@ -140,13 +141,6 @@ def write_mesh(path: Path, mesh: HeadMesh) -> None:
         data = first_line + b"\ncomment " + SYNTHETIC_COMMENT.encode() + b"\n" + body
     with write_atomic(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _grid(resolution: int) -> np.ndarray:
-    """Return the centres of the cube's cells, (N, 3) float32 in the head frame; x changes fastest."""
-    centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5
-    z, y, x = np.meshgrid(centres, centres, centres, indexing="ij")
-    return np.stack([x, y, z], axis=-1).reshape(-1, 3)
 
 
 def _person_alpha(animator: Animator, portrait: Portrait, points: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ class VolumeRender(NamedTuple):
 class FrameLayers(NamedTuple):
     """One rendered frame before it is composed into the photo."""
 
-    image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop
+    image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop; black but for a window around the face
     displacement: np.ndarray  # float32 (n, n, 2) see `PhotoFlow`, crop units
     face_weight: np.ndarray  # float32 (n, n)
     volume: VolumeRender
@@ -130,11 +130,13 @@ class PhotoCanvas:
         shift = layers.displacement.transpose(2, 0, 1)
         # where a border cuts the person, what is there stays, and what is next to it is stretched
         shift = shift / (1 + (shift / np.where(shift < 0, near, far)) ** 4) ** 0.25
-        cells = np.dstack([*(self.square[2] * shift), layers.face_weight]).astype(np.float32)
-        pixels = cv2.warpAffine(
-            cells, self._window_matrix(), shape, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )  # fmt: skip
+        x0, y0, side = self.square
+        cells = np.dstack([*(side * shift), layers.face_weight]).astype(np.float32)
+        cell = side * CELL  # pixels; the map is from indices of the window's pixels to those of the flow's cells
+        offset = [(s.start + 0.5 - o + WINDOW_MARGIN * side) / cell - 0.5 for s, o in ((columns, x0), (rows, y0))]
+        matrix, flags = np.array([[1 / cell, 0, offset[0]], [0, 1 / cell, offset[1]]]), cv2.INTER_LINEAR
+        flags |= cv2.WARP_INVERSE_MAP
+        pixels = cv2.warpAffine(cells, matrix, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
         x = pixels[..., 0] + np.arange(shape[0], dtype=np.float32)
         y = pixels[..., 1] + np.arange(shape[1], dtype=np.float32)[:, None]
         moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
@@ -143,14 +145,6 @@ class PhotoCanvas:
         colours = cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
         self._blend_network(colours, layers.image, face / alpha.clip(1e-3))
         return colours, alpha
-
-    def _window_matrix(self) -> np.ndarray:
-        """Return the affine map from pixel indices of the window to cell indices of the flow."""
-        rows, columns = self.window
-        x0, y0, side = self.square
-        cell = side * CELL  # pixels
-        offset = [(s.start + 0.5 - o + WINDOW_MARGIN * side) / cell - 0.5 for s, o in ((columns, x0), (rows, y0))]
-        return np.array([[1 / cell, 0, offset[0]], [0, 1 / cell, offset[1]]])
 
     def _blend_network(self, frame: np.ndarray, image: np.ndarray, weight: np.ndarray) -> None:
         """Blend the network's image of the crop into a window, in place."""
@@ -180,18 +174,12 @@ def _photo_alpha(photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Se
         step = size / CLOSE_UP_SIZE_PX
         matrix = np.array([[1 / step, 0, (0.5 - left) / step - 0.5], [0, 1 / step, (0.5 - top) / step - 0.5]])
         close = cv2.warpAffine(close, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-        whole = (slice(0, height), slice(0, width))
-        alpha = alpha + _inside((left, top, size), whole, CLOSE_UP_FADE) * (close - alpha)
+        ramps = []
+        for start, length in ((top, height), (left, width)):
+            position = (np.arange(length) + 0.5 - start) / size
+            ramps.append(smooth_step(np.minimum(position, 1 - position), 0, CLOSE_UP_FADE))
+        alpha = alpha + np.outer(*ramps).astype(np.float32) * (close - alpha)
     return refine_alpha(photo, alpha.astype(np.float32), max(2, round(0.012 * side)))
-
-
-def _inside(square: Square, window: tuple[slice, slice], fade: float) -> np.ndarray:
-    """Return a mask of pixels, float32 (h, w): 1 inside a square, falling to 0 at its border over `fade` sides."""
-    ramps = []
-    for part, start in zip(window, square[1::-1], strict=True):
-        position = (np.arange(part.start, part.stop) + 0.5 - start) / square[2]
-        ramps.append(smooth_step(np.minimum(position, 1 - position), 0, fade))
-    return np.outer(*ramps).astype(np.float32)
 
 
 def _to_frame(

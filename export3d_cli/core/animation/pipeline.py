@@ -21,8 +21,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from export3d_cli.core.animation.options import Progress
-
 T = TypeVar("T")
 _Self = TypeVar("_Self", bound="_Worker")
 _END = object()
@@ -227,11 +225,3 @@ def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, N
                 yield from take()
         while pending:
             yield from take()
-
-
-def report_each(items: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:
-    """Yield frames, and report each once it has been used."""
-    for count, item in enumerate(items, start=1):
-        yield item
-        if progress is not None:
-            progress("frames", count, total)

@@ -9,35 +9,27 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import groupby, tee
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Notify, Portrait
 from export3d_cli.core.animation.clip_editing import edit_clip
-from export3d_cli.core.animation.compositor import (
-    Compositor,
-    GroupCompositor,
-    check_outputs,
-    is_video,
-    load_photo,
-    read_portrait,
-)
+from export3d_cli.core.animation.compositor import Compositor, is_video, load_photo, read_portrait
 from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch
 from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression, shut_lips
-from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, check_overwrite, choose_sound
-from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, report_each
+from export3d_cli.core.animation.frame_writer import write_video
+from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, choose_sound
+from export3d_cli.core.animation.photo_canvas import FrameLayers
+from export3d_cli.core.animation.pipeline import PrefetchIterator
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.soundtrack import find_silence
-from export3d_cli.core.media.writer import VideoWriter
-from export3d_cli.core.runtime.device import precision_notes, trim_heap
+from export3d_cli.core.runtime.device import precision_notes
 from export3d_cli.core.runtime.errors import InputError
 
 PREFETCH_DEPTH = 2  # batches of the driver's motion that are read ahead
-TRIM_INTERVAL = 32  # batches between two calls of `trim_heap`
 
 
 def reenact(
@@ -59,20 +51,16 @@ def reenact(
     if is_video(source):
         return edit_clip(animator, source, out, options, driver=driver, progress=progress)
     options, began = (options or ReenactOptions()).for_driver(driver), time.monotonic()
-    check_outputs([out], options.background, options.crf)
-    check_overwrite(out, options.overwrite)
+    options.check_outputs(out)
     add_watermark = get_watermarker(options.watermark)
     portraits = load_portraits(animator, source, options)
-    one = Compositor(portraits[0], background=options.background, compare=options.compare)
-    group = None if len(portraits) == 1 else GroupCompositor(portraits)
+    compositor = Compositor(portraits, background=options.background, compare=options.compare)
     audio = choose_sound(options.audio, None, driver)
     audio_start = options.start if audio == driver else 0.0
     notes = dict.fromkeys(precision_notes(animator.precision, animator.device))  # each shot may give the same ones
 
-    def write(item: tuple[tuple[Any, np.ndarray | None], ...]) -> None:
-        (layers, crop), *others = item
-        frame = one(layers, crop) if group is None else group([layers, *(layers for layers, _ in others)])
-        writer.write(add_watermark(frame))
+    def compose(item: tuple[tuple[FrameLayers, np.ndarray | None], ...]) -> np.ndarray:
+        return add_watermark(compositor(*(layers for layers, _ in item), driver=item[0][1]))
 
     with ExitStack() as stack:
         stream = stack.enter_context(open_driver(animator, portraits[0], driver, options, track_cache))
@@ -80,11 +68,6 @@ def reenact(
         for portrait, (_, other) in zip(portraits[1:], options.pairs, strict=False):
             of_other = replace(options, fps=stream.fps).for_driver(other)
             streams.append(stack.enter_context(open_driver(animator, portrait, other, of_other)))
-        writer = stack.enter_context(VideoWriter(
-            out, size=one.size, fps=stream.fps, crf=options.crf, audio=audio, audio_start=audio_start,
-            alpha=one.transparent,
-        ))  # fmt: skip
-        background = stack.enter_context(BackgroundWriter(write, animator.window, stop=writer.abort))
         tracked: list[Iterable[MotionBatch]] = list(streams)
         if options.tracker != "fan":  # which computes with torch and needs all cores itself
             tracked = [stack.enter_context(PrefetchIterator(s, PREFETCH_DEPTH, stop=s.stop)) for s in streams]
@@ -95,13 +78,16 @@ def reenact(
         for portrait, batches in zip(portraits, tracked, strict=True):
             edit = edit_expression(animator, portrait, options.expression) if options.expression else None
             notes |= dict.fromkeys(edit.notes if edit is not None else ())
-            frames = _animate_stream(animator, portrait, batches, options.control, edit, notes.setdefault, silent)
+            frames = _animate_stream(animator, portrait, batches, options, edit, notes.setdefault, silent)
             animated.append(stack.enter_context(closing(frames)))  # which ends the rendering threads
         items = zip(*animated, strict=False)  # the shortest driver ends the video
-        for item in report_each(items, min(s.total for s in streams), progress):
-            background.put(item)
+        count = write_video(
+            items, out, options, compose, size=compositor.size, fps=stream.fps,
+            depth=animator.window, total=min(s.total for s in streams), progress=progress, audio=audio,
+            audio_start=audio_start, alpha=compositor.transparent,
+        )  # fmt: skip
     return Summary(
-        out, writer.frame_count, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
+        out, count, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
         (*dict.fromkeys(note for s in streams for note in s.notes), *notes),
     )  # fmt: skip
 
@@ -120,12 +106,6 @@ def load_portraits(animator: Animator, source: Path, options: ReenactOptions) ->
     return portraits
 
 
-def load_portrait(animator: Animator, source: Path, options: ReenactOptions) -> tuple[Portrait, Compositor]:
-    """Encode a photo, and make the compositor that turns its animated crop into frames."""
-    portrait = load_photo(animator, source, options)
-    return portrait, Compositor(portrait, background=options.background, compare=options.compare)
-
-
 def open_driver(
     animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, track_cache: TrackCache | None = None
 ) -> DriverStream:
@@ -140,7 +120,7 @@ def open_driver(
 def _animate_stream(
     animator: Animator, portrait: Portrait, batches: Iterable[MotionBatch], control: Control,
     edit: EditedExpression | None, notify: Notify, silent: np.ndarray | None = None,
-) -> Generator[tuple[np.ndarray, np.ndarray | None], None, None]:  # fmt: skip
+) -> Generator[tuple[FrameLayers, np.ndarray | None], None, None]:  # fmt: skip
     """Yield each frame with the driver crop that is shown next to it; each shot has a reference frame of its own.
 
     `silent` are the weights of silence of the frames, in which lips are shut.
@@ -150,15 +130,13 @@ def _animate_stream(
 
     def motions(batches: Iterable[MotionBatch]) -> Iterator[Motion]:
         nonlocal count
-        for number, batch in enumerate(batches):
+        for batch in batches:
             crops.extend(batch.driver_crops)
             motion = batch.motion
             if silent is not None:
                 motion = replace(motion, beta=shut_lips(motion.beta, silent, count).astype(np.float32))
             count += len(motion)
             yield motion
-            if number % TRIM_INTERVAL == 0:
-                trim_heap()
 
     for reference, shot in groupby(batches, key=lambda batch: batch.reference):
         frames = animator.animate(

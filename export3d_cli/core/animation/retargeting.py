@@ -23,6 +23,9 @@ from export3d_cli.core.face.smoothing import BETA_CHANGE
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 
+# Pose of the head. absolute: the driver's; relative: the source's own, moved as the driver's moves from its reference
+# frame; auto: relative to the frame whose head rotation is nearest to the source's.
+Pose = Literal["auto", "relative", "absolute"]
 DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
 _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
@@ -46,12 +49,11 @@ class Control:
     """Which parts of the motion are used, how strongly, and relative to which base."""
 
     drive: tuple[str, ...] = DRIVABLE  # or all, expression (all but head), pose (head)
-    expression_scale: float = 1.0
-    pose_scale: float = 1.0
+    expression_scale: float = 1.0  # 0: the source's expression, 1: the driver's, above 1: exaggerated
+    pose_scale: float = 1.0  # of the head pose, likewise
     scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales
-    pose: Literal["absolute", "relative"] = "absolute"
-    relative_expression: bool = False
-    travel_limits: TravelLimits | None = None  # soft limits; with them the size changes by at most exp(MAX_GROWTH)
+    pose: Pose = "absolute"
+    relative_expression: bool = False  # the source's expression plus the driver's change
     torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
     eyes_to_camera: bool = False  # the gaze is at the camera, whatever source and driver look at
 
@@ -67,7 +69,7 @@ class Control:
     @property
     def needs_reference(self) -> bool:
         """Whether a part is relative to the driver's reference frame."""
-        return self.relative_expression or self.pose == "relative"
+        return self.relative_expression or self.pose != "absolute"
 
     def _scale(self, region: str) -> float:
         """Return the scale of a region without `expression_scale` and `pose_scale`; 0 if it is not driven."""
@@ -97,17 +99,20 @@ class Control:
         assert base is not None  # `Animator.animate` checks it
         return source + scale * (driver - base)
 
-    def target_cameras(self, source: np.ndarray, driver: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
+    def target_cameras(
+        self, source: np.ndarray, driver: np.ndarray, reference: np.ndarray | None, limits: TravelLimits | None = None
+    ) -> np.ndarray:
         """Return cameras (T, 25) float32 from those of the source (25,), the driver (T, 25) and its reference (25,).
 
         Rotations are about the head's own axes, so that a nod stays a nod wherever the source looks. Shifts in the
         image are counted in heads and sizes are ratios, so that a driver in close-up moves the source no farther.
+        `limits` are soft; with them the size changes by at most exp(MAX_GROWTH).
         """
         scale = self.pose_scale * self._scale("head")
-        if self.pose == "absolute" and scale == 1 and self.travel_limits is None:
+        if self.pose == "absolute" and scale == 1 and limits is None:
             return driver
         source_rotation, source_centre = head_pose(source)
-        base = reference if self.pose == "relative" else source
+        base = source if self.pose == "absolute" else reference
         assert base is not None
         base_rotation, base_centre = head_pose(base)
         driver_rotation, driver_centre = head_pose(driver)
@@ -115,9 +120,8 @@ class Control:
         growth = scale * np.log(base_centre[2] / driver_centre[:, 2])  # of the logarithm of the head's size
         shift = driver_centre[:, :2] / driver_centre[:, 2:] - base_centre[:2] / base_centre[2]  # at focal length 1
         shift *= scale * base_centre[2] / source_centre[2]
-        if self.travel_limits is not None:
-            growth = _limit_softly(growth, MAX_GROWTH, MAX_GROWTH)
-            limits, focal = self.travel_limits, float(np.asarray(source)[16])
+        if limits is not None:
+            growth, focal = _limit_softly(growth, MAX_GROWTH, MAX_GROWTH), float(np.asarray(source)[16])
             shift[:, 0] = _limit_softly(shift[:, 0], limits.left / focal, limits.right / focal)
             shift[:, 1] = _limit_softly(shift[:, 1], limits.up / focal, limits.down / focal)
         depth = source_centre[2] * np.exp(-growth)

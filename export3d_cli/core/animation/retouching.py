@@ -43,9 +43,11 @@ class FaceWindows(NamedTuple):
         )
         crops = np.array([row.crop for row in rows])
         pixels = landmarks[..., :2] * crops[:, None, 2:] + crops[:, None, :2]  # (T, 478, 2)
-        windows = [_surround(points) for points in pixels]
+        low, high = pixels.min(1), pixels.max(1)
+        sides = np.rint(WINDOW_SCALE * (high - low).max(1, keepdims=True)).clip(2)  # (T, 1)
+        origins = np.rint((low + high - sides) / 2)  # (T, 2)
+        windows = [(x, y, side) for x, y, side in np.hstack([origins, sides]).astype(int).tolist()]
         images = [crop_with_padding(frame, window, size) for frame, window in zip(frames, windows, strict=True)]
-        origins, sides = np.split(np.array(windows, float), [2], axis=1)  # (T, 2), (T, 1)
         cameras = camera.copy()
         cameras[:, [16, 20]] *= crops[:, 2:] / sides
         cameras[:, [18, 21]] = (camera[:, [18, 21]] * crops[:, 2:] + crops[:, :2] - origins) / sides
@@ -76,14 +78,6 @@ def retouch(
         _compose(frame, window, displacement[row], result, row)
         for row, (frame, window) in enumerate(zip(faces.frames, faces.windows, strict=True))
     ]
-
-
-def _surround(points: np.ndarray) -> Window:
-    """Return the square around landmarks (478, 2) in pixels that can change."""
-    low, high = points.min(0), points.max(0)
-    side = max(2, round(WINDOW_SCALE * float((high - low).max())))
-    left, top = np.rint((low + high - side) / 2)
-    return int(left), int(top), side
 
 
 def _compose(

@@ -79,7 +79,7 @@ def run_benchmark(
     rendered = timed("render", animator.animate(portrait, [motion], layers=True))
     options = ReenactOptions(max_frames=len(images), audio="none")
     add_watermark = get_watermarker(options.watermark)
-    results = timed("compose", map(add_watermark, map(Compositor(portrait), rendered)))
+    results = timed("compose", map(add_watermark, map(Compositor([portrait]), rendered)))
     with tempfile.TemporaryDirectory() as folder:
         writer = VideoWriter(Path(folder) / "a.mp4", size=results[0].shape[1::-1], fps=reader.info.fps)
 

@@ -241,7 +241,7 @@ def _score_case(
         )
         lines[method] = [frames[k] for k in sample.rows]
 
-    if portrait is not None and portrait.canvas is not None:
+    if portrait is not None:
         settings = options.reenact
         if case.has_truth:  # the photo is a frame of the track: relative to another one, the head would be displaced
             settings = replace(settings, reference_frame=case.photo_row)
@@ -297,7 +297,7 @@ def render_layers(
             first += len(motion)
             if len(chosen):
                 yield from animator.animate(
-                    portrait, [motion.select(chosen)], control=options.control, reference=reference, layers=True
+                    portrait, [motion.select(chosen)], control=options, reference=reference, layers=True
                 )
 
 

@@ -81,7 +81,6 @@ def score_head(
     frames = read_rows(dataset / "clips" / f"{name}.mp4", rows)
     first = int((np.abs(yaws) + np.abs(pitches)).argmin())
     portrait = animator.portrait(frames[first], name=name)
-    assert portrait.canvas is not None
     frames = [cv2.resize(frame, portrait.frame_size, interpolation=cv2.INTER_AREA) for frame in frames]
     tracked = suite.track(frames, independent=True)
     seen = np.flatnonzero(tracked.found)

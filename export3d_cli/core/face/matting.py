@@ -1,4 +1,4 @@
-"""Person matting: MediaPipe's selfie segmentation on LiteRT, refined and steady from frame to frame."""
+"""Person matting: MediaPipe's selfie segmentation on LiteRT, refined."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ _GUIDED_EPS = 1e-3  # regulariser of the guided filter: squared colour differenc
 _EDGE_EPS = 3e-4  # as `_GUIDED_EPS`, for the matte's edge
 _EDGE_RANGE = (0.08, 0.92)  # filtered values that are background, and the person
 _STRAND_RANGE = (0.2, 0.6)  # output of the guided filter mapped to alpha 0 and 1
-_STILL_UPDATE_RATE = 0.3  # weight of the new mask where it hardly differs from the previous one
-_MOTION_THRESHOLD = 0.5  # difference from which the new mask is taken unchanged
 _OTHER_FACE_DISTANCE = 0.5  # face sizes from which on another detection is another face
 _PERSON_BORDER_WIDTH = 0.1  # face sizes over which alpha passes from one person to the next
 _COLOUR_WINDOW_PX = 25  # window of the colour estimates, network pixels
@@ -43,13 +41,13 @@ class PersonMatting:
         """
         height, width = image.shape[:2]
         network_input = _network_input(image)
-        mask = self.predict_mask(network_input)
+        mask = self._predict_mask(network_input)
         if hair_strands:
             mask = np.maximum(mask, _find_hair_strands(network_input, mask))
         alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
         return alpha * nearest_face_weight(faces, height, width) if len(faces) > 1 else alpha
 
-    def predict_mask(self, small: np.ndarray) -> np.ndarray:
+    def _predict_mask(self, small: np.ndarray) -> np.ndarray:
         """Return the mask (256, 256) float32 of a `_network_input`, with edges softened inwards to hide background."""
         # loose hair that the network misses is often found in the mirror image
         confidence = np.maximum(self._network(small)[0][0, ..., 0], self._network(small[:, ::-1])[0][0, :, ::-1, 0])
@@ -57,25 +55,6 @@ class PersonMatting:
         mask = _fill_holes(np.clip(mask, 0, 1))
         mask = cv2.GaussianBlur(mask, (0, 0), _EDGE_BLUR_SD, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
-
-
-class VideoMatting:
-    """The person's alpha in the frames of a video: still edges do not flicker, moving edges do not lag."""
-
-    def __init__(self, matting: PersonMatting) -> None:
-        self._matting = matting
-        self._previous_mask: np.ndarray | None = None
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return the alpha of the next frame, float32 (H, W) in [0, 1]."""
-        mask = self._matting.predict_mask(_network_input(image))
-        if self._previous_mask is not None:
-            difference = mask - self._previous_mask
-            rate = _STILL_UPDATE_RATE + (1 - _STILL_UPDATE_RATE) * np.minimum(np.abs(difference) / _MOTION_THRESHOLD, 1)
-            mask = self._previous_mask + rate * difference
-        self._previous_mask = mask
-        height, width = image.shape[:2]
-        return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _network_input(image: np.ndarray) -> np.ndarray:

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.animator import RENDER_SCALES, Animator, Portrait
 from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
-from export3d_cli.core.animation.rendering import RENDER_SCALES, sampling
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.motion import Motion
@@ -91,7 +90,6 @@ def test_portrait_cannot_be_changed(animator: Animator, portrait: Portrait) -> N
     tracked, whole = animator.portrait_from_motion(crop, portrait.motion), animator.portrait(photo)
     crop[:] = photo[:] = 0  # the caller's arrays stay the caller's
     assert tracked.crop.min() == 90
-    assert whole.canvas is not None
     np.testing.assert_array_equal(whole.canvas.photo, PHOTO)
     with pytest.raises(ValueError, match="read-only"):
         whole.canvas.photo[0] = 0
@@ -109,7 +107,6 @@ def test_frames_show_the_whole_photo(animator: Animator, photo: np.ndarray) -> N
         *animator.edit(portrait, 5 * np.eye(10, dtype=np.float32)[:1]),
     ]
     assert {frame.shape for frame in frames} == {photo.shape}
-    assert portrait.canvas is not None
     outside = np.ones((height, width), bool)
     outside[portrait.canvas.window] = False
     assert outside.any() == (photo is WIDE)  # where the person cannot come
@@ -120,7 +117,6 @@ def test_frames_show_the_whole_photo(animator: Animator, photo: np.ndarray) -> N
 
 def test_layers_composed_are_the_frames(animator: Animator, portrait: Portrait) -> None:
     motion = moving(portrait, 3)
-    assert portrait.canvas is not None
     layers = list(animator.animate(portrait, [motion], layers=True))
     composed = np.stack([portrait.canvas.compose(layer) for layer in layers])
     np.testing.assert_array_equal(composed, stack(animator.animate(portrait, [motion])))
@@ -341,11 +337,7 @@ def test_precision_notes_name_half_precision_that_a_cpu_lacks(monkeypatch: pytes
 
 
 def test_quality_sets_how_finely_the_volume_is_sampled(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = PRESETS["compact"]
-    assert sampling(config, "best") == (64, (16, 16))
-    assert sampling(config, "balanced") == (32, (12, 12))
-    assert sampling(config, "fast") == (32, (8, 8))
-    frames, sides = {}, {}
+    frames, sides, samples = {}, {}, {}
     for quality in RENDER_SCALES:
         animator = Animator.from_weights(tiny_weights, device="cpu", precision="fp32", quality=quality)
         drive = animator.model.drive
@@ -353,9 +345,12 @@ def test_quality_sets_how_finely_the_volume_is_sampled(tiny_weights: Path, monke
         def record(*args: object, quality: str = quality, drive=drive, **named: object) -> object:  # type: ignore[no-untyped-def]
             output = drive(*args, **named)
             sides[quality] = output.raw.shape[-1]
+            samples[quality] = named["samples"]
             return output
 
         monkeypatch.setattr(animator.model, "drive", record)
         frames[quality] = next(animator.edit(animator.portrait(PHOTO), NO_CHANGE)).astype(float)
     assert sides == {"fast": 8, "balanced": 8, "best": 16}
+    best = PRESETS["tiny"].coarse_samples
+    assert [samples[quality][0] / best for quality in ("fast", "balanced", "best")] == [0.5, 0.75, 1]
     assert 0 < np.square(frames["balanced"] - frames["best"]).mean() < 255**2 / 10**3.8

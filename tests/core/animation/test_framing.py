@@ -31,7 +31,7 @@ def scene(width: int, height: int, nose: tuple[float, float], hair: float = 0.0)
 @pytest.mark.parametrize(("width", "height"), [(150, 200), (320, 180), (200, 200)])
 def test_photo_keeps_its_aspect_and_size(width: int, height: int) -> None:
     photo, face = scene(width, height, (90, 95))
-    canvas, (placed,), square, _ = place_on_canvas(photo, [face], "photo", 0, alpha_of)
+    canvas, (placed,), square, _ = place_on_canvas(photo, [face], "photo", "auto", 0, alpha_of)
     np.testing.assert_array_equal(canvas, photo)
     np.testing.assert_array_equal(placed.landmarks, face.landmarks)
     assert all(value == round(value) for value in square)
@@ -44,7 +44,7 @@ def test_photo_keeps_its_aspect_and_size(width: int, height: int) -> None:
 )
 def test_size_is_the_longer_side(size: int, expected: tuple[int, int]) -> None:
     photo, face = scene(2000, 1000, (600, 400))
-    canvas, (placed, other), square, _ = place_on_canvas(photo, [face, face], "photo", size, alpha_of)
+    canvas, (placed, other), square, _ = place_on_canvas(photo, [face, face], "photo", "auto", size, alpha_of)
     scale = expected[0] / 2000
     assert canvas.shape[1::-1] == expected
     for moved in (placed, other):
@@ -56,8 +56,8 @@ def test_size_is_the_longer_side(size: int, expected: tuple[int, int]) -> None:
 
 def test_small_photos_are_not_enlarged_unless_asked() -> None:
     photo, face = scene(120, 90, (60, 45))
-    assert place_on_canvas(photo, [face], "photo", 0, alpha_of)[0].shape == (90, 120, 3)
-    canvas, (placed,), _, _ = place_on_canvas(photo, [face], "photo", 480, alpha_of)
+    assert place_on_canvas(photo, [face], "photo", "auto", 0, alpha_of)[0].shape == (90, 120, 3)
+    canvas, (placed,), _, _ = place_on_canvas(photo, [face], "photo", "auto", 480, alpha_of)
     assert canvas.shape == (360, 480, 3)
     np.testing.assert_allclose(placed.landmarks, 4 * face.landmarks)
 
@@ -66,14 +66,14 @@ def test_small_photos_are_not_enlarged_unless_asked() -> None:
 def test_sizes_out_of_range_are_refused(size: int) -> None:
     photo, face = scene(120, 90, (60, 45))
     with pytest.raises(InputError, match=f"size must be {SIZE_RANGE_PX[0]} to {SIZE_RANGE_PX[1]} pixels, got {size}"):
-        place_on_canvas(photo, [face], "photo", size, alpha_of)
+        place_on_canvas(photo, [face], "photo", "auto", size, alpha_of)
     for bound in SIZE_RANGE_PX:
-        assert max(place_on_canvas(photo, [face], "photo", bound, alpha_of)[0].shape) == bound
+        assert max(place_on_canvas(photo, [face], "photo", "auto", bound, alpha_of)[0].shape) == bound
 
 
 def cut(photo: np.ndarray, face: Face, size: int = 0) -> tuple[int, int, int, Face]:
     """Return x0, y0, side of the face framing of a photo smaller than 256 pixels, and the face in it."""
-    canvas, (placed,), _, shown = place_on_canvas(photo, [face], "face", size, alpha_of)
+    canvas, (placed,), _, shown = place_on_canvas(photo, [face], "face", "auto", size, alpha_of)
     x0, y0 = (int(value) for value in canvas[0, 0, 1:])
     side = len(canvas)
     assert shown == (x0, y0, x0 + side, y0 + side)
@@ -115,7 +115,15 @@ def test_face_square_without_a_matte_surrounds_the_landmarks() -> None:
 def test_face_square_is_scaled_to_the_size() -> None:
     photo, face = scene(250, 240, (120, 110), 25)
     side = cut(photo, face)[2]
-    canvas, (placed,), square, _ = place_on_canvas(photo, [face], "face", 300, alpha_of)
+    canvas, (placed,), square, _ = place_on_canvas(photo, [face], "face", "auto", 300, alpha_of)
     assert canvas.shape == (300, 300, 3)
     assert np.ptp(placed.landmarks[:, 0]) == pytest.approx(np.ptp(face.landmarks[:, 0]) * 300 / side, rel=1e-4)
     assert square[2] <= 300
+
+
+def test_crop_none_is_all_of_what_frames_show() -> None:
+    photo, face = scene(250, 240, (120, 110), 25)
+    assert place_on_canvas(photo, [face], "face", "none", 300, alpha_of)[2] == (0, 0, 300)
+    canvas, _, square, shown = place_on_canvas(photo[:, :240], [face], "photo", "none", 0, alpha_of)
+    assert (square, shown) == ((0, 0, 240), (0, 0, 240, 240))
+    np.testing.assert_array_equal(canvas, photo[:, :240])

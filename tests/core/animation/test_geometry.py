@@ -1,28 +1,19 @@
-"""Sizes and margins that follow from a portrait's crop, and what larger frames show."""
+"""Sizes that follow from a portrait's crop, and what larger frames show."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
-import pytest
+import torch
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.framing import uncropped_frame_size
+from export3d_cli.core.animation.novel_view import colour_depth
 from export3d_cli.core.face.crop import crop_image
-from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.image import read_image, to_uint8
 from export3d_cli.core.runtime.camera import head_pose, with_head_pose
-from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 
 PHOTO = read_image(example_path("source.jpg"))
-
-
-def test_frame_size_of_an_uncropped_photo_is_the_given_one_or_as_the_photo_allows() -> None:
-    assert [uncropped_frame_size(side, 256) for side in (100, 383, 384, 4000)] == [256, 256, 512, 512]
-    assert [uncropped_frame_size(4000, 256, size) for size in (256, 300, 2048)] == [256, 300, 2048]
-    for bad in (64, 254, 2050):
-        with pytest.raises(InputError, match=f"size must be 256 to 2048 .*got {bad}"):
-            uncropped_frame_size(4000, 256, bad)
 
 
 def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> None:
@@ -31,7 +22,7 @@ def test_larger_frames_are_nearer_to_the_larger_photo(animator: Animator) -> Non
         portrait = animator.portrait(PHOTO, crop="none", size=size)
         (frames[size],) = animator.animate(portrait, [portrait.motion])
         assert frames[size].shape == portrait.crop.shape == (size, size, 3)
-    truth = crop_image(PHOTO, portrait.motion.crop, 192).astype(float)[40:-40, 40:-40]
+    truth = crop_image(PHOTO, (0, 0, len(PHOTO)), 192).astype(float)[40:-40, 40:-40]
     enlarged = cv2.resize(frames[64], (192, 192), interpolation=cv2.INTER_CUBIC)
     errors = [np.square(frame[40:-40, 40:-40] - truth).mean() for frame in (enlarged, frames[192])]
     assert errors[1] < 0.75 * errors[0]
@@ -44,11 +35,12 @@ def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animat
     photo = animator.portrait(wide)
     crop = animator.portrait_from_motion(crop_image(wide, photo.motion.crop, 64), photo.motion)
     rotation, centre = head_pose(photo.camera)
-    cameras = with_head_pose(photo.camera, rotation, 1.4 * centre)[None]
+    camera = torch.from_numpy(with_head_pose(photo.camera, rotation, 1.4 * centre))[None]
     for portrait, is_green in ((photo, True), (crop, False)):
-        (frame,) = animator.view(portrait, cameras, layers=True)
-        if portrait.canvas is not None:
-            frame = cv2.resize(frame.image, (64, 64), interpolation=cv2.INTER_AREA)
+        with torch.inference_mode():  # the network's whole image; frames show its face
+            output = portrait.model.drive(portrait.source, None, camera, lam=portrait.source.coefficients)
+            large = output.image if portrait.padded is None else output.upscale(portrait.padded, len(portrait.crop))
+        frame = cv2.resize(to_uint8(large)[0], (64, 64), interpolation=cv2.INTER_AREA)
         red, green, blue = frame[-4:, 16:-16].reshape(-1, 3).mean(0)  # below the shoulders
         assert (green - max(red, blue) > 100) == is_green
 
@@ -60,7 +52,11 @@ def test_crop_of_the_network_s_size_has_no_detail(animator: Animator) -> None:
     assert next(animator.edit(portrait, np.zeros((1, 10), np.float32))).shape == (64, 64, 3)
 
 
-def test_depth_has_the_crop_s_size(animator: Animator) -> None:
-    for portrait in (animator.portrait(PHOTO, crop="none", size=100), animator.portrait(PHOTO, size=100)):
-        (depth,) = animator.view(portrait, portrait.motion.camera, depth=True)
-        assert depth.shape == portrait.crop.shape
+def test_depth_has_the_crop_s_size_and_is_warm_where_it_is_near(animator: Animator) -> None:
+    portrait = animator.portrait(PHOTO, size=100)
+    (layers,) = animator.view(portrait, portrait.motion.camera, layers=True)
+    depth = colour_depth(layers.volume, portrait.motion.camera[0], len(portrait.crop))
+    assert depth.shape == portrait.crop.shape
+    flat = layers.volume._replace(opacity=np.ones((8, 8), np.float32), depth=np.full((8, 8), 2.4, np.float32))
+    near, far = (colour_depth(flat._replace(depth=flat.depth + d), portrait.motion.camera[0], 9) for d in (0, 0.6))
+    assert near[4, 4, 0] > near[4, 4, 2] and far[4, 4, 2] > far[4, 4, 0]

@@ -18,12 +18,12 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.batch import reenact_all
-from export3d_cli.core.animation.compositor import Compositor
+from export3d_cli.core.animation.compositor import Compositor, load_photo
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.pipeline import BackgroundWriter, PrefetchIterator, chain_parallel
-from export3d_cli.core.animation.reenact import load_portrait, open_driver, reenact
+from export3d_cli.core.animation.reenact import open_driver, reenact
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.media.image import read_image
@@ -268,13 +268,14 @@ def reenact_without_threads(
     animator: Animator, driver: Path, out: Path, options: ReenactOptions
 ) -> tuple[int, int, tuple[str, ...]]:
     """Reenact in one thread; return the numbers of frames and of frames without a face, and the notes."""
-    (portrait, compositor), add_watermark = load_portrait(animator, SOURCE, options), get_watermarker(options.watermark)
+    portrait, add_watermark = load_photo(animator, SOURCE, options), get_watermarker(options.watermark)
+    compositor = Compositor([portrait], background=options.background, compare=options.compare)
     with open_driver(animator, portrait, driver, options) as stream:
         motions, crops, references = zip(*stream, strict=True)
-    frames = animator.animate(portrait, motions, control=options.control, reference=references[0], layers=True)
+    frames = animator.animate(portrait, motions, control=options, reference=references[0], layers=True)
     with VideoWriter(out, size=compositor.size, fps=stream.fps, crf=options.crf) as writer:
         for frame, crop in zip(frames, chain(*crops), strict=True):
-            writer.write(add_watermark(compositor(frame, crop)))
+            writer.write(add_watermark(compositor(frame, driver=crop)))
     return writer.frame_count, stream.missing, tuple(stream.notes)
 
 
@@ -375,7 +376,7 @@ def test_leaving_before_the_first_frame_stops_tracking(
 
     monkeypatch.setattr(VideoReader, "__iter__", slowly)
     options = ReenactOptions()
-    portrait, _ = load_portrait(animator, SOURCE, options)
+    portrait = load_photo(animator, SOURCE, options)
     with open_driver(animator, portrait, clip, options) as stream, PrefetchIterator(stream, 2, stop=stream.stop):
         wait_until(lambda: len(frames) > 3)
     assert len(frames) < 40

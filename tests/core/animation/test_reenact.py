@@ -51,7 +51,7 @@ def test_reenact_keeps_the_driver_s_length_and_rate(animator: Animator, make_cli
     ("options", "size"),
     [
         ({}, (390, 520)), ({"size": 256}, (192, 256)), ({"framing": "face", "size": 200}, (200, 200)),
-        ({"crop": "none"}, (128, 128)),
+        ({"crop": "none"}, (512, 512)), ({"crop": "none", "framing": "face", "size": 200}, (200, 200)),
     ],
 )  # fmt: skip
 def test_video_has_the_size_of_the_photo_or_the_given_one(

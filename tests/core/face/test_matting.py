@@ -10,7 +10,6 @@ import pytest
 
 from export3d_cli.core.face.matting import (
     PersonMatting,
-    VideoMatting,
     _fill_holes,
     _find_hair_strands,
     estimate_foreground,
@@ -38,17 +37,6 @@ def test_alpha_is_one_on_the_person_and_zero_in_the_corners(matting: PersonMatti
     assert alpha[60:200, 100:156].min() == 1  # face and neck
     assert max(alpha[0, 0], alpha[0, -1], alpha[80, 10], alpha[80, -10]) == 0
     assert matting.alpha(photo[:, :200]).shape == (256, 200)
-
-
-def test_video_matting_damps_noise_and_follows_a_new_picture(matting: PersonMatting, photo: np.ndarray) -> None:
-    rng = np.random.default_rng(0)
-    noisy = [np.clip(photo + rng.normal(0, 12, photo.shape), 0, 255).astype(np.uint8) for _ in range(6)]
-    alone = np.stack([matting.alpha(frame) for frame in noisy])
-    video_matting = VideoMatting(matting)
-    followed = np.stack([video_matting(frame) for frame in noisy])
-    assert np.abs(np.diff(followed[1:], axis=0)).mean() < 0.7 * np.abs(np.diff(alone[1:], axis=0)).mean()
-    turned = np.ascontiguousarray(photo[::-1])
-    assert np.abs(video_matting(turned) - matting.alpha(turned)).mean() < 0.02
 
 
 def test_fill_holes_fills_only_small_enclosed_holes() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.face.face_track import FaceTrack
-from export3d_cli.core.face.matting import PersonMatting, VideoMatting
+from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.tracker import LiteRTNetwork, open_landmarker_tracker, read_bundle
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
@@ -59,9 +59,9 @@ def test_tracks_and_mattings_of_two_videos_in_threads_equal_separate_runs(photo:
     ]
 
     def run(video: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        track, video_matting = FaceTrack(landmarker), VideoMatting(matting)
+        track = FaceTrack(landmarker)
         faces = [track.track(frame) for frame in video]
-        alphas = np.stack([video_matting(frame) for frame in video])
+        alphas = np.stack([matting.alpha(frame) for frame in video])
         return np.stack([face.landmarks for face in faces if face is not None]), alphas
 
     expected = [run(video) for video in videos]

@@ -51,7 +51,9 @@ def test_accelerator_frames_equal_cpu_frames(tiny_weights: Path, monkeypatch: py
             *animator.view(portrait, cameras),
             *animator.edit(portrait, lam),
         ]
-        return [*pictures, *animator.view(portrait, cameras, depth=True), *animator.query_field(portrait, points)]
+        volumes = [layers.volume for layers in animator.view(portrait, cameras, layers=True)]
+        depths = [depth for volume in volumes for depth in (volume.depth, volume.opacity)]
+        return [*pictures, *depths, *animator.query_field(portrait, points)]
 
     on_cpu = made("cpu")
     with FakeAccelerator() as accelerator:
