@@ -15,10 +15,9 @@ from export3d_cli import console, options
 @click.option("--driver", type=options.EXISTING_FILE, help="Driving video.  [default: the bundled example]")
 @click.option("--frames", type=click.IntRange(2, 10_000), default=30, show_default=True, help="Frames to measure.")
 @click.option(
-    "--against",
-    metavar="COMMAND",
+    "--against", metavar="COMMAND",
     help="Time another tool instead, in turn with `reenact`: its command, with {src}, {drv} and {out}.",
-)
+)  # fmt: skip
 @options.batch_option
 @options.model_options
 @options.json_option

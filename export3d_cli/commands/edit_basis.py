@@ -21,12 +21,9 @@ GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this rang
 )  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Number of a basis vector, from 1.")
 @click.option(
-    "--scale",
-    "scales",
-    type=options.NumberRange(),
-    multiple=True,
+    "--scale", "scales", type=options.NumberRange(), multiple=True,
     help="Change of its coefficient, from A to B; may be negative.",
-)
+)  # fmt: skip
 @click.option(
     "--grid", is_flag=True,
     help=f"Contact sheet: a row per --v (default: all) with five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",

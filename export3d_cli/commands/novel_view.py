@@ -17,22 +17,16 @@ from export3d_cli import console, options
     help="Video, or .png/.jpg for one view.  [default: novel_view.mp4 or .png, replaced]",
 )  # fmt: skip
 @click.option(
-    "--yaw",
-    type=options.NumberRange(),
-    default="-30:30",
-    show_default=True,
+    "--yaw", type=options.NumberRange(), default="-30:30", show_default=True,
     help="Yaw in degrees; + turns the head to the image's right.",
-)
+)  # fmt: skip
 @click.option("--pitch", type=options.NumberRange(), help="Pitch in degrees; + is up.")
 @click.option("--roll", type=options.NumberRange(), help="Roll in degrees; + is clockwise.")
 @click.option("--frames", type=click.IntRange(1, 100_000), help="Number of frames.  [default: 60; 9 views with --grid]")
 @click.option(
-    "--loop",
-    type=click.Choice(["pingpong", "once"]),
-    default="pingpong",
-    show_default=True,
+    "--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True,
     help="Sweep there and back, or once.",
-)
+)  # fmt: skip
 @click.option(
     "--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, labelled with yaw and pitch."
 )

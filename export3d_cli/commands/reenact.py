@@ -38,11 +38,9 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1, required=True)
 @click.argument("driver", type=options.EXISTING_PATH, metavar="DRIVE")
 @click.option(
-    "-o",
-    "--output",
-    required=True,
+    "-o", "--output", required=True,
     help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.",
-)
+)  # fmt: skip
 @options.range_options
 @click.option("--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: exactly the driver's]")
 @click.option(
@@ -78,11 +76,9 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     help="Strength of a region of DRIVE's motion: --scale mouth=1.2 --scale brows=.5. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--expression-scale",
-    type=SCALE_RANGE,
-    default=1.0,
+    "--expression-scale", type=SCALE_RANGE, default=1.0,
     help="Strength of DRIVE's expression: 0 keeps SRC's, 1 copies DRIVE's, more exaggerates.  [default: 1]",
-)
+)  # fmt: skip
 @click.option(
     "--pose-scale", type=SCALE_RANGE, default=1.0, help="Strength of DRIVE's head pose, likewise.  [default: 1]"
 )

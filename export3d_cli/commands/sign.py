@@ -12,10 +12,9 @@ from export3d_cli import options
 @click.command()
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=options.EXISTING_FILE)
 @click.option(
-    "--certificate",
-    type=options.EXISTING_FILE,
+    "--certificate", type=options.EXISTING_FILE,
     help="Your certificate and its issuers', PEM.  [default: a new, self-signed one]",
-)
+)  # fmt: skip
 @click.option("--key", type=options.EXISTING_FILE, help="Its private key, PEM without a password.")
 def sign(files: tuple[Path, ...], certificate: Path | None, key: Path | None) -> None:
     """Add C2PA content credentials to each FILE: a signed statement that it is synthetic.
