@@ -89,14 +89,9 @@ def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
 
 
 def reenact_all(
-    animator: Animator,
-    sources: Sequence[Path],
-    driver: Path,
-    out: str,
-    options: ReenactOptions | None = None,
-    *,
+    animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None, *,
     progress: Progress | None = None,
-) -> BatchSummary:
+) -> BatchSummary:  # fmt: skip
     """Animate each source by one driver into the template `out`; existing results are kept without `overwrite`.
 
     A portrait that fails is recorded, and the others continue; programming errors are raised.

@@ -209,12 +209,9 @@ class _Stage:
 
 
 def live(
-    animator: Animator,
-    sources: Sequence[Path],
-    options: LiveOptions | None = None,
-    *,
+    animator: Animator, sources: Sequence[Path], options: LiveOptions | None = None, *,
     report: Callable[[str], None] | None = None,
-) -> LiveSummary:
+) -> LiveSummary:  # fmt: skip
     """Animate the first of the portraits by a camera until the user quits, Ctrl-C, or `seconds` have passed.
 
     `report` receives the state and its figures as a line of text, once a second.

@@ -65,13 +65,9 @@ class NovelViewOptions(ViewOptions):
 
 
 def novel_view(
-    animator: Animator,
-    source: Path,
-    out: Path | None,
-    options: NovelViewOptions | None = None,
-    *,
+    animator: Animator, source: Path, out: Path | None, options: NovelViewOptions | None = None, *,
     progress: Progress | None = None,
-) -> Summary:
+) -> Summary:  # fmt: skip
     """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's angle.
 
     Where `out` is None, only the mesh is written.

@@ -33,15 +33,9 @@ PREFETCH_DEPTH = 2  # batches of the driver's motion that are read ahead
 
 
 def reenact(
-    animator: Animator,
-    source: Path,
-    driver: Path,
-    out: Path,
-    options: ReenactOptions | None = None,
-    *,
-    progress: Progress | None = None,
-    track_cache: TrackCache | None = None,
-) -> Summary:
+    animator: Animator, source: Path, driver: Path, out: Path, options: ReenactOptions | None = None, *,
+    progress: Progress | None = None, track_cache: TrackCache | None = None,
+) -> Summary:  # fmt: skip
     """Animate the portrait `source` by `driver` (video, image, `.motion.npz` or ARKit CSV) into the video `out`.
 
     A `source` that is a video is edited, see `edit_clip`.
