@@ -23,7 +23,7 @@ COMMANDS = {
 EXAMPLES: dict[str, tuple[str, str]] = {
     "reenact": (
         "reenact src.jpg drive.mp4 -o out.mp4",
-        "reenact src.jpg drive.mp4 -o out.mp4 --drive mouth,head --gaze 0,0",
+        "reenact src.jpg speech.wav -o out.mp4 --text speech.txt --smile .3",
     ),
     "live": ("live src.jpg", "live src.jpg --to http://127.0.0.1:8000 --record out.mp4"),
     "app": ("app", "app --port 7861 --quality fast"),

@@ -67,8 +67,8 @@ def preprocess(
 ) -> None:
     """Track faces in INPUT (videos, images, or folders of them).
 
-    With one video, photo or Live Link Face CSV and OUT ending in .motion.npz or .csv, write its motion, a driver for
-    `reenact`; a .csv holds ARKit's coefficients and the head's angles for other programs (-o clip.csv).
+    With one video, photo, sound or Live Link Face CSV and OUT ending in .motion.npz or .csv, write its motion, a driver
+    for `reenact`; a .csv holds ARKit's coefficients and the head's angles for other programs (-o clip.csv).
     Otherwise write a data set for `train`: videos are split into clips of one face; rejected.jsonl says which were left
     out and why. Rendered heads with exact views (a folder with clips/, labels/, depth/) keep their depth. Run the same
     command again to continue an interrupted run.

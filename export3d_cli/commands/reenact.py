@@ -41,8 +41,18 @@ SCALE_RANGE = click.FloatRange(-10, 10)
     "-o", "--output", required=True,
     help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.",
 )  # fmt: skip
+@click.option(
+    "--drive-by", type=click.Choice(["auto", "sound"]), default="auto", show_default=True,
+    help="sound: move the lips by what the sound of DRIVE says, not by its video; auto: so only if it has no video.",
+)  # fmt: skip
+@click.option(
+    "--text", type=options.EXISTING_FILE, metavar="FILE",
+    help="What the sound of DRIVE says, for exact lips: a text of the part that is used, or subtitles (SRT) of it all.",
+)  # fmt: skip
 @options.range_options
-@click.option("--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: exactly the driver's]")
+@click.option(
+    "--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: exactly the driver's; 25 of a sound]"
+)
 @click.option(
     "--audio", default="auto", show_default=True, metavar="auto|driver|source|none|FILE",
     callback=options.validate_audio, help="Sound of the result; auto is DRIVE's, or that of a video as SRC.",
@@ -122,8 +132,13 @@ def reenact(
 ) -> None:  # fmt: skip
     """Animate the portraits SRC with the head and face motion of DRIVE.
 
-    DRIVE is a video, an image, a .motion.npz or a CSV of Live Link Face. The result has its frame rate and sound. SRC
-    may be a video, too: its frames keep the head's pose and all but the regions of the face that DRIVE drives.
+    DRIVE is a video, a sound, an image, a .motion.npz or a CSV of Live Link Face. The result has its frame rate and
+    sound. SRC may be a video, too: its frames keep the head's pose and all but the regions of the face that DRIVE
+    drives.
+
+    A sound (.wav, .mp3, ...; needs `pip install 'export3d-cli[speech]'`) gives lip shapes by the phones that an
+    English acoustic model hears, other languages work approximately; blinks, brows and small head movements are
+    made up. A --text makes the phones exact.
     """
     from export3d_cli import core
 

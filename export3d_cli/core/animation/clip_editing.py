@@ -64,10 +64,10 @@ def edit_clip(
 ) -> Summary:  # fmt: skip
     """Edit the expression of a face in the video `clip`: the result has its size, its exact rate and its sound.
 
-    A driver changes the regions that it drives; controls hold their values in every frame. Frames without a face pass
-    unchanged; in the others only pixels of the face change, and those of a watermark. Without a driver, start and
-    duration of `options` are the clip's, else the driver's. Raises `InputError` for options that need a photo, and if
-    there is nothing to edit.
+    A driver changes the regions that it drives; if its sound drives, the result has it. Controls hold their values in
+    every frame. Frames without a face pass unchanged; in the others only pixels of the face change, and those of a
+    watermark. Without a driver, start and duration of `options` are the clip's, else the driver's. Raises `InputError`
+    for options that need a photo, and if there is nothing to edit.
     """
     options, began = options or ReenactOptions(), time.monotonic()
     regions = _edited_regions(clip, driver, options)
@@ -75,13 +75,13 @@ def edit_clip(
     add_watermark = get_watermarker(options.watermark)
     of_clip = replace(
         options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute", max_frames=None,
-        relative_expression=False,
+        relative_expression=False, drive_by="auto", text=None,
     )  # fmt: skip
     if driver is not None:
         of_clip = replace(of_clip, start=0.0, duration=None)
     is_still = driver is not None and has_image_suffix(driver)
     length = "source" if driver is None or is_still else options.length
-    audio = choose_sound(options.audio, clip, driver)
+    audio = choose_sound(options, clip, driver)
     audio_start = options.start if audio == (driver or clip) else 0.0
 
     with ExitStack() as stack:

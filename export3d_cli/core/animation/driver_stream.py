@@ -1,4 +1,4 @@
-"""A driver as a stream of motion: a video, an image, a folder of pictures, a `.motion.npz` or a Live Link Face CSV.
+"""A driver as a stream of motion: a video, a sound, an image, a folder of pictures, a `.motion.npz` or an ARKit CSV.
 
 Memory does not grow with the driver's length. A driver consists of shots, which begin at cuts that
 change the framing. Crop, smoothing and the automatic reference frame start again with each: they are measured over the
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.options import MOTION_SUFFIXES, ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
@@ -34,6 +34,7 @@ from export3d_cli.core.face.face_track import (
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.smoothing import smooth_stream
+from export3d_cli.core.face.speech import DEFAULT_FPS, read_speech
 from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
@@ -66,7 +67,8 @@ class _Shot:
 class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     """Iterate over the driver's motion in batches; a context manager, one pass.
 
-    `driver` is a video, an image, a folder of pictures, a file written by `Motion.save`, or a CSV of Live Link Face.
+    `driver` is a video, an image, a folder of pictures, a sound, a file written by `Motion.save`, or a CSV of Live Link
+    Face.
     With the reference `auto` of `options`, each shot has its own, see `most_similar_frame`. `source` is the portrait's
     motion, one row; its camera also places the head of a CSV (None: EG3D's usual). Crops are `crop_scale` face boxes
     wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
@@ -92,11 +94,22 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         self._stopped = False
         fps, start, duration, max_frames = options.fps, options.start, options.duration, options.max_frames
         self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames)
-        if is_motion_file(driver):
+        speaks = options.uses_sound_of(driver)
+        if options.text is not None and not speaks:
+            raise InputError(f"--text is what a sound says, and {driver} drives by its picture: add --drive-by sound")
+        if speaks or driver.suffix.lower() in MOTION_SUFFIXES:
             if crop_size is not None:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
-            if driver.suffix.lower() == ".csv":
-                camera = orbit_camera(0) if source is None else source.camera[0]
+            camera = orbit_camera(0) if source is None else source.camera[0]
+            if speaks:
+                fps = fps or DEFAULT_FPS
+                if max_frames is not None:
+                    duration = min(float(max_frames / fps), duration or np.inf)
+                motion, self.notes = read_speech(
+                    driver, camera, fps=fps, start=start, duration=duration, text=options.text
+                )
+                start, duration = 0.0, None  # the motion begins there
+            elif driver.suffix.lower() == ".csv":
                 motion, self.notes = arkit.read_csv(driver, camera)
             else:
                 motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))
@@ -270,8 +283,3 @@ def _looks_alike(one: Face, two: Face) -> bool:
     side, other_side = (high - low).max(), (other_high - other_low).max()
     distance = np.linalg.norm((low + high - other_low - other_high) / 2) / side
     return bool(distance < SAME_FRAMING[0] and abs(np.log(other_side / side)) < SAME_FRAMING[1])
-
-
-def is_motion_file(driver: Path) -> bool:
-    """Return whether a driver is a file of numbers, without pictures and sound."""
-    return driver.suffix.lower() in (".npz", ".csv")

@@ -16,6 +16,7 @@ from export3d_cli.core.animation.watermark import Watermark
 from export3d_cli.core.face.smoothing import SmoothingLevel
 from export3d_cli.core.face.tracker import TrackerName
 from export3d_cli.core.media.image import has_image_suffix
+from export3d_cli.core.media.probe import is_sound
 from export3d_cli.core.media.writer import check_crf, check_output_suffix
 from export3d_cli.core.runtime.errors import InputError
 
@@ -24,6 +25,7 @@ Crop = Literal["auto", "none"]
 Framing = Literal["photo", "face"]  # what frames show: the whole photo, or a square around the head
 Quality = Literal["fast", "balanced", "best"]  # of the volume rendering
 Length = Literal["source", "driver", "shortest", "loop"]  # loop: the source's, and the driver repeats
+MOTION_SUFFIXES = (".npz", ".csv")  # files of numbers, without pictures and sound
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class ReenactOptions(PortraitOptions, Control):
     background: str = "source"  # source | transparent | #rrggbb | path of an image
     pairs: tuple[tuple[str, Path], ...] = ()  # more faces of the source, each with a driver of its own
     driver_face: str = "largest"  # which face of the driver, likewise
+    drive_by: Literal["auto", "sound"] = "auto"  # auto: by the driver's video, or its sound if it has no video
+    text: Path | None = None  # what the driver's sound says, a text or SRT file, see `read_speech`
     tracker: TrackerName = "landmarker"  # for the driver; the source is always tracked by the landmarker
     pose: Pose = "auto"
     lips_shut_when_silent: bool = False  # where the result's sound is silent
@@ -106,6 +110,11 @@ class ReenactOptions(PortraitOptions, Control):
         """Return the options for a driver: pose `auto` of a picture, which shows no movement, is absolute."""
         return replace(self, pose="absolute") if self.pose == "auto" and has_image_suffix(driver) else self
 
+    def uses_sound_of(self, driver: Path) -> bool:
+        """Return whether the sound of a driver drives."""
+        has_none = driver.suffix.lower() in MOTION_SUFFIXES or has_image_suffix(driver)
+        return self.drive_by == "sound" or (not has_none and is_sound(driver))
+
     @property
     def reference(self) -> int | Literal["auto"] | None:
         """The driver's reference frame, see `DriverStream`."""
@@ -129,12 +138,15 @@ class Summary:
     notes: tuple[str, ...] = field(default=())
 
 
-def choose_sound(audio: str, source: Path | None, driver: Path | None) -> Path | None:
-    """Return the file that an option `audio` means, for a source that is a video, else None, and a driver."""
+def choose_sound(options: ReenactOptions, source: Path | None, driver: Path | None) -> Path | None:
+    """Return the file with the result's sound, for a source that is a video, else None, and a driver."""
+    audio = options.audio
     if audio == "source" and source is None:
         raise InputError("--audio source needs a video as source: use driver, none or a file with sound")
-    silent = driver is None or driver.suffix.lower() in (".npz", ".csv") or has_image_suffix(driver)
+    silent = driver is None or driver.suffix.lower() in MOTION_SUFFIXES or has_image_suffix(driver)
     sound = None if silent else driver
+    if source is not None and driver is not None and audio == "auto" and options.uses_sound_of(driver):
+        audio = "driver"  # whose words the lips speak
     return {"auto": source or sound, "source": source, "driver": sound, "none": None}.get(audio, Path(audio))
 
 

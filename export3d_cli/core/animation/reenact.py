@@ -36,7 +36,7 @@ def reenact(
     animator: Animator, source: Path, driver: Path, out: Path, options: ReenactOptions | None = None, *,
     progress: Progress | None = None, track_cache: TrackCache | None = None,
 ) -> Summary:  # fmt: skip
-    """Animate the portrait `source` by `driver` (video, image, `.motion.npz` or ARKit CSV) into the video `out`.
+    """Animate the portrait `source` by `driver` (video, sound, image, `.motion.npz` or ARKit CSV) into the video `out`.
 
     A `source` that is a video is edited, see `edit_clip`.
 
@@ -49,7 +49,7 @@ def reenact(
     add_watermark = get_watermarker(options.watermark)
     portraits = load_portraits(animator, source, options)
     compositor = Compositor(portraits, background=options.background, compare=options.compare)
-    audio = choose_sound(options.audio, None, driver)
+    audio = choose_sound(options, None, driver)
     audio_start = options.start if audio == driver else 0.0
     notes = dict.fromkeys(precision_notes(animator.precision, animator.device))  # each shot may give the same ones
 
@@ -60,7 +60,7 @@ def reenact(
         stream = stack.enter_context(open_driver(animator, portraits[0], driver, options, track_cache))
         streams = [stream]
         for portrait, (_, other) in zip(portraits[1:], options.pairs, strict=False):
-            of_other = replace(options, fps=stream.fps).for_driver(other)
+            of_other = replace(options, fps=stream.fps, text=None).for_driver(other)
             streams.append(stack.enter_context(open_driver(animator, portrait, other, of_other)))
         tracked: list[Iterable[MotionBatch]] = list(streams)
         if options.tracker != "fan":  # which computes with torch and needs all cores itself

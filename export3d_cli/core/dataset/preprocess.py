@@ -31,7 +31,7 @@ import numpy as np
 from export3d_cli.core.dataset.exact_views import crop_depth, has_exact_views, read_labels, split_heads
 from export3d_cli.core.dataset.overview import draw_overlay, draw_report
 from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, sharpness, track_segments
-from export3d_cli.core.dataset.track_video import extract_motion, is_arkit_csv
+from export3d_cli.core.dataset.track_video import extract_motion, has_no_pictures
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.crop import crop_image, crop_with_padding
 from export3d_cli.core.face.face_track import FaceTrack
@@ -154,9 +154,9 @@ def _write_motion_file(
 ) -> PreprocessSummary:
     if len(inputs) != 1:
         raise InputError(f"{out} holds the motion of one input, got {len(inputs)}: give one, or a folder as OUT")
-    if is_arkit_csv(inputs[0]):
+    if has_no_pictures(inputs[0]):
         picture_options = {"--face": options["face"], "--tracker": options["tracker"], "--overlay": overlay}
-        _refuse(picture_options, f"{inputs[0]} has coefficients and no pictures", "videos and photos")
+        _refuse(picture_options, f"{inputs[0]} has no pictures", "videos and photos")
     given = {name: value for name, value in options.items() if value is not None}
     motion, notes = extract_motion(inputs[0], progress=progress, **given)
     if out.suffix == ".csv":

@@ -1,4 +1,4 @@
-"""Reads the motion of one file: a video, a photo, a folder of pictures or an ARKit CSV."""
+"""Reads the motion of one file: a video, a photo, a folder of pictures, a sound or an ARKit CSV."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from pathlib import Path
 from export3d_cli.core.face.arkit import read_csv
 from export3d_cli.core.face.face_track import Face, TargetFaceTracker, choose_face
 from export3d_cli.core.face.motion import Motion, resample_rows
+from export3d_cli.core.face.speech import DEFAULT_FPS, read_speech
 from export3d_cli.core.face.tracker import TrackerName, open_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
-from export3d_cli.core.media.probe import DEFAULT_FOLDER_FPS
+from export3d_cli.core.media.probe import DEFAULT_FOLDER_FPS, is_sound
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import NoFaceError
+
+
+def has_no_pictures(path: Path) -> bool:
+    """Return whether a file is an ARKit CSV or a sound."""
+    return is_arkit_csv(path) or (not path.is_dir() and not has_image_suffix(path) and is_sound(path))
 
 
 def is_arkit_csv(path: Path) -> bool:
@@ -30,9 +36,14 @@ def extract_motion(
 ) -> tuple[Motion, list[str]]:  # fmt: skip
     """Track one face of a video (streamed) or of a photo (one frame); return its motion and notes for the user.
 
-    A Live Link Face CSV is placed at EG3D's camera radius. `fps` None is the video's rate, 25 for pictures. `face`:
+    A Live Link Face CSV and the motion of a sound (see `read_speech`) are placed at EG3D's camera radius. `fps` None is
+    the video's rate, 25 for pictures and sounds. `face`:
     largest, left, right or index:N, the N-th from the left, starting at 0. Raises `NoFaceError` if no frame has one.
     """
+    if has_no_pictures(path) and not is_arkit_csv(path):
+        fps = fps or DEFAULT_FPS
+        duration = None if max_frames is None else float(max_frames / fps)
+        return read_speech(path, orbit_camera(0), fps=fps, duration=duration)
     if is_arkit_csv(path):
         motion, notes = read_csv(path, orbit_camera(0))
         fps = fps or motion.fps

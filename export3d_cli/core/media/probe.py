@@ -23,6 +23,10 @@ _MAX_VFR_FPS = 60  # limit of the constant rate chosen for a video of variable r
 _MAX_DURATION_H = 24  # damaged files claim more, which would be filled with repeated frames
 
 
+# the first video stream that is no cover art, like "-map 0:V:0"
+_VIDEO_STREAM = re.compile(r"Stream #0:\d+.*?: Video: ((?!.*\(attached pic\)|.*\(still image\)).*)")
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """Properties of a video as it is displayed: rotated, with square pixels."""
@@ -98,6 +102,11 @@ def audio_tracks(path: Path) -> list[AudioTrack]:
     return [AudioTrack(codec, layout) for codec, layout in streams]
 
 
+def is_sound(path: Path) -> bool:
+    """Return whether a file has sound and no video; cover art is none."""
+    return bool(audio_tracks(path)) and not _VIDEO_STREAM.search(_read_header(path))
+
+
 def can_seek(path: Path) -> bool:
     """Return whether ffmpeg finds any time in a file: in AVI it fails before the first key frame, without an error."""
     return not re.search(r"^Input #0, avi", _read_header(path), flags=re.MULTILINE)
@@ -106,8 +115,7 @@ def can_seek(path: Path) -> bool:
 @lru_cache(maxsize=64)
 def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
     header = _read_header(path)
-    # the first video stream that is no cover art, like "-map 0:V:0"
-    stream = re.search(r"Stream #0:\d+.*?: Video: ((?!.*\(attached pic\)|.*\(still image\)).*)", header)
+    stream = _VIDEO_STREAM.search(header)
     has_audio = bool(re.search(r"Stream #0:\d+.*?: Audio:", header))
     if stream is None and has_audio:
         raise InputError(f"{path} has audio but no video: give a video file")

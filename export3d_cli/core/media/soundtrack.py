@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ _STREAMED_CONTAINERS = {  # formats as they can be written to a pipe
 SILENCE_DB = 25.0  # below the sound's 95th percentile
 SPEECH_MARGIN_S = 0.12  # seconds around sounds that are not silent; lips then shut, or part, within twice as long
 _NOISE_DB = 36.0  # over one step of 16 bits, -54 dB of full scale: sounds below are silence anyway
-_SOUND_RATE = 16_000  # samples a second
+SOUND_RATE = 16_000  # samples a second of `read_sound`
 _TRIAL = ("-frames:a", "20")
 
 
@@ -83,28 +84,53 @@ def find_silence(path: Path | None, fps: Fraction, start: float = 0.0) -> np.nda
     if path is None:
         raise InputError("--lips-shut-when-silent needs sound: give --audio FILE")
     check_has_sound(path)
-    command = read_command(path, "-loglevel", "error", "-ss", repr(start))
-    command += ["-map", "0:a:0", "-ac", "1", "-ar", str(_SOUND_RATE), "-f", "s16le", "pipe:1"]
-    process, power = FfmpegProcess(command, stdout=True), list[float]()
+    return measure_silence(np.array([mean_square(samples) for samples in read_sound(path, fps, start)]), fps)
+
+
+def read_sound(path: Path, fps: Fraction, start: float = 0.0, duration: float | None = None) -> Iterator[np.ndarray]:
+    """Yield the samples of each frame at a rate `fps` of a file's first track: int16 (N,), mono, `SOUND_RATE` per s.
+
+    Zeros fill the last frame. Raises `InputError` if the sound cannot be decoded.
+    """
+    part = ["-ss", repr(start), *([] if duration is None else ["-t", repr(duration)])]
+    command = read_command(path, "-loglevel", "error", *part)
+    command += ["-map", "0:a:0", "-ac", "1", "-ar", str(SOUND_RATE), "-f", "s16le", "pipe:1"]
+    process = FfmpegProcess(command, stdout=True)
     try:
-        while True:
-            first, end = (round(k * _SOUND_RATE / fps) for k in (len(power), len(power) + 1))
+        for number in itertools.count():
+            first, end = (round(k * SOUND_RATE / fps) for k in (number, number + 1))
             samples = np.zeros(max(1, end - first), np.int16)
             if not process.read_into(samples.view(np.uint8).data):
                 break
-            power.append(float(np.square(samples.astype(np.float64)).mean()))
+            yield samples
         if process.wait():
             raise InputError(f"the sound of {path} cannot be decoded: {process.error_summary()}")
     finally:
         process.kill()
-    if not power:
+
+
+def mean_square(samples: np.ndarray) -> float:
+    """Return the mean square of int16 samples."""
+    return float(np.square(samples.astype(np.float64)).mean())
+
+
+def loudness(power: np.ndarray) -> np.ndarray:
+    """Return the loudness of mean squares of int16 samples in dB over one step."""
+    level: np.ndarray = 10 * np.log10(power + 1)
+    return level
+
+
+def measure_silence(power: np.ndarray, fps: Fraction) -> np.ndarray:
+    """Return the weight of silence (N,) in [0, 1] of frames with these mean squares (N,), see `find_silence`."""
+    if not len(power):
         return np.ones(0)
-    level = 10 * np.log10(np.array(power) + 1)  # dB over one step of 16 bits
+    level = loudness(power)
     loud = level > max(np.percentile(level, 95) - SILENCE_DB, _NOISE_DB)
     near = max(1, round(SPEECH_MARGIN_S * fps))
     window = np.lib.stride_tricks.sliding_window_view(np.pad(loud, near), 2 * near + 1)
     speech = np.pad(window.any(1).astype(np.float64), near, mode="edge")
-    return 1 - np.lib.stride_tricks.sliding_window_view(speech, 2 * near + 1).mean(1)
+    silence: np.ndarray = 1 - np.lib.stride_tricks.sliding_window_view(speech, 2 * near + 1).mean(1)
+    return silence
 
 
 def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Iterator[Soundtrack]:

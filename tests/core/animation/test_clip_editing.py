@@ -96,12 +96,18 @@ def test_sound_and_rate_are_the_clip_s(animator: Animator, clip: Path, tmp_path:
     reenact(animator, loud, example_path("drive.mp4"), out, ReenactOptions(drive=("mouth",), max_frames=6))
     info = probe(out)
     assert (info.has_audio, info.fps, info.width, info.height) == (True, Fraction(30000, 1001), 480, 270)
-    photo, driver = None, Path("drive.mp4")
-    assert [choose_sound(a, photo, driver) for a in ("auto", "driver", "none")] == [driver, driver, None]
-    assert [choose_sound(a, loud, driver) for a in ("auto", "source", "driver")] == [loud, loud, driver]
-    assert choose_sound("auto", photo, Path("take.csv")) is None
+    auto, own, driven = (ReenactOptions(audio=audio) for audio in ("auto", "source", "driver"))
+    photo, driver = None, example_path("drive.mp4")
+    assert [choose_sound(o, photo, driver) for o in (auto, driven, ReenactOptions(audio="none"))] == [
+        driver,
+        driver,
+        None,
+    ]
+    assert [choose_sound(o, loud, driver) for o in (auto, own, driven)] == [loud, loud, driver]
+    assert choose_sound(ReenactOptions(drive_by="sound"), loud, driver) == driver
+    assert choose_sound(auto, photo, Path("take.csv")) is None
     with pytest.raises(InputError, match="needs a video"):
-        choose_sound("source", photo, driver)
+        choose_sound(own, photo, driver)
 
 
 def test_a_clip_on_its_side_is_edited_as_the_upright_one(animator: Animator, clip: Path, tmp_path: Path) -> None:
