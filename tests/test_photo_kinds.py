@@ -40,7 +40,8 @@ def animate(animator: Animator, photo: np.ndarray, driver: list[Motion]) -> np.n
 def animate_crop(animator: Animator, photo: np.ndarray, driver: list[Motion]) -> np.ndarray:
     """Return frames of the face crop alone, 256 x 256."""
     portrait = animator.portrait(photo)
-    portrait = animator.portrait_from_motion(portrait.crop, portrait.motion)
+    crop = cv2.resize(portrait.crop, (256, 256), interpolation=cv2.INTER_CUBIC)
+    portrait = animator.portrait_from_motion(crop, portrait.motion)
     return np.stack(list(animator.animate(portrait, driver))).astype(float)
 
 
