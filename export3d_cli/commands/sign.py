@@ -17,7 +17,7 @@ from export3d_cli import options
 )  # fmt: skip
 @click.option("--key", type=options.EXISTING_FILE, help="Its private key, PEM without a password.")
 def sign(files: tuple[Path, ...], certificate: Path | None, key: Path | None) -> None:
-    """Add C2PA content credentials to each FILE: a signed statement that it is synthetic.
+    """Add C2PA content credentials to each FILE, in place: a signed statement that it is synthetic.
 
     Needs export3d-cli[c2pa]. Sign last: any change of the file breaks the signature. A self-signed certificate is
     valid, but readers do not trust it.

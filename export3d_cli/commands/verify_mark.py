@@ -30,7 +30,9 @@ def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
         score = f"score {marks.score:.1f}, threshold {marks.threshold:.0f}, {marks.frames} frames"
         click.echo(f"invisible mark: {invisible} ({score})")
         if marks.credentials is not None:
-            trust = "trusted signer" if marks.credentials.trusted else "signer not trusted"
-            state = f"valid, {trust}" if marks.credentials.valid else "not valid: the file was changed"
-            click.echo(f"content credentials: {state}, by {marks.credentials.generator or 'an unknown program'}")
+            found = marks.credentials
+            trust = "trusted signer" if found.trusted else "signer not trusted"
+            content = "synthetic media" if found.synthetic else "media not said to be synthetic"
+            state = f"{content} by {found.generator}, valid, {trust}" if found.valid else "not valid"
+            click.echo(f"content credentials: {state}")
     ctx.exit(0 if marks.found else 1)

@@ -485,7 +485,7 @@ class Animator:
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
             output = model.drive(
                 source, None, self._tensor(cameras), lam=lam, posed=posed, **self._sampling,
-                mesh_size=int(scale * model.config.mesh_size), face_only=True,
+                mesh_size=int(scale * model.config.mesh_size), face_only=self.device.type == "cpu",
             )  # fmt: skip
         return output, posed
 

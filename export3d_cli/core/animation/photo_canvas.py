@@ -47,7 +47,7 @@ class VolumeRender(NamedTuple):
 class FrameLayers(NamedTuple):
     """One rendered frame before it is composed into the photo."""
 
-    image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop; black but for a window around the face
+    image: np.ndarray  # uint8 (S, S, 3) of the network, for the crop; undefined outside a window around the face
     displacement: np.ndarray  # float32 (n, n, 2) see `PhotoFlow`, crop units
     face_weight: np.ndarray  # float32 (n, n)
     volume: VolumeRender

@@ -25,10 +25,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from export3d_cli.core.media.content_credentials import Credentials, read_credentials
+from export3d_cli.core.media.content_credentials import Credentials, has_metadata_mark, read_credentials
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 
 Watermark = Literal["none", "visible", "invisible"]
@@ -52,7 +51,7 @@ class MarkReport:
     """Marks that were found in a file."""
 
     file: Path
-    found: bool  # metadata or invisible
+    found: bool  # metadata, invisible, or valid credentials that state synthetic media
     metadata: bool
     invisible: bool
     score: float  # of the invisible mark, in standard deviations
@@ -74,11 +73,9 @@ def get_watermarker(kind: Watermark) -> Callable[[np.ndarray], np.ndarray]:
 def find_marks(path: Path) -> MarkReport:
     """Search an image, or the first `MAX_FRAMES` frames of a video, for both marks; raise `InputError` for others."""
     score, frames = _search_pattern(path)
-    has_metadata, has_pattern = _has_metadata_mark(path), score >= THRESHOLD
-    return MarkReport(
-        path, has_metadata or has_pattern, has_metadata, has_pattern, round(score, 2), THRESHOLD, frames,
-        read_credentials(path),
-    )  # fmt: skip
+    has_metadata, has_pattern, credentials = has_metadata_mark(path), score >= THRESHOLD, read_credentials(path)
+    found = has_metadata or has_pattern or (credentials is not None and credentials.valid and credentials.synthetic)
+    return MarkReport(path, found, has_metadata, has_pattern, round(score, 2), THRESHOLD, frames, credentials)
 
 
 def _add_badge(frame: np.ndarray) -> np.ndarray:
@@ -215,14 +212,3 @@ def _detection_score(fine: np.ndarray, scale: float) -> float:
             peak = (surface.max((1, 2)) - surface.mean((1, 2))) / np.maximum(surface.std((1, 2)), 1e-9)
             score = max(score, float(peak.max()))
     return score
-
-
-def _has_metadata_mark(path: Path) -> bool:
-    """Return whether a file has the metadata mark, which every output format stores as plain text."""
-    mark, tail = SYNTHETIC_COMMENT.encode(), b""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            if mark in tail + block:
-                return True
-            tail = block[-len(mark) :]
-    return False

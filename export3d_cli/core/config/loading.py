@@ -234,6 +234,7 @@ def _check_training(config: TrainConfig) -> None:
         (clebs.temperature > 0, f"clebs.temperature must be positive, got {clebs.temperature}"),
         (clebs.antisymmetric_dims <= model.basis,
          f"clebs.antisymmetric_dims must be 0 to {model.basis} (model.basis), got {clebs.antisymmetric_dims}"),
+        (not loss.depth or model.flow, f"loss.depth ({loss.depth}) needs model.flow, which finds the head"),
         (not loss.lpips or loss.backbone,
          "loss.lpips needs loss.backbone: set it to the VGG16 file that the linear weights belong to"),
         (not loss.lpips or raw_size >= 16,

@@ -1,7 +1,8 @@
-"""C2PA content credentials (c2pa.org): a signed statement in a file that it is synthetic. Extra `export3d-cli[c2pa]`.
+"""Statements in a file that it is synthetic: the metadata mark, and C2PA content credentials (c2pa.org), signed.
 
-Without a certificate of the user a new one signs each file. Readers then report the statement as valid and its signer
-as not trusted: it shows that the file has not been changed since, not who signed it.
+Credentials need the extra `export3d-cli[c2pa]`. Without a certificate of the user a new one is made for each run.
+Readers then report the statement as valid and its signer as not trusted: it shows that the file has not been changed since, not
+who signed it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
+import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from export3d_cli import __version__
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import check_file, write_atomic
 
@@ -44,13 +47,18 @@ def sign_file(path: Path, certificate: Path | None = None, key: Path | None = No
         key: its private key, PKCS #8 PEM without a password, elliptic curve or Ed25519.
 
     Raises:
-        InputError: the format has no content credentials, the extra is missing, or the certificate cannot sign.
+        InputError: the format has no content credentials, the file lacks this program's mark, the extra is missing, or
+            the certificate cannot sign.
     """
     if path.suffix.lower() not in SIGNED_SUFFIXES:
         raise InputError(f"{path}: content credentials need one of {', '.join(SIGNED_SUFFIXES)}")
     if (certificate is None) != (key is None):
         raise InputError("a certificate and its private key must be given together")
+    if not has_metadata_mark(path):
+        raise InputError(f"{path} lacks the mark of this program: sign files that it has written, before other changes")
     c2pa = _import_c2pa()
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     if certificate is None or key is None:
         chain, private_key = _make_certificate()
     else:
@@ -58,7 +66,7 @@ def sign_file(path: Path, certificate: Path | None = None, key: Path | None = No
             check_file(file, MAX_PEM_BYTES)
         chain, private_key = certificate.read_bytes(), key.read_bytes()
     manifest = {
-        "claim_generator_info": [{"name": "export3d", "version": version("export3d-cli")}],
+        "claim_generator_info": [{"name": "export3d", "version": __version__}],
         "title": path.name,
         "assertions": [{
             "label": "c2pa.actions.v2",
@@ -71,30 +79,53 @@ def sign_file(path: Path, certificate: Path | None = None, key: Path | None = No
             write_atomic(path) as temporary, c2pa.Signer.from_info(info) as signer, c2pa.Builder(manifest) as builder,
         ):  # fmt: skip
             builder.sign_file(path, temporary, signer)
-    except (c2pa.C2paError, ValueError, TypeError) as error:
+            shutil.copymode(path, temporary)
+    except (c2pa.C2paError, UnsupportedAlgorithm, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be signed: {error}") from error
 
 
 def read_credentials(path: Path) -> Credentials | None:
-    """Read the content credentials of a file; None without any, for other formats, or if the extra is missing."""
+    """Read the content credentials of a file; None without readable ones, for other formats, or without the extra.
+
+    Makes no request to the addresses that a file names.
+    """
     if path.suffix.lower() not in SIGNED_SUFFIXES:
         return None
     try:
         c2pa = _import_c2pa()
-        with c2pa.Reader(path) as reader:
-            state, store = reader.get_validation_state(), json.loads(reader.json())
     except InputError:
         return None
+    offline = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}
+    try:
+        with c2pa.Context.from_dict(offline) as context, c2pa.Reader(path, context=context) as reader:
+            state, store = reader.get_validation_state(), json.loads(reader.json())
+        manifest = store["manifests"][store["active_manifest"]]
+        generator = str(manifest["claim_generator_info"][0]["name"])
+        assertions = {str(item["label"]): item["data"] for item in manifest["assertions"]}
+        types = [
+            str(action.get("digitalSourceType", ""))
+            for label, data in assertions.items() if re.fullmatch(r"c2pa\.actions(\.v\d+)?", label)
+            for action in data["actions"]
+        ]  # fmt: skip
     except c2pa.C2paError:
         return None
-    manifest: dict[str, Any] = store["manifests"][store["active_manifest"]]
-    generator = manifest.get("claim_generator_info") or [{}]
-    actions = (a["data"].get("actions", []) for a in manifest.get("assertions", []) if "actions" in a["label"])
-    types = [str(action.get("digitalSourceType", "")) for part in actions for action in part]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        return Credentials(valid=False, trusted=False, generator="", synthetic=False)
     return Credentials(
-        valid=state in ("Valid", "Trusted"), trusted=state == "Trusted", generator=str(generator[0].get("name", "")),
+        valid=state in ("Valid", "Trusted"), trusted=state == "Trusted", generator=generator,
         synthetic=any(name.lower().endswith("trainedalgorithmicmedia") for name in types),
     )  # fmt: skip
+
+
+def has_metadata_mark(path: Path) -> bool:
+    """Return whether a file has the metadata mark, which every output format stores as plain text."""
+    mark, tail = SYNTHETIC_COMMENT.encode(), b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            if mark in tail + block:
+                return True
+            tail = block[-len(mark) :]
+    return False
 
 
 def _import_c2pa() -> ModuleType:

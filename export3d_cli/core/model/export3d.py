@@ -85,7 +85,7 @@ class Output(NamedTuple):
     sample_grid: Tensor | None = None  # (B, 2 L, H, W) photo positions of each layer, see `LayerWarp`
     blend_weights: Tensor | None = None  # (B, L, H, W) weights of the layers
     inpainted: tuple[InpaintedPatch, ...] = ()  # synthesised patches: mouth, eyes, eyelids
-    windows: tuple[Window, ...] = ()  # part of each image that was computed, the rest is 0; empty: all
+    windows: tuple[Window, ...] = ()  # part of each image that was computed, the rest is undefined; empty: all
 
     def upscale(self, photos: Tensor, size: int) -> Tensor:
         """Return the image as (B, 3, size, size) with the detail of photos (N, 3, M, M), see `upscale_with_detail`."""
@@ -252,7 +252,7 @@ class Export3D(nn.Module):
             samples: coarse and fine samples per ray; default: the config's.
             mesh_size: side at which the face mesh is rasterised; default: the config's.
             batch_rows: rows of a larger batch that these are; training noise is then that of the larger batch.
-            face_only: compute the image only in a window around the face.
+            face_only: compute the image only in a window around the face, frame by frame; for CPUs.
         """
         if lam is None:
             if beta is None:
@@ -528,10 +528,12 @@ class Export3D(nn.Module):
             project(points[:, outline].float(), view)[0]
             for points, view in ((posed.mesh.points, camera), (source.landmarks, source.camera))
         ], dim=1)  # fmt: skip
-        steps = min(FACE_WINDOW_STEPS, self.config.image_size // 4)
-        low = ((uv.amin(1) - FACE_WINDOW_MARGIN) * steps).floor() / steps
-        high = ((uv.amax(1) + FACE_WINDOW_MARGIN) * steps).ceil() / steps
-        return tuple(Window(*row) for row in torch.cat([low.clamp(0, 0.5), high.clamp(0.5, 1)], dim=1).tolist())
+        cells = self.config.image_size // 4  # pixels of the smallest features
+        step = max(1, cells // FACE_WINDOW_STEPS)
+        low = ((uv.amin(1) - FACE_WINDOW_MARGIN) * cells / step).floor().clamp(0, cells // 2 // step) * step
+        high = ((uv.amax(1) + FACE_WINDOW_MARGIN) * cells / step).ceil() * step
+        borders = torch.cat([low, high.clamp(cells // 2 + 1, cells)], dim=1)
+        return tuple(Window(*row) for row in F.pad(borders, (0, 1), value=cells).long().tolist())
 
     def _density_tv(self, source: Source, posed: PosedHead, batch_rows: BatchRows | None) -> Tensor:
         """Return EG3D's density regularisation: mean difference of the log densities of nearby points, (B,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,17 +13,18 @@ Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 class Window(NamedTuple):
-    """A part of square images: its borders as fractions of their side."""
+    """A part of square images: its borders in cells, and the number of cells along a side of the image."""
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    left: int
+    top: int
+    right: int
+    bottom: int
+    cells: int
 
     def slices(self, size: int) -> tuple[slice, slice]:
         """Return the rows and columns of the pixels that the window touches in an image of side `size`."""
-        left, top = (math.floor(v * size) for v in self[:2])
-        right, bottom = (math.ceil(v * size) for v in self[2:])
+        left, top = (v * size // self.cells for v in self[:2])
+        right, bottom = (-(-v * size // self.cells) for v in self[2:4])
         return slice(top, bottom), slice(left, right)
 
     def crop(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Window(NamedTuple):
         return F.pad(x, (columns.start, size - columns.stop, rows.start, size - rows.stop))
 
 
-WHOLE = Window(0, 0, 1, 1)
+WHOLE = Window(0, 0, 1, 1, 1)
 
 
 def linear_step(x: Tensor, low: float, high: float) -> Tensor:

@@ -157,7 +157,8 @@ def reconstruction_loss(
         terms["density_tv"] = w.density_tv * output.density_tv.mean()
     if head_mask is not None:
         head = downsample(head_mask, output.opacity.shape[-1])
-        terms["silhouette"] = w.silhouette * l1(output.opacity, head)
+        if w.silhouette > 0:
+            terms["silhouette"] = w.silhouette * l1(output.opacity, head)
         if w.depth > 0:
             depth = F.interpolate(batch.target_depth, output.depth.shape[2:])
             terms["depth"] = w.depth * depth_loss(output.depth, depth, head)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import PRESETS
+from export3d_cli.core.face.head_pose import CanonicalFace
 from export3d_cli.core.model.export3d import Export3D, Output
 from export3d_cli.core.model.source_view import sample_view_plane
 from export3d_cli.core.model.triplane import sample_face_field
@@ -65,6 +66,20 @@ def test_face_only_computes_the_face_as_in_the_whole_image(
         large, expected = face.upscale(photo, 128), whole.upscale(photo, 128)
         outline = F.interpolate(outline.float(), (128, 128)) > 0.5
         torch.testing.assert_close(large[outline], expected[outline], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("image_size", "plane_size"), [(96, 24), (192, 24), (320, 40)])
+def test_face_only_works_at_every_image_size(
+    image_size: int, plane_size: int, points: Tensor, orbit: Callable[..., Tensor], canonical: CanonicalFace
+) -> None:
+    model = Export3D(replace(PRESETS["tiny"], image_size=image_size, plane_size=plane_size)).eval()
+    assert model.flow is not None
+    model.flow.triangles.copy_(torch.from_numpy(canonical.flow_triangles))
+    with torch.no_grad():
+        photo = torch.rand(1, 3, image_size, image_size)
+        source = model.encode_source(photo, torch.zeros(1, 64), orbit(5), points)
+        output = model.drive(source.expand(2), torch.zeros(2, 64), orbit(-20, 20), face_only=True)
+    assert output.image.shape == (2, 3, image_size, image_size)
 
 
 def test_forward_output_shapes_and_ranges(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:

@@ -102,7 +102,7 @@ def extend_flow(
 
 def _inside(window: Window, grid: Tensor) -> Tensor:
     """Return a mask (1, 1, n, n) of positions (1, 2, n, n): 1 in a window, falling to 0 at its border."""
-    low, high = (grid.new_tensor(corner)[:, None, None] for corner in (window[:2], window[2:]))
+    low, high = (grid.new_tensor(corner)[:, None, None] / window.cells for corner in (window[:2], window[2:4]))
     return smooth_step(torch.minimum(grid - low, high - grid).amin(1, keepdim=True), 0, EDGE_FADE)
 
 
