@@ -1,8 +1,8 @@
 """Statements in a file that it is synthetic: the metadata mark, and C2PA content credentials (c2pa.org), signed.
 
 Credentials need the extra `export3d-cli[c2pa]`. Without a certificate of the user a new one is made for each run.
-Readers then report the statement as valid and its signer as not trusted: it shows that the file has not been changed since, not
-who signed it.
+Readers then report the statement as valid and its signer as not trusted: it shows that the file has not been changed
+since, not who signed it.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ class InpaintSampler:
 
     def __init__(self, sampler: PairSampler, config: Any) -> None:
         self.sampler, self.config = sampler, config
-        limit, is_lids = ("max_opening", True) if isinstance(config, LidsConfig) else ("min_opening", False)
+        is_lids = isinstance(config, LidsConfig)
         self.openings = [self.opening(torch.from_numpy(data.landmarks)).numpy() for data in sampler.datasets]
         self.frames: list[list[np.ndarray]] = []  # per data set and person: indices of the accepted frames
         for opening, people in zip(self.openings, sampler.clips_by_person, strict=True):
-            accepted = (opening < getattr(config, limit)) == is_lids
+            accepted = opening < config.max_opening if is_lids else opening > config.min_opening
             spans = [
                 np.concatenate([np.arange(c.start, c.start + c.count) for c in clips]) for clips in people.values()
             ]
@@ -50,7 +50,7 @@ class InpaintSampler:
         if weights.sum() <= 0:
             stage = next(name for name, kind in INPAINT_SAMPLERS.items() if type(self) is kind)
             change = "shut enough: raise" if is_lids else "open enough: lower"
-            raise TrainingError(f"no frame of the data sets is {change} {stage}.{limit}")
+            raise TrainingError(f"no frame of the data sets is {change} {stage}.{'max' if is_lids else 'min'}_opening")
         self.dataset_weights = weights / weights.sum()
 
     def opening(self, points: Tensor) -> Tensor:
