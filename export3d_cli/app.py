@@ -18,21 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.basis_description import describe_basis
 from export3d_cli.core.animation.compositor import read_portrait
-from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit, edit_expression
-from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
+from export3d_cli.core.animation.edit_basis import EditOptions, edit_basis
+from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit
+from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
-from export3d_cli.core.animation.watermark import get_watermarker
-from export3d_cli.core.media.image import write_image
-from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -51,7 +47,6 @@ class Session:
     uploads: set[Path] = field(default_factory=set)  # files that the browser sent
     photo: Path | None = None
     portrait: Portrait | None = None
-    controlled: tuple[ExpressionEdit, np.ndarray] | None = None  # the last controls, and their change of lambda (1, n)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -117,6 +112,7 @@ def build(jobs: _Jobs) -> gr.Blocks:
                         cancel = gr.Button("Cancel")
                     result = gr.Video(label="Result", interactive=False, buttons=["download"])
                     reenact_command = command_line()
+                    made = gr.Gallery(label="The last videos of this page", columns=3, height=260, interactive=False)
                 with gr.Tab("Turn"):
                     turn_inputs = [
                         number(-40, 40, 0, "Yaw in degrees; + turns the head to the image's right", 1),
@@ -138,12 +134,11 @@ def build(jobs: _Jobs) -> gr.Blocks:
                 trigger_mode="always_last", concurrency_id="preview", api_visibility="private",
             )  # fmt: skip
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([page.load, photo.change], jobs.set_photo, photo, None, **hidden).success(
-            turn[0], turn_inputs, turn[1], **hidden
-        ).success(edit[0], edit_inputs, edit[1], **hidden)
+        encode = gr.on([page.load, photo.change], jobs.set_photo, photo, None, trigger_mode="always_last", **hidden)
+        encode.success(turn[0], turn_inputs, turn[1], **hidden).success(edit[0], edit_inputs, edit[1], **hidden)
         reset.click(lambda: [0] * len(edit_inputs), None, edit_inputs, **hidden)
         render.click(
-            jobs.reenact, [photo, driver, expression, pose, seconds, framing, mark], [result, reenact_command],
+            jobs.reenact, [photo, driver, expression, pose, seconds, framing, mark], [result, reenact_command, made],
             show_progress_on=[result], concurrency_id="render", api_visibility="private",
         )  # fmt: skip
         cancel.click(jobs.cancel, queue=False, **hidden)
@@ -176,7 +171,7 @@ class _Jobs:
     def set_photo(self, photo: str | None, request: gr.Request) -> None:
         """Encode a new photo."""
         session = self._session(request)
-        session.photo = session.portrait = session.controlled = None
+        session.photo = session.portrait = None
         if photo is not None:
             with _show_errors():
                 image = read_portrait(Path(photo))
@@ -189,31 +184,26 @@ class _Jobs:
         """Show the photo from another angle, and return the command for it."""
         view = NovelViewOptions(yaw=(yaw, yaw), pitch=(pitch, pitch), frames=1)
         arguments = [f"--yaw={yaw:g}", f"--pitch={pitch:g}", "-o", "view.png"]
-        frame = self._show(request, lambda p: self.animator.view(p, orbit_cameras(p.camera, view)))
+        frame = self._show(request, lambda portrait, out: novel_view(self.animator, portrait, out, view))
         return frame, _command("novel-view", self._session(request).photo, arguments)
 
     def edit(self, request: gr.Request, *values: float) -> tuple[str | None, str]:
         """Show the photo with another expression, by controls and basis, and return the command for it."""
-        session, basis = self._session(request), values[len(SHOWN_CONTROLS) :]
+        basis = values[len(SHOWN_CONTROLS) :]
         controls = {name: value for name, value in zip(SHOWN_CONTROLS, values, strict=False) if value}
-        edit = ExpressionEdit(controls)
-
-        def render(portrait: Portrait) -> Iterator[np.ndarray]:
-            if session.controlled is None or session.controlled[0] != edit:  # finding its strength renders ten frames
-                beta = edit_expression(self.animator, portrait, edit).beta
-                session.controlled = edit, self.animator.expression_change(portrait, beta)
-            return self.animator.edit(portrait, session.controlled[1] + np.array([(*basis, 0.0)], np.float32))
-
         arguments = [f"--set={name}={value:g}" for name, value in controls.items()]
         edits = {v: value for v, value in enumerate(basis, 1) if value} or ({} if controls else {1: 0.0})
         arguments += [part for v, value in edits.items() for part in ("--v", f"{v}", f"--scale={value:g}")]
-        return self._show(request, render), _command("edit-basis", session.photo, [*arguments, "-o", "expression.png"])
+        ends = tuple((v, (value, value)) for v, value in edits.items())
+        edit = EditOptions(frames=1, edits=ends, expression=ExpressionEdit(controls))
+        frame = self._show(request, lambda portrait, out: edit_basis(self.animator, portrait, out, edit))
+        return frame, _command("edit-basis", self._session(request).photo, [*arguments, "-o", "expression.png"])
 
     def reenact(
         self, photo: str | None, driver: str | None, expression: float, pose: float, seconds: float, framing: str,
         mark: str, request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
-    ) -> tuple[str, str]:  # fmt: skip
-        """Animate the photo, and return the command for it; `progress` is the bar on the page."""
+    ) -> tuple[str, str, list[str]]:  # fmt: skip
+        """Animate the photo; return the video, its command and the last videos. `progress` is the bar on the page."""
         session = self._session(request)
         session.cancelled.clear()
 
@@ -235,7 +225,8 @@ class _Jobs:
             reenact(self.animator, Path(photo), Path(driver), out, options, progress=report)
         arguments = [Path(driver).name, "-o", "out.mp4", f"--duration={seconds:g}", "--frame", framing]
         arguments += [f"--expression-scale={expression:g}", f"--pose-scale={pose:g}", "--watermark", mark]
-        return str(out), _command("reenact", photo, arguments)
+        videos = sorted(session.folder.glob("*.mp4"), key=os.path.getmtime, reverse=True)
+        return str(out), _command("reenact", photo, arguments), [str(path) for path in videos]
 
     def cancel(self, request: gr.Request) -> None:
         """Stop the running job of this page."""
@@ -253,15 +244,14 @@ class _Jobs:
             old.unlink(missing_ok=True)
         return session.folder / f"export3d-{next(self._numbers)}{suffix}"
 
-    def _show(self, request: gr.Request, render: Callable[[Portrait], Iterator[np.ndarray]]) -> str | None:
-        """Render one frame of the session's portrait into a picture with the synthetic mark."""
+    def _show(self, request: gr.Request, make: Callable[[Portrait, Path], object]) -> str | None:
+        """Make a picture of the session's portrait."""
         session = self._session(request)
         if session.portrait is None:
             return None
         with _show_errors():
             out = self._new_file(session, ".png")
-            frame = get_watermarker("invisible")(next(render(session.portrait)))
-            write_image(out, frame, comment=SYNTHETIC_COMMENT)
+            make(session.portrait, out)
         return str(out)
 
 

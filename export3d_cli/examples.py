@@ -8,6 +8,7 @@ COMMANDS = {
     "reenact": "animate a portrait with a video",
     "live": "animate a portrait with a camera",
     "app": "open a page in the browser that does it",
+    "serve": "do it for other programs, by HTTP",
     "novel-view": "turn a portrait; --grid, --depth",
     "edit-basis": "change an expression; --smile, --preset, --grid",
     "edit": "change an expression in a video; --smile, --gaze",
@@ -27,6 +28,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "live": ("live src.jpg", "live src.jpg --to http://127.0.0.1:8000 --record out.mp4"),
     "app": ("app", "app --port 7861 --quality fast"),
+    "serve": ("serve", "serve --port 8081 --quality fast"),
     "novel-view": ("novel-view --yaw -30:30", "novel-view src.jpg --yaw 20 --smile .7 -o smile.png"),
     "edit-basis": (
         "edit-basis src.jpg --smile 0:1 --jaw .2 -o laugh.mp4",

@@ -61,17 +61,13 @@ class LazyGroup(click.Group):
         except Exception as error:
             if _InterruptHandler.received:  # Ctrl-C also ends ffmpeg, whose error may arrive first
                 _exit_interrupted(ctx)
-            reason = _reason(error)
-            if not reason:
+            line = describe_error(error)
+            if not line:
                 raise
             if ctx.meta.get("verbose"):
                 import traceback
 
                 traceback.print_exc()
-            if len(reason) > MAX_MESSAGE_CHARS:  # libraries quote file contents; the remedy is at the end
-                reason = f"{reason[: MAX_MESSAGE_CHARS // 2]} ... {reason[-400:]}"
-            text = " ".join(reason.split())  # file names in it may contain any character
-            line = "".join(c if c.isprintable() else "?" for c in text)
             click.echo(f"error: {line}", err=True)
             ctx.exit(getattr(error, "exit_code", 1))
 
@@ -85,6 +81,15 @@ _OUT_OF_MEMORY = re.compile(
     r"|can't start new thread",
     re.IGNORECASE,
 )
+
+
+def describe_error(error: Exception) -> str:
+    """Return one printable line, at most `MAX_MESSAGE_CHARS` long, about an error; '' for a defect."""
+    reason = _reason(error)
+    if len(reason) > MAX_MESSAGE_CHARS:  # libraries quote file contents; the remedy is at the end
+        reason = f"{reason[: MAX_MESSAGE_CHARS // 2]} ... {reason[-400:]}"
+    text = " ".join(reason.split())  # file names in it may contain any character
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.watermark import find_marks
-from export3d_cli.core.media.image import write_image
+from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import probe
+from export3d_cli.core.runtime.weights import example_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Gradio and its libraries
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -53,6 +56,58 @@ def result_files() -> list[Path]:
     return sorted(Path(os.environ["GRADIO_TEMP_DIR"]).glob("*/export3d-*"), key=os.path.getmtime)
 
 
+def preview_of(page: Any, label: str, value: float) -> np.ndarray:
+    """Set a slider and return the new preview, (H, W, 3)."""
+    preview = page.locator("img[src*='/export3d-'][src$='.png']:visible")
+    before = preview.get_attribute("src")
+    page.get_by_label(label).first.fill(str(value))
+    page.get_by_label(label).first.press("Tab")
+    sync_api.expect(preview).not_to_have_attribute("src", before, timeout=60_000)
+    reply = page.request.get(preview.get_attribute("src"))
+    return np.asarray(Image.open(io.BytesIO(reply.body())).convert("RGB")).astype(int)
+
+
+def test_two_tabs_keep_their_photos_apart_and_a_reload_begins_afresh(
+    address: str, browser: Any, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "other.jpg", np.ascontiguousarray(read_image(example_path("source.jpg"))[:, ::-1]))
+    context = browser.new_context()
+    pages = [context.new_page() for _ in range(2)]
+    for page in pages:
+        page.set_default_timeout(120_000)
+        page.goto(address)
+    pages[1].get_by_label("Remove Image").click()
+    pages[1].locator("input[type=file]").first.set_input_files(tmp_path / "other.jpg")
+    for page in pages:
+        page.get_by_role("tab", name="Turn").click()
+    commands = [page.locator(".cm-content:visible") for page in pages]
+    sync_api.expect(commands[1]).to_contain_text("novel-view other.jpg", timeout=60_000)
+    first, other = preview_of(pages[0], "Yaw", 20), preview_of(pages[1], "Yaw", 20)
+    assert np.abs(first - other).mean() > 5
+    again = (preview_of(pages[0], "Yaw", -10), preview_of(pages[0], "Yaw", 20))[1]
+    assert np.array_equal(again, first)
+    for command, name in zip(commands, ("source.jpg", "other.jpg"), strict=True):
+        sync_api.expect(command).to_have_text(f"export3d novel-view {name} --yaw=20 --pitch=0 -o view.png")
+
+    pages[0].get_by_role("tab", name="Change the expression").click()
+    assert np.abs(preview_of(pages[0], "jaw", 0.5) - first).mean() > 1
+    command = "export3d edit-basis source.jpg --set=jaw=0.5 -o expression.png"
+    sync_api.expect(commands[0]).to_have_text(command)
+
+    old = set(result_files())
+    pages[1].reload()
+    pages[1].get_by_role("tab", name="Turn").click()
+    sync_api.expect(commands[1]).to_contain_text("novel-view source.jpg", timeout=60_000)
+    assert np.array_equal(preview_of(pages[1], "Yaw", 20), first)
+    for _ in range(60):
+        kept = old & set(result_files())
+        if len({path.parent for path in kept}) == 1:
+            break
+        time.sleep(0.5)
+    assert len({path.parent for path in kept}) == 1  # the reloaded page's files are deleted, not the other's
+    context.close()
+
+
 def test_photo_becomes_preview_and_video_without_a_request_to_elsewhere(
     address: str, browser: Any, tmp_path: Path
 ) -> None:
@@ -84,6 +139,8 @@ def test_photo_becomes_preview_and_video_without_a_request_to_elsewhere(
     info = probe(tmp_path / "out.mp4")
     assert (info.width, info.height, info.duration) == (512, 512, pytest.approx(1, abs=0.05))
     assert find_marks(tmp_path / "out.mp4").metadata
+    made = page.locator("video[src*='/export3d-']")
+    sync_api.expect(made).to_have_count(2)  # the result, and the gallery of results
     sync_api.expect(command).to_contain_text("export3d reenact source.jpg drive.mp4 -o out.mp4 --duration=1")
     assert requests
     assert [url for url in requests if not url.removeprefix("blob:").startswith(address)] == []

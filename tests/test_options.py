@@ -142,7 +142,7 @@ def test_documents_name_only_existing_options(name: str) -> None:
     """In lines with one `export3d COMMAND` the options of that command, elsewhere those of any command."""
     text = (TESTS.parent / name).read_text(encoding="utf-8")
     every = {flag for _, option in OPTIONS for flag in (*option.opts, *option.secondary_opts)}
-    other_programs = {"--index-url", "--nproc-per-node", "--no-deps"}
+    other_programs = {"--data-binary", "--index-url", "--no-deps", "--nproc-per-node"}
     for line in text.splitlines():
         commands = re.findall(r"export3d(?:_cli)? ([a-z][a-z-]*)", line)
         of_command = {flag for command, option in OPTIONS if command in commands for flag in option.opts}

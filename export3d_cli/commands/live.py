@@ -31,9 +31,14 @@ def _parse_camera(ctx: click.Context, param: click.Parameter, value: str) -> int
     help="Address that receives it; 0.0.0.0 lets every program of the network send.",
 )  # fmt: skip
 @click.option(
-    "--to", multiple=True, metavar="window|http://HOST:PORT",
-    help="Where to show the result: a window, or a page that browsers and OBS can read; may be repeated.  "
-    "[default: window, or nothing with --record]",
+    "--send", metavar="osc://HOST:PORT",
+    help="Also send the tracked expression and head rotation by the VMC protocol, after calibration and not mirrored: "
+    "VSeeFace and `live --from vmc` read it (port 39539; needs export3d-cli[osc]).",
+)  # fmt: skip
+@click.option(
+    "--to", multiple=True, metavar="window|http://HOST:PORT|v4l2:/dev/videoN",
+    help="Where to show the result: a window, a page that browsers and OBS can read, or a v4l2loopback device, which "
+    "other programs take for a camera; may be repeated.  [default: window, or nothing with --record or --send]",
 )  # fmt: skip
 @click.option("--record", type=options.OUTPUT_FILE, metavar="OUT", help="Video file to record the result in, silent.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after this time.  [default: never]")
@@ -71,7 +76,7 @@ def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen
         options.refuse_unused({"also"}, "several SRC")
     if not chosen["record"]:
         options.refuse_unused({"crf", "overwrite"}, "no --record")
-    job = core.LiveOptions(to=to or (() if chosen["record"] else ("window",)), **chosen)
+    job = core.LiveOptions(to=to or (() if chosen["record"] or chosen["send"] else ("window",)), **chosen)
     animator = options.load_animator()
     portraits = sources or [core.example_path("source.jpg")]
     console.print_summary(core.run_live(animator, portraits, job, report=console.live_log()), as_json=as_json)

@@ -32,8 +32,10 @@ def read_portrait(path: Path) -> np.ndarray:
     return read_image(path)
 
 
-def load_photo(animator: Animator, source: Path, options: PortraitOptions, *, max_side: int = 0) -> Portrait:
-    """Read and encode a photo; frames of a larger one have `max_side` pixels unless `options` has a size."""
+def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOptions, *, max_side: int = 0) -> Portrait:
+    """Read and encode a photo unless it is; frames of a larger one have `max_side` pixels if `options` has no size."""
+    if isinstance(source, Portrait):
+        return source
     photo = read_portrait(source)
     size = options.size or (max_side if max(photo.shape[:2]) > max_side else 0)
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, photo.shape[1::-1])

@@ -31,7 +31,7 @@ class EditOptions(ViewOptions):
 
 
 def edit_basis(
-    animator: Animator, source: Path, out: Path, options: EditOptions, *, progress: Progress | None = None
+    animator: Animator, source: Path | Portrait, out: Path, options: EditOptions, *, progress: Progress | None = None
 ) -> Summary:
     """Change the portrait's expression by basis vectors and by controls; nothing else changes."""
     began, n = time.monotonic(), animator.model.config.num_coefficients

@@ -35,10 +35,12 @@ from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
 from export3d_cli.core.face.face_track import TargetFaceTracker
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera
-from export3d_cli.core.face.motion_packets import PACKET_RATE, FacePacket, PacketTracker, open_packets
+from export3d_cli.core.face.motion_packets import PACKET_RATE, FacePacket, PacketTracker, VmcSender, open_packets
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
 from export3d_cli.core.face.tracker import FaceTracker
+from export3d_cli.core.media.ffmpeg_process import FfmpegProcess
 from export3d_cli.core.media.mjpeg_server import MjpegServer
+from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.media.reader import open_camera
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.model.masks import smooth_step
@@ -52,6 +54,7 @@ MAX_REPEAT_S = 5  # of one frame in a recording: an encoder that cannot keep up 
 RECORD_DEPTH = 8  # frames that wait for the encoder
 REPORT_INTERVAL_S = 1.0
 WINDOW_NAME = "export3d live"
+DEVICE_FORMAT = "v4l2"  # ffmpeg's output for devices
 Output = Callable[[np.ndarray, str], None]  # frame, state and figures as text
 COMMANDS = {  # command -> label; its first letter is its key in the window
     "calibrate": "Calibrate: 2 s of neutral face",
@@ -70,7 +73,8 @@ class LiveOptions(ReenactOptions):
     camera: int | Path = 0  # number of a camera, or a video file that stands in for it
     receive: str | None = None  # livelink[:PORT] or vmc[:PORT]: motion that another program sends, instead of a camera
     host: str = "127.0.0.1"  # address that receives it
-    to: tuple[str, ...] = ("window",)  # window | http://HOST:PORT
+    send: str | None = None  # osc://HOST:PORT that the tracked motion is sent to, see `VmcSender`
+    to: tuple[str, ...] = ("window",)  # window | http://HOST:PORT | v4l2:/dev/videoN
     record: Path | None = None
     seconds: float | None = None  # None: until it is stopped
     mirror: bool = False
@@ -103,16 +107,18 @@ class LiveFrame(NamedTuple):
 
 
 class LiveTracker:
-    """Called with frames or packets; calibrates on a neutral face, then follows and smooths without delay.
+    """Called with frames or packets; calibrates on a neutral face, then follows, smooths without delay and sends.
 
     Attributes, which any thread may set:
         recalibrate: take the next two seconds as the neutral face.
         recentre: take the present head pose as the neutral one.
+        send: takes the motion of each face.
     """
 
     def __init__(self, tracker: FaceTracker | PacketTracker, fps: Fraction, level: SmoothingLevel) -> None:
         self._tracker: Any = tracker
         self._level = level
+        self.send: VmcSender | None = None
         self._target: Callable[[Any], Any] = (
             (lambda packet: packet)
             if isinstance(tracker, PacketTracker)
@@ -150,6 +156,8 @@ class LiveTracker:
         self._row = self._tracker.make_motion([self._last_face], rate, size, clip=self._clip)
         self._row = replace(self._row, found=np.array([face is not None]))
         motion = next(self._smoothed)
+        if self.send is not None and face is not None:
+            self.send(motion)
         if self.recentre:
             self.recentre = False
             self._reference = replace(self._reference, camera=motion.camera)
@@ -235,7 +243,9 @@ def live(
     latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms
     line, missing, paused = "", 0, False
     with contextlib.ExitStack() as stack:
-        outputs = [_open_output(name, commands, stack) for name in options.to]
+        outputs = [_open_output(name, stage.size, fps, commands, stack) for name in options.to]
+        if options.send:
+            follow.send = stack.enter_context(contextlib.closing(VmcSender(options.send)))
         if options.record:
             outputs.append(_open_recording(options.record, stage.size, fps, options.crf, stack))
         began = reported = time.monotonic()
@@ -296,13 +306,17 @@ def _mirror(motion: Motion) -> Motion:
     return replace(motion, beta=mirror_beta(motion.beta), camera=mirror_camera(motion.camera))
 
 
-def _open_output(name: str, commands: SimpleQueue[str], stack: contextlib.ExitStack) -> Output:
-    """Open a window or a page until `stack` ends."""
+def _open_output(
+    name: str, size: tuple[int, int], fps: Fraction, commands: SimpleQueue[str], stack: contextlib.ExitStack
+) -> Output:
+    """Open a window, a video device or a page until `stack` ends."""
     if name == "window":
         return _open_window(commands, stack)
+    if name.startswith("v4l2:"):
+        return _open_device(Path(name[5:]), size, fps, stack)
     match = re.fullmatch(r"http://([\w.-]+):(\d{1,5})/?", name, flags=re.ASCII)
     if match is None:
-        raise InputError(f"{name!r} is not an output: use window or http://127.0.0.1:8000")
+        raise InputError(f"{name!r} is not an output: use window, http://127.0.0.1:8000 or v4l2:/dev/video10")
     server = stack.enter_context(MjpegServer(match[1], int(match[2]), COMMANDS, commands.put))
 
     def show(frame: np.ndarray, line: str) -> None:
@@ -331,6 +345,25 @@ def _open_window(commands: SimpleQueue[str], stack: contextlib.ExitStack) -> Out
             commands.put(keys[key])
         elif cv2.getWindowProperty(WINDOW_NAME, cv2.WND_PROP_VISIBLE) < 1:  # it was closed
             commands.put("quit")
+
+    return show
+
+
+def _open_device(device: Path, size: tuple[int, int], fps: Fraction, stack: contextlib.ExitStack) -> Output:
+    """Open a video device that other programs read as a camera, such as v4l2loopback's, by ffmpeg."""
+    if not device.is_char_device():
+        raise InputError(f"{device} is not a video device: load v4l2loopback, and choose one of /dev/video*")
+    command = f"-y -nostdin -loglevel error -probesize 32 -f rawvideo -pix_fmt rgb24 -video_size {size[0]}x{size[1]}"
+    command += f" -framerate {fps} -i pipe:0 -vf crop=trunc(iw/2)*2:trunc(ih/2)*2,format=yuv420p -f {DEVICE_FORMAT}"
+    process = FfmpegProcess([ffmpeg_path(), *command.split(), str(device)], stdin=True)
+    stack.callback(process.kill)
+
+    def show(frame: np.ndarray, line: str) -> None:
+        try:
+            process.write(np.ascontiguousarray(frame).data.cast("B"))
+        except OSError as error:
+            process.wait()
+            raise MediaError(f"{device} takes no pictures: {process.error_summary()}") from error
 
     return show
 

@@ -65,7 +65,7 @@ class NovelViewOptions(ViewOptions):
 
 
 def novel_view(
-    animator: Animator, source: Path, out: Path | None, options: NovelViewOptions | None = None, *,
+    animator: Animator, source: Path | Portrait, out: Path | None, options: NovelViewOptions | None = None, *,
     progress: Progress | None = None,
 ) -> Summary:  # fmt: skip
     """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's angle.

@@ -33,16 +33,17 @@ PREFETCH_DEPTH = 2  # batches of the driver's motion that are read ahead
 
 
 def reenact(
-    animator: Animator, source: Path, driver: Path, out: Path, options: ReenactOptions | None = None, *,
+    animator: Animator, source: Path | Portrait, driver: Path, out: Path, options: ReenactOptions | None = None, *,
     progress: Progress | None = None, track_cache: TrackCache | None = None,
 ) -> Summary:  # fmt: skip
     """Animate the portrait `source` by `driver` (video, sound, image, `.motion.npz` or ARKit CSV) into the video `out`.
 
-    A `source` that is a video is edited, see `edit_clip`.
+    A `source` that is a video is edited, see `edit_clip`; options that say how a photo is read have no effect on one
+    that `Animator.portrait` has encoded.
 
     A `track_cache` that is passed to several calls with one driver and the same options has it tracked only once.
     """
-    if is_video(source):
+    if isinstance(source, Path) and is_video(source):
         return edit_clip(animator, source, out, options, driver=driver, progress=progress)
     options, began = (options or ReenactOptions()).for_driver(driver), time.monotonic()
     options.check_outputs(out)
@@ -86,8 +87,10 @@ def reenact(
     )  # fmt: skip
 
 
-def load_portraits(animator: Animator, source: Path, options: ReenactOptions) -> list[Portrait]:
+def load_portraits(animator: Animator, source: Path | Portrait, options: ReenactOptions) -> list[Portrait]:
     """Encode the faces of a photo that are animated: one, all, or one and those of `options.pairs`."""
+    if isinstance(source, Portrait):
+        return [source]
     if options.face == "all":
         photo = read_portrait(source)
         count = len(animator.tracker().find_all(photo))

@@ -1,10 +1,11 @@
-"""Motion that other programs send by UDP: Live Link Face (ARKit, an iPhone) and the VMC protocol (OSC).
+"""Motion that programs send by UDP: Live Link Face (ARKit, an iPhone), and the VMC protocol (OSC), which is also sent.
 
 Packets are untrusted: those that are malformed or late are ignored, and none is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import socket
@@ -20,13 +21,14 @@ import numpy as np
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.runtime.camera import head_pose, orbit_camera, rotation_exp, with_head_pose
+from export3d_cli.core.runtime.camera import head_pose, orbit_camera, rotation_exp, rotation_log, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 
 PORTS = {"livelink": 11111, "vmc": 39539}
 PACKET_RATE = Fraction(60)  # packets/s of Live Link Face
 SILENCE_S = 0.1  # time without a packet after which there is no face
 MAX_DATAGRAM = 65535
+BUNDLE_MESSAGES = 24  # of VMC in a packet, which then has less than 1500 bytes, as networks demand
 RESTART_FRAMES = 600  # a frame number that is farther back comes from a sender that began again
 _SIDES = ("Blink", "LookDown", "LookIn", "LookOut", "LookUp", "Squint", "Wide")
 _LIVE_LINK_ORDER = [ARKIT_NAMES.index(name) for name in (
@@ -71,8 +73,8 @@ def open_packets(protocol: str, host: str, stopped: threading.Event) -> Iterator
     match = re.fullmatch(r"(livelink|vmc)(?::(\d{1,5}))?", protocol, flags=re.ASCII)
     if match is None:
         raise InputError(f"motion cannot come from {protocol!r}: use livelink, vmc, or one of them with :PORT")
-    if match[1] == "vmc" and importlib.util.find_spec("pythonosc") is None:
-        raise InputError("vmc needs python-osc, which is not installed: run pip install 'export3d-cli[osc]'")
+    if match[1] == "vmc":
+        _check_osc()
     port = int(match[2] or PORTS[match[1]])
     server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
@@ -81,6 +83,11 @@ def open_packets(protocol: str, host: str, stopped: threading.Event) -> Iterator
         server.close()
         raise InputError(f"UDP port {port} of {host} cannot be opened ({error}): choose another one") from error
     return _receive(server, LiveLinkDecoder() if match[1] == "livelink" else VmcDecoder(), stopped)
+
+
+def _check_osc() -> None:
+    if importlib.util.find_spec("pythonosc") is None:
+        raise InputError("VMC needs python-osc, which is not installed: run pip install 'export3d-cli[osc]'")
 
 
 def _receive(
@@ -160,3 +167,42 @@ class VmcDecoder:
             sine = np.linalg.norm(axis)
             if 0.5 < np.hypot(sine, w) < 2:
                 self._rotation = rotation_exp(axis / max(sine, 1e-9) * 2 * np.arctan2(sine, w))
+
+
+class VmcSender:
+    """Sends faces by VMC to `osc://HOST:PORT`; raises `InputError` for another address."""
+
+    def __init__(self, address: str) -> None:
+        match = re.fullmatch(r"osc://([\w.-]+):(\d{1,5})/?", address, flags=re.ASCII)
+        if match is None:
+            raise InputError(f"{address!r} is not an address to send to: use osc://127.0.0.1:{PORTS['vmc']}")
+        _check_osc()
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            self._socket.connect((match[1], int(match[2])))
+        except (OSError, OverflowError) as error:
+            self._socket.close()
+            raise InputError(f"{address} cannot be sent to ({error}): choose another address") from error
+
+    def __call__(self, motion: Motion) -> None:
+        """Send the first row of a motion: the bone `Head`, the 52 coefficients by ARKit's names, and `Apply`."""
+        from pythonosc.osc_bundle_builder import IMMEDIATELY, OscBundleBuilder
+        from pythonosc.osc_message_builder import build_msg
+
+        turn = rotation_log(head_pose(motion.camera[0])[0])
+        angle = np.linalg.norm(turn)
+        quaternion = (*(np.sinc(angle / (2 * np.pi)) / 2 * turn).tolist(), float(np.cos(angle / 2)))  # x, y, z, w
+        messages = [build_msg("/VMC/Ext/Bone/Pos", ["Head", 0.0, 0.0, 0.0, *quaternion])]
+        for name, value in zip(ARKIT_NAMES, motion.beta[0].tolist(), strict=False):
+            messages.append(build_msg("/VMC/Ext/Blend/Val", [name[0].upper() + name[1:], value]))
+        messages.append(build_msg("/VMC/Ext/Blend/Apply", []))
+        for start in range(0, len(messages), BUNDLE_MESSAGES):
+            bundle = OscBundleBuilder(IMMEDIATELY)
+            for message in messages[start : start + BUNDLE_MESSAGES]:
+                bundle.add_content(message)
+            with contextlib.suppress(OSError):  # nothing receives it
+                self._socket.send(bundle.build().dgram)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()

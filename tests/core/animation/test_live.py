@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice, repeat
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +26,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.live import LiveFrame, LiveOptions, LiveTracker, live
 from export3d_cli.core.animation.pipeline import LatestIterator
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.motion_packets import open_packets
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import probe
@@ -101,9 +105,21 @@ class Recorder(LiveTracker):
 def test_session_records_and_reports(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(live_module, "LiveTracker", Recorder)
     monkeypatch.setattr(live_module, "REPORT_INTERVAL_S", 0.2)
+    pytest.importorskip("pythonosc")
     out = tmp_path / "out.mp4"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     line = f"live {SOURCE} --camera {DRIVER} --record {out} --seconds 2 --mirror --frame face --size 64 --json"
+    line += f" --send osc://127.0.0.1:{port}"
+    stopped = threading.Event()
+    packets = open_packets(f"vmc:{port}", "127.0.0.1", stopped)
     result = CliRunner().invoke(cli, [*line.split(), "--device", "cpu", "--weights", str(tiny_weights)])
+    first, second = islice((packet for packet, _ in packets if packet is not None), 2)
+    stopped.set()
+    assert first.coefficients.any()
+    assert not np.array_equal(first.coefficients, second.coefficients)
+    assert abs(np.linalg.det(first.rotation) - 1) < 1e-6
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     assert summary["frames"] > 0
@@ -125,6 +141,33 @@ def test_recording_repeats_frames_to_keep_real_time(tmp_path: Path, monkeypatch:
             record(np.full((64, 64, 3), level, np.uint8), "")
     levels = [round(float(frame.mean()), -2) for frame in VideoReader(tmp_path / "out.mp4")]
     assert levels == [0, 100, 200, 200, 200, 200]
+
+
+def test_video_device_gets_frames_and_its_failures_are_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A named pipe stands in for a device, since v4l2loopback is not everywhere, and raw frames for ffmpeg's output."""
+    with pytest.raises(InputError, match="/dev/video987 is not a video device: load v4l2loopback"):
+        live_module._open_device(Path("/dev/video987"), (64, 64), Fraction(25), contextlib.ExitStack())
+    frame = np.full((63, 65, 3), (200, 90, 30), np.uint8)
+    with contextlib.ExitStack() as stack:
+        show = live_module._open_device(Path("/dev/null"), (65, 63), Fraction(25), stack)
+        with pytest.raises(MediaError, match=r"/dev/null takes no pictures: .*ioctl"):
+            list(map(show, repeat(frame, 500), repeat("")))
+    monkeypatch.setattr(live_module, "DEVICE_FORMAT", "rawvideo")
+    monkeypatch.setattr(Path, "is_char_device", Path.is_fifo)
+    os.mkfifo(tmp_path / "device")
+    sizes = list[int]()
+    reader = threading.Thread(target=lambda: sizes.append(len((tmp_path / "device").read_bytes())), daemon=True)
+    reader.start()
+    with contextlib.ExitStack() as stack:
+        show = live_module._open_output(f"v4l2:{tmp_path}/device", (65, 63), Fraction(25), SimpleQueue(), stack)
+        for _ in range(40):
+            show(frame, "")
+        time.sleep(2)
+    reader.join()
+    assert sizes[0] >= 20 * 64 * 62 * 3 // 2  # even sides, YUV 4:2:0; the last frames end with ffmpeg
+    assert sizes[0] % (64 * 62 * 3 // 2) == 0
 
 
 def test_commands_refuse_what_they_cannot_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import struct
@@ -23,9 +24,10 @@ from export3d_cli.core.face.motion_packets import (
     LiveLinkDecoder,
     PacketTracker,
     VmcDecoder,
+    VmcSender,
     open_packets,
 )
-from export3d_cli.core.runtime.camera import yaw_pitch_roll
+from export3d_cli.core.runtime.camera import rotation_exp, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 
@@ -102,6 +104,49 @@ def test_mutated_packets_are_ignored_or_give_a_finite_face(
             np.testing.assert_allclose(packet.rotation @ packet.rotation.T, np.eye(3), atol=1e-6)
             assert packet.coefficients.min() >= 0
             assert packet.coefficients.max() <= 1
+
+
+def test_sent_motion_is_received_by_vmc_unchanged() -> None:
+    pytest.importorskip("pythonosc")
+    rng, stopped = np.random.default_rng(2), threading.Event()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    packets = open_packets(f"vmc:{port}", "127.0.0.1", stopped)
+    send = VmcSender(f"osc://localhost:{port}")
+    for turn in ([0.0, 0.0, 0.0], [0.2, -0.7, 0.1], [1.2, 1.5, -1.0]):
+        face = FacePacket(rng.random(52), rotation_exp(np.array(turn)))
+        send(PacketTracker().make_motion([face], Fraction(60), (1, 1)))
+        received = next(packet for packet, _ in packets if packet is not None)
+        np.testing.assert_allclose(received.coefficients, face.coefficients, atol=1e-6)
+        np.testing.assert_allclose(received.rotation, face.rotation, atol=1e-6)
+    stopped.set()
+    assert list(packets) == []
+    send(PacketTracker().make_motion([face], Fraction(60), (1, 1)))  # nothing receives it
+    send.close()
+
+
+def test_sent_packets_are_smaller_than_those_of_networks() -> None:
+    pytest.importorskip("pythonosc")
+    packet = FacePacket(np.ones(52), np.eye(3))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        with contextlib.closing(VmcSender(f"osc://127.0.0.1:{receiver.getsockname()[1]}")) as send:
+            send(PacketTracker().make_motion([packet], Fraction(60), (1, 1)))
+        receiver.settimeout(1)
+        sent = [receiver.recv(65535) for _ in range(3)]
+    assert max(map(len, sent)) < 1472
+    assert b"/VMC/Ext/Blend/Val\0\0,sf\0BrowDownLeft\0" in b"".join(sent)
+    assert [b"/VMC/Ext/Blend/Apply" in data for data in sent] == [False] * (len(sent) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:39539", "osc://127.0.0.1", "osc://127.0.0.1:99999", "osc://no.invalid:1"]
+)
+def test_addresses_that_cannot_be_sent_to_are_one_clear_error(address: str) -> None:
+    pytest.importorskip("pythonosc")
+    with pytest.raises(InputError, match=r"use osc://127\.0\.0\.1:39539|choose another address"):
+        VmcSender(address)
 
 
 def test_socket_passes_good_packets_on_and_reports_silence_under_a_flood() -> None:
