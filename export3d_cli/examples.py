@@ -50,7 +50,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "weights push my.safetensors hf:owner/repo",
     ),
     "bench": ("bench --device cpu --threads 4 --frames 60", "bench --against 'tool --photo {src} --video {drv} {out}'"),
-    "sign": ("sign out.mp4", "sign out.mp4 --certificate chain.pem --key key.pem"),
+    "sign": ("sign out.mp4", "sign out.mp4 picture.png"),
     "verify-mark": ("verify-mark out.mp4", "verify-mark picture.png --json"),
     "doctor": ("doctor", "doctor --json"),
 }

@@ -60,7 +60,9 @@ def edit_basis(
                 raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
     if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
         raise click.BadParameter(f"give one --scale per --v, got {len(vectors)} --v and {len(scales)} --scale")
-    chosen = core.EditOptions(overwrite=overwrite or output is None, **values)
+    scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * max(len(vectors), 1)
+    edits = tuple(zip(vectors, scales, strict=False))
+    chosen = core.EditOptions(overwrite=overwrite or output is None, edits=edits, **values)
     if output is not None:
         chosen.check_outputs(output)
     animator = options.load_animator()
@@ -74,10 +76,9 @@ def edit_basis(
             moves = ", ".join(f"{region} {pixels:.2f} px" for region, pixels in vector.moves.items())
             click.echo(f"v{vector.v}: {by}" + (f"; moves {moves}" if moves else ""))
         return
-    if grid and not expression.controls:
-        vectors = vectors or tuple(range(1, animator.model.config.num_coefficients + 1))
-    scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * len(vectors)
-    chosen = dataclasses.replace(chosen, edits=tuple(zip(vectors, scales, strict=True)))
+    if grid and not expression.controls and not vectors:
+        every = range(1, animator.model.config.num_coefficients + 1)
+        chosen = dataclasses.replace(chosen, edits=tuple((v, scales[0]) for v in every))
     out = output or Path("edit_basis.png" if grid or chosen.single else "edit_basis.mp4")
     source = source or core.example_path("source.jpg")
     console.run(core.edit_basis, animator, source, out, chosen, as_json=as_json)

@@ -245,12 +245,12 @@ class Animator:
         else:
             target = tracker.face_at(complete_landmarks(landmarks))
         face_box = _bounding_box(target.landmarks)
+        if crop == "none" and framing == "photo" and photo.shape[0] != photo.shape[1]:
+            shape = f"{photo.shape[1]}x{photo.shape[0]}"
+            raise InputError(f"{name} is {shape}: --crop none takes square pictures, use --crop auto")
         photo, (target, *others), square, shown = place_on_canvas(
             photo, [target, *tracker.find_all(photo)], framing, crop, size, self.matting.alpha
         )
-        if crop == "none" and photo.shape[0] != photo.shape[1]:
-            shape = f"{shown[2] - shown[0]}x{shown[3] - shown[1]}"
-            raise InputError(f"{name} is {shape}: --crop none takes square pictures, use --crop auto")
         motion, crop_image, padded = self._cut_face(photo, square, target, min(round(square[2]), MAX_FRAME_SIZE_PX))
         faces = tuple(face_positions(target, others, square))
         with ThreadPoolExecutor(1) as pool:  # while the network encodes the crop
@@ -571,6 +571,8 @@ class _Renderer:
 
     def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> tuple[Output, PosedHead]:
         """Render a batch that overflowed in half precision again in fp32."""
+        if self._portrait.precision == "fp32":
+            raise Export3DError(NOT_FINITE)
         with self._lock:
             if self._fp32_portrait is None:
                 self._fp32_portrait = self._animator._encode(self._portrait, "fp32")

@@ -17,7 +17,7 @@ from export3d_cli.core.animation.options import PortraitOptions, Progress, Summa
 from export3d_cli.core.animation.pipeline import BackgroundWriter
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.media.image import MAX_PIXELS, contact_sheet, write_image
-from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VideoWriter, check_output_suffix
 from export3d_cli.core.runtime.device import trim_heap
 from export3d_cli.core.runtime.errors import InputError
 
@@ -44,6 +44,8 @@ class ViewOptions(PortraitOptions):
         """Raise `InputError` for outputs that exist or cannot hold the frames."""
         super().check_outputs(*outputs)
         for out in outputs:
+            if not is_image_output(out):
+                check_output_suffix(out)
             if self.grid and not is_image_output(out):
                 raise InputError(f"a contact sheet is an image: the output must end in .png or .jpg, got {out.name!r}")
             if is_image_output(out) and not (self.grid or self.single):

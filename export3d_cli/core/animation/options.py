@@ -79,7 +79,7 @@ class ReenactOptions(PortraitOptions, Control):
         whole_photo = self.framing == "photo" and self.crop == "auto" and self.background == "source"
         if (self.face == "all" or self.pairs) and not (whole_photo and not self.compare):
             raise InputError(
-                "several faces are animated in their whole photo: leave out other framings, --compare and --background"
+                "several faces are animated in their whole photo: leave out --frame, --crop, --compare and --background"
             )
         if self.face == "all" and self.pairs:
             raise InputError("--face all gives one driver to all faces: leave it out with --pair")

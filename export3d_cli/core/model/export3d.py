@@ -391,21 +391,29 @@ class Export3D(nn.Module):
         """Render rays as `volume_renderer.render_rays` does, head by head and without invisible samples."""
         decoder, channels = self.decoder, posed.planes.shape[2]
         weight = decoder.hidden.weight
+        tables: dict[int, Tensor] = {}  # by the memory of their planes, which frames of one head or photo share
+
+        def table(planes: Tensor, layer: Tensor) -> Tensor:
+            if planes.data_ptr() not in tables:
+                tables[planes.data_ptr()] = sparse_renderer.make_feature_table(planes, layer)
+            return tables[planes.data_ptr()]
 
         def render(b: int) -> RayOutputs:
             surface = None if posed.surface is None else posed.surface[b : b + 1]
             # the decoder's first layer comes before the sampling; / 3: planes are averaged
-            planes = sparse_renderer.make_feature_table(posed.planes[b], weight[:, :channels] / 3)
+            planes = table(posed.planes[b], weight[:, :channels] / 3)
             view = None if source.view_plane is None else source.view_plane[b : b + 1]
-            table = None if view is None else sparse_renderer.make_feature_table(view, weight[:, channels:])
+            view_table = None if view is None else table(view, weight[:, channels:])
 
             def decode(points: Tensor) -> tuple[Tensor, Tensor]:
                 face = sample_face_field(points[None], surface)
                 flat = points.T.contiguous()  # (3, M)
                 x = sparse_renderer.sample_plane_table(planes, posed.planes.shape[-1], flat)
-                if view is not None and table is not None:
+                if view is not None and view_table is not None:
                     neutral = flat if face is None else flat - face.displacement[0].T
-                    x += sparse_renderer.sample_view_table(table, view.shape[-1], neutral, source.camera[b : b + 1])
+                    x += sparse_renderer.sample_view_table(
+                        view_table, view.shape[-1], neutral, source.camera[b : b + 1]
+                    )
                 x = decoder.activate(x.add_(decoder.hidden.bias))  # (M, hidden)
                 return x, decoder.decode_densities(x, points, face and face.log_density[0])
 

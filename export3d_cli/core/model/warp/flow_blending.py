@@ -60,7 +60,6 @@ class LayeredFlow(NamedTuple):
     head: Tensor  # (B, 2, m, m) uv in the photo
     background: Tensor  # (B, 2, m, m) uv in the photo, torso included
     weights: Tensor  # (B, 4, m, m) of mesh, rigid, static and neck flow; they sum to 1
-    head_occlusion: Tensor  # (B, 1, m, m) 1 where the rendered head is opaque, 0 where it hardly hides the background
     additional: tuple[Tensor, ...] = ()  # (B, 2, m, m) uv of the head in each additional photo
     fractions: Tensor | None = None  # (B, N, m, m) of the head that each additional photo supplies
 
@@ -137,4 +136,4 @@ class FlowBlend(nn.Module):
         background = grid + movable * (neck_weight * (resize(neck, m) - grid) + background_shift)
         head_weights = head_weight * torch.cat([1 - rigid_weight, rigid_weight], dim=1)  # mesh, rigid
         background_weights = (1 - head_weight) * torch.cat([1 - neck_weight, neck_weight], dim=1)  # static, neck
-        return LayeredFlow(head, background, torch.cat([head_weights, background_weights], dim=1), head_occlusion)
+        return LayeredFlow(head, background, torch.cat([head_weights, background_weights], dim=1))
