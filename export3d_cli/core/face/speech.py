@@ -33,6 +33,7 @@ SEGMENT_S = 15.0  # longest sound that is decoded at once without a text
 INSET_S = 0.03  # at most, or a quarter of a phone: where its shape begins to fade before the phone's ends
 SPREAD_S = 0.06  # over which it fades
 CONTACT_S = 0.04  # in which lips come together before a closure, and part after it
+MAX_CUE_S = 180.0  # the time of an alignment grows with the square of its length: 20 s for 88 s of sound
 BLINK_INTERVAL_S = (2.5, 5.5)
 MAX_TEXT_BYTES = 2**22
 # Of the time in which an alignment or the free recognition hears a phone, the part in which both hear the same one:
@@ -48,7 +49,7 @@ _CONTROLS = (
 )
 # Values of `_CONTROLS`, as the tracker measures them on people who speak.
 _VISEMES = {  # phones: jaw, lower lip down, upper lip up, wide, funnel, pucker, press, shrug, roll lower, roll upper
-    "SIL": (0.0,) * 10,
+    "SIL": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.15, 0.25, 0.05, 0.05),
     "P B M": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.3, 0.1, 0.1),
     "F V": (0.04, 0.0, 0.15, 0.05, 0.0, 0.0, 0.0, 0.0, 0.45, 0.0),
     "TH DH": (0.15, 0.15, 0.08, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
@@ -277,6 +278,11 @@ def _cut_at_cues(samples: Iterable[np.ndarray], cues: Sequence[Cue]) -> Iterator
         while first + count < end * SOUND_RATE and (block := next(blocks, None)) is not None:
             parts.append(block)
             count += len(block)
+            if count > MAX_CUE_S * SOUND_RATE + len(waiting):
+                raise InputError(
+                    f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound at once: give subtitles (SRT) with times, or "
+                    "use --duration"
+                )
         waiting = np.concatenate(parts)
         a = min(round(start * SOUND_RATE) - first, count)
         yield start, waiting[max(a, 0) : round(min(end * SOUND_RATE - first, count))], cue
@@ -292,7 +298,7 @@ def speak(phones: Sequence[Phone], power: np.ndarray, fps: Fraction, camera: np.
     loud = (level - np.percentile(level, 95)).clip(-40, 0) / 40  # [-1, 0]
     speaking = 1 - measure_silence(power, fps)
     strength = _smooth((1 + loud).clip(0.4), 0.06, fps)
-    shapes = articulate(phones, strength, fps) * speaking[:, None]
+    shapes = SHAPES["SIL"] + speaking[:, None] * (articulate(phones, strength, fps) - SHAPES["SIL"])
     coefficients = np.zeros((count, len(ARKIT_NAMES)))
     for names, column in zip(_CONTROLS, shapes.T, strict=True):
         for name in names:
@@ -320,7 +326,8 @@ def speak(phones: Sequence[Phone], power: np.ndarray, fps: Fraction, camera: np.
 def articulate(phones: Sequence[Phone], strength: np.ndarray, fps: Fraction) -> np.ndarray:
     """Return the mouth's shape in each frame, (T, 10) of `_CONTROLS`; `strength` (T,) scales all but closures."""
     times = (np.arange(len(strength)) + 0.5) / float(fps)
-    total, weights = np.zeros((len(times), len(_CONTROLS))), np.full((len(times), 1), 0.02)
+    weights = np.full((len(times), 1), 0.02)  # of lips at rest
+    total = weights * SHAPES["SIL"]
     parts = list[Phone]()
     for name, start, end in phones:
         first, second = _DIPHTHONGS.get(name, (name, name))
@@ -338,7 +345,7 @@ def articulate(phones: Sequence[Phone], strength: np.ndarray, fps: Fraction) -> 
         dominance = (1.0 if name in _VOWELS or name == "SIL" else 0.6) * np.exp(-((away / SPREAD_S) ** 2))
         total[near] += dominance * SHAPES[name]
         weights[near] += dominance
-    shapes = total / weights * strength[:, None]
+    shapes = SHAPES["SIL"] + (total / weights - SHAPES["SIL"]) * strength[:, None]
     half = 0.5 / float(fps)  # so that every contact is seen in a frame
     for name, start, end in parts:
         if name in _CONTACTS:

@@ -130,7 +130,8 @@ def test_silence_shuts_the_lips_whatever_is_recognised(write_sound: WriteSound, 
     sound = np.concatenate([synthesize([Phone("AA", 0.1, 2.0)]), np.zeros(4 * SOUND_RATE)])
     motion, _ = read_speech(write_sound(sound), CAMERA)
     mouth = [name for name in ARKIT_NAMES if name.startswith(("jaw", "mouth"))]
-    assert max(column(motion, name)[62:].max() for name in mouth) == 0
+    assert max(np.ptp(column(motion, name)[62:]) for name in mouth) == 0
+    assert not column(motion, "jawOpen")[62:].any() and (column(motion, "mouthPressLeft")[62:] > 0.1).all()
     assert column(motion, "jawOpen")[20:40].min() > 0.4
 
 
@@ -312,3 +313,16 @@ def test_a_sound_drives_a_stream_and_a_text_needs_one(
     take = tmp_path / "take.csv"
     preprocess([sound], take)
     assert read_csv(take, CAMERA)[0].beta[:, ARKIT_NAMES.index("jawOpen")].max() > 0.4
+
+
+def test_a_text_of_a_long_sound_needs_times(
+    write_sound: WriteSound, recognize: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognize(MAMA, ["mama"])
+    monkeypatch.setattr(speech, "MAX_CUE_S", 1.0)
+    text = tmp_path / "text.txt"
+    text.write_text("mama", encoding="utf-8")
+    sound = write_sound(synthesize(MAMA))
+    with pytest.raises(InputError, match=r"at most 1 s .* subtitles"):
+        read_speech(sound, CAMERA, text=text)
+    assert len(read_speech(sound, CAMERA, text=text, duration=0.8)[0]) == 20
