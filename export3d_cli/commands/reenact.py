@@ -47,7 +47,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 )  # fmt: skip
 @click.option(
     "--text", type=options.EXISTING_FILE, metavar="FILE",
-    help="What the sound of DRIVE says, for exact lips: a text of the part that is used (at most 180 s), or subtitles (SRT).",
+    help="What the sound of DRIVE says, for exact lips: a text of the part in use (at most 180 s), or subtitles (SRT).",
 )  # fmt: skip
 @options.range_options
 @click.option(

@@ -280,7 +280,7 @@ def _cut_at_cues(samples: Iterable[np.ndarray], cues: Sequence[Cue]) -> Iterator
             count += len(block)
             if count > MAX_CUE_S * SOUND_RATE + len(waiting):
                 raise InputError(
-                    f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound at once: give subtitles (SRT) with times, or "
+                    f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound: give subtitles (SRT) with times, or "
                     "use --duration"
                 )
         waiting = np.concatenate(parts)
