@@ -9,6 +9,7 @@
     smoothing                            without lag, or causal
     arkit, motion_packets                drivers recorded by Live Link Face; motion sent by it, or by VMC programs
     speech                               the motion of a head that speaks a sound
+    given_landmarks                      landmarks that the user gives for a face that is not found
     matting, cover_detection             the person's alpha; masks, hands and dark lenses before the face
 
 Imports `media`, `config` and `runtime` only. Imported by `animation`, `train`, `dataset`, `evaluation` and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -64,6 +64,14 @@ class Motion:
     def load(cls, path: Path, *, landmark_counts: tuple[int, ...] = (NUM_LANDMARKS,)) -> Motion:
         """Read a `.motion.npz` file with an accepted number of landmarks; raises `InputError` for any other file."""
         path = Path(path)
+
+        def numbers(name: str, kind: type) -> np.ndarray:
+            array = data[name]
+            if array.dtype.kind not in "biuf":
+                raise TypeError(f"{name} is not an array of numbers")
+            with np.errstate(all="ignore"):  # values too large for float32 become infinite, which is refused below
+                return array.astype(kind)
+
         try:
             check_file(path, MAX_BYTES)
             with zipfile.ZipFile(path) as archive:
@@ -71,41 +79,28 @@ class Motion:
                     raise ValueError(f"more than {MAX_BYTES >> 20} MiB when unpacked")
             with warnings.catch_warnings(), np.load(path, allow_pickle=False) as data:
                 warnings.simplefilter("ignore")  # about headers written by Python 2: an error is one line
-                motion = cls._from_arrays(data)
+                beta, camera, landmarks = (numbers(name, np.float32) for name in ("beta", "camera", "landmarks"))
+                fps, crop = Fraction(*numbers("fps", int).tolist()), tuple(numbers("crop", float).tolist())
+                found, size = numbers("found", bool), tuple(numbers("size", int).tolist())
         except _READ_ERRORS as error:
             raise InputError(f"{path} is not a motion file ({error}): make one with `export3d preprocess`") from error
-        T = len(motion.beta) if motion.beta.ndim else 0
-        shapes = (motion.beta.shape, motion.camera.shape, motion.landmarks.shape, motion.found.shape)
+        T = len(beta) if beta.ndim else 0
+        shapes = (beta.shape, camera.shape, landmarks.shape, found.shape)
         if T == 0 or shapes not in [((T, 64), (T, 25), (T, count, 3), (T,)) for count in landmark_counts]:
             expected = f"(T, 64), (T, 25), (T, {landmark_counts[0]}, 3), (T,)"
             raise InputError(f"{path} is a motion file of shapes {shapes}: expected {expected}")
-        if len(motion.crop) != 3 or len(motion.size) != 2:
-            raise InputError(f"{path} holds a crop {motion.crop} of frames {motion.size}: expected 3 and 2 numbers")
-        if not FPS_RANGE[0] <= motion.fps <= FPS_RANGE[1]:
-            raise InputError(f"{path} has a rate of {float(motion.fps):.3g} frames/s: it must be 1/1000 to 1000")
-        rotation = motion.camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
-        arrays = (motion.beta, motion.camera, motion.landmarks, motion.crop)
+        if len(crop) != 3 or len(size) != 2:
+            raise InputError(f"{path} holds a crop {crop} of frames {size}: expected 3 and 2 numbers")
+        if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
+            raise InputError(f"{path} has a rate of {float(fps):.3g} frames/s: it must be 1/1000 to 1000")
+        rotation = camera[:, :16].reshape(-1, 4, 4)[:, :3, :3]
+        arrays = (beta, camera, landmarks, crop)
         is_valid = all(np.abs(array).max(initial=0) <= MAX_VALUE for array in arrays)  # False for NaN
         if not is_valid or np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
             raise InputError(
                 f"{path} holds numbers that are not finite or beyond {MAX_VALUE:g}, or cameras without a rotation"
             )
-        return motion
-
-    @classmethod
-    def _from_arrays(cls, data: Mapping[str, np.ndarray]) -> Motion:
-        """Convert the arrays of a file, without checking their shapes."""
-
-        def numbers(name: str, kind: type) -> np.ndarray:
-            array = data[name]
-            if array.dtype.kind not in "biuf":
-                raise TypeError(f"{name} is not an array of numbers")
-            with np.errstate(all="ignore"):  # values too large for float32 become infinite, which `load` refuses
-                return array.astype(kind)
-
-        beta, camera, landmarks = (numbers(name, np.float32) for name in ("beta", "camera", "landmarks"))
-        fps, crop, size = Fraction(*numbers("fps", int).tolist()), numbers("crop", float), numbers("size", int)
-        return cls(beta, camera, landmarks, numbers("found", bool), fps, tuple(crop.tolist()), tuple(size.tolist()))
+        return cls(beta, camera, landmarks, found, fps, crop, size)
 
 
 def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:

@@ -88,14 +88,20 @@ class LandmarkerTracker(FaceTracker):
 
     def _predict_face(self, image: np.ndarray, roi: _Roi) -> Face | None:
         """Return the face in `roi`; None if the network finds none there."""
-        crop = _warp_roi(image, roi, _LANDMARK_SIDE_PX)
+        cos, sin, half = math.cos(roi.rotation), math.sin(roi.rotation), _LANDMARK_SIDE_PX / 2
+        # a bilinear view of the region, aligned at the corners, as MediaPipe does
+        a, b = cos * roi.side / _LANDMARK_SIDE_PX, -sin * roi.side / _LANDMARK_SIDE_PX
+        to_image = np.array([[a, b, roi.x - (a + b) * half], [-b, a, roi.y - (a - b) * half]])
+        crop = cv2.warpAffine(
+            image, to_image, (_LANDMARK_SIDE_PX,) * 2, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )  # fmt: skip
         outputs = self._landmark_network(crop.astype(np.float32) * (1 / 255))
         score = 0.5 + 0.5 * math.tanh(outputs[1].item() / 2)  # sigmoid
         if score < _MIN_SCORE:
             return None
         points = outputs[0].reshape(-1, 3) / _LANDMARK_SIDE_PX  # (478, 3)
         x, y, z = ((points - [0.5, 0.5, 0]) * roi.side).T
-        cos, sin = math.cos(roi.rotation), math.sin(roi.rotation)
         return self.face_at(np.stack([cos * x - sin * y + roi.x, sin * x + cos * y + roi.y, z], axis=1), score)
 
     def face_at(self, landmarks: np.ndarray, score: float = 1.0) -> Face:
@@ -195,13 +201,3 @@ def _face_roi(points: np.ndarray, right_eye: np.ndarray, left_eye: np.ndarray) -
     (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     dx, dy = (left_eye - right_eye).tolist()
     return _Roi((x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) * _ROI_SCALE, rotation=math.atan2(dy, dx))
-
-
-def _warp_roi(image: np.ndarray, roi: _Roi, size: int) -> np.ndarray:
-    """Return a bilinear view of `roi`, (size, size, 3) uint8, aligned at the corners, as MediaPipe does."""
-    cos, sin = math.cos(roi.rotation), math.sin(roi.rotation)
-    a, b = cos * roi.side / size, -sin * roi.side / size
-    c, d = sin * roi.side / size, cos * roi.side / size
-    to_image = np.array([[a, b, roi.x - (a + b) * size / 2], [c, d, roi.y - (c + d) * size / 2]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, to_image, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)

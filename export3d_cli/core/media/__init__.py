@@ -7,6 +7,7 @@
     probe                            properties of input videos
     ffmpeg_process                   ffmpeg subprocesses, killed if they hang
     scene_detection                  cuts, dissolves and fades
+    mjpeg_server                     a local page that shows a live picture
     content_credentials              signed statements that a file is synthetic (C2PA)
 
 Imports `runtime` only. Imported by all packages above it except `model`; users go through `export3d_cli.core`.

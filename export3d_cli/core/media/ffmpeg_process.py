@@ -111,17 +111,15 @@ class FfmpegProcess:
         interval = min(1.0, STALL_S / 8)
         polls, last_progress = 0, (0, 0)
         while not self._ended.wait(interval) and self._popen.poll() is None:
-            progress = (self._bytes_moved, self._output_time())
+            written = 0
+            with contextlib.suppress(OSError):
+                written = self._output_file.stat().st_mtime_ns if self._output_file else 0
+            progress = (self._bytes_moved, written)
             polls = polls + 1 if self._waiting and progress == last_progress else 0
             last_progress = progress
             if polls * interval >= STALL_S:
                 self.stalled = True
                 self._popen.kill()
-
-    def _output_time(self) -> int:
-        with contextlib.suppress(OSError):
-            return self._output_file.stat().st_mtime_ns if self._output_file else 0
-        return 0
 
     def _read_messages(self) -> None:
         assert self._popen.stderr is not None
