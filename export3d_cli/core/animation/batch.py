@@ -17,7 +17,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import Compositor, is_video, load_photo
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.face.face_track import TrackCache
 from export3d_cli.core.runtime.device import peak_memory, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.files import check_name_length, shorten_name

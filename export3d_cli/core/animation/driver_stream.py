@@ -27,6 +27,7 @@ from export3d_cli.core.face.face_track import (
     Face,
     FaceTracker,
     TargetFaceTracker,
+    TrackCache,
     UprightFrames,
     describe_rotation,
     rotate_clockwise,
@@ -35,7 +36,6 @@ from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.smoothing import smooth_stream
 from export3d_cli.core.face.speech import DEFAULT_FPS, read_speech
-from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import orbit_camera

@@ -23,8 +23,8 @@ from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.pipeline import PrefetchIterator
 from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.face.face_track import TrackCache
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.media.soundtrack import find_silence
 from export3d_cli.core.runtime.device import precision_notes
 from export3d_cli.core.runtime.errors import InputError

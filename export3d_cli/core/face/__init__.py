@@ -3,9 +3,8 @@
     landmarks, expression_coefficients   tables: landmark indices, names of the 64 expression coefficients
     detector                             YuNet
     head_pose, crop, motion              landmarks -> camera, head frame, crop; the `.motion.npz` file
-    face_track                           what the trackers share; one face of several, through a video
+    face_track                           what the trackers share; one face of several, through a video; its cache
     tracker, fan_tracker                 MediaPipe's 478 landmarks and 52 blendshapes; 68 points (`landmark_fitting`)
-    track_cache                          faces tracked once for several sources
     smoothing                            without lag, or causal
     arkit, motion_packets                drivers recorded by Live Link Face; motion sent by it, or by VMC programs
     speech                               the motion of a head that speaks a sound

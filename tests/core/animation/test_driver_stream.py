@@ -14,9 +14,8 @@ from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face.crop import crop_image
-from export3d_cli.core.face.face_track import FaceTrack
+from export3d_cli.core.face.face_track import FaceTrack, TrackCache
 from export3d_cli.core.face.motion import Motion, resample_rows
-from export3d_cli.core.face.track_cache import TrackCache
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader

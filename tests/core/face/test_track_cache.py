@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.face_track import Face
-from export3d_cli.core.face.track_cache import TrackCache
+from export3d_cli.core.face.face_track import Face, TrackCache
 
 
 @pytest.fixture
