@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import urllib.error
 from fractions import Fraction
 from pathlib import Path
@@ -129,14 +128,6 @@ def test_fan_motion_files_round_trip(tracker: FanTracker, tmp_path: Path) -> Non
     motion.save(tmp_path / "a.motion.npz")
     again = Motion.load(tmp_path / "a.motion.npz", landmark_counts=(478, 68))
     np.testing.assert_array_equal(again.landmarks, motion.landmarks)
-
-
-def test_missing_package_raises_with_the_install_command(
-    detector: FaceDetector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "face_alignment", None)
-    with pytest.raises(WeightsError, match=r"pip install 'export3d-cli\[fan\]'"):
-        FanTracker(BASIS, detector)
 
 
 def test_real_network_with_random_weights(
