@@ -139,7 +139,7 @@ def test_photo_becomes_preview_and_video_without_a_request_to_elsewhere(
     info = probe(tmp_path / "out.mp4")
     assert (info.width, info.height, info.duration) == (512, 512, pytest.approx(1, abs=0.05))
     assert find_marks(tmp_path / "out.mp4").metadata
-    made = page.locator("video[src*='/export3d-']")
+    made = page.locator("video:not([src$='/drive.mp4'])")
     sync_api.expect(made).to_have_count(2)  # the result, and the gallery of results
     sync_api.expect(command).to_contain_text("export3d reenact source.jpg drive.mp4 -o out.mp4 --duration=1")
     assert requests
