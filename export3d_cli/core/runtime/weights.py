@@ -220,11 +220,12 @@ def _fetch(name: str, force: bool) -> Path:
     import huggingface_hub
 
     place = _parse_hub_name(name)
+    revision = place.pop("revision")
     try:
-        if not isinstance(huggingface_hub.try_to_load_from_cache(**place), str):
+        if not isinstance(huggingface_hub.try_to_load_from_cache(**place, revision=revision), str):
             # fail at once if the Hub is unreachable; a download retries for half a minute
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**place), timeout=10)
-        path = Path(huggingface_hub.hf_hub_download(**place, force_download=force))
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**place, revision=revision), timeout=10)
+        path = Path(huggingface_hub.hf_hub_download(**place, revision=revision, force_download=force))
     except Exception as error:  # classes of the library's and its HTTP client's errors differ between versions
         raise WeightsError(_error_message(error, name)) from error
     stored, actual = path.resolve(), file_sha256(path)

@@ -70,7 +70,7 @@ def test_reenact_by_a_static_driver_is_static(animator: Animator, make_clip: Mak
     reenact(animator, SOURCE, clip, tmp_path / "out.mp4", LOSSLESS)
     frames = read_frames(tmp_path / "out.mp4")
     assert len(frames) == 6
-    assert max(np.abs(frame - frames[0]).max() for frame in frames) <= 1
+    assert max(np.abs(frame - frames[0]).max() for frame in frames) <= 2  # batches of other sizes round differently
 
 
 def test_reenact_holds_the_last_frame_where_the_driver_has_no_face(

@@ -46,7 +46,7 @@ def test_hidden_textures_of_a_window_are_that_part_of_the_map(
     assert tiny.flow is not None
     opened = points.clone()
     opened[:, [14, 87, 317, 178, 402], 1] += 0.08
-    mesh, window = render_mesh(tiny.flow, points, orbit(0), opened, orbit(0), 64), Window(0.25, 0.25, 0.625, 0.75)
+    mesh, window = render_mesh(tiny.flow, points, orbit(0), opened, orbit(0), 64), Window(2, 2, 5, 6, 8)
     hidden_textures = HiddenTextures()
     with torch.no_grad():
         part, whole = hidden_textures(mesh, 96, window), hidden_textures(mesh, 96)
