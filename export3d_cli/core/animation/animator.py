@@ -155,7 +155,7 @@ class Animator:
                 if name not in FP32_PARTS:
                     cast_weights(part, precision)
         self.device, self.precision, self.quality = device, precision, quality
-        self.batch = batch or (32 if device.type == "cuda" else 4 // self._workers)
+        self.batch = batch or (32 if device.type == "cuda" else 4 // self.workers)
         config, (image_scale, sample_scale) = model.config, RENDER_SCALES[quality]
         samples = round(sample_scale * config.coarse_samples), round(sample_scale * config.fine_samples)
         self._sampling: dict[str, Any] = {"raw_size": round(image_scale * config.raw_size), "samples": samples}
@@ -198,7 +198,7 @@ class Animator:
         return f"{self.device} {self.precision}"
 
     @property
-    def _workers(self) -> int:
+    def workers(self) -> int:
         """Number of threads that render: two, as one alone leaves cores idle between its many short operations."""
         return min(2, torch.get_num_threads()) if self.device.type == "cpu" else 1
 
@@ -368,7 +368,7 @@ class Animator:
                     lam = lam + self._coefficients(look_at_camera(shown, cameras)) - self._coefficients(shown)
                 yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
 
-        return chain_parallel(parts(), self._workers)
+        return chain_parallel(parts(), self.workers)
 
     def view(
         self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None,
@@ -384,7 +384,7 @@ class Animator:
         renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
         parts = renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed)
-        return chain_parallel(parts, self._workers)
+        return chain_parallel(parts, self.workers)
 
     def edit(
         self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
@@ -400,7 +400,7 @@ class Animator:
         renderer = _Renderer(self, portrait, notify)
         cameras = np.repeat(portrait.camera[None], len(changes), axis=0)
         parts = renderer.render_motion(cameras, portrait.source.coefficients + self._tensor(changes))
-        return chain_parallel(parts, self._workers)
+        return chain_parallel(parts, self.workers)
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
         """Return the changes of lambda and wink (T, n + 1) that make `edit` show expressions beta (T, 64)."""

@@ -1,6 +1,6 @@
 """Animate portraits by a camera while it films; the newest frame always comes first, so the latency does not grow.
 
-    camera thread -> newest frame -> tracking thread -> newest motion -> rendering and outputs
+    camera thread -> newest frame -> tracking thread -> newest motion -> two rendering threads -> outputs
 
 The motion is relative to a neutral face, which the first two seconds show: at that face and pose the portrait is as in
 its photo. Without a face, the portrait settles to rest.
@@ -29,7 +29,7 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import Compositor, fill_frame, load_photo
 from export3d_cli.core.animation.options import ReenactOptions
-from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterator
+from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterator, chain_parallel
 from export3d_cli.core.animation.retargeting import Pose
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
@@ -181,22 +181,23 @@ class _Stage:
         self._animator, self._sources, self._options = animator, sources, options
         self._mark = get_watermarker(options.watermark)
         self._portraits: dict[int, tuple[Portrait, Compositor]] = {}
+        self._loading = threading.Lock()
         self._number = 0
-        self._rest: np.ndarray | None = None  # the frame at rest
+        self._rest: dict[int, np.ndarray] = {}  # the frame at rest of each portrait
         self.mirrored = options.mirror
         self.notes: dict[str, None] = {}
-        self.size = self._load()[1].size  # of all frames, width and height
+        self.size = self._load(0)[1].size  # of all frames, width and height
 
     def next(self) -> None:
         """Show the next portrait."""
-        self._number, self._rest = (self._number + 1) % len(self._sources), None
+        self._number = (self._number + 1) % len(self._sources)
 
     def __call__(self, live: LiveFrame) -> np.ndarray:
-        """Return a frame, uint8 (H, W, 3)."""
-        portrait, compositor = self._load()
-        at_rest = live.strength == 0
-        if at_rest and self._rest is not None:
-            return self._rest
+        """Return a frame, uint8 (H, W, 3); threads may call it at the same time."""
+        number, at_rest = self._number, live.strength == 0
+        portrait, compositor = self._load(number)
+        if at_rest and number in self._rest:
+            return self._rest[number]
         motion, reference = live.motion or portrait.motion, live.reference or portrait.motion
         if self.mirrored:
             motion, reference = _mirror(motion), _mirror(reference)
@@ -206,14 +207,16 @@ class _Stage:
             portrait, [motion], control=control, reference=reference, notify=self.notes.setdefault, layers=True
         )
         frame = self._mark(fill_frame(compositor(next(rendered)), self.size))
-        self._rest = frame if at_rest else self._rest
+        if at_rest:
+            self._rest[number] = frame
         return frame
 
-    def _load(self) -> tuple[Portrait, Compositor]:
-        if self._number not in self._portraits:
-            portrait = load_photo(self._animator, self._sources[self._number], self._options)
-            self._portraits[self._number] = portrait, Compositor([portrait], background=self._options.background)
-        return self._portraits[self._number]
+    def _load(self, number: int) -> tuple[Portrait, Compositor]:
+        with self._loading:
+            if number not in self._portraits:
+                portrait = load_photo(self._animator, self._sources[number], self._options)
+                self._portraits[number] = portrait, Compositor([portrait], background=self._options.background)
+            return self._portraits[number]
 
 
 def live(
@@ -242,6 +245,11 @@ def live(
     commands: SimpleQueue[str] = SimpleQueue()
     latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms
     line, missing, paused = "", 0, False
+    shown = np.zeros((*stage.size[::-1], 3), np.uint8)
+
+    def render(frame: LiveFrame) -> tuple[LiveFrame, np.ndarray | None]:
+        return frame, None if paused and latencies else stage(frame)
+
     with contextlib.ExitStack() as stack:
         outputs = [_open_output(name, stage.size, fps, commands, stack) for name in options.to]
         if options.send:
@@ -250,7 +258,9 @@ def live(
             outputs.append(_open_recording(options.record, stage.size, fps, options.crf, stack))
         began = reported = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt), images, frames:  # Ctrl-C is the usual end: the recording is kept
-            for frame in frames:
+            # two frames at once: a frame's work hardly speeds up with a second thread
+            rendered = chain_parallel((map(render, [frame]) for frame in frames), animator.workers, ahead=1)
+            for frame, picture in stack.enter_context(contextlib.closing(rendered)):
                 pressed = [commands.get() for _ in range(commands.qsize())]
                 for command in pressed:
                     match command:
@@ -266,8 +276,7 @@ def live(
                             stage.next()
                 if "quit" in pressed or time.monotonic() - began >= (options.seconds or math.inf):
                     break
-                if not (paused and latencies):
-                    shown = stage(frame)
+                shown = shown if picture is None else picture
                 for output in outputs:
                     output(shown, line)
                 missing += frame.state == "no face"

@@ -179,18 +179,19 @@ class BackgroundWriter(_Worker, Generic[T]):
             self._slots.put(None)
 
 
-def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, None, None]:
+def chain_parallel(parts: Iterable[Iterable[T]], workers: int, ahead: int | None = None) -> Generator[T, None, None]:
     """Yield the items of lazy parts in order; threads, which share PyTorch's threads, evaluate a part each.
 
-    At most twice as many parts as there are workers are taken ahead, so that what taking one costs delays no worker. A
-    single part is evaluated here, with all threads. The threads end with the generator: close it if it is not read to
-    its end.
+    At most `ahead` parts are taken ahead, None: twice as many as there are workers, so that what taking one costs
+    delays no worker. A single part is evaluated here, with all threads. The threads end with the generator: close it
+    if it is not read to its end.
     """
     parts = iter(parts)
     first = list(islice(parts, 2 if workers > 1 else 0))
     if len(first) < 2:
         yield from chain.from_iterable(chain(first, parts))
         return
+    ahead = 2 * workers if ahead is None else ahead
     threads, pending = torch.get_num_threads(), deque[SimpleQueue[tuple[list[T], BaseException | None]]]()
     share = max(1, threads // workers)
 
@@ -221,7 +222,7 @@ def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, N
                 break
             pending.append(SimpleQueue())
             worker.put((part, pending[-1]))
-            while pending and (len(pending) > 2 * workers or not pending[0].empty()):
+            while pending and (len(pending) > ahead or not pending[0].empty()):
                 yield from take()
         while pending:
             yield from take()

@@ -186,7 +186,7 @@ def test_commands_refuse_what_they_cannot_do() -> None:
 def test_stage_turns_the_other_way_when_mirrored_and_rests_without_strength(animator: Animator) -> None:
     options = LiveOptions(framing="face", size=64)
     stage = live_module._Stage(animator, [SOURCE], options)
-    portrait = stage._load()[0]
+    portrait = stage._load(0)[0]
     reference = portrait.motion
     turned = replace(reference, camera=_turned(reference.camera, 0.3))
     rest = stage(LiveFrame(0.0, "no face", turned, reference, 0.0))
