@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from export3d_cli import core
 from export3d_cli.console import hide_library_messages, show_warnings
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.opencv import find_opencv_problem
@@ -111,8 +112,6 @@ def _reason(error: Exception) -> str:
 
 def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from export3d_cli import core
-
         for name, version in core.versions().items():
             click.echo(f"{name} {version}")
         ctx.exit()

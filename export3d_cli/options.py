@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from export3d_cli import core
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -88,8 +90,6 @@ def _set_model_option(ctx: click.Context, param: click.Parameter, value: Any) ->
 
 def load_animator() -> Any:
     """Return the running command's `Animator`, made by its model options."""
-    from export3d_cli import core
-
     return core.Animator.from_weights(**click.get_current_context().meta["model"])
 
 
@@ -107,8 +107,6 @@ def validate_audio(ctx: click.Context, param: click.Parameter, value: str) -> st
         return value
     if not Path(value).is_file():
         raise click.BadParameter(f"audio must be driver, source, none or a file with sound, got {value!r}", ctx, param)
-    from export3d_cli import core
-
     core.check_has_sound(Path(value))
     return value
 
@@ -126,38 +124,33 @@ def _together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 fps_option = click.option("--fps", type=FrameRate(), default="25", show_default=True, help="Frames per second.")
-batch_option = click.option(
-    "--batch", type=BATCH, default="auto", show_default=True, help="Frames per batch; halved when memory runs out.",
-    expose_value=False, callback=_set_model_option,
-)  # fmt: skip
-frame_option = click.option(
-    "--frame", "framing", type=click.Choice(["photo", "face"]), default="photo", show_default=True,
-    help="What frames show: the whole photo, or a square around the head.",
-)  # fmt: skip
+batch_option = click.option("--batch", type=BATCH, default="auto", show_default=True, expose_value=False,
+                            callback=_set_model_option,
+                            help="Frames per batch; halved when memory runs out.")  # fmt: skip
+frame_option = click.option("--frame", "framing", type=click.Choice(["photo", "face"]), default="photo",
+                            show_default=True,
+                            help="What frames show: the whole photo, or a square around the head.")  # fmt: skip
 pose_option = click.option(
     "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
     help="auto: SRC keeps its own pose and place in the frame of DRIVE that is SRC itself, or else the first whose "
     "head is turned alike, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, "
     "from a reference frame (the first by default); absolute: DRIVE's own pose and place.",
 )  # fmt: skip
-quality_option = click.option(
-    "--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced", show_default=True,
-    help="Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to best or more), fast 1/8.",
-    expose_value=False, callback=_set_model_option,
-)  # fmt: skip
-smooth_option = click.option(
-    "--smooth", type=click.Choice(["off", "light", "strong"]), default="light", show_default=True,
-    help="Smooth the jitter of the tracked motion; neither level delays it.",
-)  # fmt: skip
+quality_option = click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced",
+                              show_default=True, expose_value=False, callback=_set_model_option,
+                              help="Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to "
+                              "best or more), fast 1/8.")  # fmt: skip
+smooth_option = click.option("--smooth", type=click.Choice(["off", "light", "strong"]), default="light",
+                             show_default=True,
+                             help="Smooth the jitter of the tracked motion; neither level delays it.")  # fmt: skip
 tracker_option = click.option(
     "--tracker", type=click.Choice(["landmarker", "fan"]), default="landmarker", show_default=True,
     help="Face tracker of the driver; fan is slower and needs export3d-cli[fan]. SRC always uses landmarker.",
 )  # fmt: skip
-face_option = click.option(
-    "--face", default="largest", show_default=True, metavar="largest|left|right|index:N", callback=validate_face,
-    help="Which face of SRC to use if there are several; index counts from the left, from 0; all (only reenact, of a "
-    "photo): DRIVE moves every face.",
-)  # fmt: skip
+face_option = click.option("--face", default="largest", show_default=True, metavar="largest|left|right|index:N",
+                           callback=validate_face,
+                           help="Which face of SRC to use if there are several; index counts from the left, from 0; "
+                           "all (only reenact, of a photo): DRIVE moves every face.")  # fmt: skip
 # the part of a video that is read
 range_options = _together(
     click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds to skip."),
@@ -211,8 +204,6 @@ def expression_options(command: F) -> F:
 
     @functools.wraps(command)
     def collect(**values: Any) -> Any:
-        from export3d_cli import core
-
         controls: dict[str, Any] = {}
         for preset in values.pop("preset"):
             controls |= core.read_preset(preset)
@@ -262,8 +253,6 @@ correction_options = _together(
 def _set_threads(ctx: click.Context, param: click.Parameter, value: int) -> None:
     """Set PyTorch's thread count until the command ends."""
     if value and not ctx.resilient_parsing:
-        from export3d_cli import core
-
         ctx.with_resource(core.torch_state(threads=value))
 
 

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command()
 @click.option("--source", type=options.EXISTING_FILE, help="Portrait.  [default: the bundled example]")
 @click.option("--driver", type=options.EXISTING_FILE, help="Driving video.  [default: the bundled example]")
 @click.option("--frames", type=click.IntRange(2, 10_000), default=30, show_default=True, help="Frames to measure.")
-@click.option(
-    "--against", metavar="COMMAND",
-    help="Time another tool instead, in turn with `reenact`: its command, with {src}, {drv} and {out}.",
-)  # fmt: skip
+@click.option("--against", metavar="COMMAND",
+              help="Time another tool instead, in turn with `reenact`: "
+              "its command, with {src}, {drv} and {out}.")  # fmt: skip
 @options.batch_option
 @options.model_options
 @options.json_option
@@ -26,8 +25,6 @@ def bench(
     ctx: click.Context, source: Path | None, driver: Path | None, frames: int, against: str | None, as_json: bool
 ) -> None:
     """Measure the stages of `reenact` one by one in ms per frame, and its speed in frames/s from file to file."""
-    from export3d_cli import core
-
     if against is not None:
         options.refuse_unused({"frames", "batch", "threads"}, "--against, which times whole runs")
         model = ctx.meta["model"].items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command()
@@ -16,8 +16,6 @@ def doctor(ctx: click.Context, weights: str | None, as_json: bool) -> None:
 
     Exit code 0 if all checks pass, else 1.
     """
-    from export3d_cli import core
-
     findings = core.examine(weights)
     all_passed = all(finding.ok for finding in findings)
     if as_json:

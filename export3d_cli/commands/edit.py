@@ -7,22 +7,18 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command()
 @click.argument("clip", type=options.EXISTING_FILE, metavar="CLIP")
-@click.option(
-    "-o", "--output", type=options.OUTPUT_FILE, required=True,
-    help="Output: .mp4, .mov, .mkv, .webm, .gif, or FOLDER/%05d.png.",
-)  # fmt: skip
+@click.option("-o", "--output", type=options.OUTPUT_FILE, required=True,
+              help="Output: .mp4, .mov, .mkv, .webm, .gif, or FOLDER/%05d.png.")  # fmt: skip
 @options.expression_options
 @options.correction_options
 @options.range_options
-@click.option(
-    "--audio", default="source", show_default=True, metavar="source|none|FILE", callback=options.validate_audio,
-    help="Sound of the result.",
-)  # fmt: skip
+@click.option("--audio", default="source", show_default=True, metavar="source|none|FILE",
+              callback=options.validate_audio, help="Sound of the result.")  # fmt: skip
 @options.face_option
 @options.smooth_option
 @options.batch_option
@@ -34,8 +30,6 @@ def edit(clip: Path, output: Path, as_json: bool, **chosen: Any) -> None:
     Controls hold their value in every frame: --gaze 0,0 looks straight ahead throughout. The result has CLIP's size,
     frame rate and sound. Another video drives regions of the face with `export3d reenact CLIP DRIVE --drive mouth`.
     """
-    from export3d_cli import core
-
     job = core.ReenactOptions(**chosen)
     job.check_outputs(output)
     console.run(core.edit_clip, options.load_animator(), clip, output, job, as_json=as_json)

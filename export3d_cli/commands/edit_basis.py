@@ -8,26 +8,21 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this range around their clip's mean
 
 
 @click.command("edit-basis")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
-@click.option(
-    "-o", "--output", type=options.OUTPUT_FILE,
-    help="Video, or .png/.jpg with --grid.  [default: edit_basis.mp4 or .png, replaced]",
-)  # fmt: skip
+@click.option("-o", "--output", type=options.OUTPUT_FILE,
+              help="Video, or .png/.jpg with --grid.  [default: edit_basis.mp4 or .png, replaced]")  # fmt: skip
 @click.option("--v", "vectors", type=click.IntRange(1), multiple=True, help="Number of a basis vector, from 1.")
-@click.option(
-    "--scale", "scales", type=options.NumberRange(), multiple=True,
-    help="Change of its coefficient, from A to B; may be negative.",
-)  # fmt: skip
-@click.option(
-    "--grid", is_flag=True,
-    help=f"Contact sheet: a row per --v (default: all) with five values ({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).",
-)  # fmt: skip
+@click.option("--scale", "scales", type=options.NumberRange(), multiple=True,
+              help="Change of its coefficient, from A to B; may be negative.")  # fmt: skip
+@click.option("--grid", is_flag=True,
+              help="Contact sheet: a row per --v (default: all) with five values "
+              f"({GRID_SCALE[0]:g} to {GRID_SCALE[1]:g}).")  # fmt: skip
 @click.option("--describe", is_flag=True, help="Print the meaning of every basis vector; write nothing.")
 @options.expression_options
 @options.source_options
@@ -45,8 +40,6 @@ def edit_basis(
     By controls: edit-basis me.jpg --smile 0:1, or --smile .6 -o smile.png. By coefficients of the expression basis:
     each --v takes one --scale, in order; with --grid one --scale can apply to all.
     """
-    from export3d_cli import core
-
     grid, expression = values["grid"], values["expression"]
     if describe:
         ctx = click.get_current_context()
@@ -58,10 +51,11 @@ def edit_basis(
         for name, given in (("--v", vectors), ("--scale", scales)):
             if not given:
                 raise click.MissingParameter(param_hint=f"'{name}'", param_type="option")
-    if not describe and len(vectors) != len(scales) and not (grid and len(scales) < 2):
+    applies_to_all = grid and len(scales) < 2
+    if len(vectors) != len(scales) and not applies_to_all:
         raise click.BadParameter(f"give one --scale per --v, got {len(vectors)} --v and {len(scales)} --scale")
-    scales = scales if len(scales) > 1 else (scales or (GRID_SCALE,)) * max(len(vectors), 1)
-    edits = tuple(zip(vectors, scales, strict=False))
+    common = scales[0] if scales else GRID_SCALE
+    edits = tuple(zip(vectors, [common] * len(vectors) if applies_to_all else scales, strict=True))
     chosen = core.EditOptions(overwrite=overwrite or output is None, edits=edits, **values)
     if output is not None:
         chosen.check_outputs(output)
@@ -78,7 +72,7 @@ def edit_basis(
         return
     if grid and not expression.controls and not vectors:
         every = range(1, animator.model.config.num_coefficients + 1)
-        chosen = dataclasses.replace(chosen, edits=tuple((v, scales[0]) for v in every))
+        chosen = dataclasses.replace(chosen, edits=tuple((v, common) for v in every))
     out = output or Path("edit_basis.png" if grid or chosen.single else "edit_basis.mp4")
     source = source or core.example_path("source.jpg")
     console.run(core.edit_basis, animator, source, out, chosen, as_json=as_json)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 _FOLDER, _EXISTING_FOLDER = (click.Path(exists=exists, file_okay=False, path_type=Path) for exists in (False, True))
 
@@ -21,37 +21,27 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.command()
 @click.argument("dataset", type=_EXISTING_FOLDER, metavar="DATASET")
 @click.option("-o", "--output", type=_FOLDER, help="Folder for report.md, scores.csv, scores.json and pictures.")
-@click.option(
-    "--max-frames", type=click.IntRange(0), default=50, show_default=True, help="Maximum frames per clip; 0: all."
-)
-@click.option(
-    "--take", type=click.Choice(["spread", "first"]), default="spread", show_default=True,
-    help="Which frames of a clip to score: evenly spread, or the first.",
-)  # fmt: skip
-@click.option(
-    "--protocol", type=click.Choice(["vfhq", "talkinghead"]),
-    help="Compare as papers do: the first frame of each clip is the photo, 512 x 512; vfhq: 50 frames of 50 clips, "
-    "background black; talkinghead: all frames.",
-)  # fmt: skip
+@click.option("--max-frames", type=click.IntRange(0), default=50, show_default=True,
+              help="Maximum frames per clip; 0: all.")  # fmt: skip
+@click.option("--take", type=click.Choice(["spread", "first"]), default="spread", show_default=True,
+              help="Which frames of a clip to score: evenly spread, or the first.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(["vfhq", "talkinghead"]),
+              help="Compare as papers do: the first frame of each clip is the photo, 512 x 512; vfhq: 50 frames of 50 "
+              "clips, background black; talkinghead: all frames.")  # fmt: skip
 @click.option("--cross", is_flag=True, help="Let another person drive.")
-@click.option(
-    "--cases", type=click.IntRange(1), help="Maximum number of clips, pairs or heads.  [default: all, 5 with --cross]"
-)
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed of the pairs and intervals."
-)
-@click.option(
-    "--identity", metavar="dlib|FILE", callback=_check_identity,
-    help="Measure identity with dlib (pip install 'export3d-cli[eval]') or a TorchScript face embedder.",
-)  # fmt: skip
-@click.option(
-    "--perceptual", type=options.EXISTING_FILE, help="Measure perceptual distance with a VGG16 or MobileNetV2."
-)
+@click.option("--cases", type=click.IntRange(1),
+              help="Maximum number of clips, pairs or heads.  [default: all, 5 with --cross]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+              help="Random seed of the pairs and intervals.")  # fmt: skip
+@click.option("--identity", metavar="dlib|FILE", callback=_check_identity,
+              help="Measure identity with dlib (pip install "
+              "'export3d-cli[eval]') or a TorchScript face embedder.")  # fmt: skip
+@click.option("--perceptual", type=options.EXISTING_FILE,
+              help="Measure perceptual distance with a VGG16 or MobileNetV2.")  # fmt: skip
 @click.option("--lpips", type=options.EXISTING_FILE, help="LPIPS' learned weights for that VGG16.")
-@click.option(
-    "--results", type=_EXISTING_FOLDER, multiple=True,
-    help="Also score finished videos of any tool: CASE.mp4 in a folder, framed as the clips. Repeatable.",
-)  # fmt: skip
+@click.option("--results", type=_EXISTING_FOLDER, multiple=True,
+              help="Also score finished videos of any tool: CASE.mp4 in a "
+              "folder, framed as the clips. Repeatable.")  # fmt: skip
 @click.option("--model/--no-model", default=True, help="Without the model: score only --results and the baselines.")
 @click.option("--write-inputs", type=_FOLDER, help="Only write each case's source and driver there, for another tool.")
 @options.frame_option
@@ -71,8 +61,6 @@ def evaluate(
     exact views of rendered heads (clips/, labels/, depth/) is scored on novel views and depth instead. Printed are
     means over clips; report.md explains the metrics.
     """
-    from export3d_cli import core
-
     if write_inputs is not None:
         unused = {"output", "weights", "device", "precision", "quality", *chosen}
         options.refuse_unused(unused - {"protocol", "cross", "cases", "seed"}, "--write-inputs")

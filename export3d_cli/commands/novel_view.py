@@ -7,38 +7,29 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command("novel-view")
 @click.argument("source", type=options.EXISTING_FILE, metavar="[SRC]", required=False)
-@click.option(
-    "-o", "--output", type=options.OUTPUT_FILE,
-    help="Video, or .png/.jpg for one view.  [default: novel_view.mp4 or .png, replaced]",
-)  # fmt: skip
-@click.option(
-    "--yaw", type=options.NumberRange(), default="-30:30", show_default=True,
-    help="Yaw in degrees; + turns the head to the image's right.",
-)  # fmt: skip
+@click.option("-o", "--output", type=options.OUTPUT_FILE,
+              help="Video, or .png/.jpg for one view.  [default: novel_view.mp4 or .png, replaced]")  # fmt: skip
+@click.option("--yaw", type=options.NumberRange(), default="-30:30", show_default=True,
+              help="Yaw in degrees; + turns the head to the image's right.")  # fmt: skip
 @click.option("--pitch", type=options.NumberRange(), help="Pitch in degrees; + is up.")
 @click.option("--roll", type=options.NumberRange(), help="Roll in degrees; + is clockwise.")
 @click.option("--frames", type=click.IntRange(1, 100_000), help="Number of frames.  [default: 60; 9 views with --grid]")
-@click.option(
-    "--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True,
-    help="Sweep there and back, or once.",
-)  # fmt: skip
-@click.option(
-    "--grid", is_flag=True, help="Write a contact sheet (.png, .jpg) of the sweep, labelled with yaw and pitch."
-)
+@click.option("--loop", type=click.Choice(["pingpong", "once"]), default="pingpong", show_default=True,
+              help="Sweep there and back, or once.")  # fmt: skip
+@click.option("--grid", is_flag=True,
+              help="Write a contact sheet (.png, .jpg) of the sweep, labelled with yaw and pitch.")  # fmt: skip
 @click.option("--depth", is_flag=True, help="Render the depth of the face crop in colours: red is near, blue is far.")
-@click.option(
-    "--mesh", type=options.OUTPUT_FILE, metavar="OUT.ply|OUT.glb",
-    help="Write the head as a mesh (metres, y up); other outputs only with -o, --grid or --depth.",
-)  # fmt: skip
-@click.option(
-    "--morphs", type=click.Choice(["none", "arkit"]), default="none", show_default=True,
-    help="Give a .glb mesh 52 morph targets with ARKit's names, for other programs; the mouth has no inside.",
-)  # fmt: skip
+@click.option("--mesh", type=options.OUTPUT_FILE, metavar="OUT.ply|OUT.glb",
+              help="Write the head as a mesh (metres, y up); other "
+              "outputs only with -o, --grid or --depth.")  # fmt: skip
+@click.option("--morphs", type=click.Choice(["none", "arkit"]), default="none", show_default=True,
+              help="Give a .glb mesh 52 morph targets with ARKit's names, for "
+              "other programs; the mouth has no inside.")  # fmt: skip
 @options.source_options
 @options.expression_options
 @options.fps_option
@@ -53,8 +44,6 @@ def novel_view(
 
     A single angle, or --frames 1, makes a picture.
     """
-    from export3d_cli import core
-
     mesh, grid, depth, drive = (values[name] for name in ("mesh", "grid", "depth", "drive"))
     if mesh is not None and not (output or grid or depth):
         unused = {"yaw", "pitch", "roll", "frames", "loop", "framing", "size", "watermark", "also"}

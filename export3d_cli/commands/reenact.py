@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -37,90 +37,66 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @click.command()
 @click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1, required=True)
 @click.argument("driver", type=options.EXISTING_PATH, metavar="DRIVE")
-@click.option(
-    "-o", "--output", required=True,
-    help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.",
-)  # fmt: skip
-@click.option(
-    "--drive-by", type=click.Choice(["auto", "sound"]), default="auto", show_default=True,
-    help="sound: move the lips by what the sound of DRIVE says, not by its video; auto: so only if it has no video.",
-)  # fmt: skip
-@click.option(
-    "--text", type=options.EXISTING_FILE, metavar="FILE",
-    help="What the sound of DRIVE says, for exact lips: a text of the part in use (at most 180 s), or subtitles (SRT).",
-)  # fmt: skip
+@click.option("-o", "--output", required=True,
+              help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.")  # fmt: skip
+@click.option("--drive-by", type=click.Choice(["auto", "sound"]), default="auto", show_default=True,
+              help="sound: move the lips by what the sound of DRIVE says, not by its "
+              "video; auto: so only if it has no video.")  # fmt: skip
+@click.option("--text", type=options.EXISTING_FILE, metavar="FILE",
+              help="What the sound of DRIVE says, for exact lips: a text of the part in "
+              "use (at most 180 s), or subtitles (SRT).")  # fmt: skip
 @options.range_options
-@click.option(
-    "--fps", type=options.FrameRate(), help="Frame rate of the result.  [default: exactly the driver's; 25 of a sound]"
-)
-@click.option(
-    "--audio", default="auto", show_default=True, metavar="auto|driver|source|none|FILE",
-    callback=options.validate_audio, help="Sound of the result; auto is DRIVE's, or that of a video as SRC.",
-)  # fmt: skip
-@click.option(
-    "--length", type=click.Choice(["source", "driver", "shortest", "loop"]), default="source", show_default=True,
-    help="Length of the result if SRC is a video: SRC's (after DRIVE's end it is not edited), DRIVE's (SRC repeats), "
-    "the shorter one, or SRC's while DRIVE repeats.",
-)  # fmt: skip
-@click.option(
-    "--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
-    help="For driver frames without a face: repeat the last motion, leave the frame out, or stop.",
-)  # fmt: skip
+@click.option("--fps", type=options.FrameRate(),
+              help="Frame rate of the result.  [default: exactly the driver's; 25 of a sound]")  # fmt: skip
+@click.option("--audio", default="auto", show_default=True, metavar="auto|driver|source|none|FILE",
+              callback=options.validate_audio,
+              help="Sound of the result; auto is DRIVE's, or that of a video as SRC.")  # fmt: skip
+@click.option("--length", type=click.Choice(["source", "driver", "shortest", "loop"]), default="source",
+              show_default=True,
+              help="Length of the result if SRC is a video: SRC's (after DRIVE's end it is not edited), DRIVE's (SRC "
+              "repeats), the shorter one, or SRC's while DRIVE repeats.")  # fmt: skip
+@click.option("--on-missing", type=click.Choice(["hold", "skip", "fail"]), default="hold", show_default=True,
+              help="For driver frames without a face: repeat the "
+              "last motion, leave the frame out, or stop.")  # fmt: skip
 @options.source_options
-@click.option(
-    "--pair", "pairs", multiple=True, metavar="FACE=DRIVE", callback=_parse_pairs,
-    help="Another face of the photo SRC and its own driver: --face left --pair right=b.mp4. Repeatable; the shortest "
-    "driver ends the result.",
-)  # fmt: skip
-@click.option(
-    "--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
-    callback=options.validate_face, help="Which face of DRIVE to follow, chosen in the first frame with a face.",
-)  # fmt: skip
-@click.option(
-    "--drive", default="all", show_default=True, metavar="REGION,...", callback=_parse_drive,
-    help="Regions that DRIVE moves: eyes (lids), gaze, brows, mouth (lips, jaw), head (the torso follows), expression "
-    "(all but head), pose (head). The others stay as in SRC: --drive mouth,head.",
-)  # fmt: skip
-@click.option(
-    "--scale", "scales", multiple=True, metavar="REGION=X", callback=_parse_scales,
-    help="Strength of a region of DRIVE's motion: --scale mouth=1.2 --scale brows=.5. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--expression-scale", type=SCALE_RANGE, default=1.0,
-    help="Strength of DRIVE's expression: 0 keeps SRC's, 1 copies DRIVE's, more exaggerates.  [default: 1]",
-)  # fmt: skip
-@click.option(
-    "--pose-scale", type=SCALE_RANGE, default=1.0, help="Strength of DRIVE's head pose, likewise.  [default: 1]"
-)
+@click.option("--pair", "pairs", multiple=True, metavar="FACE=DRIVE", callback=_parse_pairs,
+              help="Another face of the photo SRC and its own driver: --face left --pair right=b.mp4. "
+              "Repeatable; the shortest driver ends the result.")  # fmt: skip
+@click.option("--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
+              callback=options.validate_face,
+              help="Which face of DRIVE to follow, chosen in the first frame with a face.")  # fmt: skip
+@click.option("--drive", default="all", show_default=True, metavar="REGION,...", callback=_parse_drive,
+              help="Regions that DRIVE moves: eyes (lids), gaze, brows, mouth (lips, jaw), head (the torso follows), "
+              "expression (all but head), pose (head). The others stay as in SRC: --drive mouth,head.")  # fmt: skip
+@click.option("--scale", "scales", multiple=True, metavar="REGION=X", callback=_parse_scales,
+              help="Strength of a region of DRIVE's motion: "
+              "--scale mouth=1.2 --scale brows=.5. Repeatable.")  # fmt: skip
+@click.option("--expression-scale", type=SCALE_RANGE, default=1.0,
+              help="Strength of DRIVE's expression: 0 keeps SRC's, 1 copies "
+              "DRIVE's, more exaggerates.  [default: 1]")  # fmt: skip
+@click.option("--pose-scale", type=SCALE_RANGE, default=1.0,
+              help="Strength of DRIVE's head pose, likewise.  [default: 1]")  # fmt: skip
 @options.pose_option
-@click.option(
-    "--torso", default="follow", show_default=True, metavar="follow|still|0..1", callback=_parse_torso,
-    help="Motion of the torso, as a fraction of the neck's: follow is what torsos usually do, still is 0.",
-)  # fmt: skip
-@click.option(
-    "--relative-expression/--absolute-expression", default=False,
-    help="Add DRIVE's change of expression from its reference frame to SRC's expression.  [default: absolute]",
-)  # fmt: skip
-@click.option(
-    "--reference-frame", type=click.IntRange(0),
-    help="Frame of DRIVE, from 0 after --start, that relative motion refers to.  [default: with --pose auto "
-    "one of the first 10 s of each shot, see --pose; else 0]",
-)  # fmt: skip
+@click.option("--torso", default="follow", show_default=True, metavar="follow|still|0..1", callback=_parse_torso,
+              help="Motion of the torso, as a fraction of the neck's: "
+              "follow is what torsos usually do, still is 0.")  # fmt: skip
+@click.option("--relative-expression/--absolute-expression", default=False,
+              help="Add DRIVE's change of expression from its reference frame "
+              "to SRC's expression.  [default: absolute]")  # fmt: skip
+@click.option("--reference-frame", type=click.IntRange(0),
+              help="Frame of DRIVE, from 0 after --start, that relative motion refers to.  [default: with --pose auto "
+              "one of the first 10 s of each shot, see --pose; else 0]")  # fmt: skip
 @options.expression_options
 @options.correction_options
 @options.smooth_option
 @options.tracker_option
 @click.option("--compare", is_flag=True, help="Show source, driver and result side by side.")
 @click.option("--paste-back", is_flag=True, help="Same as --frame photo, the default.")
-@click.option(
-    "--background", default="source", show_default=True, metavar="source|#rrggbb|FILE|transparent",
-    help="Background behind the person; transparent needs .webm, .mov or FOLDER/%05d.png.",
-)  # fmt: skip
+@click.option("--background", default="source", show_default=True, metavar="source|#rrggbb|FILE|transparent",
+              help="Background behind the person; transparent needs .webm, .mov or FOLDER/%05d.png.")  # fmt: skip
 @options.batch_option
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, expose_value=False,
-    help="Has no effect: rendering is deterministic.  [default: 0]",
-)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, expose_value=False,
+              help="Has no effect: rendering is deterministic.  [default: 0]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done and an estimate of the time; write nothing.")
 @options.quality_option
 @options.model_options
@@ -140,8 +116,6 @@ def reenact(
     English acoustic model hears, other languages work approximately; blinks, brows and small head movements are
     made up. A --text makes the phones exact.
     """
-    from export3d_cli import core
-
     if chosen.pop("paste_back") and chosen["framing"] == "face":
         raise click.UsageError("--paste-back means --frame photo: leave out one of --paste-back and --frame face")
     if len(sources) > 1:

@@ -12,14 +12,11 @@ from export3d_cli import options
 
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True, help="TCP port.")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True,
-    help="Address to listen at; 0.0.0.0 lets the whole network connect, without encryption.",
-)  # fmt: skip
-@click.option(
-    "--token", envvar="EXPORT3D_TOKEN", show_envvar=True,
-    help="Secret of 16 or more characters that every request must carry.  [default: a random one, printed]",
-)  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen at; 0.0.0.0 lets the whole network connect, without encryption.")  # fmt: skip
+@click.option("--token", envvar="EXPORT3D_TOKEN", show_envvar=True,
+              help="Secret of 16 or more characters that every request must "
+              "carry.  [default: a random one, printed]")  # fmt: skip
 @options.quality_option
 @options.model_options
 def serve(port: int, host: str, token: str | None) -> None:

@@ -8,21 +8,19 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command()
 @click.option("--config", type=options.EXISTING_FILE, required=True, help="YAML file; see examples/configs.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--license", metavar="NAME",
-    help="Licence of the trained weights (SPDX name, for example CC-BY-4.0), if the file has no key `license`.",
-)  # fmt: skip
+@click.option("--license", metavar="NAME",
+              help="Licence of the trained weights (SPDX name, for example "
+              "CC-BY-4.0), if the file has no key `license`.")  # fmt: skip
 @click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Save and stop after this time.")
-@click.option(
-    "--skip-nonfinite", type=click.IntRange(0), metavar="N",
-    help="Skip up to N consecutive steps with a non-finite loss instead of stopping at the first.",
-)  # fmt: skip
+@click.option("--skip-nonfinite", type=click.IntRange(0), metavar="N",
+              help="Skip up to N consecutive steps with a "
+              "non-finite loss instead of stopping at the first.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, its size and cost, and stop.")
 @options.json_option
 def train(
@@ -33,8 +31,6 @@ def train(
 
     The same command resumes a stopped run. Under torchrun, the processes share every batch.
     """
-    from export3d_cli import core
-
     given = (("license", license), ("max_minutes", max_minutes), ("skip_nonfinite", skip_nonfinite))
     overrides += tuple(f"{key}={value}" for key, value in given if value is not None)
     resolved = core.load_train_config(config, overrides)

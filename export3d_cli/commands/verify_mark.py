@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command("verify-mark")
@@ -19,8 +19,6 @@ def verify_mark(ctx: click.Context, file: Path, as_json: bool) -> None:
     The exit code is 0 if a mark is found, else 1. A file without marks can still be synthetic.
     With export3d-cli[c2pa], content credentials are reported, too.
     """
-    from export3d_cli import core
-
     marks = core.find_marks(file)
     if as_json:
         console.print_json(marks)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.group()
@@ -24,8 +24,6 @@ def weights() -> None:
 @options.json_option
 def list_(as_json: bool) -> None:
     """List name, size, licence and origin of the bundled files."""
-    from export3d_cli import core
-
     entries = core.weights_manifest().values()
     if as_json:
         console.print_json(list(entries))
@@ -40,8 +38,6 @@ def list_(as_json: bool) -> None:
 @options.json_option
 def download(names: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Download weights to the cache (HF_HOME) for offline use."""
-    from export3d_cli import core
-
     for name in names:
         path = core.resolve_weights(name, force=force)
         _print_info(core.weights_info(path), ("path", "size", "revision", "sha256"), as_json)
@@ -52,8 +48,6 @@ def download(names: tuple[str, ...], force: bool, as_json: bool) -> None:
 @options.json_option
 def info(name: str | None, as_json: bool) -> None:
     """Print size, licence, parameter count, configuration and training record of a weights file."""
-    from export3d_cli import core
-
     summary = core.weights_info(name)
     _print_info(summary, tuple(field.name for field in dataclasses.fields(summary)), as_json)
 
@@ -65,8 +59,6 @@ def info(name: str | None, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the model card without uploading.")
 def push(file: Path, target: str, private: bool, dry_run: bool) -> None:
     """Upload a weights FILE, and a model card if the repository has none. Needs HF_TOKEN or `hf auth login`."""
-    from export3d_cli import core
-
     if not target.startswith("hf:"):
         raise click.BadParameter(f"{target!r} must have the form hf:OWNER/REPO[@BRANCH][:FILE]")
     if dry_run:
