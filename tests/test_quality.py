@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from export3d_cli.core import example_path
 from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.evaluation.face_embedding import load_embedder
-from export3d_cli.core.evaluation.scorer import FrameSample, MetricSuite, Scores
+from export3d_cli.core.evaluation.scorer import MetricSuite, Scores
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
@@ -56,7 +56,8 @@ def score(
     return metrics.score(
         metrics.track(results),
         metrics.track(truth),
-        FrameSample(rows, rows),
+        rows,
+        rows,
         has_ground_truth=True,
         source_embedding=embedding,
     )

@@ -30,29 +30,20 @@ from export3d_cli.core.animation.options import Progress, ReenactOptions
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.reenact import open_driver
 from export3d_cli.core.animation.watermark import get_watermarker
+from export3d_cli.core.config.schema import LossConfig
 from export3d_cli.core.dataset.exact_views import has_exact_views, split_heads
-from export3d_cli.core.evaluation import metrics, views
+from export3d_cli.core.evaluation import metrics, protocol, views
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
-from export3d_cli.core.evaluation.protocol import (
-    Case,
-    Photo,
-    consecutive_frames,
-    cross_cases,
-    decode_frames,
-    load_result_frames,
-    load_source_image,
-    read_clips,
-    select_frames,
-)
 from export3d_cli.core.evaluation.report import draw_sheet, write_report
-from export3d_cli.core.evaluation.scorer import Frames, FrameSample, MetricSuite, Scores
+from export3d_cli.core.evaluation.scorer import Frames, MetricSuite, Scores
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import to_tensor, write_image
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights
+from export3d_cli.core.train.perceptual import load_perceptual
 
 DEFAULT_PAIRS = 5
 # options by which papers compare: VFHQ's 50 test clips as GAGAvatar uses them, TalkingHead-1KH as face-vid2vid does
@@ -71,7 +62,7 @@ class EvaluateOptions:
     take: Literal["spread", "first"] = "spread"  # which frames: spread evenly, or the first
     cross: bool = False  # another person drives
     cases: int | None = None  # at most so many clips, pairs or heads; None: all, with `cross` 5 pairs
-    photo: Photo = "frontal"  # which frame of a clip is animated: the most frontal, or the first
+    photo: protocol.Photo = "frontal"  # which frame of a clip is animated: the most frontal, or the first
     size: int | None = None  # side to which photos and truth are resized, pixels; None: their own
     background: Literal["source", "black"] = "source"  # black: of photos and truth, behind the matted person
     seed: int = 0  # of the pairs and of the bootstrap
@@ -166,13 +157,14 @@ def evaluate(
     return result
 
 
-def find_cases(dataset: Path, options: EvaluateOptions) -> list[Case]:
+def find_cases(dataset: Path, options: EvaluateOptions) -> list[protocol.Case]:
     """Return the cases of a data set; raise `InputError` if there is none."""
-    clips = read_clips(dataset)
+    clips = protocol.read_clips(dataset)
     if options.cross:
-        cases = cross_cases(clips, options.cases or DEFAULT_PAIRS, options.seed, options.photo)
+        cases = protocol.cross_cases(clips, options.cases or DEFAULT_PAIRS, options.seed, options.photo)
     else:
-        cases = [Case(clip, clip, options.photo) for clip in clips if len(clip.motion) > 1][: options.cases]
+        videos = [clip for clip in clips if len(clip.motion) > 1]
+        cases = [protocol.Case(clip, clip, options.photo) for clip in videos][: options.cases]
     if not cases:
         missing = "pair of two people" if options.cross else "video"
         raise InputError(f"{dataset} has no {missing} to evaluate with: give a larger data set")
@@ -187,18 +179,16 @@ def write_inputs(dataset: Path, options: EvaluateOptions, out: Path) -> list[Pat
     files = []
     for case in find_cases(dataset, options):
         files += [out / f"{case.name}-source.png", out / f"{case.name}-driver{case.driver.file.suffix}"]
-        write_image(files[-2], _prepare([load_source_image(case)], options)[0])
+        write_image(files[-2], _read_photo(case, options))
         shutil.copyfile(case.driver.file, files[-1])
     return files
 
 
 def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSuite:
     embedder = None if options.identity is None else load_embedder(options.identity, animator.device)
+    tracker = open_landmarker_tracker()
     if options.perceptual is None:
-        return MetricSuite(open_landmarker_tracker(), embedder)
-    from export3d_cli.core.config.schema import LossConfig
-    from export3d_cli.core.train.perceptual import load_perceptual
-
+        return MetricSuite(tracker, embedder)
     backbone, heads = (str(path or "") for path in (options.perceptual, options.lpips))
     network = load_perceptual(LossConfig(backbone=backbone, lpips=heads))
     assert network is not None
@@ -208,38 +198,35 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
         with torch.inference_mode():
             return float(network(*(to_tensor(x)[None].to(animator.device) for x in (a, b)), scales=1))
 
-    # with other weights than the official ones it is not LPIPS
-    return MetricSuite(
-        open_landmarker_tracker(), embedder, distance, "lpips" if network.name == "lpips" else "perceptual"
-    )
+    return MetricSuite(tracker, embedder, distance, network.name)
 
 
 def _score_case(
-    animator: Animator, case: Case, options: EvaluateOptions, suite: MetricSuite
+    animator: Animator, case: protocol.Case, options: EvaluateOptions, suite: MetricSuite
 ) -> tuple[dict[str, Scores], dict[str, Frames]]:
     """Return the metrics of each method, and the pictures of a sheet; both are empty without a frame to score."""
-    scored_rows = select_frames(case, options.max_frames, options.take)
+    scored_rows = protocol.select_frames(case, options.max_frames, options.take)
     if not len(scored_rows):
         return {}, {}
-    consecutive = consecutive_frames(case, len(scored_rows))
-    rows = np.union1d(scored_rows, consecutive)
-    sample = FrameSample(np.searchsorted(rows, scored_rows), np.searchsorted(rows, consecutive))
-    photo, portrait = _prepare([load_source_image(case)], options)[0], None
+    consecutive_rows = protocol.consecutive_frames(case, len(scored_rows))
+    rows = np.union1d(scored_rows, consecutive_rows)
+    scored, consecutive = np.searchsorted(rows, scored_rows), np.searchsorted(rows, consecutive_rows)
+    photo, portrait = _read_photo(case, options), None
     if options.model:
         portrait = animator.portrait(photo, framing=options.reenact.framing, name=case.name)
     source = suite.track(_show([photo], portrait))
-    truth_frames = decode_frames(case.source if case.has_truth else case.driver, rows)
+    truth_frames = protocol.decode_frames(case.source if case.has_truth else case.driver, rows)
     truth = suite.track(_show(_prepare(truth_frames, options), portrait))
     embedding = suite.embed(source)
     scores: dict[str, Scores] = {}
-    lines: dict[str, Frames] = {"truth" if case.has_truth else "driver": [truth.frames[k] for k in sample.rows]}
+    lines: dict[str, Frames] = {"truth" if case.has_truth else "driver": [truth.frames[k] for k in scored]}
 
     def add(method: str, frames: Frames) -> None:
         tracked = suite.track(frames)
         scores[method] = suite.score(
-            tracked, truth, sample, has_ground_truth=case.has_truth, source_embedding=embedding
+            tracked, truth, scored, consecutive, has_ground_truth=case.has_truth, source_embedding=embedding
         )
-        lines[method] = [frames[k] for k in sample.rows]
+        lines[method] = [frames[k] for k in scored]
 
     if portrait is not None:
         settings = options.reenact
@@ -253,7 +240,7 @@ def _score_case(
         add("raw", [views.paste_crop(portrait.canvas.photo, square, layer.volume.colours) for layer in layers])
     for folder in options.results:
         name = folder.resolve().name
-        frames = load_result_frames(folder, case, rows, photo.shape[1::-1])
+        frames = protocol.load_result_frames(folder, case, rows, photo.shape[1::-1])
         add(name if name not in scores else str(folder), _show(frames, portrait))
     if source.motion is not None and truth.motion is not None:
         points, targets = source.motion.landmarks[0], truth.motion.landmarks
@@ -264,6 +251,10 @@ def _score_case(
         view_scores, lines["views"] = views.score_novel_views(animator, portrait, suite, embedding)
         scores |= view_scores
     return scores, lines
+
+
+def _read_photo(case: protocol.Case, options: EvaluateOptions) -> np.ndarray:
+    return _prepare(protocol.decode_frames(case.source, np.array([case.photo_row])), options)[0]
 
 
 def _prepare(frames: Frames, options: EvaluateOptions) -> Frames:

@@ -81,11 +81,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     x, y = a.astype(np.float64), b.astype(np.float64)
     kernel = np.exp(-0.5 * (np.arange(-_SSIM_RADIUS, _SSIM_RADIUS + 1) / _SSIM_SIGMA) ** 2)
     kernel /= kernel.sum()
+    inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
 
     def blur(image: np.ndarray) -> np.ndarray:
-        return cv2.sepFilter2D(image, cv2.CV_64F, kernel, kernel)[
-            _SSIM_RADIUS:-_SSIM_RADIUS, _SSIM_RADIUS:-_SSIM_RADIUS
-        ]
+        return cv2.sepFilter2D(image, cv2.CV_64F, kernel, kernel)[inside, inside]
 
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my

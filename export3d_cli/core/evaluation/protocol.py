@@ -85,11 +85,6 @@ def most_frontal_frame(motion: Motion) -> int:
     return int(np.where(motion.found, score, np.inf).argmin())
 
 
-def load_source_image(case: Case) -> np.ndarray:
-    """Return the source photo, uint8 (H, W, 3)."""
-    return decode_frames(case.source, np.array([case.photo_row]))[0]
-
-
 def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> np.ndarray:
     """Return indices of up to `max_frames` frames with a tracked face, in driver and truth: spread evenly or first.
 

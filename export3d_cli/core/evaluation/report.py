@@ -13,7 +13,7 @@ import numpy as np
 
 from export3d_cli import __version__
 from export3d_cli.core.evaluation.metrics import METRICS
-from export3d_cli.core.runtime.files import write_atomic
+from export3d_cli.core.runtime.files import write_atomic, write_text
 
 if TYPE_CHECKING:
     from export3d_cli.core.evaluation.evaluate import Evaluation
@@ -30,10 +30,8 @@ def write_report(result: Evaluation, out: Path) -> list[Path]:
         writer.writeheader()
         writer.writerows({**row, "case": escape_csv_cell(str(row["case"]))} for row in result.clips)
     facts = dataclasses.asdict(dataclasses.replace(result, files=[*files, *result.files]))
-    with write_atomic(files[1]) as temporary:
-        temporary.write_text(json.dumps(facts, default=str, indent=1) + "\n", encoding="utf-8")
-    with write_atomic(files[2]) as temporary:
-        temporary.write_text(render_markdown(result), encoding="utf-8")
+    write_text(files[1], json.dumps(facts, default=str, indent=1) + "\n")
+    write_text(files[2], render_markdown(result))
     return files
 
 

@@ -41,14 +41,6 @@ class TrackedFrames:
 
 
 @dataclass(frozen=True)
-class FrameSample:
-    """Which rendered frames are scored: `rows` by single-frame metrics, `consecutive` by flicker and jitter."""
-
-    rows: np.ndarray  # (K,) int
-    consecutive: np.ndarray  # (R,) int; empty if no three consecutive frames are tracked
-
-
-@dataclass(frozen=True)
 class MetricSuite:
     """The tracker and networks that measure frames."""
 
@@ -72,15 +64,15 @@ class MetricSuite:
         return self.embedder([tracked.frames[i] for i in rows], points)
 
     def score(
-        self, result: TrackedFrames, truth: TrackedFrames, sample: FrameSample, *, has_ground_truth: bool,
-        source_embedding: np.ndarray,
+        self, result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *,
+        has_ground_truth: bool, source_embedding: np.ndarray,
     ) -> Scores:  # fmt: skip
         """Return the metrics that apply to the frames of a method.
 
-        `truth` are the driver's frames if there is no ground truth, which shows the source's own head.
+        `rows` (K,) are the frames that are scored one by one, `consecutive` (R,), perhaps none, those for flicker and
+        jitter. `truth` are the driver's frames if there is no ground truth, which shows the source's own head.
         `source_embedding` is (1, D), or empty: identity is not measured.
         """
-        rows, consecutive = sample.rows, sample.consecutive
         scores = {"lost": float(1 - result.found[rows].mean())}
         if has_ground_truth:
             pairs = [(result.frames[i], truth.frames[i]) for i in rows]
@@ -92,7 +84,7 @@ class MetricSuite:
                 clips = (np.stack([tracked.frames[i] for i in consecutive]) for tracked in (result, truth))
                 scores["flicker"] = metrics.flicker(*clips)
         scores["identity"] = self.identity(result, source_embedding, rows)
-        return scores | _compare_faces(result, truth, sample, has_ground_truth=has_ground_truth)
+        return scores | _compare_faces(result, truth, rows, consecutive, has_ground_truth=has_ground_truth)
 
     def identity(self, tracked: TrackedFrames, source_embedding: np.ndarray, rows: np.ndarray | None = None) -> float:
         """Return the mean cosine of embeddings with the source's, (1, D); NaN without embedder or face."""
@@ -102,11 +94,11 @@ class MetricSuite:
 
 
 def _compare_faces(
-    result: TrackedFrames, truth: TrackedFrames, sample: FrameSample, *, has_ground_truth: bool
+    result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *, has_ground_truth: bool
 ) -> Scores:
     """Return the landmark metrics over frames where both have a face; distances only with a ground truth."""
     both = truth.found & result.found
-    rows, consecutive = sample.rows[both[sample.rows]], sample.consecutive
+    rows = rows[both[rows]]
     if truth.motion is None or result.motion is None or not len(rows):
         return {}
     beta, result_beta = truth.motion.beta[rows], result.motion.beta[rows]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from export3d_cli.core.config.loading import model_config_from_dict, to_dict
 from export3d_cli.core.config.schema import INPAINTERS, ModelConfig
 from export3d_cli.core.runtime.errors import ConfigError, Export3DError, TrainingError, WeightsError
-from export3d_cli.core.runtime.files import write_atomic
+from export3d_cli.core.runtime.files import write_atomic, write_text
 
 FORMAT = "export3d-1"
 # Prefixes of state-dict keys in files of earlier versions, old: new.
@@ -153,12 +153,6 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
                 value = torch.empty_like(parameters[int(index)], device="cpu").copy_(value)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    with write_atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

@@ -51,6 +51,12 @@ def write_atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with write_atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success move its files to `folder`, on failure delete it.

@@ -16,9 +16,10 @@ from torch import Tensor
 from export3d_cli.core.config.renamed_keys import RENAMED_KEYS
 from export3d_cli.core.config.schema import STAGES, TrainConfig
 from export3d_cli.core.media.image import to_uint8, write_image
-from export3d_cli.core.model.checkpoint import load_state, save_state, save_weights, write_text
+from export3d_cli.core.model.checkpoint import load_state, save_state, save_weights
 from export3d_cli.core.runtime.device import has_fast_bf16, pick_device
 from export3d_cli.core.runtime.errors import TrainingError
+from export3d_cli.core.runtime.files import write_text
 from export3d_cli.core.train.distributed import World
 
 STAGE_SEEDS = {  # must not change: a run is repeated exactly

@@ -27,7 +27,6 @@ from export3d_cli.core.evaluation.protocol import (
     consecutive_frames,
     cross_cases,
     decode_frames,
-    load_source_image,
     most_frontal_frame,
     read_clips,
     select_frames,
@@ -123,7 +122,7 @@ def test_write_report_writes_tables_and_pictures(result):
 @pytest.mark.parametrize("framing", ["photo", "face"])
 def test_render_layers_are_the_frames_that_reenact_writes(animator, data_set, tmp_path, framing):
     clip, rows = read_clips(data_set)[0], np.array([0, 4, 9])
-    photo = load_source_image(Case(clip, clip))
+    photo = decode_frames(clip, np.array([Case(clip, clip).photo_row]))[0]
     options = ReenactOptions(framing=framing, watermark="none")
     portrait = animator.portrait(photo, framing=framing)
     layers = list(render_layers(animator, portrait, clip.file, rows, options))
@@ -291,7 +290,7 @@ def test_evaluate_does_not_call_every_perceptual_distance_lpips(animator, data_s
     assert repeat["lpips"] is None
     clip = read_clips(data_set)[0]
     truth = decode_frames(clip, select_frames(Case(clip, clip), 3))
-    photo = to_tensor(load_source_image(Case(clip, clip)))
+    photo = to_tensor(decode_frames(clip, np.array([Case(clip, clip).photo_row]))[0])
     network = load_perceptual(LossConfig(backbone=str(backbone)))
     assert network is not None
     expected = [float(network(photo[None], to_tensor(frame)[None], scales=1)) for frame in truth]
