@@ -137,12 +137,8 @@ class Portrait(FaceCrop):
 class Animator:
     """Weights on a device; thread-safe.
 
-    Args:
-        model: shares its weights with this object, which never writes to them.
-        device: where to compute.
-        precision: fp32, bf16 or fp16.
-        batch: frames rendered at once; 0: chosen for the device.
-        quality: of the volume rendering, see `RENDER_SCALES`.
+    It shares the model's weights, and never writes to them. `precision` is fp32, bf16 or fp16; `batch` frames are
+    rendered at once (0: chosen for the device), at a `quality` of `RENDER_SCALES`.
     """
 
     def __init__(
@@ -219,24 +215,19 @@ class Animator:
         size: int = 0, name: str = "the photo", also: Mapping[str, np.ndarray] | None = None,
         force: bool = False, landmarks: np.ndarray | None = None,
     ) -> Portrait:  # fmt: skip
-        """Find a face in a photo and encode the crop around it.
+        """Find a face in a photo, uint8 (H, W, 3) RGB, and encode the crop around it.
 
-        Args:
-            photo: uint8 (H, W, 3) RGB.
-            face: which of several faces: largest, left, right, or index:N, the N-th from the left, from 0.
-            framing: what frames show: the whole photo, or a square around the face.
-            crop: auto crops a square around the face for the network; none takes all that frames show, which must
-                be square.
-            size: longer side of the frames in pixels; 0: the photo's, see `place_on_canvas`.
-            name: of the photo, for error messages.
-            also: more photos of the person, likewise, by their names. Frames take from them what they show better of
-                the head, such as teeth, shut eyes or the other cheek. The largest face of each is used.
-            force: use photos of `also` even if they seem to show somebody else.
-            landmarks: of the face in pixels, (68, 2), (478, 2) or (478, 3); None: found.
+        `face` is largest, left, right, or index:N, the N-th from the left, from 0. Frames show all of the photo or,
+        with the `framing` face, a square around the head; their longer side is `size`, 0: the photo's, see
+        `place_on_canvas`. The network's `crop` is a square around the face (auto) or all that frames show, which must
+        be square (none). `name` is for errors.
 
-        Raises:
-            NoFaceError: there is no face, or it is not upright.
-            InputError: an option does not fit the photo or the weights, or `also` seems to show somebody else.
+        `also` are more photos of the person by their names: frames take from them what they show better of the head,
+        such as teeth, shut eyes or the other cheek. The largest face of each is used, with `force` even if it seems to
+        be somebody else's. `landmarks` (68, 2), (478, 2) or (478, 3) are those of the face in pixels; None: found.
+
+        Raises `NoFaceError` without an upright face, `InputError` if an option does not fit the photo or the weights,
+        or if `also` seems to show somebody else.
         """
         tracker = self.tracker()
         assert isinstance(tracker, LandmarkerTracker)
@@ -263,10 +254,7 @@ class Animator:
             return replace(portrait, canvas=canvas.result())
 
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
-        """Encode a face crop, uint8 (K, K, 3), that has been tracked: the first row of `motion`, in crop units.
-
-        Frames show the crop, and its detail where it is larger than the network's image.
-        """
+        """Encode a tracked face crop, uint8 (K, K, 3), by the first row of `motion`; frames show it at its size."""
         motion, crop, size = motion.select(np.array([0])), crop.copy(), len(crop)
         box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
         padded = self._image_tensor(crop) if size > self.model.config.image_size else None
@@ -329,19 +317,11 @@ class Animator:
         """Render the portrait with the expressions and cameras of a driver: frames uint8 (H, W, 3), in order.
 
         The chunking of the driver's frames into `motions` has no effect: they are rendered `window` at a time, and a
-        frame is yielded when its window is full or `motions` ends.
-
-        Args:
-            portrait: made by this object.
-            motions: the driver, some frames at a time.
-            control: which parts of the motion are used, and how strongly; None: all of it, unchanged.
-            reference: the driver's frame that relative control refers to, one row.
-            edit: one frame: its base replaces the portrait's expression, and its change is added to every frame.
-            notify: called with notes for the user.
-            layers: yield `FrameLayers`, for a `Compositor`, instead of frames.
-
-        Raises:
-            InputError: relative control without a reference frame.
+        frame is yielded when its window is full or `motions` ends. `control` says which parts of the motion are used,
+        and how strongly; None: all, unchanged. `reference`, one row, is the driver's frame that relative control refers
+        to: without it that raises `InputError`. `edit` is one frame: its base replaces the portrait's expression, its
+        change is added to every frame. `notify` is called with notes for the user. With `layers`, `FrameLayers` are
+        yielded, for a `Compositor`.
         """
         control = control or Control()
         if control.needs_reference and reference is None:
@@ -389,10 +369,7 @@ class Animator:
     def edit(
         self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
     ) -> Generator[np.ndarray, None, None]:
-        """Render the portrait from its own camera: frames uint8 (H, W, 3).
-
-        `changes` (T, n) are of its lambda, or (T, n + 1) also of the wink, from `expression_change`.
-        """
+        """Render from the portrait's camera uint8 (H, W, 3), with changes of lambda (T, n), or with wink (T, n + 1)."""
         n = self.model.config.num_coefficients
         if changes.shape[1:] == (n,):
             changes = np.pad(changes, ((0, 0), (0, 1)))
@@ -415,10 +392,7 @@ class Animator:
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return RGB (N, 3) in about [-1, 1] and density (N,) of the volume at points (N, 3) of the head frame.
-
-        `beta` (1, 64) is the expression; None: the portrait's.
-        """
+        """Return RGB (N, 3), about [-1, 1], and density (N,) at points (N, 3) of the head frame, for `beta` (1, 64)."""
         self._check_owner(portrait)
         posed, parts = self._pose(portrait, self._lam(portrait, beta)), []
         with torch.inference_mode(), autocast(self.device, portrait.precision):

@@ -38,10 +38,7 @@ def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 def find_loose_hair(image: np.ndarray, person: np.ndarray, side: float) -> np.ndarray:
-    """Return where an image, uint8 (H, W, 3), shows thin structures around a `person`, bool (H, W), of a crop `side`.
-
-    They are what differs from the median of its surroundings more than the background's texture does.
-    """
+    """Return where uint8 (H, W, 3) differs from its median around a `person`, bool (H, W), of a crop `side` wide."""
 
     def window(size: float) -> int:
         return 2 * max(1, round(size * side / 2)) + 1

@@ -229,10 +229,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             cache.finish(self.notes)
 
     def _track(self) -> Iterator[tuple[int, Motion]]:
-        """Track frame by frame, and yield motions with the numbers of their shots, before smoothing.
-
-        A shot begins with its first face; frames wait until its crop is known.
-        """
+        """Yield motions before smoothing, with their shot's number; a shot's frames wait until its crop is known."""
         shot = _Shot(0)
         is_cut = False
         size = (0, 0)

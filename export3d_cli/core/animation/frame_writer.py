@@ -64,10 +64,7 @@ def write_video(
     size: tuple[int, int], fps: Fraction, depth: int, total: int | None, progress: Progress | None = None,
     audio: Path | None = None, audio_start: float = 0.0, alpha: bool = False,
 ) -> int:  # fmt: skip
-    """Compose and write items as frames of `size` (width, height), and return their number.
-
-    A thread does it, at most `depth` items behind. The rest is as for `VideoWriter`.
-    """
+    """Compose and write items in a thread, at most `depth` behind, see `VideoWriter`; return the number of frames."""
     with VideoWriter(
         out, size=size, fps=fps, crf=options.crf, audio=audio, audio_start=audio_start, alpha=alpha
     ) as writer:

@@ -87,8 +87,7 @@ def _arkit_displacements(
 ) -> np.ndarray:
     """Return how far each of ARKit's coefficients moves points (V, 3) from 0 to 1: (52, V, 3), head frame.
 
-    The measures of beta follow as they do on filmed people; other coefficients stay. Coefficients that the weights
-    cannot move have no effect.
+    The measures of beta follow as they do on filmed people. Coefficients that the weights cannot move have no effect.
     """
     model, source, count = portrait.model, portrait.source, len(ARKIT_NAMES)
     if model.flow is None:

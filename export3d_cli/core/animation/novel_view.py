@@ -121,10 +121,7 @@ def orbit_cameras(camera: np.ndarray, options: NovelViewOptions) -> np.ndarray:
 
 
 def colour_depth(volume: VolumeRender, camera: np.ndarray, size: int) -> np.ndarray:
-    """Return depth in colours, uint8 (size, size, 3): red in front of the head's centre, blue behind it.
-
-    `camera` (25,) is the one that the volume was rendered from.
-    """
+    """Return depth seen by `camera` (25,), uint8 (size, size, 3): red in front of the head's centre, blue behind."""
     centre = np.linalg.norm(camera[[3, 7, 11]])  # distance to the head frame's origin
     depth, opacity = (cv2.resize(part, (size, size)) for part in (volume.depth, volume.opacity))
     nearness = np.clip(0.5 - (depth - centre) / (2 * DEPTH_RANGE), 0, 1)

@@ -70,10 +70,7 @@ class FrameLayers(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PhotoCanvas:
-    """A photo taken apart into person and background, within a window around the face crop; immutable.
-
-    All arrays are read-only. Outside the window the photo does not move.
-    """
+    """A photo taken apart into person and background, in the window that moves; immutable, its arrays are read-only."""
 
     photo: np.ndarray = field(repr=False)  # uint8 (H, W, 3)
     alpha: np.ndarray = field(repr=False)  # float32 (H, W) the person's matte
@@ -120,10 +117,7 @@ class PhotoCanvas:
         return frame
 
     def person(self, layers: FrameLayers) -> tuple[np.ndarray, np.ndarray]:
-        """Return the person in the window: colours uint8 (h, w, 3) and alpha, float32 (h, w).
-
-        The photo is moved, except for the face, which the network shows.
-        """
+        """Return the moved person with the network's face in the window: uint8 (h, w, 3), and alpha, float32 (h, w)."""
         rows, columns = self.window
         shape = (columns.stop - columns.start, rows.stop - rows.start)
         near, far = self.room[:2], self.room[2:]
@@ -199,11 +193,7 @@ def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _border_room(alpha: np.ndarray, square: Square) -> np.ndarray:
-    """Return the largest displacements of the flow's cells to the left, up, right and down: float32 (4, n, n).
-
-    They are in crop sides and proportional to the distance from the photo's border, more so the less the border cuts
-    the person.
-    """
+    """Return the largest displacements left, up, right and down, crop sides, float32 (4, n, n), by distance and cut."""
     x0, y0, side = square
     centres = (np.arange(FLOW_SIZE, dtype=np.float32) + 0.5) * CELL - WINDOW_MARGIN
     room = []

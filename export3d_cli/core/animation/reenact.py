@@ -118,10 +118,7 @@ def _animate_stream(
     animator: Animator, portrait: Portrait, batches: Iterable[MotionBatch], control: Control,
     edit: EditedExpression | None, notify: Notify, silent: np.ndarray | None = None,
 ) -> Generator[tuple[FrameLayers, np.ndarray | None], None, None]:  # fmt: skip
-    """Yield each frame with the driver crop that is shown next to it; each shot has a reference frame of its own.
-
-    `silent` are the weights of silence of the frames, in which lips are shut.
-    """
+    """Yield frames with the driver crops shown next to them; lips shut by the weights `silent` of the frames."""
     crops: deque[np.ndarray | None] = deque()
     count = 0
 

@@ -88,10 +88,7 @@ class Control:
         return selected
 
     def target_expression(self, source: Tensor, driver: Tensor, reference: Tensor | None) -> Tensor:
-        """Return lambda (B, n) from those of the source (1, n), the driver (B, n) and its reference frame (1, n).
-
-        The driver's is that of `select_regions`.
-        """
+        """Return lambda (B, n) from the source's (1, n), that of `select_regions` (B, n), the reference's (1, n)."""
         scale = self.expression_scale if set(self.drive) & set(REGIONS) else 0.0
         if not self.relative_expression and scale == 1:
             return driver

@@ -175,10 +175,7 @@ def _search_pattern(path: Path) -> tuple[float, int]:
 
 
 def _sum_frames(path: Path, short_side: int) -> tuple[np.ndarray, int]:
-    """Return the sum of a file's frames, resized and with equal local contrast, float32 (h, w), and their number.
-
-    The number is 0 if frames have less than two thirds of `short_side`.
-    """
+    """Return the sum of frames of equal local contrast, float32 (h, w), and their number: 0 if they are too small."""
     total, count = np.zeros((1, 1), np.float32), 0
     with contextlib.nullcontext([read_image(path)]) if has_image_suffix(path) else VideoReader(path) as frames:
         for frame in itertools.islice(frames, MAX_FRAMES):

@@ -126,11 +126,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
-    """Build the dataclass `cls` from plain data; restores nested dataclasses and tuples.
-
-    Raises `ConfigError` on unknown keys, wrong types, and numbers that are negative or not finite (no configuration
-    field has a meaning for them).
-    """
+    """Build nested dataclasses and tuples from plain data; raise `ConfigError` for keys, types, numbers below 0."""
     hints = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for key, value in data.items():

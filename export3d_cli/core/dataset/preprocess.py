@@ -83,15 +83,12 @@ def preprocess(
     """Track faces and write one motion file (`out` ends in .motion.npz or .csv) or a data set (`out` is a folder).
 
     `inputs` are videos, photos or folders; `max_frames` of each input are used. For a data set only: `size`, the side
-    of the crops (256 pixels), number of `workers` (1), `clip_filter`, `person` (the id is the file "name" up to
-    its last underscore, or the "folder"), `shard` (i, n) for every n-th input from the i-th, and `report`, which adds
+    of the crops (256 pixels), number of `workers` (1), `clip_filter`, `person` (the id is the file "name" up to its
+    last underscore, or the "folder"), `shard` (i, n) for every n-th input from the i-th, and `report`, which adds
     `report.png`. Inputs that are in it already are kept, so that an interrupted run can be continued. Its clips have 25
     frames/s. For a motion file only: `fps`, `face`, `tracker` (see `extract_motion`), and `overlay`, a video or image
-    to write with the tracking drawn on it. An option that does not apply is refused.
-
-    Raises:
-        InputError: there is nothing to read, or an option does not apply.
-        NoFaceError: no input has a usable face.
+    to write with the tracking drawn on it. Raises `InputError` for an option that does not apply, `NoFaceError` if no
+    input has a usable face.
     """
     if out.suffix in (".npz", ".csv"):
         options: dict[str, Any] = {"--size": size, "--workers": workers, CLIP_FILTER_OPTIONS: clip_filter}

@@ -104,10 +104,7 @@ def evaluate(
     animator: Animator, dataset: Path, options: EvaluateOptions | None = None, *, out: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Score a model on a data set; write tables, a report and a picture of each case to the folder `out`.
-
-    The data set was written by `preprocess`, or has exact views of rendered heads.
-    """
+    """Score a model on a data set (`preprocess`) or exact views; write tables, a report and pictures to `out`."""
     options, began = options or EvaluateOptions(), time.monotonic()
     exact = has_exact_views(dataset)
     if exact and (options.cross or options.results or not options.model or options.size):
@@ -172,10 +169,7 @@ def find_cases(dataset: Path, options: EvaluateOptions) -> list[protocol.Case]:
 
 
 def write_inputs(dataset: Path, options: EvaluateOptions, out: Path) -> list[Path]:
-    """Write each case's inputs for another tool: `<case>-source.png` and `<case>-driver.mp4`.
-
-    The tool's results, `<case>.mp4` with one frame per driver frame, can then be given as `options.results`.
-    """
+    """Write each case's source and driver; a tool's `<case>.mp4`, frame by frame, can be given as `options.results`."""
     files = []
     for case in find_cases(dataset, options):
         files += [out / f"{case.name}-source.png", out / f"{case.name}-driver{case.driver.file.suffix}"]

@@ -116,10 +116,7 @@ def rotation_angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def gaze_direction(iris: np.ndarray) -> np.ndarray:
-    """Return gaze directions in the head frame: unit vectors (..., 3), x to the image's right, y down, z backwards.
-
-    `iris` (..., 2) is the offset of an iris from the middle of its eye's corners, in inter-ocular distances.
-    """
+    """Return unit vectors (..., 3), head frame, from irises (..., 2): inter-ocular distances from the eye's middle."""
     xy = np.asarray(iris, dtype=np.float64) / IRIS_RADIUS
     xy = xy / np.maximum(1.0, np.linalg.norm(xy, axis=-1, keepdims=True))  # an eye turns by at most 90 degrees
     z = -np.sqrt(np.maximum(0.0, 1 - (xy**2).sum(-1, keepdims=True)))

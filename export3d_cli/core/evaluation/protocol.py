@@ -86,10 +86,7 @@ def most_frontal_frame(motion: Motion) -> int:
 
 
 def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> np.ndarray:
-    """Return indices of up to `max_frames` frames with a tracked face, in driver and truth: spread evenly or first.
-
-    The source's own frame is left out: repeating the source would be perfect there and count as 100 dB.
-    """
+    """Return up to `max_frames` frames in which driver and truth have a face, without the photo, which is perfect."""
     rows = np.flatnonzero(_tracked_frames(case))
     if case.has_truth:
         rows = rows[rows != case.photo_row]
@@ -126,10 +123,7 @@ def decode_frames(clip: Clip, rows: np.ndarray) -> Frames:
 
 
 def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: tuple[int, int]) -> Frames:
-    """Load frames `rows` of another tool's result for a case, resized to `size`, the width and height of the clip.
-
-    A result is a file `<case>.mp4` (or another suffix) or a folder `<case>` of pictures.
-    """
+    """Load frames `rows` of a tool's `<case>.mp4`, or folder `<case>` of pictures, at `size` (width, height)."""
     files = (folder / f"{case.name}{suffix}" for suffix in (*VIDEO_SUFFIXES, ""))
     path = next((file for file in files if file.exists()), None)
     if path is None:

@@ -70,10 +70,7 @@ def _crop_cameras(suite: MetricSuite, portrait: Portrait, tracked: TrackedFrames
 def score_head(
     animator: Animator, dataset: Path, name: str, suite: MetricSuite
 ) -> tuple[dict[str, Scores], dict[str, Frames]]:
-    """Score a head's other views, rendered from its most frontal one; return scores by yaw, and pictures.
-
-    The camera of each view is the one that the tracker sees in its true picture, as for a driver.
-    """
+    """Score views of a head, seen by the cameras tracked in the true pictures, from its most frontal one, by yaw."""
     labels = read_labels(dataset, name)
     rows = np.flatnonzero(labels.expression == labels.expression[0])
     yaws, pitches, _ = labels.rotation[rows].T

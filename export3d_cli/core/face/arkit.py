@@ -35,10 +35,7 @@ _STANDARD_RATES = [
 
 
 def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
-    """Read a Live Link Face CSV as Motion without landmarks, (T, 0, 3); also returns notes for the user.
-
-    `camera` (25,) gives the head's place, and its pose if the CSV has no angles. Raises `InputError` for other files.
-    """
+    """Read a Live Link Face CSV as Motion (T, 0, 3), placed by `camera` (25,), and notes; raise `InputError`."""
     values, timecodes = _read_columns(path)
     count, notes = len(timecodes), list[str]()
     zeros = np.zeros(count)
@@ -93,10 +90,7 @@ def write_csv(path: Path, motion: Motion) -> None:
 
 
 def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fraction, np.ndarray]:
-    """Return the frame rate of rows taken at `seconds` (T,), and the row to show in each frame at that rate.
-
-    A frame that the phone dropped shows the nearest row, so that the recording keeps its length.
-    """
+    """Return the rate of rows taken at `seconds` (T,), and the row nearest to each frame, as a phone drops some."""
     steps = np.diff(seconds)
     if not len(steps):
         return Fraction(timecode_base), np.zeros(1, dtype=np.int64)

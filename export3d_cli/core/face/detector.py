@@ -66,10 +66,7 @@ class FaceDetector:
         return sorted(detections, key=lambda d: -float(np.prod(d.box[2:] - d.box[:2])))
 
     def rotation_to_upright(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[2]) -> int | None:
-        """Return the clockwise degrees (0, 90, 180, 270) that turn an image so that its largest face is upright.
-
-        None if no rotation shows a face. The score drops for faces that are not upright.
-        """
+        """Return the clockwise degrees (0, 90, 180, 270) at which the largest face scores best; None without a face."""
         scores = []
         for quarters in range(4):
             detections = self(image, max_side=max_side, rotation=90 * quarters)

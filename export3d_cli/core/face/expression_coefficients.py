@@ -49,10 +49,7 @@ REGIONS = {
 
 
 def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS) -> np.ndarray:
-    """Return the measures `MEASURE_NAMES` of head-frame points (T, N, 3) as (T, 12): x to the right, heights upwards.
-
-    Without irises in `indices` the last four are left out: (T, 8).
-    """
+    """Return `MEASURE_NAMES` of head-frame points (T, N, 3), heights upwards: (T, 12), or (T, 8) without irises."""
     left, right = (points[:, list(corners)].mean(1) for corners in indices.eye_corners)
     interocular = np.linalg.norm(left - right, axis=-1)
 

@@ -124,10 +124,7 @@ class FaceTrack:
         self._lost_frames = 0  # since a face was found
 
     def track(self, image: np.ndarray) -> Face | None:
-        """Return the face of the next frame, or None.
-
-        It is searched near the previous frame's face first; at the first frame, or if it left, in the whole frame.
-        """
+        """Return the next frame's face, or None; searched near the last one, then in the whole frame."""
         if image.shape[:2] != self._size:
             self._face, self._lost_frames = None, 0
         face = None if self._face is None else self._tracker.find_near(image, self._face)
@@ -169,10 +166,7 @@ def choose_face(faces: list[Face], choice: str, name: str) -> Face:
 
 
 def find_photo_face(tracker: FaceTracker, image: np.ndarray, *, name: str = "the photo", face: str = "largest") -> Face:
-    """Return the chosen face (see `choose_face`) of a photo, uint8 (H, W, 3) RGB, tracked like a video of one frame.
-
-    Raises `NoFaceError` if the photo shows none, or it is not upright.
-    """
+    """Return the face of a photo, uint8 (H, W, 3), see `choose_face`; raise `NoFaceError` if there is none upright."""
     degrees = tracker.rotation_to_upright(image)
     if degrees:
         pose = describe_rotation(degrees)
@@ -272,10 +266,9 @@ _RECORD = np.dtype([  # of a frame in `TrackCache`
 
 
 class TrackCache:
-    """The faces of one pass over a driver, in a temporary file; a context manager.
+    """The faces of the last pass over a driver, in a temporary file; a context manager.
 
-    With it a driver is tracked once for several sources, in constant memory. A pass is identified by a key: everything
-    that its faces depend on, such as driver, tracker and face. Recording another pass replaces the one before.
+    With it a driver is tracked once for several sources, in constant memory. Its key is all that its faces depend on.
     """
 
     def __init__(self) -> None:

@@ -116,10 +116,7 @@ def _initial_pose(points: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _linearise(points: np.ndarray, fit: FaceFit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the residual (F, 136), its derivatives by the pose (F, 136, 6) and by each head point (F, 68, 2, 3).
-
-    Each row is divided by its standard deviation.
-    """
+    """Return residuals (F, 136), derivatives by pose (F, 136, 6) and points (F, 68, 2, 3), in standard deviations."""
     rotated = np.einsum("fij,fnj->fni", fit.rotation, fit.shape)
     x, y, z = np.moveaxis(rotated + fit.centre[:, None], -1, 0)
     zero = np.zeros_like(x)

@@ -104,10 +104,7 @@ class Motion:
 
 
 def resample_rows(count: int, source_fps: Fraction, fps: Fraction, start: float, duration: float | None) -> np.ndarray:
-    """Return the row shown in each frame at rate `fps` of a motion of `count` rows at rate `source_fps`.
-
-    `start` seconds are skipped, `duration` seconds used (None: to the end).
-    """
+    """Return the row shown in each frame at `fps`, of `count` rows at `source_fps` from `start` s for `duration` s."""
     first = round(start * source_fps)
     last = count if duration is None else min(count, first + round(duration * source_fps))
     if first >= last:

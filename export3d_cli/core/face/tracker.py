@@ -112,10 +112,7 @@ class LandmarkerTracker(FaceTracker):
         return Face(landmarks=landmarks, blendshapes=blendshapes, score=score)
 
     def track_crops(self, frames: Sequence[np.ndarray], *, independent: bool = False) -> Motion | None:
-        """Track the face in square frames, which are the crop itself; None if no frame shows a face.
-
-        With `independent` the frames do not follow each other in time.
-        """
+        """Track square frames that are the crop itself, perhaps `independent` of each other; None without a face."""
         side = len(frames[0])
         if independent:
             faces = [FaceTrack(self).settle(frame) for frame in frames]

@@ -41,14 +41,10 @@ class Credentials:
 def sign_file(path: Path, certificate: Path | None = None, key: Path | None = None) -> None:
     """Add signed content credentials to a file that this program made, in place.
 
-    Args:
-        path: picture or video, with one of `SIGNED_SUFFIXES`.
-        certificate: PEM with the signer's certificate and those of its issuers; None: a new, self-signed one.
-        key: its private key, PKCS #8 PEM without a password, elliptic curve or Ed25519.
-
-    Raises:
-        InputError: the format has no content credentials, the file lacks this program's mark, the extra is missing, or
-            the certificate cannot sign.
+    `certificate` is a PEM file with the signer's certificate and those of its issuers, None: a new, self-signed one;
+    `key` its private key, PKCS #8 PEM without a password, elliptic curve or Ed25519. Raises `InputError` if the format
+    is none of `SIGNED_SUFFIXES`, the file lacks this program's mark, the extra is missing, or the certificate cannot
+    sign.
     """
     if path.suffix.lower() not in SIGNED_SUFFIXES:
         raise InputError(f"{path}: content credentials need one of {', '.join(SIGNED_SUFFIXES)}")

@@ -91,10 +91,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def write_image(path: Path, image: np.ndarray, *, comment: str = "") -> None:
-    """Write uint8 (H, W, 3) RGB, or (H, W, 4) RGBA for PNG. The suffix selects the format; JPEG has quality 95.
-
-    `comment` is stored in PNG and JPEG files.
-    """
+    """Write uint8 (H, W, 3) or, as PNG, (H, W, 4), by suffix; JPEG has quality 95, PNG and JPEG the `comment`."""
     path = Path(path)
     channels = (3, 4) if path.suffix.lower() == ".png" else (3,)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in channels:

@@ -46,10 +46,7 @@ class VideoInfo:
 
 
 def ffmpeg_path() -> str:
-    """Return the path of imageio-ffmpeg's binary, or of the one that IMAGEIO_FFMPEG_EXE names.
-
-    Raises `MediaError` if there is none, or if it cannot be run or is too old.
-    """
+    """Return imageio-ffmpeg's binary, or IMAGEIO_FFMPEG_EXE; raise `MediaError` if none runs or it is too old."""
     import imageio_ffmpeg
 
     try:

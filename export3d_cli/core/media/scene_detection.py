@@ -23,12 +23,7 @@ class SceneCutDetector:
         self._colour_histogram = np.zeros(64)
 
     def __call__(self, frame: np.ndarray) -> int | None:
-        """Add the next frame, uint8 (H, W, 3), and report a scene change.
-
-        Returns:
-            None without a scene change; 0 after a cut; after a dissolve or fade, the number of frames directly before
-            this one that mix both scenes.
-        """
+        """Add the next frame, uint8 (H, W, 3); return None, 0 after a cut, or the length of the dissolve before it."""
         thumbnail = cv2.resize(frame, (THUMBNAIL_SIDE_PX, THUMBNAIL_SIDE_PX), interpolation=cv2.INTER_AREA)
         bins = (thumbnail // 64).astype(np.int64) @ [16, 4, 1]
         histogram = np.bincount(bins.ravel(), minlength=64) / bins.size
@@ -52,10 +47,7 @@ class SceneCutDetector:
         return change > max(12.0, 4 * typical_change) and (changed_fraction > 0.25 or change > 40)
 
     def _find_dissolve(self) -> int | None:
-        """Return the length of a dissolve that ends here, or None.
-
-        Frames of a dissolve are linear blends of its first and last frame; motion and light do not give such frames.
-        """
+        """Return the length of a dissolve that ends here, or None; its frames are linear blends of two scenes."""
         current = self._thumbnails[-1]
         for span in DISSOLVE_SPANS:
             if len(self._thumbnails) <= span:

@@ -45,10 +45,7 @@ class Soundtrack:
 
 
 def choose_soundtrack(path: Path, suffix: str) -> Soundtrack | None:
-    """Return the first track of `path` that can be put into a video with this suffix; None if there is no sound.
-
-    Issues an `Export3DWarning` if tracks cannot be decoded.
-    """
+    """Return the first track that a video with this suffix takes, or None; warn of tracks that do not decode."""
     tracks = audio_tracks(path)
     for index, track in enumerate(tracks):
         for candidate in _candidates(Path(path), index, track, suffix):
@@ -88,10 +85,7 @@ def find_silence(path: Path | None, fps: Fraction, start: float = 0.0) -> np.nda
 
 
 def read_sound(path: Path, fps: Fraction, start: float = 0.0, duration: float | None = None) -> Iterator[np.ndarray]:
-    """Yield the samples of each frame at a rate `fps` of a file's first track: int16 (N,), mono, `SOUND_RATE` per s.
-
-    Zeros fill the last frame. Raises `InputError` if the sound cannot be decoded.
-    """
+    """Yield each frame's samples, int16 (N,) mono at `SOUND_RATE`, zero-padded; raise `InputError` if none decodes."""
     part = ["-ss", repr(start), *([] if duration is None else ["-t", repr(duration)])]
     command = read_command(path, "-loglevel", "error", *part)
     command += ["-map", "0:a:0", "-ac", "1", "-ar", str(SOUND_RATE), "-f", "s16le", "pipe:1"]

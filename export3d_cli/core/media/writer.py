@@ -28,22 +28,16 @@ _BT709_TAGS = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspa
 
 
 class VideoWriter:
-    """Writes frames to .mp4, .mov, .mkv (H.264), .webm (VP9), .gif or FOLDER/%05d.png (without audio).
+    """Writes frames of `size` (width, height) to .mp4, .mov, .mkv (H.264), .webm (VP9), .gif or FOLDER/%05d.png.
 
-    A context manager. The file appears under its name only if the block ends without an exception. Odd sizes lose
-    their last column or row, because H.264 and VP9 need even ones.
+    A context manager. The file appears under its name only if the block ends without an exception. Odd sizes lose their
+    last column or row, because H.264 and VP9 need even ones. `crf` is on x264's scale, 0 (lossless) to 51, None: 18,
+    which is visually transparent; GIF, ProRes and images have none. With `alpha`, frames are RGBA (H, W, 4), for .webm
+    (VP9), .mov (ProRes 4444) and images.
 
-    Args:
-        path: output; its suffix selects the container.
-        size: (width, height) of the frames.
-        fps: exact frame rate.
-        crf: constant rate factor on x264's scale, 0 (lossless) to 51; None: 18, which is visually transparent. Not for
-            GIF, ProRes and images.
-        alpha: frames are RGBA (H, W, 4); for .webm (VP9), .mov (ProRes 4444) and images.
-        audio: a file whose first decodable audio track is added, cut to the video's length, and copied if the container
-            takes it. Without such a track, or if adding it fails, the video is silent, with an `Export3DWarning`.
-        audio_start: seconds of the audio to skip.
-        metadata: tags in addition to the comment that the video is synthetic.
+    The first decodable track of the file `audio` is added from `audio_start` seconds on, cut to the video's length, and
+    copied if the container takes it, but not to .gif and images. Without such a track, or if adding it fails, the video
+    is silent, with an `Export3DWarning`. `metadata` are tags besides the comment that the video is synthetic.
     """
 
     def __init__(
@@ -229,10 +223,7 @@ def check_crf(path: Path, crf: int | None, *, alpha: bool = False) -> None:
 
 
 def encoder_arguments(suffix: str, crf: int, size: tuple[int, int], *, alpha: bool) -> list[str]:
-    """Return ffmpeg's arguments: VP9 for .webm, ProRes 4444 for .mov with alpha, H.264 otherwise.
-
-    Chroma is subsampled (4:2:0) except in ProRes, so `size` (width, height) is cropped to even sides.
-    """
+    """Return ffmpeg's arguments, with even sides: VP9 for .webm, ProRes 4444 for .mov with alpha, else H.264."""
     width, height = size
     layout = "yuva420p" if alpha else "yuv420p"
     if suffix == ".webm":  # VP9's CRF scale ends at 63, x264's at 51

@@ -130,16 +130,12 @@ class Export3D(nn.Module):
         self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
         covered: Tensor | None = None, first: Source | None = None,
     ) -> Source:  # fmt: skip
-        """Encode a photo for `drive`.
+        """Encode photos (B, 3, H, W) for `drive`.
 
-        Args:
-            image: photo (B, 3, H, W).
-            beta: its expression (B, 64).
-            camera: its camera (B, 25).
-            landmarks: its landmarks (B, 478, 3), head frame.
-            person_mask: (B, 1, ., .) in [0, 1], 1 on the person. Without it hair counts as background.
-            covered: (B, 3) 1 where something is before the mouth, the person's right eye and left eye, else 0.
-            first: the main photo, if this is an additional one; its colours must match, see `match_colours`.
+        Of each, `beta` (B, 64) is the expression, `camera` (B, 25) the camera, `landmarks` (B, 478, 3) are in the head
+        frame. `person_mask` (B, 1, ., .) is 1 on the person; without it hair counts as background. `covered` (B, 3) is
+        1 where something is before the mouth, the person's right eye and left eye. `first` is the main photo, if this
+        is an additional one, whose colours must match, see `match_colours`.
         """
         B, H = image.shape[0], self.config.image_size
         for name, value, shape in (
@@ -213,10 +209,7 @@ class Export3D(nn.Module):
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
     def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
-        """Apply coefficients lambda (B, n), or (B, n + 1) with a wink, to the source, for any number of cameras.
-
-        `planes` are the tri-planes if they are known already.
-        """
+        """Apply lambda (B, n), or (B, n + 1) with a wink, for any cameras; `planes` are its tri-planes, if known."""
         planes = self.generate_planes(source, lam) if planes is None else planes  # (B, 3, C, P, P)
         mesh, surface, distances = None, None, None
         if self.flow is not None:
@@ -240,19 +233,13 @@ class Export3D(nn.Module):
         posed: PosedHead | None = None, raw_size: int | None = None, samples: SampleCounts | None = None,
         mesh_size: int | None = None, batch_rows: BatchRows | None = None, face_only: bool = False,
     ) -> Output:  # fmt: skip
-        """Render the source with the driver's expression and camera.
+        """Render the source with the expression `beta` (B, 64) and the camera (B, 25) of a driver.
 
-        Args:
-            source: from `encode_source`.
-            beta: driver's expression (B, 64); not needed with `lam`.
-            camera: driver's camera (B, 25).
-            lam: coefficients lambda (B, n) instead of `beta`, or (B, n + 1) with a wink, see `coefficients`.
-            posed: result of `pose_head` for the same source and `lam`, if known.
-            raw_size: side of the volume rendering; default: the config's.
-            samples: coarse and fine samples per ray; default: the config's.
-            mesh_size: side at which the face mesh is rasterised; default: the config's.
-            batch_rows: rows of a larger batch that these are; training noise is then that of the larger batch.
-            face_only: compute the image only in a window around the face, frame by frame; for CPUs.
+        `lam` (B, n), or (B, n + 1) with a wink, see `coefficients`, replaces `beta`; `posed` is the result of
+        `pose_head` for it, if known. `raw_size` is the side of the volume rendering, `samples` are coarse and fine ones
+        per ray, `mesh_size` is the side at which the face mesh is rasterised; the defaults are the config's.
+        `batch_rows` are the rows of a larger batch that these are, whose training noise they get. With `face_only`, for
+        CPUs, the image is computed only in a window around the face, frame by frame.
         """
         if lam is None:
             if beta is None:
@@ -314,8 +301,7 @@ class Export3D(nn.Module):
     ) -> RayOutputs:  # fmt: skip
         """Render the volume (sec. 3.3), without the background; `rays` (B, R) selects pixels by their index.
 
-        Returns:
-            Features (B, C', s, s), RGB first, depth and opacity (B, 1, s, s); fp32. With `rays`, (B, ., R, 1).
+        Returns features (B, C', s, s), RGB first, depth and opacity (B, 1, s, s), or (B, ., R, 1) with `rays`; fp32.
         """
         coarse_samples, fine_samples = samples or (self.config.coarse_samples, self.config.fine_samples)
         origin, directions = volume_renderer.camera_rays(camera, size)  # (B, 3), (B, R, 3), R = s * s
@@ -429,10 +415,7 @@ class Export3D(nn.Module):
         return features, depth, opacity
 
     def _sample_features(self, source: Source, posed: PosedHead, points: Tensor, face: FaceField | None) -> Tensor:
-        """Sample the decoder's input features (B, N, C) at points (B, N, 3).
-
-        The photo's features are looked up where the points were before the expression moved them.
-        """
+        """Sample the decoder's input (B, N, C) at points (B, N, 3); the photo's before the expression moved them."""
         features = sample_planes(posed.planes, points)
         if source.view_plane is not None:
             in_photo = points if face is None else points - face.displacement

@@ -12,10 +12,7 @@ from export3d_cli.core.config.schema import BETA_DIM, ModelConfig
 
 
 class ExpressionCode(nn.Module):
-    """Base of f_e: expressions beta to coefficients lambda, coefficients to beta'.
-
-    `beta` is standardised with the buffers `beta_mean` and `beta_std`, measured on the training data.
-    """
+    """Base of f_e: beta, standardised by the training data's `beta_mean` and `beta_std`, to lambda; lambda to beta'."""
 
     beta_mean: Tensor
     beta_std: Tensor

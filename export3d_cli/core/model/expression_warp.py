@@ -37,16 +37,11 @@ def warp_expression(
     model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor, wink: Tensor,
     source_wink: Tensor, still: Tensor,
 ) -> ExpressionWarp:  # fmt: skip
-    """Change the expression in pictures (B, 3, H, H) around faces; the model must have a flow.
+    """Change the expression in pictures (B, 3, H, H) in [-1, 1] around faces by the model's basis flow and inpainters.
 
-    Args:
-        model: whose basis flow and inpainters are used.
-        image: pictures in [-1, 1].
-        landmarks: (B, 478, 3), head frame.
-        camera: (B, 25).
-        change: of lambda (B, n).
-        wink: to show, and `source_wink` of the pictures, (B, 1), see `one_sided`.
-        still: (B, 3) how far mouth, the person's right eye and left eye stay as they are, [0, 1].
+    `landmarks` (B, 478, 3) are in the head frame, `camera` is (B, 25), `change` of lambda (B, n); `wink` to show and
+    `source_wink` of the pictures, (B, 1), are those of `one_sided`. `still` (B, 3) is how far mouth, the person's right
+    eye and left eye stay as they are, [0, 1].
     """
     assert model.flow is not None
     deformed = apply_wink(model.flow.deform_landmarks(landmarks, change), landmarks, wink, source_wink)

@@ -28,10 +28,7 @@ class FaceCover(NamedTuple):
 
 
 def cover_motion(points: Tensor, covered: Tensor) -> Tensor:
-    """Return `FaceCover.motion` for landmarks (B, 478, 3), head frame.
-
-    `covered` (B, 3), 0 or 1: mouth, the person's right eye and left eye.
-    """
+    """Return `FaceCover.motion` for landmarks (B, 478, 3), head frame; `covered` (B, 3): mouth, right and left eye."""
     eyes = torch.stack([points[:, [rim[0], rim[INNER_CORNER]]].mean(1) for _, rim in EYE_RIMS], dim=1)  # (B, 2, 3)
     down = points[:, [RIGHT_MOUTH_CORNER, LEFT_MOUTH_CORNER]].mean(1) - eyes.mean(1)  # (B, 3)
     height = ((points - eyes.mean(1, keepdim=True)) * down[:, None]).sum(-1) / down.square().sum(-1)[:, None]

@@ -30,10 +30,9 @@ def measure_wink(beta: Tensor) -> Tensor:
 
 
 def apply_wink(points: Tensor, source: Tensor, wink: Tensor, source_wink: Tensor) -> Tensor:
-    """Shut the winking eye of landmarks (B, 478, 3), and open the other one as in the photo's landmarks `source`.
+    """Shut the winking eye of landmarks (B, 478, 3), and open the other as in the photo's, `source`.
 
-    `wink` and `source_wink` (B, 1) are of `measure_wink`. An eye that winks in the photo keeps its lids, and is not
-    turned into a wink of the other eye.
+    `wink` and `source_wink` (B, 1) are of `measure_wink`. An eye that winks in the photo keeps its lids.
     """
     low, high = wink.clamp_max(0), wink.clamp_min(0)
     wink = torch.minimum(torch.maximum(wink - source_wink, low), high).clamp(-1, 1)

@@ -33,10 +33,7 @@ FREE_REACH = 0.3  # from this reach on, no colours are limited: faces in colour 
 
 
 def light_colour(photo: Tensor, uv: Tensor) -> Tensor:
-    """Return the ratio (B, 3, 1, 1) of each gamma-encoded channel to that in white light, on the face in photos.
-
-    1 unless all parts of the face have an unusual colour: a mask or a beard covers only some of them.
-    """
+    """Return the light's channels (B, 3, 1, 1) over white's, gamma-encoded; 1 unless all of the face is unusual."""
     cells = F.adaptive_avg_pool2d(photo.float(), 2 * SKIN_GRID)
     points = uv[:, list(SKIN_POINTS)].transpose(1, 2)[..., None].float()  # (B, 2, 5, 1)
     skin = (
@@ -65,10 +62,7 @@ def remove_light(image: Tensor, light: Tensor) -> Tensor:
 
 
 class ColourRange(NamedTuple):
-    """The chroma of a photo's pixels: a curve over luminance, and how far others may be away from it.
-
-    Luminance is the mean of the channels.
-    """
+    """The chroma of a photo's pixels: a curve over luminance, the channels' mean, and how far others may be from it."""
 
     curve: Tensor  # (B, 2, CURVE_DEGREE + 1) coefficients of the powers of luminance
     reach: Tensor  # (B,) along each axis
@@ -113,10 +107,7 @@ class PhotoColours(NamedTuple):
 
     @classmethod
     def measure(cls, photo: Tensor, uv: Tensor, head_mask: Tensor) -> PhotoColours | None:
-        """Measure photos (B, 3, H, W) with landmarks uv (B, 478, 2) and masks of the head (B, 1, ., .).
-
-        Returns None if all are photos in white light and colour, in which nothing has to be changed.
-        """
+        """Measure photos (B, 3, H, W), landmarks uv (B, 478, 2), head (B, 1, ., .); None: nothing has to change."""
         light = light_colour(photo, uv)
         photo = remove_light(photo, light)
         head = ColourRange.measure(photo, resize(head_mask, photo.shape[-1]))

@@ -34,10 +34,7 @@ class SourceView(nn.Module):
         return leaky_relu(self.quarter(stem[1]) + upsampled)
 
     def make_background(self, stem: list[Tensor], filled_photo: Tensor | None = None) -> Tensor:
-        """Predict the features behind the head, (B, C', H/4, W/4), RGB first, from those of the stem.
-
-        `filled_photo` (B, 3, H/4, W/4), in which the head is filled from its surroundings, is added to RGB.
-        """
+        """Predict features behind the head (B, C', H/4, W/4), RGB first; adds `filled_photo` (B, 3, H/4, W/4)."""
         background = self.background(leaky_relu(stem[1]))  # (B, C', H/4, W/4)
         if filled_photo is None:
             return background
@@ -45,10 +42,7 @@ class SourceView(nn.Module):
 
 
 def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
-    """Fill the pixels of images (B, C, H, W) that are not `known` (B, 1, h, w) -> (B, C, size, size) float32.
-
-    They get coarser and coarser means of their surroundings (push-pull).
-    """
+    """Fill what is not `known` (B, 1, h, w) of images (B, C, H, W) by coarser means: (B, C, size, size) float32."""
     # mask edges are not exact and hair is stray: pixels next to unknown ones count as unknown
     known = F.interpolate(known.float(), (size, size), mode="area")
     known = 1 - dilate(1 - known, max(1, round(MASK_MARGIN * size)))

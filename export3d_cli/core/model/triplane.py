@@ -24,10 +24,7 @@ DISPLACEMENT_DEPTH = 0.08  # depth behind the surface in which an expression's d
 
 
 def sample_planes(planes: Tensor, points: Tensor) -> Tensor:
-    """Average the bilinear samples of three planes (B, 3, C, P, P) at points (B, N, 3) -> (B, N, C) (eq. 7).
-
-    The planes have the axes `PLANE_AXES` and cover [-0.5, 0.5] of the head frame; outside they are zero.
-    """
+    """Average planes (B, 3, C, P, P), 0 beyond [-0.5, 0.5], at head-frame points (B, N, 3) -> (B, N, C) (eq. 7)."""
     B, K, C, P, _ = planes.shape
     N = points.shape[1]
     grid = torch.stack([points[..., index_tensor(axes, points)] for axes in PLANE_AXES], dim=1) * 2  # (B, 3, N, 2)

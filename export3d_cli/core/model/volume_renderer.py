@@ -82,10 +82,7 @@ def sample_coarse_depths(
 def sample_importance_depths(
     depths: Tensor, weights: Tensor, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
 ) -> Tensor:
-    """Sample depths (B, R, samples) from the distribution of `ray_weights` (B, R, S-1) by inverting its CDF.
-
-    `jitter` draws randomly within equal parts of the CDF (training) instead of taking their mid-points.
-    """
+    """Sample depths (B, R, samples) by the CDF of weights (B, R, S-1): mid-points, or with `jitter` random ones."""
     density = weights + 1e-3
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)
     cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # (B, R, S)
@@ -109,10 +106,7 @@ def ray_weights(densities: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs:
-    """Composite features (B, R, S, C), densities (B, R, S) >= 0 at ascending depths (B, R, S) along rays (eq. 9).
-
-    In the expected depth, transparency counts as the far end.
-    """
+    """Composite (B, R, S, C) by densities (B, R, S) at ascending depths (eq. 9); transparency counts as the far end."""
     weights, opacity = ray_weights(densities, depths)
     middle = 0.5 * (features[..., 1:, :] + features[..., :-1, :])
     out = (weights[..., None] * middle).sum(-2)  # (B, R, C)

@@ -37,10 +37,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def torch_state(*, threads: int = 0, seed: int | None = None, device: torch.device | None = None) -> Iterator[None]:
-    """Set the thread count of PyTorch and OpenCV (0: unchanged) and PyTorch's seed; restore them when the block ends.
-
-    With a seed, random numbers may be drawn on the CPU and on `device`.
-    """
+    """Set the threads of PyTorch and OpenCV (0: unchanged) and PyTorch's seed, for CPU and `device`, in the block."""
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
     previous_threads = torch.get_num_threads(), cv2.getNumThreads()
     with torch.random.fork_rng(cuda_devices, enabled=seed is not None):
@@ -108,11 +105,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def tune_malloc() -> None:
-    """Set glibc's allocator to reuse freed memory for large arrays; no effect with other C libraries.
-
-    By default glibc maps, zeroes and unmaps memory for each array of a frame: a quarter of the time on a CPU; and
-    memory that one thread has freed is not used by others.
-    """
+    """Let glibc reuse freed memory for large arrays, by any thread: mapping it anew takes a quarter of a CPU's time."""
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -146,10 +139,7 @@ def copy_for_inference(model: Model, device: torch.device) -> Model:
 
 
 def cast_weights(module: torch.nn.Module, precision: str) -> None:
-    """Replace the weights of convolutions and linear layers on a CPU by half-precision ones; fp32 does nothing.
-
-    A CPU would otherwise cast them in every call. The replaced tensors are not written to.
-    """
+    """Cast convolutions and linear layers on a CPU to half precision once, by new tensors; fp32 does nothing."""
     dtype = HALF_DTYPES.get(precision)
     for part in module.modules():
         if dtype is None or not isinstance(part, torch.nn.Conv2d | torch.nn.Linear):

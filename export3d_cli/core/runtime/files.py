@@ -194,10 +194,7 @@ def driver_track_id(clip: str) -> str:
 
 
 def read_manifest(dataset: Path) -> list[dict[str, Any]]:
-    """Return the rows of a data set's manifest: at least `id`, and `file` and `motion` inside the data set.
-
-    Raises `InputError` for a folder that `preprocess` did not write.
-    """
+    """Return a manifest's rows, with `id`, and `file` and `motion` inside the data set; raise `InputError`."""
     try:
         rows = read_rows(dataset / "manifest.jsonl")
         for row in rows:

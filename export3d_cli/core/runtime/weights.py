@@ -180,10 +180,7 @@ export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
 
 
 def upload_weights(path: Path, name: str, *, private: bool = False) -> str:
-    """Upload a weights file to `hf:owner/repo[@branch][:file]`, and its model card as README.md if there is none.
-
-    Returns the URL of the commit.
-    """
+    """Upload weights to `hf:owner/repo[@branch][:file]`, and a model card if there is none; return the commit's URL."""
     import huggingface_hub
 
     repo, revision, file = _parse_hub_name(name).values()

@@ -35,10 +35,7 @@ class StepGraph:
         self.static_result: tuple[Tensor, ...] = ()
 
     def __call__(self, batch: Batch, graph_key: Any, seed: Callable[[], None]) -> tuple[Tensor, ...]:
-        """Run `compute` on the batch; a `graph_key` (hashable) other than the last one records a new graph.
-
-        `seed` seeds the random numbers of the step. The next call overwrites the result.
-        """
+        """Run `compute` after `seed`; another `graph_key` records a new graph. The next call overwrites the result."""
         if graph_key != self.graph_key:
             self.release()
             self.graph_key, self.eager_steps_done = graph_key, 0

@@ -176,10 +176,7 @@ class ImageStages(Stage):
     def accumulate_gradients(
         self, batch: Batch, raw_size: int, parts: int = 1, batch_rows: BatchRows | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Add the gradients of one of `parts` parts, the rows `batch_rows`, without synchronising with the device.
-
-        Returns the output images (B, 3, H, W) and the values of `term_names`.
-        """
+        """Add the gradients of one of `parts` parts; return images (B, 3, H, W) and terms, without synchronising."""
         config = self.config
         with self.run.autocast():
             head_mask = self.head_masks(batch)

@@ -88,10 +88,7 @@ class LandmarkLoss(nn.Module):
         self.network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor, target: Tensor, landmarks: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] that share landmarks (B, 478, 2) in crop units -> percent of the crop's side.
-
-        Gradients reach `image`.
-        """
+        """Images (B, 3, H, W), [-1, 1], of landmarks (B, 478, 2), crop units -> percent of the side, differentiable."""
         with torch.autocast(image.device.type, enabled=False):
             grid = landmarker_view_grid(landmarks.float())
             with torch.no_grad():

@@ -37,10 +37,7 @@ def downsample(image: Tensor, size: int) -> Tensor:
 
 
 def face_mask(landmarks: Tensor, size: int) -> Tensor:
-    """Return a soft mask of eyes and mouth: landmarks (B, 478, 2) in crop units -> (B, 1, size, size) in 0..1.
-
-    Each region is the ellipse of its landmarks' covariance, scaled by 1.5, so that it rotates with the head.
-    """
+    """Return soft ellipses around eyes and mouth of landmarks (B, 478, 2), crop units: (B, 1, size, size) in 0..1."""
     pixels = pixel_grid(size, landmarks.device).view(size, size, 2)
     mask = torch.zeros(len(landmarks), size, size, device=landmarks.device)
     for region in (LEFT_EYE, RIGHT_EYE, OUTER_LIPS):

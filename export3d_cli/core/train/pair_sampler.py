@@ -74,10 +74,7 @@ class PairSampler:
     def draw_clip_group(
         self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8, group_index: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Return frames of one clip for eq. 1: images (N, 3, image_size, image_size) and beta (N, 64).
-
-        min_frames <= N <= size; `group_index` numbers the groups of one step.
-        """
+        """Return `min_frames` to `size` frames of a clip for eq. 1: images (N, 3, s, s) and beta (N, 64)."""
         rng = np.random.default_rng([seed, step, 2] + [group_index] * (group_index > 0))
         for _ in range(1000):
             data, clip = self._draw_clip(rng, self.video_clips_by_person)

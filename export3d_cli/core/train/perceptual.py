@@ -115,10 +115,7 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
 
 
 def _resolve_file(name: str) -> tuple[Path, str]:
-    """Return the local file of a path or hub name, and its sha256.
-
-    It is checked where torchvision's file names end with its first eight digits.
-    """
+    """Return the file of a path or hub name and its sha256, checked against torchvision's file names."""
     path = resolve_weights(name) if name.startswith("hf:") else Path(name)
     if not path.is_file():
         raise ConfigError(

@@ -131,10 +131,7 @@ def mean_abs_angle(rotations: Tensor) -> float:
 
 
 def fit_rotations(lam_deltas: Tensor, rotations: Tensor, ridge: float) -> Tensor:
-    """Fit the rotation vector per unit of each coefficient, (n, 3), from `lam_deltas` (N, n) to `rotations` (N, 3).
-
-    A ridge regression, reweighted against outliers; `ridge` is in frames with coefficients of deviation 1.
-    """
+    """Fit rotations (n, 3) per unit of lambda to `lam_deltas` (N, n), `rotations` (N, 3), by a robust ridge fit."""
     x, y = lam_deltas.double(), rotations.double()
     weight = torch.ones(len(x), 1, dtype=x.dtype)
     solution = torch.zeros(x.shape[1], 3, dtype=x.dtype)

@@ -40,10 +40,7 @@ class Stage:
         raise NotImplementedError
 
     def take_step(self, batch: Any) -> dict[str, float]:
-        """Update the modules, unless `is_finite` fails for loss or gradients; return the values to log.
-
-        The values must be the same on all processes.
-        """
+        """Update the modules if loss and gradients are finite; return values to log, equal on all processes."""
         raise NotImplementedError
 
     def decay_progress(self) -> float:

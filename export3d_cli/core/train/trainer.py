@@ -46,10 +46,7 @@ class TrainSummary:
 
 
 def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None = None) -> TrainSummary:
-    """Run the stages of `config` in its run folder, or continue where an earlier call stopped.
-
-    Under torchrun the processes share each batch; the first one writes the files.
-    """
+    """Run or continue the stages of `config` in its run folder; under torchrun the processes share each batch."""
     if not config.license:
         raise ConfigError(
             "license is not set: name the licence of the trained weights, for example --license CC-BY-4.0 "

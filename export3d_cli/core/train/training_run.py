@@ -41,10 +41,7 @@ class TrainEvent:
 
 
 class TrainingRun:
-    """One run folder, which is created or reopened, and the clock of this call.
-
-    A training state in the folder is where the run continues.
-    """
+    """One run folder, created or reopened, where a training state in it continues, and the clock of this call."""
 
     def __init__(
         self, config: TrainConfig, progress: Callable[[TrainEvent], None] | None = None, world: World | None = None

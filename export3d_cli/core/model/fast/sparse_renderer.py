@@ -58,10 +58,7 @@ def gather_bilinear(table: Tensor, x: BilinearTaps, y: BilinearTaps, size: int) 
 
 
 def make_feature_table(planes: Tensor, weight: Tensor) -> Tensor:
-    """Multiply the cells of planes (K, C, P, P) by `weight` (h, C): rows (K * (P + 2)^2, h), fp32, zero-padded planes.
-
-    Sampling is linear, so the linear layer can come before it; planes have fewer cells than there are samples.
-    """
+    """Multiply planes (K, C, P, P) by weight (h, C) before they are sampled: rows (K * (P + 2)^2, h), padded by 0."""
     with torch.autocast(planes.device.type, enabled=False):
         cells = F.pad(planes.float().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         return cells.reshape(-1, planes.shape[1]) @ weight.float().T

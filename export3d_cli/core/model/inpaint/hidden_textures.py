@@ -23,10 +23,7 @@ class HiddenTextures(nn.Module):
         self.textures = nn.Parameter(torch.randn(3, self.texture_channels, *self.texture_size) * 0.3)
 
     def forward(self, mesh: MeshFlow, size: int, window: Window = WHOLE) -> Tensor:
-        """Render (B, 17, size, size), or a window of it: upper teeth or eye, lower teeth, eye mask.
-
-        It is 0 outside mouth and eyes.
-        """
+        """Render (B, 17, size, size), or a window: upper teeth or eye, lower teeth, eye mask; 0 outside."""
         parts = (mesh.mouth, mesh.eye, mesh.anchored_coords)
         mouth, eye, coordinates = (window.crop(resize(x, size)) for x in parts)
         # coordinates fade to 0 at the mask's border; dividing by the mask keeps the texture from sliding there

@@ -17,10 +17,7 @@ from export3d_cli.core.model.warp.mesh_flow import resize, warp
 
 
 class LayerWarp(NamedTuple):
-    """Where an image (B, ., s, s) samples its photos, in L layers, and the weight of each layer.
-
-    Layers: head and background in the first photo, then the head in each additional photo.
-    """
+    """Where an image (B, ., s, s) samples its photos: the first one's head and background, then each other's head."""
 
     sample_grid: Tensor  # (B, 2 L, s, s) photo positions (x, y) of each layer
     blend_weights: Tensor  # (B, L, s, s) sum <= 1
@@ -52,11 +49,7 @@ class LayerWarp(NamedTuple):
 def make_layer_warp(
     flow: LayeredFlow, background_visibility: Tensor, size: int, residual_flow: Tensor | None = None
 ) -> LayerWarp:
-    """Resize the layers of a flow to `size`.
-
-    The background layer has weight where `background_visibility` (B, 1, m, m) says that the photo shows it. A
-    `residual_flow` shifts all.
-    """
+    """Resize a flow's layers, shifted by `residual_flow`; `background_visibility` (B, 1, m, m) weights the second."""
     grid, head_weight = torch.cat([flow.head, flow.background, *flow.additional], dim=1), flow.head_weight
     if residual_flow is not None:
         grid = resize(grid, residual_flow.shape[-1]) + residual_flow.repeat(1, grid.shape[1] // 2, 1, 1)
@@ -78,10 +71,7 @@ def warp_discontinuity(sample_grid: Tensor) -> Tensor:
 
 
 def highpass(photo: Tensor) -> Tensor:
-    """Return the luminance detail of images (B, 3, s, s) that `lowpass` removes: (B, 1, s, s).
-
-    It is computed before warping, and so contains no edges from jumps of the photo positions.
-    """
+    """Return the luminance detail (B, 1, s, s) of unwarped images (B, 3, s, s) that `lowpass` removes."""
     x = photo.float().mean(1, keepdim=True)
     return x - lowpass(x)
 

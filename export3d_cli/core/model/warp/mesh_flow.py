@@ -158,17 +158,11 @@ class BasisFlow(nn.Module):
         return torch.cat([self.triangles.long(), self.ring_triangles])
 
     def _flow_triangles(self) -> Tensor:
-        """Return `all_triangles` with the eyes split at the edge of the iris, so that it moves without a distortion.
-
-        `parents` holds the number of the one among `all_triangles` that each is a part of.
-        """
+        """Return `all_triangles` with the eyes split at the iris, which then moves undistorted; see `parents`."""
         return torch.cat([self.triangles[:-EYE_TRIANGLES].long(), self.eye_triangles, self.ring_triangles])
 
     def source_proximity(self, points: Tensor, camera: Tensor) -> Tensor:
-        """Return the proximity to the face in an image of landmarks (B, 478, 3): (B, 1, m, m), see `vertex_proximity`.
-
-        Where the mesh covers nothing it is -1.
-        """
+        """Return `vertex_proximity` in an image of landmarks (B, 478, 3): (B, 1, m, m), -1 where there is no mesh."""
         uv, depth = project(add_head_rings(points.float()), camera)
         proximity = vertex_proximity(points.device)[None, :, None].expand(len(points), -1, -1)
         return self._draw(uv, depth, self.all_triangles(), 1 + proximity, self.size) - 1
@@ -234,10 +228,7 @@ class BasisFlow(nn.Module):
     def render_flow(
         self, mesh: DeformedMesh, camera: Tensor, size: int | None = None, head_mask: Tensor | None = None
     ) -> MeshFlow:
-        """Rasterise the mesh (one, or one per camera) as cameras (B, 25) see it, at `size`.
-
-        `head_mask` comes from the method of this name, for the photo.
-        """
+        """Rasterise one mesh, or one per camera (B, 25), at `size`; `head_mask`: the photo's, of the method."""
         B, s = camera.shape[0], size or self.size
         triangles = self.all_triangles()
         kind, triangles = triangles[:, 3], triangles[:, :3]
