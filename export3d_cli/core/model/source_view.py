@@ -42,7 +42,7 @@ class SourceView(nn.Module):
 
 
 def fill_push_pull(image: Tensor, known: Tensor, size: int) -> Tensor:
-    """Fill what is not `known` (B, 1, h, w) of images (B, C, H, W) by coarser means: (B, C, size, size) float32."""
+    """Fill pixels not `known` (B, 1, h, w) of images (B, C, H, W) by coarser means: (B, C, size, size) float32."""
     # mask edges are not exact and hair is stray: pixels next to unknown ones count as unknown
     known = F.interpolate(known.float(), (size, size), mode="area")
     known = 1 - dilate(1 - known, max(1, round(MASK_MARGIN * size)))

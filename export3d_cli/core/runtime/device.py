@@ -105,7 +105,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def tune_malloc() -> None:
-    """Let glibc reuse freed memory for large arrays, by any thread: mapping it anew takes a quarter of a CPU's time."""
+    """Let glibc reuse freed memory for large arrays, by any thread: mapping it again takes a quarter of the time."""
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
