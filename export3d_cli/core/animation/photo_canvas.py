@@ -27,7 +27,9 @@ HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
 HOLE_MARGIN = 0.02  # crop sides around the person that its colours reach: 2 pixels at least
 LOOSE_HAIR_MARGIN_PX = 3  # around loose hair, which is removed from the background
 BORDER_SLOPE = 0.45  # largest displacement towards a border that cuts the person, over the distance from it
-BORDER_WINDOW = 0.15  # crop sides along a border over which the fraction of it that cuts the person is averaged
+BORDER_WINDOW = 0.4  # crop sides, averaged twice, along a border for the fraction of it that cuts the person ...
+BORDER_FADE = (0.5, 1.0)  # ... and fractions over which the displacement becomes limited
+EXTENSION = 0.06  # crop sides beyond the photo over which a person that its border cuts ends in a rounded outline
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
 CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
 HEAD_EXTENT = (0.12, 0.1, 0.88, 0.8)  # left, top, right and bottom of the usual head in the crop
@@ -76,7 +78,7 @@ class PhotoCanvas:
     alpha: np.ndarray = field(repr=False)  # float32 (H, W) the person's matte
     square: Square  # the face crop: x0, y0, side, whole pixels of the photo
     window: tuple[slice, slice]  # rows and columns that change
-    foreground: np.ndarray = field(repr=False)  # uint8 (h, w, 4) the person's own colours in the window, and alpha
+    foreground: np.ndarray = field(repr=False)  # uint8 (h + 2m, w + 2m, 4) the person's own colours, extended; alpha
     plate: np.ndarray = field(repr=False)  # uint8 (h, w, 3) the background in the window, filled in behind the person
     room: np.ndarray = field(repr=False)  # float32 (4, n, n) of the flow's cells before each border, see `_border_room`
     limits: TravelLimits
@@ -98,7 +100,8 @@ class PhotoCanvas:
         hole |= _grow(find_loose_hair(part, hole, side), LOOSE_HAIR_MARGIN_PX)
         plate = fill_hole(part, hole)
         colours = np.where(matte[..., None] > 0.98, part, estimate_foreground(part, matte))
-        foreground = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
+        person = np.dstack([colours, np.rint(255 * matte).astype(np.uint8)])
+        foreground = _extend_foreground(person, round(EXTENSION * side))
         room = _border_room(alpha, square)
         for array in (photo, alpha, foreground, plate, room):
             array.flags.writeable = False
@@ -122,7 +125,7 @@ class PhotoCanvas:
         shape = (columns.stop - columns.start, rows.stop - rows.start)
         near, far = self.room[:2], self.room[2:]
         shift = layers.displacement.transpose(2, 0, 1)
-        # where a border cuts the person, what is there stays, and what is next to it is stretched
+        # where a border cuts most of the person, what is there stays, and what is next to it is stretched
         shift = shift / (1 + (shift / np.where(shift < 0, near, far)) ** 4) ** 0.25
         x0, y0, side = self.square
         cells = np.dstack([*(side * shift), layers.face_weight]).astype(np.float32)
@@ -133,7 +136,8 @@ class PhotoCanvas:
         pixels = cv2.warpAffine(cells, matrix, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
         x = pixels[..., 0] + np.arange(shape[0], dtype=np.float32)
         y = pixels[..., 1] + np.arange(shape[1], dtype=np.float32)[:, None]
-        moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        margin = (len(self.foreground) - shape[1]) // 2  # see `_extend_foreground`
+        moved = cv2.remap(self.foreground, x + margin, y + margin, cv2.INTER_CUBIC)
         face = cv2.extractChannel(pixels, 2)
         alpha = np.maximum(cv2.extractChannel(moved, 3) * np.float32(1 / 255), face)
         colours = cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)
@@ -186,6 +190,18 @@ def _to_frame(
             for x, y, s in faces]  # fmt: skip
 
 
+def _extend_foreground(foreground: np.ndarray, margin: int) -> np.ndarray:
+    """Add a mirrored margin, in which what a border cuts ends in a rounded outline, to uint8 (h, w, 4)."""
+    extended = cv2.copyMakeBorder(foreground, *(margin,) * 4, cv2.BORDER_REFLECT_101)
+    for image in (extended, extended[::-1], extended.transpose(1, 0, 2), extended[:, ::-1].transpose(1, 0, 2)):
+        border = image[margin, :, 3].astype(np.float32) / 255
+        cut = cv2.blur(cv2.blur(border[None], (2 * margin + 1, 1)), (2 * margin + 1, 1))[0]
+        reach = margin * np.sqrt((2 * cut - 1).clip(0, 1))
+        distance = np.arange(margin, 0, -1, dtype=np.float32)[:, None]
+        image[:margin, :, 3] = image[:margin, :, 3] * ((reach - distance) / 2 + 0.5).clip(0, 1)
+    return extended
+
+
 def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
     """Dilate a mask, bool (h, w), by a disc of `radius` pixels."""
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
@@ -193,17 +209,22 @@ def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _border_room(alpha: np.ndarray, square: Square) -> np.ndarray:
-    """Return the largest displacements left, up, right and down, crop sides, float32 (4, n, n), by distance and cut."""
+    """Return the largest displacements of the flow's cells to the left, up, right and down: float32 (4, n, n).
+
+    They are in crop sides. Where a border cuts the person they are proportional to the distance from it.
+    """
     x0, y0, side = square
     centres = (np.arange(FLOW_SIZE, dtype=np.float32) + 0.5) * CELL - WINDOW_MARGIN
     room = []
     for start, along, edges in ((x0, y0, alpha[:, [0, -1]]), (y0, x0, alpha[[0, -1]].T)):
         length = alpha.size // len(edges)  # between the two borders, pixels
         window = 2 * round(BORDER_WINDOW * side / 2) + 1
-        cut = cv2.blur(np.ascontiguousarray(edges), (1, window), borderType=cv2.BORDER_REPLICATE)
-        cut = cut[(along + side * centres).astype(int).clip(0, len(cut) - 1)]  # (n, 2)
+        cut = np.ascontiguousarray(edges)
+        for _ in range(2):
+            cut = cv2.blur(cut, (1, window), borderType=cv2.BORDER_REPLICATE)
+        cut = smooth_step(cut[(along + side * centres).astype(int).clip(0, len(cut) - 1)], *BORDER_FADE)  # (n, 2)
         distance = np.stack([start / side + centres, (length - start) / side - centres])  # (2, n)
-        room.append(BORDER_SLOPE * distance.clip(1e-3)[:, None] / cut.T[..., None].clip(1e-3))
+        room.append(1 - cut.T[..., None] + BORDER_SLOPE * distance.clip(1e-3)[:, None])
     (left, right), (up, down) = room[0], room[1].transpose(0, 2, 1)
     return np.stack([left, up, right, down]).astype(np.float32)
 

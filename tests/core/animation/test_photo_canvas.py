@@ -76,13 +76,23 @@ def test_compose_takes_the_networks_image_in_the_face(photo: np.ndarray) -> None
 
 def test_border_that_cuts_the_person_holds_it_without_streaks() -> None:
     photo = np.zeros((H, W, 3), np.uint8)
-    photo[40:140, :60] = 220  # reaches the left border ...
-    photo[40:140, 4:60:8] = 140  # ... in stripes of 8 pixels
+    photo[:, :60] = 220  # reaches the whole left border ...
+    photo[:, 4:60:8] = 140  # ... in stripes of 8 pixels
     frame = PhotoCanvas.from_photo(photo, (0.0, 40.0, 100.0), disc_alpha).compose(layers(0.2))
     assert (frame[60:120, :4, 0] > 128).all()
     row = frame[90, :70, 0].astype(int)
     stripes = np.flatnonzero((row[:-1] < 180) & (row[1:] >= 180))
     assert len(stripes) >= 6 and np.diff(stripes).max() <= 21  # stretched, at most to two and a half
+
+
+def test_head_that_a_border_cuts_ends_in_a_rounded_outline(photo: np.ndarray) -> None:
+    cut = np.roll(photo, -113, axis=1)  # the disc's centre is 27 pixels from the left border, its radius 30
+    cut[:, -113:] = photo[:, :113]
+    frame = PhotoCanvas.from_photo(cut, (-13.0, 60.0, 80.0), disc_alpha).compose(layers(0.2))
+    person = frame[..., 0] > 128
+    left = [int(np.flatnonzero(row)[0]) for row in person if row.any()]
+    assert 10 <= min(left) < 16  # at most the extension beyond what the photo shows, moved by 16 pixels
+    assert min(left) == left[len(left) // 2] and left[0] > 25 < left[-1]
 
 
 def test_person_next_to_a_border_leaves_it(photo: np.ndarray) -> None:
