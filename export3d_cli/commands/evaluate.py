@@ -18,6 +18,12 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
     return value
 
 
+def _check_network(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.startswith("hf:") and not Path(value).is_file():
+        raise click.BadParameter(f"must be an existing file or hf:owner/repo:file, got {value!r}", ctx, param)
+    return value
+
+
 @click.command()
 @click.argument("dataset", type=_EXISTING_FOLDER, metavar="DATASET")
 @click.option("-o", "--output", type=_FOLDER, help="Folder for report.md, scores.csv, scores.json and pictures.")
@@ -36,9 +42,10 @@ def _check_identity(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--identity", metavar="dlib|FILE", callback=_check_identity,
               help="Measure identity with dlib (pip install "
               "'export3d-cli[eval]') or a TorchScript face embedder.")  # fmt: skip
-@click.option("--perceptual", type=options.EXISTING_FILE,
+@click.option("--perceptual", metavar="FILE|hf:owner/repo:FILE", callback=_check_network,
               help="Measure perceptual distance with a VGG16 or MobileNetV2.")  # fmt: skip
-@click.option("--lpips", type=options.EXISTING_FILE, help="LPIPS' learned weights for that VGG16.")
+@click.option("--lpips", metavar="FILE|hf:owner/repo:FILE", callback=_check_network,
+              help="LPIPS' learned weights for that VGG16.")  # fmt: skip
 @click.option("--results", type=_EXISTING_FOLDER, multiple=True,
               help="Also score finished videos of any tool: CASE.mp4 in a "
               "folder, framed as the clips. Repeatable.")  # fmt: skip

@@ -67,8 +67,9 @@ class EvaluateOptions:
     background: Literal["source", "black"] = "source"  # black: of photos and truth, behind the matted person
     seed: int = 0  # of the pairs and of the bootstrap
     identity: str | None = None  # `dlib` or a TorchScript file, see `face_embedding`; None: not measured
-    perceptual: Path | None = None  # backbone file (VGG16 or MobileNetV2); None: perceptual distance is not measured
-    lpips: Path | None = None  # LPIPS' learned weights for that VGG16, if they are a file of their own
+    # VGG16 or MobileNetV2, a file or hf:owner/repo:file; None: perceptual distance is not measured
+    perceptual: str | Path | None = None
+    lpips: str | Path | None = None  # LPIPS' learned weights for that VGG16, if they are a file of their own
     results: tuple[Path, ...] = ()  # folders of finished videos: `<case>.mp4`, or pictures in `<case>/`
     model: bool = True  # False: score only `results` and the baselines
     reenact: ReenactOptions = field(default_factory=ReenactOptions)  # framing, pose, smoothing and watermark are used

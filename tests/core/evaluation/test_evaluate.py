@@ -41,6 +41,7 @@ from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
+from export3d_cli.core.train import perceptual
 from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.main import cli
 
@@ -284,8 +285,9 @@ def backbone(tmp_path):
     return tmp_path / "vgg.safetensors"
 
 
-def test_evaluate_does_not_call_every_perceptual_distance_lpips(animator, data_set, backbone):
-    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, perceptual=backbone))
+def test_evaluate_does_not_call_every_perceptual_distance_lpips(animator, data_set, backbone, monkeypatch):
+    monkeypatch.setattr(perceptual, "resolve_weights", {"hf:someone/vgg:vgg.safetensors": backbone}.__getitem__)
+    result = evaluate(animator, data_set, EvaluateOptions(max_frames=3, perceptual="hf:someone/vgg:vgg.safetensors"))
     repeat = result.mean["repeat"]
     assert repeat["lpips"] is None
     clip = read_clips(data_set)[0]
@@ -351,6 +353,7 @@ def test_evaluate_command(weights, data_set, tmp_path):
             "--output, --max-frames, --weights, --device has no effect with --write-inputs",
         ),
         (["--lpips", __file__], "give the VGG16 file"),
+        (["--perceptual", "vgg.pth"], "must be an existing file or hf:owner/repo:file, got 'vgg.pth'"),
     ):
         done = CliRunner().invoke(cli, [*args, *options])
         assert done.exit_code == 2 and message in " ".join(done.stderr.replace("│", "").split()), done.stderr
