@@ -27,7 +27,8 @@ FLOW_SIZE = 192  # cells of a side of the window
 CELL = (1 + 2 * WINDOW_MARGIN) / FLOW_SIZE  # side of a cell, crop sides
 WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motion fades out
 EDGE_FADE = 0.06  # crop sides inside the border of the network's flow or image over which it takes over
-HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over
+HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over ...
+SHOWS_HEAD_FADE = (0.5, 0.9)  # ... and over which its image counts as showing the head
 SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's flow outside the face
 UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
 GRAZING_FADE = (1.5, 2.0)  # areas in the photo, in areas of the result, over which a surface counts as grazing
@@ -66,7 +67,7 @@ def extend_flow(
     in_window = torch.cat([_inside(window, grid) for window in windows or [WHOLE]])
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
     weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
-    shift, far_side = head, torch.zeros_like(weight)
+    shift, far_side, shows_head = head, torch.zeros_like(weight), linear_step(weight, *SHOWS_HEAD_FADE)
     if head_uv is not None:
         shift = (head_uv - identity_grid(head_uv.shape[-1], grid)).float()
         shift = F.grid_sample(shift, inside, align_corners=False, padding_mode="border")
@@ -96,6 +97,7 @@ def extend_flow(
     again = F.grid_sample(again, 2 * (grid + displacement).permute(0, 2, 3, 1) - 1, align_corners=False) * (
         1 - far_side
     )
+    face = face * (1 - far_side * (1 - shows_head))  # there the network's image shows what is behind the head
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_window)
 
