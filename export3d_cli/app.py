@@ -28,6 +28,7 @@ from export3d_cli.core.animation.edit_basis import EditOptions, edit_basis
 from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit
 from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
 from export3d_cli.core.animation.options import ReenactOptions
+from export3d_cli.core.animation.person import main_photo
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import example_path
@@ -89,10 +90,12 @@ def build(jobs: _Jobs) -> gr.Blocks:
     with gr.Blocks(title="export3d", analytics_enabled=False) as page:
         gr.Markdown("# export3d\n\nAnimate only people who agree to it. Every result is marked as synthetic.")
         with gr.Row():
-            photo = gr.Image(
-                photo_example, label="Photo with one large face", type="filepath", sources=["upload", "webcam"],
-                height=380, alt_text="The photo",
-            )  # fmt: skip
+            with gr.Column():
+                photo = gr.Image(
+                    photo_example, label="Photo with one large face", type="filepath", sources=["upload", "webcam"],
+                    height=380, alt_text="The photo",
+                )  # fmt: skip
+                person = gr.File(label="Or a person file, in place of the photo", file_types=[".safetensors"])
             with gr.Column(), gr.Tabs():
                 with gr.Tab("Animate"):
                     driver = gr.Video(
@@ -134,11 +137,15 @@ def build(jobs: _Jobs) -> gr.Blocks:
                 trigger_mode="always_last", concurrency_id="preview", api_visibility="private",
             )  # fmt: skip
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        encode = gr.on([page.load, photo.change], jobs.set_photo, photo, None, trigger_mode="always_last", **hidden)
+        encode = gr.on(
+            [page.load, photo.change, person.change], jobs.set_photo, [photo, person], None,
+            trigger_mode="always_last", **hidden,
+        )  # fmt: skip
         encode.success(turn[0], turn_inputs, turn[1], **hidden).success(edit[0], edit_inputs, edit[1], **hidden)
         reset.click(lambda: [0] * len(edit_inputs), None, edit_inputs, **hidden)
         render.click(
-            jobs.reenact, [photo, driver, expression, pose, seconds, framing, mark], [result, reenact_command, made],
+            jobs.reenact, [photo, person, driver, expression, pose, seconds, framing, mark],
+            [result, reenact_command, made],
             show_progress_on=[result], concurrency_id="render", api_visibility="private",
         )  # fmt: skip
         cancel.click(jobs.cancel, queue=False, **hidden)
@@ -168,14 +175,15 @@ class _Jobs:
             for path in session.uploads.difference(self.examples, *(s.uploads for s in self._sessions.values())):
                 path.unlink(missing_ok=True)
 
-    def set_photo(self, photo: str | None, request: gr.Request) -> None:
-        """Encode a new photo."""
+    def set_photo(self, photo: str | None, person: str | None, request: gr.Request) -> None:
+        """Encode a new photo, or the person file in its place."""
+        photo = person or photo
         session = self._session(request)
         session.photo = session.portrait = None
         if photo is not None:
             with _show_errors():
                 image = read_portrait(Path(photo))
-                size = min(PREVIEW_SIZE_PX, max(image.shape[:2]) // 2 * 2)
+                size = min(PREVIEW_SIZE_PX, max(main_photo(image).shape[:2]) // 2 * 2)
                 session.portrait = self.animator.portrait(image, size=size, name="the photo")
             session.photo = Path(photo)
             session.uploads.add(session.photo)
@@ -200,11 +208,11 @@ class _Jobs:
         return frame, _command("edit-basis", self._session(request).photo, [*arguments, "-o", "expression.png"])
 
     def reenact(
-        self, photo: str | None, driver: str | None, expression: float, pose: float, seconds: float, framing: str,
-        mark: str, request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
+        self, photo: str | None, person: str | None, driver: str | None, expression: float, pose: float,
+        seconds: float, framing: str, mark: str, request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
     ) -> tuple[str, str, list[str]]:  # fmt: skip
         """Animate the photo; return the video, its command and the last videos. `progress` is the bar on the page."""
-        session = self._session(request)
+        session, photo = self._session(request), person or photo
         session.cancelled.clear()
 
         def report(stage: str, done: int, total: int | None) -> None:

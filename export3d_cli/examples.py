@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": "do it for other programs, by HTTP",
     "novel-view": "turn a portrait; --grid, --depth",
     "edit-basis": "change an expression; --smile, --preset, --grid",
+    "personalize": "make one file of a person from photos and a video",
     "edit": "change an expression in a video; --smile, --gaze",
     "preprocess": "track faces; write a motion file or a training data set",
     "train": "train a model on data sets; resumes",
@@ -33,6 +34,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "edit-basis": (
         "edit-basis src.jpg --smile 0:1 --jaw .2 -o laugh.mp4",
         "edit-basis src.jpg --preset joy --from neutral -o joy.png",
+    ),
+    "personalize": (
+        "personalize src.jpg --video clip.mp4 -o me.person.safetensors",
+        "personalize src.jpg picture.png -o me.person.safetensors",
     ),
     "edit": (
         "edit clip.mp4 --smile .4 -o out.mp4",

@@ -95,10 +95,10 @@ class Service:
     async def add_portrait(
         self, request: Request, face: str = "largest", framing: Literal["photo", "face"] = "photo", size: Pixels = 0
     ) -> Portrait:
-        """Encode the photo in the body."""
+        """Encode the photo, or the person file, in the body."""
 
         def encode(path: Path) -> Any:
-            return self._animator.portrait(core.read_image(path), face=face, framing=framing, size=size)
+            return self._animator.portrait(core.read_portrait(path), face=face, framing=framing, size=size)
 
         portrait = self._add(Portrait(), MAX_PORTRAITS)
         async with self._receive(portrait, request, "photo", MAX_PHOTO_BYTES) as path, self._encoding:

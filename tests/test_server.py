@@ -24,7 +24,8 @@ from hypothesis import strategies as st  # noqa: E402
 from schemathesis import GenerationMode  # noqa: E402
 
 from export3d_cli import server  # noqa: E402
-from export3d_cli.core import Animator, example_path, find_marks  # noqa: E402
+from export3d_cli.core import Animator, Person, example_path, find_marks, read_image  # noqa: E402
+from export3d_cli.core.animation.person import fingerprint  # noqa: E402
 from export3d_cli.core.media.probe import probe  # noqa: E402
 from export3d_cli.core.media.reader import VideoReader  # noqa: E402
 from export3d_cli.core.media.writer import VideoWriter  # noqa: E402
@@ -105,6 +106,16 @@ def test_photo_is_animated_by_a_video_and_the_driver_is_deleted(
     assert client.delete(f"/jobs/{job['id']}").status_code == 204
     assert list(tmp_path.iterdir()) == []
     assert client.get(f"/jobs/{job['id']}/result").status_code == 404
+
+
+def test_person_file_stands_for_a_photo(
+    client: TestClient, animator: Animator, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("person") / "me.person.safetensors"
+    Person((read_image(example_path("source.jpg")),), {}, fingerprint(animator.fp32_model), {}).save(path)
+    for content, status in ((path.read_bytes(), 201), (path.read_bytes()[:5000], 422)):
+        reply = client.post("/portraits", params=SMALL, content=content)
+        assert reply.status_code == status, reply.text
 
 
 def test_stills_show_controls_and_angles(client: TestClient) -> None:

@@ -28,7 +28,9 @@ from bad_media import clip, encoded, y4m
 from bad_numbers import npz, safetensors, zipped
 from faultkit import TookTooLongError, memory_mib, time_limit
 
+from export3d_cli.core.animation.compositor import read_portrait
 from export3d_cli.core.animation.expression_controls import ExpressionEdit, read_preset
+from export3d_cli.core.animation.person import FORMAT
 from export3d_cli.core.config.loading import load_train_config, to_dict
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.preprocess import DatasetManifest
@@ -118,6 +120,10 @@ def readers() -> dict[str, Reader]:
     meta = {"format": "export3d-1", "config": json.dumps(to_dict(PRESETS["tiny"])), "record": "{}"}
     weights = safetensors({**tensors, "__metadata__": meta}, bytes(16))
     state = safetensors({**tensors, "__metadata__": {"info": '{"stage": "clebs", "step": 1}'}}, bytes(16))
+    face = {"photo.0": {"dtype": "U8", "shape": [16, 16, 3], "data_offsets": [0, 768]},
+            "tuned.flow.basis": {"dtype": "F32", "shape": [2], "data_offsets": [768, 776]}}  # fmt: skip
+    about = {"format": FORMAT, "weights": "0" * 64, "made_from": '{"0": "a.jpg"}', "version": "1"}
+    person = safetensors({**face, "__metadata__": about}, bytes(776))
     columns = ",".join(["Timecode", *arkit.ARKIT_NAMES, *arkit.ANGLE_COLUMNS])
     take = "\n".join([columns, *(f"10:00:00:{i:02d}.000" + ",0.1" * 55 for i in range(4))]).encode()
     line = {"id": "a", "source": "a", "file": "clips/a.mp4", "motion": "clips/a.motion.npz", "frames": 2}
@@ -142,6 +148,7 @@ def readers() -> dict[str, Reader]:
         "motion": Reader([motion], ".motion.npz", Motion.load, mutate_zip),
         "weights": Reader([weights], ".safetensors", load_weights, mutate_safetensors),
         "weights info": Reader([weights], ".safetensors", weights_info, mutate_safetensors),
+        "person": Reader([person], ".person.safetensors", read_portrait, mutate_safetensors),
         "state": Reader([state], "/state.safetensors", lambda path: load_state(path.parent), mutate_safetensors),
         "config": Reader([yaml], ".yaml", load_train_config),
         "preset": Reader([b"grin: {smile: 0.8, jaw: .2, mouthPucker: 0}\nsad: {brows: -1, gaze-x: 0.5}\n"], ".yaml",

@@ -26,6 +26,7 @@ from torch import Tensor
 from export3d_cli.core.animation.expression_controls import EditedExpression, look_at_camera
 from export3d_cli.core.animation.framing import MAX_FRAME_SIZE_PX, PHOTO_MARGIN, place_on_canvas
 from export3d_cli.core.animation.options import Crop, Framing, Quality
+from export3d_cli.core.animation.person import Person, apply_person
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pipeline import chain_parallel
 from export3d_cli.core.animation.retargeting import Control
@@ -112,6 +113,7 @@ class Portrait(FaceCrop):
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
     others: tuple[FaceCrop, ...] = field(default=(), repr=False)  # of additional photos of the person
+    person: Person | None = field(default=None, repr=False)  # whose tensors the network has
 
     @property
     def camera(self) -> np.ndarray:
@@ -144,13 +146,9 @@ class Animator:
     def __init__(
         self, model: Export3D, *, device: torch.device, precision: str, batch: int = 0, quality: Quality = "best"
     ) -> None:
-        self.model = self._fp32_model = copy_for_inference(model, device)
-        if precision != "fp32" and device.type == "cpu":  # elsewhere autocast does it
-            self.model = copy_for_inference(self._fp32_model, device)
-            for name, part in self.model.named_children():
-                if name not in FP32_PARTS:
-                    cast_weights(part, precision)
         self.device, self.precision, self.quality = device, precision, quality
+        self.fp32_model = copy_for_inference(model, device)
+        self.model = self._cast(self.fp32_model, precision)
         self.batch = batch or (32 if device.type == "cuda" else 4 // self.workers)
         config, (image_scale, sample_scale) = model.config, RENDER_SCALES[quality]
         samples = round(sample_scale * config.coarse_samples), round(sample_scale * config.fine_samples)
@@ -211,11 +209,11 @@ class Animator:
         return self._trackers[name]
 
     def portrait(
-        self, photo: np.ndarray, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
+        self, photo: np.ndarray | Person, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
         size: int = 0, name: str = "the photo", also: Mapping[str, np.ndarray] | None = None,
         force: bool = False, landmarks: np.ndarray | None = None,
     ) -> Portrait:  # fmt: skip
-        """Find a face in a photo, uint8 (H, W, 3) RGB, and encode the crop around it.
+        """Find a face in a photo, uint8 (H, W, 3) RGB or a person file's, and encode the crop around it.
 
         `face` is largest, left, right, or index:N, the N-th from the left, from 0. Frames show all of the photo or,
         with the `framing` face, a square around the head; their longer side is `size`, 0: the photo's, see
@@ -229,7 +227,12 @@ class Animator:
         Raises `NoFaceError` without an upright face, `InputError` if an option does not fit the photo or the weights,
         or if `also` seems to show somebody else.
         """
-        tracker = self.tracker()
+        tracker, person = self.tracker(), photo if isinstance(photo, Person) else None
+        if isinstance(photo, Person):
+            if also:
+                raise InputError(f"{name} already holds all photos of the person: leave out the additional ones")
+            photo, *more = photo.photos
+            also, force = {f"photo {k} in {name}": image for k, image in enumerate(more, 2)}, True
         assert isinstance(tracker, LandmarkerTracker)
         if landmarks is None:
             target = find_photo_face(tracker, photo, name=name, face=face)
@@ -248,7 +251,7 @@ class Animator:
             canvas = pool.submit(self._make_canvas, photo, square, faces)
             portrait = self._encode(Portrait(
                 crop_image, motion, faces, self._covered_parts(crop_image, motion), face_box, shown,
-                None, None, self._image_tensor(padded), self.model, self.precision,  # type: ignore[arg-type]
+                None, None, self._image_tensor(padded), self.model, self.precision, person=person,  # type: ignore[arg-type]
             ), self.precision)  # fmt: skip
             portrait = self._add_photos(portrait, also, force) if also else portrait
             return replace(portrait, canvas=canvas.result())
@@ -293,7 +296,7 @@ class Animator:
             motion, _, padded = self._cut_face(photo, square, target, len(portrait.crop))
             landmarks = self._tensor(landmarks_to_head_frame(motion.landmarks, motion.camera))
             with torch.inference_mode():
-                matched, similarity = self._fp32_model.match_colours(
+                matched, similarity = self.fp32_model.match_colours(
                     portrait.source, to_tensor(padded)[None].to(self.device), padding, self._tensor(motion.camera),
                     landmarks,
                 )  # fmt: skip
@@ -402,9 +405,21 @@ class Animator:
         values = torch.cat(parts).numpy()
         return values[:, :3], values[:, 3]
 
+    def _cast(self, model: Export3D, precision: str) -> Export3D:
+        """Return a network whose weights are in a precision where it matters; it shares those that are fp32."""
+        if precision == "fp32" or self.device.type != "cpu":  # elsewhere autocast does it
+            return model
+        model = copy_for_inference(model, self.device)
+        for name, part in model.named_children():
+            if name not in FP32_PARTS:
+                cast_weights(part, precision)
+        return model
+
     def _encode(self, portrait: Portrait, precision: str) -> Portrait:
         """Return the portrait with its photos encoded, in fp32 where values overflow in half precision."""
-        model = self._fp32_model if precision == "fp32" else self.model
+        model = self.fp32_model if precision == "fp32" else self.model
+        if portrait.person is not None:
+            model = self._cast(apply_person(self.fp32_model, portrait.person), precision)
         source = self._encode_crop(model, precision, portrait)
         if not all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem)):
             if precision == "fp32":
@@ -428,7 +443,7 @@ class Animator:
             )  # fmt: skip
 
     def _check_owner(self, portrait: Portrait) -> None:
-        if portrait.model is not self.model and portrait.model is not self._fp32_model:
+        if next(portrait.model.parameters()) is not next(self.model.parameters()):  # which all its networks share
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
     def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.options import PortraitOptions
+from export3d_cli.core.animation.person import Person, is_person_file, main_photo
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.face.given_landmarks import read_landmarks
 from export3d_cli.core.face.matting import estimate_foreground
@@ -25,11 +26,11 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in _VIDEO_SUFFIXES
 
 
-def read_portrait(path: Path) -> np.ndarray:
-    """Read the photo of a portrait, uint8 (H, W, 3) RGB; raise `InputError` for a video."""
+def read_portrait(path: Path) -> np.ndarray | Person:
+    """Read the photo of a portrait, uint8 (H, W, 3) RGB, or a person file; raise `InputError` for a video."""
     if is_video(path):
         raise InputError(f"{path} is a video, and the portrait must be a photo: save one of its frames as .png")
-    return read_image(path)
+    return Person.load(path) if is_person_file(path) else read_image(path)
 
 
 def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOptions, *, max_side: int = 0) -> Portrait:
@@ -37,11 +38,12 @@ def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOpt
     if isinstance(source, Portrait):
         return source
     photo = read_portrait(source)
-    size = options.size or (max_side if max(photo.shape[:2]) > max_side else 0)
-    landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, photo.shape[1::-1])
+    shape = main_photo(photo).shape
+    size = options.size or (max_side if max(shape[:2]) > max_side else 0)
+    landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, shape[1::-1])
     return animator.portrait(
         photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size,
-        also={str(path): read_portrait(path) for path in options.also}, force=options.force,
+        also={str(path): main_photo(read_portrait(path)) for path in options.also}, force=options.force,
         landmarks=landmarks,
     )  # fmt: skip
 

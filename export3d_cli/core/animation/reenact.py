@@ -19,6 +19,7 @@ from export3d_cli.core.animation.driver_stream import DriverStream, MotionBatch
 from export3d_cli.core.animation.expression_controls import EditedExpression, edit_expression, shut_lips
 from export3d_cli.core.animation.frame_writer import write_video
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary, choose_sound
+from export3d_cli.core.animation.person import main_photo
 from export3d_cli.core.animation.photo_canvas import FrameLayers
 from export3d_cli.core.animation.pipeline import PrefetchIterator
 from export3d_cli.core.animation.retargeting import Control
@@ -92,7 +93,7 @@ def load_portraits(animator: Animator, source: Path | Portrait, options: Reenact
     if isinstance(source, Portrait):
         return [source]
     if options.face == "all":
-        photo = read_portrait(source)
+        photo = main_photo(read_portrait(source))
         count = len(animator.tracker().find_all(photo))
         faces = [f"index:{k}" for k in range(count)] or ["largest"]  # which raises if there is none
     else:

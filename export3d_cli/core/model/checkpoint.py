@@ -41,13 +41,13 @@ def save_weights(
         return value.detach().cpu().to(torch.float16 if as_half else value.dtype).contiguous().clone()
 
     header = {"format": FORMAT, "config": json.dumps(to_dict(config)), "record": json.dumps(record), "licence": licence}
-    _write(Path(path), {name: to_stored(name, value) for name, value in state.items()}, header)
+    write_tensors(Path(path), {name: to_stored(name, value) for name, value in state.items()}, header)
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
     """Read a weights file: tensors (floating-point as float32, on the CPU), the model config, the training record."""
     path = Path(path)
-    state, header = _read(path)
+    state, header = read_tensors(path)
     if header.get("format") != FORMAT:
         raise WeightsError(f"{path} holds no export3d weights: format is {header.get('format')!r}, not {FORMAT!r}")
     try:
@@ -76,7 +76,7 @@ def _rename_old_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_licence(path: Path | str) -> str:
     """Return the licence in the header of a weights file."""
-    return str(_read(Path(path))[1].get("licence", ""))
+    return str(read_tensors(Path(path))[1].get("licence", ""))
 
 
 def check_header_size(config: ModelConfig, state: dict[str, Tensor]) -> None:
@@ -115,7 +115,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *
             except OSError:
                 shutil.copyfile(younger, older)
     cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _write(states[0], cpu, {"format": "export3d-state-1", "info": json.dumps(info)})
+    write_tensors(states[0], cpu, {"format": "export3d-state-1", "info": json.dumps(info)})
     write_text(folder / "state.json", json.dumps(info, indent=1) + "\n")
 
 
@@ -125,7 +125,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        tensors, header = _read(path)
+        tensors, header = read_tensors(path)
         return _rename_old_keys(tensors), json.loads(header["info"])
     except (WeightsError, KeyError, ValueError) as error:
         raise TrainingError(
@@ -152,7 +152,8 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file atomically; equal contents give equal bytes."""
     with write_atomic(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors writes a file that only its owner can read
@@ -176,7 +177,8 @@ def _sort_header(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the header of a safetensors file, on the CPU; raises `WeightsError`."""
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist")
     try:

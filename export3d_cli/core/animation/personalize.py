@@ -1,0 +1,230 @@
+"""Personalise (beyond the paper): from photos and a video of one person, make a file that stands for a photo.
+
+The frames of the video that add most are kept as further photos, and the expression basis is fitted to the person.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.compositor import read_portrait
+from export3d_cli.core.animation.framing import DEFAULT_MAX_SIDE_PX, PHOTO_MARGIN
+from export3d_cli.core.animation.options import Progress, check_overwrite
+from export3d_cli.core.animation.person import MAX_PHOTOS, Person, fingerprint, main_photo
+from export3d_cli.core.face.crop import crop_with_padding, fit_clip_crop
+from export3d_cli.core.face.face_track import Face, TargetFaceTracker, find_photo_face
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, NUM_LANDMARKS
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.model.warp.photo_selection import ANGLE_SCALE, EXPRESSION_SCALE
+from export3d_cli.core.runtime.camera import FOCAL, RADIUS, head_pose
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
+from export3d_cli.core.runtime.weights import file_sha256
+
+SUFFIX = ".person.safetensors"
+MAX_FRAMES = 250  # of the video that are tracked, evenly over its length
+MAX_CROP_PX = 768  # side of what is kept of further photos: the face with its surroundings
+PIXELS_PER_UNIT = 256 * FOCAL / RADIUS  # of an image of 256 pixels, head-frame units at the head
+# Weight of the shipped basis against the person's frames, in frames: 0 fits the frames alone. Of 30, 50 and 100 all
+# bring the landmarks of frames that the fit did not see equally near; 5 frames suffice for two thirds of it.
+PRIOR_FRAMES = 50
+
+
+@dataclass(frozen=True)
+class PersonalizeOptions:
+    """From what a person file is made."""
+
+    also: tuple[Path, ...] = ()  # more photos of the person
+    video: Path | None = None  # of the person
+    start: float = 0.0  # seconds of the video to skip
+    duration: float | None = None  # seconds of the video to use
+    frames: int = 4  # of the video that are kept as photos
+    force: bool = False  # use photos and video even if they seem to show somebody else
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PersonSummary:
+    """What a person file was made of."""
+
+    out: Path
+    photos: tuple[str, ...]  # names, with the time of frames of the video
+    tracked: int  # frames of the video with the face
+    landmark_error: tuple[float, float]  # of held-out rows, pixels at 256, before and after, see `fit_basis`
+    size_mb: float
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+
+def personalize(
+    animator: Animator, source: Path, out: Path, options: PersonalizeOptions | None = None, *,
+    progress: Progress | None = None,
+) -> PersonSummary:  # fmt: skip
+    """Write a person file, which is accepted wherever a photo is; frames show the photo `source`.
+
+    Each photo and the video must show one person, the largest face in them. Raises `InputError` if one seems to show
+    somebody else.
+    """
+    options, began, notes = options or PersonalizeOptions(), time.monotonic(), list[str]()
+    check_person_output(out, options)
+    photos = {str(path): main_photo(read_portrait(path)) for path in (source, *options.also)}
+    also = {name: photo for name, photo in photos.items() if name != str(source)}
+    portrait = animator.portrait(photos[str(source)], name=str(source), also=also, force=options.force)
+    motions, tracked = [portrait.motion, *(face.motion for face in portrait.others)], 0
+    tracker, kept = animator.tracker(), dict[str, np.ndarray]()
+    for name, photo in also.items():
+        kept[name] = _cut_head(photo, find_photo_face(tracker, photo, name=name))
+    if options.video is not None:
+        faces, motion, notes = _track_video(animator, options.video, options, progress)
+        rows = [motion.select(np.array([row])) for row in range(len(motion))]
+        nearest, *chosen = choose_frames(motions, rows, min(options.frames, MAX_PHOTOS - len(motions)))
+        cut = _cut_frames(options.video, options, faces, [nearest, *chosen])
+        # the video follows one face: the frame that is most like a photo tells whose
+        name = f"{options.video} at {float(list(faces)[nearest] / motion.fps):.1f} s"
+        animator.portrait(photos[str(source)], name=str(source), also={name: cut[nearest]}, force=options.force)
+        kept |= {f"{options.video.name} at {float(list(faces)[k] / motion.fps):.1f} s": cut[k] for k in chosen}
+        motions, tracked = motions + rows, len(rows)
+    basis, errors = fit_basis(animator, Motion.concatenate(motions))
+    main = photos[str(source)]
+    scale = min(1.0, DEFAULT_MAX_SIDE_PX / max(main.shape[:2]))
+    main = cv2.resize(main, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else main
+    files = [source, *options.also, *([] if options.video is None else [options.video])]
+    Person(
+        (main, *kept.values()), {"flow.basis": basis}, fingerprint(animator.fp32_model),
+        {file_sha256(path): path.name for path in files},
+    ).save(out)  # fmt: skip
+    return PersonSummary(
+        out, (str(source), *kept), tracked, errors, out.stat().st_size / 1e6, time.monotonic() - began, tuple(notes)
+    )
+
+
+def check_person_output(out: Path, options: PersonalizeOptions) -> None:
+    """Raise `InputError` for an output that is no person file or exists, and for a single photo without a video."""
+    if not out.name.lower().endswith(SUFFIX):
+        raise InputError(f"{out} must end in {SUFFIX}")
+    check_overwrite(out, options.overwrite)
+    if not options.also and options.video is None:
+        raise InputError("one photo alone has nothing to add: give more photos of the person, or a video of them")
+    if len(options.also) >= MAX_PHOTOS:
+        raise InputError(f"a person file holds at most {MAX_PHOTOS} photos, got {1 + len(options.also)}")
+
+
+def choose_frames(photos: Sequence[Motion], frames: Sequence[Motion], count: int) -> list[int]:
+    """Return the index of the frame most like a photo, then those of `count` frames that add most to the photos.
+
+    All motions have one row. The cost of a set of photos is the mean, over frames and points of the face, of the
+    distance to the nearest photo, as `select_photos` weighs it; frames are added greedily.
+    """
+    motion = Motion.concatenate([*photos, *frames])
+    points = landmarks_to_head_frame(motion.landmarks, motion.camera)[:, list(BLENDSHAPE_POINTS)]
+    rotation = head_pose(motion.camera)[0]
+    cosine = ((np.einsum("aij,bij->ab", rotation, rotation) - 1) / 2).clip(-1, 1)
+    angle = np.sqrt(1 - cosine**2)[len(photos) :]  # (T, J), sines as in `photo_selection`
+    shown = points[len(photos) :]  # (T, L, 3)
+    cost = np.full(shown.shape[:2], np.inf, np.float32)
+    nearest, order = 0, list[int]()
+
+    def distance(k: int) -> np.ndarray:
+        """Return the distance of frames' points (T, L) to those of a photo, in units of `select_photos`' logits."""
+        moved = np.linalg.norm(shown - points[k], axis=-1)
+        return np.square(2 / EXPRESSION_SCALE * moved + 2 / ANGLE_SCALE * angle[:, k, None])
+
+    for k in range(len(photos)):
+        cost = np.minimum(cost, distance(k))
+    nearest = int(cost.mean(1).argmin())
+    for _ in range(min(count, len(frames))):
+        costs = [np.minimum(cost, distance(len(photos) + k)).mean() for k in range(len(frames))]
+        order.append(int(np.argmin(costs)))
+        cost = np.minimum(cost, distance(len(photos) + order[-1]))
+    return [nearest, *order]
+
+
+def fit_basis(animator: Animator, motion: Motion) -> tuple[Tensor, tuple[float, float]]:
+    """Fit the displacement fields b_i of the expression basis to a person: ridge regression around the shipped ones.
+
+    The first row of `motion` is the photo. Returns the basis (n, 478, 3), and the mean error of the landmarks in pixels
+    at 256, by the shipped basis and by one that is fitted to the first two thirds of the rows, in the last third.
+    """
+    assert animator.model.flow is not None
+    shipped = animator.model.flow.basis.float().cpu().numpy().astype(np.float64)  # (n, 478, 3)
+    n = len(shipped)
+    landmarks = landmarks_to_head_frame(motion.landmarks, motion.camera)  # (T, 478, 3)
+    lam = animator.coefficients(motion.beta)[:, :n].astype(np.float64)
+    change = (lam - lam[0]) * animator.model.config.expression_gain  # (T, n), as rendered
+    residual = (landmarks - landmarks[0]).reshape(len(lam), -1) - change @ shipped.reshape(n, -1)  # (T, 478 * 3)
+    prior = PRIOR_FRAMES * max(float(np.square(change).mean()), 1e-6) * np.eye(n)
+
+    def fit(rows: slice) -> np.ndarray:
+        x = change[rows]
+        fitted: np.ndarray = np.linalg.solve(x.T @ x + prior, x.T @ residual[rows])
+        return fitted
+
+    def error(rest: np.ndarray) -> float:
+        return float(np.linalg.norm(rest.reshape(-1, NUM_LANDMARKS, 3)[..., :2], axis=-1).mean() * PIXELS_PER_UNIT)
+
+    split = max(1, len(lam) * 2 // 3)
+    held_out = slice(split, None)
+    errors = error(residual[held_out]), error(residual[held_out] - change[held_out] @ fit(slice(split)))
+    basis = shipped + fit(slice(None)).reshape(shipped.shape)
+    return torch.from_numpy(basis.astype(np.float32)), errors
+
+
+def _track_video(
+    animator: Animator, video: Path, options: PersonalizeOptions, progress: Progress | None
+) -> tuple[dict[int, Face], Motion, list[str]]:
+    """Return the faces of a video's first shot, by the numbers of their frames, their motion, and notes."""
+    faces, cut = dict[int, Face](), False
+    with _open(video, options) as reader:
+        track = TargetFaceTracker(animator.tracker(), reader.info.fps, name=str(video))
+        for number, frame in enumerate(itertools.islice(reader, MAX_FRAMES)):
+            face = track(frame)
+            cut = track.is_new_shot and bool(faces)
+            if cut:
+                break
+            if face is not None:
+                faces[number] = face
+            if progress is not None:
+                progress("tracking", number + 1, min(reader.info.frame_count, MAX_FRAMES))
+        fps, size = reader.info.fps, (reader.info.width, reader.info.height)
+    if not faces:
+        raise NoFaceError(f"no face found in {video}: use a video with one large, upright face")
+    notes = [*track.notes, *([f"{video} is used until its first cut"] if cut else [])]
+    return faces, animator.tracker().make_motion([*faces.values()], fps, size), notes
+
+
+def _open(video: Path, options: PersonalizeOptions) -> VideoReader:
+    """Open a video at a rate at which it has at most `MAX_FRAMES` frames."""
+    reader = VideoReader(video, start=options.start, duration=options.duration)
+    if reader.info.frame_count <= MAX_FRAMES:
+        return reader
+    fps = (reader.info.fps * MAX_FRAMES / reader.info.frame_count).limit_denominator(1000)
+    return VideoReader(video, start=options.start, duration=options.duration, fps=fps)
+
+
+def _cut_frames(
+    video: Path, options: PersonalizeOptions, faces: dict[int, Face], rows: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Return the heads in some frames with a face, by their rows among these."""
+    numbers = {list(faces)[row]: row for row in rows}
+    with _open(video, options) as reader:
+        frames = enumerate(itertools.islice(reader, max(numbers) + 1))
+        return {numbers[k]: _cut_head(frame, faces[k]) for k, frame in frames if k in numbers}
+
+
+def _cut_head(photo: np.ndarray, face: Face) -> np.ndarray:
+    """Cut a head with its surroundings out of a photo, as much as `Animator.portrait` uses of additional ones."""
+    x0, y0, side = fit_clip_crop(face.landmarks[None], (photo.shape[1], photo.shape[0]))
+    around = PHOTO_MARGIN * side
+    whole = side + 2 * around
+    return crop_with_padding(photo, (x0 - around, y0 - around, whole), min(round(whole), MAX_CROP_PX))
