@@ -8,6 +8,7 @@ than 10 s of CPU time, or 512 MiB of memory that is not freed.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import random
@@ -35,9 +36,13 @@ from export3d_cli.core.config.loading import load_train_config, to_dict
 from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.dataset.preprocess import DatasetManifest
 from export3d_cli.core.face import arkit
+from export3d_cli.core.face.given_landmarks import complete_landmarks, read_landmarks
 from export3d_cli.core.face.motion import Motion
-from export3d_cli.core.media.image import read_image
+from export3d_cli.core.face.speech import read_cues
+from export3d_cli.core.media.content_credentials import has_metadata_mark, read_credentials, sign_file
+from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import Export3DError
@@ -134,6 +139,10 @@ def readers() -> dict[str, Reader]:
     yaml += b"data:\n  path: [x]\n"
     camera = orbit_camera(0, 0)
 
+    points = [(8 + 6 * (k % 8), 8 + 6 * (k // 8)) for k in range(68)]
+    subtitles = b"1\n00:00:01,500 --> 00:00:03,000\n<i>Hello</i> there\n\n2\n00:00:03,000 --> 00:00:04,000\n7 words\n"
+    signed = _signed_photo()
+
     def video(path: Path) -> None:
         with VideoReader(path) as reader:
             for number, _ in enumerate(reader):
@@ -157,7 +166,22 @@ def readers() -> dict[str, Reader]:
                                          lambda path: DatasetManifest(path.parent).write()),
         "manifest of train": Reader([photos], "/manifest.jsonl", lambda path: _train(path.parent, still)),
         "csv": Reader([take], ".csv", lambda path: arkit.read_csv(path, camera)),
+        "landmarks": Reader([json.dumps(points).encode(), json.dumps([{"x": x, "y": y} for x, y in points]).encode()],
+                            ".json", lambda path: complete_landmarks(read_landmarks(path, (64, 64)))),
+        "landmarks in csv": Reader([b"x,y\n" + b"\n".join(b"%d,%d" % point for point in points)],
+                                   ".csv", lambda path: complete_landmarks(read_landmarks(path, (64, 64)))),
+        "subtitles": Reader([subtitles, b"plain words, 2 of them"], ".srt", read_cues),
+        "credentials": Reader([signed], ".jpg", lambda path: (read_credentials(path), has_metadata_mark(path)), cost=5),
     }  # fmt: skip
+
+
+@functools.cache
+def _signed_photo() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jpg"
+        write_image(path, np.zeros((64, 64, 3), np.uint8), comment=SYNTHETIC_COMMENT)
+        sign_file(path)
+        return path.read_bytes()
 
 
 def _motion(frames: int) -> bytes:

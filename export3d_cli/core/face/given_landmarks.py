@@ -38,7 +38,7 @@ def read_landmarks(path: Path, size: tuple[int, int]) -> np.ndarray:
             (rows,) = rows.values() if isinstance(rows, dict) else rows
         axes = "xyz" if "z" in rows[0] else "xy"
         points = np.array([[r[a] for a in axes] if isinstance(r, dict) else r for r in rows], np.float64)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} holds no landmarks ({error}): give rows of x,y in pixels, as CSV or JSON") from error
     if points.ndim != 2 or points.shape[0] not in (len(IBUG68), NUM_LANDMARKS) or points.shape[1] not in (2, 3):
         raise InputError(f"{path} holds points of shape {points.shape}: expected (68, 2), (478, 2) or (478, 3)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 import socket
 import struct
@@ -130,6 +131,10 @@ class LiveLinkDecoder:
         return FacePacket(coefficients, arkit.head_rotations(angles[None])[0])
 
 
+def _is_not_of_pythonosc(record: logging.LogRecord) -> bool:
+    return "pythonosc" not in record.pathname
+
+
 class VmcDecoder:
     """Decodes VMC: coefficients by name, the bone `Head`, and `Apply`, which ends a frame; unknown names are ignored.
 
@@ -139,6 +144,7 @@ class VmcDecoder:
     def __init__(self) -> None:
         self._index = {name.lower(): number for number, name in enumerate(ARKIT_NAMES)}
         self._coefficients, self._rotation = np.zeros(len(ARKIT_NAMES)), np.eye(3)
+        logging.getLogger().addFilter(_is_not_of_pythonosc)  # it would print every malformed packet
 
     def __call__(self, data: bytes) -> FacePacket | None:
         """Return the face if a frame ends in this packet, else None."""

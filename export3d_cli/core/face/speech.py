@@ -82,7 +82,7 @@ _LETTERS = dict(
     )
 )
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_CLOCK = r"(\d+):(\d\d):(\d\d)[,.](\d{3})"
+_CLOCK = r"(\d{1,4}):(\d\d):(\d\d)[,.](\d{3})"
 _CUE = re.compile(rf"{_CLOCK}\s*-->\s*{_CLOCK}[^\n]*\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
 
 

@@ -41,6 +41,7 @@ def test_formats_give_the_same_points(tmp_path: Path, name: str, text: str) -> N
         ("", "no landmarks"), ("[[1, 2], [3]]", "no landmarks"), ("{}", "no landmarks"), ("[[1, 2], [3, 4]]", "shape"),
         ("[" * 5000, "no landmarks"), (json.dumps((POINTS + 500).tolist()), "200x100 pixels"),
         (json.dumps([[1, float("nan")]] * 68), "not finite"), (json.dumps([["1", "b"]] * 68), "no landmarks"),
+        (json.dumps([[1, 10**400]] * 68), "no landmarks"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
