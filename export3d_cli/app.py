@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -23,12 +24,11 @@ import gradio as gr
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.basis_description import describe_basis
-from export3d_cli.core.animation.compositor import read_portrait
+from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.edit_basis import EditOptions, edit_basis
 from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit
 from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
-from export3d_cli.core.animation.options import ReenactOptions
-from export3d_cli.core.animation.person import main_photo
+from export3d_cli.core.animation.options import PortraitOptions, ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.runtime.errors import Export3DError, InputError
 from export3d_cli.core.runtime.weights import example_path
@@ -47,6 +47,8 @@ class Session:
     folder: Path  # for its results
     uploads: set[Path] = field(default_factory=set)  # files that the browser sent
     photo: Path | None = None
+    also: tuple[Path, ...] = ()  # more photos of the person
+    force: bool = False  # use them even if they seem to show somebody else
     portrait: Portrait | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -96,16 +98,25 @@ def build(jobs: _Jobs) -> gr.Blocks:
                     height=380, alt_text="The photo",
                 )  # fmt: skip
                 person = gr.File(label="Or a person file, in place of the photo", file_types=[".safetensors"])
+                with gr.Accordion("More photos of the person", open=False):
+                    also = gr.File(
+                        label="For own teeth, shut eyes, the far cheek", file_count="multiple", type="filepath",
+                        file_types=["image"], height=140,
+                    )  # fmt: skip
+                    force = gr.Checkbox(label="Use them even if they seem to show somebody else")
             with gr.Column(), gr.Tabs():
                 with gr.Tab("Animate"):
                     driver = gr.Video(
                         driver_example, label="Video of the face that moves it", sources=["upload", "webcam"],
                         include_audio=True, height=320,
                     )  # fmt: skip
+                    with gr.Accordion("Speech instead of a video", open=False):
+                        sound = gr.Audio(label="Sound whose words the lips speak", type="filepath")
+                        text = gr.Textbox(label="What it says, for exact lips (not needed)", lines=2, max_length=20_000)
                     with gr.Accordion("Options", open=False):
                         expression = number(0, 3, 1, "Strength of the expression")
                         pose = number(0, 3, 1, "Strength of the head's movement")
-                        seconds = number(1, 600, 600, "Seconds of the video to use, at most", 1)
+                        seconds = number(1, 600, 600, "Seconds of the video or sound to use, at most", 1)
                         framing = gr.Radio(["photo", "face"], value="photo", label="Show the whole photo or the face")
                         mark = gr.Radio(
                             ["none", "visible", "invisible"], value="invisible", label="Mark in the picture"
@@ -137,16 +148,15 @@ def build(jobs: _Jobs) -> gr.Blocks:
                 trigger_mode="always_last", concurrency_id="preview", api_visibility="private",
             )  # fmt: skip
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        encode = gr.on(
-            [page.load, photo.change, person.change], jobs.set_photo, [photo, person], None,
-            trigger_mode="always_last", **hidden,
-        )  # fmt: skip
+        photos = [photo, person, also, force]
+        changes = [page.load, *(element.change for element in photos)]
+        encode = gr.on(changes, jobs.set_photo, photos, None, trigger_mode="always_last", **hidden)
         encode.success(turn[0], turn_inputs, turn[1], **hidden).success(edit[0], edit_inputs, edit[1], **hidden)
         reset.click(lambda: [0] * len(edit_inputs), None, edit_inputs, **hidden)
         render.click(
-            jobs.reenact, [photo, person, driver, expression, pose, seconds, framing, mark],
-            [result, reenact_command, made],
-            show_progress_on=[result], concurrency_id="render", api_visibility="private",
+            jobs.reenact, [*photos, driver, sound, text, expression, pose, seconds, framing, mark],
+            [result, reenact_command, made], show_progress_on=[result], concurrency_id="render",
+            api_visibility="private",
         )  # fmt: skip
         cancel.click(jobs.cancel, queue=False, **hidden)
         page.unload(jobs.close)
@@ -175,25 +185,25 @@ class _Jobs:
             for path in session.uploads.difference(self.examples, *(s.uploads for s in self._sessions.values())):
                 path.unlink(missing_ok=True)
 
-    def set_photo(self, photo: str | None, person: str | None, request: gr.Request) -> None:
-        """Encode a new photo, or the person file in its place."""
-        photo = person or photo
-        session = self._session(request)
-        session.photo = session.portrait = None
-        if photo is not None:
-            with _show_errors():
-                image = read_portrait(Path(photo))
-                size = min(PREVIEW_SIZE_PX, max(main_photo(image).shape[:2]) // 2 * 2)
-                session.portrait = self.animator.portrait(image, size=size, name="the photo")
-            session.photo = Path(photo)
-            session.uploads.add(session.photo)
+    def set_photo(
+        self, photo: str | None, person: str | None, also: list[str] | None, force: bool, request: gr.Request
+    ) -> None:
+        """Encode a new photo, or the person file in its place, together with more photos of the person."""
+        session, photo = self._session(request), person or photo
+        session.photo, session.portrait = Path(photo) if photo else None, None
+        session.also, session.force = tuple(map(Path, also or ())), force
+        session.uploads |= {*session.also, *([session.photo] if session.photo else [])}
+        if session.photo is not None:
+            options = PortraitOptions(also=session.also, force=force)
+            with self._show_errors():
+                session.portrait = load_photo(self.animator, session.photo, options, max_side=PREVIEW_SIZE_PX)
 
     def turn(self, yaw: float, pitch: float, request: gr.Request) -> tuple[str | None, str]:
         """Show the photo from another angle, and return the command for it."""
         view = NovelViewOptions(yaw=(yaw, yaw), pitch=(pitch, pitch), frames=1)
         arguments = [f"--yaw={yaw:g}", f"--pitch={pitch:g}", "-o", "view.png"]
         frame = self._show(request, lambda portrait, out: novel_view(self.animator, portrait, out, view))
-        return frame, _command("novel-view", self._session(request).photo, arguments)
+        return frame, self._command(request, "novel-view", arguments)
 
     def edit(self, request: gr.Request, *values: float) -> tuple[str | None, str]:
         """Show the photo with another expression, by controls and basis, and return the command for it."""
@@ -205,13 +215,17 @@ class _Jobs:
         ends = tuple((v, (value, value)) for v, value in edits.items())
         edit = EditOptions(frames=1, edits=ends, expression=ExpressionEdit(controls))
         frame = self._show(request, lambda portrait, out: edit_basis(self.animator, portrait, out, edit))
-        return frame, _command("edit-basis", self._session(request).photo, [*arguments, "-o", "expression.png"])
+        return frame, self._command(request, "edit-basis", [*arguments, "-o", "expression.png"])
 
     def reenact(
-        self, photo: str | None, person: str | None, driver: str | None, expression: float, pose: float,
-        seconds: float, framing: str, mark: str, request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
+        self, photo: str | None, person: str | None, also: list[str] | None, force: bool, video: str | None,
+        sound: str | None, text: str, expression: float, pose: float, seconds: float, framing: str, mark: str,
+        request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
     ) -> tuple[str, str, list[str]]:  # fmt: skip
-        """Animate the photo; return the video, its command and the last videos. `progress` is the bar on the page."""
+        """Animate the photo by a sound or video; return the result, its command and the last videos.
+
+        `progress` is the bar on the page.
+        """
         session, photo = self._session(request), person or photo
         session.cancelled.clear()
 
@@ -220,21 +234,26 @@ class _Jobs:
                 raise Export3DError("The rendering was cancelled.")
             progress((done, total), unit=stage)
 
-        with _show_errors():
+        driver, photos = sound or video, tuple(map(Path, also or ()))
+        with self._show_errors():
             if photo is None or driver is None:
-                raise InputError("a photo and a video are needed: drop both into the page")
-            session.uploads |= {Path(photo), Path(driver)}
+                raise InputError("a photo and a video or sound are needed: drop both into the page")
+            session.uploads |= {Path(path) for path in (photo, video, sound, *(also or ())) if path}
+            script = self._new_file(session, ".txt") if sound and text.strip() else None
+            if script is not None:
+                script.write_text(text, encoding="utf-8")
             options = ReenactOptions(
                 expression_scale=expression, pose_scale=pose, duration=seconds, framing=framing,  # type: ignore[arg-type]
-                watermark=mark,  # type: ignore[arg-type]
+                watermark=mark, drive_by="sound" if sound else "auto", text=script, also=photos, force=force,  # type: ignore[arg-type]
             )  # fmt: skip
             out = self._new_file(session, ".mp4")
-            progress(0, desc="Reading the photo and the video")
+            progress(0, desc="Reading the photo and the driver")
             reenact(self.animator, Path(photo), Path(driver), out, options, progress=report)
         arguments = [Path(driver).name, "-o", "out.mp4", f"--duration={seconds:g}", "--frame", framing]
         arguments += [f"--expression-scale={expression:g}", f"--pose-scale={pose:g}", "--watermark", mark]
+        arguments += ["--text", "what-it-says.txt"] if script else []
         videos = sorted(session.folder.glob("*.mp4"), key=os.path.getmtime, reverse=True)
-        return str(out), _command("reenact", photo, arguments), [str(path) for path in videos]
+        return str(out), self._command(request, "reenact", arguments), [str(path) for path in videos]
 
     def cancel(self, request: gr.Request) -> None:
         """Stop the running job of this page."""
@@ -257,20 +276,21 @@ class _Jobs:
         session = self._session(request)
         if session.portrait is None:
             return None
-        with _show_errors():
+        with self._show_errors():
             out = self._new_file(session, ".png")
             make(session.portrait, out)
         return str(out)
 
+    def _command(self, request: gr.Request, command: str, arguments: list[str]) -> str:
+        session = self._session(request)
+        also = [part for path in session.also for part in ("--also", path.name)] + ["--force"] * session.force
+        return shlex.join(["export3d", command, (session.photo or Path("photo.jpg")).name, *arguments, *also])
 
-def _command(command: str, photo: Path | str | None, arguments: list[str]) -> str:
-    return shlex.join(["export3d", command, Path(photo or "photo.jpg").name, *arguments])
-
-
-@contextlib.contextmanager
-def _show_errors() -> Iterator[None]:
-    """Show errors that the user can correct as a message on the page."""
-    try:
-        yield
-    except Export3DError as error:
-        raise gr.Error(str(error), duration=None, print_exception=False) from error
+    @contextlib.contextmanager
+    def _show_errors(self) -> Iterator[None]:
+        """Show errors that the user can correct as a message on the page, with names of files for their paths."""
+        try:
+            yield
+        except Export3DError as error:
+            line = re.sub(rf"{re.escape(str(self._folder))}/(\w+/)*", "", str(error))
+            raise gr.Error(line, duration=None, print_exception=False) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import re
 import secrets
@@ -43,6 +44,8 @@ Background = Annotated[str, Query(pattern="^(source|#[0-9a-fA-F]{6})$")]
 Degrees = Annotated[float | None, Query(ge=-90, le=90)]
 Control = Annotated[str, Field(pattern=r"^[a-zA-Z-]{1,40}=-?[0-9]{0,9}[.]?[0-9]{1,9}$")]
 Controls = Annotated[tuple[Control, ...], Query(description="NAME=VALUE as in `edit-basis --set`; repeatable")]
+Ids = Annotated[tuple[str, ...], Query(description="Portraits of the person; their photos as frames show them")]
+Text = Annotated[str, Query(max_length=4000, description="What the sound says, plain or SRT, for exact lips")]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 FILE = {"schema": {"type": "string", "format": "binary"}}
 BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": FILE}}}
@@ -93,12 +96,19 @@ class Service:
             raise HTTPException(401, "send the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
     async def add_portrait(
-        self, request: Request, face: str = "largest", framing: Literal["photo", "face"] = "photo", size: Pixels = 0
-    ) -> Portrait:
-        """Encode the photo, or the person file, in the body."""
+        self, request: Request, face: str = "largest", framing: Literal["photo", "face"] = "photo", size: Pixels = 0,
+        also: Ids = (), force: bool = False,
+    ) -> Portrait:  # fmt: skip
+        """Encode the photo, or the person file, in the body, together with the photos of other portraits.
+
+        With `force`, they are used even if they seem to show somebody else.
+        """
+        photos = {f"portrait {key}": self._find(Portrait, key)._encoded.canvas.photo for key in also}
 
         def encode(path: Path) -> Any:
-            return self._animator.portrait(core.read_portrait(path), face=face, framing=framing, size=size)
+            return self._animator.portrait(
+                core.read_portrait(path), face=face, framing=framing, size=size, also=photos, force=force
+            )
 
         portrait = self._add(Portrait(), MAX_PORTRAITS)
         async with self._receive(portrait, request, "photo", MAX_PHOTO_BYTES) as path, self._encoding:
@@ -109,18 +119,23 @@ class Service:
     async def add_video(
         self, request: Request, portrait: str, kind: Kind = "mp4", duration: Seconds = 600,
         expression_scale: Scale = 1, pose_scale: Scale = 1, background: Background = "source", control: Controls = (),
+        drive_by: Literal["auto", "sound"] = "auto", text: Text = "",
     ) -> Job:  # fmt: skip
         """Animate a portrait by the driver in the body, as `export3d reenact` does, into an MP4 file.
 
-        `kind`: `mp4` stands for a video of any format, `png` for a picture, `npz` for a motion file, `csv` for ARKit's.
+        `kind`: `mp4` stands for a video or sound of any format, `png` for a picture, `npz` for a motion file, `csv` for
+        ARKit's.
         """
         encoded = self._find(Portrait, portrait)._encoded
         options = core.ReenactOptions(
             duration=duration, expression_scale=expression_scale, pose_scale=pose_scale, background=background,
-            expression=_parse_controls(control),
+            expression=_parse_controls(control), drive_by=drive_by,
         )  # fmt: skip
         job = self._add(Job(), MAX_JOBS)
         async with self._receive(job, request, f"driver.{kind}", MAX_DRIVER_BYTES) as driver:
+            if text:
+                options = dataclasses.replace(options, text=driver.with_suffix(".txt"))
+                driver.with_suffix(".txt").write_text(text, encoding="utf-8")
             out = self._folder / f"{job.id}-out.mp4"
             self._pool.submit(self._run, job, core.reenact, encoded, driver, out, options)
         return job

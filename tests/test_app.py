@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.watermark import find_marks
+from export3d_cli.core.face import speech
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.probe import probe
 from export3d_cli.core.runtime.weights import example_path
@@ -153,6 +155,50 @@ def test_photo_becomes_preview_and_video_without_a_request_to_elsewhere(
     assert not result_files()
 
 
+def test_more_photos_are_used_and_a_recorded_sound_drives(
+    address: str, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+
+    class Recognizer:
+        def align(self, samples: np.ndarray, words: list[str]) -> list[speech.Phone]:
+            said.append(list(words))
+            return self.decode(samples)
+
+        def decode(self, samples: np.ndarray) -> list[speech.Phone]:
+            return [speech.Phone("AA", 0.1, 0.3)]
+
+    monkeypatch.setattr(speech, "_Recognizer", Recognizer)
+    with wave.open(str(tmp_path / "speech.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes((9000 * np.sin(np.arange(6400) / 9)).astype("<i2").tobytes())
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    page.get_by_text("More photos of the person").click()
+    files = page.locator("input[type=file]")
+    files.nth(1).set_input_files(example_path("astronaut.jpg"))
+    page.get_by_text(re.compile("^astronaut.jpg seems to show somebody else .*, or pass --force$")).wait_for()
+    page.get_by_label("Use them even if").check()
+    page.get_by_role("tab", name="Turn").click()
+    command = page.locator(".cm-content:visible")
+    line = "export3d novel-view source.jpg --yaw=0 --pitch=0 -o view.png --also astronaut.jpg --force"
+    sync_api.expect(command).to_have_text(line, timeout=60_000)
+    page.get_by_role("tab", name="Animate").click()
+    page.get_by_text("Speech instead of a video").click()
+    page.locator("input[type=file][accept*=audio]").last.set_input_files(tmp_path / "speech.wav")
+    page.get_by_label("What it says").fill("Ah, ah!")
+    page.get_by_role("button", name="Render").click()
+    page.locator("a[download][href*='.mp4']").wait_for()
+    (video,) = [path for path in result_files() if path.suffix == ".mp4"]
+    assert (round(25 * probe(video).duration), said) == (10, [["ah", "ah"]])
+    sync_api.expect(command).to_contain_text("export3d reenact source.jpg speech.wav -o out.mp4")
+    sync_api.expect(command).to_contain_text("--text what-it-says.txt --also astronaut.jpg --force")
+    page.close()
+
+
 def test_rendering_can_be_cancelled_and_a_bad_photo_is_explained(address: str, browser: Any, tmp_path: Path) -> None:
     page = browser.new_page()
     page.set_default_timeout(120_000)
@@ -165,5 +211,5 @@ def test_rendering_can_be_cancelled_and_a_bad_photo_is_explained(address: str, b
     write_image(tmp_path / "grey.png", np.full((256, 256, 3), 128, np.uint8))
     page.get_by_label("Remove Image").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
-    page.get_by_text("no face found in the photo").wait_for()
+    page.get_by_text("no face found in grey.png").wait_for()
     page.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+import wave
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
@@ -26,6 +27,7 @@ from schemathesis import GenerationMode  # noqa: E402
 from export3d_cli import server  # noqa: E402
 from export3d_cli.core import Animator, Person, example_path, find_marks, read_image  # noqa: E402
 from export3d_cli.core.animation.person import fingerprint  # noqa: E402
+from export3d_cli.core.face import speech  # noqa: E402
 from export3d_cli.core.media.probe import probe  # noqa: E402
 from export3d_cli.core.media.reader import VideoReader  # noqa: E402
 from export3d_cli.core.media.writer import VideoWriter  # noqa: E402
@@ -62,6 +64,14 @@ def client(animator: Animator, tmp_path: Path) -> Iterator[TestClient]:
     with TestClient(app, headers=headers, raise_server_exceptions=False) as client:
         yield client
     assert list(tmp_path.iterdir()) == []  # nothing is left
+
+
+@pytest.fixture
+def service(client: TestClient) -> server.Service:
+    """The object whose methods answer the client's requests."""
+    route = next(route for route in client.app.routes if route.path == "/jobs/{job}")  # type: ignore[attr-defined]
+    service: server.Service = route.endpoint.__self__
+    return service
 
 
 def add_portrait(client: TestClient) -> str:
@@ -116,6 +126,50 @@ def test_person_file_stands_for_a_photo(
     for content, status in ((path.read_bytes(), 201), (path.read_bytes()[:5000], 422)):
         reply = client.post("/portraits", params=SMALL, content=content)
         assert reply.status_code == status, reply.text
+
+
+def test_more_photos_of_the_person_are_used_and_others_refused(client: TestClient, service: server.Service) -> None:
+    first, mirrored = client.post("/portraits", content=PHOTO).json()["id"], io.BytesIO()
+    Image.open(io.BytesIO(PHOTO)).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored, "PNG")
+    reply = client.post("/portraits", params=SMALL | {"also": first}, content=mirrored.getvalue())
+    assert reply.status_code == 201, reply.text
+    (added,) = service._find(server.Portrait, reply.json()["id"])._encoded.others
+    own = service._find(server.Portrait, first)._encoded.motion
+    np.testing.assert_allclose(added.motion.beta, own.beta, atol=0.01)
+    somebody = example_path("astronaut.jpg").read_bytes()
+    refused = client.post("/portraits", params=SMALL | {"also": first}, content=somebody)
+    assert refused.status_code == 422
+    assert refused.json()["detail"].startswith(f"portrait {first} seems to show somebody else (similarity ")
+    forced = client.post("/portraits", params=SMALL | {"also": first, "force": True}, content=somebody)
+    assert forced.status_code == 201, forced.text
+    assert client.post("/portraits", params={"also": "none"}, content=PHOTO).status_code == 404
+
+
+def test_a_sound_with_its_text_moves_the_lips(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    aligned = []
+
+    class Recognizer:
+        def decode(self, samples: np.ndarray) -> list[speech.Phone]:
+            return [speech.Phone("AA", 0.1, 0.3)]
+
+        def align(self, samples: np.ndarray, said: list[str]) -> list[speech.Phone]:
+            aligned.append(list(said))
+            return self.decode(samples)
+
+    monkeypatch.setattr(speech, "_Recognizer", Recognizer)
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes((9000 * np.sin(np.arange(6400) / 9)).astype("<i2").tobytes())
+    url, params = f"/portraits/{add_portrait(client)}/videos", {"text": "Ah, ah!"}
+    job = wait(client, client.post(url, content=sound.getvalue(), params=params))
+    assert (job["done"], aligned) == (10, [["ah", "ah"]])  # 0.4 s at 25 frames/s
+    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+    assert client.delete(f"/jobs/{job['id']}").status_code == 204
 
 
 def test_stills_show_controls_and_angles(client: TestClient) -> None:
@@ -268,7 +322,7 @@ def test_a_defect_is_logged_and_the_client_gets_one_line(
         patch.setattr(server.core, "novel_view", fail)
         failed = wait(client, client.post(url, params={"yaw": 3}), "failed")
         assert failed["error"] == "internal error: the output of the program shows where"
-        patch.setattr(server.core, "read_image", fail)
+        patch.setattr(server.core, "read_portrait", fail)
         reply = client.post("/portraits", content=PHOTO)
         assert (reply.status_code, reply.json()["detail"]) == (500, failed["error"])
     assert [record.exc_info[0] for record in caplog.records if record.exc_info][:2] == [KeyError] * 2

@@ -22,9 +22,10 @@ from export3d_cli import options
 def serve(port: int, host: str, token: str | None) -> None:
     """Let other programs animate portraits by HTTP, as GET /openapi.json describes.
 
-    POST /portraits takes a photo; POST /portraits/ID/videos a driver, and /stills?control=smile=.7&yaw=20 none: both
-    start a job. GET /jobs/ID gives its progress, GET /jobs/ID/result its file; DELETE ends it. Photos have at most 64
-    MiB, drivers 500 MiB, a job takes at most an hour. 16 portraits and 8 jobs are kept, unused for 15 minutes.
+    POST /portraits takes a photo (?also=ID: use another one, too); POST /portraits/ID/videos a driver, such as a video
+    or a sound, and /stills?control=smile=.7&yaw=20 none: both start a job. GET /jobs/ID gives its progress, GET
+    /jobs/ID/result its file; DELETE ends it. Photos have at most 64 MiB, drivers 500 MiB, a job takes at most an hour.
+    16 portraits and 8 jobs are kept, unused for 15 minutes.
 
     Needs `pip install 'export3d-cli[serve]'`. Ctrl-C ends it and deletes all files.
     """
