@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -16,7 +16,9 @@ from export3d_cli.core.media.image import contact_sheet, has_image_suffix, read_
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.camera import project_points, yaw_pitch_roll
+from export3d_cli.core.runtime.errors import Export3DError, InputError
 
+T = TypeVar("T")
 HEAD_AXIS_LENGTH = 0.2  # head-frame units
 MAX_THUMBNAILS = 48
 THUMBNAIL_PX, GRID_COLUMNS = 160, 12
@@ -67,7 +69,7 @@ def draw_tracking(frame: np.ndarray, motion: Motion, index: int) -> np.ndarray:
 def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[str]:
     """Write the middle frames of up to 48 clips of a data set; return percentiles of its poses and expressions."""
     shown = _sample_evenly(clips, MAX_THUMBNAILS)
-    frames = [_middle_frame(folder / clip["file"]) for clip in shown]
+    frames = [_read_clip(folder, clip, "file", _middle_frame) for clip in shown]
     tiles = [cv2.resize(frame, (THUMBNAIL_PX,) * 2, interpolation=cv2.INTER_AREA) for frame in frames]
     names = [str(clip["id"]).encode("ascii", "replace").decode()[-16:] for clip in shown]
     write_image(
@@ -75,7 +77,7 @@ def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[st
     )
     count, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
     lines = [f"report in {out}: {len(clips)} clips, {people} persons, {count} frames, {count / 1500:.1f} minutes"]
-    motions = (Motion.load(folder / clip["motion"]) for clip in _sample_evenly(clips, MAX_MEASURED_CLIPS))
+    motions = (_read_clip(folder, clip, "motion", Motion.load) for clip in _sample_evenly(clips, MAX_MEASURED_CLIPS))
     measured = [(yaw_pitch_roll(motion.camera[motion.found]), motion.beta[motion.found]) for motion in motions]
     pose, beta = (np.concatenate(rows) for rows in zip(*measured, strict=True))
     values = {"yaw, degrees": pose[:, 0], "pitch, degrees": pose[:, 1]}
@@ -90,6 +92,16 @@ def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[st
 def _sample_evenly(clips: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return at most `count` clips, evenly spaced from the first to the last."""
     return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, count).round().astype(int))]
+
+
+def _read_clip(folder: Path, clip: dict[str, Any], name: str, read: Callable[[Path], T]) -> T:
+    """Read one of a clip's files; raise `InputError` with the remedy for a damaged one."""
+    try:
+        return read(folder / clip[name])
+    except (Export3DError, OSError, StopIteration) as error:
+        reason = str(error) or f"{folder / clip[name]} has no frames"
+        rows = f"manifest.jsonl and inputs/{clip.get('source', clip['id'])}.jsonl"
+        raise InputError(f"{reason}; delete {rows} in {folder} and run again: the clip is made anew") from error
 
 
 def _middle_frame(file: Path) -> np.ndarray:

@@ -94,6 +94,22 @@ def test_preprocess_report_is_a_picture(data):
     assert data[1].notes[1].startswith("yaw, degrees: 5 % below ")
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".motion.npz"])
+def test_report_names_the_remedy_for_a_damaged_clip(data, talk, tmp_path, suffix):
+    out = tmp_path / "data"
+    shutil.copytree(data[0], out)
+    clip = next((out / "clips").glob(f"*-c01{suffix}"))
+    clip.write_bytes(clip.read_bytes()[:300])
+    remedy = f"; delete manifest.jsonl and inputs/deep er-Ünï_1.jsonl in {out} and run again: the clip is made anew"
+    with pytest.raises(InputError) as error:
+        preprocess([talk], out, size=64, clip_filter=SHORT, report=True)
+    assert clip.name in str(error.value) and str(error.value).endswith(remedy) and "\n" not in str(error.value)
+    for path in (out / "manifest.jsonl", out / "inputs/deep er-Ünï_1.jsonl"):
+        path.unlink()
+    assert preprocess([talk], out, size=64, clip_filter=SHORT, report=True).clips == 2
+    assert clip.stat().st_size > 300
+
+
 def test_preprocess_skips_finished_inputs(talk, data, monkeypatch):
     monkeypatch.setattr(module, "_process_input", lambda job: pytest.fail("processed again"))
     again = preprocess([talk], data[0], size=64, clip_filter=SHORT)
