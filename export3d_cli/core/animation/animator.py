@@ -42,7 +42,7 @@ from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_
 from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
-from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
+from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime.device import (
@@ -81,7 +81,8 @@ _REPLACED = {  # names of earlier versions
     "follower": "animator.tracker(name)",
     "person_mask": "animator.matting.alpha(image)",
     "notes": "the notes of each job's Summary",
-    "ahead": "animator.window",
+    "ahead": "animator.chunk_size",
+    "window": "animator.chunk_size",
 }
 
 
@@ -197,9 +198,9 @@ class Animator:
         return min(2, torch.get_num_threads()) if self.device.type == "cpu" else 1
 
     @property
-    def window(self) -> int:
+    def chunk_size(self) -> int:
         """Number of frames that are prepared together; motions of this length are rendered without waiting."""
-        return max(self.batch, KEYFRAME_WINDOW) if self._triplane_tolerance else self.batch
+        return max(self.batch, KEYFRAME_INTERVAL) if self._triplane_tolerance else self.batch
 
     def tracker(self, name: TrackerName = "landmarker") -> FaceTracker:
         """Return the tracker of this name, opened at first use; threads share it. Raises `WeightsError`."""
@@ -319,8 +320,8 @@ class Animator:
     ) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait with the expressions and cameras of a driver: frames uint8 (H, W, 3), in order.
 
-        The chunking of the driver's frames into `motions` has no effect: they are rendered `window` at a time, and a
-        frame is yielded when its window is full or `motions` ends. `control` says which parts of the motion are used,
+        The chunking of the driver's frames into `motions` has no effect: they are rendered `chunk_size` at a time, and
+        a frame is yielded when its chunk is full or `motions` ends. `control` says which parts of the motion are used,
         and how strongly; None: all, unchanged. `reference`, one row, is the driver's frame that relative control refers
         to: without it that raises `InputError`. `edit` is one frame: its base replaces the portrait's expression, its
         change is added to every frame. `notify` is called with notes for the user. With `layers`, `FrameLayers` are
@@ -340,7 +341,7 @@ class Animator:
         source_camera = portrait.camera
 
         def parts() -> Iterator[Iterable[Any]]:
-            for beta, camera in _windows(motions, self.window):
+            for beta, camera in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, beta)
                 lam = control.target_expression(own, self._coefficients(beta), base)
                 lam = lam if offset is None else lam + offset
@@ -526,9 +527,9 @@ class _Renderer:
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[Iterable[Any]]:
         """Yield lazy parts of the frames of a moving expression, lambda with wink (T, n + 1)."""
-        window, n = self._animator.window, self._animator.model.config.num_coefficients
-        for start in range(0, len(lam), window):
-            part = slice(start, start + window)
+        size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
+        for start in range(0, len(lam), size):
+            part = slice(start, start + size)
             planes = None if self._interpolator is None else self._interpolator(lam[part, :n])
             yield from self.render(cameras[part], lam[part], planes=planes)
 
@@ -589,7 +590,7 @@ def _check_rows(name: str, array: np.ndarray, columns: int) -> np.ndarray:
     return array
 
 
-def _windows(motions: Iterable[Motion], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _chunks(motions: Iterable[Motion], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield beta (T, 64) and cameras (T, 25) of `length` frames at a time, however they are spread over `motions`."""
     beta, camera = np.empty((0, 64), np.float32), np.empty((0, 25), np.float32)
     for motion in motions:

@@ -88,7 +88,7 @@ def write_views(
         if not is_image_output(out):
             fps = options.fps
             write_video(
-                frames, out, options, add_watermark, size=size, fps=fps, depth=animator.window, total=total,
+                frames, out, options, add_watermark, size=size, fps=fps, depth=animator.chunk_size, total=total,
                 progress=progress,
             )  # fmt: skip
         elif total * size[0] * size[1] > MAX_PIXELS:

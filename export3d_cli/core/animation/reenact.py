@@ -79,7 +79,7 @@ def reenact(
         items = zip(*animated, strict=False)  # the shortest driver ends the video
         count = write_video(
             items, out, options, compose, size=compositor.size, fps=stream.fps,
-            depth=animator.window, total=min(s.total for s in streams), progress=progress, audio=audio,
+            depth=animator.chunk_size, total=min(s.total for s in streams), progress=progress, audio=audio,
             audio_start=audio_start, alpha=compositor.transparent,
         )  # fmt: skip
     return Summary(
@@ -109,7 +109,7 @@ def open_driver(
 ) -> DriverStream:
     """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
     return DriverStream(
-        driver, animator.tracker(options.tracker), options, batch=animator.window, crop_scale=portrait.crop_scale,
+        driver, animator.tracker(options.tracker), options, batch=animator.chunk_size, crop_scale=portrait.crop_scale,
         crop_size=portrait.frame_size[1] if options.compare else None, source=portrait.motion,
         track_cache=track_cache,
     )  # fmt: skip

@@ -22,14 +22,14 @@ from export3d_cli.core.runtime.errors import InputError
 
 WINDOW_SCALE = 1.7  # side of the window that can change, in face boxes: the first ring of the face mesh lies inside
 MIN_SHIFT_PX = 1 / 64  # displacements below half of the step of `cv2.remap`, 1/32 pixel, are ignored
-Window = tuple[int, int, int]  # x0, y0, side in pixels; may reach outside the frame
+PixelSquare = tuple[int, int, int]  # x0, y0, side in pixels; may reach outside the frame
 
 
 class FaceWindows(NamedTuple):
     """The surroundings of the face in T frames."""
 
     frames: Sequence[np.ndarray]  # uint8 (H, W, 3)
-    windows: list[Window]
+    windows: list[PixelSquare]
     images: np.ndarray  # uint8 (T, size, size, 3) the windows
     cameras: np.ndarray  # (T, 25) for the windows
     landmarks: np.ndarray  # (T, 478, 3), head frame
@@ -81,7 +81,7 @@ def retouch(
 
 
 def _compose(
-    frame: np.ndarray, window: Window, displacement: np.ndarray, result: ExpressionWarp, row: int
+    frame: np.ndarray, window: PixelSquare, displacement: np.ndarray, result: ExpressionWarp, row: int
 ) -> np.ndarray:
     """Move the pixels of a frame by a displacement (h, h, 2) of its window, and paste the patches."""
     x0, y0, side = window

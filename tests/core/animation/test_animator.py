@@ -140,7 +140,7 @@ def test_frames_do_not_depend_on_how_motions_are_chunked(
     motion = moving(portrait, 11)
     ends = np.cumsum(sizes)
     chunks = [motion.select(np.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-    assert animator.window == 4
+    assert animator.chunk_size == 4
     expected = stack(animator.animate(portrait, [motion.select(np.arange(k, min(k + 4, 11))) for k in (0, 4, 8)]))
     np.testing.assert_array_equal(stack(animator.animate(portrait, chunks)), expected)
 
@@ -288,7 +288,12 @@ def test_relative_control_without_a_reference_frame_is_refused(animator: Animato
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("set_source", r"animator\.portrait\(photo\)"), ("drive", r"animator\.animate"), ("notes", "Summary")],
+    [
+        ("set_source", r"animator\.portrait\(photo\)"),
+        ("drive", r"animator\.animate"),
+        ("notes", "Summary"),
+        ("window", r"animator\.chunk_size"),
+    ],
 )
 def test_names_of_earlier_versions_name_their_successors(animator: Animator, old: str, new: str) -> None:
     with pytest.raises(AttributeError, match=rf"Animator\.{old} no longer exists: use .*{new}"):

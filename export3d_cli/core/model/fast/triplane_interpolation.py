@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-KEYFRAME_WINDOW = 4  # frames among which at least one is a key frame
+KEYFRAME_INTERVAL = 4  # frames among which at least one is a key frame
 
 
 class TriplaneInterpolator:
@@ -22,7 +22,7 @@ class TriplaneInterpolator:
 
     @torch.inference_mode()
     def __call__(self, lam: Tensor) -> Tensor:
-        """Return the tri-planes (T, 3, C, P, P) of the next T frames, best `KEYFRAME_WINDOW`, with lambda (T, n)."""
+        """Return the tri-planes (T, 3, C, P, P) of the next T frames, best `KEYFRAME_INTERVAL`, with lambda (T, n)."""
         planes: dict[int, Tensor] = {}  # by frame; frame 0 is the previous one, if there is one
         first = 0
         if self._last is not None:

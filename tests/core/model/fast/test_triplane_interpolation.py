@@ -13,7 +13,7 @@ from torch import Tensor
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_WINDOW, TriplaneInterpolator
+from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
 from export3d_cli.core.runtime.weights import example_path
 
 
@@ -58,9 +58,9 @@ def test_frames_off_the_line_become_key_frames() -> None:
 def test_constant_expression_is_generated_once() -> None:
     generator = CountingGenerator()
     interpolator = TriplaneInterpolator(generator, max_deviation=0.1)
-    constant = torch.ones(KEYFRAME_WINDOW, 2)
+    constant = torch.ones(KEYFRAME_INTERVAL, 2)
     planes = torch.cat([interpolator(constant), interpolator(constant), interpolator(constant[:1])])
-    assert values(planes) == [2.0] * (2 * KEYFRAME_WINDOW + 1)
+    assert values(planes) == [2.0] * (2 * KEYFRAME_INTERVAL + 1)
     assert generator.calls == [1]
 
 
@@ -85,7 +85,7 @@ def test_unused_tri_planes_are_freed_without_garbage_collection() -> None:
 
 def test_animation_repeats_and_best_quality_does_not_interpolate(animator: Animator) -> None:
     best = Animator(animator.model, device=animator.device, precision="fp32", quality="best")
-    assert best.window == best.batch and animator.window == KEYFRAME_WINDOW
+    assert best.chunk_size == best.batch and animator.chunk_size == KEYFRAME_INTERVAL
     photo = read_image(example_path("source.jpg"))
     moving = animator.portrait(photo).motion.select(np.zeros(6, dtype=int))
     beta = moving.beta + np.linspace(0, 0.2, 6, dtype=np.float32)[:, None]
