@@ -101,7 +101,7 @@ def _read_clip(folder: Path, clip: dict[str, Any], name: str, read: Callable[[Pa
     except (Export3DError, OSError, StopIteration) as error:
         reason = str(error) or f"{folder / clip[name]} has no frames"
         rows = f"manifest.jsonl and inputs/{clip.get('source', clip['id'])}.jsonl"
-        raise InputError(f"{reason}; delete {rows} in {folder} and run again: the clip is made anew") from error
+        raise InputError(f"{reason}; delete {rows} in {folder} and run again: the clip is rewritten") from error
 
 
 def _middle_frame(file: Path) -> np.ndarray:

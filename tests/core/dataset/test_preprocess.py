@@ -100,7 +100,7 @@ def test_report_names_the_remedy_for_a_damaged_clip(data, talk, tmp_path, suffix
     shutil.copytree(data[0], out)
     clip = next((out / "clips").glob(f"*-c01{suffix}"))
     clip.write_bytes(clip.read_bytes()[:300])
-    remedy = f"; delete manifest.jsonl and inputs/deep er-Ünï_1.jsonl in {out} and run again: the clip is made anew"
+    remedy = f"; delete manifest.jsonl and inputs/deep er-Ünï_1.jsonl in {out} and run again: the clip is rewritten"
     with pytest.raises(InputError) as error:
         preprocess([talk], out, size=64, clip_filter=SHORT, report=True)
     assert clip.name in str(error.value) and str(error.value).endswith(remedy) and "\n" not in str(error.value)
