@@ -78,6 +78,8 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "check_mesh_output": "animation.mesh_export",
     "edit_basis": "animation.edit_basis",
     "describe_basis": "animation.basis_description",
+    "SampleOptions": "animation.sample",
+    "sample": "animation.sample",
     "find_marks": "animation.watermark",
     "sign_file": "media.content_credentials",
     "ClipFilter": "dataset.segmentation",

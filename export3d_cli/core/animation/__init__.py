@@ -10,6 +10,7 @@
     compositor                    background, several persons and comparison
     pipeline, frame_writer        reading and writing in threads; frames to files
     watermark                     visible and invisible marks
+    sample                        people who do not exist
     mesh_export, basis_description    the head as a mesh; the meaning of the expression basis
 
 Imports `model`, `face`, `media`, `config` and `runtime`. Imported by `evaluation` and `diagnostics`, and by the

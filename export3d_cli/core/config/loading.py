@@ -220,6 +220,7 @@ def _check_training(config: TrainConfig) -> None:
         *((not getattr(model, stage) or stage in stages or config.init,
            f"model.{stage} is trained by the stage {stage}: add the stage, or set init to trained weights, or "
            f"model.{stage} to 0") for stage in INPAINTERS),
+        ("sampler" not in stages or len(stages) == 1, "the stage sampler must be the only one of its run"),
         ("pose_debias" not in stages or model.flow,
          "the stage pose_debias needs model.flow: it changes the basis flow"),
         (stages != ("pose_debias",) or config.init,

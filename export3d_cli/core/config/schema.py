@@ -71,7 +71,7 @@ class ModelConfig:
 
 CALIBRATION = ("expression_gain", "triplane_tolerance", "surface_density")  # fields of `ModelConfig`, see there
 INPAINTERS = ("mouth", "eyes", "lids")  # stages that train the inpainter of the same name in `ModelConfig`
-STAGES = ("clebs", *INPAINTERS, "reconstruction", "adversarial", "pose_debias")  # in training order
+STAGES = ("clebs", *INPAINTERS, "reconstruction", "adversarial", "pose_debias", "sampler")  # in training order
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -231,6 +231,19 @@ class PoseDebiasConfig:
 
 
 @dataclass(frozen=True)
+class SamplerConfig:
+    """Stage `sampler` (beyond the paper), alone in its run: fits a `HeadSampler` in closed form."""
+
+    steps: Count = 1
+    shapes: Count = 20  # components of the shape
+    textures: Count = 80  # components of the texture
+    held_out: int = 10  # every n-th head is left out, for measurements; 0: none
+    # CSV with the columns person, age (years; 0: not known) and shown (1: the picture may be part of the weights);
+    # empty: ages are not known, all may be shown
+    attributes: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: stages, schedule and bookkeeping."""
 
@@ -246,6 +259,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     pose_debias: PoseDebiasConfig = field(default_factory=PoseDebiasConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     stages: tuple[str, ...] = ("clebs", "reconstruction")
     init: str = ""  # weights to start from: a name, a file or hf:owner/repo
     expression_from: str = ""  # weights whose expression code and basis flow replace the stage clebs

@@ -26,6 +26,7 @@ from export3d_cli.core.train.image_stage import ImageStages
 from export3d_cli.core.train.inpaint_stage import InpaintStage
 from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, sampling_config
+from export3d_cli.core.train.sampler_stage import SamplerStage
 from export3d_cli.core.train.stage import Stage
 from export3d_cli.core.train.training_run import TrainEvent, TrainingRun
 
@@ -73,6 +74,13 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
         datasets = load_datasets(config.data, config.model.image_size, progress=run.report_message)
         if world.is_main:
             world.barrier()
+        if config.stages == ("sampler",):  # no network
+            run.record = {"stages": list(config.stages), "data": [Path(p).name for p in config.data.path]}
+            sampler_stage = SamplerStage(run, datasets)
+            sampler_stage.train()
+            return TrainSummary(
+                run.folder, run.weights, "sampler", 1, True, run.elapsed_minutes(), sampler_stage.values
+            )
         face = load_canonical_face()
 
         # model

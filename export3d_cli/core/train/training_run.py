@@ -23,7 +23,7 @@ from export3d_cli.core.runtime.files import write_text
 from export3d_cli.core.train.distributed import World
 
 STAGE_SEEDS = {  # must not change: a run is repeated exactly
-    "clebs": 0, "reconstruction": 1, "adversarial": 2, "mouth": 3, "eyes": 4, "pose_debias": 5, "lids": 6,
+    "clebs": 0, "reconstruction": 1, "adversarial": 2, "mouth": 3, "eyes": 4, "pose_debias": 5, "lids": 6, "sampler": 7,
 }  # fmt: skip
 WARM_RESTART_PROGRESS = 0.4  # decay progress at which a run with a finished decay by time restarts: at 2/3 of the rate
 
