@@ -5,6 +5,7 @@ All state of the tracking is in `FaceTrack` and `TargetFaceTracker`: threads may
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -265,7 +266,7 @@ _RECORD = np.dtype([  # of a frame in `TrackCache`
 ])  # fmt: skip
 
 
-class TrackCache:
+class TrackCache(contextlib.AbstractContextManager["TrackCache"]):
     """The faces of the last pass over a driver, in a temporary file; a context manager.
 
     With it a driver is tracked once for several sources, in constant memory. Its key is all that its faces depend on.
@@ -278,9 +279,6 @@ class TrackCache:
         self.size = (0, 0)  # width, height of the rotated frames
         self.rotation = 0  # clockwise degrees by which the frames were rotated
         self.notes: tuple[str, ...] = ()  # for the user, about the pass
-
-    def __enter__(self) -> TrackCache:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()

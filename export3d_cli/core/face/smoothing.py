@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,16 +23,8 @@ from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_l
 SmoothingLevel = Literal["off", "light", "strong"]
 
 
-class BilateralKernel(NamedTuple):
-    """Standard deviations of the Gaussian weights in time and in change."""
-
-    time: float  # seconds
-    change: float  # of each signal, in multiples of `*_CHANGE`
-
-
-KERNELS: dict[SmoothingLevel, BilateralKernel] = {
-    "light": BilateralKernel(0.06, 1.0), "strong": BilateralKernel(0.12, 2.5)
-}  # fmt: skip
+# Standard deviations of the bilateral weights: in time, seconds, and in change, multiples of `*_CHANGE`.
+KERNELS: dict[SmoothingLevel, tuple[float, float]] = {"light": (0.06, 1.0), "strong": (0.12, 2.5)}
 KERNEL_REACH = 2.5  # standard deviations in time at which the kernel ends
 # Changes three to five times as large as the jitter of tracked faces.
 _FINE_MEASURES = ("eyeOpening", "iris")  # entries of beta with a tenth of the others' range
@@ -81,13 +72,13 @@ def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: b
         yield from _smooth_bilateral(motions, KERNELS[level])
 
 
-def _smooth_bilateral(motions: Iterable[Motion], kernel: BilateralKernel) -> Iterator[Motion]:
+def _smooth_bilateral(motions: Iterable[Motion], kernel: tuple[float, float]) -> Iterator[Motion]:
     window: Motion | None = None  # rows to smooth, between the rows that their kernels reach
     first = 0  # first row to smooth
     last: _Signals | None = None  # last output
     for motion in motions:
         window = motion if window is None else Motion.concatenate([window, motion])
-        reach = _kernel_reach(kernel, window.fps)
+        reach = int(KERNEL_REACH * kernel[0] * window.fps)
         ready = slice(first, len(window) - reach)
         if ready.start < ready.stop:
             smoothed, last = _smooth_rows(window, ready, kernel, last)
@@ -98,13 +89,8 @@ def _smooth_bilateral(motions: Iterable[Motion], kernel: BilateralKernel) -> Ite
         yield _smooth_rows(window, slice(first, len(window)), kernel, last)[0]
 
 
-def _kernel_reach(kernel: BilateralKernel, fps: Fraction) -> int:
-    """Return the frames that the kernel reaches to each side."""
-    return int(KERNEL_REACH * kernel.time * fps)
-
-
 def _smooth_rows(
-    window: Motion, rows: slice, kernel: BilateralKernel, last: _Signals | None
+    window: Motion, rows: slice, kernel: tuple[float, float], last: _Signals | None
 ) -> tuple[Motion, _Signals]:
     """Smooth some rows of a window that holds all rows they depend on; `last` is the output before them."""
     signals = _Signals(window.beta.astype(np.float64), *head_pose(window.camera))
@@ -113,11 +99,12 @@ def _smooth_rows(
     index = np.arange(rows.start, rows.stop)
     steps = [np.zeros_like(own.beta), np.zeros_like(own.centre), np.zeros_like(own.centre)]
     weights = [np.ones_like(own.beta), np.ones((len(index), 1)), np.ones_like(own.centre)]
-    reach = _kernel_reach(kernel, window.fps)
+    sd_time, sd_change = kernel
+    reach = int(KERNEL_REACH * sd_time * window.fps)
     for offset in [*range(-reach, 0), *range(1, reach + 1)]:
         other = (index + offset).clip(0, len(window) - 1)
         valid = window.found[other] & (other == index + offset) & (run[other] == run[index])
-        weight_in_time = valid * np.exp(-0.5 * (offset / (kernel.time * float(window.fps))) ** 2)
+        weight_in_time = valid * np.exp(-0.5 * (offset / (sd_time * float(window.fps))) ** 2)
         changes = own.changes_to(_Signals(*(signal[other] for signal in signals)))
         sizes = (
             changes[0] / BETA_CHANGE,
@@ -125,7 +112,7 @@ def _smooth_rows(
             changes[2] / CENTRE_CHANGE,
         )
         for total, step, change, size in zip(weights, steps, changes, sizes, strict=True):
-            weight = weight_in_time[:, None] * np.exp(-0.5 * (size / kernel.change) ** 2)
+            weight = weight_in_time[:, None] * np.exp(-0.5 * (size / sd_change) ** 2)
             total += weight
             step += weight * change
     smoothed = own.moved_by(*(step / total for step, total in zip(steps, weights, strict=True)))

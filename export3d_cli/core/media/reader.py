@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ _TONE_MAP_FILTER = (  # BT.2408: diffuse white at 203 cd/m2
 )
 
 
-class VideoReader:
+class VideoReader(contextlib.AbstractContextManager["VideoReader"]):
     """Iterates over the frames of a video, uint8 (H, W, 3) RGB, at a constant rate. A context manager.
 
     Rotation and pixel aspect are applied, interlaced frames are deinterlaced, high dynamic range is tone-mapped,
@@ -40,14 +41,9 @@ class VideoReader:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        fps: Fraction | None = None,
-        start: float = 0.0,
-        duration: float | None = None,
+        self, path: Path, *, fps: Fraction | None = None, start: float = 0.0, duration: float | None = None,
         size: tuple[int, int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.path = Path(path)
         if start < 0 or (duration is not None and duration <= 0) or (fps is not None and fps <= 0):
             raise InputError(f"start must be >= 0, duration and fps must be positive, got {start}, {duration}, {fps}")
@@ -71,9 +67,6 @@ class VideoReader:
         self.notes = [f"{path}: variable frame rate resampled to {rate}"] if info.vfr and fps is None else []
         if info.hdr_transfer:
             self.notes.append(f"{path}: high dynamic range, tone-mapped")
-
-    def __enter__(self) -> VideoReader:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

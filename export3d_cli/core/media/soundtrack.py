@@ -40,8 +40,7 @@ class Soundtrack:
 
     path: Path
     index: int  # among the audio tracks, from 0
-    encoder: tuple[str, ...]
-    is_copied: bool
+    encoder: tuple[str, ...]  # ("copy",): without re-encoding
 
 
 def choose_soundtrack(path: Path, suffix: str) -> Soundtrack | None:
@@ -129,16 +128,13 @@ def measure_silence(power: np.ndarray, fps: Fraction) -> np.ndarray:
 
 def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Iterator[Soundtrack]:
     """Yield the ways to use a track, the best first: copying, converting, converting its first channels."""
-    is_pcm = track.codec.startswith("pcm_")
-    is_copyable = track.codec in _COPYABLE_CODECS[suffix]
-    if is_copyable and not is_pcm:
-        yield Soundtrack(path, index, ("copy",), True)
-    if is_copyable and is_pcm:  # PCM has long packets: decoding cuts it to the sample
-        yield Soundtrack(path, index, (track.codec,), False)
+    is_pcm = track.codec.startswith("pcm_")  # it has long packets: decoding cuts it to the sample
+    if track.codec in _COPYABLE_CODECS[suffix]:
+        yield Soundtrack(path, index, (track.codec,) if is_pcm else ("copy",))
     encoder = ("libopus", "-b:a", "128k") if suffix == ".webm" else ("aac", "-b:a", "192k")
     is_ambisonic = track.layout.startswith("ambisonic")  # its first channel is the sound from all directions
     for filters in _FIRST_CHANNELS[1:] if is_ambisonic else (_PLAYABLE_LAYOUTS, *_FIRST_CHANNELS):
-        yield Soundtrack(path, index, (*encoder, "-af", filters), False)
+        yield Soundtrack(path, index, (*encoder, "-af", filters))
 
 
 def _works(soundtrack: Soundtrack, suffix: str) -> bool:

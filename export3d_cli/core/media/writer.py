@@ -41,17 +41,9 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        size: tuple[int, int],
-        fps: Fraction,
-        crf: int | None = None,
-        alpha: bool = False,
-        audio: Path | None = None,
-        audio_start: float = 0.0,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+        self, path: Path, *, size: tuple[int, int], fps: Fraction, crf: int | None = None, alpha: bool = False,
+        audio: Path | None = None, audio_start: float = 0.0, metadata: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.path = Path(path)
         self.suffix = self.path.suffix.lower()
         check_output_suffix(self.path, alpha=alpha)
@@ -117,8 +109,7 @@ class VideoWriter:
 
     def abort(self) -> None:
         """Make a running `write` in another thread, and all later ones, fail."""
-        process = self._process
-        if process is not None:
+        if (process := self._process) is not None:
             process.kill()
 
     def _finish(self) -> None:
@@ -162,7 +153,7 @@ class VideoWriter:
         """Return the command that joins the encoded picture with the audio, cut to the picture's length."""
         command = read_command(self._video_only, "-loglevel", "error", "-y")
         encoder = list(soundtrack.encoder)
-        if soundtrack.is_copied:
+        if encoder == ["copy"]:
             # shifting the audio and dropping packets before 0 is exact to a packet; seeking needs an index for that
             command += ["-itsoffset", repr(-self.audio_start)]
             encoder += ["-bsf:a", r"noise=drop=lt(pts\,0)"] if self.audio_start else []

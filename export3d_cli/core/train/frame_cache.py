@@ -21,7 +21,7 @@ from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError
-from export3d_cli.core.runtime.files import check_file, driver_track_id, folder_lock, read_manifest, write_folder
+from export3d_cli.core.runtime.files import check_file, folder_lock, read_manifest, write_folder
 from export3d_cli.core.runtime.weights import resolve_weights
 
 MASK_SIZE = 64  # side of the cached person masks and depths
@@ -38,11 +38,6 @@ class Clip:
     start: int
     count: int
     still: bool
-
-    @property
-    def track(self) -> str:
-        """See `shared_track`."""
-        return driver_track_id(self.id)
 
 
 @dataclass(frozen=True)

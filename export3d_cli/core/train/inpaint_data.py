@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,7 @@ MIN_OPEN_EYE = 0.25  # opening, in eye widths, from which an eye counts as open
 VISIBLE_IRIS_HEIGHT = (0.3, 1.0)  # range of the iris's visible height that the colour is measured on
 
 
-class InpaintBatch(NamedTuple):
-    """Crops of mouths or eyes, (B, ., INPAINT_SIZE_PX, INPAINT_SIZE_PX)."""
-
-    crops: Tensor  # (B, 3, ., .) in [-1, 1]
-    hole: Hole
+InpaintBatch = tuple[Tensor, Hole]  # crops (B, 3, INPAINT_SIZE_PX, INPAINT_SIZE_PX) in [-1, 1], and their holes
 
 
 class InpaintSampler:
@@ -76,7 +72,7 @@ class InpaintSampler:
             torch.from_numpy(np.stack(x).astype(np.float32)) for x in zip(*samples, strict=True)
         )
         crop, hole = self.make_hole(rng, images, points, landmarks[..., :2])
-        return InpaintBatch(crop.sample(images[:, 0]), hole)
+        return crop.sample(images[:, 0]), hole
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw images (K, 3, H, W), their landmarks (K, 478, 3), and the same in the head frame."""

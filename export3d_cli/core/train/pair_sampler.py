@@ -20,6 +20,7 @@ from export3d_cli.core.config.schema import DataConfig
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.motion import mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.runtime.errors import TrainingError
+from export3d_cli.core.runtime.files import driver_track_id
 from export3d_cli.core.train.frame_cache import Clip, FaceDataset, resize_square
 
 HARD_PAIR_CANDIDATES = 8  # candidate drivers; the most different one is chosen
@@ -258,8 +259,8 @@ def _group_by_person(data: FaceDataset, min_frames: int = 1) -> dict[str, list[C
 def _group_by_track(data: FaceDataset) -> dict[str, list[Clip]]:
     tracks: dict[str, list[Clip]] = {}
     for clip in data.clips:
-        if clip.track:
-            tracks.setdefault(clip.track, []).append(clip)
+        if track := driver_track_id(clip.id):
+            tracks.setdefault(track, []).append(clip)
     return {track: clips for track, clips in tracks.items() if len({c.person for c in clips}) == len(clips) > 1}
 
 

@@ -58,15 +58,12 @@ def test_batches_repeat_and_no_matching_frame_is_an_error(sampler: PairSampler, 
     with pytest.raises(TrainingError, match=rf"{name}\.{key}"):
         INPAINT_SAMPLERS[name](sampler, replace(CONFIGS[name], **{key: float(value)}))
     inpaint_sampler = INPAINT_SAMPLERS[name](sampler, CONFIGS[name])
-    a, b, other = (inpaint_sampler.draw_batch(0, 5, rank, 3) for rank in (0, 0, 1))
-    assert a.crops.shape == (3, 3, INPAINT_SIZE_PX, INPAINT_SIZE_PX) and a.hole.condition.shape == (
-        3,
-        CONDITION_CHANNELS,
-        INPAINT_SIZE_PX,
-        INPAINT_SIZE_PX,
-    )
-    assert torch.equal(a.crops, b.crops) and torch.equal(a.hole.mask, b.hole.mask)
-    assert not torch.equal(a.crops, other.crops)
+    drawn = (inpaint_sampler.draw_batch(0, 5, rank, 3) for rank in (0, 0, 1))
+    (crops, hole), (same, same_hole), (other, _) = drawn
+    size = (INPAINT_SIZE_PX, INPAINT_SIZE_PX)
+    assert crops.shape == (3, 3, *size) and hole.condition.shape == (3, CONDITION_CHANNELS, *size)
+    assert torch.equal(crops, same) and torch.equal(hole.mask, same_hole.mask)
+    assert not torch.equal(crops, other)
 
 
 @each_stage
