@@ -474,7 +474,7 @@ class Animator:
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
             output = model.drive(
-                source, None, self._tensor(cameras), lam=lam, posed=posed, **self._sampling,
+                source, lam, self._tensor(cameras), posed=posed, **self._sampling,
                 mesh_size=int(scale * model.config.mesh_size), face_only=self.device.type == "cpu",
             )  # fmt: skip
         return output, posed

@@ -229,22 +229,17 @@ class Export3D(nn.Module):
         return PosedHead(planes, surface, mesh, distances)
 
     def drive(
-        self, source: Source, beta: Tensor | None, camera: Tensor, *, lam: Tensor | None = None,
-        posed: PosedHead | None = None, raw_size: int | None = None, samples: SampleCounts | None = None,
-        mesh_size: int | None = None, batch_rows: BatchRows | None = None, face_only: bool = False,
+        self, source: Source, lam: Tensor, camera: Tensor, *, posed: PosedHead | None = None,
+        raw_size: int | None = None, samples: SampleCounts | None = None, mesh_size: int | None = None,
+        batch_rows: BatchRows | None = None, face_only: bool = False,
     ) -> Output:  # fmt: skip
-        """Render the source with the expression `beta` (B, 64) and the camera (B, 25) of a driver.
+        """Render the source with coefficients lambda (B, n), or (B, n + 1) with a wink, seen by a camera (B, 25).
 
-        `lam` (B, n), or (B, n + 1) with a wink, see `coefficients`, replaces `beta`; `posed` is the result of
-        `pose_head` for it, if known. `raw_size` is the side of the volume rendering, `samples` are coarse and fine ones
-        per ray, `mesh_size` is the side at which the face mesh is rasterised; the defaults are the config's.
-        `batch_rows` are the rows of a larger batch that these are, whose training noise they get. With `face_only`, for
-        CPUs, the image is computed only in a window around the face, frame by frame.
+        `posed` is the result of `pose_head` for them, if known. `raw_size` is the side of the volume rendering,
+        `samples` are coarse and fine ones per ray, `mesh_size` is the side at which the face mesh is rasterised; the
+        defaults are the config's. `batch_rows` are the rows of a larger batch that these are, whose training noise they
+        get. With `face_only`, for CPUs, the image is computed only in a window around the face, frame by frame.
         """
-        if lam is None:
-            if beta is None:
-                raise ValueError("drive needs beta or lam, got neither")
-            lam = self.coefficients(beta)  # (B, n + 1)
         if posed is None:
             posed = self.pose_head(source, lam)  # planes (B, 3, C, P, P)
         size = raw_size or self.config.raw_size
@@ -285,9 +280,10 @@ class Export3D(nn.Module):
         maps of the output are (B, ., R, 1), without background.
         """
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
+        lam = self.coefficients(driver_beta)  # (B, n + 1)
         if rays is None:
-            return self.drive(source, driver_beta, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
-        posed = self.pose_head(source, self.coefficients(driver_beta))
+            return self.drive(source, lam, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
+        posed = self.pose_head(source, lam)
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, driver_camera, size, None, batch_rows, rays)
         return Output(

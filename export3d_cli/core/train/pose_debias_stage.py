@@ -98,7 +98,7 @@ class PoseDebiasStage(Stage):
         change = torch.eye(n)[torch.randint(n, (count,))] * (2 * torch.rand(count, 1) - 1) * MAX_COEFFICIENT_CHANGE
         lam = torch.cat([self.model.expression.coefficients(beta), source.lam + change.to(source.lam)])
         all_lam = torch.cat([source.lam, lam])
-        out = self.model.drive(source.expand(len(all_lam)), None, camera.expand(len(all_lam), -1), lam=all_lam)
+        out = self.model.drive(source.expand(len(all_lam)), all_lam, camera.expand(len(all_lam), -1))
         return source.lam, lam, [to_uint8(image) for image in out.image.float().cpu()]
 
     def track_rotations(self, frames: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -66,7 +66,7 @@ def plan_training(config: TrainConfig) -> TrainPlan:
         with FlopCounterMode(display=False) as counter:  # with gradients: a CPU skips work without them
             source = model.encode_source(photo, beta, camera, points)
             source_flops = counter.get_total_flops()
-            model.drive(source, beta, camera)
+            model.drive(source, model.coefficients(beta), camera)
         activations = _activation_bytes(model, (photo, beta, camera, points, beta, camera)) / 2**20
     weights = (WEIGHT_COPIES * total + (WEIGHT_COPIES - 1) * discriminator) * 4 / 2**20
     parameters |= {"discriminator": discriminator} if discriminator else {}

@@ -38,7 +38,7 @@ def test_photo_around_the_crop_comes_into_view_when_the_head_gets_smaller(animat
     camera = torch.from_numpy(with_head_pose(photo.camera, rotation, 1.4 * centre))[None]
     for portrait, is_green in ((photo, True), (crop, False)):
         with torch.inference_mode():  # the network's whole image; frames show its face
-            output = portrait.model.drive(portrait.source, None, camera, lam=portrait.source.coefficients)
+            output = portrait.model.drive(portrait.source, portrait.source.coefficients, camera)
             large = output.image if portrait.padded is None else output.upscale(portrait.padded, len(portrait.crop))
         frame = cv2.resize(to_uint8(large)[0], (64, 64), interpolation=cv2.INTER_AREA)
         red, green, blue = frame[-4:, 16:-16].reshape(-1, 3).mean(0)  # below the shoulders

@@ -76,8 +76,8 @@ def inpainted_results(tiny: Export3D, orbit: Callable[..., Tensor]) -> Callable[
                 model.flow.basis.zero_()[0] = (moved - points)[0]
                 source = model.encode_source(image, torch.zeros(1, 64), camera, points)
                 lam = source.lam + torch.eye(len(source.lam[0]))[:1]
-                outputs.append(model.drive(source, None, camera, lam=lam))
-            return outputs[0], outputs[1], inpainting.drive(source, None, camera, lam=source.lam)
+                outputs.append(model.drive(source, lam, camera))
+            return outputs[0], outputs[1], inpainting.drive(source, source.lam, camera)
 
     return results
 

@@ -38,8 +38,9 @@ def test_drive_of_encoded_source_equals_forward(tiny: Export3D, inputs: Inputs, 
     beta, camera = torch.rand(3, 64), orbit(-20, 0, 20)
     with torch.no_grad():
         source = tiny.encode_source(**inputs)
-        single = [tiny.drive(source, beta[k : k + 1], camera[k : k + 1]) for k in range(3)]
-        batched = tiny.drive(source.expand(3), beta, camera)
+        lam = tiny.coefficients(beta)
+        single = [tiny.drive(source, lam[k : k + 1], camera[k : k + 1]) for k in range(3)]
+        batched = tiny.drive(source.expand(3), lam, camera)
         for k in range(3):
             assert_same(single[k], tiny(*inputs.values(), beta[k : k + 1], camera[k : k + 1]))
             part = Output(*(t[k : k + 1] if isinstance(t, Tensor) else t for t in batched))
@@ -52,7 +53,7 @@ def test_face_only_computes_the_face_as_in_the_whole_image(
 ) -> None:
     with torch.no_grad():
         source, beta, camera = tiny.encode_source(**inputs), torch.rand(1, 64), orbit(-10)
-        whole, face = (tiny.drive(source, beta, camera, face_only=value) for value in (False, True))
+        whole, face = (tiny.drive(source, tiny.coefficients(beta), camera, face_only=value) for value in (False, True))
         rows, columns = face.windows[0].slices(64)
         assert 24 < rows.stop - rows.start < 64
         assert whole.face is not None
@@ -78,7 +79,7 @@ def test_face_only_works_at_every_image_size(
     with torch.no_grad():
         photo = torch.rand(1, 3, image_size, image_size)
         source = model.encode_source(photo, torch.zeros(1, 64), orbit(5), points)
-        output = model.drive(source.expand(2), torch.zeros(2, 64), orbit(-20, 20), face_only=True)
+        output = model.drive(source.expand(2), model.coefficients(torch.zeros(2, 64)), orbit(-20, 20), face_only=True)
     assert output.image.shape == (2, 3, image_size, image_size)
 
 
@@ -109,15 +110,13 @@ def test_forward_is_deterministic_except_in_training(
         assert not torch.equal(tiny(*drive).raw, tiny(*drive).raw)
 
 
-def test_drive_with_lambda_equals_drive_with_beta(tiny: Export3D, inputs: Inputs) -> None:
+def test_drive_of_a_posed_head_or_without_a_wink_equals_drive(tiny: Export3D, inputs: Inputs) -> None:
     with torch.no_grad():
         source = tiny.encode_source(**inputs)
-        by_beta = tiny.drive(source, inputs["beta"], inputs["camera"])
-        assert_same(tiny.drive(source, None, inputs["camera"], lam=source.lam), by_beta)
+        expected = tiny.drive(source, tiny.coefficients(inputs["beta"]), inputs["camera"])
+        assert_same(tiny.drive(source, source.lam, inputs["camera"]), expected)
         posed = tiny.pose_head(source, source.lam)
-        assert_same(tiny.drive(source, None, inputs["camera"], lam=source.lam, posed=posed), by_beta)
-        with pytest.raises(ValueError, match="beta or lam"):
-            tiny.drive(source, None, inputs["camera"])
+        assert_same(tiny.drive(source, source.lam, inputs["camera"], posed=posed), expected)
 
 
 def test_drive_of_posed_head_with_many_cameras_equals_single_cameras(
@@ -128,9 +127,9 @@ def test_drive_of_posed_head_with_many_cameras_equals_single_cameras(
         source = tiny.encode_source(**inputs)
         lam = source.lam + torch.randn(1, 10)
         posed = tiny.pose_head(source, lam)
-        batched = tiny.drive(source.expand(3), None, cameras, lam=lam.expand(3, -1), posed=posed.expand(3))
+        batched = tiny.drive(source.expand(3), lam.expand(3, -1), cameras, posed=posed.expand(3))
         for k in range(3):
-            single = tiny.drive(source, None, cameras[k : k + 1], lam=lam)
+            single = tiny.drive(source, lam, cameras[k : k + 1])
             assert_same(Output(*(t[k : k + 1] if isinstance(t, Tensor) else t for t in batched)), single, atol=1e-4)
 
 
@@ -144,7 +143,7 @@ def test_source_basis_follows_the_weights(tiny: Export3D, inputs: Inputs) -> Non
         torch.testing.assert_close(reencoded.basis, tiny.expression.basis(), atol=0, rtol=0)
         assert (reencoded.basis - source.basis).abs().max() > 0.1
     assert tiny.encode_source(**inputs).basis is None  # gradients must reach the weights
-    tiny.drive(source, torch.rand(1, 64), inputs["camera"]).image.square().mean().backward()
+    tiny.drive(source, tiny.coefficients(torch.rand(1, 64)), inputs["camera"]).image.square().mean().backward()
     assert tiny.expression.weight.grad is not None
 
 
@@ -167,9 +166,9 @@ def test_encode_source_with_wrong_shape_raises(
 def test_drive_with_wrong_shape_raises(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:
     source = tiny.encode_source(**inputs)
     with pytest.raises(ValueError, match=r"got \(1, 50\)"):
-        tiny.drive(source, torch.zeros(1, 50), orbit(0))
+        tiny.coefficients(torch.zeros(1, 50))
     with pytest.raises(ValueError, match=r"got \(1, 16\)"):
-        tiny.drive(source, torch.zeros(1, 64), torch.zeros(1, 16))
+        tiny.drive(source, source.lam, torch.zeros(1, 16))
 
 
 def test_backward_reaches_every_parameter(tiny: Export3D, inputs: Inputs, orbit: Callable[..., Tensor]) -> None:
@@ -215,10 +214,10 @@ def test_background_torso_follows_the_neck_and_wall_stays(
         source = tiny.encode_source(**inputs, person_mask=person)
         lit = replace(source, background=torch.cat([grid] * 4, dim=1))  # colours are the original positions
         dark, white = (
-            tiny.drive(replace(source, background=torch.full_like(lit.background, k)), inputs["beta"], moved)
+            tiny.drive(replace(source, background=torch.full_like(lit.background, k)), source.lam, moved)
             for k in (0, 1)
         )
-        out = tiny.drive(lit, inputs["beta"], moved)
+        out = tiny.drive(lit, lit.lam, moved)
     displacement = ((out.raw - dark.raw) / (white.raw - dark.raw))[:, :1] - grid[:, :1]
     torso = TORSO_FOLLOW_RATIO * (neck_flow(here, moved, 16) - grid)[0, 0, 0, 0]
     assert torso.abs() > 0.02

@@ -49,7 +49,7 @@ def test_covered_mouth_shows_the_photo_whatever_the_expression(
             source = tiny.encode_source(photo, torch.zeros(1, 64), camera, points, covered=covered)
             moved = source.lam + torch.eye(source.lam.shape[1])[:2].sum(0)
             lam = torch.cat([source.lam, moved])
-            return tiny.drive(source.expand(2), None, camera.expand(2, -1), lam=lam)
+            return tiny.drive(source.expand(2), lam, camera.expand(2, -1))
 
     uv, _ = project(points, camera)
     place = pixel_grid(64).view(64, 64, 2)

@@ -84,7 +84,7 @@ def test_result_of_a_photo_in_coloured_light_has_that_light(
     def result(image: Tensor) -> Tensor:
         with torch.no_grad():
             source = tiny.encode_source(image, torch.zeros(1, 64), orbit(0.0), points, torch.ones(1, 1, 64, 64))
-            output = tiny.drive(source.expand(2), torch.ones(2, 64), orbit(-20.0, 20.0))
+            output = tiny.drive(source.expand(2), tiny.coefficients(torch.ones(2, 64)), orbit(-20.0, 20.0))
         assert source.colours is None or source.highpass is not None
         return output.image
 

@@ -36,7 +36,7 @@ def test_hair_vanishes_where_the_head_has_moved_away(
         assert blank.head_mask is not None
         hair = resize(blank.head_mask, size) > 0.98
         white_haired = replace(blank, image=torch.where(hair, 1.0, photo))
-        output, marked = (tiny.drive(source, None, orbit(25), lam=blank.lam) for source in (blank, white_haired))
+        output, marked = (tiny.drive(source, blank.lam, orbit(25)) for source in (blank, white_haired))
         flow = render_mesh(tiny.flow, points, orbit(0), points, orbit(25), size, blank.head_mask)
     assert output.flow_weights is not None
     changed = (output.image - marked.image).abs().amax(1, keepdim=True)
@@ -59,7 +59,7 @@ def test_outline_of_a_far_moved_head_does_not_show_the_photo(
     camera[:, 3] += 0.25
     with torch.no_grad():
         source = net.encode_source(photo, torch.zeros(1, 64), orbit(0), points, person)
-        out = net.drive(source, None, camera, lam=source.lam)
+        out = net.drive(source, source.lam, camera)
         flow = render_mesh(net.flow, points, orbit(0), points, camera, 128, source.head_mask)
     assert out.source_visibility is not None and out.flow_weights is not None and source.head_mask is not None
     outline = (dilate(flow.weight, 2) - flow.weight > 0.1) & (source.head_mask > 0.9)
@@ -72,7 +72,7 @@ def test_upscale_without_detail_is_the_result(tiny: Export3D, points: Tensor, or
     photo = torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         source = tiny.encode_source(photo, torch.zeros(1, 64), orbit(0), points)
-        out = tiny.drive(source, None, orbit(15), lam=source.lam)
+        out = tiny.drive(source, source.lam, orbit(15))
         torch.testing.assert_close(out.upscale(torch.full((1, 3, 96, 96), 0.3), 64), out.image, atol=1e-4, rtol=0)
         torch.testing.assert_close(
             out._replace(before_inpainting=None).upscale(photo, 128),
@@ -93,7 +93,7 @@ def test_upscale_shows_detail_of_the_larger_photo(tiny: Export3D, points: Tensor
         source = tiny.encode_source(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64), orbit(0), points)
         for target in (points, opened):
             posed = replace(tiny.pose_head(source, source.lam), mesh=tiny.flow.deform_mesh(points, orbit(0), target))
-            out = tiny.drive(source, None, orbit(0), lam=source.lam, posed=posed)
+            out = tiny.drive(source, source.lam, orbit(0), posed=posed)
             detail.append(out.upscale(stripes, 128) - out.upscale(torch.zeros_like(stripes), 128))
             flows.append(render_mesh(tiny.flow, points, orbit(0), target, orbit(0), 128))
     face = (flows[0].face == 1).expand_as(stripes)
@@ -117,7 +117,7 @@ def test_blended_face_keeps_the_full_highpass_detail(
         for size in (64, 128):  # the network's input size, and detail of a larger photo only
             photo = stripes[:size].expand(1, 3, size, size)
             source = tiny.encode_source(F.avg_pool2d(photo, size // 64), torch.zeros(1, 64), orbit(0), points)
-            out = tiny.drive(source, None, orbit(0), lam=source.lam)
+            out = tiny.drive(source, source.lam, orbit(0))
             face = render_mesh(tiny.flow, points, orbit(0), points, orbit(0), size).face == 1
             fraction = highpass(out.upscale(photo, size)) / highpass(photo)  # (1, 1, size, size)
             assert fraction[face.expand_as(fraction)].median() == pytest.approx(expected, abs=0.03)
@@ -136,8 +136,7 @@ def test_highpass_detail_is_not_added_at_discontinuities(
         tiny.superres.colour.bias[3] = (3 - PHOTO_LOGIT_BIAS) / 4  # blend of 0.5, where all missing detail is added
         source = tiny.encode_source(slope, torch.zeros(1, 64), orbit(0), points, torch.ones(1, 1, 64, 64))
         out, plain = (
-            tiny.drive(encoded, None, orbit(30), lam=encoded.lam).image
-            for encoded in (source, replace(source, highpass=None))
+            tiny.drive(encoded, encoded.lam, orbit(30)).image for encoded in (source, replace(source, highpass=None))
         )
     assert highpass(plain)[..., 2:-2, 2:-2].abs().max() > 0.04
     torch.testing.assert_close(out[..., 2:-2, 2:-2], plain[..., 2:-2, 2:-2], atol=0.01, rtol=0)
@@ -154,7 +153,7 @@ def test_detail_is_not_added_where_the_photo_is_minified(
         for zoom in (1.0, 1 / 3):
             camera = orbit(0).clone()
             camera[:, [16, 20]] *= zoom
-            out = tiny.drive(source, None, camera, lam=source.lam)
+            out = tiny.drive(source, source.lam, camera)
             deviations.append((out.upscale(noise, 128) - out.upscale(noise * 0, 128))[..., 56:72, 56:72].std())
     assert deviations[0] > 0.2 and deviations[1] < 0.01
 

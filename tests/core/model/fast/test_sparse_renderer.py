@@ -45,8 +45,8 @@ def test_sparse_render_matches_plain_render(
         source = tiny.encode_source(image, beta, orbit(5), points).expand(2)
         posed = tiny.pose_head(source, source.lam)
         posed = replace(posed, planes=posed.planes * density_scale)
-        sparse = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
-    plain = tiny.drive(source, None, camera, lam=source.lam, posed=posed, raw_size=32, samples=(8, 8))
+        sparse = tiny.drive(source, source.lam, camera, posed=posed, raw_size=32, samples=(8, 8))
+    plain = tiny.drive(source, source.lam, camera, posed=posed, raw_size=32, samples=(8, 8))
     assert plain.image.requires_grad and not sparse.image.requires_grad
     for name, span in (("image", 2.0), ("raw", 2.0), ("opacity", 1.0), ("depth", 1.0)):
         assert psnr(getattr(sparse, name), getattr(plain, name), span) > 45, name

@@ -26,7 +26,7 @@ def encode(model: Export3D, image: Tensor, camera: Tensor, points: Tensor, lam: 
 def sampled(model: Export3D, source: Source, camera: Tensor, lam: Tensor) -> Tensor:
     """Return the photos' colours along the flow, (1, 3, 32, 32)."""
     with torch.no_grad():
-        photo = model.drive(source, None, camera, lam=lam).warped_photo
+        photo = model.drive(source, lam, camera).warped_photo
     assert photo is not None
     return photo
 
