@@ -54,17 +54,16 @@ def score_novel_views(
         identity = suite.identity(tracked, source_embedding, rows)
         scores[f"view {yaw}"] = {"lost": 1 - len(found) / 2, "identity": identity}
         if len(found):
-            angles = metrics.rotation_angle(_crop_cameras(suite, portrait, tracked)[found], cameras[found])
+            angles = metrics.rotation_angle(_crop_cameras(portrait, tracked)[found], cameras[found])
             scores[f"view {yaw}"]["view_pose"] = float(angles.mean())
     return scores, [*tracked.frames[-2::-2], *tracked.frames[1::2]]  # from left to right
 
 
-def _crop_cameras(suite: MetricSuite, portrait: Portrait, tracked: TrackedFrames) -> np.ndarray:
+def _crop_cameras(portrait: Portrait, tracked: TrackedFrames) -> np.ndarray:
     """Return the cameras (T, 25) of faces tracked in whole frames, as cameras of the network's crop."""
     assert tracked.motion is not None
     x0, y0, side = portrait.square
-    points = (tracked.motion.landmarks * portrait.frame_size[0] - (x0, y0, 0)) / side
-    return fit_cameras(points, suite.tracker.canonical.points)
+    return fit_cameras((tracked.motion.landmarks * portrait.frame_size[0] - (x0, y0, 0)) / side)
 
 
 def score_head(
@@ -81,7 +80,7 @@ def score_head(
     frames = [cv2.resize(frame, portrait.frame_size, interpolation=cv2.INTER_AREA) for frame in frames]
     tracked = suite.track(frames, independent=True)
     seen = np.flatnonzero(tracked.found)
-    cameras = _crop_cameras(suite, portrait, tracked)[seen]
+    cameras = _crop_cameras(portrait, tracked)[seen]
     embedding = suite.embed(tracked, np.array([first]))
     layers = list(animator.view(portrait, cameras, layers=True))
     views = suite.track([portrait.canvas.compose(layer) for layer in layers], independent=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from export3d_cli import __version__
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
@@ -134,8 +135,8 @@ def mirror_camera(camera: np.ndarray) -> np.ndarray:
     return mirrored
 
 
-def mirror_landmarks(landmarks: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return the landmarks (..., 478, 3), crop units, of the mirrored image; `order` is `CanonicalFace.mirror`."""
-    mirrored = landmarks[..., order, :].copy()
+def mirror_landmarks(landmarks: np.ndarray) -> np.ndarray:
+    """Return the landmarks (..., 478, 3), crop units, of the mirrored image."""
+    mirrored = landmarks[..., load_canonical_face().mirror, :].copy()
     mirrored[..., 0] = 1 - mirrored[..., 0]
     return mirrored

@@ -30,7 +30,7 @@ from export3d_cli.core.face.detector import SEARCH_SIDES_PX, Detection, FaceDete
 from export3d_cli.core.face.expression_coefficients import compute_measures
 from export3d_cli.core.face.face_track import Face, FaceTrack, FaceTracker, check_image
 from export3d_cli.core.face.fan_tracker import FanTracker
-from export3d_cli.core.face.head_pose import fit_cameras, landmarks_to_head_frame, load_canonical_face
+from export3d_cli.core.face.head_pose import fit_cameras, landmarks_to_head_frame
 from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.errors import WeightsError
@@ -62,7 +62,6 @@ class LandmarkerTracker(FaceTracker):
         self._landmark_network = LiteRTNetwork(mesh, bundle, threads)
         self._blendshape_network = LiteRTNetwork(blendshapes, bundle, threads)
         self.detector = detector
-        self.canonical = load_canonical_face()
 
     def search(self, image: np.ndarray, *, thorough: bool) -> Iterator[Face]:
         """Search at each size of the image, as each shows faces that the others miss; large ones are found first."""
@@ -134,7 +133,7 @@ class LandmarkerTracker(FaceTracker):
         """Fit cameras to the landmarks, and measure the face in the head frame."""
         x0, y0, side = clip.crop
         points = (np.stack([face.landmarks for face in faces]).astype(np.float64) - [x0, y0, 0]) / side  # (F, 478, 3)
-        cameras = fit_cameras(points, self.canonical.points)
+        cameras = fit_cameras(points)
         # at full relief: weights were trained on beta, so it must not change with RELIEF_SCALE
         measures = compute_measures(landmarks_to_head_frame(points, cameras, 1.0))
         beta = np.concatenate([[face.blendshapes for face in faces], measures], axis=1)

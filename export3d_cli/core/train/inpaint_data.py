@@ -84,8 +84,7 @@ class InpaintSampler:
         rows = [row, *self.reference_frames(rng, dataset, row)]
         images, landmarks, cameras = np.stack([data.frames[r] for r in rows]), data.landmarks[rows], data.camera[rows]
         if flip:
-            images, cameras = images[:, :, ::-1], mirror_camera(cameras)
-            landmarks = mirror_landmarks(landmarks, self.sampler.mirror)
+            images, cameras, landmarks = images[:, :, ::-1], mirror_camera(cameras), mirror_landmarks(landmarks)
         return apply_color_lut(images, lut), landmarks, landmarks_to_head_frame(landmarks, cameras)
 
 

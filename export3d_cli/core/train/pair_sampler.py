@@ -55,8 +55,8 @@ class Batch(NamedTuple):
 class PairSampler:
     """Draws a dataset by weight, then a person, then a clip, so that no person dominates the training."""
 
-    def __init__(self, datasets: list[FaceDataset], config: DataConfig, mirror: np.ndarray) -> None:
-        self.datasets, self.config, self.mirror = datasets, config, mirror  # mirror: `CanonicalFace.mirror`, (478,)
+    def __init__(self, datasets: list[FaceDataset], config: DataConfig) -> None:
+        self.datasets, self.config = datasets, config
         weight = np.array(config.weight or [1.0] * len(datasets), np.float64)
         self.dataset_weights = weight / weight.sum()
         self.clips_by_person = [_group_by_person(s) for s in datasets]
@@ -103,7 +103,7 @@ class PairSampler:
             rows = [k, self._draw_driver(rng, data, clip, k)]
             beta, camera, marks = data.beta[rows], data.camera[rows], data.landmarks[rows]
             if self.config.flip and rng.random() < 0.5:
-                beta, camera, marks = mirror_beta(beta), mirror_camera(camera), mirror_landmarks(marks, self.mirror)
+                beta, camera, marks = mirror_beta(beta), mirror_camera(camera), mirror_landmarks(marks)
             pairs.append((*beta, *marks, *camera))
         beta_k, beta_j, marks_k, marks_j, camera_k, camera_j = map(np.stack, zip(*pairs, strict=True))
         points = (landmarks_to_head_frame(marks_k, camera_k), landmarks_to_head_frame(marks_j, camera_j))
@@ -180,7 +180,7 @@ class PairSampler:
         if not is_needed:
             return ()
         if flip:
-            marks, cameras, betas = mirror_landmarks(marks, self.mirror), mirror_camera(cameras), mirror_beta(betas)
+            marks, cameras, betas = mirror_landmarks(marks), mirror_camera(cameras), mirror_beta(betas)
         frames, person_mask = np.stack([data.frames[source], data.frames[target]]), data.person_mask[rows][:, None]
         depth = data.depth[target][None]
         if flip:

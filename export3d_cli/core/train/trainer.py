@@ -81,13 +81,12 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             return TrainSummary(
                 run.folder, run.weights, "sampler", 1, True, run.elapsed_minutes(), sampler_stage.values
             )
-        face = load_canonical_face()
 
         # model
         torch.manual_seed(config.seed)
         model = Export3D(config.model).to(run.device)
         if model.flow is not None:
-            model.flow.triangles.copy_(torch.from_numpy(face.flow_triangles))
+            model.flow.triangles.copy_(torch.from_numpy(load_canonical_face().flow_triangles))
         _load_initial_weights(model, config, initial)
         run.record = _training_record(config) | {key: record for key, (_, _, record) in initial.items()}
         del initial
@@ -96,7 +95,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
         model.inpainters.requires_grad_(False)  # only their own stages train them
 
         def make_sampler(data: DataConfig = config.data) -> PairSampler:
-            return PairSampler(datasets, data, face.mirror)
+            return PairSampler(datasets, data)
 
         resumed_stage = config.stages[0] if run.resumed_state is None else run.resumed_state[1]["stage"]
         images: ImageStages | None = None

@@ -107,7 +107,7 @@ def test_preprocess_makes_a_data_set_with_depth_for_training(folder: Path, tmp_p
     assert head[:, 32, 32].all() and np.ptp(data.depth[0][head[0]].astype(np.float32)) < 0.01  # a flat face
     assert (data.person_mask[:, -1, 32] == 255).all() and not head[:, -1].any()  # clothes
     config = DataConfig(path=(str(out),), jitter=0.0)
-    sampler = PairSampler([data], config, load_canonical_face().mirror)
+    sampler = PairSampler([data], config)
     for step in range(8):  # mirrored with the picture or not
         batch = sampler.draw_pairs(0, step, 1)
         truth = [data.depth[row][:, ::-1] if flip else data.depth[row] for row in range(3) for flip in (0, 1)]

@@ -50,7 +50,6 @@ def split_video(canonical):
 
         positions = iter(nose_positions)
         tracker = LandmarkerTracker.__new__(LandmarkerTracker)
-        tracker.canonical = canonical
         current = {}
 
         def track(frame):

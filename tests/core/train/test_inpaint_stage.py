@@ -12,7 +12,6 @@ import torch
 
 from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.config.schema import EyesConfig, InpaintConfig, LidsConfig, MouthConfig, TrainConfig
-from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.model.inpaint.eyes import eye_opening
 from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, INPAINT_SIZE_PX
@@ -45,7 +44,7 @@ def stage_run(config: TrainConfig, name: str) -> TrainConfig:
 
 @pytest.fixture
 def sampler(tiny: TrainConfig) -> PairSampler:
-    return PairSampler(load_datasets(tiny.data, SIZE), tiny.data, load_canonical_face().mirror)
+    return PairSampler(load_datasets(tiny.data, SIZE), tiny.data)
 
 
 @each_stage

@@ -26,7 +26,7 @@ from .conftest import FRAMES, SIZE
 @pytest.fixture
 def sampler(data_set: Path) -> PairSampler:
     config = DataConfig(path=(str(data_set),), jitter=0.0, flip=False, still_image_ratio=0.0)
-    return PairSampler(load_datasets(config, SIZE), config, load_canonical_face().mirror)
+    return PairSampler(load_datasets(config, SIZE), config)
 
 
 def test_cache_holds_the_frames_with_a_face_and_is_built_once(data_set: Path) -> None:
@@ -97,7 +97,7 @@ def test_draw_person_betas_uses_all_clips_of_a_person(sampler: PairSampler) -> N
 
 
 def test_draw_landmark_pairs_mirrors_the_head(sampler: PairSampler) -> None:
-    flipping = PairSampler(sampler.datasets, replace(sampler.config, flip=True), sampler.mirror)
+    flipping = PairSampler(sampler.datasets, replace(sampler.config, flip=True))
     straight = sampler.draw_landmark_pairs(0, 1, 40)
     flipped = flipping.draw_landmark_pairs(0, 1, 40)
     for beta, points in ((straight[0], straight[2]), (flipped[0], flipped[2])):
@@ -112,8 +112,8 @@ def test_draw_pairs_mirrors_the_whole_scene(sampler: PairSampler) -> None:
     mask = np.broadcast_to(np.arange(64, dtype=np.uint8), sampler.datasets[0].person_mask.shape)
     frames = np.broadcast_to(ramp, sampler.datasets[0].frames.shape)
     dataset = replace(sampler.datasets[0], frames=frames, person_mask=mask)
-    straight = PairSampler([dataset], sampler.config, sampler.mirror)
-    flipping = PairSampler([dataset], replace(sampler.config, flip=True), sampler.mirror)
+    straight = PairSampler([dataset], sampler.config)
+    flipping = PairSampler([dataset], replace(sampler.config, flip=True))
     step = next(
         s
         for s in range(50)
@@ -133,8 +133,8 @@ def test_draw_pairs_mirrors_the_whole_scene(sampler: PairSampler) -> None:
     # the mirrored camera sees the mirrored head at the mirrored landmarks
     mirrored, _ = project(b.source_points, b.source_camera)
     original, _ = project(a.source_points, a.source_camera)
-    torch.testing.assert_close(mirrored[0, sampler.mirror, 0], 1 - original[0, :, 0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(mirrored[0, sampler.mirror, 1], original[0, :, 1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(mirrored[0, load_canonical_face().mirror, 0], 1 - original[0, :, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(mirrored[0, load_canonical_face().mirror, 1], original[0, :, 1], atol=1e-4, rtol=0)
     target = yaw_pitch_roll(b.target_camera[0].numpy())
     assert target[0] == pytest.approx(-yaw_pitch_roll(a.target_camera[0].numpy())[0], abs=1e-3)
     assert target[1] == pytest.approx(yaw_pitch_roll(a.target_camera[0].numpy())[1], abs=1e-3)
@@ -144,20 +144,20 @@ def test_draw_clip_draws_people_then_clips_equally_often(sampler: PairSampler) -
     data = sampler.datasets[0]
     # one clip of person a becomes a third person's
     clips = tuple(replace(c, person="third") if c.id == "a_t01" else c for c in data.clips)
-    three = PairSampler([replace(data, clips=clips)], sampler.config, sampler.mirror)
+    three = PairSampler([replace(data, clips=clips)], sampler.config)
     rng = np.random.default_rng(0)
     clips_drawn = [three._draw_clip(rng, three.video_clips_by_person)[1] for _ in range(3000)]
     people = [sum(c.person == p for c in clips_drawn) / 3000 for p in ("a", "b", "third")]
     assert people == pytest.approx([1 / 3] * 3, abs=0.03)
     assert sum(c.id == "b_t00" for c in clips_drawn) / 3000 == pytest.approx(1 / 6, abs=0.03)
-    stills = PairSampler([data], replace(sampler.config, still_image_ratio=0.5), sampler.mirror)
+    stills = PairSampler([data], replace(sampler.config, still_image_ratio=0.5))
     is_still = [stills._draw_clip(rng, stills.clips_by_person)[1].person == "c" for _ in range(3000)]
     assert np.mean(is_still) == pytest.approx(0.5 / 2.5, abs=0.03)
 
 
 def test_draw_clip_draws_datasets_by_weight(sampler: PairSampler) -> None:
     other = replace(sampler.datasets[0])
-    weighted = PairSampler([sampler.datasets[0], other], replace(sampler.config, weight=(3.0, 1.0)), sampler.mirror)
+    weighted = PairSampler([sampler.datasets[0], other], replace(sampler.config, weight=(3.0, 1.0)))
     rng = np.random.default_rng(0)
     fraction = np.mean([weighted._draw_clip(rng, weighted.video_clips_by_person)[0] is other for _ in range(2000)])
     assert fraction == pytest.approx(0.25, abs=0.03)
@@ -179,7 +179,7 @@ def test_hard_pair_ratio_prefers_different_drivers(sampler: PairSampler) -> None
     data, config = sampler.datasets[0], sampler.config
 
     def mean_difference(ratio: float) -> float:
-        s = PairSampler(sampler.datasets, replace(config, hard_pair_ratio=ratio), sampler.mirror)
+        s = PairSampler(sampler.datasets, replace(config, hard_pair_ratio=ratio))
         rng = np.random.default_rng(0)
         pairs = [(5, s._draw_driver(rng, data, data.clips[0], 5)) for _ in range(100)]
         assert all(k != j for k, j in pairs)
@@ -203,9 +203,7 @@ def test_wide_view_pairs_have_different_views(sampler: PairSampler) -> None:
     random_pairs = [(clip.start, clip.start + int(rng.integers(1, clip.count))) for _ in range(50)]
     assert mean_angle(wide_pairs) > 1.2 * mean_angle(random_pairs)
     wide_only = PairSampler(
-        sampler.datasets,
-        replace(sampler.config, wide_view_ratio=1.0, cross_identity_ratio=0.0, flip=False),
-        sampler.mirror,
+        sampler.datasets, replace(sampler.config, wide_view_ratio=1.0, cross_identity_ratio=0.0, flip=False)
     )
     batch = wide_only.draw_pairs(0, 0, 20)
     directions = batch.source_camera[:, 2:11:4], batch.target_camera[:, 2:11:4]
