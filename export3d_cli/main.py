@@ -135,10 +135,8 @@ def _add_global_options(command: click.Command) -> None:
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
-    help="Show the versions of export3d, Python, torch, CUDA and ffmpeg.",
-)  # fmt: skip
+@click.option("-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
+              help="Show the versions of export3d, Python, torch, CUDA and ffmpeg.")  # fmt: skip
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Animate a portrait from one photo and a driving video, turn it, edit its expression, train the model."""

@@ -31,10 +31,9 @@ GRID_SCALE = (-6.0, 6.0)  # 98 % of the values of filmed people lie in this rang
 @options.quality_option
 @options.model_options
 @options.output_options
-def edit_basis(
-    source: Path | None, output: Path | None, vectors: tuple[int, ...], scales: tuple[tuple[float, float], ...],
-    describe: bool, overwrite: bool, as_json: bool, **values: Any,
-) -> None:  # fmt: skip
+def edit_basis(source: Path | None, output: Path | None, vectors: tuple[int, ...],
+               scales: tuple[tuple[float, float], ...], describe: bool, overwrite: bool, as_json: bool,
+               **values: Any) -> None:  # fmt: skip
     """Change the expression of the portrait SRC (default: the bundled example).
 
     By controls: edit-basis me.jpg --smile 0:1, or --smile .6 -o smile.png. By coefficients of the expression basis:

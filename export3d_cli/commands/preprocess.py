@@ -65,7 +65,5 @@ def preprocess(
     limits["min_face_px"] = limits.pop("min_face")
     limits = {name: value for name, value in limits.items() if value is not None}
     clip_filter = core.ClipFilter(**limits) if limits else None
-    console.run(
-        core.build_dataset, list(inputs), output, max_frames=max_frames, clip_filter=clip_filter, as_json=as_json,
-        **given,
-    )  # fmt: skip
+    console.run(core.build_dataset, list(inputs), output, max_frames=max_frames, clip_filter=clip_filter,
+                as_json=as_json, **given)  # fmt: skip

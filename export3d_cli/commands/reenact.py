@@ -102,10 +102,8 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @options.model_options
 @options.output_options
 @click.pass_context
-def reenact(
-    ctx: click.Context, sources: tuple[Path, ...], driver: Path, output: str, dry_run: bool, as_json: bool,
-    **chosen: Any,
-) -> None:  # fmt: skip
+def reenact(ctx: click.Context, sources: tuple[Path, ...], driver: Path, output: str, dry_run: bool, as_json: bool,
+            **chosen: Any) -> None:  # fmt: skip
     """Animate the portraits SRC with the head and face motion of DRIVE.
 
     DRIVE is a video, a sound, an image, a .motion.npz or a CSV of Live Link Face. The result has its frame rate and

@@ -23,10 +23,8 @@ from export3d_cli import console, core, options
               "non-finite loss instead of stopping at the first.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, its size and cost, and stop.")
 @options.json_option
-def train(
-    config: Path, overrides: tuple[str, ...], license: str | None, max_minutes: float | None,
-    skip_nonfinite: int | None, dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+def train(config: Path, overrides: tuple[str, ...], license: str | None, max_minutes: float | None,
+          skip_nonfinite: int | None, dry_run: bool, as_json: bool) -> None:  # fmt: skip
     """Train a model on datasets written by `preprocess`; KEY=VALUE replaces keys of the file (`loss.l1=1`).
 
     The same command resumes a stopped run. Under torchrun, the processes share every batch.

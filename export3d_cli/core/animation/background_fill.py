@@ -15,11 +15,7 @@ MAX_MEDIAN_PX = 255  # largest window of OpenCV's median
 
 
 def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Fill a hole, bool (H, W), of an image, uint8 (H, W, 3).
-
-    Colours and edges continue from the hole's border (Telea 2004), at a reduced size. Noise as strong as the finest
-    texture around the hole is added.
-    """
+    """Fill a hole, bool (H, W), of uint8 (H, W, 3), at a reduced size, from its border (Telea 2004), with its grain."""
     if not hole.any() or hole.all():
         return image.copy()
     H, W = hole.shape

@@ -88,10 +88,9 @@ def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
     return paths
 
 
-def reenact_all(
-    animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None, *,
-    progress: Progress | None = None,
-) -> BatchSummary:  # fmt: skip
+def reenact_all(animator: Animator, sources: Sequence[Path], driver: Path, out: str,
+                options: ReenactOptions | None = None, *,
+                progress: Progress | None = None) -> BatchSummary:  # fmt: skip
     """Animate each source by one driver into the template `out`; existing results are kept without `overwrite`.
 
     A portrait that fails is recorded, and the others continue; programming errors are raised.
@@ -159,10 +158,9 @@ def plan_reenact(
     remaining = sum(options.overwrite or not source.exists for source in planned)
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
-    return Plan(
-        tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
-        frames * (tracking + remaining * seconds[-1]), (*notes, *precision_notes(animator.precision, animator.device)),
-    )  # fmt: skip
+    return Plan(tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
+                frames * (tracking + remaining * seconds[-1]),
+                (*notes, *precision_notes(animator.precision, animator.device)))  # fmt: skip
 
 
 def _sanitize_name(name: str) -> str:

@@ -51,10 +51,8 @@ def check_mesh_output(path: Path, *, morphs: bool = False) -> None:
         _import_library(name)
 
 
-def extract_head_mesh(
-    animator: Animator, portrait: Portrait, *, beta: np.ndarray | None = None, resolution: int = 0,
-    morphs: bool = False,
-) -> HeadMesh:  # fmt: skip
+def extract_head_mesh(animator: Animator, portrait: Portrait, *, beta: np.ndarray | None = None, resolution: int = 0,
+                      morphs: bool = False) -> HeadMesh:  # fmt: skip
     """Return the largest connected surface of the portrait's person, at density `ModelConfig.surface_density`.
 
     `beta` (1, 64) is the expression, None: the portrait's; `resolution` are samples along each axis, 0: `RESOLUTION`.
@@ -131,10 +129,8 @@ def write_mesh(path: Path, mesh: HeadMesh) -> None:
     if is_glb:
         scene = trimesh.Scene(surface, metadata={"comment": SYNTHETIC_COMMENT})
         add_morphs = None if mesh.morphs is None else partial(_add_morphs, mesh.morphs)
-        data = scene.export(
-            file_type="glb", include_normals=True, tree_postprocessor=_set_matte_material,
-            buffer_postprocessor=add_morphs,
-        )  # fmt: skip
+        data = scene.export(file_type="glb", include_normals=True, tree_postprocessor=_set_matte_material,
+                            buffer_postprocessor=add_morphs)  # fmt: skip
     else:
         first_line, body = surface.export(file_type="ply").split(b"\n", 1)
         data = first_line + b"\ncomment " + SYNTHETIC_COMMENT.encode() + b"\n" + body

@@ -88,10 +88,9 @@ class _Worker:
 
 
 class PrefetchIterator(_Worker, Generic[T]):
-    """Iterator over items that a thread computes, at most `depth` of them ahead.
+    """Iterator, for one pass in a `with` block, over items that a thread computes, at most `depth` of them ahead.
 
-    A context manager for one pass. An exception of `items` is raised at its place in the iteration.
-    `stop` is called when the block is left before the last item; it must make `items` end soon.
+    An exception of `items` is raised at its place. On an early end `stop` is called, which must make `items` end.
     """
 
     def __init__(self, items: Iterable[T], depth: int, *, stop: Callable[[], None] = _noop) -> None:
@@ -116,11 +115,7 @@ class PrefetchIterator(_Worker, Generic[T]):
 
 
 class LatestIterator(PrefetchIterator[T]):
-    """Iterator over the newest item that a thread has computed, for live sources.
-
-    An item that is not taken before the next one is `dropped`, which counts them: a slow user sees fewer items, but not
-    older ones.
-    """
+    """Iterator over the newest item that a thread has computed, for live sources; `dropped` counts others."""
 
     def __init__(self, items: Iterable[T], *, stop: Callable[[], None] = _noop) -> None:
         super().__init__(items, 0, stop=stop)

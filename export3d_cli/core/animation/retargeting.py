@@ -132,9 +132,8 @@ class Control:
 def most_similar_frame(driver: Motion, source: Motion) -> int:
     """Return the row of `driver` whose head rotation matches that of `source`, which has one row.
 
-    A driver that contains the photo itself, found by rotation and expression, is then followed exactly: what moves
-    relative to that frame is absolute. The expressions of other people say little about one another; theirs is the
-    earliest of the frames that are nearest in rotation.
+    A driver that contains the photo itself, found by rotation and expression, is then followed exactly. Other people's
+    expressions say little: then it is the earliest of the frames that are nearest in rotation.
     """
     rotations, own = head_pose(driver.camera)[0], head_pose(source.camera[0])[0]
     angles = np.linalg.norm(rotation_log(own.T @ rotations), axis=-1)

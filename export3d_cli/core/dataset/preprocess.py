@@ -73,13 +73,11 @@ class InputJob:
     clip_filter: ClipFilter
 
 
-def preprocess(
-    inputs: list[Path], out: Path, *, size: int | None = None, workers: int | None = None,
-    max_frames: int | None = None, fps: Fraction | None = None, clip_filter: ClipFilter | None = None,
-    person: PersonRule | None = None, shard: tuple[int, int] | None = None, face: str | None = None,
-    tracker: TrackerName | None = None, overlay: Path | None = None, report: bool = False,
-    progress: Progress | None = None,
-) -> PreprocessSummary:  # fmt: skip
+def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, workers: int | None = None,
+               max_frames: int | None = None, fps: Fraction | None = None, clip_filter: ClipFilter | None = None,
+               person: PersonRule | None = None, shard: tuple[int, int] | None = None, face: str | None = None,
+               tracker: TrackerName | None = None, overlay: Path | None = None, report: bool = False,
+               progress: Progress | None = None) -> PreprocessSummary:  # fmt: skip
     """Track faces and write one motion file (`out` ends in .motion.npz or .csv) or a data set (`out` is a folder).
 
     `inputs` are videos, photos or folders; `max_frames` of each input are used. For a data set only: `size`, the side

@@ -87,8 +87,7 @@ def track_segments(
 ) -> Iterator[Segment]:
     """Track uint8 (H, W, 3) frames of `size` (width, height) and yield every segment that follows one face.
 
-    A segment ends at a cut, at a jump of the landmarks, after more than `MAX_GAP_S` without a face and at
-    `max_seconds`. Frames of a dissolve or fade, which mix two scenes, belong to no segment.
+    It ends at a cut, a jump, `max_seconds` and `MAX_GAP_S` without a face; dissolves and fades belong to none.
     """
     track, detect_cut = FaceTrack(tracker), SceneCutDetector()
     max_frames, max_gap = max(1, round(max_seconds * fps)), round(MAX_GAP_S * fps)

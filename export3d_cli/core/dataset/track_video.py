@@ -34,11 +34,9 @@ def extract_motion(
     path: Path, *, fps: Fraction | None = None, max_frames: int | None = None, face: str = "largest",
     tracker: TrackerName = "landmarker", progress: Callable[[str, int, int | None], None] | None = None,
 ) -> tuple[Motion, list[str]]:  # fmt: skip
-    """Track one face of a video (streamed) or of a photo (one frame); return its motion and notes for the user.
+    """Track one face of a video or photo, or read a CSV or sound, at EG3D's radius; return motion and notes.
 
-    A Live Link Face CSV and the motion of a sound (see `read_speech`) are placed at EG3D's camera radius. `fps` None is
-    the video's rate, 25 for pictures and sounds. `face`:
-    largest, left, right or index:N, the N-th from the left, starting at 0. Raises `NoFaceError` if no frame has one.
+    `fps` None is the video's rate, 25 for pictures and sounds; for `face` see `choose_face`. Raises `NoFaceError`.
     """
     if has_no_pictures(path) and not is_arkit_csv(path):
         fps = fps or DEFAULT_FPS

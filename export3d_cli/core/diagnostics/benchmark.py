@@ -90,10 +90,8 @@ def run_benchmark(
         timed("encode video", encode())
         summary = reenact(animator, source, driver, Path(folder) / "b.mp4", options)
     peak_gpu = torch.cuda.max_memory_allocated(animator.device) if is_cuda else None
-    return BenchmarkResult(
-        animator.device_name, torch.get_num_threads(), animator.batch, len(images), stages,
-        summary.frames / summary.seconds, summary.seconds, peak_memory(), peak_gpu,
-    )  # fmt: skip
+    return BenchmarkResult(animator.device_name, torch.get_num_threads(), animator.batch, len(images), stages,
+                           summary.frames / summary.seconds, summary.seconds, peak_memory(), peak_gpu)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,8 @@ class SpeedComparison:
     ratio: float  # the other tool's median over that of export3d: above 1 export3d is faster
 
 
-def compare_speed(
-    command: str, source: Path | None = None, driver: Path | None = None, *, rounds: int = 5,
-    arguments: Sequence[str] = (),
-) -> SpeedComparison:  # fmt: skip
+def compare_speed(command: str, source: Path | None = None, driver: Path | None = None, *, rounds: int = 5,
+                  arguments: Sequence[str] = ()) -> SpeedComparison:  # fmt: skip
     """Run `export3d reenact` and another tool in turn on the same files, `rounds` times each.
 
     `command` is the other tool's, with {src}, {drv} and {out} for photo, driver and result; no shell reads it.

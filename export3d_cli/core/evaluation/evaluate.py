@@ -101,10 +101,8 @@ class Evaluation:
     files: list[Path] = field(default_factory=list)  # written files
 
 
-def evaluate(
-    animator: Animator, dataset: Path, options: EvaluateOptions | None = None, *, out: Path | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:  # fmt: skip
+def evaluate(animator: Animator, dataset: Path, options: EvaluateOptions | None = None, *, out: Path | None = None,
+             progress: Progress | None = None) -> Evaluation:  # fmt: skip
     """Score a model on a data set (`preprocess`) or exact views; write tables, a report and pictures to `out`."""
     options, began = options or EvaluateOptions(), time.monotonic()
     exact = has_exact_views(dataset)

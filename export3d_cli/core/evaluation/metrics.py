@@ -142,10 +142,9 @@ def excess_jitter(result: np.ndarray, truth: np.ndarray) -> float:
 
 
 def correlation_and_slope(truth: np.ndarray, result: np.ndarray, min_std: float) -> tuple[float, float]:
-    """Return Pearson's correlation of two series (T,) and the slope of `result` over `truth`.
+    """Return Pearson's correlation and slope, NaN if `truth` (T,) moves by less than `min_std`.
 
-    Both are NaN if the truth's standard deviation is below `min_std`. The correlation is 0 for a result that hardly
-    moves (less than a tenth of `min_std`), not that of its noise.
+    The correlation is 0 for a result that hardly moves (less than a tenth of `min_std`), not that of its noise.
     """
     if len(truth) < 3 or truth.std() < min_std:
         return float("nan"), float("nan")

@@ -37,10 +37,8 @@ def warp_piecewise(photo: np.ndarray, source: np.ndarray, target: np.ndarray) ->
         cv2.fillConvexPoly(label, np.int32((triangle - 0.5) * 16), number, shift=4)  # type: ignore[call-overload]
     y, x = np.mgrid[:height, :width] + 0.5
     xy = np.einsum("hwk,hwkc->hwc", np.stack([x, y, np.ones_like(x)], axis=-1), maps[label]) - 0.5
-    return cv2.remap(
-        photo, xy[..., 0].astype(np.float32), xy[..., 1].astype(np.float32), cv2.INTER_CUBIC,
-        borderMode=cv2.BORDER_REPLICATE,
-    )  # fmt: skip
+    return cv2.remap(photo, xy[..., 0].astype(np.float32), xy[..., 1].astype(np.float32), cv2.INTER_CUBIC,
+                     borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
 
 
 def _delaunay(points: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -63,15 +63,11 @@ class MetricSuite:
         points = tracked.motion.landmarks[rows][..., :2] * tracked.frames[0].shape[0]
         return self.embedder([tracked.frames[i] for i in rows], points)
 
-    def score(
-        self, result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *,
-        has_ground_truth: bool, source_embedding: np.ndarray,
-    ) -> Scores:  # fmt: skip
-        """Return the metrics that apply to the frames of a method.
+    def score(self, result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *,
+              has_ground_truth: bool, source_embedding: np.ndarray) -> Scores:  # fmt: skip
+        """Return the metrics that apply to frames: `rows` (K,) one by one, `consecutive` (R,) for flicker and jitter.
 
-        `rows` (K,) are the frames that are scored one by one, `consecutive` (R,), perhaps none, those for flicker and
-        jitter. `truth` are the driver's frames if there is no ground truth, which shows the source's own head.
-        `source_embedding` is (1, D), or empty: identity is not measured.
+        `truth` are the driver's frames without a ground truth. `source_embedding` is (1, D), or empty: no identity.
         """
         scores = {"lost": float(1 - result.found[rows].mean())}
         if has_ground_truth:

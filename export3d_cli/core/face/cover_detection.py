@@ -79,10 +79,8 @@ def _detail(picture: np.ndarray) -> float:
     return float(np.abs(grey - coarse)[middle].mean() / (grey[middle].std() + 6))
 
 
-def crop_part(
-    picture: np.ndarray, landmarks: np.ndarray, part: int, shift_x: float = 0, shift_y: float = 0, scale: float = 1,
-    roll: float = 0, size: int = CROP_SIZE_PX,
-) -> np.ndarray:  # fmt: skip
+def crop_part(picture: np.ndarray, landmarks: np.ndarray, part: int, shift_x: float = 0, shift_y: float = 0,
+              scale: float = 1, roll: float = 0, size: int = CROP_SIZE_PX) -> np.ndarray:  # fmt: skip
     """Crop part 0 (mouth), 1 (right eye) or 2 (left eye, mirrored), level with the eyes: uint8 (size, size, 3)."""
     points = landmarks[:, :2] * len(picture)
     right = points[LEFT_EYE_OUTER] - points[RIGHT_EYE_OUTER]
@@ -99,10 +97,9 @@ def crop_part(
     side = side * distance * scale
     matrix = axes * side / _SAMPLE_SIZE_PX
     offset = centre + axes @ np.array([shift_x, shift_y]) * side - matrix @ np.full(2, (_SAMPLE_SIZE_PX - 1) / 2)
-    sampled = cv2.warpAffine(
-        picture, np.column_stack([matrix, offset]), (_SAMPLE_SIZE_PX,) * 2,
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE,
-    )  # fmt: skip
+    sampled = cv2.warpAffine(picture, np.column_stack([matrix, offset]), (_SAMPLE_SIZE_PX,) * 2,
+                             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                             borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
     return sampled if size == _SAMPLE_SIZE_PX else cv2.resize(sampled, (size, size), interpolation=cv2.INTER_AREA)
 
 

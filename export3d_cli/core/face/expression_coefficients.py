@@ -69,11 +69,7 @@ def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS
 
 
 class BetaStatistics(NamedTuple):
-    """Mean (64,) of beta, and its covariance (64, 64) within clips, where the person stays the same.
-
-    With it, unknown entries (the measures of a Live Link Face CSV) are predicted from those that are known.
-    `weights/make_beta_statistics.py` measures it.
-    """
+    """Mean (64,) of beta and covariance (64, 64) within clips, which predict unknown entries from known ones."""
 
     mean: np.ndarray
     covariance: np.ndarray

@@ -79,10 +79,8 @@ def fit_frames(points: np.ndarray, basis: FaceBasis, neutral: np.ndarray) -> Fac
         pose_step = np.linalg.solve(by_pose.mT @ by_pose, by_pose.mT @ residual[..., None])[..., 0]
         coefficients = np.zeros_like(fit.coefficients)
         coefficients[:, OBSERVABLE] = current
-        fit = FaceFit(
-            rotation_exp(pose_step[:, :3]) @ fit.rotation, fit.centre + pose_step[:, 3:], coefficients,
-            basis.deform(neutral, coefficients),
-        )  # fmt: skip
+        fit = FaceFit(rotation_exp(pose_step[:, :3]) @ fit.rotation, fit.centre + pose_step[:, 3:], coefficients,
+                      basis.deform(neutral, coefficients))  # fmt: skip
     return fit
 
 

@@ -127,10 +127,8 @@ def _hold_missing(motion: Motion, smoothed: _Signals, last: _Signals | None) -> 
     found = np.concatenate([np.ones(before, bool), motion.found])
     source = np.maximum.accumulate(np.where(found, np.arange(len(found)), 0))
     held = _Signals(*(signal[source] for signal in smoothed))
-    output = replace(
-        motion, beta=held.beta[before:].astype(np.float32),
-        camera=with_head_pose(motion.camera, held.rotation[before:], held.centre[before:]),
-    )  # fmt: skip
+    output = replace(motion, beta=held.beta[before:].astype(np.float32),
+                     camera=with_head_pose(motion.camera, held.rotation[before:], held.centre[before:]))  # fmt: skip
     return output, _Signals(*(signal[-1] for signal in held))
 
 

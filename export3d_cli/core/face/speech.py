@@ -102,10 +102,8 @@ class Cue(NamedTuple):
     words: list[str]
 
 
-def read_speech(
-    sound: Path, camera: np.ndarray, *, fps: Fraction = DEFAULT_FPS, start: float = 0.0, duration: float | None = None,
-    text: Path | None = None,
-) -> tuple[Motion, list[str]]:  # fmt: skip
+def read_speech(sound: Path, camera: np.ndarray, *, fps: Fraction = DEFAULT_FPS, start: float = 0.0,
+                duration: float | None = None, text: Path | None = None) -> tuple[Motion, list[str]]:  # fmt: skip
     """Return the motion at a rate `fps` of a head that speaks the sound of a file, without landmarks; also notes.
 
     The sound is used from `start` for `duration` seconds (None: to its end). `text` is a text file of what is spoken
@@ -204,10 +202,8 @@ class _Recognizer:
         except ImportError as error:
             raise InputError("a sound as driver needs pocketsphinx: pip install 'export3d-cli[speech]'") from error
         model = get_model_path("en-us")
-        self._decoder: Any = Decoder(
-            hmm=f"{model}/en-us", dict=f"{model}/cmudict-en-us.dict", lm=None, lw=0.5, loglevel="FATAL",
-            beam=1e-80, pbeam=1e-80, wbeam=1e-60,
-        )  # fmt: skip
+        self._decoder: Any = Decoder(hmm=f"{model}/en-us", dict=f"{model}/cmudict-en-us.dict", lm=None, lw=0.5,
+                                     loglevel="FATAL", beam=1e-80, pbeam=1e-80, wbeam=1e-60)  # fmt: skip
         self._decoder.add_allphone_file("phones", f"{model}/en-us-phone.lm.bin")
         for phone in sorted(_PHONES):  # as words: a text is a sequence of them
             self._decoder.add_word(f"_{phone}", phone, False)

@@ -91,10 +91,8 @@ class LandmarkerTracker(FaceTracker):
         # a bilinear view of the region, aligned at the corners, as MediaPipe does
         a, b = cos * roi.side / _LANDMARK_SIDE_PX, -sin * roi.side / _LANDMARK_SIDE_PX
         to_image = np.array([[a, b, roi.x - (a + b) * half], [-b, a, roi.y - (a - b) * half]])
-        crop = cv2.warpAffine(
-            image, to_image, (_LANDMARK_SIDE_PX,) * 2, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )  # fmt: skip
+        crop = cv2.warpAffine(image, to_image, (_LANDMARK_SIDE_PX,) * 2, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                              borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
         outputs = self._landmark_network(crop.astype(np.float32) * (1 / 255))
         score = 0.5 + 0.5 * math.tanh(outputs[1].item() / 2)  # sigmoid
         if score < _MIN_SCORE:

@@ -86,10 +86,9 @@ def _convert(image: Image.Image, profile: ImageCms.ImageCmsProfile | ImageCms.co
         raise ValueError(f"it is for {expected}, the image is {mode}")
     if space.strip() == "RGB" and "sRGB" in ImageCms.getProfileDescription(profile):  # rounding would change it
         return image
-    transform = ImageCms.buildTransform(
-        profile, ImageCms.createProfile("sRGB"), mode, "RGB",
-        ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
-    )  # fmt: skip
+    transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB",
+                                        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                                        ImageCms.Flags.BLACKPOINTCOMPENSATION)  # fmt: skip
     converted = ImageCms.applyTransform(image.convert(mode), transform)
     assert converted is not None
     if alpha is not None:

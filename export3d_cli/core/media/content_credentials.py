@@ -107,10 +107,8 @@ def read_credentials(path: Path) -> Credentials | None:
         return None
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         return Credentials(valid=False, trusted=False, generator="", synthetic=False)
-    return Credentials(
-        valid=state in ("Valid", "Trusted"), trusted=state == "Trusted", generator=generator,
-        synthetic=any(name.lower().endswith("trainedalgorithmicmedia") for name in types),
-    )  # fmt: skip
+    return Credentials(valid=state in ("Valid", "Trusted"), trusted=state == "Trusted", generator=generator,
+                       synthetic=any(name.lower().endswith("trainedalgorithmicmedia") for name in types))  # fmt: skip
 
 
 def has_metadata_mark(path: Path) -> bool:

@@ -46,8 +46,7 @@ setInterval(() => fetch('/status').then(r => r.text()).then(text => line.textCon
 class MjpegServer(ThreadingHTTPServer):
     """Serves the page while its `with` block runs: `/`, `/stream`, `/status` and the buttons' `/command/NAME`.
 
-    Pages of other sites can neither read it nor press its buttons: `buttons` maps commands to labels, and other threads
-    call `on_press` with the command of a pressed one. Port 0 stands for a free one, see `server_port`.
+    Pages of other sites cannot use it. `buttons` are labels by command; threads call `on_press`. Port 0: a free one.
     """
 
     daemon_threads = True

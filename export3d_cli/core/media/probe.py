@@ -146,13 +146,11 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
             f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_DURATION_H}: cut it first"
         )
     hdr = re.search(r"smpte2084|arib-std-b67", stream[1])
-    return VideoInfo(
-        width, height, fps, max(1, round(duration * fps)), duration, has_audio, vfr,
-        hdr_transfer=hdr[0] if hdr else "", header_duration=header_duration,
-        interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream[1])),
-        decode_delay=0.0 if stamps.are_presentation_times else _measure_decode_delay(path, times),
-        alpha_source=alpha_source,
-    )  # fmt: skip
+    return VideoInfo(width, height, fps, max(1, round(duration * fps)), duration, has_audio, vfr,
+                     hdr_transfer=hdr[0] if hdr else "", header_duration=header_duration,
+                     interlaced=bool(re.search(r"\b(top|bottom) (coded )?first", stream[1])),
+                     decode_delay=0.0 if stamps.are_presentation_times else _measure_decode_delay(path, times),
+                     alpha_source=alpha_source)  # fmt: skip
 
 
 def _find_alpha(header: str, stream: str) -> str:
@@ -165,11 +163,7 @@ def _find_alpha(header: str, stream: str) -> str:
 def _estimate_rate(
     tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None
 ) -> tuple[Fraction, bool]:
-    """Return the frame rate and whether it varies.
-
-    Timestamps (`tick`, `times`) are preferred to what ffmpeg reports: `mean` is its "fps", which in a stream copied to
-    AVI is the clock (600), `base` its "tbr", which can be the rate of the fields.
-    """
+    """Return the frame rate and whether it varies: by timestamps, else ffmpeg's fps (`mean`) and tbr (`base`)."""
     steps = [b - a for a, b in itertools.pairwise(times) if b > a]
     if not steps:
         return min((rate for rate in (mean, base) if rate), default=Fraction(25)), False

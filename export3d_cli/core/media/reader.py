@@ -40,10 +40,8 @@ class VideoReader(contextlib.AbstractContextManager["VideoReader"]):
     a truncated video is added when the iteration ends.
     """
 
-    def __init__(
-        self, path: Path, *, fps: Fraction | None = None, start: float = 0.0, duration: float | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, path: Path, *, fps: Fraction | None = None, start: float = 0.0, duration: float | None = None,
+                 size: tuple[int, int] | None = None) -> None:  # fmt: skip
         self.path = Path(path)
         if start < 0 or (duration is not None and duration <= 0) or (fps is not None and fps <= 0):
             raise InputError(f"start must be >= 0, duration and fps must be positive, got {start}, {duration}, {fps}")

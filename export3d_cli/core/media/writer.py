@@ -40,10 +40,9 @@ class VideoWriter:
     is silent, with an `Export3DWarning`. `metadata` are tags besides the comment that the video is synthetic.
     """
 
-    def __init__(
-        self, path: Path, *, size: tuple[int, int], fps: Fraction, crf: int | None = None, alpha: bool = False,
-        audio: Path | None = None, audio_start: float = 0.0, metadata: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, path: Path, *, size: tuple[int, int], fps: Fraction, crf: int | None = None, alpha: bool = False,
+                 audio: Path | None = None, audio_start: float = 0.0,
+                 metadata: Mapping[str, str] | None = None) -> None:  # fmt: skip
         self.path = Path(path)
         self.suffix = self.path.suffix.lower()
         check_output_suffix(self.path, alpha=alpha)

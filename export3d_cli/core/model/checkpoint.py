@@ -27,10 +27,8 @@ RENAMED_KEYS = {"painters.": "inpainters.", "superres.inside.": "superres.hidden
 KEEP_FP32 = ("expression.", "flow.basis")  # small, and the geometry of every frame depends on them
 
 
-def save_weights(
-    path: Path | str, state: dict[str, Tensor], config: ModelConfig, record: dict[str, Any], *,
-    half: bool = True, licence: str = "",
-) -> None:  # fmt: skip
+def save_weights(path: Path | str, state: dict[str, Tensor], config: ModelConfig, record: dict[str, Any], *,
+                 half: bool = True, licence: str = "") -> None:  # fmt: skip
     """Write a weights file atomically; its header holds the model's config, the training record and the licence.
 
     With `half`, matrices and kernels are stored as float16; vectors (biases, norms) and `KEEP_FP32` stay float32.

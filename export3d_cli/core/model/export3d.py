@@ -126,10 +126,9 @@ class Export3D(nn.Module):
             if width := getattr(config, name):
                 self.inpainters[name] = inpainter(width)
 
-    def encode_source(
-        self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor, person_mask: Tensor | None = None,
-        covered: Tensor | None = None, first: Source | None = None,
-    ) -> Source:  # fmt: skip
+    def encode_source(self, image: Tensor, beta: Tensor, camera: Tensor, landmarks: Tensor,
+                      person_mask: Tensor | None = None, covered: Tensor | None = None,
+                      first: Source | None = None) -> Source:  # fmt: skip
         """Encode photos (B, 3, H, W) for `drive`.
 
         Of each, `beta` (B, 64) is the expression, `camera` (B, 25) the camera, `landmarks` (B, 478, 3) are in the head
@@ -163,12 +162,10 @@ class Export3D(nn.Module):
         source = Source(image, camera, landmarks, lam, measure_wink(beta), stem, tokens, basis=basis)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
-            source = replace(
-                source, proximity=proximity, head_mask=head_mask, body_mask=(1 - head_mask) * person,
-                image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
-                features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
-                cover=self._measure_cover(image, landmarks, camera, covered),
-            )  # fmt: skip
+            source = replace(source, proximity=proximity, head_mask=head_mask, body_mask=(1 - head_mask) * person,
+                             image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
+                             features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
+                             cover=self._measure_cover(image, landmarks, camera, covered))  # fmt: skip
         if self.source_view is not None:
             view_plane = self.source_view.make_view_plane(stem)  # (B, C, H/4, W/4)
             head = source.head_mask
@@ -228,11 +225,9 @@ class Export3D(nn.Module):
                     surface = self.flow.rasterize_surface(landmarks, landmarks - source.landmarks)  # (B, 6, s, s)
         return PosedHead(planes, surface, mesh, distances)
 
-    def drive(
-        self, source: Source, lam: Tensor, camera: Tensor, *, posed: PosedHead | None = None,
-        raw_size: int | None = None, samples: SampleCounts | None = None, mesh_size: int | None = None,
-        batch_rows: BatchRows | None = None, face_only: bool = False,
-    ) -> Output:  # fmt: skip
+    def drive(self, source: Source, lam: Tensor, camera: Tensor, *, posed: PosedHead | None = None,
+              raw_size: int | None = None, samples: SampleCounts | None = None, mesh_size: int | None = None,
+              batch_rows: BatchRows | None = None, face_only: bool = False) -> Output:  # fmt: skip
         """Render the source with coefficients lambda (B, n), or (B, n + 1) with a wink, seen by a camera (B, 25).
 
         `posed` is the result of `pose_head` for them, if known. `raw_size` is the side of the volume rendering,
@@ -261,19 +256,16 @@ class Export3D(nn.Module):
             refined = refined._replace(image=add_light(refined.image, colours.light))
             features = add_light(features[:, :3], colours.light)
         image = composite_patches(refined.image.clone(), patches) if patches else refined.image
-        return Output(
-            raw=features[:, :3], depth=depth, opacity=opacity, flow_weights=detail and detail.flow.weights,
-            face=detail and detail.mesh.face,
-            density_tv=self._density_tv(source, posed, batch_rows) if self.training else None,
-            before_inpainting=refined.image, inpainted=patches, windows=windows,
-            **refined._replace(image=image)._asdict(),
-        )  # fmt: skip
+        return Output(raw=features[:, :3], depth=depth, opacity=opacity, flow_weights=detail and detail.flow.weights,
+                      face=detail and detail.mesh.face,
+                      density_tv=self._density_tv(source, posed, batch_rows) if self.training else None,
+                      before_inpainting=refined.image, inpainted=patches, windows=windows,
+                      **refined._replace(image=image)._asdict())  # fmt: skip
 
-    def forward(
-        self, source_image: Tensor, source_beta: Tensor, source_camera: Tensor, source_landmarks: Tensor,
-        driver_beta: Tensor, driver_camera: Tensor, person_mask: Tensor | None = None, raw_size: int | None = None,
-        batch_rows: BatchRows | None = None, rays: Tensor | None = None,
-    ) -> Output:  # fmt: skip
+    def forward(self, source_image: Tensor, source_beta: Tensor, source_camera: Tensor, source_landmarks: Tensor,
+                driver_beta: Tensor, driver_camera: Tensor, person_mask: Tensor | None = None,
+                raw_size: int | None = None, batch_rows: BatchRows | None = None,
+                rays: Tensor | None = None) -> Output:  # fmt: skip
         """Encode and drive in one call, for training.
 
         With `rays` (B, R), pixel indices of the raw render, only the volume is rendered, and only at these pixels: the
@@ -286,15 +278,11 @@ class Export3D(nn.Module):
         posed = self.pose_head(source, lam)
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, driver_camera, size, None, batch_rows, rays)
-        return Output(
-            image=features[:, :3], raw=features[:, :3], depth=depth, opacity=opacity, residual_flow=None,
-            flow_weights=None, density_tv=self._density_tv(source, posed, batch_rows),
-        )  # fmt: skip
+        return Output(image=features[:, :3], raw=features[:, :3], depth=depth, opacity=opacity, residual_flow=None,
+                      flow_weights=None, density_tv=self._density_tv(source, posed, batch_rows))  # fmt: skip
 
-    def render(
-        self, source: Source, posed: PosedHead, camera: Tensor, size: int, samples: SampleCounts | None = None,
-        batch_rows: BatchRows | None = None, rays: Tensor | None = None,
-    ) -> RayOutputs:  # fmt: skip
+    def render(self, source: Source, posed: PosedHead, camera: Tensor, size: int, samples: SampleCounts | None = None,
+               batch_rows: BatchRows | None = None, rays: Tensor | None = None) -> RayOutputs:  # fmt: skip
         """Render the volume (sec. 3.3), without the background; `rays` (B, R) selects pixels by their index.
 
         Returns features (B, C', s, s), RGB first, depth and opacity (B, 1, s, s), or (B, ., R, 1) with `rays`; fp32.
@@ -434,10 +422,8 @@ class Export3D(nn.Module):
             features, opacity = features * fade, opacity * fade
         return features + (1 - opacity) * background
 
-    def _prepare_photo_detail(
-        self, source: Source, posed: PosedHead, lam: Tensor, camera: Tensor, depth: Tensor, opacity: Tensor,
-        mesh_size: int | None,
-    ) -> PhotoDetail | None:  # fmt: skip
+    def _prepare_photo_detail(self, source: Source, posed: PosedHead, lam: Tensor, camera: Tensor, depth: Tensor,
+                              opacity: Tensor, mesh_size: int | None) -> PhotoDetail | None:  # fmt: skip
         """Compute where each pixel comes from in the photo; None without `config.flow`."""
         if self.flow is None or self.flow_blend is None or posed.mesh is None:
             return None
@@ -453,10 +439,8 @@ class Export3D(nn.Module):
         neck = neck_flow(source.camera, camera, m)  # (B, 2, m, m)
         rotation = relative_rotation(source.camera, camera)  # (B, 3)
         assert source.head_mask is not None and source.body_mask is not None
-        flow = self.flow_blend(
-            source.image, mesh, rigid, neck, resize(opacity, m), source.head_mask, source.body_mask, rotation,
-            self._visible_change(source, lam),
-        )  # fmt: skip
+        flow = self.flow_blend(source.image, mesh, rigid, neck, resize(opacity, m), source.head_mask, source.body_mask,
+                               rotation, self._visible_change(source, lam))  # fmt: skip
         if source.others:
             flow, mesh = self._select_photos(source, posed, camera, flow, mesh, cover)
         return PhotoDetail(source, mesh, flow, self._expression_code(source, lam), cover)
@@ -495,10 +479,8 @@ class Export3D(nn.Module):
             patches = [patch._replace(mask=patch.mask * (1 - patch.crop.sample(shown))) for patch in patches]
         return tuple(patches)
 
-    def inpaint(
-        self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor,
-        colours: PhotoColours | None,
-    ) -> list[InpaintedPatch]:  # fmt: skip
+    def inpaint(self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor,
+                camera: Tensor, colours: PhotoColours | None) -> list[InpaintedPatch]:  # fmt: skip
         """Inpaint mouth, eyes and eyelids of results, see `Inpainter.inpaint`; the patches are in the photo's light."""
         patches = list[InpaintedPatch]()
         for inpainter in self.inpainters.values():

@@ -33,10 +33,8 @@ class ExpressionWarp(NamedTuple):
     patches: tuple[InpaintedPatch, ...]  # what the pictures do not show: mouth, eyes, eyelids
 
 
-def warp_expression(
-    model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor, wink: Tensor,
-    source_wink: Tensor, still: Tensor,
-) -> ExpressionWarp:  # fmt: skip
+def warp_expression(model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor, wink: Tensor,
+                    source_wink: Tensor, still: Tensor) -> ExpressionWarp:  # fmt: skip
     """Change the expression in pictures (B, 3, H, H) in [-1, 1] around faces by the model's basis flow and inpainters.
 
     `landmarks` (B, 478, 3) are in the head frame, `camera` is (B, 25), `change` of lambda (B, n); `wink` to show and

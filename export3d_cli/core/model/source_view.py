@@ -23,10 +23,8 @@ class SourceView(nn.Module):
         _, c4, c8 = config.stem
         self.quarter = nn.Conv2d(c4, config.plane_channels, 1)
         self.eighth = nn.Conv2d(c8, config.plane_channels, 1)
-        self.background = nn.Sequential(
-            nn.Conv2d(c4, config.raw_channels, 3, padding=1), ResBlock(config.raw_channels),
-            nn.Conv2d(config.raw_channels, config.raw_channels, 3, padding=1),
-        )  # fmt: skip
+        self.background = nn.Sequential(nn.Conv2d(c4, config.raw_channels, 3, padding=1), ResBlock(config.raw_channels),
+                                        nn.Conv2d(config.raw_channels, config.raw_channels, 3, padding=1))  # fmt: skip
 
     def make_view_plane(self, stem: list[Tensor]) -> Tensor:
         """Compute the fourth feature plane, in the source camera, from the stem features: (B, C, H/4, W/4)."""

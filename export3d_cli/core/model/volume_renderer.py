@@ -115,10 +115,8 @@ def composite(features: Tensor, densities: Tensor, depths: Tensor) -> RayOutputs
     return out, depth, opacity
 
 
-def render_rays(
-    decode: Callable[[Tensor], tuple[Tensor, Tensor]], coarse: Tensor, fine_samples: int, *,
-    jitter: bool = False, batch_rows: BatchRows | None = None,
-) -> RayOutputs:  # fmt: skip
+def render_rays(decode: Callable[[Tensor], tuple[Tensor, Tensor]], coarse: Tensor, fine_samples: int, *,
+                jitter: bool = False, batch_rows: BatchRows | None = None) -> RayOutputs:  # fmt: skip
     """Render rays with ascending depths `coarse` (B, R, S) and `fine_samples` importance samples each.
 
     `decode` maps depths (B, R, S) to features (B, R, S, C) and densities (B, R, S).

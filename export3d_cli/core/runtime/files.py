@@ -61,8 +61,7 @@ def write_text(path: Path, text: str) -> None:
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success move its files to `folder`, on failure delete it.
 
-    A new `folder` appears at once, with all files. In an existing one the files appear one by one and never replace
-    others. Raises the same errors as `write_atomic`.
+    A new `folder` appears at once, with all files. In an existing one they appear one by one and never replace others.
     """
     parent = folder if folder.is_dir() else folder.parent
     with _temporary_path(parent, folder) as temporary:

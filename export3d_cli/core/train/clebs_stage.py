@@ -144,8 +144,7 @@ def _lambda_by_person(run: TrainingRun, lebs: LeBS, sampler: PairSampler, step: 
 def identity_leakage_loss(lam: Tensor) -> Tensor:
     """Return how well lambda (people, frames, n) separates people (beyond the paper); 0 if their means agree.
 
-    Fisher's criterion trace(S_w^-1 S_b) / n: the variance between people in units of the variance within each, which
-    does not change with the scale or a rotation of lambda.
+    Fisher's criterion trace(S_w^-1 S_b) / n, which does not change with the scale or a rotation of lambda.
     """
     mean = lam.mean(1, keepdim=True)
     deviations, means = (lam - mean).flatten(0, 1), (mean - mean.mean(0)).squeeze(1)

@@ -70,11 +70,7 @@ def crop_eyes_and_mouth(image: Tensor, landmarks: Tensor, side: int = CROP_SIZE_
 
 
 def flow_loss(sampled: Tensor, target: Tensor, source_visibility: Tensor) -> Tensor:
-    """Return the photometric loss of the flow: the warped source against the target, where the source shows it.
-
-    Differences are averaged over cells of 1, 4 and 8 pixels, so that a flow that is far off gets a gradient, too. No
-    gradient reaches `source_visibility` (B, 1, m, m).
-    """
+    """Return the loss of the warped source where `source_visibility` (B, 1, m, m), over cells of 1, 4 and 8 pixels."""
     size = sampled.shape[-1]
     difference = (sampled.float() - downsample(target.float(), size)) * resize(source_visibility.detach().float(), size)
     cells = [difference, F.avg_pool2d(difference, 4), F.avg_pool2d(difference, 8)]

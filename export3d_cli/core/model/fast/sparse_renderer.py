@@ -81,10 +81,8 @@ def sample_view_table(table: Tensor, size: int, points: Tensor, camera: Tensor) 
     return gather_bilinear(table, x, y, size)
 
 
-def render_rays(
-    decode_hidden: DecodeHidden, decode_colours: DecodeColours, origin: Tensor, directions: Tensor, coarse: Tensor,
-    fine_samples: int,
-) -> RayOutputs:  # fmt: skip
+def render_rays(decode_hidden: DecodeHidden, decode_colours: DecodeColours, origin: Tensor, directions: Tensor,
+                coarse: Tensor, fine_samples: int) -> RayOutputs:  # fmt: skip
     """Render rays of one head, origin (3,), directions (R, 3), depths `coarse` (R, S), as `volume_renderer` does."""
     R, S = coarse.shape
     device = coarse.device

@@ -89,10 +89,8 @@ class FlowBlend(nn.Module):
             self.expression = nn.Linear(config.num_coefficients, 2 * w)
             zero_init(self.expression)
 
-    def forward(
-        self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, neck: Tensor, opacity: Tensor, head_mask: Tensor,
-        body_mask: Tensor, rotation: Tensor, lam_delta: Tensor,
-    ) -> LayeredFlow:  # fmt: skip
+    def forward(self, photo: Tensor, mesh: MeshFlow, rigid: Tensor, neck: Tensor, opacity: Tensor, head_mask: Tensor,
+                body_mask: Tensor, rotation: Tensor, lam_delta: Tensor) -> LayeredFlow:  # fmt: skip
         """Blend the flows `mesh` at (m, m), `rigid` and `neck` (B, 2, s, s) for a photo (B, 3, H, W).
 
         `opacity` (B, 1, s, s) is the rendered head's; `head_mask` and `body_mask` (B, 1, m, m) tell where the photo

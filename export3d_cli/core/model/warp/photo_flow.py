@@ -45,11 +45,9 @@ class PhotoFlow(NamedTuple):
     face_weight: Tensor  # (B, 1) 1 where the network's image is shown: in the face, and where it would appear again
 
 
-def extend_flow(
-    points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-    head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None,
-    windows: Sequence[Window] = (),
-) -> PhotoFlow:  # fmt: skip
+def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
+                head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None,
+                windows: Sequence[Window] = ()) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
     `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`

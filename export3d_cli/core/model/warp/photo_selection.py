@@ -55,9 +55,8 @@ def expression_distances(points: Tensor, deformed: list[Tensor], photos: list[Te
 def blend_landmarks(deformed: list[Tensor], distances: Tensor, angles: Tensor) -> Tensor:
     """Return the result's landmarks (B, 478, 3), as the photos with the nearest expressions have them.
 
-    Each photo's landmarks, `deformed` to the result's expression, also hold what the basis does not explain.
-    `distances` (B, 478, J) as from `expression_distances`; `angles` (B, J): sines of the angles between the photos'
-    heads and the first one's.
+    Those `deformed` also hold what the basis does not explain. `distances` (B, 478, J) of `expression_distances`,
+    `angles` (B, J): sines of those between the photos' heads and the first one's.
     """
     logits = -2 / EXPRESSION_SCALE * distances - 2 / ANGLE_SCALE * angles[:, None]
     logits[..., 0] += FIRST_PHOTO_BONUS
