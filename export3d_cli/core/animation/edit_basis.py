@@ -62,10 +62,9 @@ def edit_basis(
             changes, notes = _control_changes(animator, portrait, options.expression, count)
         for v, ends in options.edits:
             changes[:, v - 1] += np.linspace(*ends, count)
-    return write_views(
-        animator, animator.edit(portrait, changes), len(changes), out, options, portrait.frame_size,
-        columns=GRID_VALUES if options.grid else 1, labels=labels, notes=notes, began=began, progress=progress,
-    )  # fmt: skip
+    return write_views(animator, animator.edit(portrait, changes), len(changes), out, options, portrait.frame_size,
+                       columns=GRID_VALUES if options.grid else 1, labels=labels, notes=notes, began=began,
+                       progress=progress)  # fmt: skip
 
 
 def _control_changes(

@@ -64,10 +64,8 @@ class NovelViewOptions(ViewOptions):
         super().check_outputs(*outputs)
 
 
-def novel_view(
-    animator: Animator, source: Path | Portrait, out: Path | None, options: NovelViewOptions | None = None, *,
-    progress: Progress | None = None,
-) -> Summary:  # fmt: skip
+def novel_view(animator: Animator, source: Path | Portrait, out: Path | None, options: NovelViewOptions | None = None,
+               *, progress: Progress | None = None) -> Summary:  # fmt: skip
     """Orbit the portrait: one tri-plane, many cameras; 0 degrees is frontal, whatever the photo's angle.
 
     Where `out` is None, only the mesh is written.

@@ -101,8 +101,10 @@ def _add_pattern(frame: np.ndarray) -> np.ndarray:
     """Return a copy with the pattern in its luma: red, green and blue change alike."""
     H, W = frame.shape[:2]
     luma = _resize_luma(frame, PATTERN_SHORT_SIDE_PX)
+    mean = cv2.blur(luma, (7, 7))
+    local_std = np.sqrt(np.maximum(cv2.blur(luma * luma, (7, 7)) - mean * mean, 0))
     # the neighbourhood's minimum: the pattern would be visible in smooth areas next to an edge
-    local_min = cv2.GaussianBlur(cv2.erode(_local_std(luma), np.ones((7, 7), np.uint8)), (0, 0), 2)
+    local_min = cv2.GaussianBlur(cv2.erode(local_std, np.ones((7, 7), np.uint8)), (0, 0), 2)
     change = np.clip(STRENGTH[0] + GAIN * local_min, *STRENGTH) * _pattern_frame(*luma.shape)
     steps = np.clip(change * STEPS + 128, 0, 255).round().astype(np.uint8)  # uint8 is several times as fast
     steps = cv2.resize(steps, (W, H), interpolation=cv2.INTER_CUBIC if luma.shape[1] < W else cv2.INTER_AREA)
@@ -150,15 +152,8 @@ def _resize_luma(frame: np.ndarray, short_side: int) -> np.ndarray:
     height, width = luma.shape
     scale = short_side / min(height, width)
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    return cv2.resize(luma, (round(width * scale), round(height * scale)), interpolation=interpolation).astype(
-        np.float32
-    )
-
-
-def _local_std(luma: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of each 7 x 7 neighbourhood."""
-    mean = cv2.blur(luma, (7, 7))
-    return np.sqrt(np.maximum(cv2.blur(luma * luma, (7, 7)) - mean * mean, 0))
+    resized = cv2.resize(luma, (round(width * scale), round(height * scale)), interpolation=interpolation)
+    return resized.astype(np.float32)
 
 
 def _search_pattern(path: Path) -> tuple[float, int]:

@@ -40,7 +40,8 @@ class PersonMatting:
         `hair_strands` adds loose hair, for a person who moves with the surroundings: elsewhere it would show as a rim.
         """
         height, width = image.shape[:2]
-        network_input = _network_input(image)
+        small = cv2.resize(image, (_NETWORK_SIDE_PX, _NETWORK_SIDE_PX), interpolation=cv2.INTER_AREA)
+        network_input = small.astype(np.float32) * (1 / 255)
         mask = self._predict_mask(network_input)
         if hair_strands:
             mask = np.maximum(mask, _find_hair_strands(network_input, mask))
@@ -48,19 +49,13 @@ class PersonMatting:
         return alpha * nearest_face_weight(faces, height, width) if len(faces) > 1 else alpha
 
     def _predict_mask(self, small: np.ndarray) -> np.ndarray:
-        """Return the mask (256, 256) float32 of a `_network_input`, with edges softened inwards to hide background."""
+        """Return the mask (256, 256) of a picture (256, 256, 3), edges softened inwards to hide background."""
         # loose hair that the network misses is often found in the mirror image
         confidence = np.maximum(self._network(small)[0][0, ..., 0], self._network(small[:, ::-1])[0][0, :, ::-1, 0])
         mask = (confidence - _BACKGROUND_CONFIDENCE) / (_PERSON_CONFIDENCE - _BACKGROUND_CONFIDENCE)
         mask = _fill_holes(np.clip(mask, 0, 1))
         mask = cv2.GaussianBlur(mask, (0, 0), _EDGE_BLUR_SD, borderType=cv2.BORDER_REPLICATE)
         return np.clip((mask - 0.35) / 0.6, 0, 1)
-
-
-def _network_input(image: np.ndarray) -> np.ndarray:
-    """Resize a picture for the network, (256, 256, 3) float32 in [0, 1]."""
-    small = cv2.resize(image, (_NETWORK_SIDE_PX, _NETWORK_SIDE_PX), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) * (1 / 255)
 
 
 def face_positions(face: Face, detected: Sequence[Face], crop: Square) -> list[FacePosition]:

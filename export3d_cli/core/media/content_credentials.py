@@ -14,7 +14,6 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from export3d_cli import __version__
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
@@ -52,8 +51,11 @@ def sign_file(path: Path, certificate: Path | None = None, key: Path | None = No
         raise InputError("a certificate and its private key must be given together")
     if not has_metadata_mark(path):
         raise InputError(f"{path} lacks the mark of this program: sign files that it has written, before other changes")
-    c2pa = _import_c2pa()
-    from cryptography.exceptions import UnsupportedAlgorithm
+    try:
+        import c2pa
+        from cryptography.exceptions import UnsupportedAlgorithm
+    except ImportError as error:
+        raise InputError("content credentials need c2pa-python: pip install 'export3d-cli[c2pa]'") from error
 
     if certificate is None or key is None:
         chain, private_key = _make_certificate()
@@ -88,8 +90,8 @@ def read_credentials(path: Path) -> Credentials | None:
     if path.suffix.lower() not in SIGNED_SUFFIXES:
         return None
     try:
-        c2pa = _import_c2pa()
-    except InputError:
+        import c2pa
+    except ImportError:
         return None
     offline = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}
     try:
@@ -122,14 +124,6 @@ def has_metadata_mark(path: Path) -> bool:
     return False
 
 
-def _import_c2pa() -> ModuleType:
-    try:
-        import c2pa
-    except ImportError as error:
-        raise InputError("content credentials need c2pa-python: pip install 'export3d-cli[c2pa]'") from error
-    return c2pa  # type: ignore[no-any-return]
-
-
 def _signing_algorithm(private_key: bytes) -> str:
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -153,36 +147,31 @@ def _make_certificate() -> tuple[bytes, bytes]:
 
     now = datetime.datetime.now(datetime.timezone.utc)
     issuer_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    names = [
-        x509.Name(
-            [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "export3d"), x509.NameAttribute(NameOID.COMMON_NAME, n)]
-        )
-        for n in ("export3d self-signed", "export3d user")
-    ]
+    organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "export3d")
+    issuer, user = (
+        x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        for name in ("export3d self-signed", "export3d user")
+    )
     chain = b""
-    for name, own_key, is_issuer in ((names[1], key, False), (names[0], issuer_key, True)):
+    for name, own_key, is_issuer in ((user, key, False), (issuer, issuer_key, True)):
         usage = dict.fromkeys(
             ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only",
              "decipher_only"), False,
         )  # fmt: skip
         builder = (
-            x509.CertificateBuilder(names[0], name, own_key.public_key(), x509.random_serial_number())
+            x509.CertificateBuilder(issuer, name, own_key.public_key(), x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=VALID_DAYS))
             .add_extension(x509.BasicConstraints(is_issuer, None), critical=True)
             .add_extension(
-                x509.KeyUsage(
-                    digital_signature=not is_issuer, key_cert_sign=is_issuer, crl_sign=is_issuer, **usage
-                ), critical=True,
+                x509.KeyUsage(digital_signature=not is_issuer, key_cert_sign=is_issuer, crl_sign=is_issuer, **usage),
+                critical=True,
             )
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(own_key.public_key()), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
         )  # fmt: skip
         if not is_issuer:
-            builder = builder.add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False
-            )
+            email = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
+            builder = builder.add_extension(email, critical=False)
         chain += builder.sign(issuer_key, hashes.SHA256()).public_bytes(Encoding.PEM)
     return chain, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

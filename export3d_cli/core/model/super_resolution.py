@@ -52,16 +52,6 @@ class SuperResolutionOutput(NamedTuple):
     blend_weights: Tensor | None = None  # (B, L, H, W) weights of the photos' detail, see `LayerWarp`
 
 
-def _missing_detail(blend: Tensor, facts: Tensor) -> Tensor:
-    """Return the fraction (B, 1, s, s) of the photo's high-pass detail that the blend drops but should keep, in [0, 1].
-
-    On a moving head the blend takes about half from the photo, and nothing else has such detail. All of it may be shown
-    where the photo is visible, unless the blend rejects the photo. `facts` (B, 2, s, s): source visibility, mouth mask.
-    """
-    visibility, mouth = facts.split(1, dim=1)
-    return (visibility * (1 - mouth) - blend).clamp_min(0) * linear_step(blend, *BLEND_FADE)
-
-
 def upsample_2x(x: Tensor) -> Tensor:
     """Upsample (B, C, h, w) bilinearly to (B, C, 2h, 2w); channels_last is six times as fast on a CPU."""
     if x.shape[1] > 4:
@@ -162,7 +152,10 @@ class SuperResolution(nn.Module):
         image = blend * warped + (1 - blend) * synthesised
         weights = blend * layers.blend_weights  # (B, L, H, W)
         if source.highpass is not None:
-            missing = _missing_detail(blend, facts[:, :2])
+            # On a moving head the blend takes about half from the photo, and nothing else has its high-pass detail. All
+            # of it may be shown where the photo is visible, unless the blend rejects the photo.
+            shown, mouth = facts[:, :2].split(1, dim=1)
+            missing = (shown * (1 - mouth) - blend).clamp_min(0) * linear_step(blend, *BLEND_FADE)  # (B, 1, H, W)
             # No detail where photo positions jump: at outlines and on faces seen from the side. Every second pixel
             # suffices, as the grid has no finer structure.
             jump = warp_discontinuity(whole.sample_grid[..., ::2, ::2])

@@ -207,10 +207,8 @@ def finalize_expression(run: TrainingRun, model: Export3D, sampler: PairSampler)
 
 
 @torch.no_grad()
-def fit_flow_basis(
-    lebs: LeBS | DirectCode, sampler: PairSampler, seed: int, pairs: int, ridge: float,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+def fit_flow_basis(lebs: LeBS | DirectCode, sampler: PairSampler, seed: int, pairs: int, ridge: float,
+                   device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Return the displacement b_i of every basis vector, (n, 478, 3) in the head frame, by ridge regression.
 
     Fits `points_j - points_k = sum_i (lambda_i(j) - lambda_i(k)) b_i` over pairs of frames of one clip, with people

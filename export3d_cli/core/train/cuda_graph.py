@@ -22,10 +22,8 @@ WARMUP_RUNS = 3  # runs on the capture stream before the capture
 class StepGraph:
     """Runs `compute`, which leaves gradients in the parameters, eagerly for `EAGER_STEPS` steps, then replays it."""
 
-    def __init__(
-        self, compute: Callable[[Batch, Any], tuple[Tensor, ...]], parameters: Sequence[Tensor],
-        buffers: Sequence[Tensor], windows: RasterWindows | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, compute: Callable[[Batch, Any], tuple[Tensor, ...]], parameters: Sequence[Tensor],
+                 buffers: Sequence[Tensor], windows: RasterWindows | None) -> None:  # fmt: skip
         """All shapes must stay fixed; warm-up and capture restore the `buffers`, which `compute` changes."""
         self.compute, self.parameters, self.buffers, self.windows = compute, parameters, buffers, windows
         self.graph_key: Any = None

@@ -119,10 +119,8 @@ def _read_stamp(cache_folder: Path) -> str:
         return ""
 
 
-def _build_cache(
-    folder: Path, entries: list[dict[str, Any]], cache_folder: Path, size: int, stride: int, stamp: str,
-    progress: Callable[[str], None] | None,
-) -> None:  # fmt: skip
+def _build_cache(folder: Path, entries: list[dict[str, Any]], cache_folder: Path, size: int, stride: int, stamp: str,
+                 progress: Callable[[str], None] | None) -> None:  # fmt: skip
     """Decode the frames with a face of all clips."""
     motions = [Motion.load(folder / e["motion"]) for e in entries]
     capacity = max(sum(int(np.asarray(m.found)[::stride].sum()) for m in motions), 1)

@@ -234,11 +234,9 @@ class ImageStages(Stage):
         self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None, rays: Tensor | None = None
     ) -> Any:
         """Run the model on a batch."""
-        return self.model(
-            batch.source, batch.source_beta, batch.source_camera, batch.source_points,
-            batch.target_beta, batch.target_camera, batch.source_person_mask, raw_size=raw_size, batch_rows=batch_rows,
-            rays=rays,
-        )  # fmt: skip
+        return self.model(batch.source, batch.source_beta, batch.source_camera, batch.source_points, batch.target_beta,
+                          batch.target_camera, batch.source_person_mask, raw_size=raw_size, batch_rows=batch_rows,
+                          rays=rays)  # fmt: skip
 
     def decay_progress(self) -> float:
         """Return the progress of a decay by time."""

@@ -116,10 +116,9 @@ def ray_loss(
     return _sum_terms(terms)
 
 
-def reconstruction_loss(
-    output: Any, batch: Batch, config: TrainConfig, perceptual: PerceptualDistance | None,
-    landmarks: LandmarkLoss | None = None, head_mask: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+def reconstruction_loss(output: Any, batch: Batch, config: TrainConfig, perceptual: PerceptualDistance | None,
+                        landmarks: LandmarkLoss | None = None,
+                        head_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return eq. 13, `L_rec = L2_raw + L2 + LPIPS_raw + LPIPS`, plus terms beyond the paper, and its weighted terms.
 
     `head_mask` (B, 1, ., .) in 0..1 is where the target shows the head: the desired opacity.
