@@ -93,7 +93,7 @@ def test_table_of_the_bundled_heads_is_what_evaluate_writes():
     published, measured = (read_table(version, "evaluate BUNDLED") for version in (text, updated))
     assert list(published) == list(measured) and {"psnr dB ↑", "yaw error deg ↓", "identity cos ↑"} < set(measured)
     for name, row in published.items():  # other processors round differently, which the tracker amplifies
-        factor = 0.2 if name.startswith("jitter") else 0.05
+        factor = 0.2 if name.startswith("jitter") or name.endswith("slope") else 0.05
         tolerance = 0.002 + factor * max(abs(value) for value in row if value == value)
         assert measured[name] == pytest.approx(row, abs=tolerance, nan_ok=True), name
     assert updated.count("|") == text.count("|")  # the other tables stay
