@@ -1,7 +1,5 @@
 """`export3d bench`: measure how fast this machine animates."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`export3d doctor`: check the installation."""
 
-from __future__ import annotations
-
 import click
 
 from export3d_cli import console, core, options

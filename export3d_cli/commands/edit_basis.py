@@ -1,7 +1,5 @@
 """`export3d edit-basis [SRC] --v 4 --scale 1:10`: change coefficients of the expression basis."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

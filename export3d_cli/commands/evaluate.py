@@ -1,7 +1,5 @@
 """`export3d evaluate DATASET`: score the weights on a data set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

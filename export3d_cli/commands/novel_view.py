@@ -1,7 +1,5 @@
 """`export3d novel-view [SRC] --yaw A:B`: move the camera around a portrait."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`export3d preprocess INPUT... -o OUT`: turn videos into a motion file or a training data set."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`export3d sign FILE`: add signed content credentials."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """`export3d train --config FILE`: train a model on datasets written by `preprocess`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`export3d verify-mark FILE`: detect the marks of synthetic media."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """`export3d weights list|download|info|push`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

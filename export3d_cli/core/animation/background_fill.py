@@ -1,7 +1,5 @@
 """Fill the background behind a person: edges continue from the surroundings, with their grain."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

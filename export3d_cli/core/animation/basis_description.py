@@ -1,7 +1,5 @@
 """Meaning of the expression basis: which blendshapes change lambda_i, and which face regions b_i moves."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

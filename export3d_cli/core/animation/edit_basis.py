@@ -1,7 +1,5 @@
 """Move coefficients of a portrait's expression basis (fig. 9): a video, an image, or a contact sheet."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path

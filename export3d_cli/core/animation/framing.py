@@ -1,7 +1,5 @@
 """What frames show of a photo: all of it, or a square around the head, at which size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

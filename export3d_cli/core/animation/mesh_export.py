@@ -4,8 +4,6 @@ Coordinates are metres from the head's centre: x to the image's right for a fron
 That is the head frame with y and z negated, one unit being half a metre; files open upright.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from functools import partial

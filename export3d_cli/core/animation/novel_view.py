@@ -1,7 +1,5 @@
 """Move the camera around a portrait: a video, an image of one view, a contact sheet, and the head as a mesh."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Generator, Iterator

@@ -8,8 +8,6 @@ driver's change from a base. The base is the source's value (absolute) or the dr
 0 keeps the source's value, absolute at scale 1 is the driver's (the paper's reenactment), and above 1 exaggerates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

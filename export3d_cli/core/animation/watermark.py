@@ -11,8 +11,6 @@ The mark only says that a file was made with this program: it carries no message
 file can remove or forge it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

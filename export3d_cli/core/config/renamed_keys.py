@@ -1,7 +1,5 @@
 """Configuration keys and stages of earlier versions, and the names that replace them."""
 
-from __future__ import annotations
-
 from export3d_cli.core.runtime.errors import ConfigError
 
 RENAMED_KEYS = {

@@ -6,8 +6,6 @@ roll, `intrinsics` for image size 1) and `depth/<head>.npz` (`depth` (F, d, d) i
 is held out for `evaluate`; `preprocess` makes a data set of the others.
 """
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import NamedTuple

@@ -9,8 +9,6 @@ memory never holds more than one frame. A folder with `exact_views` gives a clip
 the key `depth`: `clips/<id>.depth.npz`, see `crop_depth`.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """Reads the motion of one file: a video, a photo, a folder of pictures, a sound or an ARKit CSV."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Speed of `reenact` on this machine: time per stage, frames/s from file to file, and another tool's time."""
 
-from __future__ import annotations
-
 import itertools
 import shlex
 import subprocess

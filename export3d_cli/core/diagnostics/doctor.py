@@ -1,7 +1,5 @@
 """Checks of the installation: versions, devices, ffmpeg, weights, tracker. Each failed check says what to do."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import importlib.util

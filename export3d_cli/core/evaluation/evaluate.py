@@ -10,8 +10,6 @@ Cross-reenactment: another person drives. The truth is known if clips `<head>_tN
 then it is the source head's own clip. A data set with `exact_views` is scored against those.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 `dlib` comes from PyPI (`pip install 'export3d-cli[eval]'`); any other is a TorchScript file the user gives.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import warnings

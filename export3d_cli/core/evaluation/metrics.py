@@ -3,8 +3,6 @@
 Images are uint8 (H, W, 3) RGB; landmarks are in crop units, (T, 478, 3); distances are in pixels of a 256 px image.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 It needs no network, and knows what no method may know: the true landmarks of each frame.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

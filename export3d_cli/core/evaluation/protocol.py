@@ -1,7 +1,5 @@
 """Evaluation cases: source, driver and frame indices from the clips of a data set."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

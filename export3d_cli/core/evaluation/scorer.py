@@ -1,7 +1,5 @@
 """Scores one result against the ground truth with images, tracked landmarks and face embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

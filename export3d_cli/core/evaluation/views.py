@@ -1,7 +1,5 @@
 """Novel views: of real photos by their own consistency, of rendered heads against exact pictures and depth."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

@@ -7,8 +7,6 @@ image's right), positive pitch lowers the nose, positive roll turns counter-cloc
 first, then pitch, then yaw. Other programs write degrees: a file with an angle beyond pi is read as degrees.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from array import array

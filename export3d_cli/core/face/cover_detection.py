@@ -4,8 +4,6 @@ A small network, trained by `weights/make_cover_detector.py`, looks at crops aro
 on covers as well.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

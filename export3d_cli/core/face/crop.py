@@ -1,7 +1,5 @@
 """The square crop of a clip: choosing it, and cutting it out of a frame."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import cv2

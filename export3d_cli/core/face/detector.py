@@ -1,7 +1,5 @@
 """The YuNet face detector on OpenCV: small faces (from about 20 px), several, in profile, cut by the border."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ For drivers only: a source needs the landmarker's 478 points. Of the package's n
 stay at the same places of a turned head. YuNet detects the faces and confirms them while they are tracked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 face is fitted to them, and a thin-plate spline over its front moves its points so that those that were given are met.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 "Crop units" are positions divided by the side of the crop: x, y in [0, 1] inside it, z at the same scale.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Each step linearises the projection, eliminates the six pose parameters from the
 coefficients in [0, 1] by coordinate descent. `fit_neutral` fits one neutral face to a whole clip.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 "Left" and "right" are the person's: the left eye lies at the image's right.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 NUM_MESH_VERTICES = 468  # points of the mesh; the irises add 10

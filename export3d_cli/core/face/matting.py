@@ -1,7 +1,5 @@
 """Person matting: MediaPipe's selfie segmentation on LiteRT, refined."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Packets are untrusted: those that are malformed or late are ignored, and none is kept.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import logging

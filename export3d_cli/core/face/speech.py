@@ -6,8 +6,6 @@ the dominance model of Cohen and Massaro (1993), but lips that must meet (p, b, 
 silent leave the lips shut. The same sound always gives the same motion.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 import zlib

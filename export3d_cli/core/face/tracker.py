@@ -11,8 +11,6 @@ follows MediaPipe's graph (half-pixel conventions, border modes, regions of inte
 behind it. The One-Euro smoothing of its video mode is left out: smoothing is the caller's choice.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import zipfile

@@ -4,8 +4,6 @@ Phones write Display P3, cameras Adobe RGB, raw converters ProPhoto. Samples hav
 error of converting 8-bit ProPhoto, the widest of these spaces, is below one step of lightness.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings

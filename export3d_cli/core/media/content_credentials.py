@@ -5,8 +5,6 @@ Readers then report the statement as valid and its signer as not trusted: it sho
 since, not who signed it.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import json

@@ -1,7 +1,5 @@
 """ffmpeg subprocesses with pipes that cannot deadlock; one that hangs is killed."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import threading

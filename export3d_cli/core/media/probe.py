@@ -1,7 +1,5 @@
 """Properties of video files, parsed from ffmpeg's output (imageio-ffmpeg brings no ffprobe)."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Reading videos and cameras as streams of uint8 (H, W, 3) RGB frames, one frame in memory at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

@@ -1,7 +1,5 @@
 """Detection of scene changes: cuts, dissolves and fades."""
 
-from __future__ import annotations
-
 from collections import deque
 
 import cv2

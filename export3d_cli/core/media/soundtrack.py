@@ -1,7 +1,5 @@
 """The sound of an output video: which track of a file it is, and how it is converted. Each way is tried beforehand."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Iterator

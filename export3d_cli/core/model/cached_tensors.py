@@ -1,7 +1,5 @@
 """Constant tensors, created once per device."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CLeBS, contrastive learned basis scaling (sec. 3.1): an expression code without the face's appearance."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

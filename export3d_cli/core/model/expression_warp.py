@@ -4,8 +4,6 @@ Without a turn of the head the photo shows all but the inside of an opening mout
 that neither the volume nor super-resolution is needed, and pixels outside the face stay as they are.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

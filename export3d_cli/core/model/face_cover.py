@@ -1,7 +1,5 @@
 """Covered parts of a face: what is before mouth or eyes moves with the head and shows nothing of the expression."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Soft masks: thresholds, dilation and box filters whose cost hardly grows with the radius; windows of images."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, TypeVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the photo shows directly: the source-view plane and the background (beyond the paper; optional)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

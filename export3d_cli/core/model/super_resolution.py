@@ -4,8 +4,6 @@ With a flow (beyond the paper), colours and features of the photos, sampled alon
 residual flow of a few pixels corrects it, and the last block blends the sampled colour with its own.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Tri-plane sampling (eq. 7) and the light decoder (eq. 8)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ Points are in the head frame (see `export3d_cli.core.runtime.camera`). Image pos
 at the top left corner. Everything is computed in fp32, also under autocast.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

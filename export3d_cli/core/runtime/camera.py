@@ -5,8 +5,6 @@ from the camera. The camera frame is OpenCV's (x right, y down, z forward). EG3D
 negated. NumPy only, so that trackers need no torch.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 FOCAL = 4.2647  # EG3D's focal length in image sizes: a field of view of 18.837 degrees

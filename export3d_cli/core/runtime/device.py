@@ -1,7 +1,5 @@
 """Device, numerical precision and memory use of PyTorch computations."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import ctypes

@@ -9,8 +9,6 @@ Export3DError            exit 1   operation failed
   TrainingError          exit 1   training cannot continue
 """
 
-from __future__ import annotations
-
 
 class Export3DError(Exception):
     """Base class of all errors of this package; `exit_code` is the exit status of the command line."""

@@ -1,7 +1,5 @@
 """Atomic writes of files and folders, folder locks, and checks of input files and paths."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Problems of the OpenCV installation, and how to repair them."""
 
-from __future__ import annotations
-
 import importlib
 
 _MIN_MAJOR_VERSION = 5  # earlier ones cannot read the face detector

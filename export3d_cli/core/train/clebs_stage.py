@@ -1,7 +1,5 @@
 """The stage `clebs` (sec. 3.1, 6.2): contrastive pre-training of f_e, then a closed-form fit of the basis flow."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -4,8 +4,6 @@ A step is about seven thousand small kernels. Launched one by one they leave a f
 as a graph they are launched together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The adversarial loss (sec. 6.3, 6.4): StyleGAN2-ADA's discriminator, conditioned on the camera."""
 
-from __future__ import annotations
-
 import math
 
 import torch

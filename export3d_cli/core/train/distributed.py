@@ -1,7 +1,5 @@
 """Training on several devices under torchrun: rank, world size and the collective operations that training needs."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

@@ -1,7 +1,5 @@
 """Datasets as the trainer reads them: every clip is decoded once into a memory-mapped cache."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

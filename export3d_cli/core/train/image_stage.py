@@ -1,7 +1,5 @@
 """The image stages (sec. 6.3): reconstruction, then adversarial. Source and driver are two frames of one clip."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

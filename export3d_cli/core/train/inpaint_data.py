@@ -1,7 +1,5 @@
 """Training data of the stages `mouth`, `eyes` and `lids`: crops of open mouths, open or shut eyes, and their holes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

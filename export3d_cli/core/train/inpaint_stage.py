@@ -4,8 +4,6 @@ Every frame or still image with parted lips, open or shut eyes is a training exa
 network take part.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

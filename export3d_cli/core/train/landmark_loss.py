@@ -1,7 +1,5 @@
 """Landmark loss (beyond the paper): distance of the landmarks that the face landmarker finds in output and target."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Losses of the stage `reconstruction` (sec. 6.3) and beyond the paper. Images are (B, 3, H, W) in [-1, 1]."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ No network is part of this package. The term is called LPIPS only if VGG16 and t
 files, by their sha256; with other weights it is called perceptual.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -6,8 +6,6 @@ the same for held-out people. So it is measured on results, and the fields b_i (
 back around its centre by as much, which hardly moves any landmark in the image. Hair and outline stay.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

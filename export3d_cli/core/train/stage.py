@@ -1,7 +1,5 @@
 """The loop that all stages share: draw a batch, take a step, skip non-finite steps, log, sample and save."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Cost of a training run before it starts: parameters per module, FLOPs per frame, memory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ contributions left out are below `MIN_TRANSMITTANCE`, `MIN_RAY_OPACITY` and `MIN
 is `Export3D.render`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

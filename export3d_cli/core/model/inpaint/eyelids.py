@@ -4,8 +4,6 @@ An open eye keeps its lid folded away. Stretched from the narrow band that the p
 shadow in one, and grey where the network is unsure. The inpainter gets that band and the face around it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ An iris cut off by the lids would be stretched, and the rest would be the mean o
 the iris colour that the photo shows.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

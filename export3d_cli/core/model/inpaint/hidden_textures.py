@@ -1,7 +1,5 @@
 """Learned textures of what closed mouths and eyes hide, read by super-resolution."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

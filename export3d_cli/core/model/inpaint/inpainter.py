@@ -5,8 +5,6 @@ grey. So the inside of such a mouth or eye, or an eyelid, is cut out of the resu
 network of its own, trained adversarially on holes in images that show the part.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Inpainting of an opened mouth: the part of its inside that the photo does not show. What it does show is kept."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ rotation, which torsos follow. A small network blends the four into two layers, 
 a smooth learned shift to each. UV positions are fractions of the image size, (0, 0) is the top left corner.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Coordinates inside mouth and eyes: relative to lips, skull, jaw and iris, and where the photo shows the interior."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ neck; next to the lower face both blend. The background does not move. Positions
 are corners of the crop.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

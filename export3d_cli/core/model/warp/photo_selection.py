@@ -4,8 +4,6 @@ Every photo's mesh is deformed to the same head, so that their pixels correspond
 shows it; photos with a view and an expression similar to the result's, and the main photo, get more weight.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Triangle rasteriser in plain PyTorch: the nearest triangle at each pixel, and vertex values interpolated over it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
