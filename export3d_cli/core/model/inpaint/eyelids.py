@@ -9,16 +9,9 @@ from torch import Tensor
 
 from export3d_cli.core.face.landmarks import EYELID_FOLDS
 from export3d_cli.core.model.inpaint.eyes import CroppedHole, EyePairInpainter, eye_crop, eye_width, eyelid_rims
-from export3d_cli.core.model.inpaint.inpainter import (
-    Hole,
-    dilate_and_blur,
-    rasterize_in_crop,
-    strip_triangles,
-    to_image,
-)
+from export3d_cli.core.model.inpaint.inpainter import Hole, dilate_and_blur
 from export3d_cli.core.model.masks import linear_step
 from export3d_cli.core.model.warp.mesh_flow import warp
-from export3d_cli.core.model.warp.rasterizer import interpolate_vertices
 
 LASH_LENGTH = 0.06  # below the rim of the lid, in eye widths
 # Lid height in the result over that in the photo: up to the first the photo's lid is kept, from the second on replaced.
@@ -48,19 +41,15 @@ def eyelid_hole(uv: Tensor, side: int, photo: Tensor, uv_photo: Tensor, visibili
     uv_lashes = uv.clone()
     width = eye_width(uv, side)[:, None, None]
     uv_lashes[:, list(rim[1:-1])] += crop.axes[:, 1:] * width * LASH_LENGTH
-    triangles = strip_triangles(fold, rim, uv.device)
-    raster, inside = rasterize_in_crop(crop, uv_lashes, triangles)
     coords = uv.new_zeros(uv.shape[1], 2)  # x -1..1 across the lid, y -1 at the fold and 1 at the lashes
     across = torch.linspace(-1, 1, len(rim), device=uv.device)
     for edge, down in ((fold, -1.0), (rim, 1.0)):
         coords[list(edge)] = torch.stack([across, torch.full_like(across, down)], dim=-1)
     vertex = torch.cat([coords.expand(len(uv), -1, -1), uv_photo], dim=-1)
-    lid_coords, lid_uv = interpolate_vertices(raster, vertex, triangles).split(2, dim=-1)  # (B, P, 2) each
-    condition = to_image(torch.cat([inside, inside * visibility[:, None, None], lid_coords], dim=-1))
-    stretched_lid = warp(photo, to_image(lid_uv)) * condition[:, 1:2]
-    return crop, Hole(
-        dilate_and_blur(condition[:, :1]), torch.cat([condition[:, :2], stretched_lid, condition[:, 2:]], dim=1)
-    )
+    inside, lid_coords, lid_uv = crop.draw(uv_lashes, fold, rim, vertex).split([1, 2, 2], dim=1)
+    visible = inside * visibility[:, None, None, None]
+    condition = torch.cat([inside, visible, warp(photo, lid_uv) * visible, lid_coords], dim=1)
+    return crop, Hole(dilate_and_blur(inside), condition)
 
 
 class EyelidInpainter(EyePairInpainter):

@@ -16,14 +16,10 @@ from export3d_cli.core.model.inpaint.inpainter import (
     Inpainter,
     dilate_and_blur,
     level_axes,
-    rasterize_in_crop,
-    strip_triangles,
-    to_image,
 )
 from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords
-from export3d_cli.core.model.warp.rasterizer import interpolate_vertices
 
 EYE_CROP_SCALE = 1.8  # side of the crop over the extent of the eye
 UPPER_LID_MIDDLE, INNER_CORNER, LOWER_LID_MIDDLE = 4, 8, 12  # positions in a rim of `EYE_RIMS`
@@ -81,15 +77,15 @@ def iris_colour(image: Tensor, uv: Tensor, side: int, visible_height: Tensor | N
     `visible_height` (B,) is the fraction of the iris's height, around its centre, that is used; None: all of it.
     """
     crop, iris = eye_crop(uv, side), EYE_RIMS[side][0]
-    _, inside = rasterize_in_crop(crop, uv, strip_triangles(*eyelid_rims(side), uv.device))
-    eroded = -dilate(-to_image(inside), 1)  # lashes have another colour
+    inside = crop.draw(uv, *eyelid_rims(side), uv)[:, :1]
+    eroded = -dilate(-inside, 1)  # lashes have another colour
     position = crop.to_crop(uv)[:, iris : iris + 5]
     radius = (position[:, 1:] - position[:, :1]).norm(dim=-1).mean(1)[:, None, None] * IRIS_SAMPLE_RADIUS
     offset = (pixel_grid(INPAINT_SIZE_PX, uv.device) - position[:, :1]) / radius.clamp_min(1e-4)
     disc = offset.square().sum(-1, keepdim=True) < 1
     if visible_height is not None:
         disc = disc & (offset[..., 1:].abs() < visible_height[:, None, None])
-    weight = eroded * to_image(disc.float())
+    weight = eroded * disc.float().view(-1, 1, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
     total = weight.sum((1, 2, 3))
     mean = (crop.sample(image) * weight).sum((2, 3)) / total.clamp_min(1)[:, None]
     return mean, (total / MIN_IRIS_PIXELS).clamp(0, 1)
@@ -100,12 +96,10 @@ def eye_hole(points: Tensor, uv: Tensor, side: int, colour: Tensor, confidence: 
 
     The condition holds: inside 1, confidence of the colour 1, colour 3, coordinates around the iris 2.
     """
-    crop, triangles = eye_crop(uv, side), strip_triangles(*eyelid_rims(side), uv.device)
-    raster, inside = rasterize_in_crop(crop, uv, triangles)
-    coords = interpolate_vertices(raster, anchored_coords(points)[..., :2].clamp(-2, 2), triangles)  # (B, P, 2)
-    iris = torch.cat([confidence[:, None], colour * confidence[:, None]], dim=1)[:, None]  # (B, 1, 4)
-    condition = to_image(torch.cat([inside, inside * iris, coords], dim=-1))
-    return crop, Hole(dilate_and_blur(to_image(inside)), condition)
+    crop = eye_crop(uv, side)
+    inside, coords = crop.draw(uv, *eyelid_rims(side), anchored_coords(points)[..., :2].clamp(-2, 2)).split([1, 2], 1)
+    iris = torch.cat([confidence[:, None], colour * confidence[:, None]], dim=1)[..., None, None]  # (B, 4, 1, 1)
+    return crop, Hole(dilate_and_blur(inside), torch.cat([inside, inside * iris, coords], dim=1))
 
 
 class EyePairInpainter(Inpainter):

@@ -16,7 +16,7 @@ from export3d_cli.core.model.generator import ResBlock, leaky_relu
 from export3d_cli.core.model.masks import dilate
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import warp
-from export3d_cli.core.model.warp.rasterizer import Raster, rasterize
+from export3d_cli.core.model.warp.rasterizer import interpolate_vertices, rasterize
 
 INPAINT_SIZE_PX = 96  # side of the crops that are inpainted
 CONDITION_CHANNELS = 7
@@ -41,6 +41,21 @@ class AlignedCrop(NamedTuple):
     def to_crop(self, uv: Tensor) -> Tensor:
         """Convert uv (B, N, 2) to positions in the crop."""
         return (uv - self.centre[:, None]) @ self.axes.transpose(1, 2) / self.side[:, None, None] + 0.5
+
+    def draw(self, uv: Tensor, upper: tuple[int, ...], lower: tuple[int, ...], values: Tensor) -> Tensor:
+        """Draw what lies between two edges of landmarks (B, 478, 2) that meet at both ends, from left to right.
+
+        Returns (B, 1 + C, INPAINT_SIZE_PX, INPAINT_SIZE_PX): 1 inside, then `values` (B, 478, C) interpolated; else 0.
+        """
+        strip = []
+        for k in range(len(upper) - 1):
+            a, b, c, d = upper[k], upper[k + 1], lower[k + 1], lower[k]
+            strip += ([[a, b, c]] if b != c else []) + ([[a, c, d]] if a != d else [])
+        triangles, position = torch.tensor(strip, device=uv.device), self.to_crop(uv)
+        raster = rasterize(position, torch.zeros_like(position[..., 0]), triangles, INPAINT_SIZE_PX)
+        inside = (raster.triangle >= 0).float()[..., None]  # (B, P, 1)
+        drawn = torch.cat([inside, interpolate_vertices(raster, values, triangles)], dim=-1)
+        return drawn.transpose(1, 2).reshape(len(uv), -1, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
 
 
 class Hole(NamedTuple):
@@ -80,27 +95,6 @@ def level_axes(uv: Tensor) -> Tensor:
     right = uv[:, LEFT_EYE_OUTER] - uv[:, RIGHT_EYE_OUTER]
     right = right / right.norm(dim=1, keepdim=True).clamp_min(1e-6)
     return torch.stack([right, torch.stack([-right[:, 1], right[:, 0]], dim=1)], dim=1)
-
-
-def strip_triangles(upper: tuple[int, ...], lower: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the triangles (T, 3) between two edges that meet at both ends, from left to right in the crop."""
-    triangles = []
-    for k in range(len(upper) - 1):
-        a, b, c, d = upper[k], upper[k + 1], lower[k + 1], lower[k]
-        triangles += ([[a, b, c]] if b != c else []) + ([[a, c, d]] if a != d else [])
-    return torch.tensor(triangles, device=device)
-
-
-def rasterize_in_crop(crop: AlignedCrop, uv: Tensor, triangles: Tensor) -> tuple[Raster, Tensor]:
-    """Rasterise triangles (T, 3) of landmarks (B, 478, 2) in a crop; also return their mask, (B, P, 1)."""
-    position = crop.to_crop(uv)
-    raster = rasterize(position, torch.zeros_like(position[..., 0]), triangles, INPAINT_SIZE_PX)
-    return raster, (raster.triangle >= 0).float()[..., None]
-
-
-def to_image(values: Tensor) -> Tensor:
-    """Reshape values (B, P, C) of a crop's pixels to (B, C, INPAINT_SIZE_PX, INPAINT_SIZE_PX)."""
-    return values.transpose(1, 2).reshape(len(values), -1, INPAINT_SIZE_PX, INPAINT_SIZE_PX)
 
 
 def dilate_and_blur(mask: Tensor) -> Tensor:

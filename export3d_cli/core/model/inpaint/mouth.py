@@ -3,13 +3,7 @@
 import torch
 from torch import Tensor
 
-from export3d_cli.core.face.landmarks import (
-    LEFT_EYE_OUTER,
-    LOWER_INNER_LIP,
-    OUTER_LIPS,
-    RIGHT_EYE_OUTER,
-    UPPER_INNER_LIP,
-)
+from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.model.inpaint.inpainter import (
     AlignedCrop,
     Hole,
@@ -17,9 +11,6 @@ from export3d_cli.core.model.inpaint.inpainter import (
     Inpainter,
     dilate_and_blur,
     level_axes,
-    rasterize_in_crop,
-    strip_triangles,
-    to_image,
 )
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mouth_eye_interior import (
@@ -29,7 +20,6 @@ from export3d_cli.core.model.warp.mouth_eye_interior import (
     lip_edges,
     mouth_coords,
 )
-from export3d_cli.core.model.warp.rasterizer import interpolate_vertices
 
 MOUTH_CROP_SCALE = 1.3  # side of the crop over the extent of the lips
 # Openings are in distances between the outer eye corners.
@@ -46,7 +36,7 @@ MAX_VIOLET, VIOLET_KEEP_RATIO = 0.14, 0.25
 def mouth_crop(uv: Tensor) -> AlignedCrop:
     """Return the square around the lips of landmarks (B, 478, 2)."""
     axes = level_axes(uv)
-    lips = uv[:, list(OUTER_LIPS)] @ axes.transpose(1, 2)
+    lips = uv[:, list(mesh.OUTER_LIPS)] @ axes.transpose(1, 2)
     low, high = lips.amin(1), lips.amax(1)
     centre = ((low + high) / 2)[:, None] @ axes
     return AlignedCrop(centre[:, 0], axes, MOUTH_CROP_SCALE * (high - low).amax(1).clamp_min(0.01))
@@ -54,9 +44,9 @@ def mouth_crop(uv: Tensor) -> AlignedCrop:
 
 def mouth_opening(points: Tensor) -> Tensor:
     """Return the gap between the middles of the lips, (B, 478, 3) -> (B,), in distances between outer eye corners."""
-    middle = len(UPPER_INNER_LIP) // 2
-    gap = (points[:, UPPER_INNER_LIP[middle]] - points[:, LOWER_INNER_LIP[middle]]).norm(dim=-1)
-    return gap / (points[:, RIGHT_EYE_OUTER] - points[:, LEFT_EYE_OUTER]).norm(dim=-1).clamp_min(1e-6)
+    middle = len(mesh.UPPER_INNER_LIP) // 2
+    gap = (points[:, mesh.UPPER_INNER_LIP[middle]] - points[:, mesh.LOWER_INNER_LIP[middle]]).norm(dim=-1)
+    return gap / (points[:, mesh.RIGHT_EYE_OUTER] - points[:, mesh.LEFT_EYE_OUTER]).norm(dim=-1).clamp_min(1e-6)
 
 
 def mouth_hole(points: Tensor, uv: Tensor, opening_ratio: Tensor) -> tuple[AlignedCrop, Hole]:
@@ -65,16 +55,14 @@ def mouth_hole(points: Tensor, uv: Tensor, opening_ratio: Tensor) -> tuple[Align
     The condition holds: inside 1, mouth coordinates 2, coordinates of upper and of lower teeth, 2 each.
     `opening_ratio` (B, 478, 1): how much wider open the lips are than in the photo, see `lip_edges`.
     """
-    crop, triangles = mouth_crop(uv), strip_triangles(UPPER_INNER_LIP, LOWER_INNER_LIP, uv.device)
-    raster, inside = rasterize_in_crop(crop, uv, triangles)
+    crop = mouth_crop(uv)
     coords = mouth_coords().to(uv.device).expand(len(uv), -1, -1)
     vertex = torch.cat([coords, anchored_coords(points).clamp(-2, 2), opening_ratio], dim=-1)  # (B, 478, 7)
-    values = interpolate_vertices(raster, vertex, triangles)  # (B, P, 7), 0 outside the mouth
-    visibility = interior_visibility(values[..., 1:2], values[..., 6:])
+    condition, ratio = crop.draw(uv, mesh.UPPER_INNER_LIP, mesh.LOWER_INNER_LIP, vertex).split([7, 1], dim=1)
+    inside, visibility = condition[:, :1], interior_visibility(condition[:, 2:3], ratio)
     hidden = inside * (1 - visibility / LOWER_LIP_VISIBILITY).clamp_min(0)
     fade = ((mouth_opening(points) - MIN_MOUTH_OPENING) / MIN_MOUTH_OPENING).clamp(0, 1)
-    mask = dilate_and_blur(to_image(hidden)) * fade[:, None, None, None]
-    return crop, Hole(mask, to_image(torch.cat([inside, values[..., :6]], dim=-1)))
+    return crop, Hole(dilate_and_blur(hidden) * fade[:, None, None, None], condition)
 
 
 def suppress_violet(colours: Tensor, context: Tensor, mask: Tensor) -> Tensor:
