@@ -20,11 +20,13 @@ from export3d_cli.core import (
     ExpressionEdit,
     NovelViewOptions,
     ReenactOptions,
+    SampleOptions,
     build_dataset,
     edit_expression,
     evaluate_model,
     novel_view,
     reenact,
+    sample,
     torch_state,
 )
 from export3d_cli.core.animation.novel_view import orbit_cameras
@@ -86,6 +88,7 @@ def render_all(animator: Animator, folder: Path, count: int) -> None:
     save_jpeg("novel-view.jpg", *views)
     controls(animator)
     failures(animator)
+    people(folder)
     data_set(animator, folder)
 
 
@@ -153,6 +156,13 @@ def failures(animator: Animator) -> None:
         tiles = [photo, *animator.edit(portrait, changes), *turned]
         rows.append(row(tiles, () if number else captions))
     save_jpeg("failures.jpg", *rows)
+
+
+def people(folder: Path) -> None:
+    """Show the first persons of `sample`."""
+    sample(folder / "people/%02d.png", SampleOptions(count=16, seed=1))
+    tiles = [read_image(path) for path in sorted((folder / "people").iterdir())]
+    save_jpeg("sample.jpg", row(tiles[:8]), row(tiles[8:]))
 
 
 def data_set(animator: Animator, folder: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from export3d_cli.core import find_marks, read_image
+from export3d_cli.core import find_marks, read_image, resolve_weights
 from export3d_cli.core.face.tracker import open_landmarker_tracker
+from export3d_cli.core.model.head_sampler import HeadSampler
 from export3d_cli.main import cli
 
 
@@ -54,6 +56,30 @@ def test_truncation_and_age_change_the_person(tmp_path: Path) -> None:
     for k, a in enumerate(pictures):
         for b in pictures[k + 1 :]:
             assert np.abs(a - b).mean() > 0.3
+
+
+LARGE = cv2.imencode(".jpg", np.zeros((1040, 1040, 3), np.uint8))[1].ravel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"years": None}, "'years'"),
+        ({"camera": np.zeros((3, 25), np.float32)}, "camera"),
+        ({"shape_mean": np.full((478, 3), np.nan, np.float32)}, "shape_mean"),
+        ({"ends": np.full(97, 7, np.int32)}, "pictures"),
+        ({"pictures": np.zeros(64, np.uint8), "ends": np.full(97, 64, np.int32)}, "it is no JPEG"),
+        ({"pictures": np.tile(LARGE, 97), "ends": LARGE.size * np.arange(1, 98)}, "it has 1040 x 1040 pixels"),
+    ],
+)
+def test_damaged_weights_are_refused_in_one_line(
+    change: dict[str, np.ndarray | None], message: str, tmp_path: Path
+) -> None:
+    arrays = {**HeadSampler.load(resolve_weights("export3d-sampler")).arrays, **change}
+    bad = tmp_path / "bad.safetensors"
+    HeadSampler.save(bad, {name: x for name, x in arrays.items() if x is not None}, {}, licence="")
+    result = run("--weights", bad, "-o", tmp_path / "a.png")
+    assert (result.exit_code, message in result.stderr, result.stderr.count("\n")) == (4, True, 1), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -150,13 +150,12 @@ class HeadSampler:
         start, end = (0, *self.arrays["ends"].tolist())[exemplar : exemplar + 2]
         try:
             with Image.open(io.BytesIO(self.arrays["pictures"][start:end].tobytes()), formats=["JPEG"]) as photo:
-                if photo.width != photo.height or photo.width > MAX_SIDE:
-                    raise ValueError(f"its size is {photo.size}")
-                return np.asarray(photo.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise WeightsError(
-                f"a picture in the sampler's weights is damaged ({error}): download them again"
-            ) from error
+                if photo.width == photo.height <= MAX_SIDE:
+                    return np.asarray(photo.convert("RGB"))
+                reason = f"it has {photo.width} x {photo.height} pixels, not a square of at most {MAX_SIDE}"
+        except (OSError, ValueError, Image.DecompressionBombError):
+            reason = "it is no JPEG"
+        raise WeightsError(f"a picture in the sampler's weights is damaged ({reason}): download them again")
 
 
 def _check_arrays(arrays: dict[str, np.ndarray]) -> None:

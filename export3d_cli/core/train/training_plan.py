@@ -46,7 +46,9 @@ def _activation_bytes(model: Export3D, inputs: tuple[Tensor, ...]) -> int:
 
 
 def plan_training(config: TrainConfig) -> TrainPlan:
-    """Measure the model of `config` in one pass over zeros on the CPU."""
+    """Measure the model of `config` in one pass over zeros on the CPU; the stage `sampler` has no network."""
+    if config.stages == ("sampler",):
+        return TrainPlan({}, 0, 0, 0, 0, 0, 0)
 
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from export3d_cli.core.config.loading import make_train_config
 from export3d_cli.core.config.schema import SamplerConfig, TrainConfig
 from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_weights
@@ -17,6 +18,7 @@ from export3d_cli.core.runtime.camera import orbit_camera, project_points
 from export3d_cli.core.runtime.errors import ConfigError, InputError, TrainingError, WeightsError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.frame_cache import Clip, FaceDataset
+from export3d_cli.core.train.training_plan import plan_training
 
 SIDE, HEADS = 64, 24
 CONFIG = SamplerConfig(shapes=3, textures=3, held_out=0)
@@ -115,7 +117,6 @@ def test_warp_grid_moves_landmarks_onto_each_other() -> None:
 
 
 def test_the_stage_is_alone_in_its_run() -> None:
-    from export3d_cli.core.config.loading import make_train_config
-
+    assert plan_training(make_train_config({"stages": ["sampler"]})).total_parameters == 0
     with pytest.raises(ConfigError, match="the stage sampler must be the only one of its run"):
         make_train_config({"stages": ["reconstruction", "sampler"]})
