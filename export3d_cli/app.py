@@ -63,10 +63,9 @@ def serve(animator: Animator, port: int) -> Iterator[str]:
         jobs.examples = set(Path(folder).rglob("*"))
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         try:
-            _, address, _ = page.launch(
-                server_name="127.0.0.1", server_port=port, share=False, prevent_thread_lock=True, quiet=True,
-                max_file_size=MAX_UPLOAD, ssr_mode=False, theme=theme, css=CSS, footer_links=[],
-            )  # fmt: skip
+            _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, share=False,
+                                        prevent_thread_lock=True, quiet=True, max_file_size=MAX_UPLOAD, ssr_mode=False,
+                                        theme=theme, css=CSS, footer_links=[])  # fmt: skip
         except OSError as error:
             raise InputError(f"port {port} is in use: choose another one with --port") from error
         except ValueError as error:  # it does not answer
@@ -93,23 +92,17 @@ def build(jobs: _Jobs) -> gr.Blocks:
         gr.Markdown("# export3d\n\nAnimate only people who agree to it. Every result is marked as synthetic.")
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(
-                    photo_example, label="Photo with one large face", type="filepath", sources=["upload", "webcam"],
-                    height=380, alt_text="The photo",
-                )  # fmt: skip
+                photo = gr.Image(photo_example, label="Photo with one large face", type="filepath",
+                                 sources=["upload", "webcam"], height=380, alt_text="The photo")  # fmt: skip
                 person = gr.File(label="Or a person file, in place of the photo", file_types=[".safetensors"])
                 with gr.Accordion("More photos of the person", open=False):
-                    also = gr.File(
-                        label="For own teeth, shut eyes, the far cheek", file_count="multiple", type="filepath",
-                        file_types=["image"], height=140,
-                    )  # fmt: skip
+                    also = gr.File(label="For own teeth, shut eyes, the far cheek", file_count="multiple",
+                                   type="filepath", file_types=["image"], height=140)  # fmt: skip
                     force = gr.Checkbox(label="Use them even if they seem to show somebody else")
             with gr.Column(), gr.Tabs():
                 with gr.Tab("Animate"):
-                    driver = gr.Video(
-                        driver_example, label="Video of the face that moves it", sources=["upload", "webcam"],
-                        include_audio=True, height=320,
-                    )  # fmt: skip
+                    driver = gr.Video(driver_example, label="Video of the face that moves it",
+                                      sources=["upload", "webcam"], include_audio=True, height=320)  # fmt: skip
                     with gr.Accordion("Speech instead of a video", open=False):
                         sound = gr.Audio(label="Sound whose words the lips speak", type="filepath")
                         text = gr.Textbox(label="What it says, for exact lips (not needed)", lines=2, max_length=20_000)
@@ -143,21 +136,17 @@ def build(jobs: _Jobs) -> gr.Blocks:
 
         turn, edit = (jobs.turn, [turned, turn_command]), (jobs.edit, [edited, edit_command])
         for inputs, (run, outputs) in ((turn_inputs, turn), (edit_inputs, edit)):
-            gr.on(
-                [slider.change for slider in inputs], run, inputs, outputs, show_progress="minimal",
-                trigger_mode="always_last", concurrency_id="preview", api_visibility="private",
-            )  # fmt: skip
+            gr.on([slider.change for slider in inputs], run, inputs, outputs, show_progress="minimal",
+                  trigger_mode="always_last", concurrency_id="preview", api_visibility="private")  # fmt: skip
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         photos = [photo, person, also, force]
         changes = [page.load, *(element.change for element in photos)]
         encode = gr.on(changes, jobs.set_photo, photos, None, trigger_mode="always_last", **hidden)
         encode.success(turn[0], turn_inputs, turn[1], **hidden).success(edit[0], edit_inputs, edit[1], **hidden)
         reset.click(lambda: [0] * len(edit_inputs), None, edit_inputs, **hidden)
-        render.click(
-            jobs.reenact, [*photos, driver, sound, text, expression, pose, seconds, framing, mark],
-            [result, reenact_command, made], show_progress_on=[result], concurrency_id="render",
-            api_visibility="private",
-        )  # fmt: skip
+        render.click(jobs.reenact, [*photos, driver, sound, text, expression, pose, seconds, framing, mark],
+                     [result, reenact_command, made], show_progress_on=[result], concurrency_id="render",
+                     api_visibility="private")  # fmt: skip
         cancel.click(jobs.cancel, queue=False, **hidden)
         page.unload(jobs.close)
     return page

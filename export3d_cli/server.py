@@ -4,8 +4,6 @@ A request's body is one file, and its query has the settings. One job runs at a 
 Drivers and photos are deleted once they have been used, portraits and results `KEEP_S` after their last use.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -95,10 +93,8 @@ class Service:
         if not (credentials and secrets.compare_digest(credentials.credentials.encode(), self._token)):
             raise HTTPException(401, "send the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    async def add_portrait(
-        self, request: Request, face: str = "largest", framing: Literal["photo", "face"] = "photo", size: Pixels = 0,
-        also: Ids = (), force: bool = False,
-    ) -> Portrait:  # fmt: skip
+    async def add_portrait(self, request: Request, face: str = "largest", framing: Literal["photo", "face"] = "photo",
+                           size: Pixels = 0, also: Ids = (), force: bool = False) -> Portrait:  # fmt: skip
         """Encode the photo, or the person file, in the body, together with the photos of other portraits.
 
         With `force`, they are used even if they seem to show somebody else.
@@ -116,21 +112,19 @@ class Service:
             path.unlink()
         return portrait
 
-    async def add_video(
-        self, request: Request, portrait: str, kind: Kind = "mp4", duration: Seconds = 600,
-        expression_scale: Scale = 1, pose_scale: Scale = 1, background: Background = "source", control: Controls = (),
-        drive_by: Literal["auto", "sound"] = "auto", text: Text = "",
-    ) -> Job:  # fmt: skip
+    async def add_video(self, request: Request, portrait: str, kind: Kind = "mp4", duration: Seconds = 600,
+                        expression_scale: Scale = 1, pose_scale: Scale = 1, background: Background = "source",
+                        control: Controls = (), drive_by: Literal["auto", "sound"] = "auto",
+                        text: Text = "") -> Job:  # fmt: skip
         """Animate a portrait by the driver in the body, as `export3d reenact` does, into an MP4 file.
 
         `kind`: `mp4` stands for a video or sound of any format, `png` for a picture, `npz` for a motion file, `csv` for
         ARKit's.
         """
         encoded = self._find(Portrait, portrait)._encoded
-        options = core.ReenactOptions(
-            duration=duration, expression_scale=expression_scale, pose_scale=pose_scale, background=background,
-            expression=_parse_controls(control), drive_by=drive_by,
-        )  # fmt: skip
+        options = core.ReenactOptions(duration=duration, expression_scale=expression_scale, pose_scale=pose_scale,
+                                      background=background, expression=_parse_controls(control),
+                                      drive_by=drive_by)  # fmt: skip
         job = self._add(Job(), MAX_JOBS)
         async with self._receive(job, request, f"driver.{kind}", MAX_DRIVER_BYTES) as driver:
             if text:
@@ -140,9 +134,8 @@ class Service:
             self._pool.submit(self._run, job, core.reenact, encoded, driver, out, options)
         return job
 
-    async def add_still(
-        self, portrait: str, yaw: Degrees = None, pitch: Degrees = None, control: Controls = ()
-    ) -> Job:  # fmt: skip
+    async def add_still(self, portrait: str, yaw: Degrees = None, pitch: Degrees = None,
+                        control: Controls = ()) -> Job:  # fmt: skip
         """Show a portrait with an expression into a PNG file, from an angle as `export3d novel-view` or the photo's."""
         encoded, expression = self._find(Portrait, portrait)._encoded, _parse_controls(control)
         make, options = core.edit_basis, core.EditOptions(frames=1, expression=expression)
@@ -297,7 +290,6 @@ def serve(animator: Any, host: str, port: int, token: str | None) -> None:
     with server, TemporaryDirectory(prefix="export3d-serve-") as folder, contextlib.suppress(KeyboardInterrupt):
         shown = "your token" if token else f"the token {secret}"
         click.echo(f"Listening at {host}, port {port}, for requests with {shown}; Ctrl-C ends it.", err=True)
-        uvicorn.Server(uvicorn.Config(
-            build(animator, secret, Path(folder)), log_level="warning", server_header=False,
-            limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5,
-        )).run(sockets=[server])  # fmt: skip
+        uvicorn.Server(uvicorn.Config(build(animator, secret, Path(folder)), log_level="warning", server_header=False,
+                                      limit_concurrency=MAX_CONNECTIONS,
+                                      timeout_graceful_shutdown=5)).run(sockets=[server])  # fmt: skip

@@ -1,7 +1,5 @@
 """`export3d app`: a page on this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import threading

@@ -1,7 +1,5 @@
 """`export3d sample -n 8 -o people/%03d.png`: pictures of people who do not exist."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,15 @@ from export3d_cli import console, options
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True,
     help="Number of the first person, the next ones follow; a number always gives the same picture.",
 )  # fmt: skip
-@click.option(
-    "--truncation", type=click.FloatRange(0, 1.5), default=0.75, show_default=True,
-    help="Variety of the faces: 0 is the mean face, 1 as varied as the training heads.",
-)  # fmt: skip
+@click.option("--truncation", type=click.FloatRange(0, 1.5), default=0.75, show_default=True,
+              help="Variety of the faces: 0 is the mean face, 1 as varied as the training heads.")  # fmt: skip
 @click.option("--age", type=options.NumberRange(), help="Range of ages in years: 20:40.")
-@click.option(
-    "--mix", type=click.IntRange(0, 2**31), nargs=2, metavar="A B",
-    help="Mix the persons A and B (numbers as for --seed); hair and clothes change half-way.",
-)  # fmt: skip
-@click.option(
-    "--at", type=options.NumberRange(), default="0.5", show_default=True,
-    help="Position between A and B, 0 to 1; 0:1 with -n walks from A to B.",
-)  # fmt: skip
-@click.option(
-    "--weights", metavar="NAME|PATH|hf:OWNER/REPO", default="export3d-sampler", show_default=True,
-    help="Weights of the stage sampler.",
-)  # fmt: skip
+@click.option("--mix", type=click.IntRange(0, 2**31), nargs=2, metavar="A B",
+              help="Mix the persons A and B (numbers as for --seed); hair and clothes change half-way.")  # fmt: skip
+@click.option("--at", type=options.NumberRange(), default="0.5", show_default=True,
+              help="Position between A and B, 0 to 1; 0:1 with -n walks from A to B.")  # fmt: skip
+@click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", default="export3d-sampler", show_default=True,
+              help="Weights of the stage sampler.")  # fmt: skip
 @options.watermark_option
 @click.option("--overwrite", is_flag=True, help="Overwrite an existing output file.")
 @options.json_option

@@ -1,7 +1,5 @@
 """`export3d serve`: an HTTP API for other programs."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 

@@ -1,7 +1,5 @@
 """Write a video while its next frames are rendered; write views and edits as a video, image or contact sheet."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -59,11 +57,9 @@ def is_image_output(out: Path) -> bool:
     return out.suffix.lower() in IMAGE_SUFFIXES
 
 
-def write_video(
-    items: Iterable[T], out: Path, options: PortraitOptions, compose: Callable[[T], np.ndarray], *,
-    size: tuple[int, int], fps: Fraction, depth: int, total: int | None, progress: Progress | None = None,
-    audio: Path | None = None, audio_start: float = 0.0, alpha: bool = False,
-) -> int:  # fmt: skip
+def write_video(items: Iterable[T], out: Path, options: PortraitOptions, compose: Callable[[T], np.ndarray], *,
+                size: tuple[int, int], fps: Fraction, depth: int, total: int | None, progress: Progress | None = None,
+                audio: Path | None = None, audio_start: float = 0.0, alpha: bool = False) -> int:  # fmt: skip
     """Compose and write items in a thread, at most `depth` behind, see `VideoWriter`; return the number of frames."""
     with VideoWriter(
         out, size=size, fps=fps, crf=options.crf, audio=audio, audio_start=audio_start, alpha=alpha
@@ -74,11 +70,9 @@ def write_video(
         return writer.frame_count
 
 
-def write_views(
-    animator: Animator, frames: Generator[np.ndarray, None, None], total: int, out: Path, options: ViewOptions,
-    size: tuple[int, int], *, columns: int, labels: Sequence[str], notes: Sequence[str], began: float,
-    progress: Progress | None,
-) -> Summary:  # fmt: skip
+def write_views(animator: Animator, frames: Generator[np.ndarray, None, None], total: int, out: Path,
+                options: ViewOptions, size: tuple[int, int], *, columns: int, labels: Sequence[str],
+                notes: Sequence[str], began: float, progress: Progress | None) -> Summary:  # fmt: skip
     """Write frames of `size` (width, height) into a video, or into one image, a contact sheet where there are several.
 
     `began` is the job's start by `time.monotonic`.
@@ -87,10 +81,8 @@ def write_views(
     with closing(frames):  # ends the rendering threads
         if not is_image_output(out):
             fps = options.fps
-            write_video(
-                frames, out, options, add_watermark, size=size, fps=fps, depth=animator.chunk_size, total=total,
-                progress=progress,
-            )  # fmt: skip
+            write_video(frames, out, options, add_watermark, size=size, fps=fps, depth=animator.chunk_size, total=total,
+                        progress=progress)  # fmt: skip
         elif total * size[0] * size[1] > MAX_PIXELS:
             limit = MAX_PIXELS // (size[0] * size[1])
             raise InputError(f"a contact sheet of {total} views is too large, {limit} fit: set --frames or --size")

@@ -1,7 +1,5 @@
 """Pictures of people who do not exist, from the weights of the stage `sampler`."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from fractions import Fraction

@@ -3,8 +3,6 @@
 All rules are checked before any data or device is touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

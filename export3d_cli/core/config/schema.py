@@ -1,7 +1,5 @@
 """Model and training configuration as frozen dataclasses, and the named model presets. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """Pictures to check tracking by eye: an overlay on the video, and an overview of a data set."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights files and training states: safetensors and JSON, never pickle; written to a temporary file, then renamed."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Hybrid tri-plane generator G(S, beta'): convolutions, EAdaLN-ViT, upsampling to planes (sec. 3.2, eq. 4 to 6, 12)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """The stage `sampler` (beyond the paper): fits the linear model of `HeadSampler` in closed form, without a network."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The training loop: runs the stages of a configuration in order. To resume, run the same command again."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Bookkeeping of one training run: run folder, clock, log, training state. The stages do the training."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

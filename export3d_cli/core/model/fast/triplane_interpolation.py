@@ -3,8 +3,6 @@
 On a CPU a tri-plane takes more than a third of a frame's time, and it is nearly linear in lambda over a few frames.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
