@@ -23,7 +23,10 @@ from export3d_cli import console, options
     help="Frames of the video that are kept as photos: those that show most of what the photos do not.",
 )  # fmt: skip
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of it to skip.")
-@click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds of it to use.  [default: all]")
+@click.option(
+    "--duration", type=click.FloatRange(0, 60, min_open=True), default=20.0, show_default=True,
+    help="Seconds of it to use, at most.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Use photos and a video even if they seem to show somebody else.")
 @options.batch_option
 @options.quality_option

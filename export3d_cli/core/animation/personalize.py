@@ -24,7 +24,7 @@ from export3d_cli.core.animation.person import MAX_PHOTOS, Person, fingerprint, 
 from export3d_cli.core.face.crop import crop_with_padding, fit_clip_crop
 from export3d_cli.core.face.face_track import Face, TargetFaceTracker, find_photo_face
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
-from export3d_cli.core.face.landmarks import BLENDSHAPE_POINTS, NUM_LANDMARKS
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.model.warp.photo_selection import ANGLE_SCALE, EXPRESSION_SCALE
@@ -48,7 +48,7 @@ class PersonalizeOptions:
     also: tuple[Path, ...] = ()  # more photos of the person
     video: Path | None = None  # of the person
     start: float = 0.0  # seconds of the video to skip
-    duration: float | None = None  # seconds of the video to use
+    duration: float = 20.0  # seconds of the video to use, at most
     frames: int = 4  # of the video that are kept as photos
     force: bool = False  # use photos and video even if they seem to show somebody else
     overwrite: bool = False
@@ -61,7 +61,7 @@ class PersonSummary:
     out: Path
     photos: tuple[str, ...]  # names, with the time of frames of the video
     tracked: int  # frames of the video with the face
-    landmark_error: tuple[float, float]  # of held-out rows, pixels at 256, before and after, see `fit_basis`
+    landmark_error: tuple[float, float]  # see `fit_basis`; 0 without a video
     size_mb: float
     seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -82,26 +82,31 @@ def personalize(
     also = {name: photo for name, photo in photos.items() if name != str(source)}
     portrait = animator.portrait(photos[str(source)], name=str(source), also=also, force=options.force)
     motions, tracked = [portrait.motion, *(face.motion for face in portrait.others)], 0
-    tracker, kept = animator.tracker(), dict[str, np.ndarray]()
+    tracker, kept, tuned, errors = animator.tracker(), dict[str, np.ndarray](), dict[str, Tensor](), (0.0, 0.0)
     for name, photo in also.items():
         kept[name] = _cut_head(photo, find_photo_face(tracker, photo, name=name))
     if options.video is not None:
         faces, motion, notes = _track_video(animator, options.video, options, progress)
-        rows = [motion.select(np.array([row])) for row in range(len(motion))]
-        nearest, *chosen = choose_frames(motions, rows, min(options.frames, MAX_PHOTOS - len(motions)))
+        tracked, count = len(motion), len(motions)
+        motions.append(motion)
+        rows = choose_frames(Motion.concatenate(motions), count, min(options.frames, MAX_PHOTOS - count))
+        nearest, *chosen = (row - count for row in rows)
         cut = _cut_frames(options.video, options, faces, [nearest, *chosen])
         # the video follows one face: the frame that is most like a photo tells whose
         name = f"{options.video} at {float(list(faces)[nearest] / motion.fps):.1f} s"
         animator.portrait(photos[str(source)], name=str(source), also={name: cut[nearest]}, force=options.force)
         kept |= {f"{options.video.name} at {float(list(faces)[k] / motion.fps):.1f} s": cut[k] for k in chosen}
-        motions, tracked = motions + rows, len(rows)
-    basis, errors = fit_basis(animator, Motion.concatenate(motions))
+        basis, errors = fit_basis(animator, Motion.concatenate(motions))
+        if errors[1] < errors[0]:
+            tuned["flow.basis"] = basis
+        else:
+            notes.append(f"{options.video} does not improve the expression basis, which stays as it is")
     main = photos[str(source)]
     scale = min(1.0, DEFAULT_MAX_SIDE_PX / max(main.shape[:2]))
     main = cv2.resize(main, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else main
     files = [source, *options.also, *([] if options.video is None else [options.video])]
     Person(
-        (main, *kept.values()), {"flow.basis": basis}, fingerprint(animator.fp32_model),
+        (main, *kept.values()), tuned, fingerprint(animator.fp32_model),
         {file_sha256(path): path.name for path in files},
     ).save(out)  # fmt: skip
     return PersonSummary(
@@ -120,34 +125,23 @@ def check_person_output(out: Path, options: PersonalizeOptions) -> None:
         raise InputError(f"a person file holds at most {MAX_PHOTOS} photos, got {1 + len(options.also)}")
 
 
-def choose_frames(photos: Sequence[Motion], frames: Sequence[Motion], count: int) -> list[int]:
-    """Return the index of the frame most like a photo, then those of `count` frames that add most to the photos.
+def choose_frames(motion: Motion, photos: int, count: int) -> list[int]:
+    """Return the row of the frame most like a photo, then those of `count` frames that add most to the photos.
 
-    All motions have one row. The cost of a set of photos is the mean, over frames and points of the face, of the
-    distance to the nearest photo, as `select_photos` weighs it; frames are added greedily.
+    The first rows of `motion` are the photos, the others frames of a video. Frames are added greedily, so that the mean
+    squared distance of the frames to the nearest photo falls most; distances are the logits of `select_photos`.
     """
-    motion = Motion.concatenate([*photos, *frames])
-    points = landmarks_to_head_frame(motion.landmarks, motion.camera)[:, list(BLENDSHAPE_POINTS)]
+    points = landmarks_to_head_frame(motion.landmarks, motion.camera)
     rotation = head_pose(motion.camera)[0]
     cosine = ((np.einsum("aij,bij->ab", rotation, rotation) - 1) / 2).clip(-1, 1)
-    angle = np.sqrt(1 - cosine**2)[len(photos) :]  # (T, J), sines as in `photo_selection`
-    shown = points[len(photos) :]  # (T, L, 3)
-    cost = np.full(shown.shape[:2], np.inf, np.float32)
-    nearest, order = 0, list[int]()
-
-    def distance(k: int) -> np.ndarray:
-        """Return the distance of frames' points (T, L) to those of a photo, in units of `select_photos`' logits."""
-        moved = np.linalg.norm(shown - points[k], axis=-1)
-        return np.square(2 / EXPRESSION_SCALE * moved + 2 / ANGLE_SCALE * angle[:, k, None])
-
-    for k in range(len(photos)):
-        cost = np.minimum(cost, distance(k))
-    nearest = int(cost.mean(1).argmin())
-    for _ in range(min(count, len(frames))):
-        costs = [np.minimum(cost, distance(len(photos) + k)).mean() for k in range(len(frames))]
-        order.append(int(np.argmin(costs)))
-        cost = np.minimum(cost, distance(len(photos) + order[-1]))
-    return [nearest, *order]
+    moved = np.stack([np.linalg.norm(points - row, axis=-1).mean(1) for row in points])  # (T, T) head-frame units
+    distance = np.square(2 / EXPRESSION_SCALE * moved + 2 / ANGLE_SCALE * np.sqrt(1 - cosine**2))[:, photos:]
+    nearest = distance[:photos].min(0)  # (T,)
+    chosen = [photos + int(nearest.argmin())]
+    for _ in range(min(count, len(points) - photos)):
+        chosen.append(photos + int(np.minimum(nearest, distance[photos:]).mean(1).argmin()))
+        nearest = np.minimum(nearest, distance[chosen[-1]])
+    return chosen
 
 
 def fit_basis(animator: Animator, motion: Motion) -> tuple[Tensor, tuple[float, float]]:
