@@ -123,6 +123,7 @@ def test_options_have_kebab_case_help_default_and_negation(name: str, option: cl
     [
         ("novel-view --mesh head.glb --yaw 0:20 --frames 3", "--yaw, --frames has no effect with a mesh alone"),
         ("novel-view --grid --loop once --fps 30", "--loop, --fps has no effect with --grid"),
+        (f"personalize {__file__} {__file__} -o x.person.safetensors --frames 2", "--frames has no effect with photos"),
         ("edit-basis --grid --frames 9", "--frames has no effect with --grid"),
         (
             f"reenact {__file__} {__file__} {__file__} -o x.mp4 --also {__file__}",

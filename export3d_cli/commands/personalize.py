@@ -28,8 +28,6 @@ from export3d_cli import console, options
     help="Seconds of it to use, at most.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Use photos and a video even if they seem to show somebody else.")
-@options.batch_option
-@options.quality_option
 @options.model_options
 @click.option("--overwrite", is_flag=True, help="Overwrite an existing output file.")
 @options.json_option
@@ -41,6 +39,8 @@ def personalize(source: Path, output: Path, as_json: bool, **chosen: Any) -> Non
     """
     from export3d_cli import core
 
+    if chosen["video"] is None:
+        options.refuse_unused({"frames", "start", "duration"}, "photos alone (add --video)")
     job = core.PersonalizeOptions(**chosen)
     core.check_person_output(output, job)
     console.run(core.personalize, options.load_animator(), source, output, job, as_json=as_json)
