@@ -104,6 +104,7 @@ def print_summary(summary: Any, *, as_json: bool = False) -> None:
     fields = dataclasses.asdict(summary)
     if is_quiet():
         return
+    fields.pop("histogram", None)  # of a live session, many numbers
     for note in fields.pop("notes", []):
         click.echo(f"note: {note}", err=True)
     if not fields.get("fps", True):  # pictures have no frame rate

@@ -136,6 +136,8 @@ pose_option = click.option(
     "head is turned alike, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, "
     "from a reference frame (the first by default); absolute: DRIVE's own pose and place.",
 )  # fmt: skip
+dry_run_option = click.option("--dry-run", is_flag=True,
+                              help="Print what would be done and an estimate of the time; write nothing.")  # fmt: skip
 quality_option = click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced",
                               show_default=True, expose_value=False, callback=_set_model_option,
                               help="Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to "

@@ -178,8 +178,8 @@ def test_more_photos_are_used_and_a_recorded_sound_drives(
     page.set_default_timeout(120_000)
     page.goto(address)
     page.get_by_text("More photos of the person").click()
-    files = page.locator("input[type=file]")
-    files.nth(1).set_input_files(example_path("astronaut.jpg"))
+    files = page.locator("input[type=file]")  # photo, person file, more photos
+    files.nth(2).set_input_files(example_path("astronaut.jpg"))
     page.get_by_text(re.compile("^astronaut.jpg seems to show somebody else .*, or pass --force$")).wait_for()
     page.get_by_label("Use them even if").check()
     page.get_by_role("tab", name="Turn").click()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,20 @@ from export3d_cli import console, core, options
 @options.face_option
 @options.smooth_option
 @options.batch_option
+@options.dry_run_option
 @options.model_options
 @options.output_options
-def edit(clip: Path, output: Path, as_json: bool, **chosen: Any) -> None:
+def edit(clip: Path, output: Path, dry_run: bool, as_json: bool, **chosen: Any) -> None:
     """Change the expression of a face in the video CLIP; all but the face stays as it is.
 
     Controls hold their value in every frame: --gaze 0,0 looks straight ahead throughout. The result has CLIP's size,
     frame rate and sound. Another video drives regions of the face with `export3d reenact CLIP DRIVE --drive mouth`.
     """
     job = core.ReenactOptions(**chosen)
-    job.check_outputs(output)
+    dataclasses.replace(job, overwrite=job.overwrite or dry_run).check_outputs(output)
+    if dry_run:
+        planned = core.plan_edit(options.load_animator(), clip, output, job)
+        console.print_lines(map(str, planned.sources))
+        console.print_summary(planned, as_json=as_json)
+        return
     console.run(core.edit_clip, options.load_animator(), clip, output, job, as_json=as_json)

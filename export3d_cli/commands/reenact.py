@@ -97,7 +97,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @options.batch_option
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, expose_value=False,
               help="Has no effect: rendering is deterministic.  [default: 0]")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print what would be done and an estimate of the time; write nothing.")
+@options.dry_run_option
 @options.quality_option
 @options.model_options
 @options.output_options

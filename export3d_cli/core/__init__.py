@@ -63,6 +63,7 @@ _PUBLIC = {  # public name -> module of this package that defines it
     "LiveOptions": "animation.live",
     "run_live": "animation.live:live",
     "reenact_all": "animation.batch",
+    "plan_edit": "animation.batch",
     "plan_reenact": "animation.batch",
     "output_paths": "animation.batch",
     "read_image": "media.image",

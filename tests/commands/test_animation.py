@@ -304,6 +304,15 @@ def test_edit_writes_the_clip_with_a_changed_expression(tiny, tmp_path):
     result = run("edit", clip, "-o", out, "--eyes-to-camera", "--json", *usual)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["frames"] == probe(out).frame_count == 3
+    plan = run("edit", clip, "-o", out, "--smile", ".4", "--dry-run", "--json", *usual)  # OUT is kept
+    planned = json.loads(plan.stdout)
+    assert (planned["frames"], planned["fps"]) == (3, "25") and planned["seconds"] > 0
+    assert (planned["sources"][0]["size"], planned["sources"][0]["exists"]) == ([512, 512], True)
+    x0, y0, x1, y1 = planned["sources"][0]["face"]
+    assert 150 < x0 < 256 < x1 < 362 and 80 < y0 < 256 < y1 < 420, planned
+    driven = ("--length", "driver", "--drive", "mouth", "--dry-run", "--json")
+    plan = reenact(tiny, tmp_path / "no.mp4", *driven, "--max-frames", "200", source=clip)
+    assert (plan.exit_code, json.loads(plan.stdout)["frames"]) == (0, 112), plan.output
     for args, words in (
         ((clip,), "nothing to edit"), ((example_path("source.jpg"), "--smile", ".4"), "is not a video"),
         ((clip, "--lips-shut-when-silent"), "has no sound"), ((clip, "--smile", "0:1"), "range A:B"),

@@ -9,15 +9,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 
 import torch
 
+from export3d_cli.core.animation import clip_editing as clips
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import Compositor, is_video, load_photo
+from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.face.face_track import TrackCache
+from export3d_cli.core.face.crop import CROP_SCALE, crop_with_padding
+from export3d_cli.core.face.face_track import TrackCache, rotate_clockwise
+from export3d_cli.core.media.image import has_image_suffix
+from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.device import peak_memory, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.files import check_name_length, shorten_name
@@ -127,10 +134,12 @@ def plan_reenact(
     """Return what `reenact_all` would do: find all faces and time one batch, without writing."""
     options = (options or ReenactOptions()).for_driver(driver)
     paths = output_paths(sources, driver, out)
+    if len(sources) == 1 and is_video(sources[0]):
+        return plan_edit(animator, sources[0], paths[0], options, driver=driver)
     replace(options, overwrite=True).check_outputs(*paths)
     planned = []
     if videos := [source for source in sources if is_video(source)]:
-        raise InputError(f"--dry-run plans photos, and {videos[0]} is a video: leave it out")
+        raise InputError(f"--dry-run plans a video alone, and {videos[0]} is one of several SRC: leave it out")
     if options.face == "all":
         options = replace(options, face="largest")
     for source, path in zip(sources, paths, strict=True):
@@ -156,11 +165,53 @@ def plan_reenact(
     animator.tracker(options.tracker).find(portrait.canvas.photo)
     tracking = time.monotonic() - began
     remaining = sum(options.overwrite or not source.exists for source in planned)
+    return _make_plan(animator, planned, driver, frames, fps, tracking + remaining * seconds[-1], notes)
+
+
+def plan_edit(
+    animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *, driver: Path | None = None
+) -> Plan:
+    """Return what `edit_clip` would do: find the face and time the editing of the first frames, without writing."""
+    options, notes, streams = options or ReenactOptions(), list[str](), 1
+    regions, of_clip = clips.edited_regions(clip, driver, options), clips.options_of_clip(options, driver)
+    replace(options, overwrite=True).check_outputs(out)
+    open_stream = partial(DriverStream, tracker=animator.tracker(), batch=clips.MAX_BATCH, crop_scale=CROP_SCALE[0])
+    few, face_box, seconds = replace(of_clip, max_frames=clips.MAX_BATCH), (0, 0, 0, 0), 0.0
+    with open_stream(clip, options=of_clip) as stream, open_stream(clip, options=few) as first:
+        total, fps = stream.total, stream.fps
+        with VideoReader(clip, fps=of_clip.fps, start=of_clip.start) as reader:
+            size, frames = (reader.info.width, reader.info.height), list(islice(reader, clips.MAX_BATCH))
+        if driver is not None and not has_image_suffix(driver):
+            with open_stream(driver, options=replace(options, fps=fps, pose="absolute", max_frames=None)) as other:
+                total = {"driver": other.total, "shortest": min(total, other.total)}.get(options.length, total)
+            streams = 2
+        began = time.monotonic()
+        try:
+            rows = list(clips.rows_of(first, is_repeated=False))
+            seconds = streams * (time.monotonic() - began) / len(rows)  # of tracking
+            upright, side = rotate_clockwise(frames[0], first.rotation), animator.model.config.image_size
+            crop = crop_with_padding(upright, rows[0].motion.crop, side)
+            face_box = animator.portrait_from_motion(crop, rows[0].motion).face_box
+            editor = clips.ClipEditor(animator, options, regions, 1.0)
+            for _ in range(2):  # the first run warms up
+                began = time.monotonic()
+                list(clips.edit_frames(zip(frames, rows, repeat(None)), editor, first, clips.MAX_BATCH))
+            seconds += (time.monotonic() - began) / len(rows)
+        except NoFaceError:
+            notes.append(f"no face in the first frames of {clip}")
+    planned = [PlannedSource(clip, face_box, size, out, os.path.lexists(out))]
+    return _make_plan(animator, planned, driver or clip, min(total, options.max_frames or total), fps, seconds, notes)
+
+
+def _make_plan(
+    animator: Animator, planned: Sequence[PlannedSource], driver: Path, frames: int, fps: Fraction, seconds: float,
+    notes: Sequence[str],
+) -> Plan:  # fmt: skip
+    """Return the plan of frames that take `seconds` each."""
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
     return Plan(tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
-                frames * (tracking + remaining * seconds[-1]),
-                (*notes, *precision_notes(animator.precision, animator.device)))  # fmt: skip
+                frames * seconds, (*notes, *precision_notes(animator.precision, animator.device)))  # fmt: skip
 
 
 def _sanitize_name(name: str) -> str:

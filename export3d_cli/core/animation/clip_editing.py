@@ -1,7 +1,7 @@
 """Edit the expression in a video, by a driver, by controls, or by both; all else of each frame stays as it is.
 
-The video is read twice: once to track its face, once for the frames, so that none waits in memory. Only the motion of
-what is repeated (the clip with length `driver`, the driver with `loop`) is kept.
+The video is read twice: once to track its face, once for the frames, so that none waits in memory. What is repeated
+(the clip with length `driver`, the driver with `loop`) is tracked once, into a temporary file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.cover_detection import CoveredParts
 from export3d_cli.core.face.crop import CROP_SCALE, crop_with_padding
 from export3d_cli.core.face.expression_coefficients import REGIONS, region_of
-from export3d_cli.core.face.face_track import rotate_clockwise
+from export3d_cli.core.face.face_track import TrackCache, rotate_clockwise
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.image import has_image_suffix
 from export3d_cli.core.media.reader import VideoReader
@@ -50,7 +50,7 @@ _OF_PHOTOS = {  # fields of the options that have no effect on a video -> their 
 }  # fmt: skip
 
 
-class _Row(NamedTuple):
+class ClipRow(NamedTuple):
     """A frame of the clip or of its driver."""
 
     motion: Motion  # one row
@@ -70,15 +70,10 @@ def edit_clip(
     for options that need a photo, and if there is nothing to edit.
     """
     options, began = options or ReenactOptions(), time.monotonic()
-    regions = _edited_regions(clip, driver, options)
+    regions = edited_regions(clip, driver, options)
     options.check_outputs(out)
     add_watermark = get_watermarker(options.watermark)
-    of_clip = replace(
-        options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute", max_frames=None,
-        relative_expression=False, drive_by="auto", text=None,
-    )  # fmt: skip
-    if driver is not None:
-        of_clip = replace(of_clip, start=0.0, duration=None)
+    of_clip = options_of_clip(options, driver)
     is_still = driver is not None and has_image_suffix(driver)
     length = "source" if driver is None or is_still else options.length
     audio = choose_sound(options, clip, driver)
@@ -86,39 +81,41 @@ def edit_clip(
 
     with ExitStack() as stack:
 
-        def track(path: Path, options: ReenactOptions) -> DriverStream:
-            tracker = animator.tracker(options.tracker)
-            return stack.enter_context(
-                DriverStream(path, tracker, options, batch=animator.window, crop_scale=CROP_SCALE[0])
-            )
+        def track(path: Path, options: ReenactOptions, is_repeated: bool) -> DriverStream:
+            cache = stack.enter_context(TrackCache()) if is_repeated else None
+            return stack.enter_context(DriverStream(
+                path, animator.tracker(options.tracker), options, batch=animator.chunk_size, crop_scale=CROP_SCALE[0],
+                track_cache=cache,
+            ))  # fmt: skip
 
-        stream = track(clip, of_clip)
+        stream = track(clip, of_clip, length == "driver")
         fps, total, fade = stream.fps, stream.total, max(1, round(FADE_S * stream.fps))
         read_clip = partial(VideoReader, clip, fps=of_clip.fps, start=of_clip.start, duration=of_clip.duration)
         reader = stack.enter_context(read_clip())
-        frames, tracked = iter(reader), _rows(stream)
+        frames, tracked = iter(reader), rows_of(stream, is_repeated=length == "driver")
         if length == "driver":
-            frames, tracked = chain.from_iterable(repeat(reader)), cycle(tracked)
-        rows: Iterator[_Row] = iter(
+            frames = chain.from_iterable(repeat(reader))
+        rows: Iterator[ClipRow] = iter(
             stack.enter_context(PrefetchIterator(_fade_at_gaps(tracked, fade), PREFETCH_DEPTH, stop=stream.stop))
         )
-        driver_rows: Iterator[_Row | None] = repeat(None)
+        driver_rows: Iterator[ClipRow | None] = repeat(None)
         if driver is not None:
-            other = track(driver, replace(options, fps=fps, pose="absolute", max_frames=None))
+            other = track(driver, replace(options, fps=fps, pose="absolute", max_frames=None), length == "loop")
             total = {"driver": other.total, "shortest": min(total, other.total)}.get(length, total)
-            driven: Iterable[_Row] = cycle(_rows(other)) if is_still or length == "loop" else _rows(other)
+            driven: Iterable[ClipRow] = rows_of(other, is_repeated=length == "loop")
+            driven = cycle(driven) if is_still else driven
             if options.tracker != "fan":  # which computes with torch and needs all cores itself
                 driven = stack.enter_context(PrefetchIterator(driven, PREFETCH_DEPTH, stop=other.stop))
             driver_rows = _fade_at_end(driven, fade) if length == "source" else iter(driven)
         notes = dict.fromkeys(precision_notes(animator.precision, animator.device))
-        editor = _Editor(animator, options, regions, 1 / fade)
+        editor = ClipEditor(animator, options, regions, 1 / fade)
         if options.expression:
             rows = _calibrate_on(rows, editor, stream, read_clip, max(1, round(CALIBRATION_S * fps)))
         if options.lips_shut_when_silent:
             editor.silent = find_silence(audio, fps, audio_start)
         items = islice(zip(frames, rows, driver_rows, strict=False), options.max_frames)
         count = write_video(
-            _edit_frames(items, editor, stream, min(animator.batch, MAX_BATCH)), out, options,
+            edit_frames(items, editor, stream, min(animator.batch, MAX_BATCH)), out, options,
             lambda item: add_watermark(item[0]) if item[1] else item[0],
             size=(reader.info.width, reader.info.height), fps=fps, depth=MAX_BATCH,
             total=min(total, options.max_frames or total), progress=progress, audio=audio, audio_start=audio_start,
@@ -129,7 +126,17 @@ def edit_clip(
     )  # fmt: skip
 
 
-def _edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> set[str]:
+def options_of_clip(options: ReenactOptions, driver: Path | None) -> ReenactOptions:
+    """Return the options by which the clip is tracked; without a driver, start and duration are the clip's."""
+    if driver is not None:
+        options = replace(options, start=0.0, duration=None)
+    return replace(
+        options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute", max_frames=None,
+        relative_expression=False, drive_by="auto", text=None,
+    )  # fmt: skip
+
+
+def edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> set[str]:
     """Return the regions that the driver or controls change; raise `InputError` for what a video cannot do."""
     if not is_video(clip):
         raise InputError(f"{clip} is not a video: give a photo to reenact, novel-view or edit-basis")
@@ -154,16 +161,17 @@ def _edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) ->
     return regions
 
 
-def _rows(stream: DriverStream) -> Iterator[_Row]:
-    """Yield the motion of a clip or driver frame by frame."""
-    for batch in stream:
-        for k in range(len(batch.motion)):
-            yield _Row(batch.motion.select(np.array([k])), batch.reference)
+def rows_of(stream: DriverStream, *, is_repeated: bool) -> Iterator[ClipRow]:
+    """Yield the motion of a clip or driver frame by frame, once or without end."""
+    for again in repeat(stream) if is_repeated else [stream]:
+        for batch in again:
+            for k in range(len(batch.motion)):
+                yield ClipRow(batch.motion.select(np.array([k])), batch.reference)
 
 
-def _fade_at_gaps(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
+def _fade_at_gaps(rows: Iterable[ClipRow], fade: int) -> Iterator[ClipRow]:
     """Let the strength fall to 0 within `fade` frames before and after frames without a face."""
-    ahead: deque[_Row] = deque()
+    ahead: deque[ClipRow] = deque()
     distance = fade  # to the last frame without a face
     for row in chain(rows, repeat(None, fade)):
         ahead += () if row is None else (row,)
@@ -174,7 +182,7 @@ def _fade_at_gaps(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
             yield current._replace(strength=min(distance, gap) / fade)
 
 
-def _fade_at_end(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
+def _fade_at_end(rows: Iterable[ClipRow], fade: int) -> Iterator[ClipRow]:
     """Repeat the last row without end, with a strength that falls to 0."""
     for row in rows:
         yield row
@@ -183,8 +191,8 @@ def _fade_at_end(rows: Iterable[_Row], fade: int) -> Iterator[_Row]:
 
 
 def _calibrate_on(
-    rows: Iterator[_Row], editor: _Editor, stream: DriverStream, read_clip: Callable[[], VideoReader], count: int
-) -> Iterator[_Row]:
+    rows: Iterator[ClipRow], editor: ClipEditor, stream: DriverStream, read_clip: Callable[[], VideoReader], count: int
+) -> Iterator[ClipRow]:
     """Pass rows on; of the first `count` from a face on, calibrate controls on the one of the most usual expression."""
     for number, row in enumerate(rows):
         if not row.motion.found[0]:
@@ -200,7 +208,7 @@ def _calibrate_on(
         yield from chain(ahead, rows)
 
 
-class _Editor:
+class ClipEditor:
     """Edits frames in order; what covers mouth or eyes stays as it is, and fades by `step` per frame."""
 
     def __init__(self, animator: Animator, options: ReenactOptions, regions: set[str], step: float) -> None:
@@ -225,8 +233,9 @@ class _Editor:
         self._hold, self._notes = hold_expression(self._animator, portrait, self._options.expression)
 
     def __call__(
-        self, frames: Sequence[np.ndarray], rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]
-    ) -> list[np.ndarray]:
+        self, frames: Sequence[np.ndarray], rows: Sequence[ClipRow], driver: Sequence[ClipRow | None],
+        numbers: Sequence[int],
+    ) -> list[np.ndarray]:  # fmt: skip
         """Return the edited frames, uint8 (H, W, 3); `numbers` are theirs in the result."""
         faces = FaceWindows.cut(frames, [row.motion for row in rows], self._size)
         detector = self._animator.cover_detector
@@ -242,7 +251,7 @@ class _Editor:
         changes = strength * self._changes(rows, driver, numbers)
         return retouch(self._animator, faces, own, changes, np.array(still))
 
-    def _changes(self, rows: Sequence[_Row], driver: Sequence[_Row | None], numbers: Sequence[int]) -> np.ndarray:
+    def _changes(self, rows: Sequence[ClipRow], driver: Sequence[ClipRow | None], numbers: Sequence[int]) -> np.ndarray:
         """Return the changes of lambda and wink (T, n + 1)."""
         coefficients, control = self._animator.coefficients, self._options
         own = beta = np.concatenate([row.motion.beta for row in rows])
@@ -264,8 +273,8 @@ class _Editor:
         return change if shown is beta else change + coefficients(shown) - coefficients(beta)
 
 
-def _edit_frames(
-    items: Iterator[tuple[np.ndarray, _Row, _Row | None]], editor: _Editor, stream: DriverStream, batch: int
+def edit_frames(
+    items: Iterator[tuple[np.ndarray, ClipRow, ClipRow | None]], editor: ClipEditor, stream: DriverStream, batch: int
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Edit frames in batches, and tell which: those without a face pass as they are."""
     first = 0

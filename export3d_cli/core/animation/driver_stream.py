@@ -65,7 +65,7 @@ class _Shot:
 
 
 class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
-    """Iterate over the driver's motion in batches; a context manager, one pass.
+    """Iterate over the driver's motion in batches; a context manager, one pass, or more with a `track_cache`.
 
     `driver` is a video, an image, a folder of pictures, a sound, a file written by `Motion.save`, or a CSV of Live Link
     Face.
@@ -230,7 +230,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
     def _track(self) -> Iterator[tuple[int, Motion]]:
         """Yield motions before smoothing, with their shot's number; a shot's frames wait until its crop is known."""
-        shot = _Shot(0)
+        shot, missing = _Shot(0), 0
         is_cut = False
         size = (0, 0)
         for index, (face, is_new_shot, size) in enumerate(self._faces()):
@@ -241,7 +241,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                     yield from self._flush(shot, size, 1)
                     shot = _Shot(shot.number + 1)
             if face is None:
-                self.missing += 1
+                missing += 1
+                self.missing = max(missing, self.missing)  # of the first pass
                 if self.options.on_missing == "fail":
                     raise NoFaceError(f"no face in frame {index} of {self.driver}: use --on-missing hold or skip")
                 if self.options.on_missing == "skip":

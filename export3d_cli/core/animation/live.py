@@ -1,9 +1,10 @@
 """Animate portraits by a camera while it films; the newest frame always comes first, so the latency does not grow.
 
-    camera thread -> newest frame -> tracking thread -> newest motion -> two rendering threads -> outputs
+    camera thread -> newest frame -> two threads that track and render a frame each -> outputs
 
-The motion is relative to a neutral face, which the first two seconds show: at that face and pose the portrait is as in
-its photo. Without a face, the portrait settles to rest.
+Frames are tracked in turn, one at a time, and only those that are shown. The motion is relative to a neutral face,
+which the first two seconds show: at that face and pose the portrait is as in its photo. Without a face, the portrait
+settles to rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +31,7 @@ import numpy as np
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import Compositor, fill_frame, load_photo
 from export3d_cli.core.animation.options import ReenactOptions
-from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterator, chain_parallel
+from export3d_cli.core.animation.pipeline import BackgroundWriter, LatestIterator, map_latest
 from export3d_cli.core.animation.retargeting import Pose
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
@@ -53,6 +55,8 @@ PATIENCE_S = 0.2  # seconds without a face before the portrait settles
 MAX_REPEAT_S = 5  # of one frame in a recording: an encoder that cannot keep up shortens it
 RECORD_DEPTH = 8  # frames that wait for the encoder
 REPORT_INTERVAL_S = 1.0
+HISTOGRAM_MS = 20
+RENDER_THREADS = 2  # a frame's work hardly speeds up with a second thread
 WINDOW_NAME = "export3d live"
 DEVICE_FORMAT = "v4l2"  # ffmpeg's output for devices
 Output = Callable[[np.ndarray, str], None]  # frame, state and figures as text
@@ -90,10 +94,11 @@ class LiveSummary:
     seconds: float
     fps: float  # shown frames a second
     latency_ms: dict[str, float]  # p50 and p95 of the time from the arrival of a camera frame to its output
-    dropped: int  # camera frames that were replaced by newer ones
+    dropped: int  # camera frames that were not tracked, as newer ones came
     missing: int  # shown frames whose camera frame has no face
     device: str
     notes: tuple[str, ...] = field(default=())
+    histogram: dict[int, int] = field(default_factory=dict)  # latency in steps of `HISTOGRAM_MS` -> shown frames
 
 
 class LiveFrame(NamedTuple):
@@ -241,14 +246,14 @@ def live(
     stage = _Stage(animator, sources, options)
     follow = LiveTracker(tracker, fps, options.smooth)
     images = LatestIterator(items, stop=stopped.set)
-    frames = LatestIterator((follow(*item) for item in images), stop=stopped.set)
     commands: SimpleQueue[str] = SimpleQueue()
     latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms
     line, missing, paused = "", 0, False
     shown = np.zeros((*stage.size[::-1], 3), np.uint8)
 
     def render(frame: LiveFrame) -> tuple[LiveFrame, np.ndarray | None]:
-        return frame, None if paused and latencies else stage(frame)
+        is_shown = outputs or not options.send
+        return frame, stage(frame) if is_shown and not (paused and latencies) else None
 
     with contextlib.ExitStack() as stack:
         outputs = [_open_output(name, stage.size, fps, commands, stack) for name in options.to]
@@ -256,10 +261,10 @@ def live(
             follow.send = stack.enter_context(contextlib.closing(VmcSender(options.send)))
         if options.record:
             outputs.append(_open_recording(options.record, stage.size, fps, options.crf, stack))
+        pool = stack.enter_context(ThreadPoolExecutor(RENDER_THREADS))
         began = reported = time.monotonic()
-        with contextlib.suppress(KeyboardInterrupt), images, frames:  # Ctrl-C is the usual end: the recording is kept
-            # two frames at once: a frame's work hardly speeds up with a second thread
-            rendered = chain_parallel((map(render, [frame]) for frame in frames), animator.workers, ahead=1)
+        with contextlib.suppress(KeyboardInterrupt), images:  # Ctrl-C is the usual end: the recording is kept
+            rendered = map_latest(render, (follow(*item) for item in images), pool, RENDER_THREADS)
             for frame, picture in stack.enter_context(contextlib.closing(rendered)):
                 pressed = [commands.get() for _ in range(commands.qsize())]
                 for command in pressed:
@@ -274,8 +279,6 @@ def live(
                             paused = not paused
                         case "next":
                             stage.next()
-                if "quit" in pressed or time.monotonic() - began >= (options.seconds or math.inf):
-                    break
                 shown = shown if picture is None else picture
                 for output in outputs:
                     output(shown, line)
@@ -285,13 +288,15 @@ def live(
                 if not line or now - reported >= REPORT_INTERVAL_S:
                     rate, (p50, p95) = recent.total() / (now - reported), _percentiles(recent)
                     line = f"{'paused' if paused else frame.state}, {rate:.1f} frames/s, latency {p50:.0f} ms "
-                    line += f"(95 % within {p95:.0f} ms), {images.dropped + frames.dropped} dropped"
+                    line += f"(95 % within {p95:.0f} ms), {images.dropped} dropped"
                     latencies += recent
                     recent.clear()
                     reported = now
                     trim_heap()
                     if report is not None:
                         report(line)
+                if "quit" in pressed or now - began >= (options.seconds or math.inf):
+                    break
             else:
                 if not line:
                     raise MediaError(
@@ -300,10 +305,12 @@ def live(
                 stage.notes["the camera gives no more pictures: connect it again"] = None
     latencies += recent
     seconds, (p50, p95) = time.monotonic() - began, _percentiles(latencies)
+    histogram = Counter(ms // HISTOGRAM_MS for ms in latencies.elements())
     return LiveSummary(
         latencies.total(), seconds, latencies.total() / seconds, {"p50": p50, "p95": p95},
-        images.dropped + frames.dropped, missing, animator.device_name,
+        images.dropped, missing, animator.device_name,
         (*precision_notes(animator.precision, animator.device), *stage.notes),
+        {k * HISTOGRAM_MS: n for k, n in sorted(histogram.items())},
     )  # fmt: skip
 
 

@@ -15,13 +15,16 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import chain, cycle, islice
+from operator import itemgetter
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_Item = TypeVar("_Item")
 _Self = TypeVar("_Self", bound="_Worker")
 _END = object()
 
@@ -174,19 +177,46 @@ class BackgroundWriter(_Worker, Generic[T]):
             self._slots.put(None)
 
 
-def chain_parallel(parts: Iterable[Iterable[T]], workers: int, ahead: int | None = None) -> Generator[T, None, None]:
+def map_latest(
+    function: Callable[[_Item], T], items: Iterable[_Item], pool: ThreadPoolExecutor, workers: int
+) -> Generator[T, None, None]:
+    """Yield `function` of live items, each taken by the next free thread; results later than newer ones are dropped.
+
+    The workers share PyTorch's threads. The items must end before the pool does.
+    """
+    numbered, taking, threads = enumerate(items), threading.Lock(), torch.get_num_threads()
+
+    def step() -> tuple[int, T] | None:
+        torch.set_num_threads(max(1, threads // workers))
+        with taking:
+            taken = next(numbered, None)
+        return None if taken is None else (taken[0], function(taken[1]))
+
+    pending, newest = {pool.submit(step) for _ in range(workers)}, -1
+    try:
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            results = [result for future in done if (result := future.result()) is not None]
+            pending |= {pool.submit(step) for _ in results}
+            for number, result in sorted(results, key=itemgetter(0)):
+                if number > newest:
+                    newest = number
+                    yield result
+    finally:
+        torch.set_num_threads(threads)
+
+
+def chain_parallel(parts: Iterable[Iterable[T]], workers: int) -> Generator[T, None, None]:
     """Yield the items of lazy parts in order; threads, which share PyTorch's threads, evaluate a part each.
 
-    At most `ahead` parts are taken ahead, None: twice as many as there are workers, so that what taking one costs
-    delays no worker. A single part is evaluated here, with all threads. The threads end with the generator: close it
-    if it is not read to its end.
+    Parts are taken ahead, twice as many as there are workers, so that what taking one costs delays no worker. A single
+    part is evaluated here, with all threads. The threads end with the generator: close it if it is not read to its end.
     """
     parts = iter(parts)
     first = list(islice(parts, 2 if workers > 1 else 0))
     if len(first) < 2:
         yield from chain.from_iterable(chain(first, parts))
         return
-    ahead = 2 * workers if ahead is None else ahead
     threads, pending = torch.get_num_threads(), deque[SimpleQueue[tuple[list[T], BaseException | None]]]()
     share = max(1, threads // workers)
 
@@ -217,7 +247,7 @@ def chain_parallel(parts: Iterable[Iterable[T]], workers: int, ahead: int | None
                 break
             pending.append(SimpleQueue())
             worker.put((part, pending[-1]))
-            while pending and (len(pending) > ahead or not pending[0].empty()):
+            while pending and (len(pending) > 2 * workers or not pending[0].empty()):
                 yield from take()
         while pending:
             yield from take()

@@ -131,6 +131,20 @@ def test_track_cache_serves_only_the_recorded_pass(make_clip: MakeClip, tracker:
                 np.testing.assert_array_equal(beta, expected[0])
 
 
+def test_a_stream_with_a_cache_is_read_again_without_tracking(
+    make_clip: MakeClip, tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TrackCache() as cache:
+        driver = stream(make_clip("gap.mp4", filters=BLACK.format("between(n,3,4)")), tracker, track_cache=cache)
+        first = read(driver)
+        monkeypatch.setattr(FaceTrack, "track", lambda *_: pytest.fail("tracked again"))
+        monkeypatch.setattr(LandmarkerTracker, "find", lambda *_: pytest.fail("tracked again"))
+        for _ in range(2):
+            for one, again in zip(first[:2], read(driver)[:2], strict=True):
+                np.testing.assert_array_equal(again, one)
+        assert driver.missing == 2
+
+
 def test_hidden_face_is_not_replaced_by_another(make_clip: MakeClip, tracker: LandmarkerTracker) -> None:
     two = "scale=192:192,split[a][b];[b]hflip,crop=160:160,scale=192:192[c];[a][c]hstack"
     hidden = "drawbox=enable='between(n,3,4)':t=fill:color=gray:x={}:y=30:w=120:h=130"

@@ -9,9 +9,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice, repeat
+from itertools import count, islice, repeat
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from live_link import live_link
 from export3d_cli.core.animation import live as live_module
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.live import LiveFrame, LiveOptions, LiveTracker, live
-from export3d_cli.core.animation.pipeline import LatestIterator
+from export3d_cli.core.animation.pipeline import LatestIterator, map_latest
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.motion_packets import open_packets
 from export3d_cli.core.face.tracker import open_landmarker_tracker
@@ -126,6 +127,9 @@ def test_session_records_and_reports(tiny_weights: Path, monkeypatch: pytest.Mon
     assert summary["fps"] == pytest.approx(summary["frames"] / summary["seconds"], rel=0.05)
     assert 0 < summary["latency_ms"]["p50"] <= summary["latency_ms"]["p95"]
     assert summary["missing"] == 0
+    assert sum(summary["histogram"].values()) == summary["frames"]
+    steps = [int(step) for step in summary["histogram"]]
+    assert min(steps) <= summary["latency_ms"]["p50"] <= max(steps) + 20
     info = probe(out)
     assert info.fps == probe(DRIVER).fps
     assert info.duration < summary["seconds"] + 0.1
@@ -240,6 +244,23 @@ def test_latest_iterator_drops_older_items_and_raises_errors_of_its_thread() -> 
         taken.set()
         with pytest.raises(MediaError, match="unplugged"):
             next(values)
+
+
+def test_map_latest_drops_late_results_and_raises_errors() -> None:
+    later = threading.Event()
+
+    def render(item: int) -> int:
+        if item == 3:
+            later.set()
+        if item == 5:
+            raise MediaError("cannot")
+        return 10 * item if item else later.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(map_latest(render, range(5), pool, 2)) == [10, 20, 30, 40]  # 0 came after 30
+        results = map_latest(render, count(5), pool, 1)
+        with pytest.raises(MediaError, match="cannot"):
+            next(results)
 
 
 def test_slow_rendering_drops_frames_instead_of_delaying_them(
