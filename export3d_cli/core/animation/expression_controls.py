@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Range = tuple[float, float]
 MIN_BETA_STD = 0.0201  # entries of beta with the floor of 0.02 hardly varied in training: weights cannot move them
 ROUNDS = 2  # of trial frames
-STRENGTHS = 5  # at which the portrait is rendered for each end of a range
+STRENGTHS = 5, 3  # at which the portrait is rendered for each end of a range, and for a constant edit
 MAX_STRENGTH = 3.0  # of the asked change
 MAX_COEFFICIENT = 1.3  # that the network is given
 MAX_CHANGE = 28.0  # length of the change of lambda; 99.5 % of filmed frames are this near to the median of their clip
@@ -47,6 +48,7 @@ GAZE_GAIN = 2.5  # change of gaze to give over the change to show: two filmed pe
 BLINK_FADE = (0.3, 0.6)  # value of `blink` up to which eyes count as open, and from which on as closed
 _NEAR = 0.1  # a range that reaches beyond the base's value by less counts as one-sided
 _RIDGE = 1e-3  # of the regression on few coefficients
+_last_edits: WeakKeyDictionary[Portrait, tuple[Any, EditedExpression]] = WeakKeyDictionary()
 _PRESETS = Path(__file__).with_name("presets.yaml")
 
 
@@ -153,7 +155,21 @@ def read_preset(name: str) -> dict[str, float]:
 def edit_expression(
     animator: Animator, portrait: Portrait, edit: ExpressionEdit, positions: Sequence[float] | np.ndarray = (0.0,)
 ) -> EditedExpression:
-    """Return the expressions that show an edit at positions (T,) between the ends 0 and 1 of its ranges."""
+    """Return the expressions that show an edit at positions (T,) between the ends 0 and 1 of its ranges.
+
+    A portrait's last edit is kept, so that other changes next to it need no trial frames.
+    """
+    key = edit.from_neutral, *edit.ranges.items(), *np.ravel(positions).tolist()
+    last_key, edited = _last_edits.get(portrait, (None, None))
+    if edited is None or key != last_key:
+        edited = _fit_edit(animator, portrait, edit, positions)
+        _last_edits[portrait] = key, edited
+    return edited
+
+
+def _fit_edit(
+    animator: Animator, portrait: Portrait, edit: ExpressionEdit, positions: Sequence[float] | np.ndarray
+) -> EditedExpression:
     statistics, own = BetaStatistics.load(), portrait.motion.beta[0].astype(np.float64)
     base = _neutral(statistics, own) if edit.from_neutral else own
     if not edit.controls:
@@ -177,10 +193,13 @@ def edit_expression(
     lam = animator.expression_change(portrait, with_values(np.stack([start, *limits])))  # (1 + ends, n)
     change = np.linalg.norm(lam[1:] - lam[0], axis=1)[:, None]
     limits = start + (limits - start) * np.minimum(1, MAX_CHANGE / change.clip(1e-6))
-    trial = np.concatenate([np.linspace(start, limit, STRENGTHS + 1) for limit in limits])  # (K, controls)
+    count = STRENGTHS[edit.is_constant]
+    trial = np.concatenate([np.linspace(start, limit, count + 1)[1:] for limit in limits])  # (K, controls)
     asked = first + np.asarray(positions)[:, None] * (last - first)  # (T, controls)
     values, reached = asked.copy(), asked
-    given, shown = np.empty((0, len(controls))), np.empty((0, len(own)))
+    given, shown = start[None], own[None]  # the photo itself
+    if edit.from_neutral:
+        given, shown, trial = given[:0], shown[:0], np.concatenate([given, trial])
     for _ in range(ROUNDS):
         given, tracked = np.concatenate([given, trial]), _track(animator, portrait, with_values(trial))
         if tracked is None:
@@ -188,7 +207,7 @@ def edit_expression(
             return EditedExpression(base, with_values(values), (note,))
         shown = np.concatenate([shown, tracked])
         values, reached = _invert(controls, given, shown, asked)
-        trial = values[np.linspace(0, len(values) - 1, min(len(values), STRENGTHS)).astype(int)]
+        trial = values[np.linspace(0, len(values) - 1, min(len(values), count)).astype(int)]
     short = []
     for k, name in enumerate(edit.controls):
         worst = int(np.abs(asked - reached)[:, k].argmax())

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation import expression_controls
+from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.expression_controls import (
     CONTROLS,
     GAZE_GAIN,
@@ -50,6 +51,23 @@ def test_shipped_weights_show_what_is_asked() -> None:
     assert left < 0.6 * right and right > 0.5  # trackers read the open eye of a wink as narrowed
     with pytest.raises(InputError, match="cannot move cheekPuff"):
         edit_expression(animator, portrait, ExpressionEdit({"cheekPuff": 1}))
+
+
+def test_a_constant_edit_takes_four_trial_frames_once(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, track = [], expression_controls._track
+
+    def count(animator: Animator, portrait: Portrait, beta: np.ndarray) -> np.ndarray | None:
+        counts.append(len(beta))
+        return track(animator, portrait, beta)
+
+    monkeypatch.setattr(expression_controls, "_track", count)
+    portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
+    edited = edit_expression(animator, portrait, ExpressionEdit({"smile": 0.5, "jaw": 0.2}))
+    assert counts == [3, 1]
+    assert edit_expression(animator, portrait, ExpressionEdit({"smile": 0.5, "jaw": 0.2})) is edited
+    assert counts == [3, 1]
+    other = edit_expression(animator, portrait, ExpressionEdit({"smile": 0.6, "jaw": 0.2}))
+    assert counts == [3, 1, 3, 1] and not np.array_equal(other.beta, edited.beta)
 
 
 def test_untrained_weights_note_what_they_cannot_show(animator: Animator) -> None:
