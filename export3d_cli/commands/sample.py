@@ -11,11 +11,7 @@ from export3d_cli import console, options
 @click.command("sample")
 @click.option("-n", "--count", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Number of pictures.")
 @click.option(
-    "-o",
-    "--output",
-    type=options.OUTPUT_FILE,
-    required=True,
-    help="Picture (.png, .jpg); people/%03d.png for several.",
+    "-o", "--output", type=options.OUTPUT_FILE, required=True, help="Picture (.png, .jpg); people/%03d.png for several."
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True,

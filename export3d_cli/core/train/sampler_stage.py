@@ -9,13 +9,7 @@ import numpy as np
 
 from export3d_cli.core.config.schema import CAMERA_DIM
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
-from export3d_cli.core.face.landmarks import (
-    FACE_OVAL,
-    LEFT_BROW,
-    LEFT_EYE_OUTER,
-    RIGHT_BROW,
-    RIGHT_EYE_OUTER,
-)
+from export3d_cli.core.face.landmarks import FACE_OVAL, LEFT_BROW, LEFT_EYE_OUTER, RIGHT_BROW, RIGHT_EYE_OUTER
 from export3d_cli.core.model.head_sampler import HeadSampler, warp_picture
 from export3d_cli.core.runtime.camera import orbit_camera, project_points, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError, TrainingError

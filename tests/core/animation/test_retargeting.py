@@ -91,10 +91,7 @@ def test_relative_movement_is_a_fraction_of_the_head_at_any_zoom() -> None:
 def test_most_similar_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(animator: Animator) -> None:
     portrait = animator.portrait(read_image(SOURCE)).motion
     yaws = [20, 3.9, -10, 4.5, 4.0]
-    driver = replace(
-        portrait.select(np.zeros(5, dtype=np.int64)),
-        camera=np.stack([orbit_camera(yaw) for yaw in yaws]),
-    )
+    driver = replace(portrait.select(np.zeros(5, dtype=np.int64)), camera=np.stack([orbit_camera(yaw) for yaw in yaws]))
 
     def best(yaw: float) -> int:
         return most_similar_frame(driver, replace(portrait, camera=orbit_camera(yaw)[None]))

@@ -70,12 +70,7 @@ def test_crop_depth_lies_on_the_landmarks_in_head_frame_units() -> None:
     rotation, centre = head_pose(camera)
     distance = (face @ rotation.T + centre)[:, 2]
     marks = np.column_stack([project_points(camera, face), (distance - 2.7) * FOCAL / 2.7]).astype(np.float32)
-    arrays = (
-        np.zeros((2, 64), np.float32),
-        np.stack([camera] * 2),
-        np.stack([marks] * 2),
-        np.ones(2, bool),
-    )
+    arrays = (np.zeros((2, 64), np.float32), np.stack([camera] * 2), np.stack([marks] * 2), np.ones(2, bool))
     motion = Motion(*arrays, Fraction(25), (16.0, 16.0, 32.0), (64, 64))
     y, x = np.mgrid[:64, :64] / 64
     slope = 0.2 * (x + y - 1)  # metres of depth across the picture

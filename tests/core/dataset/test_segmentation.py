@@ -5,13 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from export3d_cli.core.dataset.segmentation import (
-    ClipFilter,
-    Segment,
-    landmark_jitter,
-    sharpness,
-    track_segments,
-)
+from export3d_cli.core.dataset.segmentation import ClipFilter, Segment, landmark_jitter, sharpness, track_segments
 from export3d_cli.core.face.face_track import Face
 from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion

@@ -58,11 +58,7 @@ def covered_parts(detector: CoverDetector, tracker: LandmarkerTracker, photo: np
     ],
 )  # fmt: skip
 def test_drawn_covers_are_found(
-    detector: CoverDetector,
-    tracker: LandmarkerTracker,
-    photos: list[Photo],
-    kind: str,
-    expected: CoveredParts,
+    detector: CoverDetector, tracker: LandmarkerTracker, photos: list[Photo], kind: str, expected: CoveredParts
 ) -> None:
     for number, (photo, landmarks) in enumerate(photos):
         drawn = draw_cover(photo, landmarks, kind)

@@ -194,8 +194,7 @@ def test_pictures_without_a_face_give_none(landmarker: FaceTracker) -> None:
 
 
 @pytest.mark.parametrize(
-    "image",
-    [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8)],
+    "image", [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((0, 64, 3), np.uint8)]
 )
 def test_invalid_images_raise_input_errors(landmarker: FaceTracker, image: np.ndarray) -> None:
     for call in (landmarker.find, landmarker.find_all):

@@ -8,12 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.matting import (
-    PersonMatting,
-    _fill_holes,
-    _find_hair_strands,
-    estimate_foreground,
-)
+from export3d_cli.core.face.matting import PersonMatting, _fill_holes, _find_hair_strands, estimate_foreground
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import WeightsError
 from export3d_cli.core.runtime.weights import example_path, resolve_weights

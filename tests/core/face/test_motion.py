@@ -150,10 +150,7 @@ def test_mirror_camera_negates_yaw_and_roll() -> None:
 
 
 def test_mirror_commutes_with_the_head_frame(canonical: CanonicalFace) -> None:
-    landmarks, camera = (
-        observe(canonical.points, orbit_camera(25, 10, 5))[None],
-        orbit_camera(25, 10, 5)[None],
-    )
+    landmarks, camera = (observe(canonical.points, orbit_camera(25, 10, 5))[None], orbit_camera(25, 10, 5)[None])
     direct = landmarks_to_head_frame(landmarks, camera)[:, canonical.mirror] * [-1, 1, 1]
     mirrored = landmarks_to_head_frame(mirror_landmarks(landmarks), mirror_camera(camera))
     np.testing.assert_allclose(mirrored, direct, atol=2e-3)  # the canonical face is nearly symmetric

@@ -130,13 +130,7 @@ def test_writer_output_is_reproducible(tmp_path):
     assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "source", "codec"),
-    [
-        (".mp4", "a.m4a", "aac"),
-        (".mkv", "a.wav", "pcm_s16le"),
-    ],
-)
+@pytest.mark.parametrize(("suffix", "source", "codec"), [(".mp4", "a.m4a", "aac"), (".mkv", "a.wav", "pcm_s16le")])
 def test_writer_adds_audio_cut_to_video(tmp_path, sound, suffix, source, codec):
     audio = sound(source, 3, *(["-c:a", "libvorbis"] if codec == "vorbis" else []))
     path = tmp_path / f"out{suffix}"

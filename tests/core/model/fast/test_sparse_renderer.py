@@ -70,11 +70,7 @@ def test_render_rays_skips_invisible_samples() -> None:
         return hidden.new_ones(len(hidden), 2) * 0.5
 
     colours, depth, opacity = sparse_renderer.render_rays(decode, paint, torch.zeros(3), directions, depths, 16)
-    assert counts[:3] == [
-        8 * 9,
-        4 * 7,
-        4 * 16,
-    ]  # first pass, second pass of open rays, fine samples of hits
+    assert counts[:3] == [8 * 9, 4 * 7, 4 * 16]  # first pass, second pass of open rays, fine samples of hits
     assert 0 < -counts[3] <= 4 * 16
     torch.testing.assert_close(colours, torch.tensor([0.5] * 4 + [0.0] * 4)[:, None].expand(-1, 2))
     torch.testing.assert_close(opacity, torch.tensor([1.0] * 4 + [0.0] * 4))
