@@ -1,7 +1,5 @@
 """Terminal output: progress bars and a summary on stderr, or one JSON object on stdout (--json)."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import faulthandler

@@ -1,7 +1,5 @@
 """`export3d edit CLIP --smile .4 -o OUT`: change the expression in a video."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`export3d live [SRC...]`: animate a portrait by a camera."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

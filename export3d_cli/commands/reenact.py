@@ -1,7 +1,5 @@
 """`export3d reenact SRC... DRIVE -o OUT`: animate photos, or faces in videos, by a driver."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Animate several portraits by one driver, which is tracked once; and plan it without writing."""
 
-from __future__ import annotations
-
 import os
 import re
 import time
@@ -203,10 +201,8 @@ def plan_edit(
     return _make_plan(animator, planned, driver or clip, min(total, options.max_frames or total), fps, seconds, notes)
 
 
-def _make_plan(
-    animator: Animator, planned: Sequence[PlannedSource], driver: Path, frames: int, fps: Fraction, seconds: float,
-    notes: Sequence[str],
-) -> Plan:  # fmt: skip
+def _make_plan(animator: Animator, planned: Sequence[PlannedSource], driver: Path, frames: int, fps: Fraction,
+               seconds: float, notes: Sequence[str]) -> Plan:  # fmt: skip
     """Return the plan of frames that take `seconds` each."""
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()

@@ -5,8 +5,6 @@ change the framing. Crop, smoothing and the automatic reference frame start agai
 shot's first ten seconds, while faces and motion, not images, wait.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from collections.abc import Iterator
@@ -78,10 +76,9 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     `rotation` the clockwise degrees by which frames are rotated, so that the face is upright, `notes` are for the user.
     """
 
-    def __init__(
-        self, driver: Path, tracker: FaceTracker, options: ReenactOptions, *, batch: int, crop_scale: float,
-        crop_size: int | None = None, source: Motion | None = None, track_cache: TrackCache | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, driver: Path, tracker: FaceTracker, options: ReenactOptions, *, batch: int, crop_scale: float,
+                 crop_size: int | None = None, source: Motion | None = None,
+                 track_cache: TrackCache | None = None) -> None:  # fmt: skip
         self.driver, self.tracker, self.options, self.source = driver, tracker, options, source
         self.batch, self.crop_scale, self.crop_size, self.track_cache = batch, crop_scale, crop_size, track_cache
         self.missing = 0

@@ -7,8 +7,6 @@ which the first two seconds show: at that face and pose the portrait is as in it
 settles to rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -224,10 +222,8 @@ class _Stage:
             return self._portraits[number]
 
 
-def live(
-    animator: Animator, sources: Sequence[Path], options: LiveOptions | None = None, *,
-    report: Callable[[str], None] | None = None,
-) -> LiveSummary:  # fmt: skip
+def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | None = None, *,
+         report: Callable[[str], None] | None = None) -> LiveSummary:  # fmt: skip
     """Animate the first of the portraits by a camera until the user quits, Ctrl-C, or `seconds` have passed.
 
     `report` receives the state and its figures as a line of text, once a second.
@@ -306,12 +302,10 @@ def live(
     latencies += recent
     seconds, (p50, p95) = time.monotonic() - began, _percentiles(latencies)
     histogram = Counter(ms // HISTOGRAM_MS for ms in latencies.elements())
-    return LiveSummary(
-        latencies.total(), seconds, latencies.total() / seconds, {"p50": p50, "p95": p95},
-        images.dropped, missing, animator.device_name,
-        (*precision_notes(animator.precision, animator.device), *stage.notes),
-        {k * HISTOGRAM_MS: n for k, n in sorted(histogram.items())},
-    )  # fmt: skip
+    return LiveSummary(latencies.total(), seconds, latencies.total() / seconds, {"p50": p50, "p95": p95},
+                       images.dropped, missing, animator.device_name,
+                       (*precision_notes(animator.precision, animator.device), *stage.notes),
+                       {k * HISTOGRAM_MS: n for k, n in sorted(histogram.items())})  # fmt: skip
 
 
 def _percentiles(latencies: Counter[int]) -> list[float]:

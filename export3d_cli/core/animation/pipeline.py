@@ -9,8 +9,6 @@ Results and their order are those of a plain loop. When the block is left - norm
 Ctrl-C - both threads have ended before anything that was opened before them is closed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections import deque
@@ -196,7 +194,7 @@ def map_latest(
     try:
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            results = [result for future in done if (result := future.result()) is not None]
+            results = [taken for future in done if (taken := future.result()) is not None]
             pending |= {pool.submit(step) for _ in results}
             for number, result in sorted(results, key=itemgetter(0)):
                 if number > newest:

@@ -1,7 +1,5 @@
 """Animate one portrait by one driver, from files to a file."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -33,10 +31,8 @@ from export3d_cli.core.runtime.errors import InputError
 PREFETCH_DEPTH = 2  # batches of the driver's motion that are read ahead
 
 
-def reenact(
-    animator: Animator, source: Path | Portrait, driver: Path, out: Path, options: ReenactOptions | None = None, *,
-    progress: Progress | None = None, track_cache: TrackCache | None = None,
-) -> Summary:  # fmt: skip
+def reenact(animator: Animator, source: Path | Portrait, driver: Path, out: Path, options: ReenactOptions | None = None,
+            *, progress: Progress | None = None, track_cache: TrackCache | None = None) -> Summary:  # fmt: skip
     """Animate the portrait `source` by `driver` (video, sound, image, `.motion.npz` or ARKit CSV) into the video `out`.
 
     A `source` that is a video is edited, see `edit_clip`; options that say how a photo is read have no effect on one
@@ -77,15 +73,11 @@ def reenact(
             frames = _animate_stream(animator, portrait, batches, options, edit, notes.setdefault, silent)
             animated.append(stack.enter_context(closing(frames)))  # which ends the rendering threads
         items = zip(*animated, strict=False)  # the shortest driver ends the video
-        count = write_video(
-            items, out, options, compose, size=compositor.size, fps=stream.fps,
-            depth=animator.chunk_size, total=min(s.total for s in streams), progress=progress, audio=audio,
-            audio_start=audio_start, alpha=compositor.transparent,
-        )  # fmt: skip
-    return Summary(
-        out, count, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
-        (*dict.fromkeys(note for s in streams for note in s.notes), *notes),
-    )  # fmt: skip
+        count = write_video(items, out, options, compose, size=compositor.size, fps=stream.fps,
+                            depth=animator.chunk_size, total=min(s.total for s in streams), progress=progress,
+                            audio=audio, audio_start=audio_start, alpha=compositor.transparent)  # fmt: skip
+    return Summary(out, count, stream.missing, stream.fps, time.monotonic() - began, animator.device_name,
+                   (*dict.fromkeys(note for s in streams for note in s.notes), *notes))  # fmt: skip
 
 
 def load_portraits(animator: Animator, source: Path | Portrait, options: ReenactOptions) -> list[Portrait]:
@@ -108,11 +100,9 @@ def open_driver(
     animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, track_cache: TrackCache | None = None
 ) -> DriverStream:
     """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
-    return DriverStream(
-        driver, animator.tracker(options.tracker), options, batch=animator.chunk_size, crop_scale=portrait.crop_scale,
-        crop_size=portrait.frame_size[1] if options.compare else None, source=portrait.motion,
-        track_cache=track_cache,
-    )  # fmt: skip
+    return DriverStream(driver, animator.tracker(options.tracker), options, batch=animator.chunk_size,
+                        crop_scale=portrait.crop_scale, crop_size=portrait.frame_size[1] if options.compare else None,
+                        source=portrait.motion, track_cache=track_cache)  # fmt: skip
 
 
 def _animate_stream(
