@@ -6,6 +6,7 @@ The frames of the video that add most are kept as further photos, and the expres
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from export3d_cli.core.animation.compositor import read_portrait
 from export3d_cli.core.animation.framing import DEFAULT_MAX_SIDE_PX, PHOTO_MARGIN
 from export3d_cli.core.animation.options import Progress, check_overwrite
 from export3d_cli.core.animation.person import MAX_PHOTOS, Person, fingerprint, main_photo
-from export3d_cli.core.face.crop import crop_with_padding, fit_clip_crop
+from export3d_cli.core.face.crop import fit_clip_crop
 from export3d_cli.core.face.face_track import Face, TargetFaceTracker, find_photo_face
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
@@ -95,18 +96,15 @@ def personalize(
         # the video follows one face: the frame that is most like a photo tells whose
         name = f"{options.video} at {float(list(faces)[nearest] / motion.fps):.1f} s"
         animator.portrait(photos[str(source)], name=str(source), also={name: cut[nearest]}, force=options.force)
-        kept |= {f"{options.video.name} at {float(list(faces)[k] / motion.fps):.1f} s": cut[k] for k in chosen}
+        kept |= {f"{options.video.name} at {float(list(faces)[k] / motion.fps):.2f} s": cut[k] for k in chosen}
         basis, errors = fit_basis(animator, Motion.concatenate(motions))
         if errors[1] < errors[0]:
             tuned["flow.basis"] = basis
         else:
             notes.append(f"{options.video} does not improve the expression basis, which stays as it is")
-    main = photos[str(source)]
-    scale = min(1.0, DEFAULT_MAX_SIDE_PX / max(main.shape[:2]))
-    main = cv2.resize(main, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else main
     files = [source, *options.also, *([] if options.video is None else [options.video])]
     Person(
-        (main, *kept.values()), tuned, fingerprint(animator.fp32_model),
+        (_shrink(photos[str(source)], DEFAULT_MAX_SIDE_PX), *kept.values()), tuned, fingerprint(animator.fp32_model),
         {file_sha256(path): path.name for path in files},
     ).save(out)  # fmt: skip
     return PersonSummary(
@@ -217,8 +215,18 @@ def _cut_frames(
 
 
 def _cut_head(photo: np.ndarray, face: Face) -> np.ndarray:
-    """Cut a head with its surroundings out of a photo, as much as `Animator.portrait` uses of additional ones."""
-    x0, y0, side = fit_clip_crop(face.landmarks[None], (photo.shape[1], photo.shape[0]))
-    around = PHOTO_MARGIN * side
-    whole = side + 2 * around
-    return crop_with_padding(photo, (x0 - around, y0 - around, whole), min(round(whole), MAX_CROP_PX))
+    """Cut out the part of an additional photo that `Animator.portrait` uses: it finds the same square in it."""
+    H, W = photo.shape[:2]
+    x0, y0, side = fit_clip_crop(face.landmarks[None], (W, H))
+    reach = (0.5 + PHOTO_MARGIN) * side
+    (left, right), (top, bottom) = (
+        (max(0, math.floor(start + side / 2 - reach)), min(length, math.ceil(start + side / 2 + reach)))
+        for start, length in ((x0, W), (y0, H))
+    )
+    return _shrink(np.ascontiguousarray(photo[top:bottom, left:right]), MAX_CROP_PX)
+
+
+def _shrink(photo: np.ndarray, longer: int) -> np.ndarray:
+    """Reduce a photo, uint8 (H, W, 3), to a longer side."""
+    scale = min(1.0, longer / max(photo.shape[:2]))
+    return cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else photo

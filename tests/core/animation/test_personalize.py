@@ -18,7 +18,8 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import load_photo, read_portrait
 from export3d_cli.core.animation.options import PortraitOptions
 from export3d_cli.core.animation.person import Person
-from export3d_cli.core.animation.personalize import PersonalizeOptions, choose_frames, fit_basis, personalize
+from export3d_cli.core.animation.personalize import PersonalizeOptions, _cut_head, choose_frames, fit_basis, personalize
+from export3d_cli.core.face.face_track import find_photo_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path, file_sha256
@@ -72,6 +73,16 @@ def test_person_is_animated_as_its_photo_with_the_other_photos_and_its_own_basis
     motion = animator.portrait(person.photos[1]).motion  # of a frame of the video
     own, alone = (next(animator.animate(p, [motion])) for p in (portrait, animator.portrait(person.photos[0])))
     assert own.shape == alone.shape and not np.array_equal(own, alone)
+
+
+def test_kept_photo_is_used_like_the_whole_one(animator: Animator) -> None:
+    """A wide photo whose head is off its centre: the cut shows less, and the same crop is found in it."""
+    first = read_image(SOURCE)
+    photo = np.pad(first[60:], ((0, 0), (0, 300), (0, 0)), mode="edge")
+    cut = _cut_head(photo, find_photo_face(animator.tracker(), photo))
+    assert cut.shape[1] < photo.shape[1]
+    (whole,), (part,) = (animator.portrait(first, also={"it": image}).others for image in (photo, cut))
+    assert np.abs(whole.crop.astype(int) - part.crop).mean() < 1
 
 
 def test_equal_inputs_give_equal_files(animator: Animator, person_file: Path, tmp_path: Path) -> None:
