@@ -159,6 +159,19 @@ range_options = _together(
     click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds to use.  [default: all]"),
     click.option("--max-frames", type=click.IntRange(1), help="Stop after this many frames."),
 )
+landmarks_option = click.option(
+    "--landmarks", type=EXISTING_FILE,
+    help="Landmarks of a face that is not found, as in paintings: .json or .csv with 68 (iBUG) or 478 (MediaPipe) "
+    "points x, y in pixels of SRC.",
+)  # fmt: skip
+
+
+def _parse_look(ctx: click.Context, param: click.Parameter, text: str | None) -> Any:
+    from export3d_cli import core
+
+    return core.Look() if text is None else core.Look.parse(text)
+
+
 # the part of the portrait that is animated, and what frames show
 source_options = _together(
     face_option,
@@ -166,9 +179,10 @@ source_options = _together(
                  help="Another photo of the same person, for what SRC does not show: teeth, shut eyes, the far cheek. "
                  "Repeatable."),
     click.option("--force", is_flag=True, help="Use a photo of --also even if it seems to show somebody else."),
-    click.option("--landmarks", type=EXISTING_FILE,
-                 help="Landmarks of a face that is not found, as in paintings: .json or .csv with 68 (iBUG) or 478 "
-                 "(MediaPipe) points x, y in pixels of SRC."),
+    landmarks_option,
+    click.option("--look", metavar="NAME=X,...", callback=_parse_look,
+                 help="Change the person first, as the command look does: --look age=15,weight=-.3,hair=#5b3a1e,"
+                 "beard=.4."),
     click.option("--crop", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
                  help="What the network reads: a square around the face, or none for all that frames show (square)."),
     frame_option,

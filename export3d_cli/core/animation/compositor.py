@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.options import PortraitOptions
+from export3d_cli.core.animation.frame_writer import is_image_output
+from export3d_cli.core.animation.options import PortraitOptions, Progress, Summary
 from export3d_cli.core.animation.person import Person, is_person_file, main_photo
 from export3d_cli.core.animation.photo_canvas import FrameLayers
+from export3d_cli.core.animation.photo_look import change_look
+from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.given_landmarks import read_landmarks
-from export3d_cli.core.face.matting import estimate_foreground
-from export3d_cli.core.media.image import read_image
-from export3d_cli.core.media.writer import VIDEO_SUFFIXES
+from export3d_cli.core.face.matting import PersonMatting, estimate_foreground
+from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
+from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.writer import SYNTHETIC_COMMENT, VIDEO_SUFFIXES
 from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import resolve_weights
 
 _VIDEO_SUFFIXES = (*VIDEO_SUFFIXES, ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ts", ".wmv", ".3gp")
 
@@ -41,11 +49,37 @@ def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOpt
     shape = main_photo(photo).shape
     size = options.size or (max_side if max(shape[:2]) > max_side else 0)
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, shape[1::-1])
+    also = {str(path): main_photo(read_portrait(path)) for path in options.also}
+    if options.look:
+        if isinstance(photo, Person):
+            raise InputError(f"{source} is tuned to the person's own look: give a photo, or leave out the other look")
+        tracker = animator.tracker()
+        assert isinstance(tracker, LandmarkerTracker)
+        change = partial(change_look, look=options.look, tracker=tracker, matting=animator.matting)
+        photo = change(photo, face=options.face, landmarks=landmarks, name=str(source))
+        also = {name: change(other, name=name) for name, other in also.items()}
     return animator.portrait(
         photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop, size=size,
-        also={str(path): main_photo(read_portrait(path)) for path in options.also}, force=options.force,
-        landmarks=landmarks,
+        also=also, force=options.force, landmarks=landmarks,
     )  # fmt: skip
+
+
+def write_look(source: Path, out: Path, options: PortraitOptions, *, progress: Progress | None = None) -> Summary:
+    """Write a photo with `options.look` at its own size into a picture; `progress` is not called."""
+    began = time.monotonic()
+    options.check_outputs(out)
+    if not is_image_output(out):
+        raise InputError(f"a changed photo is a picture: the output must end in .png or .jpg, got {out.name!r}")
+    if not options.look:
+        raise InputError("nothing to change: give age, weight, hair or beard")
+    photo = main_photo(read_portrait(source))
+    landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, photo.shape[1::-1])
+    photo = change_look(
+        photo, options.look, open_landmarker_tracker(), PersonMatting(resolve_weights("selfie_segmentation")),
+        face=options.face, landmarks=landmarks, name=str(source),
+    )  # fmt: skip
+    write_image(out, get_watermarker(options.watermark)(photo), comment=SYNTHETIC_COMMENT)
+    return Summary(out, 1, 0, Fraction(0), time.monotonic() - began, "cpu")
 
 
 class Compositor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from export3d_cli.core.animation.expression_controls import ExpressionEdit
+from export3d_cli.core.animation.look import Look
 from export3d_cli.core.animation.retargeting import Control, Pose
 from export3d_cli.core.animation.watermark import Watermark
 from export3d_cli.core.face.smoothing import SmoothingLevel
@@ -41,6 +42,7 @@ class PortraitOptions:
     size: int = 0  # longer side of the frames, pixels; 0: the photo's, at most 1080, or 512 in a contact sheet
     also: tuple[Path, ...] = ()  # more photos of the person, see `Animator.portrait`
     force: bool = False  # use them even if they seem to show somebody else
+    look: Look = field(default_factory=Look)  # that the person has in the photos before they are encoded
     expression: ExpressionEdit = field(default_factory=ExpressionEdit)  # added to every frame, or swept over them
     watermark: Watermark = "invisible"  # in the picture; the metadata always carry a mark
 

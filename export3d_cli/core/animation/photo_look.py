@@ -1,0 +1,248 @@
+"""Another look of the person in a photo: age, weight, hair colour, beard. The changed photo is then animated like any.
+
+Shape and skin change as `look_basis.npz` tells, linear regressions over rendered heads: landmarks move, and the photo
+with them; skin gets the low-frequency colours of another age, and its own fine detail stronger or weaker. Coordinates
+`where` of the maps are those of the mean face, in `FACE_UNIT`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from fractions import Fraction
+from functools import partial
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from export3d_cli.core.animation.look import Look
+from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas, VolumeRender
+from export3d_cli.core.face.crop import ClipCalibration, fit_clip_crop
+from export3d_cli.core.face.face_track import find_photo_face
+from export3d_cli.core.face.given_landmarks import complete_landmarks
+from export3d_cli.core.face.head_pose import landmarks_to_head_frame, load_canonical_face
+from export3d_cli.core.face.landmarks import FACE_OVAL, LEFT_BROW, LEFT_EYE, NUM_MESH_VERTICES, OUTER_LIPS, RIGHT_EYE
+from export3d_cli.core.face.matting import PersonMatting, face_positions, refine_alpha
+from export3d_cli.core.face.tracker import LandmarkerTracker
+from export3d_cli.core.model.warp.photo_flow import CELL, FLOW_SIZE, WINDOW_MARGIN
+from export3d_cli.core.runtime.camera import project_points
+from export3d_cli.core.runtime.errors import Export3DWarning
+from export3d_cli.core.runtime.weights import load_arrays, resolve_weights
+
+FACE_UNIT = 0.15  # head-frame units: about half of the face's height
+FACE_HALF, HEAD_HALF = 1.2, 3.0  # half sides of the maps of the face and of the head, in these units
+MAP_SIZE = 96  # cells of their sides
+DETAIL_SD = 1.5  # of the high-pass filter whose output counts as the skin's own lines, cells of the face's map
+DETAIL_GAIN = 0.12  # change of their log contrast per decade, chosen by eye: the rendered heads tell nothing of it
+SMOOTHING, FLOW_SMOOTHING, FLOW_REACH = 0.05, 0.1, 0.8  # of `spread`, half face heights
+GRID_CELLS = 64  # of a crop side, at which maps are placed
+HAIR_SIDE_PX = 320  # longer side at which hair is looked for
+MIN_HAIR_PRIOR = 0.012  # probability of hair at a place below which none is looked for
+FOREHEAD = -0.5  # height of the brows in the maps' coordinates
+MAX_HAIR_DISTANCE = 2.0  # standard deviations of hair's colour that count as alike
+MIN_HAIR_AREA = 0.05  # of the face's area
+MIN_HAIR_CONTRAST = 9.0  # Lab distance from the skin's colour, below which it is a bald head
+
+
+class _Basis(NamedTuple):
+    """The arrays of `look_basis.npz`, made by `weights/make_look_basis.py`."""
+
+    shape: np.ndarray  # (2, 478, 3) change of the landmarks per decade, and per unit of weight, head frame
+    tone: np.ndarray  # (n, n, 3) change of log colours of the skin per decade
+    beard: np.ndarray  # (n, n) density of stubble, 0 to 1
+    classes: np.ndarray  # (n, n, 3) uint8 probability, / 255, that a place of the person shows hair, skin and clothes
+
+
+@functools.lru_cache(maxsize=1)
+def _load_basis() -> _Basis:
+    arrays = load_arrays(resolve_weights("look_basis"))
+    return _Basis(**{name: arrays[name].astype(np.float32) for name in _Basis._fields})
+
+
+def change_look(
+    photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matting: PersonMatting, *, face: str = "largest",
+    landmarks: np.ndarray | None = None, name: str = "the photo",
+) -> np.ndarray:  # fmt: skip
+    """Return a photo, uint8 (H, W, 3), with another look of one person; the rest is as for `Animator.portrait`.
+
+    Pixels that show neither the person nor what the person uncovers keep their values.
+    """
+    target = (find_photo_face(tracker, photo, name=name, face=face) if landmarks is None
+              else tracker.face_at(complete_landmarks(landmarks)))  # fmt: skip
+    size = (photo.shape[1], photo.shape[0])
+    x0, y0, side = (float(round(v)) for v in fit_clip_crop(target.landmarks[None], size))
+    motion = tracker.make_motion([target], Fraction(25), size, clip=ClipCalibration((x0, y0, side)))
+    faces = tuple(face_positions(target, tracker.find_all(photo), (x0, y0, side)))
+    canvas = PhotoCanvas.from_photo(photo.copy(), (x0, y0, side), partial(matting.alpha, hair_strands=True), faces)
+    basis, rows, columns = _load_basis(), *canvas.window
+    points = landmarks_to_head_frame(motion.landmarks, motion.camera)[0]
+    change = look.age / 10 * basis.shape[0] + look.weight * basis.shape[1]
+    before, after = (project_points(motion.camera[0], p)[:NUM_MESH_VERTICES] for p in (points, points + change))
+    part, alpha = (
+        _move_person(canvas, before, after) if change.any() else (photo[canvas.window], canvas.alpha[canvas.window])
+    )
+    skin = _Skin.place(after * side + [x0 - columns.start, y0 - rows.start], part.shape[:2], side)
+    part = part.astype(np.float32)
+    hair = _find_hair(part, alpha, skin) if look.hair or look.beard else None
+    if look.age:
+        part = _age_skin(part, skin, basis.tone, look.age / 10)
+    if look.hair and hair is None:
+        warnings.warn(f"no hair was found in {name}: its colour stays as it is", Export3DWarning, stacklevel=2)
+    if look.hair and hair is not None:
+        part = _dye(part, hair, look.hair)
+    if look.beard:
+        part = _grow_beard(part, skin, basis.beard, look.beard, hair)
+    result = photo.copy()
+    result[canvas.window] = np.rint(part.clip(0, 255))
+    return result
+
+
+def spread(nodes: np.ndarray, values: np.ndarray, at: np.ndarray, smooth: float, reach: float) -> np.ndarray:
+    """Continue values (N, C) at nodes (N, 2) smoothly to positions (..., 2).
+
+    They are averaged over about `smooth`, and fade to 0 farther than `reach` from the nodes.
+    """
+    points, result = at.reshape(-1, 2).astype(np.float32), []
+    for part in np.array_split(points, max(1, len(points) // 4096)):
+        squared = np.square(part[:, None] - nodes[None].astype(np.float32)).sum(-1)
+        weight = 1 / np.square(squared + np.float32(smooth**2))
+        result.append(weight @ values.astype(np.float32) / (weight.sum(1, keepdims=True) + len(nodes) / reach**4))
+    return np.concatenate(result).reshape(*at.shape[:-1], -1)
+
+
+def spread_affine(nodes: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Do `spread` for positions as values: far from the nodes they follow the best affine map."""
+    basis = np.hstack([nodes, np.ones((len(nodes), 1))])
+    affine = np.linalg.lstsq(basis, values, rcond=None)[0]  # (3, C)
+    return at @ affine[:2] + affine[2] + spread(nodes, values - basis @ affine, at, SMOOTHING, 1.0)
+
+
+def _move_person(canvas: PhotoCanvas, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the canvas's window, uint8 (h, w, 3), and alpha, with landmarks moved, (468, 2) both in crop units."""
+    unit = np.ptp(after, axis=0).max() / 2
+    axis = (np.arange(FLOW_SIZE) + 0.5) * CELL - WINDOW_MARGIN
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1)
+    shift = spread(after / unit, before - after, grid / unit, FLOW_SMOOTHING, FLOW_REACH)
+    nothing = np.zeros((FLOW_SIZE, FLOW_SIZE), np.float32)
+    blank = np.zeros((1, 1, 3), np.uint8)
+    colours, alpha = canvas.person(FrameLayers(blank, shift, nothing, VolumeRender(blank, nothing, nothing, 1.0)))
+    return cv2.blendLinear(colours, canvas.plate, alpha, 1 - alpha), alpha
+
+
+class _Skin(NamedTuple):
+    """A face in a window of h x w pixels."""
+
+    where: np.ndarray  # float32 (h, w, 2) coordinates of the maps
+    mask: np.ndarray  # float32 (h, w) 1 on the skin of the face, 0 in eyes, lips and outside
+    lower: np.ndarray  # bool (h, w) the face from the brows down
+    unit: float  # half of the face's height, pixels
+
+    @classmethod
+    def place(cls, landmarks: np.ndarray, shape: tuple[int, int], side: float) -> _Skin:
+        """Place the maps by landmarks (468, 2) in pixels of the window; `side` is that of the face crop."""
+        canonical = load_canonical_face().points[:NUM_MESH_VERTICES, :2] / FACE_UNIT
+        unit = float(np.ptp(landmarks, axis=0).max()) / 2
+        height, width = (max(2, round(n / side * GRID_CELLS)) for n in shape)
+        y, x = ((np.arange(n) + 0.5) * length / n for n, length in ((height, shape[0]), (width, shape[1])))
+        where = spread_affine(landmarks / unit, canonical, np.stack(np.meshgrid(x, y), axis=-1) / unit)
+        where = cv2.resize(where.astype(np.float32), shape[::-1], interpolation=cv2.INTER_LINEAR)
+        mask = np.zeros(shape, np.uint8)
+        for points, value in ((FACE_OVAL, 255), (LEFT_EYE, 0), (RIGHT_EYE, 0), (OUTER_LIPS, 0)):
+            cv2.fillPoly(mask, [np.int32(landmarks[list(points)].round())], value)
+        soft = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), 0.04 * unit)
+        below = canonical[:, 1] > canonical[list(LEFT_BROW), 1].min()
+        lower = cv2.fillConvexPoly(np.zeros(shape, np.uint8), cv2.convexHull(np.int32(landmarks[below].round())), 1)
+        return cls(where, (2 * soft - 1).clip(0), lower > 0, unit)
+
+    def sample(self, values: np.ndarray, half: float) -> np.ndarray:
+        """Return a map (n, n, ...) of `half` side in the window, (h, w, ...)."""
+        index = (self.where / half + 1) / 2 * len(values) - 0.5
+        return cv2.remap(values, index[..., 0], index[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _age_skin(part: np.ndarray, skin: _Skin, tone: np.ndarray, decades: float) -> np.ndarray:
+    """Return a window with the skin's colours and contrast of detail of another age."""
+    log = np.log(part + 8)
+    luma = log.mean(-1)
+    cell = skin.unit * 2 * FACE_HALF / MAP_SIZE
+    fine = luma - cv2.GaussianBlur(luma, (0, 0), DETAIL_SD * cell)
+    fine *= np.exp(-((fine / 0.2) ** 2))  # not edges: brows, nostrils, strands of hair
+    tone = skin.sample(tone, FACE_HALF)
+    face = part[skin.mask > 0.5]
+    saturation = float(np.ptp(face, axis=-1).mean() / max(1.0, face.max(-1).mean())) if len(face) else 0.0
+    grey = tone.mean(-1, keepdims=True)
+    tone = grey + (tone - grey) * min(1.0, saturation / 0.3)  # a grey photo stays grey
+    change = tone * decades + ((np.exp(DETAIL_GAIN * decades) - 1) * fine)[..., None]
+    return np.exp(log + change * skin.mask[..., None]) - 8
+
+
+def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray | None:
+    """Return where a window shows the person's hair, float32 (h, w), or None if there is none."""
+    scale = min(1.0, HAIR_SIDE_PX / max(part.shape[:2]))
+
+    def shrink(image: np.ndarray) -> np.ndarray:
+        return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+
+    prior = shrink(skin.sample(_load_basis().classes, HEAD_HALF))[..., 0] / 255
+    person, lower = shrink(alpha) > 0.5, shrink(skin.lower.astype(np.float32)) > 0.5
+    small = shrink(part).clip(0, 255).astype(np.uint8)
+    cheeks = shrink(skin.mask) > 0.9
+    if not cheeks.any():
+        return None
+    small[~person] = np.median(small[cheeks], axis=0)
+    prior = np.where(shrink(skin.where)[..., 1] < FOREHEAD, prior.clip(MIN_HAIR_PRIOR), prior)  # strands on it
+    possible = person & ~lower & (prior >= MIN_HAIR_PRIOR)
+    lab = cv2.cvtColor(np.float32(small) / 255, cv2.COLOR_RGB2LAB)
+    seeds = lab[possible & (prior > 0.5)]
+    if len(seeds) < MIN_HAIR_AREA * lower.sum():
+        return None
+    precision = np.linalg.inv(np.cov(seeds.T) + np.eye(3))
+    offset = lab - np.median(seeds, axis=0)
+    alike = np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < MAX_HAIR_DISTANCE**2
+    labels = np.where(possible, np.where((prior > 0.5) | alike, cv2.GC_PR_FGD, cv2.GC_PR_BGD), cv2.GC_BGD)
+    labels = labels.astype(np.uint8)
+    cv2.setRNGSeed(0)
+    cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
+    found = (labels == cv2.GC_PR_FGD).astype(np.uint8)
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(found)
+    hair = parts == (1 + stats[1:, cv2.CC_STAT_AREA].argmax() if count > 1 else -1)
+    if hair.sum() < MIN_HAIR_AREA * lower.sum():
+        return None
+    if np.linalg.norm(lab[hair].mean(0) - lab[cheeks].mean(0)) < MIN_HAIR_CONTRAST:
+        return None
+    mask = cv2.resize(hair.astype(np.float32), part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    return refine_alpha(part.clip(0, 255).astype(np.uint8), mask, max(2, round(0.08 * skin.unit))) * alpha
+
+
+def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
+    """Return a window with another mean colour of the hair, #rrggbb; its lights and shades stay."""
+    lab = cv2.cvtColor((part.clip(0, 255) / 255).astype(np.float32), cv2.COLOR_RGB2LAB)
+    rgb = np.float32([[list(bytes.fromhex(colour[1:]))]]) / 255
+    target = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0, 0]
+    mean = (lab * hair[..., None]).sum((0, 1)) / hair.sum()
+    contrast = np.clip(np.sqrt(max(target[0], 5) / max(mean[0], 5)), 0.6, 1.5)
+    lightness = (target[0] + (lab[..., 0] - mean[0]) * contrast).clip(0, 100)
+    chroma = (lightness / max(target[0], 5)).clip(0.2, 1.2)[..., None] * target[1:]
+    dyed = np.dstack([lightness, chroma + 0.3 * (lab[..., 1:] - mean[1:])]).astype(np.float32)
+    dyed = 255 * cv2.cvtColor(dyed, cv2.COLOR_LAB2RGB)
+    return part + (dyed - part) * hair[..., None]
+
+
+def _grow_beard(
+    part: np.ndarray, skin: _Skin, density: np.ndarray, strength: float, hair: np.ndarray | None
+) -> np.ndarray:
+    """Return a window with stubble in the hair's colour."""
+    cover = skin.sample(density, FACE_HALF) * skin.mask * strength
+    shade = cv2.GaussianBlur(part.mean(-1), (0, 0), 0.1 * skin.unit)
+    face = skin.mask > 0.5
+    colour = np.array([40.0, 32.0, 28.0])
+    if hair is not None:
+        colour = np.minimum((part * hair[..., None]).sum((0, 1)) / hair.sum() * 0.8, 90)
+    light = shade / max(1.0, float(shade[face].mean()) if face.any() else 1.0)
+    noise = np.random.default_rng(0).normal(size=part.shape[:2]).astype(np.float32)
+    length = max(3, round(0.03 * skin.unit)) | 1
+    strokes = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(0.5, length / 8), sigmaY=length / 2)
+    strokes /= strokes.std()
+    cover = (cover * (0.7 + 0.35 * strokes)).clip(0, 0.92)[..., None]
+    return part * (1 - cover) + (colour * light[..., None]) * cover
