@@ -36,6 +36,7 @@ ATTRIBUTES = ("age", "stub", "weight", "male", "muscle", "asian", "caucasian")
 MAX_YAW = 15.0  # degrees off the camera's axis, of the colours
 FRAMES, FIRST_FRAMES = 2, 16  # of each clip, and of those from which they are chosen
 RIDGE = 1e-2
+BEARD_TOP = 0.22  # height below which beards grow, in the maps' coordinates: between nostrils and upper lip
 FULLNESS = ("head/head-fat", "cheek/l-cheek-volume")  # MakeHuman's sliders of the face; both cheeks have the same
 BEARDS = ("short", "full")  # that are not stubble
 
@@ -84,10 +85,15 @@ def fit_shape(clips: list[tuple[np.ndarray, np.ndarray]], owner: np.ndarray, x: 
     return (change + change[:, load_canonical_face().mirror] * [-1, 1, 1]) / 2
 
 
+def map_axis(half: float) -> np.ndarray:
+    """Return the coordinates (MAP_SIZE,) of a map's columns or rows."""
+    return ((np.arange(MAP_SIZE) + 0.5) / MAP_SIZE * 2 - 1) * half
+
+
 @cache
 def map_operator(half: float) -> np.ndarray:
     """Return the matrix (MAP_SIZE, MAP_SIZE, 468) from landmarks to the positions of a map's cells."""
-    axis = ((np.arange(MAP_SIZE) + 0.5) / MAP_SIZE * 2 - 1) * half
+    axis = map_axis(half)
     nodes = load_canonical_face().points[:NUM_MESH_VERTICES, :2] / FACE_UNIT
     return spread_affine(nodes, np.eye(NUM_MESH_VERTICES), np.stack(np.meshgrid(axis, axis), axis=-1))
 
@@ -168,6 +174,7 @@ def fit(heads: Heads) -> dict[str, np.ndarray]:
     change = regress(regressors, tones)
     tone, beard = change[0], -change[1].mean(-1)
     tone, beard = (tone + tone[:, ::-1]) / 2, ((beard + beard[:, ::-1]) / 2).clip(0)
+    beard *= ((map_axis(FACE_HALF) - BEARD_TOP) / 0.15).clip(0, 1)[:, None]  # not brows and nostrils
     classes = cv2.GaussianBlur(heads.classes + heads.classes[:, ::-1], (0, 0), 1.0)
     classes += 1e-3 * classes.max()
     return {

@@ -36,6 +36,7 @@ MAP_SIZE = 96  # cells of their sides
 DETAIL_SD = 1.5  # of the high-pass filter whose output counts as the skin's own lines, cells of the face's map
 DETAIL_GAIN = 0.12  # change of their log contrast per decade, chosen by eye: the rendered heads tell nothing of it
 SMOOTHING, FLOW_SMOOTHING, FLOW_REACH = 0.05, 0.1, 0.8  # of `spread`, half face heights
+MASK_BLUR = 0.07  # of the skin's mask, half face heights: changes fade out inside the outline over twice as much
 GRID_CELLS = 64  # of a crop side, at which maps are placed
 HAIR_SIDE_PX = 320  # longer side at which hair is looked for
 MIN_HAIR_PRIOR = 0.012  # probability of hair at a place below which none is looked for
@@ -150,7 +151,7 @@ class _Skin(NamedTuple):
         mask = np.zeros(shape, np.uint8)
         for points, value in ((FACE_OVAL, 255), (LEFT_EYE, 0), (RIGHT_EYE, 0), (OUTER_LIPS, 0)):
             cv2.fillPoly(mask, [np.int32(landmarks[list(points)].round())], value)
-        soft = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), 0.04 * unit)
+        soft = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), MASK_BLUR * unit)
         below = canonical[:, 1] > canonical[list(LEFT_BROW), 1].min()
         lower = cv2.fillConvexPoly(np.zeros(shape, np.uint8), cv2.convexHull(np.int32(landmarks[below].round())), 1)
         return cls(where, (2 * soft - 1).clip(0), lower > 0, unit)
