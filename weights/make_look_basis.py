@@ -27,7 +27,7 @@ from export3d_cli.core.animation.photo_look import FACE_HALF, FACE_UNIT, HEAD_HA
 from export3d_cli.core.dataset.exact_views import CLOTHES, HAIR, SKIN
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame, load_canonical_face
-from export3d_cli.core.face.landmarks import NUM_MESH_VERTICES
+from export3d_cli.core.face.landmarks import FACE_OVAL, NUM_MESH_VERTICES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import yaw_pitch_roll
@@ -36,6 +36,8 @@ ATTRIBUTES = ("age", "stub", "weight", "male", "muscle", "asian", "caucasian")
 MAX_YAW = 15.0  # degrees off the camera's axis, of the colours
 FRAMES, FIRST_FRAMES = 2, 16  # of each clip, and of those from which they are chosen
 RIDGE = 1e-2
+BROAD_SD = 8.0  # cells: wider changes of the skin's colours are left out
+WEIGHT_GAIN = 2.0  # of weight -1 and 1, in the change between the middle and the end of the sliders
 BEARD_TOP = 0.22  # height below which beards grow, in the maps' coordinates: between nostrils and upper lip
 FULLNESS = ("head/head-fat", "cheek/l-cheek-volume")  # MakeHuman's sliders of the face; both cheeks have the same
 BEARDS = ("short", "full")  # that are not stubble
@@ -80,7 +82,7 @@ def fit_shape(clips: list[tuple[np.ndarray, np.ndarray]], owner: np.ndarray, x: 
     heads = np.unique(owner)
     means, x = np.stack([neutral[owner == k].mean(0) for k in heads]), x[heads]
     change = regress(x, means)
-    change = np.stack([change[0], change[2:5].sum(0)])
+    change = np.stack([change[0], WEIGHT_GAIN * change[2:5].sum(0)])
     print("largest change per decade and per unit of weight", *np.abs(change).max((1, 2)))
     return (change + change[:, load_canonical_face().mirror] * [-1, 1, 1]) / 2
 
@@ -88,6 +90,16 @@ def fit_shape(clips: list[tuple[np.ndarray, np.ndarray]], owner: np.ndarray, x: 
 def map_axis(half: float) -> np.ndarray:
     """Return the coordinates (MAP_SIZE,) of a map's columns or rows."""
     return ((np.arange(MAP_SIZE) + 0.5) / MAP_SIZE * 2 - 1) * half
+
+
+def high_pass(tone: np.ndarray) -> np.ndarray:
+    """Remove the broad part of a map of the face, (MAP_SIZE, MAP_SIZE, 3): hairlines and lights, not skin."""
+    oval = load_canonical_face().points[list(FACE_OVAL), :2] / FACE_UNIT
+    inside = np.zeros(tone.shape[:2], np.uint8)
+    cv2.fillPoly(inside, [np.int32((oval / FACE_HALF + 1) / 2 * MAP_SIZE)], 1)
+    weight = cv2.erode(inside, np.ones((7, 7))).astype(np.float64)
+    broad = cv2.GaussianBlur(tone * weight[..., None], (0, 0), BROAD_SD)
+    return (tone - broad / (cv2.GaussianBlur(weight, (0, 0), BROAD_SD)[..., None] + 1e-3)) * inside[..., None]
 
 
 @cache
@@ -174,6 +186,7 @@ def fit(heads: Heads) -> dict[str, np.ndarray]:
     change = regress(regressors, tones)
     tone, beard = change[0], -change[1].mean(-1)
     tone, beard = (tone + tone[:, ::-1]) / 2, ((beard + beard[:, ::-1]) / 2).clip(0)
+    tone = high_pass(tone)
     beard *= ((map_axis(FACE_HALF) - BEARD_TOP) / 0.15).clip(0, 1)[:, None]  # not brows and nostrils
     classes = cv2.GaussianBlur(heads.classes + heads.classes[:, ::-1], (0, 0), 1.0)
     classes += 1e-3 * classes.max()

@@ -25,6 +25,7 @@ from export3d_cli.core.face.head_pose import landmarks_to_head_frame, load_canon
 from export3d_cli.core.face.landmarks import FACE_OVAL, LEFT_BROW, LEFT_EYE, NUM_MESH_VERTICES, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.face.matting import PersonMatting, face_positions, refine_alpha
 from export3d_cli.core.face.tracker import LandmarkerTracker
+from export3d_cli.core.model.masks import smooth_step
 from export3d_cli.core.model.warp.photo_flow import CELL, FLOW_SIZE, WINDOW_MARGIN
 from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import Export3DWarning
@@ -34,8 +35,9 @@ FACE_UNIT = 0.15  # head-frame units: about half of the face's height
 FACE_HALF, HEAD_HALF = 1.2, 3.0  # half sides of the maps of the face and of the head, in these units
 MAP_SIZE = 96  # cells of their sides
 DETAIL_SD = 1.5  # of the high-pass filter whose output counts as the skin's own lines, cells of the face's map
-DETAIL_GAIN = 0.12  # change of their log contrast per decade, chosen by eye: the rendered heads tell nothing of it
+DETAIL_GAIN = 0.09  # change of their log contrast per decade, chosen by eye: the rendered heads tell nothing of it
 SMOOTHING, FLOW_SMOOTHING, FLOW_REACH = 0.05, 0.1, 0.8  # of `spread`, half face heights
+MOVED_FADE_PX = (0.1, 0.4)  # displacements over which the moved photo takes over
 MASK_BLUR = 0.07  # of the skin's mask, half face heights: changes fade out inside the outline over twice as much
 GRID_CELLS = 64  # of a crop side, at which maps are placed
 HAIR_SIDE_PX = 320  # longer side at which hair is looked for
@@ -128,7 +130,17 @@ def _move_person(canvas: PhotoCanvas, before: np.ndarray, after: np.ndarray) -> 
     nothing = np.zeros((FLOW_SIZE, FLOW_SIZE), np.float32)
     blank = np.zeros((1, 1, 3), np.uint8)
     colours, alpha = canvas.person(FrameLayers(blank, shift, nothing, VolumeRender(blank, nothing, nothing, 1.0)))
-    return cv2.blendLinear(colours, canvas.plate, alpha, 1 - alpha), alpha
+    moved = cv2.blendLinear(colours, canvas.plate, alpha, 1 - alpha)
+    (x0, y0, side), (rows, columns) = canvas.square, canvas.window
+    x, y = (
+        ((np.arange(s.start, s.stop) + 0.5 - o) / side + WINDOW_MARGIN) / CELL - 0.5
+        for s, o in ((columns, x0), (rows, y0))
+    )
+    pixels = cv2.remap(
+        np.float32(np.linalg.norm(shift, axis=-1) * side), *np.float32(np.meshgrid(x, y)), cv2.INTER_LINEAR
+    )
+    weight = smooth_step(pixels, *MOVED_FADE_PX)
+    return cv2.blendLinear(moved, np.ascontiguousarray(canvas.photo[canvas.window]), weight, 1 - weight), alpha
 
 
 class _Skin(NamedTuple):
@@ -212,8 +224,9 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
         return None
     if np.linalg.norm(lab[hair].mean(0) - lab[cheeks].mean(0)) < MIN_HAIR_CONTRAST:
         return None
-    mask = cv2.resize(hair.astype(np.float32), part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    return refine_alpha(part.clip(0, 255).astype(np.uint8), mask, max(2, round(0.08 * skin.unit))) * alpha
+    mask = cv2.GaussianBlur(hair.astype(np.float32), (0, 0), 1.0)
+    mask = cv2.resize(mask, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    return refine_alpha(part.clip(0, 255).astype(np.uint8), mask, max(3, round(0.12 * skin.unit))) * alpha
 
 
 def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
@@ -222,9 +235,12 @@ def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
     rgb = np.float32([[list(bytes.fromhex(colour[1:]))]]) / 255
     target = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0, 0]
     mean = (lab * hair[..., None]).sum((0, 1)) / hair.sum()
-    contrast = np.clip(np.sqrt(max(target[0], 5) / max(mean[0], 5)), 0.6, 1.5)
-    lightness = (target[0] + (lab[..., 0] - mean[0]) * contrast).clip(0, 100)
-    chroma = (lightness / max(target[0], 5)).clip(0.2, 1.2)[..., None] * target[1:]
+    contrast = np.clip(np.sqrt(max(target[0], 5) / max(mean[0], 5)), 0.6, 1.7)
+    change = (lab[..., 0] - mean[0]) * contrast
+    room = max(1.0, 0.6 * (100 - target[0]))  # of highlights, which are compressed
+    lightness = target[0] + np.where(change > 0, room * (1 - np.exp(-change / room)), change).clip(-target[0])
+    paler = np.minimum(lightness / max(target[0], 5), (100 - lightness) / max(100 - target[0], 5)).clip(0.2, 1)
+    chroma = paler[..., None] * target[1:]
     dyed = np.dstack([lightness, chroma + 0.3 * (lab[..., 1:] - mean[1:])]).astype(np.float32)
     dyed = 255 * cv2.cvtColor(dyed, cv2.COLOR_LAB2RGB)
     return part + (dyed - part) * hair[..., None]
@@ -242,8 +258,7 @@ def _grow_beard(
         colour = np.minimum((part * hair[..., None]).sum((0, 1)) / hair.sum() * 0.8, 90)
     light = shade / max(1.0, float(shade[face].mean()) if face.any() else 1.0)
     noise = np.random.default_rng(0).normal(size=part.shape[:2]).astype(np.float32)
-    length = max(3, round(0.03 * skin.unit)) | 1
-    strokes = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(0.5, length / 8), sigmaY=length / 2)
+    strokes = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(0.5, 0.005 * skin.unit), sigmaY=max(0.8, 0.014 * skin.unit))
     strokes /= strokes.std()
-    cover = (cover * (0.7 + 0.35 * strokes)).clip(0, 0.92)[..., None]
+    cover = (cover * (0.8 + 0.3 * strokes)).clip(0, 0.92)[..., None]
     return part * (1 - cover) + (colour * light[..., None]) * cover
