@@ -136,9 +136,9 @@ def _move_person(canvas: PhotoCanvas, before: np.ndarray, after: np.ndarray) -> 
         ((np.arange(s.start, s.stop) + 0.5 - o) / side + WINDOW_MARGIN) / CELL - 0.5
         for s, o in ((columns, x0), (rows, y0))
     )
-    pixels = cv2.remap(
-        np.float32(np.linalg.norm(shift, axis=-1) * side), *np.float32(np.meshgrid(x, y)), cv2.INTER_LINEAR
-    )
+    distance = (side * np.linalg.norm(shift, axis=-1)).astype(np.float32)
+    columns_of, rows_of = (part.astype(np.float32) for part in np.meshgrid(x, y))
+    pixels = cv2.remap(distance, columns_of, rows_of, cv2.INTER_LINEAR)
     weight = smooth_step(pixels, *MOVED_FADE_PX)
     return cv2.blendLinear(moved, np.ascontiguousarray(canvas.photo[canvas.window]), weight, 1 - weight), alpha
 
@@ -216,7 +216,7 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
     labels = np.where(possible, np.where((prior > 0.5) | alike, cv2.GC_PR_FGD, cv2.GC_PR_BGD), cv2.GC_BGD)
     labels = labels.astype(np.uint8)
     cv2.setRNGSeed(0)
-    cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(small, labels, [0, 0, 1, 1], np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
     found = (labels == cv2.GC_PR_FGD).astype(np.uint8)
     count, parts, stats, _ = cv2.connectedComponentsWithStats(found)
     hair = parts == (1 + stats[1:, cv2.CC_STAT_AREA].argmax() if count > 1 else -1)
@@ -232,7 +232,7 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
 def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
     """Return a window with another mean colour of the hair, #rrggbb; its lights and shades stay."""
     lab = cv2.cvtColor((part.clip(0, 255) / 255).astype(np.float32), cv2.COLOR_RGB2LAB)
-    rgb = np.float32([[list(bytes.fromhex(colour[1:]))]]) / 255
+    rgb = np.array([[list(bytes.fromhex(colour[1:]))]], np.float32) / 255
     target = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0, 0]
     mean = (lab * hair[..., None]).sum((0, 1)) / hair.sum()
     contrast = np.clip(np.sqrt(max(target[0], 5) / max(mean[0], 5)), 0.6, 1.7)
@@ -242,8 +242,8 @@ def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
     paler = np.minimum(lightness / max(target[0], 5), (100 - lightness) / max(100 - target[0], 5)).clip(0.2, 1)
     chroma = paler[..., None] * target[1:]
     dyed = np.dstack([lightness, chroma + 0.3 * (lab[..., 1:] - mean[1:])]).astype(np.float32)
-    dyed = 255 * cv2.cvtColor(dyed, cv2.COLOR_LAB2RGB)
-    return part + (dyed - part) * hair[..., None]
+    rgb_dyed = 255 * cv2.cvtColor(dyed, cv2.COLOR_LAB2RGB)
+    return part + (rgb_dyed - part) * hair[..., None]
 
 
 def _grow_beard(
@@ -259,6 +259,5 @@ def _grow_beard(
     light = shade / max(1.0, float(shade[face].mean()) if face.any() else 1.0)
     noise = np.random.default_rng(0).normal(size=part.shape[:2]).astype(np.float32)
     strokes = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(0.5, 0.005 * skin.unit), sigmaY=max(0.8, 0.014 * skin.unit))
-    strokes /= strokes.std()
-    cover = (cover * (0.8 + 0.3 * strokes)).clip(0, 0.92)[..., None]
+    cover = (cover * (0.8 + 0.3 / float(strokes.std()) * strokes)).clip(0, 0.92)[..., None]
     return part * (1 - cover) + (colour * light[..., None]) * cover
