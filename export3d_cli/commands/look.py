@@ -17,7 +17,9 @@ from export3d_cli import console, options
 @click.option(
     "--weight", type=float, default=0.0, help="-1 (much leaner) to 1 (much heavier): --weight -.3.  [default: 0]"
 )
-@click.option("--hair", default="", metavar="#rrggbb", help="Mean colour of the hair: --hair '#5b3a1e'.")
+@click.option(
+    "--hair", default="", metavar="#rrggbb", help="Mean colour of the hair: --hair '#5b3a1e'.  [default: its own]"
+)
 @click.option("--beard", type=float, default=0.0, help="Stubble, 0 to 1, in the hair's colour.  [default: 0]")
 @options.face_option
 @options.landmarks_option
