@@ -1,7 +1,5 @@
 """Text that `export3d` prints without arguments, and two examples for each --help."""
 
-from __future__ import annotations
-
 import click
 
 COMMANDS = {

@@ -1,7 +1,5 @@
 """Options shared by several commands, and their parameter types."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """`export3d look SRC --age 15 -o OUT`: change how the person in a photo looks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

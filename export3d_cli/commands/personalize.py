@@ -1,7 +1,5 @@
 """`export3d personalize SRC [MORE...] --video CLIP -o me.person.safetensors`: one file for a person."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,8 @@ from export3d_cli import console, options
     help="Frames of the video that are kept as photos: those that show most of what the photos do not.",
 )  # fmt: skip
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of it to skip.")
-@click.option(
-    "--duration", type=click.FloatRange(0, 60, min_open=True), default=20.0, show_default=True,
-    help="Seconds of it to use, at most.",
-)  # fmt: skip
+@click.option("--duration", type=click.FloatRange(0, 60, min_open=True), default=20.0, show_default=True,
+              help="Seconds of it to use, at most.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Use photos and a video even if they seem to show somebody else.")
 @options.model_options
 @click.option("--overwrite", is_flag=True, help="Overwrite an existing output file.")

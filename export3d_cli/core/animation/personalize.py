@@ -3,8 +3,6 @@
 The frames of the video that add most are kept as further photos, and the expression basis is fitted to the person.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time
@@ -68,10 +66,8 @@ class PersonSummary:
     notes: tuple[str, ...] = field(default=())
 
 
-def personalize(
-    animator: Animator, source: Path, out: Path, options: PersonalizeOptions | None = None, *,
-    progress: Progress | None = None,
-) -> PersonSummary:  # fmt: skip
+def personalize(animator: Animator, source: Path, out: Path, options: PersonalizeOptions | None = None, *,
+                progress: Progress | None = None) -> PersonSummary:  # fmt: skip
     """Write a person file, which is accepted wherever a photo is; frames show the photo `source`.
 
     Each photo and the video must show one person, the largest face in them. Raises `InputError` if one seems to show
@@ -103,10 +99,8 @@ def personalize(
         else:
             notes.append(f"{options.video} does not improve the expression basis, which stays as it is")
     files = [source, *options.also, *([] if options.video is None else [options.video])]
-    Person(
-        (_shrink(photos[str(source)], DEFAULT_MAX_SIDE_PX), *kept.values()), tuned, fingerprint(animator.fp32_model),
-        {file_sha256(path): path.name for path in files},
-    ).save(out)  # fmt: skip
+    Person((_shrink(photos[str(source)], DEFAULT_MAX_SIDE_PX), *kept.values()), tuned, fingerprint(animator.fp32_model),
+           {file_sha256(path): path.name for path in files}).save(out)  # fmt: skip
     return PersonSummary(
         out, (str(source), *kept), tracked, errors, out.stat().st_size / 1e6, time.monotonic() - began, tuple(notes)
     )

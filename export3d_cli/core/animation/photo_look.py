@@ -63,10 +63,9 @@ def _load_basis() -> _Basis:
     return _Basis(**{name: arrays[name].astype(np.float32) for name in _Basis._fields})
 
 
-def change_look(
-    photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matting: PersonMatting, *, face: str = "largest",
-    landmarks: np.ndarray | None = None, name: str = "the photo",
-) -> np.ndarray:  # fmt: skip
+def change_look(photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matting: PersonMatting, *,
+                face: str = "largest", landmarks: np.ndarray | None = None,
+                name: str = "the photo") -> np.ndarray:  # fmt: skip
     """Return a photo, uint8 (H, W, 3), with another look of one person; the rest is as for `Animator.portrait`.
 
     Pixels that show neither the person nor what the person uncovers keep their values.
