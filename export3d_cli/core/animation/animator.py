@@ -43,6 +43,7 @@ from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
+from export3d_cli.core.model.measured_motion import NUM_MEASURES
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime.device import (
@@ -373,23 +374,23 @@ class Animator:
     def edit(
         self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
     ) -> Generator[np.ndarray, None, None]:
-        """Render from the portrait's camera uint8 (H, W, 3), with changes of lambda (T, n), or with wink (T, n + 1)."""
+        """Render from the portrait's camera uint8 (H, W, 3), with changes of lambda (T, n) or of measures, too."""
         n = self.model.config.num_coefficients
         if changes.shape[1:] == (n,):
-            changes = np.pad(changes, ((0, 0), (0, 1)))
-        _check_rows("changes", changes, n + 1)
+            changes = np.pad(changes, ((0, 0), (0, NUM_MEASURES)))
+        _check_rows("changes", changes, n + NUM_MEASURES)
         renderer = _Renderer(self, portrait, notify)
         cameras = np.repeat(portrait.camera[None], len(changes), axis=0)
         parts = renderer.render_motion(cameras, portrait.source.coefficients + self._tensor(changes))
         return chain_parallel(parts, self.workers)
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
-        """Return the changes of lambda and wink (T, n + 1) that make `edit` show expressions beta (T, 64)."""
+        """Return the changes of lambda and measures (T, n + 4) that make `edit` show expressions beta (T, 64)."""
         change: np.ndarray = (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
         return change
 
     def coefficients(self, beta: np.ndarray) -> np.ndarray:
-        """Return lambda and wink (T, n + 1) of expressions beta (T, 64)."""
+        """Return lambda and measures (T, n + 4) of expressions beta (T, 64)."""
         lam: np.ndarray = self._coefficients(beta).float().cpu().numpy()
         return lam
 
@@ -448,11 +449,11 @@ class Animator:
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
     def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:
-        """Return coefficients for the network: the portrait's (1, n + 1), or those of expressions beta (T, 64)."""
+        """Return coefficients for the network: the portrait's (1, n + 4), or those of expressions beta (T, 64)."""
         return portrait.source.coefficients if beta is None else self._amplify(portrait, self._coefficients(beta))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
-        """Return coefficients (B, n + 1) to give to the network, so that its frames show `lam` (B, n + 1)."""
+        """Return coefficients (B, n + 4) to give to the network, so that its frames show `lam` (B, n + 4)."""
         return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
     def _coefficients(self, beta: np.ndarray) -> Tensor:
@@ -526,7 +527,7 @@ class _Renderer:
             self._notify(portrait.covered.note())
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[Iterable[Any]]:
-        """Yield lazy parts of the frames of a moving expression, lambda with wink (T, n + 1)."""
+        """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + 4)."""
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):
             part = slice(start, start + size)
@@ -536,7 +537,7 @@ class _Renderer:
     def render(
         self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None
     ) -> Iterator[Iterable[Any]]:  # fmt: skip
-        """Yield lazy parts of the frames with lambda and wink (T, n + 1); the rest as in `Animator._render`."""
+        """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`."""
         portrait, size = self._portrait, len(self._portrait.crop)
 
         def compute(part: slice) -> Iterable[Any]:

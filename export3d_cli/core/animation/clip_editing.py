@@ -252,7 +252,7 @@ class ClipEditor:
         return retouch(self._animator, faces, own, changes, np.array(still))
 
     def _changes(self, rows: Sequence[ClipRow], driver: Sequence[ClipRow | None], numbers: Sequence[int]) -> np.ndarray:
-        """Return the changes of lambda and wink (T, n + 1)."""
+        """Return the changes of lambda and measures (T, n + 4)."""
         coefficients, control = self._animator.coefficients, self._options
         own = beta = np.concatenate([row.motion.beta for row in rows])
         change = np.zeros_like(coefficients(own))

@@ -11,6 +11,7 @@ from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.expression_controls import ExpressionEdit, Range, edit_expression
 from export3d_cli.core.animation.frame_writer import SHEET_CELL_PX, ViewOptions, is_image_output, write_views
 from export3d_cli.core.animation.options import Progress, Summary
+from export3d_cli.core.model.measured_motion import NUM_MEASURES
 from export3d_cli.core.runtime.errors import InputError
 
 GRID_VALUES = 5  # values of each basis vector or control in a contact sheet
@@ -44,7 +45,7 @@ def edit_basis(
     notes: tuple[str, ...] = ()
     if options.grid:
         for v, ends in options.edits:
-            rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n, n + 1)[v - 1]))
+            rows.append(np.outer(np.linspace(*ends, GRID_VALUES), np.eye(n, n + NUM_MEASURES)[v - 1]))
             labels += [f"v{v} {value:+.3g}" for value in np.linspace(*ends, GRID_VALUES)]
         for name, (first, last) in options.expression.ranges.items():
             ends = (first, last) if first != last else (0.0, last)
@@ -55,7 +56,7 @@ def edit_basis(
         changes = np.concatenate(rows)
     else:
         count = 1 if is_image_output(out) else options.frames
-        changes = np.zeros((count, n + 1))
+        changes = np.zeros((count, n + NUM_MEASURES))
         if options.expression:
             changes, notes = _control_changes(animator, portrait, options.expression, count)
         for v, ends in options.edits:
@@ -68,6 +69,6 @@ def edit_basis(
 def _control_changes(
     animator: Animator, portrait: Portrait, edit: ExpressionEdit, count: int
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return changes of lambda and wink (count, n + 1) along the ranges of an edit, and notes."""
+    """Return changes of lambda and measures (count, n + 4) along the ranges of an edit, and notes."""
     edited = edit_expression(animator, portrait, edit, np.linspace(0, 1, count))
     return animator.expression_change(portrait, edited.beta), edited.notes

@@ -59,7 +59,7 @@ class FaceWindows(NamedTuple):
 def retouch(
     animator: Animator, faces: FaceWindows, own: np.ndarray, changes: np.ndarray, still: np.ndarray
 ) -> list[np.ndarray]:
-    """Return the frames, uint8 (H, W, 3), with `changes` (T, n + 1) of their `own` lambda and wink (T, n + 1).
+    """Return the frames, uint8 (H, W, 3), with `changes` (T, n + 4) of their `own` lambda and measures, likewise.
 
     `still` (T, 3) tells how far mouth, the person's right eye and left eye stay as they are, [0, 1]. Raises
     `InputError` for weights without a flow.
@@ -68,8 +68,8 @@ def retouch(
     if model.flow is None:
         raise InputError("these weights have no flow, which moves the pixels of a video: use other weights")
     n, changes = model.config.num_coefficients, changes * model.config.expression_gain
-    winks = own[:, n:] + changes[:, n:], own[:, n:]
-    arrays = faces.landmarks, faces.cameras, changes[:, :n], *winks, still
+    measures = own[:, n:] + changes[:, n:], own[:, n:]
+    arrays = faces.landmarks, faces.cameras, changes[:, :n], *measures, still
     tensors = to_tensor(faces.images), *(torch.from_numpy(np.float32(x)) for x in arrays)
     with torch.inference_mode(), autocast(animator.device, animator.precision):
         result = warp_expression(model, *(x.to(animator.device) for x in tensors))

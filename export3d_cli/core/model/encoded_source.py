@@ -43,7 +43,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     landmarks: Tensor  # (B, 478, 3), head frame
     lam: Tensor  # (B, n) expression coefficients lambda
-    wink: Tensor  # (B, 1) how far one eye is shut alone, see `one_sided`
+    measures: Tensor  # (B, 4) what beta tells beyond lambda, see `measured_motion`
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     # Source view and background (`config.source_plane`):
@@ -69,8 +69,8 @@ class Source:
 
     @property
     def coefficients(self) -> Tensor:
-        """Lambda and the wink, (B, n + 1), as `Export3D.coefficients` gives them."""
-        return torch.cat([self.lam, self.wink], dim=1)
+        """Lambda and the measures, (B, n + 4), as `Export3D.coefficients` gives them."""
+        return torch.cat([self.lam, self.measures], dim=1)
 
     def expand(self, batch: int) -> Source:
         """Expand a single source to a batch of drivers, without copying memory."""

@@ -23,7 +23,7 @@ from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
-from export3d_cli.core.model.one_sided import apply_wink, measure_wink
+from export3d_cli.core.model.measured_motion import NUM_MEASURES, apply_measures, measure, measure_basis
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution, SuperResolutionOutput
@@ -157,9 +157,9 @@ class Export3D(nn.Module):
         if colours is not None and detail is not None:
             image, detail = remove_light(image, colours.light), detail / colours.light
         stem, tokens = self.generator.encode(image)  # [(B, c2, H/2, W/2), ...], (B, N, h)
-        lam = self.expression.coefficients(beta)  # (B, n)
+        lam, measures = self.coefficients(beta).split([self.config.num_coefficients, NUM_MEASURES], dim=1)
         basis = self.expression.basis() if inference else None
-        source = Source(image, camera, landmarks, lam, measure_wink(beta), stem, tokens, basis=basis)
+        source = Source(image, camera, landmarks, lam, measures, stem, tokens, basis=basis)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
             source = replace(source, proximity=proximity, head_mask=head_mask, body_mask=(1 - head_mask) * person,
@@ -198,15 +198,18 @@ class Export3D(nn.Module):
         return photo.clamp(-1, 1), similarity(pair, skin)
 
     def coefficients(self, beta: Tensor) -> Tensor:
-        """Map expressions `beta` (B, 64) to coefficients lambda and the wink, (B, n + 1)."""
-        return torch.cat([self.expression.coefficients(beta), measure_wink(beta)], dim=1)
+        """Map expressions `beta` (B, 64) to coefficients lambda, and to measures beyond it: (B, n + 4)."""
+        lam, measures = self.expression.coefficients(beta), measure(beta)
+        if self.flow is not None:
+            measures = measures - lam.detach().float() @ measure_basis(self.flow.basis.float())
+        return torch.cat([lam, measures.to(lam)], dim=1)
 
     def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
     def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
-        """Apply lambda (B, n), or (B, n + 1) with a wink, for any cameras; `planes` are its tri-planes, if known."""
+        """Apply lambda (B, n), or (B, n + 4) with measures, for any cameras; `planes` are its tri-planes, if known."""
         planes = self.generate_planes(source, lam) if planes is None else planes  # (B, 3, C, P, P)
         mesh, surface, distances = None, None, None
         if self.flow is not None:
@@ -228,7 +231,7 @@ class Export3D(nn.Module):
     def drive(self, source: Source, lam: Tensor, camera: Tensor, *, posed: PosedHead | None = None,
               raw_size: int | None = None, samples: SampleCounts | None = None, mesh_size: int | None = None,
               batch_rows: BatchRows | None = None, face_only: bool = False) -> Output:  # fmt: skip
-        """Render the source with coefficients lambda (B, n), or (B, n + 1) with a wink, seen by a camera (B, 25).
+        """Render the source with coefficients lambda (B, n), or (B, n + 4) with measures, seen by a camera (B, 25).
 
         `posed` is the result of `pose_head` for them, if known. `raw_size` is the side of the volume rendering,
         `samples` are coarse and fine ones per ray, `mesh_size` is the side at which the face mesh is rasterised; the
@@ -272,7 +275,7 @@ class Export3D(nn.Module):
         maps of the output are (B, ., R, 1), without background.
         """
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
-        lam = self.coefficients(driver_beta)  # (B, n + 1)
+        lam = self.coefficients(driver_beta)  # (B, n + 4)
         if rays is None:
             return self.drive(source, lam, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
         posed = self.pose_head(source, lam)
@@ -323,15 +326,17 @@ class Export3D(nn.Module):
         return self.expression.code(lam, None if torch.is_grad_enabled() else source.basis)
 
     def _change(self, source: Source, lam: Tensor) -> Tensor:
-        """Return the change of lambda (B, n) from the photo's; `lam` may hold a wink."""
+        """Return the change of lambda (B, n) from the photo's; `lam` may hold measures."""
         return lam[:, : self.config.num_coefficients] - source.lam
 
     def _deform(self, source: Source, lam: Tensor) -> Tensor:
-        """Return a photo's landmarks (B, 478, 3) with lambda (B, n), or (B, n + 1) with a wink."""
+        """Return a photo's landmarks (B, 478, 3) with lambda (B, n), or (B, n + 4) with measures."""
         assert self.flow is not None
         landmarks = self.flow.deform_landmarks(source.landmarks, self._change(source, lam))
-        wink = lam[:, self.config.num_coefficients :]  # (B, 1 or 0)
-        return apply_wink(landmarks, source.landmarks, wink, source.wink) if wink.shape[1] else landmarks
+        measures = lam[:, self.config.num_coefficients :]  # (B, 4 or 0)
+        if not measures.shape[1]:
+            return landmarks
+        return apply_measures(landmarks, source.landmarks, measures, source.measures)
 
     def _visible_change(self, source: Source, lam: Tensor) -> Tensor:
         """Return the change of lambda (B, n) from the photo's, without what covers hide."""

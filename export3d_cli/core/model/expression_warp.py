@@ -15,7 +15,7 @@ from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.face_cover import cover_motion
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch
-from export3d_cli.core.model.one_sided import apply_wink
+from export3d_cli.core.model.measured_motion import apply_measures
 from export3d_cli.core.model.photo_colours import PhotoColours, remove_light
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import identity_grid, warp
@@ -31,16 +31,16 @@ class ExpressionWarp(NamedTuple):
     patches: tuple[InpaintedPatch, ...]  # what the pictures do not show: mouth, eyes, eyelids
 
 
-def warp_expression(model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor, wink: Tensor,
-                    source_wink: Tensor, still: Tensor) -> ExpressionWarp:  # fmt: skip
+def warp_expression(model: Export3D, image: Tensor, landmarks: Tensor, camera: Tensor, change: Tensor,
+                    measures: Tensor, source_measures: Tensor, still: Tensor) -> ExpressionWarp:  # fmt: skip
     """Change the expression in pictures (B, 3, H, H) in [-1, 1] around faces by the model's basis flow and inpainters.
 
-    `landmarks` (B, 478, 3) are in the head frame, `camera` is (B, 25), `change` of lambda (B, n); `wink` to show and
-    `source_wink` of the pictures, (B, 1), are those of `one_sided`. `still` (B, 3) is how far mouth, the person's right
-    eye and left eye stay as they are, [0, 1].
+    `landmarks` (B, 478, 3) are in the head frame, `camera` is (B, 25), `change` of lambda (B, n); `measures` to show
+    and `source_measures` of the pictures, (B, 4), are those of `measured_motion`. `still` (B, 3) is how far mouth,
+    the person's right eye and left eye stay as they are, [0, 1].
     """
     assert model.flow is not None
-    deformed = apply_wink(model.flow.deform_landmarks(landmarks, change), landmarks, wink, source_wink)
+    deformed = apply_measures(model.flow.deform_landmarks(landmarks, change), landmarks, measures, source_measures)
     deformed = torch.lerp(landmarks.float(), deformed, cover_motion(landmarks.float(), still))
     mesh = model.flow.render_flow(model.flow.deform_mesh(landmarks, camera, deformed), camera, image.shape[-1])
     colours = PhotoColours.measure(F.avg_pool2d(image, COLOUR_POOLING), project(landmarks, camera)[0], mesh.face)

@@ -1,0 +1,112 @@
+"""What beta measures directly and lambda shows only in part (beyond the paper): winks, gaze, slanted mouths.
+
+Lambda hardly tells the eyes apart and closes both half way, as trackers read a wink; of the gaze's height and of the
+slant of a mouth it shows about half. Numbers next to lambda tell the rest, and move landmarks of eyes and mouth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES
+from export3d_cli.core.face.landmarks import EYE_RIMS, EYELID_FOLDS, LEFT_IRIS, MEASURE_POINTS, RIGHT_IRIS
+from export3d_cli.core.model.cached_tensors import index_tensor
+from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
+from export3d_cli.core.model.masks import linear_step
+
+INTEROCULAR = 0.109  # of the canonical face, head-frame units
+NUM_MEASURES = 4  # wink, gaze to the image's right and down, slant of the mouth (the person's left corner is higher)
+# Difference of the eyes' openings, in inter-ocular distances, from which one winks and at which it is shut. Trackers
+# see a winking eye half open and the other one narrowed by a quarter; eyes that do not wink differ by up to the first.
+WINK_FADE = (0.03, 0.065)
+LOWER_LID_RISE = 0.15  # where the lids of a shut eye meet, over its opening
+FOLD_DROP = 0.25  # motion of the upper lid's fold over that of the middle of its rim
+MAX_GAZE = (0.34, 0.35)  # how far an iris is moved from the middle of its eye, in widths and openings of the eye
+SLANT_REACH = 0.2  # inter-ocular distances around the corners of the mouth that move with them
+MIN_SLANT = 0.01  # inter-ocular distances: faces at rest differ by about as much
+_OPENINGS = tuple(BETA_NAMES.index(f"eyeOpening{side}") for side in ("Right", "Left"))
+_IRISES = tuple(tuple(BETA_NAMES.index(f"iris{axis}{side}") for side in ("Left", "Right")) for axis in "XY")
+_HEIGHTS = tuple(BETA_NAMES.index(f"mouthCornerHeight{side}") for side in ("Left", "Right"))
+
+
+def measure(beta: Tensor) -> Tensor:
+    """Return the measures of expressions beta (B, 64), (B, 4): the wink is -1 (right eye) to 1, the rest as in beta."""
+    beta = beta.float()
+    right, left = beta[:, index_tensor(_OPENINGS, beta)].unbind(1)
+    wink = linear_step((right - left).abs(), *WINK_FADE) * (right - left).sign()
+    gaze = (beta[:, index_tensor(axis, beta)].mean(1) for axis in _IRISES)
+    high_left, high_right = beta[:, index_tensor(_HEIGHTS, beta)].unbind(1)
+    return torch.stack([wink, *gaze, high_left - high_right], dim=1)
+
+
+def measure_basis(basis: Tensor) -> Tensor:
+    """Return the same measures of displacement fields (n, 478, 3), of a frontal face: (n, 4), no wink."""
+    corners, irises = (index_tensor(x, basis) for x in (sum(MEASURE_POINTS.eye_corners, ()), MEASURE_POINTS.irises))
+    gaze = (basis[:, irises].mean(1) - basis[:, corners].mean(1))[:, :2]
+    left, right = MEASURE_POINTS.mouth_corners
+    slant = (basis[:, right, 1] - basis[:, left, 1])[:, None]
+    return torch.cat([torch.zeros_like(slant), gaze, slant], dim=1) / INTEROCULAR
+
+
+def apply_measures(points: Tensor, source: Tensor, measures: Tensor, source_measures: Tensor) -> Tensor:
+    """Give landmarks (B, 478, 3), deformed by lambda, what the measures (B, 4) tell beyond that.
+
+    `source` and `source_measures` are the photo's.
+    """
+    change, points = measures - source_measures, points.clone()
+    _wink(points, source, measures[:, :1], source_measures[:, :1])
+    _look(points, change[:, 1:3])
+    _slant(points, change[:, 3])
+    return points
+
+
+def _wink(points: Tensor, source: Tensor, wink: Tensor, source_wink: Tensor) -> None:
+    """Shut the winking eye in place, and open the other one as in the photo.
+
+    An eye that winks in the photo keeps its lids, and is not turned into a wink of the other eye.
+    """
+    low, high = wink.clamp_max(0), wink.clamp_min(0)
+    wink = torch.minimum(torch.maximum(wink - source_wink, low), high).clamp(-1, 1)
+    for side, shut in enumerate((-wink, wink)):
+        upper, lower = (index_tensor(rim[1:-1], points) for rim in eyelid_rims(side))
+        fold = index_tensor(EYELID_FOLDS[side], points)
+        lids = torch.cat([upper, lower, fold])
+        narrowed = (eye_opening(points, side) < eye_opening(source, side)).float()[:, None]
+        opened = (-shut).clamp_min(0) * narrowed
+        points[:, lids] = torch.lerp(points[:, lids], source[:, lids].float(), opened[..., None])
+        shut = shut.clamp_min(0)[..., None]
+        meeting = torch.lerp(points[:, lower], points[:, upper], LOWER_LID_RISE)
+        drop = shut * (meeting - points[:, upper])
+        points[:, upper] += drop
+        points[:, lower] = torch.lerp(points[:, lower], meeting, shut)
+        points[:, fold] += FOLD_DROP * drop
+
+
+def _look(points: Tensor, change: Tensor) -> None:
+    """Move both irises in place by a change (B, 2) of the gaze, as far as their eyes have room."""
+    change = change * _interocular(points)
+    for (centre, rim), iris in zip(EYE_RIMS, (RIGHT_IRIS, LEFT_IRIS), strict=True):
+        corners, lids = (points[:, index_tensor((rim[k], rim[k + 8]), points), :2] for k in (0, 4))  # (B, 2, 2)
+        middle = torch.stack([corners[..., 0].mean(1), lids[..., 1].mean(1)], dim=1)  # (B, 2)
+        size = torch.stack([(ends[:, 0] - ends[:, 1]).norm(dim=-1) for ends in (corners, lids)], dim=1)
+        room, offset = size * size.new_tensor(MAX_GAZE), points[:, centre, :2] - middle
+        low, high = (-room - offset).clamp_max(0), (room - offset).clamp_min(0)
+        points[:, index_tensor(iris, points), :2] += torch.minimum(torch.maximum(change, low), high)[:, None]
+
+
+def _slant(points: Tensor, change: Tensor) -> None:
+    """Raise a corner of the mouth in place and lower the other one, each by half a change (B,) of the slant."""
+    distance = _interocular(points)  # (B, 1)
+    shift = distance[:, 0] / 2 * change.sign() * (change.abs() - MIN_SLANT).clamp_min(0)  # (B,)
+    left, right = (
+        torch.exp(-(points - points[:, corner : corner + 1]).square().sum(-1) / (2 * (SLANT_REACH * distance).square()))
+        for corner in MEASURE_POINTS.mouth_corners
+    )  # (B, 478) each
+    points[..., 1] += (right - left) * shift[:, None]
+
+
+def _interocular(points: Tensor) -> Tensor:
+    """Return the distance between the middles of the eyes, (B, 1)."""
+    left, right = (points[:, index_tensor(corners, points)].mean(1) for corners in MEASURE_POINTS.eye_corners)
+    return (left - right).norm(dim=-1, keepdim=True)

@@ -1,0 +1,148 @@
+"""Winks, gaze and slanted mouths: how they are measured, and what they do to the landmarks and to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES, MEASURE_NAMES, compute_measures
+from export3d_cli.core.face.landmarks import (
+    CHIN,
+    EYE_RIMS,
+    EYELID_FOLDS,
+    LEFT_IRIS,
+    MEASURE_POINTS,
+    NUM_LANDMARKS,
+    RIGHT_IRIS,
+)
+from export3d_cli.core.model.export3d import Export3D
+from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
+from export3d_cli.core.model.measured_motion import (
+    MIN_SLANT,
+    NUM_MEASURES,
+    apply_measures,
+    measure,
+    measure_basis,
+)
+
+
+def expression(right: float, left: float) -> Tensor:
+    """Return beta (1, 64) with these openings of the eyes."""
+    beta = torch.zeros(1, 64)
+    for side, opening in (("Right", right), ("Left", left)):
+        beta[0, BETA_NAMES.index(f"eyeOpening{side}")] = opening
+    return beta
+
+
+def openings(points: Tensor) -> list[float]:
+    """Return how far the right and the left eye are open, in eye widths."""
+    return [float(eye_opening(points, side)) for side in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("right", "left", "wink"),
+    [(0.1, 0.04, 1), (0.04, 0.1, -1), (0.15, 0.15, 0), (0.16, 0.14, 0), (0.03, 0.0, 0), (0.15, 0.1, 0.6)],
+)
+def test_measure_tells_the_eye_that_is_shut_alone(right: float, left: float, wink: float) -> None:
+    """The first is a wink as trackers see it; a blink and unequal eyes are none."""
+    assert float(measure(expression(right, left))[0, 0]) == pytest.approx(wink, abs=0.15)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_wink_shuts_one_eye_and_keeps_the_other_one_open(points: Tensor, side: int) -> None:
+    """Lambda narrows both eyes where one winks."""
+    narrowed, sign = points.clone(), (-1.0, 1.0)[side]
+    for eye in (0, 1):
+        upper, lower = (list(rim[1:-1]) for rim in eyelid_rims(eye))
+        narrowed[:, upper] = torch.lerp(narrowed[:, upper], narrowed[:, lower], 0.5)
+    whole, half = openings(points), openings(narrowed)
+    none = torch.zeros(1, NUM_MEASURES)
+    wink = own = torch.tensor([[sign, 0.0, 0.0, 0.0]])
+    shut = apply_measures(narrowed, points, wink, none)
+    assert openings(shut)[side] < 0.01 and openings(shut)[1 - side] == pytest.approx(whole[1 - side], rel=1e-3)
+    fold = EYELID_FOLDS[side][3]
+    assert shut[0, fold, 1] > points[0, fold, 1]  # follows its lid
+    assert torch.equal(shut[:, CHIN], points[:, CHIN])
+    for unchanged in (none, -0.5 * none):
+        assert openings(apply_measures(narrowed, points, unchanged, none)) == half
+    assert openings(apply_measures(points, points, own, own)) == whole  # the photo winks, and so does the driver
+    assert (
+        openings(apply_measures(points, points, none, own)) == whole
+    )  # a photo that winks gives no wink of the other eye
+
+
+def test_drive_by_a_wink_moves_the_lids_alone(tiny: Export3D, points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """With the wink left out, as training on lambda alone does, both eyes move alike."""
+    assert tiny.flow is not None
+    tiny.flow.basis.normal_(std=1e-3)
+    with torch.no_grad():
+        source = tiny.encode_source(torch.rand(1, 3, 64, 64) * 2 - 1, expression(0.15, 0.15), orbit(0), points)
+        lam = tiny.coefficients(expression(0.1, 0.03))
+        assert lam.shape == source.coefficients.shape == (1, 10 + NUM_MEASURES)
+        assert float(lam[0, 10]) == 1 and float(source.measures[0, 0]) == 0
+        lam[:, 11:] = source.measures[:, 1:]  # no gaze, no slant
+        posed = [tiny.pose_head(source, x) for x in (lam, lam[:, :10])]
+        wink, plain = (x.mesh.points[:, :NUM_LANDMARKS] for x in posed if x.mesh is not None)
+    moved = (wink - plain).norm(dim=-1)[0] > 1e-6
+    lids = {v for side in (0, 1) for rim in (*eyelid_rims(side), EYELID_FOLDS[side]) for v in rim}
+    assert int(moved.sum()) >= 7 and set(moved.nonzero()[:, 0].tolist()) <= lids
+    assert openings(wink)[1] < 0.01 < openings(plain)[1]
+    assert torch.equal(posed[0].planes, posed[1].planes)
+
+
+def moved_points(points: Tensor, **changes: float) -> Tensor:
+    """Return the landmarks with measures by these changes of entries of beta."""
+    beta = torch.zeros(1, 64)
+    for name, value in changes.items():
+        beta[0, BETA_NAMES.index(name)] = value
+    return apply_measures(points, points, measure(beta), measure(torch.zeros(1, 64)))
+
+
+def read(points: Tensor) -> dict[str, float]:
+    return dict(zip(MEASURE_NAMES, compute_measures(points.double().numpy())[0], strict=True))
+
+
+def test_gaze_moves_both_irises_alone_and_stays_in_the_eyes(points: Tensor) -> None:
+    moved = moved_points(points, irisXLeft=0.02, irisXRight=0.02, irisYLeft=-0.01, irisYRight=-0.01)
+    irises = [*RIGHT_IRIS, *LEFT_IRIS]
+    assert set((moved != points).any(-1)[0].nonzero()[:, 0].tolist()) == set(irises)
+    before, after = read(points), read(moved)
+    for side in ("Left", "Right"):
+        assert after[f"irisX{side}"] - before[f"irisX{side}"] == pytest.approx(0.02, rel=0.02)
+        assert after[f"irisY{side}"] - before[f"irisY{side}"] == pytest.approx(-0.01, rel=0.02)
+    for far in (-1.0, 1.0):
+        moved = moved_points(points, irisXLeft=far, irisXRight=far, irisYLeft=far, irisYRight=far)
+        for centre, rim in EYE_RIMS:
+            low, high = moved[0, list(rim), :2].amin(0), moved[0, list(rim), :2].amax(0)
+            assert (moved[0, centre, :2] > low).all() and (moved[0, centre, :2] < high).all()
+
+
+@pytest.mark.parametrize("slant", [0.06, -0.06])
+def test_slant_raises_one_corner_of_the_mouth_and_lowers_the_other(points: Tensor, slant: float) -> None:
+    moved = moved_points(points, mouthCornerHeightLeft=slant)
+    before, after = read(points), read(moved)
+    change = {name: after[name] - before[name] for name in MEASURE_NAMES}
+    kept = abs(slant) - MIN_SLANT
+    assert abs(change["mouthCornerHeightLeft"]) == pytest.approx(kept / 2, rel=0.1)
+    assert np.sign(change["mouthCornerHeightLeft"]) == np.sign(slant) == -np.sign(change["mouthCornerHeightRight"])
+    assert max(abs(change[name]) for name in change if "eye" in name or "iris" in name) < 1e-3
+    assert torch.equal(moved_points(points, mouthCornerHeightLeft=MIN_SLANT / 2), points)
+
+
+def test_measures_tell_what_the_basis_does_not(tiny: Export3D, points: Tensor) -> None:
+    """A basis that moves the irises by what beta says leaves nothing to add."""
+    assert tiny.flow is not None
+    tiny.flow.basis.zero_()
+    irises = [*RIGHT_IRIS, *LEFT_IRIS]
+    tiny.flow.basis[0, irises, 0] = 0.109
+    tiny.flow.basis[1, MEASURE_POINTS.mouth_corners[0], 1] = -0.109
+    expected = torch.zeros(10, NUM_MEASURES)
+    expected[0, 1] = expected[1, 3] = 1
+    torch.testing.assert_close(measure_basis(tiny.flow.basis), expected)
+    with torch.no_grad():
+        both = tiny.coefficients(expression(0.1, 0.1))
+        torch.testing.assert_close(both[:, 10:], measure(expression(0.1, 0.1)) - both[:, :10] @ expected)
