@@ -6,7 +6,7 @@ import threading
 
 import click
 
-from export3d_cli import options
+from export3d_cli import core, options
 
 
 @click.command()
@@ -18,8 +18,6 @@ def app(port: int) -> None:
 
     Needs `pip install 'export3d-cli[app]'`. Ctrl-C ends it and deletes all files of its pages.
     """
-    from export3d_cli import core
-
     if importlib.util.find_spec("gradio") is None:
         raise core.InputError("the page needs gradio, which is not installed: run pip install 'export3d-cli[app]'")
     from export3d_cli.app import serve

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command()
@@ -33,7 +33,5 @@ def look(
     draws no wrinkles that the photo does not show. Hair keeps its cut. The same changes are the option --look of
     reenact, novel-view, edit-basis and live.
     """
-    from export3d_cli import core
-
     job = core.PortraitOptions(look=core.Look(age, weight, hair, beard), **chosen)
     console.run(core.write_look, source, output, job, as_json=as_json)

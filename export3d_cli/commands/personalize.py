@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command()
@@ -33,8 +33,6 @@ def personalize(source: Path, output: Path, as_json: bool, **chosen: Any) -> Non
     Frames show SRC. Teeth, shut eyes and the far cheek come from the other photos, and the expressions are fitted to
     the person. The file shows a real person: make and share it only if they agree.
     """
-    from export3d_cli import core
-
     if chosen["video"] is None:
         options.refuse_unused({"frames", "start", "duration"}, "photos alone (add --video)")
     job = core.PersonalizeOptions(**chosen)

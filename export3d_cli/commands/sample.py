@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from export3d_cli import console, options
+from export3d_cli import console, core, options
 
 
 @click.command("sample")
@@ -35,8 +35,6 @@ def sample(output: Path, weights: str, as_json: bool, **values: Any) -> None:
     A face sampled from a model of rendered heads (CC0) gets hair and clothes of one of them. No photo of a person was
     used.
     """
-    from export3d_cli import core
-
     if values["mix"] is not None:
         options.refuse_unused({"seed", "age"}, "--mix")
     else:

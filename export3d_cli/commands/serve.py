@@ -5,7 +5,7 @@ import re
 
 import click
 
-from export3d_cli import options
+from export3d_cli import core, options
 
 
 @click.command()
@@ -27,8 +27,6 @@ def serve(port: int, host: str, token: str | None) -> None:
 
     Needs `pip install 'export3d-cli[serve]'`. Ctrl-C ends it and deletes all files.
     """
-    from export3d_cli import core
-
     if not (importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn")):
         raise core.InputError("the API needs FastAPI, which is not installed: run pip install 'export3d-cli[serve]'")
     if token is not None and not re.fullmatch("[!-~]{16,}", token):
