@@ -170,10 +170,9 @@ class Animator:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
-    def from_weights(
-        cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto", batch: int = 0,
-        quality: Quality = "balanced", threads: int | None = None,
-    ) -> Animator:  # fmt: skip
+    def from_weights(cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto",
+                     batch: int = 0, quality: Quality = "balanced",
+                     threads: int | None = None) -> Animator:  # fmt: skip
         """Load weights by name, path or `hf:owner/repo`; None loads the embedded ones. Raises `WeightsError`."""
         if threads is not None:
             raise ConfigError(
@@ -210,11 +209,10 @@ class Animator:
             self._trackers[name] = open_tracker(name, device=str(self.device), threads=threads)
         return self._trackers[name]
 
-    def portrait(
-        self, photo: np.ndarray | Person, *, face: str = "largest", framing: Framing = "photo", crop: Crop = "auto",
-        size: int = 0, name: str = "the photo", also: Mapping[str, np.ndarray] | None = None,
-        force: bool = False, landmarks: np.ndarray | None = None,
-    ) -> Portrait:  # fmt: skip
+    def portrait(self, photo: np.ndarray | Person, *, face: str = "largest", framing: Framing = "photo",
+                 crop: Crop = "auto", size: int = 0, name: str = "the photo",
+                 also: Mapping[str, np.ndarray] | None = None, force: bool = False,
+                 landmarks: np.ndarray | None = None) -> Portrait:  # fmt: skip
         """Find a face in a photo, uint8 (H, W, 3) RGB or a person file's, and encode the crop around it.
 
         `face` is largest, left, right, or index:N, the N-th from the left, from 0. Frames show all of the photo or,
@@ -314,11 +312,9 @@ class Animator:
         together = torch.cat(stacked).contiguous(memory_format=torch.channels_last)
         return self._encode(replace(portrait, others=tuple(others), padded=together), portrait.precision)
 
-    def animate(
-        self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
-        reference: Motion | None = None, edit: EditedExpression | None = None, notify: Notify | None = None,
-        layers: bool = False,
-    ) -> Generator[Any, None, None]:  # fmt: skip
+    def animate(self, portrait: Portrait, motions: Iterable[Motion], *, control: Control | None = None,
+                reference: Motion | None = None, edit: EditedExpression | None = None, notify: Notify | None = None,
+                layers: bool = False) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait with the expressions and cameras of a driver: frames uint8 (H, W, 3), in order.
 
         The chunking of the driver's frames into `motions` has no effect: they are rendered `chunk_size` at a time, and
@@ -355,10 +351,8 @@ class Animator:
 
         return chain_parallel(parts(), self.workers)
 
-    def view(
-        self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None,
-        notify: Notify | None = None, layers: bool = False,
-    ) -> Generator[Any, None, None]:  # fmt: skip
+    def view(self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None,
+             notify: Notify | None = None, layers: bool = False) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait from cameras (T, 25): frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
         `beta` are expressions (1, 64) or (T, 64), None: the portrait's. `notify` and `layers` are as in `animate`.
@@ -438,11 +432,9 @@ class Animator:
         alpha = self.matting.alpha(small, face.faces, hair_strands=True)[None, None]
         landmarks = landmarks_to_head_frame(face.motion.landmarks, face.motion.camera)
         with torch.inference_mode(), autocast(self.device, precision):
-            return model.encode_source(
-                to_tensor(small)[None].to(self.device), self._tensor(face.motion.beta),
-                self._tensor(face.motion.camera), self._tensor(landmarks), self._tensor(alpha),
-                self._tensor(np.array([face.covered])), first,
-            )  # fmt: skip
+            return model.encode_source(to_tensor(small)[None].to(self.device), self._tensor(face.motion.beta),
+                                       self._tensor(face.motion.camera), self._tensor(landmarks), self._tensor(alpha),
+                                       self._tensor(np.array([face.covered])), first)  # fmt: skip
 
     def _check_owner(self, portrait: Portrait) -> None:
         if next(portrait.model.parameters()) is not next(self.model.parameters()):  # which all its networks share
@@ -464,20 +456,17 @@ class Animator:
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             return portrait.model.pose_head(portrait.source, lam)
 
-    def _render(
-        self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
-        planes: Tensor | None = None,
-    ) -> tuple[Output, PosedHead]:  # fmt: skip
+    def _render(self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
+                planes: Tensor | None = None) -> tuple[Output, PosedHead]:  # fmt: skip
         """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
         model, source = portrait.model, portrait.source.expand(len(cameras))
         # larger frames need a larger mesh, up to twice: otherwise the outline shows steps
         scale = np.clip(len(portrait.crop) / model.config.image_size, 1, 2)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
-            output = model.drive(
-                source, lam, self._tensor(cameras), posed=posed, **self._sampling,
-                mesh_size=int(scale * model.config.mesh_size), face_only=self.device.type == "cpu",
-            )  # fmt: skip
+            output = model.drive(source, lam, self._tensor(cameras), posed=posed, **self._sampling,
+                                 mesh_size=int(scale * model.config.mesh_size),
+                                 face_only=self.device.type == "cpu")  # fmt: skip
         return output, posed
 
     def _extend_flow(
@@ -491,10 +480,8 @@ class Animator:
         head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
         face = output.opacity if output.face is None else output.face
         photo_face = torch.zeros_like(face) if source.proximity is None else (source.proximity > 0.999).float()
-        return extend_flow(
-            points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv, head_weight,
-            face, photo_face, torso, output.windows,
-        )  # fmt: skip
+        return extend_flow(points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv,
+                           head_weight, face, photo_face, torso, output.windows)  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         array = np.ascontiguousarray(array, dtype=np.float32)
@@ -508,10 +495,8 @@ class Animator:
 class _Renderer:
     """Renders the frames of one iteration, and holds all state that passes between its batches."""
 
-    def __init__(
-        self, animator: Animator, portrait: Portrait, notify: Notify | None, layers: bool = False,
-        torso: float | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, animator: Animator, portrait: Portrait, notify: Notify | None, layers: bool = False,
+                 torso: float | None = None) -> None:  # fmt: skip
         animator._check_owner(portrait)
         self._animator, self._portrait, self._notify = animator, portrait, notify or (lambda note: None)
         self._as_layers, self._torso = layers, torso
@@ -534,9 +519,8 @@ class _Renderer:
             planes = None if self._interpolator is None else self._interpolator(lam[part, :n])
             yield from self.render(cameras[part], lam[part], planes=planes)
 
-    def render(
-        self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None, planes: Tensor | None = None
-    ) -> Iterator[Iterable[Any]]:  # fmt: skip
+    def render(self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None,
+               planes: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
         """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`."""
         portrait, size = self._portrait, len(self._portrait.crop)
 

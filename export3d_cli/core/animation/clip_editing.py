@@ -58,10 +58,8 @@ class ClipRow(NamedTuple):
     strength: float = 1.0  # of the edit or of the driver, [0, 1]
 
 
-def edit_clip(
-    animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *, driver: Path | None = None,
-    progress: Progress | None = None,
-) -> Summary:  # fmt: skip
+def edit_clip(animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *,
+              driver: Path | None = None, progress: Progress | None = None) -> Summary:  # fmt: skip
     """Edit the expression of a face in the video `clip`: the result has its size, its exact rate and its sound.
 
     A driver changes the regions that it drives; if its sound drives, the result has it. Controls hold their values in
@@ -83,10 +81,9 @@ def edit_clip(
 
         def track(path: Path, options: ReenactOptions, is_repeated: bool) -> DriverStream:
             cache = stack.enter_context(TrackCache()) if is_repeated else None
-            return stack.enter_context(DriverStream(
-                path, animator.tracker(options.tracker), options, batch=animator.chunk_size, crop_scale=CROP_SCALE[0],
-                track_cache=cache,
-            ))  # fmt: skip
+            return stack.enter_context(DriverStream(path, animator.tracker(options.tracker), options,
+                                                    batch=animator.chunk_size, crop_scale=CROP_SCALE[0],
+                                                    track_cache=cache))  # fmt: skip
 
         stream = track(clip, of_clip, length == "driver")
         fps, total, fade = stream.fps, stream.total, max(1, round(FADE_S * stream.fps))
@@ -114,26 +111,21 @@ def edit_clip(
         if options.lips_shut_when_silent:
             editor.silent = find_silence(audio, fps, audio_start)
         items = islice(zip(frames, rows, driver_rows, strict=False), options.max_frames)
-        count = write_video(
-            edit_frames(items, editor, stream, min(animator.batch, MAX_BATCH)), out, options,
-            lambda item: add_watermark(item[0]) if item[1] else item[0],
-            size=(reader.info.width, reader.info.height), fps=fps, depth=MAX_BATCH,
-            total=min(total, options.max_frames or total), progress=progress, audio=audio, audio_start=audio_start,
-        )  # fmt: skip
-    return Summary(
-        out, count, stream.missing, fps, time.monotonic() - began, animator.device_name,
-        (*stream.notes, *notes, *editor.notes),
-    )  # fmt: skip
+        count = write_video(edit_frames(items, editor, stream, min(animator.batch, MAX_BATCH)), out, options,
+                            lambda item: add_watermark(item[0]) if item[1] else item[0],
+                            size=(reader.info.width, reader.info.height), fps=fps, depth=MAX_BATCH,
+                            total=min(total, options.max_frames or total), progress=progress, audio=audio,
+                            audio_start=audio_start)  # fmt: skip
+    return Summary(out, count, stream.missing, fps, time.monotonic() - began, animator.device_name,
+                   (*stream.notes, *notes, *editor.notes))  # fmt: skip
 
 
 def options_of_clip(options: ReenactOptions, driver: Path | None) -> ReenactOptions:
     """Return the options by which the clip is tracked; without a driver, start and duration are the clip's."""
     if driver is not None:
         options = replace(options, start=0.0, duration=None)
-    return replace(
-        options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute", max_frames=None,
-        relative_expression=False, drive_by="auto", text=None,
-    )  # fmt: skip
+    return replace(options, driver_face=options.face, tracker="landmarker", on_missing="hold", pose="absolute",
+                   max_frames=None, relative_expression=False, drive_by="auto", text=None)  # fmt: skip
 
 
 def edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> set[str]:
@@ -232,10 +224,8 @@ class ClipEditor:
         portrait = self._animator.portrait_from_motion(crop, motion)
         self._hold, self._notes = hold_expression(self._animator, portrait, self._options.expression)
 
-    def __call__(
-        self, frames: Sequence[np.ndarray], rows: Sequence[ClipRow], driver: Sequence[ClipRow | None],
-        numbers: Sequence[int],
-    ) -> list[np.ndarray]:  # fmt: skip
+    def __call__(self, frames: Sequence[np.ndarray], rows: Sequence[ClipRow], driver: Sequence[ClipRow | None],
+                 numbers: Sequence[int]) -> list[np.ndarray]:  # fmt: skip
         """Return the edited frames, uint8 (H, W, 3); `numbers` are theirs in the result."""
         faces = FaceWindows.cut(frames, [row.motion for row in rows], self._size)
         detector = self._animator.cover_detector

@@ -4,8 +4,6 @@ Lambda hardly tells the eyes apart and closes both half way, as trackers read a 
 slant of a mouth it shows about half. Numbers next to lambda tell the rest, and move landmarks of eyes and mouth.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
