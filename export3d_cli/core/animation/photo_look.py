@@ -207,14 +207,14 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
     possible = person & ~lower & (prior >= MIN_HAIR_PRIOR)
     lab = cv2.cvtColor(np.float32(small) / 255, cv2.COLOR_RGB2LAB)
     seeds = lab[possible & (prior > 0.5)]
-    if len(seeds) < MIN_HAIR_AREA * lower.sum():
+    if len(seeds) < max(9, MIN_HAIR_AREA * lower.sum()):
         return None
     precision = np.linalg.inv(np.cov(seeds.T) + np.eye(3))
     offset = lab - np.median(seeds, axis=0)
     alike = np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < MAX_HAIR_DISTANCE**2
     labels = np.where(possible, np.where((prior > 0.5) | alike, cv2.GC_PR_FGD, cv2.GC_PR_BGD), cv2.GC_BGD)
     labels = labels.astype(np.uint8)
-    cv2.setRNGSeed(0)
+    cv2.setRNGSeed(0)  # of this thread; nothing else of this package draws from it
     cv2.grabCut(small, labels, [0, 0, 1, 1], np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
     found = (labels == cv2.GC_PR_FGD).astype(np.uint8)
     count, parts, stats, _ = cv2.connectedComponentsWithStats(found)
@@ -252,7 +252,7 @@ def _grow_beard(
     cover = skin.sample(density, FACE_HALF) * skin.mask * strength
     shade = cv2.GaussianBlur(part.mean(-1), (0, 0), 0.1 * skin.unit)
     face = skin.mask > 0.5
-    colour = np.array([40.0, 32.0, 28.0])
+    colour = 0.25 * np.median(part[face], axis=0) if face.any() else np.zeros(3)
     if hair is not None:
         colour = np.minimum((part * hair[..., None]).sum((0, 1)) / hair.sum() * 0.8, 90)
     light = shade / max(1.0, float(shade[face].mean()) if face.any() else 1.0)

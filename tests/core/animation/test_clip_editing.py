@@ -15,6 +15,7 @@ import pytest
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.clip_editing import edit_clip
 from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit
+from export3d_cli.core.animation.look import Look
 from export3d_cli.core.animation.options import ReenactOptions, choose_sound
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.animation.retouching import WINDOW_SCALE
@@ -128,6 +129,7 @@ def test_a_clip_on_its_side_is_edited_as_the_upright_one(animator: Animator, cli
     ("options", "words"),
     [
         ({"compare": True, "framing": "face"}, "leave out --frame, --compare"),
+        ({"look": Look(age=5)}, "leave out --look"),
         ({"drive": ("head", "mouth")}, "leave head out"),
         ({"drive": ("head",)}, "leave head out"),
         ({"scales": (("all", 0.0),)}, None),

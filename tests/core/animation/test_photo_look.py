@@ -14,6 +14,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.look import RANGES, Look
 from export3d_cli.core.animation.options import PortraitOptions
+from export3d_cli.core.animation.person import Person, fingerprint
 from export3d_cli.core.animation.photo_look import change_look, spread
 from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.evaluation.face_embedding import load_embedder
@@ -171,6 +172,13 @@ def test_portrait_of_a_photo_shows_the_look(animator: Animator, photo: np.ndarra
     own = portrait.motion.landmarks[0, JAW_CORNERS, 0]
     other = portrait.others[0].motion.landmarks[0, JAW_CORNERS, 0]
     assert np.ptp(own) == pytest.approx(np.ptp(other), rel=0.02)
+
+
+def test_person_file_keeps_its_look(animator: Animator, photo: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "me.safetensors"
+    Person((photo,), {}, fingerprint(animator.fp32_model), {}).save(path)
+    with pytest.raises(InputError, match="is tuned to the person's own look"):
+        load_photo(animator, path, PortraitOptions(look=Look(age=5)))
 
 
 def test_command_writes_a_marked_photo_of_the_same_size(tmp_path: Path, photo: np.ndarray) -> None:
