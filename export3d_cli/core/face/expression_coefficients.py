@@ -63,7 +63,7 @@ def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS
         *(gap([corner], [indices.nose_base]) for corner in indices.mouth_corners),
         *(gap(*lids) for lids in indices.eyelids),
     ]
-    for iris, eye in zip(indices.irises or (), (left, right), strict=False):
+    for iris, eye in zip(indices.irises, (left, right), strict=False):
         columns += [*((points[:, iris] - eye)[:, :2] / interocular[:, None]).T]
     return np.stack(columns, axis=1)
 

@@ -73,7 +73,7 @@ class MeasurePoints(NamedTuple):
     mouth_corners: tuple[int, int]
     nose_base: int  # still while the mouth moves
     eyelids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # left, right: (upper lid, lower lid)
-    irises: tuple[int, int] | None  # centres
+    irises: tuple[int, ...] = ()  # centres
 
 
 MEASURE_POINTS = MeasurePoints(
@@ -90,5 +90,4 @@ IBUG68_MEASURE_POINTS = MeasurePoints(
     mouth_corners=(54, 48),
     nose_base=33,
     eyelids=(((43, 44), (46, 47)), ((37, 38), (40, 41))),
-    irises=None,
 )
