@@ -40,7 +40,8 @@ def measure(beta: Tensor) -> Tensor:
 
 def measure_basis(basis: Tensor) -> Tensor:
     """Return the same measures of displacement fields (n, 478, 3), of a frontal face: (n, 4), no wink."""
-    corners, irises = (index_tensor(x, basis) for x in (sum(MEASURE_POINTS.eye_corners, ()), MEASURE_POINTS.irises))
+    corners = index_tensor(sum(MEASURE_POINTS.eye_corners, ()), basis)
+    irises = index_tensor((LEFT_IRIS[0], RIGHT_IRIS[0]), basis)
     gaze = (basis[:, irises].mean(1) - basis[:, corners].mean(1))[:, :2]
     left, right = MEASURE_POINTS.mouth_corners
     slant = (basis[:, right, 1] - basis[:, left, 1])[:, None]
