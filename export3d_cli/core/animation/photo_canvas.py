@@ -27,8 +27,10 @@ HOLE_ALPHA = 0.03  # alpha from which a pixel does not show the background
 HOLE_MARGIN = 0.02  # crop sides around the person that its colours reach: 2 pixels at least
 LOOSE_HAIR_MARGIN_PX = 3  # around loose hair, which is removed from the background
 BORDER_SLOPE = 0.45  # largest displacement towards a border that cuts the person, over the distance from it
-BORDER_WINDOW = 0.4  # crop sides, averaged twice, along a border for the fraction of it that cuts the person ...
-BORDER_FADE = (0.5, 1.0)  # ... and fractions over which the displacement becomes limited
+# Crop sides along a border, averaged twice, for the fraction of it that cuts the person, and fractions over which the
+# displacement becomes limited: of the head, which may leave the border, and of the body, which must not.
+HEAD_BORDER, BODY_BORDER = (0.4, (0.5, 1.0)), (0.1, (0.05, 0.5))
+BODY_FADE = (0.7, 0.9)  # heights in the crop over which left and right borders cut the body instead of the head
 EXTENSION = 0.06  # crop sides beyond the photo over which a person that its border cuts ends in a rounded outline
 CUT_BAND = 0.005  # fraction of the photo's side next to its border where a cut head is looked for
 CUT_ALPHA = 0.1  # mean alpha in the band from which the head counts as cut
@@ -215,14 +217,17 @@ def _border_room(alpha: np.ndarray, square: Square) -> np.ndarray:
     """
     x0, y0, side = square
     centres = (np.arange(FLOW_SIZE, dtype=np.float32) + 0.5) * CELL - WINDOW_MARGIN
-    room = []
-    for start, along, edges in ((x0, y0, alpha[:, [0, -1]]), (y0, x0, alpha[[0, -1]].T)):
+    room, below = [], smooth_step(centres, *BODY_FADE)[:, None]
+    for start, along, edges, body in ((x0, y0, alpha[:, [0, -1]], below), (y0, x0, alpha[[0, -1]].T, np.arange(2))):
         length = alpha.size // len(edges)  # between the two borders, pixels
-        window = 2 * round(BORDER_WINDOW * side / 2) + 1
-        cut = np.ascontiguousarray(edges)
-        for _ in range(2):
-            cut = cv2.blur(cut, (1, window), borderType=cv2.BORDER_REPLICATE)
-        cut = smooth_step(cut[(along + side * centres).astype(int).clip(0, len(cut) - 1)], *BORDER_FADE)  # (n, 2)
+        cells = (along + side * centres).astype(int).clip(0, len(edges) - 1)
+        cuts = []
+        for size, fade in (HEAD_BORDER, BODY_BORDER):
+            window, cut = (1, 2 * round(size * side / 2) + 1), np.ascontiguousarray(edges)
+            for _ in range(2):
+                cut = cv2.blur(cut, window, borderType=cv2.BORDER_REPLICATE)
+            cuts.append(smooth_step(cut[cells], *fade))  # (n, 2)
+        cut = np.maximum(cuts[0], body * cuts[1])
         distance = np.stack([start / side + centres, (length - start) / side - centres])  # (2, n)
         room.append(1 - cut.T[..., None] + BORDER_SLOPE * distance.clip(1e-3)[:, None])
     (left, right), (up, down) = room[0], room[1].transpose(0, 2, 1)

@@ -95,6 +95,14 @@ def test_head_that_a_border_cuts_ends_in_a_rounded_outline(photo: np.ndarray) ->
     assert min(left) == left[len(left) // 2] and left[0] > 25 < left[-1]
 
 
+def test_shoulder_that_a_border_cuts_stays_there() -> None:
+    photo = np.zeros((H, W, 3), np.uint8)
+    photo[150:, :160] = 220  # reaches the left and the lower border
+    frame = PhotoCanvas.from_photo(photo, (10.0, 60.0, 80.0), disc_alpha).compose(layers(0.2, -0.1))
+    assert (frame[152:, :160, 0] > 128).all()
+    assert (frame[145, 30:130, 0] > 128).all()  # away from the borders it moves
+
+
 def test_person_next_to_a_border_leaves_it(photo: np.ndarray) -> None:
     canvas = PhotoCanvas.from_photo(np.roll(photo, -108, axis=1), (-8.0, 60.0, 80.0), disc_alpha)  # 2 pixels from it
     x, _ = centre_of_person(canvas.compose(layers(0.2)))
