@@ -11,7 +11,6 @@ from export3d_cli.core.animation import expression_controls
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.expression_controls import (
     CONTROLS,
-    GAZE_GAIN,
     GAZE_SLOPE,
     ExpressionEdit,
     edit_expression,
@@ -114,8 +113,8 @@ def test_look_at_camera_turns_the_eyes_against_the_head() -> None:
     cameras = np.stack([orbit_camera(*angles) for angles in ((8, 0), (-8, 0), (0, 8), (8, 0))])
     looking = look_at_camera(beta, cameras)
     x, y = CONTROLS["gaze-x"].measure(looking), CONTROLS["gaze-y"].measure(looking)
-    np.testing.assert_allclose(x[1] - x[0], 2 * GAZE_GAIN[0] * GAZE_SLOPE[0] * np.sin(np.radians(8)), rtol=1e-3)
-    np.testing.assert_allclose(y[0] - y[2], GAZE_GAIN[1] * GAZE_SLOPE[1] * np.sin(np.radians(8)), rtol=1e-3)
+    np.testing.assert_allclose(x[1] - x[0], 2 * GAZE_SLOPE[0] * np.sin(np.radians(8)), rtol=1e-3)
+    np.testing.assert_allclose(y[0] - y[2], GAZE_SLOPE[1] * np.sin(np.radians(8)), rtol=1e-3)
     assert x[0] < 0 < x[1]  # a head that is turned to the image's right looks back to the left
     np.testing.assert_array_equal(looking[3], beta[3])  # a blink
     others = [k for region in ("eyes", "brows", "mouth") for k in REGIONS[region]]
