@@ -231,6 +231,8 @@ class Animator:
         if isinstance(photo, Person):
             if also:
                 raise InputError(f"{name} already holds all photos of the person: leave out the additional ones")
+            if face != "largest" or landmarks is not None:
+                raise InputError(f"{name} is tuned to the largest face in it: leave out other faces, and landmarks")
             photo, *more = photo.photos
             also, force = {f"photo {k} in {name}": image for k, image in enumerate(more, 2)}, True
         assert isinstance(tracker, LandmarkerTracker)
@@ -328,25 +330,26 @@ class Animator:
         if control.needs_reference and reference is None:
             raise InputError("relative control needs the driver's reference frame: pass reference=")
         renderer = _Renderer(self, portrait, notify, layers, control.torso)
-        base = None if reference is None else self._coefficients(reference.beta[:1])
+        coefficients = partial(self._coefficients, portrait.model)
+        base = None if reference is None else coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
         own_beta, own, offset = portrait.motion.beta[0], portrait.source.coefficients, None
         if edit is not None:
-            own_beta, own = edit.base.astype(np.float32), self._coefficients(edit.base[None])
-            offset = self._coefficients(edit.beta) - own
+            own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
+            offset = coefficients(edit.beta) - own
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera
 
         def parts() -> Iterator[Iterable[Any]]:
             for beta, camera in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, beta)
-                lam = control.target_expression(own, self._coefficients(beta), base)
+                lam = control.target_expression(own, coefficients(beta), base)
                 lam = lam if offset is None else lam + offset
                 cameras = control.target_cameras(source_camera, camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
                     shown = own_beta + control.expression_scale * (beta - start)
-                    lam = lam + self._coefficients(look_at_camera(shown, cameras)) - self._coefficients(shown)
+                    lam = lam + coefficients(look_at_camera(shown, cameras)) - coefficients(shown)
                 yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
 
         return chain_parallel(parts(), self.workers)
@@ -385,7 +388,7 @@ class Animator:
 
     def coefficients(self, beta: np.ndarray) -> np.ndarray:
         """Return lambda and measures (T, n + 4) of expressions beta (T, 64)."""
-        lam: np.ndarray = self._coefficients(beta).float().cpu().numpy()
+        lam: np.ndarray = self._coefficients(self.model, beta).float().cpu().numpy()
         return lam
 
     def query_field(
@@ -442,15 +445,17 @@ class Animator:
 
     def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:
         """Return coefficients for the network: the portrait's (1, n + 4), or those of expressions beta (T, 64)."""
-        return portrait.source.coefficients if beta is None else self._amplify(portrait, self._coefficients(beta))
+        if beta is None:
+            return portrait.source.coefficients
+        return self._amplify(portrait, self._coefficients(portrait.model, beta))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
         """Return coefficients (B, n + 4) to give to the network, so that its frames show `lam` (B, n + 4)."""
         return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
-    def _coefficients(self, beta: np.ndarray) -> Tensor:
+    def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
-            return self.model.coefficients(self._tensor(beta))
+            return model.coefficients(self._tensor(beta))
 
     def _pose(self, portrait: Portrait, lam: Tensor) -> PosedHead:
         with torch.inference_mode(), autocast(self.device, portrait.precision):

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from export3d_cli import __version__
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import load_photo, read_portrait
-from export3d_cli.core.animation.options import PortraitOptions
+from export3d_cli.core.animation.options import PortraitOptions, ReenactOptions
 from export3d_cli.core.animation.person import Person
 from export3d_cli.core.animation.personalize import PersonalizeOptions, _cut_head, choose_frames, fit_basis, personalize
+from export3d_cli.core.animation.reenact import load_portraits
 from export3d_cli.core.face.face_track import find_photo_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
@@ -73,6 +74,26 @@ def test_person_is_animated_as_its_photo_with_the_other_photos_and_its_own_basis
     motion = animator.portrait(person.photos[1]).motion  # of a frame of the video
     own, alone = (next(animator.animate(p, [motion])) for p in (portrait, animator.portrait(person.photos[0])))
     assert own.shape == alone.shape and not np.array_equal(own, alone)
+
+
+def test_expression_of_the_photo_changes_nothing(animator: Animator, person_file: Path) -> None:
+    """The driver's measures are those beyond the person's own basis, as the photo's are."""
+    portrait = load_photo(animator, person_file, PortraitOptions())
+    assert np.abs(animator.coefficients(portrait.motion.beta) - portrait.source.coefficients.numpy()).max() > 1e-4
+    assert np.abs(animator.expression_change(portrait, portrait.motion.beta)).max() < 1e-6
+    driven, still = (
+        next(animator.animate(portrait, [portrait.motion])), next(animator.view(portrait, portrait.motion.camera)),
+    )  # fmt: skip
+    assert np.abs(driven.astype(int) - still).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ReenactOptions(face="right"), ReenactOptions(face="all"), ReenactOptions(pairs=(("index:1", DRIVE),))],
+)
+def test_person_is_not_put_onto_other_faces(animator: Animator, person_file: Path, options: ReenactOptions) -> None:
+    with pytest.raises(InputError, match=r"person.safetensors is tuned to the largest face in it: leave out other"):
+        load_portraits(animator, person_file, options)
 
 
 def test_kept_photo_is_used_like_the_whole_one(animator: Animator) -> None:
