@@ -26,7 +26,6 @@ from schemathesis import GenerationMode  # noqa: E402
 
 from export3d_cli import server  # noqa: E402
 from export3d_cli.core import Animator, Person, example_path, find_marks, read_image  # noqa: E402
-from export3d_cli.core.animation.person import fingerprint  # noqa: E402
 from export3d_cli.core.face import speech  # noqa: E402
 from export3d_cli.core.media.probe import probe  # noqa: E402
 from export3d_cli.core.media.reader import VideoReader  # noqa: E402
@@ -122,7 +121,7 @@ def test_person_file_stands_for_a_photo(
     client: TestClient, animator: Animator, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("person") / "me.person.safetensors"
-    Person((read_image(example_path("source.jpg")),), {}, fingerprint(animator.fp32_model), {}).save(path)
+    Person((read_image(example_path("source.jpg")),), None, animator.fingerprint, {}).save(path)
     for content, status in ((path.read_bytes(), 201), (path.read_bytes()[:5000], 422)):
         reply = client.post("/portraits", params=SMALL, content=content)
         assert reply.status_code == status, reply.text

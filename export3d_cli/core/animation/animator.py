@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from export3d_cli.core.animation.expression_controls import EditedExpression, look_at_camera
 from export3d_cli.core.animation.framing import MAX_FRAME_SIZE_PX, PHOTO_MARGIN, place_on_canvas
 from export3d_cli.core.animation.options import Crop, Framing, Quality
-from export3d_cli.core.animation.person import Person, apply_person
+from export3d_cli.core.animation.person import Person, apply_person, fingerprint
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pipeline import chain_parallel
 from export3d_cli.core.animation.retargeting import Control
@@ -55,7 +55,7 @@ from export3d_cli.core.runtime.device import (
     pick_precision,
     tune_malloc,
 )
-from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError
+from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights
 
 # Of additional photos, see `similarity`: pairs of one person had 0.6 to 0.94; of 593 pairs of two people 27 % reach it,
@@ -115,7 +115,7 @@ class Portrait(FaceCrop):
     model: Export3D = field(repr=False)  # the network that encoded the crop
     precision: str  # fp32 | bf16 | fp16, which its frames are rendered in
     others: tuple[FaceCrop, ...] = field(default=(), repr=False)  # of additional photos of the person
-    person: Person | None = field(default=None, repr=False)  # whose tensors the network has
+    person: Person | None = field(default=None, repr=False)  # whose basis the network has
 
     @property
     def camera(self) -> np.ndarray:
@@ -150,7 +150,12 @@ class Animator:
     ) -> None:
         self.device, self.precision, self.quality = device, precision, quality
         self.fp32_model = copy_for_inference(model, device)
-        self.model = self._cast(self.fp32_model, precision)
+        self.model = self.fp32_model
+        if precision != "fp32" and device.type == "cpu":  # elsewhere autocast does it
+            self.model = copy_for_inference(self.fp32_model, device)
+            for name, part in self.model.named_children():
+                if name not in FP32_PARTS:
+                    cast_weights(part, precision)
         self.batch = batch or (32 if device.type == "cuda" else 4 // self.workers)
         config, (image_scale, sample_scale) = model.config, RENDER_SCALES[quality]
         samples = round(sample_scale * config.coarse_samples), round(sample_scale * config.fine_samples)
@@ -186,6 +191,11 @@ class Animator:
         precision = pick_precision(precision, torch_device)
         tune_malloc()
         return cls(model, device=torch_device, precision=precision, batch=batch, quality=quality)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of the weights, by which person files know them."""
+        return fingerprint(self.fp32_model)
 
     @property
     def device_name(self) -> str:
@@ -233,11 +243,12 @@ class Animator:
                 raise InputError(f"{name} already holds all photos of the person: leave out the additional ones")
             if face != "largest" or landmarks is not None:
                 raise InputError(f"{name} is tuned to the largest face in it: leave out other faces, and landmarks")
+            photo.check(name, self.model, self.fingerprint)
             photo, *more = photo.photos
-            also, force = {f"photo {k} in {name}": image for k, image in enumerate(more, 2)}, True
+            also, force = {f"photo {k} of {name}": image for k, image in enumerate(more, 2)}, True
         assert isinstance(tracker, LandmarkerTracker)
         if landmarks is None:
-            target = find_photo_face(tracker, photo, name=name, face=face)
+            target = self._find_face(photo, name, person, face)
         else:
             target = tracker.face_at(complete_landmarks(landmarks))
         face_box = _bounding_box(target.landmarks)
@@ -268,6 +279,14 @@ class Animator:
             self._make_canvas(crop, (0.0, 0.0, float(size)), ()), padded, self.model, self.precision,
         ), self.precision)  # fmt: skip
 
+    def _find_face(self, photo: np.ndarray, name: str, person: Person | None, face: str = "largest") -> Face:
+        try:
+            return find_photo_face(self.tracker(), photo, name=name, face=face)
+        except NoFaceError as error:
+            if person is None:
+                raise
+            raise NoFaceError(f"no face found in {name}: make the file again with `export3d personalize`") from error
+
     def _cut_face(
         self, photo: np.ndarray, square: Square, face: Face, size: int
     ) -> tuple[Motion, np.ndarray, np.ndarray]:
@@ -291,9 +310,9 @@ class Animator:
         if self.model.flow is None or portrait.padded is None:
             raise InputError("these weights use one photo: leave out the additional ones")
         padding = (portrait.padded.shape[-1] - len(portrait.crop)) // 2
-        tracker, others, stacked = self.tracker(), list[FaceCrop](), [portrait.padded]
+        others, stacked = list[FaceCrop](), [portrait.padded]
         for name, photo in photos.items():
-            target = find_photo_face(tracker, photo, name=name)
+            target = self._find_face(photo, name, portrait.person)
             square = fit_clip_crop(target.landmarks[None], (photo.shape[1], photo.shape[0]))
             motion, _, padded = self._cut_face(photo, square, target, len(portrait.crop))
             landmarks = self._tensor(landmarks_to_head_frame(motion.landmarks, motion.camera))
@@ -404,21 +423,11 @@ class Animator:
         values = torch.cat(parts).numpy()
         return values[:, :3], values[:, 3]
 
-    def _cast(self, model: Export3D, precision: str) -> Export3D:
-        """Return a network whose weights are in a precision where it matters; it shares those that are fp32."""
-        if precision == "fp32" or self.device.type != "cpu":  # elsewhere autocast does it
-            return model
-        model = copy_for_inference(model, self.device)
-        for name, part in model.named_children():
-            if name not in FP32_PARTS:
-                cast_weights(part, precision)
-        return model
-
     def _encode(self, portrait: Portrait, precision: str) -> Portrait:
         """Return the portrait with its photos encoded, in fp32 where values overflow in half precision."""
         model = self.fp32_model if precision == "fp32" else self.model
         if portrait.person is not None:
-            model = self._cast(apply_person(self.fp32_model, portrait.person), precision)
+            model = apply_person(model, portrait.person)
         source = self._encode_crop(model, precision, portrait)
         if not all(bool(x.isfinite().all()) for x in (source.tokens, *source.stem)):
             if precision == "fp32":
@@ -440,7 +449,8 @@ class Animator:
                                        self._tensor(np.array([face.covered])), first)  # fmt: skip
 
     def _check_owner(self, portrait: Portrait) -> None:
-        if next(portrait.model.parameters()) is not next(self.model.parameters()):  # which all its networks share
+        # which a person's network shares
+        if portrait.model.generator not in (self.model.generator, self.fp32_model.generator):
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
     def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:

@@ -1,7 +1,8 @@
-"""A person file: photos of one person and tensors of the network tuned to them; accepted wherever a photo is."""
+"""A person file: photos of one person and an expression basis tuned to them; accepted wherever a photo is."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -17,7 +18,6 @@ from export3d_cli import __version__
 from export3d_cli.core.media.image import MAX_PIXELS
 from export3d_cli.core.model.checkpoint import read_tensors, write_tensors
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.runtime.device import copy_for_inference
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.files import check_file
 
@@ -25,22 +25,37 @@ FORMAT = "export3d-person-1"
 SUBJECT = "a real person, who must agree to every use"
 MAX_PHOTOS = 12
 MAX_BYTES = 256 * 2**20  # of a file
-_PHOTO, _TUNED = "photo.", "tuned."  # prefixes of the names of tensors
+_PHOTO, _BASIS = "photo.", "tuned.flow.basis"  # names of tensors; photos are numbered
 
 
 @dataclass(frozen=True, eq=False)
 class Person:
-    """Photos of a person, and tensors of the network that were tuned to them; its arrays are read-only."""
+    """Photos of a person, and the expression basis that was tuned to them; its photos are read-only."""
 
     photos: tuple[np.ndarray, ...] = field(repr=False)  # uint8 (H, W, 3) RGB; frames show the first one
-    tuned: Mapping[str, Tensor] = field(repr=False)  # float tensors that replace the network's, by their names in it
+    basis: Tensor | None = field(repr=False)  # float32 (n, 478, 3) instead of the network's `flow.basis`
     weights: str  # `fingerprint` of the weights that it was made with
     made_from: Mapping[str, str]  # sha256 of the files that it was made from, with their names
+
+    def __post_init__(self) -> None:
+        for photo in self.photos:
+            photo.flags.writeable = False
+
+    def check(self, name: str, model: Export3D, weights: str) -> None:
+        """Raise `InputError` unless the file `name` fits a network, whose `fingerprint` is `weights`."""
+        if self.weights != weights:
+            raise InputError(
+                f"{name} was made with other weights: pass those by --weights, or make it again with these by "
+                "`export3d personalize`"
+            )
+        expected = None if model.flow is None else tuple(model.flow.basis.shape)
+        if self.basis is not None and tuple(self.basis.shape) != expected:
+            raise InputError(f"{name} is damaged: the basis is {tuple(self.basis.shape)}, the network's {expected}")
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
         tensors = {f"{_PHOTO}{k}": torch.from_numpy(photo.copy()) for k, photo in enumerate(self.photos)}
-        tensors |= {f"{_TUNED}{name}": value.detach().cpu().contiguous() for name, value in self.tuned.items()}
+        tensors |= {} if self.basis is None else {_BASIS: self.basis}
         header = {
             "format": FORMAT, "shows": SUBJECT, "made_from": json.dumps(self.made_from), "weights": self.weights,
             "version": __version__,
@@ -69,15 +84,14 @@ class Person:
             if not 1 <= len(names) <= MAX_PHOTOS:
                 raise ValueError(f"it must hold 1 to {MAX_PHOTOS} photos, got {len(names)}")
             photos = tuple(_check_photo(tensors.pop(name)) for name in names)
-            tuned = {name.removeprefix(_TUNED): value for name, value in tensors.items() if name.startswith(_TUNED)}
-            if len(tuned) < len(tensors) or not all(x.is_floating_point() for x in tuned.values()):
-                raise ValueError("it holds other tensors than photos and tuned ones")
-            tuned = {name: value.float() for name, value in tuned.items()}
-            if not all(bool(value.isfinite().all()) for value in tuned.values()):
-                raise ValueError("it contains values that are not finite")
+            basis = tensors.pop(_BASIS, None)
+            if tensors or (basis is not None and basis.dtype != torch.float32):
+                raise ValueError("it holds other tensors than photos and a basis")
+            if basis is not None and not basis.isfinite().all():
+                raise ValueError("its basis contains values that are not finite")
         except (KeyError, ValueError, TypeError, RuntimeError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({str(error)[:200]}): {remedy}") from error
-        return cls(photos, tuned, header["weights"], made_from)
+        return cls(photos, basis, header["weights"], made_from)
 
 
 def is_person_file(path: Path) -> bool:
@@ -102,27 +116,13 @@ def fingerprint(model: Export3D) -> str:
 
 
 def apply_person(model: Export3D, person: Person) -> Export3D:
-    """Return a network in fp32 with the person's tensors, which shares all others with `model`.
-
-    Raises `InputError` if the person file was made with other weights.
-    """
-    if fingerprint(model) != person.weights:
-        raise InputError(
-            "the person file was made with other weights: pass those by --weights, or make it again with these by "
-            "`export3d personalize`"
-        )
-    changed = copy_for_inference(model, next(model.parameters()).device)
-    for name, value in person.tuned.items():
-        owner, _, attribute = name.rpartition(".")
-        try:
-            module = changed.get_submodule(owner)
-            before = getattr(module, attribute)
-        except AttributeError:
-            before = None
-        if not isinstance(before, Tensor) or before.shape != value.shape or not before.is_floating_point():
-            raise InputError(f"the person file is damaged: the network has no {name[:80]!r} {tuple(value.shape)}")
-        moved = value.to(before.device)
-        setattr(module, attribute, moved if attribute in module._buffers else torch.nn.Parameter(moved, False))
+    """Return a network with the person's basis, which shares all other parts with `model`."""
+    if person.basis is None or model.flow is None:
+        return model
+    shared = (*(part for part in model.children() if part is not model.flow), *model.parameters(), *model.buffers())
+    changed = copy.deepcopy(model, {id(part): part for part in shared})
+    assert changed.flow is not None
+    changed.flow.basis = person.basis.to(model.flow.basis.device)
     return changed
 
 

@@ -19,7 +19,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import read_portrait
 from export3d_cli.core.animation.framing import DEFAULT_MAX_SIDE_PX, PHOTO_MARGIN
 from export3d_cli.core.animation.options import Progress, check_overwrite
-from export3d_cli.core.animation.person import MAX_PHOTOS, Person, fingerprint, main_photo
+from export3d_cli.core.animation.person import MAX_PHOTOS, Person, main_photo
 from export3d_cli.core.face.crop import fit_clip_crop
 from export3d_cli.core.face.face_track import Face, TargetFaceTracker, find_photo_face
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
@@ -79,7 +79,7 @@ def personalize(animator: Animator, source: Path, out: Path, options: Personaliz
     also = {name: photo for name, photo in photos.items() if name != str(source)}
     portrait = animator.portrait(photos[str(source)], name=str(source), also=also, force=options.force)
     motions, tracked = [portrait.motion, *(face.motion for face in portrait.others)], 0
-    tracker, kept, tuned, errors = animator.tracker(), dict[str, np.ndarray](), dict[str, Tensor](), (0.0, 0.0)
+    tracker, kept, basis, errors = animator.tracker(), dict[str, np.ndarray](), None, (0.0, 0.0)
     for name, photo in also.items():
         kept[name] = _cut_head(photo, find_photo_face(tracker, photo, name=name))
     if options.video is not None:
@@ -94,12 +94,11 @@ def personalize(animator: Animator, source: Path, out: Path, options: Personaliz
         animator.portrait(photos[str(source)], name=str(source), also={name: cut[nearest]}, force=options.force)
         kept |= {f"{options.video.name} at {float(list(faces)[k] / motion.fps):.2f} s": cut[k] for k in chosen}
         basis, errors = fit_basis(animator, Motion.concatenate(motions))
-        if errors[1] < errors[0]:
-            tuned["flow.basis"] = basis
-        else:
+        if errors[1] >= errors[0]:
+            basis = None
             notes.append(f"{options.video} does not improve the expression basis, which stays as it is")
     files = [source, *options.also, *([] if options.video is None else [options.video])]
-    Person((_shrink(photos[str(source)], DEFAULT_MAX_SIDE_PX), *kept.values()), tuned, fingerprint(animator.fp32_model),
+    Person((_shrink(photos[str(source)], DEFAULT_MAX_SIDE_PX), *kept.values()), basis, animator.fingerprint,
            {file_sha256(path): path.name for path in files}).save(out)  # fmt: skip
     return PersonSummary(
         out, (str(source), *kept), tracked, errors, out.stat().st_size / 1e6, time.monotonic() - began, tuple(notes)

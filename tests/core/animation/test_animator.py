@@ -270,8 +270,13 @@ def test_arrays_of_the_wrong_shape_or_not_finite_are_refused(animator: Animator,
         animator.edit(portrait, NO_CHANGE * np.nan)
 
 
-def test_portrait_of_another_animator_is_refused(tiny_weights: Path, portrait: Portrait) -> None:
+@pytest.mark.parametrize("same_model", [True, False])
+def test_portrait_of_another_animator_is_refused(
+    tiny_weights: Path, animator: Animator, portrait: Portrait, same_model: bool
+) -> None:
     other = Animator.from_weights(tiny_weights, device="cpu", precision="fp32")
+    if same_model:
+        other = Animator(animator.model, device=animator.device, precision="fp32")
     calls = (
         (other.animate, [portrait.motion]), (other.view, portrait.motion.camera), (other.edit, NO_CHANGE),
         (other.query_field, np.zeros((1, 3))),

@@ -17,12 +17,12 @@ from export3d_cli import __version__
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import load_photo, read_portrait
 from export3d_cli.core.animation.options import PortraitOptions, ReenactOptions
-from export3d_cli.core.animation.person import Person
+from export3d_cli.core.animation.person import Person, fingerprint
 from export3d_cli.core.animation.personalize import PersonalizeOptions, _cut_head, choose_frames, fit_basis, personalize
 from export3d_cli.core.animation.reenact import load_portraits
 from export3d_cli.core.face.face_track import find_photo_face
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path, file_sha256
 
 SOURCE, DRIVE = example_path("source.jpg"), example_path("drive.mp4")
@@ -66,12 +66,14 @@ def test_person_is_animated_as_its_photo_with_the_other_photos_and_its_own_basis
     portrait = load_photo(animator, person_file, PortraitOptions())
     assert len(portrait.others) == 2
     assert animator.model.flow is not None and portrait.model.flow is not None
-    torch.testing.assert_close(portrait.model.flow.basis, person.tuned["flow.basis"])
+    torch.testing.assert_close(portrait.model.flow.basis, person.basis)
     assert not torch.equal(portrait.model.flow.basis, animator.model.flow.basis)
     assert portrait.model.generator.state_dict().keys() == animator.model.generator.state_dict().keys()
     shared = zip(portrait.model.parameters(), animator.model.parameters(), strict=True)
     assert all(a is b for a, b in shared)  # only the basis, a buffer, is its own
     motion = animator.portrait(person.photos[1]).motion  # of a frame of the video
+    with pytest.raises(ValueError, match="read-only"):
+        person.photos[1][0] = 0
     own, alone = (next(animator.animate(p, [motion])) for p in (portrait, animator.portrait(person.photos[0])))
     assert own.shape == alone.shape and not np.array_equal(own, alone)
 
@@ -94,6 +96,17 @@ def test_expression_of_the_photo_changes_nothing(animator: Animator, person_file
 def test_person_is_not_put_onto_other_faces(animator: Animator, person_file: Path, options: ReenactOptions) -> None:
     with pytest.raises(InputError, match=r"person.safetensors is tuned to the largest face in it: leave out other"):
         load_portraits(animator, person_file, options)
+
+
+def test_half_precision_shares_the_weights_and_reads_them_once(
+    animator: Animator, person_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[object]()
+    monkeypatch.setattr("export3d_cli.core.animation.animator.fingerprint", lambda m: calls.append(m) or fingerprint(m))
+    half = Animator(animator.fp32_model, device=animator.device, precision="bf16")
+    portrait = half.portrait(read_portrait(person_file))
+    assert len(portrait.others) == 2 and len(calls) == 1
+    assert all(a is b for a, b in zip(portrait.model.parameters(), half.model.parameters(), strict=True))
 
 
 def test_kept_photo_is_used_like_the_whole_one(animator: Animator) -> None:
@@ -150,8 +163,8 @@ def test_interrupt_leaves_nothing(animator: Animator, tmp_path: Path) -> None:
 
 def test_person_of_other_weights_is_refused_in_one_line(animator: Animator, person_file: Path) -> None:
     person = replace(Person.load(person_file), weights="0" * 64)
-    with pytest.raises(InputError, match="made with other weights: pass those by --weights"):
-        animator.portrait(person)
+    with pytest.raises(InputError, match="me was made with other weights: pass those by --weights"):
+        animator.portrait(person, name="me")
     with pytest.raises(InputError, match="already holds all photos of the person"):
         animator.portrait(person, also={"more": person.photos[0]})
 
@@ -168,19 +181,27 @@ def test_person_of_other_weights_is_refused_in_one_line(animator: Animator, pers
         (lambda t, h: t.update({"photo.5": t.pop("photo.1")}), "is damaged"),
         (lambda t, h: t.update({"photo.0": t["photo.0"].float()}), "a photo must be uint8"),
         (lambda t, h: t.update({"photo.0": t["photo.0"][:1]}), "a photo has 512x1 pixels"),
-        (lambda t, h: t.update({"more": torch.zeros(3)}), "other tensors than photos and tuned ones"),
+        (lambda t, h: t.update({"more": torch.zeros(3)}), "other tensors than photos and a basis"),
         (lambda t, h: t.update({"tuned.flow.basis": t["tuned.flow.basis"] * torch.nan}), "not finite"),
         (lambda t, h: t.update({"tuned.flow.basis": t["tuned.flow.basis"].int()}), "other tensors"),
-        (lambda t, h: t.update({"tuned.flow.basis": torch.zeros(3)}), "the network has no 'flow.basis'"),
-        (lambda t, h: t.update({"tuned.flow.triangles": torch.zeros(902, 4)}), "the network has no 'flow.triangles'"),
-        (lambda t, h: t.update({"tuned.__class__": torch.zeros(3)}), "the network has no '__class__'"),
+        (lambda t, h: t.update({"tuned.decoder.bias": torch.zeros(3)}), "other tensors"),
+        (
+            lambda t, h: t.update({"photo.1": torch.zeros_like(t["photo.1"])}),
+            "no face found in photo 2 of .*bad.person.safetensors: make the file again",
+        ),
+        (
+            lambda t, h: t.update({"tuned.flow.basis": torch.zeros(3)}),
+            r"bad.person.safetensors is damaged: the basis is \(3,\), the network's \(\d+, 478, 3\)",
+        ),
+        (lambda t, h: t.update({"tuned.flow.triangles": torch.zeros(902, 4)}), "other tensors"),
+        (lambda t, h: t.update({"tuned.__class__": torch.zeros(3)}), "other tensors"),
     ],
 )
 def test_damaged_and_hostile_files_are_refused(
     animator: Animator, person_file: Path, tmp_path: Path, change: Callable[..., object], message: str
 ) -> None:
     bad = changed(person_file, tmp_path / "bad.person.safetensors", change)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, NoFaceError), match=message):
         load_photo(animator, bad, PortraitOptions())
 
 

@@ -14,7 +14,7 @@ from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.look import RANGES, Look
 from export3d_cli.core.animation.options import PortraitOptions
-from export3d_cli.core.animation.person import Person, fingerprint
+from export3d_cli.core.animation.person import Person
 from export3d_cli.core.animation.photo_look import change_look, spread
 from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.evaluation.face_embedding import load_embedder
@@ -176,7 +176,7 @@ def test_portrait_of_a_photo_shows_the_look(animator: Animator, photo: np.ndarra
 
 def test_person_file_keeps_its_look(animator: Animator, photo: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "me.safetensors"
-    Person((photo,), {}, fingerprint(animator.fp32_model), {}).save(path)
+    Person((photo,), None, animator.fingerprint, {}).save(path)
     with pytest.raises(InputError, match="is tuned to the person's own look"):
         load_photo(animator, path, PortraitOptions(look=Look(age=5)))
 
