@@ -11,7 +11,11 @@ from export3d_cli import console, core, options
 @click.command("sample")
 @click.option("-n", "--count", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Number of pictures.")
 @click.option(
-    "-o", "--output", type=options.OUTPUT_FILE, required=True, help="Picture (.png, .jpg); people/%03d.png for several."
+    "-o",
+    "--output",
+    type=options.OUTPUT_FILE,
+    required=True,
+    help="Picture (.png, .jpg), or people/%03d.png: numbered .png files.",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True,
@@ -27,7 +31,7 @@ from export3d_cli import console, core, options
 @click.option("--weights", metavar="NAME|PATH|hf:OWNER/REPO", default="export3d-sampler", show_default=True,
               help="Weights of the stage sampler.")  # fmt: skip
 @options.watermark_option
-@click.option("--overwrite", is_flag=True, help="Overwrite an existing output file.")
+@click.option("--overwrite", is_flag=True, help="Overwrite an existing picture, but no numbered ones.")
 @options.json_option
 def sample(output: Path, weights: str, as_json: bool, **values: Any) -> None:
     """Write pictures of people who do not exist, 256 x 256, as sources for the other commands.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from export3d_cli.core import find_marks, read_image, resolve_weights
+from export3d_cli.core import InputError, SampleOptions, find_marks, read_image, resolve_weights
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.model.head_sampler import HeadSampler
 from export3d_cli.main import cli
@@ -66,6 +68,9 @@ LARGE = cv2.imencode(".jpg", np.zeros((1040, 1040, 3), np.uint8))[1].ravel()
     [
         ({"years": None}, "'years'"),
         ({"camera": np.zeros((3, 25), np.float32)}, "camera"),
+        ({"camera": np.zeros((97, 25), np.float32)}, "landmarks of exemplar"),
+        ({"landmarks": np.zeros((97, 478, 2), np.float32)}, "landmarks of exemplar"),
+        ({"texture_points": np.full((478, 2), 6e4, np.float32)}, "landmarks of exemplar"),
         ({"shape_mean": np.full((478, 3), np.nan, np.float32)}, "shape_mean"),
         ({"ends": np.full(97, 7, np.int32)}, "pictures"),
         ({"pictures": np.zeros(64, np.uint8), "ends": np.full(97, 64, np.int32)}, "it is no JPEG"),
@@ -86,8 +91,11 @@ def test_damaged_weights_are_refused_in_one_line(
     ("arguments", "code", "message"),
     [
         (("-n", "0", "-o", "a.png"), 2, "0 is not in the range"),
-        (("-n", "2", "-o", "a.png"), 2, "a.png can hold no 2 pictures: name them, for example people/%03d.png"),
-        (("-o", "a.mp4"), 2, "a.mp4 can hold no 1 pictures"),
+        (("-n", "2", "-o", "a.png"), 2, "a.png cannot hold 2 picture(s): give a .png or .jpg for one"),
+        (("-o", "a.mp4"), 2, "a.mp4 cannot hold 1 picture(s)"),
+        (("-n", "2", "-o", "p/%03d.mp4"), 2, "%03d.mp4 cannot hold 2 picture(s)"),
+        (("-n", "2", "-o", "p/%03d.jpg"), 2, "%03d.jpg cannot hold 2 picture(s): give a .png"),
+        (("-o", "p/%03d.png", "--overwrite"), 2, "numbered pictures are never overwritten"),
         (("--age", "150:200", "-o", "a.png"), 2, "age 150:200 cannot be sampled: give "),
         (("--age", "60:30", "-o", "a.png"), 2, "age 60:30 cannot be sampled"),
         (("--at", "0.2", "-o", "a.png"), 2, "--at has no effect with one person: give --mix A B"),
@@ -103,3 +111,18 @@ def test_bad_input_is_one_line(
     result = run(*arguments)
     assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"truncation": math.nan}, "truncation must be 0 to 1.5, got nan"),
+        ({"truncation": math.inf}, "truncation must be 0 to 1.5"),
+        ({"mix": (-1, 2)}, "seed and mix 0 or more"),
+        ({"mix": (1, 2), "age": (20, 30)}, "age has no effect on a mixture"),
+        ({"at": (0.5, math.nan)}, "both ends of at 0 to 1"),
+    ],
+)
+def test_unusable_options_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SampleOptions(**values)

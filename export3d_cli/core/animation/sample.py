@@ -32,16 +32,26 @@ class SampleOptions:
     overwrite: bool = False
     watermark: Watermark = "invisible"
 
+    def __post_init__(self) -> None:
+        numbers = (self.seed, *(self.mix or ()))
+        if self.count < 1 or min(numbers) < 0 or not all(0 <= end <= 1 for end in self.at):
+            raise InputError("count must be 1 or more, seed and mix 0 or more, both ends of at 0 to 1")
+        if not 0 <= self.truncation <= 1.5:
+            raise InputError(f"truncation must be 0 to 1.5, got {self.truncation}")
+        if self.mix and self.age:
+            raise InputError("age has no effect on a mixture: leave out age or mix")
+
 
 def sample(
     out: Path, options: SampleOptions, weights: str = SAMPLER_WEIGHTS, *, progress: Progress | None = None
 ) -> Summary:
     """Write one picture, or several into files numbered as in `people/%03d.png`."""
     began, add_watermark, several = time.monotonic(), get_watermarker(options.watermark), "%" in out.name
-    if not several and (options.count > 1 or not is_image_output(out)):
-        raise InputError(f"{out} can hold no {options.count} pictures: name them, for example people/%03d.png")
-    if not (options.count >= 1 and options.seed >= 0 and 0 <= min(options.at) <= max(options.at) <= 1):
-        raise InputError("count must be 1 or more, seed 0 or more, both ends of at 0 to 1, in ascending order")
+    if not (out.suffix.lower() == ".png" if several else options.count == 1 and is_image_output(out)):
+        hint = "a .png or .jpg for one, FOLDER/%03d.png for several"
+        raise InputError(f"{out} cannot hold {options.count} picture(s): give {hint}")
+    if several and options.overwrite:
+        raise InputError(f"numbered pictures are never overwritten: give {out} another folder, without overwrite")
     check_overwrite(out, options.overwrite)
     sampler = HeadSampler.load(resolve_weights(weights))
 

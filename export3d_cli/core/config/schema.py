@@ -232,7 +232,7 @@ class PoseDebiasConfig:
 class SamplerConfig:
     """Stage `sampler` (beyond the paper), alone in its run: fits a `HeadSampler` in closed form."""
 
-    steps: Count = 1
+    steps = 1  # no key: a closed form
     shapes: Count = 20  # components of the shape
     textures: Count = 80  # components of the texture
     held_out: int = 10  # every n-th head is left out, for measurements; 0: none

@@ -134,11 +134,17 @@ class HeadSampler:
         a, e = self.arrays, face.exemplar
         photo = self._photo(e)
         camera, side = a["camera"][e], photo.shape[0]
-        own, new = (
-            project_points(camera, a["shape_mean"] + np.tensordot(scores, a["shape_basis"], 1))
-            for scores in (a["shape"][e], face.shape)
-        )
-        landmarks = a["landmarks"][e] + (new - own) * side
+        with np.errstate(all="ignore"):
+            own, new = (
+                project_points(camera, a["shape_mean"] + np.tensordot(scores, a["shape_basis"], 1))
+                for scores in (a["shape"][e], face.shape)
+            )
+            landmarks = a["landmarks"][e] + (new - own) * side
+            sets = np.stack([landmarks, a["landmarks"][e], a["texture_points"]])
+            if not ((np.abs(sets) < 10 * MAX_SIDE).all() and (np.ptp(sets, axis=1) > 1).all()):
+                raise WeightsError(
+                    f"the sampler's weights are damaged (landmarks of exemplar {e}): download them again"
+                )
         difference = np.tensordot(face.texture - a["texture"][e], a["texture_basis"], 1).astype(np.float32)
         difference = warp_picture(difference, landmarks, a["texture_points"], side)
         photo = warp_picture(photo.astype(np.float32), landmarks, a["landmarks"][e], side, sharp=True)

@@ -38,11 +38,6 @@ class SamplerStage(Stage):
         self.config, self.datasets = run.config.sampler, datasets
         self.attributes = _read_attributes(self.config.attributes)
 
-    @property
-    def steps(self) -> int:
-        """A closed form has one step."""
-        return 1
-
     def train(self) -> bool:
         """Fit the model and write the weights."""
         arrays, self.values = self.fit()

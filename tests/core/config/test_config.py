@@ -94,6 +94,7 @@ def test_file_overrides_a_training_preset() -> None:
     ("data", "message"),
     [
         ({"leraning_rate": 1}, "unknown key 'leraning_rate'"),
+        ({"sampler": {"steps": 3}}, r"unknown key 'sampler\.steps'"),
         ({"clebs": {"step": 1}}, r"unknown key 'clebs\.step'.*did you mean 'steps'"),
         ({"preset": "huge"}, "preset 'huge' is unknown: choose one of tiny"),
         ({"batch": "many"}, "batch must be int, got 'many'"),
