@@ -54,8 +54,9 @@ def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOpt
         tracker = animator.tracker()
         assert isinstance(tracker, LandmarkerTracker)
         change = partial(change_look, look=options.look, tracker=tracker, matting=animator.matting)
-        photo = change(photo, face=options.face, landmarks=landmarks, name=str(source))
-        also = {name: change(other, name=name) for name, other in also.items()}
+        photo, moved = change(photo, face=options.face, landmarks=landmarks, name=str(source))
+        landmarks = None if landmarks is None else moved
+        also = {name: change(other, name=name)[0] for name, other in also.items()}
     return animator.portrait(photo, name=str(source), face=options.face, framing=options.framing, crop=options.crop,
                              size=size, also=also, force=options.force, landmarks=landmarks)  # fmt: skip
 
@@ -70,9 +71,9 @@ def write_look(source: Path, out: Path, options: PortraitOptions, *, progress: P
         raise InputError("nothing to change: give age, weight, hair or beard")
     photo = main_photo(read_portrait(source))
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, photo.shape[1::-1])
-    photo = change_look(photo, options.look, open_landmarker_tracker(),
-                        PersonMatting(resolve_weights("selfie_segmentation")), face=options.face, landmarks=landmarks,
-                        name=str(source))  # fmt: skip
+    photo, _ = change_look(photo, options.look, open_landmarker_tracker(),
+                           PersonMatting(resolve_weights("selfie_segmentation")), face=options.face,
+                           landmarks=landmarks, name=str(source))  # fmt: skip
     write_image(out, get_watermarker(options.watermark)(photo), comment=SYNTHETIC_COMMENT)
     return Summary(out, 1, 0, Fraction(0), time.monotonic() - began, "cpu")
 

@@ -65,10 +65,11 @@ def _load_basis() -> _Basis:
 
 def change_look(photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matting: PersonMatting, *,
                 face: str = "largest", landmarks: np.ndarray | None = None,
-                name: str = "the photo") -> np.ndarray:  # fmt: skip
-    """Return a photo, uint8 (H, W, 3), with another look of one person; the rest is as for `Animator.portrait`.
+                name: str = "the photo") -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Return a photo, uint8 (H, W, 3), with another look of one person, and that person's landmarks in it.
 
-    Pixels that show neither the person nor what the person uncovers keep their values.
+    The landmarks are (478, 3) in pixels; the arguments are those of `Animator.portrait`. Pixels that show neither the
+    person nor what the person uncovers keep their values.
     """
     target = (find_photo_face(tracker, photo, name=name, face=face) if landmarks is None
               else tracker.face_at(complete_landmarks(landmarks)))  # fmt: skip
@@ -80,7 +81,8 @@ def change_look(photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matti
     basis, rows, columns = _load_basis(), *canvas.window
     points = landmarks_to_head_frame(motion.landmarks, motion.camera)[0]
     change = look.age / 10 * basis.shape[0] + look.weight * basis.shape[1]
-    before, after = (project_points(motion.camera[0], p)[:NUM_MESH_VERTICES] for p in (points, points + change))
+    before, new = (project_points(motion.camera[0], p) for p in (points, points + change))
+    before, after = before[:NUM_MESH_VERTICES], new[:NUM_MESH_VERTICES]
     part, alpha = (
         _move_person(canvas, before, after) if change.any() else (photo[canvas.window], canvas.alpha[canvas.window])
     )
@@ -97,7 +99,9 @@ def change_look(photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matti
         part = _grow_beard(part, skin, basis.beard, look.beard, hair)
     result = photo.copy()
     result[canvas.window] = np.rint(part.clip(0, 255))
-    return result
+    moved = target.landmarks.copy()
+    moved[:, :2] -= side * _shift_at(new, before, after)
+    return result, moved
 
 
 def spread(nodes: np.ndarray, values: np.ndarray, at: np.ndarray, smooth: float, reach: float) -> np.ndarray:
@@ -120,12 +124,17 @@ def spread_affine(nodes: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.n
     return at @ affine[:2] + affine[2] + spread(nodes, values - basis @ affine, at, SMOOTHING, 1.0)
 
 
+def _shift_at(places: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return the way (..., 2) from places of the moved photo to what they show, by landmarks (468, 2)."""
+    unit = np.ptp(after, axis=0).max() / 2
+    return spread(after / unit, before - after, places / unit, FLOW_SMOOTHING, FLOW_REACH)
+
+
 def _move_person(canvas: PhotoCanvas, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the canvas's window, uint8 (h, w, 3), and alpha, with landmarks moved, (468, 2) both in crop units."""
-    unit = np.ptp(after, axis=0).max() / 2
     axis = (np.arange(FLOW_SIZE) + 0.5) * CELL - WINDOW_MARGIN
     grid = np.stack(np.meshgrid(axis, axis), axis=-1)
-    shift = spread(after / unit, before - after, grid / unit, FLOW_SMOOTHING, FLOW_REACH)
+    shift = _shift_at(grid, before, after)
     nothing = np.zeros((FLOW_SIZE, FLOW_SIZE), np.float32)
     blank = np.zeros((1, 1, 3), np.uint8)
     colours, alpha = canvas.person(FrameLayers(blank, shift, nothing, VolumeRender(blank, nothing, nothing, 1.0)))

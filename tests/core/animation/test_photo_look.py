@@ -36,7 +36,7 @@ def photo() -> np.ndarray:
 
 
 def change(photo: np.ndarray, **values: float | str) -> np.ndarray:
-    return change_look(photo, Look(**values), TRACKER, MATTING)  # type: ignore[arg-type]
+    return change_look(photo, Look(**values), TRACKER, MATTING)[0]  # type: ignore[arg-type]
 
 
 def landmarks(photo: np.ndarray) -> np.ndarray:
@@ -172,6 +172,18 @@ def test_portrait_of_a_photo_shows_the_look(animator: Animator, photo: np.ndarra
     own = portrait.motion.landmarks[0, JAW_CORNERS, 0]
     other = portrait.others[0].motion.landmarks[0, JAW_CORNERS, 0]
     assert np.ptp(own) == pytest.approx(np.ptp(other), rel=0.02)
+
+
+def test_given_landmarks_move_with_the_face(animator: Animator, photo: np.ndarray, tmp_path: Path) -> None:
+    """The portrait gets the landmarks that a tracker finds in the changed photo, not the old ones."""
+    file = tmp_path / "points.csv"
+    np.savetxt(file, landmarks(photo), delimiter=",")
+    portrait = load_photo(animator, example_path("source.jpg"), PortraitOptions(look=Look(weight=1), landmarks=file))
+    found, own = landmarks(portrait.canvas.photo), portrait.motion.landmarks[0, :, :2]
+    used = own * portrait.motion.crop[2] + portrait.motion.crop[:2]
+    moved, error = (np.linalg.norm(found - points, axis=1).mean() for points in (landmarks(photo), used))
+    assert moved > 1
+    assert error < 0.6 * moved
 
 
 def test_person_file_keeps_its_look(animator: Animator, photo: np.ndarray, tmp_path: Path) -> None:
