@@ -104,7 +104,9 @@ def build(jobs: _Jobs) -> gr.Blocks:
                     driver = gr.Video(driver_example, label="Video of the face that moves it",
                                       sources=["upload", "webcam"], include_audio=True, height=320)  # fmt: skip
                     with gr.Accordion("Speech instead of a video", open=False):
-                        sound = gr.Audio(label="Sound whose words the lips speak", type="filepath")
+                        sound = gr.Audio(
+                            label="Sound whose words the lips speak, in place of the video", type="filepath"
+                        )
                         text = gr.Textbox(label="What it says, for exact lips (not needed)", lines=2, max_length=20_000)
                     with gr.Accordion("Options", open=False):
                         expression = number(0, 3, 1, "Strength of the expression")
@@ -228,7 +230,9 @@ class _Jobs:
             if photo is None or driver is None:
                 raise InputError("a photo and a video or sound are needed: drop both into the page")
             session.uploads |= {Path(path) for path in (photo, video, sound, *(also or ())) if path}
-            script = self._new_file(session, ".txt") if sound and text.strip() else None
+            if text.strip() and not sound:
+                raise InputError("what a sound says needs the sound: drop it into the page, or clear the text")
+            script = self._new_file(session, ".txt") if text.strip() else None
             if script is not None:
                 script.write_text(text, encoding="utf-8")
             options = ReenactOptions(

@@ -107,7 +107,7 @@ def print_summary(summary: Any, *, as_json: bool = False) -> None:
         click.echo(f"note: {note}", err=True)
     if not fields.get("fps", True):  # pictures have no frame rate
         del fields["fps"]
-    click.echo(", ".join(f"{key} {_format_value(value)}" for key, value in fields.items()), err=True)
+    click.echo(", ".join(f"{key} {_format_value(x)}" for key, x in fields.items() if x is not None), err=True)
 
 
 def run(job: Callable[..., T], *arguments: Any, as_json: bool, **options: Any) -> T:

@@ -66,7 +66,7 @@ class Plan:
     fps: Fraction
     device: str
     memory_mb: int | None  # peak after one batch, which does not grow with the driver; None: unknown
-    seconds: float  # estimate for all frames, from one batch
+    seconds: float | None  # estimate for all frames, from one batch; None: no face to time
     notes: tuple[str, ...] = field(default=())
 
 
@@ -173,20 +173,23 @@ def plan_edit(
     options, notes, streams = options or ReenactOptions(), list[str](), 1
     regions, of_clip = clips.edited_regions(clip, driver, options), clips.options_of_clip(options, driver)
     replace(options, overwrite=True).check_outputs(out)
-    open_stream = partial(DriverStream, tracker=animator.tracker(), batch=clips.MAX_BATCH, crop_scale=CROP_SCALE[0])
-    few, face_box, seconds = replace(of_clip, max_frames=clips.MAX_BATCH), (0, 0, 0, 0), 0.0
-    with open_stream(clip, options=of_clip) as stream, open_stream(clip, options=few) as first:
+    open_stream = partial(DriverStream, batch=clips.MAX_BATCH, crop_scale=CROP_SCALE[0])
+    open_clip = partial(open_stream, clip, tracker=animator.tracker())
+    few, face_box = replace(of_clip, max_frames=clips.MAX_BATCH), (0, 0, 0, 0)
+    seconds: float | None = None
+    with open_clip(options=of_clip) as stream, open_clip(options=few) as first:
         total, fps = stream.total, stream.fps
         with VideoReader(clip, fps=of_clip.fps, start=of_clip.start) as reader:
             size, frames = (reader.info.width, reader.info.height), list(islice(reader, clips.MAX_BATCH))
         if driver is not None and not has_image_suffix(driver):
-            with open_stream(driver, options=replace(options, fps=fps, pose="absolute", max_frames=None)) as other:
+            of_driver = replace(options, fps=fps, pose="absolute", max_frames=None)
+            with open_stream(driver, animator.tracker(options.tracker), of_driver) as other:
                 total = {"driver": other.total, "shortest": min(total, other.total)}.get(options.length, total)
             streams = 2
         began = time.monotonic()
         try:
             rows = list(clips.rows_of(first, is_repeated=False))
-            seconds = streams * (time.monotonic() - began) / len(rows)  # of tracking
+            tracking = streams * (time.monotonic() - began) / len(rows)
             upright, side = rotate_clockwise(frames[0], first.rotation), animator.model.config.image_size
             crop = crop_with_padding(upright, rows[0].motion.crop, side)
             face_box = animator.portrait_from_motion(crop, rows[0].motion).face_box
@@ -194,7 +197,7 @@ def plan_edit(
             for _ in range(2):  # the first run warms up
                 began = time.monotonic()
                 list(clips.edit_frames(zip(frames, rows, repeat(None)), editor, first, clips.MAX_BATCH))
-            seconds += (time.monotonic() - began) / len(rows)
+            seconds = tracking + (time.monotonic() - began) / len(rows)
         except NoFaceError:
             notes.append(f"no face in the first frames of {clip}")
     planned = [PlannedSource(clip, face_box, size, out, os.path.lexists(out))]
@@ -202,12 +205,13 @@ def plan_edit(
 
 
 def _make_plan(animator: Animator, planned: Sequence[PlannedSource], driver: Path, frames: int, fps: Fraction,
-               seconds: float, notes: Sequence[str]) -> Plan:  # fmt: skip
+               seconds: float | None, notes: Sequence[str]) -> Plan:  # fmt: skip
     """Return the plan of frames that take `seconds` each."""
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
+    notes = (*notes, *precision_notes(animator.precision, animator.device))
     return Plan(tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
-                frames * seconds, (*notes, *precision_notes(animator.precision, animator.device)))  # fmt: skip
+                seconds and frames * seconds, notes)  # fmt: skip
 
 
 def _sanitize_name(name: str) -> str:

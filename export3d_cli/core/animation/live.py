@@ -1,6 +1,6 @@
 """Animate portraits by a camera while it films; the newest frame always comes first, so the latency does not grow.
 
-    camera thread -> newest frame -> two threads that track and render a frame each -> outputs
+    camera thread -> newest frame -> `Animator.workers` threads that track and render a frame each -> outputs
 
 Frames are tracked in turn, one at a time, and only those that are shown. The motion is relative to a neutral face,
 which the first two seconds show: at that face and pose the portrait is as in its photo. Without a face, the portrait
@@ -54,7 +54,6 @@ MAX_REPEAT_S = 5  # of one frame in a recording: an encoder that cannot keep up 
 RECORD_DEPTH = 8  # frames that wait for the encoder
 REPORT_INTERVAL_S = 1.0
 HISTOGRAM_MS = 20
-RENDER_THREADS = 2  # a frame's work hardly speeds up with a second thread
 WINDOW_NAME = "export3d live"
 DEVICE_FORMAT = "v4l2"  # ffmpeg's output for devices
 Output = Callable[[np.ndarray, str], None]  # frame, state and figures as text
@@ -257,10 +256,10 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
             follow.send = stack.enter_context(contextlib.closing(VmcSender(options.send)))
         if options.record:
             outputs.append(_open_recording(options.record, stage.size, fps, options.crf, stack))
-        pool = stack.enter_context(ThreadPoolExecutor(RENDER_THREADS))
+        pool = stack.enter_context(ThreadPoolExecutor(animator.workers))
         began = reported = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt), images:  # Ctrl-C is the usual end: the recording is kept
-            rendered = map_latest(render, (follow(*item) for item in images), pool, RENDER_THREADS)
+            rendered = map_latest(render, (follow(*item) for item in images), pool, animator.workers)
             for frame, picture in stack.enter_context(contextlib.closing(rendered)):
                 pressed = [commands.get() for _ in range(commands.qsize())]
                 for command in pressed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.batch import output_paths, plan_reenact, reenact_all
+from export3d_cli.core.animation.batch import output_paths, plan_edit, plan_reenact, reenact_all
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
 
@@ -163,6 +165,22 @@ def test_plan_reenact_writes_nothing(
     assert plan.memory_mb is None or plan.memory_mb > 50
     with pytest.raises(NoFaceError, match="wall"):
         plan_reenact(animator, portraits, clip, str(tmp_path))
+
+
+def test_plan_of_a_clip_tracks_its_driver_as_asked_and_estimates_nothing_without_a_face(
+    animator: Animator, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    open_tracker = animator.tracker
+    monkeypatch.setattr(animator, "tracker", lambda name="landmarker": names.append(name) or open_tracker())
+    driver, wall = make_clip("driver.mp4"), tmp_path / "wall.mp4"
+    with VideoWriter(wall, size=(64, 64), fps=Fraction(25)) as writer:
+        for _ in range(3):
+            writer.write(np.full((64, 64, 3), 128, np.uint8))
+    plan = plan_edit(animator, wall, tmp_path / "out.mp4", ReenactOptions(tracker="fan"), driver=driver)
+    assert names == ["landmarker", "fan"]
+    assert plan.seconds is None
+    assert plan.notes == (f"no face in the first frames of {wall}",)
 
 
 def read_fps(clip: Path) -> object:

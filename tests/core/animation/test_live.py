@@ -16,6 +16,7 @@ from itertools import count, islice, repeat
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,16 @@ def test_slow_rendering_drops_frames_instead_of_delaying_them(
 
     monkeypatch.setattr(live_module, "_Stage", Slow)
     options = LiveOptions(camera=DRIVER, to=(), seconds=3, framing="face", size=64)
+    workers: list[int] = []
+
+    def spy(*arguments: Any) -> Any:
+        workers.append(arguments[-1])
+        return map_latest(*arguments)
+
+    monkeypatch.setattr(live_module, "map_latest", spy)
+    monkeypatch.setattr(type(animator), "workers", 1)
     summary = live(animator, [SOURCE], options)
+    assert workers == [1]  # as many as threads of the animator
     assert summary.dropped > summary.frames
     assert summary.latency_ms["p95"] < 2000  # every frame of the camera in order would take 20 s
 
