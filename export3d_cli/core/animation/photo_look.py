@@ -38,12 +38,13 @@ DETAIL_SD = 1.5  # of the high-pass filter whose output counts as the skin's own
 DETAIL_GAIN = 0.09  # change of their log contrast per decade, chosen by eye: the rendered heads tell nothing of it
 SMOOTHING, FLOW_SMOOTHING, FLOW_REACH = 0.05, 0.1, 0.8  # of `spread`, half face heights
 MOVED_FADE_PX = (0.1, 0.4)  # displacements over which the moved photo takes over
+MAX_COVER = 0.56  # of the skin by a beard of 1
 MASK_BLUR = 0.07  # of the skin's mask, half face heights: changes fade out inside the outline over twice as much
 GRID_CELLS = 64  # of a crop side, at which maps are placed
 HAIR_SIDE_PX = 320  # longer side at which hair is looked for
 MIN_HAIR_PRIOR = 0.012  # probability of hair at a place below which none is looked for
 FOREHEAD = -0.5  # height of the brows in the maps' coordinates
-MAX_HAIR_DISTANCE = 2.0  # standard deviations of hair's colour that count as alike
+MAX_COLOUR_DISTANCE = 2.0  # standard deviations within which colours count as alike
 MIN_HAIR_AREA = 0.05  # of the face's area
 MIN_HAIR_CONTRAST = 9.0  # Lab distance from the skin's colour, below which it is a bald head
 
@@ -171,7 +172,7 @@ class _Skin(NamedTuple):
         mask = np.zeros(shape, np.uint8)
         for points, value in ((FACE_OVAL, 255), (LEFT_EYE, 0), (RIGHT_EYE, 0), (OUTER_LIPS, 0)):
             cv2.fillPoly(mask, [np.int32(landmarks[list(points)].round())], value)
-        soft = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), MASK_BLUR * unit)
+        soft = _blur(mask.astype(np.float32) / 255, MASK_BLUR * unit)
         below = canonical[:, 1] > canonical[list(LEFT_BROW), 1].min()
         lower = cv2.fillConvexPoly(np.zeros(shape, np.uint8), cv2.convexHull(np.int32(landmarks[below].round())), 1)
         return cls(where, (2 * soft - 1).clip(0), lower > 0, unit)
@@ -182,12 +183,20 @@ class _Skin(NamedTuple):
         return cv2.remap(values, index[..., 0], index[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
+def _blur(image: np.ndarray, sd: float) -> np.ndarray:
+    """Blur an image (h, w) by a Gaussian, a wide one at a smaller size."""
+    scale = min(1.0, 4 / sd)
+    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), scale * sd)
+    return cv2.resize(small, image.shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+
 def _age_skin(part: np.ndarray, skin: _Skin, tone: np.ndarray, decades: float) -> np.ndarray:
     """Return a window with the skin's colours and contrast of detail of another age."""
     log = np.log(part + 8)
     luma = log.mean(-1)
     cell = skin.unit * 2 * FACE_HALF / MAP_SIZE
-    fine = luma - cv2.GaussianBlur(luma, (0, 0), DETAIL_SD * cell)
+    fine = luma - _blur(luma, DETAIL_SD * cell)
     fine *= np.exp(-((fine / 0.2) ** 2))  # not edges: brows, nostrils, strands of hair
     tone = skin.sample(tone, FACE_HALF)
     face = part[skin.mask > 0.5]
@@ -209,19 +218,19 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
     person, lower = shrink(alpha) > 0.5, shrink(skin.lower.astype(np.float32)) > 0.5
     small = shrink(part).clip(0, 255).astype(np.uint8)
     cheeks = shrink(skin.mask) > 0.9
-    if not cheeks.any():
+    if cheeks.sum() < 9:
         return None
     small[~person] = np.median(small[cheeks], axis=0)
-    prior = np.where(shrink(skin.where)[..., 1] < FOREHEAD, prior.clip(MIN_HAIR_PRIOR), prior)  # strands on it
-    possible = person & ~lower & (prior >= MIN_HAIR_PRIOR)
+    forehead = (prior < MIN_HAIR_PRIOR) & (shrink(skin.where)[..., 1] < FOREHEAD)  # which strands may cover
+    possible = person & ~lower & ((prior >= MIN_HAIR_PRIOR) | forehead)
     lab = cv2.cvtColor(np.float32(small) / 255, cv2.COLOR_RGB2LAB)
     seeds = lab[possible & (prior > 0.5)]
     if len(seeds) < max(9, MIN_HAIR_AREA * lower.sum()):
         return None
-    precision = np.linalg.inv(np.cov(seeds.T) + np.eye(3))
-    offset = lab - np.median(seeds, axis=0)
-    alike = np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < MAX_HAIR_DISTANCE**2
-    labels = np.where(possible, np.where((prior > 0.5) | alike, cv2.GC_PR_FGD, cv2.GC_PR_BGD), cv2.GC_BGD)
+    likely, alike = prior > 0.5, _is_alike(lab, seeds)
+    skinlike = _is_alike(lab, lab[cheeks]) & ~likely & ~alike
+    labels = np.where(likely | alike, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+    labels = np.where(possible & ~skinlike & (alike | ~forehead), labels, cv2.GC_BGD)
     labels = labels.astype(np.uint8)
     cv2.setRNGSeed(0)  # of this thread; nothing else of this package draws from it
     cv2.grabCut(small, labels, [0, 0, 1, 1], np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
@@ -234,7 +243,15 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
         return None
     mask = cv2.GaussianBlur(hair.astype(np.float32), (0, 0), 1.0)
     mask = cv2.resize(mask, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    return refine_alpha(part.clip(0, 255).astype(np.uint8), mask, max(3, round(0.12 * skin.unit))) * alpha
+    return refine_alpha(part.clip(0, 255).astype(np.uint8), mask, max(2, round(0.06 * skin.unit))) * alpha
+
+
+def _is_alike(lab: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Return which Lab colours (h, w, 3) are like those of samples (N, 3), bool (h, w)."""
+    offset = lab - np.median(samples, axis=0)
+    precision = np.linalg.inv(np.cov(samples.T) + np.eye(3))
+    alike: np.ndarray = np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < MAX_COLOUR_DISTANCE**2
+    return alike
 
 
 def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
@@ -258,8 +275,8 @@ def _grow_beard(
     part: np.ndarray, skin: _Skin, density: np.ndarray, strength: float, hair: np.ndarray | None
 ) -> np.ndarray:
     """Return a window with stubble in the hair's colour."""
-    cover = skin.sample(density, FACE_HALF) * skin.mask * strength
-    shade = cv2.GaussianBlur(part.mean(-1), (0, 0), 0.1 * skin.unit)
+    cover = skin.sample(density, FACE_HALF) * skin.mask * (MAX_COVER * strength)
+    shade = _blur(part.mean(-1), 0.1 * skin.unit)
     face = skin.mask > 0.5
     colour = 0.25 * np.median(part[face], axis=0) if face.any() else np.zeros(3)
     if hair is not None:
@@ -267,5 +284,5 @@ def _grow_beard(
     light = shade / max(1.0, float(shade[face].mean()) if face.any() else 1.0)
     noise = np.random.default_rng(0).normal(size=part.shape[:2]).astype(np.float32)
     strokes = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(0.5, 0.005 * skin.unit), sigmaY=max(0.8, 0.014 * skin.unit))
-    cover = (cover * (0.8 + 0.3 / float(strokes.std()) * strokes)).clip(0, 0.92)[..., None]
+    cover = (cover * (1 + 0.3 / float(strokes.std()) * strokes)).clip(0, 1)[..., None]
     return part * (1 - cover) + (colour * light[..., None]) * cover
