@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 from export3d_cli.core.runtime.errors import InputError
 
+# At each limit a face embedder's cosine to the photo is .79 or more on 12 people; it is .23 or less between them. 60
+# years would give .74.
 RANGES = {"age": (-20.0, 40.0), "weight": (-1.0, 1.0), "beard": (0.0, 1.0)}
 
 

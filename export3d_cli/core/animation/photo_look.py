@@ -46,7 +46,7 @@ MIN_HAIR_PRIOR = 0.012  # probability of hair at a place below which none is loo
 FOREHEAD = -0.5  # height of the brows in the maps' coordinates
 MAX_COLOUR_DISTANCE = 2.0  # standard deviations within which colours count as alike
 MIN_HAIR_AREA = 0.05  # of the face's area
-MIN_HAIR_CONTRAST = 9.0  # Lab distance from the skin's colour, below which it is a bald head
+MIN_HAIR_CONTRAST = 9.0  # Lab distance from the skin's colour, with half of L, below which it is a bald head
 
 
 class _Basis(NamedTuple):
@@ -239,7 +239,7 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
     hair = parts == (1 + stats[1:, cv2.CC_STAT_AREA].argmax() if count > 1 else -1)
     if hair.sum() < MIN_HAIR_AREA * lower.sum():
         return None
-    if np.linalg.norm(lab[hair].mean(0) - lab[cheeks].mean(0)) < MIN_HAIR_CONTRAST:
+    if np.linalg.norm((lab[hair].mean(0) - lab[cheeks].mean(0)) * (0.5, 1, 1)) < MIN_HAIR_CONTRAST:
         return None
     mask = cv2.GaussianBlur(hair.astype(np.float32), (0, 0), 1.0)
     mask = cv2.resize(mask, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
