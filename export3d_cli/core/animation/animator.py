@@ -390,7 +390,10 @@ class Animator:
     def edit(
         self, portrait: Portrait, changes: np.ndarray, *, notify: Notify | None = None
     ) -> Generator[np.ndarray, None, None]:
-        """Render from the portrait's camera uint8 (H, W, 3), with changes of lambda (T, n) or of measures, too."""
+        """Render the portrait from its own camera: frames uint8 (H, W, 3).
+
+        `changes` (T, n) are of its lambda, or (T, n + 4) also of its measures, from `expression_change`.
+        """
         n = self.model.config.num_coefficients
         if changes.shape[1:] == (n,):
             changes = np.pad(changes, ((0, 0), (0, NUM_MEASURES)))
@@ -413,7 +416,10 @@ class Animator:
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return RGB (N, 3), about [-1, 1], and density (N,) at points (N, 3) of the head frame, for `beta` (1, 64)."""
+        """Return RGB (N, 3), about [-1, 1], and density (N,) of the volume at points (N, 3) of the head frame.
+
+        `beta` (1, 64) is the expression; None: the portrait's.
+        """
         self._check_owner(portrait)
         posed, parts = self._pose(portrait, self._lam(portrait, beta)), []
         with torch.inference_mode(), autocast(self.device, portrait.precision):

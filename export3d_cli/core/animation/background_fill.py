@@ -13,7 +13,11 @@ MAX_MEDIAN_PX = 255  # largest window of OpenCV's median
 
 
 def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Fill a hole, bool (H, W), of uint8 (H, W, 3), at a reduced size, from its border (Telea 2004), with its grain."""
+    """Fill a hole, bool (H, W), of an image, uint8 (H, W, 3).
+
+    Colours and edges continue from the hole's border (Telea 2004), at a reduced size. Noise as strong as the image's
+    grain outside the hole is added.
+    """
     if not hole.any() or hole.all():
         return image.copy()
     H, W = hole.shape
@@ -32,7 +36,11 @@ def fill_hole(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 def find_loose_hair(image: np.ndarray, person: np.ndarray, side: float) -> np.ndarray:
-    """Return where uint8 (H, W, 3) differs from its median around a `person`, bool (H, W), of a crop `side` wide."""
+    """Return where an image, uint8 (H, W, 3), shows thin structures around a person: bool (H, W), as `person` is.
+
+    They differ from the median of their surroundings by more than the background's texture does. `side` is that of the
+    face crop in pixels.
+    """
 
     def window(size: float) -> int:
         return 2 * max(1, round(size * side / 2)) + 1

@@ -122,7 +122,10 @@ class PhotoCanvas:
         return frame
 
     def person(self, layers: FrameLayers) -> tuple[np.ndarray, np.ndarray]:
-        """Return the moved person with the network's face in the window: uint8 (h, w, 3), and alpha, float32 (h, w)."""
+        """Return the person in the window: colours uint8 (h, w, 3) and alpha, float32 (h, w).
+
+        The photo's pixels are moved, except for the face, which the network shows.
+        """
         rows, columns = self.window
         shape = (columns.stop - columns.start, rows.stop - rows.start)
         near, far = self.room[:2], self.room[2:]

@@ -124,7 +124,10 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
-    """Build nested dataclasses and tuples from plain data; raise `ConfigError` for keys, types, numbers below 0."""
+    """Build the dataclass `cls`, with nested dataclasses and tuples, from plain data.
+
+    Raises `ConfigError` for unknown keys, wrong types, and numbers that are negative or not finite.
+    """
     hints = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for key, value in data.items():

@@ -114,7 +114,10 @@ def rotation_angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def gaze_direction(iris: np.ndarray) -> np.ndarray:
-    """Return unit vectors (..., 3), head frame, from irises (..., 2): inter-ocular distances from the eye's middle."""
+    """Return gaze directions in the head frame: unit vectors (..., 3), x to the image's right, y down, z backwards.
+
+    `iris` (..., 2) is the offset of an iris from the middle of its eye's corners, in inter-ocular distances.
+    """
     xy = np.asarray(iris, dtype=np.float64) / IRIS_RADIUS
     xy = xy / np.maximum(1.0, np.linalg.norm(xy, axis=-1, keepdims=True))  # an eye turns by at most 90 degrees
     z = -np.sqrt(np.maximum(0.0, 1 - (xy**2).sum(-1, keepdims=True)))
@@ -140,9 +143,10 @@ def excess_jitter(result: np.ndarray, truth: np.ndarray) -> float:
 
 
 def correlation_and_slope(truth: np.ndarray, result: np.ndarray, min_std: float) -> tuple[float, float]:
-    """Return Pearson's correlation and slope, NaN if `truth` (T,) moves by less than `min_std`.
+    """Return Pearson's correlation of two series (T,) and the slope of `result` over `truth`.
 
-    The correlation is 0 for a result that hardly moves (less than a tenth of `min_std`), not that of its noise.
+    Both are NaN if the standard deviation of `truth` is below `min_std`. The correlation is 0 for a result that hardly
+    moves (less than a tenth of `min_std`), not that of its noise.
     """
     if len(truth) < 3 or truth.std() < min_std:
         return float("nan"), float("nan")

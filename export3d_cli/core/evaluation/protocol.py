@@ -84,7 +84,10 @@ def most_frontal_frame(motion: Motion) -> int:
 
 
 def select_frames(case: Case, max_frames: int | None, take: str = "spread") -> np.ndarray:
-    """Return up to `max_frames` frames in which driver and truth have a face, without the photo, which is perfect."""
+    """Return the indices of up to `max_frames` frames in which driver and truth have a face, spread evenly or first.
+
+    The frame that is the photo is left out: a repeated photo would be perfect there and count as 100 dB.
+    """
     rows = np.flatnonzero(_tracked_frames(case))
     if case.has_truth:
         rows = rows[rows != case.photo_row]

@@ -33,7 +33,10 @@ _STANDARD_RATES = [
 
 
 def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
-    """Read a Live Link Face CSV as Motion (T, 0, 3), placed by `camera` (25,), and notes; raise `InputError`."""
+    """Read a Live Link Face CSV as Motion with landmarks (T, 0, 3), that is none; also return notes for the user.
+
+    `camera` (25,) gives the head's place, and its pose if the CSV has no angles. Raises `InputError` for other files.
+    """
     values, timecodes = _read_columns(path)
     count, notes = len(timecodes), list[str]()
     zeros = np.zeros(count)

@@ -53,7 +53,10 @@ def crop_image(image: np.ndarray, crop: Square, size: int) -> np.ndarray:
 
 
 def crop_with_padding(photo: np.ndarray, square: Square, size: int) -> np.ndarray:
-    """Cut out a square, uint8 (size, size, 3); beyond the photo its border is repeated, blurred with the distance."""
+    """Cut a square out of a photo, uint8 (H, W, 3) -> (size, size, 3).
+
+    Beyond the photo its border is repeated, blurred more with the distance, so that it shows no streaks.
+    """
     crop = crop_image(photo, square, size)
     distance = _distance_outside(square, size, (photo.shape[1], photo.shape[0]))
     if not distance.any():

@@ -39,7 +39,11 @@ class FanTracker(FaceTracker):
     """The tracker `fan`. It fills only the landmarks of a `Face`, with z = 0; coefficients need the whole clip."""
 
     def __init__(self, basis: Path, detector: FaceDetector, *, device: str = "cpu") -> None:
-        """Load the network and `fan_basis.npz`; raise `WeightsError` if package or weights are missing."""
+        """Load the network and `basis`, `fan_basis.npz`; raise `WeightsError` if package or weights are missing.
+
+        The basis also holds the linear map from fitted coefficients to the landmarker's beta: `gain` and `rest`, (64,)
+        each; the gain is 0 for entries that 68 points do not show, such as the gaze.
+        """
         arrays = {name: array.astype(np.float64) for name, array in load_arrays(basis).items()}
         self.basis = FaceBasis(arrays["mean"], arrays["identity"], arrays["expression"])
         self.gain, self.offset = arrays["gain"], arrays["rest"]

@@ -17,8 +17,8 @@ _DRAIN_TIMEOUT_S = 5.0  # wait for the last messages of a process that has ended
 class FfmpegProcess:
     """A running ffmpeg process. One thread drains its stderr, so that a full pipe cannot block it.
 
-    A second thread kills it if it makes no progress, as by changes of `output_file`, while the caller waits for it, not
-    while it waits for the caller; `error_summary` then gives the reason.
+    A second thread kills the process if it makes no progress while the caller waits for it (not while it waits for the
+    caller); `error_summary` then gives the reason. Changes of `output_file`, which the process writes, are progress.
     """
 
     def __init__(

@@ -101,7 +101,10 @@ def load_into(model: nn.Module, state: dict[str, Tensor], origin: str = "the wei
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], info: dict[str, Any], *, keep: int = 1) -> None:
-    """Write `state.safetensors`, `info` in its header, and `state.json`; of `keep`, older: `state.1.safetensors`."""
+    """Write everything needed to resume: `state.safetensors`, with `info` in its header, and a readable `state.json`.
+
+    The last `keep` states stay: the previous one is `state.1.safetensors`, and so on.
+    """
     states = [folder / "state.safetensors", *(folder / f"state.{age}.safetensors" for age in range(1, keep))]
     for younger, older in reversed([*itertools.pairwise(states)]):
         if younger.exists():  # linked, not renamed: a newest state must exist at every moment

@@ -33,7 +33,10 @@ FREE_REACH = 0.3  # from this reach on, no colours are limited: faces in colour 
 
 
 def light_colour(photo: Tensor, uv: Tensor) -> Tensor:
-    """Return the light's channels (B, 3, 1, 1) over white's, gamma-encoded; 1 unless all of the face is unusual."""
+    """Return the ratio (B, 3, 1, 1) of each gamma-encoded channel to that in white light, on the face in photos.
+
+    1 unless all parts of the face have an unusual colour: a mask or a beard covers only some of them.
+    """
     cells = F.adaptive_avg_pool2d(photo.float(), 2 * SKIN_GRID)
     points = uv[:, list(SKIN_POINTS)].transpose(1, 2)[..., None].float()  # (B, 2, 5, 1)
     skin = (

@@ -60,6 +60,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success move its files to `folder`, on failure delete it.
 
     A new `folder` appears at once, with all files. In an existing one they appear one by one and never replace others.
+    Raises the same errors as `write_atomic`.
     """
     parent = folder if folder.is_dir() else folder.parent
     with _temporary_path(parent, folder) as temporary:
@@ -191,7 +192,10 @@ def driver_track_id(clip: str) -> str:
 
 
 def read_manifest(dataset: Path) -> list[dict[str, Any]]:
-    """Return a manifest's rows, with `id`, and `file` and `motion` inside the data set; raise `InputError`."""
+    """Return the rows of a data set's manifest: at least `id`, and `file` and `motion` inside the data set.
+
+    Raises `InputError` for a folder that `preprocess` did not write.
+    """
     try:
         rows = read_rows(dataset / "manifest.jsonl")
         for row in rows:

@@ -33,7 +33,10 @@ def set_beta_statistics(lebs: LeBS | DirectCode, sampler: PairSampler, seed: int
 
 
 class ClebsStage(Stage):
-    """Trains f_e, then fits the basis flow; processes share `clebs.clips_per_step` if they divide it, else take all."""
+    """Trains f_e, then fits the basis flow.
+
+    The processes share the clips of a step if their number divides `clebs.clips_per_step`; else each takes all.
+    """
 
     def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler) -> None:
         super().__init__(run, "clebs")
@@ -159,7 +162,10 @@ def mirror_loss(lam: Tensor, mirrored: Tensor, antisymmetric_dims: int) -> Tenso
 
 
 def _motion_scale(sampler: PairSampler, seed: int) -> Tensor:
-    """Return the scale of landmarks' motion, (1434,): three times for depth, 1 / 1.5 for lips, lids and irises."""
+    """Return the scale of each landmark coordinate's motion, (1434,): equal for x and y, three times that for depth.
+
+    Lips, eyelids and irises, which carry the expression, get 1 / 1.5 of it.
+    """
     _, _, points_k, points_j, _ = sampler.draw_landmark_pairs(seed, 2**31 + 7, 500)
     size = (points_j - points_k).square().mean().sqrt().clamp_min(1e-6)
     scale = size * torch.tensor([1.0, 1.0, 3.0]).repeat(NUM_LANDMARKS, 1)

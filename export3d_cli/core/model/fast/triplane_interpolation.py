@@ -12,7 +12,10 @@ KEYFRAME_INTERVAL = 4  # frames among which at least one is a key frame
 
 
 class TriplaneInterpolator:
-    """Tri-planes of frames by `generate`, or interpolated where lambda is `max_deviation` from a line between two."""
+    """Tri-planes of consecutive frames of one source, by `generate`: lambda (1, n) -> tri-plane (1, 3, C, P, P).
+
+    They are interpolated where lambda is at most `max_deviation` from the straight line between two key frames.
+    """
 
     def __init__(self, generate: Callable[[Tensor], Tensor], max_deviation: float) -> None:
         self._generate, self._max_deviation = generate, max_deviation
