@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from export3d_cli.console import print_summary
+from export3d_cli.core.animation.personalize import PersonSummary
 from export3d_cli.core.runtime.weights import example_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +20,11 @@ def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_summary_leaves_out_what_there_is_none_of(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(PersonSummary(Path("me.person.safetensors"), ("a.jpg", "b.jpg"), None, None, 1.2, 3.4))
+    assert capsys.readouterr().err == "out me.person.safetensors, photos 2, size_mb 1.20, seconds 3.40\n"
 
 
 def test_native_messages_are_hidden_and_python_messages_shown() -> None:

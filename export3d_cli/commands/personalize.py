@@ -30,8 +30,9 @@ from export3d_cli import console, core, options
 def personalize(source: Path, output: Path, as_json: bool, **chosen: Any) -> None:
     """Make a file of the person in SRC from more photos (MORE) and a video; use it wherever a photo is taken.
 
-    Frames show SRC. Teeth, shut eyes and the far cheek come from the other photos, and the expressions are fitted to
-    the person. The file shows a real person: make and share it only if they agree.
+    Frames show SRC, which is kept at 1080 pixels at most. Teeth, shut eyes and the far cheek come from the other
+    photos, and the expressions are fitted to the person. The file shows a real person: make and share it only if they
+    agree.
     """
     if chosen["video"] is None:
         options.refuse_unused({"frames", "start", "duration"}, "photos alone (add --video)")

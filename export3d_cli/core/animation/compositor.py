@@ -39,6 +39,14 @@ def read_portrait(path: Path) -> np.ndarray | Person:
     return Person.load(path) if is_person_file(path) else read_image(path)
 
 
+def read_photo(path: Path) -> np.ndarray:
+    """Read a photo as `read_portrait` does; raise `InputError` for a person file, too."""
+    photo = read_portrait(path)
+    if isinstance(photo, Person):
+        raise InputError(f"{path} is a person file, which stands for the main photo alone: give a photo here")
+    return photo
+
+
 def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOptions, *, max_side: int = 0) -> Portrait:
     """Read and encode a photo unless it is; frames of a larger one have `max_side` pixels if `options` has no size."""
     if isinstance(source, Portrait):
@@ -47,7 +55,7 @@ def load_photo(animator: Animator, source: Path | Portrait, options: PortraitOpt
     shape = main_photo(photo).shape
     size = options.size or (max_side if max(shape[:2]) > max_side else 0)
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, shape[1::-1])
-    also = {str(path): main_photo(read_portrait(path)) for path in options.also}
+    also = {str(path): read_photo(path) for path in options.also}
     if options.look:
         if isinstance(photo, Person):
             raise InputError(f"{source} is tuned to the person's own look: give a photo, or leave out the other look")
@@ -69,7 +77,7 @@ def write_look(source: Path, out: Path, options: PortraitOptions, *, progress: P
         raise InputError(f"a changed photo is a picture: the output must end in .png or .jpg, got {out.name!r}")
     if not options.look:
         raise InputError("nothing to change: give age, weight, hair or beard")
-    photo = main_photo(read_portrait(source))
+    photo = read_photo(source)
     landmarks = None if options.landmarks is None else read_landmarks(options.landmarks, photo.shape[1::-1])
     photo, _ = change_look(photo, options.look, open_landmarker_tracker(),
                            PersonMatting(resolve_weights("selfie_segmentation")), face=options.face,

@@ -129,7 +129,7 @@ class ExpressionEdit:
 
 
 class EditedExpression(NamedTuple):
-    """Expressions that show an edit."""
+    """Expressions that show an edit; those of `edit_expression` are read-only."""
 
     base: np.ndarray  # (64,) the photo's beta, or its neutral expression
     beta: np.ndarray  # (T, 64)
@@ -163,6 +163,8 @@ def edit_expression(
     last_key, edited = _last_edits.get(portrait, (None, None))
     if edited is None or key != last_key:
         edited = _fit_edit(animator, portrait, edit, positions)
+        for array in (edited.base, edited.beta):
+            array.flags.writeable = False
         _last_edits[portrait] = key, edited
     return edited
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.compositor import read_portrait
+from export3d_cli.core.animation.compositor import read_photo
 from export3d_cli.core.animation.framing import DEFAULT_MAX_SIDE_PX, PHOTO_MARGIN
 from export3d_cli.core.animation.options import Progress, check_overwrite
-from export3d_cli.core.animation.person import MAX_PHOTOS, Person, main_photo
+from export3d_cli.core.animation.person import MAX_PHOTOS, Person
 from export3d_cli.core.face.crop import fit_clip_crop
 from export3d_cli.core.face.face_track import Face, TargetFaceTracker, find_photo_face
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
@@ -59,8 +59,8 @@ class PersonSummary:
 
     out: Path
     photos: tuple[str, ...]  # names, with the time of frames of the video
-    tracked: int  # frames of the video with the face
-    landmark_error: tuple[float, float]  # see `fit_basis`; 0 without a video
+    tracked: int | None  # frames of the video with the face; None without a video
+    landmark_error: tuple[float, float] | None  # see `fit_basis`
     size_mb: float
     seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -75,19 +75,29 @@ def personalize(animator: Animator, source: Path, out: Path, options: Personaliz
     """
     options, began, notes = options or PersonalizeOptions(), time.monotonic(), list[str]()
     check_person_output(out, options)
-    photos = {str(path): main_photo(read_portrait(path)) for path in (source, *options.also)}
+    photos = {str(path): read_photo(path) for path in (source, *options.also)}
+    files = [source, *options.also, *([] if options.video is None else [options.video])]
+    made_from = {file_sha256(path): path.name for path in files}
+    if len(made_from) < len(files):
+        raise InputError(f"two of the photos are the same file, of {', '.join(map(str, files))}: give each once")
+    if max(photos[str(source)].shape[:2]) > DEFAULT_MAX_SIDE_PX:
+        notes.append(f"{source} is kept at {DEFAULT_MAX_SIDE_PX} pixels, its longer side")
     also = {name: photo for name, photo in photos.items() if name != str(source)}
     portrait = animator.portrait(photos[str(source)], name=str(source), also=also, force=options.force)
-    motions, tracked = [portrait.motion, *(face.motion for face in portrait.others)], 0
-    tracker, kept, basis, errors = animator.tracker(), dict[str, np.ndarray](), None, (0.0, 0.0)
+    motions = [portrait.motion, *(face.motion for face in portrait.others)]
+    tracker, kept, basis, tracked, errors = animator.tracker(), dict[str, np.ndarray](), None, None, None
     for name, photo in also.items():
         kept[name] = _cut_head(photo, find_photo_face(tracker, photo, name=name))
     if options.video is not None:
-        faces, motion, notes = _track_video(animator, options.video, options, progress)
+        faces, motion, video_notes = _track_video(animator, options.video, options, progress)
+        notes += video_notes
         tracked, count = len(motion), len(motions)
         motions.append(motion)
-        rows = choose_frames(Motion.concatenate(motions), count, min(options.frames, MAX_PHOTOS - count))
+        asked = min(options.frames, MAX_PHOTOS - count)
+        rows = choose_frames(Motion.concatenate(motions), count, asked)
         nearest, *chosen = (row - count for row in rows)
+        if len(chosen) < asked:
+            notes.append(f"{len(chosen)} of {asked} frames of {options.video} are kept: no other adds anything")
         cut = _cut_frames(options.video, options, faces, [nearest, *chosen])
         # the video follows one face: the frame that is most like a photo tells whose
         name = f"{options.video} at {float(list(faces)[nearest] / motion.fps):.1f} s"
@@ -97,12 +107,11 @@ def personalize(animator: Animator, source: Path, out: Path, options: Personaliz
         if errors[1] >= errors[0]:
             basis = None
             notes.append(f"{options.video} does not improve the expression basis, which stays as it is")
-    files = [source, *options.also, *([] if options.video is None else [options.video])]
     Person((_shrink(photos[str(source)], DEFAULT_MAX_SIDE_PX), *kept.values()), basis, animator.fingerprint,
-           {file_sha256(path): path.name for path in files}).save(out)  # fmt: skip
-    return PersonSummary(
-        out, (str(source), *kept), tracked, errors, out.stat().st_size / 1e6, time.monotonic() - began, tuple(notes)
-    )
+           made_from).save(out)  # fmt: skip
+    errors = errors and (round(errors[0], 2), round(errors[1], 2))
+    size_mb = round(out.stat().st_size / 1e6, 1)
+    return PersonSummary(out, (str(source), *kept), tracked, errors, size_mb, time.monotonic() - began, tuple(notes))
 
 
 def check_person_output(out: Path, options: PersonalizeOptions) -> None:
@@ -120,7 +129,8 @@ def choose_frames(motion: Motion, photos: int, count: int) -> list[int]:
     """Return the row of the frame most like a photo, then those of `count` frames that add most to the photos.
 
     The first rows of `motion` are the photos, the others frames of a video. Frames are added greedily, so that the mean
-    squared distance of the frames to the nearest photo falls most; distances are the logits of `select_photos`.
+    squared distance of the frames to the nearest photo falls most, while any adds something; distances are the logits
+    of `select_photos`.
     """
     points = landmarks_to_head_frame(motion.landmarks, motion.camera)
     rotation = head_pose(motion.camera)[0]
@@ -130,8 +140,11 @@ def choose_frames(motion: Motion, photos: int, count: int) -> list[int]:
     nearest = distance[:photos].min(0)  # (T,)
     chosen = [photos + int(nearest.argmin())]
     for _ in range(min(count, len(points) - photos)):
-        chosen.append(photos + int(np.minimum(nearest, distance[photos:]).mean(1).argmin()))
-        nearest = np.minimum(nearest, distance[chosen[-1]])
+        best = photos + int(np.minimum(nearest, distance[photos:]).mean(1).argmin())
+        if (distance[best] >= nearest).all():
+            break
+        chosen.append(best)
+        nearest = np.minimum(nearest, distance[best])
     return chosen
 
 

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.compositor import Compositor
+from export3d_cli.core.animation.compositor import Compositor, read_portrait
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.face_track import FaceTrack
-from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.device import peak_memory
@@ -71,7 +70,7 @@ def run_benchmark(
     track = FaceTrack(tracker)
     faces = timed("track", map(track.track, images))
     motion = tracker.make_motion(faces, reader.info.fps, (images[0].shape[1], images[0].shape[0]))
-    photo = read_image(source)
+    photo = read_portrait(source)
     next(animator.animate(animator.portrait(photo, name=str(source)), [motion]))  # warm up
     (portrait,) = timed("encode source", map(animator.portrait, [photo]))
     rendered = timed("render", animator.animate(portrait, [motion], layers=True))

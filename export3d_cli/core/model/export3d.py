@@ -210,6 +210,9 @@ class Export3D(nn.Module):
 
     def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
         """Apply lambda (B, n), or (B, n + 4) with measures, for any cameras; `planes` are its tri-planes, if known."""
+        n = self.config.num_coefficients
+        if lam.ndim != 2 or lam.shape[1] not in (n, n + NUM_MEASURES):
+            raise ValueError(f"lam must be (B, {n}) or (B, {n + NUM_MEASURES}), got {tuple(lam.shape)}")
         planes = self.generate_planes(source, lam) if planes is None else planes  # (B, 3, C, P, P)
         mesh, surface, distances = None, None, None
         if self.flow is not None:

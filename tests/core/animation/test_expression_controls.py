@@ -64,6 +64,9 @@ def test_a_constant_edit_takes_four_trial_frames_once(animator: Animator, monkey
     edited = edit_expression(animator, portrait, ExpressionEdit({"smile": 0.5, "jaw": 0.2}))
     assert counts == [3, 1]
     assert edit_expression(animator, portrait, ExpressionEdit({"smile": 0.5, "jaw": 0.2})) is edited
+    for array in (edited.base, edited.beta):  # which later results hold, too
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
     assert counts == [3, 1]
     other = edit_expression(animator, portrait, ExpressionEdit({"smile": 0.6, "jaw": 0.2}))
     assert counts == [3, 1, 3, 1] and not np.array_equal(other.beta, edited.beta)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from export3d_cli import __version__
 from export3d_cli.core.animation.animator import Animator
-from export3d_cli.core.animation.compositor import load_photo, read_portrait
-from export3d_cli.core.animation.options import PortraitOptions, ReenactOptions
+from export3d_cli.core.animation.compositor import load_photo, read_portrait, write_look
+from export3d_cli.core.animation.options import Look, PortraitOptions, ReenactOptions
 from export3d_cli.core.animation.person import Person, fingerprint
 from export3d_cli.core.animation.personalize import PersonalizeOptions, _cut_head, choose_frames, fit_basis, personalize
 from export3d_cli.core.animation.reenact import load_portraits
 from export3d_cli.core.face.face_track import find_photo_face
-from export3d_cli.core.media.image import read_image
+from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path, file_sha256
 
@@ -34,6 +35,7 @@ def person_file(animator: Animator, tmp_path_factory: pytest.TempPathFactory) ->
     options = PersonalizeOptions(video=DRIVE, duration=1.0, frames=2, force=True)
     summary = personalize(animator, SOURCE, out, options)
     assert summary.tracked == 25 or summary.tracked == 30
+    assert summary.landmark_error is not None and summary.landmark_error[0] == round(summary.landmark_error[0], 2)
     assert len(summary.photos) == 3 and summary.photos[1].startswith("drive.mp4 at ")
     return out
 
@@ -140,6 +142,7 @@ def test_video_of_somebody_else_is_refused_by_name(animator: Animator, tmp_path:
         ("me.safetensors", PersonalizeOptions(video=DRIVE), "must end in .person.safetensors"),
         ("me.person.safetensors", PersonalizeOptions(), "give more photos of the person, or a video"),
         ("me.person.safetensors", PersonalizeOptions(also=(SOURCE,) * 12), "at most 12 photos, got 13"),
+        ("me.person.safetensors", PersonalizeOptions(also=(SOURCE,)), "two of the photos are the same file"),
     ],
 )
 def test_unfit_outputs_and_inputs_are_refused(
@@ -148,6 +151,34 @@ def test_unfit_outputs_and_inputs_are_refused(
     with pytest.raises(InputError, match=message):
         personalize(animator, SOURCE, tmp_path / name, options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_person_file_is_refused_where_only_its_first_photo_would_be_used(
+    animator: Animator, person_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "again.person.safetensors"
+    for call in (
+        lambda: personalize(animator, person_file, out, PersonalizeOptions(video=DRIVE)),
+        lambda: personalize(animator, SOURCE, out, PersonalizeOptions(also=(person_file,))),
+        lambda: load_photo(animator, SOURCE, PortraitOptions(also=(person_file,))),
+        lambda: write_look(person_file, tmp_path / "look.png", PortraitOptions(look=Look(age=20))),
+    ):
+        with pytest.raises(InputError, match=r"me.person.safetensors is a person file, which stands for .*: give a ph"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_photo_is_reduced_with_a_note_and_the_summary_has_nothing_of_a_video(
+    animator: Animator, tmp_path: Path
+) -> None:
+    large = tmp_path / "large.png"
+    write_image(large, cv2.resize(read_image(SOURCE), (1200, 1200)))
+    out = tmp_path / "me.person.safetensors"
+    summary = personalize(animator, large, out, PersonalizeOptions(also=(SOURCE,)))
+    assert summary.notes == (f"{large} is kept at 1080 pixels, its longer side",)
+    assert Person.load(out).photos[0].shape == (1080, 1080, 3)
+    assert summary.tracked is None and summary.landmark_error is None
+    assert summary.size_mb == round(summary.size_mb, 1)
 
 
 def test_interrupt_leaves_nothing(animator: Animator, tmp_path: Path) -> None:
@@ -227,5 +258,5 @@ def test_basis_of_the_person_is_found_and_frames_are_chosen_by_what_they_add(ani
 
     odd = portrait.motion.select(np.zeros(9, int))
     odd.landmarks[5] += 0.02 * rng.normal(size=(478, 3)).astype(np.float32)
-    nearest, first, _ = choose_frames(odd, 1, 2)
-    assert first == 5 and nearest != 5
+    nearest, *chosen = choose_frames(odd, 1, 2)
+    assert chosen == [5] and nearest != 5  # the others are the photo itself

@@ -9,9 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.person import Person
 from export3d_cli.core.diagnostics import benchmark
 from export3d_cli.core.diagnostics.benchmark import compare_speed, run_benchmark
+from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.errors import InputError
+from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.main import cli
 
 COPY = (
@@ -26,6 +29,12 @@ def test_run_benchmark_reports_every_stage(animator: Animator) -> None:
     assert (result.frames, result.fps) == (2, pytest.approx(2 / result.seconds))
     assert result.peak_memory is None or result.peak_memory > 40 * 2**20
     assert result.peak_gpu is None
+
+
+def test_person_file_is_taken_for_the_photo(animator: Animator, tmp_path: Path) -> None:
+    path = tmp_path / "me.person.safetensors"
+    Person((read_image(example_path("source.jpg")),), None, animator.fingerprint, {}).save(path)
+    assert run_benchmark(animator, path, frames=2).frames == 2
 
 
 def test_bench_command_prints_stages_and_speed(tiny_weights: Path) -> None:
