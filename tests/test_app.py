@@ -188,8 +188,10 @@ def test_more_photos_are_used_and_a_recorded_sound_drives(
     sync_api.expect(command).to_have_text(line, timeout=60_000)
     page.get_by_role("tab", name="Animate").click()
     page.get_by_text("Speech instead of a video").click()
-    page.locator("input[type=file][accept*=audio]").last.set_input_files(tmp_path / "speech.wav")
     page.get_by_label("What it says").fill("Ah, ah!")
+    page.get_by_role("button", name="Render").click()
+    page.get_by_text("what a sound says needs the sound").wait_for()
+    page.locator("input[type=file][accept*=audio]").last.set_input_files(tmp_path / "speech.wav")
     page.get_by_role("button", name="Render").click()
     page.locator("a[download][href*='.mp4']").wait_for()
     (video,) = [path for path in result_files() if path.suffix == ".mp4"]

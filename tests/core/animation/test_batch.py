@@ -161,7 +161,7 @@ def test_plan_reenact_writes_nothing(
     small = plan_reenact(animator, portraits[:1], clip, str(tmp_path), ReenactOptions(size=128, framing="face"))
     assert (small.sources[0].size, small.sources[0].face) == ((128, 128), a)  # in pixels of the photo
     assert abs(a[0] - (width - b[2])) < 0.05 * width  # mirrored
-    assert plan.seconds > 0
+    assert plan.seconds is not None and plan.seconds > 0
     assert plan.memory_mb is None or plan.memory_mb > 50
     with pytest.raises(NoFaceError, match="wall"):
         plan_reenact(animator, portraits, clip, str(tmp_path))
@@ -170,9 +170,13 @@ def test_plan_reenact_writes_nothing(
 def test_plan_of_a_clip_tracks_its_driver_as_asked_and_estimates_nothing_without_a_face(
     animator: Animator, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names: list[str] = []
-    open_tracker = animator.tracker
-    monkeypatch.setattr(animator, "tracker", lambda name="landmarker": names.append(name) or open_tracker())
+    names, landmarker = list[str](), animator.tracker()
+
+    def open_tracker(name: str = "landmarker") -> object:
+        names.append(name)
+        return landmarker
+
+    monkeypatch.setattr(animator, "tracker", open_tracker)
     driver, wall = make_clip("driver.mp4"), tmp_path / "wall.mp4"
     with VideoWriter(wall, size=(64, 64), fps=Fraction(25)) as writer:
         for _ in range(3):
