@@ -99,7 +99,11 @@ class Service:
 
         With `force`, they are used even if they seem to show somebody else.
         """
-        photos = {f"portrait {key}": self._find(Portrait, key)._encoded.canvas.photo for key in also}
+        others = {f"portrait {key}": self._find(Portrait, key)._encoded for key in also}
+        for name, other in others.items():
+            if other.person is not None:
+                raise HTTPException(422, f"{name} is a person file, which stands for the main photo alone")
+        photos = {name: other.canvas.photo for name, other in others.items()}
 
         def encode(path: Path) -> Any:
             return self._animator.portrait(

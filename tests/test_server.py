@@ -125,6 +125,9 @@ def test_person_file_stands_for_a_photo(
     for content, status in ((path.read_bytes(), 201), (path.read_bytes()[:5000], 422)):
         reply = client.post("/portraits", params=SMALL, content=content)
         assert reply.status_code == status, reply.text
+        if status == 201:
+            refused = client.post("/portraits", params={"also": reply.json()["id"]}, content=PHOTO)
+            assert refused.status_code == 422 and "stands for the main photo alone" in refused.json()["detail"]
 
 
 def test_more_photos_of_the_person_are_used_and_others_refused(client: TestClient, service: server.Service) -> None:
