@@ -45,6 +45,7 @@ HAIR_SIDE_PX = 320  # longer side at which hair is looked for
 MIN_HAIR_PRIOR = 0.012  # probability of hair at a place below which none is looked for
 FOREHEAD = -0.5  # height of the brows in the maps' coordinates
 MAX_COLOUR_DISTANCE = 2.0  # standard deviations within which colours count as alike
+MIN_LIKELY_SHARE = 0.1  # of a part's pixels, where hair is the likeliest
 MIN_HAIR_AREA = 0.05  # of the face's area
 MIN_HAIR_CONTRAST = 9.0  # Lab distance from the skin's colour, with half of L, below which it is a bald head
 
@@ -234,9 +235,10 @@ def _find_hair(part: np.ndarray, alpha: np.ndarray, skin: _Skin) -> np.ndarray |
     labels = labels.astype(np.uint8)
     cv2.setRNGSeed(0)  # of this thread; nothing else of this package draws from it
     cv2.grabCut(small, labels, [0, 0, 1, 1], np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
-    found = (labels == cv2.GC_PR_FGD).astype(np.uint8)
-    count, parts, stats, _ = cv2.connectedComponentsWithStats(found)
-    hair = parts == (1 + stats[1:, cv2.CC_STAT_AREA].argmax() if count > 1 else -1)
+    found = labels == cv2.GC_PR_FGD
+    parts = cv2.connectedComponents(found.astype(np.uint8))[1]
+    share = np.bincount(parts.ravel(), likely.ravel()) / np.bincount(parts.ravel())
+    hair = found & (share > MIN_LIKELY_SHARE)[parts]  # other parts are clothes of the hair's colour
     if hair.sum() < MIN_HAIR_AREA * lower.sum():
         return None
     if np.linalg.norm((lab[hair].mean(0) - lab[cheeks].mean(0)) * (0.5, 1, 1)) < MIN_HAIR_CONTRAST:
