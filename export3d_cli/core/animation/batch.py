@@ -46,14 +46,15 @@ class PlannedSource:
     """A portrait that would be animated."""
 
     source: Path
-    face: tuple[int, int, int, int]  # box of the chosen face: x0, y0, x1, y1 in pixels
+    face: tuple[int, int, int, int] | None  # box of the chosen face: x0, y0, x1, y1 in pixels; None: not found
     size: tuple[int, int]  # width, height of the result
     out: Path
     exists: bool  # whether `out` exists
 
     def __str__(self) -> str:
         width, height = self.size
-        return f"{self.source} -> {self.out}{' (exists)' * self.exists}, {width}x{height}, face at {self.face}"
+        face = "no face found" if self.face is None else f"face at {self.face}"
+        return f"{self.source} -> {self.out}{' (exists)' * self.exists}, {width}x{height}, {face}"
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ def plan_edit(
     replace(options, overwrite=True).check_outputs(out)
     open_stream = partial(DriverStream, batch=clips.MAX_BATCH, crop_scale=CROP_SCALE[0])
     open_clip = partial(open_stream, clip, tracker=animator.tracker())
-    few, face_box = replace(of_clip, max_frames=clips.MAX_BATCH), (0, 0, 0, 0)
-    seconds: float | None = None
+    few = replace(of_clip, max_frames=clips.MAX_BATCH)
+    face_box, seconds = None, None
     with open_clip(options=of_clip) as stream, open_clip(options=few) as first:
         total, fps = stream.total, stream.fps
         with VideoReader(clip, fps=of_clip.fps, start=of_clip.start) as reader:

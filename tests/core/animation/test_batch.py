@@ -185,6 +185,7 @@ def test_plan_of_a_clip_tracks_its_driver_as_asked_and_estimates_nothing_without
     assert names == ["landmarker", "fan"]
     assert plan.seconds is None
     assert plan.notes == (f"no face in the first frames of {wall}",)
+    assert str(plan.sources[0]).endswith("64x64, no face found")
 
 
 def read_fps(clip: Path) -> object:
