@@ -9,7 +9,7 @@ from torch import Tensor
 
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.landmarks import EYE_RIMS, EYELID_FOLDS, LEFT_IRIS, MEASURE_POINTS, RIGHT_IRIS
-from export3d_cli.core.model.cached_tensors import index_tensor
+from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
 from export3d_cli.core.model.masks import linear_step
 
@@ -89,7 +89,7 @@ def _look(points: Tensor, change: Tensor) -> None:
         corners, lids = (points[:, index_tensor((rim[k], rim[k + 8]), points), :2] for k in (0, 4))  # (B, 2, 2)
         middle = torch.stack([corners[..., 0].mean(1), lids[..., 1].mean(1)], dim=1)  # (B, 2)
         size = torch.stack([(ends[:, 0] - ends[:, 1]).norm(dim=-1) for ends in (corners, lids)], dim=1)
-        room, offset = size * size.new_tensor(MAX_GAZE), points[:, centre, :2] - middle
+        room, offset = size * cached_tensor(MAX_GAZE, size.device), points[:, centre, :2] - middle
         low, high = (-room - offset).clamp_max(0), (room - offset).clamp_min(0)
         points[:, index_tensor(iris, points), :2] += torch.minimum(torch.maximum(change, low), high)[:, None]
 
@@ -98,8 +98,9 @@ def _slant(points: Tensor, change: Tensor) -> None:
     """Raise a corner of the mouth in place and lower the other one, each by half a change (B,) of the slant."""
     distance = _interocular(points)  # (B, 1)
     shift = distance[:, 0] / 2 * change.sign() * (change.abs() - MIN_SLANT).clamp_min(0)  # (B,)
+    scale = 2 * (SLANT_REACH * distance).square().clamp_min(1e-9)
     left, right = (
-        torch.exp(-(points - points[:, corner : corner + 1]).square().sum(-1) / (2 * (SLANT_REACH * distance).square()))
+        torch.exp(-(points - points[:, corner : corner + 1]).square().sum(-1) / scale)
         for corner in MEASURE_POINTS.mouth_corners
     )  # (B, 478) each
     points[..., 1] += (right - left) * shift[:, None]
