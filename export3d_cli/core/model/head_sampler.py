@@ -98,26 +98,26 @@ class HeadSampler:
 
     def draw(self, seed: int, truncation: float = 0.75, age: tuple[float, float] | None = None) -> SampledFace:
         """Sample a person; `truncation` scales the distance from the mean face, `age` is in years."""
-        a, random = self.arrays, np.random.default_rng(seed)
+        a, rng = self.arrays, np.random.default_rng(seed)
         allowed, years = np.arange(len(a["years"])), 0.0
         if age is not None:
             low, high = self.ages
             if not low <= age[0] <= age[1] <= high:
                 known = f"{low:.0f}:{high:.0f} or a part of it" if high else "no --age, these weights know no ages"
                 raise InputError(f"age {age[0]:g}:{age[1]:g} cannot be sampled: give {known}")
-            years = random.uniform(*age)
+            years = rng.uniform(*age)
             distance = np.abs(a["years"] - years)
             allowed = allowed[distance <= max(AGE_TOLERANCE, distance.min())]
-        exemplar = int(random.choice(allowed))
+        exemplar = int(rng.choice(allowed))
         own = np.concatenate([a["shape"][exemplar], a["texture"][exemplar]])
         count, free = a["shape"].shape[1], np.ones(len(own))
         free[count : count + SHARED_TEXTURES] = 0
-        code = free * truncation * random.standard_normal(len(own)) + (1 - free) * own
+        code = free * truncation * rng.standard_normal(len(own)) + (1 - free) * own
         if age is not None:  # the nearest code of that age
             gradient = a["age"][3:]
             direction = gradient * free
             code = code + direction * (years - a["age"][1] - code @ gradient) / max(float(direction @ gradient), 1e-6)
-        mirrored, hue = bool(random.random() < 0.5), random.uniform(-np.pi, np.pi)
+        mirrored, hue = bool(rng.random() < 0.5), rng.uniform(-np.pi, np.pi)
         return SampledFace(exemplar, code[:count], code[count:], mirrored, hue)
 
     def mix(self, first: SampledFace, second: SampledFace, at: float) -> SampledFace:

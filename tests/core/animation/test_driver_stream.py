@@ -135,7 +135,7 @@ def test_a_stream_with_a_cache_is_read_again_without_tracking(
     make_clip: MakeClip, tracker: LandmarkerTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with TrackCache() as cache:
-        driver = stream(make_clip("dark_middle.mp4", filters=BLACK.format("between(n,3,4)")), tracker, track_cache=cache)
+        driver = stream(make_clip("pause.mp4", filters=BLACK.format("between(n,3,4)")), tracker, track_cache=cache)
         first = read(driver)
         monkeypatch.setattr(FaceTrack, "track", lambda *_: pytest.fail("tracked again"))
         monkeypatch.setattr(LandmarkerTracker, "find", lambda *_: pytest.fail("tracked again"))
