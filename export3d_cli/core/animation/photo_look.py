@@ -37,6 +37,7 @@ MAP_SIZE = 96  # cells of their sides
 DETAIL_SD = 1.5  # of the high-pass filter whose output counts as the skin's own lines, cells of the face's map
 DETAIL_GAIN = 0.09  # change of their log contrast per decade, chosen by eye: the rendered heads tell nothing of it
 SMOOTHING, FLOW_SMOOTHING, FLOW_REACH = 0.05, 0.1, 0.8  # of `spread`, half face heights
+MAX_WINDOW_PX = 4_000_000  # of a head with its surroundings, at about 250 bytes each; larger photos are reduced
 MOVED_FADE_PX = (0.1, 0.4)  # displacements over which the moved photo takes over
 MAX_COVER = 0.56  # of the skin by a beard of 1
 MASK_BLUR = 0.07  # of the skin's mask, half face heights: changes fade out inside the outline over twice as much
@@ -71,12 +72,19 @@ def change_look(photo: np.ndarray, look: Look, tracker: LandmarkerTracker, matti
     """Return a photo, uint8 (H, W, 3), with another look of one person, and that person's landmarks in it.
 
     The landmarks are (478, 3) in pixels; the arguments are those of `Animator.portrait`. Pixels that show neither the
-    person nor what the person uncovers keep their values.
+    person nor what the person uncovers keep their values. Photos of a very large head are reduced, with a warning.
     """
     target = (find_photo_face(tracker, photo, name=name, face=face) if landmarks is None
               else tracker.face_at(complete_landmarks(landmarks)))  # fmt: skip
     size = (photo.shape[1], photo.shape[0])
     x0, y0, side = (float(round(v)) for v in fit_clip_crop(target.landmarks[None], size))
+    area = float(np.prod([min(length, (1 + 2 * WINDOW_MARGIN) * side) for length in size]))
+    if area > 1.1 * MAX_WINDOW_PX:  # so that one reduction suffices
+        scale = (MAX_WINDOW_PX / area) ** 0.5
+        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        warnings.warn(f"the head in {name} is large: the photo is reduced to {photo.shape[1]}x{photo.shape[0]} pixels",
+                      Export3DWarning, stacklevel=2)  # fmt: skip
+        return change_look(photo, look, tracker, matting, landmarks=scale * target.landmarks, name=name)
     motion = tracker.make_motion([target], Fraction(25), size, clip=ClipCalibration((x0, y0, side)))
     faces = tuple(face_positions(target, tracker.find_all(photo), (x0, y0, side)))
     canvas = PhotoCanvas.from_photo(photo.copy(), (x0, y0, side), partial(matting.alpha, hair_strands=True), faces)

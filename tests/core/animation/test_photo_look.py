@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from export3d_cli.core.animation import photo_look
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.compositor import load_photo
 from export3d_cli.core.animation.look import RANGES, Look
@@ -67,6 +68,15 @@ def test_background_stays(photo: np.ndarray) -> None:
     assert far.mean() > 0.2
     assert np.array_equal(result[far], photo[far])
     assert result.shape == photo.shape
+
+
+def test_photo_of_a_very_large_head_is_reduced(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photo_look, "MAX_WINDOW_PX", 90_000)
+    with pytest.warns(Export3DWarning, match="reduced to 3"):
+        result, moved = change_look(photo, Look(weight=1), TRACKER, MATTING)
+    assert 250 < max(result.shape) < max(photo.shape)
+    assert np.abs(moved[:, :2] - landmarks(result)).mean() < 1.5
+    assert jaw_width(result) > 1.04 * jaw_width(photo)
 
 
 def test_no_change_of_shape_moves_no_pixel(photo: np.ndarray) -> None:
