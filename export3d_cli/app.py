@@ -210,7 +210,7 @@ class _Jobs:
 
     def reenact(
         self, photo: str | None, person: str | None, also: list[str] | None, force: bool, video: str | None,
-        sound: str | None, text: str, expression: float, pose: float, seconds: float, framing: str, mark: str,
+        sound: str | None, text: str | None, expression: float, pose: float, seconds: float, framing: str, mark: str,
         request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for this default
     ) -> tuple[str, str, list[str]]:  # fmt: skip
         """Animate the photo by a sound or video; return the result, its command and the last videos.
@@ -230,9 +230,10 @@ class _Jobs:
             if photo is None or driver is None:
                 raise InputError("a photo and a video or sound are needed: drop both into the page")
             session.uploads |= {Path(path) for path in (photo, video, sound, *(also or ())) if path}
-            if text.strip() and not sound:
+            text = (text or "").strip()  # None until something is typed
+            if text and not sound:
                 raise InputError("what a sound says needs the sound: drop it into the page, or clear the text")
-            script = self._new_file(session, ".txt") if text.strip() else None
+            script = self._new_file(session, ".txt") if text else None
             if script is not None:
                 script.write_text(text, encoding="utf-8")
             options = ReenactOptions(
