@@ -14,11 +14,11 @@ from export3d_cli import console, core, options
 @click.option("-o", "--output", type=options.OUTPUT_FILE, required=True, help="Output: a file NAME.person.safetensors.")
 @click.option(
     "--video", type=options.EXISTING_FILE,
-    help="A video of the person, whose largest face is used until the first cut, in at most 250 frames.",
+    help="A video of the person: the largest face up to the first cut, at most 250 frames.",
 )  # fmt: skip
 @click.option(
     "--frames", type=click.IntRange(0, 8), default=4, show_default=True,
-    help="Frames of the video that are kept as photos: those that show most of what the photos do not.",
+    help="Number of video frames to keep as photos: those that add most to the given photos.",
 )  # fmt: skip
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of it to skip.")
 @click.option("--duration", type=click.FloatRange(0, 60, min_open=True), default=20.0, show_default=True,

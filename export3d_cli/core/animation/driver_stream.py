@@ -87,7 +87,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         self._motion: Motion | None = None
         self._reader: VideoReader | None = None
         self._crop_reader: VideoReader | None = None  # the same frames again, to be shown
-        self._used = deque[int]()  # numbers of the frames that are read but whose motion is not yet taken
+        self._used = deque[int]()  # indices of frames that are read and whose motion the caller has not taken yet
         self._stopped = False
         fps, start, duration, max_frames = options.fps, options.start, options.duration, options.max_frames
         self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames)

@@ -43,7 +43,7 @@ MIN_MEASURED_CHANGE = 0.25  # of a control's value, from which its gain is measu
 GAIN_RANGE = (0.5, 2.5)  # of controls that are held in a video
 # Of people who look at the camera while they turn: gaze-x and gaze-y over the sines of the camera's direction to the
 # right and up in the head frame (median slopes and offsets of 19 and 24 filmed clips, correlations .9 and .75 or more).
-# Sideways this moves irises by .97 of what an eyeball of 12 mm radius shows. Trackers read half of it in frames.
+# Horizontally, the irises move by .97 of the shift of a 12 mm eyeball; in frames, trackers measure half of it.
 GAZE_SLOPE, GAZE_AT_REST = (1.9, 1.45), (0.1, -0.22)
 BLINK_FADE = (0.3, 0.6)  # value of `blink` up to which eyes count as open, and from which on as closed
 _NEAR = 0.1  # a range that reaches beyond the base's value by less counts as one-sided

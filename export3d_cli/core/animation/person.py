@@ -42,7 +42,7 @@ class Person:
             photo.flags.writeable = False
 
     def check(self, name: str, model: Export3D, weights: str) -> None:
-        """Raise `InputError` unless the file `name` fits a network, whose `fingerprint` is `weights`."""
+        """Raise `InputError` if the file `name` does not match a network with the fingerprint `weights`."""
         if self.weights != weights:
             raise InputError(
                 f"{name} was made with other weights: pass those by --weights, or make it again with these by "

@@ -33,7 +33,7 @@ from export3d_cli.core.runtime.weights import file_sha256
 
 SUFFIX = ".person.safetensors"
 MAX_FRAMES = 250  # of the video that are tracked, evenly over its length
-MAX_CROP_PX = 768  # side of what is kept of further photos: the face with its surroundings
+MAX_CROP_PX = 768  # longer side at which additional photos are stored, cropped around the head
 PIXELS_PER_UNIT = 256 * FOCAL / RADIUS  # of an image of 256 pixels, head-frame units at the head
 # Weight of the shipped basis against the person's frames, in frames: 0 fits the frames alone. Of 30, 50 and 100 all
 # bring the landmarks of frames that the fit did not see equally near; 5 frames suffice for two thirds of it.

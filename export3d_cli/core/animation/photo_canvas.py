@@ -139,10 +139,10 @@ class PhotoCanvas:
         matrix, flags = np.array([[1 / cell, 0, offset[0]], [0, 1 / cell, offset[1]]]), cv2.INTER_LINEAR
         flags |= cv2.WARP_INVERSE_MAP
         pixels = cv2.warpAffine(cells, matrix, shape, flags=flags, borderMode=cv2.BORDER_REPLICATE)
-        x = pixels[..., 0] + np.arange(shape[0], dtype=np.float32)
-        y = pixels[..., 1] + np.arange(shape[1], dtype=np.float32)[:, None]
         margin = (len(self.foreground) - shape[1]) // 2  # see `_extend_foreground`
-        moved = cv2.remap(self.foreground, x + margin, y + margin, cv2.INTER_CUBIC)
+        x = pixels[..., 0] + np.arange(margin, margin + shape[0], dtype=np.float32)
+        y = pixels[..., 1] + np.arange(margin, margin + shape[1], dtype=np.float32)[:, None]
+        moved = cv2.remap(self.foreground, x, y, cv2.INTER_CUBIC)
         face = cv2.extractChannel(pixels, 2)
         alpha = np.maximum(cv2.extractChannel(moved, 3) * np.float32(1 / 255), face)
         colours = cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB)

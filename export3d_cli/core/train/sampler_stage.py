@@ -18,10 +18,10 @@ from export3d_cli.core.train.stage import Stage
 from export3d_cli.core.train.training_run import TrainingRun
 
 MAX_LIP_GAP, MIN_EYE_GAP = 0.06, 0.06  # of a neutral frame, in distances between the outer corners of the eyes
-MAX_TURN = 15.0  # yaw and pitch of a frame whose texture is used, degrees
+MAX_TURN = 15.0  # largest yaw and pitch, in degrees, of frames that give a texture
 EXPRESSION_COST = 6.0  # degrees of turning that count as much as the strength 1 of one coefficient of beta
 INCOMPLETE_COST = 30.0  # degrees of turning that count as much as hair cut by the picture's border
-SHAPE_FRAMES = 8  # frames of a head whose median is its shape
+SHAPE_FRAMES = 8  # number of frames of a head; its shape is the median of their landmarks
 MASK_SCALE, MASK_FADE = 0.92, 0.02  # of the face's outline, and the blur of its border in sides of the picture
 BROW_MARGIN = 0.025  # sides of the picture above the brows at which the mask ends: fringes are not part of a face
 EXEMPLAR_OFFSET, EXEMPLAR_BOTTOM = 0.2, 0.92  # of the face in an exemplar: from the centre, and its lower end

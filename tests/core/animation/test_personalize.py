@@ -112,7 +112,7 @@ def test_half_precision_shares_the_weights_and_reads_them_once(
 
 
 def test_kept_photo_is_used_like_the_whole_one(animator: Animator) -> None:
-    """A wide photo whose head is off its centre: the cut shows less, and the same crop is found in it."""
+    """In a wide photo with the head off centre, the stored part is smaller, and it gives the same face crop."""
     first = read_image(SOURCE)
     photo = np.pad(first[60:], ((0, 0), (0, 300), (0, 0)), mode="edge")
     cut = _cut_head(photo, find_photo_face(animator.tracker(), photo))
