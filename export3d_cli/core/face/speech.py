@@ -105,8 +105,8 @@ def read_speech(sound: Path, camera: np.ndarray, *, fps: Fraction = DEFAULT_FPS,
     """Return the motion at a rate `fps` of a head that speaks the sound of a file, without landmarks; also notes.
 
     The sound is used from `start` for `duration` seconds (None: to its end). `text` is a text file with the words that
-    are spoken in this part, or a subtitle file (SRT) of the whole sound. `camera` (25,) gives the head's place and mean pose. Raises
-    `InputError` if there is no sound, if the text is not what is spoken, or without the extra `speech`.
+    are spoken in this part, or a subtitle file (SRT) of the whole sound. `camera` (25,) gives the head's place and mean
+    pose. Raises `InputError` if there is no sound, if the text is not what is spoken, or without the extra `speech`.
     """
     if not audio_tracks(sound):
         raise InputError(f"{sound} has no sound: give an audio file or a video with sound")
