@@ -245,7 +245,7 @@ def expression_options(command: F) -> F:
     return _together(
         *named,
         click.option("--gaze", metavar="X,Y", callback=parse_gaze,
-                     help="Gaze, -1 to 1; + is to the image's right and up: --gaze 0,0."),
+                     help="Gaze, -1 to 1; + is to the image's right and up (faces show up to about .3): --gaze 0,0."),
         click.option("--set", "set_", multiple=True, metavar="NAME=A[:B]", callback=parse_set,
                      help="Any of ARKit's coefficients: --set jawOpen=.4 --set mouthSmileLeft=.7. Repeatable."),
         click.option("--preset", multiple=True, metavar="NAME|FILE#NAME",

@@ -14,6 +14,7 @@ from export3d_cli.core.animation.expression_controls import (
     GAZE_SLOPE,
     ExpressionEdit,
     edit_expression,
+    hold_expression,
     look_at_camera,
     read_preset,
     shut_lips,
@@ -108,6 +109,22 @@ def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> Non
     for name, words in (("jo", "did you mean joy"), (f"{mine}#odd", "must map"), (f"{tmp_path / 'no.yaml'}#a", "read")):
         with pytest.raises(InputError, match=words):
             read_preset(name)
+
+
+def test_lids_follow_the_gaze_up_and_down_and_closed_eyes_stay_closed(animator: Animator) -> None:
+    setter = expression_controls._setter("gaze-y")
+    down, up = setter(np.zeros(64), np.array([[-0.5], [0.5]]))
+    opening = [BETA_NAMES.index(f"eyeOpening{side}") for side in ("Left", "Right")]
+    assert (down[opening] < -0.015).all() and (up[opening] > 0.015).all()
+    both = expression_controls._setter("gaze-y", "blink")(np.zeros(64), np.array([[-0.5, 0]]))
+    assert CONTROLS["blink"].measure(both) == 0
+    portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
+    hold, _ = hold_expression(animator, portrait, ExpressionEdit({"gaze-y": 0.3}))
+    own = portrait.motion.beta.copy()
+    assert np.abs(hold(own) - own)[0, opening].max() > 0.005
+    own[:, [BETA_NAMES.index("eyeBlinkLeft"), BETA_NAMES.index("eyeBlinkRight")]] = 0.9
+    eyes = list(REGIONS["eyes"])
+    np.testing.assert_allclose(hold(own)[:, eyes], own[:, eyes], atol=1e-6)
 
 
 def test_look_at_camera_turns_the_eyes_against_the_head() -> None:
