@@ -33,7 +33,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 
 
 @click.command()
-@click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1, required=True)
+@click.argument("sources", type=options.EXISTING_FILE, metavar="SRC...", nargs=-1)
 @click.argument("driver", type=options.EXISTING_PATH, metavar="DRIVE")
 @click.option("-o", "--output", required=True,
               help="Output: .mp4, .mov, .mkv, .webm or .gif; a template {src}-{drive}.mp4; or a folder.")  # fmt: skip
@@ -58,8 +58,8 @@ SCALE_RANGE = click.FloatRange(-10, 10)
               "last motion, leave the frame out, or stop.")  # fmt: skip
 @options.source_options
 @click.option("--pair", "pairs", multiple=True, metavar="FACE=DRIVE", callback=_parse_pairs,
-              help="Another face of the photo SRC and its own driver: --face left --pair right=b.mp4. "
-              "Repeatable; the shortest driver ends the result.")  # fmt: skip
+              help="A face of the photo SRC and its own driver, in place of DRIVE or next to it: "
+              "--pair left=a.mp4 --pair right=b.mp4. The shortest driver ends the result.")  # fmt: skip
 @click.option("--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
               callback=options.validate_face,
               help="Which face of DRIVE to follow, chosen in the first frame with a face.")  # fmt: skip
@@ -114,6 +114,12 @@ def reenact(ctx: click.Context, sources: tuple[Path, ...], driver: Path, output:
     """
     if chosen.pop("paste_back") and chosen["framing"] == "face":
         raise click.UsageError("--paste-back means --frame photo: leave out one of --paste-back and --frame face")
+    if not sources:
+        if not chosen["pairs"]:
+            raise click.MissingParameter(param_hint="'DRIVE'", param_type="argument")
+        options.refuse_unused({"face"}, "--pair in place of DRIVE")
+        sources, ((chosen["face"], driver), *others) = (driver,), chosen["pairs"]
+        chosen["pairs"] = tuple(others)
     if len(sources) > 1:
         options.refuse_unused({"also", "landmarks"}, "several SRC")
     job = core.ReenactOptions(**chosen)

@@ -53,6 +53,17 @@ def test_reenact_compare_start_duration_and_fps(tiny, tmp_path):
     assert (info.width, info.height, info.fps, info.frame_count) == (3 * 512, 512, 10, 5)
 
 
+def test_pairs_stand_in_place_of_the_driver(tiny, tmp_path):
+    short = "--max-frames", "2", "--weights", tiny, "--device", "cpu"
+    photo, pair = example_path("source.jpg"), ("--pair", f"left={example_path('drive.mp4')}")
+    assert run("reenact", photo, *pair, "-o", tmp_path / "pair.mp4", *short).exit_code == 0
+    assert reenact(tiny, tmp_path / "driver.mp4", "--max-frames", "2", "--face", "left").exit_code == 0
+    assert (tmp_path / "pair.mp4").read_bytes() == (tmp_path / "driver.mp4").read_bytes()
+    for extra, words in (((), "DRIVE"), ((*pair, "--face", "left"), "--face has no effect")):
+        result = run("reenact", photo, *extra, "-o", tmp_path / "x.mp4", *short)
+        assert result.exit_code == 2 and words in result.stderr
+
+
 def test_existing_output_is_kept_without_overwrite(tiny, tmp_path):
     out = tmp_path / "out.mp4"
     out.write_bytes(b"mine")
