@@ -139,7 +139,7 @@ dry_run_option = click.option("--dry-run", is_flag=True,
 quality_option = click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced",
                               show_default=True, expose_value=False, callback=_set_model_option,
                               help="Rendering quality: balanced takes 1/5 of the samples of best (38 dB PSNR to "
-                              "best or more), fast 1/8.")  # fmt: skip
+                              "best or more), fast 1/8 and one tri-plane for all frames.")  # fmt: skip
 smooth_option = click.option("--smooth", type=click.Choice(["off", "light", "strong"]), default="light",
                              show_default=True,
                              help="Smooth the jitter of the tracked motion; neither level delays it.")  # fmt: skip

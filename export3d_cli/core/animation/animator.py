@@ -65,7 +65,7 @@ FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
 FP32_PARTS = ("expression", "decoder")  # parts of the network whose weights always stay fp32
 NOT_FINITE = "the network gives values that are not finite: use a smaller scale, or other weights"
 # Side of the volume rendering and samples of a ray, as fractions of those that the weights were trained at. PSNR to
-# `best` of three driven portraits, frame by frame: balanced 39 to 45 dB, fast 37 to 43 dB.
+# `best` of three driven portraits, frame by frame: balanced 39 to 45 dB.
 RENDER_SCALES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanced": (0.5, 0.75), "best": (1.0, 1.0)}
 Notify = Callable[[str], None]  # takes a note for the user
 
@@ -117,6 +117,12 @@ class Portrait(FaceCrop):
     others: tuple[FaceCrop, ...] = field(default=(), repr=False)  # of additional photos of the person
     person: Person | None = field(default=None, repr=False)  # whose basis the network has
 
+    @cached_property
+    def planes(self) -> Tensor:
+        """The tri-plane of its own expression, (1, 3, C, P, P), which serves all frames of the quality `fast`."""
+        with torch.inference_mode(), autocast(self.source.image.device, self.precision):
+            return self.model.generate_planes(self.source, self.source.lam)
+
     @property
     def camera(self) -> np.ndarray:
         """(25,) float32, the camera that took the photo, in the head frame."""
@@ -161,8 +167,8 @@ class Animator:
         samples = round(sample_scale * config.coarse_samples), round(sample_scale * config.fine_samples)
         self._sampling: dict[str, Any] = {"raw_size": round(image_scale * config.raw_size), "samples": samples}
         # how far lambda may be from that of interpolated tri-planes; a GPU makes many at once cheaply
-        may_interpolate = device.type == "cpu" and quality != "best"
-        self._triplane_tolerance = config.triplane_tolerance[quality == "balanced"] if may_interpolate else 0.0
+        may_interpolate = device.type == "cpu" and quality == "balanced"
+        self._triplane_tolerance = config.triplane_tolerance[1] if may_interpolate else 0.0
         self._trackers: dict[str, FaceTracker] = {}
         self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
         self.cover_detector = CoverDetector(resolve_weights("cover_detector"))
@@ -544,6 +550,8 @@ class _Renderer:
                planes: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
         """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`."""
         portrait, size = self._portrait, len(self._portrait.crop)
+        if posed is None and self._animator.quality == "fast":
+            planes = portrait.planes.expand(len(cameras), -1, -1, -1, -1)
 
         def compute(part: slice) -> Iterable[Any]:
             with torch.inference_mode():

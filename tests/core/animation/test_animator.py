@@ -346,6 +346,22 @@ def test_precision_notes_name_half_precision_that_a_cpu_lacks(monkeypatch: pytes
     assert "bf16" in note and "auto" in note
 
 
+def test_fast_quality_generates_one_tri_plane_of_a_portrait(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    animator = Animator.from_weights(tiny_weights, device="cpu", precision="fp32", quality="fast")
+    portrait, calls = animator.portrait(PHOTO), list[torch.Tensor]()
+    generate = animator.model.generate_planes
+    monkeypatch.setattr(
+        animator.model, "generate_planes", lambda source, lam: calls.append(lam) or generate(source, lam)
+    )
+    frames = [stack(animator.animate(portrait, [moving(portrait, 5)])) for _ in range(2)]
+    next(animator.edit(portrait, NO_CHANGE))
+    assert len(calls) == 1
+    torch.testing.assert_close(calls[0], portrait.source.lam)
+    np.testing.assert_array_equal(*frames)
+
+
 def test_quality_sets_how_finely_the_volume_is_sampled(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames, sides, samples = {}, {}, {}
     for quality in RENDER_SCALES:
