@@ -483,6 +483,10 @@ class Animator:
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             return portrait.model.pose_head(portrait.source, lam)
 
+    def _generate_planes(self, portrait: Portrait, lam: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(self.device, portrait.precision):
+            return portrait.model.generate_planes(portrait.source, lam)
+
     def _render(self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
                 planes: Tensor | None = None) -> tuple[Output, PosedHead]:  # fmt: skip
         """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
@@ -532,7 +536,8 @@ class _Renderer:
         self._batcher = AdaptiveBatcher()
         self._interpolator: TriplaneInterpolator | None = None
         if animator._triplane_tolerance:
-            self._interpolator = TriplaneInterpolator(self._generate_planes, animator._triplane_tolerance)
+            generate = partial(animator._generate_planes, portrait)  # a method of this object would be a cycle
+            self._interpolator = TriplaneInterpolator(generate, animator._triplane_tolerance)
         if portrait.precision != animator.precision:
             self._report_fallback()
         if any(portrait.covered):
@@ -567,11 +572,6 @@ class _Renderer:
         for start in range(0, len(cameras), self._animator.batch):
             stop = min(start + self._animator.batch, len(cameras))
             yield self._batcher(compute, start, stop)
-
-    def _generate_planes(self, lam: Tensor) -> Tensor:
-        portrait = self._portrait
-        with torch.inference_mode(), autocast(self._animator.device, portrait.precision):
-            return portrait.model.generate_planes(portrait.source, lam)
 
     def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> tuple[Output, PosedHead]:
         """Render a batch that overflowed in half precision again in fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,6 +155,20 @@ def test_frames_do_not_depend_on_earlier_animations(tiny_weights: Path, animator
     abandoned = animator.animate(portrait, [moving(portrait, 9, seed=2)], control=Control(expression_scale=3))
     next(abandoned)
     np.testing.assert_array_equal(stack(animator.animate(portrait, [motion])), expected)
+
+
+def test_animations_leave_nothing_to_the_garbage_collector(animator: Animator, portrait: Portrait) -> None:
+    """Each frame of a camera is an animation of its own, and leaves megabytes of tri-planes if they are in a cycle."""
+    gc.collect()
+    gc.disable()
+    try:
+        for frames in (1, 9):
+            list(animator.animate(portrait, [moving(portrait, frames)]))
+        next(animator.animate(portrait, [portrait.motion]))
+        list(animator.edit(portrait, NO_CHANGE))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_interleaved_animations_do_not_affect_each_other(animator: Animator, portrait: Portrait) -> None:
