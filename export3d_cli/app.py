@@ -37,7 +37,8 @@ PREVIEW_SIZE_PX = 512  # longer side of preview frames
 MAX_UPLOAD = "500mb"
 BASIS_RANGE = 6.0  # slider range of basis coefficients: 98 % of filmed values lie within it
 SHOWN_CONTROLS = ("smile", "jaw", "pucker", "blink", "eyes-open", "brows", "gaze-x", "gaze-y")
-CSS = "footer {display: none} .gradio-container {width: 100%; max-width: 72rem !important; margin: 0 auto !important}"
+CSS = """footer {display: none} .gradio-container {width: 100%; max-width: 72rem !important; margin: 0 auto !important}
+#driver video {height: 276px} input[type=range]:focus-visible {outline: 2px solid; outline-offset: 4px}"""
 
 
 @dataclass
@@ -94,14 +95,16 @@ def build(jobs: _Jobs) -> gr.Blocks:
             with gr.Column():
                 photo = gr.Image(photo_example, label="Photo with one large face", type="filepath",
                                  sources=["upload", "webcam"], height=380, alt_text="The photo")  # fmt: skip
-                person = gr.File(label="Or a person file, in place of the photo", file_types=[".safetensors"])
+                person = gr.File(
+                    label="Or a person file, in place of the photo", file_types=[".safetensors"], height=140
+                )
                 with gr.Accordion("More photos of the person", open=False):
                     also = gr.File(label="For own teeth, shut eyes, the far cheek", file_count="multiple",
                                    type="filepath", file_types=["image"], height=140)  # fmt: skip
                     force = gr.Checkbox(label="Use them even if they seem to show somebody else")
             with gr.Column(), gr.Tabs():
                 with gr.Tab("Animate"):
-                    driver = gr.Video(driver_example, label="Video of the face that moves it",
+                    driver = gr.Video(driver_example, label="Video of the face that moves it", elem_id="driver",
                                       sources=["upload", "webcam"], include_audio=True, height=320)  # fmt: skip
                     with gr.Accordion("Speech instead of a video", open=False):
                         sound = gr.Audio(
@@ -128,7 +131,7 @@ def build(jobs: _Jobs) -> gr.Blocks:
                         number(-30, 30, 0, "Pitch in degrees; + is up", 1),
                     ]
                     turned, turn_command = _preview(), command_line()
-                with gr.Tab("Change the expression"):
+                with gr.Tab("Expression"):
                     edited, edit_command = _preview(), command_line()
                     reset = gr.Button("Reset")
                     with gr.Row():  # two columns where there is room

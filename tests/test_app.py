@@ -1,4 +1,4 @@
-"""The page of `export3d app` in headless Chromium: photo, preview, video, and no request to elsewhere."""
+"""The page of `export3d app` in headless Chromium: photo, preview, video, no request to elsewhere; that of `live`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import pytest
 from PIL import Image
 
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.live import COMMANDS
 from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.face import speech
 from export3d_cli.core.media.image import read_image, write_image
+from export3d_cli.core.media.mjpeg_server import MjpegServer
 from export3d_cli.core.media.probe import probe
 from export3d_cli.core.runtime.weights import example_path
 
@@ -91,7 +93,7 @@ def test_two_tabs_keep_their_photos_apart_and_a_reload_begins_afresh(
     for command, name in zip(commands, ("source.jpg", "other.jpg"), strict=True):
         sync_api.expect(command).to_have_text(f"export3d novel-view {name} --yaw=20 --pitch=0 -o view.png")
 
-    pages[0].get_by_role("tab", name="Change the expression").click()
+    pages[0].get_by_role("tab", name="Expression").click()
     assert np.abs(preview_of(pages[0], "jaw", 0.5) - first).mean() > 1
     command = "export3d edit-basis source.jpg --set=jaw=0.5 -o expression.png"
     sync_api.expect(commands[0]).to_have_text(command)
@@ -215,3 +217,19 @@ def test_rendering_can_be_cancelled_and_a_bad_photo_is_explained(address: str, b
     page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
     page.get_by_text("no face found in grey.png").wait_for()
     page.close()
+
+
+def test_live_page_is_used_by_keys_and_fits_a_phone(browser: Any) -> None:
+    pressed: list[str] = []
+    with MjpegServer("127.0.0.1", 0, COMMANDS, pressed.append) as server:
+        page = browser.new_page(viewport={"width": 400, "height": 800})
+        page.goto(f"http://127.0.0.1:{server.server_port}", wait_until="domcontentloaded")  # the picture loads on
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        for key in (*(name[0] for name in COMMANDS), "x", "Control+m", "Tab", "Enter"):  # Tab: to the first button
+            page.keyboard.press(key)
+        for _ in range(50):
+            if len(pressed) > len(COMMANDS):
+                break
+            page.wait_for_timeout(100)
+        assert sorted(pressed) == sorted([*COMMANDS, "calibrate"])
+        page.close()

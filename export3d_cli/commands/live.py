@@ -47,8 +47,9 @@ def _parse_camera(ctx: click.Context, param: click.Parameter, value: str) -> int
 def live(sources: tuple[Path, ...], to: tuple[str, ...], as_json: bool, **chosen: Any) -> None:
     """Animate the portraits SRC (default: the bundled example) with the face in front of a camera.
 
-    Keep a neutral face for the first two seconds. Keys in the window, and buttons on the page: c calibrate again, r
-    re-centre the head, m mirror, p pause, n next portrait, q quit. Ctrl-C also ends it and keeps the recording.
+    Keep a neutral face for the first two seconds. Keys in the window and on the page, which has buttons, too: c
+    calibrate again, r re-centre the head, m mirror, p pause, n next portrait, q quit. Ctrl-C also ends it and keeps
+    the recording.
     """
     if chosen["receive"]:
         options.refuse_unused({"camera"}, "--from")

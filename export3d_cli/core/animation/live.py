@@ -53,11 +53,12 @@ PATIENCE_S = 0.2  # seconds without a face before the portrait settles
 MAX_REPEAT_S = 5  # of one frame in a recording: an encoder that cannot keep up shortens it
 RECORD_DEPTH = 8  # frames that wait for the encoder
 REPORT_INTERVAL_S = 1.0
+IDLE_INTERVAL_S = 0.5  # between two looks at a camera that is paused, shows no face, or whose page has no viewer
 HISTOGRAM_MS = 20
 WINDOW_NAME = "export3d live"
 DEVICE_FORMAT = "v4l2"  # ffmpeg's output for devices
-Output = Callable[[np.ndarray, str], None]  # frame, state and figures as text
-COMMANDS = {  # command -> label; its first letter is its key in the window
+Output = Callable[[np.ndarray, str], bool]  # frame, state and figures as text -> whether somebody may see it
+COMMANDS = {  # command -> label; its first letter is its key
     "calibrate": "Calibrate: 2 s of neutral face",
     "recentre": "Re-centre the head",
     "mirror": "Mirror",
@@ -129,7 +130,7 @@ class LiveTracker:
         self._time: float | None = None  # of the last frame
         self._faces: list[Any] = []  # of the calibration
         self._calibrated_s = 0.0
-        self._is_calibrated = self.recalibrate = self.recentre = False
+        self._is_calibrated = self._was_found = self.recalibrate = self.recentre = False
         self._reference: Motion | None = None
         self._last_face: Any = None
         self._presence = 0.0  # of a calibrated face, with PATIENCE_S above 1
@@ -143,7 +144,8 @@ class LiveTracker:
         if self.recalibrate:
             self.recalibrate = self._is_calibrated = False
             self._faces, self._calibrated_s = [], 0.0
-        change = elapsed if face is not None and self._is_calibrated else -elapsed
+        change = elapsed * self._was_found if face is not None and self._is_calibrated else -elapsed
+        self._was_found = face is not None
         self._presence = min(max(self._presence + change / SETTLE_S, 0.0), 1 + PATIENCE_S / SETTLE_S)
         if face is not None and not self._is_calibrated:
             self._faces.append(face)
@@ -243,12 +245,20 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
     images = LatestIterator(items, stop=stopped.set)
     commands: SimpleQueue[str] = SimpleQueue()
     latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms
-    line, missing, paused = "", 0, False
+    line, missing, paused, is_seen = "", 0, False, True
     shown = np.zeros((*stage.size[::-1], 3), np.uint8)
 
+    def track() -> Iterator[LiveFrame]:
+        for image, now in images:
+            if not paused:
+                frame = follow(image, now)
+            yield frame._replace(time=now)
+            if paused or not is_seen or (frame.state == "no face" and frame.strength == 0):
+                stopped.wait(IDLE_INTERVAL_S)
+
     def render(frame: LiveFrame) -> tuple[LiveFrame, np.ndarray | None]:
-        is_shown = outputs or not options.send
-        return frame, stage(frame) if is_shown and not (paused and latencies) else None
+        is_shown = (outputs or not options.send) and (not line or (is_seen and not paused))
+        return frame, stage(frame) if is_shown else None
 
     with contextlib.ExitStack() as stack:
         outputs = [_open_output(name, stage.size, fps, commands, stack) for name in options.to]
@@ -259,7 +269,7 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
         pool = stack.enter_context(ThreadPoolExecutor(animator.workers))
         began = reported = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt), images:  # Ctrl-C is the usual end: the recording is kept
-            rendered = map_latest(render, (follow(*item) for item in images), pool, animator.workers)
+            rendered = map_latest(render, track(), pool, animator.workers)
             for frame, picture in stack.enter_context(contextlib.closing(rendered)):
                 pressed = [commands.get() for _ in range(commands.qsize())]
                 for command in pressed:
@@ -275,8 +285,8 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
                         case "next":
                             stage.next()
                 shown = shown if picture is None else picture
-                for output in outputs:
-                    output(shown, line)
+                seen = [output(shown, line) for output in outputs]
+                is_seen = any(seen) or not seen or bool(options.send)
                 missing += frame.state == "no face"
                 now = time.monotonic()
                 recent[int(1000 * (now - frame.time))] += 1
@@ -328,9 +338,9 @@ def _open_output(
         raise InputError(f"{name!r} is not an output: use window, http://127.0.0.1:8000 or v4l2:/dev/video10")
     server = stack.enter_context(MjpegServer(match[1], int(match[2]), COMMANDS, commands.put))
 
-    def show(frame: np.ndarray, line: str) -> None:
+    def show(frame: np.ndarray, line: str) -> bool:
         server.status = line
-        server.show(frame)
+        return server.show(frame)
 
     return show
 
@@ -346,7 +356,7 @@ def _open_window(commands: SimpleQueue[str], stack: contextlib.ExitStack) -> Out
     stack.callback(cv2.destroyAllWindows)
     keys = {ord(name[0]): name for name in COMMANDS} | {27: "quit"}  # Esc
 
-    def show(frame: np.ndarray, line: str) -> None:
+    def show(frame: np.ndarray, line: str) -> bool:
         cv2.imshow(WINDOW_NAME, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         cv2.setWindowTitle(WINDOW_NAME, f"{WINDOW_NAME}: {line}")
         key = cv2.waitKey(1)
@@ -354,6 +364,7 @@ def _open_window(commands: SimpleQueue[str], stack: contextlib.ExitStack) -> Out
             commands.put(keys[key])
         elif cv2.getWindowProperty(WINDOW_NAME, cv2.WND_PROP_VISIBLE) < 1:  # it was closed
             commands.put("quit")
+        return True
 
     return show
 
@@ -367,12 +378,13 @@ def _open_device(device: Path, size: tuple[int, int], fps: Fraction, stack: cont
     process = FfmpegProcess([ffmpeg_path(), *command.split(), str(device)], stdin=True)
     stack.callback(process.kill)
 
-    def show(frame: np.ndarray, line: str) -> None:
+    def show(frame: np.ndarray, line: str) -> bool:
         try:
             process.write(np.ascontiguousarray(frame).data.cast("B"))
         except OSError as error:
             process.wait()
             raise MediaError(f"{device} takes no pictures: {process.error_summary()}") from error
+        return True
 
     return show
 
@@ -385,11 +397,12 @@ def _open_recording(
     background = stack.enter_context(BackgroundWriter(writer.write, RECORD_DEPTH, stop=writer.abort))
     began, written = time.monotonic(), 0
 
-    def record(frame: np.ndarray, line: str) -> None:
+    def record(frame: np.ndarray, line: str) -> bool:
         nonlocal written
         due = int((time.monotonic() - began) * fps) + 1
         for _ in range(min(due - written, round(MAX_REPEAT_S * fps))):
             background.put(frame)
         written = due
+        return True
 
     return record

@@ -35,7 +35,10 @@ button {{ font: inherit; padding: .4rem .9rem; margin: 0 .4rem .4rem 0 }}
 <a href="/stream">this stream</a>.</small></p>
 <script>
 const post = name => fetch('/command/' + name, {{method: 'POST'}});
-document.querySelectorAll('button').forEach(button => button.onclick = () => post(button.value));
+const buttons = [...document.querySelectorAll('button')];
+buttons.forEach(button => button.onclick = () => post(button.value));
+onkeydown = event => event.ctrlKey || event.altKey || event.metaKey || event.repeat
+  || buttons.find(button => button.value[0] === event.key)?.click();
 const line = document.getElementById('status');
 setInterval(() => fetch('/status').then(r => r.text()).then(text => line.textContent = text)
   .catch(() => line.textContent = 'The program has ended.'), 1000);
@@ -56,6 +59,7 @@ class MjpegServer(ThreadingHTTPServer):
         self.status = ""  # the line of text under the picture
         self.changed = threading.Condition()
         self.jpeg: bytes | None = b""  # the newest frame; None: the end
+        self._viewers = 0
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -78,11 +82,12 @@ class MjpegServer(ThreadingHTTPServer):
         else:
             self.shutdown_request(request)
 
-    def show(self, frame: np.ndarray) -> None:
-        """Show the next frame, uint8 (H, W, 3) RGB."""
+    def show(self, frame: np.ndarray) -> bool:
+        """Show the next frame, uint8 (H, W, 3) RGB; return whether somebody watches."""
         file = io.BytesIO()
         Image.fromarray(frame).save(file, "JPEG", quality=90, comment=SYNTHETIC_COMMENT)
         self._publish(file.getvalue())
+        return self._viewers > 0
 
     def _publish(self, jpeg: bytes | None) -> None:
         with self.changed:
@@ -92,14 +97,20 @@ class MjpegServer(ThreadingHTTPServer):
     def frames(self) -> Iterator[bytes]:
         """Yield the newest frame whenever there is another one, to the end."""
         last: bytes | None = b""
-        while True:
+        with self.changed:
+            self._viewers += 1
+        try:
+            while True:
+                with self.changed:
+                    while self.jpeg is last:
+                        self.changed.wait()
+                    last = self.jpeg
+                if last is None:
+                    return
+                yield last
+        finally:
             with self.changed:
-                while self.jpeg in (last, b""):
-                    self.changed.wait()
-                last = self.jpeg
-            if last is None:
-                return
-            yield last
+                self._viewers -= 1
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -76,19 +77,20 @@ def test_tracker_calibrates_follows_settles_without_a_face_and_comes_back(images
     assert lost[0].strength == 1.0  # a short loss is not visible
     assert [frame.strength for frame in lost] == sorted((frame.strength for frame in lost), reverse=True)
     assert lost[-1].strength == 0.0
-    back = tracker(images[9], 4.2)
-    assert back.state == "live"
-    assert 0 < back.strength < 0.5
+    back = follow(tracker, [images[9]] * 2, 4.8, 0.1)  # the camera is rarely looked at without a face
+    assert [frame.state for frame in back] == ["live"] * 2
+    assert back[0].strength == 0.0
+    assert 0 < back[1].strength < 0.5
 
     tracker.recentre = True
-    centred = tracker(images[9], 4.3)
+    centred = tracker(images[9], 5.0)
     assert centred.motion is not None
     assert centred.reference is not None
     assert np.array_equal(centred.reference.camera, centred.motion.camera)
     assert np.array_equal(centred.reference.beta, neutral)
 
     tracker.recalibrate = True
-    again = follow(tracker, [images[9]] * 6, 4.4, 0.5)
+    again = follow(tracker, [images[9]] * 6, 5.1, 0.5)
     assert [frame.state for frame in again] == ["calibrating"] * 4 + ["live"] * 2
     assert again[2].strength == 0.0
     assert again[-1].reference is not None
@@ -135,6 +137,52 @@ def test_session_records_and_reports(tiny_weights: Path, monkeypatch: pytest.Mon
     assert info.fps == probe(DRIVER).fps
     assert info.duration < summary["seconds"] + 0.1
     assert any(line.startswith("live, ") and "frames/s, latency" in line for line in result.stderr.splitlines())
+
+
+def test_camera_is_rarely_looked_at_without_a_face_and_until_somebody_watches_the_page(
+    animator: Animator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked: list[float] = []
+
+    class Counting(LiveTracker):
+        def __call__(self, image: Any, now: float) -> LiveFrame:
+            tracked.append(now)
+            return LiveFrame(now, state, None, None, 0.0)
+
+    monkeypatch.setattr(live_module, "LiveTracker", Counting)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = LiveOptions(camera=DRIVER, seconds=3, framing="face", size=64)
+    page = f"http://127.0.0.1:{port}"
+    for index, to in enumerate([(), (page,)]):
+        state = ("no face", "calibrating")[index]
+        tracked.clear()
+        live(animator, [SOURCE], replace(options, to=to))
+        assert len(tracked) <= 3 / live_module.IDLE_INTERVAL_S + 1 + animator.workers
+
+    viewer, lines, pressed = http.client.HTTPConnection("127.0.0.1", port), list[str](), list[int]()
+
+    def press(command: str) -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as button:
+            button.request("POST", f"/command/{command}")
+            assert button.getresponse().status == 200
+        pressed.append(len(tracked))
+
+    def watch(line: str) -> None:
+        if not lines:
+            viewer.request("GET", "/stream")
+        elif len(tracked) > 20 and not pressed:  # every frame of the camera is tracked
+            press("pause")
+        elif line.startswith("paused") and lines[-1].startswith("paused"):
+            press("quit")
+        lines.append(line)
+
+    tracked.clear()
+    with contextlib.closing(viewer):
+        live(animator, [SOURCE], replace(options, to=(page,), seconds=None), report=watch)
+    assert len(pressed) >= 2  # or it would not have ended
+    assert len(tracked) - pressed[0] <= animator.workers  # none while it was paused
 
 
 def test_recording_repeats_frames_to_keep_real_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
