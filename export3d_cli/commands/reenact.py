@@ -26,7 +26,8 @@ def _parse_pairs(ctx: click.Context, param: click.Parameter, value: tuple[str, .
 
 
 def _parse_torso(ctx: click.Context, param: click.Parameter, value: str) -> Any:
-    return None if value == "follow" else click.FloatRange(0, 1)("0" if value == "still" else value, param, ctx)
+    words = {"follow": None, "driver": "driver"}
+    return words[value] if value in words else click.FloatRange(0, 1)("0" if value == "still" else value, param, ctx)
 
 
 SCALE_RANGE = click.FloatRange(-10, 10)
@@ -75,9 +76,9 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @click.option("--pose-scale", type=SCALE_RANGE, default=1.0,
               help="Strength of DRIVE's head pose, likewise.  [default: 1]")  # fmt: skip
 @options.pose_option
-@click.option("--torso", default="follow", show_default=True, metavar="follow|still|0..1", callback=_parse_torso,
-              help="Motion of the torso, as a fraction of the neck's: "
-              "follow is what torsos usually do, still is 0.")  # fmt: skip
+@click.option("--torso", default="follow", show_default=True, metavar="follow|driver|still|0..1", callback=_parse_torso,
+              help="Motion of the torso, as a fraction of the neck's: follow is what torsos usually do, still is 0; "
+              "or driver: as DRIVE's shoulders move, where they can be seen.")  # fmt: skip
 @click.option("--relative-expression/--absolute-expression", default=False,
               help="Add DRIVE's change of expression from its reference frame "
               "to SRC's expression.  [default: absolute]")  # fmt: skip

@@ -354,7 +354,8 @@ class Animator:
         control = control or Control()
         if control.needs_reference and reference is None:
             raise InputError("relative control needs the driver's reference frame: pass reference=")
-        renderer = _Renderer(self, portrait, notify, layers, control.torso)
+        torso_ratio = None if control.torso == "driver" else control.torso
+        renderer = _Renderer(self, portrait, notify, layers, torso_ratio)
         coefficients = partial(self._coefficients, portrait.model)
         base = None if reference is None else coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
@@ -366,7 +367,7 @@ class Animator:
         source_camera = portrait.camera
 
         def parts() -> Iterator[Iterable[Any]]:
-            for beta, camera in _chunks(motions, self.chunk_size):
+            for beta, camera, torso in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, beta)
                 lam = control.target_expression(own, coefficients(beta), base)
                 lam = lam if offset is None else lam + offset
@@ -375,7 +376,8 @@ class Animator:
                     start = base_beta if control.relative_expression else own_beta
                     shown = own_beta + control.expression_scale * (beta - start)
                     lam = lam + coefficients(look_at_camera(shown, cameras)) - coefficients(shown)
-                yield from renderer.render_motion(cameras, self._amplify(portrait, lam))
+                moved = control.target_torso(source_camera, torso, reference, portrait.canvas.limits)
+                yield from renderer.render_motion(cameras, self._amplify(portrait, lam), moved)
 
         return chain_parallel(parts(), self.workers)
 
@@ -501,7 +503,7 @@ class Animator:
         return output, posed
 
     def _extend_flow(
-        self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead, torso: float | None
+        self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead, torso: float | Tensor | None
     ) -> PhotoFlow:
         """Extend the flow of B frames over the photo."""
         source, count = portrait.source.expand(len(cameras)), len(cameras)
@@ -543,17 +545,25 @@ class _Renderer:
         if any(portrait.covered):
             self._notify(portrait.covered.note())
 
-    def render_motion(self, cameras: np.ndarray, lam: Tensor) -> Iterator[Iterable[Any]]:
+    def render_motion(
+        self, cameras: np.ndarray, lam: Tensor, torso: np.ndarray | None = None
+    ) -> Iterator[Iterable[Any]]:
         """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + 4)."""
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):
             part = slice(start, start + size)
             planes = None if self._interpolator is None else self._interpolator(lam[part, :n])
-            yield from self.render(cameras[part], lam[part], planes=planes)
+            yield from self.render(
+                cameras[part], lam[part], planes=planes, torso=None if torso is None else torso[part]
+            )
 
     def render(self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None,
-               planes: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
-        """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`."""
+               planes: Tensor | None = None,
+               torso: np.ndarray | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
+        """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`.
+
+        `torso` (T, 4) are its motions, see `Control.target_torso`; None: it follows the neck.
+        """
         portrait, size = self._portrait, len(self._portrait.crop)
         if posed is None and self._animator.quality == "fast":
             planes = portrait.planes.expand(len(cameras), -1, -1, -1, -1)
@@ -565,7 +575,8 @@ class _Renderer:
                 if not output.image.isfinite().all():
                     output, head = self._render_fp32(cameras[part], lam[part])
                 images = to_uint8(output.image if portrait.padded is None else output.upscale(portrait.padded, size))
-                flow = self._animator._extend_flow(portrait, cameras[part], output, head, self._torso)
+                moved = self._torso if torso is None else self._animator._tensor(torso[part])
+                flow = self._animator._extend_flow(portrait, cameras[part], output, head, moved)
                 layers = FrameLayers.from_output(images, flow, output)
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 
@@ -604,13 +615,14 @@ def _check_rows(name: str, array: np.ndarray, columns: int) -> np.ndarray:
     return array
 
 
-def _chunks(motions: Iterable[Motion], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield beta (T, 64) and cameras (T, 25) of `length` frames at a time, however they are spread over `motions`."""
-    beta, camera = np.empty((0, 64), np.float32), np.empty((0, 25), np.float32)
+def _chunks(motions: Iterable[Motion], length: int) -> Iterator[list[np.ndarray]]:
+    """Yield beta (T, 64), cameras (T, 25) and torsos (T, 4) of `length` frames, however `motions` divides them."""
+    rows = [np.empty((0, columns), np.float32) for columns in (64, 25, 4)]
     for motion in motions:
-        beta, camera = np.concatenate([beta, motion.beta]), np.concatenate([camera, motion.camera])
-        while len(beta) >= length:
-            yield beta[:length], camera[:length]
-            beta, camera = beta[length:], camera[length:]
-    if len(beta):
-        yield beta, camera
+        added = (motion.beta, motion.camera, motion.torso)
+        rows = [np.concatenate(pair) for pair in zip(rows, added, strict=True)]
+        while len(rows[0]) >= length:
+            yield [row[:length] for row in rows]
+            rows = [row[length:] for row in rows]
+    if len(rows[0]):
+        yield rows

@@ -31,15 +31,18 @@ from export3d_cli.core.face.face_track import (
     rotate_clockwise,
 )
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
+from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.smoothing import smooth_stream
 from export3d_cli.core.face.speech import DEFAULT_FPS, read_speech
+from export3d_cli.core.face.torso_tracking import TorsoTracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError, MediaError, NoFaceError
 
 LOOKAHEAD_S = 10  # seconds of a shot over which its crop is measured and its reference frame is chosen
+UNSEEN_TORSO = "does not show how the shoulders move: the torso follows the head there, as with --torso follow"
 SAME_FRAMING = (0.25, 0.15)  # face boxes of movement, and change of the logarithm of the size
 
 
@@ -70,7 +73,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     With the reference `auto` of `options`, each shot has its own, see `most_similar_frame`. `source` is the portrait's
     motion, one row; its camera also places the head of a CSV (None: EG3D's usual). Crops are `crop_scale` face boxes
     wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
-    first pass; later passes with the same driver, tracker, face and frames read them from it.
+    first pass; later passes with the same driver, tracker, face and frames read them from it. With a `matting` of
+    people the motion of the torso is read, too.
 
     `fps` is the exact rate, `total` the expected number of frames, `missing` the frames without a face so far,
     `rotation` the clockwise degrees by which frames are rotated, so that the face is upright, `notes` are for the user.
@@ -78,9 +82,10 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
     def __init__(self, driver: Path, tracker: FaceTracker, options: ReenactOptions, *, batch: int, crop_scale: float,
                  crop_size: int | None = None, source: Motion | None = None,
-                 track_cache: TrackCache | None = None) -> None:  # fmt: skip
+                 track_cache: TrackCache | None = None, matting: PersonMatting | None = None) -> None:  # fmt: skip
         self.driver, self.tracker, self.options, self.source = driver, tracker, options, source
         self.batch, self.crop_scale, self.crop_size, self.track_cache = batch, crop_scale, crop_size, track_cache
+        self._torso = TorsoTracker(matting) if matting is not None else None
         self.missing = 0
         self.notes: list[str] = []
         self.rotation = 0
@@ -90,7 +95,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         self._used = deque[int]()  # indices of frames that are read and whose motion the caller has not taken yet
         self._stopped = False
         fps, start, duration, max_frames = options.fps, options.start, options.duration, options.max_frames
-        self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames)
+        self._track_key = (driver.resolve(), type(tracker), options.driver_face, fps, start, duration, max_frames,
+                           self._torso is None)  # fmt: skip
         speaks = options.uses_sound_of(driver)
         if options.text is not None and not speaks:
             raise InputError(f"--text is what a sound says, and {driver} drives by its picture: add --drive-by sound")
@@ -115,6 +121,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             if not len(chosen):
                 raise InputError(f"start {start} s is after the end of {driver}")
             self._motion = motion.select(chosen)
+            if self._torso is not None:
+                self.notes.append(f"{driver} {UNSEEN_TORSO}")
             self.total = len(chosen)
         elif has_image_suffix(driver):
             self.fps, self.total = fps or Fraction(25), 1
@@ -210,6 +218,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         for frame in frames:
             self.rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
             face = target(frame)
+            if face is not None and self._torso is not None:
+                face = replace(face, torso=self._torso(frame, face, is_new_shot=target.is_new_shot))
             if cache is not None:
                 cache.append(face, size, is_new_shot=target.is_new_shot)
             yield face, target.is_new_shot, size
@@ -221,6 +231,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
         self.notes += target.notes
+        if self._torso is not None and self._torso.unseen:
+            self.notes.append(f"{self.driver} {UNSEEN_TORSO}")
         if cache is not None:
             cache.rotation = self.rotation
             cache.finish(self.notes)

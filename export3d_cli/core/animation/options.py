@@ -109,8 +109,10 @@ class ReenactOptions(PortraitOptions, Control):
                 raise InputError(f"background {background} is not an image: give a .jpg, .png or .webp file")
 
     def for_driver(self, driver: Path) -> ReenactOptions:
-        """Return the options for a driver: pose `auto` of a picture, which shows no movement, is absolute."""
-        return replace(self, pose="absolute") if self.pose == "auto" and has_image_suffix(driver) else self
+        """Return the options for a driver: a picture shows no movement, so its pose `auto` is absolute."""
+        if self.pose != "auto" or not has_image_suffix(driver):
+            return self
+        return replace(self, pose="absolute", torso=None if self.torso == "driver" else self.torso)
 
     def uses_sound_of(self, driver: Path) -> bool:
         """Return whether the sound of a driver drives."""

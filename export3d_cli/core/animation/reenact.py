@@ -102,7 +102,8 @@ def open_driver(
     """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
     return DriverStream(driver, animator.tracker(options.tracker), options, batch=animator.chunk_size,
                         crop_scale=portrait.crop_scale, crop_size=portrait.frame_size[1] if options.compare else None,
-                        source=portrait.motion, track_cache=track_cache)  # fmt: skip
+                        source=portrait.motion, track_cache=track_cache,
+                        matting=animator.matting if options.torso == "driver" else None)  # fmt: skip
 
 
 def _animate_stream(

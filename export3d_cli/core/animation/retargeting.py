@@ -26,7 +26,7 @@ from export3d_cli.core.runtime.errors import InputError
 Pose = Literal["auto", "relative", "absolute"]
 DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
 _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
-MAX_GROWTH = 0.12  # largest change of the logarithm of the head's size where travel is limited
+MAX_GROWTH = 0.12  # largest change of the logarithm of the head's or torso's size, and of the torso's roll, if limited
 LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
 SAME_FRAME = 4.0  # largest squared distance, in these units, of two pictures of one moment; of two people 50 and more
@@ -52,7 +52,8 @@ class Control:
     scales: tuple[tuple[str, float], ...] = ()  # of regions, on top of the two scales
     pose: Pose = "absolute"
     relative_expression: bool = False  # the source's expression plus the driver's change
-    torso: float | None = None  # fraction of the neck's motion that the torso follows; None: as torsos usually do
+    # fraction of the neck's motion that the torso follows, None: as torsos usually do; or `driver`: the driver's motion
+    torso: float | Literal["driver"] | None = None
     eyes_to_camera: bool = False  # the gaze is at the camera, whatever source and driver look at
 
     def __post_init__(self) -> None:
@@ -61,7 +62,9 @@ class Control:
             raise InputError(f"scales must be finite numbers, got {', '.join(map(str, scales))}")
         object.__setattr__(self, "drive", _expand_regions(self.drive))
         _expand_regions([name for name, _ in self.scales] or DRIVABLE)
-        if self.torso is not None and not 0 <= self.torso <= 1:
+        if self.torso == "driver" and self.pose == "absolute":
+            raise InputError("the driver's torso moves from its reference frame: use --pose auto or relative with it")
+        if not isinstance(self.torso, str | None) and not 0 <= self.torso <= 1:
             raise InputError(f"torso must be 0 to 1 of the head's motion, got {self.torso}")
 
     @property
@@ -126,6 +129,23 @@ class Control:
             cameras, source_rotation @ turn, np.concatenate([place * depth[:, None], depth[:, None]], axis=1)
         )
 
+    def target_torso(
+        self, source: np.ndarray, driver: np.ndarray, reference: Motion | None, limits: TravelLimits
+    ) -> np.ndarray | None:
+        """Return the torso's shift in crop sides, roll and growth (T, 4) float32 from the driver's torso (T, 4).
+
+        It is as far from its place in the reference frame as the driver's, and limited as `target_cameras` limits the
+        head. NaN: not seen. Without `torso="driver"` it is None.
+        """
+        if self.torso != "driver" or reference is None:
+            return None
+        change = self.pose_scale * self._scale("head") * (driver - reference.torso)
+        change[:, :2] *= head_pose(reference.camera[0])[1][2] / head_pose(source)[1][2]
+        change[:, 0] = _limit_softly(change[:, 0], limits.left, limits.right)
+        change[:, 1] = _limit_softly(change[:, 1], limits.up, limits.down)
+        change[:, 2:] = _limit_softly(change[:, 2:], MAX_GROWTH, MAX_GROWTH)
+        return change
+
 
 def most_similar_frame(driver: Motion, source: Motion) -> int:
     """Return the row of `driver` whose head rotation matches that of `source`, which has one row.
@@ -142,7 +162,7 @@ def most_similar_frame(driver: Motion, source: Motion) -> int:
 
 
 def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Bring values (T,) into (-low, high): those up to `LINEAR_RANGE` of it stay, the slope then falls from 1 to 0."""
+    """Bring values (T, ...) into (-low, high): up to `LINEAR_RANGE` of it they stay, the slope then falls to 0."""
     limits = np.maximum(np.where(values < 0, low, high), 1e-9)
     linear, rest = LINEAR_RANGE * limits, (1 - LINEAR_RANGE) * limits
     beyond = np.maximum(np.abs(values) - linear, 0)
@@ -154,7 +174,7 @@ def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:
     """Return the regions that names of regions and groups stand for."""
     names = tuple(names)
     if "torso" in names:
-        raise InputError("the torso follows the head and cannot be driven apart: use head, and --torso for how much")
+        raise InputError("the torso is no region: use head, with --torso driver for a torso that moves as the driver's")
     unknown = [name for name in names if name not in (*_GROUPS, *DRIVABLE)]
     if unknown or not names:
         raise InputError(f"regions are {', '.join((*DRIVABLE, *_GROUPS))}, got {unknown[0] if unknown else 'none'!r}")

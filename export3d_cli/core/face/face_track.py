@@ -40,6 +40,7 @@ class Face:
     landmarks: np.ndarray
     blendshapes: np.ndarray  # (52,) float32 in [0, 1], in the order of ARKIT_NAMES; tongueOut, of `fan` all, are 0
     score: float  # probability that it is a face, in [0.5, 1]
+    torso: np.ndarray | None = None  # (4,) float32, see `TorsoTracker`; None: not read
 
     def distance_to(self, other: Face) -> float:
         """Return the distance of the centres of two faces, in boxes of the smaller one."""
@@ -104,7 +105,10 @@ class FaceTracker(ABC):
         clip = clip or self.calibrate_clip(present, size)
         chunks = [self.fit(present[i : i + CHUNK_FRAMES], clip) for i in range(0, len(present), CHUNK_FRAMES)]
         beta, cameras, landmarks = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-        motion = Motion(beta, cameras, landmarks, found[found], fps, clip.crop, size)
+        (x0, y0, side), unseen = clip.crop, np.full(4, np.nan, np.float32)
+        torso = np.stack([unseen if face.torso is None else face.torso for face in present])
+        torso = ((torso - (x0, y0, 0, 0)) / (side, side, 1, 1)).astype(np.float32)
+        motion = Motion(beta, cameras, landmarks, found[found], fps, clip.crop, size, torso)
         return motion if found.all() else replace(motion.select((np.cumsum(found) - 1).clip(0)), found=found)
 
 
@@ -263,6 +267,7 @@ class TargetFaceTracker:
 _RECORD = np.dtype([  # of a frame in `TrackCache`
     ("is_new_shot", "?"), ("score", "f4"), ("count", "i4"),  # score 0: no face; number of landmarks
     ("landmarks", "f4", (NUM_LANDMARKS, 3)), ("blendshapes", "f4", len(ARKIT_NAMES)),
+    ("torso", "f4", 4),  # NaN: not seen, or not read
 ])  # fmt: skip
 
 
@@ -300,6 +305,7 @@ class TrackCache(contextlib.AbstractContextManager["TrackCache"]):
         if face is not None:
             record["score"], record["count"] = face.score, len(face.landmarks)
             record["landmarks"][: len(face.landmarks)], record["blendshapes"] = face.landmarks, face.blendshapes
+            record["torso"] = np.nan if face.torso is None else face.torso
         self.size = size
         self._file.write(record.tobytes())
 
@@ -313,8 +319,8 @@ class TrackCache(contextlib.AbstractContextManager["TrackCache"]):
         while content := self._file.read(_RECORD.itemsize):
             record = np.frombuffer(content, _RECORD)[0]
             landmarks = record["landmarks"][: record["count"]]
-            face = Face(landmarks, record["blendshapes"], float(record["score"])) if record["score"] else None
-            yield face, bool(record["is_new_shot"])
+            face = Face(landmarks, record["blendshapes"], float(record["score"]), record["torso"])
+            yield face if record["score"] else None, bool(record["is_new_shot"])
 
 
 class UprightFrames:

@@ -91,3 +91,4 @@ IBUG68_MEASURE_POINTS = MeasurePoints(
     nose_base=33,
     eyelids=(((43, 44), (46, 47)), ((37, 38), (40, 41))),
 )
+TORSO_ANCHOR = 0.98  # face boxes from the chin down to the point about which a torso turns

@@ -23,7 +23,7 @@ _READ_ERRORS: tuple[type[Exception], ...] = (InputError, *DAMAGED_ZIP_ERRORS)
 MAX_BYTES = 2**31  # of an unpacked motion file: about four hours at 25 frames a second
 FPS_RANGE = (Fraction(1, 1000), Fraction(1000))  # accepted frames a second
 MAX_VALUE = 1e6  # largest absolute value accepted in a motion file
-_ROWS = ("beta", "camera", "landmarks", "found")  # fields with a row for each frame
+_ROWS = ("beta", "camera", "landmarks", "found")  # fields of a file with a row for each frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,18 +37,25 @@ class Motion:
     fps: Fraction
     crop: tuple[float, float, float]  # x0, y0, side in pixels of the frames; may reach outside them
     size: tuple[int, int]  # width, height of the frames
+    # (T, 4) float32, x and y in crop units, roll, log size, see `TorsoTracker`; NaN: not seen. Files do not hold it.
+    torso: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.torso is None:
+            object.__setattr__(self, "torso", np.full((len(self.beta), 4), np.nan, np.float32))
 
     def __len__(self) -> int:
         return len(self.beta)
 
     def select(self, rows: np.ndarray) -> Motion:
         """Return the motion of some frames only; `rows` are their indices."""
-        return replace(self, **{key: getattr(self, key)[rows] for key in _ROWS})
+        return replace(self, **{key: getattr(self, key)[rows] for key in (*_ROWS, "torso")})
 
     @staticmethod
     def concatenate(motions: Sequence[Motion]) -> Motion:
         """Join motions one after another; rate, crop and size are those of the first."""
-        return replace(motions[0], **{key: np.concatenate([getattr(m, key) for m in motions]) for key in _ROWS})  # type: ignore[arg-type]
+        rows = {key: np.concatenate([getattr(m, key) for m in motions]) for key in (*_ROWS, "torso")}
+        return replace(motions[0], **rows)  # type: ignore[arg-type]
 
     def save(self, path: Path) -> None:
         """Write a `.motion.npz` file atomically."""

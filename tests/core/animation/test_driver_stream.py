@@ -15,13 +15,14 @@ from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.retargeting import most_similar_frame
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.face_track import FaceTrack, TrackCache
+from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import write_image
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
-from export3d_cli.core.runtime.weights import example_path
+from export3d_cli.core.runtime.weights import example_path, resolve_weights
 
 MakeClip = Callable[..., Path]
 SOURCE_MOTION = Motion(
@@ -330,3 +331,21 @@ def test_a_driver_without_its_rotation_tag_is_turned_upright(
             assert driver.notes == [
                 f"the face in {turned} {state}: its frames are used rotated by {degrees} degrees clockwise"
             ]
+
+
+def test_torso_is_read_only_on_demand(tracker: LandmarkerTracker, tmp_path: Path) -> None:
+    matting, torsos = PersonMatting(resolve_weights("selfie_segmentation")), []
+    for reads in (False, True):
+        options = ReenactOptions(smooth="off", pose="relative", torso="driver" if reads else None, max_frames=3)
+        with DriverStream(
+            example_path("drive.mp4"), tracker, options, batch=4, crop_scale=2.1, matting=matting if reads else None
+        ) as driver:
+            motion = Motion.concatenate([batch.motion for batch in driver])
+        torsos.append(motion.torso)
+        assert not driver.notes
+    assert np.isnan(torsos[0]).all()
+    assert np.ptp(torsos[1], axis=0).max() < 0.01
+    np.testing.assert_allclose(torsos[1][0], [0.5, 1.2, 0, 0], atol=0.15)
+    motion.save(tmp_path / "a.motion.npz")
+    track = DriverStream(tmp_path / "a.motion.npz", tracker, options, batch=4, crop_scale=2.1, matting=matting)
+    assert track.notes[0].endswith("the torso follows the head there, as with --torso follow")

@@ -103,6 +103,23 @@ def test_most_similar_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(
     assert best(4.6) == 1
 
 
+def test_target_torso_moves_as_far_from_its_reference_as_the_drivers() -> None:
+    reference = Motion(
+        np.zeros((1, 64), np.float32), orbit_camera(0, radius=2.61)[None], np.zeros((1, 0, 3), np.float32),
+        np.ones(1, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1), np.array([[0.5, 1.2, 0.1, 0.0]], np.float32),
+    )  # fmt: skip
+    torso = np.array([[0.55, 1.18, 0.12, -0.03], [9, 9, 9, 9], [np.nan] * 4], np.float32)
+    limits = TravelLimits(0.2, 0.2, 0.2, 0.2)
+    control = Control(pose="relative", torso="driver", pose_scale=0.5)
+    near, far, unseen = control.target_torso(OWN, torso, reference, limits)
+    np.testing.assert_allclose(near, [0.025 * 0.9, -0.01 * 0.9, 0.01, -0.015], atol=1e-6)
+    assert (far < [0.201, 0.201, 0.121, 0.121]).all() and (far > 0.1).all()
+    assert np.isnan(unseen).all()
+    assert Control().target_torso(OWN, torso, reference, limits) is None
+    with pytest.raises(InputError, match="use --pose auto or relative"):
+        Control(torso="driver")
+
+
 def test_target_expression_scales_changes_of_lambda() -> None:
     source, reference = torch.full((1, 4), 2.0), torch.full((1, 4), 1.0)
     driver = torch.arange(8.0).view(2, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -54,6 +55,15 @@ def smooth_motion(motion: Motion, level: SmoothingLevel, *, causal: bool = False
 def noisy(track: Track, seed: int = 0) -> Track:
     rng = np.random.default_rng(seed)
     return Track(*(np.asarray(x + NOISE[k] * rng.standard_normal(x.shape)) for k, x in track._asdict().items()))
+
+
+def test_torso_is_smoothed_where_it_is_seen() -> None:
+    motion = motion_of(speaking(np.arange(100) / 25))
+    torso = np.random.default_rng(0).normal(0, 5e-4, (100, 4)).astype(np.float32)
+    torso[:30] = np.nan
+    smoothed = smooth_motion(replace(motion, torso=torso), "light").torso
+    assert np.isnan(smoothed[:30]).all()
+    assert jitter(smoothed[30:]) < 0.5 * jitter(torso[30:])
 
 
 def jitter(x: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS
+from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS, TORSO_ANCHOR
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
@@ -44,15 +44,15 @@ class PhotoFlow(NamedTuple):
 
 
 def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-                head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | None = None,
+                head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | Tensor | None = None,
                 windows: Sequence[Window] = ()) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
     `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
     (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
     as its rings do. `face` and `photo_face` (B, 1, m, m) are 1 in the face of the result and of the photo. `torso` is
-    the fraction of the neck's motion that the torso follows; None: `TORSO_FOLLOW_RATIO`. The network's images cover
-    these `windows` of the crop; empty: all of it.
+    the fraction of the neck's motion that the torso follows, None: `TORSO_FOLLOW_RATIO`; or its own shift, roll and
+    growth (B, 4), see `Control.target_torso`. The network's images cover these `windows` of the crop; empty: all of it.
     """
     grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
     result, _ = project(points, camera)  # (B, V, 2)
@@ -83,8 +83,10 @@ def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor,
     # and a misread nod the centre. Error on filmed shoulders in face heights: this 0.039, neck 0.041, no motion 0.093.
     neck, centre = (project(pivots, source_camera)[0] - project(pivots, camera)[0]).unbind(1)  # (B, 2) each
     common = torch.where(neck * centre > 0, neck.sign() * torch.minimum(neck.abs(), centre.abs()), 0.0)
-    follow = TORSO_FOLLOW_RATIO if torso is None else torso
+    follow = TORSO_FOLLOW_RATIO if torso is None or isinstance(torso, Tensor) else torso
     body = follow * torch.stack([neck[:, 0], common[:, 1]], dim=1)[..., None, None]  # its size stays
+    if isinstance(torso, Tensor):
+        body = torch.where(torso.isnan().any(1)[:, None, None, None], body, _move_torso(torso, photo, grid))
     displacement = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
     displacement = torch.lerp(displacement, shift, face * in_crop)
     # around a raised face, and at the near side of a turned one, the flow may lead into the photo's face
@@ -96,6 +98,21 @@ def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor,
     face = face * (1 - far_side * (1 - shows_head))  # there the network's image shows what is behind the head
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_window)
+
+
+def _move_torso(torso: Tensor, photo: Tensor, grid: Tensor) -> Tensor:
+    """Return the displacement (B, 2, n, n) of a torso's shift, roll and growth (B, 4); `photo` are landmarks (1, V, 2).
+
+    The torso turns about the point that `TorsoTracker` follows.
+    """
+    face = photo[:, :NUM_LANDMARKS]
+    low, high = face.amin(1), face.amax(1)
+    size = (high - low).amax(1)
+    anchor = torch.stack([face[..., 0].mean(1), high[:, 1] + TORSO_ANCHOR * size], dim=1)[..., None, None]
+    angle, shrink = -torso[:, 2, None, None], torch.exp(-torso[:, 3, None, None, None])
+    x, y = (grid - anchor - torso[:, :2, None, None]).unbind(1)
+    turned = torch.stack([angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y], dim=1)
+    return anchor + shrink * turned - grid
 
 
 def _inside(window: Window, grid: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ CROWN, NEXT_TO_THE_EAR, CHEST = (0.5, -0.2), (-0.15, 0.4), (0.5, 1.3)  # x, y in
 
 def extend(
     points: Tensor, source_camera: Tensor, camera: Tensor, *, uv: Tensor | None = None, weight: Tensor | None = None,
-    face: Tensor | None = None, photo_face: Tensor | None = None, torso: float | None = None,
+    face: Tensor | None = None, photo_face: Tensor | None = None, torso: float | Tensor | None = None,
 ) -> PhotoFlow:  # fmt: skip
     """Extend a flow over a photo that shows the landmarks `points` from `source_camera`; default: no network flow."""
     count = len(camera)
@@ -71,6 +71,18 @@ def test_torso_follows_by_its_ratio(points: Tensor, orbit: Callable[..., Tensor]
     flow = extend(points, orbit(0), shifted(orbit(0)), torso=torso)
     expected = -SHIFT * (TORSO_FOLLOW_RATIO if torso is None else torso)
     torch.testing.assert_close(at(flow.displacement, CHEST)[0], torch.tensor([expected, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_torso_moves_by_its_own_shift_roll_and_growth(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    own = torch.tensor([[SHIFT, -0.02, 0.0, 0.0], [0.0, 0.0, 0.1, 0.05], [torch.nan] * 4])
+    camera = shifted(orbit(0)).expand(3, -1)
+    shift, turned, unseen = at(extend(points, orbit(0), camera, torso=own).displacement, CHEST)
+    torch.testing.assert_close(shift, torch.tensor([-SHIFT, 0.02]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(unseen, at(extend(points, orbit(0), camera).displacement, CHEST)[0])
+    below = at(extend(points, orbit(0), camera, torso=own).displacement, (CHEST[0], CHEST[1] + 0.1))[1]
+    angle, size = 0.1, torch.exp(torch.tensor(-0.05))  # of a step of 0.1 downwards, before and after
+    expected = 0.1 * torch.stack([size * torch.sin(torch.tensor(angle)), size * torch.cos(torch.tensor(angle)) - 1])
+    torch.testing.assert_close(below - turned, expected, atol=2e-3, rtol=0)
 
 
 def test_torso_ignores_a_nod(points: Tensor, orbit: Callable[..., Tensor]) -> None:
