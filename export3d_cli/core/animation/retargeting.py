@@ -174,7 +174,7 @@ def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:
     """Return the regions that names of regions and groups stand for."""
     names = tuple(names)
     if "torso" in names:
-        raise InputError("the torso is no region: use head, with --torso driver for a torso that moves as the driver's")
+        raise InputError("torso is not a region: use head, with --torso driver for a torso that moves as the driver's")
     unknown = [name for name in names if name not in (*_GROUPS, *DRIVABLE)]
     if unknown or not names:
         raise InputError(f"regions are {', '.join((*DRIVABLE, *_GROUPS))}, got {unknown[0] if unknown else 'none'!r}")
