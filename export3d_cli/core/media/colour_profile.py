@@ -5,6 +5,7 @@ error of converting 8-bit ProPhoto, the widest of these spaces, is below one ste
 """
 
 import io
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -16,17 +17,18 @@ from export3d_cli.core.runtime.errors import Export3DWarning
 # XYZ of red, green and blue, adapted to D50; and the exponent of the tone curve, None: that of sRGB
 DISPLAY_P3 = ((0.51512, 0.2412, -0.00105, 0.29198, 0.69225, 0.04189, 0.1571, 0.06657, 0.78407), None)
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947, 0.20528, 0.62567, 0.06087, 0.14919, 0.06322, 0.74457), 563 / 256)
-_CICP_DISPLAY_P3 = 12  # code of the primaries in HEIC files
+_DISPLAY_P3_CODE = re.compile(rb"colrnclx\0\x0c|\0\0\0\x04cICP\x0c")  # primaries 12 in HEIC and AVIF, and in PNG
 _ADOBE_RGB_MARK = "R03"  # interoperability index of cameras that embed no profile
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # Pillow's for the colour spaces of profiles
 
 
-def convert_to_srgb(image: Image.Image, path: Path) -> Image.Image:
+def convert_to_srgb(image: Image.Image, path: Path, header: bytes) -> Image.Image:
     """Convert an image of any Pillow mode with a profile to sRGB (mode RGB or RGBA); return others unchanged.
 
-    A profile that is damaged or is for other colour channels is ignored, with an `Export3DWarning`.
+    `header` is the beginning of the file, which may name primaries instead. A profile that is damaged or is for other
+    colour channels is ignored, with an `Export3DWarning`.
     """
-    data = image.info.get("icc_profile") or _implied_profile(image)
+    data = image.info.get("icc_profile") or _implied_profile(image, header)
     if not data and image.mode != "LAB":
         return image
     try:
@@ -60,10 +62,9 @@ def make_profile(colorants: tuple[float, ...], gamma: float | None) -> bytes:
     return pack(header, *d50).ljust(128, b"\0") + table + body
 
 
-def _implied_profile(image: Image.Image) -> bytes | None:
-    """Return the profile that other metadata stands for: the primaries of HEIC, the mark of Adobe RGB in EXIF."""
-    primaries = (image.info.get("nclx_profile") or {}).get("color_primaries")
-    if primaries == _CICP_DISPLAY_P3:
+def _implied_profile(image: Image.Image, header: bytes) -> bytes | None:
+    """Return the profile that other metadata stands for: codes of primaries, the mark of Adobe RGB in EXIF."""
+    if _DISPLAY_P3_CODE.search(header):
         return make_profile(*DISPLAY_P3)
     try:
         index = image.getexif().get_ifd(ExifTags.IFD.Interop).get(1, "")

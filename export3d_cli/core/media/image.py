@@ -30,6 +30,8 @@ IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".heic", ".heif", ".avif"}
 if Image.MAX_IMAGE_PIXELS is not None:  # above it Pillow warns, above twice as much it raises an error
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_STORED_PIXELS)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # and no others: Pillow runs programs for some
+_HEADER_BYTES = 2**16
+_ANIMATED_FORMATS = ("PNG", "WEBP", "GIF", "AVIF")
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers
 # entropy-coded data with restart markers, which changes the image if its own data is incomplete
 _PADDING_SCANS = b"".join(bytes(n * k % 251 for n in range(64)) + bytes([0xFF, 0xD0 + k % 8]) for k in range(89, 105))
@@ -59,8 +61,9 @@ def list_images(folder: Path) -> list[Path]:
 def read_image(path: Path) -> np.ndarray:
     """Read a still image as uint8 (H, W, 3) sRGB, with EXIF orientation applied and transparency composited on white.
 
-    Issues an `Export3DWarning` if the image is reduced to `MAX_PIXELS`, or its colour profile is ignored. Raises
-    `InputError` if the file is missing, of another format, damaged, truncated or larger than `MAX_STORED_PIXELS`.
+    Issues an `Export3DWarning` if the image is reduced to `MAX_PIXELS`, its colour profile is ignored, or it is the
+    first of an animation. Raises `InputError` if the file is missing, of another format, damaged, truncated or larger
+    than `MAX_STORED_PIXELS`.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -75,9 +78,12 @@ def read_image(path: Path) -> np.ndarray:
             data = _complete_jpeg(data)
         with Image.open(io.BytesIO(data), formats=formats) as image:
             reduction = _choose_reduction(image.size, len(data), path)
+            if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
+                text = f"{path} is an animation, of which the first picture is used: convert it to a video to use all"
+                warnings.warn(text, Export3DWarning, stacklevel=2)
             if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
                 Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-            return _to_rgb(convert_to_srgb(_decode(image, reduction), path))
+            return _to_rgb(convert_to_srgb(_decode(image, reduction), path, data[:_HEADER_BYTES]))
     except Image.DecompressionBombError as error:
         limit = MAX_STORED_PIXELS // 1_000_000
         raise InputError(f"{path} has more than {limit} megapixels: reduce its size") from error

@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -226,6 +227,21 @@ def test_read_image_of_heic_converts_display_p3(tmp_path, box):
     result = read_image(tmp_path / "a.heic")[16, 8]
     assert encode(result[None].astype(float), "p3") * 255 == pytest.approx(stored, abs=8)
     assert result[0] > 210  # the red of Display P3 is stronger
+
+
+@pytest.mark.parametrize("form", ["AVIF", "PNG"])
+def test_read_image_converts_display_p3_named_by_code(tmp_path, portrait, form):
+    buffer = io.BytesIO()
+    Image.fromarray(np.rint(encode(portrait, "p3") * 255).astype(np.uint8)).save(buffer, form, **FORMATS[form])
+    data = buffer.getvalue()
+    if form == "AVIF":
+        assert data.count(b"colrnclx\0\1") == 1  # sRGB
+        data = data.replace(b"colrnclx\0\1", b"colrnclx\0\x0c")
+    else:
+        chunk = b"cICP" + bytes([12, 13, 0, 1])
+        data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    (tmp_path / "a").write_bytes(data)
+    assert difference(read_image(tmp_path / "a"), portrait).mean() < (1.7 if form == "AVIF" else 1)
 
 
 def test_read_image_of_camera_jpeg_marked_adobe_rgb(tmp_path, portrait):
