@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStatistics
-from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.face.motion import MIRROR_ORDER, Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, with_head_pose
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import check_file, write_atomic
@@ -24,6 +24,7 @@ from export3d_cli.core.runtime.files import check_file, write_atomic
 ANGLE_COLUMNS = ("HeadYaw", "HeadPitch", "HeadRoll")
 MAX_BYTES = 2**30  # about eight hours at 60 frames a second
 MAX_GAP_S = 60  # between two rows
+_MAX_DEVIATION = 10  # standard deviations within clips; face trackers hardly report cheeks, sneers and the tongue
 MAX_ROWS_PER_S = 1000
 _TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
 _TIMECODE_BASES = (24, 25, 30, 48, 50, 60, 100, 120)  # frames per second in a timecode's last field
@@ -57,8 +58,13 @@ def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
 
 
 def make_motion(coefficients: np.ndarray, cameras: np.ndarray, fps: Fraction) -> Motion:
-    """Return the motion without landmarks of ARKit's coefficients (T, 52) and cameras (T, 25)."""
+    """Return the motion without landmarks of ARKit's coefficients (T, 52) and cameras (T, 25).
+
+    Coefficients are limited to what the tracker reports, on which the network is trained: others destroy the picture.
+    """
     n, statistics = len(ARKIT_NAMES), BetaStatistics.load()
+    limits = statistics.mean + _MAX_DEVIATION * np.sqrt(statistics.covariance.diagonal())
+    coefficients = np.minimum(coefficients, np.maximum(limits, limits[MIRROR_ORDER])[:n])
     slope = statistics.regression(range(n))[n:]  # (12, 52)
     measures = statistics.mean[n:] + (coefficients - statistics.mean[:n]) @ slope.T
     beta = np.concatenate([coefficients, measures], axis=1).astype(np.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.arkit import estimate_frame_rate, read_csv, write_csv
+from export3d_cli.core.face.arkit import estimate_frame_rate, make_motion, read_csv, write_csv
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points, yaw_pitch_roll
@@ -57,6 +57,16 @@ def test_read_csv_assigns_coefficients_by_name_and_predicts_measures(write: Writ
     assert beta["lipGapCentre"][1] > beta["lipGapCentre"][0] + 0.1  # inter-ocular distances
     assert beta["eyeOpeningLeft"][2] < 0.5 * beta["eyeOpeningLeft"][0]
     assert beta["irisXLeft"][3] > beta["irisXLeft"][0] + 0.02  # the face's left is the image's right
+
+
+def test_read_csv_limits_coefficients_that_trackers_hardly_report(write: Write) -> None:
+    """The network has never seen them: a snarl or a tongue would destroy the picture."""
+    unseen = ("NoseSneerLeft", "CheekSquintRight", "CheekPuff", "TongueOut")
+    motion = read(write([{}, dict.fromkeys(unseen, 1.0), {"MouthFrownLeft": 1.0, "MouthFrownRight": 1.0}]))
+    np.testing.assert_allclose(motion.beta[1], motion.beta[0], atol=0.01)
+    left, right = (motion.beta[2, ARKIT_NAMES.index(f"mouthFrown{side}")] for side in ("Left", "Right"))
+    assert left == right
+    assert 0.2 < left < 0.4
 
 
 @pytest.mark.parametrize(
@@ -114,7 +124,9 @@ def test_written_csv_reads_back(tmp_path: Path, rate: Fraction) -> None:
     write_csv(tmp_path / "take.csv", motion)
     again = read(tmp_path / "take.csv")
     assert again.fps == rate
-    np.testing.assert_allclose(again.beta[:, : len(ARKIT_NAMES)], beta[:, : len(ARKIT_NAMES)], atol=1e-6)
+    limits = make_motion(np.ones((1, len(ARKIT_NAMES))), cameras[:1], rate).beta
+    expected = np.minimum(beta, limits)[:, : len(ARKIT_NAMES)]
+    np.testing.assert_allclose(again.beta[:, : len(ARKIT_NAMES)], expected, atol=1e-6)
     np.testing.assert_allclose(again.camera, cameras, atol=1e-5)
 
 
