@@ -79,7 +79,7 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             reduction = _choose_reduction(image.size, len(data), path)
             if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
-                text = f"{path} is an animation, of which the first picture is used: convert it to a video to use all"
+                text = f"{path} is an animation, and only its first picture is used: convert it to a video to use all"
                 warnings.warn(text, Export3DWarning, stacklevel=2)
             if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
                 Image.open(io.BytesIO(data), formats=["PNG"]).verify()

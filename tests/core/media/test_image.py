@@ -189,7 +189,7 @@ def test_read_image_of_avif_returns_rgb(tmp_path):
 def test_read_image_of_animation_returns_first_picture_and_warns(tmp_path, suffix):
     first, second = (Image.fromarray(np.full((20, 30, 3), value, np.uint8)) for value in (60, 200))
     (tmp_path / "a").write_bytes(to_bytes(first, suffix, save_all=True, append_images=[second], duration=40))
-    with pytest.warns(Export3DWarning, match="is an animation, of which the first picture is used"):
+    with pytest.warns(Export3DWarning, match="is an animation, and only its first picture is used"):
         image = read_image(tmp_path / "a")
     assert np.abs(image.astype(int) - 60).max() <= 2
 
