@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_LANDMARKS, TORSO_ANCHOR
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
-from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step, smooth_step
+from export3d_cli.core.model.masks import WHOLE, Window, box_mean, dilate, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
@@ -62,6 +62,7 @@ def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor,
     in_crop = _inside(WHOLE, grid)
     in_window = torch.cat([_inside(window, grid) for window in windows or [WHOLE]])
     inside = (2 * grid - 1).permute(0, 2, 3, 1).expand(len(camera), -1, -1, -1)
+    face = box_mean(face, round(CELL * face.shape[-1] / 2))  # about a cell: without steps at the far side's outline
     weight, face = (F.grid_sample(x.float(), inside, align_corners=False) for x in (head_weight, face))
     shift, far_side, shows_head = head, torch.zeros_like(weight), linear_step(weight, *SHOWS_HEAD_FADE)
     if head_uv is not None:
@@ -88,7 +89,8 @@ def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor,
     if isinstance(torso, Tensor):
         body = torch.where(torso.isnan().any(1)[:, None, None, None], body, _move_torso(torso, photo, grid))
     displacement = torch.lerp(body, head, smooth_step(height, *NECK_FADE))
-    displacement = torch.lerp(displacement, shift, face * in_crop)
+    # the jump of the flow at the far side's outline lies inside the face, where the network's image hides it
+    displacement = torch.lerp(displacement, shift, 1 - dilate(1 - face * in_crop, 1))
     # around a raised face, and at the near side of a turned one, the flow may lead into the photo's face
     margin = max(1, photo_face.shape[-1] // PHOTO_FACE_DIVISOR)
     again = linear_step(box_mean(box_mean(photo_face, margin), margin), *PHOTO_FACE_FADE)

@@ -161,3 +161,6 @@ def test_what_is_next_to_a_turned_face_is_next_to_the_face_in_the_photo(
     for place in (0.61, 0.63):
         assert place + float(at(flow.displacement, (place, y))[0, 0]) > cheek - 0.01
     assert float(at(flow.displacement, (0.5, y))[0].abs().max()) < 1e-3
+    row = int((y + WINDOW_MARGIN) / (1 + 2 * WINDOW_MARGIN) * FLOW_SIZE)
+    jump = int(flow.displacement[0, 0, row].diff().abs().argmax())  # from the cheek to what is next to it
+    assert float(flow.face_weight[0, 0, row, jump : jump + 2].min()) > 0.99  # the network's image hides it
