@@ -240,6 +240,24 @@ def test_protocol_vfhq_takes_the_first_frame_on_black_at_512(weights, tmp_path):
     assert CliRunner().invoke(cli, [*args, "--max-frames", "3"]).exit_code == 2
 
 
+def test_protocol_talkinghead_takes_all_frames_with_their_background(tmp_path):
+    """With the layout of TalkingHead-1KH: clips named by video, number, frames and place, some with a leading dash."""
+    clips = tmp_path / "val" / "cropped_clips"
+    clips.mkdir(parents=True)
+    shutil.copyfile(example_path("drive.mp4"), clips / "-3LwmCQ_UVw_0001_S0_E112_L412_T0_R1068_B656.mp4")
+    preprocess([clips], tmp_path / "data", size=512, max_frames=FRAMES)
+    (clip,) = read_clips(tmp_path / "data")
+    (tmp_path / "tool").mkdir()
+    shutil.copyfile(clip.file, tmp_path / "tool" / f"{clip.id}.mp4")
+    args = ["evaluate", str(tmp_path / "data"), "--protocol", "talkinghead", "--no-model", "--json"]
+    done = CliRunner().invoke(cli, [*args, "--results", str(tmp_path / "tool")])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["cases"], result["frames"]) == (1, FRAMES - 1)
+    assert (result["options"]["photo"], result["options"]["size"]) == ("first", 512)
+    assert result["mean"]["tool"]["psnr"] == 100  # the truth, with its background
+
+
 @pytest.mark.parametrize(("size", "frames", "message"), [((64, 64), 3, "too short"), ((96, 64), 10, "must be square")])
 def test_evaluate_refuses_results_of_wrong_length_or_shape(animator, data_set, tmp_path, size, frames, message):
     name = read_clips(data_set)[0].id
