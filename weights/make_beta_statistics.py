@@ -13,14 +13,18 @@ import numpy as np
 
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.runtime.camera import yaw_pitch_roll
+
+MAX_TURN_DEG = 30  # yaw and pitch of the frames that count; beyond, the tracker guesses the far side
 
 
 def measure(motions: Iterable[Motion]) -> dict[str, np.ndarray]:
-    """Return the mean (64,) over all frames that show a face, and the covariance (64, 64) within clips."""
+    """Return the mean (64,) over all frames that show a face from the front, and the covariance (64, 64) within clips."""
     n = len(BETA_NAMES)
     total, count, scatter = np.zeros(n), 0, np.zeros((n, n))
     for motion in motions:
-        beta = motion.beta[motion.found].astype(np.float64)
+        turns = np.abs([yaw_pitch_roll(camera)[:2] for camera in motion.camera])
+        beta = motion.beta[motion.found & (turns <= MAX_TURN_DEG).all(1)].astype(np.float64)
         if len(beta):
             centred = beta - beta.mean(0)
             scatter += centred.T @ centred
