@@ -19,7 +19,7 @@ MAX_TURN_DEG = 30  # yaw and pitch of the frames that count; beyond, the tracker
 
 
 def measure(motions: Iterable[Motion]) -> dict[str, np.ndarray]:
-    """Return the mean (64,) over all frames that show a face from the front, and the covariance (64, 64) within clips."""
+    """Return the mean (64,) over frames with a face seen from the front, and the covariance (64, 64) within clips."""
     n = len(BETA_NAMES)
     total, count, scatter = np.zeros(n), 0, np.zeros((n, n))
     for motion in motions:
