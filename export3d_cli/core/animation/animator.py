@@ -346,10 +346,11 @@ class Animator:
 
         The chunking of the driver's frames into `motions` has no effect: they are rendered `chunk_size` at a time, and
         a frame is yielded when its chunk is full or `motions` ends. `control` says which parts of the motion are used,
-        and how strongly; None: all, unchanged. `reference`, one row, is the driver's frame that relative control refers
-        to: without it that raises `InputError`. `edit` is one frame: its base replaces the portrait's expression, its
-        change is added to every frame. `notify` is called with notes for the user. With `layers`, `FrameLayers` are
-        yielded, for a `Compositor`.
+        and how strongly; None: all, unchanged. `reference` is the driver's frame that relative control refers to:
+        without it that raises `InputError`. With it, frames also show what the driver's landmarks do beyond lambda;
+        more rows of it tell the driver's face at rest. `edit` is one frame: its base replaces the portrait's
+        expression, its change is added to every frame. `notify` is called with notes for the user. With `layers`,
+        `FrameLayers` are yielded, for a `Compositor`.
         """
         control = control or Control()
         if control.needs_reference and reference is None:
@@ -359,6 +360,9 @@ class Animator:
         coefficients = partial(self._coefficients, portrait.model)
         base = None if reference is None else coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
+        rest = None
+        if control.drives_whole_face and reference is not None:
+            rest = self._landmark_offsets(portrait, reference, reference)
         own_beta, own, offset = portrait.motion.beta[0], portrait.source.coefficients, None
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
@@ -367,17 +371,22 @@ class Animator:
         source_camera = portrait.camera
 
         def parts() -> Iterator[Iterable[Any]]:
-            for beta, camera, torso in _chunks(motions, self.chunk_size):
-                beta = control.select_regions(base_beta, beta)
+            for motion in _chunks(motions, self.chunk_size):
+                beta = control.select_regions(base_beta, motion.beta)
                 lam = control.target_expression(own, coefficients(beta), base)
                 lam = lam if offset is None else lam + offset
-                cameras = control.target_cameras(source_camera, camera, base_camera, portrait.canvas.limits)
+                cameras = control.target_cameras(source_camera, motion.camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
                     shown = own_beta + control.expression_scale * (beta - start)
                     lam = lam + coefficients(look_at_camera(shown, cameras)) - coefficients(shown)
-                moved = control.target_torso(source_camera, torso, reference, portrait.canvas.limits)
-                yield from renderer.render_motion(cameras, self._amplify(portrait, lam), moved)
+                moved = control.target_torso(source_camera, motion.torso, reference, portrait.canvas.limits)
+                offsets = None if reference is None else self._landmark_offsets(portrait, motion, reference)
+                if rest is None or offsets is None:
+                    yield from renderer.render_motion(cameras, self._amplify(portrait, lam), torso=moved)
+                else:
+                    offsets = control.expression_scale * (offsets - rest.mean(0))
+                    yield from renderer.render_motion(cameras, lam, torso=moved, offsets=offsets)
 
         return chain_parallel(parts(), self.workers)
 
@@ -477,6 +486,16 @@ class Animator:
         """Return coefficients (B, n + 4) to give to the network, so that its frames show `lam` (B, n + 4)."""
         return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
+    def _landmark_offsets(self, portrait: Portrait, motion: Motion, reference: Motion) -> Tensor | None:
+        """Return what a driver's landmarks do since the reference frame beyond its lambda; None without landmarks."""
+        model = portrait.model
+        points = [self._tensor(x.head_landmarks) for x in (motion, reference.select(np.array([0])))]
+        if model.flow is None or not all(x.numel() for x in points):
+            return None
+        lam, base = (self._coefficients(model, beta) for beta in (motion.beta, reference.beta[:1]))
+        with torch.inference_mode():
+            return model.landmark_offsets(portrait.source, lam, points[0], base, points[1])
+
     def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
             return model.coefficients(self._tensor(beta))
@@ -490,13 +509,13 @@ class Animator:
             return portrait.model.generate_planes(portrait.source, lam)
 
     def _render(self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
-                planes: Tensor | None = None) -> tuple[Output, PosedHead]:  # fmt: skip
-        """Render B frames; `posed` is of the one expression that all of `lam` are, `planes` are tri-planes of each."""
+                planes: Tensor | None = None, offsets: Tensor | None = None) -> tuple[Output, PosedHead]:  # fmt: skip
+        """Render B frames; `posed` is of the one expression that all of `lam` are, the rest is as in `pose_head`."""
         model, source = portrait.model, portrait.source.expand(len(cameras))
         # larger frames need a larger mesh, up to twice: otherwise the outline shows steps
         scale = np.clip(len(portrait.crop) / model.config.image_size, 1, 2)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
-            posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes)
+            posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes, offsets)
             output = model.drive(source, lam, self._tensor(cameras), posed=posed, **self._sampling,
                                  mesh_size=int(scale * model.config.mesh_size),
                                  face_only=self.device.type == "cpu")  # fmt: skip
@@ -546,20 +565,20 @@ class _Renderer:
             self._notify(portrait.covered.note())
 
     def render_motion(
-        self, cameras: np.ndarray, lam: Tensor, torso: np.ndarray | None = None
+        self, cameras: np.ndarray, lam: Tensor, *, torso: np.ndarray | None = None, offsets: Tensor | None = None
     ) -> Iterator[Iterable[Any]]:
         """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + 4)."""
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):
             part = slice(start, start + size)
             planes = None if self._interpolator is None else self._interpolator(lam[part, :n])
-            yield from self.render(
-                cameras[part], lam[part], planes=planes, torso=None if torso is None else torso[part]
-            )
+            yield from self.render(cameras[part], lam[part], planes=planes,
+                                   torso=None if torso is None else torso[part],
+                                   offsets=None if offsets is None else offsets[part])  # fmt: skip
 
     def render(self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None,
-               planes: Tensor | None = None,
-               torso: np.ndarray | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
+               planes: Tensor | None = None, torso: np.ndarray | None = None,
+               offsets: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
         """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`.
 
         `torso` (T, 4) are its motions, see `Control.target_torso`; None: it follows the neck.
@@ -570,10 +589,10 @@ class _Renderer:
 
         def compute(part: slice) -> Iterable[Any]:
             with torch.inference_mode():
-                part_planes = None if planes is None else planes[part]
-                output, head = self._animator._render(portrait, cameras[part], lam[part], posed, part_planes)
+                own = {k: None if x is None else x[part] for k, x in (("planes", planes), ("offsets", offsets))}
+                output, head = self._animator._render(portrait, cameras[part], lam[part], posed, **own)
                 if not output.image.isfinite().all():
-                    output, head = self._render_fp32(cameras[part], lam[part])
+                    output, head = self._render_fp32(cameras[part], lam[part], own["offsets"])
                 images = to_uint8(output.image if portrait.padded is None else output.upscale(portrait.padded, size))
                 moved = self._torso if torso is None else self._animator._tensor(torso[part])
                 flow = self._animator._extend_flow(portrait, cameras[part], output, head, moved)
@@ -584,7 +603,7 @@ class _Renderer:
             stop = min(start + self._animator.batch, len(cameras))
             yield self._batcher(compute, start, stop)
 
-    def _render_fp32(self, cameras: np.ndarray, lam: Tensor) -> tuple[Output, PosedHead]:
+    def _render_fp32(self, cameras: np.ndarray, lam: Tensor, offsets: Tensor | None) -> tuple[Output, PosedHead]:
         """Render a batch that overflowed in half precision again in fp32."""
         if self._portrait.precision == "fp32":
             raise Export3DError(NOT_FINITE)
@@ -592,7 +611,7 @@ class _Renderer:
             if self._fp32_portrait is None:
                 self._fp32_portrait = self._animator._encode(self._portrait, "fp32")
                 self._report_fallback()
-        output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float())
+        output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float(), offsets=offsets)
         if not output.image.isfinite().all():
             raise Export3DError(NOT_FINITE)
         return output, posed
@@ -615,14 +634,13 @@ def _check_rows(name: str, array: np.ndarray, columns: int) -> np.ndarray:
     return array
 
 
-def _chunks(motions: Iterable[Motion], length: int) -> Iterator[list[np.ndarray]]:
-    """Yield beta (T, 64), cameras (T, 25) and torsos (T, 4) of `length` frames, however `motions` divides them."""
-    rows = [np.empty((0, columns), np.float32) for columns in (64, 25, 4)]
+def _chunks(motions: Iterable[Motion], length: int) -> Iterator[Motion]:
+    """Yield the motion of `length` frames at a time, however they are spread over `motions`."""
+    waiting: Motion | None = None
     for motion in motions:
-        added = (motion.beta, motion.camera, motion.torso)
-        rows = [np.concatenate(pair) for pair in zip(rows, added, strict=True)]
-        while len(rows[0]) >= length:
-            yield [row[:length] for row in rows]
-            rows = [row[length:] for row in rows]
-    if len(rows[0]):
-        yield rows
+        waiting = motion if waiting is None else Motion.concatenate([waiting, motion])
+        while len(waiting) >= length:
+            yield waiting.select(np.arange(length))
+            waiting = waiting.select(np.arange(length, len(waiting)))
+    if waiting is not None and len(waiting):
+        yield waiting

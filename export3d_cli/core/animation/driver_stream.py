@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from export3d_cli.core.animation.options import MOTION_SUFFIXES, ReenactOptions
-from export3d_cli.core.animation.retargeting import most_similar_frame
+from export3d_cli.core.animation.retargeting import reference_rows
 from export3d_cli.core.face import arkit
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
@@ -51,7 +51,7 @@ class MotionBatch(NamedTuple):
 
     motion: Motion
     driver_crops: list[np.ndarray | None]  # uint8 (K, K, 3), the face crop of each frame if it is to be shown
-    reference: Motion | None  # one row: the frame that relative control counts from; the same object within a shot
+    reference: Motion | None  # see `Animator.animate`; the same object within a shot
 
 
 @dataclass
@@ -70,7 +70,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
     `driver` is a video, an image, a folder of pictures, a sound, a file written by `Motion.save`, or a CSV of Live Link
     Face.
-    With the reference `auto` of `options`, each shot has its own, see `most_similar_frame`. `source` is the portrait's
+    With the reference `auto` of `options`, each shot has its own, see `reference_rows`. `source` is the portrait's
     motion, one row; its camera also places the head of a CSV (None: EG3D's usual). Crops are `crop_scale` face boxes
     wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
     first pass; later passes with the same driver, tracker, face and frames read them from it. With a `matting` of
@@ -181,7 +181,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         assert self.source is not None
         rows = np.arange(min(count, len(ahead)))
         usable = ahead.select(rows[ahead.found[rows]] if ahead.found[rows].any() else rows)
-        return usable.select(np.array([most_similar_frame(usable, self.source)]))
+        return usable.select(reference_rows(usable, self.source))
 
     def _split(self, motion: Motion) -> Iterator[tuple[int, Motion]]:
         """Yield the motion of a file in batches, as one shot."""

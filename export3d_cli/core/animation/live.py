@@ -34,7 +34,7 @@ from export3d_cli.core.animation.retargeting import Pose
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.crop import CROP_SCALE
 from export3d_cli.core.face.face_track import TargetFaceTracker
-from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera
+from export3d_cli.core.face.motion import Motion, mirror_motion
 from export3d_cli.core.face.motion_packets import PACKET_RATE, FacePacket, PacketTracker, VmcSender, open_packets
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
 from export3d_cli.core.face.tracker import FaceTracker
@@ -164,7 +164,7 @@ class LiveTracker:
             self.send(motion)
         if self.recentre:
             self.recentre = False
-            self._reference = replace(self._reference, camera=motion.camera)
+            self._reference = self._reference.with_head(motion.camera, self._reference.head_landmarks)
         strength = float(smooth_step(np.array(self._presence), 0, 1))
         return LiveFrame(now, state, motion, self._reference, strength)
 
@@ -173,7 +173,8 @@ class LiveTracker:
         self._clip = self._tracker.calibrate_clip(self._faces, size, CROP_SCALE)
         motion = self._tracker.make_motion(self._faces, Fraction(25), size, clip=self._clip)
         nearest = np.linalg.norm(motion.camera - motion.camera.mean(0), axis=1).argmin()
-        self._reference = replace(motion.select(np.array([nearest])), beta=np.median(motion.beta, axis=0)[None])
+        neutral = replace(motion.select(np.array([nearest])), beta=np.median(motion.beta, axis=0)[None])
+        self._reference = neutral.with_head(neutral.camera, np.median(motion.head_landmarks, axis=0)[None])
         self._smoothed = smooth_stream(iter(lambda: self._row, None), self._level, causal=True)
         self._faces, self._is_calibrated = [], True
 
@@ -204,7 +205,7 @@ class _Stage:
             return self._rest[number]
         motion, reference = live.motion or portrait.motion, live.reference or portrait.motion
         if self.mirrored:
-            motion, reference = _mirror(motion), _mirror(reference)
+            motion, reference = mirror_motion(motion), mirror_motion(reference)
         scales = live.strength * self._options.expression_scale, live.strength * self._options.pose_scale
         control = replace(self._options, expression_scale=scales[0], pose_scale=scales[1])
         rendered = self._animator.animate(
@@ -319,10 +320,6 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
 
 def _percentiles(latencies: Counter[int]) -> list[float]:
     return [float(value) for value in np.percentile([*latencies.elements()] or [0], (50, 95))]
-
-
-def _mirror(motion: Motion) -> Motion:
-    return replace(motion, beta=mirror_beta(motion.beta), camera=mirror_camera(motion.camera))
 
 
 def _open_output(

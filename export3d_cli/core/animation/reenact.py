@@ -120,7 +120,8 @@ def _animate_stream(
             crops.extend(batch.driver_crops)
             motion = batch.motion
             if silent is not None:
-                motion = replace(motion, beta=shut_lips(motion.beta, silent, count).astype(np.float32))
+                beta = shut_lips(motion.beta, silent, count).astype(np.float32)
+                motion = replace(motion, beta=beta, landmarks=motion.landmarks[:, :0])  # whose lips are not shut
             count += len(motion)
             yield motion
 

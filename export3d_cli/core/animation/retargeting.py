@@ -31,6 +31,7 @@ LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
 SAME_FRAME = 4.0  # largest squared distance, in these units, of two pictures of one moment; of two people 50 and more
 ROTATION_TIE = np.radians(1)  # rotations that differ by less are equally near
+REST_FRAMES = 50  # frames whose mean is the face at rest
 
 
 class TravelLimits(NamedTuple):
@@ -72,6 +73,11 @@ class Control:
         """Whether a part is relative to the driver's reference frame."""
         return self.relative_expression or self.pose != "absolute"
 
+    @property
+    def drives_whole_face(self) -> bool:
+        """Whether all regions of the face take the driver's expression, none of them scaled."""
+        return all(self._scale(region) == 1 for region in REGIONS)
+
     def _scale(self, region: str) -> float:
         """Return the scale of a region without `expression_scale` and `pose_scale`; 0 if it is not driven."""
         scales = [scale for name, scale in self.scales if region in _GROUPS.get(name, (name,))]
@@ -79,12 +85,11 @@ class Control:
 
     def select_regions(self, base: np.ndarray, driver: np.ndarray) -> np.ndarray:
         """Return the driver's beta (T, 64) with the base's, (64,) or (T, 64), in undriven regions; others scaled."""
-        scales = {region: self._scale(region) for region in REGIONS}
-        if set(scales.values()) == {1.0}:
+        if self.drives_whole_face:
             return driver
         weights = np.ones(base.shape[-1], base.dtype)
-        for region, scale in scales.items():
-            weights[list(REGIONS[region])] = scale
+        for region, entries in REGIONS.items():
+            weights[list(entries)] = self._scale(region)
         selected: np.ndarray = base + weights * (driver - base)
         return selected
 
@@ -147,18 +152,22 @@ class Control:
         return change
 
 
-def most_similar_frame(driver: Motion, source: Motion) -> int:
-    """Return the row of `driver` whose head rotation matches that of `source`, which has one row.
+def reference_rows(driver: Motion, source: Motion) -> np.ndarray:
+    """Return rows of `driver`, first the one whose head rotation matches that of `source`, which has one row.
 
-    A driver that contains the photo itself, found by rotation and expression, is then followed exactly. Other people's
-    expressions say little: then it is the earliest of the frames that are nearest in rotation.
+    A driver that contains the photo itself, found by rotation and expression, is followed exactly, from this row alone.
+    Other people's expressions say little: then it is the earliest of the frames that are nearest in rotation, and more
+    rows, spread over the driver, tell its face at rest.
     """
     rotations, own = head_pose(driver.camera)[0], head_pose(source.camera[0])[0]
     angles = np.linalg.norm(rotation_log(own.T @ rotations), axis=-1)
     changes = (driver.beta - source.beta) / BETA_CHANGE
     distances = (angles / ROTATION_UNIT) ** 2 + (changes**2).mean(1)
     nearest = int(np.argmin(distances))
-    return nearest if distances[nearest] < SAME_FRAME else int(np.argmax(angles < angles.min() + ROTATION_TIE))
+    if distances[nearest] < SAME_FRAME:
+        return np.array([nearest])
+    first = np.argmax(angles < angles.min() + ROTATION_TIE)
+    return np.append(first, np.unique(np.linspace(0, len(driver) - 1, REST_FRAMES).round().astype(int)))
 
 
 def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:

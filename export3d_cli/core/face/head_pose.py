@@ -86,6 +86,17 @@ def landmarks_to_head_frame(landmarks: np.ndarray, camera: np.ndarray, relief: f
     return (np.einsum("tij,tnj->tni", R, cloud) + t[:, None]).astype(np.float32)
 
 
+def head_frame_to_landmarks(points: np.ndarray, camera: np.ndarray) -> np.ndarray:
+    """Invert `landmarks_to_head_frame`: points (T, 478, 3), seen by cameras (T, 25), in crop units, float32."""
+    cam2world = np.asarray(camera, dtype=np.float64)[:, :16].reshape(-1, 4, 4)
+    R, t = cam2world[:, :3, :3], cam2world[:, :3, 3]
+    cloud = np.einsum("tji,tnj->tni", R, points - t[:, None])  # camera frame
+    depth = np.einsum("tji,tj->ti", R, RIGID_CENTROID - t)[:, 2:]  # (T, 1)
+    z = (cloud[..., 2] / depth - 1) * FOCAL / (RELIEF_SCALE * TRACKER_Z_SCALE)
+    xy = cloud[..., :2] / cloud[..., 2:] * FOCAL + 0.5
+    return np.concatenate([xy, z[..., None]], axis=-1).astype(np.float32)
+
+
 def _unproject(points: np.ndarray, depth: np.ndarray, weights: np.ndarray, z_scale: float) -> np.ndarray:
     """Map crop units (F, K, 3) into the camera frame, with z times `z_scale` and its weighted mean at `depth` (F,)."""
     z = points[..., 2] - (points[..., 2] @ weights)[:, None]

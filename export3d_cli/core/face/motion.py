@@ -14,7 +14,11 @@ import numpy as np
 
 from export3d_cli import __version__
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
-from export3d_cli.core.face.head_pose import load_canonical_face
+from export3d_cli.core.face.head_pose import (
+    head_frame_to_landmarks,
+    landmarks_to_head_frame,
+    load_canonical_face,
+)
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic
@@ -28,7 +32,11 @@ _ROWS = ("beta", "camera", "landmarks", "found")  # fields of a file with a row 
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """What a face does over T frames. A driver needs only `beta` and `camera`."""
+    """What a face does over T frames.
+
+    A driver needs only `beta` and `camera`; frames show its 478 landmarks, if any, where beta tells less. So leave the
+    landmarks out, (T, 0, 3), where `beta` is changed.
+    """
 
     beta: np.ndarray  # (T, 64) float32
     camera: np.ndarray  # (T, 25) float32, head frame
@@ -46,6 +54,18 @@ class Motion:
 
     def __len__(self) -> int:
         return len(self.beta)
+
+    @property
+    def head_landmarks(self) -> np.ndarray:
+        """The landmarks in the head frame, (T, 478, 3) float32; (T, 0, 3) without 478 landmarks."""
+        if self.landmarks.shape[1] != NUM_LANDMARKS:
+            return np.zeros((len(self), 0, 3), np.float32)
+        return landmarks_to_head_frame(self.landmarks, self.camera)
+
+    def with_head(self, camera: np.ndarray, head_landmarks: np.ndarray) -> Motion:
+        """Return the motion with other cameras (T, 25) and `head_landmarks`; (T, 0, 3) leaves the landmarks."""
+        landmarks = head_frame_to_landmarks(head_landmarks, camera) if head_landmarks.size else self.landmarks
+        return replace(self, camera=camera, landmarks=landmarks)
 
     def select(self, rows: np.ndarray) -> Motion:
         """Return the motion of some frames only; `rows` are their indices."""
@@ -140,6 +160,13 @@ def mirror_camera(camera: np.ndarray) -> np.ndarray:
     pose = camera[..., :16].reshape(*camera.shape[:-1], 4, 4)
     mirrored[..., :16] = (pose * flip[:, None] * flip).reshape(*camera.shape[:-1], 16)
     return mirrored
+
+
+def mirror_motion(motion: Motion) -> Motion:
+    """Return the motion of the mirrored face in the mirrored image."""
+    beta, camera, landmarks = mirror_beta(motion.beta), mirror_camera(motion.camera), motion.landmarks
+    has_mesh = landmarks.shape[1] == NUM_LANDMARKS
+    return replace(motion, beta=beta, camera=camera, landmarks=mirror_landmarks(landmarks) if has_mesh else landmarks)
 
 
 def mirror_landmarks(landmarks: np.ndarray) -> np.ndarray:

@@ -32,14 +32,15 @@ BETA_CHANGE = np.array([0.008 if name.startswith(_FINE_MEASURES) else 0.03 for n
 ROTATION_CHANGE = 0.015  # radians
 CENTRE_CHANGE = np.array([0.0015, 0.0015, 0.012])  # of the head in the camera frame, head-frame units
 TORSO_CHANGE = np.array([0.002, 0.002, 0.005, 0.004])  # of the torso, see `Motion`
+LANDMARK_CHANGE = 0.0015  # head-frame units
 
 
-# Cutoff frequencies of beta, rotation, centre and torso in Hz: at rest, and the addition per unit of speed
+# Cutoff frequencies of beta, rotation, centre, torso and landmarks in Hz: at rest, and the addition per unit of speed
 # (coefficients, radians or head-frame units per second).
 ONE_EURO_CUTOFFS: dict[SmoothingLevel, tuple[tuple[float, float], ...]] = {
-    "light": ((2.0, 6.0), (1.2, 20.0), (2.5, 50.0), (2.5, 50.0)),
-    "strong": ((0.8, 2.0), (0.5, 8.0), (1.0, 25.0), (1.0, 25.0)),
-}  # fmt: skip
+    "light": ((2.0, 6.0), (1.2, 20.0), (2.5, 50.0), (2.5, 50.0), (2.5, 50.0)),
+    "strong": ((0.8, 2.0), (0.5, 8.0), (1.0, 25.0), (1.0, 25.0), (1.0, 25.0)),
+}
 SPEED_CUTOFF_HZ = 2.0  # cutoff of the measured speed itself
 
 
@@ -50,20 +51,29 @@ class _Signals(NamedTuple):
     rotation: np.ndarray  # (..., 3, 3), head to camera
     centre: np.ndarray  # (..., 3), of the head in the camera frame
     torso: np.ndarray  # (..., 4)
+    face: np.ndarray  # (..., N, 3) landmarks in the head frame; N is 478, or 0 for drivers without them
+
+    @classmethod
+    def of(cls, motion: Motion) -> _Signals:
+        """Return the signals of T frames."""
+        beta, torso, face = (x.astype(np.float64) for x in (motion.beta, motion.torso, motion.head_landmarks))
+        return cls(beta, *head_pose(motion.camera), torso, face)
 
     def changes_to(self, other: _Signals) -> tuple[np.ndarray, ...]:
         """Return the differences; that of rotations is a rotation vector."""
         rotation = rotation_log(np.swapaxes(self.rotation, -1, -2) @ other.rotation)
-        return other.beta - self.beta, rotation, other.centre - self.centre, other.torso - self.torso
+        rest = (other.centre - self.centre, other.torso - self.torso, other.face - self.face)
+        return other.beta - self.beta, rotation, *rest
 
-    def moved_by(self, beta: np.ndarray, rotation: np.ndarray, centre: np.ndarray, torso: np.ndarray) -> _Signals:
+    def moved_by(self, *steps: np.ndarray) -> _Signals:
         """Add steps like those of `changes_to`."""
+        beta, rotation, centre, torso, face = steps
         turned = self.rotation @ rotation_exp(rotation)
-        return _Signals(self.beta + beta, turned, self.centre + centre, self.torso + torso)
+        return _Signals(self.beta + beta, turned, self.centre + centre, self.torso + torso, self.face + face)
 
 
 def smooth_stream(motions: Iterable[Motion], level: SmoothingLevel, *, causal: bool = False) -> Iterator[Motion]:
-    """Smooth beta and camera of one shot that is given in parts; the rows come back in order, in parts of any length.
+    """Smooth beta, camera and landmarks of one shot that is given in parts; the rows come back in order.
 
     Rows without a face repeat the last output, and the filter restarts after them. With `causal`, for a live source, no
     later frame is used, and each part may have a rate of its own.
@@ -97,12 +107,12 @@ def _smooth_rows(
     window: Motion, rows: slice, kernel: tuple[float, float], last: _Signals | None
 ) -> tuple[Motion, _Signals]:
     """Smooth some rows of a window that holds all rows they depend on; `last` is the output before them."""
-    signals = _Signals(window.beta.astype(np.float64), *head_pose(window.camera), window.torso.astype(np.float64))
+    signals = _Signals.of(window)
     own = _Signals(*(signal[rows] for signal in signals))
     run = np.cumsum(~window.found)  # rows without a face separate runs
     index = np.arange(rows.start, rows.stop)
-    steps = [np.zeros_like(x) for x in (own.beta, own.centre, own.centre, own.torso)]
-    weights = [np.ones_like(own.beta), np.ones((len(index), 1)), np.ones_like(own.centre), np.ones_like(own.torso)]
+    steps = [np.zeros_like(x) for x in (own.beta, own.centre, own.centre, own.torso, own.face)]
+    weights = [np.ones_like(x) for x in (own.beta, own.centre[:, :1], own.centre, own.torso, own.face[..., :1])]
     sd_time, sd_change = kernel
     reach = int(KERNEL_REACH * sd_time * window.fps)
     for offset in [*range(-reach, 0), *range(1, reach + 1)]:
@@ -115,9 +125,10 @@ def _smooth_rows(
             np.linalg.norm(changes[1], axis=1, keepdims=True) / ROTATION_CHANGE,
             changes[2] / CENTRE_CHANGE,
             changes[3] / TORSO_CHANGE,
+            np.linalg.norm(changes[4], axis=-1, keepdims=True) / LANDMARK_CHANGE,
         )
         for total, step, change, size in zip(weights, steps, changes, sizes, strict=True):
-            weight = weight_in_time[:, None] * np.exp(-0.5 * (size / sd_change) ** 2)
+            weight = weight_in_time.reshape(-1, *[1] * (size.ndim - 1)) * np.exp(-0.5 * (size / sd_change) ** 2)
             total += np.nan_to_num(weight)  # a torso that is not seen
             step += np.nan_to_num(weight * change)
     smoothed = own.moved_by(*(step / total for step, total in zip(steps, weights, strict=True)))
@@ -132,8 +143,9 @@ def _hold_missing(motion: Motion, smoothed: _Signals, last: _Signals | None) -> 
     found = np.concatenate([np.ones(before, bool), motion.found])
     source = np.maximum.accumulate(np.where(found, np.arange(len(found)), 0))
     held = _Signals(*(signal[source] for signal in smoothed))
-    output = replace(motion, beta=held.beta[before:].astype(np.float32), torso=held.torso[before:].astype(np.float32),
-                     camera=with_head_pose(motion.camera, held.rotation[before:], held.centre[before:]))  # fmt: skip
+    camera = with_head_pose(motion.camera, held.rotation[before:], held.centre[before:])
+    beta, torso = (x[before:].astype(np.float32) for x in (held.beta, held.torso))
+    output = replace(motion, beta=beta, torso=torso).with_head(camera, held.face[before:])
     return output, _Signals(*(signal[-1] for signal in held))
 
 
@@ -144,7 +156,7 @@ def _smooth_causal(motions: Iterable[Motion], level: SmoothingLevel) -> Iterator
     output: _Signals | None = None  # their filtered values
     last: _Signals | None = None  # output of the last frame with a face
     for motion in motions:
-        signals = _Signals(motion.beta.astype(np.float64), *head_pose(motion.camera), motion.torso.astype(np.float64))
+        signals = _Signals.of(motion)
         rate, rows = float(motion.fps), list[_Signals]()
         for *row, found in zip(*signals, motion.found, strict=True):
             new = _Signals(*row)

@@ -23,7 +23,14 @@ from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
-from export3d_cli.core.model.measured_motion import NUM_MEASURES, apply_measures, measure, measure_basis
+from export3d_cli.core.model.measured_motion import (
+    NUM_MEASURES,
+    WINKING_POINTS,
+    apply_measures,
+    interocular,
+    measure,
+    measure_basis,
+)
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution, SuperResolutionOutput
@@ -208,8 +215,31 @@ class Export3D(nn.Module):
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
-    def pose_head(self, source: Source, lam: Tensor, planes: Tensor | None = None) -> PosedHead:
-        """Apply lambda (B, n), or (B, n + 4) with measures, for any cameras; `planes` are its tri-planes, if known."""
+    def landmark_offsets(
+        self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor, reference: Tensor
+    ) -> Tensor:
+        """Return how far a driver's landmarks (B, 478, 3) are from where lambda (B, n + 4) puts them: (B, 478, 3).
+
+        Lambda moves them from those of a reference frame, (1, n + 4) and (1, 478, 3). The result has the size of the
+        source's face. A wink's lids stay where the measures put them, since trackers see a winking eye half open.
+        """
+        assert self.flow is not None
+        n = self.config.num_coefficients
+        reference = reference.float().expand_as(landmarks)
+        expected = self.flow.deform_landmarks(reference, lam[:, :n] - reference_lam[:, :n])
+        expected = apply_measures(expected, reference, lam[:, n:], reference_lam[:, n:].expand(len(lam), -1))
+        offsets = (landmarks - expected) * (interocular(source.landmarks) / interocular(reference))[..., None]
+        lids = index_tensor(WINKING_POINTS, offsets)
+        offsets[:, lids] *= (1 - lam[:, n, None, None].abs()).clamp_min(0)
+        return offsets
+
+    def pose_head(
+        self, source: Source, lam: Tensor, planes: Tensor | None = None, offsets: Tensor | None = None
+    ) -> PosedHead:
+        """Apply lambda (B, n), or (B, n + 4) with measures, for any cameras; `planes` are its tri-planes, if known.
+
+        `offsets` (B, 478, 3) of `landmark_offsets` are added to the landmarks.
+        """
         n = self.config.num_coefficients
         if lam.ndim != 2 or lam.shape[1] not in (n, n + NUM_MEASURES):
             raise ValueError(f"lam must be (B, {n}) or (B, {n + NUM_MEASURES}), got {tuple(lam.shape)}")
@@ -218,7 +248,7 @@ class Export3D(nn.Module):
         if self.flow is not None:
             with torch.no_grad():
                 photos = (source, *source.others)
-                deformed = [self._deform(photo, lam) for photo in photos]
+                deformed = [self._deform(photo, lam) + (0 if offsets is None else offsets) for photo in photos]
                 landmarks = deformed[0]  # (B, 478, 3)
                 if source.others:
                     distances = expression_distances(landmarks, deformed, [x.landmarks for x in photos])

@@ -23,6 +23,8 @@ FOLD_DROP = 0.25  # motion of the upper lid's fold over that of the middle of it
 MAX_GAZE = (0.34, 0.35)  # how far an iris is moved from the middle of its eye, in widths and openings of the eye
 SLANT_REACH = 0.2  # inter-ocular distances around the corners of the mouth that move with them
 MIN_SLANT = 0.01  # inter-ocular distances: faces at rest differ by about as much
+# landmarks of both eyes that a wink moves
+WINKING_POINTS = (*sum((rim[1:-1] for side in (0, 1) for rim in eyelid_rims(side)), ()), *sum(EYELID_FOLDS, ()))
 _OPENINGS = tuple(BETA_NAMES.index(f"eyeOpening{side}") for side in ("Right", "Left"))
 _IRISES = tuple(tuple(BETA_NAMES.index(f"iris{axis}{side}") for side in ("Left", "Right")) for axis in "XY")
 _HEIGHTS = tuple(BETA_NAMES.index(f"mouthCornerHeight{side}") for side in ("Left", "Right"))
@@ -84,7 +86,7 @@ def _wink(points: Tensor, source: Tensor, wink: Tensor, source_wink: Tensor) -> 
 
 def _look(points: Tensor, change: Tensor) -> None:
     """Move both irises in place by a change (B, 2) of the gaze, as far as their eyes have room."""
-    change = change * _interocular(points)
+    change = change * interocular(points)
     for (centre, rim), iris in zip(EYE_RIMS, (RIGHT_IRIS, LEFT_IRIS), strict=True):
         corners, lids = (points[:, index_tensor((rim[k], rim[k + 8]), points), :2] for k in (0, 4))  # (B, 2, 2)
         middle = torch.stack([corners[..., 0].mean(1), lids[..., 1].mean(1)], dim=1)  # (B, 2)
@@ -96,7 +98,7 @@ def _look(points: Tensor, change: Tensor) -> None:
 
 def _slant(points: Tensor, change: Tensor) -> None:
     """Raise a corner of the mouth in place and lower the other one, each by half a change (B,) of the slant."""
-    distance = _interocular(points)  # (B, 1)
+    distance = interocular(points)  # (B, 1)
     shift = distance[:, 0] / 2 * change.sign() * (change.abs() - MIN_SLANT).clamp_min(0)  # (B,)
     scale = 2 * (SLANT_REACH * distance).square().clamp_min(1e-9)
     left, right = (
@@ -106,7 +108,7 @@ def _slant(points: Tensor, change: Tensor) -> None:
     points[..., 1] += (right - left) * shift[:, None]
 
 
-def _interocular(points: Tensor) -> Tensor:
+def interocular(points: Tensor) -> Tensor:
     """Return the distance between the middles of the eyes, (B, 1)."""
     left, right = (points[:, index_tensor(corners, points)].mean(1) for corners in MEASURE_POINTS.eye_corners)
     return (left - right).norm(dim=-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,23 @@ def test_expression_gain_of_the_weights_scales_the_driver_s_expression(tiny_weig
         frames.append(stack(animator.animate(portrait, [moving(portrait, 3)], control=control)).astype(int))
     assert np.abs(frames[0] - frames[1]).max() <= 1
     assert np.abs(frames[0] - frames[2]).max() > 1
+
+
+def test_frames_follow_landmarks_that_beta_does_not_tell(animator: Animator, portrait: Portrait) -> None:
+    """Relative to the reference frame, and only where the whole face is driven."""
+    still = portrait.motion.select(np.zeros(2, np.int64))
+    moved = still.head_landmarks
+    moved[1, [61, 146, 91]] += (0.0, 0.03, 0.0)  # a corner of the mouth
+    motion = still.with_head(still.camera, moved)
+    control = partial(Control, pose="relative")
+
+    def change(control: Control) -> int:
+        rest, driven = animator.animate(portrait, [motion], control=control, reference=still.select(np.array([0])))
+        return int(np.abs(driven.astype(int) - rest).max())
+
+    assert change(control()) > 20
+    assert change(control(expression_scale=0.0)) == change(control(drive=("head",))) == 0
+    assert change(control(drive=("head", "eyes", "brows"))) == 0
 
 
 def test_pick_device_and_precision() -> None:

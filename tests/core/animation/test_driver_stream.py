@@ -12,7 +12,7 @@ import pytest
 
 from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.options import ReenactOptions
-from export3d_cli.core.animation.retargeting import most_similar_frame
+from export3d_cli.core.animation.retargeting import reference_rows
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.face_track import FaceTrack, TrackCache
 from export3d_cli.core.face.matting import PersonMatting
@@ -280,7 +280,7 @@ def test_shots_have_their_own_crop_and_reference(
         (motion.select(np.arange(count)), batches[0]),
         (motion.select(np.arange(count, 2 * count)), batches[-1]),
     ):
-        best = most_similar_frame(shot, SOURCE_MOTION)
+        best = reference_rows(shot, SOURCE_MOTION)[0]
         np.testing.assert_array_equal(batch.reference.camera[0], shot.camera[best])
     assert [crop.shape for batch in batches for crop in batch.driver_crops] == [(32, 32, 3)] * (2 * count)
 

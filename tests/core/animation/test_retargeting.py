@@ -14,7 +14,7 @@ import torch
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.animation.retargeting import Control, TravelLimits, most_similar_frame
+from export3d_cli.core.animation.retargeting import Control, TravelLimits, reference_rows
 from export3d_cli.core.face.expression_coefficients import REGIONS
 from export3d_cli.core.face.face_track import choose_face
 from export3d_cli.core.face.motion import Motion
@@ -88,13 +88,15 @@ def test_relative_movement_is_a_fraction_of_the_head_at_any_zoom() -> None:
     assert heads == pytest.approx(0.1 / 2.9 * 2.6, rel=1e-3)
 
 
-def test_most_similar_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(animator: Animator) -> None:
+def test_reference_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(animator: Animator) -> None:
     portrait = animator.portrait(read_image(SOURCE)).motion
     yaws = [20, 3.9, -10, 4.5, 4.0]
     driver = replace(portrait.select(np.zeros(5, dtype=np.int64)), camera=np.stack([orbit_camera(yaw) for yaw in yaws]))
 
     def best(yaw: float) -> int:
-        return most_similar_frame(driver, replace(portrait, camera=orbit_camera(yaw)[None]))
+        rows = reference_rows(driver, replace(portrait, camera=orbit_camera(yaw)[None]))
+        assert rows[1:].tolist() in ([], [0, 1, 2, 3, 4])
+        return int(rows[0])
 
     assert best(4.4) == 3 and best(-30) == 2
     driver.beta[[0, 2, 3, 4]] += 0.1  # another expression outweighs the tracker's noise, but not a turn
@@ -182,7 +184,7 @@ def test_pose_auto_keeps_the_source_s_pose_and_place_at_the_most_similar_frame(
         motions, _, references = zip(*stream, strict=True)
     cameras = np.concatenate([motion.camera for motion in motions])
     targets = options.target_cameras(own, cameras, references[0].camera[0])
-    row = most_similar_frame(Motion.concatenate(motions), portrait.motion)
+    row = reference_rows(Motion.concatenate(motions), portrait.motion)[0]
     np.testing.assert_array_equal(references[0].camera[0], cameras[row])
     np.testing.assert_allclose(targets[row], own, atol=1e-5)
     moved = angles(targets) - angles(targets[row : row + 1])

@@ -20,6 +20,7 @@ from export3d_cli.core.face.head_pose import (
     TRACKER_Z_SCALE,
     CanonicalFace,
     fit_cameras,
+    head_frame_to_landmarks,
     landmarks_to_head_frame,
     load_canonical_face,
 )
@@ -109,8 +110,11 @@ def test_landmarks_to_head_frame_projects_back_to_the_landmarks(canonical: Canon
     landmarks = np.stack([observe(canonical.points, orbit_camera(*pose)) for pose in POSES])
     landmarks += rng.normal(0, 0.01, landmarks.shape)
     cameras = fit_cameras(landmarks)
-    for row, points, camera in zip(landmarks, landmarks_to_head_frame(landmarks, cameras), cameras, strict=True):
+    lifted = landmarks_to_head_frame(landmarks, cameras)
+    for row, points, camera in zip(landmarks, lifted, cameras, strict=True):
         np.testing.assert_allclose(project_points(camera, points), row[:, :2], atol=1e-5)
+    again = landmarks_to_head_frame(head_frame_to_landmarks(lifted, cameras), cameras)
+    np.testing.assert_allclose(again, lifted, atol=1e-5)
 
 
 def test_compute_measures_of_the_canonical_face(canonical: CanonicalFace) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.smoothing import SmoothingLevel, smooth_stream
 from export3d_cli.core.runtime.camera import head_pose, orbit_camera, rotation_exp, rotation_log, with_head_pose
@@ -143,6 +144,20 @@ def test_smoothing_keeps_a_still_face_exactly(level: SmoothingLevel, causal: boo
     np.testing.assert_array_equal(motion.beta, still.beta)
     np.testing.assert_allclose(motion.camera, still.camera, atol=1e-6)
     np.testing.assert_array_equal(motion.camera, motion.camera[:1].repeat(50, axis=0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_smoothing_of_landmarks_reduces_jitter_and_keeps_a_blink(causal: bool) -> None:
+    """In the head frame: a lid closes for three frames of a still face, seen by a camera that jitters."""
+    rng, frames = np.random.default_rng(0), 100
+    points = np.repeat(load_canonical_face().points[None], frames, axis=0)
+    points[40:43, 159, 1] += [0.008, 0.012, 0.008]
+    track = noisy(Track(*(np.repeat(x, frames, axis=0) for x in speaking(np.array([0.3])))))
+    still = motion_of(track)
+    motion = still.with_head(still.camera, points + rng.normal(0, 2.5e-4, points.shape))
+    seen, smoothed = motion.head_landmarks, smooth_motion(motion, "light", causal=causal).head_landmarks
+    assert jitter(smoothed[:, 1, 1]) < 0.6 * jitter(seen[:, 1, 1])
+    assert smoothed[41, 159, 1] - np.median(smoothed[:, 159, 1]) > (0.7 if causal else 0.9) * 0.012
 
 
 @pytest.mark.parametrize("causal", [False, True])

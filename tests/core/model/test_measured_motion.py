@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from export3d_cli.core.config.schema import PRESETS
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES, MEASURE_NAMES, compute_measures
 from export3d_cli.core.face.landmarks import (
     CHIN,
@@ -24,6 +28,7 @@ from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
 from export3d_cli.core.model.measured_motion import (
     MIN_SLANT,
     NUM_MEASURES,
+    WINKING_POINTS,
     apply_measures,
     measure,
     measure_basis,
@@ -146,3 +151,24 @@ def test_measures_tell_what_the_basis_does_not(tiny: Export3D, points: Tensor) -
     with torch.no_grad():
         both = tiny.coefficients(expression(0.1, 0.1))
         torch.testing.assert_close(both[:, 10:], measure(expression(0.1, 0.1)) - both[:, :10] @ expected)
+
+
+def test_landmark_offsets_are_what_a_driver_does_beyond_lambda(points: Tensor) -> None:
+    """None in the reference frame or along the basis; in the source's size; lids of a wink stay shut."""
+    torch.manual_seed(0)
+    model = Export3D(replace(PRESETS["tiny"], basis=3))
+    assert model.flow is not None
+    model.flow.basis.copy_(0.01 * torch.randn(3, NUM_LANDMARKS, 3))
+    source = SimpleNamespace(landmarks=points * 1.1)
+    base, lam = torch.zeros(1, 3 + NUM_MEASURES), torch.zeros(2, 3 + NUM_MEASURES)
+    lam[:, 1] = 0.5
+    driven = model.flow.deform_landmarks(points.expand(2, -1, -1), lam[:, :3])
+    offsets = partial(model.landmark_offsets, source)  # type: ignore[arg-type]
+    assert float(offsets(base, points, base, points).abs().max()) < 1e-6
+    driven[:, CHIN, 0] += 0.02
+    found = offsets(lam, driven, base, points)
+    assert found[:, CHIN, 0].tolist() == pytest.approx([0.022] * 2, rel=1e-3)
+    found[:, CHIN] = 0
+    assert float(found.abs().max()) < 1e-6
+    lam[:, 3] = 1  # the tracker sees the eyes as open as before
+    assert float(offsets(lam, driven, base, points)[:, WINKING_POINTS].abs().max()) < 1e-6
