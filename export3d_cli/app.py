@@ -179,9 +179,8 @@ class _Jobs:
             for path in session.uploads.difference(self.examples, *(s.uploads for s in self._sessions.values())):
                 path.unlink(missing_ok=True)
 
-    def set_photo(
-        self, photo: str | None, person: str | None, also: list[str] | None, force: bool, request: gr.Request
-    ) -> None:
+    def set_photo(self, photo: str | None, person: str | None, also: list[str] | None, force: bool,
+                  request: gr.Request) -> None:  # fmt: skip
         """Encode a new photo, or the person file in its place, together with more photos of the person."""
         session, photo = self._session(request), person or photo
         session.photo, session.portrait = Path(photo) if photo else None, None

@@ -12,8 +12,6 @@ import click
 from export3d_cli import core
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_PATH = click.Path(exists=True, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -165,8 +163,6 @@ landmarks_option = click.option(
 
 
 def _parse_look(ctx: click.Context, param: click.Parameter, text: str | None) -> Any:
-    from export3d_cli import core
-
     return core.Look() if text is None else core.Look.parse(text)
 
 
@@ -286,11 +282,8 @@ model_options = _together(
 def refuse_unused(names: Collection[str], because: str) -> None:
     """Raise `UsageError` for options of the running command that were given but have no effect because of `because`."""
     ctx = click.get_current_context()
-    given = [
-        option.opts[-1]
-        for option in ctx.command.params
-        if option.name in names and ctx.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
-    ]
+    source, by_user = ctx.get_parameter_source, click.core.ParameterSource.COMMANDLINE
+    given = [o.opts[-1] for o in ctx.command.params if o.name in names and source(o.name) is by_user]
     if given:
         raise click.UsageError(f"{', '.join(given)} has no effect with {because}: remove one of them", ctx)
 

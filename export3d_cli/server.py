@@ -106,9 +106,8 @@ class Service:
         photos = {name: other.canvas.photo for name, other in others.items()}
 
         def encode(path: Path) -> Any:
-            return self._animator.portrait(
-                core.read_portrait(path), face=face, framing=framing, size=size, also=photos, force=force
-            )
+            photo = core.read_portrait(path)
+            return self._animator.portrait(photo, face=face, framing=framing, size=size, also=photos, force=force)
 
         portrait = self._add(Portrait(), MAX_PORTRAITS)
         async with self._receive(portrait, request, "photo", MAX_PHOTO_BYTES) as path, self._encoding:

@@ -19,9 +19,8 @@ from export3d_cli import console, core, options
 @options.model_options
 @options.json_option
 @click.pass_context
-def bench(
-    ctx: click.Context, source: Path | None, driver: Path | None, frames: int, against: str | None, as_json: bool
-) -> None:
+def bench(ctx: click.Context, source: Path | None, driver: Path | None, frames: int, against: str | None,
+          as_json: bool) -> None:  # fmt: skip
     """Measure the stages of `reenact` one by one in ms per frame, and its speed in frames/s from file to file."""
     if against is not None:
         options.refuse_unused({"frames", "batch", "threads"}, "--against, which times whole runs")

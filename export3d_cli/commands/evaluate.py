@@ -56,9 +56,8 @@ def _check_network(ctx: click.Context, param: click.Parameter, value: str | None
 @options.quality_option
 @options.model_options
 @options.json_option
-def evaluate(
-    dataset: Path, output: Path | None, protocol: str | None, write_inputs: Path | None, as_json: bool, **chosen: Any
-) -> None:
+def evaluate(dataset: Path, output: Path | None, protocol: str | None, write_inputs: Path | None, as_json: bool,
+             **chosen: Any) -> None:  # fmt: skip
     """Score what `reenact` writes by default on DATASET, a folder written by `preprocess`, next to baselines.
 
     The most frontal frame of each clip is animated by the clip. `raw` is the volume's render alone, `pwa` the photo

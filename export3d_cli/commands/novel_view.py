@@ -35,9 +35,8 @@ from export3d_cli import console, core, options
 @options.quality_option
 @options.model_options
 @options.output_options
-def novel_view(
-    source: Path | None, output: Path | None, frames: int | None, overwrite: bool, as_json: bool, **values: Any
-) -> None:
+def novel_view(source: Path | None, output: Path | None, frames: int | None, overwrite: bool, as_json: bool,
+               **values: Any) -> None:  # fmt: skip
     """Turn the portrait SRC (default: the bundled example) from A to B degrees.
 
     A single angle, or --frames 1, makes a picture.

@@ -12,14 +12,10 @@ from export3d_cli import console, core, options
 @click.argument("source", type=options.EXISTING_FILE, metavar="SRC")
 @click.argument("also", type=options.EXISTING_FILE, metavar="[MORE]...", nargs=-1)
 @click.option("-o", "--output", type=options.OUTPUT_FILE, required=True, help="Output: a file NAME.person.safetensors.")
-@click.option(
-    "--video", type=options.EXISTING_FILE,
-    help="A video of the person: the largest face up to the first cut, at most 250 frames.",
-)  # fmt: skip
-@click.option(
-    "--frames", type=click.IntRange(0, 8), default=4, show_default=True,
-    help="Number of video frames to keep as photos: those that add most to the given photos.",
-)  # fmt: skip
+@click.option("--video", type=options.EXISTING_FILE,
+              help="A video of the person: the largest face up to the first cut, at most 250 frames.")  # fmt: skip
+@click.option("--frames", type=click.IntRange(0, 8), default=4, show_default=True,
+              help="Number of video frames to keep as photos: those that add most to the given photos.")  # fmt: skip
 @click.option("--start", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of it to skip.")
 @click.option("--duration", type=click.FloatRange(0, 60, min_open=True), default=20.0, show_default=True,
               help="Seconds of it to use, at most.")  # fmt: skip

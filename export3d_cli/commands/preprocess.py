@@ -46,9 +46,8 @@ def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--report", is_flag=True, help="Write report.png, a picture of the clips; print poses and expressions.")
 @options.json_option
 @click.pass_context
-def preprocess(
-    ctx: click.Context, inputs: tuple[Path, ...], output: Path, max_frames: int | None, as_json: bool, **chosen: Any
-) -> None:
+def preprocess(ctx: click.Context, inputs: tuple[Path, ...], output: Path, max_frames: int | None, as_json: bool,
+               **chosen: Any) -> None:  # fmt: skip
     """Track faces in INPUT (videos, images, or folders of them).
 
     With one video, photo, sound or Live Link Face CSV and OUT ending in .motion.npz or .csv, write its motion, a driver

@@ -9,20 +9,14 @@ import click
 from export3d_cli import console, core, options
 
 
-def _parse_drive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(value.split(","))
-
-
 def _parse_scales(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     pairs = [text.partition("=")[::2] for text in value]
     return tuple((name, SCALE_RANGE(scale, param, ctx)) for name, scale in pairs)
 
 
 def _parse_pairs(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
-    pairs = [text.partition("=")[::2] for text in value]
-    return tuple(
-        (options.validate_face(ctx, param, face), options.EXISTING_PATH(driver, param, ctx)) for face, driver in pairs
-    )
+    pairs = (text.partition("=")[::2] for text in value)
+    return tuple((options.validate_face(ctx, param, a), options.EXISTING_PATH(b, param, ctx)) for a, b in pairs)
 
 
 def _parse_torso(ctx: click.Context, param: click.Parameter, value: str) -> Any:
@@ -64,7 +58,8 @@ SCALE_RANGE = click.FloatRange(-10, 10)
 @click.option("--driver-face", default="largest", show_default=True, metavar="largest|left|right|index:N",
               callback=options.validate_face,
               help="Which face of DRIVE to follow, chosen in the first frame with a face.")  # fmt: skip
-@click.option("--drive", default="all", show_default=True, metavar="REGION,...", callback=_parse_drive,
+@click.option("--drive", default="all", show_default=True, metavar="REGION,...",
+              callback=lambda ctx, param, names: tuple(names.split(",")),
               help="Regions that DRIVE moves: eyes (lids), gaze, brows, mouth (lips, jaw), head (the torso follows), "
               "expression (all but head), pose (head). The others stay as in SRC: --drive mouth,head.")  # fmt: skip
 @click.option("--scale", "scales", multiple=True, metavar="REGION=X", callback=_parse_scales,

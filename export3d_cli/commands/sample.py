@@ -10,17 +10,11 @@ from export3d_cli import console, core, options
 
 @click.command("sample")
 @click.option("-n", "--count", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Number of pictures.")
-@click.option(
-    "-o",
-    "--output",
-    type=options.OUTPUT_FILE,
-    required=True,
-    help="Picture (.png, .jpg), or people/%03d.png: numbered .png files.",
-)
-@click.option(
-    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True,
-    help="Number of the first person, the next ones follow; a number always gives the same picture.",
-)  # fmt: skip
+@click.option("-o", "--output", type=options.OUTPUT_FILE, required=True,
+              help="Picture (.png, .jpg), or people/%03d.png: numbered .png files.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True,
+              help="Number of the first person, the next ones follow; a number always gives the same "
+              "picture.")  # fmt: skip
 @click.option("--truncation", type=click.FloatRange(0, 1.5), default=0.75, show_default=True,
               help="Variety of the faces: 0 is the mean face, 1 as varied as the training heads.")  # fmt: skip
 @click.option("--age", type=options.NumberRange(), help="Range of ages in years: 20:40.")

@@ -422,13 +422,11 @@ class Animator:
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
         """Return the changes of lambda and measures (T, n + 4) that make `edit` show expressions beta (T, 64)."""
-        change: np.ndarray = (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
-        return change
+        return (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
 
     def coefficients(self, beta: np.ndarray) -> np.ndarray:
         """Return lambda and measures (T, n + 4) of expressions beta (T, 64)."""
-        lam: np.ndarray = self._coefficients(self.model, beta).float().cpu().numpy()
-        return lam
+        return self._coefficients(self.model, beta).float().cpu().numpy()
 
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None

@@ -52,5 +52,4 @@ def find_loose_hair(image: np.ndarray, person: np.ndarray, side: float) -> np.nd
     texture = cv2.blur(difference * background, area) / cv2.blur(background, area).clip(1e-3)
     near = cv2.dilate(person.astype(np.uint8), np.ones((window(2 * LOOSE_HAIR_REACH),) * 2, np.uint8)) > 0
     least, ratio = LOOSE_HAIR_CONTRAST
-    found: np.ndarray = near & ~person & (difference > least + ratio * texture)
-    return found
+    return near & ~person & (difference > least + ratio * texture)

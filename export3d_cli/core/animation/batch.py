@@ -81,9 +81,7 @@ def output_paths(sources: Sequence[Path], driver: Path, out: str) -> list[Path]:
         raise InputError(f"{out} has a placeholder other than {{src}} and {{drive}}: use only these two")
     if out.endswith(("/", os.sep)) or os.path.isdir(out):
         out = os.path.join(out, "{src}-{drive}.mp4")
-    names = [
-        {"src": _sanitize_name(source.stem), "drive": _sanitize_name(driver.name.split(".")[0])} for source in sources
-    ]
+    names = [{"src": _sanitize_name(s.stem), "drive": _sanitize_name(driver.name.split(".")[0])} for s in sources]
     paths = [Path(_PLACEHOLDER.sub(lambda match, name=name: name[match[1]], out)) for name in names]  # type: ignore[misc]
     for path in paths:
         check_name_length(path)
@@ -127,9 +125,8 @@ def reenact_all(animator: Animator, sources: Sequence[Path], driver: Path, out: 
     return BatchSummary(tuple(done), tuple(skipped), tuple(failed), time.monotonic() - began, tuple(notes))
 
 
-def plan_reenact(
-    animator: Animator, sources: Sequence[Path], driver: Path, out: str, options: ReenactOptions | None = None
-) -> Plan:
+def plan_reenact(animator: Animator, sources: Sequence[Path], driver: Path, out: str,
+                 options: ReenactOptions | None = None) -> Plan:  # fmt: skip
     """Return what `reenact_all` would do: find all faces and time one batch, without writing."""
     options = (options or ReenactOptions()).for_driver(driver)
     paths = output_paths(sources, driver, out)
@@ -167,9 +164,8 @@ def plan_reenact(
     return _make_plan(animator, planned, driver, frames, fps, tracking + remaining * seconds[-1], notes)
 
 
-def plan_edit(
-    animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *, driver: Path | None = None
-) -> Plan:
+def plan_edit(animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *,
+              driver: Path | None = None) -> Plan:  # fmt: skip
     """Return what `edit_clip` would do: find the face and time the editing of the first frames, without writing."""
     options, notes, streams = options or ReenactOptions(), list[str](), 1
     regions, of_clip = clips.edited_regions(clip, driver, options), clips.options_of_clip(options, driver)

@@ -92,9 +92,8 @@ def edit_clip(animator: Animator, clip: Path, out: Path, options: ReenactOptions
         frames, tracked = iter(reader), rows_of(stream, is_repeated=length == "driver")
         if length == "driver":
             frames = chain.from_iterable(repeat(reader))
-        rows: Iterator[ClipRow] = iter(
-            stack.enter_context(PrefetchIterator(_fade_at_gaps(tracked, fade), PREFETCH_DEPTH, stop=stream.stop))
-        )
+        faded = PrefetchIterator(_fade_at_gaps(tracked, fade), PREFETCH_DEPTH, stop=stream.stop)
+        rows: Iterator[ClipRow] = iter(stack.enter_context(faded))
         driver_rows: Iterator[ClipRow | None] = repeat(None)
         if driver is not None:
             other = track(driver, replace(options, fps=fps, pose="absolute", max_frames=None), length == "loop")
@@ -137,9 +136,7 @@ def edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> 
     if unused:
         raise InputError(f"{clip} is a video, whose frames keep their pose and picture: leave out {', '.join(unused)}")
     if options.face == "all":
-        raise InputError(
-            f"{clip} is a video, and one face of it is edited: edit its faces one by one, with --face index:N"
-        )
+        raise InputError(f"{clip} is a video, and one face of it is edited: edit one by one, with --face index:N")
     drive = set(options.drive)
     if "head" in drive and drive != set(DRIVABLE):
         raise InputError(f"{clip} is a video, whose head keeps its own motion: leave head out of --drive")
@@ -182,9 +179,8 @@ def _fade_at_end(rows: Iterable[ClipRow], fade: int) -> Iterator[ClipRow]:
         yield row._replace(strength=k / fade)
 
 
-def _calibrate_on(
-    rows: Iterator[ClipRow], editor: ClipEditor, stream: DriverStream, read_clip: Callable[[], VideoReader], count: int
-) -> Iterator[ClipRow]:
+def _calibrate_on(rows: Iterator[ClipRow], editor: ClipEditor, stream: DriverStream,
+                  read_clip: Callable[[], VideoReader], count: int) -> Iterator[ClipRow]:  # fmt: skip
     """Pass rows on; of the first `count` from a face on, calibrate controls on the one of the most usual expression."""
     for number, row in enumerate(rows):
         if not row.motion.found[0]:
@@ -263,9 +259,8 @@ class ClipEditor:
         return change if shown is beta else change + coefficients(shown) - coefficients(beta)
 
 
-def edit_frames(
-    items: Iterator[tuple[np.ndarray, ClipRow, ClipRow | None]], editor: ClipEditor, stream: DriverStream, batch: int
-) -> Iterator[tuple[np.ndarray, bool]]:
+def edit_frames(items: Iterator[tuple[np.ndarray, ClipRow, ClipRow | None]], editor: ClipEditor, stream: DriverStream,
+                batch: int) -> Iterator[tuple[np.ndarray, bool]]:  # fmt: skip
     """Edit frames in batches, and tell which: those without a face pass as they are."""
     first = 0
     while chunk := list(islice(items, batch)):

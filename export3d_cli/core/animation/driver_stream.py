@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -146,10 +147,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
     def __iter__(self) -> Iterator[MotionBatch]:
         parts = self._track() if self._motion is None else self._split(self._motion)
-        shots = (
-            smooth_stream((motion for _, motion in shot), self.options.smooth)
-            for _, shot in groupby(parts, key=lambda part: part[0])
-        )
+        shots = (smooth_stream((motion for _, motion in shot), self.options.smooth)
+                 for _, shot in groupby(parts, key=itemgetter(0)))  # fmt: skip
         images = enumerate(self._images(self._crop_reader))  # read a second time, so that none waits in memory
         for motion, reference in self._with_reference(shots):
             numbers = [self._used.popleft() for _ in range(len(motion))]
@@ -224,10 +223,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                 cache.append(face, size, is_new_shot=target.is_new_shot)
             yield face, target.is_new_shot, size
         if self.rotation:
-            self.notes.append(
-                f"the face in {self.driver} {describe_rotation(self.rotation)}: its frames are used rotated by "
-                f"{self.rotation} degrees clockwise"
-            )
+            rotated = f"its frames are used rotated by {self.rotation} degrees clockwise"
+            self.notes.append(f"the face in {self.driver} {describe_rotation(self.rotation)}: {rotated}")
         if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
         self.notes += target.notes
@@ -284,9 +281,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
 def _looks_alike(one: Face, two: Face) -> bool:
     """Return whether faces before and after a cut have about the same place and size, so that the framing can stay."""
-    (low, high), (other_low, other_high) = (
-        (face.landmarks[:, :2].min(0), face.landmarks[:, :2].max(0)) for face in (one, two)
-    )
+    points = (face.landmarks[:, :2] for face in (one, two))
+    (low, high), (other_low, other_high) = ((p.min(0), p.max(0)) for p in points)
     side, other_side = (high - low).max(), (other_high - other_low).max()
     distance = np.linalg.norm((low + high - other_low - other_high) / 2) / side
     return bool(distance < SAME_FRAMING[0] and abs(np.log(other_side / side)) < SAME_FRAMING[1])

@@ -29,9 +29,8 @@ class EditOptions(ViewOptions):
         return super().single and (self.frames == 1 or all(a == b for _, (a, b) in self.edits))
 
 
-def edit_basis(
-    animator: Animator, source: Path | Portrait, out: Path, options: EditOptions, *, progress: Progress | None = None
-) -> Summary:
+def edit_basis(animator: Animator, source: Path | Portrait, out: Path, options: EditOptions, *,
+               progress: Progress | None = None) -> Summary:  # fmt: skip
     """Change the portrait's expression by basis vectors and by controls; nothing else changes."""
     began, n = time.monotonic(), animator.model.config.num_coefficients
     options.check_outputs(out)
@@ -66,9 +65,8 @@ def edit_basis(
                        progress=progress)  # fmt: skip
 
 
-def _control_changes(
-    animator: Animator, portrait: Portrait, edit: ExpressionEdit, count: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _control_changes(animator: Animator, portrait: Portrait, edit: ExpressionEdit,
+                     count: int) -> tuple[np.ndarray, tuple[str, ...]]:  # fmt: skip
     """Return changes of lambda and measures (count, n + 4) along the ranges of an edit, and notes."""
     edited = edit_expression(animator, portrait, edit, np.linspace(0, 1, count))
     return animator.expression_change(portrait, edited.beta), edited.notes

@@ -47,9 +47,7 @@ class ViewOptions(PortraitOptions):
             if self.grid and not is_image_output(out):
                 raise InputError(f"a contact sheet is an image: the output must end in .png or .jpg, got {out.name!r}")
             if is_image_output(out) and not (self.grid or self.single):
-                raise InputError(
-                    f"{out} can hold one view: give one value for A:B, --frames 1, --grid, or a video's name"
-                )
+                raise InputError(f"{out} can hold one view: give one value for A:B, --frames 1, --grid, or a video")
 
 
 def is_image_output(out: Path) -> bool:
@@ -61,9 +59,8 @@ def write_video(items: Iterable[T], out: Path, options: PortraitOptions, compose
                 size: tuple[int, int], fps: Fraction, depth: int, total: int | None, progress: Progress | None = None,
                 audio: Path | None = None, audio_start: float = 0.0, alpha: bool = False) -> int:  # fmt: skip
     """Compose and write items in a thread, at most `depth` behind, see `VideoWriter`; return the number of frames."""
-    with VideoWriter(
-        out, size=size, fps=fps, crf=options.crf, audio=audio, audio_start=audio_start, alpha=alpha
-    ) as writer:
+    writer = VideoWriter(out, size=size, fps=fps, crf=options.crf, audio=audio, audio_start=audio_start, alpha=alpha)
+    with writer:
         with BackgroundWriter[T](lambda item: writer.write(compose(item)), depth, stop=writer.abort) as background:
             for item in report_each(items, total, progress):
                 background.put(item)

@@ -55,9 +55,8 @@ def place_on_canvas(
     return photo, faces, (float(x0), float(y0), float(grown)), shown
 
 
-def _head_square(
-    photo: np.ndarray, face: Face, person_alpha: Callable[[np.ndarray], np.ndarray]
-) -> tuple[int, int, int]:
+def _head_square(photo: np.ndarray, face: Face,
+                 person_alpha: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int, int]:  # fmt: skip
     """Return x0, y0, side of a square inside the photo that holds the head with its hair, if the photo does."""
     height, width = photo.shape[:2]
     points = face.landmarks[:, :2]

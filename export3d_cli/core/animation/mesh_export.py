@@ -78,9 +78,8 @@ def extract_head_mesh(animator: Animator, portrait: Portrait, *, beta: np.ndarra
     return HeadMesh(points * to_metres, faces.astype(np.int32), vertex_colours, moved)
 
 
-def _arkit_displacements(
-    animator: Animator, portrait: Portrait, points: np.ndarray, beta: np.ndarray | None
-) -> np.ndarray:
+def _arkit_displacements(animator: Animator, portrait: Portrait, points: np.ndarray,
+                         beta: np.ndarray | None) -> np.ndarray:  # fmt: skip
     """Return how far each of ARKit's coefficients moves points (V, 3) from 0 to 1: (52, V, 3), head frame.
 
     The measures of beta follow as they do on filmed people. Coefficients that the weights cannot move have no effect.
@@ -178,6 +177,4 @@ def _import_library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         missing = "scikit-image" if name.startswith("skimage") else name
-        raise InputError(
-            f"a mesh needs {missing}, which is not installed: run pip install 'export3d-cli[mesh]'"
-        ) from None
+        raise InputError(f"a mesh needs {missing}: run pip install 'export3d-cli[mesh]'") from None

@@ -125,9 +125,8 @@ def colour_depth(volume: VolumeRender, camera: np.ndarray, size: int) -> np.ndar
     return np.uint8(colours * opacity[..., None].clip(0, 1))  # type: ignore[return-value]
 
 
-def _read_expressions(
-    animator: Animator, portrait: Portrait, options: NovelViewOptions, count: int
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def _read_expressions(animator: Animator, portrait: Portrait, options: NovelViewOptions,
+                      count: int) -> tuple[np.ndarray | None, tuple[str, ...]]:  # fmt: skip
     """Return beta (1, 64) or (count, 64), None for the photo's, and notes; the driver's last expression is held."""
     beta, change = None, np.zeros((1, 64))
     notes: tuple[str, ...] = ()
@@ -137,18 +136,16 @@ def _read_expressions(
         beta, change = edited, edited - base
     if options.drive is not None:
         job = ReenactOptions(fps=options.fps, max_frames=count, smooth="off", pose="absolute")
-        with DriverStream(
-            options.drive, animator.tracker(), job, batch=animator.batch, crop_scale=portrait.crop_scale
-        ) as stream:
+        with DriverStream(options.drive, animator.tracker(), job, batch=animator.batch,
+                          crop_scale=portrait.crop_scale) as stream:  # fmt: skip
             beta = np.concatenate([batch.motion.beta for batch in stream])
         beta = beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
         beta = beta + change
     return None if beta is None else beta.astype(np.float32), notes
 
 
-def _view_once(
-    animator: Animator, portrait: Portrait, cameras: np.ndarray, beta: np.ndarray | None, depth: bool
-) -> Generator[np.ndarray, None, None]:
+def _view_once(animator: Animator, portrait: Portrait, cameras: np.ndarray, beta: np.ndarray | None,
+               depth: bool) -> Generator[np.ndarray, None, None]:  # fmt: skip
     """Yield the frames, or their depth in colours; of equal cameras, as on the way back, only the first is rendered."""
 
     def render(cameras: np.ndarray) -> Iterator[np.ndarray]:

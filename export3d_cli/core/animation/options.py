@@ -80,9 +80,7 @@ class ReenactOptions(PortraitOptions, Control):
         super().__post_init__()
         whole_photo = self.framing == "photo" and self.crop == "auto" and self.background == "source"
         if (self.face == "all" or self.pairs) and not (whole_photo and not self.compare):
-            raise InputError(
-                "several faces are animated in their whole photo: leave out --frame, --crop, --compare and --background"
-            )
+            raise InputError("several faces need their whole photo: omit --frame, --crop, --compare and --background")
         if self.face == "all" and self.pairs:
             raise InputError("--face all gives one driver to all faces: leave it out with --pair")
         if not self.expression.is_constant:
@@ -97,14 +95,11 @@ class ReenactOptions(PortraitOptions, Control):
             check_overwrite(out, self.overwrite)
         if background.startswith("#"):
             if not re.fullmatch(r"#[0-9a-fA-F]{6}", background):
-                raise InputError(
-                    f"background {background!r} is not a colour: give six hexadecimal digits, for example #00ff00"
-                )
+                raise InputError(f"background {background!r} is not a colour: give #rrggbb, for example #00ff00")
         elif not is_transparent and background != "source":
             if not Path(background).exists():
-                raise InputError(
-                    f"background {background!r} does not exist: use source, transparent, #rrggbb or an image"
-                )
+                kinds = "source, transparent, #rrggbb or an image"
+                raise InputError(f"background {background!r} does not exist: use {kinds}")
             if not has_image_suffix(Path(background)):
                 raise InputError(f"background {background} is not an image: give a .jpg, .png or .webp file")
 

@@ -6,7 +6,6 @@ The frames of the video that add most are kept as further photos, and the expres
 import itertools
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,7 +97,10 @@ def personalize(animator: Animator, source: Path, out: Path, options: Personaliz
         nearest, *chosen = (row - count for row in rows)
         if len(chosen) < asked:
             notes.append(f"{len(chosen)} of {asked} frames of {options.video} are kept: no other adds anything")
-        cut = _cut_frames(options.video, options, faces, [nearest, *chosen])
+        numbers = {list(faces)[row]: row for row in (nearest, *chosen)}
+        with _open(options.video, options) as reader:
+            frames = enumerate(itertools.islice(reader, max(numbers) + 1))
+            cut = {numbers[k]: _cut_head(frame, faces[k]) for k, frame in frames if k in numbers}
         # the video follows one face: the frame that is most like a photo tells whose
         name = f"{options.video} at {float(list(faces)[nearest] / motion.fps):.1f} s"
         animator.portrait(photos[str(source)], name=str(source), also={name: cut[nearest]}, force=options.force)
@@ -165,8 +167,7 @@ def fit_basis(animator: Animator, motion: Motion) -> tuple[Tensor, tuple[float, 
 
     def fit(rows: slice) -> np.ndarray:
         x = change[rows]
-        fitted: np.ndarray = np.linalg.solve(x.T @ x + prior, x.T @ residual[rows])
-        return fitted
+        return np.linalg.solve(x.T @ x + prior, x.T @ residual[rows])
 
     def error(rest: np.ndarray) -> float:
         return float(np.linalg.norm(rest.reshape(-1, NUM_LANDMARKS, 3)[..., :2], axis=-1).mean() * PIXELS_PER_UNIT)
@@ -178,9 +179,8 @@ def fit_basis(animator: Animator, motion: Motion) -> tuple[Tensor, tuple[float, 
     return torch.from_numpy(basis.astype(np.float32)), errors
 
 
-def _track_video(
-    animator: Animator, video: Path, options: PersonalizeOptions, progress: Progress | None
-) -> tuple[dict[int, Face], Motion, list[str]]:
+def _track_video(animator: Animator, video: Path, options: PersonalizeOptions,
+                 progress: Progress | None) -> tuple[dict[int, Face], Motion, list[str]]:  # fmt: skip
     """Return the faces of a video's first shot, by the numbers of their frames, their motion, and notes."""
     faces, cut = dict[int, Face](), False
     with _open(video, options) as reader:
@@ -210,24 +210,14 @@ def _open(video: Path, options: PersonalizeOptions) -> VideoReader:
     return VideoReader(video, start=options.start, duration=options.duration, fps=fps)
 
 
-def _cut_frames(
-    video: Path, options: PersonalizeOptions, faces: dict[int, Face], rows: Sequence[int]
-) -> dict[int, np.ndarray]:
-    """Return the heads in some frames with a face, by their rows among these."""
-    numbers = {list(faces)[row]: row for row in rows}
-    with _open(video, options) as reader:
-        frames = enumerate(itertools.islice(reader, max(numbers) + 1))
-        return {numbers[k]: _cut_head(frame, faces[k]) for k, frame in frames if k in numbers}
-
-
 def _cut_head(photo: np.ndarray, face: Face) -> np.ndarray:
     """Cut out the part of an additional photo that `Animator.portrait` uses: it finds the same square in it."""
     H, W = photo.shape[:2]
     x0, y0, side = fit_clip_crop(face.landmarks[None], (W, H))
     reach = (0.5 + PHOTO_MARGIN) * side
+    spans = ((start + side / 2, length) for start, length in ((x0, W), (y0, H)))
     (left, right), (top, bottom) = (
-        (max(0, math.floor(start + side / 2 - reach)), min(length, math.ceil(start + side / 2 + reach)))
-        for start, length in ((x0, W), (y0, H))
+        (max(0, math.floor(middle - reach)), min(length, math.ceil(middle + reach))) for middle, length in spans
     )
     return _shrink(np.ascontiguousarray(photo[top:bottom, left:right]), MAX_CROP_PX)
 

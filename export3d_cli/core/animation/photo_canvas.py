@@ -86,9 +86,8 @@ class PhotoCanvas:
     limits: TravelLimits
 
     @classmethod
-    def from_photo(
-        cls, photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Sequence[FacePosition] = ()
-    ) -> PhotoCanvas:
+    def from_photo(cls, photo: np.ndarray, square: Square, alpha_of: AlphaFn,
+                   faces: Sequence[FacePosition] = ()) -> PhotoCanvas:  # fmt: skip
         """Take a photo, uint8 (H, W, 3), apart; `faces` in the crop are those of `PersonMatting.alpha`."""
         height, width = photo.shape[:2]
         alpha = _photo_alpha(photo, square, alpha_of, faces)
@@ -185,9 +184,8 @@ def _photo_alpha(photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Se
     return refine_alpha(photo, alpha.astype(np.float32), max(2, round(0.012 * side)))
 
 
-def _to_frame(
-    faces: Sequence[FacePosition], square: Square, frame: tuple[float, float, float, float]
-) -> list[FacePosition]:
+def _to_frame(faces: Sequence[FacePosition], square: Square,
+              frame: tuple[float, float, float, float]) -> list[FacePosition]:  # fmt: skip
     """Convert face positions from units of the crop to units of another frame: x0, y0, width, height."""
     x0, y0, side = square
     left, top, width, height = frame

@@ -260,8 +260,7 @@ def _is_alike(lab: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Return which Lab colours (h, w, 3) are like those of samples (N, 3), bool (h, w)."""
     offset = lab - np.median(samples, axis=0)
     precision = np.linalg.inv(np.cov(samples.T) + np.eye(3))
-    alike: np.ndarray = np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < MAX_COLOUR_DISTANCE**2
-    return alike
+    return np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < MAX_COLOUR_DISTANCE**2
 
 
 def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
@@ -281,9 +280,8 @@ def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
     return part + (rgb_dyed - part) * hair[..., None]
 
 
-def _grow_beard(
-    part: np.ndarray, skin: _Skin, density: np.ndarray, strength: float, hair: np.ndarray | None
-) -> np.ndarray:
+def _grow_beard(part: np.ndarray, skin: _Skin, density: np.ndarray, strength: float,
+                hair: np.ndarray | None) -> np.ndarray:  # fmt: skip
     """Return a window with stubble in the hair's colour."""
     cover = skin.sample(density, FACE_HALF) * skin.mask * (MAX_COVER * strength)
     shade = _blur(part.mean(-1), 0.1 * skin.unit)

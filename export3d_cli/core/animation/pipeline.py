@@ -175,9 +175,8 @@ class BackgroundWriter(_Worker, Generic[T]):
             self._slots.put(None)
 
 
-def map_latest(
-    function: Callable[[_Item], T], items: Iterable[_Item], pool: ThreadPoolExecutor, workers: int
-) -> Generator[T, None, None]:
+def map_latest(function: Callable[[_Item], T], items: Iterable[_Item], pool: ThreadPoolExecutor,
+               workers: int) -> Generator[T, None, None]:  # fmt: skip
     """Yield `function` of live items, each taken by the next free thread; results later than newer ones are dropped.
 
     The workers share PyTorch's threads. The items must end before the pool does.

@@ -96,9 +96,8 @@ def load_portraits(animator: Animator, source: Path | Portrait, options: Reenact
     return portraits
 
 
-def open_driver(
-    animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions, track_cache: TrackCache | None = None
-) -> DriverStream:
+def open_driver(animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions,
+                track_cache: TrackCache | None = None) -> DriverStream:  # fmt: skip
     """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
     return DriverStream(driver, animator.tracker(options.tracker), options, batch=animator.chunk_size,
                         crop_scale=portrait.crop_scale, crop_size=portrait.frame_size[1] if options.compare else None,

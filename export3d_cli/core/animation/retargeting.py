@@ -90,8 +90,7 @@ class Control:
         weights = np.ones(base.shape[-1], base.dtype)
         for region, entries in REGIONS.items():
             weights[list(entries)] = self._scale(region)
-        selected: np.ndarray = base + weights * (driver - base)
-        return selected
+        return base + weights * (driver - base)
 
     def target_expression(self, source: Tensor, driver: Tensor, reference: Tensor | None) -> Tensor:
         """Return lambda (B, n) from the source's (1, n), that of `select_regions` (B, n), the reference's (1, n)."""
@@ -130,9 +129,8 @@ class Control:
         depth = source_centre[2] * np.exp(-growth)
         place = source_centre[:2] / source_centre[2] + shift
         cameras = np.repeat(np.asarray(source, dtype=np.float32)[None], len(driver), axis=0)
-        return with_head_pose(
-            cameras, source_rotation @ turn, np.concatenate([place * depth[:, None], depth[:, None]], axis=1)
-        )
+        centre = np.concatenate([place * depth[:, None], depth[:, None]], axis=1)
+        return with_head_pose(cameras, source_rotation @ turn, centre)
 
     def target_torso(
         self, source: np.ndarray, driver: np.ndarray, reference: Motion | None, limits: TravelLimits
@@ -175,8 +173,7 @@ def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:
     limits = np.maximum(np.where(values < 0, low, high), 1e-9)
     linear, rest = LINEAR_RANGE * limits, (1 - LINEAR_RANGE) * limits
     beyond = np.maximum(np.abs(values) - linear, 0)
-    limited: np.ndarray = np.sign(values) * (np.minimum(np.abs(values), linear) + rest * np.tanh(beyond / rest))
-    return limited
+    return np.sign(values) * (np.minimum(np.abs(values), linear) + rest * np.tanh(beyond / rest))
 
 
 def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:

@@ -38,9 +38,8 @@ class FaceWindows(NamedTuple):
     @classmethod
     def cut(cls, frames: Sequence[np.ndarray], rows: Sequence[Motion], size: int) -> FaceWindows:
         """Cut the windows of frames with their motion, one row each, and resize them to `size`."""
-        landmarks, camera = (
-            np.concatenate(parts) for parts in zip(*((r.landmarks, r.camera) for r in rows), strict=True)
-        )
+        parts = zip(*((row.landmarks, row.camera) for row in rows), strict=True)
+        landmarks, camera = map(np.concatenate, parts)
         crops = np.array([row.crop for row in rows])
         pixels = landmarks[..., :2] * crops[:, None, 2:] + crops[:, None, :2]  # (T, 478, 2)
         low, high = pixels.min(1), pixels.max(1)
@@ -56,9 +55,8 @@ class FaceWindows(NamedTuple):
         return cls(frames, windows, np.stack(images), cameras, landmarks, positions.astype(np.float32))
 
 
-def retouch(
-    animator: Animator, faces: FaceWindows, own: np.ndarray, changes: np.ndarray, still: np.ndarray
-) -> list[np.ndarray]:
+def retouch(animator: Animator, faces: FaceWindows, own: np.ndarray, changes: np.ndarray,
+            still: np.ndarray) -> list[np.ndarray]:  # fmt: skip
     """Return the frames, uint8 (H, W, 3), with `changes` (T, n + 4) of their `own` lambda and measures, likewise.
 
     `still` (T, 3) tells how far mouth, the person's right eye and left eye stay as they are, [0, 1]. Raises
@@ -74,15 +72,12 @@ def retouch(
     with torch.inference_mode(), autocast(animator.device, animator.precision):
         result = warp_expression(model, *(x.to(animator.device) for x in tensors))
     displacement = result.displacement.permute(0, 2, 3, 1).float().cpu().numpy()
-    return [
-        _compose(frame, window, displacement[row], result, row)
-        for row, (frame, window) in enumerate(zip(faces.frames, faces.windows, strict=True))
-    ]
+    places = enumerate(zip(faces.frames, faces.windows, strict=True))
+    return [_compose(frame, window, displacement[row], result, row) for row, (frame, window) in places]
 
 
-def _compose(
-    frame: np.ndarray, window: PixelSquare, displacement: np.ndarray, result: ExpressionWarp, row: int
-) -> np.ndarray:
+def _compose(frame: np.ndarray, window: PixelSquare, displacement: np.ndarray, result: ExpressionWarp,
+             row: int) -> np.ndarray:  # fmt: skip
     """Move the pixels of a frame by a displacement (h, h, 2) of its window, and paste the patches."""
     x0, y0, side = window
     frame = frame.copy()

@@ -42,9 +42,8 @@ class SampleOptions:
             raise InputError("age has no effect on a mixture: leave out age or mix")
 
 
-def sample(
-    out: Path, options: SampleOptions, weights: str = SAMPLER_WEIGHTS, *, progress: Progress | None = None
-) -> Summary:
+def sample(out: Path, options: SampleOptions, weights: str = SAMPLER_WEIGHTS, *,
+           progress: Progress | None = None) -> Summary:  # fmt: skip
     """Write one picture, or several into files numbered as in `people/%03d.png`."""
     began, add_watermark, several = time.monotonic(), get_watermarker(options.watermark), "%" in out.name
     if not (out.suffix.lower() == ".png" if several else options.count == 1 and is_image_output(out)):

@@ -107,10 +107,8 @@ def _add_pattern(frame: np.ndarray) -> np.ndarray:
     steps = np.clip(change * STEPS + 128, 0, 255).round().astype(np.uint8)  # uint8 is several times as fast
     steps = cv2.resize(steps, (W, H), interpolation=cv2.INTER_CUBIC if luma.shape[1] < W else cv2.INTER_AREA)
     levels = ((np.arange(256) - 128) / STEPS).round()
-    brighter, darker = (
-        cv2.cvtColor(cv2.LUT(steps, np.maximum(part, 0).astype(np.uint8)), cv2.COLOR_GRAY2RGB)
-        for part in (levels, -levels)
-    )
+    luts = (np.maximum(part, 0).astype(np.uint8) for part in (levels, -levels))
+    brighter, darker = (cv2.cvtColor(cv2.LUT(steps, lut), cv2.COLOR_GRAY2RGB) for lut in luts)
     marked = cv2.add(np.ascontiguousarray(frame[..., :3]), brighter, dst=brighter)
     marked = cv2.subtract(marked, darker, dst=marked)
     return np.concatenate([marked, frame[..., 3:]], axis=2) if frame.shape[2] > 3 else marked

@@ -39,7 +39,7 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 80
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain data that YAML and JSON can hold (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def model_config_from_dict(data: dict[str, Any]) -> ModelConfig:

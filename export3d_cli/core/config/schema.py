@@ -293,8 +293,7 @@ class TrainConfig:
         """Return the number of steps of a stage; 0 for `clebs` if the expression code is an ablation."""
         if stage == "clebs":
             return self.clebs.geometry_warmup_steps + self.clebs.steps if self.model.expression == "clebs" else 0
-        steps: int = self.steps if stage == "reconstruction" else getattr(self, stage).steps
-        return steps
+        return self.steps if stage == "reconstruction" else getattr(self, stage).steps
 
 
 # Keys that a preset sets besides `model`, between the defaults above and the user's file.

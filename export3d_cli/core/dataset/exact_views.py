@@ -49,9 +49,8 @@ def read_labels(folder: Path, name: str) -> HeadLabels:
     try:
         with np.load(folder / "labels" / f"{name}.npz") as labels, np.load(folder / "depth" / f"{name}.npz") as truth:
             depth, classes = truth["depth"].astype(np.float32), truth["classes"]
-            found = HeadLabels(
-                labels["expression"], labels["head_rot_deg"], float(labels["intrinsics"][0, 0]), depth, classes
-            )
+            focal = float(labels["intrinsics"][0, 0])
+            found = HeadLabels(labels["expression"], labels["head_rot_deg"], focal, depth, classes)
         if not len(found.expression) == len(found.rotation) == len(depth) or depth.shape != classes.shape:
             raise ValueError("arrays of different lengths")
     except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:

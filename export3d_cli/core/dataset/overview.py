@@ -21,16 +21,12 @@ HEAD_AXIS_LENGTH = 0.2  # head-frame units
 MAX_THUMBNAILS = 48
 THUMBNAIL_PX, GRID_COLUMNS = 160, 12
 MAX_MEASURED_CLIPS = 2000  # clips whose pose and expression are measured, spread evenly over the data set
-MEASURED_COEFFICIENTS = {
-    "jawOpen": ("jawOpen",),
-    "blink": ("eyeBlinkLeft", "eyeBlinkRight"),
-    "smile": ("mouthSmileLeft", "mouthSmileRight"),
-}
+MEASURED_COEFFICIENTS = {"jawOpen": ("jawOpen",), "blink": ("eyeBlinkLeft", "eyeBlinkRight"),
+                         "smile": ("mouthSmileLeft", "mouthSmileRight")}  # fmt: skip
 
 
-def draw_overlay(
-    video: Path, motion: Motion, out: Path, *, progress: Callable[[str, int, int | None], None] | None = None
-) -> None:
+def draw_overlay(video: Path, motion: Motion, out: Path, *,
+                 progress: Callable[[str, int, int | None], None] | None = None) -> None:  # fmt: skip
     """Write `video` with landmarks (green, grey where held), crop square and head axes (x red, y green, z blue)."""
     comment = "overlay of export3d preprocess"
     if has_image_suffix(video):
@@ -70,9 +66,8 @@ def draw_report(folder: Path, clips: list[dict[str, Any]], out: Path) -> list[st
     frames = [_read_clip(folder, clip, "file", _middle_frame) for clip in shown]
     tiles = [cv2.resize(frame, (THUMBNAIL_PX,) * 2, interpolation=cv2.INTER_AREA) for frame in frames]
     names = [str(clip["id"]).encode("ascii", "replace").decode()[-16:] for clip in shown]
-    write_image(
-        out, contact_sheet(tiles, min(len(tiles), GRID_COLUMNS), names), comment="report of export3d preprocess"
-    )
+    sheet = contact_sheet(tiles, min(len(tiles), GRID_COLUMNS), names)
+    write_image(out, sheet, comment="report of export3d preprocess")
     count, people = sum(int(clip["frames"]) for clip in clips), len({clip.get("person") for clip in clips})
     lines = [f"report in {out}: {len(clips)} clips, {people} persons, {count} frames, {count / 1500:.1f} minutes"]
     motions = (_read_clip(folder, clip, "motion", Motion.load) for clip in _sample_evenly(clips, MAX_MEASURED_CLIPS))

@@ -102,17 +102,14 @@ def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, worker
     notes = []
     if max_frames is not None and max_frames / CLIP_FPS < clip_filter.min_seconds:
         clip_filter = replace(clip_filter, min_seconds=float(max_frames / CLIP_FPS))
-        notes.append(
-            f"clips from {clip_filter.min_seconds:g} s are kept, because inputs are cut at {max_frames} frames"
-        )
+        limit = f"because inputs are cut at {max_frames} frames"
+        notes.append(f"clips from {clip_filter.min_seconds:g} s are kept, {limit}")
     shard_inputs = all_inputs if shard is None else all_inputs[shard[0] - 1 :: shard[1]]
     with folder_lock(out, shared=shard is not None):
         finished = DatasetManifest(out).finished_sources
-        jobs = [
-            InputJob(file, source_id, _person_id(file, source_id, person), out, size or 256, max_frames, clip_filter)
-            for file, source_id in shard_inputs
-            if source_id not in finished
-        ]
+        settings = (out, size or 256, max_frames, clip_filter)
+        new = [(file, source_id) for file, source_id in shard_inputs if source_id not in finished]
+        jobs = [InputJob(file, source_id, _person_id(file, source_id, person), *settings) for file, source_id in new]
         if len(jobs) < len(shard_inputs):
             notes.append(f"{len(shard_inputs) - len(jobs)} inputs of an earlier run are kept as they are")
         rejected: list[str] = []
@@ -142,9 +139,8 @@ def _refuse(options: dict[str, Any], output: str, applies_to: str) -> None:
         raise InputError(f"{output}, and {unused} applies to {applies_to} only: remove it, or change OUT")
 
 
-def _write_motion_file(
-    inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None, **options: Any
-) -> PreprocessSummary:
+def _write_motion_file(inputs: list[Path], out: Path, overlay: Path | None, progress: Progress | None,
+                       **options: Any) -> PreprocessSummary:  # fmt: skip
     if len(inputs) != 1:
         raise InputError(f"{out} holds the motion of one input, got {len(inputs)}: give one, or a folder as OUT")
     if has_no_pictures(inputs[0]):
@@ -216,10 +212,8 @@ def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[list[str], None, 
             yield future.result()
         finished = True
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise Export3DError(
-            "a worker process died: run the same command again, with fewer --workers if memory is short "
-            "(finished inputs are kept)"
-        ) from error
+        hint = "run the same command again, with fewer --workers if memory is short (finished inputs are kept)"
+        raise Export3DError(f"a worker process died: {hint}") from error
     finally:
         if not finished:  # interrupted: abandon the inputs in progress
             for process in processes:
@@ -306,12 +300,10 @@ def _process_exact_views(job: InputJob, tracker: LandmarkerTracker) -> tuple[lis
     labels, name = read_labels(job.file.parents[1], job.file.stem), f"clips/{job.source_id}"
     with VideoReader(job.file, fps=CLIP_FPS) as reader:
         size = (reader.info.width, reader.info.height)
-        pictures = itertools.islice(reader, job.max_frames)
-        faces = [FaceTrack(tracker).settle(picture) for picture in pictures]
+        faces = [FaceTrack(tracker).settle(picture) for picture in itertools.islice(reader, job.max_frames)]
     if size[0] != size[1] or len(faces) > len(labels.depth):
-        raise InputError(
-            f"{job.file} must have {len(labels.depth)} square pictures like its depth, got {len(faces)} of {size}"
-        )
+        expected = f"{len(labels.depth)} square pictures like its depth"
+        raise InputError(f"{job.file} must have {expected}, got {len(faces)} of {size}")
     motion = tracker.make_motion(faces, CLIP_FPS, size)
     motion.save(job.out / f"{name}.motion.npz")
     depth, person = crop_depth(labels, motion)
@@ -359,11 +351,12 @@ class DatasetManifest:
     def __init__(self, out: Path) -> None:
         self.out = out
         paths = [out / "manifest.jsonl", *sorted((out / "inputs").glob("[!.]*.jsonl"))]
-        rows = {row["id"]: row for path in paths if path.exists() for row in _read_rows(path)}
+        stored = (row for path in paths if path.exists() for row in _read_rows(path))
+        rows = {row["id"]: row | {"source": row.get("source", row["id"])} for row in stored}
         self.clips = [row for _, row in sorted(rows.items()) if "reason" not in row]
         self.rejected = [row for _, row in sorted(rows.items()) if "reason" in row]
-        failed = {_source(row) for row in self.rejected if row.get("failed")}  # the next run tries them again
-        self.finished_sources = {_source(row) for row in rows.values()} - failed
+        failed = {row["source"] for row in self.rejected if row.get("failed")}  # the next run tries them again
+        self.finished_sources = {row["source"] for row in rows.values()} - failed
 
     def write(self) -> None:
         """Write both lists."""
@@ -375,10 +368,6 @@ def write_rows(path: Path, rows: list[ManifestRow]) -> None:
     """Write rows, one a line."""
     with write_atomic(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _source(row: ManifestRow) -> str:
-    return str(row.get("source", row["id"]))
 
 
 def _read_rows(path: Path) -> list[ManifestRow]:

@@ -44,10 +44,8 @@ class ClipFilter:
     def __post_init__(self) -> None:
         """Check that the duration range is not empty."""
         if not 0 <= self.min_seconds <= self.max_seconds:
-            raise InputError(
-                f"clip duration must satisfy 0 <= min <= max, got {self.min_seconds} s and {self.max_seconds} s: "
-                "change --min-seconds or --max-seconds"
-            )
+            limits = f"{self.min_seconds} s and {self.max_seconds} s: change --min-seconds or --max-seconds"
+            raise InputError(f"clip duration must satisfy 0 <= min <= max, got {limits}")
 
     def rejection_reason(self, segment: Segment) -> str:
         """Return why a segment is unfit for training; an empty string if it is fit."""
@@ -82,9 +80,8 @@ class Segment:
     sharpness: float  # median
 
 
-def track_segments(
-    frames: Iterable[np.ndarray], tracker: LandmarkerTracker, fps: Fraction, size: tuple[int, int], max_seconds: float
-) -> Iterator[Segment]:
+def track_segments(frames: Iterable[np.ndarray], tracker: LandmarkerTracker, fps: Fraction, size: tuple[int, int],
+                   max_seconds: float) -> Iterator[Segment]:  # fmt: skip
     """Track uint8 (H, W, 3) frames of `size` (width, height) and yield every segment that follows one face.
 
     It ends at a cut, a jump, `max_seconds` and `MAX_GAP_S` without a face; dissolves and fades belong to none.

@@ -19,13 +19,8 @@ from export3d_cli.core.runtime.errors import NoFaceError
 
 
 def has_no_pictures(path: Path) -> bool:
-    """Return whether a file is an ARKit CSV or a sound."""
-    return is_arkit_csv(path) or (not path.is_dir() and not has_image_suffix(path) and is_sound(path))
-
-
-def is_arkit_csv(path: Path) -> bool:
-    """Return whether a file is an ARKit CSV, which holds coefficients and no pictures."""
-    return path.suffix.lower() == ".csv"
+    """Return whether a file is an ARKit CSV, which holds coefficients, or a sound."""
+    return path.suffix.lower() == ".csv" or (not path.is_dir() and not has_image_suffix(path) and is_sound(path))
 
 
 def extract_motion(
@@ -36,15 +31,15 @@ def extract_motion(
 
     `fps` None is the video's rate, 25 for pictures and sounds; for `face` see `choose_face`. Raises `NoFaceError`.
     """
-    if has_no_pictures(path) and not is_arkit_csv(path):
-        fps = fps or DEFAULT_FPS
-        duration = None if max_frames is None else float(max_frames / fps)
-        return read_speech(path, orbit_camera(0), fps=fps, duration=duration)
-    if is_arkit_csv(path):
+    if path.suffix.lower() == ".csv":
         motion, notes = read_csv(path, orbit_camera(0))
         fps = fps or motion.fps
         rows = resample_rows(len(motion), motion.fps, fps, 0.0, None)[:max_frames]
         return replace(motion.select(rows), fps=fps), notes
+    if has_no_pictures(path):
+        fps = fps or DEFAULT_FPS
+        duration = None if max_frames is None else float(max_frames / fps)
+        return read_speech(path, orbit_camera(0), fps=fps, duration=duration)
     face_tracker = open_tracker(tracker)
     faces: list[Face | None] = []
     if has_image_suffix(path):

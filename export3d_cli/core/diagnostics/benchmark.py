@@ -44,9 +44,8 @@ class BenchmarkResult:
     peak_gpu: int | None  # bytes on the GPU; None: no GPU
 
 
-def run_benchmark(
-    animator: Animator, source: Path | None = None, driver: Path | None = None, *, frames: int = 30
-) -> BenchmarkResult:
+def run_benchmark(animator: Animator, source: Path | None = None, driver: Path | None = None, *,
+                  frames: int = 30) -> BenchmarkResult:  # fmt: skip
     """Time the stages on `frames` frames of the driver, then all of `reenact`; default: the bundled example."""
     source, driver = source or example_path("source.jpg"), driver or example_path("drive.mp4")
     is_cuda = animator.device.type == "cuda"
@@ -67,8 +66,7 @@ def run_benchmark(
     if len(images) < 2:
         raise InputError(f"{driver} has fewer than two frames: give a longer video")
     tracker = animator.tracker()
-    track = FaceTrack(tracker)
-    faces = timed("track", map(track.track, images))
+    faces = timed("track", map(FaceTrack(tracker).track, images))
     motion = tracker.make_motion(faces, reader.info.fps, (images[0].shape[1], images[0].shape[0]))
     photo = read_portrait(source)
     next(animator.animate(animator.portrait(photo, name=str(source)), [motion]))  # warm up
@@ -132,9 +130,7 @@ def _time_tool(command: list[str], out: Path) -> float:
     """Return the seconds of a program that writes `out`, which is removed; raise `InputError` if it does not."""
     began = time.perf_counter()
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-        )
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise InputError(f"{command[0]} cannot be run ({error.strerror}): give the path of a program") from error
     seconds = time.perf_counter() - began

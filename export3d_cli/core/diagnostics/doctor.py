@@ -34,13 +34,8 @@ def versions() -> dict[str, str]:
         encoder = _ffmpeg_version()
     except (Export3DError, OSError, ImportError):
         encoder = "missing"
-    return {
-        "export3d": __version__,
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "cuda": _cuda_of_torch() or "none",
-        "ffmpeg": encoder,
-    }
+    return {"export3d": __version__, "python": platform.python_version(), "torch": _version("torch"),
+            "cuda": _cuda_of_torch() or "none", "ffmpeg": encoder}  # fmt: skip
 
 
 def examine(weights: str | None = None) -> list[Finding]:
@@ -130,8 +125,7 @@ def _tracker() -> Iterator[Finding]:
     from export3d_cli.core.media.image import read_image
     from export3d_cli.core.runtime.weights import example_path
 
-    image = read_image(example_path("source.jpg"))
-    found = open_landmarker_tracker().find(image) is not None
+    found = open_landmarker_tracker().find(read_image(example_path("source.jpg"))) is not None
     result = f"LiteRT {_version('ai-edge-litert')}, finds {'the' if found else 'no'} face in the example"
     yield Finding("tracker", found, result, "" if found else _REINSTALL)
 

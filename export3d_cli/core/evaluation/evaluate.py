@@ -105,9 +105,8 @@ def evaluate(animator: Animator, dataset: Path, options: EvaluateOptions | None 
     options, began = options or EvaluateOptions(), time.monotonic()
     exact = has_exact_views(dataset)
     if exact and (options.cross or options.results or not options.model or options.size):
-        raise InputError(
-            f"{dataset} has exact views: --cross, --protocol, --results and --no-model do not apply, leave them out"
-        )
+        unused = "--cross, --protocol, --results and --no-model do not apply, leave them out"
+        raise InputError(f"{dataset} has exact views: {unused}")
     suite = _make_metric_suite(animator, options)
     score: dict[str, Callable[[], tuple[dict[str, Scores], dict[str, Frames]]]]
     if exact:
@@ -192,9 +191,8 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
     return MetricSuite(tracker, embedder, distance, network.name)
 
 
-def _score_case(
-    animator: Animator, case: protocol.Case, options: EvaluateOptions, suite: MetricSuite
-) -> tuple[dict[str, Scores], dict[str, Frames]]:
+def _score_case(animator: Animator, case: protocol.Case, options: EvaluateOptions,
+                suite: MetricSuite) -> tuple[dict[str, Scores], dict[str, Frames]]:  # fmt: skip
     """Return the metrics of each method, and the pictures of a sheet; both are empty without a frame to score."""
     scored_rows = protocol.select_frames(case, options.max_frames, options.take)
     if not len(scored_rows):
@@ -267,9 +265,8 @@ def _show(frames: Frames, portrait: Portrait | None) -> Frames:
     return [cv2.resize(frame, portrait.frame_size, interpolation=cv2.INTER_AREA) for frame in cut]
 
 
-def render_layers(
-    animator: Animator, portrait: Portrait, driver: Path, rows: np.ndarray, options: ReenactOptions
-) -> Iterator[FrameLayers]:
+def render_layers(animator: Animator, portrait: Portrait, driver: Path, rows: np.ndarray,
+                  options: ReenactOptions) -> Iterator[FrameLayers]:  # fmt: skip
     """Render the frames `rows` (ascending) that `reenact` would write for a portrait and a driver."""
     with open_driver(animator, portrait, driver, options) as stream:
         first = 0
@@ -278,9 +275,8 @@ def render_layers(
             chosen = rows[(rows >= first) & (rows < first + len(motion))] - first
             first += len(motion)
             if len(chosen):
-                yield from animator.animate(
-                    portrait, [motion.select(chosen)], control=options, reference=reference, layers=True
-                )
+                motions = [motion.select(chosen)]
+                yield from animator.animate(portrait, motions, control=options, reference=reference, layers=True)
 
 
 def _summarise(rows: list[dict[str, Any]], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

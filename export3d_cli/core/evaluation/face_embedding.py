@@ -34,8 +34,7 @@ def load_embedder(name: str, device: torch.device) -> Embedder:
 
     def embed(frames: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
         vectors = network(frames, points)
-        unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return unit
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     return embed
 
@@ -57,9 +56,8 @@ def _load_torchscript(path: Path, device: torch.device) -> Embedder:
             network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} is not a TorchScript face embedder ({reason}): give one, or --identity dlib"
-        ) from error
+        problem = f"{path} is not a TorchScript face embedder ({reason})"
+        raise InputError(f"{problem}: give one, or --identity dlib") from error
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
 

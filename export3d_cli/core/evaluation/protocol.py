@@ -58,12 +58,8 @@ class Case:
 
 def read_clips(dataset: Path) -> list[Clip]:
     """Return the clips of a folder written by `preprocess`; raise `InputError` for any other folder."""
-    return [
-        Clip(
-            row["id"], str(row.get("person") or row["id"]), dataset / row["file"], Motion.load(dataset / row["motion"])
-        )
-        for row in read_manifest(dataset)
-    ]
+    return [Clip(row["id"], str(row.get("person") or row["id"]), dataset / row["file"],
+                 Motion.load(dataset / row["motion"])) for row in read_manifest(dataset)]  # fmt: skip
 
 
 def cross_cases(clips: list[Clip], pairs: int, seed: int, photo: Photo = "frontal") -> list[Case]:
@@ -109,8 +105,7 @@ def consecutive_frames(case: Case, frames: int) -> np.ndarray:
 def _tracked_frames(case: Case) -> np.ndarray:
     motions = [case.driver.motion, case.source.motion] if case.has_truth else [case.driver.motion]
     length = min(map(len, motions))
-    found: np.ndarray = np.all([motion.found[:length] for motion in motions], axis=0)
-    return found
+    return np.all([motion.found[:length] for motion in motions], axis=0)
 
 
 def decode_frames(clip: Clip, rows: np.ndarray) -> Frames:
@@ -135,9 +130,8 @@ def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: tuple[i
         raise InputError(f"{path} is {width}x{height}, must be square: frame it as the clip {case.driver.id}")
     frames = read_rows(path, rows, size)
     if len(frames) < len(rows):
-        raise InputError(
-            f"{path} is too short: it must have {len(case.driver.motion)} frames, one for each of its driver"
-        )
+        expected = f"{len(case.driver.motion)} frames, one for each of its driver"
+        raise InputError(f"{path} is too short: it must have {expected}")
     return frames
 
 

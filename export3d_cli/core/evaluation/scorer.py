@@ -87,9 +87,8 @@ class MetricSuite:
         return float((embeddings @ source_embedding[0]).mean()) if known else float("nan")
 
 
-def _compare_faces(
-    result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *, has_ground_truth: bool
-) -> Scores:
+def _compare_faces(result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *,
+                   has_ground_truth: bool) -> Scores:  # fmt: skip
     """Return the landmark metrics over frames where both have a face; distances only with a ground truth."""
     both = truth.found & result.found
     rows = rows[both[rows]]

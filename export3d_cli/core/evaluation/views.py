@@ -38,9 +38,8 @@ def copied_fraction(portrait: Portrait, layers: list[FrameLayers]) -> float:
     return float(1 - synthesised * inside / (width * height))
 
 
-def score_novel_views(
-    animator: Animator, portrait: Portrait, suite: MetricSuite, source_embedding: np.ndarray
-) -> tuple[dict[str, Scores], Frames]:
+def score_novel_views(animator: Animator, portrait: Portrait, suite: MetricSuite,
+                      source_embedding: np.ndarray) -> tuple[dict[str, Scores], Frames]:  # fmt: skip
     """Score views of a photo, turned to both sides, by pose, identity and lost faces; also return the pictures."""
     turns = [NovelViewOptions(yaw=(-yaw, yaw), frames=2, loop="once") for yaw in YAWS[1:]]
     cameras = np.concatenate([orbit_cameras(portrait.camera, turn) for turn in turns])
@@ -64,9 +63,8 @@ def _crop_cameras(portrait: Portrait, tracked: TrackedFrames) -> np.ndarray:
     return fit_cameras((tracked.motion.landmarks * portrait.frame_size[0] - (x0, y0, 0)) / side)
 
 
-def score_head(
-    animator: Animator, dataset: Path, name: str, suite: MetricSuite
-) -> tuple[dict[str, Scores], dict[str, Frames]]:
+def score_head(animator: Animator, dataset: Path, name: str,
+               suite: MetricSuite) -> tuple[dict[str, Scores], dict[str, Frames]]:  # fmt: skip
     """Score views of a head, seen by the cameras tracked in the true pictures, from its most frontal one, by yaw."""
     labels = read_labels(dataset, name)
     rows = np.flatnonzero(labels.expression == labels.expression[0])
@@ -110,9 +108,8 @@ def score_head(
     return means, pictures
 
 
-def _compare_depth(
-    portrait: Portrait, render: VolumeRender, camera: np.ndarray, depth: np.ndarray, classes: np.ndarray, focal: float
-) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:
+def _compare_depth(portrait: Portrait, render: VolumeRender, camera: np.ndarray, depth: np.ndarray, classes: np.ndarray,
+                   focal: float) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Compare a volume's depth with the truth (d, d) at the truth's pixels; also return both in colours."""
     count, (x0, y0, side), size = len(depth), portrait.square, portrait.frame_size[0]
     centres = (np.arange(count, dtype=np.float32) + 0.5) * size / count  # pixels of the frame

@@ -76,7 +76,7 @@ def head_rotations(angles: np.ndarray) -> np.ndarray:
     """Convert Live Link's yaw, pitch, roll in radians (T, 3) to head-to-camera rotations (T, 3, 3)."""
     x, y, z = np.eye(3)
     yaw, pitch, roll = angles.T[..., None]
-    return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)  # type: ignore[no-any-return]
+    return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)
 
 
 def write_csv(path: Path, motion: Motion) -> None:
@@ -107,8 +107,7 @@ def estimate_frame_rate(seconds: np.ndarray, timecode_base: int) -> tuple[Fracti
     fps = nearest if abs(float(nearest) / rate - 1) < 2e-3 else Fraction(rate).limit_denominator(1000)
     times = seconds[0] + np.arange(round((seconds[-1] - seconds[0]) * fps) + 1) / float(fps)
     after = np.searchsorted(seconds, times).clip(1, len(seconds) - 1)
-    rows: np.ndarray = after - (times - seconds[after - 1] < seconds[after] - times)
-    return fps, rows
+    return fps, after - (times - seconds[after - 1] < seconds[after] - times)
 
 
 def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:

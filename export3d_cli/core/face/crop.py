@@ -76,10 +76,7 @@ def crop_with_padding(photo: np.ndarray, square: Square, size: int) -> np.ndarra
 
 def _distance_outside(square: Square, size: int, photo_size: tuple[int, int]) -> np.ndarray:
     """Return each crop pixel's distance from the photo (width, height), in crop pixels, (size, size); 0 inside."""
-    origin, side = square[:2], square[2]
+    side, axes = square[2], zip(square[:2], photo_size, strict=True)
     centres = (np.arange(size) + 0.5) * side / size
-    x, y = (
-        np.maximum(-(centres + start), centres + start - length).clip(0)
-        for start, length in zip(origin, photo_size, strict=True)
-    )
+    x, y = (np.maximum(-centres - start, centres + start - length).clip(0) for start, length in axes)
     return np.hypot(x[None], y[:, None]) * size / side

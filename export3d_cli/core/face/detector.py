@@ -32,9 +32,8 @@ class FaceDetector:
         self._net: cv2.FaceDetectorYN | None = None
         self._lock = threading.Lock()
 
-    def __call__(
-        self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[3], rotation: int = 0, margin: float = 0.0
-    ) -> list[Detection]:
+    def __call__(self, image: np.ndarray, *, max_side: int = SEARCH_SIDES_PX[3], rotation: int = 0,
+                 margin: float = 0.0) -> list[Detection]:  # fmt: skip
         """Return all faces, the largest first; raises `WeightsError` if the network does not load.
 
         For the search the image is rotated clockwise by a multiple of 90 degrees, gets a black `margin` of this

@@ -78,8 +78,7 @@ class BetaStatistics(NamedTuple):
         """Return the linear map (64, K) from changes of the `known` entries to the most likely change of all."""
         known = list(known)
         covariance = self.covariance[np.ix_(known, known)] + ridge * np.eye(len(known))
-        slope: np.ndarray = np.linalg.solve(covariance, self.covariance[known]).T
-        return slope
+        return np.linalg.solve(covariance, self.covariance[known]).T
 
     @classmethod
     def load(cls) -> BetaStatistics:

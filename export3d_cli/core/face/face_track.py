@@ -82,18 +82,16 @@ class FaceTracker(ABC):
         return self.detector.rotation_to_upright(check_image(image))
 
     @abstractmethod
-    def calibrate_clip(
-        self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
-    ) -> ClipCalibration:
+    def calibrate_clip(self, faces: Sequence[Face], size: tuple[int, int],
+                       scale: tuple[float, float] = CROP_SCALE) -> ClipCalibration:  # fmt: skip
         """Measure what stays the same in a clip, from faces of its frames of `size`; `scale`: see `fit_clip_crop`."""
 
     @abstractmethod
     def fit(self, faces: Sequence[Face], clip: ClipCalibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return beta (F, 64), cameras (F, 25) and landmarks (F, N, 3) in crop units, float32, of faces of a clip."""
 
-    def make_motion(
-        self, faces: Sequence[Face | None], fps: Fraction, size: tuple[int, int], *, clip: ClipCalibration | None = None
-    ) -> Motion:
+    def make_motion(self, faces: Sequence[Face | None], fps: Fraction, size: tuple[int, int], *,
+                    clip: ClipCalibration | None = None) -> Motion:  # fmt: skip
         """Return the motion of a clip of `size` (width, height); raises `NoFaceError` if no frame has a face.
 
         A frame without a face repeats the face before it. `clip` None: calibrate on these faces.
@@ -195,9 +193,8 @@ class TargetFaceTracker:
     shows another face than the frames before because that one was lost for long. For `choice` see `choose_face`.
     """
 
-    def __init__(
-        self, tracker: FaceTracker, fps: Fraction, *, choice: str = "largest", name: str = "the video"
-    ) -> None:
+    def __init__(self, tracker: FaceTracker, fps: Fraction, *, choice: str = "largest",
+                 name: str = "the video") -> None:  # fmt: skip
         self._tracker, self._choice, self._name = tracker, choice, name
         self._track = FaceTrack(tracker)
         self._fps = fps
@@ -239,10 +236,9 @@ class TargetFaceTracker:
                 self._track = FaceTrack(self._tracker)
                 if index and not self.notes:
                     seconds = float(self._cut_frame / self._fps)
-                    self.notes.append(
-                        f"{self._name} shows {len(faces)} face(s) after the cut at {seconds:.1f} s: {self._choice} "
-                        "does not exist there, and its frames count as frames without a face"
-                    )
+                    cut = f"{self._name} shows {len(faces)} face(s) after the cut at {seconds:.1f} s"
+                    missing = f"{self._choice} does not exist there, and its frames count as frames without a face"
+                    self.notes.append(f"{cut}: {missing}")
                 return None
             self._track.follow(choose_face(faces, self._choice, self._name), image)
         self._chosen = True

@@ -66,11 +66,9 @@ class FanTracker(FaceTracker):
     def predict_points(self, image: np.ndarray, square: Square) -> np.ndarray:
         """Return the network's points (68, 2) in pixels for a square of the image, whether or not it shows a face."""
         x0, y0, side = square
-        predicted = self._network.get_landmarks_from_image(
-            crop_image(image, square, INPUT_SIDE_PX), detected_faces=[_FULL_PATCH_BOX]
-        )
-        points: np.ndarray = (np.asarray(predicted[0], dtype=np.float64)[:, :2] + 0.5) * side / INPUT_SIDE_PX + [x0, y0]
-        return points
+        crop = crop_image(image, square, INPUT_SIDE_PX)
+        predicted = self._network.get_landmarks_from_image(crop, detected_faces=[_FULL_PATCH_BOX])
+        return (np.asarray(predicted[0], dtype=np.float64)[:, :2] + 0.5) * side / INPUT_SIDE_PX + [x0, y0]
 
     def _confirm_face(self, image: np.ndarray, view: Square) -> Face | None:
         detections = self.detector(crop_image(image, view, _CONFIRM_SIDE_PX))
@@ -80,9 +78,8 @@ class FanTracker(FaceTracker):
         landmarks = np.column_stack([points, np.zeros(NUM_FAN_LANDMARKS)]).astype(np.float32)
         return Face(landmarks, np.zeros(len(ARKIT_NAMES), np.float32), detections[0].score)
 
-    def calibrate_clip(
-        self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
-    ) -> ClipCalibration:
+    def calibrate_clip(self, faces: Sequence[Face], size: tuple[int, int],
+                       scale: tuple[float, float] = CROP_SCALE) -> ClipCalibration:  # fmt: skip
         """Choose the crop of a clip (see `fit_clip_crop`) and fit the person's neutral face."""
         pixels = np.stack([face.landmarks[:, :2] for face in faces]).astype(np.float64)
         nose = _NOSE_WEIGHTS[0] * pixels[:, 30] + _NOSE_WEIGHTS[1] * pixels[:, 33]
@@ -141,9 +138,7 @@ def import_face_alignment() -> Any:
         finally:
             config.DISABLE_JIT = disable_jit
     except ImportError as error:
-        raise WeightsError(
-            f"the tracker fan needs the package face-alignment ({error}): run `{INSTALL_COMMAND}`"
-        ) from error
+        raise WeightsError(f"the tracker fan needs face-alignment ({error}): run `{INSTALL_COMMAND}`") from error
     return face_alignment
 
 
@@ -153,12 +148,10 @@ def _load_network(device: str) -> Any:
     url = package.api.models_urls["3DFAN-4"]
     file = Path(package.utils.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
-        return package.FaceAlignment(
-            package.LandmarksType.TWO_HALF_D, device=device, flip_input=False, face_detector="folder", compile=False
-        )
+        kind = package.LandmarksType.TWO_HALF_D
+        return package.FaceAlignment(kind, device=device, flip_input=False, face_detector="folder", compile=False)
     except OSError as error:
-        raise WeightsError(
-            f"the weights of fan are not at {file} and cannot be fetched ({error}): go online once, or put {url} there"
-        ) from error
+        problem = f"the weights of fan are not at {file} and cannot be fetched ({error})"
+        raise WeightsError(f"{problem}: go online once, or put {url} there") from error
     except Exception as error:  # torch raises many types for a damaged file
         raise WeightsError(f"{file} does not load as weights of fan ({type(error).__name__}): delete it") from error

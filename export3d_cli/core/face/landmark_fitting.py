@@ -34,8 +34,7 @@ class FaceBasis:
 
     def deform(self, neutral: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Return the points (F, 68, 3) of a neutral face (68, 3) with coefficients (F, 52)."""
-        points: np.ndarray = neutral + np.tensordot(coefficients, self.expression, 1)
-        return points
+        return neutral + np.tensordot(coefficients, self.expression, 1)
 
 
 @dataclass(frozen=True)

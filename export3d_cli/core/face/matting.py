@@ -94,15 +94,13 @@ def _weighted_blur(picture: np.ndarray, weight: np.ndarray, window: int) -> tupl
 def _find_hair_strands(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return the alpha (H, W) of strands near a mask (H, W) that have the person's colours, not the background's."""
     filtered = _guided_filter(picture, mask, 2, _GUIDED_RADIUS, _GUIDED_EPS)
-    strands: np.ndarray = np.clip((filtered - _STRAND_RANGE[0]) / (_STRAND_RANGE[1] - _STRAND_RANGE[0]), 0, 1)
-    return strands
+    return np.clip((filtered - _STRAND_RANGE[0]) / (_STRAND_RANGE[1] - _STRAND_RANGE[0]), 0, 1)
 
 
 def refine_alpha(image: np.ndarray, alpha: np.ndarray, radius: int) -> np.ndarray:
     """Align the edge of a matte (H, W) with the edges of its image, uint8 (H, W, 3); `radius` in pixels."""
-    filtered = _guided_filter(
-        image.astype(np.float32) / 255, alpha, max(1, radius // 3), radius // max(1, radius // 3), _EDGE_EPS
-    )
+    step = max(1, radius // 3)
+    filtered = _guided_filter(image.astype(np.float32) / 255, alpha, step, radius // step, _EDGE_EPS)
     refined = np.clip((filtered - _EDGE_RANGE[0]) / (_EDGE_RANGE[1] - _EDGE_RANGE[0]), 0, 1)
     uncertain = cv2.blur(((alpha > 0.02) & (alpha < 0.98)).astype(np.float32), (2 * radius + 1,) * 2) > 0
     return np.where(uncertain, refined, alpha > 0.5).astype(np.float32)
@@ -128,17 +126,14 @@ def _guided_filter(picture: np.ndarray, mask: np.ndarray, step: int, radius: int
     slope = np.linalg.solve(covariance, cross[..., None])[..., 0]
     fit = mean(np.concatenate([slope, (mean_inside - (slope * mean_colour).sum(-1))[..., None]], axis=-1))
     fit = cv2.resize(fit, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    filtered: np.ndarray = (fit[..., :3] * picture).sum(-1) + fit[..., 3]
-    return filtered
+    return (fit[..., :3] * picture).sum(-1) + fit[..., 3]
 
 
 def _fill_holes(mask: np.ndarray) -> np.ndarray:
     """Fill the small holes of a mask (H, W) that the person surrounds."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats((mask < 0.5).astype(np.uint8), connectivity=4)
     height, width = mask.shape
-    hole = stats[:, cv2.CC_STAT_AREA] < _MAX_HOLE_AREA
-    hole &= (stats[:, cv2.CC_STAT_LEFT] > 0) & (stats[:, cv2.CC_STAT_TOP] > 0)
-    hole &= stats[:, cv2.CC_STAT_LEFT] + stats[:, cv2.CC_STAT_WIDTH] < width
-    hole &= stats[:, cv2.CC_STAT_TOP] + stats[:, cv2.CC_STAT_HEIGHT] < height
+    left, top, w, h, area = stats.T
+    hole = (area < _MAX_HOLE_AREA) & (left > 0) & (top > 0) & (left + w < width) & (top + h < height)
     hole[0] = False  # the person
     return np.where(hole[labels], 1.0, mask).astype(np.float32) if count > 1 and hole.any() else mask

@@ -125,9 +125,7 @@ class Motion:
         arrays = (beta, camera, landmarks, crop)
         is_valid = all(np.abs(array).max(initial=0) <= MAX_VALUE for array in arrays)  # False for NaN
         if not is_valid or np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 0.01:
-            raise InputError(
-                f"{path} holds numbers that are not finite or beyond {MAX_VALUE:g}, or cameras without a rotation"
-            )
+            raise InputError(f"{path} holds numbers not finite or beyond {MAX_VALUE:g}, or cameras without a rotation")
         return cls(beta, camera, landmarks, found, fps, crop, size)
 
 

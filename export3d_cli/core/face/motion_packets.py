@@ -55,9 +55,8 @@ class PacketTracker:
     def calibrate_clip(self, packets: Sequence[FacePacket], size: tuple[int, int], scale: float) -> None:
         """Return nothing: packets have no crop."""
 
-    def make_motion(
-        self, packets: Sequence[FacePacket], fps: Fraction, size: tuple[int, int], *, clip: None = None
-    ) -> Motion:
+    def make_motion(self, packets: Sequence[FacePacket], fps: Fraction, size: tuple[int, int], *,
+                    clip: None = None) -> Motion:  # fmt: skip
         """Return the packets as a motion without landmarks."""
         cameras = np.repeat(orbit_camera(0, 0)[None], len(packets), axis=0)
         cameras = with_head_pose(cameras, np.stack([p.rotation for p in packets]), head_pose(cameras)[1])
@@ -89,9 +88,8 @@ def _check_osc() -> None:
         raise InputError("VMC needs python-osc, which is not installed: run pip install 'export3d-cli[osc]'")
 
 
-def _receive(
-    server: socket.socket, decode: Callable[[bytes], FacePacket | None], stopped: threading.Event
-) -> Iterator[tuple[FacePacket | None, float]]:
+def _receive(server: socket.socket, decode: Callable[[bytes], FacePacket | None],
+             stopped: threading.Event) -> Iterator[tuple[FacePacket | None, float]]:  # fmt: skip
     with server:
         server.settimeout(SILENCE_S)
         last = time.monotonic()

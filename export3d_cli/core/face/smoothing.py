@@ -103,9 +103,8 @@ def _smooth_bilateral(motions: Iterable[Motion], kernel: tuple[float, float]) ->
         yield _smooth_rows(window, slice(first, len(window)), kernel, last)[0]
 
 
-def _smooth_rows(
-    window: Motion, rows: slice, kernel: tuple[float, float], last: _Signals | None
-) -> tuple[Motion, _Signals]:
+def _smooth_rows(window: Motion, rows: slice, kernel: tuple[float, float],
+                 last: _Signals | None) -> tuple[Motion, _Signals]:  # fmt: skip
     """Smooth some rows of a window that holds all rows they depend on; `last` is the output before them."""
     signals = _Signals.of(window)
     own = _Signals(*(signal[rows] for signal in signals))

@@ -72,13 +72,9 @@ _CONTACTS = frozenset({"P", "B", "M", "F", "V"})
 _VOWELS = frozenset({"AA", "AE", "AH", "EH", "IH", "IY", "AO", "UH", "UW", "W"})  # which dominate the rest
 _PHONES = (SHAPES.keys() - {"SIL"}) | _DIPHTHONGS.keys()
 # How letters sound in words that the dictionary lacks.
-_LETTERS = dict(
-    re.findall(
-        r"(\w+)=(\w+)",
-        "sch=SH ch=CH sh=SH th=TH ph=F ng=NG ee=IY oo=UW ou=UW ck=K a=AA b=B c=K d=D e=EH f=F g=G h=HH i=IH j=JH k=K "
-        "l=L m=M n=N o=AO p=P q=K r=R s=S t=T u=UW v=V w=W x=K y=IY z=Z",
-    )
-)
+_SOUNDS = """sch=SH ch=CH sh=SH th=TH ph=F ng=NG ee=IY oo=UW ou=UW ck=K a=AA b=B c=K d=D e=EH f=F g=G h=HH i=IH j=JH k=K
+             l=L m=M n=N o=AO p=P q=K r=R s=S t=T u=UW v=V w=W x=K y=IY z=Z"""
+_LETTERS = dict(sound.split("=") for sound in _SOUNDS.split())
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _CLOCK = r"(\d{1,4}):(\d\d):(\d\d)[,.](\d{3})"
 _CUE = re.compile(rf"{_CLOCK}\s*-->\s*{_CLOCK}[^\n]*\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
@@ -273,10 +269,8 @@ def _cut_at_cues(samples: Iterable[np.ndarray], cues: Sequence[Cue]) -> Iterator
             parts.append(block)
             count += len(block)
             if count > MAX_CUE_S * SOUND_RATE + len(waiting):
-                raise InputError(
-                    f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound: give subtitles (SRT) with times, or "
-                    "use --duration"
-                )
+                hint = "give subtitles (SRT) with times, or use --duration"
+                raise InputError(f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound: {hint}")
         waiting = np.concatenate(parts)
         a = min(round(start * SOUND_RATE) - first, count)
         yield start, waiting[max(a, 0) : round(min(end * SOUND_RATE - first, count))], cue
@@ -364,5 +358,4 @@ def _smooth(values: np.ndarray, sigma_s: float, fps: Fraction) -> np.ndarray:
     sigma = sigma_s * float(fps)
     reach = max(1, round(3 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    smooth: np.ndarray = np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
-    return smooth
+    return np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid")

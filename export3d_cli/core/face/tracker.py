@@ -119,9 +119,8 @@ class LandmarkerTracker(FaceTracker):
             return None
         return self.make_motion(faces, Fraction(25), (side, side), clip=ClipCalibration((0.0, 0.0, float(side))))
 
-    def calibrate_clip(
-        self, faces: Sequence[Face], size: tuple[int, int], scale: tuple[float, float] = CROP_SCALE
-    ) -> ClipCalibration:
+    def calibrate_clip(self, faces: Sequence[Face], size: tuple[int, int],
+                       scale: tuple[float, float] = CROP_SCALE) -> ClipCalibration:  # fmt: skip
         """Choose the crop of the clip that shows these faces."""
         return ClipCalibration(fit_clip_crop(np.stack([face.landmarks for face in faces]), size, scale))
 
@@ -164,9 +163,7 @@ class LiteRTNetwork:
             self._interpreter = Interpreter(model_content=content, num_threads=threads)
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            raise WeightsError(
-                f"{origin} holds a network that does not load ({error}): fetch the file again"
-            ) from error
+            raise WeightsError(f"{origin} has a network that does not load ({error}): fetch the file again") from error
         self._lock = threading.Lock()  # an interpreter serves one thread at a time
         self._input = self._interpreter.get_input_details()[0]
         self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]

@@ -146,10 +146,8 @@ def _make_certificate() -> tuple[bytes, bytes]:
     now = datetime.datetime.now(datetime.timezone.utc)
     issuer_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, "export3d")
-    issuer, user = (
-        x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        for name in ("export3d self-signed", "export3d user")
-    )
+    attributes = (x509.NameAttribute(NameOID.COMMON_NAME, f"export3d {name}") for name in ("self-signed", "user"))
+    issuer, user = (x509.Name([organization, attribute]) for attribute in attributes)
     chain = b""
     for name, own_key, is_issuer in ((user, key, False), (issuer, issuer_key, True)):
         usage = dict.fromkeys(

@@ -143,8 +143,7 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
     if image.dtype != np.uint8 or image.ndim < 3 or image.shape[-1] != 3:
         raise InputError(f"an image must be uint8 (..., H, W, 3), got {image.dtype} {image.shape}")
-    planar = np.ascontiguousarray(np.moveaxis(image, -1, -3))
-    return torch.from_numpy(planar).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3))).float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(tensor: torch.Tensor) -> np.ndarray:

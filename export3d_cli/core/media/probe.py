@@ -140,9 +140,7 @@ def _probe(path: Path, _mtime: int, _size: int) -> VideoInfo:
         duration = float(times[-1] - min(times[0], Fraction(0)) + 1 / fps)  # a late first frame is shown from 0 s
     duration = duration or float(stamps.packet_count / fps)
     if duration > _MAX_DURATION_H * 3600:
-        raise InputError(
-            f"{path} claims to last {duration / 3600:.0f} hours, more than {_MAX_DURATION_H}: cut it first"
-        )
+        raise InputError(f"{path} claims to last {duration / 3600:.0f} hours, over {_MAX_DURATION_H}: cut it first")
     hdr = re.search(r"smpte2084|arib-std-b67", stream[1])
     return VideoInfo(width, height, fps, max(1, round(duration * fps)), duration, has_audio, vfr,
                      hdr_transfer=hdr[0] if hdr else "", header_duration=header_duration,
@@ -158,9 +156,8 @@ def _find_alpha(header: str, stream: str) -> str:
     return "plain" if re.search(r", (yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16)", stream) else ""
 
 
-def _estimate_rate(
-    tick: Fraction, times: list[Fraction], mean: Fraction | None, base: Fraction | None
-) -> tuple[Fraction, bool]:
+def _estimate_rate(tick: Fraction, times: list[Fraction], mean: Fraction | None,
+                   base: Fraction | None) -> tuple[Fraction, bool]:  # fmt: skip
     """Return the frame rate and whether it varies: by timestamps, else ffmpeg's fps (`mean`) and tbr (`base`)."""
     steps = [b - a for a, b in itertools.pairwise(times) if b > a]
     if not steps:

@@ -107,8 +107,7 @@ def mean_square(samples: np.ndarray) -> float:
 
 def loudness(power: np.ndarray) -> np.ndarray:
     """Return the loudness of mean squares of int16 samples in dB over one step."""
-    level: np.ndarray = 10 * np.log10(power + 1)
-    return level
+    return 10 * np.log10(power + 1)
 
 
 def measure_silence(power: np.ndarray, fps: Fraction) -> np.ndarray:
@@ -120,8 +119,7 @@ def measure_silence(power: np.ndarray, fps: Fraction) -> np.ndarray:
     near = max(1, round(SPEECH_MARGIN_S * fps))
     window = np.lib.stride_tricks.sliding_window_view(np.pad(loud, near), 2 * near + 1)
     speech = np.pad(window.any(1).astype(np.float64), near, mode="edge")
-    silence: np.ndarray = 1 - np.lib.stride_tricks.sliding_window_view(speech, 2 * near + 1).mean(1)
-    return silence
+    return 1 - np.lib.stride_tricks.sliding_window_view(speech, 2 * near + 1).mean(1)
 
 
 def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Iterator[Soundtrack]:

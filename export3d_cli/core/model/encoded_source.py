@@ -74,5 +74,4 @@ class Source:
 
     def expand(self, batch: int) -> Source:
         """Expand a single source to a batch of drivers, without copying memory."""
-        expanded: Source = expand_batch(self, batch)
-        return expanded
+        return expand_batch(self, batch)

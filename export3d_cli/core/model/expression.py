@@ -1,5 +1,6 @@
 """CLeBS, contrastive learned basis scaling (sec. 3.1): an expression code without the face's appearance."""
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -104,9 +105,8 @@ class _SEBlock(nn.Module):
         self.squeeze, self.excite = nn.Linear(out_channels, squeezed), nn.Linear(squeezed, out_channels)
         self.short: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.short = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _batch_norm(out_channels)
-            )
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.short = nn.Sequential(projection, _batch_norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -129,13 +129,10 @@ class ImageEncoder(nn.Module):
         self.conv = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.norm = _batch_norm(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.blocks = nn.Sequential(
-            *(
-                _SEBlock(widths[i] if k == 0 else widths[i + 1], widths[i + 1], 2 if k == 0 and i > 0 else 1)
-                for i in range(4)
-                for k in range(2)
-            )
-        )
+        blocks = list[nn.Module]()
+        for i, (before, after) in enumerate(pairwise(widths)):
+            blocks += [_SEBlock(before, after, 2 if i else 1), _SEBlock(after, after, 1)]
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(widths[-1], code_dim)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -146,9 +143,8 @@ class ImageEncoder(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def contrastive_loss(
-    image_code: Tensor, code: Tensor, temperature: float, denominator: Literal["printed", "infonce"] = "infonce"
-) -> tuple[Tensor, Tensor]:
+def contrastive_loss(image_code: Tensor, code: Tensor, temperature: float,
+                     denominator: Literal["printed", "infonce"] = "infonce") -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute eq. 1 over frames of one clip, f_I(X_j) and f_e(beta_k), each (N, d); each frame in turn is the positive.
 
     The denominator "printed" sums over the negatives only, as eq. 1 prints it; "infonce" adds the positive. Also

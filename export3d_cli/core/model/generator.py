@@ -1,5 +1,7 @@
 """Hybrid tri-plane generator G(S, beta'): convolutions, EAdaLN-ViT, upsampling to planes (sec. 3.2, eq. 4 to 6, 12)."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,9 +57,7 @@ class Stem(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         widths = (3, *config.stem)
-        self.downs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(ResBlock(b) for b in config.stem)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -158,21 +158,18 @@ class Generator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        h, c8 = config.width, config.stem[2]
+        h, c8, heads, ratio = config.width, config.stem[2], config.heads, config.ffn_ratio
         self.stem = Stem(config)
         self.merge = nn.Conv2d(c8, h, 3, stride=2, padding=1)  # overlap patch merge (SegFormer)
         self.merge_norm = nn.LayerNorm(h)
         self.blocks = nn.ModuleList(
-            ViTBlock(h, config.heads, config.ffn_ratio, config.code_dim, config.conditioning)
-            for _ in range(config.eadaln_blocks)
+            ViTBlock(h, heads, ratio, config.code_dim, config.conditioning) for _ in range(config.eadaln_blocks)
         )
         # pixel shuffle to H/8, ViT blocks without EAdaLN, then pixel shuffles and convolutions up to P
         w = config.plain_width or h // 2
         self.to_half = nn.Conv2d(h, 4 * w, 1)
         self.join_half = nn.Conv2d(w + (c8 if config.source_skip else 0), w, 1)
-        self.plain = nn.ModuleList(
-            ViTBlock(w, config.heads, config.ffn_ratio, None) for _ in range(config.plain_blocks)
-        )
+        self.plain = nn.ModuleList(ViTBlock(w, heads, ratio, None) for _ in range(config.plain_blocks))
         ups, joins, blocks = [], [], []
         size, channels = config.image_size // 8, w
         skips = [config.stem[1], config.stem[0]]

@@ -142,9 +142,8 @@ class HeadSampler:
             landmarks = a["landmarks"][e] + (new - own) * side
             sets = np.stack([landmarks, a["landmarks"][e], a["texture_points"]])
             if not ((np.abs(sets) < 10 * MAX_SIDE).all() and (np.ptp(sets, axis=1) > 1).all()):
-                raise WeightsError(
-                    f"the sampler's weights are damaged (landmarks of exemplar {e}): download them again"
-                )
+                reason = f"landmarks of exemplar {e}"
+                raise WeightsError(f"the sampler's weights are damaged ({reason}): download them again")
         difference = np.tensordot(face.texture - a["texture"][e], a["texture_basis"], 1).astype(np.float32)
         difference = warp_picture(difference, landmarks, a["texture_points"], side)
         photo = warp_picture(photo.astype(np.float32), landmarks, a["landmarks"][e], side, sharp=True)
@@ -196,9 +195,8 @@ def turn_hues(photo: np.ndarray, landmarks: np.ndarray, angle: float) -> np.ndar
     return np.asarray(cv2.cvtColor(colours, cv2.COLOR_YCrCb2RGB) * 255)
 
 
-def warp_picture(
-    picture: np.ndarray, target: np.ndarray, source: np.ndarray, side: int, *, sharp: bool = False
-) -> np.ndarray:
+def warp_picture(picture: np.ndarray, target: np.ndarray, source: np.ndarray, side: int, *,
+                 sharp: bool = False) -> np.ndarray:  # fmt: skip
     """Return a picture (h, w, C) with its landmarks `source` moved to `target`, (side, side, C).
 
     Outside it is 0, or with `sharp`, which interpolates by cubes, mirrored.

@@ -39,9 +39,8 @@ def light_colour(photo: Tensor, uv: Tensor) -> Tensor:
     """
     cells = F.adaptive_avg_pool2d(photo.float(), 2 * SKIN_GRID)
     points = uv[:, list(SKIN_POINTS)].transpose(1, 2)[..., None].float()  # (B, 2, 5, 1)
-    skin = (
-        warp(F.avg_pool2d(cells, 2, stride=1), (points * 2 * SKIN_GRID - 0.5) / (2 * SKIN_GRID - 1))[..., 0] + 1
-    ) / 2
+    place = (points * 2 * SKIN_GRID - 0.5) / (2 * SKIN_GRID - 1)
+    skin = (warp(F.avg_pool2d(cells, 2, stride=1), place)[..., 0] + 1) / 2
     log = skin.clamp_min(MIN_CHANNEL).log()  # (B, 3, 5)
     ratio = torch.stack([log[:, 0] - log[:, 1], log[:, 2] - log[:, 1]], dim=1)  # (B, 2, 5)
     deviation = ratio - ratio.new_tensor(SKIN_MEAN)[:, None]

@@ -90,9 +90,8 @@ class SuperResolution(nn.Module):
             self.expression = nn.Linear(config.code_dim, c2)
             zero_init(self.expression)
 
-    def forward(
-        self, features: Tensor, detail: PhotoDetail | None = None, window: Window = WHOLE
-    ) -> SuperResolutionOutput:
+    def forward(self, features: Tensor, detail: PhotoDetail | None = None,
+                window: Window = WHOLE) -> SuperResolutionOutput:  # fmt: skip
         """Map features (B, C', H/4, W/4), RGB first, to the image and intermediate results.
 
         With `detail`, image and blend weights are computed only in the `window`, whose borders are pixels of the

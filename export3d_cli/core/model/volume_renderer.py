@@ -65,9 +65,8 @@ def uniform_noise(like: Tensor, batch_rows: BatchRows | None) -> Tensor:
     return torch.rand(total, *like.shape[1:], device=like.device, dtype=like.dtype)[first:end]
 
 
-def sample_coarse_depths(
-    camera: Tensor, ray_count: int, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
-) -> Tensor:
+def sample_coarse_depths(camera: Tensor, ray_count: int, samples: int, *, jitter: bool,
+                         batch_rows: BatchRows | None = None) -> Tensor:  # fmt: skip
     """Return camera depths (B, R, S) in equal bins around the head centre: mid-points, or jittered per bin."""
     cam2world, _ = split_camera(camera)
     distance = cam2world[:, :3, 3].norm(dim=-1).clamp_min(HALF_EXTENT + 0.1)  # (B,)
@@ -77,9 +76,8 @@ def sample_coarse_depths(
     return (distance - HALF_EXTENT)[:, None, None] + bins / samples * (2 * HALF_EXTENT)
 
 
-def sample_importance_depths(
-    depths: Tensor, weights: Tensor, samples: int, *, jitter: bool, batch_rows: BatchRows | None = None
-) -> Tensor:
+def sample_importance_depths(depths: Tensor, weights: Tensor, samples: int, *, jitter: bool,
+                             batch_rows: BatchRows | None = None) -> Tensor:  # fmt: skip
     """Sample depths (B, R, samples) by the CDF of weights (B, R, S-1): mid-points, or with `jitter` random ones."""
     density = weights + 1e-3
     cdf = torch.cumsum(density / density.sum(-1, keepdim=True), dim=-1)

@@ -53,8 +53,7 @@ def rotation_log(rotation: np.ndarray) -> np.ndarray:
     axis = np.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], axis=-1)
     sine = np.linalg.norm(axis, axis=-1, keepdims=True)
     angle = np.arctan2(sine, (np.trace(r, axis1=-2, axis2=-1)[..., None] - 1) / 2)
-    vector: np.ndarray = axis * np.divide(angle, sine, out=np.ones_like(sine), where=sine > 1e-9)
-    return vector
+    return axis * np.divide(angle, sine, out=np.ones_like(sine), where=sine > 1e-9)
 
 
 def rotation_exp(vector: np.ndarray) -> np.ndarray:
@@ -65,8 +64,7 @@ def rotation_exp(vector: np.ndarray) -> np.ndarray:
     zero = np.zeros_like(x)
     k = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*v.shape[:-1], 3, 3)
     # sin(a) / a and (1 - cos(a)) / a^2, in forms that are finite at 0
-    rotation: np.ndarray = np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
-    return rotation
+    return np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
 
 
 def head_pose(camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

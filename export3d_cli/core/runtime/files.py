@@ -205,8 +205,7 @@ def read_manifest(dataset: Path) -> list[dict[str, Any]]:
             if Path(row["id"]).name != row["id"]:  # files of reports are named after it
                 raise ValueError(f"invalid clip id {row['id'][:80]!r}")
     except (InputError, ValueError, KeyError, TypeError) as error:
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        reason = kind + str(error)[:200]
+        reason = ("" if isinstance(error, InputError) else f"{type(error).__name__}: ") + str(error)[:200]
         raise InputError(f"{dataset} is not a data set ({reason}): make one with `export3d preprocess`") from error
     return rows
 

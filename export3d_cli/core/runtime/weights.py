@@ -65,8 +65,7 @@ def weights_manifest() -> dict[str, ManifestEntry]:
     """Return the manifest's entries by name."""
     path = weights_dir() / "manifest.yaml"
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))["weights"]
-        entries = [ManifestEntry(**row) for row in rows]
+        entries = [ManifestEntry(**row) for row in yaml.safe_load(path.read_text(encoding="utf-8"))["weights"]]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise WeightsError(f"cannot read {path} ({error}): reinstall export3d-cli") from error
     return {entry.name: entry for entry in entries}

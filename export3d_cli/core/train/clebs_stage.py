@@ -64,10 +64,8 @@ class ClebsStage(Stage):
             return []
         size, clips, world = self.config.negatives + 1, self.config.clips_per_step, self.run.world
         indices = range(world.rank, clips, world.size) if clips % world.size == 0 else range(clips)
-        return [
-            self.sampler.draw_clip_group(self.seed, step, size, self.config.image_size, MIN_CLIP_FRAMES, index)
-            for index in indices
-        ]
+        draw = functools.partial(self.sampler.draw_clip_group, self.seed, step, size, self.config.image_size)
+        return [draw(MIN_CLIP_FRAMES, index) for index in indices]
 
     def take_step(self, batch: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Update f_e, f_I and the readout."""
@@ -194,14 +192,13 @@ def finalize_expression(run: TrainingRun, model: Export3D, sampler: PairSampler)
         lebs.fc2.bias.div_(size)
     if model.flow is None:
         return
-    fitted, report = fit_flow_basis(
-        lebs, sampler, run.config.seed, run.config.clebs.ridge_pairs, run.config.clebs.ridge, run.device
-    )
+    clebs = run.config.clebs
+    fitted, report = fit_flow_basis(lebs, sampler, run.config.seed, clebs.ridge_pairs, clebs.ridge, run.device)
     if isinstance(lebs, LeBS):
         lam = _lambda_by_person(run, lebs, sampler, 2**31 + 9)
         motion = fitted.flatten(1) / _motion_scale(sampler, run.config.seed)
         deviations = (lam - lam.mean(1, keepdim=True)).flatten(0, 1)
-        mixture = fit_lambda_axes(deviations, motion, run.config.clebs.antisymmetric_dims, LAMBDA_STD).to(run.device)
+        mixture = fit_lambda_axes(deviations, motion, clebs.antisymmetric_dims, LAMBDA_STD).to(run.device)
         lebs.fc2.weight.copy_(mixture @ lebs.fc2.weight)
         lebs.fc2.bias.copy_(mixture @ lebs.fc2.bias)
         fitted = torch.linalg.solve(mixture.T.cpu(), fitted.flatten(1)).view_as(fitted)
@@ -231,8 +228,7 @@ def fit_flow_basis(lebs: LeBS | DirectCode, sampler: PairSampler, seed: int, pai
         x, y = change[rows].double(), motion[rows].double()
         return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).float()
 
-    all_rows = torch.ones(len(motion), dtype=torch.bool)
-    basis = solve(all_rows)
+    basis = solve(torch.ones(len(motion), dtype=torch.bool))
     residual = (motion - change @ basis).square().sum(1)
     basis = solve(residual <= residual.quantile(0.99))
     moved = before + (change @ basis).view_as(before)

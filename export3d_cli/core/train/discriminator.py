@@ -1,6 +1,7 @@
 """The adversarial loss (sec. 6.3, 6.4): StyleGAN2-ADA's discriminator, conditioned on the camera."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,8 @@ class EqualizedLinear(nn.Module):
 class EqualizedConv2d(nn.Module):
     """Convolution with an equalised learning rate; `downsample` low-pass filters and halves the side."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, downsample: bool = False, bias: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, downsample: bool = False,
+                 bias: bool = True) -> None:  # fmt: skip
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
@@ -89,9 +89,8 @@ class CameraMapping(nn.Module):
     def __init__(self, dim: int, layers: int) -> None:
         super().__init__()
         self.embed = EqualizedLinear(CAMERA_DIM, dim)
-        self.layers = nn.ModuleList(
-            EqualizedLinear(dim, dim, lr_multiplier=MAPPING_LR_MULTIPLIER) for _ in range(layers)
-        )
+        layer = partial(EqualizedLinear, dim, dim, lr_multiplier=MAPPING_LR_MULTIPLIER)
+        self.layers = nn.ModuleList(layer() for _ in range(layers))
 
     def forward(self, camera: Tensor) -> Tensor:
         """(B, 25) -> (B, dim)."""

@@ -81,9 +81,7 @@ def init_distributed(device: torch.device) -> Iterator[World]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local_rank} has no CUDA device of its own: start at most one process per device"
-            )
+            raise ConfigError(f"process {local_rank} has no CUDA device of its own: start one process per device")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # The functions of this module keep the process group that exists when they are defined. If an optimiser's first

@@ -1,11 +1,13 @@
 """Datasets as the trainer reads them: every clip is decoded once into a memory-mapped cache."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,8 @@ def load_datasets(config: DataConfig, size: int, *, progress: Callable[[str], No
     return [load_dataset(Path(p), size, config.cache_stride, config.cache, progress=progress) for p in config.path]
 
 
-def load_dataset(
-    folder: Path, size: int, stride: int = 1, cache: str = "", *, progress: Callable[[str], None] | None = None
-) -> FaceDataset:
+def load_dataset(folder: Path, size: int, stride: int = 1, cache: str = "", *,
+                 progress: Callable[[str], None] | None = None) -> FaceDataset:  # fmt: skip
     """Open one dataset folder; decodes it into its cache first if that is missing or stale."""
     entries = [row for row in read_manifest(folder) if row.get("split", "train") in ("train", "", None)]
     if not entries:
@@ -111,10 +112,9 @@ def _load_array(folder: Path, name: str, count: int, expected: tuple[tuple[int, 
 
 
 def _read_stamp(cache_folder: Path) -> str:
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):
         return str(json.loads((cache_folder / "index.json").read_text(encoding="utf-8"))["stamp"])
-    except (OSError, ValueError, KeyError):
-        return ""
+    return ""
 
 
 def _build_cache(folder: Path, entries: list[dict[str, Any]], cache_folder: Path, size: int, stride: int, stamp: str,
@@ -146,7 +146,9 @@ def _build_cache(folder: Path, entries: list[dict[str, Any]], cache_folder: Path
         if entry.get("depth"):
             arrays["depth"][rows], arrays["person"][rows] = _read_depth(folder / entry["depth"], numbers)
         else:
-            arrays["person"][rows] = _person_masks(matting, arrays["frames"][rows])
+            alphas = (matting.alpha(image, hair_strands=True) for image in arrays["frames"][rows])
+            masks = [cv2.resize(alpha, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA) for alpha in alphas]
+            arrays["person"][rows] = np.rint(255 * np.stack(masks))
         clips.append(Clip(entry["id"], str(entry.get("person") or entry["id"]), row, len(numbers), still))
         row += len(numbers)
         if progress is not None and (i % 20 == 0 or i == len(entries)):
@@ -165,22 +167,11 @@ def _read_depth(path: Path, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]
         check_file(path, MAX_DEPTH_BYTES)
         with np.load(path) as file:
             pictures = (file[key][numbers].astype(np.float32) for key in ("depth", "person"))
-            depth, person = (
-                np.stack([cv2.resize(x, (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_NEAREST) for x in array])
-                for array in pictures
-            )
+            resize = partial(cv2.resize, dsize=(MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_NEAREST)
+            depth, person = (np.stack([*map(resize, array)]) for array in pictures)
     except (OSError, KeyError, ValueError, IndexError, cv2.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged ({error}): run `export3d preprocess` again") from error
     return np.nan_to_num(depth).astype(np.float16), person.astype(np.uint8)
-
-
-def _person_masks(matting: PersonMatting, images: np.ndarray) -> np.ndarray:
-    """Return `FaceDataset.person_mask` of images (N, H, W, 3)."""
-    alphas = (
-        cv2.resize(matting.alpha(image, hair_strands=True), (MASK_SIZE, MASK_SIZE), interpolation=cv2.INTER_AREA)
-        for image in images
-    )
-    return np.stack([np.rint(255 * alpha).astype(np.uint8) for alpha in alphas])
 
 
 def _decode_frames(path: Path, still: bool, stride: int) -> Iterator[tuple[int, np.ndarray]]:

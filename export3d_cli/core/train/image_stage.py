@@ -83,10 +83,8 @@ class ImageStages(Stage):
         """Return the rows of every batch that this process takes."""
         world, config = self.run.world, self.config
         if config.batch % (world.size * config.accumulate):
-            raise ConfigError(
-                f"batch ({config.batch}) must be a multiple of processes times accumulate "
-                f"({world.size} x {config.accumulate})"
-            )
+            processes = f"processes times accumulate ({world.size} x {config.accumulate})"
+            raise ConfigError(f"batch ({config.batch}) must be a multiple of {processes}")
         count = config.batch // world.size
         if count < config.batch or config.accumulate > 1:  # eq. 12 needs the mean over the whole batch
             self.model.generator.plane_means = []
@@ -171,9 +169,8 @@ class ImageStages(Stage):
         self.run.world.average_gradients(self.parameters)
         return fakes, self.run.world.all_reduce_mean(sums)
 
-    def accumulate_gradients(
-        self, batch: Batch, raw_size: int, parts: int = 1, batch_rows: BatchRows | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def accumulate_gradients(self, batch: Batch, raw_size: int, parts: int = 1,
+                             batch_rows: BatchRows | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Add the gradients of one of `parts` parts; return images (B, 3, H, W) and terms, without synchronising."""
         config = self.config
         with self.run.autocast():
@@ -228,9 +225,8 @@ class ImageStages(Stage):
             self.discriminator_optimizer.step()
         return values
 
-    def forward(
-        self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None, rays: Tensor | None = None
-    ) -> Any:
+    def forward(self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None,
+                rays: Tensor | None = None) -> Any:  # fmt: skip
         """Run the model on a batch."""
         return self.model(batch.source, batch.source_beta, batch.source_camera, batch.source_points, batch.target_beta,
                           batch.target_camera, batch.source_person_mask, raw_size=raw_size, batch_rows=batch_rows,

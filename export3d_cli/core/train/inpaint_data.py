@@ -35,9 +35,7 @@ class InpaintSampler:
         self.frames: list[list[np.ndarray]] = []  # per data set and person: indices of the accepted frames
         for opening, people in zip(self.openings, sampler.clips_by_person, strict=True):
             accepted = opening < config.max_opening if is_lids else opening > config.min_opening
-            spans = [
-                np.concatenate([np.arange(c.start, c.start + c.count) for c in clips]) for clips in people.values()
-            ]
+            spans = [np.concatenate([range(c.start, c.start + c.count) for c in clips]) for clips in people.values()]
             self.frames.append([rows[accepted[rows]] for rows in spans if accepted[rows].any()])
         weights = np.array(config.weight) if config.weight else sampler.dataset_weights
         weights = weights * [bool(rows) for rows in self.frames]
@@ -66,9 +64,8 @@ class InpaintSampler:
         """Draw the crops of one step: a pure function of (seed, step, rank)."""
         rng = np.random.default_rng([seed, step, 6, rank])
         samples = [self._draw(rng) for _ in range(size)]
-        images, landmarks, points = (
-            torch.from_numpy(np.stack(x).astype(np.float32)) for x in zip(*samples, strict=True)
-        )
+        arrays = (np.stack(x).astype(np.float32) for x in zip(*samples, strict=True))
+        images, landmarks, points = map(torch.from_numpy, arrays)
         crop, hole = self.make_hole(rng, images, points, landmarks[..., :2])
         return crop.sample(images[:, 0]), hole
 
@@ -98,9 +95,8 @@ class MouthSampler(InpaintSampler):
         points, uv = points[:, 0], uv[:, 0]
         is_partial = rng.random(len(uv)) < self.config.partial_hole_ratio
         ratio = np.where(is_partial, rng.uniform(*PARTIAL_OPENING_RATIO, len(uv)), MAX_OPENING_RATIO)
-        return mouth_hole(
-            points, uv, torch.from_numpy(ratio.astype(np.float32))[:, None, None].expand(*uv.shape[:2], 1)
-        )
+        ratios = torch.from_numpy(ratio.astype(np.float32))[:, None, None].expand(*uv.shape[:2], 1)
+        return mouth_hole(points, uv, ratios)
 
 
 class EyeSampler(InpaintSampler):

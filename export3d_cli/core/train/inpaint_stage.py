@@ -53,9 +53,7 @@ class InpaintStage(Stage):
         assert isinstance(inpainter, Inpainter)
         self.config = getattr(run.config, stage)
         if self.config.batch % run.world.size:
-            raise ConfigError(
-                f"{stage}.batch must be a multiple of the {run.world.size} processes, got {self.config.batch}"
-            )
+            raise ConfigError(f"{stage}.batch ({self.config.batch}) must be a multiple of {run.world.size} processes")
         self.images_per_step = self.config.batch
         self.sampler = INPAINT_SAMPLERS[stage](sampler, self.config)
         self.inpainter = inpainter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -63,9 +61,8 @@ class InpaintStage(Stage):
         torch.manual_seed(run.config.seed + 28 + STAGE_SEEDS[stage])
         self.discriminator = InpaintDiscriminator(self.config.discriminator_width).to(run.device)
         self.optimizer = torch.optim.Adam(self.inpainter.parameters(), lr=self.config.lr, betas=(0.5, 0.99))
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=self.config.discriminator_lr, betas=(0.0, 0.99)
-        )
+        against = self.discriminator.parameters()
+        self.discriminator_optimizer = torch.optim.Adam(against, lr=self.config.discriminator_lr, betas=(0.0, 0.99))
         self.ema = copy.deepcopy(inpainter).to(run.device)
         distance = load_perceptual(run.config.loss)
         self.perceptual = distance.to(run.device) if distance is not None else None
@@ -129,10 +126,7 @@ class InpaintStage(Stage):
         with_r1 = config.r1_gamma > 0 and self.step % R1_INTERVAL == 0
         real = crops.detach().requires_grad_(with_r1)
         with self.run.autocast():
-            (real_logits, weight), (fake_logits, _) = (
-                self.discriminator(real, hole),
-                self.discriminator(inpainted, hole),
-            )
+            (real_logits, weight), (fake_logits, _) = (self.discriminator(x, hole) for x in (real, inpainted))
         loss = ((F.softplus(-real_logits) + F.softplus(fake_logits)) * weight).sum()
         terms = {"d_loss": float(loss.detach()), "d_real": float((real_logits.detach() * weight).sum())}
         if with_r1:  # gradient of each crop's own mean logit

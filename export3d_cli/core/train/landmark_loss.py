@@ -54,8 +54,7 @@ class LandmarkNetwork(nn.Module):
         values = {self.input_index: face}
 
         def value(index: int) -> Tensor:
-            tensor: Tensor = values[index] if index in values else getattr(self, f"of_{index}")
-            return tensor
+            return values[index] if index in values else getattr(self, f"of_{index}")
 
         for name, inputs, out, stride in self.operations:
             x = value(inputs[0])

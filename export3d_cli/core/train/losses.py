@@ -86,9 +86,8 @@ def depth_loss(expected: Tensor, truth: Tensor, head: Tensor) -> Tensor:
     return ((expected - truth).abs() * (truth > 0) * (head > SOLID_HEAD)).mean()
 
 
-def ray_loss(
-    output: Any, rays: Tensor, size: int, batch: Batch, config: TrainConfig, head_mask: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def ray_loss(output: Any, rays: Tensor, size: int, batch: Batch, config: TrainConfig,
+             head_mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the loss of a volume rendered at the pixels `rays` (B, R) of images of side `size`, and its terms.
 
     Colours are compared in front of a random colour for each pair: the head must be opaque, and end, where the target's
@@ -107,8 +106,7 @@ def ray_loss(
     terms = {"l2_raw": w.l2 * l2(colour, target), "l1_raw": w.l1 * l1(colour, target)}
     terms["silhouette"] = w.silhouette * l1(output.opacity, head)
     if w.depth > 0:
-        depth = pick(batch.target_depth, "nearest")
-        terms["depth"] = w.depth * depth_loss(output.depth, depth, head)
+        terms["depth"] = w.depth * depth_loss(output.depth, pick(batch.target_depth, "nearest"), head)
     if w.density_tv > 0:
         terms["density_tv"] = w.density_tv * output.density_tv.mean()
     return _sum_terms(terms)

@@ -72,9 +72,8 @@ class PairSampler:
         pairs = [self._draw_pair(rng, is_needed=row in rows) for row in range(rows.stop)]
         return Batch(*(_to_tensor(np.stack(rows)) for rows in zip(*filter(None, pairs), strict=True)))
 
-    def draw_clip_group(
-        self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8, group_index: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def draw_clip_group(self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8,
+                        group_index: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return `min_frames` to `size` frames of a clip for eq. 1: images (N, 3, s, s) and beta (N, 64)."""
         rng = np.random.default_rng([seed, step, 2] + [group_index] * (group_index > 0))
         for _ in range(1000):
@@ -193,9 +192,8 @@ class PairSampler:
     def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:
         """Return the two most different views of one clip among a few frames of a few clips: wide views are rare."""
         data, clip = self._draw_clip(rng, self.video_clips_by_person)
-        same = [
-            people if s is data else {} for s, people in zip(self.datasets, self.video_clips_by_person, strict=True)
-        ]
+        people = zip(self.datasets, self.video_clips_by_person, strict=True)
+        same = [clips if other is data else {} for other, clips in people]
         clips = [clip, *(self._draw_clip(rng, same)[1] for _ in range(WIDE_VIEW_CLIPS - 1))]
         smallest_cos, pair = 2.0, (0, 0)
         for clip in clips:

@@ -99,15 +99,12 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
         if is_weighted:
             heads = [linear[LINEAR_WEIGHT_NAME.format(k)] for k in range(len(stages))]
     except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"loss.backbone {backbone} must hold VGG16 or MobileNetV2 features with torchvision's names, "
-            f"and loss.lpips LPIPS' linear weights: {error}"
-        ) from error
+        expected = "VGG16 or MobileNetV2 features with torchvision's names, and loss.lpips LPIPS' linear weights"
+        raise InputError(f"loss.backbone {backbone} must hold {expected}: {error}") from error
     widths = [len(state[f"features.{stage[-1]}.bias"]) for stage in numbers]
-    if heads and [head.numel() for head in heads] != widths:
-        raise InputError(
-            f"{heads_path} has weights for {[head.numel() for head in heads]} channels, the backbone has {widths}"
-        )
+    channels = [head.numel() for head in heads]
+    if heads and channels != widths:
+        raise InputError(f"{heads_path} has weights for {channels} channels, the backbone has {widths}")
     official = (backbone_sha256, heads_sha256) == (OFFICIAL_VGG16, OFFICIAL_LINEAR_WEIGHTS)
     return PerceptualDistance(stages, heads, official=official)
 
@@ -116,9 +113,8 @@ def _resolve_file(name: str) -> tuple[Path, str]:
     """Return the file of a path or hub name and its sha256, checked against torchvision's file names."""
     path = resolve_weights(name) if name.startswith("hf:") else Path(name)
     if not path.is_file():
-        raise ConfigError(
-            f"loss.backbone and loss.lpips must be a file or hf:owner/repo:file, got {name!r}, which does not exist"
-        )
+        rule = "loss.backbone and loss.lpips must be a file or hf:owner/repo:file"
+        raise ConfigError(f"{rule}, got {name!r}, which does not exist")
     actual, expected = file_sha256(path), re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if expected and not actual.startswith(expected[1]):
         raise WeightsError(f"{name} has sha256 {actual[:12]}..., not {expected[1]}...: download it again")
@@ -147,8 +143,7 @@ def _make_conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -
 def _build_vgg_stage(state: dict[str, Tensor], numbers: tuple[int, ...], *, pool: bool) -> nn.Module:
     layers: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
     for number in numbers:
-        conv = _make_conv(state[f"features.{number}.weight"], state[f"features.{number}.bias"])
-        layers += [conv, nn.ReLU()]
+        layers += [_make_conv(state[f"features.{number}.weight"], state[f"features.{number}.bias"]), nn.ReLU()]
     return nn.Sequential(*layers)
 
 

@@ -117,8 +117,7 @@ class PoseDebiasStage(Stage):
         face = source_points.mean(0)
         face = face - face.mean(0)  # (478, 3)
         axes = per_coefficient[:, None].expand(-1, len(face), -1)
-        field = torch.linalg.cross(axes, face.expand(len(axes), -1, -1))
-        self.flow.basis.sub_(field.to(self.flow.basis))
+        self.flow.basis.sub_(torch.linalg.cross(axes, face.expand(len(axes), -1, -1)).to(self.flow.basis))
         self.measured.update({name: rows[:0] for name, rows in self.measured.items()})
         return mean_abs_angle(rotations - lam_deltas @ per_coefficient)
 

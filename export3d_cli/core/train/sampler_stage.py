@@ -66,12 +66,12 @@ class SamplerStage(Stage):
         points = project_points(orbit_camera(0), mean) * side - 0.5
         mask, corner = _face_mask(points, side)
         crop = np.s_[corner[1] : corner[1] + len(mask), corner[0] : corner[0] + mask.shape[1]]
-        textures = np.stack([warp_picture(self._picture(*first[i]), points, marks[i], side)[crop] for i in frontal])
-        textures = textures.astype(np.float32) / 255
+        photos = [np.asarray(self.datasets[d].frames[k]) for d, k in first[frontal]]
+        faces = [warp_picture(photo, points, marks[i], side)[crop] for i, photo in zip(frontal, photos, strict=True)]
+        textures = np.stack(faces).astype(np.float32) / 255
         weight = np.sqrt(mask)[..., None].repeat(3, 2).ravel()
-        texture_scores, _, texture_share = _principal_components(
-            textures.reshape(len(textures), -1) * weight, config.textures
-        )
+        weighted = textures.reshape(len(textures), -1) * weight
+        texture_scores, _, texture_share = _principal_components(weighted, config.textures)
         centred = textures - textures.mean(0)
         texture_basis = np.tensordot(texture_scores.T, centred, 1) / len(centred) * mask[..., None]
 
@@ -108,14 +108,9 @@ class SamplerStage(Stage):
         heads: dict[str, list[tuple[float, int, int]]] = {}
         for d, data in enumerate(self.datasets):
             marks = data.landmarks[..., :2]
-
-            def gap(a: int, b: int, marks: np.ndarray = marks) -> np.ndarray:
-                return np.asarray(np.linalg.norm(marks[:, a] - marks[:, b], axis=1))
-
-            size = gap(LEFT_EYE_OUTER, RIGHT_EYE_OUTER)
-            neutral = (gap(13, 14) < MAX_LIP_GAP * size) & (
-                np.minimum(gap(159, 145), gap(386, 374)) > MIN_EYE_GAP * size
-            )
+            ends = ((LEFT_EYE_OUTER, RIGHT_EYE_OUTER), (13, 14), (159, 145), (386, 374))
+            size, lips, right_eye, left_eye = (np.linalg.norm(marks[:, a] - marks[:, b], axis=1) for a, b in ends)
+            neutral = (lips < MAX_LIP_GAP * size) & (np.minimum(right_eye, left_eye) > MIN_EYE_GAP * size)
             turn = np.abs(yaw_pitch_roll(data.camera)[:, :2]).max(1)
             cost = turn + EXPRESSION_COST * data.beta[:, :52].sum(1) + INCOMPLETE_COST * ~_shows_whole_head(data)
             for clip in data.clips:
@@ -131,12 +126,9 @@ class SamplerStage(Stage):
         camera = np.stack([self.datasets[d].camera[k] for d, k in rows])
         return np.asarray(np.median(landmarks_to_head_frame(marks, camera), axis=0))
 
-    def _picture(self, d: int, k: int) -> np.ndarray:
-        return np.asarray(self.datasets[d].frames[k])
-
     def _jpeg(self, d: int, k: int) -> np.ndarray:
-        picture = cv2.cvtColor(self._picture(d, k), cv2.COLOR_RGB2BGR)
-        return np.asarray(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]).ravel()
+        picture = cv2.cvtColor(self.datasets[d].frames[k], cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].ravel()
 
 
 def _shows_whole_head(data: FaceDataset) -> np.ndarray:
@@ -155,9 +147,8 @@ def _read_attributes(name: str) -> dict[str, tuple[float, bool]]:
         with Path(name).open(newline="", encoding="utf-8") as file:
             return {row["person"]: (float(row["age"]), row["shown"] == "1") for row in csv.DictReader(file)}
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"sampler.attributes {name} must be a CSV with person, age and shown (0 or 1): {error}"
-        ) from error
+        columns = "person, age and shown (0 or 1)"
+        raise InputError(f"sampler.attributes {name} must be a CSV with {columns}: {error}") from error
 
 
 def _principal_components(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:

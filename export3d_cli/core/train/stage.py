@@ -99,17 +99,14 @@ class Stage:
         if skipped <= limit:
             return
         name = "loss" if "loss" in bad else bad[0]
-        resume_hint = "there is no checkpoint yet: the same command starts again"
+        hint = "there is no checkpoint yet: the same command starts again"
         if run.last_saved is not None:
-            resume_hint = (
-                f"the same command continues from the last good checkpoint, {run.folder / 'state.safetensors'} "
-                f"(stage {run.last_saved[0]}, step {run.last_saved[1]})"
-            )
-        raise TrainingError(
-            f"the {name} of stage {self.name} is {terms[name]} at step {self.step} "
-            f"({', '.join(f'{k} {v:.3g}' for k, v in terms.items())}): lower lr, set precision to fp32, or "
-            f"skip such steps with --skip-nonfinite; {resume_hint}"
-        )
+            state = f"{run.folder / 'state.safetensors'} (stage {run.last_saved[0]}, step {run.last_saved[1]})"
+            hint = f"the same command continues from the last good checkpoint, {state}"
+        values = ", ".join(f"{key} {value:.3g}" for key, value in terms.items())
+        problem = f"the {name} of stage {self.name} is {terms[name]} at step {self.step} ({values})"
+        remedy = "lower lr, set precision to fp32, or skip such steps with --skip-nonfinite"
+        raise TrainingError(f"{problem}: {remedy}; {hint}")
 
     def save(self) -> None:
         """Write the training state."""
@@ -130,9 +127,7 @@ class Stage:
                     part.update({k: v.to(part[k].device) for k, v in saved.items()})
             self.step = int(info["step"])
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise TrainingError(
-                f"the training state in {self.run.folder} does not fit its configuration: {error}"
-            ) from error
+            raise TrainingError(f"the state in {self.run.folder} does not fit its configuration: {error}") from error
 
 
 def _pack(part: Part) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from export3d_cli.core.config.loading import save_yaml
-from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, DataConfig, ModelConfig, TrainConfig
+from export3d_cli.core.config.schema import CALIBRATION, INPAINTERS, ModelConfig, TrainConfig
 from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.model.checkpoint import load_into, load_weights, read_licence
 from export3d_cli.core.model.export3d import Export3D
@@ -47,14 +48,15 @@ class TrainSummary:
 def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None = None) -> TrainSummary:
     """Run or continue the stages of `config` in its run folder; under torchrun the processes share each batch."""
     if not config.license:
-        raise ConfigError(
-            "license is not set: name the licence of the trained weights, for example --license CC-BY-4.0 "
-            "(what your training data and initial weights allow)"
-        )
+        hint = "for example --license CC-BY-4.0 (what your training data and initial weights allow)"
+        raise ConfigError(f"license is not set: name the licence of the trained weights, {hint}")
     names = {"init": config.init, "expression": config.expression_from}
     initial = {key: load_weights(resolve_weights(name)) for key, name in names.items() if name}
     if "init" in initial:
-        config = replace(config, model=_inherit_calibration(config.model, initial["init"][1]))
+        # of the initial weights, except for fields that the configuration sets
+        unset = [name for name in CALIBRATION if getattr(config.model, name) == getattr(ModelConfig, name)]
+        calibration = {name: getattr(initial["init"][1], name) for name in unset}
+        config = replace(config, model=replace(config.model, **calibration))
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(init_distributed(pick_device(config.device)))
         stack.enter_context(torch_state(threads=config.threads, seed=config.seed, device=world.device))
@@ -74,11 +76,9 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             world.barrier()
         if config.stages == ("sampler",):  # no network
             run.record = {"stages": list(config.stages), "data": [Path(p).name for p in config.data.path]}
-            sampler_stage = SamplerStage(run, datasets)
-            sampler_stage.train()
-            return TrainSummary(
-                run.folder, run.weights, "sampler", 1, True, run.elapsed_minutes(), sampler_stage.values
-            )
+            fit = SamplerStage(run, datasets)
+            fit.train()
+            return TrainSummary(run.folder, run.weights, "sampler", 1, True, run.elapsed_minutes(), fit.values)
 
         # model
         torch.manual_seed(config.seed)
@@ -91,10 +91,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
 
         # stages
         model.inpainters.requires_grad_(False)  # only their own stages train them
-
-        def make_sampler(data: DataConfig = config.data) -> PairSampler:
-            return PairSampler(datasets, data)
-
+        make_sampler = partial(PairSampler, datasets)
         resumed_stage = config.stages[0] if run.resumed_state is None else run.resumed_state[1]["stage"]
         images: ImageStages | None = None
         stage: Stage | None = None
@@ -107,7 +104,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
                     continue
                 stage = ClebsStage(run, model, sampler)
             elif name in INPAINTERS:
-                stage = InpaintStage(run, model, make_sampler(), name)
+                stage = InpaintStage(run, model, make_sampler(config.data), name)
             elif name == "pose_debias":
                 if run.resumed_state is None and images is None:
                     run.save_weights(model.state_dict())
@@ -116,7 +113,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
                 load_into(model, state, f"the weights {run.weights}")
                 stage = PoseDebiasStage(run, model, make_sampler(sampling_config(config)))
             else:
-                stage = images = images or ImageStages(run, model, make_sampler())
+                stage = images = images or ImageStages(run, model, make_sampler(config.data))
                 images.begin(name)
             finished = stage.train()
             if not finished:
@@ -129,20 +126,12 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
         return TrainSummary(run.folder, run.weights, name, step, finished, run.elapsed_minutes(), values)
 
 
-def _inherit_calibration(model: ModelConfig, init_model: ModelConfig) -> ModelConfig:
-    """Return `model` with the calibration of the initial weights, except for fields that the configuration sets."""
-    unset = [name for name in CALIBRATION if getattr(model, name) == getattr(ModelConfig, name)]
-    return replace(model, **{name: getattr(init_model, name) for name in unset})
-
-
 def _licence_notes(config: TrainConfig) -> list[str]:
     """Return a note if the initial weights have another licence than the trained ones."""
     licences = {name: read_licence(resolve_weights(name)) for name in (config.init, config.expression_from) if name}
-    return [
-        f"{name} has the licence {licence or 'unknown'}: make sure that it allows {config.license}"
-        for name, licence in licences.items()
-        if licence != config.license
-    ]
+    remedy = f"make sure that it allows {config.license}"
+    differing = {name: licence or "unknown" for name, licence in licences.items() if licence != config.license}
+    return [f"{name} has the licence {licence}: {remedy}" for name, licence in differing.items()]
 
 
 def _load_initial_weights(model: Export3D, config: TrainConfig, initial: dict[str, Any]) -> None:

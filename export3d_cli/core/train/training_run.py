@@ -41,9 +41,8 @@ class TrainEvent:
 class TrainingRun:
     """One run folder, created or reopened, where a training state in it continues, and the clock of this call."""
 
-    def __init__(
-        self, config: TrainConfig, progress: Callable[[TrainEvent], None] | None = None, world: World | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, progress: Callable[[TrainEvent], None] | None = None,
+                 world: World | None = None) -> None:  # fmt: skip
         self.config, self.progress, self.folder = config, progress, Path(config.run)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.world = world or World(device=pick_device(config.device))
@@ -58,13 +57,11 @@ class TrainingRun:
             info = self.resumed_state[1]
             info["stage"] = RENAMED_KEYS.get(info["stage"], info["stage"])
             if info["stage"] not in config.stages:
-                raise TrainingError(
-                    f"{self.folder} stopped in the stage {info['stage']}, which is not one of this run's "
-                    f"({', '.join(config.stages)}): set run to another folder, or add the stage"
-                )
-            self.decay_progress = float(info.get("decayed", 0.0))
-            if self.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
-                self.decay_progress = WARM_RESTART_PROGRESS
+                known = f"which is not one of this run's ({', '.join(config.stages)})"
+                stopped = f"{self.folder} stopped in the stage {info['stage']}, {known}"
+                raise TrainingError(f"{stopped}: set run to another folder, or add the stage")
+            decayed = float(info.get("decayed", 0.0))  # 1: the run got more time, and the final rate would learn little
+            self.decay_progress = decayed if decayed < 1 else WARM_RESTART_PROGRESS
             self.last_saved = (info["stage"], int(info["step"]))
         self.world.barrier()  # all processes read before the first one writes
         if self.world.is_main:
@@ -94,9 +91,8 @@ class TrainingRun:
         elapsed = (self.elapsed_minutes() - start_minute) / max(self.config.max_minutes - start_minute, 1e-6)
         return self.world.broadcast(min(self.decay_progress + (1 - self.decay_progress) * max(elapsed, 0.0), 1.0))
 
-    def report_progress(
-        self, stage: str, step: int, steps: int, values: dict[str, float] | None = None, message: str = ""
-    ) -> None:
+    def report_progress(self, stage: str, step: int, steps: int, values: dict[str, float] | None = None,
+                        message: str = "") -> None:  # fmt: skip
         """Call the progress callback, on the first process."""
         if self.progress is None or not self.world.is_main:
             return

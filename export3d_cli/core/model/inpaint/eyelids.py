@@ -70,8 +70,7 @@ class EyelidInpainter(EyePairInpainter):
         ratio = eyelid_height(points, side) / eyelid_height(photo_points, side).clamp_min(1e-3)
         return linear_step(ratio, *EYELID_HEIGHT_FADE)
 
-    def make_holes(
-        self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor, uv: Tensor
-    ) -> list[CroppedHole]:
+    def make_holes(self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor,
+                   uv: Tensor) -> list[CroppedHole]:  # fmt: skip
         """Return both upper lids and their lashes."""
         return [eyelid_hole(uv, side, photo, uv_photo, visibility[side]) for side in (0, 1)]

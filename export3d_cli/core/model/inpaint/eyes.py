@@ -109,15 +109,13 @@ class EyePairInpainter(Inpainter):
         """Return how much the landmarks (B, 478, 3) of a result need inpainting, (B,) in 0..1."""
         raise NotImplementedError
 
-    def make_holes(
-        self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor, uv: Tensor
-    ) -> list[CroppedHole]:
+    def make_holes(self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor,
+                   uv: Tensor) -> list[CroppedHole]:  # fmt: skip
         """Return the hole of each eye; `visibility` holds, for each, how far the photo shows it, (B,) in 0..1."""
         raise NotImplementedError
 
-    def inpaint(
-        self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
-    ) -> list[InpaintedPatch]:
+    def inpaint(self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor,
+                camera: Tensor) -> list[InpaintedPatch]:  # fmt: skip
         """See `Inpainter.inpaint`."""
         strengths = [self.strength(photo_points, points, side) for side in (0, 1)]
         if not any(bool(strength.any()) for strength in strengths):
@@ -142,9 +140,8 @@ class EyeInpainter(EyePairInpainter):
         wider = linear_step(after / before.clamp_min(1e-3), *EYE_OPENING_FADE)
         return wider * ((after - MIN_EYE_OPENING) / MIN_EYE_OPENING).clamp(0, 1)
 
-    def make_holes(
-        self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor, uv: Tensor
-    ) -> list[CroppedHole]:
+    def make_holes(self, photo: Tensor, uv_photo: Tensor, visibility: list[Tensor], points: Tensor,
+                   uv: Tensor) -> list[CroppedHole]:  # fmt: skip
         """Return the whole inside of both eyes, with the mean iris colour of the photo's visible eyes, or a brown."""
         colours, confidences = zip(*(iris_colour(photo, uv_photo, side) for side in (0, 1)), strict=True)
         weight = torch.stack([c * v for c, v in zip(confidences, visibility, strict=True)])  # (2, B)

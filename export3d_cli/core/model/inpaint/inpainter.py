@@ -155,9 +155,8 @@ class Inpainter(nn.Module):
             placed.append(F.grid_sample(batch, grid, align_corners=False, padding_mode="border") * inside)
         return torch.cat(placed, dim=1)
 
-    def inpaint(
-        self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
-    ) -> list[InpaintedPatch]:
+    def inpaint(self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor,
+                camera: Tensor) -> list[InpaintedPatch]:  # fmt: skip
         """Inpaint results `image` (B, 3, H, W) with landmarks (B, 478, 3), head frame, and cameras (B, 25).
 
         Returns no patches if the photo shows all that they need.

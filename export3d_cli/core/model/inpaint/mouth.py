@@ -79,9 +79,8 @@ class MouthInpainter(Inpainter):
 
     texture_count = 2
 
-    def inpaint(
-        self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor, camera: Tensor
-    ) -> list[InpaintedPatch]:
+    def inpaint(self, image: Tensor, photo: Tensor, photo_points: Tensor, photo_camera: Tensor, points: Tensor,
+                camera: Tensor) -> list[InpaintedPatch]:  # fmt: skip
         """Inpaint mouths that are wider open than in the photo, see `Inpainter.inpaint`."""
         uv, _ = project(points, camera)
         uv_photo, _ = project(photo_points, photo_camera)

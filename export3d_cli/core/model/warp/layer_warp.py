@@ -46,9 +46,8 @@ class LayerWarp(NamedTuple):
         return torch.addcmul(self.sample(photos), fill, 1 - self.blend_weights.sum(1, keepdim=True))
 
 
-def make_layer_warp(
-    flow: LayeredFlow, background_visibility: Tensor, size: int, residual_flow: Tensor | None = None
-) -> LayerWarp:
+def make_layer_warp(flow: LayeredFlow, background_visibility: Tensor, size: int,
+                    residual_flow: Tensor | None = None) -> LayerWarp:  # fmt: skip
     """Resize a flow's layers, shifted by `residual_flow`; `background_visibility` (B, 1, m, m) weights the second."""
     grid, head_weight = torch.cat([flow.head, flow.background, *flow.additional], dim=1), flow.head_weight
     if residual_flow is not None:
@@ -76,9 +75,8 @@ def highpass(photo: Tensor) -> Tensor:
     return x - lowpass(x)
 
 
-def upscale_with_detail(
-    image: Tensor, layer_warp: LayerWarp, photos: Tensor, size: int, window: Window = WHOLE
-) -> Tensor:
+def upscale_with_detail(image: Tensor, layer_warp: LayerWarp, photos: Tensor, size: int,
+                        window: Window = WHOLE) -> Tensor:  # fmt: skip
     """Resize the result to `size` and give it the detail of other copies of the N photos, which no network sees.
 
     What the network sampled is replaced by what the copies show there, with the same weights: along outlines both

@@ -135,9 +135,8 @@ class BasisFlow(nn.Module):
         self.register_buffer("basis", torch.zeros(config.num_coefficients, NUM_LANDMARKS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(FACE_TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("ring_triangles", ring_triangles(), persistent=False)
-        eyes, eye_parents = split_eye_triangles(
-            NUM_LANDMARKS + len(HEAD_RINGS) * len(FACE_OVAL), FACE_TRIANGLES - EYE_TRIANGLES
-        )
+        first_edge = NUM_LANDMARKS + len(HEAD_RINGS) * len(FACE_OVAL)
+        eyes, eye_parents = split_eye_triangles(first_edge, FACE_TRIANGLES - EYE_TRIANGLES)
         skin, rings = torch.arange(int(eye_parents[0])), FACE_TRIANGLES + torch.arange(len(self.ring_triangles))
         self.register_buffer("eye_triangles", eyes, persistent=False)
         self.register_buffer("parents", torch.cat([skin, eye_parents, rings]), persistent=False)
@@ -176,9 +175,8 @@ class BasisFlow(nn.Module):
         raster = rasterize(uv, depth, triangles[:, :3], size, self.windows)
         return interpolate_vertices(raster, values, triangles[:, :3]).transpose(1, 2).reshape(len(uv), -1, size, size)
 
-    def head_mask(
-        self, points: Tensor, camera: Tensor, person: Tensor | None, proximity: Tensor | None = None
-    ) -> Tensor:
+    def head_mask(self, points: Tensor, camera: Tensor, person: Tensor | None,
+                  proximity: Tensor | None = None) -> Tensor:  # fmt: skip
         """Return where a photo shows the head, (B, 1, m, m) in 0..1: all that moves with it, down to the upper neck.
 
         Without the mask `person` (B, 1, ., .) of hair and body, or if it misses the face, the mask of the head fades
@@ -221,13 +219,11 @@ class BasisFlow(nn.Module):
         attributes = torch.cat([uv, constant.expand(B, -1, -1), varying], dim=-1)
         triangles = self._flow_triangles()[:, :3]
         areas = _double_areas(uv, self.all_triangles()[:, :3])
-        return DeformedMesh(
-            vertices, interpolate_iris_edge(deformed_points, edge), attributes[:, triangles].flatten(2), areas
-        )
+        iris_edges = interpolate_iris_edge(deformed_points, edge)
+        return DeformedMesh(vertices, iris_edges, attributes[:, triangles].flatten(2), areas)
 
-    def render_flow(
-        self, mesh: DeformedMesh, camera: Tensor, size: int | None = None, head_mask: Tensor | None = None
-    ) -> MeshFlow:
+    def render_flow(self, mesh: DeformedMesh, camera: Tensor, size: int | None = None,
+                    head_mask: Tensor | None = None) -> MeshFlow:  # fmt: skip
         """Rasterise one mesh, or one per camera (B, 25), at `size`; `head_mask`: the photo's, of the method."""
         B, s = camera.shape[0], size or self.size
         triangles = self.all_triangles()

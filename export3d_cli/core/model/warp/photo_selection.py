@@ -61,9 +61,8 @@ def blend_landmarks(deformed: list[Tensor], distances: Tensor, angles: Tensor) -
     return (torch.stack(deformed, dim=-1) * torch.softmax(logits, dim=-1)[:, :, None]).sum(-1)
 
 
-def select_photos(
-    flow: LayeredFlow, meshes: list[MeshFlow], expression: Tensor, angles: Tensor, shown: Tensor
-) -> tuple[LayeredFlow, MeshFlow]:
+def select_photos(flow: LayeredFlow, meshes: list[MeshFlow], expression: Tensor, angles: Tensor,
+                  shown: Tensor) -> tuple[LayeredFlow, MeshFlow]:  # fmt: skip
     """Blend the head from J photos, whose mesh flows `meshes` show the same head, the first photo's first.
 
     `expression` (B, J, m, m) are `expression_distances` in the image; `angles` (B, J): sines of the angles between the

@@ -67,9 +67,8 @@ def rasterize(uv: Tensor, depth: Tensor, triangles: Tensor, size: int, windows: 
     return Raster(index, _barycentric(covering, pixel_grid(size, uv.device) * size - 0.5))
 
 
-def _rasterize_group(
-    corner: Tensor, depth: Tensor, low: Tensor, numbers: Tensor, window: int, size: int, sparse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rasterize_group(corner: Tensor, depth: Tensor, low: Tensor, numbers: Tensor, window: int, size: int,
+                     sparse: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Test triangles (B, T, 3, 2) with depths (B, T, 3) and numbers (T,) on windows that start at `low` (B, T, 2).
 
     Returns, for the N cells of all windows, z (inf outside the triangle), the index of the pixel among B * size * size,
