@@ -22,7 +22,7 @@ def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.argument("inputs", type=options.EXISTING_PATH, metavar="INPUT...", nargs=-1, required=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True,
               help="Folder of the data set, or for the motion of one input "
-              "X.motion.npz, or X.csv (ARKit, Live Link Face).")  # fmt: skip
+              "X.motion.npz, or X.csv (ARKit, Live Link Face) or X.json.")  # fmt: skip
 @click.option("--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Side of crops in pixels.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of worker processes.")
 @click.option("--max-frames", type=click.IntRange(1), help="Maximum number of frames per input.  [default: all]")
@@ -51,7 +51,7 @@ def preprocess(ctx: click.Context, inputs: tuple[Path, ...], output: Path, max_f
     """Track faces in INPUT (videos, images, or folders of them).
 
     With one video, photo, sound or Live Link Face CSV and OUT ending in .motion.npz or .csv, write its motion, a driver
-    for `reenact`; a .csv holds ARKit's coefficients and the head's angles for other programs (-o clip.csv).
+    for `reenact`; a .csv or .json holds ARKit's coefficients and the head's angles for other programs (-o clip.csv).
     Otherwise write a data set for `train`: videos are split into clips of one face; rejected.jsonl says which were left
     out and why. Rendered heads with exact views (a folder with clips/, labels/, depth/) keep their depth. Run the same
     command again to continue an interrupted run.

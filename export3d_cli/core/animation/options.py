@@ -80,7 +80,7 @@ class ReenactOptions(PortraitOptions, Control):
         super().__post_init__()
         whole_photo = self.framing == "photo" and self.crop == "auto" and self.background == "source"
         if (self.face == "all" or self.pairs) and not (whole_photo and not self.compare):
-            raise InputError("several faces need their whole photo: omit --frame, --crop, --compare and --background")
+            raise InputError("several faces need the whole photo: leave out --frame, --crop, --compare, --background")
         if self.face == "all" and self.pairs:
             raise InputError("--face all gives one driver to all faces: leave it out with --pair")
         if not self.expression.is_constant:

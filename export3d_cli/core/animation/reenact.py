@@ -43,6 +43,8 @@ def reenact(animator: Animator, source: Path | Portrait, driver: Path, out: Path
     if isinstance(source, Path) and is_video(source):
         return edit_clip(animator, source, out, options, driver=driver, progress=progress)
     options, began = (options or ReenactOptions()).for_driver(driver), time.monotonic()
+    if options.length != "source":
+        raise InputError(f"--length {options.length} is for a video as SRC, and {source} is a photo: leave it out")
     options.check_outputs(out)
     add_watermark = get_watermarker(options.watermark)
     portraits = load_portraits(animator, source, options)

@@ -8,6 +8,7 @@ driver's change from a base. The base is the source's value (absolute) or the dr
 0 keeps the source's value, absolute at scale 1 is the driver's (the paper's reenactment), and above 1 exaggerates.
 """
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -181,7 +182,9 @@ def _expand_regions(names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(names)
     if "torso" in names:
         raise InputError("torso is not a region: use head, with --torso driver for a torso that moves as the driver's")
-    unknown = [name for name in names if name not in (*_GROUPS, *DRIVABLE)]
+    known = (*DRIVABLE, *_GROUPS)
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise InputError(f"regions are {', '.join((*DRIVABLE, *_GROUPS))}, got {unknown[0] if unknown else 'none'!r}")
+        near = f": did you mean {difflib.get_close_matches(unknown[0], known, 1, 0)[0]}?" if unknown else ""
+        raise InputError(f"regions are {', '.join(known)}, got {unknown[0] if unknown else 'none'!r}{near}")
     return tuple(dict.fromkeys(region for name in names for region in _GROUPS.get(name, (name,))))

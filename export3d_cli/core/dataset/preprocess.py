@@ -76,7 +76,7 @@ def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, worker
                person: PersonRule | None = None, shard: tuple[int, int] | None = None, face: str | None = None,
                tracker: TrackerName | None = None, overlay: Path | None = None, report: bool = False,
                progress: Progress | None = None) -> PreprocessSummary:  # fmt: skip
-    """Track faces and write one motion file (`out` ends in .motion.npz or .csv) or a data set (`out` is a folder).
+    """Track faces and write one motion file (`out` ends in .motion.npz, .csv or .json) or a data set (a folder).
 
     `inputs` are videos, photos or folders; `max_frames` of each input are used. For a data set only: `size`, the side
     of the crops (256 pixels), number of `workers` (1), `clip_filter`, `person` (the id is the file "name" up to its
@@ -86,7 +86,7 @@ def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, worker
     to write with the tracking drawn on it. Raises `InputError` for an option that does not apply, `NoFaceError` if no
     input has a usable face.
     """
-    if out.suffix in (".npz", ".csv"):
+    if out.suffix in (".npz", ".csv", ".json"):
         options: dict[str, Any] = {"--size": size, "--workers": workers, CLIP_FILTER_OPTIONS: clip_filter}
         options |= {"--person": person, "--shard": shard, "--report": report or None}
         _refuse(options, f"{out} is a motion file", "a data set (a folder as OUT)")
@@ -94,7 +94,7 @@ def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, worker
             inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker=tracker
         )
     options = {"--fps": fps, "--face": face, "--tracker": tracker, "--overlay": overlay}
-    _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz or .csv)")
+    _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz, .csv or .json)")
     all_inputs = _find_inputs(inputs, out)
     if not all_inputs:
         raise InputError(f"no video or image in {', '.join(map(str, inputs))}")
@@ -148,8 +148,8 @@ def _write_motion_file(inputs: list[Path], out: Path, overlay: Path | None, prog
         _refuse(picture_options, f"{inputs[0]} has no pictures", "videos and photos")
     given = {name: value for name, value in options.items() if value is not None}
     motion, notes = extract_motion(inputs[0], progress=progress, **given)
-    if out.suffix == ".csv":
-        arkit.write_csv(out, motion)
+    if out.suffix in (".csv", ".json"):
+        arkit.write_coefficients(out, motion)
     else:
         motion.save(out)
     if overlay is not None:

@@ -8,6 +8,7 @@ first, then pitch, then yaw. Other programs write degrees: a file with an angle 
 """
 
 import csv
+import json
 import re
 from array import array
 from fractions import Fraction
@@ -79,8 +80,11 @@ def head_rotations(angles: np.ndarray) -> np.ndarray:
     return rotation_exp(-yaw * y) @ rotation_exp(pitch * x) @ rotation_exp(-roll * z)
 
 
-def write_csv(path: Path, motion: Motion) -> None:
-    """Write the 52 coefficients and the head angles of a motion as a Live Link Face CSV, atomically."""
+def write_coefficients(path: Path, motion: Motion) -> None:
+    """Write the 52 coefficients and the head angles, radians, of a motion atomically.
+
+    A .json holds `fps`, `names` and `frames`, a list of numbers for each; anything else is a Live Link Face CSV.
+    """
     rotation = head_pose(motion.camera)[0]  # (T, 3, 3), the inverse of `head_rotations`
     yaw = -np.arctan2(rotation[:, 0, 2], rotation[:, 2, 2])
     pitch = -np.arcsin(rotation[:, 1, 2].clip(-1, 1))
@@ -88,6 +92,9 @@ def write_csv(path: Path, motion: Motion) -> None:
     values = np.concatenate([motion.beta[:, : len(ARKIT_NAMES)], np.stack([yaw, pitch, roll], axis=1)], axis=1)
     names = [name[0].upper() + name[1:] for name in ARKIT_NAMES] + list(ANGLE_COLUMNS)
     with write_atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump({"fps": float(motion.fps), "names": names, "frames": values.round(6).tolist()}, file)
+            return
         writer = csv.writer(file)
         writer.writerow(["Timecode", "BlendshapeCount", *names])
         for number, row in enumerate(values):

@@ -98,6 +98,8 @@ def test_compare_shows_source_driver_and_result(animator: Animator, make_clip: M
     animator.portrait(photo).motion.save(motion)
     with pytest.raises(InputError, match="--compare"):
         reenact(animator, SOURCE, motion, tmp_path / "no.mp4", ReenactOptions(compare=True))
+    with pytest.raises(InputError, match="a video as SRC"):
+        reenact(animator, SOURCE, clip, tmp_path / "no.mp4", ReenactOptions(length="loop"))
     assert not (tmp_path / "no.mp4").exists()
 
 

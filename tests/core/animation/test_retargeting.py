@@ -130,7 +130,7 @@ def test_target_expression_scales_changes_of_lambda() -> None:
     assert torch.allclose(Control(expression_scale=2).target_expression(source, driver, None), 2 * driver - 2)
     relative = Control(relative_expression=True, expression_scale=0.5)
     assert torch.allclose(relative.target_expression(source, driver, reference), 2 + 0.5 * (driver - 1))
-    for bad, words in (((), "regions are"), (("hair",), "regions are"), (("torso",), "use head")):
+    for bad, words in (((), "regions are"), (("mouht",), "did you mean mouth"), (("torso",), "use head")):
         with pytest.raises(InputError, match=words):
             Control(drive=bad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.arkit import estimate_frame_rate, make_motion, read_csv, write_csv
+from export3d_cli.core.face.arkit import estimate_frame_rate, make_motion, read_csv, write_coefficients
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points, yaw_pitch_roll
@@ -121,7 +122,11 @@ def test_written_csv_reads_back(tmp_path: Path, rate: Fraction) -> None:
     cameras = np.stack([orbit_camera(k - 35, k / 3, 20 - k / 2, radius=3.1) for k in range(70)])
     found = np.ones(70, bool)
     motion = Motion(beta, cameras, np.zeros((70, 0, 3), np.float32), found, rate, (0.0, 0.0, 1.0), (1, 1))
-    write_csv(tmp_path / "take.csv", motion)
+    write_coefficients(tmp_path / "take.csv", motion)
+    write_coefficients(tmp_path / "take.json", motion)
+    written = json.loads((tmp_path / "take.json").read_text())
+    assert written["fps"] == float(rate) and written["names"][-1] == "HeadRoll"
+    np.testing.assert_allclose(np.array(written["frames"])[:, :52], beta[:, :52], atol=1e-6)
     again = read(tmp_path / "take.csv")
     assert again.fps == rate
     limits = make_motion(np.ones((1, len(ARKIT_NAMES))), cameras[:1], rate).beta
