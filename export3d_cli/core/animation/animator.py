@@ -360,33 +360,36 @@ class Animator:
         coefficients = partial(self._coefficients, portrait.model)
         base = None if reference is None else coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
-        rest = None
+        rest = None  # (1, 478, 3) landmark offsets of the driver's face at rest
         if control.drives_whole_face and reference is not None:
             rest = self._landmark_offsets(portrait, reference, reference)
-        own_beta, own, offset = portrait.motion.beta[0], portrait.source.coefficients, None
+            rest = None if rest is None else rest.mean(0, keepdim=True)
+        own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
-            offset = coefficients(edit.beta) - own
+            edited = coefficients(edit.beta) - own
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera
 
         def parts() -> Iterator[Iterable[Any]]:
             for motion in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, motion.beta)
-                lam = control.target_expression(own, coefficients(beta), base)
-                lam = lam if offset is None else lam + offset
+                lam, change = control.target_expression(own, coefficients(beta), base), edited.to(own)
                 cameras = control.target_cameras(source_camera, motion.camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
                     shown = own_beta + control.expression_scale * (beta - start)
-                    lam = lam + coefficients(look_at_camera(shown, cameras)) - coefficients(shown)
+                    change = change + coefficients(look_at_camera(shown, cameras)) - coefficients(shown)
                 moved = control.target_torso(source_camera, motion.torso, reference, portrait.canvas.limits)
-                offsets = None if reference is None else self._landmark_offsets(portrait, motion, reference)
-                if rest is None or offsets is None:
-                    yield from renderer.render_motion(cameras, self._amplify(portrait, lam), torso=moved)
-                else:
-                    offsets = control.expression_scale * (offsets - rest.mean(0))
-                    yield from renderer.render_motion(cameras, lam, torso=moved, offsets=offsets)
+                offsets = None
+                if rest is not None and reference is not None:
+                    offsets = self._landmark_offsets(portrait, motion, reference, rest)
+                if offsets is None:
+                    lam = self._amplify(portrait, lam + change)
+                else:  # the landmarks show the driver's expression in full: only what is added to it is amplified
+                    lam = lam + self.model.config.expression_gain * change
+                    offsets = control.expression_scale * offsets
+                yield from renderer.render_motion(cameras, lam, torso=moved, offsets=offsets)
 
         return chain_parallel(parts(), self.workers)
 
@@ -484,15 +487,17 @@ class Animator:
         """Return coefficients (B, n + 4) to give to the network, so that its frames show `lam` (B, n + 4)."""
         return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
-    def _landmark_offsets(self, portrait: Portrait, motion: Motion, reference: Motion) -> Tensor | None:
-        """Return what a driver's landmarks do since the reference frame beyond its lambda; None without landmarks."""
+    def _landmark_offsets(
+        self, portrait: Portrait, motion: Motion, reference: Motion, rest: Tensor | None = None
+    ) -> Tensor | None:
+        """Return `Export3D.landmark_offsets` (T, 478, 3) since a driver's reference frame; None without landmarks."""
         model = portrait.model
         points = [self._tensor(x.head_landmarks) for x in (motion, reference.select(np.array([0])))]
         if model.flow is None or not all(x.numel() for x in points):
             return None
         lam, base = (self._coefficients(model, beta) for beta in (motion.beta, reference.beta[:1]))
         with torch.inference_mode():
-            return model.landmark_offsets(portrait.source, lam, points[0], base, points[1])
+            return model.landmark_offsets(portrait.source, lam, points[0], base, points[1], rest)
 
     def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
@@ -512,6 +517,8 @@ class Animator:
         model, source = portrait.model, portrait.source.expand(len(cameras))
         # larger frames need a larger mesh, up to twice: otherwise the outline shows steps
         scale = np.clip(len(portrait.crop) / model.config.image_size, 1, 2)
+        if posed is None and self.quality == "fast":
+            planes = portrait.planes.expand(len(cameras), -1, -1, -1, -1)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes, offsets)
             output = model.drive(source, lam, self._tensor(cameras), posed=posed, **self._sampling,
@@ -582,18 +589,17 @@ class _Renderer:
         `torso` (T, 4) are its motions, see `Control.target_torso`; None: it follows the neck.
         """
         portrait, size = self._portrait, len(self._portrait.crop)
-        if posed is None and self._animator.quality == "fast":
-            planes = portrait.planes.expand(len(cameras), -1, -1, -1, -1)
 
         def compute(part: slice) -> Iterable[Any]:
             with torch.inference_mode():
-                own = {k: None if x is None else x[part] for k, x in (("planes", planes), ("offsets", offsets))}
-                output, head = self._animator._render(portrait, cameras[part], lam[part], posed, **own)
+                part_planes = None if planes is None else planes[part]
+                moved = None if offsets is None else offsets[part]
+                output, head = self._animator._render(portrait, cameras[part], lam[part], posed, part_planes, moved)
                 if not output.image.isfinite().all():
-                    output, head = self._render_fp32(cameras[part], lam[part], own["offsets"])
+                    output, head = self._render_fp32(cameras[part], lam[part], moved)
                 images = to_uint8(output.image if portrait.padded is None else output.upscale(portrait.padded, size))
-                moved = self._torso if torso is None else self._animator._tensor(torso[part])
-                flow = self._animator._extend_flow(portrait, cameras[part], output, head, moved)
+                torso_motion = self._torso if torso is None else self._animator._tensor(torso[part])
+                flow = self._animator._extend_flow(portrait, cameras[part], output, head, torso_motion)
                 layers = FrameLayers.from_output(images, flow, output)
                 return layers if self._as_layers else [portrait.canvas.compose(layer) for layer in layers]
 
@@ -634,11 +640,12 @@ def _check_rows(name: str, array: np.ndarray, columns: int) -> np.ndarray:
 
 def _chunks(motions: Iterable[Motion], length: int) -> Iterator[Motion]:
     """Yield the motion of `length` frames at a time, however they are spread over `motions`."""
-    waiting: Motion | None = None
+    rest: Motion | None = None
     for motion in motions:
-        waiting = motion if waiting is None else Motion.concatenate([waiting, motion])
-        while len(waiting) >= length:
-            yield waiting.select(np.arange(length))
-            waiting = waiting.select(np.arange(length, len(waiting)))
-    if waiting is not None and len(waiting):
-        yield waiting
+        waiting = motion if rest is None else Motion.concatenate([rest, motion])
+        whole = len(waiting) - len(waiting) % length
+        for start in range(0, whole, length):
+            yield waiting.select(np.arange(start, start + length))
+        rest = waiting.select(np.arange(whole, len(waiting)))
+    if rest is not None and len(rest):
+        yield rest

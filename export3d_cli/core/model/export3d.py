@@ -216,12 +216,14 @@ class Export3D(nn.Module):
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
     def landmark_offsets(
-        self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor, reference: Tensor
+        self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor, reference: Tensor,
+        rest: Tensor | None = None,
     ) -> Tensor:
         """Return how far a driver's landmarks (B, 478, 3) are from where lambda (B, n + 4) puts them: (B, 478, 3).
 
         Lambda moves them from those of a reference frame, (1, n + 4) and (1, 478, 3). The result has the size of the
-        source's face. A wink's lids stay where the measures put them, since trackers see a winking eye half open.
+        source's face. `rest` (1, 478, 3), such a distance of the driver's face at rest, is subtracted. A wink's lids
+        stay where the measures put them, since trackers see a winking eye half open.
         """
         assert self.flow is not None
         n = self.config.num_coefficients
@@ -229,6 +231,7 @@ class Export3D(nn.Module):
         expected = self.flow.deform_landmarks(reference, lam[:, :n] - reference_lam[:, :n])
         expected = apply_measures(expected, reference, lam[:, n:], reference_lam[:, n:].expand(len(lam), -1))
         offsets = (landmarks - expected) * (interocular(source.landmarks) / interocular(reference))[..., None]
+        offsets = offsets if rest is None else offsets - rest
         lids = index_tensor(WINKING_POINTS, offsets)
         offsets[:, lids] *= (1 - lam[:, n, None, None].abs()).clamp_min(0)
         return offsets

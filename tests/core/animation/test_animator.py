@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from export3d_cli.core.animation.animator import RENDER_SCALES, Animator, Portrait
+from export3d_cli.core.animation.expression_controls import EditedExpression
 from export3d_cli.core.animation.novel_view import NovelViewOptions, orbit_cameras
 from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
@@ -325,8 +327,6 @@ def test_names_of_earlier_versions_name_their_successors(animator: Animator, old
 
 def test_expression_gain_of_the_weights_scales_the_driver_s_expression(tiny_weights: Path) -> None:
     """With the neutral gain of 1, an expression scale of 1.1 gives what these weights do by themselves."""
-    from dataclasses import replace
-
     calibrated = load_model(tiny_weights)
     neutral = Export3D(replace(calibrated.config, expression_gain=1.0))
     neutral.load_state_dict(calibrated.state_dict())
@@ -356,6 +356,19 @@ def test_frames_follow_landmarks_that_beta_does_not_tell(animator: Animator, por
     assert change(control()) > 20
     assert change(control(expression_scale=0.0)) == change(control(drive=("head",))) == 0
     assert change(control(drive=("head", "eyes", "brows"))) == 0
+
+
+def test_edits_show_as_much_with_the_driver_s_landmarks_as_without(animator: Animator, portrait: Portrait) -> None:
+    """The driver is the portrait at rest, so that its landmarks add nothing."""
+    rest = portrait.motion
+    bare = replace(rest, landmarks=rest.landmarks[:, :0])
+    edit = EditedExpression(rest.beta[0], rest.beta + np.linspace(-0.2, 0.3, 64, dtype=np.float32), ())
+    frames = [
+        next(animator.animate(portrait, [x], control=Control(pose="relative"), reference=x, edit=edit)).astype(int)
+        for x in (rest, bare)
+    ]
+    assert np.abs(frames[0] - frames[1]).max() <= 1
+    assert np.abs(frames[0] - next(animator.animate(portrait, [rest]))).max() > 5
 
 
 def test_pick_device_and_precision() -> None:

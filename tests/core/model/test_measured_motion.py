@@ -171,4 +171,7 @@ def test_landmark_offsets_are_what_a_driver_does_beyond_lambda(points: Tensor) -
     found[:, CHIN] = 0
     assert float(found.abs().max()) < 1e-6
     lam[:, 3] = 1  # the tracker sees the eyes as open as before
-    assert float(offsets(lam, driven, base, points)[:, WINKING_POINTS].abs().max()) < 1e-6
+    rest = torch.full_like(points, 0.01)
+    assert float(offsets(lam, driven, base, points, rest)[:, WINKING_POINTS].abs().max()) < 1e-6
+    lam[:, 3] = 0
+    assert torch.allclose(offsets(lam, driven, base, points) - offsets(lam, driven, base, points, rest), rest)
