@@ -52,7 +52,8 @@ class MotionBatch(NamedTuple):
 
     motion: Motion
     driver_crops: list[np.ndarray | None]  # uint8 (K, K, 3), the face crop of each frame if it is to be shown
-    reference: Motion | None  # see `Animator.animate`; the same object within a shot
+    # (R rows) row 0: the frame that relative control counts from; the others: the face at rest; one object per shot
+    reference: Motion | None
 
 
 @dataclass
@@ -63,7 +64,6 @@ class _Shot:
     faces: list[Face | None] = field(default_factory=list)
     clip: ClipCalibration | None = None  # once it is measured
     held: Face | None = None  # what a frame without a face repeats: the face before it, or the shot's first
-    last: Face | None = None  # the last face that was added
 
 
 class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
@@ -202,7 +202,10 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             yield frame
 
     def _faces(self) -> Iterator[tuple[Face | None, bool, tuple[int, int]]]:
-        """Yield the face of each frame, whether a shot begins there, and the frame's size."""
+        """Yield the face of each frame, whether a shot begins with it, and the frame's size.
+
+        A shot goes on after a cut within the same framing, as jump cuts and flashes are.
+        """
         cache = self.track_cache
         if cache is not None and cache.is_complete(self._track_key):
             self.rotation = cache.rotation
@@ -214,14 +217,19 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             cache.restart(self._track_key)
         target = TargetFaceTracker(self.tracker, self.fps, choice=self.options.driver_face, name=str(self.driver))
         frames = UprightFrames(self.tracker, self._images(self._reader))
+        is_cut, last = False, None
         for frame in frames:
             self.rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
-            face = target(frame)
-            if face is not None and self._torso is not None:
-                face = replace(face, torso=self._torso(frame, face, is_new_shot=target.is_new_shot))
+            face, is_new_shot = target(frame), False
+            is_cut |= target.is_new_shot
+            if face is not None:
+                is_new_shot = is_cut and last is not None and not _looks_alike(last, face)
+                is_cut, last = False, face
+                if self._torso is not None:
+                    face = replace(face, torso=self._torso(frame, face, is_new_shot=is_new_shot))
             if cache is not None:
-                cache.append(face, size, is_new_shot=target.is_new_shot)
-            yield face, target.is_new_shot, size
+                cache.append(face, size, is_new_shot=is_new_shot)
+            yield face, is_new_shot, size
         if self.rotation:
             rotated = f"its frames are used rotated by {self.rotation} degrees clockwise"
             self.notes.append(f"the face in {self.driver} {describe_rotation(self.rotation)}: {rotated}")
@@ -237,15 +245,11 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     def _track(self) -> Iterator[tuple[int, Motion]]:
         """Yield motions before smoothing, with their shot's number; a shot's frames wait until its crop is known."""
         shot, missing = _Shot(0), 0
-        is_cut = False
         size = (0, 0)
         for index, (face, is_new_shot, size) in enumerate(self._faces()):
-            is_cut |= is_new_shot
-            if face is not None and is_cut:
-                is_cut = False
-                if shot.last is not None and not _looks_alike(shot.last, face):
-                    yield from self._flush(shot, size, 1)
-                    shot = _Shot(shot.number + 1)
+            if is_new_shot:
+                yield from self._flush(shot, size, 1)
+                shot = _Shot(shot.number + 1)
             if face is None:
                 missing += 1
                 self.missing = max(missing, self.missing)  # of the first pass
@@ -255,10 +259,10 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                     continue
             self._used.append(index)
             shot.faces.append(face)
-            shot.held, shot.last = shot.held or face, face or shot.last
-            if shot.last is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
+            shot.held = shot.held or face
+            if shot.held is not None and (shot.clip is not None or len(shot.faces) >= LOOKAHEAD_S * self.fps):
                 yield from self._flush(shot, size, self.batch)
-        if shot.last is None:
+        if shot.held is None:
             raise NoFaceError(f"no face found in {self.driver}: use a video that shows one large, upright face")
         yield from self._flush(shot, size, 1)
 

@@ -104,10 +104,15 @@ class ReenactOptions(PortraitOptions, Control):
                 raise InputError(f"background {background} is not an image: give a .jpg, .png or .webp file")
 
     def for_driver(self, driver: Path) -> ReenactOptions:
-        """Return the options for a driver: a picture shows no movement, so its pose `auto` is absolute."""
-        if self.pose != "auto" or not has_image_suffix(driver):
+        """Return the options for a driver: a picture shows no movement, so its pose `auto` is absolute.
+
+        Raise `InputError` if the torso is to move as that of a picture.
+        """
+        if not has_image_suffix(driver):
             return self
-        return replace(self, pose="absolute", torso=None if self.torso == "driver" else self.torso)
+        if self.torso == "driver":
+            raise InputError(f"{driver} is a picture, whose torso does not move: leave out --torso driver")
+        return replace(self, pose="absolute") if self.pose == "auto" else self
 
     def uses_sound_of(self, driver: Path) -> bool:
         """Return whether the sound of a driver drives."""

@@ -66,8 +66,9 @@ class Control:
         _expand_regions([name for name, _ in self.scales] or DRIVABLE)
         if self.torso == "driver" and self.pose == "absolute":
             raise InputError("the driver's torso moves from its reference frame: use --pose auto or relative with it")
-        if not isinstance(self.torso, str | None) and not 0 <= self.torso <= 1:
-            raise InputError(f"torso must be 0 to 1 of the head's motion, got {self.torso}")
+        is_fraction = isinstance(self.torso, int | float) and 0 <= self.torso <= 1
+        if self.torso not in (None, "driver") and not is_fraction:
+            raise InputError(f"torso must be driver, None or 0 to 1 of the neck's motion, got {self.torso}")
 
     @property
     def needs_reference(self) -> bool:
@@ -138,12 +139,12 @@ class Control:
     ) -> np.ndarray | None:
         """Return the torso's shift in crop sides, roll and growth (T, 4) float32 from the driver's torso (T, 4).
 
-        It is as far from its place in the reference frame as the driver's, and limited as `target_cameras` limits the
-        head. NaN: not seen. Without `torso="driver"` it is None.
+        It is as far from its place in row 0 of the reference as the driver's, and limited as `target_cameras` limits
+        the head. NaN: not seen. Without `torso="driver"` it is None.
         """
         if self.torso != "driver" or reference is None:
             return None
-        change = self.pose_scale * self._scale("head") * (driver - reference.torso)
+        change = self.pose_scale * self._scale("head") * (driver - reference.torso[:1])
         change[:, :2] *= head_pose(reference.camera[0])[1][2] / head_pose(source)[1][2]
         change[:, 0] = _limit_softly(change[:, 0], limits.left, limits.right)
         change[:, 1] = _limit_softly(change[:, 1], limits.up, limits.down)

@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,10 +46,10 @@ class Motion:
     crop: tuple[float, float, float]  # x0, y0, side in pixels of the frames; may reach outside them
     size: tuple[int, int]  # width, height of the frames
     # (T, 4) float32, x and y in crop units, roll, log size, see `TorsoTracker`; NaN: not seen. Files do not hold it.
-    torso: np.ndarray = None  # type: ignore[assignment]
+    torso: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # without rows: all NaN
 
     def __post_init__(self) -> None:
-        if self.torso is None:
+        if not len(self.torso):
             object.__setattr__(self, "torso", np.full((len(self.beta), 4), np.nan, np.float32))
 
     def __len__(self) -> int:
@@ -163,8 +163,10 @@ def mirror_camera(camera: np.ndarray) -> np.ndarray:
 def mirror_motion(motion: Motion) -> Motion:
     """Return the motion of the mirrored face in the mirrored image."""
     beta, camera, landmarks = mirror_beta(motion.beta), mirror_camera(motion.camera), motion.landmarks
-    has_mesh = landmarks.shape[1] == NUM_LANDMARKS
-    return replace(motion, beta=beta, camera=camera, landmarks=mirror_landmarks(landmarks) if has_mesh else landmarks)
+    if landmarks.shape[1] == NUM_LANDMARKS:
+        landmarks = mirror_landmarks(landmarks)
+    torso = (motion.torso * (-1, 1, -1, 1) + (1, 0, 0, 0)).astype(np.float32)
+    return replace(motion, beta=beta, camera=camera, landmarks=landmarks, torso=torso)
 
 
 def mirror_landmarks(landmarks: np.ndarray) -> np.ndarray:

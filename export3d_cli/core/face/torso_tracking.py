@@ -16,6 +16,7 @@ FACE_PX = 48  # size of the face's box in the patches that are registered
 REGION_PX = (144, 80)  # width and height of the template, whose centre is the torso's point
 PATCH_PX = 176  # side of the patch around the template in which it is searched
 MIN_AREA = 0.05  # fraction of the template that must show the person
+MIN_CONTRAST = 0.1  # least standard deviation of the template at the coarse blur: clothes have 0.25, flat areas 0.03
 MIN_CORRELATION = 0.5  # with the template, from which on the torso counts as found ...
 SURE_CORRELATION = 0.9  # ... and no other place is tried
 BLURS_PX = (2.8, 1.0)  # standard deviations of the two passes
@@ -28,8 +29,8 @@ class TorsoTracker:
     """Called with a video's frames, uint8 (H, W, 3) RGB, and their faces; returns the torso of each, (4,) float32.
 
     It is x and y of a point below the chin in pixels, then roll in radians and the logarithm of the size relative to
-    the first frame of the shot. All are NaN in a shot whose first frame shows no torso. Where the torso is covered it
-    moves with the face.
+    the first frame of the shot. All are NaN in a shot whose first frame shows no torso, or one without texture. Where
+    the torso is covered it moves with the face.
     """
 
     def __init__(self, matting: PersonMatting) -> None:
@@ -83,7 +84,6 @@ class TorsoTracker:
         width, height = REGION_PX
         rows, columns = (slice((PATCH_PX - n) // 2, (PATCH_PX + n) // 2) for n in (height, width))
         mask = (person[rows, columns] > 0.5) & (patch[rows, columns, 1] > 0)
-        self._mask = mask & bool(mask.mean() > MIN_AREA)
         self._pass = []
         for blur in BLURS_PX:
             fine = cv2.GaussianBlur(patch[..., 0], (0, 0), blur)
@@ -91,6 +91,7 @@ class TorsoTracker:
             place = _PLACES[mask]
             slopes = [dx, dy, dy * place.real - dx * place.imag, dx * place.real + dy * place.imag]
             self._pass.append((fine[rows, columns][mask], np.stack(slopes, axis=1)))
+        self._mask = mask & bool(mask.mean() > MIN_AREA and self._pass[0][0].std() > MIN_CONTRAST)
 
     def _register(self, image: np.ndarray, face_step: complex) -> None:
         """Find the torso near its last place, or near that place moved with the face, whichever matches better."""
@@ -124,8 +125,10 @@ class TorsoTracker:
                 shift -= turn * complex(step_x, step_y)
                 if abs(complex(step_x, step_y)) + 50 * abs(complex(roll, growth)) < 0.02:
                     break
-            shown = view[:, 1] > 0.99
-            correlation = float(np.corrcoef(template[shown], view[shown, 0])[0, 1])
+            one, two = (x[view[:, 1] > 0.99] for x in (template, view[:, 0]))
+            if min(one.std(), two.std()) < 1e-6:
+                return -1.0, centre, self._turn
+            correlation = float(np.corrcoef(one, two)[0, 1])
         return correlation, centre + shift * square[2] / PATCH_PX, turn * abs(self._turn)
 
 

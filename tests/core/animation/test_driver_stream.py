@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -331,6 +332,26 @@ def test_a_driver_without_its_rotation_tag_is_turned_upright(
             assert driver.notes == [
                 f"the face in {turned} {state}: its frames are used rotated by {degrees} degrees clockwise"
             ]
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_torso_starts_again_in_each_shot(tracker: LandmarkerTracker, tmp_path: Path, is_wide: bool) -> None:
+    """A flash within the same framing does not end the shot; the frame after a cut may show no face."""
+    with VideoReader(example_path("drive.mp4")) as reader:
+        frame = next(iter(reader))
+    turn = cv2.getRotationMatrix2D((256, 400), -4, 1)
+    turned = cv2.warpAffine(frame, turn, frame.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+    last = wide_shot(turned) if is_wide else turned
+    hidden = np.full_like(frame, 255)
+    if is_wide:
+        hidden = last.copy()
+        hidden[90:226, 320:460] = 128
+    frames = [frame, turned, hidden, last]
+    options = ReenactOptions(smooth="off", pose="relative", torso="driver")
+    matting = PersonMatting(resolve_weights("selfie_segmentation"))
+    driver = DriverStream(write_frames(tmp_path, frames), tracker, options, batch=4, crop_scale=2.1, matting=matting)
+    roll = np.concatenate([batch.motion.torso[:, 2] for batch in driver])
+    np.testing.assert_allclose(np.degrees(roll), [0, 4, 4, 0 if is_wide else 4], atol=0.3)
 
 
 def test_torso_is_read_only_on_demand(tracker: LandmarkerTracker, tmp_path: Path) -> None:

@@ -107,19 +107,29 @@ def test_reference_frame_is_the_photo_itself_or_the_earliest_of_its_rotation(ani
 
 def test_target_torso_moves_as_far_from_its_reference_as_the_drivers() -> None:
     reference = Motion(
-        np.zeros((1, 64), np.float32), orbit_camera(0, radius=2.61)[None], np.zeros((1, 0, 3), np.float32),
-        np.ones(1, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1), np.array([[0.5, 1.2, 0.1, 0.0]], np.float32),
+        np.zeros((3, 64), np.float32), orbit_camera(0, radius=2.61)[None].repeat(3, axis=0),
+        np.zeros((3, 0, 3), np.float32), np.ones(3, bool), Fraction(25), (0.0, 0.0, 1.0), (1, 1),
+        np.array([[0.5, 1.2, 0.1, 0.0], [0.6] * 4, [0.7] * 4], np.float32),  # of the face at rest: without effect
     )  # fmt: skip
     torso = np.array([[0.55, 1.18, 0.12, -0.03], [9, 9, 9, 9], [np.nan] * 4], np.float32)
     limits = TravelLimits(0.2, 0.2, 0.2, 0.2)
     control = Control(pose="relative", torso="driver", pose_scale=0.5)
-    near, far, unseen = control.target_torso(OWN, torso, reference, limits)
+    near, far, unseen, _ = control.target_torso(OWN, np.concatenate([torso, torso[:1]]), reference, limits)
     np.testing.assert_allclose(near, [0.025 * 0.9, -0.01 * 0.9, 0.01, -0.015], atol=1e-6)
     assert (far < [0.201, 0.201, 0.121, 0.121]).all() and (far > 0.1).all()
     assert np.isnan(unseen).all()
     assert Control().target_torso(OWN, torso, reference, limits) is None
     with pytest.raises(InputError, match="use --pose auto or relative"):
         Control(torso="driver")
+    for bad in ("follow", 1.5, float("nan")):
+        with pytest.raises(InputError, match=f"torso must be .*, got {bad}"):
+            Control(torso=bad)
+
+
+def test_pose_auto_moves_the_torso_as_the_driver_s(animator: Animator, tmp_path: Path) -> None:
+    options = ReenactOptions(torso="driver", max_frames=3, size=128)
+    summary = reenact(animator, SOURCE, example_path("drive.mp4"), tmp_path / "out.mp4", options)
+    assert (summary.frames, summary.notes) == (3, ())
 
 
 def test_target_expression_scales_changes_of_lambda() -> None:
@@ -196,6 +206,8 @@ def test_pose_auto_keeps_the_source_s_pose_and_place_at_the_most_similar_frame(
 def test_pose_auto_of_a_picture_is_the_picture_s_own() -> None:
     assert ReenactOptions().for_driver(Path("smile.jpg")).pose == "absolute"
     assert ReenactOptions().for_driver(Path("smile.mp4")).needs_reference
+    with pytest.raises(InputError, match=r"smile\.jpg is a picture.*leave out --torso driver"):
+        ReenactOptions(torso="driver").for_driver(Path("smile.jpg"))
     assert ReenactOptions().reference == "auto"
     assert ReenactOptions(reference_frame=3).reference == 3
     assert ReenactOptions(pose="relative").reference == 0

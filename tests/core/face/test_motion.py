@@ -25,7 +25,7 @@ from export3d_cli.core.face.head_pose import (
     load_canonical_face,
 )
 from export3d_cli.core.face.landmarks import RIGID_POINTS, RIGID_WEIGHTS
-from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks
+from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks, mirror_motion
 from export3d_cli.core.face.tracker import LandmarkerTracker, open_landmarker_tracker
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.runtime.camera import (
@@ -158,6 +158,12 @@ def test_mirror_commutes_with_the_head_frame(canonical: CanonicalFace) -> None:
     direct = landmarks_to_head_frame(landmarks, camera)[:, canonical.mirror] * [-1, 1, 1]
     mirrored = landmarks_to_head_frame(mirror_landmarks(landmarks), mirror_camera(camera))
     np.testing.assert_allclose(mirrored, direct, atol=2e-3)  # the canonical face is nearly symmetric
+
+
+def test_mirrored_torso_is_on_the_other_side(motion: Motion) -> None:
+    torso = np.tile(np.float32([0.75, 1.25, 0.125, -0.5]), (3, 1))
+    mirrored = mirror_motion(replace(motion, torso=torso)).torso
+    np.testing.assert_array_equal(mirrored, np.tile(np.float32([0.25, 1.25, -0.125, -0.5]), (3, 1)))
 
 
 def test_mirror_agrees_with_tracking_the_flipped_image(tracker: LandmarkerTracker) -> None:

@@ -69,6 +69,18 @@ def test_covered_torso_moves_with_the_face(matting: PersonMatting, shown: tuple[
     np.testing.assert_allclose(torso(image, face, is_new_shot=False), first, atol=0.2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_torso_without_texture_counts_as_unseen(matting: PersonMatting, shown: tuple[np.ndarray, Face]) -> None:
+    image, face = shown
+    torso, flat = TorsoTracker(matting), image.copy()
+    flat[int(face.landmarks[:, 1].max()) - 30 :] = 77
+    assert np.isnan(torso(flat, face, is_new_shot=False)).all()
+    assert torso.unseen
+    first = torso(image, face, is_new_shot=True)
+    blank = np.full_like(image, 77)  # matches nowhere
+    np.testing.assert_allclose(torso(blank, moved(face, 6), is_new_shot=False) - first, [6, 0, 0, 0], atol=1e-3)
+
+
 def test_head_alone_shows_no_torso(matting: PersonMatting, shown: tuple[np.ndarray, Face]) -> None:
     image, face = shown
     torso = TorsoTracker(matting)
