@@ -114,7 +114,8 @@ def reenact(ctx: click.Context, sources: tuple[Path, ...], driver: Path, output:
         if not chosen["pairs"]:
             raise click.MissingParameter(param_hint="'DRIVE'", param_type="argument")
         options.refuse_unused({"face"}, "--pair in place of DRIVE")
-        sources, ((chosen["face"], driver), *others) = (driver,), chosen["pairs"]
+        sources = (driver,)
+        (chosen["face"], driver), *others = chosen["pairs"]
         chosen["pairs"] = tuple(others)
     if len(sources) > 1:
         options.refuse_unused({"also", "landmarks"}, "several SRC")

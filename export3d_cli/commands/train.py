@@ -50,5 +50,5 @@ def _print_plan(config: dict[str, Any], plan: dict[str, Any], *, as_json: bool) 
         click.echo(f"# parameters of {name}: {count:,}")
     click.echo(f"# parameters of the model: {plan['total_parameters']:,}")
     click.echo(f"# work per source: {plan['gflops_source']:.2f} GFLOPs, per frame: {plan['gflops_frame']:.2f} GFLOPs")
-    parts = f"{plan['weights_mib']:.0f} for weights and optimiser, {plan['activations_mib_a_pair']:.0f} per pair"
-    click.echo(f"# memory, about: {plan['memory_mib']:.0f} MiB ({parts} of a batch, at fp32)")
+    click.echo(f"# memory, about: {plan['memory_mib']:.0f} MiB ({plan['weights_mib']:.0f} for weights and optimiser, "
+               f"{plan['activations_mib_a_pair']:.0f} per pair of a batch, at fp32)")  # fmt: skip

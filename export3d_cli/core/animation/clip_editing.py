@@ -136,7 +136,7 @@ def edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> 
     if unused:
         raise InputError(f"{clip} is a video, whose frames keep their pose and picture: leave out {', '.join(unused)}")
     if options.face == "all":
-        raise InputError(f"{clip} is a video, and one face of it is edited: edit one by one, with --face index:N")
+        raise InputError(f"{clip} is a video, and one face is edited: edit its faces one by one, with --face index:N")
     drive = set(options.drive)
     if "head" in drive and drive != set(DRIVABLE):
         raise InputError(f"{clip} is a video, whose head keeps its own motion: leave head out of --drive")

@@ -92,8 +92,8 @@ class LiveSummary:
     seconds: float
     fps: float  # shown frames a second
     latency_ms: dict[str, float]  # p50 and p95 of the time from the arrival of a camera frame to its output
-    dropped: int  # camera frames that were not tracked, as newer ones came
-    missing: int  # shown frames whose camera frame has no face
+    dropped: int  # camera frames that were not tracked, as newer ones came; not those between two looks while idle
+    missing: int  # shown frames whose camera frame has no face; not while paused or without a viewer
     device: str
     notes: tuple[str, ...] = field(default=())
     histogram: dict[int, int] = field(default_factory=dict)  # latency in steps of `HISTOGRAM_MS` -> shown frames
@@ -144,7 +144,9 @@ class LiveTracker:
         if self.recalibrate:
             self.recalibrate = self._is_calibrated = False
             self._faces, self._calibrated_s = [], 0.0
-        change = elapsed * self._was_found if face is not None and self._is_calibrated else -elapsed
+        change = -elapsed
+        if face is not None and self._is_calibrated:
+            change = elapsed if self._was_found else 0.0  # it came back at some time since the last frame
         self._was_found = face is not None
         self._presence = min(max(self._presence + change / SETTLE_S, 0.0), 1 + PATIENCE_S / SETTLE_S)
         if face is not None and not self._is_calibrated:
@@ -246,16 +248,20 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
     images = LatestIterator(items, stop=stopped.set)
     commands: SimpleQueue[str] = SimpleQueue()
     latencies, recent = Counter[int](), Counter[int]()  # number of frames by latency in ms
-    line, missing, paused, is_seen = "", 0, False, True
+    line, missing, skipped, paused, is_seen = "", 0, 0, False, True
     shown = np.zeros((*stage.size[::-1], 3), np.uint8)
 
     def track() -> Iterator[LiveFrame]:
+        nonlocal skipped
         for image, now in images:
             if not paused:
                 frame = follow(image, now)
             yield frame._replace(time=now)
-            if paused or not is_seen or (frame.state == "no face" and frame.strength == 0):
+            is_unseen = not is_seen and frame.state != "calibrating"  # the neutral face needs many frames
+            if paused or is_unseen or (frame.state == "no face" and frame.strength == 0):
+                dropped = images.dropped
                 stopped.wait(IDLE_INTERVAL_S)
+                skipped += images.dropped - dropped
 
     def render(frame: LiveFrame) -> tuple[LiveFrame, np.ndarray | None]:
         is_shown = (outputs or not options.send) and (not line or (is_seen and not paused))
@@ -288,13 +294,13 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
                 shown = shown if picture is None else picture
                 seen = [output(shown, line) for output in outputs]
                 is_seen = any(seen) or not seen or bool(options.send)
-                missing += frame.state == "no face"
+                missing += frame.state == "no face" and is_seen and not paused
                 now = time.monotonic()
                 recent[int(1000 * (now - frame.time))] += 1
                 if not line or now - reported >= REPORT_INTERVAL_S:
                     rate, (p50, p95) = recent.total() / (now - reported), _percentiles(recent)
                     line = f"{'paused' if paused else frame.state}, {rate:.1f} frames/s, latency {p50:.0f} ms "
-                    line += f"(95 % within {p95:.0f} ms), {images.dropped} dropped"
+                    line += f"(95 % within {p95:.0f} ms), {images.dropped - skipped} dropped"
                     latencies += recent
                     recent.clear()
                     reported = now
@@ -313,7 +319,7 @@ def live(animator: Animator, sources: Sequence[Path], options: LiveOptions | Non
     seconds, (p50, p95) = time.monotonic() - began, _percentiles(latencies)
     histogram = Counter(ms // HISTOGRAM_MS for ms in latencies.elements())
     return LiveSummary(latencies.total(), seconds, latencies.total() / seconds, {"p50": p50, "p95": p95},
-                       images.dropped, missing, animator.device_name,
+                       images.dropped - skipped, missing, animator.device_name,
                        (*precision_notes(animator.precision, animator.device), *stage.notes),
                        {k * HISTOGRAM_MS: n for k, n in sorted(histogram.items())})  # fmt: skip
 

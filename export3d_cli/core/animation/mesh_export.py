@@ -177,4 +177,5 @@ def _import_library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         missing = "scikit-image" if name.startswith("skimage") else name
-        raise InputError(f"a mesh needs {missing}: run pip install 'export3d-cli[mesh]'") from None
+        raise InputError(f"a mesh needs {missing}, which is not installed: "
+                         "run pip install 'export3d-cli[mesh]'") from None  # fmt: skip

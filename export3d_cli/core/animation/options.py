@@ -98,8 +98,8 @@ class ReenactOptions(PortraitOptions, Control):
                 raise InputError(f"background {background!r} is not a colour: give #rrggbb, for example #00ff00")
         elif not is_transparent and background != "source":
             if not Path(background).exists():
-                kinds = "source, transparent, #rrggbb or an image"
-                raise InputError(f"background {background!r} does not exist: use {kinds}")
+                raise InputError(f"background {background!r} does not exist: "
+                                 "use source, transparent, #rrggbb or an image")  # fmt: skip
             if not has_image_suffix(Path(background)):
                 raise InputError(f"background {background} is not an image: give a .jpg, .png or .webp file")
 

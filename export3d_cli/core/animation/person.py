@@ -44,8 +44,8 @@ class Person:
     def check(self, name: str, model: Export3D, weights: str) -> None:
         """Raise `InputError` if the file `name` does not match a network with the fingerprint `weights`."""
         if self.weights != weights:
-            remedy = "pass those by --weights, or make it again with these by `export3d personalize`"
-            raise InputError(f"{name} was made with other weights: {remedy}")
+            raise InputError(f"{name} was made with other weights: pass those by --weights, or make it again with "
+                             "these by `export3d personalize`")  # fmt: skip
         expected = None if model.flow is None else tuple(model.flow.basis.shape)
         if self.basis is not None and tuple(self.basis.shape) != expected:
             raise InputError(f"{name} is damaged: the basis is {tuple(self.basis.shape)}, the network's {expected}")

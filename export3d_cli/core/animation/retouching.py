@@ -38,8 +38,8 @@ class FaceWindows(NamedTuple):
     @classmethod
     def cut(cls, frames: Sequence[np.ndarray], rows: Sequence[Motion], size: int) -> FaceWindows:
         """Cut the windows of frames with their motion, one row each, and resize them to `size`."""
-        parts = zip(*((row.landmarks, row.camera) for row in rows), strict=True)
-        landmarks, camera = map(np.concatenate, parts)
+        landmarks = np.concatenate([row.landmarks for row in rows])
+        camera = np.concatenate([row.camera for row in rows])
         crops = np.array([row.crop for row in rows])
         pixels = landmarks[..., :2] * crops[:, None, 2:] + crops[:, None, :2]  # (T, 478, 2)
         low, high = pixels.min(1), pixels.max(1)

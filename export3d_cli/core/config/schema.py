@@ -56,8 +56,9 @@ class ModelConfig:
     face_residual_ratio: float = 0.0
     # calibration of trained weights (`CALIBRATION`), used at inference only; measured for the weights that carry it
     expression_gain: float = 1.0  # factor on changes of lambda that makes frames show the driver's expression; 1: none
-    # distance of lambda from the line between two frames within which the CPU interpolates their tri-planes; the second
-    # is for the quality balanced, the first is not used; lambda of an expression is about 3 long; 0: never
+    # distance of lambda from the line between two frames within which the CPU interpolates their tri-planes, 0: never;
+    # lambda of an expression is about 3 long. The second is for the quality balanced; the first, which older weights
+    # hold, is not used
     triplane_tolerance: tuple[float, float] = (0.0, 0.0)
     surface_density: float = 8.0  # density of the exported mesh's surface, per unit of the head frame
 

@@ -102,8 +102,8 @@ def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, worker
     notes = []
     if max_frames is not None and max_frames / CLIP_FPS < clip_filter.min_seconds:
         clip_filter = replace(clip_filter, min_seconds=float(max_frames / CLIP_FPS))
-        limit = f"because inputs are cut at {max_frames} frames"
-        notes.append(f"clips from {clip_filter.min_seconds:g} s are kept, {limit}")
+        notes.append(f"clips from {clip_filter.min_seconds:g} s are kept, because inputs are cut at "
+                     f"{max_frames} frames")  # fmt: skip
     shard_inputs = all_inputs if shard is None else all_inputs[shard[0] - 1 :: shard[1]]
     with folder_lock(out, shared=shard is not None):
         finished = DatasetManifest(out).finished_sources
@@ -212,8 +212,8 @@ def _run_jobs(jobs: list[InputJob], workers: int) -> Generator[list[str], None, 
             yield future.result()
         finished = True
     except concurrent.futures.process.BrokenProcessPool as error:
-        hint = "run the same command again, with fewer --workers if memory is short (finished inputs are kept)"
-        raise Export3DError(f"a worker process died: {hint}") from error
+        raise Export3DError("a worker process died: run the same command again, with fewer --workers if memory is "
+                            "short (finished inputs are kept)") from error  # fmt: skip
     finally:
         if not finished:  # interrupted: abandon the inputs in progress
             for process in processes:
@@ -302,8 +302,8 @@ def _process_exact_views(job: InputJob, tracker: LandmarkerTracker) -> tuple[lis
         size = (reader.info.width, reader.info.height)
         faces = [FaceTrack(tracker).settle(picture) for picture in itertools.islice(reader, job.max_frames)]
     if size[0] != size[1] or len(faces) > len(labels.depth):
-        expected = f"{len(labels.depth)} square pictures like its depth"
-        raise InputError(f"{job.file} must have {expected}, got {len(faces)} of {size}")
+        raise InputError(f"{job.file} must have {len(labels.depth)} square pictures like its depth, "
+                         f"got {len(faces)} of {size}")  # fmt: skip
     motion = tracker.make_motion(faces, CLIP_FPS, size)
     motion.save(job.out / f"{name}.motion.npz")
     depth, person = crop_depth(labels, motion)
@@ -351,12 +351,11 @@ class DatasetManifest:
     def __init__(self, out: Path) -> None:
         self.out = out
         paths = [out / "manifest.jsonl", *sorted((out / "inputs").glob("[!.]*.jsonl"))]
-        stored = (row for path in paths if path.exists() for row in _read_rows(path))
-        rows = {row["id"]: row | {"source": row.get("source", row["id"])} for row in stored}
+        rows = {row["id"]: row for path in paths if path.exists() for row in _read_rows(path)}
         self.clips = [row for _, row in sorted(rows.items()) if "reason" not in row]
         self.rejected = [row for _, row in sorted(rows.items()) if "reason" in row]
-        failed = {row["source"] for row in self.rejected if row.get("failed")}  # the next run tries them again
-        self.finished_sources = {row["source"] for row in rows.values()} - failed
+        failed = {_source(row) for row in self.rejected if row.get("failed")}  # the next run tries them again
+        self.finished_sources = {_source(row) for row in rows.values()} - failed
 
     def write(self) -> None:
         """Write both lists."""
@@ -368,6 +367,10 @@ def write_rows(path: Path, rows: list[ManifestRow]) -> None:
     """Write rows, one a line."""
     with write_atomic(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _source(row: ManifestRow) -> str:
+    return str(row.get("source", row["id"]))
 
 
 def _read_rows(path: Path) -> list[ManifestRow]:

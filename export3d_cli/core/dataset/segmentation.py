@@ -44,8 +44,8 @@ class ClipFilter:
     def __post_init__(self) -> None:
         """Check that the duration range is not empty."""
         if not 0 <= self.min_seconds <= self.max_seconds:
-            limits = f"{self.min_seconds} s and {self.max_seconds} s: change --min-seconds or --max-seconds"
-            raise InputError(f"clip duration must satisfy 0 <= min <= max, got {limits}")
+            raise InputError(f"clip duration must satisfy 0 <= min <= max, got {self.min_seconds} s and "
+                             f"{self.max_seconds} s: change --min-seconds or --max-seconds")  # fmt: skip
 
     def rejection_reason(self, segment: Segment) -> str:
         """Return why a segment is unfit for training; an empty string if it is fit."""

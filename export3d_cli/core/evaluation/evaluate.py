@@ -105,8 +105,8 @@ def evaluate(animator: Animator, dataset: Path, options: EvaluateOptions | None 
     options, began = options or EvaluateOptions(), time.monotonic()
     exact = has_exact_views(dataset)
     if exact and (options.cross or options.results or not options.model or options.size):
-        unused = "--cross, --protocol, --results and --no-model do not apply, leave them out"
-        raise InputError(f"{dataset} has exact views: {unused}")
+        raise InputError(f"{dataset} has exact views: --cross, --protocol, --results and --no-model do not apply, "
+                         "leave them out")  # fmt: skip
     suite = _make_metric_suite(animator, options)
     score: dict[str, Callable[[], tuple[dict[str, Scores], dict[str, Frames]]]]
     if exact:

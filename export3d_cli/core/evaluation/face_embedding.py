@@ -56,8 +56,8 @@ def _load_torchscript(path: Path, device: torch.device) -> Embedder:
             network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"{path} is not a TorchScript face embedder ({reason})"
-        raise InputError(f"{problem}: give one, or --identity dlib") from error
+        raise InputError(f"{path} is not a TorchScript face embedder ({reason}): "
+                         "give one, or --identity dlib") from error  # fmt: skip
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
 

@@ -130,8 +130,8 @@ def load_result_frames(folder: Path, case: Case, rows: np.ndarray, size: tuple[i
         raise InputError(f"{path} is {width}x{height}, must be square: frame it as the clip {case.driver.id}")
     frames = read_rows(path, rows, size)
     if len(frames) < len(rows):
-        expected = f"{len(case.driver.motion)} frames, one for each of its driver"
-        raise InputError(f"{path} is too short: it must have {expected}")
+        raise InputError(f"{path} is too short: it must have {len(case.driver.motion)} frames, "
+                         "one for each of its driver")  # fmt: skip
     return frames
 
 

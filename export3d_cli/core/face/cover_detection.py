@@ -4,7 +4,6 @@ A small network, trained by `weights/make_cover_detector.py`, looks at crops aro
 on covers as well.
 """
 
-from operator import ge
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +55,8 @@ class CoverDetector:
         picture = cv2.resize(image, (PICTURE_SIZE_PX,) * 2, interpolation=cv2.INTER_AREA)
         if len(image) < _MIN_SIDE_PX or _detail(picture) < _MIN_DETAIL:
             return CoveredParts()
-        logits = (self.logit(picture, landmarks, part) for part in range(len(_COVERED_LOGITS)))
-        return CoveredParts(*map(ge, logits, _COVERED_LOGITS))
+        limits = enumerate(_COVERED_LOGITS)
+        return CoveredParts(*(self.logit(picture, landmarks, part) >= limit for part, limit in limits))
 
     def logit(self, picture: np.ndarray, landmarks: np.ndarray, part: int) -> float:
         """Return the logit that part 0 (mouth), 1 (right eye) or 2 (left eye) is covered in a 256 x 256 picture."""

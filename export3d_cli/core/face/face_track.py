@@ -236,9 +236,9 @@ class TargetFaceTracker:
                 self._track = FaceTrack(self._tracker)
                 if index and not self.notes:
                     seconds = float(self._cut_frame / self._fps)
-                    cut = f"{self._name} shows {len(faces)} face(s) after the cut at {seconds:.1f} s"
-                    missing = f"{self._choice} does not exist there, and its frames count as frames without a face"
-                    self.notes.append(f"{cut}: {missing}")
+                    self.notes.append(f"{self._name} shows {len(faces)} face(s) after the cut at {seconds:.1f} s: "
+                                      f"{self._choice} does not exist there, and its frames count as frames without "
+                                      "a face")  # fmt: skip
                 return None
             self._track.follow(choose_face(faces, self._choice, self._name), image)
         self._chosen = True

@@ -138,7 +138,8 @@ def import_face_alignment() -> Any:
         finally:
             config.DISABLE_JIT = disable_jit
     except ImportError as error:
-        raise WeightsError(f"the tracker fan needs face-alignment ({error}): run `{INSTALL_COMMAND}`") from error
+        raise WeightsError(f"the tracker fan needs the package face-alignment ({error}): "
+                           f"run `{INSTALL_COMMAND}`") from error  # fmt: skip
     return face_alignment
 
 
@@ -151,7 +152,7 @@ def _load_network(device: str) -> Any:
         kind = package.LandmarksType.TWO_HALF_D
         return package.FaceAlignment(kind, device=device, flip_input=False, face_detector="folder", compile=False)
     except OSError as error:
-        problem = f"the weights of fan are not at {file} and cannot be fetched ({error})"
-        raise WeightsError(f"{problem}: go online once, or put {url} there") from error
+        raise WeightsError(f"the weights of fan are not at {file} and cannot be fetched ({error}): "
+                           f"go online once, or put {url} there") from error  # fmt: skip
     except Exception as error:  # torch raises many types for a damaged file
         raise WeightsError(f"{file} does not load as weights of fan ({type(error).__name__}): delete it") from error

@@ -46,8 +46,8 @@ def read_landmarks(path: Path, size: tuple[int, int]) -> np.ndarray:
         points *= np.array([*size, size[0]])[: points.shape[1]]
     low, high = points[:, :2].min(0), points[:, :2].max(0)
     if (high <= 0).any() or (low >= size).any() or (high - low).min() < 8:
-        found, photo = f"points from {low.round()} to {high.round()}", f"{size[0]}x{size[1]} pixels"
-        raise InputError(f"{path} holds {found}, and the photo has {photo}: give pixels of this photo")
+        raise InputError(f"{path} holds points from {low.round()} to {high.round()}, and the photo has "
+                         f"{size[0]}x{size[1]} pixels: give pixels of this photo")  # fmt: skip
     return points
 
 

@@ -269,8 +269,8 @@ def _cut_at_cues(samples: Iterable[np.ndarray], cues: Sequence[Cue]) -> Iterator
             parts.append(block)
             count += len(block)
             if count > MAX_CUE_S * SOUND_RATE + len(waiting):
-                hint = "give subtitles (SRT) with times, or use --duration"
-                raise InputError(f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound: {hint}")
+                raise InputError(f"a text is aligned to at most {MAX_CUE_S:.0f} s of sound: give subtitles (SRT) "
+                                 "with times, or use --duration")  # fmt: skip
         waiting = np.concatenate(parts)
         a = min(round(start * SOUND_RATE) - first, count)
         yield start, waiting[max(a, 0) : round(min(end * SOUND_RATE - first, count))], cue

@@ -17,7 +17,9 @@ from export3d_cli.core.runtime.errors import Export3DWarning
 # XYZ of red, green and blue, adapted to D50; and the exponent of the tone curve, None: that of sRGB
 DISPLAY_P3 = ((0.51512, 0.2412, -0.00105, 0.29198, 0.69225, 0.04189, 0.1571, 0.06657, 0.78407), None)
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947, 0.20528, 0.62567, 0.06087, 0.14919, 0.06322, 0.74457), 563 / 256)
-_DISPLAY_P3_CODE = re.compile(rb"colrnclx\0\x0c|\0\0\0\x04cICP\x0c")  # primaries 12 in HEIC and AVIF, and in PNG
+_CICP_DISPLAY_P3 = 12  # code of primaries; 1: sRGB
+_PNG_CODE = re.compile(rb"\0\0\0\x04cICP([\x01\x0c])")
+_AVIF_DISPLAY_P3 = b"colrnclx\0\x0c"
 _ADOBE_RGB_MARK = "R03"  # interoperability index of cameras that embed no profile
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # Pillow's for the colour spaces of profiles
 
@@ -25,10 +27,10 @@ _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # Pillow's f
 def convert_to_srgb(image: Image.Image, path: Path, header: bytes) -> Image.Image:
     """Convert an image of any Pillow mode with a profile to sRGB (mode RGB or RGBA); return others unchanged.
 
-    `header` is the beginning of the file, which may name primaries instead. A profile that is damaged or is for other
-    colour channels is ignored, with an `Export3DWarning`.
+    `header` is the beginning of a PNG or AVIF file, which may name primaries instead, empty for others. A profile that
+    is damaged or is for other colour channels is ignored, with an `Export3DWarning`.
     """
-    data = image.info.get("icc_profile") or _implied_profile(image, header)
+    data = _find_profile(image, header)
     if not data and image.mode != "LAB":
         return image
     try:
@@ -62,9 +64,14 @@ def make_profile(colorants: tuple[float, ...], gamma: float | None) -> bytes:
     return pack(header, *d50).ljust(128, b"\0") + table + body
 
 
-def _implied_profile(image: Image.Image, header: bytes) -> bytes | None:
-    """Return the profile that other metadata stands for: codes of primaries, the mark of Adobe RGB in EXIF."""
-    if _DISPLAY_P3_CODE.search(header):
+def _find_profile(image: Image.Image, header: bytes) -> bytes | None:
+    """Return the profile of an image: the embedded one, or that of a code of primaries, or of Adobe RGB's EXIF mark."""
+    if code := _PNG_CODE.search(header):  # it overrides an embedded profile
+        return make_profile(*DISPLAY_P3) if code[1][0] == _CICP_DISPLAY_P3 else None
+    if embedded := image.info.get("icc_profile"):
+        return bytes(embedded)
+    primaries = (image.info.get("nclx_profile") or {}).get("color_primaries")  # of HEIC files
+    if primaries == _CICP_DISPLAY_P3 or _AVIF_DISPLAY_P3 in header:
         return make_profile(*DISPLAY_P3)
     try:
         index = image.getexif().get_ifd(ExifTags.IFD.Interop).get(1, "")

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from export3d_cli.core.runtime.errors import MediaError
 
@@ -23,10 +23,10 @@ class FfmpegProcess:
 
     def __init__(self, command: list[str], *, stdin: bool = False, stdout: bool = False,
                  output_file: Path | None = None) -> None:  # fmt: skip
-        pipes = [subprocess.PIPE if is_used else subprocess.DEVNULL for is_used in (stdin, stdout)]
+        pipe, none = subprocess.PIPE, subprocess.DEVNULL
         # Ctrl-C must not end an encoder whose file is kept: it ends with its input, in a session of its own
-        self._popen: Any = subprocess.Popen(command, stdin=pipes[0], stdout=pipes[1], stderr=subprocess.PIPE,
-                                            start_new_session=stdin)  # fmt: skip
+        self._popen = subprocess.Popen(command, stdin=pipe if stdin else none, stdout=pipe if stdout else none,
+                                       stderr=pipe, start_new_session=stdin)  # fmt: skip
         self._output_file = output_file
         self._messages: deque[str] = deque(maxlen=4)
         self._bytes_moved, self._waiting, self._ended = 0, False, threading.Event()
@@ -37,10 +37,11 @@ class FfmpegProcess:
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill `buffer` from stdout; return the number of bytes read, fewer than its size at the end of the stream."""
+        assert self._popen.stdout is not None
         filled = 0
         with self._watched_wait():
             while filled < len(buffer):
-                count = self._popen.stdout.readinto1(buffer[filled:])
+                count = self._popen.stdout.readinto1(buffer[filled:])  # type: ignore[attr-defined]
                 if not count:
                     break
                 filled += count
@@ -51,17 +52,17 @@ class FfmpegProcess:
         """Write all of `data` to stdin; raise `OSError` if the process has closed it."""
         with self._watched_wait():
             for start in range(0, len(data), 1 << 16):
-                self._bytes_moved += self._popen.stdin.write(data[start : start + (1 << 16)])
+                self._bytes_moved += self._stdin.write(data[start : start + (1 << 16)])
 
     def close_input(self) -> None:
         """Close stdin: end of the input."""
         with self._watched_wait(), contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.close()
+            self._stdin.close()
 
     def wait(self) -> int:
         """Wait for the end of the process and of its messages; return the exit status."""
         with self._watched_wait():
-            code: int = self._popen.wait()
+            code = self._popen.wait()
         self._ended.set()
         self._message_thread.join(_DRAIN_TIMEOUT_S)  # a child of a killed process can keep the pipe open
         return code
@@ -83,6 +84,11 @@ class FfmpegProcess:
         code = self._popen.poll() or 0
         no_message = f"ffmpeg was killed by signal {-code}" if code < 0 else "ffmpeg gave no reason"
         return "; ".join(self._messages) or no_message
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._popen.stdin is not None
+        return self._popen.stdin
 
     @contextlib.contextmanager
     def _watched_wait(self) -> Iterator[None]:
@@ -108,6 +114,7 @@ class FfmpegProcess:
                 self._popen.kill()
 
     def _read_messages(self) -> None:
+        assert self._popen.stderr is not None
         for line in self._popen.stderr:
             if text := line.decode("utf-8", "replace").strip():
                 self._messages.append(text[:300])

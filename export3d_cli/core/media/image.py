@@ -83,7 +83,8 @@ def read_image(path: Path) -> np.ndarray:
                 warnings.warn(text, Export3DWarning, stacklevel=2)
             if image.format == "PNG":  # decoding alone ignores missing and damaged chunks at the end
                 Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-            return _to_rgb(convert_to_srgb(_decode(image, reduction), path, data[:_HEADER_BYTES]))
+            header = data[:_HEADER_BYTES] if image.format in ("PNG", "AVIF") else b""
+            return _to_rgb(convert_to_srgb(_decode(image, reduction), path, header))
     except Image.DecompressionBombError as error:
         limit = MAX_STORED_PIXELS // 1_000_000
         raise InputError(f"{path} has more than {limit} megapixels: reduce its size") from error

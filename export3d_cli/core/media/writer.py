@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 import numpy as np
 
@@ -76,7 +76,8 @@ class VideoWriter:
             self._exit_stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
         stack, self._exit_stack = self._exit_stack, None
         assert stack is not None
         if kind is not None:

@@ -50,7 +50,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], ModelConfig, dict
         config = model_config_from_dict(json.loads(header["config"]))
         record = json.loads(header["record"])
     except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
-        raise WeightsError(f"the header of {path} cannot be read: {error}; is it of a newer version?") from error
+        raise WeightsError(f"the header of {path} cannot be read: {error}; is it from a newer version?") from error
     state = {k: v.float() if v.is_floating_point() else v for k, v in _rename_old_keys(state).items()}
     if not all(bool(v.isfinite().all()) for v in state.values()):
         raise WeightsError(f"{path} contains values that are not finite: it is damaged, or its training diverged")
@@ -91,8 +91,8 @@ def load_into(model: nn.Module, state: dict[str, Tensor], origin: str = "the wei
     mismatches = {"lack": expected.keys() - state.keys(), "add": state.keys() - expected.keys(), "reshape": reshaped}
     if any(mismatches.values()):
         parts = [f"{verb} {sorted(names)[:3]}" for verb, names in mismatches.items() if names]
-        remedy = "train again or use the weights shipped with this version"
-        raise WeightsError(f"{origin} do not match this model, they {', '.join(parts)}: {remedy}")
+        raise WeightsError(f"{origin} do not match this model, they {', '.join(parts)}: they may be from another "
+                           "version. Train again or use the weights shipped with this version")  # fmt: skip
     model.load_state_dict(state, strict=True)
 
 
@@ -123,8 +123,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         tensors, header = read_tensors(path)
         return _rename_old_keys(tensors), json.loads(header["info"])
     except (WeightsError, KeyError, ValueError) as error:
-        remedy = "rename state.1.safetensors to it, or remove it to start again"
-        raise TrainingError(f"training state {path} is damaged ({error}); {remedy}") from error
+        raise TrainingError(f"training state {path} is damaged ({error}); "
+                            "rename state.1.safetensors to it, or remove it to start again") from error  # fmt: skip
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

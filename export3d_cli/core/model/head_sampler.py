@@ -142,8 +142,8 @@ class HeadSampler:
             landmarks = a["landmarks"][e] + (new - own) * side
             sets = np.stack([landmarks, a["landmarks"][e], a["texture_points"]])
             if not ((np.abs(sets) < 10 * MAX_SIDE).all() and (np.ptp(sets, axis=1) > 1).all()):
-                reason = f"landmarks of exemplar {e}"
-                raise WeightsError(f"the sampler's weights are damaged ({reason}): download them again")
+                raise WeightsError(f"the sampler's weights are damaged (landmarks of exemplar {e}): "
+                                   "download them again")  # fmt: skip
         difference = np.tensordot(face.texture - a["texture"][e], a["texture_basis"], 1).astype(np.float32)
         difference = warp_picture(difference, landmarks, a["texture_points"], side)
         photo = warp_picture(photo.astype(np.float32), landmarks, a["landmarks"][e], side, sharp=True)

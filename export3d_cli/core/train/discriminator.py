@@ -1,7 +1,6 @@
 """The adversarial loss (sec. 6.3, 6.4): StyleGAN2-ADA's discriminator, conditioned on the camera."""
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +88,9 @@ class CameraMapping(nn.Module):
     def __init__(self, dim: int, layers: int) -> None:
         super().__init__()
         self.embed = EqualizedLinear(CAMERA_DIM, dim)
-        layer = partial(EqualizedLinear, dim, dim, lr_multiplier=MAPPING_LR_MULTIPLIER)
-        self.layers = nn.ModuleList(layer() for _ in range(layers))
+        self.layers = nn.ModuleList(
+            EqualizedLinear(dim, dim, lr_multiplier=MAPPING_LR_MULTIPLIER) for _ in range(layers)
+        )
 
     def forward(self, camera: Tensor) -> Tensor:
         """(B, 25) -> (B, dim)."""

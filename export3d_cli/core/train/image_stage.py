@@ -83,8 +83,8 @@ class ImageStages(Stage):
         """Return the rows of every batch that this process takes."""
         world, config = self.run.world, self.config
         if config.batch % (world.size * config.accumulate):
-            processes = f"processes times accumulate ({world.size} x {config.accumulate})"
-            raise ConfigError(f"batch ({config.batch}) must be a multiple of {processes}")
+            raise ConfigError(f"batch ({config.batch}) must be a multiple of processes times accumulate "
+                              f"({world.size} x {config.accumulate})")  # fmt: skip
         count = config.batch // world.size
         if count < config.batch or config.accumulate > 1:  # eq. 12 needs the mean over the whole batch
             self.model.generator.plane_means = []

@@ -35,7 +35,9 @@ class InpaintSampler:
         self.frames: list[list[np.ndarray]] = []  # per data set and person: indices of the accepted frames
         for opening, people in zip(self.openings, sampler.clips_by_person, strict=True):
             accepted = opening < config.max_opening if is_lids else opening > config.min_opening
-            spans = [np.concatenate([range(c.start, c.start + c.count) for c in clips]) for clips in people.values()]
+            spans = [
+                np.concatenate([np.arange(c.start, c.start + c.count) for c in clips]) for clips in people.values()
+            ]
             self.frames.append([rows[accepted[rows]] for rows in spans if accepted[rows].any()])
         weights = np.array(config.weight) if config.weight else sampler.dataset_weights
         weights = weights * [bool(rows) for rows in self.frames]
@@ -65,7 +67,7 @@ class InpaintSampler:
         rng = np.random.default_rng([seed, step, 6, rank])
         samples = [self._draw(rng) for _ in range(size)]
         arrays = (np.stack(x).astype(np.float32) for x in zip(*samples, strict=True))
-        images, landmarks, points = map(torch.from_numpy, arrays)
+        images, landmarks, points = (torch.from_numpy(array) for array in arrays)
         crop, hole = self.make_hole(rng, images, points, landmarks[..., :2])
         return crop.sample(images[:, 0]), hole
 

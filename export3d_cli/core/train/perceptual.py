@@ -99,8 +99,8 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
         if is_weighted:
             heads = [linear[LINEAR_WEIGHT_NAME.format(k)] for k in range(len(stages))]
     except (KeyError, ValueError, RuntimeError) as error:
-        expected = "VGG16 or MobileNetV2 features with torchvision's names, and loss.lpips LPIPS' linear weights"
-        raise InputError(f"loss.backbone {backbone} must hold {expected}: {error}") from error
+        raise InputError(f"loss.backbone {backbone} must hold VGG16 or MobileNetV2 features with torchvision's names, "
+                         f"and loss.lpips LPIPS' linear weights: {error}") from error  # fmt: skip
     widths = [len(state[f"features.{stage[-1]}.bias"]) for stage in numbers]
     channels = [head.numel() for head in heads]
     if heads and channels != widths:
@@ -113,8 +113,8 @@ def _resolve_file(name: str) -> tuple[Path, str]:
     """Return the file of a path or hub name and its sha256, checked against torchvision's file names."""
     path = resolve_weights(name) if name.startswith("hf:") else Path(name)
     if not path.is_file():
-        rule = "loss.backbone and loss.lpips must be a file or hf:owner/repo:file"
-        raise ConfigError(f"{rule}, got {name!r}, which does not exist")
+        raise ConfigError("loss.backbone and loss.lpips must be a file or hf:owner/repo:file, "
+                          f"got {name!r}, which does not exist")  # fmt: skip
     actual, expected = file_sha256(path), re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if expected and not actual.startswith(expected[1]):
         raise WeightsError(f"{name} has sha256 {actual[:12]}..., not {expected[1]}...: download it again")

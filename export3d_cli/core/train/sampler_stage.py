@@ -147,8 +147,8 @@ def _read_attributes(name: str) -> dict[str, tuple[float, bool]]:
         with Path(name).open(newline="", encoding="utf-8") as file:
             return {row["person"]: (float(row["age"]), row["shown"] == "1") for row in csv.DictReader(file)}
     except (OSError, KeyError, ValueError, TypeError) as error:
-        columns = "person, age and shown (0 or 1)"
-        raise InputError(f"sampler.attributes {name} must be a CSV with {columns}: {error}") from error
+        raise InputError(f"sampler.attributes {name} must be a CSV with person, age and shown (0 or 1): "
+                         f"{error}") from error  # fmt: skip
 
 
 def _principal_components(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -104,9 +104,8 @@ class Stage:
             state = f"{run.folder / 'state.safetensors'} (stage {run.last_saved[0]}, step {run.last_saved[1]})"
             hint = f"the same command continues from the last good checkpoint, {state}"
         values = ", ".join(f"{key} {value:.3g}" for key, value in terms.items())
-        problem = f"the {name} of stage {self.name} is {terms[name]} at step {self.step} ({values})"
-        remedy = "lower lr, set precision to fp32, or skip such steps with --skip-nonfinite"
-        raise TrainingError(f"{problem}: {remedy}; {hint}")
+        raise TrainingError(f"the {name} of stage {self.name} is {terms[name]} at step {self.step} ({values}): lower "
+                            f"lr, set precision to fp32, or skip such steps with --skip-nonfinite; {hint}")  # fmt: skip
 
     def save(self) -> None:
         """Write the training state."""

@@ -48,8 +48,8 @@ class TrainSummary:
 def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None = None) -> TrainSummary:
     """Run or continue the stages of `config` in its run folder; under torchrun the processes share each batch."""
     if not config.license:
-        hint = "for example --license CC-BY-4.0 (what your training data and initial weights allow)"
-        raise ConfigError(f"license is not set: name the licence of the trained weights, {hint}")
+        raise ConfigError("license is not set: name the licence of the trained weights, for example "
+                          "--license CC-BY-4.0 (what your training data and initial weights allow)")  # fmt: skip
     names = {"init": config.init, "expression": config.expression_from}
     initial = {key: load_weights(resolve_weights(name)) for key, name in names.items() if name}
     if "init" in initial:

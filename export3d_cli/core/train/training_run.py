@@ -57,11 +57,12 @@ class TrainingRun:
             info = self.resumed_state[1]
             info["stage"] = RENAMED_KEYS.get(info["stage"], info["stage"])
             if info["stage"] not in config.stages:
-                known = f"which is not one of this run's ({', '.join(config.stages)})"
-                stopped = f"{self.folder} stopped in the stage {info['stage']}, {known}"
-                raise TrainingError(f"{stopped}: set run to another folder, or add the stage")
-            decayed = float(info.get("decayed", 0.0))  # 1: the run got more time, and the final rate would learn little
-            self.decay_progress = decayed if decayed < 1 else WARM_RESTART_PROGRESS
+                raise TrainingError(f"{self.folder} stopped in the stage {info['stage']}, which is not one of this "
+                                    f"run's ({', '.join(config.stages)}): set run to another folder, or add the "
+                                    "stage")  # fmt: skip
+            self.decay_progress = float(info.get("decayed", 0.0))
+            if self.decay_progress >= 1:  # the run got more time: restart warm, the final rate would learn little
+                self.decay_progress = WARM_RESTART_PROGRESS
             self.last_saved = (info["stage"], int(info["step"]))
         self.world.barrier()  # all processes read before the first one writes
         if self.world.is_main:

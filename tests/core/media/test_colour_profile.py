@@ -204,8 +204,8 @@ def test_read_image_converts_cmyk_profile(tmp_path, form):
     assert np.abs(result.astype(int) - colours).max() < 14
 
 
-def heic(box):
-    """Return a HEIC file with another colour box."""
+def heic(box, before=b""):
+    """Return a HEIC file with another colour box, and with boxes `before` its metadata."""
     data = (DATA / "halves.heic").read_bytes()
     start = data.index(b"colrnclx") - 4
     old, box = data[start : start + 19], struct.pack(">I", len(box) + 8) + b"colr" + box
@@ -214,8 +214,10 @@ def heic(box):
         at = data.index(name) - 4
         data = data[:at] + struct.pack(">I", struct.unpack(">I", data[at : at + 4])[0] + grown) + data[at + 4 :]
     for offset in (0x1E2, 0x268):  # of the items
-        data = data.replace(struct.pack(">I", offset), struct.pack(">I", offset + grown), 1)
-    return data.replace(old, box, 1)
+        data = data.replace(struct.pack(">I", offset), struct.pack(">I", offset + grown + len(before)), 1)
+    data = data.replace(old, box, 1)
+    end = int.from_bytes(data[:4], "big")  # of the first box
+    return data[:end] + before + data[end:]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,28 @@ def test_read_image_of_heic_converts_display_p3(tmp_path, box):
     assert result[0] > 210  # the red of Display P3 is stronger
 
 
+@pytest.mark.parametrize(("code", "before"), [(12, bytes(70_000)), (1, b"colrnclx\0\x0c")], ids=["late", "of another"])
+def test_read_image_of_heic_uses_the_code_of_its_picture(tmp_path, code, before):
+    box = struct.pack(">I", len(before) + 8) + b"free" + before
+    (tmp_path / "a.heic").write_bytes(heic(b"nclx" + struct.pack(">HHHB", code, 13, 6, 0x80), box))
+    red = read_image(tmp_path / "a.heic")[16, 8, 0]
+    assert (red > 210) == (code == 12)
+
+
+def add_cicp(data, primaries):
+    chunk = b"cICP" + bytes([primaries, 13, 0, 1])
+    return data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+@pytest.mark.parametrize(("primaries", "colorants"), [(1, DISPLAY_P3), (12, ADOBE_RGB)], ids=["srgb", "p3"])
+def test_code_of_png_overrides_its_profile(tmp_path, portrait, primaries, colorants):
+    stored = portrait if primaries == 1 else np.rint(encode(portrait, "p3") * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(stored).save(buffer, "PNG", icc_profile=make_profile(*colorants))
+    (tmp_path / "a.png").write_bytes(add_cicp(buffer.getvalue(), primaries))
+    assert difference(read_image(tmp_path / "a.png"), portrait).mean() < 1
+
+
 @pytest.mark.parametrize("form", ["AVIF", "PNG"])
 def test_read_image_converts_display_p3_named_by_code(tmp_path, portrait, form):
     buffer = io.BytesIO()
@@ -238,8 +262,7 @@ def test_read_image_converts_display_p3_named_by_code(tmp_path, portrait, form):
         assert data.count(b"colrnclx\0\1") == 1  # sRGB
         data = data.replace(b"colrnclx\0\1", b"colrnclx\0\x0c")
     else:
-        chunk = b"cICP" + bytes([12, 13, 0, 1])
-        data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+        data = add_cicp(data, 12)
     (tmp_path / "a").write_bytes(data)
     assert difference(read_image(tmp_path / "a"), portrait).mean() < (1.7 if form == "AVIF" else 1)
 
