@@ -96,7 +96,7 @@ def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor,
     again = linear_step(box_mean(box_mean(photo_face, margin), margin), *PHOTO_FACE_FADE)
     again = F.grid_sample(again, 2 * (grid + displacement).permute(0, 2, 3, 1) - 1, align_corners=False) * (
         1 - far_side
-    ) * shows_head
+    )
     face = face * (1 - far_side * (1 - shows_head))  # there the network's image shows what is behind the head
     to_window = (0.5 + WINDOW_MARGIN - (grid - 0.5).abs()).amin(1, keepdim=True)
     return PhotoFlow(displacement * smooth_step(to_window, 0, WINDOW_FADE), torch.maximum(face, again) * in_window)
