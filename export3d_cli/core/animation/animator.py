@@ -360,10 +360,9 @@ class Animator:
         coefficients = partial(self._coefficients, portrait.model)
         base = None if reference is None else coefficients(reference.beta[:1])
         base_camera = None if reference is None else reference.camera[0]
-        rest = None  # (1, 478, 3) landmark offsets of the driver's face at rest
-        if control.drives_whole_face and reference is not None:
-            rest = self._landmark_offsets(portrait, reference, reference)
-            rest = None if rest is None else rest.mean(0, keepdim=True)
+        follow = None
+        if control.drives_whole_face and reference is not None and base is not None:
+            follow = self._landmark_follower(portrait, reference, base)
         own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
@@ -374,16 +373,15 @@ class Animator:
         def parts() -> Iterator[Iterable[Any]]:
             for motion in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, motion.beta)
-                lam, change = control.target_expression(own, coefficients(beta), base), edited.to(own)
+                driven, change = coefficients(beta), edited.to(own)
+                lam = control.target_expression(own, driven, base)
                 cameras = control.target_cameras(source_camera, motion.camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
                     shown = own_beta + control.expression_scale * (beta - start)
                     change = change + coefficients(look_at_camera(shown, cameras)) - coefficients(shown)
                 moved = control.target_torso(source_camera, motion.torso, reference, portrait.canvas.limits)
-                offsets = None
-                if rest is not None and reference is not None:
-                    offsets = self._landmark_offsets(portrait, motion, reference, rest)
+                offsets = None if follow is None else follow(driven, motion)
                 if offsets is None:
                     lam = self._amplify(portrait, lam + change)
                 else:  # the landmarks show the driver's expression in full: only what is added to it is amplified
@@ -487,17 +485,25 @@ class Animator:
         """Return coefficients (B, n + 4) to give to the network, so that its frames show `lam` (B, n + 4)."""
         return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
-    def _landmark_offsets(
-        self, portrait: Portrait, motion: Motion, reference: Motion, rest: Tensor | None = None
-    ) -> Tensor | None:
-        """Return `Export3D.landmark_offsets` (T, 478, 3) since a driver's reference frame; None without landmarks."""
-        model = portrait.model
-        points = [self._tensor(x.head_landmarks) for x in (motion, reference.select(np.array([0])))]
-        if model.flow is None or not all(x.numel() for x in points):
-            return None
-        lam, base = (self._coefficients(model, beta) for beta in (motion.beta, reference.beta[:1]))
-        with torch.inference_mode():
-            return model.landmark_offsets(portrait.source, lam, points[0], base, points[1], rest)
+    def _landmark_follower(
+        self, portrait: Portrait, reference: Motion, base: Tensor
+    ) -> Callable[[Tensor, Motion], Tensor | None]:
+        """Return a function from a driver's lambda (T, n + 4) and motion to `Export3D.landmark_offsets` (T, 478, 3).
+
+        They count from the driver's face at rest, the mean of the reference's rows; None without landmarks.
+        `base` (1, n + 4) is lambda in row 0 of the reference.
+        """
+        own = self._tensor(reference.head_landmarks)  # (R, 478, 3)
+
+        def offsets(lam: Tensor, motion: Motion, rest: Tensor | None = None) -> Tensor | None:
+            points = self._tensor(motion.head_landmarks)
+            if portrait.model.flow is None or not (points.numel() and own.numel()):
+                return None
+            with torch.inference_mode():
+                return portrait.model.landmark_offsets(portrait.source, lam, points, base, own[:1], rest)
+
+        rest = offsets(self._coefficients(portrait.model, reference.beta), reference)
+        return partial(offsets, rest=None if rest is None else rest.mean(0, keepdim=True))
 
     def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():

@@ -204,7 +204,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     def _faces(self) -> Iterator[tuple[Face | None, bool, tuple[int, int]]]:
         """Yield the face of each frame, whether a shot begins with it, and the frame's size.
 
-        A shot goes on after a cut within the same framing, as jump cuts and flashes are.
+        A cut that keeps the framing, such as a jump cut or a flash, does not begin a shot.
         """
         cache = self.track_cache
         if cache is not None and cache.is_complete(self._track_key):

@@ -32,7 +32,7 @@ LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
 SAME_FRAME = 4.0  # largest squared distance, in these units, of two pictures of one moment; of two people 50 and more
 ROTATION_TIE = np.radians(1)  # rotations that differ by less are equally near
-REST_FRAMES = 50  # frames whose mean is the face at rest
+REST_FRAMES = 50  # number of frames that are averaged to measure the driver's face at rest
 
 
 class TravelLimits(NamedTuple):

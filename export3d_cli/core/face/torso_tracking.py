@@ -13,7 +13,7 @@ from export3d_cli.core.face.landmarks import TORSO_ANCHOR
 from export3d_cli.core.face.matting import PersonMatting
 
 FACE_PX = 48  # size of the face's box in the patches that are registered
-REGION_PX = (144, 80)  # width and height of the template, whose centre is the torso's point
+REGION_PX = (144, 80)  # width and height of the template; the torso's point is its centre
 PATCH_PX = 176  # side of the patch around the template in which it is searched
 MIN_AREA = 0.05  # fraction of the template that must show the person
 MIN_CONTRAST = 0.1  # least standard deviation of the template at the coarse blur: clothes have 0.25, flat areas 0.03

@@ -24,7 +24,7 @@ class FfmpegProcess:
     def __init__(self, command: list[str], *, stdin: bool = False, stdout: bool = False,
                  output_file: Path | None = None) -> None:  # fmt: skip
         pipe, none = subprocess.PIPE, subprocess.DEVNULL
-        # Ctrl-C must not end an encoder whose file is kept: it ends with its input, in a session of its own
+        # an encoder runs in its own process group, so that Ctrl-C does not stop it: it ends when its input ends
         self._popen = subprocess.Popen(command, stdin=pipe if stdin else none, stdout=pipe if stdout else none,
                                        stderr=pipe, start_new_session=stdin)  # fmt: skip
         self._output_file = output_file
