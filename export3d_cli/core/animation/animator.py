@@ -36,6 +36,7 @@ from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_paddi
 from export3d_cli.core.face.face_track import Face, FaceTracker, find_photo_face
 from export3d_cli.core.face.given_landmarks import complete_landmarks
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.matting import FacePosition, PersonMatting, face_positions
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.tracker import LandmarkerTracker, TrackerName, open_tracker
@@ -44,7 +45,6 @@ from export3d_cli.core.model.checkpoint import check_header_size, load_into, loa
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
 from export3d_cli.core.model.measured_motion import NUM_MEASURES
-from export3d_cli.core.model.warp.mesh_flow import add_head_rings
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime.device import (
     AdaptiveBatcher,
@@ -537,13 +537,13 @@ class Animator:
     ) -> PhotoFlow:
         """Extend the flow of B frames over the photo."""
         source, count = portrait.source.expand(len(cameras)), len(cameras)
-        points = add_head_rings(source.landmarks.float()) if head.mesh is None else head.mesh.points
+        landmarks = source.landmarks.float() if head.mesh is None else head.mesh.points[:, :NUM_LANDMARKS]
         uv = None if output.sample_grid is None else output.sample_grid[:, :2]
         weights = output.flow_weights
         head_weight = output.opacity if weights is None else weights[:, :2].sum(1, keepdim=True)
         face = output.opacity if output.face is None else output.face
         photo_face = torch.zeros_like(face) if source.proximity is None else (source.proximity > 0.999).float()
-        return extend_flow(points.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv,
+        return extend_flow(landmarks.expand(count, -1, -1), source.landmarks, source.camera, self._tensor(cameras), uv,
                            head_weight, face, photo_face, torso, output.windows)  # fmt: skip
 
     def _tensor(self, array: np.ndarray) -> Tensor:

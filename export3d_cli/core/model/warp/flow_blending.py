@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.cached_tensors import cached_tensor
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
-from export3d_cli.core.model.masks import box_mean, dilate
+from export3d_cli.core.model.masks import box_mean, dilate, linear_step
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import MeshFlow, identity_grid, resize, warp
 
@@ -25,6 +25,7 @@ TORSO_FOLLOW_RATIO = 0.75
 MAX_LEARNED_SHIFT = 0.1  # fraction of the image size
 PROB_EPS = 2e-3  # prior probabilities are clamped to [eps, 1 - eps] before the logit
 PERSON_MARGIN_DIVISOR = 32  # the background moves only within 1/32 of the image size from the person
+RING_FADE = (0.0, 0.2)  # weights of the face over which the mesh alone decides what belongs to the head
 FLOW_INPUT_SCALE = 8.0  # scales the flow displacements that the network sees
 
 
@@ -122,6 +123,7 @@ class FlowBlend(nn.Module):
         prior = torch.cat([head_weight, opacity / head_weight.clamp_min(1e-3), TORSO_FOLLOW_RATIO * torso_mask], 1)
         probabilities = torch.sigmoid(torch.logit(prior, eps=PROB_EPS) + 2 * logits)
         head_weight, rigid_weight, neck_weight = probabilities.split(1, dim=1)
+        head_weight = torch.maximum(head_weight, mesh_full.weight * linear_step(mesh_full.face, *RING_FADE))
         rigid_weight = rigid_weight * head_occlusion  # a nearly transparent ray has no valid depth
         head_shift, background_shift = shift.split(2, dim=1)
         grid = identity_grid(m, photo)

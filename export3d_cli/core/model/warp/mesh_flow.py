@@ -45,6 +45,10 @@ FACE_TRIANGLES = 902  # rows of (a, b, c, kind): kind 0 skin, 1 inside of the mo
 EYE_TRIANGLES = 32  # the last ones of the face
 # Rings around the face oval: (scale of the oval, depth added, proximity to the face). The last one is for hair on top.
 HEAD_RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
+# Next to jaws and ears the inner ring shrinks to the person's outline, so that a turned head shows no background there:
+CUT_RING_DEPTH = 0.1  # depth added to it where it shrinks to the oval
+OUTLINE_STEPS = 24  # scales between the oval and the usual ring at which the outline is looked for
+ON_PERSON = 0.9  # value of the person mask inside the outline
 # Head mask, in face heights (chin to forehead). Each pair is a fade: 0 at the first value, 1 at the second.
 NECK_FADE_HEIGHT = 0.3  # the mask fades out over this distance below the chin
 HAIR_TOP_FADE = (0.6, 0.9)  # above the chin: from here hair of any height belongs to the head,
@@ -91,15 +95,29 @@ def _double_areas(uv: Tensor, triangles: Tensor) -> Tensor:
     return cross_2d(b - a, c - a)
 
 
-def add_head_rings(points: Tensor) -> Tensor:
-    """Append the rings, the oval widened and set back, to landmarks (B, 478, 3), head frame -> (B, 478 + 108, 3)."""
+def add_head_rings(points: Tensor, inner_scale: Tensor | None = None) -> Tensor:
+    """Append the rings, the oval widened and set back, to landmarks (B, 478, 3), head frame -> (B, 478 + 108, 3).
+
+    `inner_scale` (B, 36) is that of the inner ring, see `BasisFlow.fit_inner_ring`; None: its usual one.
+    """
     oval = points[:, index_tensor(FACE_OVAL, points)]
-    centre = oval.mean(1, keepdim=True)
-    rings = [points]
-    for scale, depth, _ in HEAD_RINGS:
-        ring = centre + (oval - centre) * scale
-        rings.append(torch.cat([ring[..., :2], oval[..., 2:] + depth], dim=-1))
-    return torch.cat(rings, dim=1)
+    rings = [_make_ring(oval, oval.new_tensor(scale), depth) for scale, depth, _ in HEAD_RINGS]
+    if inner_scale is not None:
+        rings[0] = _make_inner_ring(oval, inner_scale)
+    return torch.cat([points, *rings], dim=1)
+
+
+def _make_ring(oval: Tensor, scale: Tensor, depth: float | Tensor) -> Tensor:
+    """Widen a face oval (..., 36, 3) by scales (..., 36) or one scale, and set it back."""
+    centre = oval.mean(-2, keepdim=True)
+    widened = centre + (oval - centre) * scale[..., None]
+    return torch.cat([widened[..., :2], (oval[..., 2] + depth)[..., None].expand_as(widened[..., :1])], dim=-1)
+
+
+def _make_inner_ring(oval: Tensor, scale: Tensor) -> Tensor:
+    """Return the inner ring with scales of its own, see `_make_ring`: deeper, the smaller they are."""
+    usual, depth, _ = HEAD_RINGS[0]
+    return _make_ring(oval, scale, depth + (CUT_RING_DEPTH - depth) * (usual - scale) / (usual - 1))
 
 
 def ring_triangles() -> Tensor:
@@ -204,11 +222,29 @@ class BasisFlow(nn.Module):
         height, lateral = (offset * up).sum(-1) / length, cross_2d(offset, up).abs() / length
         return height.view(-1, 1, self.size, self.size), lateral.view(-1, 1, self.size, self.size)
 
-    def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor) -> DeformedMesh:
-        """Deform the mesh of landmarks (B, 478, 3) of the source, which a camera (B, 25) sees, for `render_flow`."""
+    def fit_inner_ring(self, points: Tensor, camera: Tensor, person: Tensor) -> Tensor:
+        """Return scales (B, 36) of the inner ring at which a photo's person mask (B, 1, ., .) covers it.
+
+        Where the mask does not reach the face, the ring keeps its usual scale.
+        """
+        usual = HEAD_RINGS[0][0]
+        scales = torch.linspace(1, usual, OUTLINE_STEPS + 1, device=points.device)
+        oval = points.float()[:, None, index_tensor(FACE_OVAL, points)]  # (B, 1, 36, 3)
+        uv, _ = project(_make_inner_ring(oval, scales[:, None]).flatten(1, 2), camera)
+        covered = F.grid_sample(person.float(), 2 * uv[:, None] - 1, align_corners=False, padding_mode="border")
+        covered = (covered.view(len(uv), len(scales), -1) > ON_PERSON).long().cumprod(1).sum(1)  # (B, 36) steps
+        return torch.where(covered == 0, usual, scales[covered - 1])
+
+    def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor,
+                    inner_scale: Tensor | None = None) -> DeformedMesh:  # fmt: skip
+        """Deform the mesh of landmarks (B, 478, 3) of the source, which a camera (B, 25) sees, for `render_flow`.
+
+        `inner_scale` is the source's, see `fit_inner_ring`.
+        """
         B, points, deformed_points = points.shape[0], points.float(), deformed_points.float()
         source_edge, edge = (iris_edge(x, points) for x in (points, deformed_points))  # (B, 32, 1)
-        source_vertices = torch.cat([add_head_rings(points), interpolate_iris_edge(points, source_edge)], dim=1)
+        rings = add_head_rings(points, inner_scale)
+        source_vertices = torch.cat([rings, interpolate_iris_edge(points, source_edge)], dim=1)
         # the rings ignore the expression: an opening jaw must not drag the neck
         vertices = torch.cat([deformed_points, source_vertices[:, NUM_LANDMARKS:-EYE_TRIANGLES]], dim=1)
         uv, _ = project(source_vertices, source_camera)  # (B, V, 2)

@@ -17,7 +17,7 @@ from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, dilate, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
-from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO
+from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO, relative_rotation
 from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
 
 WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
@@ -31,6 +31,7 @@ SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's
 UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
 GRAZING_FADE = (1.5, 2.0)  # areas in the photo, in areas of the result, over which a surface counts as grazing
 OUTLINE_FADE = (0.8, 1.0)  # distances from the middle of the face from which on its motion is continued outside it
+FAR_SIDE_DEPTH = 0.4  # radii of the outline by which what appears next to a turned face lies behind it
 PHOTO_FACE_DIVISOR = 40  # the radius of the box, applied twice, that widens the photo's face, in its mask's sizes ...
 PHOTO_FACE_FADE = (0.0, 0.4)  # ... and the smoothed mask's values over which the network's image takes over
 NECK_FADE = (-0.2, 0.5)  # face heights above the chin over which the torso's motion becomes the head's outside the face
@@ -43,21 +44,23 @@ class PhotoFlow(NamedTuple):
     face_weight: Tensor  # (B, 1) 1 where the network's image is shown: in the face, and where it would appear again
 
 
-def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor, head_uv: Tensor | None,
-                head_weight: Tensor, face: Tensor, photo_face: Tensor, torso: float | Tensor | None = None,
-                windows: Sequence[Window] = ()) -> PhotoFlow:  # fmt: skip
+def extend_flow(landmarks: Tensor, source_landmarks: Tensor, source_camera: Tensor, camera: Tensor,
+                head_uv: Tensor | None, head_weight: Tensor, face: Tensor, photo_face: Tensor,
+                torso: float | Tensor | None = None, windows: Sequence[Window] = ()) -> PhotoFlow:  # fmt: skip
     """Extend the network's flow over the window of `WINDOW_MARGIN` around the crop.
 
-    `points` (B, V, 3) are landmarks and rings with the target expression. `head_uv` (B, 2, H, W) and `head_weight`
+    `landmarks` (B, 478, 3) have the target expression. `head_uv` (B, 2, H, W) and `head_weight`
     (B, 1, m, m) are positions and weight of the network's head layer, see `LayerWarp`; without positions the head moves
     as its rings do. `face` and `photo_face` (B, 1, m, m) are 1 in the face of the result and of the photo. `torso` is
     the fraction of the neck's motion that the torso follows, None: `TORSO_FOLLOW_RATIO`; or its own shift, roll and
     growth (B, 4), see `Control.target_torso`. The network's images cover these `windows` of the crop; empty: all of it.
     """
     grid = identity_grid(FLOW_SIZE, camera) * (1 + 2 * WINDOW_MARGIN) - WINDOW_MARGIN  # (1, 2, n, n) cells' centres
-    result, _ = project(points, camera)  # (B, V, 2)
-    photo, _ = project(add_head_rings(source_landmarks.float()), source_camera)
-    head = _affine(result[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:], grid) - grid
+    result, _ = project(landmarks, camera)  # (B, 478, 2)
+    vertices = add_head_rings(source_landmarks.float())
+    photo, _ = project(vertices, source_camera)  # (B, V, 2)
+    rings, _ = project(vertices[:, NUM_LANDMARKS:], camera)  # they ignore the expression
+    head = _affine(rings, photo[:, NUM_LANDMARKS:], grid) - grid
 
     in_crop = _inside(WHOLE, grid)
     in_window = torch.cat([_inside(window, grid) for window in windows or [WHOLE]])
@@ -69,7 +72,8 @@ def extend_flow(points: Tensor, source_landmarks: Tensor, source_camera: Tensor,
         shift = (head_uv - identity_grid(head_uv.shape[-1], grid)).float()
         shift = F.grid_sample(shift, inside, align_corners=False, padding_mode="border")
         oval = photo[:, index_tensor(FACE_OVAL, photo)]
-        moved, radius, turned_away = _push_outside_face(grid + shift, oval)
+        skip = FAR_SIDE_DEPTH * relative_rotation(source_camera, camera).norm(dim=1)[:, None, None, None]
+        moved, radius, turned_away = _push_outside_face(grid + shift, oval, 1 + skip)
         weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop * linear_step(radius, *OUTLINE_FADE)
         known = weight * torch.cat([moved - grid - head, turned_away, torch.ones_like(weight)], dim=1)
         known = box_mean(box_mean(known, SMOOTHING_CELLS), SMOOTHING_CELLS)
@@ -123,12 +127,12 @@ def _inside(window: Window, grid: Tensor) -> Tensor:
     return smooth_step(torch.minimum(grid - low, high - grid).amin(1, keepdim=True), 0, EDGE_FADE)
 
 
-def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move positions (B, 2, n, n) in the photo at which the face turns away outwards to its outline (B, N, 2).
+def _push_outside_face(uv: Tensor, oval: Tensor, outline: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move positions (B, 2, n, n) in the photo at which the face turns away outwards beyond its outline (B, N, 2).
 
-    What a picture shows next to a turned face is not the hidden part of the face but what is next to it in the photo.
-    Returns the positions, their distance from the middle of the face in radii of the outline, and where the face turns
-    away, (B, 1, n, n) both.
+    What a picture shows next to a turned face is not the hidden part of the face, nor the far ear, but what is next to
+    them in the photo: what lies from `outline` (B, 1, 1, 1) radii of the outline on. Returns the positions, their
+    distance from the middle of the face in radii, and where the face turns away, (B, 1, n, n) both.
     """
     across, down = torch.gradient(uv, spacing=CELL, dim=(3, 2))
     area = (across[:, :1] * down[:, 1:] - across[:, 1:] * down[:, :1]).abs()
@@ -138,7 +142,7 @@ def _push_outside_face(uv: Tensor, oval: Tensor) -> tuple[Tensor, Tensor, Tensor
     from_centre = uv - centre
     radius = torch.einsum("bihw,bij,bjhw->bhw", from_centre, precision, from_centre)[:, None].clamp_min(1e-4).sqrt()
     turned_away = linear_step(area, *GRAZING_FADE)
-    outwards = turned_away * (1 / radius - 1).clamp(0, 2)
+    outwards = turned_away * (outline / radius - 1).clamp(0, 2)
     return uv + outwards * from_centre, radius * (1 + outwards), turned_away
 
 
