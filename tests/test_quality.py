@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from export3d_cli.core import example_path
+from export3d_cli.core import Animator, NovelViewOptions, example_path
+from export3d_cli.core.animation.novel_view import orbit_cameras
 from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.evaluation.face_embedding import load_embedder
 from export3d_cli.core.evaluation.scorer import MetricSuite, Scores
+from export3d_cli.core.face.landmarks import FACE_OVAL
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
 from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.main import cli
 
 HEADS = Path(__file__).with_name("data")
@@ -91,3 +95,23 @@ def test_reenact_of_its_own_first_frame_reaches_the_floors(
     results = reenact(truth[0], clip, tmp_path)
     check(score(metrics, results, truth, truth[0]), floors)
     assert find_marks(next((tmp_path / "out").iterdir())).invisible
+
+
+@pytest.mark.parametrize("clip", ["head1", "head2"])
+def test_turned_head_shows_no_background_next_to_its_near_jaw(clip: str) -> None:
+    animator, photo = Animator.from_weights(), read_frames(HEADS / f"{clip}.mp4")[0]
+    alpha = animator.matting.alpha(photo, hair_strands=True)[..., None]
+    portrait = animator.portrait((photo * alpha + np.array([0, 255, 0]) * (1 - alpha)).astype(np.uint8))
+    cameras = orbit_cameras(portrait.camera, NovelViewOptions(yaw=(30, 30), frames=1))
+    frame = next(animator.view(portrait, cameras)).astype(int)
+
+    oval = portrait.source.landmarks[:, list(FACE_OVAL)].float()
+    jaw = oval[:, (oval[0, :, 0] < -0.02) & (oval[0, :, 1] > 0)]  # to the image's left, below the ears
+    strip = torch.cat([jaw, jaw + torch.tensor([0, 0, 0.05])], dim=1)  # with what turns into view behind it
+    x0, y0, side = portrait.square
+    uv = project(strip, torch.from_numpy(cameras))[0][0].numpy() * side + (x0, y0)
+    outline = cv2.convexHull(uv.astype(np.int32))
+    inside = cv2.fillPoly(np.zeros(frame.shape[:2], np.uint8), [outline], 1) > 0
+    red, green, blue = frame[inside].T
+    assert inside.sum() > 500
+    assert np.mean(green > np.maximum(red, blue) + 60) < 0.02

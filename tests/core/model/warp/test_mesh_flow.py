@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mesh_rendering import render_mesh
@@ -18,6 +20,7 @@ from export3d_cli.core.face.landmarks import (
     LEFT_EYE_OUTER,
     LEFT_IRIS,
     LOWER_INNER_LIP,
+    NUM_LANDMARKS,
     RIGHT_EYE_OUTER,
     RIGHT_IRIS,
     UPPER_INNER_LIP,
@@ -25,6 +28,7 @@ from export3d_cli.core.face.landmarks import (
 from export3d_cli.core.model.triplane import SURFACE_HALF_EXTENT
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mesh_flow import (
+    HEAD_RINGS,
     SURFACE_SIZE,
     BasisFlow,
     MeshFlow,
@@ -309,3 +313,21 @@ def test_rasterize_surface_is_the_front_of_the_head(flow: BasisFlow, points: Ten
     torch.testing.assert_close(surface[3:, y, x], displacement[0, 1], atol=1e-4, rtol=0)
     assert surface[3:, 0].abs().max() == 0
     assert confidence[0, 0] == 0
+
+
+def test_inner_ring_shrinks_to_the_person_and_keeps_its_scale_elsewhere(
+    flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
+) -> None:
+    camera, size = orbit(0), 512
+    usual = HEAD_RINGS[0][0]
+    outline, _ = project(add_head_rings(points, torch.full((1, len(FACE_OVAL)), 1.15)), camera)
+    ring = (outline[0, NUM_LANDMARKS : NUM_LANDMARKS + len(FACE_OVAL)] * size).round().int().numpy()
+    person = np.zeros((size, size), np.float32)
+    cv2.fillPoly(person, [ring], 1.0)
+    person[size // 2 :, : size // 2] = 1  # a neighbour: there the mask has no outline next to the face
+    scales = flow.fit_inner_ring(points, camera, torch.from_numpy(person)[None, None])[0]
+    uv, _ = project(points[:, list(FACE_OVAL)], camera)
+    free = (uv[0, :, 0] > 0.5) | (uv[0, :, 1] < 0.5)
+    assert scales[free].sub(1.15).abs().max() < 0.03
+    assert torch.allclose(scales[~free].max(), torch.tensor(usual))
+    assert torch.allclose(flow.fit_inner_ring(points, camera, torch.zeros(1, 1, 8, 8)), torch.tensor(usual))
