@@ -88,10 +88,3 @@ def test_readme_pictures_exist_and_are_small() -> None:
     assert sum(path.stat().st_size for path in set(shown)) < 4_000_000
     unused = set((ROOT / "examples" / "pictures").iterdir()) - set(shown)
     assert not unused
-
-
-def test_names_of_earlier_versions_name_their_successors() -> None:
-    with pytest.raises(AttributeError, match="Gates no longer exists: use ClipFilter"):
-        core.Gates  # noqa: B018
-    for new in core._RENAMED.values():
-        assert getattr(core, new) is not None

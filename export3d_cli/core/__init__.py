@@ -92,24 +92,10 @@ _PUBLIC |= {  # public names that differ from the functions'
     "train_model": "train.trainer:train",
 }
 
-_RENAMED = {  # names of earlier versions
-    "Gates": "ClipFilter",
-    "check_free": "check_overwrite",
-    "check_mesh": "check_mesh_output",
-    "example": "example_path",
-    "manifest": "weights_manifest",
-    "resolve": "resolve_weights",
-    "run_bench": "run_benchmark",
-    "upload": "upload_weights",
-    "verify": "verify_weights",
-}
-
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        raise AttributeError(f"{__name__}.{name} no longer exists: use {_RENAMED[name]}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

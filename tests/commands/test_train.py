@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from export3d_cli import console
 from export3d_cli.core.config.loading import load_train_config
-from export3d_cli.core.train.training_run import TrainEvent
+from export3d_cli.core.train.stage import TrainEvent
 from export3d_cli.main import cli
 
 

@@ -3,7 +3,6 @@
 - `schema`: the dataclasses and presets; their fields are the keys of a configuration file.
 - `loading`: from YAML, weights headers and `key=value` overrides to a validated configuration, and back; rules
   between fields.
-- `renamed_keys`: keys of earlier versions and the names that replace them.
 
 Every package of the core except `runtime` may import it. It imports only `runtime`, and no torch.
 """

@@ -15,16 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from export3d_cli.core.config.renamed_keys import check_key
-from export3d_cli.core.config.schema import (
-    INPAINTERS,
-    PRESETS,
-    STAGES,
-    TRAINING_PRESETS,
-    Count,
-    ModelConfig,
-    TrainConfig,
-)
+from export3d_cli.core.config import schema
+from export3d_cli.core.config.schema import INPAINTERS, PRESETS, STAGES, Count, ModelConfig, TrainConfig
 from export3d_cli.core.runtime.errors import ConfigError, InputError
 from export3d_cli.core.runtime.files import check_file
 
@@ -72,7 +64,7 @@ def make_train_config(data: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
     preset = data.get("preset", TrainConfig.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset {_REPR.repr(preset)} is unknown: choose one of {', '.join(PRESETS)}")
-    for key, value in TRAINING_PRESETS.get(preset, {}).items():
+    for key, value in schema.TRAINING_PRESETS.get(preset, {}).items():
         if key not in data:
             data[key] = value
         elif isinstance(value, dict) and isinstance(data[key], dict):
@@ -133,7 +125,6 @@ def _build_dataclass(cls: type, data: dict[str, Any], where: str) -> Any:
     for key, value in data.items():
         name = f"{where}.{key}" if where and isinstance(key, str) else key
         if key not in hints:
-            check_key(str(name))
             matches = difflib.get_close_matches(key, hints, n=1) if isinstance(key, str) and len(key) < 80 else []
             suggestion = f"; did you mean {matches[0]!r}?" if matches else ""
             raise ConfigError(f"unknown key {_REPR.repr(name)} in the configuration{suggestion}")
@@ -198,7 +189,6 @@ def _check_training(config: TrainConfig) -> None:
     _check_model(model)
     for stage in stages:
         if stage not in STAGES:
-            check_key(stage)
             raise ConfigError(f"unknown stage {_REPR.repr(stage)}: choose from {', '.join(STAGES)}")
     raw_size = config.raw_size_start or model.raw_size
     weights = {name: getattr(config, name).weight for name in ("data", "clebs", *INPAINTERS, "pose_debias")}

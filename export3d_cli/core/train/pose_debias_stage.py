@@ -20,8 +20,7 @@ from export3d_cli.core.model.encoded_source import take_row
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
 from export3d_cli.core.train.pair_sampler import Batch, PairSampler
-from export3d_cli.core.train.stage import Stage
-from export3d_cli.core.train.training_run import TrainingRun
+from export3d_cli.core.train.stage import Stage, TrainingRun
 
 FILMED_EXPRESSIONS = 9  # per source: expressions of filmed people
 SINGLE_COEFFICIENT_EXPRESSIONS = 2  # per source: changes of one coefficient

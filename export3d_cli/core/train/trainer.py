@@ -26,10 +26,7 @@ from export3d_cli.core.train.inpaint_stage import InpaintStage
 from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, sampling_config
 from export3d_cli.core.train.sampler_stage import SamplerStage
-from export3d_cli.core.train.stage import Stage
-from export3d_cli.core.train.training_run import TrainEvent, TrainingRun
-
-IMAGE_STAGES = ("reconstruction", "adversarial")
+from export3d_cli.core.train.stage import Stage, TrainEvent, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             if not finished:
                 break
             run.resumed_state = None  # the next stage starts without a state
-            if name not in IMAGE_STAGES:
+            if stage is not images:
                 world.broadcast_module(model)
                 run.save_weights(model.state_dict())
         step, values = (stage.step, stage.values) if stage is not None else (0, {})

@@ -14,8 +14,7 @@ from export3d_cli.core.config.loading import (
     save_yaml,
     to_dict,
 )
-from export3d_cli.core.config.renamed_keys import RENAMED_KEYS
-from export3d_cli.core.config.schema import CALIBRATION, PRESETS, DataConfig, TrainConfig
+from export3d_cli.core.config.schema import CALIBRATION, PRESETS, DataConfig
 from export3d_cli.core.model.checkpoint import load_weights
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
@@ -115,19 +114,6 @@ def test_file_overrides_a_training_preset() -> None:
 def test_make_train_config_names_the_wrong_key(data: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_train_config(data)
-
-
-def test_renamed_and_removed_keys_are_refused_with_what_replaces_them() -> None:
-    for old, new in RENAMED_KEYS.items():
-        with pytest.raises(ConfigError, match=rf"^the configuration key {old} is now {new}: rename it$"):
-            make_train_config({}, (f"{old}=1",))
-        field: object = TrainConfig()
-        for part in new.split("."):
-            field = getattr(field, part)  # the new key exists
-    with pytest.raises(ConfigError, match=r"^the configuration key adversarial\.ada was removed, .*: delete it$"):
-        make_train_config({"adversarial": {"ada": 0.6}})
-    with pytest.raises(ConfigError, match="steady is now pose_debias"):
-        make_train_config({"data": {"path": ["a"]}, "stages": ["clebs", "steady"]})
 
 
 def test_load_train_config_refuses_unreadable_files(tmp_path: Path) -> None:

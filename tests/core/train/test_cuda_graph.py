@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig
 from export3d_cli.core.model.warp.rasterizer import RasterWindows
-from export3d_cli.core.train import cuda_graph as graph
 from export3d_cli.core.train import image_stage as stage
-from export3d_cli.core.train.cuda_graph import StepGraph
+from export3d_cli.core.train.image_stage import StepGraph
 from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
 

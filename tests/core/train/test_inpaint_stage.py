@@ -19,7 +19,7 @@ from export3d_cli.core.model.inpaint.mouth import mouth_opening
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.frame_cache import load_datasets
-from export3d_cli.core.train.inpaint_data import INPAINT_SAMPLERS
+from export3d_cli.core.train.inpaint_stage import INPAINT_SAMPLERS
 from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.trainer import train
 

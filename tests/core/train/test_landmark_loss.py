@@ -11,7 +11,7 @@ from export3d_cli.core.face.tracker import LiteRTNetwork, open_landmarker_tracke
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.warp.mesh_flow import warp
 from export3d_cli.core.runtime.weights import example_path, resolve_weights
-from export3d_cli.core.train.landmark_loss import VIEW_SIZE_PX, LandmarkLoss, LandmarkNetwork, landmarker_view_grid
+from export3d_cli.core.train.losses import VIEW_SIZE_PX, LandmarkLoss, LandmarkNetwork, landmarker_view_grid
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ import torch
 
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.runtime.errors import TrainingError
-from export3d_cli.core.train.stage import MAX_SKIPPED_GRADIENTS, Stage, update_ema
-from export3d_cli.core.train.training_run import TrainingRun
+from export3d_cli.core.train.stage import MAX_SKIPPED_GRADIENTS, Stage, TrainingRun, update_ema
 
 NAN = float("nan")
 

@@ -10,7 +10,7 @@ import torch
 from export3d_cli.core.config.schema import TrainConfig
 from export3d_cli.core.model.checkpoint import save_state
 from export3d_cli.core.runtime.errors import TrainingError
-from export3d_cli.core.train.training_run import TrainingRun
+from export3d_cli.core.train.stage import TrainingRun
 
 
 def test_state_of_another_stage_is_refused(tiny: TrainConfig) -> None:
