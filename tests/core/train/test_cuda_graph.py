@@ -71,7 +71,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
         ("stream", lambda _: contextlib.nullcontext()),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(graph, "EAGER_STEPS", 2)
+    monkeypatch.setattr(stage, "EAGER_STEPS", 2)
     return CountingRecorder
 
 
