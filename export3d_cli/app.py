@@ -23,9 +23,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.basis_description import describe_basis
 from export3d_cli.core.animation.compositor import load_photo
-from export3d_cli.core.animation.edit_basis import EditOptions, edit_basis
+from export3d_cli.core.animation.edit_basis import EditOptions, describe_basis, edit_basis
 from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit
 from export3d_cli.core.animation.novel_view import NovelViewOptions, novel_view
 from export3d_cli.core.animation.options import PortraitOptions, ReenactOptions

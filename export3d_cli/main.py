@@ -22,8 +22,7 @@ from click.core import ParameterSource
 
 from export3d_cli import core
 from export3d_cli.console import hide_library_messages, show_warnings
-from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.opencv import find_opencv_problem
+from export3d_cli.core.runtime.errors import Export3DError, find_opencv_problem
 from export3d_cli.examples import COMMANDS, OVERVIEW, add_examples
 from export3d_cli.options import add_negations
 

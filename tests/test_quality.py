@@ -17,8 +17,7 @@ from click.testing import CliRunner
 from export3d_cli.core import Animator, NovelViewOptions, example_path
 from export3d_cli.core.animation.novel_view import orbit_cameras
 from export3d_cli.core.animation.watermark import find_marks
-from export3d_cli.core.evaluation.face_embedding import load_embedder
-from export3d_cli.core.evaluation.scorer import MetricSuite, Scores
+from export3d_cli.core.evaluation.scorer import MetricSuite, Scores, load_embedder
 from export3d_cli.core.face.landmarks import FACE_OVAL
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image

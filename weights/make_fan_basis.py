@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, compute_measures
-from export3d_cli.core.face.fan_tracker import points_to_head_frame
+from export3d_cli.core.face.fan_tracker import FaceBasis, fit_frames, fit_neutral, points_to_head_frame
 from export3d_cli.core.face.head_pose import load_canonical_face
-from export3d_cli.core.face.landmark_fitting import FaceBasis, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarks import IBUG68, IBUG68_MEASURE_POINTS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from export3d_cli.core.animation.photo_look import FACE_HALF, FACE_UNIT, HEAD_HALF, MAP_SIZE, spread_affine
+from export3d_cli.core.animation.attribute_editing import FACE_HALF, FACE_UNIT, HEAD_HALF, MAP_SIZE, spread_affine
 from export3d_cli.core.dataset.exact_views import CLOTHES, HAIR, SKIN
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame, load_canonical_face

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 
 from export3d_cli.core.animation.animator import Animator, Portrait
+from export3d_cli.core.animation.attribute_editing import change_look
 from export3d_cli.core.animation.frame_writer import is_image_output
 from export3d_cli.core.animation.options import PortraitOptions, Progress, Summary
 from export3d_cli.core.animation.person import Person, is_person_file, main_photo
 from export3d_cli.core.animation.photo_canvas import FrameLayers
-from export3d_cli.core.animation.photo_look import change_look
 from export3d_cli.core.animation.watermark import get_watermarker
 from export3d_cli.core.face.given_landmarks import read_landmarks
 from export3d_cli.core.face.matting import PersonMatting, estimate_foreground

@@ -10,8 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from export3d_cli.core.animation.attribute_editing import Look
 from export3d_cli.core.animation.expression_controls import ExpressionEdit
-from export3d_cli.core.animation.look import Look
 from export3d_cli.core.animation.retargeting import Control, Pose
 from export3d_cli.core.animation.watermark import Watermark
 from export3d_cli.core.face.smoothing import SmoothingLevel

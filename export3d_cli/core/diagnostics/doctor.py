@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export3d_cli import __version__
-from export3d_cli.core.runtime.errors import Export3DError
-from export3d_cli.core.runtime.opencv import find_opencv_problem
+from export3d_cli.core.runtime.errors import Export3DError, find_opencv_problem
 
 _REINSTALL = "`pip install --force-reinstall export3d-cli` repairs it"
 

@@ -4,7 +4,7 @@
     detector                             YuNet
     head_pose, crop, motion              landmarks -> camera, head frame, crop; the `.motion.npz` file
     face_track                           what the trackers share; one face of several, through a video; its cache
-    tracker, fan_tracker                 MediaPipe's 478 landmarks and 52 blendshapes; 68 points (`landmark_fitting`)
+    tracker, fan_tracker                 MediaPipe's 478 landmarks and 52 blendshapes; 68 points and their fit
     smoothing                            without lag, or causal
     arkit, motion_packets                drivers recorded by Live Link Face; motion sent by it, or by VMC programs
     speech                               the motion of a head that speaks a sound

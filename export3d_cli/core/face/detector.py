@@ -7,8 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from export3d_cli.core.runtime.errors import Export3DError, WeightsError
-from export3d_cli.core.runtime.opencv import find_opencv_problem
+from export3d_cli.core.runtime.errors import Export3DError, WeightsError, find_opencv_problem
 
 SEARCH_SIDES_PX = (160, 320, 640, 1280)  # longer sides at which an image is searched; the last if thoroughly
 _UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual

@@ -151,12 +151,14 @@ class Export3D(nn.Module):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         inference = not torch.is_grad_enabled()
-        proximity = head_mask = colours = None
+        proximity = head_mask = colours = inner_scale = None
         detail = highpass(image) if inference else None
         if self.flow is not None:
             with torch.no_grad():
                 proximity = self.flow.source_proximity(landmarks, camera)
                 head_mask = self.flow.head_mask(landmarks, camera, person_mask, proximity)
+                if person_mask is not None:
+                    inner_scale = self.flow.fit_inner_ring(landmarks, camera, person_mask)
             if first is not None:
                 colours = first.colours
             elif inference:
@@ -169,7 +171,8 @@ class Export3D(nn.Module):
         source = Source(image, camera, landmarks, lam, measures, stem, tokens, basis=basis)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
-            source = replace(source, proximity=proximity, head_mask=head_mask, body_mask=(1 - head_mask) * person,
+            source = replace(source, proximity=proximity, inner_scale=inner_scale, head_mask=head_mask,
+                             body_mask=(1 - head_mask) * person,
                              image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
                              features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
                              cover=self._measure_cover(image, landmarks, camera, covered))  # fmt: skip
@@ -215,8 +218,15 @@ class Export3D(nn.Module):
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
-    def landmark_offsets(self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor,
-                         reference: Tensor, rest: Tensor | None = None) -> Tensor:  # fmt: skip
+    def landmark_offsets(
+        self,
+        source: Source,
+        lam: Tensor,
+        landmarks: Tensor,
+        reference_lam: Tensor,
+        reference: Tensor,
+        rest: Tensor | None = None,
+    ) -> Tensor:
         """Return how far a driver's landmarks (B, 478, 3) are from where lambda (B, n + 4) puts them: (B, 478, 3).
 
         Lambda moves them from those of a reference frame, (1, n + 4) and (1, 478, 3). The result has the size of the
@@ -257,7 +267,7 @@ class Export3D(nn.Module):
                     landmarks = blend_landmarks(deformed, distances, torch.stack(angles, dim=1))
                 if source.cover is not None:
                     landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
-                mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks)
+                mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks, source.inner_scale)
                 if self.config.head_prior:
                     surface = self.flow.rasterize_surface(landmarks, landmarks - source.landmarks)  # (B, 6, s, s)
         return PosedHead(planes, surface, mesh, distances)
@@ -492,8 +502,8 @@ class Export3D(nn.Module):
         head, points = posed.mesh.points, posed.mesh.points[:, :NUM_LANDMARKS]
         meshes, shown = [mesh], [1 - mesh.face * 0]
         for photo in source.others:
-            own = self.flow.deform_mesh(photo.landmarks, photo.camera, points)._replace(points=head)
-            flow_of = self.flow.render_flow(own, camera, mesh.uv.shape[-1], photo.head_mask)
+            own = self.flow.deform_mesh(photo.landmarks, photo.camera, points, photo.inner_scale)
+            flow_of = self.flow.render_flow(own._replace(points=head), camera, mesh.uv.shape[-1], photo.head_mask)
             covers = [cover] if photo.cover is None else [cover, warp(photo.cover.mask, flow_of.uv)]
             meshes.append(flow_of)
             shown.append(torch.stack([1 - x for x in covers if x is not None] or shown[:1]).amin(0))

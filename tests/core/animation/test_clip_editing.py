@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.attribute_editing import Look
 from export3d_cli.core.animation.clip_editing import edit_clip
 from export3d_cli.core.animation.expression_controls import CONTROLS, ExpressionEdit
-from export3d_cli.core.animation.look import Look
 from export3d_cli.core.animation.options import ReenactOptions, choose_sound
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.animation.retouching import WINDOW_SCALE

@@ -19,9 +19,8 @@ from export3d_cli.core.animation.options import ReenactOptions
 from export3d_cli.core.animation.reenact import reenact
 from export3d_cli.core.config.schema import PRESETS, LossConfig
 from export3d_cli.core.dataset.preprocess import preprocess
-from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, render_layers, write_inputs
+from export3d_cli.core.evaluation.evaluate import EvaluateOptions, evaluate, render_layers, warp_piecewise, write_inputs
 from export3d_cli.core.evaluation.metrics import METRICS
-from export3d_cli.core.evaluation.piecewise_affine import warp_piecewise
 from export3d_cli.core.evaluation.protocol import (
     Case,
     consecutive_frames,

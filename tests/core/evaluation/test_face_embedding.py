@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from export3d_cli.core.evaluation import face_embedding as identity
+from export3d_cli.core.evaluation import scorer as identity
 from export3d_cli.core.face.face_track import FaceTrack
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image

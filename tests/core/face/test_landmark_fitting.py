@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export3d_cli.core.face import landmark_fitting as fitting
+from export3d_cli.core.face import fan_tracker as fitting
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
+from export3d_cli.core.face.fan_tracker import OBSERVABLE, FaceBasis, FaceFit, fit_frames, fit_neutral
 from export3d_cli.core.face.head_pose import load_canonical_face
-from export3d_cli.core.face.landmark_fitting import OBSERVABLE, FaceBasis, FaceFit, fit_frames, fit_neutral
 from export3d_cli.core.face.landmarks import IBUG68
 from export3d_cli.core.runtime.camera import rotation_from_angles
 from export3d_cli.core.runtime.weights import load_arrays, resolve_weights

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from export3d_cli.core.runtime.opencv import find_opencv_problem
+from export3d_cli.core.runtime.errors import find_opencv_problem
 
 ROOT = Path(__file__).parents[3]
 NO_LIBRARY = "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"

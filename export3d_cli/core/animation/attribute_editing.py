@@ -1,4 +1,4 @@
-"""Another look of the person in a photo: age, weight, hair colour, beard. The changed photo is then animated like any.
+"""Facial attribute editing of a photo: age, weight, hair colour, beard. The changed photo is then animated like any.
 
 Shape and skin change as `look_basis.npz` tells, linear regressions over rendered heads: landmarks move, and the photo
 with them; skin gets the low-frequency colours of another age, and its own fine detail stronger or weaker. Coordinates
@@ -7,8 +7,11 @@ with them; skin gets the low-frequency colours of another age, and its own fine 
 
 from __future__ import annotations
 
+import difflib
 import functools
+import re
 import warnings
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +19,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from export3d_cli.core.animation.look import Look
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas, VolumeRender
 from export3d_cli.core.face.crop import ClipCalibration, fit_clip_crop
 from export3d_cli.core.face.face_track import find_photo_face
@@ -28,9 +30,12 @@ from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.model.masks import smooth_step
 from export3d_cli.core.model.warp.photo_flow import CELL, FLOW_SIZE, WINDOW_MARGIN
 from export3d_cli.core.runtime.camera import project_points
-from export3d_cli.core.runtime.errors import Export3DWarning
+from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 from export3d_cli.core.runtime.weights import load_arrays, resolve_weights
 
+# At each limit a face embedder's cosine to the photo is .79 or more on 12 people; it is .23 or less between them. 60
+# years would give .74.
+RANGES = {"age": (-20.0, 40.0), "weight": (-1.0, 1.0), "beard": (0.0, 1.0)}
 FACE_UNIT = 0.15  # head-frame units: about half of the face's height
 FACE_HALF, HEAD_HALF = 1.2, 3.0  # half sides of the maps of the face and of the head, in these units
 MAP_SIZE = 96  # cells of their sides
@@ -49,6 +54,41 @@ MAX_COLOUR_DISTANCE = 2.0  # standard deviations within which colours count as a
 MIN_LIKELY_SHARE = 0.1  # of a part's pixels, where hair is the likeliest
 MIN_HAIR_AREA = 0.05  # of the face's area
 MIN_HAIR_CONTRAST = 9.0  # Lab distance from the skin's colour, with half of L, below which it is a bald head
+
+
+@dataclass(frozen=True)
+class Look:
+    """Changes of a look; raises `InputError` for values out of range."""
+
+    age: float = 0.0  # years to add, -20 to 40
+    weight: float = 0.0  # -1, much leaner, to 1, much heavier
+    hair: str = ""  # #rrggbb, the colour that the hair shows on average; empty: its own
+    beard: float = 0.0  # stubble, 0 to 1
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} must be {low:g} to {high:g}, got {getattr(self, name):g}")
+        if self.hair and not re.fullmatch("#[0-9a-fA-F]{6}", self.hair):
+            raise InputError(f"hair must be a colour such as #5b3a1e, got {self.hair[:40]!r}")
+
+    def __bool__(self) -> bool:
+        return self != Look()
+
+    @classmethod
+    def parse(cls, text: str) -> Look:
+        """Return the look of a text such as `age=15,weight=-.3,hair=#5b3a1e`; raises `InputError`."""
+        values: dict[str, str | float] = {}
+        for name, _, value in (part.partition("=") for part in text.split(",")):
+            names = [field.name for field in fields(cls)]
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1, 0)[0]
+                raise InputError(f"there is no attribute {name[:40]!r}: did you mean {near}?")
+            try:
+                values[name] = value if name == "hair" else float(value)
+            except ValueError:
+                raise InputError(f"{name} must be a number, got {value[:40]!r}") from None
+        return cls(**values)  # type: ignore[arg-type]
 
 
 class _Basis(NamedTuple):

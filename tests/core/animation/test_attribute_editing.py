@@ -10,15 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from export3d_cli.core.animation import photo_look
+from export3d_cli.core.animation import attribute_editing
 from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.attribute_editing import RANGES, Look, change_look, spread
 from export3d_cli.core.animation.compositor import load_photo
-from export3d_cli.core.animation.look import RANGES, Look
 from export3d_cli.core.animation.options import PortraitOptions
 from export3d_cli.core.animation.person import Person
-from export3d_cli.core.animation.photo_look import change_look, spread
 from export3d_cli.core.animation.watermark import find_marks
-from export3d_cli.core.evaluation.face_embedding import load_embedder
+from export3d_cli.core.evaluation.scorer import load_embedder
 from export3d_cli.core.face.landmarks import FACE_OVAL, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.tracker import open_landmarker_tracker
@@ -71,7 +70,7 @@ def test_background_stays(photo: np.ndarray) -> None:
 
 
 def test_photo_of_a_very_large_head_is_reduced(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(photo_look, "MAX_WINDOW_PX", 90_000)
+    monkeypatch.setattr(attribute_editing, "MAX_WINDOW_PX", 90_000)
     with pytest.warns(Export3DWarning, match="reduced to 3"):
         result, moved = change_look(photo, Look(weight=1), TRACKER, MATTING)
     assert 250 < max(result.shape) < max(photo.shape)
