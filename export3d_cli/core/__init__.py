@@ -43,8 +43,6 @@ Images are RGB: uint8 (H, W, 3) at the borders, float (B, 3, H, W) in [-1, 1] in
 beta (64) is an expression, camera (25) is cam2world then intrinsics in the head frame (`camera`).
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

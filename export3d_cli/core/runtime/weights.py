@@ -6,8 +6,6 @@ All requests go through huggingface_hub, which reads HF_HOME, HF_HUB_OFFLINE, HF
 interrupted downloads and draws its own progress bar. Its errors become a `WeightsError` with a remedy. No torch here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -15,16 +13,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
 from export3d_cli.core.runtime.errors import InputError, WeightsError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS
-
-if TYPE_CHECKING:
-    import numpy as np
 
 DEFAULT_WEIGHTS = "export3d-compact"
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -102,8 +98,6 @@ def verify_weights(entry: ManifestEntry) -> None:
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read the arrays of a `.npz` file; raises `WeightsError` if it is damaged."""
-    import numpy as np
-
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return dict(data)
