@@ -1,7 +1,10 @@
 """Model and training configuration as frozen dataclasses, and the named model presets. Imports no torch."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
+
+import yaml
 
 Count = Annotated[int, "1 or more"]  # the other numbers of a configuration are 0 or more
 BETA_DIM = 64
@@ -68,24 +71,18 @@ class ModelConfig:
         return BETA_DIM if self.expression == "direct" else self.basis
 
 
+def _model_preset(sizes: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(**{name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()})
+
+
 CALIBRATION = ("expression_gain", "triplane_tolerance", "surface_density")  # fields of `ModelConfig`, see there
 INPAINTERS = ("mouth", "eyes", "lids")  # stages that train the inpainter of the same name in `ModelConfig`
 STAGES = ("clebs", *INPAINTERS, "reconstruction", "adversarial", "pose_debias", "sampler")  # in training order
 
-PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        image_size=64, code_dim=16, code_hidden=32, width=32, heads=2, eadaln_blocks=1, stem=(8, 8, 16),
-        plane_channels=8, plane_size=16, plane_width=16, decoder_hidden=16, raw_size=16, raw_channels=8,
-        coarse_samples=4, fine_samples=4, superres=(8, 8), mesh_size=32, flow_size=16, flow_width=8,
-    ),
-    "compact": ModelConfig(basis=20, code_hidden=256, face_residual_ratio=0.15, mouth=24, eyes=16, lids=16),
-    "paper": ModelConfig(
-        code_dim=256, code_hidden=256, width=1024, heads=4, ffn_ratio=4, eadaln_blocks=5, stem=(64, 128, 256),
-        plain_width=1024, plane_channels=32, plane_size=128, plane_width=256, decoder_hidden=64, raw_size=64,
-        raw_channels=32, coarse_samples=48, fine_samples=48, superres=(128, 64),
-        source_skip=False, source_plane=False, head_prior=False, flow=False,
-    ),
-}  # fmt: skip
+# keys that a preset sets, between the defaults and the user's file; PRESETS: its model
+TRAINING_PRESETS: dict[str, dict[str, Any]]
+TRAINING_PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
+PRESETS = {name: _model_preset(preset.pop("model")) for name, preset in TRAINING_PRESETS.items()}
 
 
 @dataclass(frozen=True)
@@ -295,19 +292,3 @@ class TrainConfig:
         if stage == "clebs":
             return self.clebs.geometry_warmup_steps + self.clebs.steps if self.model.expression == "clebs" else 0
         return self.steps if stage == "reconstruction" else getattr(self, stage).steps
-
-
-# Keys that a preset sets besides `model`, between the defaults above and the user's file.
-TRAINING_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {  # sec. 6.2 to 6.4; what the paper does not mention is off
-        "stages": ["clebs", "reconstruction", "adversarial"],
-        "data": {"hard_pair_ratio": 0.0, "flip": False, "jitter": 0.0, "still_image_ratio": 0.0},
-        "clebs": {
-            "steps": 60_000, "negatives": 32, "temperature": 0.07, "denominator": "printed", "lr": 1e-4,
-            "lr_decay": False, "clip_grad": 0.0, "image_size": 256,
-        },
-        "loss": {"l2": 1.0, "perceptual": 1.0, "raw": 1.0, "perceptual_scales": 2},
-        "batch": 8, "steps": 300_000, "lr": 1e-4, "ema": 0.0, "clip_grad": 0.0,
-        "adversarial": {"steps": 10_000, "weight": 0.01, "lr": 1e-5},
-    },
-}  # fmt: skip

@@ -4,10 +4,12 @@ Images are uint8 (H, W, 3) RGB; landmarks are in crop units, (T, 478, 3); distan
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import cv2
 import numpy as np
+import yaml
 
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
 
@@ -22,47 +24,9 @@ class Metric:
     description: str
 
 
-# All columns of the scores, in the order of the tables.
-METRICS = {
-    "psnr": Metric("higher", "dB", 2, "Peak signal-to-noise ratio of RGB, mean over frames, at most 100."),
-    "ssim": Metric("higher", "", 3, "Structural similarity, mean over RGB: Gaussian window of side 11, sigma 1.5."),
-    "perceptual": Metric("lower", "", 3, "Perceptual distance of the given network: squared difference of unit-length "
-                         "features, mean over four depths. Without LPIPS' learned weights: not LPIPS."),
-    "lpips": Metric("lower", "", 3, "LPIPS (Zhang et al. 2018) with its learned weights."),
-    "akd478": Metric("lower", "px", 2, "Average keypoint distance: Euclidean, all 478 landmarks, pixels at 256."),
-    "akd68": Metric("lower", "px", 2, "The same for the 68 iBUG points among them."),
-    "aed": Metric("lower", "", 4, "Average expression distance: mean absolute difference of 52 blendshape weights."),
-    "apd": Metric("lower", "", 4, "Average pose distance: mean absolute difference of six numbers, the head's rotation "
-                  "vector (radians) and centre (units of about 0.5 m) in the camera frame."),
-    "yaw_error": Metric("lower", "deg", 2, "Mean absolute difference of yaw."),
-    "pitch_error": Metric("lower", "deg", 2, "Mean absolute difference of pitch."),
-    "gaze_error": Metric("lower", "deg", 2, "Mean angle between the lines of sight of both eyes in the head frame, "
-                         "from the irises where the eyes are open; reliable sideways, weak up and down."),
-    "jaw": Metric("higher", "r", 3, "Correlation over time of jawOpen with the driver's, if the driver moves it."),
-    "jaw_slope": Metric("", "", 2, "Slope of jawOpen over the driver's: 1 is as wide as the driver, 0 does not move."),
-    "blink": Metric("higher", "r", 3, "The same for eyeBlink (mean of both), if the driver blinks."),
-    "blink_slope": Metric("", "", 2, "Its slope."),
-    "smile": Metric("higher", "r", 3, "The same for mouthSmile (mean of both), if the driver smiles."),
-    "smile_slope": Metric("", "", 2, "Its slope."),
-    "gaze": Metric("higher", "r", 3, "The same for the irises' sideways position, if the driver looks around."),
-    "gaze_slope": Metric("", "", 2, "Its slope."),
-    "yaw": Metric("higher", "r", 3, "The same for yaw, if the driver's head turns."),
-    "yaw_slope": Metric("", "", 2, "Its slope."),
-    "identity": Metric("higher", "cos", 3, "CSIM: cosine of face embeddings of the source and the result."),
-    "flicker": Metric("lower", "levels", 2, "Mean absolute second difference over time of result minus truth, in "
-                      "grey levels of 255: 0 if the error is constant or changes linearly."),
-    "jitter": Metric("lower", "px", 3, "Mean second difference over time of the landmarks minus that of the driver's: "
-                     "0 is as steady as the driver, negative is smoother."),
-    "lost": Metric("lower", "", 3, "Fraction of frames in which no face is found."),
-    "copied": Metric("", "", 3, "Fraction of the picture that is the photo's pixels, moved."),
-    "view_pose": Metric("lower", "deg", 2, "Novel views: rotation angle between the requested camera and the one "
-                        "tracked in the picture."),
-    "depth_skin": Metric("lower", "mm", 1, "Median error of the volume's depth on skin, after alignment of the median "
-                         "and of the scale, which one photo does not show."),
-    "depth_hair": Metric("lower", "mm", 1, "The same on hair and brows, with the alignment of the skin."),
-    "silhouette": Metric("higher", "IoU", 3, "Intersection over union of the volume's head and the true one, without "
-                         "clothes, inside the network's crop."),
-}  # fmt: skip
+# all columns of the scores, in the order of the tables
+_TABLE = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
+METRICS = {name: Metric(**row) for name, row in _TABLE.items()}
 REFERENCE_SIZE_PX = 256  # landmark distances refer to images of this side, whatever the actual size
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # Gaussian window of side 11
 BOOTSTRAP_RESAMPLES = 4000

@@ -45,28 +45,10 @@ _CONTROLS = (
     *(("mouthStretchLeft", "mouthStretchRight"), ("mouthFunnel",), ("mouthPucker",)),
     *(("mouthPressLeft", "mouthPressRight"), ("mouthShrugLower",), ("mouthRollLower",), ("mouthRollUpper",)),
 )
-# Values of `_CONTROLS`, as the tracker measures them on people who speak.
-_VISEMES = {  # phones: jaw, lower lip down, upper lip up, wide, funnel, pucker, press, shrug, roll lower, roll upper
-    "SIL": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.15, 0.25, 0.05, 0.05),
-    "P B M": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.3, 0.1, 0.1),
-    "F V": (0.04, 0.0, 0.15, 0.05, 0.0, 0.0, 0.0, 0.0, 0.45, 0.0),
-    "TH DH": (0.15, 0.15, 0.08, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "T D N L": (0.13, 0.15, 0.1, 0.08, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "K G NG HH": (0.2, 0.12, 0.06, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "S Z": (0.06, 0.2, 0.15, 0.18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "CH JH SH ZH": (0.1, 0.1, 0.15, 0.0, 0.35, 0.6, 0.0, 0.0, 0.0, 0.0),
-    "R ER": (0.18, 0.05, 0.05, 0.0, 0.2, 0.45, 0.0, 0.0, 0.0, 0.0),
-    "AA": (0.6, 0.3, 0.12, 0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "AE": (0.5, 0.3, 0.2, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "AH": (0.38, 0.22, 0.1, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "EH": (0.34, 0.25, 0.2, 0.22, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "IH": (0.22, 0.2, 0.15, 0.24, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "IY Y": (0.13, 0.2, 0.18, 0.32, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "AO": (0.45, 0.1, 0.05, 0.0, 0.35, 0.6, 0.0, 0.0, 0.0, 0.1),
-    "UH": (0.22, 0.0, 0.0, 0.0, 0.3, 0.8, 0.0, 0.0, 0.0, 0.15),
-    "UW W": (0.14, 0.0, 0.0, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0, 0.25),
-}
-SHAPES = {phone: np.array(shape) for phones, shape in _VISEMES.items() for phone in phones.split()}
+# values of `_CONTROLS` for each phone, as the tracker measures them on people who speak
+_VISEMES = Path(__file__).with_name("visemes.csv").read_text(encoding="utf-8").splitlines()[1:]
+_ROWS = (row.split(",") for row in _VISEMES)
+SHAPES = {phone: np.array(shape, np.float64) for phones, *shape in _ROWS for phone in phones.split()}
 _DIPHTHONGS = {"AY": ("AA", "IH"), "AW": ("AA", "UW"), "EY": ("EH", "IY"), "OW": ("AO", "UW"), "OY": ("AO", "IH")}
 _CONTACTS = frozenset({"P", "B", "M", "F", "V"})
 _VOWELS = frozenset({"AA", "AE", "AH", "EH", "IH", "IY", "AO", "UH", "UW", "W"})  # which dominate the rest

@@ -8,6 +8,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,31 +20,7 @@ from export3d_cli.core.runtime.errors import InputError
 CLIENT_TIMEOUT_S = 10.0  # after which a viewer that reads nothing is disconnected
 MAX_THREADS = 64  # of the process; further connections are closed
 _LOOPBACK = ("127.0.0.1", "localhost")
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>export3d live</title><link rel="icon" href="data:,">
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 0 auto; padding: 1rem }}
-img {{ display: block; width: 100%; max-height: 75vh; object-fit: contain; background: #8883; border-radius: .5rem }}
-button {{ font: inherit; padding: .4rem .9rem; margin: 0 .4rem .4rem 0 }}
-</style></head><body>
-<img src="/stream" alt="The animated portrait, live">
-<p id="status" role="status">Starting</p>
-<p>{buttons}</p>
-<p><small>Synthetic picture, not a recording of this person. In OBS, add a browser source with the address of
-<a href="/stream">this stream</a>.</small></p>
-<script>
-const post = name => fetch('/command/' + name, {{method: 'POST'}});
-const buttons = [...document.querySelectorAll('button')];
-buttons.forEach(button => button.onclick = () => post(button.value));
-onkeydown = event => event.ctrlKey || event.altKey || event.metaKey || event.repeat
-  || buttons.find(button => button.value[0] === event.key)?.click();
-const line = document.getElementById('status');
-setInterval(() => fetch('/status').then(r => r.text()).then(text => line.textContent = text)
-  .catch(() => line.textContent = 'The program has ended.'), 1000);
-</script></body></html>
-"""
+_PAGE = Path(__file__).with_name("live.html")
 
 
 class MjpegServer(ThreadingHTTPServer):
@@ -123,7 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/":
             labels = self.server.buttons.items()
             buttons = "".join(f'<button value="{name}">{html.escape(label)}</button>' for name, label in labels)
-            self._send("text/html; charset=utf-8", _PAGE.format(buttons=buttons))
+            page = _PAGE.read_text(encoding="utf-8").replace("{buttons}", buttons)
+            self._send("text/html; charset=utf-8", page)
         elif self.path == "/status":
             self._send("text/plain; charset=utf-8", self.server.status)
         elif self.path == "/stream":
