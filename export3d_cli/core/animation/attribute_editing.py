@@ -183,8 +183,7 @@ def _shift_at(places: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.n
 def _move_person(canvas: PhotoCanvas, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the canvas's window, uint8 (h, w, 3), and alpha, with landmarks moved, (468, 2) both in crop units."""
     axis = (np.arange(FLOW_SIZE) + 0.5) * CELL - WINDOW_MARGIN
-    grid = np.stack(np.meshgrid(axis, axis), axis=-1)
-    shift = _shift_at(grid, before, after)
+    shift = _shift_at(np.stack(np.meshgrid(axis, axis), axis=-1), before, after)
     nothing = np.zeros((FLOW_SIZE, FLOW_SIZE), np.float32)
     blank = np.zeros((1, 1, 3), np.uint8)
     colours, alpha = canvas.person(FrameLayers(blank, shift, nothing, VolumeRender(blank, nothing, nothing, 1.0)))
@@ -196,8 +195,7 @@ def _move_person(canvas: PhotoCanvas, before: np.ndarray, after: np.ndarray) -> 
     )
     distance = (side * np.linalg.norm(shift, axis=-1)).astype(np.float32)
     columns_of, rows_of = (part.astype(np.float32) for part in np.meshgrid(x, y))
-    pixels = cv2.remap(distance, columns_of, rows_of, cv2.INTER_LINEAR)
-    weight = smooth_step(pixels, *MOVED_FADE_PX)
+    weight = smooth_step(cv2.remap(distance, columns_of, rows_of, cv2.INTER_LINEAR), *MOVED_FADE_PX)
     return cv2.blendLinear(moved, np.ascontiguousarray(canvas.photo[canvas.window]), weight, 1 - weight), alpha
 
 
@@ -314,10 +312,8 @@ def _dye(part: np.ndarray, hair: np.ndarray, colour: str) -> np.ndarray:
     room = max(1.0, 0.6 * (100 - target[0]))  # of highlights, which are compressed
     lightness = target[0] + np.where(change > 0, room * (1 - np.exp(-change / room)), change).clip(-target[0])
     paler = np.minimum(lightness / max(target[0], 5), (100 - lightness) / max(100 - target[0], 5)).clip(0.2, 1)
-    chroma = paler[..., None] * target[1:]
-    dyed = np.dstack([lightness, chroma + 0.3 * (lab[..., 1:] - mean[1:])]).astype(np.float32)
-    rgb_dyed = 255 * cv2.cvtColor(dyed, cv2.COLOR_LAB2RGB)
-    return part + (rgb_dyed - part) * hair[..., None]
+    dyed = np.dstack([lightness, paler[..., None] * target[1:] + 0.3 * (lab[..., 1:] - mean[1:])]).astype(np.float32)
+    return part + (255 * cv2.cvtColor(dyed, cv2.COLOR_LAB2RGB) - part) * hair[..., None]
 
 
 def _grow_beard(part: np.ndarray, skin: _Skin, density: np.ndarray, strength: float,

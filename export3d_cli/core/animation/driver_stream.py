@@ -19,19 +19,11 @@ import numpy as np
 
 from export3d_cli.core.animation.options import MOTION_SUFFIXES, ReenactOptions
 from export3d_cli.core.animation.retargeting import reference_rows
-from export3d_cli.core.face import arkit
-from export3d_cli.core.face import landmarks as mesh
+from export3d_cli.core.face import arkit, face_track
 from export3d_cli.core.face.crop import ClipCalibration, crop_with_padding
-from export3d_cli.core.face.face_track import (
-    Face,
-    FaceTracker,
-    TargetFaceTracker,
-    TrackCache,
-    UprightFrames,
-    describe_rotation,
-    rotate_clockwise,
-)
+from export3d_cli.core.face.face_track import Face, FaceTracker, TargetFaceTracker, TrackCache, rotate_clockwise
 from export3d_cli.core.face.fan_tracker import NUM_FAN_LANDMARKS
+from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion, resample_rows
 from export3d_cli.core.face.smoothing import smooth_stream
@@ -116,7 +108,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             elif driver.suffix.lower() == ".csv":
                 motion, self.notes = arkit.read_csv(driver, camera)
             else:
-                motion = Motion.load(driver, landmark_counts=(mesh.NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))
+                motion = Motion.load(driver, landmark_counts=(NUM_LANDMARKS, NUM_FAN_LANDMARKS, 0))
             self.fps = motion.fps if fps is None else fps
             chosen = resample_rows(len(motion), motion.fps, self.fps, start, duration)[:max_frames]
             if not len(chosen):
@@ -216,7 +208,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         if cache is not None:
             cache.restart(self._track_key)
         target = TargetFaceTracker(self.tracker, self.fps, choice=self.options.driver_face, name=str(self.driver))
-        frames = UprightFrames(self.tracker, self._images(self._reader))
+        frames = face_track.UprightFrames(self.tracker, self._images(self._reader))
         is_cut, last = False, None
         for frame in frames:
             self.rotation, size = frames.rotation, (frame.shape[1], frame.shape[0])
@@ -232,7 +224,7 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
             yield face, is_new_shot, size
         if self.rotation:
             rotated = f"its frames are used rotated by {self.rotation} degrees clockwise"
-            self.notes.append(f"the face in {self.driver} {describe_rotation(self.rotation)}: {rotated}")
+            self.notes.append(f"the face in {self.driver} {face_track.describe_rotation(self.rotation)}: {rotated}")
         if self._reader is not None:  # what shows only at the end
             self.notes += [note for note in self._reader.notes if note not in self.notes]
         self.notes += target.notes

@@ -93,8 +93,7 @@ def personalize(animator: Animator, source: Path, out: Path, options: Personaliz
         tracked, count = len(motion), len(motions)
         motions.append(motion)
         asked = min(options.frames, MAX_PHOTOS - count)
-        rows = choose_frames(Motion.concatenate(motions), count, asked)
-        nearest, *chosen = (row - count for row in rows)
+        nearest, *chosen = (row - count for row in choose_frames(Motion.concatenate(motions), count, asked))
         if len(chosen) < asked:
             notes.append(f"{len(chosen)} of {asked} frames of {options.video} are kept: no other adds anything")
         numbers = {list(faces)[row]: row for row in (nearest, *chosen)}

@@ -94,8 +94,7 @@ class PhotoCanvas:
         x0, y0, side = square
         margin = WINDOW_MARGIN * side
         columns = slice(max(0, round(x0 - margin)), min(width, round(x0 + side + margin)))
-        rows = slice(max(0, round(y0 - margin)), min(height, round(y0 + side + margin)))
-        window = (rows, columns)
+        window = slice(max(0, round(y0 - margin)), min(height, round(y0 + side + margin))), columns
         part, matte = np.ascontiguousarray(photo[window]), np.ascontiguousarray(alpha[window])
         hole = _grow(matte > HOLE_ALPHA, max(2, round(HOLE_MARGIN * side)))
         hole |= _grow(find_loose_hair(part, hole, side), LOOSE_HAIR_MARGIN_PX)

@@ -87,8 +87,7 @@ def load_portraits(animator: Animator, source: Path | Portrait, options: Reenact
     if isinstance(source, Portrait):
         return [source]
     if options.face == "all":
-        photo = main_photo(read_portrait(source))
-        count = len(animator.tracker().find_all(photo))
+        count = len(animator.tracker().find_all(main_photo(read_portrait(source))))
         faces = [f"index:{k}" for k in range(count)] or ["largest"]  # which raises if there is none
     else:
         faces = [options.face, *(face for face, _ in options.pairs)]

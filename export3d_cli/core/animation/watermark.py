@@ -138,8 +138,7 @@ def _matched_filter() -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _pattern_frame(height: int, width: int) -> np.ndarray:
     """Return the repeated pattern, float32 (height, width)."""
-    tiled = np.tile(_pattern(), (-(-height // TILE_PX), -(-width // TILE_PX)))
-    return tiled[:height, :width].astype(np.float32)
+    return np.tile(_pattern(), (-(-height // TILE_PX), -(-width // TILE_PX)))[:height, :width].astype(np.float32)
 
 
 def _resize_luma(frame: np.ndarray, short_side: int) -> np.ndarray:

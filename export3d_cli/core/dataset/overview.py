@@ -49,8 +49,7 @@ def draw_tracking(frame: np.ndarray, motion: Motion, index: int) -> np.ndarray:
     thickness = max(1, round(side / 250))
     cv2.rectangle(out, (int(x0), int(y0)), (int(x0 + side), int(y0 + side)), (255, 210, 0), thickness)
     colour = (60, 230, 90) if motion.found[index] else (150, 150, 150)
-    points = motion.landmarks[index, :, :2] * side + [x0, y0]
-    for x, y in points.round().astype(int).tolist():
+    for x, y in (motion.landmarks[index, :, :2] * side + [x0, y0]).round().astype(int).tolist():
         cv2.circle(out, (x, y), max(0, thickness - 1), colour, -1)
     axis_tips = HEAD_AXIS_LENGTH * np.diag([1.0, 1.0, -1.0])  # z is drawn towards the camera
     corners = project_points(motion.camera[index], np.concatenate([np.zeros((1, 3)), axis_tips])) * side + [x0, y0]

@@ -73,8 +73,7 @@ def run_benchmark(animator: Animator, source: Path | None = None, driver: Path |
     (portrait,) = timed("encode source", map(animator.portrait, [photo]))
     rendered = timed("render", animator.animate(portrait, [motion], layers=True))
     options = ReenactOptions(max_frames=len(images), audio="none")
-    add_watermark = get_watermarker(options.watermark)
-    results = timed("compose", map(add_watermark, map(Compositor([portrait]), rendered)))
+    results = timed("compose", map(get_watermarker(options.watermark), map(Compositor([portrait]), rendered)))
     with tempfile.TemporaryDirectory() as folder:
         writer = VideoWriter(Path(folder) / "a.mp4", size=results[0].shape[1::-1], fps=reader.info.fps)
 

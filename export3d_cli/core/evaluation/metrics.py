@@ -72,8 +72,7 @@ def pose_vector(camera: np.ndarray) -> np.ndarray:
 
 def rotation_angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the angle (T,) in degrees between the head rotations seen by two sequences of cameras (T, 25)."""
-    relative = head_pose(a)[0] @ np.swapaxes(head_pose(b)[0], -1, -2)
-    return np.degrees(np.linalg.norm(rotation_log(relative), axis=-1))
+    return np.degrees(np.linalg.norm(rotation_log(head_pose(a)[0] @ np.swapaxes(head_pose(b)[0], -1, -2)), axis=-1))
 
 
 def gaze_direction(iris: np.ndarray) -> np.ndarray:

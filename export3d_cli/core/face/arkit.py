@@ -41,8 +41,7 @@ def read_csv(path: Path, camera: np.ndarray) -> tuple[Motion, list[str]]:
     """
     values, timecodes = _read_columns(path)
     count, notes = len(timecodes), list[str]()
-    zeros = np.zeros(count)
-    coefficients = np.stack([values.get(name, zeros) for name in ARKIT_NAMES], axis=1).clip(0, 1)
+    coefficients = np.stack([values.get(name, np.zeros(count)) for name in ARKIT_NAMES], axis=1).clip(0, 1)
     cameras = np.repeat(np.asarray(camera, dtype=np.float32)[None], count, axis=0)
     if all(name in values for name in ANGLE_COLUMNS):
         angles = np.stack([values[name] for name in ANGLE_COLUMNS], axis=1)

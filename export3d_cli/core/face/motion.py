@@ -14,11 +14,7 @@ import numpy as np
 
 from export3d_cli import __version__
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
-from export3d_cli.core.face.head_pose import (
-    head_frame_to_landmarks,
-    landmarks_to_head_frame,
-    load_canonical_face,
-)
+from export3d_cli.core.face.head_pose import head_frame_to_landmarks, landmarks_to_head_frame, load_canonical_face
 from export3d_cli.core.face.landmarks import NUM_LANDMARKS
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import DAMAGED_ZIP_ERRORS, check_file, write_atomic

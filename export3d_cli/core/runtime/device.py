@@ -131,8 +131,7 @@ def peak_memory() -> int | None:
 
 def copy_for_inference(model: Model, device: torch.device) -> Model:
     """Return a copy of a model on `device`, in eval mode; tensors that are already there are shared, not copied."""
-    tensors = (*model.parameters(), *model.buffers())
-    shared = {id(tensor): tensor for tensor in tensors if tensor.device == device}
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers()) if x.device == device}
     return copy.deepcopy(model, shared).to(device).eval()
 
 

@@ -191,8 +191,7 @@ class ImageStages(Stage):
         if is_finite(terms):
             self.optimizer.step()
             if generator.plane_means:  # of all parts and processes; else the forward pass has updated eq. 12
-                mean = torch.stack(generator.plane_means).mean(0)
-                generator.update_plane_ema(self.run.world.all_reduce_mean_(mean))
+                generator.update_plane_ema(self.run.world.all_reduce_mean_(torch.stack(generator.plane_means).mean(0)))
             if self.discriminator is not None:
                 terms |= self.train_discriminator(parts, fakes)
         else:

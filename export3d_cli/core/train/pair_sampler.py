@@ -85,8 +85,7 @@ class PairSampler:
             beta = mirror_beta(data.beta[rows]) if flip else data.beta[rows]
             frames = np.stack([resize_square(data.frames[r], image_size) for r in rows])
             frames = frames[:, :, ::-1] if flip else frames
-            lut = make_color_lut(rng, self.config.jitter)
-            return torch.from_numpy(apply_color_lut(frames, lut)), _to_tensor(beta)
+            return torch.from_numpy(apply_color_lut(frames, make_color_lut(rng, self.config.jitter))), _to_tensor(beta)
         raise TrainingError(f"no clip with {min_frames} frames or more: contrastive training needs longer clips")
 
     def draw_landmark_pairs(self, seed: int, step: int, size: int) -> tuple[Tensor, ...]:

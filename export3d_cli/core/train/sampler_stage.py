@@ -43,8 +43,7 @@ class SamplerStage(Stage):
         self.step = 1
         self.run.log(self.name, 1, 1, self.values)
         if self.run.world.is_main:
-            record = self.run.record | self.values
-            HeadSampler.save(self.run.weights, arrays, record, licence=self.run.config.license)
+            HeadSampler.save(self.run.weights, arrays, self.run.record | self.values, licence=self.run.config.license)
         return True
 
     def fit(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:

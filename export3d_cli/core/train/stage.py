@@ -108,8 +108,7 @@ class TrainingRun:
         if values and "seconds_a_step" in values:
             seconds_left = (steps - step) * values["seconds_a_step"]
             if self.config.max_minutes > 0:
-                remaining = (self.config.max_minutes - self.elapsed_minutes()) * 60
-                seconds_left = max(min(seconds_left, remaining), 0.0)
+                seconds_left = max(min(seconds_left, (self.config.max_minutes - self.elapsed_minutes()) * 60), 0.0)
         self.progress(TrainEvent(stage, step, steps, values or {}, message, seconds_left))
 
     def report_message(self, message: str) -> None:
