@@ -72,7 +72,8 @@ class ModelConfig:
 
 
 def _model_preset(sizes: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(**{name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()})
+    fields: dict[str, Any] = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
+    return ModelConfig(**fields)
 
 
 CALIBRATION = ("expression_gain", "triplane_tolerance", "surface_density")  # fields of `ModelConfig`, see there
