@@ -51,7 +51,7 @@ class Source:
     background: Tensor | None = None  # (B, C', H/4, W/4) features behind the head, RGB first
     # Basis flow (`config.flow`):
     proximity: Tensor | None = None  # (B, 1, m, m) to the face, see `BasisFlow.source_proximity`
-    inner_scale: Tensor | None = None  # (B, 36) of the mesh's inner ring, see `BasisFlow.fit_inner_ring`
+    outline: Tensor | None = None  # (B, 36) of the person around the face, see `BasisFlow.find_outline`
     head_mask: Tensor | None = None  # (B, 1, m, m) 1 on the head, hair included
     body_mask: Tensor | None = None  # (B, 1, m, m) 1 on the rest of the person
     image_half: Tensor | None = None  # (B, 3, H/2, W/2) the photo, downsampled

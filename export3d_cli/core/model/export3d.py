@@ -55,7 +55,7 @@ SHOWN_FADE = (0.5, 0.9)  # validity of additional photos over which they replace
 GAIN_SIZE = 16  # cells of its side
 MIN_GAIN_LEVEL, MAX_GAIN = 0.08, 3.0  # least brightness that is compared, of 2, and the limit of the gain
 DEFAULT_BODY_WEIGHT = 0.2  # body weight of pixels outside the head if no person mask is given
-FACE_WINDOW_MARGIN = 0.08  # image sizes around the outline of the face that `face_only` renders
+FACE_WINDOW_MARGIN = 0.03  # image sizes around the face and the mesh's inner ring that `face_only` renders
 FACE_WINDOW_STEPS = 32  # positions of its borders along a side of the image, at most
 CPU_UPSCALE_BATCH = 2  # images upscaled together on a CPU; one takes 250 MB at 2048 x 2048
 SampleCounts = tuple[int, int]  # coarse and fine samples per ray
@@ -151,14 +151,14 @@ class Export3D(nn.Module):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         inference = not torch.is_grad_enabled()
-        proximity = head_mask = colours = inner_scale = None
+        proximity = head_mask = colours = outline = None
         detail = highpass(image) if inference else None
         if self.flow is not None:
             with torch.no_grad():
                 proximity = self.flow.source_proximity(landmarks, camera)
                 head_mask = self.flow.head_mask(landmarks, camera, person_mask, proximity)
                 if person_mask is not None:
-                    inner_scale = self.flow.fit_inner_ring(landmarks, camera, person_mask)
+                    outline = self.flow.find_outline(landmarks, camera, person_mask)
             if first is not None:
                 colours = first.colours
             elif inference:
@@ -171,7 +171,7 @@ class Export3D(nn.Module):
         source = Source(image, camera, landmarks, lam, measures, stem, tokens, basis=basis)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
-            source = replace(source, proximity=proximity, inner_scale=inner_scale, head_mask=head_mask,
+            source = replace(source, proximity=proximity, outline=outline, head_mask=head_mask,
                              body_mask=(1 - head_mask) * person,
                              image_half=F.avg_pool2d(image.float(), 2), features_half=self.superres.detail2(stem[0]),
                              features_quarter=self.superres.detail4(stem[1]), highpass=detail, colours=colours,
@@ -267,7 +267,7 @@ class Export3D(nn.Module):
                     landmarks = blend_landmarks(deformed, distances, torch.stack(angles, dim=1))
                 if source.cover is not None:
                     landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
-                mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks, source.inner_scale)
+                mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks, source.outline)
                 if self.config.head_prior:
                     surface = self.flow.rasterize_surface(landmarks, landmarks - source.landmarks)  # (B, 6, s, s)
         return PosedHead(planes, surface, mesh, distances)
@@ -502,7 +502,7 @@ class Export3D(nn.Module):
         head, points = posed.mesh.points, posed.mesh.points[:, :NUM_LANDMARKS]
         meshes, shown = [mesh], [1 - mesh.face * 0]
         for photo in source.others:
-            own = self.flow.deform_mesh(photo.landmarks, photo.camera, points, photo.inner_scale)
+            own = self.flow.deform_mesh(photo.landmarks, photo.camera, points, photo.outline)
             flow_of = self.flow.render_flow(own._replace(points=head), camera, mesh.uv.shape[-1], photo.head_mask)
             covers = [cover] if photo.cover is None else [cover, warp(photo.cover.mask, flow_of.uv)]
             meshes.append(flow_of)
@@ -541,10 +541,12 @@ class Export3D(nn.Module):
         """Return a window around the face of each result and of the photo."""
         if posed.mesh is None:
             return ()
-        outline = index_tensor(FACE_OVAL, camera)
+        oval = index_tensor(FACE_OVAL, camera)
+        ring = posed.mesh.points[:, NUM_LANDMARKS : NUM_LANDMARKS + len(FACE_OVAL)]
         uv = torch.cat([
-            project(points[:, outline].float(), view)[0]
-            for points, view in ((posed.mesh.points, camera), (source.landmarks, source.camera))
+            project(points.float(), view)[0] for points, view in (
+                (posed.mesh.points[:, oval], camera), (ring, camera), (source.landmarks[:, oval], source.camera),
+            )
         ], dim=1)  # fmt: skip
         cells = self.config.image_size // 4  # pixels of the smallest features
         step = max(1, cells // FACE_WINDOW_STEPS)
