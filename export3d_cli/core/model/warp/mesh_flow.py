@@ -239,7 +239,8 @@ class BasisFlow(nn.Module):
         widened = _widen(oval, scales[:, None], depths[:, None])  # (B, S, 36, 3)
         uv, _ = project(widened.flatten(1, 2), camera)
         mask = F.grid_sample(person.float(), 2 * uv[:, None] - 1, align_corners=False, padding_mode="border")
-        least = torch.lerp(*(mask.new_tensor(value) for value in ON_PERSON), _above_ears(oval))
+        below, above = ON_PERSON
+        least = below + (above - below) * _above_ears(oval)
         covered = (mask.view(widened.shape[:3]) > least).long().cumprod(1).sum(1)  # (B, 36) steps
         return torch.where(covered == 0, outer, scales[covered - 1])
 
