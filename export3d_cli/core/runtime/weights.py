@@ -143,33 +143,20 @@ def weights_info(name: str | Path | None = None) -> WeightsInfo:
 
 def weights_card(info: WeightsInfo, name: str) -> str:
     """Return a Markdown model card for the Hub, from the header of a weights file."""
-    front = {
-        "license": info.licence.lower() or "other", "library_name": "export3d", "pipeline_tag": "image-to-video",
-        "tags": ["portrait-animation", "face-reenactment", "tri-plane"],
-    }  # fmt: skip
 
-    details = {"training": info.record, "network": info.config}
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
+    def dump(**values: Any) -> str:
+        return yaml.safe_dump(values, sort_keys=False).strip()
 
-# Weights for export3d
-
-Animates a portrait from one photo and a driving video.
-
-```bash
-export3d reenact src.jpg drive.mp4 -o out.mp4 --weights {name}
-```
-
-{info.parameters:,} parameters, {info.size / 1e6:.1f} MB, licence {info.licence or "not stated"}, sha256
-`{info.sha256}`. Animate only people who have consented.
-
-## Training and network
-
-```yaml
-{yaml.safe_dump(details, sort_keys=False).strip()}
-```
-"""
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    head, details = dump(license=info.licence.lower() or "other"), dump(training=info.record, network=info.config)
+    return template.format(
+        head=head,
+        details=details,
+        name=name,
+        info=info,
+        megabytes=info.size / 1e6,
+        licence=info.licence or "not stated",
+    )
 
 
 def upload_weights(path: Path, name: str, *, private: bool = False) -> str:
