@@ -47,7 +47,7 @@ from export3d_cli.core.model.checkpoint import load_state, load_weights
 from export3d_cli.core.runtime.camera import orbit_camera
 from export3d_cli.core.runtime.errors import Export3DError
 from export3d_cli.core.runtime.weights import example_path, weights_info
-from export3d_cli.core.train.frame_cache import load_dataset
+from export3d_cli.core.train.training_data import load_dataset
 
 NUMBERS = [0, 1, -1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1]
 TOKENS = [b"nan",

@@ -5,7 +5,7 @@
   `clebs_stage`, `inpaint_stage` (mouth, eyes, lids), `image_stage` (reconstruction, adversarial), `pose_debias_stage`,
   `sampler_stage`.
 - objective: `losses` sums its terms, `perceptual` is one of them; `discriminator`.
-- data: `frame_cache` decodes datasets once, `pair_sampler` draws batches from them.
+- `training_data` decodes datasets once and draws batches from them.
 - around them: `distributed` (torchrun), `training_plan` (cost).
 
 Only the core's public API and `evaluation` (for the perceptual distance) import it. It imports `model`, `face`,

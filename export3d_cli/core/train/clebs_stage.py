@@ -13,8 +13,8 @@ from export3d_cli.core.face.motion import mirror_beta
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.expression import DirectCode, ImageEncoder, LeBS, contrastive_loss
 from export3d_cli.core.model.volume_renderer import project
-from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.stage import Stage, TrainingRun, is_finite
+from export3d_cli.core.train.training_data import PairSampler
 
 MIN_CLIP_FRAMES = 8  # smallest group of frames of a clip for eq. 1
 LAMBDA_STD = 3.0  # standard deviation of lambda over the training data

@@ -17,9 +17,9 @@ from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.losses import LandmarkLoss, LandmarkNetwork, draw_rays, ray_loss, reconstruction_loss
-from export3d_cli.core.train.pair_sampler import Batch, PairSampler
 from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.core.train.stage import Stage, TrainingRun, is_finite, update_ema
+from export3d_cli.core.train.training_data import Batch, PairSampler
 
 VOLUME_PARTS = ("expression.", "generator.", "decoder.", "source_view.eighth.", "source_view.quarter.")
 EAGER_STEPS = 24  # steps without a graph first: they measure the widths of the rasteriser's windows

@@ -23,9 +23,9 @@ from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, Hole, 
 from export3d_cli.core.model.inpaint.mouth import mouth_hole, mouth_opening
 from export3d_cli.core.model.warp.mouth_eye_interior import MAX_OPENING_RATIO
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
-from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, make_color_lut
 from export3d_cli.core.train.perceptual import load_perceptual
 from export3d_cli.core.train.stage import STAGE_SEEDS, Stage, TrainingRun, is_finite, update_ema
+from export3d_cli.core.train.training_data import PairSampler, apply_color_lut, make_color_lut
 
 PARTIAL_OPENING_RATIO = (1.3, 4.0)  # range of opening ratios that stand for a photo with slightly parted lips
 MIN_OPEN_EYE = 0.25  # opening, in eye widths, from which an eye counts as open

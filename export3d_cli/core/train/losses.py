@@ -15,8 +15,8 @@ from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.inpaint.inpainter import AlignedCrop, level_axes
 from export3d_cli.core.model.volume_renderer import pixel_grid
 from export3d_cli.core.model.warp.mesh_flow import resize, warp
-from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.perceptual import PerceptualDistance
+from export3d_cli.core.train.training_data import Batch
 
 CROP_SIZE_PX = 64  # side of the crops of eyes and mouth
 SOLID_HEAD = 0.9  # head mask from which the depth of the surface counts: the mask fades out on the neck

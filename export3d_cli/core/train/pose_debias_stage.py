@@ -19,8 +19,8 @@ from export3d_cli.core.media.image import to_uint8
 from export3d_cli.core.model.encoded_source import take_row
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import head_pose, rotation_log
-from export3d_cli.core.train.pair_sampler import Batch, PairSampler
 from export3d_cli.core.train.stage import Stage, TrainingRun
+from export3d_cli.core.train.training_data import Batch, PairSampler
 
 FILMED_EXPRESSIONS = 9  # per source: expressions of filmed people
 SINGLE_COEFFICIENT_EXPRESSIONS = 2  # per source: changes of one coefficient

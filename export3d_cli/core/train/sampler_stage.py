@@ -13,8 +13,8 @@ from export3d_cli.core.face.landmarks import FACE_OVAL, LEFT_BROW, LEFT_EYE_OUTE
 from export3d_cli.core.model.head_sampler import HeadSampler, warp_picture
 from export3d_cli.core.runtime.camera import orbit_camera, project_points, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError, TrainingError
-from export3d_cli.core.train.frame_cache import FaceDataset
 from export3d_cli.core.train.stage import Stage, TrainingRun
+from export3d_cli.core.train.training_data import FaceDataset
 
 MAX_LIP_GAP, MIN_EYE_GAP = 0.06, 0.06  # of a neutral frame, in distances between the outer corners of the eyes
 MAX_TURN = 15.0  # largest yaw and pitch, in degrees, of frames that give a texture

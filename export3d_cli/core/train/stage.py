@@ -23,7 +23,7 @@ from export3d_cli.core.runtime.device import has_fast_bf16, pick_device
 from export3d_cli.core.runtime.errors import TrainingError
 from export3d_cli.core.runtime.files import write_text
 from export3d_cli.core.train.distributed import World
-from export3d_cli.core.train.pair_sampler import prefetch
+from export3d_cli.core.train.training_data import prefetch
 
 STAGE_SEEDS = {  # must not change: a run is repeated exactly
     "clebs": 0, "reconstruction": 1, "adversarial": 2, "mouth": 3, "eyes": 4, "pose_debias": 5, "lids": 6, "sampler": 7,

@@ -20,13 +20,12 @@ from export3d_cli.core.runtime.files import folder_lock
 from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train.clebs_stage import ClebsStage, prepare_ablation
 from export3d_cli.core.train.distributed import init_distributed
-from export3d_cli.core.train.frame_cache import load_datasets
 from export3d_cli.core.train.image_stage import ImageStages
 from export3d_cli.core.train.inpaint_stage import InpaintStage
-from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, sampling_config
 from export3d_cli.core.train.sampler_stage import SamplerStage
 from export3d_cli.core.train.stage import Stage, TrainEvent, TrainingRun
+from export3d_cli.core.train.training_data import PairSampler, load_datasets
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.camera import FOCAL, head_pose, orbit_camera, project_points
 from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
-from export3d_cli.core.train.frame_cache import load_dataset
-from export3d_cli.core.train.pair_sampler import PairSampler
+from export3d_cli.core.train.training_data import PairSampler, load_dataset
 
 COUNT = 12  # heads in `folder`
 

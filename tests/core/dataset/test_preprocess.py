@@ -21,7 +21,7 @@ from export3d_cli.core.media.probe import ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.errors import InputError, NoFaceError
 from export3d_cli.core.runtime.weights import example_path
-from export3d_cli.core.train.frame_cache import load_dataset
+from export3d_cli.core.train.training_data import load_dataset
 
 process_input = module._process_input
 SHORT = ClipFilter(min_seconds=0.3)

@@ -18,8 +18,8 @@ from export3d_cli.core.config.schema import AdversarialConfig, TrainConfig
 from export3d_cli.core.model.warp.rasterizer import RasterWindows
 from export3d_cli.core.train import image_stage as stage
 from export3d_cli.core.train.image_stage import StepGraph
-from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_data import Batch
 
 SYNC_OPS = ("_local_scalar_dense", "lift_fresh", "nonzero", "unique", "masked_select")
 DECOMPOSITIONS = ("linalg_inv", "linalg_solve", "linalg_qr")

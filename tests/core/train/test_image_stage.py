@@ -26,8 +26,8 @@ from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import clebs_stage as pretrain
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train import image_stage as stages
-from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_data import Batch
 from export3d_cli.core.train.training_plan import plan_training
 
 ADVERSARIAL = AdversarialConfig(

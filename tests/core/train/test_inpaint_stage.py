@@ -18,10 +18,9 @@ from export3d_cli.core.model.inpaint.inpainter import CONDITION_CHANNELS, INPAIN
 from export3d_cli.core.model.inpaint.mouth import mouth_opening
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
-from export3d_cli.core.train.frame_cache import load_datasets
 from export3d_cli.core.train.inpaint_stage import INPAINT_SAMPLERS
-from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_data import PairSampler, load_datasets
 
 from .conftest import SIZE
 

@@ -13,7 +13,7 @@ from export3d_cli.core.model.warp.mesh_flow import resize
 from export3d_cli.core.train import losses
 from export3d_cli.core.train.clebs_stage import identity_leakage_loss, mirror_loss
 from export3d_cli.core.train.losses import draw_rays, ray_loss, reconstruction_loss
-from export3d_cli.core.train.pair_sampler import Batch
+from export3d_cli.core.train.training_data import Batch
 
 from .conftest import motion_of
 

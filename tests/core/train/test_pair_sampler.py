@@ -17,8 +17,7 @@ from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.runtime.camera import yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError, TrainingError
 from export3d_cli.core.runtime.files import driver_track_id
-from export3d_cli.core.train.frame_cache import load_dataset, load_datasets
-from export3d_cli.core.train.pair_sampler import PairSampler, apply_color_lut, prefetch
+from export3d_cli.core.train.training_data import PairSampler, apply_color_lut, load_dataset, load_datasets, prefetch
 
 from .conftest import FRAMES, SIZE
 

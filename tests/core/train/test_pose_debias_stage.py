@@ -18,9 +18,9 @@ from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.runtime.camera import rotation_log
 from export3d_cli.core.runtime.errors import ConfigError
 from export3d_cli.core.train import trainer
-from export3d_cli.core.train.pair_sampler import Batch
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, fit_rotations
 from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_data import Batch
 
 FACE = load_canonical_face().points
 

@@ -17,7 +17,7 @@ from export3d_cli.core.model.head_sampler import HeadSampler, SampledFace, warp_
 from export3d_cli.core.runtime.camera import orbit_camera, project_points
 from export3d_cli.core.runtime.errors import ConfigError, InputError, TrainingError, WeightsError
 from export3d_cli.core.train import trainer
-from export3d_cli.core.train.frame_cache import Clip, FaceDataset
+from export3d_cli.core.train.training_data import Clip, FaceDataset
 from export3d_cli.core.train.training_plan import plan_training
 
 SIDE, HEADS = 64, 24

@@ -17,11 +17,10 @@ from export3d_cli.core.model.expression import LeBS
 from export3d_cli.core.runtime.errors import ConfigError, TrainingError
 from export3d_cli.core.train import trainer
 from export3d_cli.core.train.clebs_stage import fit_flow_basis
-from export3d_cli.core.train.frame_cache import load_datasets
 from export3d_cli.core.train.image_stage import learning_rate, scheduled_raw_size
-from export3d_cli.core.train.pair_sampler import PairSampler
 from export3d_cli.core.train.stage import WARM_RESTART_PROGRESS, TrainingRun
 from export3d_cli.core.train.trainer import train
+from export3d_cli.core.train.training_data import PairSampler, load_datasets
 
 from .conftest import SIZE
 
