@@ -180,9 +180,8 @@ def _make_metric_suite(animator: Animator, options: EvaluateOptions) -> MetricSu
     if options.perceptual is None:
         return MetricSuite(tracker, embedder)
     backbone, heads = (str(path or "") for path in (options.perceptual, options.lpips))
-    network = load_perceptual(LossConfig(backbone=backbone, lpips=heads))
+    network = load_perceptual(LossConfig(backbone=backbone, lpips=heads), animator.device)
     assert network is not None
-    network = network.to(animator.device).eval()
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         with torch.inference_mode():

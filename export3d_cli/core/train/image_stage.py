@@ -116,8 +116,7 @@ class ImageStages(Stage):
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.ema_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.saved_parts = {"model.": model, "average.": self.ema_weights, "": self.optimizer}
-        perceptual = load_perceptual(config.loss)
-        self.perceptual = perceptual.to(run.device) if perceptual is not None else None
+        self.perceptual = load_perceptual(config.loss, run.device)
         self.landmarks = None
         if config.loss.landmarks > 0:
             self.landmarks = LandmarkLoss(LandmarkNetwork(resolve_weights("face_landmarker"))).to(run.device)

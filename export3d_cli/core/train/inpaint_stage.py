@@ -182,8 +182,7 @@ class InpaintStage(Stage):
         against = self.discriminator.parameters()
         self.discriminator_optimizer = torch.optim.Adam(against, lr=self.config.discriminator_lr, betas=(0.0, 0.99))
         self.ema = copy.deepcopy(inpainter).to(run.device)
-        distance = load_perceptual(run.config.loss)
-        self.perceptual = distance.to(run.device) if distance is not None else None
+        self.perceptual = load_perceptual(run.config.loss, run.device)
         self.saved_parts = {
             "model.": model, "discriminator.": self.discriminator, "ema.": self.ema,
             "inpainter_optimizer.": self.optimizer, "discriminator_optimizer.": self.discriminator_optimizer,

@@ -81,7 +81,7 @@ class PerceptualDistance(nn.Module):
         return features
 
 
-def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
+def load_perceptual(loss: LossConfig, device: torch.device | str = "cpu") -> PerceptualDistance | None:
     """Return the perceptual term that `loss` configures (downloads hub files), or None without a backbone."""
     if not loss.backbone:
         return None
@@ -92,7 +92,7 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
     heads: list[Tensor] = []
     try:
         if "features.0.0.weight" in state and not loss.lpips:
-            return PerceptualDistance(_build_mobilenet_stages(state), heads)
+            return PerceptualDistance(_build_mobilenet_stages(state), heads).to(device)
         is_weighted = bool(linear or loss.lpips)
         numbers = VGG16_STAGES if is_weighted else VGG16_STAGES[:4]
         stages = [_build_vgg_stage(state, stage, pool=bool(k)) for k, stage in enumerate(numbers)]
@@ -106,7 +106,7 @@ def load_perceptual(loss: LossConfig) -> PerceptualDistance | None:
     if heads and channels != widths:
         raise InputError(f"{heads_path} has weights for {channels} channels, the backbone has {widths}")
     official = (backbone_sha256, heads_sha256) == (OFFICIAL_VGG16, OFFICIAL_LINEAR_WEIGHTS)
-    return PerceptualDistance(stages, heads, official=official)
+    return PerceptualDistance(stages, heads, official=official).to(device)
 
 
 def _resolve_file(name: str) -> tuple[Path, str]:
