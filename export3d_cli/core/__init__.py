@@ -38,6 +38,7 @@ Axis letters in shapes:
     C  channels                 P     side of a tri-plane
     N  tokens, points or rays   S     samples along a ray
     n  basis vectors of LeBS    d     dimension of beta'
+    m  measures beyond lambda
 
 Images are RGB: uint8 (H, W, 3) at the borders, float (B, 3, H, W) in [-1, 1] inside (`media.image` converts).
 beta (64) is an expression, camera (25) is cam2world then intrinsics in the head frame (`camera`).

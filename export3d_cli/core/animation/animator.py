@@ -123,6 +123,11 @@ class Portrait(FaceCrop):
         with torch.inference_mode(), autocast(self.source.image.device, self.precision):
             return self.model.generate_planes(self.source, self.source.lam)
 
+    @cached_property
+    def edits(self) -> dict[Any, EditedExpression]:
+        """The last result of `edit_expression`, by its edit."""
+        return {}
+
     @property
     def camera(self) -> np.ndarray:
         """(25,) float32, the camera that took the photo, in the head frame."""
@@ -366,7 +371,7 @@ class Animator:
         own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
-            edited = coefficients(edit.beta) - own
+            edited = portrait.source.coefficients + self._change(portrait, edit.beta) - own
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera
 
@@ -410,7 +415,7 @@ class Animator:
     ) -> Generator[np.ndarray, None, None]:
         """Render the portrait from its own camera: frames uint8 (H, W, 3).
 
-        `changes` (T, n) are of its lambda, or (T, n + 4) also of its measures, from `expression_change`.
+        `changes` (T, n) are of its lambda, or (T, n + m) also of its measures, from `expression_change`.
         """
         n = self.model.config.num_coefficients
         if changes.shape[1:] == (n,):
@@ -422,12 +427,17 @@ class Animator:
         return chain_parallel(parts, self.workers)
 
     def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
-        """Return the changes of lambda and measures (T, n + 4) that make `edit` show expressions beta (T, 64)."""
+        """Return the changes of lambda and measures (T, n + m) that make `edit` show expressions beta (T, 64)."""
         return (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
 
     def coefficients(self, beta: np.ndarray) -> np.ndarray:
-        """Return lambda and measures (T, n + 4) of expressions beta (T, 64)."""
+        """Return lambda and measures (T, n + m) of expressions beta (T, 64)."""
         return self._coefficients(self.model, beta).float().cpu().numpy()
+
+    def coefficient_change(self, beta: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """Return `Export3D.change_expression` (T, n + m) from expressions `base` to `beta`, both (T, 64)."""
+        with torch.inference_mode():
+            return self.model.change_expression(self._tensor(beta), self._tensor(base)).float().cpu().numpy()
 
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
@@ -476,22 +486,22 @@ class Animator:
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
     def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:
-        """Return coefficients for the network: the portrait's (1, n + 4), or those of expressions beta (T, 64)."""
+        """Return coefficients for the network: the portrait's (1, n + m), or those of expressions beta (T, 64)."""
         if beta is None:
             return portrait.source.coefficients
-        return self._amplify(portrait, self._coefficients(portrait.model, beta))
+        return self._amplify(portrait, portrait.source.coefficients + self._change(portrait, beta))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
-        """Return coefficients (B, n + 4) to give to the network, so that its frames show `lam` (B, n + 4)."""
+        """Return coefficients (B, n + m) to give to the network, so that its frames show `lam` (B, n + m)."""
         return torch.lerp(portrait.source.coefficients.expand_as(lam), lam, self.model.config.expression_gain)
 
     def _landmark_follower(
         self, portrait: Portrait, reference: Motion, base: Tensor
     ) -> Callable[[Tensor, Motion], Tensor | None]:
-        """Return a function from a driver's lambda (T, n + 4) and motion to `Export3D.landmark_offsets` (T, 478, 3).
+        """Return a function from a driver's lambda (T, n + m) and motion to `Export3D.landmark_offsets` (T, 478, 3).
 
         They count from the driver's face at rest, the mean of the reference's rows; None without landmarks.
-        `base` (1, n + 4) is lambda in row 0 of the reference.
+        `base` (1, n + m) is lambda in row 0 of the reference.
         """
         own = self._tensor(reference.head_landmarks)  # (R, 478, 3)
 
@@ -504,6 +514,11 @@ class Animator:
 
         rest = offsets(self._coefficients(portrait.model, reference.beta), reference)
         return partial(offsets, rest=None if rest is None else rest.mean(0, keepdim=True))
+
+    def _change(self, portrait: Portrait, beta: np.ndarray) -> Tensor:
+        """Return `Export3D.change_expression` (T, n + m) from the portrait's expression to `beta` (T, 64)."""
+        with torch.inference_mode():
+            return portrait.model.change_expression(self._tensor(beta), self._tensor(portrait.motion.beta))
 
     def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():
@@ -578,7 +593,7 @@ class _Renderer:
     def render_motion(
         self, cameras: np.ndarray, lam: Tensor, *, torso: np.ndarray | None = None, offsets: Tensor | None = None
     ) -> Iterator[Iterable[Any]]:
-        """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + 4)."""
+        """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + m)."""
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):
             part = slice(start, start + size)
@@ -590,7 +605,7 @@ class _Renderer:
     def render(self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None,
                planes: Tensor | None = None, torso: np.ndarray | None = None,
                offsets: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
-        """Yield lazy parts of the frames with lambda and measures (T, n + 4); the rest as in `Animator._render`.
+        """Yield lazy parts of the frames with lambda and measures (T, n + m); the rest as in `Animator._render`.
 
         `torso` (T, 4) are its motions, see `Control.target_torso`; None: it follows the neck.
         """

@@ -185,7 +185,7 @@ def plan_edit(animator: Animator, clip: Path, out: Path, options: ReenactOptions
             streams = 2
         began = time.monotonic()
         try:
-            rows = list(clips.rows_of(first, is_repeated=False))
+            rows = list(clips.rows_of(first))
             tracking = streams * (time.monotonic() - began) / len(rows)
             upright, side = rotate_clockwise(frames[0], first.rotation), animator.model.config.image_size
             crop = crop_with_padding(upright, rows[0].motion.crop, side)

@@ -89,17 +89,14 @@ def edit_clip(animator: Animator, clip: Path, out: Path, options: ReenactOptions
         fps, total, fade = stream.fps, stream.total, max(1, round(FADE_S * stream.fps))
         read_clip = partial(VideoReader, clip, fps=of_clip.fps, start=of_clip.start, duration=of_clip.duration)
         reader = stack.enter_context(read_clip())
-        frames, tracked = iter(reader), rows_of(stream, is_repeated=length == "driver")
-        if length == "driver":
-            frames = chain.from_iterable(repeat(reader))
-        faded = PrefetchIterator(_fade_at_gaps(tracked, fade), PREFETCH_DEPTH, stop=stream.stop)
+        frames = chain.from_iterable([reader] if stream.track_cache is None else repeat(reader))
+        faded = PrefetchIterator(_fade_at_gaps(rows_of(stream), fade), PREFETCH_DEPTH, stop=stream.stop)
         rows: Iterator[ClipRow] = iter(stack.enter_context(faded))
         driver_rows: Iterator[ClipRow | None] = repeat(None)
         if driver is not None:
             other = track(driver, replace(options, fps=fps, pose="absolute", max_frames=None), length == "loop")
             total = {"driver": other.total, "shortest": min(total, other.total)}.get(length, total)
-            driven: Iterable[ClipRow] = rows_of(other, is_repeated=length == "loop")
-            driven = cycle(driven) if is_still else driven
+            driven: Iterable[ClipRow] = cycle(rows_of(other)) if is_still else rows_of(other)
             if options.tracker != "fan":  # which computes with torch and needs all cores itself
                 driven = stack.enter_context(PrefetchIterator(driven, PREFETCH_DEPTH, stop=other.stop))
             driver_rows = _fade_at_end(driven, fade) if length == "source" else iter(driven)
@@ -150,9 +147,9 @@ def edited_regions(clip: Path, driver: Path | None, options: ReenactOptions) -> 
     return regions
 
 
-def rows_of(stream: DriverStream, *, is_repeated: bool) -> Iterator[ClipRow]:
-    """Yield the motion of a clip or driver frame by frame, once or without end."""
-    for again in repeat(stream) if is_repeated else [stream]:
+def rows_of(stream: DriverStream) -> Iterator[ClipRow]:
+    """Yield the motion of a clip or driver frame by frame; without end if the stream keeps its tracks."""
+    for again in [stream] if stream.track_cache is None else repeat(stream):
         for batch in again:
             for k in range(len(batch.motion)):
                 yield ClipRow(batch.motion.select(np.array([k])), batch.reference)
@@ -238,7 +235,7 @@ class ClipEditor:
         return retouch(self._animator, faces, own, changes, np.array(still))
 
     def _changes(self, rows: Sequence[ClipRow], driver: Sequence[ClipRow | None], numbers: Sequence[int]) -> np.ndarray:
-        """Return the changes of lambda and measures (T, n + 4)."""
+        """Return the changes of lambda and measures (T, n + m)."""
         coefficients, control = self._animator.coefficients, self._options
         own = beta = np.concatenate([row.motion.beta for row in rows])
         change = np.zeros_like(coefficients(own))
@@ -251,12 +248,14 @@ class ClipEditor:
             strength = control.expression_scale * np.array([row.strength for row in driven])[:, None]
             change = strength * (coefficients(selected) - coefficients(base))
             beta = own + strength * (selected - base)
-        shown = self._hold(beta)
+        held = shown = self._hold(beta)
+        if held is not beta:
+            change = change + self._animator.coefficient_change(held, beta)
         if control.eyes_to_camera:
             shown = look_at_camera(shown, np.concatenate([row.motion.camera for row in rows]))
         if self.silent is not None:
             shown = np.concatenate([shut_lips(b[None], self.silent, k) for b, k in zip(shown, numbers, strict=True)])
-        return change if shown is beta else change + coefficients(shown) - coefficients(beta)
+        return change if shown is held else change + coefficients(shown) - coefficients(held)
 
 
 def edit_frames(items: Iterator[tuple[np.ndarray, ClipRow, ClipRow | None]], editor: ClipEditor, stream: DriverStream,

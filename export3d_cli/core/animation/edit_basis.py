@@ -79,7 +79,7 @@ def edit_basis(animator: Animator, source: Path | Portrait, out: Path, options: 
 
 def _control_changes(animator: Animator, portrait: Portrait, edit: ExpressionEdit,
                      count: int) -> tuple[np.ndarray, tuple[str, ...]]:  # fmt: skip
-    """Return changes of lambda and measures (count, n + 4) along the ranges of an edit, and notes."""
+    """Return changes of lambda and measures (count, n + m) along the ranges of an edit, and notes."""
     edited = edit_expression(animator, portrait, edit, np.linspace(0, 1, count))
     return animator.expression_change(portrait, edited.beta), edited.notes
 

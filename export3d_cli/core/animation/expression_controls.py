@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -36,8 +35,8 @@ MIN_BETA_STD = 0.0201  # entries of beta with the floor of 0.02 hardly varied in
 ROUNDS = 2  # of trial frames
 STRENGTHS = 5, 3  # at which the portrait is rendered for each end of a range, and for a constant edit
 MAX_STRENGTH = 3.0  # of the asked change
-MAX_COEFFICIENT = 1.3  # that the network is given
-MAX_CHANGE = 28.0  # length of the change of lambda; 99.5 % of filmed frames are this near to the median of their clip
+MAX_COEFFICIENT = 2.0  # that the network is given
+MIN_GAIN = 0.03  # of a control's value, for which more strength is given
 MIN_SHORTFALL = 0.1  # between asked and shown value, from which it is noted
 MIN_MEASURED_CHANGE = 0.25  # of a control's value, from which its gain is measured
 GAIN_RANGE = (0.5, 2.5)  # of controls that are held in a video
@@ -51,7 +50,6 @@ LIDS_FOLLOW = 0.35
 BLINK_FADE = (0.3, 0.6)  # value of `blink` up to which eyes count as open, and from which on as closed
 _NEAR = 0.1  # a range that reaches beyond the base's value by less counts as one-sided
 _RIDGE = 1e-3  # of the regression on few coefficients
-_last_edits: WeakKeyDictionary[Portrait, tuple[Any, EditedExpression]] = WeakKeyDictionary()
 _PRESETS = Path(__file__).with_name("presets.yaml")
 
 
@@ -165,12 +163,13 @@ def edit_expression(
     A portrait's last edit is kept, so that other changes next to it need no trial frames.
     """
     key = edit.from_neutral, *edit.ranges.items(), *np.ravel(positions).tolist()
-    last_key, edited = _last_edits.get(portrait, (None, None))
-    if edited is None or key != last_key:
+    edited = portrait.edits.get(key)
+    if edited is None:
         edited = _fit_edit(animator, portrait, edit, positions)
         for array in (edited.base, edited.beta):
             array.flags.writeable = False
-        _last_edits[portrait] = key, edited
+        portrait.edits.clear()
+        portrait.edits[key] = edited
     return edited
 
 
@@ -197,9 +196,6 @@ def _fit_edit(
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)
     ends = [first, last] if on_both_sides.any() else [farther]
     limits = np.stack([(start + MAX_STRENGTH * (end - start)).clip(lowest, MAX_COEFFICIENT) for end in ends])
-    lam = animator.expression_change(portrait, with_values(np.stack([start, *limits])))  # (1 + ends, n)
-    change = np.linalg.norm(lam[1:] - lam[0], axis=1)[:, None]
-    limits = start + (limits - start) * np.minimum(1, MAX_CHANGE / change.clip(1e-6))
     count = STRENGTHS[edit.is_constant]
     trial = np.concatenate([np.linspace(start, limit, count + 1)[1:] for limit in limits])  # (K, controls)
     asked = first + np.asarray(positions)[:, None] * (last - first)  # (T, controls)
@@ -335,10 +331,16 @@ def _invert(
     values, reached = np.empty_like(asked), np.empty_like(asked)
     for k, control in enumerate(controls):
         order = np.argsort(given[:, k], kind="stable")
-        curve = np.maximum.accumulate(control.measure(shown)[order])
+        strengths, curve, start = given[order, k], control.measure(shown)[order], int(order.argmin())
+        curve[start:] = np.maximum.accumulate(curve[start:])
+        curve[: start + 1] = np.minimum.accumulate(curve[start::-1])[::-1]
+        low = min(start, int(np.flatnonzero(curve <= curve[0] + MIN_GAIN)[-1]))
+        high = max(start, int(np.argmax(curve >= curve[-1] - MIN_GAIN)))
         rising = curve + 1e-6 * np.arange(len(curve))  # strictly
-        values[:, k] = np.interp(asked[:, k], rising, given[order, k])
-        reached[:, k] = np.interp(values[:, k], given[order, k], curve)
+        values[:, k] = asked[:, k]  # unless the tracker reads it; beyond low and high, more strength shows no more
+        if low < high:
+            values[:, k] = np.interp(asked[:, k], rising[low : high + 1], strengths[low : high + 1])
+        reached[:, k] = np.interp(values[:, k], strengths, curve)
     return values, reached
 
 

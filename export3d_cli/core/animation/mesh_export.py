@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from export3d_cli.core.animation.animator import Animator, Portrait
-from export3d_cli.core.animation.expression_controls import MAX_CHANGE, movable_coefficients
+from export3d_cli.core.animation.expression_controls import movable_coefficients
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStatistics
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
+from export3d_cli.core.model.measured_motion import apply_measures
 from export3d_cli.core.model.triplane import sample_face_field
 from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import InputError
@@ -90,18 +91,18 @@ def _arkit_displacements(animator: Animator, portrait: Portrait, points: np.ndar
     base = portrait.motion.beta[0] if beta is None else beta[0]
     slope = BetaStatistics.load().regression(range(count)).T  # (52, 64)
     slope[:, :count] = np.eye(count)
-    ends = [base + slope * (value - base[:count, None]) for value in (0, 1)]
+    low, high = (base + slope * (value - base[:count, None]) for value in (0, 1))
     n = model.config.num_coefficients
-    low, high = (torch.from_numpy(animator.coefficients(end)[:, :n]).to(animator.device) for end in ends)
-    changes = (high - low) * movable_coefficients(animator)[:count, None]
-    changes *= MAX_CHANGE / changes.norm(dim=1, keepdim=True).clamp_min(MAX_CHANGE)
+    changes = torch.from_numpy(animator.coefficient_change(high, low)).to(animator.device)
+    changes *= movable_coefficients(animator)[:count, None]
     with torch.inference_mode():
         own = source.lam if beta is None else torch.from_numpy(animator.coefficients(beta)[:, :n]).to(source.lam)
         neutral = model.flow.deform_landmarks(source.landmarks, own - source.lam)  # (1, 478, 3)
         place, moved = torch.from_numpy(points).to(animator.device)[None], []
         for change in changes:
-            shift = model.flow.deform_landmarks(torch.zeros_like(neutral), change[None])
-            surface = model.flow.rasterize_surface(neutral, shift, MORPH_GRID)
+            shown = model.flow.deform_landmarks(neutral, change[None, :n])
+            shown = apply_measures(shown, neutral, change[None, n:], torch.zeros_like(change[None, n:]))
+            surface = model.flow.rasterize_surface(neutral, shown - neutral, MORPH_GRID)
             field = sample_face_field(place, surface)
             assert field is not None
             moved.append(field.displacement[0].float().cpu().numpy())

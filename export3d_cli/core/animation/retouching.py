@@ -57,7 +57,7 @@ class FaceWindows(NamedTuple):
 
 def retouch(animator: Animator, faces: FaceWindows, own: np.ndarray, changes: np.ndarray,
             still: np.ndarray) -> list[np.ndarray]:  # fmt: skip
-    """Return the frames, uint8 (H, W, 3), with `changes` (T, n + 4) of their `own` lambda and measures, likewise.
+    """Return the frames, uint8 (H, W, 3), with `changes` (T, n + m) of their `own` lambda and measures, likewise.
 
     `still` (T, 3) tells how far mouth, the person's right eye and left eye stay as they are, [0, 1]. Raises
     `InputError` for weights without a flow.

@@ -69,10 +69,16 @@ def compute_measures(points: np.ndarray, indices: MeasurePoints = MEASURE_POINTS
 
 
 class BetaStatistics(NamedTuple):
-    """Mean (64,) of beta and covariance (64, 64) within clips, which predict unknown entries from known ones."""
+    """Mean (64,) of beta and covariance (64, 64) within clips, which predict unknown entries from known ones.
+
+    Landmarks move along orthonormal `modes` (K, 478, 3), in inter-ocular distances, by a change of beta times `slopes`
+    (64, K), as far as brows and mouth move them.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
+    modes: np.ndarray
+    slopes: np.ndarray
 
     def regression(self, known: Sequence[int], ridge: float = RIDGE) -> np.ndarray:
         """Return the linear map (64, K) from changes of the `known` entries to the most likely change of all."""

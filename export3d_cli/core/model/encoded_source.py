@@ -43,7 +43,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     landmarks: Tensor  # (B, 478, 3), head frame
     lam: Tensor  # (B, n) expression coefficients lambda
-    measures: Tensor  # (B, 4) what beta tells beyond lambda, see `measured_motion`
+    measures: Tensor  # (B, m) what beta tells beyond lambda, see `measured_motion`
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     # Source view and background (`config.source_plane`):
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def coefficients(self) -> Tensor:
-        """Lambda and the measures, (B, n + 4), as `Export3D.coefficients` gives them."""
+        """Lambda and the measures, (B, n + m), as `Export3D.coefficients` gives them."""
         return torch.cat([self.lam, self.measures], dim=1)
 
     def expand(self, batch: int) -> Source:

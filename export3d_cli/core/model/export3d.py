@@ -27,6 +27,7 @@ from export3d_cli.core.model.measured_motion import (
     NUM_MEASURES,
     WINKING_POINTS,
     apply_measures,
+    change_expression,
     interocular,
     measure,
     measure_basis,
@@ -208,11 +209,22 @@ class Export3D(nn.Module):
         return photo.clamp(-1, 1), similarity(pair, skin)
 
     def coefficients(self, beta: Tensor) -> Tensor:
-        """Map expressions `beta` (B, 64) to coefficients lambda, and to measures beyond it: (B, n + 4)."""
+        """Map expressions `beta` (B, 64) to coefficients lambda, and to measures beyond it: (B, n + m)."""
         lam, measures = self.expression.coefficients(beta), measure(beta)
         if self.flow is not None:
             measures = measures - lam.detach().float() @ measure_basis(self.flow.basis.float())
         return torch.cat([lam, measures.to(lam)], dim=1)
+
+    def change_expression(self, beta: Tensor, base: Tensor) -> Tensor:
+        """Return the change of lambda and measures (B, n + m) that an edit needs for `beta` (B, 64) instead of `base`.
+
+        Unlike the difference of `coefficients`, it moves landmarks also where lambda hardly does, or far enough.
+        """
+        change = self.coefficients(beta) - self.coefficients(base)
+        if self.flow is None:
+            return change
+        lam, measures = change.float().split([self.config.num_coefficients, NUM_MEASURES], dim=1)
+        return change_expression(lam, measures, beta.float() - base, self.flow.basis.float())
 
     def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
@@ -227,9 +239,9 @@ class Export3D(nn.Module):
         reference: Tensor,
         rest: Tensor | None = None,
     ) -> Tensor:
-        """Return how far a driver's landmarks (B, 478, 3) are from where lambda (B, n + 4) puts them: (B, 478, 3).
+        """Return how far a driver's landmarks (B, 478, 3) are from where lambda (B, n + m) puts them: (B, 478, 3).
 
-        Lambda moves them from those of a reference frame, (1, n + 4) and (1, 478, 3). The result has the size of the
+        Lambda moves them from those of a reference frame, (1, n + m) and (1, 478, 3). The result has the size of the
         source's face. `rest` (1, 478, 3), such a distance of the driver's face at rest, is subtracted. A wink's lids
         stay where the measures put them, since trackers see a winking eye half open.
         """
@@ -247,7 +259,7 @@ class Export3D(nn.Module):
     def pose_head(
         self, source: Source, lam: Tensor, planes: Tensor | None = None, offsets: Tensor | None = None
     ) -> PosedHead:
-        """Apply lambda (B, n), or (B, n + 4) with measures, for any cameras; `planes` are its tri-planes, if known.
+        """Apply lambda (B, n), or (B, n + m) with measures, for any cameras; `planes` are its tri-planes, if known.
 
         `offsets` (B, 478, 3) of `landmark_offsets` are added to the landmarks.
         """
@@ -275,7 +287,7 @@ class Export3D(nn.Module):
     def drive(self, source: Source, lam: Tensor, camera: Tensor, *, posed: PosedHead | None = None,
               raw_size: int | None = None, samples: SampleCounts | None = None, mesh_size: int | None = None,
               batch_rows: BatchRows | None = None, face_only: bool = False) -> Output:  # fmt: skip
-        """Render the source with coefficients lambda (B, n), or (B, n + 4) with measures, seen by a camera (B, 25).
+        """Render the source with coefficients lambda (B, n), or (B, n + m) with measures, seen by a camera (B, 25).
 
         `posed` is the result of `pose_head` for them, if known. `raw_size` is the side of the volume rendering,
         `samples` are coarse and fine ones per ray, `mesh_size` is the side at which the face mesh is rasterised; the
@@ -319,7 +331,7 @@ class Export3D(nn.Module):
         maps of the output are (B, ., R, 1), without background.
         """
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
-        lam = self.coefficients(driver_beta)  # (B, n + 4)
+        lam = self.coefficients(driver_beta)  # (B, n + m)
         if rays is None:
             return self.drive(source, lam, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
         posed = self.pose_head(source, lam)
@@ -374,10 +386,10 @@ class Export3D(nn.Module):
         return lam[:, : self.config.num_coefficients] - source.lam
 
     def _deform(self, source: Source, lam: Tensor) -> Tensor:
-        """Return a photo's landmarks (B, 478, 3) with lambda (B, n), or (B, n + 4) with measures."""
+        """Return a photo's landmarks (B, 478, 3) with lambda (B, n), or (B, n + m) with measures."""
         assert self.flow is not None
         landmarks = self.flow.deform_landmarks(source.landmarks, self._change(source, lam))
-        measures = lam[:, self.config.num_coefficients :]  # (B, 4 or 0)
+        measures = lam[:, self.config.num_coefficients :]  # (B, m or 0)
         if not measures.shape[1]:
             return landmarks
         return apply_measures(landmarks, source.landmarks, measures, source.measures)

@@ -36,7 +36,7 @@ def warp_expression(model: Export3D, image: Tensor, landmarks: Tensor, camera: T
     """Change the expression in pictures (B, 3, H, H) in [-1, 1] around faces by the model's basis flow and inpainters.
 
     `landmarks` (B, 478, 3) are in the head frame, `camera` is (B, 25), `change` of lambda (B, n); `measures` to show
-    and `source_measures` of the pictures, (B, 4), are those of `measured_motion`. `still` (B, 3) is how far mouth,
+    and `source_measures` of the pictures, (B, m), are those of `measured_motion`. `still` (B, 3) is how far mouth,
     the person's right eye and left eye stay as they are, [0, 1].
     """
     assert model.flow is not None

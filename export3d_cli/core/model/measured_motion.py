@@ -2,19 +2,27 @@
 
 Lambda hardly tells the eyes apart and closes both half way, as trackers read a wink; of the gaze's height and of the
 slant of a mouth it shows about half. Numbers next to lambda tell the rest, and move landmarks of eyes and mouth.
+Expressions that are edited by name go on where lambda ends, in modes of the landmarks' motion (`change_expression`).
 """
 
+from functools import cache
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from export3d_cli.core.face.expression_coefficients import BETA_NAMES
+from export3d_cli.core.face.expression_coefficients import BETA_NAMES, BetaStatistics
 from export3d_cli.core.face.landmarks import EYE_RIMS, EYELID_FOLDS, LEFT_IRIS, MEASURE_POINTS, RIGHT_IRIS
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
 from export3d_cli.core.model.masks import linear_step
 
 INTEROCULAR = 0.109  # of the canonical face, head-frame units
-NUM_MEASURES = 4  # wink, gaze to the image's right and down, slant of the mouth (the person's left corner is higher)
+NUM_MODES = 20  # of the landmarks' motion, see `BetaStatistics`
+# wink, gaze to the image's right and down, slant of the mouth (the person's left corner is higher), modes
+NUM_MEASURES = 4 + NUM_MODES
+MAX_CHANGE = 28.0  # length of the change of lambda; 99.5 % of filmed frames are this near to the median of their clip
 # Difference of the eyes' openings, in inter-ocular distances, from which one winks and at which it is shut. Trackers
 # see a winking eye half open and the other one narrowed by a quarter; eyes that do not wink differ by up to the first.
 WINK_FADE = (0.03, 0.065)
@@ -31,27 +39,49 @@ _HEIGHTS = tuple(BETA_NAMES.index(f"mouthCornerHeight{side}") for side in ("Left
 
 
 def measure(beta: Tensor) -> Tensor:
-    """Return the measures of expressions beta (B, 64), (B, 4): the wink is -1 (right eye) to 1, the rest as in beta."""
+    """Return the measures of expressions beta (B, 64), (B, m): the wink is -1 (right eye) to 1, modes are 0."""
     beta = beta.float()
     right, left = beta[:, index_tensor(_OPENINGS, beta)].unbind(1)
     wink = linear_step((right - left).abs(), *WINK_FADE) * (right - left).sign()
     gaze = (beta[:, index_tensor(axis, beta)].mean(1) for axis in _IRISES)
     high_left, high_right = beta[:, index_tensor(_HEIGHTS, beta)].unbind(1)
-    return torch.stack([wink, *gaze, high_left - high_right], dim=1)
+    return F.pad(torch.stack([wink, *gaze, high_left - high_right], dim=1), (0, NUM_MODES))
 
 
 def measure_basis(basis: Tensor) -> Tensor:
-    """Return the same measures of displacement fields (n, 478, 3), of a frontal face: (n, 4), no wink."""
+    """Return the same measures of displacement fields (n, 478, 3), of a frontal face: (n, m), no wink, no modes."""
     corners = index_tensor(sum(MEASURE_POINTS.eye_corners, ()), basis)
     irises = index_tensor((LEFT_IRIS[0], RIGHT_IRIS[0]), basis)
     gaze = (basis[:, irises].mean(1) - basis[:, corners].mean(1))[:, :2]
     left, right = MEASURE_POINTS.mouth_corners
     slant = (basis[:, right, 1] - basis[:, left, 1])[:, None]
-    return torch.cat([torch.zeros_like(slant), gaze, slant], dim=1) / INTEROCULAR
+    return F.pad(torch.cat([torch.zeros_like(slant), gaze, slant], dim=1) / INTEROCULAR, (0, NUM_MODES))
+
+
+@cache
+def _landmark_modes(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the modes (K, 478, 3) of the landmarks' motion, inter-ocular distances, and slopes (64, K) over beta."""
+    statistics = BetaStatistics.load()
+    modes, slopes = (torch.from_numpy(np.float32(x)).to(device) for x in (statistics.modes, statistics.slopes))
+    return modes, slopes
+
+
+def change_expression(lam: Tensor, measures: Tensor, beta: Tensor, basis: Tensor) -> Tensor:
+    """Return the change of lambda and measures (B, n + m) that shows a change of beta (B, 64) in full.
+
+    `lam` (B, n) and `measures` (B, m) are what the network makes of it, `basis` (n, 478, 3) is the flow's. Lambda
+    changes by at most `MAX_CHANGE`; brows and mouth move as the modes tell, lambda's motion included.
+    """
+    limited = lam * (MAX_CHANGE / lam.norm(dim=1, keepdim=True).clamp_min(MAX_CHANGE))
+    modes, slopes = _landmark_modes(lam.device)
+    shown = limited @ basis.flatten(1) / INTEROCULAR  # (B, 478 * 3)
+    weights = beta @ slopes - shown @ modes.flatten(1).T  # (B, K)
+    rest = (lam - limited) @ measure_basis(basis) - weights @ measure_basis(modes * INTEROCULAR)
+    return torch.cat([limited, measures + rest + F.pad(weights, (4, 0))], dim=1)
 
 
 def apply_measures(points: Tensor, source: Tensor, measures: Tensor, source_measures: Tensor) -> Tensor:
-    """Give landmarks (B, 478, 3), deformed by lambda, what the measures (B, 4) tell beyond that.
+    """Give landmarks (B, 478, 3), deformed by lambda, what the measures (B, m) tell beyond that.
 
     `source` and `source_measures` are the photo's.
     """
@@ -59,7 +89,8 @@ def apply_measures(points: Tensor, source: Tensor, measures: Tensor, source_meas
     _wink(points, source, measures[:, :1], source_measures[:, :1])
     _look(points, change[:, 1:3])
     _slant(points, change[:, 3])
-    return points
+    moved = change[:, 4:] @ _landmark_modes(points.device)[0].flatten(1)
+    return points + interocular(source.float())[..., None] * moved.unflatten(1, (-1, 3))
 
 
 def _wink(points: Tensor, source: Tensor, wink: Tensor, source_wink: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ def test_shipped_weights_show_what_is_asked() -> None:
     change = np.abs(shown - own)[:, [k for k in others if k < len(ARKIT_NAMES)]]
     assert change.mean() < 0.05
     assert notes == ()
+    aside = edit_expression(animator, portrait, ExpressionEdit({"mouthLeft": 0.4, "brows": -0.6})).beta
+    frames = list(animator.edit(portrait, animator.expression_change(portrait, aside)))
+    shown = animator.tracker().track_crops(frames, independent=True).beta
+    assert float(CONTROLS["mouthLeft"].measure(shown)[0]) == pytest.approx(0.4, abs=0.15)
+    assert float(CONTROLS["brows"].measure(shown)[0]) == pytest.approx(-0.6, abs=0.15)
     wink = edit_expression(animator, portrait, ExpressionEdit({"eyeBlinkLeft": 0.6})).beta
     assert wink[0, BETA_NAMES.index("eyeBlinkRight")] == pytest.approx(own[0, BETA_NAMES.index("eyeBlinkRight")])
     frames = list(animator.edit(portrait, animator.expression_change(portrait, wink)))
@@ -98,6 +104,18 @@ def test_untrained_weights_note_what_they_cannot_show(animator: Animator) -> Non
 def test_bad_controls_are_refused(controls: dict[str, float | tuple[float, float]], words: str) -> None:
     with pytest.raises(InputError, match=words):
         ExpressionEdit(controls)
+
+
+def test_more_strength_is_given_only_where_it_shows() -> None:
+    """A plateau is not climbed further, and what the tracker does not read is given as asked."""
+    given, shown = np.array([[0.1], [0.5], [1.0], [2.0]]), np.zeros((4, 64))
+    invert = partial(expression_controls._invert, [CONTROLS["jaw"]], given)
+    values, reached = invert(shown, np.array([[0.8]]))
+    assert values.item() == 0.8 and reached.item() == 0
+    shown[:, BETA_NAMES.index("jawOpen")] = 0.1, 0.3, 0.6, 0.61
+    values, reached = invert(shown, np.array([[0.1], [0.45], [0.9]]))
+    np.testing.assert_allclose(values[:, 0], [0.1, 0.75, 1.0], atol=1e-4)
+    np.testing.assert_allclose(reached[:, 0], [0.1, 0.45, 0.6], atol=1e-4)
 
 
 def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> None:

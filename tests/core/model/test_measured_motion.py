@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.face.expression_coefficients import BETA_NAMES, MEASURE_NAMES, compute_measures
+from export3d_cli.core.face.expression_coefficients import (
+    BETA_NAMES,
+    MEASURE_NAMES,
+    BetaStatistics,
+    compute_measures,
+)
 from export3d_cli.core.face.landmarks import (
     CHIN,
     EYE_RIMS,
@@ -26,10 +31,13 @@ from export3d_cli.core.face.landmarks import (
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
 from export3d_cli.core.model.measured_motion import (
+    INTEROCULAR,
+    MAX_CHANGE,
     MIN_SLANT,
     NUM_MEASURES,
     WINKING_POINTS,
     apply_measures,
+    change_expression,
     measure,
     measure_basis,
 )
@@ -66,7 +74,8 @@ def test_wink_shuts_one_eye_and_keeps_the_other_one_open(points: Tensor, side: i
         narrowed[:, upper] = torch.lerp(narrowed[:, upper], narrowed[:, lower], 0.5)
     whole, half = openings(points), openings(narrowed)
     none = torch.zeros(1, NUM_MEASURES)
-    wink = own = torch.tensor([[sign, 0.0, 0.0, 0.0]])
+    wink = own = none.clone()
+    own[0, 0] = sign
     shut = apply_measures(narrowed, points, wink, none)
     assert openings(shut)[side] < 0.01 and openings(shut)[1 - side] == pytest.approx(whole[1 - side], rel=1e-3)
     fold = EYELID_FOLDS[side][3]
@@ -151,6 +160,24 @@ def test_measures_tell_what_the_basis_does_not(tiny: Export3D, points: Tensor) -
     with torch.no_grad():
         both = tiny.coefficients(expression(0.1, 0.1))
         torch.testing.assert_close(both[:, 10:], measure(expression(0.1, 0.1)) - both[:, :10] @ expected)
+
+
+def test_an_edit_moves_brows_and_mouth_by_the_modes_and_lambda_only_so_far(points: Tensor) -> None:
+    """Whatever the basis shows of it; landmarks of the eyes stay lambda's."""
+    torch.manual_seed(0)
+    statistics, change = BetaStatistics.load(), torch.zeros(2, 64)
+    change[:, BETA_NAMES.index("mouthLeft")] = torch.tensor([0.3, 0.6])
+    modes = torch.from_numpy(statistics.modes).float()
+    asked = (change.double() @ torch.from_numpy(statistics.slopes)).float()
+    basis, lam = 1e-4 * torch.randn(3, NUM_LANDMARKS, 3), torch.tensor([[10.0, 0, 0], [100, 0, 0]])
+    result = change_expression(lam, torch.zeros(2, NUM_MEASURES), change, basis)
+    assert result[:, 0].tolist() == pytest.approx([10, MAX_CHANGE])
+    flow = torch.einsum("bn,nvc->bvc", result[:, :3], basis) / INTEROCULAR
+    moved = flow + torch.einsum("bk,kvc->bvc", result[:, 7:], modes)
+    torch.testing.assert_close(moved.flatten(1) @ modes.flatten(1).T, asked, atol=1e-3, rtol=1e-2)
+    corner = apply_measures(points, points, result[1:, 3:], torch.zeros(1, NUM_MEASURES)) - points
+    assert corner[0, MEASURE_POINTS.mouth_corners[0], 0] > 0.003  # to the person's left, the image's right
+    assert float(modes[:, [*RIGHT_IRIS, *LEFT_IRIS, *WINKING_POINTS]].abs().max()) == 0
 
 
 def test_landmark_offsets_are_what_a_driver_does_beyond_lambda(points: Tensor) -> None:
