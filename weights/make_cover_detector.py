@@ -1,10 +1,12 @@
-"""Make `cover_detector.npz`: two small networks that separate covered mouths and eyes from visible ones.
+"""Make `cover_detector.npz`: small networks that separate covered mouths and eyes from visible ones.
 
     python weights/make_cover_detector.py weights/cover_detector.npz DATASET/stills/*.jpg DATASET/clips/*.mp4
 
 All faces in the files must be uncovered. Covers are drawn: cloth, skin with gaps between fingers, pieces of other
-pictures, dark lenses. Clear glasses and covers next to the part are drawn on visible parts. Files whose names begin
-alike up to the first "_" show one person; every fifth person is kept for a test, whose result is printed.
+pictures, dark lenses. Clear glasses and covers next to the part are drawn on visible parts. For mouths and eyes one
+network learns from covers that hide the whole part, and one also from covers whose edge crosses it (cups, microphones).
+Files whose names begin alike up to the first "_" show one person; every fifth person is kept for a test, whose result
+is printed.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export3d_cli.core.face.cover_detection import CROP_SIZE_PX, PICTURE_SIZE_PX, crop_part, normalize_crops
+from export3d_cli.core.face.cover_detection import (
+    CROP_SIZE_PX,
+    NETWORKS,
+    PICTURE_SIZE_PX,
+    crop_part,
+    normalize_crops,
+)
 from export3d_cli.core.face.crop import crop_with_padding
-from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE
+from export3d_cli.core.face.landmarks import EYE_RIMS, LEFT_EYE, LIPS, OUTER_LIPS, RIGHT_EYE
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import has_image_suffix, read_image
 from export3d_cli.core.media.reader import VideoReader
@@ -30,6 +38,9 @@ SAMPLES, EPOCHS, BATCH = 24000, 8, 64
 SIZE = 96  # side at which crops are drawn on
 SKIN_POINTS = (151, 108, 337, 50, 280, 205, 425, 199, 10)  # landmarks with skin around them
 PARTS_POINTS = list(LIPS + RIGHT_EYE + LEFT_EYE)
+OUTLINES = (OUTER_LIPS, EYE_RIMS[0][1], EYE_RIMS[1][1])  # landmarks around mouth, right and left eye
+# Fraction of lips and of an eye that a cover hides whose edge crosses them: when it counts, and when it does not.
+HIDDEN, VISIBLE = ((0.35, 0.95), (0.5, 0.95)), (0, 0.08)
 CLOTH = np.array([[170, 205, 225], [150, 190, 215], [235, 235, 235], [25, 25, 28], [120, 160, 140], [200, 180, 190]])
 Face = tuple[np.ndarray, np.ndarray]  # picture uint8 (256, 256, 3), landmarks (478, 2) in its sizes
 Y, X = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE - 0.5
@@ -54,21 +65,31 @@ def read_faces(paths: list[Path]) -> dict[str, list[Face]]:
 
 
 class CoverPainter:
-    """Draws training crops, reproducible by `seed`."""
+    """Draws training crops, reproducible by `seed`; the edge of some covers crosses the part if `crossing`."""
 
-    def __init__(self, faces: list[Face], seed: int) -> None:
-        self.faces, self.r = faces, np.random.default_rng(seed)
+    def __init__(self, faces: list[Face], seed: int, *, crossing: bool) -> None:
+        self.faces, self.r, self.crossing = faces, np.random.default_rng(seed), crossing
 
     def draw(self, part: int) -> tuple[np.ndarray, bool]:
         """Return a crop of a part (see `crop_part`), uint8, and whether it is covered: half of them are."""
         r, covered = self.r, self.r.random() < 0.5
         face, other = (self.faces[r.integers(len(self.faces))] for _ in range(2))
         shift_x, shift_y, roll = r.normal(0, 0.05, 3)
-        crop = crop_part(*face, part, shift_x, shift_y, np.exp(r.normal(0, 0.08)), roll, SIZE).astype(np.float32)
+        view = (part, shift_x, shift_y, np.exp(r.normal(0, 0.08)), roll, SIZE)
+        crop = crop_part(*face, *view).astype(np.float32)
         if not covered and part and r.random() < 0.35:
             crop = self.clear_glasses(crop)
-        if covered or r.random() < 0.2:
-            mask = self.shape(part) if covered else self.shape_next_to(part)
+        if covered or r.random() < (0.4 if self.crossing else 0.2):
+            if self.crossing and r.random() < 0.4:
+                outline = np.rint(face[1][list(OUTLINES[part])] * PICTURE_SIZE_PX).astype(np.int32)
+                inside = cv2.fillPoly(np.zeros(face[0].shape[:2], np.uint8), [outline], 255)
+                hidden = r.uniform(*(HIDDEN[min(part, 1)] if covered else VISIBLE))
+                mask = self.crossing_shape(part, crop_part(inside, face[1], *view) > 127, hidden)
+            else:
+                mask = self.shape(part) if covered else self.shape_next_to(part)
+            if self.crossing and r.random() < 0.4:  # the cover's shadow
+                shadow = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), r.uniform(2, 8))[..., None]
+                crop = crop * (1 - r.uniform(0, 0.7) * shadow)
             mask = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), r.uniform(0.4, 2))[..., None]
             crop = crop * (1 - mask) + self.cover(part, face, other) * mask
         return self.photograph(crop), covered
@@ -81,6 +102,10 @@ class CoverPainter:
             colour = CLOTH[r.integers(len(CLOTH))] * r.uniform(0.5, 1.05) if r.random() < 0.6 else r.uniform(5, 250, 3)
             pattern = r.normal(0, r.uniform(0, 60) if r.random() < 0.3 else r.uniform(0, 8), (*r.integers(2, 20, 2), 3))
             texture = self.shade(colour + cv2.resize(pattern, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC))
+            if self.crossing and r.random() < 0.3:  # the grille of a microphone
+                period = r.uniform(2, 8)
+                grille = np.sign(np.sin((X + Y) * SIZE / period * 2) * np.sin((X - Y) * SIZE / period * 2))
+                texture = texture * (1 + r.uniform(0, 0.4) * grille[..., None])
             texture = self.lines(texture, r.integers(0, 7), pleats=True)
         elif kind == "skin":
             texture = self.piece(face, *self.skin_square(face)) * r.uniform(0.75, 1.12)
@@ -152,6 +177,22 @@ class CoverPainter:
         across = np.cos(angle) * (Y - y) - np.sin(angle) * (X - x)
         return (np.abs(along) / width) ** power + (np.abs(across) / height) ** power < 1
 
+    def crossing_shape(self, part: int, inside: np.ndarray, hidden: float) -> np.ndarray:
+        """Return the mask of a cover, a bent plane, a ball or a cup, that hides a fraction of the pixels `inside`."""
+        r = self.r
+        angle = r.uniform(0, 2 * np.pi) if part or r.random() < 0.3 else r.normal(np.pi / 2, 0.4)
+        along, across = np.cos(angle) * X + np.sin(angle) * Y, np.cos(angle) * Y - np.sin(angle) * X
+        across = across - r.normal(0, 0.06)
+        kind = r.integers(3)
+        if kind == 0:
+            field = along + r.uniform(-0.8, 0.8) * across**2
+        elif kind == 1:
+            field = -np.hypot(along - r.uniform(0.1, 0.6), across)
+        else:
+            field = along + r.uniform(-0.8, 0.8) * across**2
+            field = np.where(np.abs(across) < r.uniform(0.2, 0.5) * (1 - r.uniform(0, 0.6) * along), field, -1)
+        return field > np.quantile(field[inside], 1 - hidden) if inside.any() else field > 0.3
+
     def shape_next_to(self, part: int) -> np.ndarray:
         """Return the mask of a cover next to the part."""
         r, angle = self.r, self.r.uniform(0, 2 * np.pi)
@@ -207,9 +248,9 @@ class Network(nn.Module):
         return self.out(crops.permute(0, 2, 3, 1).flatten(1))[:, 0]
 
 
-def draw_samples(faces: list[Face], count: int, seed: int, *, eyes: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return `count` crops of mouths or eyes, and whether each is covered."""
-    painter = CoverPainter(faces, seed)
+def draw_samples(faces: list[Face], count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` crops for one of `NETWORKS`, and whether each is covered."""
+    painter, eyes = CoverPainter(faces, seed, crossing=name.endswith("crossing")), name.startswith("eye")
     crops, covered = zip(*(painter.draw(1 + k % 2 if eyes else 0) for k in range(count)), strict=True)
     return np.stack(crops), np.array(covered)
 
@@ -235,25 +276,26 @@ def train(crops: np.ndarray, covered: np.ndarray) -> Network:
 
 
 def main(out: Path, paths: list[Path]) -> None:
-    """Train both networks on the faces in `paths`, test them, and write them to `out`."""
-    torch.manual_seed(0)
+    """Train the networks on the faces in `paths`, test them, and write them to `out`."""
     people = read_faces(paths)
     test_people = sorted(people)[::5]
     faces = [face for person in sorted(people) if person not in test_people for face in people[person]]
     test_faces = [face for person in test_people for face in people[person]]
     print(f"{len(faces)} faces of {len(people) - len(test_people)} people, {len(test_faces)} for the test")
     weights: dict[str, np.ndarray] = {}
-    for name in ("mouth", "eye"):
-        network = train(*draw_samples(faces, SAMPLES, 1, eyes=name == "eye"))
-        crops, covered = draw_samples(test_faces, SAMPLES // 8, 2, eyes=name == "eye")
-        with torch.no_grad():
-            logits = network(to_input(crops)).numpy()
-        print(f"{name}: {np.mean((logits > 0) == covered):.2%} of the test's crops are classified correctly")
-        for k, layer in enumerate(network.layers):
-            weights[f"{name}.{k}"] = layer.weight.detach().permute(2, 3, 1, 0).numpy()
-            weights[f"{name}.{k}.bias"] = layer.bias.detach().numpy()
-        weights[f"{name}.out"] = network.out.weight.detach()[0].numpy()
-        weights[f"{name}.out.bias"] = network.out.bias.detach()[0].numpy()
+    for names in zip(*NETWORKS, strict=True):
+        torch.manual_seed(0)
+        for name in names:
+            network = train(*draw_samples(faces, SAMPLES, 1, name))
+            crops, covered = draw_samples(test_faces, SAMPLES // 8, 2, name)
+            with torch.no_grad():
+                logits = network(to_input(crops)).numpy()
+            print(f"{name}: {np.mean((logits > 0) == covered):.2%} of the test's crops are classified correctly")
+            for k, layer in enumerate(network.layers):
+                weights[f"{name}.{k}"] = layer.weight.detach().permute(2, 3, 1, 0).numpy()
+                weights[f"{name}.{k}.bias"] = layer.bias.detach().numpy()
+            weights[f"{name}.out"] = network.out.weight.detach()[0].numpy()
+            weights[f"{name}.out.bias"] = network.out.bias.detach()[0].numpy()
     np.savez_compressed(out, **{key: value.astype(np.float16) for key, value in weights.items()})
 
 

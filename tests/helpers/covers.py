@@ -1,4 +1,4 @@
-"""Drawn covers before a face: masks, hands, microphones, scarves, dark and clear lenses."""
+"""Drawn covers before a face: masks, hands, microphones, cups, scarves, dark and clear lenses."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def draw_cover(photo: np.ndarray, points: np.ndarray, kind: str, *, eyes: tuple[
             ellipse(centre, 0.61, 0.1, tuple((0.92 + 0.03 * finger) * x for x in skin))
     elif kind == "microphone":
         ellipse(mouth + [0, 0.03 * unit], 0.4, 0.37, (62, 60, 64))
+    elif kind in ("cup", "lowered cup", "low microphone"):  # their edge crosses the lips, but for the lowered cup's
+        top = mouth + [0, (0.35 if kind == "lowered cup" else 0.02) * unit]
+        handle = 0.5 if kind == "low microphone" else 1
+        body = top + np.array([[-0.36, 0], [0.36, 0], [0.3, 0.9], [-0.3, 0.9]]) * [handle * unit, unit]
+        colour = (40, 40, 42) if kind == "low microphone" else (205, 200, 190)
+        cv2.fillConvexPoly(out, np.rint(body).astype(np.int32), colour, cv2.LINE_AA)
+        if kind == "low microphone":
+            ellipse(top + [0, 0.3 * unit], 0.33, 0.33, (110, 110, 116))
+        else:
+            ellipse(top, 0.36, 0.05, (120, 115, 110))
     else:
         for eye in eyes:
             rim = EYE_RIMS[eye][1]
