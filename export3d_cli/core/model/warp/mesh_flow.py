@@ -45,11 +45,10 @@ FACE_TRIANGLES = 902  # rows of (a, b, c, kind): kind 0 skin, 1 inside of the mo
 EYE_TRIANGLES = 32  # the last ones of the face
 # Rings around the face oval: (scale of the oval, depth added, proximity to the face). The last one is for hair on top.
 HEAD_RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
-# The rings shrink to the person's outline, the outer ones only above the ears: a turned head shows no background there.
-CUT_DEPTHS = (0.1, 0.16, 0.16)  # depths added to rings that shrink to the oval, as the sides of a head lie
-ABOVE_EARS = (0.0, 0.04)  # heights above the ears, head-frame units, over which the outer rings begin to shrink
-OUTLINE_STEPS = 90  # scales between the oval and the outer ring at which the outline is looked for
-ON_PERSON = (0.9, 0.5)  # values of the person mask inside the outline, below the ears and above
+# Next to jaws and ears the inner ring shrinks to the person's outline, so that a turned head shows no background there:
+CUT_RING_DEPTH = 0.1  # depth added to it where it shrinks to the oval
+OUTLINE_STEPS = 24  # scales between the oval and the usual ring at which the outline is looked for
+ON_PERSON = 0.9  # value of the person mask inside the outline
 # Head mask, in face heights (chin to forehead). Each pair is a fade: 0 at the first value, 1 at the second.
 NECK_FADE_HEIGHT = 0.3  # the mask fades out over this distance below the chin
 HAIR_TOP_FADE = (0.6, 0.9)  # above the chin: from here hair of any height belongs to the head,
@@ -99,30 +98,26 @@ def _double_areas(uv: Tensor, triangles: Tensor) -> Tensor:
 def add_head_rings(points: Tensor, outline: Tensor | None = None) -> Tensor:
     """Append the rings, the oval widened and set back, to landmarks (B, 478, 3), head frame -> (B, 478 + 108, 3).
 
-    `outline` (B, 36) are scales of the oval to which they shrink, see `BasisFlow.find_outline`; None: they do not.
+    `outline` (B, 36) are scales of the inner ring, see `BasisFlow.find_outline`; None: its usual one.
     """
     oval = points[:, index_tensor(FACE_OVAL, points)]
-    outline = oval.new_full(oval.shape[:2], HEAD_RINGS[-1][0]) if outline is None else outline
-    return torch.cat([points, *(_make_ring(oval, outline, k) for k in range(len(HEAD_RINGS)))], dim=1)
+    rings = [_make_ring(oval, oval.new_tensor(scale), depth) for scale, depth, _ in HEAD_RINGS]
+    if outline is not None:
+        rings[0] = _make_inner_ring(oval, outline)
+    return torch.cat([points, *rings], dim=1)
 
 
-def _make_ring(oval: Tensor, outline: Tensor, ring: int) -> Tensor:
-    """Return one of the rings around a face oval (B, 36, 3); `outline` (B, 36) as in `add_head_rings`."""
-    usual, depth, _ = HEAD_RINGS[ring]
-    excess = (usual - outline).clamp_min(0) * (_above_ears(oval) if ring else 1)
-    return _widen(oval, usual - excess, depth + (CUT_DEPTHS[ring] - depth) * excess / (usual - 1))
-
-
-def _widen(oval: Tensor, scale: Tensor, depth: Tensor) -> Tensor:
-    """Scale an oval (..., 36, 3) about its centre along x and y, and set it back by a depth; (..., 36) both."""
+def _make_ring(oval: Tensor, scale: Tensor, depth: float | Tensor) -> Tensor:
+    """Widen a face oval (..., 36, 3) by scales (..., 36) or one scale, and set it back."""
     centre = oval.mean(-2, keepdim=True)
     widened = centre + (oval - centre) * scale[..., None]
-    return torch.cat([widened[..., :2], (oval[..., 2] + depth)[..., None]], dim=-1)
+    return torch.cat([widened[..., :2], (oval[..., 2] + depth)[..., None].expand_as(widened[..., :1])], dim=-1)
 
 
-def _above_ears(oval: Tensor) -> Tensor:
-    """Return 1 above the ears and 0 below, (..., 36); the head frame's y axis points down from between the ears."""
-    return linear_step(-oval[..., 1], *ABOVE_EARS)
+def _make_inner_ring(oval: Tensor, scale: Tensor) -> Tensor:
+    """Return the inner ring with scales of its own, see `_make_ring`: deeper, the smaller they are."""
+    usual, depth, _ = HEAD_RINGS[0]
+    return _make_ring(oval, scale, depth + (CUT_RING_DEPTH - depth) * (usual - scale) / (usual - 1))
 
 
 def ring_triangles() -> Tensor:
@@ -228,21 +223,17 @@ class BasisFlow(nn.Module):
         return height.view(-1, 1, self.size, self.size), lateral.view(-1, 1, self.size, self.size)
 
     def find_outline(self, points: Tensor, camera: Tensor, person: Tensor) -> Tensor:
-        """Return the scales (B, 36) of the face oval up to which a photo's person mask (B, 1, ., .) covers it.
+        """Return scales (B, 36) of the inner ring at which a photo's person mask (B, 1, ., .) covers it.
 
-        At most that of the outer ring, which it also is where the mask does not reach the face.
+        Where the mask does not reach the face, the ring keeps its usual scale.
         """
-        (inner, depth, _), *_, (outer, *_) = HEAD_RINGS
-        oval = points.float()[:, None, index_tensor(FACE_OVAL, points)].expand(-1, OUTLINE_STEPS + 1, -1, -1)
-        scales = torch.linspace(1, outer, OUTLINE_STEPS + 1, device=points.device)
-        depths = depth + (CUT_DEPTHS[0] - depth) * (inner - scales).clamp_min(0) / (inner - 1)  # as the inner ring's
-        widened = _widen(oval, scales[:, None], depths[:, None])  # (B, S, 36, 3)
-        uv, _ = project(widened.flatten(1, 2), camera)
-        mask = F.grid_sample(person.float(), 2 * uv[:, None] - 1, align_corners=False, padding_mode="border")
-        below, above = ON_PERSON
-        least = below + (above - below) * _above_ears(oval)
-        covered = (mask.view(widened.shape[:3]) > least).long().cumprod(1).sum(1)  # (B, 36) steps
-        return torch.where(covered == 0, outer, scales[covered - 1])
+        usual = HEAD_RINGS[0][0]
+        scales = torch.linspace(1, usual, OUTLINE_STEPS + 1, device=points.device)
+        oval = points.float()[:, None, index_tensor(FACE_OVAL, points)]  # (B, 1, 36, 3)
+        uv, _ = project(_make_inner_ring(oval, scales[:, None]).flatten(1, 2), camera)
+        covered = F.grid_sample(person.float(), 2 * uv[:, None] - 1, align_corners=False, padding_mode="border")
+        covered = (covered.view(len(uv), len(scales), -1) > ON_PERSON).long().cumprod(1).sum(1)  # (B, 36) steps
+        return torch.where(covered == 0, usual, scales[covered - 1])
 
     def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor,
                     outline: Tensor | None = None) -> DeformedMesh:  # fmt: skip

@@ -315,11 +315,10 @@ def test_rasterize_surface_is_the_front_of_the_head(flow: BasisFlow, points: Ten
     assert confidence[0, 0] == 0
 
 
-def test_rings_shrink_to_the_outline_of_the_person(
+def test_inner_ring_shrinks_to_the_outline_of_the_person(
     flow: BasisFlow, points: Tensor, orbit: Callable[..., Tensor]
 ) -> None:
     camera, size = orbit(0), 512
-    inner, outer = HEAD_RINGS[0][0], HEAD_RINGS[-1][0]
     on_outline, _ = project(add_head_rings(points, torch.full((1, len(FACE_OVAL)), 1.15)), camera)
     ring = (on_outline[0, NUM_LANDMARKS : NUM_LANDMARKS + len(FACE_OVAL)] * size).round().int().numpy()
     person = cv2.fillPoly(np.zeros((size, size), np.float32), [ring], 1.0)
@@ -327,12 +326,7 @@ def test_rings_shrink_to_the_outline_of_the_person(
     outline = flow.find_outline(points, camera, torch.from_numpy(person)[None, None])
     uv, _ = project(points[:, list(FACE_OVAL)], camera)
     free = (uv[0, :, 0] > 0.5) | (uv[0, :, 1] < 0.5)
-    assert outline[0, free].sub(1.15).abs().max() < 0.04
-    assert outline[0, ~free].max() > inner
-
-    rings, usual = (add_head_rings(points, x)[0, NUM_LANDMARKS:].unflatten(0, (3, -1)) for x in (outline, None))
-    moved = (rings - usual).norm(dim=-1) > 0.01
-    above = points[0, list(FACE_OVAL), 1] < -0.05
-    assert moved[0, free].all() and moved[1:, above].all() and not moved[1:, ~above & ~free].any()
-    assert (rings[0, free, 2] > usual[0, free, 2]).all()  # deeper
-    assert torch.equal(flow.find_outline(points, camera, torch.zeros(1, 1, 8, 8)), torch.full((1, 36), outer))
+    usual = torch.tensor(HEAD_RINGS[0][0])
+    assert outline[0, free].sub(1.15).abs().max() < 0.03
+    assert torch.isclose(outline[0, ~free].max(), usual)
+    assert torch.allclose(flow.find_outline(points, camera, torch.zeros(1, 1, 8, 8)), usual)
