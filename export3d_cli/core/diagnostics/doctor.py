@@ -53,7 +53,8 @@ def examine(weights: str | None = None) -> list[Finding]:
         except Exception as error:  # a defect must not hide the other findings
             reason = " ".join(str(error).split())[:500]
             found = reason if isinstance(error, Export3DError) else f"{type(error).__name__}: {reason}"
-            if isinstance(error, ImportError | AttributeError) and (problem := find_opencv_problem()):
+            problem = find_opencv_problem()
+            if problem and (isinstance(error, ImportError | AttributeError) or str(error) == problem):
                 found, _, advice = problem.rpartition(": ")
             findings.append(Finding(what, False, found, advice))
     return findings

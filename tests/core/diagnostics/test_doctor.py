@@ -6,12 +6,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import pytest
 from click.testing import CliRunner
 
 from export3d_cli.core.diagnostics import doctor
 from export3d_cli.core.diagnostics.doctor import Finding, examine
+from export3d_cli.core.face import detector
 from export3d_cli.core.media.probe import ffmpeg_path
 from export3d_cli.core.runtime import weights
 from export3d_cli.core.runtime.errors import MediaError
@@ -58,6 +61,20 @@ def test_command_prints_all_problems_with_advice(tmp_path: Path, monkeypatch: py
     assert len(problems) == len(expected)
     for line, pattern in zip(problems, expected, strict=True):
         assert re.match(pattern, line), line
+
+
+def test_examine_with_old_opencv_advises_only_to_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads, but the tracker's face detector fails."""
+
+    def fail(*args: object) -> None:
+        raise cv2.error("unknown layer")
+
+    monkeypatch.setattr(cv2, "FaceDetectorYN", SimpleNamespace(create=fail))
+    for module in (doctor, detector):
+        monkeypatch.setattr(module, "find_opencv_problem", lambda: CV2_PROBLEM)
+    problems = failed(examine())
+    assert sorted(problems) == ["cv2", "tracker"]
+    assert {finding.advice for finding in problems.values()} == {"run `pip install`"}
 
 
 @pytest.mark.parametrize(
