@@ -17,6 +17,7 @@ from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.files import check_file
 
 MAX_BYTES = 1 << 20  # of a file
+MAX_DISTANCE = 100  # of a coordinate, in sides of the photo
 IRIS_RADIUS = 0.23  # eye widths
 _STIFFNESS = 1e-6  # ridge of the spline
 
@@ -36,7 +37,7 @@ def read_landmarks(path: Path, size: tuple[int, int]) -> np.ndarray:
             (rows,) = rows.values() if isinstance(rows, dict) else rows
         axes = "xyz" if "z" in rows[0] else "xy"
         points = np.array([[r[a] for a in axes] if isinstance(r, dict) else r for r in rows], np.float64)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} holds no landmarks ({error}): give rows of x,y in pixels, as CSV or JSON") from error
     if points.ndim != 2 or points.shape[0] not in (len(IBUG68), NUM_LANDMARKS) or points.shape[1] not in (2, 3):
         raise InputError(f"{path} holds points of shape {points.shape}: expected (68, 2), (478, 2) or (478, 3)")
@@ -45,9 +46,10 @@ def read_landmarks(path: Path, size: tuple[int, int]) -> np.ndarray:
     if np.abs(points[:, :2]).max() <= 1:
         points *= np.array([*size, size[0]])[: points.shape[1]]
     low, high = points[:, :2].min(0), points[:, :2].max(0)
-    if (high <= 0).any() or (low >= size).any() or (high - low).min() < 8:
-        raise InputError(f"{path} holds points from {low.round()} to {high.round()}, and the photo has "
-                         f"{size[0]}x{size[1]} pixels: give pixels of this photo")  # fmt: skip
+    too_far = np.abs(points).max() > MAX_DISTANCE * max(size)
+    if too_far or (high <= 0).any() or (low >= size).any() or (high - low).min() < 8:
+        raise InputError(f"{path} holds points from {points.min(0).round()} to {points.max(0).round()}, and the photo "
+                         f"has {size[0]}x{size[1]} pixels: give pixels of this photo")  # fmt: skip
     return points
 
 

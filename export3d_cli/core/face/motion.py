@@ -94,7 +94,7 @@ class Motion:
             if array.dtype.kind not in "biuf":
                 raise TypeError(f"{name} is not an array of numbers")
             with np.errstate(all="ignore"):  # values too large for float32 become infinite, which is refused below
-                return array.astype(kind)
+                return array.astype(kind, copy=False)
 
         try:
             check_file(path, MAX_BYTES)

@@ -117,7 +117,7 @@ class LiveLinkDecoder:
         (frame,) = struct.unpack("!I", data[-261:-257])
         if 0 < self._frame - frame < RESTART_FRAMES:
             return None
-        values = np.frombuffer(data[-244:], ">f4").astype(np.float64)
+        values = np.array(struct.unpack("!61f", data[-244:]))
         angles = values[52:55]
         if not (np.isfinite(values).all() and np.abs(angles).max() <= np.pi):
             return None

@@ -32,6 +32,7 @@ INSET_S = 0.03  # at most, or a quarter of a phone: where its shape begins to fa
 SPREAD_S = 0.06  # over which it fades
 CONTACT_S = 0.04  # in which lips come together before a closure, and part after it
 MAX_CUE_S = 180.0  # the time of an alignment grows with the square of its length: 20 s for 88 s of sound
+MAX_WORDS_PER_S = 20  # of a text, whose alignment takes time; people speak up to 7
 BLINK_INTERVAL_S = (2.5, 5.5)
 MAX_TEXT_BYTES = 2**22
 # Of the time in which an alignment or the free recognition hears a phone, the part in which both hear the same one:
@@ -128,6 +129,8 @@ def read_cues(text: Path, start: float = 0.0) -> list[Cue]:
     cues = sorted(cue for cue in cues if cue.words and cue.end > cue.start)
     if not cues:
         raise InputError(f"{text} has no words in Latin letters: give the spoken text, or leave out --text")
+    if any(third.start < first.end for first, third in zip(cues, cues[2:], strict=False)):  # each is decoded
+        raise InputError(f"{text} has more than two subtitles at a time: give each its own time")
     return cues
 
 
@@ -148,7 +151,8 @@ def recognize_phones(samples: Iterable[np.ndarray], cues: Sequence[Cue] | None) 
     for begin, part, cue in _cut_at_pauses(samples) if cues is None else _cut_at_cues(samples, cues):
         found = recognizer.decode(part)
         if cue is not None:
-            aligned = recognizer.align(part, cue.words)
+            fits = len(cue.words) <= MAX_WORDS_PER_S * (1 + len(part) / SOUND_RATE)
+            aligned = recognizer.align(part, cue.words) if fits else []
             agreements.append(_agreement(aligned, found))
             found = found if agreements[-1] < REFUSED_AGREEMENT else aligned
         phones += [Phone(p.name, p.start + begin, p.end + begin) for p in found]

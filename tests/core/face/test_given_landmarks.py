@@ -42,12 +42,15 @@ def test_formats_give_the_same_points(tmp_path: Path, name: str, text: str) -> N
         ("[" * 5000, "no landmarks"), (json.dumps((POINTS + 500).tolist()), "200x100 pixels"),
         (json.dumps([[1, float("nan")]] * 68), "not finite"), (json.dumps([["1", "b"]] * 68), "no landmarks"),
         (json.dumps([[1, 10**400]] * 68), "no landmarks"),
+        (json.dumps([[x, y, 1e30] for x, y in POINTS.tolist()]), "200x100 pixels"),
+        ("csv: 1," + "9" * 200_000, "no landmarks"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "a.json").write_text(text)
+    name = "a.csv" if text.startswith("csv: ") else "a.json"
+    (tmp_path / name).write_text(text.removeprefix("csv: "))
     with pytest.raises(InputError, match=words):
-        read_landmarks(tmp_path / "a.json", (200, 100))
+        read_landmarks(tmp_path / name, (200, 100))
 
 
 def test_completed_landmarks_are_near_those_that_are_found(animator: Animator) -> None:

@@ -79,6 +79,7 @@ def test_late_packets_are_ignored_until_the_sender_begins_again() -> None:
     decode = LiveLinkDecoder()
     frames = [1000, 1001, 999, 1001, 1001 - RESTART_FRAMES, 402]
     assert [decode(live_link(frame)) is not None for frame in frames] == [True, True, False, True, True, True]
+    assert decode(live_link(403)[:-4] + b"\x7f\xa0\0\1") is None  # a signalling NaN
 
 
 @pytest.mark.parametrize(

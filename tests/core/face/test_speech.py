@@ -213,12 +213,14 @@ def test_cues_are_decoded_at_their_times_and_a_wrong_one_is_named(
         ("Привет".encode(), "no words in Latin letters"),
         (b"\xff\xfe\x00", "save it as UTF-8"),
         (b"1\n0:0 --> 0:1\nmama\n", "times that cannot be read"),
+        (b"something else " * 1000, "is not what"),
+        (b"1\n00:00:00,500 --> 00:00:01,500\nelse\n\n" * 3, "more than two subtitles at a time"),
     ],
 )
 def test_useless_text_is_refused_in_one_line(
     write_sound: WriteSound, recognize: Callable[..., None], tmp_path: Path, content: bytes, message: str
 ) -> None:
-    recognize([], ["something", "else"])
+    recognize(MAMA, ["something", "else"] * 1000)
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     with pytest.raises(InputError, match=message):
