@@ -9,7 +9,7 @@ import numpy as np
 
 from export3d_cli.core.runtime.errors import Export3DError, WeightsError, find_opencv_problem
 
-SEARCH_SIDES_PX = (160, 320, 640, 1280)  # longer sides at which an image is searched; the last if thoroughly
+SEARCH_SIDES_PX = (160, 320, 640, 1280)  # longer sides at which an image is searched; the last two if thoroughly
 _UPRIGHT_MARGIN = 0.04  # an upright face must score this much more than as given; 0.06 or more is usual
 _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES = 0.6, 0.3, 1000
 

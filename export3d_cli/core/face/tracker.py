@@ -76,7 +76,7 @@ class LandmarkerTracker(FaceTracker):
 
     def _detections(self, image: np.ndarray, thorough: bool) -> Iterator[Detection]:
         rotation = self.detector.rotation_to_upright(image, max_side=SEARCH_SIDES_PX[0]) or 0 if thorough else 0
-        for max_side in SEARCH_SIDES_PX[: None if thorough else 3]:
+        for max_side in SEARCH_SIDES_PX[: None if thorough else 2]:
             yield from self.detector(image, max_side=max_side, rotation=rotation)
             if max_side >= max(image.shape[:2]):
                 break

@@ -140,6 +140,25 @@ def test_track_finds_a_lost_small_face_again(landmarker: FaceTracker, photo: np.
     assert any(track(small) is not None for _ in range(8))
 
 
+def test_track_without_a_face_rarely_searches_large_images_and_finds_a_large_face_at_once(
+    landmarker: FaceTracker, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, sides = landmarker.detector, list[int]()
+
+    def count(image: np.ndarray, **options: Any) -> list[Detection]:
+        sides.append(options["max_side"])
+        return detector(image, **options)
+
+    monkeypatch.setattr(landmarker, "detector", count)
+    count.rotation_to_upright = detector.rotation_to_upright  # type: ignore[attr-defined]
+    canvas = np.full((720, 1280, 3), 127, np.uint8)
+    track = FaceTrack(landmarker).track
+    assert [track(canvas) for _ in range(15)] == [None] * 15
+    assert sum(side > 320 for side in sides) == 4  # in two thorough searches
+    canvas[100:600, 400:900] = cv2.resize(photo, (500, 500))
+    assert track(canvas) is not None
+
+
 def test_find_in_a_photo_whose_border_cuts_the_face(landmarker: FaceTracker, photo: np.ndarray) -> None:
     whole = landmarker.find(photo).landmarks
     cut = int(whole[:, 0].min() + 0.3 * np.ptp(whole[:, 0]))
