@@ -14,13 +14,17 @@ import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
+import safehttpx
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.compositor import load_photo
@@ -50,6 +54,7 @@ class Session:
     also: tuple[Path, ...] = ()  # more photos of the person
     force: bool = False  # use them even if they seem to show somebody else
     portrait: Portrait | None = None
+    edit: tuple[float, ...] = ()  # the newest values of the sliders of expressions
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -61,11 +66,13 @@ def serve(animator: Animator, port: int) -> Iterator[str]:
         jobs = _Jobs(animator, Path(folder))
         page = build(jobs)
         jobs.examples = set(Path(folder).rglob("*"))
+        safehttpx.get = safehttpx.async_validate_url = _refuse_address
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         try:
             _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, share=False,
                                         prevent_thread_lock=True, quiet=True, max_file_size=MAX_UPLOAD, ssr_mode=False,
-                                        theme=theme, css=CSS, footer_links=[])  # fmt: skip
+                                        theme=theme, css=CSS, footer_links=[],
+                                        app_kwargs={"middleware": [Middleware(_OwnPage)]})  # fmt: skip
         except OSError as error:
             raise InputError(f"port {port} is in use: choose another one with --port") from error
         except ValueError as error:  # it does not answer
@@ -74,6 +81,26 @@ def serve(animator: Animator, port: int) -> Iterator[str]:
             yield address
         finally:
             page.close(verbose=False)
+
+
+async def _refuse_address(*_: object, **__: object) -> None:
+    """Take the place of Gradio's requests to addresses that are sent in place of files."""
+    raise gr.Error("Give a file, not an address.", print_exception=False)
+
+
+class _OwnPage:
+    """Middleware that refuses the requests of other sites' pages; loopback has only local names."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host, origin = (Headers(scope=scope).get(name) for name in ("host", "origin"))
+            if str(host).partition(":")[0] not in ("127.0.0.1", "localhost") or origin not in (None, f"http://{host}"):
+                app = PlainTextResponse("Open the page by its own address.", 403)
+        await app(scope, receive, send)
 
 
 def build(jobs: _Jobs) -> gr.Blocks:
@@ -94,6 +121,7 @@ def build(jobs: _Jobs) -> gr.Blocks:
             with gr.Column():
                 photo = gr.Image(photo_example, label="Photo with one large face", type="filepath",
                                  sources=["upload", "webcam"], height=380, alt_text="The photo")  # fmt: skip
+                photo.preprocess = lambda data: data and data.path  # Pillow's errors and conversions are left out
                 person = gr.File(
                     label="Or a person file, in place of the photo", file_types=[".safetensors"], height=140
                 )
@@ -138,15 +166,19 @@ def build(jobs: _Jobs) -> gr.Blocks:
                     with gr.Accordion("Directions of the expression basis", open=False), gr.Row():
                         edit_inputs += [number(-BASIS_RANGE, BASIS_RANGE, 0, name) for name in names]
 
-        turn, edit = (jobs.turn, [turned, turn_command]), (jobs.edit, [edited, edit_command])
-        for inputs, (run, outputs) in ((turn_inputs, turn), (edit_inputs, edit)):
-            gr.on([slider.change for slider in inputs], run, inputs, outputs, show_progress="minimal",
-                  trigger_mode="always_last", concurrency_id="preview", api_visibility="private")  # fmt: skip
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        turn, edit = (jobs.turn, [turned, turn_command]), (jobs.edit, [edited, edit_command])
+        first, _ = [
+            gr.on([slider.change for slider in inputs], run, inputs, outputs, show_progress="minimal",
+                  trigger_mode="always_last", concurrency_id="preview", api_visibility="private")
+            for inputs, (run, outputs) in ((edit_inputs, edit), (turn_inputs, turn))
+        ]  # fmt: skip
+        first.success(jobs.adapt_edit, edit_inputs, edit[1], trigger_mode="always_last", **hidden)
         photos = [photo, person, also, force]
         changes = [page.load, *(element.change for element in photos)]
         encode = gr.on(changes, jobs.set_photo, photos, None, trigger_mode="always_last", **hidden)
-        encode.success(turn[0], turn_inputs, turn[1], **hidden).success(edit[0], edit_inputs, edit[1], **hidden)
+        shown = encode.success(turn[0], turn_inputs, turn[1], **hidden).success(edit[0], edit_inputs, edit[1], **hidden)
+        shown.success(jobs.adapt_edit, edit_inputs, edit[1], **hidden)
         reset.click(lambda: [0] * len(edit_inputs), None, edit_inputs, **hidden)
         render.click(jobs.reenact, [*photos, driver, sound, text, expression, pose, seconds, framing, mark],
                      [result, reenact_command, made], show_progress_on=[result], concurrency_id="render",
@@ -197,16 +229,33 @@ class _Jobs:
         frame = self._show(request, lambda portrait, out: novel_view(self.animator, portrait, out, view))
         return frame, self._command(request, "novel-view", arguments)
 
-    def edit(self, request: gr.Request, *values: float) -> tuple[str | None, str]:
-        """Show the photo with another expression, by controls and basis, and return the command for it."""
+    def edit(self, request: gr.Request, *values: float) -> tuple[Any, Any]:
+        """Show the photo with another expression, by controls and basis, at once; return the command for it."""
+        self._session(request).edit = values
+        return self._show_edit(request, values, adapted=False)
+
+    def adapt_edit(self, request: gr.Request, *values: float) -> tuple[Any, Any]:
+        """Show the expression as the command does, adapted to the portrait by trial frames, unless a newer one came."""
+        session = self._session(request)
+        if session.edit == values and any(values[: len(SHOWN_CONTROLS)]):
+            adapted = self._show_edit(request, values, adapted=True)
+            if session.edit == values:
+                return adapted
+        return gr.skip(), gr.skip()
+
+    def _show_edit(self, request: gr.Request, values: Sequence[float], *, adapted: bool) -> tuple[str | None, str]:
         basis = values[len(SHOWN_CONTROLS) :]
         controls = {name: value for name, value in zip(SHOWN_CONTROLS, values, strict=False) if value}
         arguments = [f"--set={name}={value:g}" for name, value in controls.items()]
         edits = {v: value for v, value in enumerate(basis, 1) if value} or ({} if controls else {1: 0.0})
         arguments += [part for v, value in edits.items() for part in ("--v", f"{v}", f"--scale={value:g}")]
         ends = tuple((v, (value, value)) for v, value in edits.items())
-        edit = EditOptions(frames=1, edits=ends, expression=ExpressionEdit(controls))
-        frame = self._show(request, lambda portrait, out: edit_basis(self.animator, portrait, out, edit))
+
+        def make(portrait: Portrait, out: Path) -> None:
+            expression = ExpressionEdit(controls, adapted=adapted)
+            edit_basis(self.animator, portrait, out, EditOptions(frames=1, edits=ends, expression=expression))
+
+        frame = self._show(request, make)
         return frame, self._command(request, "edit-basis", [*arguments, "-o", "expression.png"])
 
     def reenact(

@@ -11,6 +11,7 @@ import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
     pytest.skip("no Chromium", allow_module_level=True)
 pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
 sync_api = pytest.importorskip("playwright.sync_api")
 
 from export3d_cli import app  # noqa: E402 - needs Gradio
@@ -213,10 +215,58 @@ def test_rendering_can_be_cancelled_and_a_bad_photo_is_explained(address: str, b
     page.get_by_text("The rendering was cancelled.").wait_for()
     assert not [path for path in result_files() if path.suffix == ".mp4"]
     write_image(tmp_path / "grey.png", np.full((256, 256, 3), 128, np.uint8))
-    page.get_by_label("Remove Image").click()
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
-    page.get_by_text("no face found in grey.png").wait_for()
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name, line in ("text.jpg", "text.jpg is not an image that can be read"), ("grey.png", "no face found in grey"):
+        page.get_by_label("Remove Image").click()
+        page.locator("input[type=file]").first.set_input_files(tmp_path / name)
+        page.get_by_text(line).wait_for()
     page.close()
+
+
+def test_a_preview_is_adapted_unless_a_newer_one_came(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = app._Jobs(Animator.from_weights(tiny_weights, device="cpu", precision="fp32"), tmp_path)
+    request, adapted = SimpleNamespace(session_hash="x"), []
+    jobs.set_photo(str(example_path("source.jpg")), None, None, False, request)
+    monkeypatch.setattr(app, "edit_basis", lambda *arguments: adapted.append(arguments[3].expression.adapted))
+    zeros = [0.0] * (len(app.SHOWN_CONTROLS) - 1)
+    smile, jaw = (0.5, *zeros), (0.0, 0.5, *zeros[1:])
+    first, last = jobs.edit(request, *smile), jobs.adapt_edit(request, *smile)
+    assert first[0] != last[0]
+    assert first[1] == last[1] == "export3d edit-basis source.jpg --set=smile=0.5 -o expression.png"
+    jobs.edit(request, *jaw)
+    assert jobs.adapt_edit(request, *smile) == (app.gr.skip(), app.gr.skip())
+    assert adapted == [False, True, False]
+    with pytest.raises(app.gr.Error, match="two controls set eyeBlinkLeft"):
+        jobs.edit(request, *[float(name in ("blink", "eyes-open")) for name in app.SHOWN_CONTROLS])
+
+
+def test_addresses_in_place_of_files_and_other_sites_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but loopback is looked up, not even for the names that Gradio trusts."""
+    hosts, look_up = set(), socket.getaddrinfo
+
+    def record(host: Any, *rest: Any, **options: Any) -> Any:
+        hosts.add(host)
+        return look_up(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", record)
+    with httpx.Client(base_url=address) as client:
+        for headers in {"Host": "site.example"}, {"Origin": "http://site.example"}, {"Host": "127.0.0.1.site.example"}:
+            for reply in (
+                client.get("/config", headers=headers),
+                client.post("/gradio_api/upload", files={"files": b"x"}, headers=headers),
+            ):
+                assert reply.status_code == 403
+        load = next(d for d in client.get("/config").json()["dependencies"] if [0, "load"] in d["targets"])
+        for url in "https://huggingface.co/a.png", "http://203.0.113.7/a.png":
+            assert client.get(f"/gradio_api/proxy={url}").status_code >= 400
+            photo = {"path": url, "meta": {"_type": "gradio.FileData"}}
+            call = {"data": [photo, None, None, False], "fn_index": load["id"], "session_hash": "x"}
+            assert client.post("/gradio_api/queue/join", json=call).status_code == 200
+            reply = client.get("/gradio_api/queue/data", params={"session_hash": "x"})
+            assert "Give a file, not an address." in reply.text
+    assert hosts <= {"127.0.0.1", "localhost"}
 
 
 def test_live_page_is_used_by_keys_and_fits_a_phone(browser: Any) -> None:

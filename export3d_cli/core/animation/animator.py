@@ -128,6 +128,11 @@ class Portrait(FaceCrop):
         """The last result of `edit_expression`, by its edit."""
         return {}
 
+    @cached_property
+    def trials(self) -> dict[Any, np.ndarray]:
+        """What its trial frames showed, by the control and whether the edit starts from a neutral face."""
+        return {}
+
     @property
     def camera(self) -> np.ndarray:
         """(25,) float32, the camera that took the photo, in the head frame."""

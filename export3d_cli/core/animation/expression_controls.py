@@ -50,6 +50,8 @@ LIDS_FOLLOW = 0.35
 BLINK_FADE = (0.3, 0.6)  # value of `blink` up to which eyes count as open, and from which on as closed
 _NEAR = 0.1  # a range that reaches beyond the base's value by less counts as one-sided
 _RIDGE = 1e-3  # of the regression on few coefficients
+_KEPT_TRIALS = 32  # of each control
+_IDENTITY = np.array([[-1.0, 1.0]] * 2)
 _PRESETS = Path(__file__).with_name("presets.yaml")
 
 
@@ -102,6 +104,7 @@ class ExpressionEdit:
 
     controls: Mapping[str, float | Range] = field(default_factory=dict)  # by names of `CONTROLS`
     from_neutral: bool = False  # take the photo's own expression of mouth and brows out first
+    adapted: bool = True  # adapt the strength to the portrait by trial frames; else by those of its earlier edits alone
 
     def __post_init__(self) -> None:
         names = set()
@@ -160,7 +163,7 @@ def edit_expression(
 ) -> EditedExpression:
     """Return the expressions that show an edit at positions (T,) between the ends 0 and 1 of its ranges.
 
-    A portrait's last edit is kept, so that other changes next to it need no trial frames.
+    A portrait's last adapted edit is kept, so that other changes next to it need no trial frames.
     """
     key = edit.from_neutral, *edit.ranges.items(), *np.ravel(positions).tolist()
     edited = portrait.edits.get(key)
@@ -168,8 +171,9 @@ def edit_expression(
         edited = _fit_edit(animator, portrait, edit, positions)
         for array in (edited.base, edited.beta):
             array.flags.writeable = False
-        portrait.edits.clear()
-        portrait.edits[key] = edited
+        if edit.adapted:
+            portrait.edits.clear()
+            portrait.edits[key] = edited
     return edited
 
 
@@ -187,20 +191,25 @@ def _fit_edit(
     setter = _ControlSetter(edit.controls, statistics)
     controls, with_values = setter.controls, partial(setter, base)
 
+    first, last = np.array(list(edit.ranges.values())).T
+    asked = first + np.asarray(positions)[:, None] * (last - first)  # (T, controls)
+    keys = [(name, edit.from_neutral) for name in edit.controls]
+    if not edit.adapted:
+        columns = [_invert(portrait.trials.get(key, _IDENTITY), asked[:, k])[0] for k, key in enumerate(keys)]
+        return EditedExpression(base, with_values(np.stack(columns, axis=1)), ())
+
     # strengths from the base's values to a multiple of the asked change, for all controls at once; ranges on one side
     # of the base's values need their farther ends only
     start = setter.measure(base)
     lowest = np.array([-MAX_COEFFICIENT if control.lowered else -0.5 for control in controls])
-    first, last = np.array(list(edit.ranges.values())).T
     farther = np.where(abs(first - start) > abs(last - start), first, last)
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)
     ends = [first, last] if on_both_sides.any() else [farther]
     limits = np.stack([(start + MAX_STRENGTH * (end - start)).clip(lowest, MAX_COEFFICIENT) for end in ends])
     count = STRENGTHS[edit.is_constant]
     trial = np.concatenate([np.linspace(start, limit, count + 1)[1:] for limit in limits])  # (K, controls)
-    asked = first + np.asarray(positions)[:, None] * (last - first)  # (T, controls)
-    values, reached = asked.copy(), asked
-    given, shown = start[None], own[None]  # the photo itself
+    values = asked
+    given, shown = start[None], setter.measure(own)[None]  # the photo itself
     if edit.from_neutral:
         given, shown, trial = given[:0], shown[:0], np.concatenate([given, trial])
     for _ in range(ROUNDS):
@@ -208,9 +217,12 @@ def _fit_edit(
         if tracked is None:
             note = "no face was found in trial frames: the controls' strength is not adapted to this portrait"
             return EditedExpression(base, with_values(values), (note,))
-        shown = np.concatenate([shown, tracked])
-        values, reached = _invert(controls, given, shown, asked)
+        shown = np.concatenate([shown, setter.measure(tracked)])
+        pairs = np.stack([given, shown]).transpose(2, 0, 1)  # (controls, 2, K)
+        values, reached = np.stack([_invert(*p) for p in zip(pairs, asked.T, strict=True)]).transpose(1, 2, 0)
         trial = values[np.linspace(0, len(values) - 1, min(len(values), count)).astype(int)]
+    for key, pair in zip(keys, pairs, strict=True):
+        portrait.trials[key] = np.hstack([pair, portrait.trials.get(key, pair[:, :0])])[:, :_KEPT_TRIALS]
     short = []
     for k, name in enumerate(edit.controls):
         worst = int(np.abs(asked - reached)[:, k].argmax())
@@ -321,27 +333,22 @@ def _setter(*names: str, kept: tuple[str, ...] = ()) -> _ControlSetter:
     return _ControlSetter(names, BetaStatistics.load(), kept)
 
 
-def _invert(
-    controls: Sequence[_Control], given: np.ndarray, shown: np.ndarray, asked: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values to give (T, controls) for those asked, and those that will show.
+def _invert(trials: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a control to give (T,) for those asked, and those that will show.
 
-    `given` (K, controls) are values that were tried, `shown` (K, 64) the expressions that the tracker read.
+    `trials` (2, K) are values that were given, the photo's first, and those that the tracker read.
     """
-    values, reached = np.empty_like(asked), np.empty_like(asked)
-    for k, control in enumerate(controls):
-        order = np.argsort(given[:, k], kind="stable")
-        strengths, curve, start = given[order, k], control.measure(shown)[order], int(order.argmin())
-        curve[start:] = np.maximum.accumulate(curve[start:])
-        curve[: start + 1] = np.minimum.accumulate(curve[start::-1])[::-1]
-        low = min(start, int(np.flatnonzero(curve <= curve[0] + MIN_GAIN)[-1]))
-        high = max(start, int(np.argmax(curve >= curve[-1] - MIN_GAIN)))
-        rising = curve + 1e-6 * np.arange(len(curve))  # strictly
-        values[:, k] = asked[:, k]  # unless the tracker reads it; beyond low and high, more strength shows no more
-        if low < high:
-            values[:, k] = np.interp(asked[:, k], rising[low : high + 1], strengths[low : high + 1])
-        reached[:, k] = np.interp(values[:, k], strengths, curve)
-    return values, reached
+    order = np.argsort(trials[0], kind="stable")
+    (strengths, curve), start = trials[:, order], int(order.argmin())
+    curve[start:] = np.maximum.accumulate(curve[start:])
+    curve[: start + 1] = np.minimum.accumulate(curve[start::-1])[::-1]
+    low = min(start, int(np.flatnonzero(curve <= curve[0] + MIN_GAIN)[-1]))
+    high = max(start, int(np.argmax(curve >= curve[-1] - MIN_GAIN)))
+    rising = curve + 1e-6 * np.arange(len(curve))  # strictly
+    values = asked  # unless the tracker reads it; beyond low and high, more strength shows no more
+    if low < high:
+        values = np.interp(asked, rising[low : high + 1], strengths[low : high + 1])
+    return values, np.interp(values, strengths, curve)
 
 
 def _neutral(statistics: BetaStatistics, beta: np.ndarray) -> np.ndarray:

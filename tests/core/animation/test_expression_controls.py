@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +78,20 @@ def test_a_constant_edit_takes_four_trial_frames_once(animator: Animator, monkey
     assert counts == [3, 1, 3, 1] and not np.array_equal(other.beta, edited.beta)
 
 
+def test_an_edit_that_is_not_adapted_takes_the_trials_of_earlier_ones(
+    animator: Animator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
+    jaw = {"jaw": 0.4}
+    direct = edit_expression(animator, portrait, ExpressionEdit(jaw, adapted=False))
+    assert CONTROLS["jaw"].measure(direct.beta) == pytest.approx(0.4, abs=1e-5)
+    adapted = edit_expression(animator, portrait, ExpressionEdit({**jaw, "smile": 0.8}))
+    monkeypatch.setattr(expression_controls, "_track", None)
+    again = edit_expression(animator, portrait, ExpressionEdit(jaw, adapted=False))
+    assert CONTROLS["jaw"].measure(again.beta) == CONTROLS["jaw"].measure(adapted.beta) != pytest.approx(0.4, abs=1e-5)
+    assert edit_expression(animator, portrait, ExpressionEdit({**jaw, "smile": 0.8}, adapted=False)) is adapted
+
+
 def test_untrained_weights_note_what_they_cannot_show(animator: Animator) -> None:
     portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=256)
     *_, notes = edit_expression(animator, portrait, ExpressionEdit({"jaw": 0.9}))
@@ -108,14 +121,13 @@ def test_bad_controls_are_refused(controls: dict[str, float | tuple[float, float
 
 def test_more_strength_is_given_only_where_it_shows() -> None:
     """A plateau is not climbed further, and what the tracker does not read is given as asked."""
-    given, shown = np.array([[0.1], [0.5], [1.0], [2.0]]), np.zeros((4, 64))
-    invert = partial(expression_controls._invert, [CONTROLS["jaw"]], given)
-    values, reached = invert(shown, np.array([[0.8]]))
+    given = [0.1, 0.5, 1.0, 2.0]
+    values, reached = expression_controls._invert(np.array([given, [0, 0, 0, 0]]), np.array([0.8]))
     assert values.item() == 0.8 and reached.item() == 0
-    shown[:, BETA_NAMES.index("jawOpen")] = 0.1, 0.3, 0.6, 0.61
-    values, reached = invert(shown, np.array([[0.1], [0.45], [0.9]]))
-    np.testing.assert_allclose(values[:, 0], [0.1, 0.75, 1.0], atol=1e-4)
-    np.testing.assert_allclose(reached[:, 0], [0.1, 0.45, 0.6], atol=1e-4)
+    trials, asked = np.array([given, [0.1, 0.3, 0.6, 0.61]]), np.array([0.1, 0.45, 0.9])
+    values, reached = expression_controls._invert(trials, asked)
+    np.testing.assert_allclose(values, [0.1, 0.75, 1.0], atol=1e-4)
+    np.testing.assert_allclose(reached, [0.1, 0.45, 0.6], atol=1e-4)
 
 
 def test_presets_are_controls_of_the_package_or_of_a_file(tmp_path: Path) -> None:
