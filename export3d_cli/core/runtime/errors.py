@@ -12,6 +12,7 @@ Also says what is wrong with an installation of OpenCV.
 """
 
 import importlib
+import sys
 
 _MIN_MAJOR_VERSION = 5  # earlier ones cannot read the face detector
 _REINSTALL = (  # the packages share one folder; the headless one needs no system library such as libGL
@@ -62,9 +63,11 @@ class TrainingError(Export3DError):
 
 def find_opencv_problem() -> str:
     """Return what is wrong with OpenCV and, after the last colon, the remedy; '' if it can be used."""
+    vars(sys).pop("OpenCV_LOADER", None)  # left by a failed import; with it, the next one prints and hides the reason
     try:
         cv2 = importlib.import_module("cv2")
     except Exception as error:  # half-removed files can fail in any way
+        vars(sys).pop("OpenCV_LOADER", None)
         reason = " ".join(str(error).split())[:200].replace(": ", ", ")
         return f"OpenCV cannot be loaded ({reason}): {_REINSTALL}"
     version = str(getattr(cv2, "__version__", ""))

@@ -13,9 +13,18 @@ from export3d_cli.core.runtime.errors import find_opencv_problem
 
 ROOT = Path(__file__).parents[3]
 NO_LIBRARY = "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
+LOADER = """
+import sys
+if hasattr(sys, "OpenCV_LOADER"):
+    print(sys.path)
+    raise ImportError("recursion is detected")
+sys.OpenCV_LOADER = True
+raise ModuleNotFoundError("No module named 'cv2.load_config_py3'")
+"""
 CASES = {
     "libGL": (NO_LIBRARY, "OpenCV cannot be loaded (libGL.so.1, cannot open shared object file, No such file"),
     "loader": ("raise RuntimeError('missing configuration file: config.py')", "configuration file, config.py)"),
+    "lost file": (LOADER, "OpenCV cannot be loaded (No module named 'cv2.load_config_py3')"),
     "half removed": ("", "OpenCV is damaged (cv2 lacks its version)"),
     "OpenCV 4": ("__version__ = '4.11.0'", "OpenCV 4.11.0 is installed, and the face detector needs 5 or later"),
 }
@@ -46,8 +55,9 @@ def test_find_opencv_problem_of_this_installation_is_empty() -> None:
     assert find_opencv_problem() == ""
 
 
-def test_command_without_usable_opencv_ends_in_one_line(tmp_path: Path) -> None:
-    code, expected = CASES["half removed"]
+@pytest.mark.parametrize("kind", ["half removed", "lost file"])
+def test_command_without_usable_opencv_ends_in_one_line(tmp_path: Path, kind: str) -> None:
+    code, expected = CASES[kind]
     environment = stand_in(tmp_path, code)
     source, driver = ROOT / "examples" / "source.jpg", ROOT / "examples" / "drive.mp4"
     command = [sys.executable, "-m", "export3d_cli", "reenact", str(source), str(driver), "-o", str(tmp_path / "a.mp4")]
@@ -56,12 +66,14 @@ def test_command_without_usable_opencv_ends_in_one_line(tmp_path: Path) -> None:
     assert expected in done.stderr
 
 
-def test_doctor_without_usable_opencv_advises_only_to_replace_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "reason"), [(NO_LIBRARY, "libGL"), (LOADER, "load_config_py3")])
+def test_doctor_without_usable_opencv_advises_only_to_replace_it(tmp_path: Path, code: str, reason: str) -> None:
     """The tracker fails with it, and must not be blamed."""
-    environment = stand_in(tmp_path, NO_LIBRARY)
+    environment = stand_in(tmp_path, code)
     done = subprocess.run(
         [sys.executable, "-m", "export3d_cli", "doctor"], env=environment, capture_output=True, text=True, check=False
     )
-    bad = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
+    lines = done.stdout.splitlines()
+    bad = [line for line in lines if not line.startswith("ok ")]
     assert done.returncode == 1 and len(bad) >= 2
-    assert all("libGL" in line and "-> run `pip uninstall -y opencv-python " in line for line in bad)
+    assert all(reason in line and "-> run `pip uninstall -y opencv-python " in line for line in bad)
