@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,18 +44,11 @@ from export3d_cli.core.media.image import to_tensor, to_uint8
 from export3d_cli.core.model.checkpoint import check_header_size, load_into, load_weights
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
-from export3d_cli.core.model.measured_motion import NUM_MEASURES
+from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
-from export3d_cli.core.runtime.device import (
-    AdaptiveBatcher,
-    autocast,
-    cast_weights,
-    copy_for_inference,
-    pick_device,
-    pick_precision,
-    tune_malloc,
-)
-from export3d_cli.core.runtime.errors import ConfigError, Export3DError, InputError, NoFaceError
+from export3d_cli.core.runtime import device as devices
+from export3d_cli.core.runtime.device import AdaptiveBatcher, autocast, cast_weights, copy_for_inference
+from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
 from export3d_cli.core.runtime.weights import resolve_weights
 
 # Of additional photos, see `similarity`: pairs of one person had 0.6 to 0.94; of 593 pairs of two people 27 % reach it,
@@ -68,23 +61,6 @@ NOT_FINITE = "the network gives values that are not finite: use a smaller scale,
 # `best` of three driven portraits, frame by frame: balanced 39 to 45 dB.
 RENDER_SCALES: dict[Quality, tuple[float, float]] = {"fast": (0.5, 0.5), "balanced": (0.5, 0.75), "best": (1.0, 1.0)}
 Notify = Callable[[str], None]  # takes a note for the user
-
-_REPLACED = {  # names of earlier versions
-    "set_source": "portrait = animator.portrait(photo)",
-    "set_source_motion": "portrait = animator.portrait_from_motion(crop, motion)",
-    "drive": "animator.animate(portrait, motions)",
-    "field": "animator.query_field(portrait, points)",
-    "source_motion": "portrait.motion",
-    "source_camera": "portrait.camera",
-    "source_crop": "portrait.crop",
-    "crop_scale": "portrait.crop_scale",
-    "size": "portrait.frame_size",
-    "follower": "animator.tracker(name)",
-    "person_mask": "animator.matting.alpha(image)",
-    "notes": "the notes of each job's Summary",
-    "ahead": "animator.chunk_size",
-    "window": "animator.chunk_size",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +96,12 @@ class Portrait(FaceCrop):
     @cached_property
     def planes(self) -> Tensor:
         """The tri-plane of its own expression, (1, 3, C, P, P), which serves all frames of the quality `fast`."""
-        with torch.inference_mode(), autocast(self.source.image.device, self.precision):
-            return self.model.generate_planes(self.source, self.source.lam)
+        return self.generate_planes(self.source.lam)
+
+    def generate_planes(self, lam: Tensor) -> Tensor:
+        """Generate the tri-planes (B, 3, C, P, P) of coefficients lambda (B, n)."""
+        with torch.inference_mode(), autocast(lam.device, self.precision):
+            return self.model.generate_planes(self.source, lam)
 
     @cached_property
     def edits(self) -> dict[Any, EditedExpression]:
@@ -183,29 +163,17 @@ class Animator:
         self.matting = PersonMatting(resolve_weights("selfie_segmentation"))
         self.cover_detector = CoverDetector(resolve_weights("cover_detector"))
 
-    if not TYPE_CHECKING:  # type checkers know the names that exist
-
-        def __getattr__(self, name: str) -> None:
-            if name in _REPLACED:
-                raise AttributeError(f"Animator.{name} no longer exists: use {_REPLACED[name]}")
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     @classmethod
     def from_weights(cls, weights: str | Path | None = None, *, device: str = "auto", precision: str = "auto",
-                     batch: int = 0, quality: Quality = "balanced",
-                     threads: int | None = None) -> Animator:  # fmt: skip
+                     batch: int = 0, quality: Quality = "balanced") -> Animator:  # fmt: skip
         """Load weights by name, path or `hf:owner/repo`; None loads the embedded ones. Raises `WeightsError`."""
-        if threads is not None:
-            raise ConfigError(
-                "from_weights no longer takes threads, which apply to a process: use torch_state(threads=N)"
-            )
         state, config, _ = load_weights(resolve_weights(weights))
         check_header_size(config, state)
         model = Export3D(config)
         load_into(model, state)
-        torch_device = pick_device(device)
-        precision = pick_precision(precision, torch_device)
-        tune_malloc()
+        torch_device = devices.pick_device(device)
+        precision = devices.pick_precision(precision, torch_device)
+        devices.tune_malloc()
         return cls(model, device=torch_device, precision=precision, batch=batch, quality=quality)
 
     @cached_property
@@ -533,10 +501,6 @@ class Animator:
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             return portrait.model.pose_head(portrait.source, lam)
 
-    def _generate_planes(self, portrait: Portrait, lam: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(self.device, portrait.precision):
-            return portrait.model.generate_planes(portrait.source, lam)
-
     def _render(self, portrait: Portrait, cameras: np.ndarray, lam: Tensor, posed: PosedHead | None = None,
                 planes: Tensor | None = None, offsets: Tensor | None = None) -> tuple[Output, PosedHead]:  # fmt: skip
         """Render B frames; `posed` is of the one expression that all of `lam` are, the rest is as in `pose_head`."""
@@ -588,8 +552,8 @@ class _Renderer:
         self._batcher = AdaptiveBatcher()
         self._interpolator: TriplaneInterpolator | None = None
         if animator._triplane_tolerance:
-            generate = partial(animator._generate_planes, portrait)  # a method of this object would be a cycle
-            self._interpolator = TriplaneInterpolator(generate, animator._triplane_tolerance)
+            # a method of this object would be a cycle
+            self._interpolator = TriplaneInterpolator(portrait.generate_planes, animator._triplane_tolerance)
         if portrait.precision != animator.precision:
             self._report_fallback()
         if any(portrait.covered):

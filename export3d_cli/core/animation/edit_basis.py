@@ -14,7 +14,7 @@ from export3d_cli.core.animation.frame_writer import SHEET_CELL_PX, ViewOptions,
 from export3d_cli.core.animation.options import Progress, Summary
 from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES
-from export3d_cli.core.model.measured_motion import NUM_MEASURES
+from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES
 from export3d_cli.core.runtime.camera import FOCAL, RADIUS
 from export3d_cli.core.runtime.errors import InputError
 

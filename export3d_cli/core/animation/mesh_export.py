@@ -17,7 +17,7 @@ from export3d_cli.core.animation.animator import Animator, Portrait
 from export3d_cli.core.animation.expression_controls import movable_coefficients
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStatistics
 from export3d_cli.core.media.writer import SYNTHETIC_COMMENT
-from export3d_cli.core.model.measured_motion import apply_measures
+from export3d_cli.core.model.motion_beyond_lambda import apply_measures
 from export3d_cli.core.model.triplane import sample_face_field
 from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import InputError

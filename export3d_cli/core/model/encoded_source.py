@@ -43,7 +43,7 @@ class Source:
     camera: Tensor  # (B, 25), head frame
     landmarks: Tensor  # (B, 478, 3), head frame
     lam: Tensor  # (B, n) expression coefficients lambda
-    measures: Tensor  # (B, m) what beta tells beyond lambda, see `measured_motion`
+    measures: Tensor  # (B, m) what beta tells beyond lambda, see `motion_beyond_lambda`
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
     # Source view and background (`config.source_plane`):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, ModelConfig
 from export3d_cli.core.face.landmarks import FACE_OVAL, NUM_LANDMARKS
-from export3d_cli.core.model import volume_renderer
+from export3d_cli.core.model import motion_beyond_lambda, volume_renderer
 from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.encoded_source import Source, expand_batch, take_row
 from export3d_cli.core.model.expression import DirectCode, LeBS
@@ -23,29 +23,16 @@ from export3d_cli.core.model.inpaint.eyes import EyeInpainter
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch, Inpainter
 from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
-from export3d_cli.core.model.measured_motion import (
-    NUM_MEASURES,
-    WINKING_POINTS,
-    apply_measures,
-    change_expression,
-    interocular,
-    measure,
-    measure_basis,
-)
+from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES, apply_measures, interocular
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution, SuperResolutionOutput
 from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_field, sample_planes
 from export3d_cli.core.model.volume_renderer import BatchRows, RayOutputs, project
+from export3d_cli.core.model.warp import photo_selection
 from export3d_cli.core.model.warp.flow_blending import FlowBlend, LayeredFlow, neck_flow, relative_rotation, rigid_flow
 from export3d_cli.core.model.warp.layer_warp import LayerWarp, highpass, upscale_with_detail
 from export3d_cli.core.model.warp.mesh_flow import BasisFlow, DeformedMesh, MeshFlow, resize, warp
-from export3d_cli.core.model.warp.photo_selection import (
-    blend_landmarks,
-    expression_distances,
-    select_photos,
-    similarity,
-)
 from export3d_cli.core.model.warp.rasterizer import gather_rows
 
 DENSITY_TV_POINTS = 1024  # points at which `_density_tv` compares neighbours
@@ -206,13 +193,13 @@ class Export3D(nn.Module):
         if first.colours is not None:
             white = first.colours.range.limit(remove_light(photo, first.colours.light))
             photo = add_light(white, first.colours.light)
-        return photo.clamp(-1, 1), similarity(pair, skin)
+        return photo.clamp(-1, 1), photo_selection.similarity(pair, skin)
 
     def coefficients(self, beta: Tensor) -> Tensor:
         """Map expressions `beta` (B, 64) to coefficients lambda, and to measures beyond it: (B, n + m)."""
-        lam, measures = self.expression.coefficients(beta), measure(beta)
+        lam, measures = self.expression.coefficients(beta), motion_beyond_lambda.measure(beta)
         if self.flow is not None:
-            measures = measures - lam.detach().float() @ measure_basis(self.flow.basis.float())
+            measures = measures - lam.detach().float() @ motion_beyond_lambda.measure_basis(self.flow.basis.float())
         return torch.cat([lam, measures.to(lam)], dim=1)
 
     def change_expression(self, beta: Tensor, base: Tensor) -> Tensor:
@@ -224,21 +211,14 @@ class Export3D(nn.Module):
         if self.flow is None:
             return change
         lam, measures = change.float().split([self.config.num_coefficients, NUM_MEASURES], dim=1)
-        return change_expression(lam, measures, beta.float() - base, self.flow.basis.float())
+        return motion_beyond_lambda.change_expression(lam, measures, beta.float() - base, self.flow.basis.float())
 
     def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
 
-    def landmark_offsets(
-        self,
-        source: Source,
-        lam: Tensor,
-        landmarks: Tensor,
-        reference_lam: Tensor,
-        reference: Tensor,
-        rest: Tensor | None = None,
-    ) -> Tensor:
+    def landmark_offsets(self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor, reference: Tensor,
+                         rest: Tensor | None = None) -> Tensor:  # fmt: skip
         """Return how far a driver's landmarks (B, 478, 3) are from where lambda (B, n + m) puts them: (B, 478, 3).
 
         Lambda moves them from those of a reference frame, (1, n + m) and (1, 478, 3). The result has the size of the
@@ -252,7 +232,7 @@ class Export3D(nn.Module):
         expected = apply_measures(expected, reference, lam[:, n:], reference_lam[:, n:].expand(len(lam), -1))
         offsets = (landmarks - expected) * (interocular(source.landmarks) / interocular(reference))[..., None]
         offsets = offsets if rest is None else offsets - rest
-        lids = index_tensor(WINKING_POINTS, offsets)
+        lids = index_tensor(motion_beyond_lambda.WINKING_POINTS, offsets)
         offsets[:, lids] *= (1 - lam[:, n, None, None].abs()).clamp_min(0)
         return offsets
 
@@ -274,9 +254,9 @@ class Export3D(nn.Module):
                 deformed = [self._deform(photo, lam) + (0 if offsets is None else offsets) for photo in photos]
                 landmarks = deformed[0]  # (B, 478, 3)
                 if source.others:
-                    distances = expression_distances(landmarks, deformed, [x.landmarks for x in photos])
+                    distances = photo_selection.expression_distances(landmarks, deformed, [x.landmarks for x in photos])
                     angles = [relative_rotation(x.camera, source.camera).norm(dim=1) for x in photos]
-                    landmarks = blend_landmarks(deformed, distances, torch.stack(angles, dim=1))
+                    landmarks = photo_selection.blend_landmarks(deformed, distances, torch.stack(angles, dim=1))
                 if source.cover is not None:
                     landmarks = torch.lerp(source.landmarks.float(), landmarks, source.cover.motion)
                 mesh = self.flow.deform_mesh(source.landmarks, source.camera, landmarks, source.outline)
@@ -521,7 +501,7 @@ class Export3D(nn.Module):
             shown.append(torch.stack([1 - x for x in covers if x is not None] or shown[:1]).amin(0))
         expression = resize(self.flow.rasterize_landmark_values(points, camera, posed.distances), mesh.uv.shape[-1])
         angles = [relative_rotation(photo.camera, camera).norm(dim=1) for photo in (source, *source.others)]
-        return select_photos(flow, meshes, expression, torch.stack(angles, dim=1), torch.cat(shown, dim=1))
+        return photo_selection.select_photos(flow, meshes, expression, torch.stack(angles, 1), torch.cat(shown, 1))
 
     def _inpaint(
         self, source: Source, posed: PosedHead, image: Tensor, camera: Tensor, detail: PhotoDetail | None

@@ -15,7 +15,7 @@ from export3d_cli.core.model.cached_tensors import index_tensor
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.face_cover import cover_motion
 from export3d_cli.core.model.inpaint.inpainter import InpaintedPatch
-from export3d_cli.core.model.measured_motion import apply_measures
+from export3d_cli.core.model.motion_beyond_lambda import apply_measures
 from export3d_cli.core.model.photo_colours import PhotoColours, remove_light
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.model.warp.mesh_flow import identity_grid, warp
@@ -36,7 +36,7 @@ def warp_expression(model: Export3D, image: Tensor, landmarks: Tensor, camera: T
     """Change the expression in pictures (B, 3, H, H) in [-1, 1] around faces by the model's basis flow and inpainters.
 
     `landmarks` (B, 478, 3) are in the head frame, `camera` is (B, 25), `change` of lambda (B, n); `measures` to show
-    and `source_measures` of the pictures, (B, m), are those of `measured_motion`. `still` (B, 3) is how far mouth,
+    and `source_measures` of the pictures, (B, m), are those of `motion_beyond_lambda`. `still` (B, 3) is how far mouth,
     the person's right eye and left eye stay as they are, [0, 1].
     """
     assert model.flow is not None

@@ -19,15 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from export3d_cli.core.face.landmarks import (
-    FACE_OVAL,
-    LEFT_BROW,
-    LEFT_EYE,
-    NUM_LANDMARKS,
-    OUTER_LIPS,
-    RIGHT_BROW,
-    RIGHT_EYE,
-)
+from export3d_cli.core.face import landmarks as mesh
 from export3d_cli.core.model.checkpoint import read_tensors, write_tensors
 from export3d_cli.core.runtime.camera import project_points
 from export3d_cli.core.runtime.errors import InputError, WeightsError
@@ -35,8 +27,8 @@ from export3d_cli.core.runtime.errors import InputError, WeightsError
 FORMAT = "export3d-sampler-1"
 # Landmarks that move pictures: outline, brows, eyes, lips, and the ridge and the wings of the nose.
 CONTROL_POINTS = [
-    *FACE_OVAL[::2], *RIGHT_BROW[::2], *LEFT_BROW[::2], *RIGHT_EYE[::2], *LEFT_EYE[::2], *OUTER_LIPS[::2],
-    1, 2, 4, 5, 6, 48, 64, 98, 168, 195, 278, 294, 327,
+    *mesh.FACE_OVAL[::2], *mesh.RIGHT_BROW[::2], *mesh.LEFT_BROW[::2], *mesh.RIGHT_EYE[::2], *mesh.LEFT_EYE[::2],
+    *mesh.OUTER_LIPS[::2], 1, 2, 4, 5, 6, 48, 64, 98, 168, 195, 278, 294, 327,
 ]  # fmt: skip
 WARP_RADIUS = 0.16  # standard deviation of the kernels that interpolate their displacements, in widths of the face
 WARP_RIDGE = 0.02  # of the interpolation, since tracked landmarks are noisy
@@ -168,10 +160,10 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
     try:
         K, T, E = len(arrays["shape_basis"]), len(arrays["texture_basis"]), len(arrays["ends"])
         shapes = {
-            "shape_mean": (NUM_LANDMARKS, 3), "shape_basis": (K, NUM_LANDMARKS, 3), "age": (3 + K + T,),
-            "texture_basis": (T, *arrays["texture_basis"].shape[1:3], 3), "texture_points": (NUM_LANDMARKS, 2),
-            "landmarks": (E, NUM_LANDMARKS, 2), "camera": (E, 25), "shape": (E, K), "texture": (E, T), "years": (E,),
-            "ends": (E,), "pictures": (int(arrays["ends"][-1]),),
+            "shape_mean": (mesh.NUM_LANDMARKS, 3), "shape_basis": (K, mesh.NUM_LANDMARKS, 3), "age": (3 + K + T,),
+            "texture_basis": (T, *arrays["texture_basis"].shape[1:3], 3), "texture_points": (mesh.NUM_LANDMARKS, 2),
+            "landmarks": (E, mesh.NUM_LANDMARKS, 2), "camera": (E, 25), "shape": (E, K), "texture": (E, T),
+            "years": (E,), "ends": (E,), "pictures": (int(arrays["ends"][-1]),),
         }  # fmt: skip
         wrong = [name for name, shape in shapes.items() if arrays[name].shape != shape]
         wrong += [name for name, x in arrays.items() if not np.isfinite(x).all()]
@@ -183,7 +175,7 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
 
 def turn_hues(photo: np.ndarray, landmarks: np.ndarray, angle: float) -> np.ndarray:
     """Turn the hues of a photo (H, W, 3) in 0..255, float32, by an angle, but not on the face and near its hue."""
-    oval = landmarks[list(FACE_OVAL)].round().astype(np.int32)
+    oval = landmarks[list(mesh.FACE_OVAL)].round().astype(np.int32)
     face = cv2.fillPoly(np.zeros(photo.shape[:2], np.float32), [oval], 1.0)
     colours = cv2.cvtColor(photo.clip(0, 255) / 255, cv2.COLOR_RGB2YCrCb)
     chroma = (colours[..., 1:] - 0.5) @ np.array([1, 1j], np.complex64)

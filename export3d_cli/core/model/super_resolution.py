@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.encoded_source import Source
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
-from export3d_cli.core.model.inpaint.hidden_textures import HiddenTextures
 from export3d_cli.core.model.masks import WHOLE, Window, dilate, linear_step
 from export3d_cli.core.model.warp.flow_blending import LayeredFlow
 from export3d_cli.core.model.warp.layer_warp import make_layer_warp, warp_discontinuity
@@ -62,6 +61,35 @@ def upsample_concat_conv(conv: nn.Conv2d, x: Tensor, others: list[Tensor]) -> Te
     first, second = conv.weight.split([x.shape[1], conv.in_channels - x.shape[1]], dim=1)
     dense = torch.cat([part.to(x.dtype) for part in others], dim=1).contiguous(memory_format=torch.channels_last)
     return F.conv2d(upsample_2x(x), first, conv.bias, padding=1) + F.conv2d(dense, second, padding=1)
+
+
+class HiddenTextures(nn.Module):
+    """Learned textures of teeth and eyes, for photos with closed mouth or eyes; they move with skull, jaw and iris."""
+
+    texture_size = (24, 48)  # rows and columns
+    texture_channels = 8  # per texture
+    out_channels = 2 * texture_channels + 1  # of `forward`
+
+    def __init__(self) -> None:
+        super().__init__()
+        # upper teeth, lower teeth, eye
+        self.textures = nn.Parameter(torch.randn(3, self.texture_channels, *self.texture_size) * 0.3)
+
+    def forward(self, mesh: MeshFlow, size: int, window: Window = WHOLE) -> Tensor:
+        """Render (B, 17, size, size), or a window: upper teeth or eye, lower teeth, eye mask; 0 outside."""
+        parts = (mesh.mouth, mesh.eye, mesh.anchored_coords)
+        mouth, eye, coordinates = (window.crop(resize(x, size)) for x in parts)
+        # coordinates fade to 0 at the mask's border; dividing by the mask keeps the texture from sliding there
+        coordinates = (coordinates / (mouth + eye).clamp_min(0.1)).permute(0, 2, 3, 1)
+        upper_grid, lower_grid = coordinates.split(2, dim=3)  # (B, h, w, 2)
+        upper_teeth, lower_teeth, iris = self.textures.split(1)
+        upper = _sample(upper_teeth, upper_grid) * mouth + _sample(iris, upper_grid) * eye
+        return torch.cat([upper, _sample(lower_teeth, lower_grid) * mouth, eye], dim=1)
+
+
+def _sample(texture: Tensor, grid: Tensor) -> Tensor:
+    texture = texture.float().expand(len(grid), -1, -1, -1)
+    return F.grid_sample(texture, grid, align_corners=False, padding_mode="border")
 
 
 class SuperResolution(nn.Module):

@@ -309,22 +309,6 @@ def test_relative_control_without_a_reference_frame_is_refused(animator: Animato
         animator.animate(portrait, [portrait.motion], control=Control(pose="relative"))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("set_source", r"animator\.portrait\(photo\)"),
-        ("drive", r"animator\.animate"),
-        ("notes", "Summary"),
-        ("window", r"animator\.chunk_size"),
-    ],
-)
-def test_names_of_earlier_versions_name_their_successors(animator: Animator, old: str, new: str) -> None:
-    with pytest.raises(AttributeError, match=rf"Animator\.{old} no longer exists: use .*{new}"):
-        getattr(animator, old)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        animator.nothing  # type: ignore[attr-defined]  # noqa: B018
-
-
 def test_expression_gain_of_the_weights_scales_the_driver_s_expression(tiny_weights: Path) -> None:
     """With the neutral gain of 1, an expression scale of 1.1 gives what these weights do by themselves."""
     calibrated = load_model(tiny_weights)

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.face.landmarks import EYE_RIMS
-from export3d_cli.core.model.inpaint.inpainter import (
-    INPAINT_SIZE_PX,
-    AlignedCrop,
-    Hole,
-    InpaintedPatch,
-    Inpainter,
-    dilate_and_blur,
-    level_axes,
-)
+from export3d_cli.core.model.inpaint import inpainter
+from export3d_cli.core.model.inpaint.inpainter import INPAINT_SIZE_PX, AlignedCrop, Hole, InpaintedPatch, Inpainter
 from export3d_cli.core.model.masks import dilate, linear_step
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
 from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords
@@ -42,7 +35,7 @@ def eyelid_rims(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def eye_crop(uv: Tensor, side: int) -> AlignedCrop:
     """Return the square around an eye of landmarks (B, 478, 2); left eyes are mirrored: the nose is to the right."""
-    axes = level_axes(uv)
+    axes = inpainter.level_axes(uv)
     if side == 1:
         axes = axes * axes.new_tensor([[-1.0], [1.0]])
     rim = uv[:, list(EYE_RIMS[side][1])]
@@ -99,7 +92,7 @@ def eye_hole(points: Tensor, uv: Tensor, side: int, colour: Tensor, confidence: 
     crop = eye_crop(uv, side)
     inside, coords = crop.draw(uv, *eyelid_rims(side), anchored_coords(points)[..., :2].clamp(-2, 2)).split([1, 2], 1)
     iris = torch.cat([confidence[:, None], colour * confidence[:, None]], dim=1)[..., None, None]  # (B, 4, 1, 1)
-    return crop, Hole(dilate_and_blur(inside), torch.cat([inside, inside * iris, coords], dim=1))
+    return crop, Hole(inpainter.dilate_and_blur(inside), torch.cat([inside, inside * iris, coords], dim=1))
 
 
 class EyePairInpainter(Inpainter):

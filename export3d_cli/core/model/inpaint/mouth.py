@@ -4,22 +4,10 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.face import landmarks as mesh
-from export3d_cli.core.model.inpaint.inpainter import (
-    AlignedCrop,
-    Hole,
-    InpaintedPatch,
-    Inpainter,
-    dilate_and_blur,
-    level_axes,
-)
+from export3d_cli.core.model.inpaint import inpainter
+from export3d_cli.core.model.inpaint.inpainter import AlignedCrop, Hole, InpaintedPatch, Inpainter
 from export3d_cli.core.model.volume_renderer import project
-from export3d_cli.core.model.warp.mouth_eye_interior import (
-    MAX_OPENING_RATIO,
-    anchored_coords,
-    interior_visibility,
-    lip_edges,
-    mouth_coords,
-)
+from export3d_cli.core.model.warp import mouth_eye_interior as interior
 
 MOUTH_CROP_SCALE = 1.3  # side of the crop over the extent of the lips
 # Openings are in distances between the outer eye corners.
@@ -35,7 +23,7 @@ MAX_VIOLET, VIOLET_KEEP_RATIO = 0.14, 0.25
 
 def mouth_crop(uv: Tensor) -> AlignedCrop:
     """Return the square around the lips of landmarks (B, 478, 2)."""
-    axes = level_axes(uv)
+    axes = inpainter.level_axes(uv)
     lips = uv[:, list(mesh.OUTER_LIPS)] @ axes.transpose(1, 2)
     low, high = lips.amin(1), lips.amax(1)
     centre = ((low + high) / 2)[:, None] @ axes
@@ -56,13 +44,13 @@ def mouth_hole(points: Tensor, uv: Tensor, opening_ratio: Tensor) -> tuple[Align
     `opening_ratio` (B, 478, 1): how much wider open the lips are than in the photo, see `lip_edges`.
     """
     crop = mouth_crop(uv)
-    coords = mouth_coords().to(uv.device).expand(len(uv), -1, -1)
-    vertex = torch.cat([coords, anchored_coords(points).clamp(-2, 2), opening_ratio], dim=-1)  # (B, 478, 7)
+    coords = interior.mouth_coords().to(uv.device).expand(len(uv), -1, -1)
+    vertex = torch.cat([coords, interior.anchored_coords(points).clamp(-2, 2), opening_ratio], dim=-1)  # (B, 478, 7)
     condition, ratio = crop.draw(uv, mesh.UPPER_INNER_LIP, mesh.LOWER_INNER_LIP, vertex).split([7, 1], dim=1)
-    inside, visibility = condition[:, :1], interior_visibility(condition[:, 2:3], ratio)
+    inside, visibility = condition[:, :1], interior.interior_visibility(condition[:, 2:3], ratio)
     hidden = inside * (1 - visibility / LOWER_LIP_VISIBILITY).clamp_min(0)
     fade = ((mouth_opening(points) - MIN_MOUTH_OPENING) / MIN_MOUTH_OPENING).clamp(0, 1)
-    return crop, Hole(dilate_and_blur(hidden) * fade[:, None, None, None], condition)
+    return crop, Hole(inpainter.dilate_and_blur(hidden) * fade[:, None, None, None], condition)
 
 
 def suppress_violet(colours: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -84,9 +72,9 @@ class MouthInpainter(Inpainter):
         """Inpaint mouths that are wider open than in the photo, see `Inpainter.inpaint`."""
         uv, _ = project(points, camera)
         uv_photo, _ = project(photo_points, photo_camera)
-        ratio = lip_edges(uv_photo, photo_points, points)[..., 4:]
+        ratio = interior.lip_edges(uv_photo, photo_points, points)[..., 4:]
         slit_gain = ((SLIT_OPENING - mouth_opening(photo_points)) / SLIT_FADE).clamp(0, 1) * SLIT_GAIN
-        ratio = (1 + (ratio - 1) * (1 + slit_gain[:, None, None])).clamp(0, MAX_OPENING_RATIO)
+        ratio = (1 + (ratio - 1) * (1 + slit_gain[:, None, None])).clamp(0, interior.MAX_OPENING_RATIO)
         crop, hole = mouth_hole(points, uv, ratio)
         if not bool(hole.mask.any()):
             return []

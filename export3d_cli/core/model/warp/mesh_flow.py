@@ -22,24 +22,9 @@ from export3d_cli.core.model.fast.resampling import can_resample, resize_bilinea
 from export3d_cli.core.model.masks import linear_step
 from export3d_cli.core.model.triplane import SURFACE_HALF_EXTENT
 from export3d_cli.core.model.volume_renderer import pixel_grid, project
-from export3d_cli.core.model.warp.mouth_eye_interior import (
-    RIM,
-    anchored_coords,
-    interpolate_iris_edge,
-    iris_edge,
-    lip_edges,
-    mouth_coords,
-    sample_behind_lips,
-    split_eye_triangles,
-)
-from export3d_cli.core.model.warp.rasterizer import (
-    RasterWindows,
-    cross_2d,
-    gather_rows,
-    interpolate_corners,
-    interpolate_vertices,
-    rasterize,
-)
+from export3d_cli.core.model.warp import mouth_eye_interior, rasterizer
+from export3d_cli.core.model.warp.mouth_eye_interior import anchored_coords, lip_edges
+from export3d_cli.core.model.warp.rasterizer import cross_2d, gather_rows, interpolate_vertices
 
 FACE_TRIANGLES = 902  # rows of (a, b, c, kind): kind 0 skin, 1 inside of the mouth, 2 eye
 EYE_TRIANGLES = 32  # the last ones of the face
@@ -149,16 +134,16 @@ class BasisFlow(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size, self.windows = config.mesh_size, RasterWindows()
+        self.size, self.windows = config.mesh_size, rasterizer.RasterWindows()
         self.register_buffer("basis", torch.zeros(config.num_coefficients, NUM_LANDMARKS, 3))  # b_i, head frame
         self.register_buffer("triangles", torch.zeros(FACE_TRIANGLES, 4, dtype=torch.int32))
         self.register_buffer("ring_triangles", ring_triangles(), persistent=False)
         first_edge = NUM_LANDMARKS + len(HEAD_RINGS) * len(FACE_OVAL)
-        eyes, eye_parents = split_eye_triangles(first_edge, FACE_TRIANGLES - EYE_TRIANGLES)
+        eyes, eye_parents = mouth_eye_interior.split_eye_triangles(first_edge, FACE_TRIANGLES - EYE_TRIANGLES)
         skin, rings = torch.arange(int(eye_parents[0])), FACE_TRIANGLES + torch.arange(len(self.ring_triangles))
         self.register_buffer("eye_triangles", eyes, persistent=False)
         self.register_buffer("parents", torch.cat([skin, eye_parents, rings]), persistent=False)
-        self.register_buffer("mouth_coords", _pad_rings(mouth_coords()), persistent=False)
+        self.register_buffer("mouth_coords", _pad_rings(mouth_eye_interior.mouth_coords()), persistent=False)
         self.basis: Tensor
         self.mouth_coords: Tensor
         self.triangles: Tensor
@@ -190,7 +175,7 @@ class BasisFlow(nn.Module):
 
     def _draw(self, uv: Tensor, depth: Tensor, triangles: Tensor, values: Tensor, size: int) -> Tensor:
         """Rasterise values (B, V, C) of vertices: (B, C, size, size), 0 where there is no triangle."""
-        raster = rasterize(uv, depth, triangles[:, :3], size, self.windows)
+        raster = rasterizer.rasterize(uv, depth, triangles[:, :3], size, self.windows)
         return interpolate_vertices(raster, values, triangles[:, :3]).transpose(1, 2).reshape(len(uv), -1, size, size)
 
     def head_mask(self, points: Tensor, camera: Tensor, person: Tensor | None,
@@ -242,20 +227,20 @@ class BasisFlow(nn.Module):
         `outline` is the source's, see `find_outline`.
         """
         B, points, deformed_points = points.shape[0], points.float(), deformed_points.float()
-        source_edge, edge = (iris_edge(x, points) for x in (points, deformed_points))  # (B, 32, 1)
+        source_edge, edge = (mouth_eye_interior.iris_edge(x, points) for x in (points, deformed_points))  # (B, 32, 1)
         rings = add_head_rings(points, outline)
-        source_vertices = torch.cat([rings, interpolate_iris_edge(points, source_edge)], dim=1)
+        source_vertices = torch.cat([rings, mouth_eye_interior.interpolate_iris_edge(points, source_edge)], dim=1)
         # the rings ignore the expression: an opening jaw must not drag the neck
         vertices = torch.cat([deformed_points, source_vertices[:, NUM_LANDMARKS:-EYE_TRIANGLES]], dim=1)
         uv, _ = project(source_vertices, source_camera)  # (B, V, 2)
         constant = torch.cat([vertex_proximity(points.device)[:, None], self.mouth_coords], dim=-1)  # (V - 32, 3)
-        constant = torch.cat([constant, constant[index_tensor(RIM, uv)]])
+        constant = torch.cat([constant, constant[index_tensor(mouth_eye_interior.RIM, uv)]])
         varying = torch.cat([anchored_coords(deformed_points), lip_edges(uv, points, deformed_points)], dim=-1)
-        varying = torch.cat([_pad_rings(varying), interpolate_iris_edge(varying, edge)], dim=1)
+        varying = torch.cat([_pad_rings(varying), mouth_eye_interior.interpolate_iris_edge(varying, edge)], dim=1)
         attributes = torch.cat([uv, constant.expand(B, -1, -1), varying], dim=-1)
         triangles = self._flow_triangles()[:, :3]
         areas = _double_areas(uv, self.all_triangles()[:, :3])
-        iris_edges = interpolate_iris_edge(deformed_points, edge)
+        iris_edges = mouth_eye_interior.interpolate_iris_edge(deformed_points, edge)
         return DeformedMesh(vertices, iris_edges, attributes[:, triangles].flatten(2), areas)
 
     def render_flow(self, mesh: DeformedMesh, camera: Tensor, size: int | None = None,
@@ -265,8 +250,8 @@ class BasisFlow(nn.Module):
         triangles = self.all_triangles()
         kind, triangles = triangles[:, 3], triangles[:, :3]
         uv_result, depth = project(torch.cat([mesh.points, mesh.iris_edges], dim=1), camera)
-        raster = rasterize(uv_result, depth, self._flow_triangles()[:, :3], s, self.windows)
-        attributes = interpolate_corners(raster, mesh.corner_attributes.expand(B, -1, -1))  # (B, P, 14)
+        raster = rasterizer.rasterize(uv_result, depth, self._flow_triangles()[:, :3], s, self.windows)
+        attributes = rasterizer.interpolate_corners(raster, mesh.corner_attributes.expand(B, -1, -1))  # (B, P, 14)
 
         before, after = mesh.source_areas.expand(B, -1), _double_areas(uv_result, triangles)
         stretch = torch.log2(after.abs().clamp_min(1e-8) / before.abs().clamp_min(1e-8)).clamp(-2, 2)
@@ -280,7 +265,7 @@ class BasisFlow(nn.Module):
         per_pixel = gather_rows(per_triangle, self.parents[raster.triangle])  # (B, P, 5)
         covered = (raster.triangle >= 0).float()[..., None]
         valid, stretch, mouth, closed, eye = (x * covered for x in per_pixel.split(1, dim=-1))  # each (B, P, 1)
-        mouth_uv, mouth_visible = sample_behind_lips(attributes[..., 4:5], attributes[..., 9:14])
+        mouth_uv, mouth_visible = mouth_eye_interior.sample_behind_lips(attributes[..., 4:5], attributes[..., 9:14])
         valid, closed = torch.lerp(valid, mouth_visible, mouth), torch.lerp(closed, 1 - mouth_visible, mouth)
         uv = torch.where(covered > 0, torch.lerp(attributes[..., :2], mouth_uv, mouth), pixel_grid(s, camera.device))
 

@@ -9,8 +9,8 @@ from mesh_rendering import render_mesh
 from torch import Tensor
 
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.model.inpaint.hidden_textures import HiddenTextures
 from export3d_cli.core.model.masks import Window
+from export3d_cli.core.model.super_resolution import HiddenTextures
 
 
 def test_hidden_textures_are_zero_outside_mouth_and_eyes(

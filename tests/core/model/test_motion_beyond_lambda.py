@@ -30,7 +30,7 @@ from export3d_cli.core.face.landmarks import (
 )
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
-from export3d_cli.core.model.measured_motion import (
+from export3d_cli.core.model.motion_beyond_lambda import (
     INTEROCULAR,
     MAX_CHANGE,
     MIN_SLANT,
