@@ -86,7 +86,7 @@ def add_head_rings(points: Tensor, outline: Tensor | None = None) -> Tensor:
     `outline` (B, 36) are scales of the inner ring, see `BasisFlow.find_outline`; None: its usual one.
     """
     oval = points[:, index_tensor(FACE_OVAL, points)]
-    rings = [_make_ring(oval, oval.new_tensor(scale), depth) for scale, depth, _ in HEAD_RINGS]
+    rings = [_make_ring(oval, cached_tensor(scale, oval.device, oval.dtype), depth) for scale, depth, _ in HEAD_RINGS]
     if outline is not None:
         rings[0] = _make_inner_ring(oval, outline)
     return torch.cat([points, *rings], dim=1)
