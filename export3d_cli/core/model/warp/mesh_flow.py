@@ -31,7 +31,7 @@ EYE_TRIANGLES = 32  # the last ones of the face
 # Rings around the face oval: (scale of the oval, depth added, proximity to the face). The last one is for hair on top.
 HEAD_RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
 # Next to jaws and ears the inner ring shrinks to the person's outline, so that a turned head shows no background there:
-CUT_RING_DEPTH = 0.1  # depth added to it where it shrinks to the oval
+CUT_RING_DEPTH = 0.14  # depth added to it where it shrinks to the oval
 OUTLINE_STEPS = 24  # scales between the oval and the usual ring at which the outline is looked for
 ON_PERSON = 0.9  # value of the person mask inside the outline
 # Head mask, in face heights (chin to forehead). Each pair is a fade: 0 at the first value, 1 at the second.
