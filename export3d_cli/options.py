@@ -129,8 +129,8 @@ frame_option = click.option("--frame", "framing", type=click.Choice(["photo", "f
 pose_option = click.option(
     "--pose", type=click.Choice(["auto", "relative", "absolute"]), default="auto", show_default=True,
     help="auto: SRC keeps its own pose and place in the frame of DRIVE that is SRC itself, or else the first whose "
-    "head is turned alike, and from there moves as DRIVE moves (a picture gives its own pose); relative: the same, "
-    "from a reference frame (the first by default); absolute: DRIVE's own pose and place.",
+    "head is turned alike, and from there moves as DRIVE moves (a picture gives its own pose), as far as SRC can be "
+    "turned; relative: the same, from a reference frame (the first by default); absolute: DRIVE's own pose and place.",
 )  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True,
                               help="Print what would be done and an estimate of the time; write nothing.")  # fmt: skip

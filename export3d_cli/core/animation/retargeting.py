@@ -19,7 +19,7 @@ from torch import Tensor
 from export3d_cli.core.face.expression_coefficients import REGIONS
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.face.smoothing import BETA_CHANGE
-from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose
+from export3d_cli.core.runtime.camera import head_pose, rotation_exp, rotation_log, with_head_pose, yaw_pitch_roll
 from export3d_cli.core.runtime.errors import InputError
 
 # Pose of the head. absolute: the driver's; relative: the source's own, moved as the driver's moves from its reference
@@ -28,6 +28,10 @@ Pose = Literal["auto", "relative", "absolute"]
 DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
 _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's or torso's size, and of the torso's roll, if limited
+# How far the head may turn from its pose in the photo, degrees of yaw, if limited: the photo does not show the rest.
+MAX_TURN, MAX_PROFILE = 50.0, 65.0  # to either side, and the largest yaw that results
+HIDDEN_SIDE = 0.9  # degrees less of turn towards the side that a turned photo hides, per degree of its yaw
+MIN_TURN = 5.0
 LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
 SAME_FRAME = 4.0  # largest squared distance, in these units, of two pictures of one moment; of two people 50 and more
@@ -110,7 +114,8 @@ class Control:
 
         Rotations are about the head's own axes, so that a nod stays a nod wherever the source looks. Shifts in the
         image are counted in heads and sizes are ratios, so that a driver in close-up moves the source no farther.
-        `limits` are soft; with them the size changes by at most exp(MAX_GROWTH).
+        `limits` are soft; with them the size changes by at most exp(MAX_GROWTH), and a relative pose turns no farther
+        than the photo can be turned, see `_turn_limits`.
         """
         scale = self.pose_scale * self._scale("head")
         if self.pose == "absolute" and scale == 1 and limits is None:
@@ -120,7 +125,9 @@ class Control:
         assert base is not None
         base_rotation, base_centre = head_pose(base)
         driver_rotation, driver_centre = head_pose(driver)
-        turn = rotation_exp(scale * rotation_log(base_rotation.T @ driver_rotation))
+        turn = scale * rotation_log(base_rotation.T @ driver_rotation)  # (T, 3)
+        if limits is not None and self.pose != "absolute":
+            turn[:, 1] = _limit_softly(turn[:, 1], *_turn_limits(yaw_pitch_roll(source)[0]))
         growth = scale * np.log(base_centre[2] / driver_centre[:, 2])  # of the logarithm of the head's size
         shift = driver_centre[:, :2] / driver_centre[:, 2:] - base_centre[:2] / base_centre[2]  # at focal length 1
         shift *= scale * base_centre[2] / source_centre[2]
@@ -132,7 +139,7 @@ class Control:
         place = source_centre[:2] / source_centre[2] + shift
         cameras = np.repeat(np.asarray(source, dtype=np.float32)[None], len(driver), axis=0)
         centre = np.concatenate([place * depth[:, None], depth[:, None]], axis=1)
-        return with_head_pose(cameras, source_rotation @ turn, centre)
+        return with_head_pose(cameras, source_rotation @ rotation_exp(turn), centre)
 
     def target_torso(
         self, source: np.ndarray, driver: np.ndarray, reference: Motion | None, limits: TravelLimits
@@ -168,6 +175,13 @@ def reference_rows(driver: Motion, source: Motion) -> np.ndarray:
         return np.array([nearest])
     first = np.argmax(angles < angles.min() + ROTATION_TIE)
     return np.append(first, np.unique(np.linspace(0, len(driver) - 1, REST_FRAMES).round().astype(int)))
+
+
+def _turn_limits(yaw: float) -> tuple[float, float]:
+    """Return how far a head of this yaw in degrees may turn to the image's right and to its left, radians."""
+    limits = [min(MAX_TURN, MAX_PROFILE - side) if side > 0 else MAX_TURN + HIDDEN_SIDE * side for side in (yaw, -yaw)]
+    right, left = np.radians(np.maximum(limits, MIN_TURN))
+    return right, left
 
 
 def _limit_softly(values: np.ndarray, low: float, high: float) -> np.ndarray:

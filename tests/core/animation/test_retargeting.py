@@ -295,6 +295,22 @@ def test_travel_limits_hold_position_and_size_of_the_head() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("own", "turn", "least", "most"),
+    [(0, 30, 30, 30), (0, -30, -30, -30), (0, 80, 45, 50), (50, -60, 44, 46), (-50, 60, -46, -44), (20, 25, 45, 45),
+     (40, 60, 60, 65), (60, 40, 66, 70)],
+)  # fmt: skip
+def test_relative_pose_turns_no_farther_than_the_photo_can_show(
+    own: float, turn: float, least: float, most: float
+) -> None:
+    source, reference, driver = orbit_camera(own), orbit_camera(0), np.stack([orbit_camera(turn)])
+    limits = TravelLimits(0.2, 0.2, 0.2, 0.2)
+    yaw = angles(Control(pose="relative").target_cameras(source, driver, reference, limits))[0, 0]
+    assert least - 1e-3 <= yaw <= most + 1e-3
+    free = angles(Control().target_cameras(source, driver, None, limits))[0, 0]
+    assert abs(free - turn) < 1e-3  # absolute: as asked
+
+
 def test_pose_auto_keeps_a_driver_who_walks_past_within_the_photo(animator: Animator, tmp_path: Path) -> None:
     """The head crosses five crops; its centre stays within the photo's limits."""
     portrait, options = animator.portrait(read_image(SOURCE)), ReenactOptions(smooth="off")
