@@ -237,9 +237,10 @@ class _Jobs:
     def adapt_edit(self, request: gr.Request, *values: float) -> tuple[Any, Any]:
         """Show the expression as the command does, adapted to the portrait by trial frames, unless a newer one came."""
         session = self._session(request)
+        portrait = session.portrait
         if session.edit == values and any(values[: len(SHOWN_CONTROLS)]):
             adapted = self._show_edit(request, values, adapted=True)
-            if session.edit == values:
+            if session.edit == values and session.portrait is portrait:
                 return adapted
         return gr.skip(), gr.skip()
 
@@ -311,7 +312,8 @@ class _Jobs:
 
     def _new_file(self, session: Session, suffix: str) -> Path:
         """Return a name for a result, and delete old ones; browsers cache by name, so it is never used twice."""
-        for old in sorted(session.folder.glob(f"*{suffix}"), key=os.path.getmtime)[:-4]:
+        made = session.folder.glob(f"export3d-*{suffix}")
+        for old in sorted(made, key=lambda path: int(path.stem.rpartition("-")[2]))[:-4]:
             old.unlink(missing_ok=True)
         return session.folder / f"export3d-{next(self._numbers)}{suffix}"
 

@@ -344,7 +344,7 @@ class Animator:
         own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
-            edited = portrait.source.coefficients + self._change(portrait, edit.beta) - own
+            edited = portrait.source.coefficients + self._change(portrait, edit.beta, portrait.motion.beta) - own
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera
 
@@ -370,15 +370,17 @@ class Animator:
         return chain_parallel(parts(), self.workers)
 
     def view(self, portrait: Portrait, cameras: np.ndarray, *, beta: np.ndarray | None = None,
-             notify: Notify | None = None, layers: bool = False) -> Generator[Any, None, None]:  # fmt: skip
+             base: np.ndarray | None = None, notify: Notify | None = None,
+             layers: bool = False) -> Generator[Any, None, None]:  # fmt: skip
         """Render the portrait from cameras (T, 25): frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
-        `beta` are expressions (1, 64) or (T, 64), None: the portrait's. `notify` and `layers` are as in `animate`.
+        `beta` are expressions (1, 64) or (T, 64), None: the portrait's; they are an edit of `base`, a driver's
+        expressions of the same shape, None: of the portrait's. `notify` and `layers` are as in `animate`.
         """
         _check_rows("cameras", cameras, CAMERA_DIM)
         if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):
             raise InputError(f"beta must have 1 or {len(cameras)} rows, got {len(beta)}")
-        renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta)
+        renderer, lam = _Renderer(self, portrait, notify, layers), self._lam(portrait, beta, base)
         posed = self._pose(portrait, lam) if len(lam) == 1 else None
         parts = renderer.render(cameras, lam.expand(len(cameras), -1), posed=posed)
         return chain_parallel(parts, self.workers)
@@ -399,9 +401,12 @@ class Animator:
         parts = renderer.render_motion(cameras, portrait.source.coefficients + self._tensor(changes))
         return chain_parallel(parts, self.workers)
 
-    def expression_change(self, portrait: Portrait, beta: np.ndarray) -> np.ndarray:
-        """Return the changes of lambda and measures (T, n + m) that make `edit` show expressions beta (T, 64)."""
-        return (self._lam(portrait, beta) - portrait.source.coefficients).float().cpu().numpy()
+    def expression_change(self, portrait: Portrait, beta: np.ndarray, base: np.ndarray | None = None) -> np.ndarray:
+        """Return the changes of lambda and measures (T, n + m) that make `edit` show expressions beta (T, 64).
+
+        `base` is as in `view`.
+        """
+        return (self._lam(portrait, beta, base) - portrait.source.coefficients).float().cpu().numpy()
 
     def coefficients(self, beta: np.ndarray) -> np.ndarray:
         """Return lambda and measures (T, n + m) of expressions beta (T, 64)."""
@@ -413,14 +418,14 @@ class Animator:
             return self.model.change_expression(self._tensor(beta), self._tensor(base)).float().cpu().numpy()
 
     def query_field(
-        self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
+        self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None, base: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return RGB (N, 3), about [-1, 1], and density (N,) of the volume at points (N, 3) of the head frame.
 
-        `beta` (1, 64) is the expression; None: the portrait's.
+        `beta` (1, 64) is the expression, None: the portrait's; `base` is as in `view`.
         """
         self._check_owner(portrait)
-        posed, parts = self._pose(portrait, self._lam(portrait, beta)), []
+        posed, parts = self._pose(portrait, self._lam(portrait, beta, base)), []
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             for part in self._tensor(points).split(FIELD_POINTS):
                 colours, densities = portrait.model.query_field(portrait.source, posed, part[None])
@@ -458,11 +463,14 @@ class Animator:
         if portrait.model.generator not in (self.model.generator, self.fp32_model.generator):
             raise Export3DError("the portrait was encoded by another Animator: call portrait() of this one")
 
-    def _lam(self, portrait: Portrait, beta: np.ndarray | None) -> Tensor:
-        """Return coefficients for the network: the portrait's (1, n + m), or those of expressions beta (T, 64)."""
+    def _lam(self, portrait: Portrait, beta: np.ndarray | None, base: np.ndarray | None = None) -> Tensor:
+        """Return coefficients (T, n + m) for the network, of the portrait or of expressions as in `view`."""
+        own = portrait.source.coefficients
         if beta is None:
-            return portrait.source.coefficients
-        return self._amplify(portrait, portrait.source.coefficients + self._change(portrait, beta))
+            return own
+        if base is None:
+            return self._amplify(portrait, own + self._change(portrait, beta, portrait.motion.beta))
+        return self._amplify(portrait, self._coefficients(portrait.model, base) + self._change(portrait, beta, base))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
         """Return coefficients (B, n + m) to give to the network, so that its frames show `lam` (B, n + m)."""
@@ -488,10 +496,9 @@ class Animator:
         rest = offsets(self._coefficients(portrait.model, reference.beta), reference)
         return partial(offsets, rest=None if rest is None else rest.mean(0, keepdim=True))
 
-    def _change(self, portrait: Portrait, beta: np.ndarray) -> Tensor:
-        """Return `Export3D.change_expression` (T, n + m) from the portrait's expression to `beta` (T, 64)."""
+    def _change(self, portrait: Portrait, beta: np.ndarray, base: np.ndarray) -> Tensor:
         with torch.inference_mode():
-            return portrait.model.change_expression(self._tensor(beta), self._tensor(portrait.motion.beta))
+            return portrait.model.change_expression(self._tensor(beta), self._tensor(base))
 
     def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():

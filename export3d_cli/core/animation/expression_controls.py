@@ -345,9 +345,10 @@ def _invert(trials: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarr
     low = min(start, int(np.flatnonzero(curve <= curve[0] + MIN_GAIN)[-1]))
     high = max(start, int(np.argmax(curve >= curve[-1] - MIN_GAIN)))
     rising = curve + 1e-6 * np.arange(len(curve))  # strictly
-    values = asked  # unless the tracker reads it; beyond low and high, more strength shows no more
-    if low < high:
-        values = np.interp(asked, rising[low : high + 1], strengths[low : high + 1])
+    values = np.array(asked, float)  # unless the tracker reads it; beyond low and high, more strength shows no more
+    for part, side in ((slice(low, start + 1), asked < curve[start]), (slice(start, high + 1), asked >= curve[start])):
+        if part.stop - part.start > 1:
+            values[side] = np.interp(asked[side], rising[part], strengths[part])
     return values, np.interp(values, strengths, curve)
 
 

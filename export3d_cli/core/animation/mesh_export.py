@@ -50,11 +50,13 @@ def check_mesh_output(path: Path, *, morphs: bool = False) -> None:
         _import_library(name)
 
 
-def extract_head_mesh(animator: Animator, portrait: Portrait, *, beta: np.ndarray | None = None, resolution: int = 0,
+def extract_head_mesh(animator: Animator, portrait: Portrait, *, beta: np.ndarray | None = None,
+                      base: np.ndarray | None = None, resolution: int = 0,
                       morphs: bool = False) -> HeadMesh:  # fmt: skip
     """Return the largest connected surface of the portrait's person, at density `ModelConfig.surface_density`.
 
-    `beta` (1, 64) is the expression, None: the portrait's; `resolution` are samples along each axis, 0: `RESOLUTION`.
+    `beta` (1, 64) is the expression, None: the portrait's; `base` is as in `Animator.view`. `resolution` are samples
+    along each axis, 0: `RESOLUTION`.
     With `morphs` the mesh has them. Raises `InputError` if there is no surface, or the weights have no flow for morphs.
     """
     from skimage import measure
@@ -62,7 +64,9 @@ def extract_head_mesh(animator: Animator, portrait: Portrait, *, beta: np.ndarra
     resolution, threshold = resolution or RESOLUTION, animator.model.config.surface_density
     centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5  # of the cube's cells
     points = np.stack(np.meshgrid(centres, centres, centres, indexing="ij")[::-1], axis=-1).reshape(-1, 3)  # x fastest
-    density = animator.query_field(portrait, points, beta=beta)[1] * _person_alpha(animator, portrait, points)
+    density = animator.query_field(portrait, points, beta=beta, base=base)[1] * _person_alpha(
+        animator, portrait, points
+    )
     volume = np.pad(density.reshape((resolution,) * 3), 1)  # closes the surface at the border of the cube
     parts = measure.label(volume > threshold, connectivity=1)
     sizes = np.bincount(parts.ravel())
@@ -72,15 +76,15 @@ def extract_head_mesh(animator: Animator, portrait: Portrait, *, beta: np.ndarra
     volume = np.where((parts == sizes.argmax()) | (volume <= threshold), volume, 0)
     corners, faces, _, _ = measure.marching_cubes(volume, threshold)
     points = ((corners[:, ::-1] - 0.5) / resolution - 0.5).astype(np.float32)  # indices (z, y, x) -> head frame
-    colours = animator.query_field(portrait, points, beta=beta)[0]
+    colours = animator.query_field(portrait, points, beta=beta, base=base)[0]
     vertex_colours = np.clip(colours * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     to_metres = np.array([METRES_PER_UNIT, -METRES_PER_UNIT, -METRES_PER_UNIT], np.float32)
-    moved = _arkit_displacements(animator, portrait, points, beta) * to_metres if morphs else None
+    moved = _arkit_displacements(animator, portrait, points, beta, base) * to_metres if morphs else None
     return HeadMesh(points * to_metres, faces.astype(np.int32), vertex_colours, moved)
 
 
 def _arkit_displacements(animator: Animator, portrait: Portrait, points: np.ndarray,
-                         beta: np.ndarray | None) -> np.ndarray:  # fmt: skip
+                         beta: np.ndarray | None, base: np.ndarray | None) -> np.ndarray:  # fmt: skip
     """Return how far each of ARKit's coefficients moves points (V, 3) from 0 to 1: (52, V, 3), head frame.
 
     The measures of beta follow as they do on filmed people. Coefficients that the weights cannot move have no effect.
@@ -88,16 +92,18 @@ def _arkit_displacements(animator: Animator, portrait: Portrait, points: np.ndar
     model, source, count = portrait.model, portrait.source, len(ARKIT_NAMES)
     if model.flow is None:
         raise InputError("these weights have no flow, which morphs need: use other weights")
-    base = portrait.motion.beta[0] if beta is None else beta[0]
+    start = portrait.motion.beta[0] if beta is None else beta[0]
     slope = BetaStatistics.load().regression(range(count)).T  # (52, 64)
     slope[:, :count] = np.eye(count)
-    low, high = (base + slope * (value - base[:count, None]) for value in (0, 1))
+    low, high = (start + slope * (value - start[:count, None]) for value in (0, 1))
     n = model.config.num_coefficients
-    changes = torch.from_numpy(animator.coefficient_change(high, low)).to(animator.device)
-    changes *= movable_coefficients(animator)[:count, None]
     with torch.inference_mode():
-        own = source.lam if beta is None else torch.from_numpy(animator.coefficients(beta)[:, :n]).to(source.lam)
-        neutral = model.flow.deform_landmarks(source.landmarks, own - source.lam)  # (1, 478, 3)
+        low, high = (torch.from_numpy(np.float32(x)).to(animator.device) for x in (low, high))
+        changes = model.change_expression(high, low) * movable_coefficients(animator)[:count, None]
+        own = source.coefficients
+        if beta is not None:
+            own = own + torch.from_numpy(animator.expression_change(portrait, beta, base)).to(own)
+        neutral = model.deform(source, own)  # (1, 478, 3)
         place, moved = torch.from_numpy(points).to(animator.device)[None], []
         for change in changes:
             shown = model.flow.deform_landmarks(neutral, change[None, :n])

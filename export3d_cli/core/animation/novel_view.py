@@ -75,12 +75,12 @@ def novel_view(animator: Animator, source: Path | Portrait, out: Path | None, op
     if out is None or (is_image_output(out) and not options.grid):
         cameras = cameras[:1]
     count = len(cameras)
-    beta, notes = _read_expressions(animator, portrait, options, count)
+    beta, base, notes = _read_expressions(animator, portrait, options, count)
     if options.mesh is not None:
         report = progress or (lambda stage, done, total: None)
         report("mesh", 0, 1)
-        expression = None if beta is None else beta[:1]
-        mesh = extract_head_mesh(animator, portrait, beta=expression, morphs=options.morphs == "arkit")
+        first = [None if x is None else x[:1] for x in (beta, base)]
+        mesh = extract_head_mesh(animator, portrait, beta=first[0], base=first[1], morphs=options.morphs == "arkit")
         write_mesh(options.mesh, mesh)
         report("mesh", 1, 1)
         if out is None:
@@ -88,7 +88,7 @@ def novel_view(animator: Animator, source: Path | Portrait, out: Path | None, op
     assert out is not None  # `check_outputs` checks it
     angles = yaw_pitch_roll(cameras).tolist()
     return write_views(
-        animator, _view_once(animator, portrait, cameras, beta, options.depth), count, out, options,
+        animator, _view_once(animator, portrait, cameras, beta, base, options.depth), count, out, options,
         portrait.crop.shape[1::-1] if options.depth else portrait.frame_size,  # type: ignore[arg-type]
         columns=count if count <= ROW_COLUMNS else math.ceil(math.sqrt(count)),
         labels=[f"{round(yaw):+d} {round(pitch):+d}" for yaw, pitch, _ in angles] if options.grid else [],
@@ -126,30 +126,30 @@ def colour_depth(volume: VolumeRender, camera: np.ndarray, size: int) -> np.ndar
 
 
 def _read_expressions(animator: Animator, portrait: Portrait, options: NovelViewOptions,
-                      count: int) -> tuple[np.ndarray | None, tuple[str, ...]]:  # fmt: skip
-    """Return beta (1, 64) or (count, 64), None for the photo's, and notes; the driver's last expression is held."""
-    beta, change = None, np.zeros((1, 64))
+                      count: int) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:  # fmt: skip
+    """Return `beta` and `base` of `Animator.view`, and notes; the driver's last expression is held."""
+    beta, base, change = None, None, np.zeros((1, 64))
     notes: tuple[str, ...] = ()
     if options.expression:
         positions = (0.0,) if options.expression.is_constant else sweep_positions(options)[:count]
-        base, edited, notes = edit_expression(animator, portrait, options.expression, positions)
-        beta, change = edited, edited - base
+        own, beta, notes = edit_expression(animator, portrait, options.expression, positions)
+        change = beta - own
     if options.drive is not None:
         job = ReenactOptions(fps=options.fps, max_frames=count, smooth="off", pose="absolute")
         with DriverStream(options.drive, animator.tracker(), job, batch=animator.batch,
                           crop_scale=portrait.crop_scale) as stream:  # fmt: skip
-            beta = np.concatenate([batch.motion.beta for batch in stream])
-        beta = beta if len(beta) == 1 else beta[np.arange(count).clip(max=len(beta) - 1)]
-        beta = beta + change
-    return None if beta is None else beta.astype(np.float32), notes
+            driver = np.concatenate([batch.motion.beta for batch in stream])
+        driver = driver if len(driver) == 1 else driver[np.arange(count).clip(max=len(driver) - 1)]
+        beta, base = driver + change, driver + 0 * change
+    return beta, base, notes
 
 
 def _view_once(animator: Animator, portrait: Portrait, cameras: np.ndarray, beta: np.ndarray | None,
-               depth: bool) -> Generator[np.ndarray, None, None]:  # fmt: skip
+               base: np.ndarray | None, depth: bool) -> Generator[np.ndarray, None, None]:  # fmt: skip
     """Yield the frames, or their depth in colours; of equal cameras, as on the way back, only the first is rendered."""
 
     def render(cameras: np.ndarray) -> Iterator[np.ndarray]:
-        frames = animator.view(portrait, cameras, beta=beta, layers=depth)
+        frames = animator.view(portrait, cameras, beta=beta, base=base, layers=depth)
         if not depth:
             return frames
         return (colour_depth(x.volume, c, len(portrait.crop)) for x, c in zip(frames, cameras, strict=True))

@@ -251,7 +251,7 @@ class Export3D(nn.Module):
         if self.flow is not None:
             with torch.no_grad():
                 photos = (source, *source.others)
-                deformed = [self._deform(photo, lam) + (0 if offsets is None else offsets) for photo in photos]
+                deformed = [self.deform(photo, lam) + (0 if offsets is None else offsets) for photo in photos]
                 landmarks = deformed[0]  # (B, 478, 3)
                 if source.others:
                     distances = photo_selection.expression_distances(landmarks, deformed, [x.landmarks for x in photos])
@@ -365,7 +365,7 @@ class Export3D(nn.Module):
         """Return the change of lambda (B, n) from the photo's; `lam` may hold measures."""
         return lam[:, : self.config.num_coefficients] - source.lam
 
-    def _deform(self, source: Source, lam: Tensor) -> Tensor:
+    def deform(self, source: Source, lam: Tensor) -> Tensor:
         """Return a photo's landmarks (B, 478, 3) with lambda (B, n), or (B, n + m) with measures."""
         assert self.flow is not None
         landmarks = self.flow.deform_landmarks(source.landmarks, self._change(source, lam))

@@ -62,7 +62,8 @@ def measure_basis(basis: Tensor) -> Tensor:
 def _landmark_modes(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the modes (K, 478, 3) of the landmarks' motion, inter-ocular distances, and slopes (64, K) over beta."""
     statistics = BetaStatistics.load()
-    modes, slopes = (torch.from_numpy(np.float32(x)).to(device) for x in (statistics.modes, statistics.slopes))
+    with torch.inference_mode(False):
+        modes, slopes = (torch.from_numpy(np.float32(x)).to(device) for x in (statistics.modes, statistics.slopes))
     return modes, slopes
 
 

@@ -44,9 +44,9 @@ def ball(animator: Animator, monkeypatch: pytest.MonkeyPatch) -> Animator:
     density = animator.model.config.surface_density
 
     def query_field(
-        portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None
+        portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None, base: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        assert beta is None
+        assert beta is None and base is None
         distance = np.linalg.norm(points - CENTRE, axis=1)
         small_ball = np.linalg.norm(points + 0.3, axis=1) < 0.04
         colours = np.stack([np.sign(points[:, 0] - CENTRE[0]), 0 * distance, 0 * distance - 2], axis=1)

@@ -80,3 +80,16 @@ def test_orbit_cameras_have_the_angles_and_the_photo_s_distance() -> None:
     assert yaw[0] == pytest.approx(-30, abs=1e-4)
     assert yaw[4] == pytest.approx(30, abs=1e-4)
     np.testing.assert_allclose(yaw[1:4], yaw[:4:-1], atol=1e-4)  # there and back
+
+
+def test_a_driver_shows_as_without_an_edit_and_an_edit_adds_to_it(animator: Animator) -> None:
+    portrait = animator.portrait(read_image(example_path("source.jpg")))
+    driver = portrait.motion.beta + np.float32(0.2)
+    own = portrait.source.coefficients.float().cpu().numpy()
+    plain = animator.coefficients(driver) - own
+    gain = animator.model.config.expression_gain
+    np.testing.assert_allclose(animator.expression_change(portrait, driver, driver), gain * plain, atol=1e-4)
+    edit = np.zeros_like(driver)
+    edit[0, 24] = 0.5
+    added = animator.expression_change(portrait, driver + edit, driver) - gain * plain
+    np.testing.assert_allclose(added, gain * animator.coefficient_change(driver + edit, driver), atol=1e-4)

@@ -210,7 +210,7 @@ class BasisFlow(nn.Module):
     def find_outline(self, points: Tensor, camera: Tensor, person: Tensor) -> Tensor:
         """Return scales (B, 36) of the inner ring at which a photo's person mask (B, 1, ., .) covers it.
 
-        Where the mask does not reach the face, the ring keeps its usual scale.
+        If the mask does not reach the face, the ring keeps its usual scale.
         """
         usual = HEAD_RINGS[0][0]
         scales = torch.linspace(1, usual, OUTLINE_STEPS + 1, device=points.device)
@@ -218,7 +218,8 @@ class BasisFlow(nn.Module):
         uv, _ = project(_make_inner_ring(oval, scales[:, None]).flatten(1, 2), camera)
         covered = F.grid_sample(person.float(), 2 * uv[:, None] - 1, align_corners=False, padding_mode="border")
         covered = (covered.view(len(uv), len(scales), -1) > ON_PERSON).long().cumprod(1).sum(1)  # (B, 36) steps
-        return torch.where(covered == 0, usual, scales[covered - 1])
+        fitted = scales[(covered - 1).clamp_min(0)]
+        return torch.where((covered == 0).all(1, keepdim=True), usual, fitted)
 
     def deform_mesh(self, points: Tensor, source_camera: Tensor, deformed_points: Tensor,
                     outline: Tensor | None = None) -> DeformedMesh:  # fmt: skip
