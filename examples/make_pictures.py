@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
+import wave
 from pathlib import Path
 
 import cv2
@@ -87,6 +88,7 @@ def render_all(animator: Animator, folder: Path, count: int) -> None:
         views.insert(0, resize_to_width(read_image(folder / "own.png")))
     save_jpeg("novel-view.jpg", *views)
     controls(animator)
+    corrections(animator, folder)
     failures(animator)
     people(folder)
     data_set(animator, folder)
@@ -119,8 +121,8 @@ def compose(animator: Animator, folder: Path) -> None:
 
 def controls(animator: Animator) -> None:
     """Show the named expression controls on both portraits, cropped to the face."""
-    values = {"smile": 0.9, "jaw": 0.5, "pucker": 0.9, "blink": 0.8, "eyes-open": 0.1, "brows": (0.7, -0.7)}
-    values |= {"gaze-x": (0.6, -0.6), "gaze-y": -0.5}
+    values = {"smile": 0.9, "jaw": 0.5, "pucker": 0.9, "blink": 0.9, "eyes-open": 0.2, "brows": (0.7, -0.7)}
+    values |= {"gaze-x": (0.6, -0.6), "gaze-y": -0.5, "mouthLeft": 0.6}
     captions, tiles = ["photo"], [[read_image(path)] for path in (SOURCE, PHOTO)]
     portraits = [animator.portrait(images[0]) for images in tiles]
     for name, ends in values.items():
@@ -140,6 +142,26 @@ def controls(animator: Animator) -> None:
         row(images[k : k + 6], tuple(captions[k : k + 6]) if number == 0 else ())
         for k in (0, 6) for number, images in enumerate(tiles)
     ))  # fmt: skip
+
+
+def corrections(animator: Animator, folder: Path) -> None:
+    """Show frames before and after `--eyes-to-camera`, and before and after `--lips-shut-when-silent`."""
+    silence, rows = folder / "silence.wav", []
+    with wave.open(str(silence), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 16000))
+    for number, path in enumerate((SOURCE, PHOTO)):
+        tiles = []
+        for start, option in ((1.96, "eyes_to_camera"), (0.64, "lips_shut_when_silent")):
+            for value in (False, True):
+                out = folder / f"{option}{value}{number}.mkv"
+                options = ReenactOptions(
+                    start=start, max_frames=1, framing="face", size=512, crf=0, audio=str(silence), **{option: value}
+                )  # type: ignore[arg-type]
+                reenact(animator, path, DRIVER, out, options)
+                tiles.append(read_frames(out)[0][140:452, 100:412])  # the face
+        rows.append(row(tiles, () if number else ("frame", "--eyes-to-camera", "frame", "--lips-shut-when-silent")))
+    save_jpeg("corrections.jpg", *rows)
 
 
 def failures(animator: Animator) -> None:
