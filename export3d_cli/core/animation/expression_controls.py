@@ -36,6 +36,7 @@ ROUNDS = 2  # of trial frames
 STRENGTHS = 5, 3  # at which the portrait is rendered for each end of a range, and for a constant edit
 MAX_STRENGTH = 3.0  # of the asked change
 MAX_COEFFICIENT = 2.0  # that the network is given
+MAX_BROW_DOWN = 1.2  # likewise, of lowered brows: beyond it they cover the eyes
 MIN_GAIN = 0.03  # of a control's value, for which more strength is given
 MIN_SHORTFALL = 0.1  # between asked and shown value, from which it is noted
 MIN_MEASURED_CHANGE = 0.25  # of a control's value, from which its gain is measured
@@ -201,11 +202,12 @@ def _fit_edit(
     # strengths from the base's values to a multiple of the asked change, for all controls at once; ranges on one side
     # of the base's values need their farther ends only
     start = setter.measure(base)
-    lowest = np.array([-MAX_COEFFICIENT if control.lowered else -0.5 for control in controls])
+    lowest = np.array([-MAX_BROW_DOWN if control.lowered else -0.5 for control in controls])
+    highest = np.array([MAX_BROW_DOWN if name.startswith("browDown") else MAX_COEFFICIENT for name in edit.controls])
     farther = np.where(abs(first - start) > abs(last - start), first, last)
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)
     ends = [first, last] if on_both_sides.any() else [farther]
-    limits = np.stack([(start + MAX_STRENGTH * (end - start)).clip(lowest, MAX_COEFFICIENT) for end in ends])
+    limits = np.stack([(start + MAX_STRENGTH * (end - start)).clip(lowest, highest) for end in ends])
     count = STRENGTHS[edit.is_constant]
     trial = np.concatenate([np.linspace(start, limit, count + 1)[1:] for limit in limits])  # (K, controls)
     values = asked
