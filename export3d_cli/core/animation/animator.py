@@ -344,7 +344,7 @@ class Animator:
         own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
-            edited = portrait.source.coefficients + self._change(portrait, edit.beta, portrait.motion.beta) - own
+            edited = portrait.source.coefficients + self._change(portrait.model, edit.beta, portrait.motion.beta) - own
         base_beta = reference.beta[0] if control.relative_expression and reference is not None else own_beta
         source_camera = portrait.camera
 
@@ -375,7 +375,7 @@ class Animator:
         """Render the portrait from cameras (T, 25): frames uint8 (H, W, 3); one tri-plane serves a fixed expression.
 
         `beta` are expressions (1, 64) or (T, 64), None: the portrait's; they are an edit of `base`, a driver's
-        expressions of the same shape, None: of the portrait's. `notify` and `layers` are as in `animate`.
+        expressions (1, 64) or (T, 64), None: of the portrait's. `notify` and `layers` are as in `animate`.
         """
         _check_rows("cameras", cameras, CAMERA_DIM)
         if beta is not None and len(_check_rows("beta", beta, BETA_DIM)) not in (1, len(cameras)):
@@ -414,8 +414,7 @@ class Animator:
 
     def coefficient_change(self, beta: np.ndarray, base: np.ndarray) -> np.ndarray:
         """Return `Export3D.change_expression` (T, n + m) from expressions `base` to `beta`, both (T, 64)."""
-        with torch.inference_mode():
-            return self.model.change_expression(self._tensor(beta), self._tensor(base)).float().cpu().numpy()
+        return self._change(self.model, beta, base).float().cpu().numpy()
 
     def query_field(
         self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None, base: np.ndarray | None = None
@@ -469,8 +468,10 @@ class Animator:
         if beta is None:
             return own
         if base is None:
-            return self._amplify(portrait, own + self._change(portrait, beta, portrait.motion.beta))
-        return self._amplify(portrait, self._coefficients(portrait.model, base) + self._change(portrait, beta, base))
+            base = portrait.motion.beta
+        else:
+            own = self._coefficients(portrait.model, base)
+        return self._amplify(portrait, own + self._change(portrait.model, beta, base))
 
     def _amplify(self, portrait: Portrait, lam: Tensor) -> Tensor:
         """Return coefficients (B, n + m) to give to the network, so that its frames show `lam` (B, n + m)."""
@@ -496,9 +497,9 @@ class Animator:
         rest = offsets(self._coefficients(portrait.model, reference.beta), reference)
         return partial(offsets, rest=None if rest is None else rest.mean(0, keepdim=True))
 
-    def _change(self, portrait: Portrait, beta: np.ndarray, base: np.ndarray) -> Tensor:
+    def _change(self, model: Export3D, beta: np.ndarray, base: np.ndarray) -> Tensor:
         with torch.inference_mode():
-            return portrait.model.change_expression(self._tensor(beta), self._tensor(base))
+            return model.change_expression(self._tensor(beta), self._tensor(base))
 
     def _coefficients(self, model: Export3D, beta: np.ndarray) -> Tensor:
         with torch.inference_mode():

@@ -140,7 +140,7 @@ def _read_expressions(animator: Animator, portrait: Portrait, options: NovelView
                           crop_scale=portrait.crop_scale) as stream:  # fmt: skip
             driver = np.concatenate([batch.motion.beta for batch in stream])
         driver = driver if len(driver) == 1 else driver[np.arange(count).clip(max=len(driver) - 1)]
-        beta, base = driver + change, driver + 0 * change
+        beta, base = driver + change, driver
     return beta, base, notes
 
 
