@@ -5,8 +5,8 @@
 All faces in the files must be uncovered. Covers are drawn: cloth, skin with gaps between fingers, pieces of other
 pictures, dark lenses. Clear glasses and covers next to the part are drawn on visible parts. For mouths and eyes one
 network learns from covers that hide the whole part, and one also from covers whose edge crosses it (cups, microphones).
-Files whose names begin alike up to the first "_" show one person; every fifth person is kept for a test, whose result
-is printed.
+Files with the same name up to the first "_" show one person. The script keeps every fifth person for a test, and prints
+its result.
 """
 
 from __future__ import annotations

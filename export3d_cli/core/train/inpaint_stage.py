@@ -35,7 +35,7 @@ InpaintBatch = tuple[Tensor, Hole]  # crops (B, 3, INPAINT_SIZE_PX, INPAINT_SIZE
 
 
 class InpaintSampler:
-    """Draws crops: first the data set by weight, then the person uniformly, then a frame whose opening is accepted."""
+    """Draws a data set by weight, a person of it uniformly, and crops of a frame whose opening is accepted."""
 
     def __init__(self, sampler: PairSampler, config: Any) -> None:
         self.sampler, self.config = sampler, config
