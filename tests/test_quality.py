@@ -50,9 +50,8 @@ def read_frames(path: Path) -> list[np.ndarray]:
 def score(metrics: MetricSuite, results: list[np.ndarray], truth: list[np.ndarray], source: np.ndarray) -> Scores:
     assert len(results) == len(truth) == FRAMES
     rows = np.arange(FRAMES)
-    embedding = metrics.embed(metrics.track([source]), np.array([0]))
     return metrics.score(
-        metrics.track(results), metrics.track(truth), rows, rows, has_ground_truth=True, source_embedding=embedding
+        metrics.track(results), metrics.track(truth), rows, rows, has_ground_truth=True, source=metrics.track([source])
     )
 
 

@@ -205,14 +205,13 @@ def _score_case(animator: Animator, case: protocol.Case, options: EvaluateOption
     source = suite.track(_show([photo], portrait))
     truth_frames = protocol.decode_frames(case.source if case.has_truth else case.driver, rows)
     truth = suite.track(_show(_prepare(truth_frames, options), portrait))
-    embedding = suite.embed(source)
     scores: dict[str, Scores] = {}
     lines: dict[str, Frames] = {"truth" if case.has_truth else "driver": [truth.frames[k] for k in scored]}
 
     def add(method: str, frames: Frames) -> None:
         tracked = suite.track(frames)
         scores[method] = suite.score(
-            tracked, truth, scored, consecutive, has_ground_truth=case.has_truth, source_embedding=embedding
+            tracked, truth, scored, consecutive, has_ground_truth=case.has_truth, source=source
         )
         lines[method] = [frames[k] for k in scored]
 
@@ -236,7 +235,7 @@ def _score_case(animator: Animator, case: protocol.Case, options: EvaluateOption
     add("repeat", source.frames * len(rows))
     del lines["repeat"]
     if portrait is not None and not options.cross:
-        view_scores, lines["views"] = views.score_novel_views(animator, portrait, suite, embedding)
+        view_scores, lines["views"] = views.score_novel_views(animator, portrait, suite, source)
         scores |= view_scores
     return scores, lines
 

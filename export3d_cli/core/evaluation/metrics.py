@@ -11,7 +11,10 @@ import cv2
 import numpy as np
 import yaml
 
-from export3d_cli.core.runtime.camera import head_pose, rotation_log
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BetaStatistics, region_of
+from export3d_cli.core.face.landmarks import MEASURE_POINTS, NUM_MESH_VERTICES
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.runtime.camera import head_pose, rotation_log, yaw_pitch_roll
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,13 @@ METRICS = {name: Metric(**row) for name, row in _TABLE.items()}
 REFERENCE_SIZE_PX = 256  # landmark distances refer to images of this side, whatever the actual size
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # Gaussian window of side 11
 BOOTSTRAP_RESAMPLES = 4000
+EYE_DISTANCE_PX = 64  # distance of the eyes in a face of 256 px, for the places of irises
+# Blendshapes that stand for action units: those that the tracker reports, without gaze; present from this weight on.
+NOT_REPORTED = ("cheekPuff", "cheekSquint", "noseSneer", "tongueOut")
+ACTION_UNITS = [
+    k for k, name in enumerate(ARKIT_NAMES) if region_of(name) != "gaze" and not name.startswith(NOT_REPORTED)
+]
+ACTION_UNIT_PRESENT = 0.2
 IRIS_RADIUS = 10.5 / 63  # iris to centre of rotation, 10.5 mm, over the inter-ocular distance, 63 mm
 
 
@@ -64,6 +74,31 @@ def mean_abs_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).mean())
 
 
+def action_unit_consistency(a: np.ndarray, b: np.ndarray) -> float:
+    """Return AUCON of expressions (T, 64): the fraction of action units that are present in both or in neither."""
+    return float(np.mean((a[:, ACTION_UNITS] > ACTION_UNIT_PRESENT) == (b[:, ACTION_UNITS] > ACTION_UNIT_PRESENT)))
+
+
+def pose_rmse(a: np.ndarray, b: np.ndarray) -> float:
+    """Return PRMSE: the root mean square difference of yaw, pitch and roll, degrees, of cameras (T, 25)."""
+    return float(np.sqrt(np.mean((yaw_pitch_roll(a) - yaw_pitch_roll(b)) ** 2)))
+
+
+def neutral_vertices(motion: Motion) -> np.ndarray:
+    """Return the mesh's vertices (T, 468, 3) in inter-ocular distances about their mean, without the expression."""
+    statistics, points = BetaStatistics.load(), motion.head_landmarks.astype(np.float64)
+    left, right = (points[:, list(corners)].mean(1) for corners in MEASURE_POINTS.eye_corners)
+    weights = (motion.beta - statistics.mean) @ statistics.slopes  # (T, K) of the expression's modes
+    points = points / np.linalg.norm(left - right, axis=-1)[:, None, None]
+    points = (points - np.tensordot(weights, statistics.modes, 1))[:, :NUM_MESH_VERTICES]
+    return points - points.mean(1, keepdims=True)
+
+
+def vertex_distance(a: Motion, b: Motion) -> float:
+    """Return AVD: the mean distance of the vertices of two faces without expression, in inter-ocular distances."""
+    return float(np.linalg.norm(neutral_vertices(a) - neutral_vertices(b), axis=-1).mean())
+
+
 def pose_vector(camera: np.ndarray) -> np.ndarray:
     """Return the poses (T, 6) that APD compares: rotation vector in radians, centre in the camera frame."""
     rotation, centre = head_pose(camera)
@@ -90,6 +125,11 @@ def gaze_error(a: np.ndarray, b: np.ndarray) -> float:
     """Return the mean angle in degrees between gaze directions (..., 3)."""
     sine, cosine = np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)
     return float(np.degrees(np.arctan2(sine, cosine)).mean())
+
+
+def eye_tracking_error(a: np.ndarray, b: np.ndarray) -> float:
+    """Return ET: the mean distance, px, of irises (..., 2) as in `gaze_direction`, in aligned faces of 256 px."""
+    return float(np.linalg.norm(a - b, axis=-1).mean() * EYE_DISTANCE_PX)
 
 
 def flicker(result: np.ndarray, truth: np.ndarray) -> float:

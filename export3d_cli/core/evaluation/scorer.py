@@ -145,10 +145,10 @@ class MetricSuite:
         return self.embedder([tracked.frames[i] for i in rows], points)
 
     def score(self, result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *,
-              has_ground_truth: bool, source_embedding: np.ndarray) -> Scores:  # fmt: skip
+              has_ground_truth: bool, source: TrackedFrames) -> Scores:  # fmt: skip
         """Return the metrics that apply to frames: `rows` (K,) one by one, `consecutive` (R,) for flicker and jitter.
 
-        `truth` are the driver's frames without a ground truth. `source_embedding` is (1, D), or empty: no identity.
+        `truth` are the driver's frames without a ground truth. `source` is the photo.
         """
         scores = {"lost": float(1 - result.found[rows].mean())}
         if has_ground_truth:
@@ -160,14 +160,17 @@ class MetricSuite:
             if len(consecutive):
                 clips = (np.stack([tracked.frames[i] for i in consecutive]) for tracked in (result, truth))
                 scores["flicker"] = metrics.flicker(*clips)
-        scores["identity"] = self.identity(result, source_embedding, rows)
+        scores |= self.identity(result, source, rows)
         return scores | _compare_faces(result, truth, rows, consecutive, has_ground_truth=has_ground_truth)
 
-    def identity(self, tracked: TrackedFrames, source_embedding: np.ndarray, rows: np.ndarray | None = None) -> float:
-        """Return the mean cosine of embeddings with the source's, (1, D); NaN without embedder or face."""
-        embeddings = self.embed(tracked, rows)
-        known = len(source_embedding) and len(embeddings)
-        return float((embeddings @ source_embedding[0]).mean()) if known else float("nan")
+    def identity(self, tracked: TrackedFrames, source: TrackedFrames, rows: np.ndarray) -> Scores:
+        """Return how near the rows with a face are to the photo `source`: CSIM, if there is an embedder, and AVD."""
+        rows, scores = rows[tracked.found[rows]], Scores()
+        if tracked.motion is not None and source.motion is not None and len(rows):
+            scores["avd"] = metrics.vertex_distance(tracked.motion.select(rows), source.motion)
+            if self.embedder is not None:
+                scores["identity"] = float((self.embed(tracked, rows) @ self.embed(source)[0]).mean())
+        return scores
 
 
 def _compare_faces(result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray, consecutive: np.ndarray, *,
@@ -181,15 +184,18 @@ def _compare_faces(result: TrackedFrames, truth: TrackedFrames, rows: np.ndarray
     camera, result_camera = truth.motion.camera[rows], result.motion.camera[rows]
     (yaw, pitch, _), (result_yaw, result_pitch, _) = (yaw_pitch_roll(x).T for x in (camera, result_camera))
     scores = {"aed": metrics.mean_abs_difference(beta[:, :NUM_BLENDSHAPES], result_beta[:, :NUM_BLENDSHAPES])}
+    scores["aucon"] = metrics.action_unit_consistency(beta, result_beta)
     eyes_open = np.maximum(beta[:, _BLINKS], result_beta[:, _BLINKS]).max(1) < MAX_BLINK_FOR_GAZE
     if eyes_open.any():
-        gaze = [metrics.gaze_direction(b[eyes_open][:, _IRISES].reshape(-1, 2, 2)) for b in (beta, result_beta)]
-        scores["gaze_error"] = metrics.gaze_error(*gaze)
+        irises = [b[eyes_open][:, _IRISES].reshape(-1, 2, 2) for b in (beta, result_beta)]
+        scores["gaze_error"] = metrics.gaze_error(*map(metrics.gaze_direction, irises))
+        scores["et"] = metrics.eye_tracking_error(*irises)
     if len(consecutive) and both[consecutive].all():
         landmarks = (tracked.landmarks[consecutive] for tracked in (result.motion, truth.motion))
         scores["jitter"] = metrics.excess_jitter(*landmarks)
     if has_ground_truth:  # another person's pose is followed relative to a frame, not copied
         scores["apd"] = metrics.mean_abs_difference(metrics.pose_vector(camera), metrics.pose_vector(result_camera))
+        scores["prmse"] = metrics.pose_rmse(camera, result_camera)
         scores["yaw_error"] = metrics.mean_abs_difference(yaw, result_yaw)
         scores["pitch_error"] = metrics.mean_abs_difference(pitch, result_pitch)
         a, b = truth.motion.landmarks[rows], result.motion.landmarks[rows]

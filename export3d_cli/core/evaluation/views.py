@@ -39,8 +39,8 @@ def copied_fraction(portrait: Portrait, layers: list[FrameLayers]) -> float:
 
 
 def score_novel_views(animator: Animator, portrait: Portrait, suite: MetricSuite,
-                      source_embedding: np.ndarray) -> tuple[dict[str, Scores], Frames]:  # fmt: skip
-    """Score views of a photo, turned to both sides, by pose, identity and lost faces; also return the pictures."""
+                      source: TrackedFrames) -> tuple[dict[str, Scores], Frames]:  # fmt: skip
+    """Score views of a photo `source`, turned to both sides, by pose and identity; also return the pictures."""
     turns = [NovelViewOptions(yaw=(-yaw, yaw), frames=2, loop="once") for yaw in YAWS[1:]]
     cameras = np.concatenate([orbit_cameras(portrait.camera, turn) for turn in turns])
     tracked = suite.track(list(animator.view(portrait, cameras)), independent=True)
@@ -48,9 +48,10 @@ def score_novel_views(animator: Animator, portrait: Portrait, suite: MetricSuite
     for number, yaw in enumerate(YAWS[1:]):
         rows = np.array([2 * number, 2 * number + 1])
         found = rows[tracked.found[rows]]
-        identity = suite.identity(tracked, source_embedding, rows)
-        scores[f"view {yaw}"] = {"lost": 1 - len(found) / 2, "identity": identity}
-        if len(found):
+        scores[f"view {yaw}"] = {"lost": 1 - len(found) / 2} | suite.identity(tracked, source, rows)
+        if len(found) and tracked.motion is not None and source.motion is not None:
+            aucon = metrics.action_unit_consistency(tracked.motion.beta[found], source.motion.beta)
+            scores[f"view {yaw}"]["aucon"] = aucon
             angles = metrics.rotation_angle(_crop_cameras(portrait, tracked)[found], cameras[found])
             scores[f"view {yaw}"]["view_pose"] = float(angles.mean())
     return scores, [*tracked.frames[-2::-2], *tracked.frames[1::2]]  # from left to right
@@ -77,7 +78,7 @@ def score_head(animator: Animator, dataset: Path, name: str,
     tracked = suite.track(frames, independent=True)
     seen = np.flatnonzero(tracked.found)
     cameras = _crop_cameras(portrait, tracked)[seen]
-    embedding = suite.embed(tracked, np.array([first]))
+    photo = suite.track([frames[first]])
     layers = list(animator.view(portrait, cameras, layers=True))
     views = suite.track([portrait.canvas.compose(layer) for layer in layers], independent=True)
     raw = [paste_crop(portrait.canvas.photo, portrait.square, x.volume.colours) for x in layers]
@@ -94,7 +95,7 @@ def score_head(animator: Animator, dataset: Path, name: str,
         score["psnr"] = metrics.psnr(views.frames[number][head], tracked.frames[row][head])
         score["lost"] = float(not views.found[number])
         score["copied"] = copied_fraction(portrait, [layers[number]])
-        score["identity"] = suite.identity(views, embedding, np.array([number]))
+        score |= suite.identity(views, photo, np.array([number]))
         if views.found[number]:
             assert views.motion is not None and tracked.motion is not None
             own, true = views.motion.landmarks[number], tracked.motion.landmarks[row]

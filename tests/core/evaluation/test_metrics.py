@@ -1,13 +1,17 @@
 """Metrics against scikit-image or a closed form."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from export3d_cli.core.evaluation import metrics
-from export3d_cli.core.face.landmarks import IBUG68
+from export3d_cli.core.face.expression_coefficients import BetaStatistics
+from export3d_cli.core.face.head_pose import head_frame_to_landmarks, load_canonical_face
+from export3d_cli.core.face.landmarks import IBUG68, MEASURE_POINTS
+from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import orbit_camera
 
 
@@ -46,7 +50,6 @@ def test_landmark_distance_is_in_the_image_plane_in_pixels_at_256():
 
 
 def test_ibug68_points_lie_on_the_right_features():
-    from export3d_cli.core.face.head_pose import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_EYE, LIPS, RIGHT_EYE
 
     assert len(set(IBUG68)) == 68
@@ -72,6 +75,33 @@ def test_pose_vector_is_in_radians_and_head_units():
     )
 
 
+def test_measures_of_planedict_match_closed_forms():
+    """AUCON, PRMSE, ET; AVD does not see the expression that its fit explains, nor size and place."""
+    beta = np.zeros((2, 64))
+    beta[0, metrics.ARKIT_NAMES.index("jawOpen")] = 0.21
+    beta[:, metrics.ARKIT_NAMES.index("eyeLookInLeft")] = 1  # gaze is no action unit
+    count = len(metrics.ACTION_UNITS)
+    assert count == 38 and metrics.action_unit_consistency(beta, 0 * beta) == 1 - 1 / (2 * count)
+    a, b = (np.stack([orbit_camera(yaw, pitch) for yaw, pitch in at]) for at in (((0, 0), (3, 4)), ((6, 0), (3, 0))))
+    assert metrics.pose_rmse(a, b) == pytest.approx(np.sqrt((36 + 16) / 6), abs=1e-3)
+    irises = np.zeros((3, 2, 2))
+    assert metrics.eye_tracking_error(irises, irises + [3 / 64, 4 / 64]) == pytest.approx(5)
+    points, camera, statistics = load_canonical_face().points, orbit_camera(0)[None], BetaStatistics.load()
+    width = np.linalg.norm(np.subtract(*(points[list(corners)].mean(0) for corners in MEASURE_POINTS.eye_corners)))
+
+    def motion(points, beta):
+        landmarks = head_frame_to_landmarks(points[None].astype(np.float32), camera)
+        return Motion(beta[None], camera, landmarks, np.ones(1, bool), Fraction(25), (0, 0, 1), (1, 1))
+
+    change = np.random.default_rng(0).uniform(0, 0.3, 64)
+    moved = points + width * np.tensordot(change @ statistics.slopes, statistics.modes, 1)
+    rest, smile = motion(points, statistics.mean), motion(moved, statistics.mean + change)
+    assert metrics.vertex_distance(rest, motion(moved * 1.1 + 0.01, statistics.mean)) > 0.01
+    assert metrics.vertex_distance(rest, smile) == pytest.approx(0, abs=1e-4)
+    larger = motion(points * 1.1 + 0.01, statistics.mean)
+    assert metrics.vertex_distance(rest, larger) == pytest.approx(0, abs=1e-3)
+
+
 def test_rotation_angle_of_known_cameras():
     a = np.stack([orbit_camera(0, 0, roll) for roll in (0.0, 25.0)])
     b = np.stack([orbit_camera(0, 20.0), orbit_camera(0, 0, -20.0, radius=5)])
@@ -92,7 +122,6 @@ def test_gaze_direction_follows_the_iris():
 def test_gaze_direction_from_iris_entries_of_beta():
     """Move both irises of the canonical face to where eyes turned by 15 degrees have them."""
     from export3d_cli.core.face.expression_coefficients import compute_measures
-    from export3d_cli.core.face.head_pose import load_canonical_face
     from export3d_cli.core.face.landmarks import LEFT_IRIS, RIGHT_IRIS
 
     points = np.repeat(load_canonical_face().points[None], 2, axis=0)
