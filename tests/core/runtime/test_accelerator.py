@@ -32,6 +32,7 @@ def test_fake_accelerator_refuses_mixed_devices() -> None:
 def test_accelerator_frames_equal_cpu_frames(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = read_image(example_path("source.jpg"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     painted: list[tuple[str, str]] = []
     kinds = {"mouth": MouthInpainter, "eyes": EyeInpainter, "lids": EyelidInpainter}
 
@@ -59,6 +60,7 @@ def test_accelerator_frames_equal_cpu_frames(tiny_weights: Path, monkeypatch: py
     with FakeAccelerator() as accelerator:
         on_gpu = made("cuda")
     assert accelerator.calls > 1000
+    assert not torch.backends.cudnn.allow_tf32  # fp32 is fp32
     assert set(painted) == {(name, where) for name in kinds for where in ("cpu", "cuda")}
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert np.abs(a.astype(float) - b.astype(float)).mean() < 0.5

@@ -9,7 +9,7 @@ import torch
 
 from export3d_cli.core.animation.animator import Animator
 from export3d_cli.core.media.image import read_image
-from export3d_cli.core.runtime.device import AdaptiveBatcher, autocast, torch_state
+from export3d_cli.core.runtime.device import AdaptiveBatcher, torch_state
 from export3d_cli.core.runtime.weights import example_path
 
 
@@ -77,14 +77,3 @@ def test_torch_state_restores_threads_and_seed() -> None:
         raise KeyError
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_fp32_on_cuda_keeps_tf32_off_until_the_last_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    first, second = (autocast(torch.device("cuda"), "fp32") for _ in range(2))
-    with first:
-        second.__enter__()
-        assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cudnn.allow_tf32  # the second block goes on
-    second.__exit__(None, None, None)
-    assert torch.backends.cudnn.allow_tf32

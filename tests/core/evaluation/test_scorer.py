@@ -1,4 +1,4 @@
-"""Face embedders; dlib's network is tested only if the extra `eval` is installed."""
+"""Face embedders of the scorer; dlib's network is tested only if the extra `eval` is installed."""
 
 import importlib.util
 
