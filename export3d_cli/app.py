@@ -122,9 +122,8 @@ def build(jobs: _Jobs) -> gr.Blocks:
                 photo = gr.Image(photo_example, label="Photo with one large face", type="filepath",
                                  sources=["upload", "webcam"], height=380, alt_text="The photo")  # fmt: skip
                 photo.preprocess = lambda data: data and data.path  # Pillow's errors and conversions are left out
-                person = gr.File(
-                    label="Or a person file, in place of the photo", file_types=[".safetensors"], height=140
-                )
+                person = gr.File(label="Or a person file, in place of the photo", file_types=[".safetensors"],
+                                 height=140)  # fmt: skip
                 with gr.Accordion("More photos of the person", open=False):
                     also = gr.File(label="For own teeth, shut eyes, the far cheek", file_count="multiple",
                                    type="filepath", file_types=["image"], height=140)  # fmt: skip
@@ -134,9 +133,8 @@ def build(jobs: _Jobs) -> gr.Blocks:
                     driver = gr.Video(driver_example, label="Video of the face that moves it", elem_id="driver",
                                       sources=["upload", "webcam"], include_audio=True, height=320)  # fmt: skip
                     with gr.Accordion("Speech instead of a video", open=False):
-                        sound = gr.Audio(
-                            label="Sound whose words the lips speak, in place of the video", type="filepath"
-                        )
+                        sound = gr.Audio(label="Sound whose words the lips speak, in place of the video",
+                                         type="filepath")  # fmt: skip
                         text = gr.Textbox(label="What it says, for exact lips (not needed)", lines=2, max_length=20_000)
                     with gr.Accordion("Options", open=False):
                         expression = number(0, 3, 1, "Strength of the expression")

@@ -138,13 +138,15 @@ class Animator:
     """Weights on a device; thread-safe.
 
     It shares the model's weights, and never writes to them. `precision` is fp32, bf16 or fp16; `batch` frames are
-    rendered at once (0: chosen for the device), at a `quality` of `RENDER_SCALES`.
+    rendered at once (0: chosen for the device), at a `quality` of `RENDER_SCALES`. On CUDA it turns off TF32 for the
+    convolutions of the process, so that fp32 is fp32.
     """
 
-    def __init__(
-        self, model: Export3D, *, device: torch.device, precision: str, batch: int = 0, quality: Quality = "best"
-    ) -> None:
+    def __init__(self, model: Export3D, *, device: torch.device, precision: str, batch: int = 0,
+                 quality: Quality = "best") -> None:  # fmt: skip
         self.device, self.precision, self.quality = device, precision, quality
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
         self.fp32_model = copy_for_inference(model, device)
         self.model = self.fp32_model
         if precision != "fp32" and device.type == "cpu":  # elsewhere autocast does it
@@ -239,9 +241,8 @@ class Animator:
         if crop == "none" and framing == "photo" and photo.shape[0] != photo.shape[1]:
             shape = f"{photo.shape[1]}x{photo.shape[0]}"
             raise InputError(f"{name} is {shape}: --crop none takes square pictures, use --crop auto")
-        photo, (target, *others), square, shown = place_on_canvas(
-            photo, [target, *tracker.find_all(photo)], framing, crop, size, self.matting.alpha
-        )
+        photo, (target, *others), square, shown = place_on_canvas(photo, [target, *tracker.find_all(photo)], framing,
+                                                                  crop, size, self.matting.alpha)  # fmt: skip
         motion, crop_image, padded = self._cut_face(photo, square, target, min(round(square[2]), MAX_FRAME_SIZE_PX))
         faces = tuple(face_positions(target, others, square))
         with ThreadPoolExecutor(1) as pool:  # while the network encodes the crop
@@ -416,9 +417,8 @@ class Animator:
         """Return `Export3D.change_expression` (T, n + m) from expressions `base` to `beta`, both (T, 64)."""
         return self._change(self.model, beta, base).float().cpu().numpy()
 
-    def query_field(
-        self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None, base: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def query_field(self, portrait: Portrait, points: np.ndarray, *, beta: np.ndarray | None = None,
+                    base: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Return RGB (N, 3), about [-1, 1], and density (N,) of the volume at points (N, 3) of the head frame.
 
         `beta` (1, 64) is the expression, None: the portrait's; `base` is as in `view`.
@@ -524,9 +524,8 @@ class Animator:
                                  face_only=self.device.type == "cpu")  # fmt: skip
         return output, posed
 
-    def _extend_flow(
-        self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead, torso: float | Tensor | None
-    ) -> PhotoFlow:
+    def _extend_flow(self, portrait: Portrait, cameras: np.ndarray, output: Output, head: PosedHead,
+                     torso: float | Tensor | None) -> PhotoFlow:  # fmt: skip
         """Extend the flow of B frames over the photo."""
         source, count = portrait.source.expand(len(cameras)), len(cameras)
         landmarks = source.landmarks.float() if head.mesh is None else head.mesh.points[:, :NUM_LANDMARKS]
@@ -567,9 +566,8 @@ class _Renderer:
         if any(portrait.covered):
             self._notify(portrait.covered.note())
 
-    def render_motion(
-        self, cameras: np.ndarray, lam: Tensor, *, torso: np.ndarray | None = None, offsets: Tensor | None = None
-    ) -> Iterator[Iterable[Any]]:
+    def render_motion(self, cameras: np.ndarray, lam: Tensor, *, torso: np.ndarray | None = None,
+                      offsets: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
         """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + m)."""
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):

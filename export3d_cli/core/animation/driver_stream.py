@@ -101,9 +101,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                 fps = fps or DEFAULT_FPS
                 if max_frames is not None:
                     duration = min(float(max_frames / fps), duration or np.inf)
-                motion, self.notes = read_speech(
-                    driver, camera, fps=fps, start=start, duration=duration, text=options.text
-                )
+                motion, self.notes = read_speech(driver, camera, fps=fps, start=start, duration=duration,
+                                                 text=options.text)  # fmt: skip
                 start, duration = 0.0, None  # the motion begins there
             elif driver.suffix.lower() == ".csv":
                 motion, self.notes = arkit.read_csv(driver, camera)

@@ -169,9 +169,8 @@ def _photo_alpha(photo: np.ndarray, square: Square, alpha_of: AlphaFn, faces: Se
     for scale in CLOSE_UP_SCALES:
         size = scale * side
         left, top = x0 + (side - size) / 2, y0 + (side - size) / 2
-        close = alpha_of(
-            crop_image(photo, (left, top, size), CLOSE_UP_SIZE_PX), _to_frame(faces, square, (left, top, size, size))
-        )
+        close = alpha_of(crop_image(photo, (left, top, size), CLOSE_UP_SIZE_PX),
+                         _to_frame(faces, square, (left, top, size, size)))  # fmt: skip
         step = size / CLOSE_UP_SIZE_PX
         matrix = np.array([[1 / step, 0, (0.5 - left) / step - 0.5], [0, 1 / step, (0.5 - top) / step - 0.5]])
         close = cv2.warpAffine(close, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)

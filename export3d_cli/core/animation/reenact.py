@@ -126,8 +126,7 @@ def _animate_stream(
             yield motion
 
     for reference, shot in groupby(batches, key=lambda batch: batch.reference):
-        frames = animator.animate(
-            portrait, motions(shot), control=control, reference=reference, edit=edit, notify=notify, layers=True
-        )
+        frames = animator.animate(portrait, motions(shot), control=control, reference=reference, edit=edit,
+                                  notify=notify, layers=True)  # fmt: skip
         for frame in frames:
             yield frame, crops.popleft()

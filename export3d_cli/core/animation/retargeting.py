@@ -107,9 +107,8 @@ class Control:
         assert base is not None  # `Animator.animate` checks it
         return source + scale * (driver - base)
 
-    def target_cameras(
-        self, source: np.ndarray, driver: np.ndarray, reference: np.ndarray | None, limits: TravelLimits | None = None
-    ) -> np.ndarray:
+    def target_cameras(self, source: np.ndarray, driver: np.ndarray, reference: np.ndarray | None,
+                       limits: TravelLimits | None = None) -> np.ndarray:  # fmt: skip
         """Return cameras (T, 25) float32 from those of the source (25,), the driver (T, 25) and its reference (25,).
 
         Rotations are about the head's own axes, so that a nod stays a nod wherever the source looks. Shifts in the

@@ -93,9 +93,8 @@ def preprocess(inputs: list[Path], out: Path, *, size: int | None = None, worker
         options: dict[str, Any] = {"--size": size, "--workers": workers, CLIP_FILTER_OPTIONS: clip_filter}
         options |= {"--person": person, "--shard": shard, "--report": report or None}
         _refuse(options, f"{out} is a motion file", "a data set (a folder as OUT)")
-        return _write_motion_file(
-            inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face, tracker=tracker
-        )
+        return _write_motion_file(inputs, out, overlay, progress, max_frames=max_frames, fps=fps, face=face,
+                                  tracker=tracker)  # fmt: skip
     options = {"--fps": fps, "--face": face, "--tracker": tracker, "--overlay": overlay}
     _refuse(options, f"{out} is a data set", "a motion file (OUT ends in .motion.npz, .csv or .json)")
     all_inputs = _find_inputs(inputs, out)

@@ -75,9 +75,8 @@ class FaceDetector:
     def _load(self) -> cv2.FaceDetectorYN:
         if self._net is None:
             try:
-                self._net = cv2.FaceDetectorYN.create(
-                    str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE, _NMS_IOU, _MAX_CANDIDATES
-                )
+                self._net = cv2.FaceDetectorYN.create(str(self.network), "", SEARCH_SIDES_PX[:1] * 2, _MIN_SCORE,
+                                                      _NMS_IOU, _MAX_CANDIDATES)  # fmt: skip
             except cv2.error as error:
                 if problem := find_opencv_problem():
                     raise Export3DError(problem) from error

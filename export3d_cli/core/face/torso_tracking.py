@@ -118,9 +118,8 @@ class TorsoTracker:
                 scale = 3 * np.median(np.abs(error[weight > 0])) + 1e-3
                 weight /= (1 + (error / scale) ** 2) ** 2  # Geman-McClure: hands and hair move otherwise
                 weighted = slopes * weight[:, None]
-                step_x, step_y, roll, growth = np.linalg.solve(
-                    weighted.T @ slopes + 1e-3 * np.eye(4), weighted.T @ error
-                ).tolist()
+                step_x, step_y, roll, growth = np.linalg.solve(weighted.T @ slopes + 1e-3 * np.eye(4),
+                                                               weighted.T @ error).tolist()  # fmt: skip
                 turn = turn / np.exp(growth + 1j * roll)
                 shift -= turn * complex(step_x, step_y)
                 if abs(complex(step_x, step_y)) + 50 * abs(complex(roll, growth)) < 0.02:

@@ -344,9 +344,8 @@ class Export3D(nn.Module):
                 colours, densities = self.query_field(source, posed, points)
                 return colours.view(B, R, S, -1), densities.view(B, R, S)
 
-            outputs = volume_renderer.render_rays(
-                decode, coarse, fine_samples, jitter=self.training, batch_rows=batch_rows
-            )
+            outputs = volume_renderer.render_rays(decode, coarse, fine_samples, jitter=self.training,
+                                                  batch_rows=batch_rows)  # fmt: skip
         features, depth, opacity = (x.view(len(x), *shape, -1).permute(0, 3, 1, 2) for x in outputs)
         return features, depth, opacity
 
@@ -396,9 +395,8 @@ class Export3D(nn.Module):
         """Return whether invisible samples are skipped: on a CPU without gradients."""
         return like.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
 
-    def _render_sparse(
-        self, source: Source, posed: PosedHead, origin: Tensor, directions: Tensor, coarse: Tensor, fine_samples: int
-    ) -> RayOutputs:
+    def _render_sparse(self, source: Source, posed: PosedHead, origin: Tensor, directions: Tensor, coarse: Tensor,
+                       fine_samples: int) -> RayOutputs:  # fmt: skip
         """Render rays as `volume_renderer.render_rays` does, head by head and without invisible samples."""
         decoder, channels = self.decoder, posed.planes.shape[2]
         weight = decoder.hidden.weight
@@ -428,9 +426,8 @@ class Export3D(nn.Module):
                 x = decoder.activate(x.add_(decoder.hidden.bias))  # (M, hidden)
                 return x, decoder.decode_densities(x, points, face and face.log_density[0])
 
-            return sparse_renderer.render_rays(
-                decode, decoder.decode_colours, origin[b], directions[b], coarse[b], fine_samples
-            )
+            return sparse_renderer.render_rays(decode, decoder.decode_colours, origin[b], directions[b], coarse[b],
+                                               fine_samples)  # fmt: skip
 
         with torch.autocast(origin.device.type, enabled=False):
             heads = [render(b) for b in range(len(origin))]
@@ -486,9 +483,8 @@ class Export3D(nn.Module):
             flow, mesh = self._select_photos(source, posed, camera, flow, mesh, cover)
         return PhotoDetail(source, mesh, flow, self._expression_code(source, lam), cover)
 
-    def _select_photos(
-        self, source: Source, posed: PosedHead, camera: Tensor, flow: LayeredFlow, mesh: MeshFlow, cover: Tensor | None
-    ) -> tuple[LayeredFlow, MeshFlow]:
+    def _select_photos(self, source: Source, posed: PosedHead, camera: Tensor, flow: LayeredFlow, mesh: MeshFlow,
+                       cover: Tensor | None) -> tuple[LayeredFlow, MeshFlow]:  # fmt: skip
         """Let the additional photos supply what they show of the face better than the first one."""
         assert self.flow is not None and posed.mesh is not None and posed.distances is not None
         head, points = posed.mesh.points, posed.mesh.points[:, :NUM_LANDMARKS]

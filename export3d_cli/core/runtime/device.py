@@ -5,7 +5,6 @@ import copy
 import ctypes
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -76,29 +75,9 @@ def precision_notes(name: str, device: torch.device) -> list[str]:
     return [f"{name} is much slower than fp32 on this CPU: use --precision auto"]
 
 
-_tf32_lock, _tf32_before = threading.Lock(), list[bool]()
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Turn TF32 convolutions off while any thread is in the block: the flag belongs to the process."""
-    with _tf32_lock:
-        _tf32_before.append(torch.backends.cudnn.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        with _tf32_lock:
-            before = _tf32_before.pop()
-            if not _tf32_before:
-                torch.backends.cudnn.allow_tf32 = before
-
-
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Return a context that computes in bf16 or fp16; for fp32 on CUDA, one without TF32 convolutions."""
+    """Return a context that computes in bf16 or fp16, or changes nothing for fp32."""
     dtype = HALF_DTYPES.get(precision)
-    if dtype is None and device.type == "cuda":
-        return _without_tf32()
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
