@@ -125,7 +125,8 @@ def measure_silence(power: np.ndarray, fps: Fraction) -> np.ndarray:
 def _candidates(path: Path, index: int, track: AudioTrack, suffix: str) -> Iterator[Soundtrack]:
     """Yield the ways to use a track, the best first: copying, converting, converting its first channels."""
     is_pcm = track.codec.startswith("pcm_")  # it has long packets: decoding cuts it to the sample
-    if track.codec in _COPYABLE_CODECS[suffix]:
+    has_rule = not track.layout.endswith(" channels")  # for mixing, which players need
+    if track.codec in _COPYABLE_CODECS[suffix] and has_rule:
         yield Soundtrack(path, index, (track.codec,) if is_pcm else ("copy",))
     encoder = ("libopus", "-b:a", "128k") if suffix == ".webm" else ("aac", "-b:a", "192k")
     is_ambisonic = track.layout.startswith("ambisonic")  # its first channel is the sound from all directions

@@ -86,15 +86,16 @@ def test_writer_adds_surround_sound_of_film(make, tmp_path, suffix, codec):
     assert (track.codec, track.layout.partition("(")[0]) == (codec, "5.1")
 
 
-def test_writer_adds_first_two_of_unknown_channels(tmp_path):
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_writer_adds_first_two_of_unknown_channels(tmp_path, suffix):
     samples = np.zeros((96000, 64), "<i2")
     samples[:, 1] = (9000 * np.sin(2 * np.pi * 700 * np.arange(96000) / 48000)).astype(int)
     (tmp_path / "a.raw").write_bytes(samples.tobytes())
     raw = ["-f", "s16le", "-ar", "48000", "-ac", "64", "-i", str(tmp_path / "a.raw")]
     subprocess.run([ffmpeg_path(), "-v", "error", *raw, str(tmp_path / "a.wav")], check=True)
-    write_second(tmp_path / "out.mp4", tmp_path / "a.wav")
-    assert audio_tracks(tmp_path / "out.mp4")[0].layout == "stereo"
-    assert abs(tone_of(tmp_path / "out.mp4") - 700) < 2
+    write_second(tmp_path / f"out{suffix}", tmp_path / "a.wav")
+    assert audio_tracks(tmp_path / f"out{suffix}")[0].layout == "stereo"
+    assert abs(tone_of(tmp_path / f"out{suffix}") - 700) < 2
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [(".mp4", b"apac"), (".webm", b"zzzz")])  # iPhones write Apple's APAC
