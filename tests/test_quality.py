@@ -6,6 +6,7 @@ processors and precisions stay within and that a wrong sign, a swapped channel o
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,11 @@ from click.testing import CliRunner
 
 from export3d_cli.core import Animator, NovelViewOptions, example_path
 from export3d_cli.core.animation.novel_view import orbit_cameras
+from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.animation.watermark import find_marks
 from export3d_cli.core.evaluation.scorer import MetricSuite, Scores, load_embedder
+from export3d_cli.core.face.arkit import make_motion
+from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES
 from export3d_cli.core.face.landmarks import FACE_OVAL
 from export3d_cli.core.face.tracker import open_landmarker_tracker
 from export3d_cli.core.media.image import read_image, write_image
@@ -93,6 +97,23 @@ def test_reenact_of_its_own_first_frame_reaches_the_floors(
     results = reenact(truth[0], clip, tmp_path)
     check(score(metrics, results, truth, truth[0]), floors)
     assert find_marks(next((tmp_path / "out").iterdir())).invisible
+
+
+def test_snarl_of_a_phone_lifts_one_side_of_the_lip_twice_as_far_as_the_other() -> None:
+    animator = Animator.from_weights(device="cpu")
+    portrait = animator.portrait(read_image(example_path("source.jpg")), framing="face", size=384)
+    coefficients = np.zeros((3, len(ARKIT_NAMES)))
+    for row, side in enumerate(("Right", "Left"), start=1):
+        snarl = [ARKIT_NAMES.index(name + side) for name in ("mouthUpperUp", "noseSneer")]
+        coefficients[row, snarl] = 0.7, 0.8
+    take = make_motion(coefficients, np.repeat(portrait.camera[None], 3, axis=0), Fraction(25))
+    control = Control(pose="relative", relative_expression=True)
+    frames = animator.animate(portrait, [take], control=control, reference=take.select(np.array([0])))
+    faces = [animator.tracker().find(frame) for frame in frames]
+    heights = np.array([face.landmarks[[40, 270], 1] for face in faces if face is not None])  # of the lip's two sides
+    (right, left), (other_right, other_left) = heights[0] - heights[1:]
+    assert right > 2 * left
+    assert other_left > 2 * other_right
 
 
 @pytest.mark.parametrize("clip", ["head1", "head2"])

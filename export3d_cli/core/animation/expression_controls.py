@@ -202,7 +202,8 @@ def _fit_edit(
     # strengths from the base's values to a multiple of the asked change, for all controls at once; ranges on one side
     # of the base's values need their farther ends only
     start = setter.measure(base)
-    lowest = np.array([-MAX_BROW_DOWN if control.lowered else -0.5 for control in controls])
+    lowest = np.array([-MAX_COEFFICIENT if control.lowered else -0.5 for control in controls])
+    lowest[[name == "brows" for name in edit.controls]] = -MAX_BROW_DOWN
     highest = np.array([MAX_BROW_DOWN if name.startswith("browDown") else MAX_COEFFICIENT for name in edit.controls])
     farther = np.where(abs(first - start) > abs(last - start), first, last)
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)

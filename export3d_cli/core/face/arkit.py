@@ -26,6 +26,7 @@ ANGLE_COLUMNS = ("HeadYaw", "HeadPitch", "HeadRoll")
 MAX_BYTES = 2**30  # about eight hours at 60 frames a second
 MAX_GAP_S = 60  # between two rows
 _MAX_DEVIATION = 10  # standard deviations within clips; face trackers hardly report cheeks, sneers and the tongue
+SNEER_LIFT = 0.7  # of `mouthUpperUp` per `noseSneer`
 MAX_ROWS_PER_S = 1000
 _TIMECODE = re.compile(r"(\d+):(\d+):(\d+)[:;](\d+(?:\.\d+)?)")
 _TIMECODE_BASES = (24, 25, 30, 48, 50, 60, 100, 120)  # frames per second in a timecode's last field
@@ -61,10 +62,15 @@ def make_motion(coefficients: np.ndarray, cameras: np.ndarray, fps: Fraction) ->
     """Return the motion without landmarks of ARKit's coefficients (T, 52) and cameras (T, 25).
 
     Coefficients are limited to what the tracker reports, on which the network is trained: others destroy the picture.
+    It reports no sneers: they count as lifts of the upper lip.
     """
     n, statistics = len(ARKIT_NAMES), BetaStatistics.load()
     limits = statistics.mean + _MAX_DEVIATION * np.sqrt(statistics.covariance.diagonal())
-    coefficients = np.minimum(coefficients, np.maximum(limits, limits[MIRROR_ORDER])[:n])
+    coefficients = coefficients.copy()
+    for side in ("Left", "Right"):
+        lip, sneer = (coefficients[:, ARKIT_NAMES.index(name + side)] for name in ("mouthUpperUp", "noseSneer"))
+        lip += SNEER_LIFT * sneer
+    coefficients = np.minimum(coefficients, np.maximum(limits, limits[MIRROR_ORDER])[:n].clip(max=1))
     slope = statistics.regression(range(n))[n:]  # (12, 52)
     measures = statistics.mean[n:] + (coefficients - statistics.mean[:n]) @ slope.T
     beta = np.concatenate([coefficients, measures], axis=1).astype(np.float32)

@@ -1,7 +1,8 @@
-"""What beta measures directly and lambda shows only in part (beyond the paper): winks, gaze, slanted mouths.
+"""What beta measures directly and lambda shows only in part (beyond the paper): winks, gaze, slanted mouths, snarls.
 
 Lambda hardly tells the eyes apart and closes both half way, as trackers read a wink; of the gaze's height and of the
-slant of a mouth it shows about half. Numbers next to lambda tell the rest, and move landmarks of eyes and mouth.
+slant of a mouth it shows about half, and of one side of the upper lip that rises nothing. Numbers next to lambda tell
+the rest, and move landmarks of eyes and mouth.
 Expressions that are edited by name go on where lambda ends, in modes of the landmarks' motion (`change_expression`).
 """
 
@@ -13,15 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export3d_cli.core.face.expression_coefficients import BETA_NAMES, BetaStatistics
-from export3d_cli.core.face.landmarks import EYE_RIMS, EYELID_FOLDS, LEFT_IRIS, MEASURE_POINTS, RIGHT_IRIS
+from export3d_cli.core.face.landmarks import (
+    EYE_RIMS,
+    EYELID_FOLDS,
+    INNER_LIPS,
+    LEFT_IRIS,
+    MEASURE_POINTS,
+    OUTER_LIPS,
+    RIGHT_IRIS,
+)
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.inpaint.eyes import eye_opening, eyelid_rims
 from export3d_cli.core.model.masks import linear_step
 
 INTEROCULAR = 0.109  # of the canonical face, head-frame units
 NUM_MODES = 20  # of the landmarks' motion, see `BetaStatistics`
-# wink, gaze to the image's right and down, slant of the mouth (the person's left corner is higher), modes
-NUM_MEASURES = 4 + NUM_MODES
+# wink, gaze to the image's right and down, slant of the mouth (the person's left corner is higher), snarl (the left
+# side of the upper lip is higher), modes
+NUM_MEASURES = 5 + NUM_MODES
 MAX_CHANGE = 28.0  # length of the change of lambda; 99.5 % of filmed frames are this near to the median of their clip
 # Difference of the eyes' openings, in inter-ocular distances, from which one winks and at which it is shut. Trackers
 # see a winking eye half open and the other one narrowed by a quarter; eyes that do not wink differ by up to the first.
@@ -31,11 +41,17 @@ FOLD_DROP = 0.25  # motion of the upper lid's fold over that of the middle of it
 MAX_GAZE = (0.34, 0.35)  # how far an iris is moved from the middle of its eye, in widths and openings of the eye
 SLANT_REACH = 0.2  # inter-ocular distances around the corners of the mouth that move with them
 MIN_SLANT = 0.01  # inter-ocular distances: faces at rest differ by about as much
+SNARL_LIFT = 0.1  # inter-ocular distances that the lip rises on one side, per difference of `mouthUpperUp`
+MIN_SNARL = 0.15  # difference that trackers report of faces without one
+SNARL_REACH = (0.14, 0.35)  # inter-ocular distances to the sides of the lip and up that rise: to the nose's wing
+_LIP_SIDES = (39, 269)  # middles of the upper lip's edge, the person's right and left side
+_LOWER_LIP = (*INNER_LIPS[11:], *OUTER_LIPS[11:])  # which stays
 # landmarks of both eyes that a wink moves
 WINKING_POINTS = (*sum((rim[1:-1] for side in (0, 1) for rim in eyelid_rims(side)), ()), *sum(EYELID_FOLDS, ()))
 _OPENINGS = tuple(BETA_NAMES.index(f"eyeOpening{side}") for side in ("Right", "Left"))
 _IRISES = tuple(tuple(BETA_NAMES.index(f"iris{axis}{side}") for side in ("Left", "Right")) for axis in "XY")
-_HEIGHTS = tuple(BETA_NAMES.index(f"mouthCornerHeight{side}") for side in ("Left", "Right"))
+_SIDES = tuple(BETA_NAMES.index(name + side) for name in ("mouthCornerHeight", "mouthUpperUp")
+               for side in ("Left", "Right"))  # fmt: skip
 
 
 def measure(beta: Tensor) -> Tensor:
@@ -44,18 +60,19 @@ def measure(beta: Tensor) -> Tensor:
     right, left = beta[:, index_tensor(_OPENINGS, beta)].unbind(1)
     wink = linear_step((right - left).abs(), *WINK_FADE) * (right - left).sign()
     gaze = (beta[:, index_tensor(axis, beta)].mean(1) for axis in _IRISES)
-    high_left, high_right = beta[:, index_tensor(_HEIGHTS, beta)].unbind(1)
-    return F.pad(torch.stack([wink, *gaze, high_left - high_right], dim=1), (0, NUM_MODES))
+    sides = beta[:, index_tensor(_SIDES, beta)]  # left, right
+    slant, snarl = (sides[:, ::2] - sides[:, 1::2]).unbind(1)
+    return F.pad(torch.stack([wink, *gaze, slant, snarl], dim=1), (0, NUM_MODES))
 
 
 def measure_basis(basis: Tensor) -> Tensor:
-    """Return the same measures of displacement fields (n, 478, 3), of a frontal face: (n, m), no wink, no modes."""
+    """Return the same measures of displacement fields (n, 478, 3), of a frontal face: (n, m), only gaze and slant."""
     corners = index_tensor(sum(MEASURE_POINTS.eye_corners, ()), basis)
     irises = index_tensor((LEFT_IRIS[0], RIGHT_IRIS[0]), basis)
     gaze = (basis[:, irises].mean(1) - basis[:, corners].mean(1))[:, :2]
     left, right = MEASURE_POINTS.mouth_corners
     slant = (basis[:, right, 1] - basis[:, left, 1])[:, None]
-    return F.pad(torch.cat([torch.zeros_like(slant), gaze, slant], dim=1) / INTEROCULAR, (0, NUM_MODES))
+    return F.pad(torch.cat([torch.zeros_like(slant), gaze, slant], dim=1) / INTEROCULAR, (0, 1 + NUM_MODES))
 
 
 @cache
@@ -78,7 +95,7 @@ def change_expression(lam: Tensor, measures: Tensor, beta: Tensor, basis: Tensor
     shown = limited @ basis.flatten(1) / INTEROCULAR  # (B, 478 * 3)
     weights = beta @ slopes - shown @ modes.flatten(1).T  # (B, K)
     rest = (lam - limited) @ measure_basis(basis) - weights @ measure_basis(modes * INTEROCULAR)
-    return torch.cat([limited, measures + rest + F.pad(weights, (4, 0))], dim=1)
+    return torch.cat([limited, measures + rest + F.pad(weights, (NUM_MEASURES - NUM_MODES, 0))], dim=1)
 
 
 def apply_measures(points: Tensor, source: Tensor, measures: Tensor, source_measures: Tensor) -> Tensor:
@@ -90,7 +107,8 @@ def apply_measures(points: Tensor, source: Tensor, measures: Tensor, source_meas
     _wink(points, source, measures[:, :1], source_measures[:, :1])
     _look(points, change[:, 1:3])
     _slant(points, change[:, 3])
-    moved = change[:, 4:] @ _landmark_modes(points.device)[0].flatten(1)
+    _snarl(points, change[:, 4])
+    moved = change[:, -NUM_MODES:] @ _landmark_modes(points.device)[0].flatten(1)
     return points + interocular(source.float())[..., None] * moved.unflatten(1, (-1, 3))
 
 
@@ -138,6 +156,19 @@ def _slant(points: Tensor, change: Tensor) -> None:
         for corner in MEASURE_POINTS.mouth_corners
     )  # (B, 478) each
     points[..., 1] += (right - left) * shift[:, None]
+
+
+def _snarl(points: Tensor, change: Tensor) -> None:
+    """Raise one side of the upper lip and of the nose in place by a change (B,): the left if it is positive."""
+    distance = interocular(points)  # (B, 1)
+    lift = SNARL_LIFT * distance * (change.abs() - MIN_SNARL).clamp_min(0)[:, None]
+    right, left = points[:, index_tensor(_LIP_SIDES, points)].unbind(1)  # (B, 3) each
+    lip = torch.where(change[:, None] > 0, left, right)
+    x, y = ((points - lip[:, None])[..., :2] / distance[..., None]).unbind(-1)  # (B, 478)
+    weight = torch.exp(-((x / SNARL_REACH[0]).square() + (y / SNARL_REACH[1]).square()) / 2)
+    weight = weight * (1 - linear_step(y, *SNARL_REACH))
+    weight[:, index_tensor(_LOWER_LIP, points)] = 0
+    points[..., 1] -= lift * weight
 
 
 def interocular(points: Tensor) -> Tensor:

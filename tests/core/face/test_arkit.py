@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export3d_cli.core.face.arkit import estimate_frame_rate, read_csv, write_coefficients
+from export3d_cli.core.face.arkit import SNEER_LIFT, estimate_frame_rate, read_csv, write_coefficients
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES
 from export3d_cli.core.face.motion import Motion
 from export3d_cli.core.runtime.camera import head_pose, orbit_camera, project_points, yaw_pitch_roll
@@ -62,13 +62,18 @@ def test_read_csv_assigns_coefficients_by_name_and_predicts_measures(write: Writ
 
 
 def test_read_csv_limits_coefficients_that_trackers_hardly_report(write: Write) -> None:
-    """The network has never seen them: a snarl or a tongue would destroy the picture."""
-    unseen = ("NoseSneerLeft", "CheekSquintRight", "CheekPuff", "TongueOut")
-    motion = read(write([{}, dict.fromkeys(unseen, 1.0), {"MouthFrownLeft": 1.0, "MouthFrownRight": 1.0}]))
+    """The network has never seen them: a tongue would destroy the picture. A sneer lifts the lip."""
+    unseen = ("CheekSquintRight", "CheekPuff", "TongueOut")
+    frown = {"MouthFrownLeft": 1.0, "MouthFrownRight": 1.0}
+    motion = read(write([{}, dict.fromkeys(unseen, 1.0), frown, {"NoseSneerLeft": 0.5}]))
     np.testing.assert_allclose(motion.beta[1], motion.beta[0], atol=0.01)
     left, right = (motion.beta[2, ARKIT_NAMES.index(f"mouthFrown{side}")] for side in ("Left", "Right"))
     assert left == right
     assert 0.2 < left < 0.4
+    sneer = dict(zip(BETA_NAMES, motion.beta[3], strict=True))
+    assert sneer["noseSneerLeft"] < 0.01
+    assert sneer["mouthUpperUpLeft"] == pytest.approx(0.5 * SNEER_LIFT)
+    assert sneer["mouthUpperUpRight"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Winks, gaze and slanted mouths: how they are measured, and what they do to the landmarks and to a model."""
+"""Winks, gaze, slanted mouths and snarls: how they are measured, and what they do to the landmarks and to a model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,14 @@ from export3d_cli.core.model.motion_beyond_lambda import (
     INTEROCULAR,
     MAX_CHANGE,
     MIN_SLANT,
+    MIN_SNARL,
     NUM_MEASURES,
+    NUM_MODES,
+    SNARL_LIFT,
     WINKING_POINTS,
     apply_measures,
     change_expression,
+    interocular,
     measure,
     measure_basis,
 )
@@ -147,6 +151,16 @@ def test_slant_raises_one_corner_of_the_mouth_and_lowers_the_other(points: Tenso
     assert torch.equal(moved_points(points, mouthCornerHeightLeft=MIN_SLANT / 2), points)
 
 
+@pytest.mark.parametrize(("side", "raised", "still"), [("Left", 269, 39), ("Right", 39, 269)])
+def test_snarl_raises_one_side_of_the_upper_lip_alone(points: Tensor, side: str, raised: int, still: int) -> None:
+    moved = moved_points(points, **{f"mouthUpperUp{side}": MIN_SNARL + 0.6})
+    rise = (points - moved)[0, :, 1] / interocular(points)[0, 0]
+    assert float(rise[raised]) == pytest.approx(0.6 * SNARL_LIFT, rel=1e-4)
+    assert 0 <= float(rise[still]) < 0.002
+    assert rise[[CHIN, 14, 17, *EYE_RIMS[0][1], *EYE_RIMS[1][1]]].abs().max() < 2e-3
+    assert torch.equal(moved_points(points, **{f"mouthUpperUp{side}": MIN_SNARL}), points)
+
+
 def test_measures_tell_what_the_basis_does_not(tiny: Export3D, points: Tensor) -> None:
     """A basis that moves the irises by what beta says leaves nothing to add."""
     assert tiny.flow is not None
@@ -173,7 +187,7 @@ def test_an_edit_moves_brows_and_mouth_by_the_modes_and_lambda_only_so_far(point
     result = change_expression(lam, torch.zeros(2, NUM_MEASURES), change, basis)
     assert result[:, 0].tolist() == pytest.approx([10, MAX_CHANGE])
     flow = torch.einsum("bn,nvc->bvc", result[:, :3], basis) / INTEROCULAR
-    moved = flow + torch.einsum("bk,kvc->bvc", result[:, 7:], modes)
+    moved = flow + torch.einsum("bk,kvc->bvc", result[:, -NUM_MODES:], modes)
     torch.testing.assert_close(moved.flatten(1) @ modes.flatten(1).T, asked, atol=1e-3, rtol=1e-2)
     corner = apply_measures(points, points, result[1:, 3:], torch.zeros(1, NUM_MEASURES)) - points
     assert corner[0, MEASURE_POINTS.mouth_corners[0], 0] > 0.003  # to the person's left, the image's right
