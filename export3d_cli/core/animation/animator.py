@@ -237,7 +237,7 @@ class Animator:
             target = self._find_face(photo, name, person, face)
         else:
             target = tracker.face_at(complete_landmarks(landmarks))
-        face_box = _bounding_box(target.landmarks)
+        face_box = bounding_box(target.landmarks)
         if crop == "none" and framing == "photo" and photo.shape[0] != photo.shape[1]:
             shape = f"{photo.shape[1]}x{photo.shape[0]}"
             raise InputError(f"{name} is {shape}: --crop none takes square pictures, use --crop auto")
@@ -257,7 +257,7 @@ class Animator:
     def portrait_from_motion(self, crop: np.ndarray, motion: Motion) -> Portrait:
         """Encode a tracked face crop, uint8 (K, K, 3), by the first row of `motion`; frames show it at its size."""
         motion, crop, size = motion.select(np.array([0])), crop.copy(), len(crop)
-        box = _bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
+        box = bounding_box(motion.landmarks[0] * motion.crop[2] + (*motion.crop[:2], 0))
         padded = self._image_tensor(crop) if size > self.model.config.image_size else None
         return self._encode(Portrait(
             crop, motion, (), self._covered_parts(crop, motion), box, (0, 0, size, size), None,  # type: ignore[arg-type]
@@ -620,7 +620,7 @@ class _Renderer:
         self._notify(f"{self._animator.precision} gave values that are not finite: rendered in fp32 instead")
 
 
-def _bounding_box(landmarks: np.ndarray) -> tuple[int, int, int, int]:
+def bounding_box(landmarks: np.ndarray) -> tuple[int, int, int, int]:
     """Return x0, y0, x1, y1 of landmarks (N, 3), rounded."""
     x0, y0 = (int(v) for v in landmarks[:, :2].min(0).round())
     x1, y1 = (int(v) for v in landmarks[:, :2].max(0).round())

@@ -1,27 +1,25 @@
 """Animate several portraits by one driver, which is tracked once; and plan it without writing."""
 
+import contextlib
 import os
 import re
+import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from itertools import islice, repeat
 from pathlib import Path
 
 import torch
 
-from export3d_cli.core.animation import clip_editing as clips
-from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.animator import Animator, bounding_box
+from export3d_cli.core.animation.clip_editing import edit_clip, edited_regions
 from export3d_cli.core.animation.compositor import Compositor, is_video, load_photo
-from export3d_cli.core.animation.driver_stream import DriverStream
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
 from export3d_cli.core.animation.reenact import open_driver, reenact
-from export3d_cli.core.face.crop import CROP_SCALE, crop_with_padding
-from export3d_cli.core.face.face_track import TrackCache, rotate_clockwise
-from export3d_cli.core.media.image import has_image_suffix
+from export3d_cli.core.face.face_track import TrackCache, choose_face
 from export3d_cli.core.media.reader import VideoReader
 from export3d_cli.core.runtime.device import peak_memory, precision_notes
 from export3d_cli.core.runtime.errors import Export3DError, InputError, NoFaceError
@@ -66,8 +64,8 @@ class Plan:
     frames: int  # of each result
     fps: Fraction
     device: str
-    memory_mb: int | None  # peak after one batch, which does not grow with the driver; None: unknown
-    seconds: float | None  # estimate for all frames, from one batch; None: no face to time
+    memory_mb: int | None  # peak after some frames, which does not grow with the driver; None: unknown
+    seconds: float | None  # estimate, from some frames of one result; None: no face to time
     notes: tuple[str, ...] = field(default=())
 
 
@@ -127,88 +125,65 @@ def reenact_all(animator: Animator, sources: Sequence[Path], driver: Path, out: 
 
 def plan_reenact(animator: Animator, sources: Sequence[Path], driver: Path, out: str,
                  options: ReenactOptions | None = None) -> Plan:  # fmt: skip
-    """Return what `reenact_all` would do: find all faces and time one batch, without writing."""
+    """Return what `reenact_all` would do: find all faces and time some frames of one portrait."""
     options = (options or ReenactOptions()).for_driver(driver)
     paths = output_paths(sources, driver, out)
     if len(sources) == 1 and is_video(sources[0]):
         return plan_edit(animator, sources[0], paths[0], options, driver=driver)
     replace(options, overwrite=True).check_outputs(*paths)
-    planned = []
     if videos := [source for source in sources if is_video(source)]:
         raise InputError(f"--dry-run plans a video alone, and {videos[0]} is one of several SRC: leave it out")
-    if options.face == "all":
-        options = replace(options, face="largest")
+    planned, face = list[PlannedSource](), "largest" if options.face == "all" else options.face
     for source, path in zip(sources, paths, strict=True):
-        portrait = load_photo(animator, source, options)
+        portrait = load_photo(animator, source, replace(options, face=face))
         compositor = Compositor([portrait], background=options.background, compare=options.compare)
         planned.append(PlannedSource(source, portrait.face_box, compositor.size, path, os.path.lexists(path)))
     with open_driver(animator, portrait, driver, options) as stream:
-        frames, fps, notes = stream.total, stream.fps, list(stream.notes)
-    few = replace(options, max_frames=10, compare=False, reference_frame=None)
-    with open_driver(animator, portrait, driver, few) as stream:
-        try:
-            motion, _, reference = next(iter(stream))
-        except NoFaceError:
-            motion = reference = portrait.motion
-            notes.append(f"no face in the first frames of {driver}")
-    seconds = []
-    for _ in range(2):  # the first run warms up
-        began = time.monotonic()
-        for frame in animator.animate(portrait, [motion], control=options, reference=reference, layers=True):
-            compositor(frame)
-        seconds.append((time.monotonic() - began) / len(motion))
-    began = time.monotonic()
-    animator.tracker(options.tracker).find(portrait.canvas.photo)
-    tracking = time.monotonic() - began
-    remaining = sum(options.overwrite or not source.exists for source in planned)
-    return _make_plan(animator, planned, driver, frames, fps, tracking + remaining * seconds[-1], notes)
+        job = partial(reenact, animator, sources[-1], driver)
+        return _make_plan(animator, planned, driver, stream.total, stream.fps, stream.notes, job, options)
 
 
 def plan_edit(animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *,
               driver: Path | None = None) -> Plan:  # fmt: skip
-    """Return what `edit_clip` would do: find the face and time the editing of the first frames, without writing."""
-    options, notes, streams = options or ReenactOptions(), list[str](), 1
-    regions, of_clip = clips.edited_regions(clip, driver, options), clips.options_of_clip(options, driver)
-    replace(options, overwrite=True).check_outputs(out)
-    open_stream = partial(DriverStream, batch=clips.MAX_BATCH, crop_scale=CROP_SCALE[0])
-    open_clip = partial(open_stream, clip, tracker=animator.tracker())
-    few = replace(of_clip, max_frames=clips.MAX_BATCH)
-    face_box, seconds = None, None
-    with open_clip(options=of_clip) as stream, open_clip(options=few) as first:
-        total, fps = stream.total, stream.fps
-        with VideoReader(clip, fps=of_clip.fps, start=of_clip.start) as reader:
-            size, frames = (reader.info.width, reader.info.height), list(islice(reader, clips.MAX_BATCH))
-        if driver is not None and not has_image_suffix(driver):
-            of_driver = replace(options, fps=fps, pose="absolute", max_frames=None)
-            with open_stream(driver, animator.tracker(options.tracker), of_driver) as other:
-                total = {"driver": other.total, "shortest": min(total, other.total)}.get(options.length, total)
-            streams = 2
-        began = time.monotonic()
-        try:
-            rows = list(clips.rows_of(first))
-            tracking = streams * (time.monotonic() - began) / len(rows)
-            upright, side = rotate_clockwise(frames[0], first.rotation), animator.model.config.image_size
-            crop = crop_with_padding(upright, rows[0].motion.crop, side)
-            face_box = animator.portrait_from_motion(crop, rows[0].motion).face_box
-            editor = clips.ClipEditor(animator, options, regions, 1.0)
-            for _ in range(2):  # the first run warms up
-                began = time.monotonic()
-                list(clips.edit_frames(zip(frames, rows, repeat(None)), editor, first, clips.MAX_BATCH))
-            seconds = tracking + (time.monotonic() - began) / len(rows)
-        except NoFaceError:
-            notes.append(f"no face in the first frames of {clip}")
-    planned = [PlannedSource(clip, face_box, size, out, os.path.lexists(out))]
-    return _make_plan(animator, planned, driver or clip, min(total, options.max_frames or total), fps, seconds, notes)
+    """Return what `edit_clip` would do: find the face in the first frame and time some frames."""
+    options = options or ReenactOptions()
+    edited_regions(clip, driver, options)
+    with VideoReader(clip, fps=options.fps, start=options.start if driver is None else 0.0) as reader:
+        faces, info = animator.tracker().find_all(next(iter(reader))), reader.info
+    box = bounding_box(choose_face(faces, options.face, str(clip)).landmarks) if faces else None
+    planned = [PlannedSource(clip, box, (info.width, info.height), out, os.path.lexists(out))]
+    job = partial(edit_clip, animator, clip, driver=driver)
+    return _make_plan(animator, planned, driver or clip, info.frame_count, info.fps, [], job, options)
+
+
+class _TimedError(Exception):
+    """Ends a job that has been timed."""
 
 
 def _make_plan(animator: Animator, planned: Sequence[PlannedSource], driver: Path, frames: int, fps: Fraction,
-               seconds: float | None, notes: Sequence[str]) -> Plan:  # fmt: skip
-    """Return the plan of frames that take `seconds` each."""
+               notes: Sequence[str], job: Callable[..., Summary], options: ReenactOptions) -> Plan:  # fmt: skip
+    """Run a job of one source into a temporary file until some frames are done; return the plan of all."""
+    began, times, enough = time.monotonic(), list[float](), 2 * animator.chunk_size + 2
+
+    def report(stage: str, done: int, total: int | None) -> None:
+        nonlocal frames
+        frames = total or frames
+        times.append(time.monotonic() - began)
+        if done == enough:
+            raise _TimedError
+
+    with contextlib.suppress(_TimedError), tempfile.TemporaryDirectory() as folder:
+        try:
+            job(Path(folder) / planned[0].out.name, options=replace(options, overwrite=True), progress=report)
+        except NoFaceError as error:
+            notes = (*notes, str(error))
+    pace = (times[-1] - times[0]) / max(1, len(times) - 1) if times else 0.0
+    remaining = max(1, sum(options.overwrite or not source.exists for source in planned))
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
-    notes = (*notes, *precision_notes(animator.precision, animator.device))
     return Plan(tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
-                seconds and frames * seconds, notes)  # fmt: skip
+                remaining * (times[0] + pace * (frames - 1)) if times else None,
+                (*notes, *precision_notes(animator.precision, animator.device)))  # fmt: skip
 
 
 def _sanitize_name(name: str) -> str:

@@ -182,9 +182,9 @@ def test_plan_of_a_clip_tracks_its_driver_as_asked_and_estimates_nothing_without
         for _ in range(3):
             writer.write(np.full((64, 64, 3), 128, np.uint8))
     plan = plan_edit(animator, wall, tmp_path / "out.mp4", ReenactOptions(tracker="fan"), driver=driver)
-    assert names == ["landmarker", "fan"]
-    assert plan.seconds is None
-    assert plan.notes == (f"no face in the first frames of {wall}",)
+    assert names == ["landmarker", "landmarker", "fan"]
+    assert (plan.seconds, plan.frames) == (None, 3)
+    assert plan.notes == (f"no face found in {wall}: use a video that shows one large, upright face",)
     assert str(plan.sources[0]).endswith("64x64, no face found")
 
 
