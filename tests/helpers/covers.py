@@ -1,4 +1,4 @@
-"""Drawn covers before a face: masks, hands, microphones, cups, scarves, dark and clear lenses."""
+"""Drawn covers before a face: masks, hands, phones, microphones, cups, scarves, dark and clear lenses."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def draw_cover(photo: np.ndarray, points: np.ndarray, kind: str, *, eyes: tuple[
             centre = mouth + [0, (finger - 1.5) * 0.2 * unit]
             ellipse(centre + [0, 0.02 * unit], 0.62, 0.115, tuple(0.6 * x for x in skin))
             ellipse(centre, 0.61, 0.1, tuple((0.92 + 0.03 * finger) * x for x in skin))
+    elif kind == "phone":  # before the person's right half of the face
+        cv2.rectangle(out, *np.rint(mouth + unit * np.array([[-0.85, -1.45], [0, 0.6]])).astype(int), (24, 24, 28), -1)
     elif kind == "microphone":
         ellipse(mouth + [0, 0.03 * unit], 0.4, 0.37, (62, 60, 64))
     elif kind in ("cup", "lowered cup", "low microphone"):  # their edge crosses the lips, but for the lowered cup's

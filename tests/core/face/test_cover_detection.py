@@ -21,6 +21,7 @@ from tests.helpers.covers import draw_cover
 
 DATA = Path(__file__).parents[2] / "data"
 MOUTH, EYES = CoveredParts(mouth=True), CoveredParts(right_eye=True, left_eye=True)
+HALF = CoveredParts(mouth=True, right_eye=True)
 
 Photo = tuple[np.ndarray, np.ndarray]  # picture, landmarks
 
@@ -55,7 +56,7 @@ def covered_parts(detector: CoverDetector, tracker: LandmarkerTracker, photo: np
     [
         ("blue mask", MOUTH), ("black mask", MOUTH), ("scarf", MOUTH), ("hand", MOUTH), ("microphone", MOUTH),
         ("dark lenses", EYES), ("brown lenses", EYES), ("clear lenses", CoveredParts()),
-        ("lowered cup", CoveredParts()),
+        ("lowered cup", CoveredParts()), ("phone", HALF),
     ],
 )  # fmt: skip
 def test_drawn_covers_are_found(
