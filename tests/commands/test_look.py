@@ -67,20 +67,21 @@ def test_novel_view_single_yaw_writes_a_marked_image(tiny, tmp_path, monkeypatch
 
 def test_grid_shows_all_yaws_and_basis_vectors(tiny, tmp_path):
     views, basis = tmp_path / "views.png", tmp_path / "basis.png"
-    assert run_tiny(tiny, "novel-view", "--grid", "--frames", "7", "-o", views).exit_code == 0
-    assert read_image(views).shape == (3 * 512, 3 * 512, 3)
+    small = ["--frame", "face", "--size", "128"]
+    assert run_tiny(tiny, "novel-view", "--grid", "--frames", "7", "-o", views, *small).exit_code == 0
+    assert read_image(views).shape == (3 * 128, 3 * 128, 3)
     sheet_args = ["--grid", "--v", "3", "--v", "1", "-o", basis]
     assert run_tiny(tiny, "edit-basis", *sheet_args, "--scale", "-50:50").exit_code == 0
     sheet = read_image(basis).astype(int)
     assert sheet.shape == (2 * 512, 5 * 512, 3)
     top = [sheet[:384, k * 512 : (k + 1) * 512] for k in range(5)]  # without the labels
     assert np.abs(top[0] - top[4]).max() > 5
-    assert run_tiny(tiny, "edit-basis", *sheet_args, "--overwrite", "--frame", "face", "--size", "128").exit_code == 0
+    assert run_tiny(tiny, "edit-basis", *sheet_args, "--overwrite", *small).exit_code == 0
     assert read_image(basis).shape == (2 * 128, 5 * 128, 3)
     photo = read_image(example_path("source.jpg"))
     write_image(tmp_path / "tall.png", np.pad(photo, ((100, 588), (0, 288), (0, 0)), "edge"))
     tall = [tmp_path / "tall.png", "--yaw", "0", "--frames", "1"]
-    for args, shape in (([], (1080, 720, 3)), (["--grid"], (512, 341, 3)), (["--depth"], None)):
+    for args, shape in (([], (1080, 720, 3)), (["--grid"], (512, 341, 3)), (["--depth", "--size", "512"], None)):
         assert run_tiny(tiny, "novel-view", *tall, *args, "-o", views, "--overwrite").exit_code == 0
         height, width, _ = found = read_image(views).shape
         assert found == shape or (shape is None and height == width < 720)  # the depth of the face crop

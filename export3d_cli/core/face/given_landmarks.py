@@ -18,6 +18,7 @@ from export3d_cli.core.runtime.files import check_file
 
 MAX_BYTES = 1 << 20  # of a file
 MAX_DISTANCE = 100  # of a coordinate, in sides of the photo
+MIN_DEVIATION = 2.0  # of points from a line, pixels
 IRIS_RADIUS = 0.23  # eye widths
 _STIFFNESS = 1e-6  # ridge of the spline
 
@@ -47,7 +48,8 @@ def read_landmarks(path: Path, size: tuple[int, int]) -> np.ndarray:
         points *= np.array([*size, size[0]])[: points.shape[1]]
     low, high = points[:, :2].min(0), points[:, :2].max(0)
     too_far = np.abs(points).max() > MAX_DISTANCE * max(size)
-    if too_far or (high <= 0).any() or (low >= size).any() or (high - low).min() < 8:
+    across = np.linalg.svd(points[:, :2] - points[:, :2].mean(0), compute_uv=False)[1] / len(points) ** 0.5
+    if too_far or (high <= 0).any() or (low >= size).any() or across < MIN_DEVIATION:
         raise InputError(f"{path} holds points from {points.min(0).round()} to {points.max(0).round()}, and the photo "
                          f"has {size[0]}x{size[1]} pixels: give pixels of this photo")  # fmt: skip
     return points
