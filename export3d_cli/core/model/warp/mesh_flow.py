@@ -28,8 +28,9 @@ from export3d_cli.core.model.warp.rasterizer import cross_2d, gather_rows, inter
 
 FACE_TRIANGLES = 902  # rows of (a, b, c, kind): kind 0 skin, 1 inside of the mouth, 2 eye
 EYE_TRIANGLES = 32  # the last ones of the face
-# Rings around the face oval: (scale of the oval, depth added, proximity to the face). The last one is for hair on top.
-HEAD_RINGS = ((1.3, 0.05, 0.5), (2.0, 0.12, 0.0), (2.8, 0.16, -0.5))
+# Rings around the face oval: (scale of the oval, fraction of the oval's depth, depth added, proximity to the face). The
+# outer ones are flatter than the face, as hair is round; the last one is for hair on top.
+HEAD_RINGS = ((1.3, 1.0, 0.05, 0.5), (2.0, 0.5, 0.09, 0.0), (2.8, 0.5, 0.12, -0.5))
 # Next to jaws and ears the inner ring shrinks to the person's outline, so that a turned head shows no background there:
 CUT_RING_DEPTH = 0.14  # depth added to it where it shrinks to the oval
 OUTLINE_STEPS = 24  # scales between the oval and the usual ring at which the outline is looked for
@@ -86,35 +87,36 @@ def add_head_rings(points: Tensor, outline: Tensor | None = None) -> Tensor:
     `outline` (B, 36) are scales of the inner ring, see `BasisFlow.find_outline`; None: its usual one.
     """
     oval = points[:, index_tensor(FACE_OVAL, points)]
-    rings = [_make_ring(oval, cached_tensor(scale, oval.device, oval.dtype), depth) for scale, depth, _ in HEAD_RINGS]
+    rings = [_make_ring(oval, cached_tensor(scale, oval.device, oval.dtype), *depth) for scale, *depth, _ in HEAD_RINGS]
     if outline is not None:
         rings[0] = _make_inner_ring(oval, outline)
     return torch.cat([points, *rings], dim=1)
 
 
-def _make_ring(oval: Tensor, scale: Tensor, depth: float | Tensor) -> Tensor:
-    """Widen a face oval (..., 36, 3) by scales (..., 36) or one scale, and set it back."""
+def _make_ring(oval: Tensor, scale: Tensor, relief: float, depth: float | Tensor) -> Tensor:
+    """Widen a face oval (..., 36, 3) by scales (..., 36) or one scale, scale its depth by `relief`, and set it back."""
     centre = oval.mean(-2, keepdim=True)
     widened = centre + (oval - centre) * scale[..., None]
-    return torch.cat([widened[..., :2], (oval[..., 2] + depth)[..., None].expand_as(widened[..., :1])], dim=-1)
+    z = relief * oval[..., 2] + depth
+    return torch.cat([widened[..., :2], z[..., None].expand_as(widened[..., :1])], dim=-1)
 
 
 def _make_inner_ring(oval: Tensor, scale: Tensor) -> Tensor:
     """Return the inner ring with scales of its own, see `_make_ring`: deeper, the smaller they are."""
-    usual, depth, _ = HEAD_RINGS[0]
-    return _make_ring(oval, scale, depth + (CUT_RING_DEPTH - depth) * (usual - scale) / (usual - 1))
+    usual, relief, depth, _ = HEAD_RINGS[0]
+    return _make_ring(oval, scale, relief, depth + (CUT_RING_DEPTH - depth) * (usual - scale) / (usual - 1))
 
 
-def ring_triangles() -> Tensor:
-    """Return the triangles between face oval and rings, (216, 4), wound like the face's."""
+def ring_triangles(device: torch.device | None = None) -> Tensor:
+    """Return the triangles between face oval and rings, (216, 4) int64, wound like the face's."""
     n = len(FACE_OVAL)
-    loops = [list(FACE_OVAL), *([NUM_LANDMARKS + r * n + k for k in range(n)] for r in range(len(HEAD_RINGS)))]
+    loops = [FACE_OVAL, *(range(NUM_LANDMARKS + r * n, NUM_LANDMARKS + (r + 1) * n) for r in range(len(HEAD_RINGS)))]
     triangles = []
     for inner, outer in zip(loops[:-1], loops[1:], strict=True):
         for k in range(n):
             j = (k + 1) % n
-            triangles += [[inner[k], outer[k], outer[j], 0], [inner[k], outer[j], inner[j], 0]]
-    return torch.tensor(triangles)
+            triangles += [(inner[k], outer[k], outer[j], 0), (inner[k], outer[j], inner[j], 0)]
+    return cached_tensor(tuple(triangles), device or torch.device("cpu"), torch.int64)
 
 
 def vertex_proximity(device: torch.device) -> Tensor:
@@ -279,7 +281,7 @@ class BasisFlow(nn.Module):
         anchored = to_image(attributes[..., 5:9].clamp(-2, 2)) * (mouth + eye)
         uv, (face, weight) = to_image(uv), face_and_head_weights(proximity)
         if head_mask is not None:  # around the face the mesh carries what belongs to the head in the photo
-            carries = proximity > HEAD_RINGS[-1][2]
+            carries = proximity > HEAD_RINGS[-1][-1]
             weight = torch.maximum(face, warp(head_mask, uv) * carries)
             moves = (proximity >= 0) | (weight > 0.05)  # beyond the second ring only hair
             uv = torch.where(moves, uv, identity_grid(s, camera))

@@ -17,8 +17,9 @@ from export3d_cli.core.face.landmarks import CHIN, FACE_OVAL, FOREHEAD_TOP, NUM_
 from export3d_cli.core.model.cached_tensors import cached_tensor, index_tensor
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, dilate, linear_step, smooth_step
 from export3d_cli.core.model.volume_renderer import project
+from export3d_cli.core.model.warp import rasterizer
 from export3d_cli.core.model.warp.flow_blending import NECK_PIVOT, TORSO_FOLLOW_RATIO, relative_rotation
-from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid
+from export3d_cli.core.model.warp.mesh_flow import add_head_rings, identity_grid, resize, ring_triangles
 
 WINDOW_MARGIN = 0.75  # crop sides around the crop within which the person moves
 FLOW_SIZE = 192  # cells of a side of the window
@@ -28,6 +29,8 @@ EDGE_FADE = 0.06  # crop sides inside the border of the network's flow or image 
 HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over ...
 SHOWS_HEAD_FADE = (0.5, 0.9)  # ... and over which its image counts as showing the head
 SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's flow outside the face
+RING_FLOW_SIZE = 96  # cells of a side of the window in which the rings' motion is drawn
+RING_SMOOTHING_CELLS = 2  # radius of the box, applied twice, that smooths it
 UNKNOWN_WEIGHT = 0.02  # weight of the rings' motion next to the network's flow, which decides where it is known
 GRAZING_FADE = (1.5, 2.0)  # areas in the photo, in areas of the result, over which a surface counts as grazing
 OUTLINE_FADE = (0.8, 1.0)  # distances from the middle of the face from which on its motion is continued outside it
@@ -59,8 +62,7 @@ def extend_flow(landmarks: Tensor, source_landmarks: Tensor, source_camera: Tens
     result, _ = project(landmarks, camera)  # (B, 478, 2)
     vertices = add_head_rings(source_landmarks.float())
     photo, _ = project(vertices, source_camera)  # (B, V, 2)
-    rings, _ = project(vertices[:, NUM_LANDMARKS:], camera)  # they ignore the expression
-    head = _affine(rings, photo[:, NUM_LANDMARKS:], grid) - grid
+    head = _ring_flow(*project(vertices.expand(len(camera), -1, -1), camera), photo, grid) - grid
 
     in_crop = _inside(WHOLE, grid)
     in_window = torch.cat([_inside(window, grid) for window in windows or [WHOLE]])
@@ -146,11 +148,20 @@ def _push_outside_face(uv: Tensor, oval: Tensor, outline: Tensor) -> tuple[Tenso
     return uv + outwards * from_centre, radius * (1 + outwards), turned_away
 
 
-def _affine(result: Tensor, photo: Tensor, grid: Tensor) -> Tensor:
-    """Map a grid (1, 2, n, n) by the affine transform that fits result -> photo, (B, V, 2) both, best."""
-    ones = torch.ones_like(result[..., :1])
-    basis = torch.cat([result, ones], dim=-1)
-    normal = basis.transpose(1, 2) @ basis  # (B, 3, 3)
-    transform = torch.linalg.solve(normal, basis.transpose(1, 2) @ photo)  # (B, 3, 2)
-    points = torch.cat([grid.flatten(2), torch.ones_like(grid[:, :1].flatten(2))], dim=1)  # (1, 3, P)
-    return (transform.transpose(1, 2) @ points).view(-1, 2, *grid.shape[2:])
+def _ring_flow(result: Tensor, depth: Tensor, photo: Tensor, grid: Tensor) -> Tensor:
+    """Map a grid (1, 2, n, n) as the mesh's rings map it, from result to photo, (B, V, 2) both, and smoothly beyond.
+
+    Beyond the rings the affine transform that fits them best maps it. `depth` (B, V) is the result's.
+    """
+    corners = F.pad(result, (0, 1), value=1.0)  # (B, V, 3)
+    basis, target = corners[:, NUM_LANDMARKS:], photo[:, NUM_LANDMARKS:]
+    transform = torch.linalg.solve(basis.transpose(1, 2) @ basis, basis.transpose(1, 2) @ target)  # (B, 3, 2)
+    rest = F.pad(photo - corners @ transform, (0, 1), value=1.0)  # (B, V, 3)
+    triangles = ring_triangles(grid.device)[:, :3]
+    in_window = (result + WINDOW_MARGIN) / (1 + 2 * WINDOW_MARGIN)
+    raster = rasterizer.rasterize(in_window, depth, triangles, RING_FLOW_SIZE)
+    drawn = rasterizer.interpolate_vertices(raster, rest, triangles).transpose(1, 2).unflatten(2, (RING_FLOW_SIZE, -1))
+    drawn = box_mean(box_mean(drawn, RING_SMOOTHING_CELLS), RING_SMOOTHING_CELLS)
+    points = F.pad(grid.flatten(2).transpose(1, 2), (0, 1), value=1.0)  # (1, P, 3)
+    affine = (points @ transform).transpose(1, 2).unflatten(2, grid.shape[2:])
+    return affine + resize(drawn[:, :2] / (drawn[:, 2:] + UNKNOWN_WEIGHT), grid.shape[-1])
