@@ -28,6 +28,7 @@ WINDOW_FADE = 0.25  # crop sides inside the window's border over which the motio
 EDGE_FADE = 0.06  # crop sides inside the border of the network's flow or image over which it takes over
 HEAD_WEIGHT_FADE = (0.0, 0.5)  # weights of the network's head layer over which its flow takes over ...
 SHOWS_HEAD_FADE = (0.5, 0.9)  # ... and over which its image counts as showing the head
+MIN_HELD_WEIGHT = 0.1  # ... and above which it may hold the flow farther outside
 SMOOTHING_CELLS = 3  # radius of the box, applied twice, that smooths the head's flow outside the face
 RING_FLOW_SIZE = 96  # cells of a side of the window in which the rings' motion is drawn
 RING_SMOOTHING_CELLS = 2  # radius of the box, applied twice, that smooths it
@@ -76,7 +77,10 @@ def extend_flow(landmarks: Tensor, source_landmarks: Tensor, source_camera: Tens
         oval = photo[:, index_tensor(FACE_OVAL, photo)]
         skip = FAR_SIDE_DEPTH * relative_rotation(source_camera, camera).norm(dim=1)[:, None, None, None]
         moved, radius, turned_away = _push_outside_face(grid + shift, oval, 1 + skip)
-        weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop * linear_step(radius, *OUTLINE_FADE)
+        weight = linear_step(weight, *HEAD_WEIGHT_FADE) * in_crop
+        middle = result[:, index_tensor(FACE_OVAL, result)].mean(1)[:, :1, None, None]
+        moved = _hold_turning_points(moved, grid[:, :1] > middle, weight > MIN_HELD_WEIGHT)
+        weight = weight * linear_step(radius, *OUTLINE_FADE)
         known = weight * torch.cat([moved - grid - head, turned_away, torch.ones_like(weight)], dim=1)
         known = box_mean(box_mean(known, SMOOTHING_CELLS), SMOOTHING_CELLS)
         continued = known[:, :3] / (known[:, 3:] + UNKNOWN_WEIGHT)
@@ -146,6 +150,20 @@ def _push_outside_face(uv: Tensor, oval: Tensor, outline: Tensor) -> tuple[Tenso
     turned_away = linear_step(area, *GRAZING_FADE)
     outwards = turned_away * (outline / radius - 1).clamp(0, 2)
     return uv + outwards * from_centre, radius * (1 + outwards), turned_away
+
+
+def _hold_turning_points(uv: Tensor, is_right: Tensor, known: Tensor) -> Tensor:
+    """Let positions (B, 2, n, n) in the photo not turn back on the way outwards, to the right if `is_right`, else left.
+
+    The near side of a turned head would show again what the photo shows farther inside. Where the flow is not `known`,
+    it turns nothing.
+    """
+    outwards = torch.where(is_right, uv[:, :1], -uv[:, :1])
+    right, right_index = outwards.masked_fill(~(known & is_right), -torch.inf).cummax(3)
+    left, left_index = outwards.masked_fill(~known | is_right, -torch.inf).flip(3).cummax(3)
+    index = torch.where(is_right, right_index, uv.shape[3] - 1 - left_index.flip(3))
+    turns_back = torch.where(is_right, right, left.flip(3)) > outwards
+    return torch.where(turns_back, uv.gather(3, index.expand_as(uv)), uv)
 
 
 def _ring_flow(result: Tensor, depth: Tensor, photo: Tensor, grid: Tensor) -> Tensor:

@@ -66,6 +66,25 @@ def test_shifted_head_takes_hair_outside_the_crop_along(points: Tensor, orbit: C
         torch.testing.assert_close(at(flow.displacement, place)[0], torch.tensor([-SHIFT, 0.0]), atol=1e-4, rtol=0)
 
 
+def test_turned_hair_moves_as_the_rings_of_the_mesh(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    flow, rings = extend(points, orbit(0), orbit(30)), add_head_rings(points)
+    (photo, _), (result, _) = (project(rings, camera) for camera in (orbit(0), orbit(30)))
+    for k in range(514, 514 + 36, 3):  # the second ring
+        if (place := result[0, k])[1] < 0.3:  # below, the torso moves by itself
+            moved = place + at(flow.displacement, (float(place[0]), float(place[1])))[0]
+            assert (moved - photo[0, k]).norm() < 0.02
+
+
+def test_turned_head_does_not_show_again_what_is_farther_inside(points: Tensor, orbit: Callable[..., Tensor]) -> None:
+    """Beyond the outline of the photo's head a flow may turn back: there the outline is stretched."""
+    fold, camera = 0.15, orbit(0)
+    uv = identity_grid(32, points).clone()
+    uv[:, 0] = torch.where(uv[:, 0] < fold, 2 * fold - uv[:, 0], uv[:, 0])
+    flow = extend(points, camera, camera, uv=uv, weight=torch.ones(1, 1, 16, 16))
+    for x in (0.06, 0.09, 0.12):
+        assert x + at(flow.displacement, (x, 0.5))[0, 0] < fold + 0.02
+
+
 @pytest.mark.parametrize("torso", [None, 0.0, 1.0])
 def test_torso_follows_by_its_ratio(points: Tensor, orbit: Callable[..., Tensor], torso: float | None) -> None:
     flow = extend(points, orbit(0), shifted(orbit(0)), torso=torso)
