@@ -132,6 +132,11 @@ pose_option = click.option(
     "head is turned alike, and from there moves as DRIVE moves (a picture gives its own pose), as far as SRC can be "
     "turned; relative: the same, from a reference frame (the first by default); absolute: DRIVE's own pose and place.",
 )  # fmt: skip
+motion_option = click.option(
+    "--motion", type=click.Choice(["landmarks", "pixels", "both"]), default="landmarks", show_default=True,
+    help="What DRIVE's expression is read from: landmarks; the pixels of its face; or landmarks, corrected by pixels. "
+    "The latter two need weights that were trained with model.motion=planedict.",
+)  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True,
                               help="Print what would be done and an estimate of the time; write nothing.")  # fmt: skip
 quality_option = click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), default="balanced",

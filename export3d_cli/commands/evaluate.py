@@ -7,6 +7,7 @@ import click
 
 from export3d_cli import console, core, options
 
+_REENACT_OPTIONS = ("framing", "pose", "motion", "smooth", "watermark")
 _FOLDER, _EXISTING_FOLDER = (click.Path(exists=exists, file_okay=False, path_type=Path) for exists in (False, True))
 
 
@@ -50,6 +51,7 @@ def _check_network(ctx: click.Context, param: click.Parameter, value: str | None
 @click.option("--model/--no-model", default=True, help="Without the model: score only --results and the baselines.")
 @click.option("--write-inputs", type=_FOLDER, help="Only write each case's source and driver there, for another tool.")
 @options.frame_option
+@options.motion_option
 @options.pose_option
 @options.smooth_option
 @options.watermark_option
@@ -69,8 +71,8 @@ def evaluate(dataset: Path, output: Path | None, protocol: str | None, write_inp
         unused = {"output", "weights", "device", "precision", "quality", *chosen}
         options.refuse_unused(unused - {"protocol", "cross", "cases", "seed"}, "--write-inputs")
     if not chosen["model"]:
-        options.refuse_unused({"quality", "precision", "framing", "pose", "smooth", "watermark"}, "--no-model")
-    settings = core.ReenactOptions(**{name: chosen.pop(name) for name in ("framing", "pose", "smooth", "watermark")})
+        options.refuse_unused({"quality", "precision", *_REENACT_OPTIONS}, "--no-model")
+    settings = core.ReenactOptions(**{name: chosen.pop(name) for name in _REENACT_OPTIONS})
     chosen["max_frames"] = chosen["max_frames"] or None
     if protocol is not None:
         options.refuse_unused({"max_frames", "cases"}, f"--protocol {protocol}")

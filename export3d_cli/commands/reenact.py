@@ -70,6 +70,7 @@ SCALE_RANGE = click.FloatRange(-10, 10)
               "DRIVE's, more exaggerates.  [default: 1]")  # fmt: skip
 @click.option("--pose-scale", type=SCALE_RANGE, default=1.0,
               help="Strength of DRIVE's head pose, likewise.  [default: 1]")  # fmt: skip
+@options.motion_option
 @options.pose_option
 @click.option("--torso", default="follow", show_default=True, metavar="follow|driver|still|0..1", callback=_parse_torso,
               help="Motion of the torso, as a fraction of the neck's: follow is what torsos usually do, still is 0; "

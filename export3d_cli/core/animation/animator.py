@@ -29,7 +29,7 @@ from export3d_cli.core.animation.options import Crop, Framing, Quality
 from export3d_cli.core.animation.person import Person, apply_person, fingerprint
 from export3d_cli.core.animation.photo_canvas import FrameLayers, PhotoCanvas
 from export3d_cli.core.animation.pipeline import chain_parallel
-from export3d_cli.core.animation.retargeting import Control
+from export3d_cli.core.animation.retargeting import Control, MotionSource
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM
 from export3d_cli.core.face.cover_detection import CoverDetector, CoveredParts
 from export3d_cli.core.face.crop import ClipCalibration, Square, crop_with_padding, fit_clip_crop
@@ -45,6 +45,7 @@ from export3d_cli.core.model.checkpoint import check_header_size, load_into, loa
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
 from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES
+from export3d_cli.core.model.planedict import correct
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime import device as devices
 from export3d_cli.core.runtime.device import AdaptiveBatcher, autocast, cast_weights, copy_for_inference
@@ -55,7 +56,7 @@ from export3d_cli.core.runtime.weights import resolve_weights
 # most of them photos from one studio. Another light lowers it.
 MIN_SIMILARITY = 0.5
 FIELD_POINTS = 1 << 17  # points of the volume that are decoded at once
-FP32_PARTS = ("expression", "decoder")  # parts of the network whose weights always stay fp32
+FP32_PARTS = ("expression", "decoder", "planedict")  # parts of the network whose weights always stay fp32
 NOT_FINITE = "the network gives values that are not finite: use a smaller scale, or other weights"
 # Side of the volume rendering and samples of a ray, as fractions of those that the weights were trained at. PSNR to
 # `best` of three driven portraits, frame by frame: balanced 39 to 45 dB.
@@ -102,6 +103,20 @@ class Portrait(FaceCrop):
         """Generate the tri-planes (B, 3, C, P, P) of coefficients lambda (B, n)."""
         with torch.inference_mode(), autocast(lam.device, self.precision):
             return self.model.generate_planes(self.source, lam)
+
+    def motion_planes(self, codes: Tensor) -> Tensor:
+        """Generate the tri-planes (B, 3, C, P, P) of motion codes (B, d), see `PlaneDict`."""
+        assert self.model.planedict is not None
+        identity, bases = self._plane_dict
+        with torch.inference_mode():
+            return identity + self.model.planedict.planes(codes, bases)
+
+    @cached_property
+    def _plane_dict(self) -> tuple[Tensor, Tensor]:
+        """Its tri-plane with the mean expression, (1, 3, C, P, P), and the plane bases."""
+        assert self.model.planedict is not None
+        with torch.inference_mode(), autocast(self.source.tokens.device, self.precision):
+            return self.model.identity_planes(self.source).float(), self.model.planedict.bases()
 
     @cached_property
     def edits(self) -> dict[Any, EditedExpression]:
@@ -337,11 +352,12 @@ class Animator:
         torso_ratio = None if control.torso == "driver" else control.torso
         renderer = _Renderer(self, portrait, notify, layers, torso_ratio)
         coefficients = partial(self._coefficients, portrait.model)
-        base = None if reference is None else coefficients(reference.beta[:1])
+        read = partial(self._read_expression, portrait, source=control.motion)
+        base = None if reference is None else read(reference.select(np.array([0])))
         base_camera = None if reference is None else reference.camera[0]
         follow = None
-        if control.drives_whole_face and reference is not None and base is not None:
-            follow = self._landmark_follower(portrait, reference, base)
+        if control.drives_whole_face and control.motion != "pixels" and reference is not None:
+            follow = self._landmark_follower(portrait, reference, coefficients(reference.beta[:1]))
         own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
@@ -353,7 +369,8 @@ class Animator:
             for motion in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, motion.beta)
                 driven, change = coefficients(beta), edited.to(own)
-                lam = control.target_expression(own, driven, base)
+                target = driven if control.motion == "landmarks" else read(motion)
+                lam = control.target_expression(own, target, base)
                 cameras = control.target_cameras(source_camera, motion.camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
@@ -366,7 +383,8 @@ class Animator:
                 else:  # the landmarks show the driver's expression in full: only what is added to it is amplified
                     lam = lam + self.model.config.expression_gain * change
                     offsets = control.expression_scale * offsets
-                yield from renderer.render_motion(cameras, lam, torso=moved, offsets=offsets)
+                codes = self._tensor(motion.code) if control.motion == "pixels" else None
+                yield from renderer.render_motion(cameras, lam, torso=moved, offsets=offsets, codes=codes)
 
         return chain_parallel(parts(), self.workers)
 
@@ -505,6 +523,25 @@ class Animator:
         with torch.inference_mode():
             return model.coefficients(self._tensor(beta))
 
+    def _read_expression(self, portrait: Portrait, motion: Motion, *, source: MotionSource) -> Tensor:
+        """Return the coefficients (T, n + m) that a driver's motion shows the portrait, by landmarks or pixels."""
+        tracked = self._coefficients(portrait.model, motion.beta)
+        if source == "landmarks":
+            return tracked
+        with torch.inference_mode():
+            shown = portrait.model.read_coefficients(portrait.source, self._tensor(motion.code))
+        return shown if source == "pixels" else correct(tracked, shown)
+
+    def read_code(self, frame: np.ndarray, face: Face) -> np.ndarray:
+        """Return the motion code (d,) that `PlaneDict` reads from a frame, uint8 (H, W, 3), with this face."""
+        assert self.model.planedict is not None
+        x0, y0, side = square = fit_clip_crop(face.landmarks[None], (frame.shape[1], frame.shape[0]))
+        crop = crop_with_padding(frame, square, self.model.config.image_size)
+        uv = (face.landmarks[None, :, :2] - (x0, y0)) / side
+        with torch.inference_mode():
+            codes = self.model.planedict.encode(self._image_tensor(crop), self._tensor(uv))
+        return codes.motion[0].cpu().numpy()
+
     def _pose(self, portrait: Portrait, lam: Tensor) -> PosedHead:
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             return portrait.model.pose_head(portrait.source, lam)
@@ -515,7 +552,7 @@ class Animator:
         model, source = portrait.model, portrait.source.expand(len(cameras))
         # larger frames need a larger mesh, up to twice: otherwise the outline shows steps
         scale = np.clip(len(portrait.crop) / model.config.image_size, 1, 2)
-        if posed is None and self.quality == "fast":
+        if posed is None and planes is None and self.quality == "fast":
             planes = portrait.planes.expand(len(cameras), -1, -1, -1, -1)
         with torch.inference_mode(), autocast(self.device, portrait.precision):
             posed = posed.expand(len(cameras)) if posed is not None else model.pose_head(source, lam, planes, offsets)
@@ -567,12 +604,18 @@ class _Renderer:
             self._notify(portrait.covered.note())
 
     def render_motion(self, cameras: np.ndarray, lam: Tensor, *, torso: np.ndarray | None = None,
-                      offsets: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
-        """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + m)."""
+                      offsets: Tensor | None = None,
+                      codes: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
+        """Yield lazy parts of the frames of a moving expression, lambda with measures (T, n + m).
+
+        The motion codes (T, d) move the tri-plane in place of lambda, see `PlaneDict`.
+        """
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):
             part = slice(start, start + size)
-            planes = None if self._interpolator is None else self._interpolator(lam[part, :n])
+            planes = None if codes is None else self._portrait.motion_planes(codes[part])
+            if codes is None and self._interpolator is not None:
+                planes = self._interpolator(lam[part, :n])
             yield from self.render(cameras[part], lam[part], planes=planes,
                                    torso=None if torso is None else torso[part],
                                    offsets=None if offsets is None else offsets[part])  # fmt: skip

@@ -46,7 +46,7 @@ PREFETCH_DEPTH = 16  # frames that are tracked ahead of the editing
 _OF_PHOTOS = {  # fields of the options that have no effect on a video -> their options
     "framing": "--frame", "crop": "--crop", "size": "--size", "background": "--background", "compare": "--compare",
     "torso": "--torso", "pose": "--pose", "pose_scale": "--pose-scale", "landmarks": "--landmarks",
-    "pairs": "--pair", "also": "--also", "look": "--look",
+    "pairs": "--pair", "motion": "--motion", "also": "--also", "look": "--look",
 }  # fmt: skip
 
 

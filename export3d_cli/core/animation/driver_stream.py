@@ -7,7 +7,7 @@ shot's first ten seconds, while faces and motion, not images, wait.
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, groupby
@@ -67,7 +67,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
     motion, one row; its camera also places the head of a CSV (None: EG3D's usual). Crops are `crop_scale` face boxes
     wide; those of `crop_size` pixels come with the motion (None: no crops). `track_cache` records the faces at the
     first pass; later passes with the same driver, tracker, face and frames read them from it. With a `matting` of
-    people the motion of the torso is read, too.
+    people the motion of the torso is read, too, and with `read_code` the `code` of each frame and its face; faces of a
+    `track_cache` have no codes.
 
     `fps` is the exact rate, `total` the expected number of frames, `missing` the frames without a face so far,
     `rotation` the clockwise degrees by which frames are rotated, so that the face is upright, `notes` are for the user.
@@ -75,9 +76,11 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
 
     def __init__(self, driver: Path, tracker: FaceTracker, options: ReenactOptions, *, batch: int, crop_scale: float,
                  crop_size: int | None = None, source: Motion | None = None,
-                 track_cache: TrackCache | None = None, matting: PersonMatting | None = None) -> None:  # fmt: skip
+                 track_cache: TrackCache | None = None, matting: PersonMatting | None = None,
+                 read_code: Callable[[np.ndarray, Face], np.ndarray] | None = None) -> None:  # fmt: skip
         self.driver, self.tracker, self.options, self.source = driver, tracker, options, source
         self.batch, self.crop_scale, self.crop_size, self.track_cache = batch, crop_scale, crop_size, track_cache
+        self._read_code = read_code
         self._torso = TorsoTracker(matting) if matting is not None else None
         self.missing = 0
         self.notes: list[str] = []
@@ -96,6 +99,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
         if speaks or driver.suffix.lower() in MOTION_SUFFIXES:
             if crop_size is not None:
                 raise InputError(f"{driver} holds no images for --compare: leave out --compare")
+            if read_code is not None:
+                raise InputError(f"{driver} holds no pictures to read motion from: leave out --motion")
             camera = orbit_camera(0) if source is None else source.camera[0]
             if speaks:
                 fps = fps or DEFAULT_FPS
@@ -218,6 +223,8 @@ class DriverStream(contextlib.AbstractContextManager["DriverStream"]):
                 is_cut, last = False, face
                 if self._torso is not None:
                     face = replace(face, torso=self._torso(frame, face, is_new_shot=is_new_shot))
+                if self._read_code is not None:
+                    face = replace(face, code=self._read_code(frame, face))
             if cache is not None:
                 cache.append(face, size, is_new_shot=is_new_shot)
             yield face, is_new_shot, size

@@ -100,10 +100,15 @@ def load_portraits(animator: Animator, source: Path | Portrait, options: Reenact
 def open_driver(animator: Animator, portrait: Portrait, driver: Path, options: ReenactOptions,
                 track_cache: TrackCache | None = None) -> DriverStream:  # fmt: skip
     """Open the driver's motion for a portrait, with driver crops as high as its frames if they are to be compared."""
+    reads_pixels = options.motion != "landmarks"
+    if reads_pixels and animator.model.planedict is None:
+        raise InputError(f"these weights read no motion from pixels: leave out --motion {options.motion}, or train "
+                         "with model.motion=planedict")  # fmt: skip
     return DriverStream(driver, animator.tracker(options.tracker), options, batch=animator.chunk_size,
                         crop_scale=portrait.crop_scale, crop_size=portrait.frame_size[1] if options.compare else None,
-                        source=portrait.motion, track_cache=track_cache,
-                        matting=animator.matting if options.torso == "driver" else None)  # fmt: skip
+                        source=portrait.motion, track_cache=None if reads_pixels else track_cache,
+                        matting=animator.matting if options.torso == "driver" else None,
+                        read_code=animator.read_code if reads_pixels else None)  # fmt: skip
 
 
 def _animate_stream(

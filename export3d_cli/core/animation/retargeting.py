@@ -25,6 +25,8 @@ from export3d_cli.core.runtime.errors import InputError
 # Pose of the head. absolute: the driver's; relative: the source's own, moved as the driver's moves from its reference
 # frame; auto: relative to the frame whose head rotation is nearest to the source's.
 Pose = Literal["auto", "relative", "absolute"]
+# What the expression is read from: landmarks; pixels; or both, landmarks that pixels correct. See `PlaneDict`.
+MotionSource = Literal["landmarks", "pixels", "both"]
 DRIVABLE = (*REGIONS, "head")  # parts of a driver's motion
 _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's or torso's size, and of the torso's roll, if limited
@@ -60,6 +62,7 @@ class Control:
     relative_expression: bool = False  # the source's expression plus the driver's change
     # fraction of the neck's motion that the torso follows, None: as torsos usually do; or `driver`: the driver's motion
     torso: float | Literal["driver"] | None = None
+    motion: MotionSource = "landmarks"  # what the expression is read from
     eyes_to_camera: bool = False  # the gaze is at the camera, whatever source and driver look at
 
     def __post_init__(self) -> None:
@@ -68,6 +71,8 @@ class Control:
             raise InputError(f"scales must be finite numbers, got {', '.join(map(str, scales))}")
         object.__setattr__(self, "drive", _expand_regions(self.drive))
         _expand_regions([name for name, _ in self.scales] or DRIVABLE)
+        if self.motion != "landmarks" and not self.drives_whole_face:
+            raise InputError(f"--motion {self.motion} drives the whole face: leave out --drive and --scale")
         if self.torso == "driver" and self.pose == "absolute":
             raise InputError("the driver's torso moves from its reference frame: use --pose auto or relative with it")
         is_fraction = isinstance(self.torso, int | float) and 0 <= self.torso <= 1

@@ -191,7 +191,9 @@ def _check_training(config: TrainConfig) -> None:
         if stage not in STAGES:
             raise ConfigError(f"unknown stage {_REPR.repr(stage)}: choose from {', '.join(STAGES)}")
     raw_size = config.raw_size_start or model.raw_size
-    weights = {name: getattr(config, name).weight for name in ("data", "clebs", *INPAINTERS, "pose_debias")}
+    weights = {
+        name: getattr(config, name).weight for name in ("data", "clebs", *INPAINTERS, "planedict", "pose_debias")
+    }
     _check_rules(
         (re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", config.device),
          f"device {_REPR.repr(config.device)} is unknown: use auto, cpu, cuda, cuda:N or mps"),
@@ -211,6 +213,10 @@ def _check_training(config: TrainConfig) -> None:
         *((not getattr(model, stage) or stage in stages or config.init,
            f"model.{stage} is trained by the stage {stage}: add the stage, or set init to trained weights, or "
            f"model.{stage} to 0") for stage in INPAINTERS),
+        (("planedict" not in stages and not loss.disentangle) or model.motion == "planedict",
+         "the stage planedict and loss.disentangle need model.motion planedict"),
+        (model.motion == "landmarks" or "planedict" in stages or config.init,
+         "model.motion planedict is trained by the stage planedict: add the stage, or set init to trained weights"),
         ("sampler" not in stages or len(stages) == 1, "the stage sampler must be the only one of its run"),
         ("pose_debias" not in stages or model.flow,
          "the stage pose_debias needs model.flow: it changes the basis flow"),

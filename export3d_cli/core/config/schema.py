@@ -22,6 +22,7 @@ class ModelConfig:
     basis: int = 10  # n, the number of basis vectors
     code_dim: int = 96  # d, dimension of beta'
     code_hidden: int = 64  # width between the two fully connected layers of f_e
+    motion: Literal["landmarks", "planedict"] = "landmarks"  # planedict: also reads it from pixels, see `PlaneDict`
     # generator (sec. 3.2)
     width: int = 384  # h, dimension of a token
     heads: int = 4
@@ -78,7 +79,15 @@ def _model_preset(sizes: dict[str, Any]) -> ModelConfig:
 
 CALIBRATION = ("expression_gain", "triplane_tolerance", "surface_density")  # fields of `ModelConfig`, see there
 INPAINTERS = ("mouth", "eyes", "lids")  # stages that train the inpainter of the same name in `ModelConfig`
-STAGES = ("clebs", *INPAINTERS, "reconstruction", "adversarial", "pose_debias", "sampler")  # in training order
+STAGES = (
+    "clebs",
+    *INPAINTERS,
+    "planedict",
+    "reconstruction",
+    "adversarial",
+    "pose_debias",
+    "sampler",
+)  # in training order
 
 # keys that a preset sets, between the defaults and the user's file; PRESETS: its model
 TRAINING_PRESETS: dict[str, dict[str, Any]]
@@ -174,6 +183,16 @@ class LidsConfig(InpaintConfig):
 
 
 @dataclass(frozen=True)
+class PlaneDictConfig:
+    """Stage `planedict`: the encoder of `PlaneDict` learns to read lambda from faces, without rendering."""
+
+    steps: Count = 4000
+    weight: tuple[float, ...] = ()  # sampling weight of each dataset in this stage; empty: data.weight
+    batch: Count = 32
+    lr: float = 1e-3  # decays linearly to a tenth
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights of the terms of eq. 13 and of the terms beyond the paper."""
 
@@ -193,6 +212,9 @@ class LossConfig:
     density_tv: float = 0.0  # EG3D's total variation of the density
     depth: float = 0.0  # L1 of the expected depth where the data set has exact depth
     silhouette: float = 0.0  # L1 between the opacity and the head mask of the target
+    disentangle: float = (
+        0.0  # PlaneDict's disentanglement loss, alone in every third step; needs model.motion planedict
+    )
     landmarks: float = 0.0  # L1 of the landmarks detected in output and target, percent of the face crop
 
 
@@ -253,6 +275,7 @@ class TrainConfig:
     mouth: MouthConfig = field(default_factory=MouthConfig)
     eyes: EyesConfig = field(default_factory=EyesConfig)
     lids: LidsConfig = field(default_factory=LidsConfig)
+    planedict: PlaneDictConfig = field(default_factory=PlaneDictConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     pose_debias: PoseDebiasConfig = field(default_factory=PoseDebiasConfig)

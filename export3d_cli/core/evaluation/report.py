@@ -47,8 +47,8 @@ def describe(result: Evaluation) -> str:
     facts = [
         result.protocol, f"{result.cases} cases", f"{result.frames} frames, {options.take}",
         f"photo: {options.photo} frame, size {options.size or 'own'}, background {options.background}",
-        *([f"frame {how.framing}, pose {how.pose}, smooth {how.smooth}, watermark {how.watermark}, "
-           f"quality {result.quality}"] * options.model),
+        *([f"frame {how.framing}, motion {how.motion}, pose {how.pose}, smooth {how.smooth}, "
+           f"watermark {how.watermark}, quality {result.quality}"] * options.model),
         *([f"seed {options.seed}"] * options.cross),
         *([f"identity by {Path(options.identity).name}"] if options.identity else []),
         result.device, f"{result.seconds:.0f} s", f"export3d {__version__}",

@@ -41,6 +41,7 @@ class Face:
     blendshapes: np.ndarray  # (52,) float32 in [0, 1], in the order of ARKIT_NAMES; tongueOut, of `fan` all, are 0
     score: float  # probability that it is a face, in [0.5, 1]
     torso: np.ndarray | None = None  # (4,) float32, see `TorsoTracker`; None: not read
+    code: np.ndarray | None = None  # (d,) float32, motion read from pixels, see `PlaneDict`; None: not read
 
     def distance_to(self, other: Face) -> float:
         """Return the distance of the centres of two faces, in boxes of the smaller one."""
@@ -106,7 +107,8 @@ class FaceTracker(ABC):
         (x0, y0, side), unseen = clip.crop, np.full(4, np.nan, np.float32)
         torso = np.stack([unseen if face.torso is None else face.torso for face in present])
         torso = ((torso - (x0, y0, 0, 0)) / (side, side, 1, 1)).astype(np.float32)
-        motion = Motion(beta, cameras, landmarks, found[found], fps, clip.crop, size, torso)
+        code = np.stack([np.zeros(0, np.float32) if face.code is None else face.code for face in present])
+        motion = Motion(beta, cameras, landmarks, found[found], fps, clip.crop, size, torso, code)
         return motion if found.all() else replace(motion.select((np.cumsum(found) - 1).clip(0)), found=found)
 
 

@@ -44,7 +44,11 @@ class Motion:
     # (T, 4) float32, x and y in crop units, roll, log size, see `TorsoTracker`; NaN: not seen. Files do not hold it.
     torso: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # without rows: all NaN
 
+    code: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # (T, d), likewise; see `Face`
+
     def __post_init__(self) -> None:
+        if not len(self.code):
+            object.__setattr__(self, "code", np.zeros((len(self.beta), 0), np.float32))
         if not len(self.torso):
             object.__setattr__(self, "torso", np.full((len(self.beta), 4), np.nan, np.float32))
 
@@ -65,12 +69,12 @@ class Motion:
 
     def select(self, rows: np.ndarray) -> Motion:
         """Return the motion of some frames only; `rows` are their indices."""
-        return replace(self, **{key: getattr(self, key)[rows] for key in (*_ROWS, "torso")})
+        return replace(self, **{key: getattr(self, key)[rows] for key in (*_ROWS, "torso", "code")})
 
     @staticmethod
     def concatenate(motions: Sequence[Motion]) -> Motion:
         """Join motions one after another; rate, crop and size are those of the first."""
-        rows = {key: np.concatenate([getattr(m, key) for m in motions]) for key in (*_ROWS, "torso")}
+        rows = {key: np.concatenate([getattr(m, key) for m in motions]) for key in (*_ROWS, "torso", "code")}
         return replace(motions[0], **rows)  # type: ignore[arg-type]
 
     def save(self, path: Path) -> None:

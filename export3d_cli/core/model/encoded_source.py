@@ -46,6 +46,7 @@ class Source:
     measures: Tensor  # (B, m) what beta tells beyond lambda, see `motion_beyond_lambda`
     stem: list[Tensor]  # features at H/2, H/4, H/8
     tokens: Tensor  # (B, N, h)
+    motion: Tensor | None = None  # (B, d) motion code, see `PlaneDict`
     # Source view and background (`config.source_plane`):
     view_plane: Tensor | None = None  # (B, C, H/4, W/4) features in the source camera
     background: Tensor | None = None  # (B, C', H/4, W/4) features behind the head, RGB first

@@ -25,6 +25,7 @@ from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
 from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES, apply_measures, interocular
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
+from export3d_cli.core.model.planedict import PlaneDict
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution, SuperResolutionOutput
 from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_field, sample_planes
@@ -116,6 +117,7 @@ class Export3D(nn.Module):
         self.flow = BasisFlow(config) if config.flow else None
         self.flow_blend = FlowBlend(config) if config.flow else None
         self.superres = SuperResolution(config)
+        self.planedict = PlaneDict(config) if config.motion == "planedict" else None
         self.inpainters = nn.ModuleDict()  # each trained in a stage of its own
         for name, inpainter in (("mouth", MouthInpainter), ("eyes", EyeInpainter), ("lids", EyelidInpainter)):
             if width := getattr(config, name):
@@ -157,6 +159,9 @@ class Export3D(nn.Module):
         lam, measures = self.coefficients(beta).split([self.config.num_coefficients, NUM_MEASURES], dim=1)
         basis = self.expression.basis() if inference else None
         source = Source(image, camera, landmarks, lam, measures, stem, tokens, basis=basis)
+        if self.planedict is not None:
+            motion = self.planedict.encode(image, project(landmarks.float(), camera)[0]).motion
+            source = replace(source, motion=motion)
         if head_mask is not None:
             person = DEFAULT_BODY_WEIGHT if person_mask is None else resize(person_mask.float(), head_mask.shape[-1])
             source = replace(source, proximity=proximity, outline=outline, head_mask=head_mask,
@@ -216,6 +221,18 @@ class Export3D(nn.Module):
     def generate_planes(self, source: Source, lam: Tensor) -> Tensor:
         """Generate the tri-plane (B, 3, C, P, P) of the source with coefficients lambda (B, n)."""
         return self.generator(source.stem, source.tokens, self._expression_code(source, lam))
+
+    def identity_planes(self, source: Source) -> Tensor:
+        """Generate the source's tri-plane (B, 3, C, P, P) with the mean expression, for `PlaneDict.planes`."""
+        mean = self.expression.coefficients(self.expression.beta_mean[None])
+        code = self.expression.code(mean, None if torch.is_grad_enabled() else source.basis)
+        return self.generator(source.stem, source.tokens, code.expand(len(source.tokens), -1))
+
+    def read_coefficients(self, source: Source, motion: Tensor) -> Tensor:
+        """Return lambda and measures (B, n + m) of the source with motion codes (B, d) that were read from pixels."""
+        assert self.planedict is not None and source.motion is not None
+        change = self.planedict.read_lambda(motion) - self.planedict.read_lambda(source.motion)
+        return source.coefficients + change
 
     def landmark_offsets(self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor, reference: Tensor,
                          rest: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -304,17 +321,23 @@ class Export3D(nn.Module):
     def forward(self, source_image: Tensor, source_beta: Tensor, source_camera: Tensor, source_landmarks: Tensor,
                 driver_beta: Tensor, driver_camera: Tensor, person_mask: Tensor | None = None,
                 raw_size: int | None = None, batch_rows: BatchRows | None = None,
-                rays: Tensor | None = None) -> Output:  # fmt: skip
-        """Encode and drive in one call, for training.
+                rays: Tensor | None = None, driver_face: Tensor | None = None) -> Output:  # fmt: skip
+        """Encode and drive in one call, for training; with `driver_face` (B, 3, 64, 64), by `PlaneDict`.
 
         With `rays` (B, R), pixel indices of the raw render, only the volume is rendered, and only at these pixels: the
         maps of the output are (B, ., R, 1), without background.
         """
         source = self.encode_source(source_image, source_beta, source_camera, source_landmarks, person_mask)
-        lam = self.coefficients(driver_beta)  # (B, n + m)
+        if driver_face is None or self.planedict is None:
+            lam = self.coefficients(driver_beta)  # (B, n + m)
+            posed = self.pose_head(source, lam)
+        else:
+            motion = self.planedict.encoder(driver_face).motion  # (B, d)
+            lam = self.read_coefficients(source, motion)
+            planes = self.identity_planes(source) + self.planedict.planes(motion)
+            posed = self.pose_head(source, lam, planes)
         if rays is None:
-            return self.drive(source, lam, driver_camera, raw_size=raw_size, batch_rows=batch_rows)
-        posed = self.pose_head(source, lam)
+            return self.drive(source, lam, driver_camera, posed=posed, raw_size=raw_size, batch_rows=batch_rows)
         size = raw_size or self.config.raw_size
         features, depth, opacity = self.render(source, posed, driver_camera, size, None, batch_rows, rays)
         return Output(image=features[:, :3], raw=features[:, :3], depth=depth, opacity=opacity, residual_flow=None,

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from export3d_cli.core.config.schema import BETA_DIM, ModelConfig
 
 
+def orthonormal_columns(matrix: Tensor) -> Tensor:
+    """Return Q of the QR decompositions of matrices (..., d, n)."""
+    q, r = torch.linalg.qr(matrix)  # (..., d, n), (..., n, n)
+    # QR does not fix the sign of a column; a positive diagonal of R makes Q a continuous function of the matrix
+    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
+
+
 class ExpressionCode(nn.Module):
     """Base of f_e: beta, standardised by the training data's `beta_mean` and `beta_std`, to lambda; lambda to beta'."""
 
@@ -64,10 +71,7 @@ class LeBS(ExpressionCode):
     def basis(self) -> Tensor:
         """Return V = QR(W) as n orthonormal rows v_i: (n, d), float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            q, r = torch.linalg.qr(self.weight.float())  # (d, n), (n, n)
-            # QR does not fix the sign of a column; a positive diagonal of R makes v_i a continuous function of W
-            sign = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
-            return (q * sign).T
+            return orthonormal_columns(self.weight.float()).T
 
     def _current_basis(self) -> Tensor:
         """Return `basis()`, cached while W is frozen and other parameters train."""

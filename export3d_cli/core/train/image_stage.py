@@ -18,10 +18,12 @@ from export3d_cli.core.runtime.weights import resolve_weights
 from export3d_cli.core.train import discriminator as adversary
 from export3d_cli.core.train.losses import LandmarkLoss, LandmarkNetwork, draw_rays, ray_loss, reconstruction_loss
 from export3d_cli.core.train.perceptual import load_perceptual
+from export3d_cli.core.train.planedict_stage import disentanglement_loss
 from export3d_cli.core.train.stage import Stage, TrainingRun, is_finite, update_ema
 from export3d_cli.core.train.training_data import Batch, PairSampler
 
 VOLUME_PARTS = ("expression.", "generator.", "decoder.", "source_view.eighth.", "source_view.quarter.")
+CROSS_INTERVAL = 3  # of the disentanglement loss: two steps within people, one with another driver
 EAGER_STEPS = 24  # steps without a graph first: they measure the widths of the rasteriser's windows
 WARMUP_RUNS = 3  # runs on the capture stream before the capture
 
@@ -105,6 +107,9 @@ class ImageStages(Stage):
         # f_e is frozen after its pre-training; without it, or as an ablation, f_e is trained end to end
         is_pretrained = bool("clebs" in config.stages or config.init or config.expression_from)
         model.expression.requires_grad_(not (is_pretrained and config.model.expression == "clebs"))
+        if model.planedict is not None:
+            for part in model.planedict.code_parts():
+                part.requires_grad_(False)
         trainable = config.trainable or (VOLUME_PARTS if config.raw_rays else ("",))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name.startswith(trainable))
@@ -141,7 +146,7 @@ class ImageStages(Stage):
         """Return the CUDA graph of a step, if one device processes the whole batch at once."""
         config, run = self.config, self.run
         is_whole_batch = run.world.size == 1 and config.accumulate == 1
-        if not (config.cuda_graph and is_whole_batch and run.device.type == "cuda"):
+        if not (config.cuda_graph and is_whole_batch and not config.loss.disentangle and run.device.type == "cuda"):
             return None
         flow, generator = self.model.flow, self.model.generator
         windows = None if flow is None else flow.windows
@@ -240,6 +245,9 @@ class ImageStages(Stage):
                              batch_rows: BatchRows | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Add the gradients of one of `parts` parts; return images (B, 3, H, W) and terms, without synchronising."""
         config = self.config
+        is_crossed = config.loss.disentangle > 0 and self.step % CROSS_INTERVAL == CROSS_INTERVAL - 1
+        if is_crossed:  # other people drive, and the result is not known
+            batch = batch._replace(driver=batch.driver.roll(1, 0))
         with self.run.autocast():
             head_mask = self.head_masks(batch)
             if config.raw_rays:
@@ -249,6 +257,9 @@ class ImageStages(Stage):
             else:
                 output = self.forward(batch, raw_size, batch_rows)
                 loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.landmarks, head_mask)
+        if config.loss.disentangle and self.model.planedict is not None:
+            disentangle = config.loss.disentangle * disentanglement_loss(self.model.planedict, batch, output.image)
+            loss, terms["disentangle"] = disentangle + (0 if is_crossed else loss), disentangle.detach()
         if self.discriminator is not None:  # eq. 14
             adversarial_loss = F.softplus(-self.discriminator(output.image, batch.target_camera)).mean()
             loss, terms["g_adv"] = loss + config.adversarial.weight * adversarial_loss, adversarial_loss.detach()
@@ -294,10 +305,11 @@ class ImageStages(Stage):
 
     def forward(self, batch: Batch, raw_size: int, batch_rows: BatchRows | None = None,
                 rays: Tensor | None = None) -> Any:  # fmt: skip
-        """Run the model on a batch."""
+        """Run the model on a batch; with the disentanglement loss, motion is read from the drivers' faces."""
+        face = batch.driver if self.config.loss.disentangle else None
         return self.model(batch.source, batch.source_beta, batch.source_camera, batch.source_points, batch.target_beta,
                           batch.target_camera, batch.source_person_mask, raw_size=raw_size, batch_rows=batch_rows,
-                          rays=rays)  # fmt: skip
+                          rays=rays, driver_face=face)  # fmt: skip
 
     def decay_progress(self) -> float:
         """Return the progress of a decay by time."""

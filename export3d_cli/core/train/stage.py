@@ -27,6 +27,7 @@ from export3d_cli.core.train.training_data import prefetch
 
 STAGE_SEEDS = {  # must not change: a run is repeated exactly
     "clebs": 0, "reconstruction": 1, "adversarial": 2, "mouth": 3, "eyes": 4, "pose_debias": 5, "lids": 6, "sampler": 7,
+    "planedict": 8,
 }  # fmt: skip
 WARM_RESTART_PROGRESS = 0.4  # decay progress at which a run with a finished decay by time restarts: at 2/3 of the rate
 MAX_SKIPPED_GRADIENTS = 20  # consecutive steps with a finite loss and non-finite gradients before giving up

@@ -22,6 +22,7 @@ from export3d_cli.core.train.clebs_stage import ClebsStage, prepare_ablation
 from export3d_cli.core.train.distributed import init_distributed
 from export3d_cli.core.train.image_stage import ImageStages
 from export3d_cli.core.train.inpaint_stage import InpaintStage
+from export3d_cli.core.train.planedict_stage import PlaneDictStage
 from export3d_cli.core.train.pose_debias_stage import PoseDebiasStage, sampling_config
 from export3d_cli.core.train.sampler_stage import SamplerStage
 from export3d_cli.core.train.stage import Stage, TrainEvent, TrainingRun
@@ -101,6 +102,9 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
                 stage = ClebsStage(run, model, sampler)
             elif name in INPAINTERS:
                 stage = InpaintStage(run, model, make_sampler(config.data), name)
+            elif name == "planedict":
+                data = replace(config.data, weight=config.planedict.weight or config.data.weight)
+                stage = PlaneDictStage(run, model, make_sampler(data))
             elif name == "pose_debias":
                 if run.resumed_state is None and images is None:
                     run.save_weights(model.state_dict())
@@ -136,8 +140,9 @@ def _load_initial_weights(model: Export3D, config: TrainConfig, initial: dict[st
         state, init_config, _ = initial["init"]
         kept = {name: getattr(config.model, name) for name in ("raw_size", *CALIBRATION)}
         added = [s for s in INPAINTERS if not getattr(init_config, s) and s in config.stages]  # inpainters of this run
-        init_config = replace(init_config, **kept, **{stage: getattr(config.model, stage) for stage in added})
-        prefixes = tuple(f"inpainters.{stage}." for stage in added)
+        added_fields = [*added, *(["motion"] if "planedict" in config.stages else [])]
+        init_config = replace(init_config, **kept, **{name: getattr(config.model, name) for name in added_fields})
+        prefixes = (*(f"inpainters.{stage}." for stage in added), *(["planedict."] if "motion" in added_fields else []))
         new_state = {k: v for k, v in model.state_dict().items() if prefixes and k.startswith(prefixes)}
         model_fields = vars(config.model)
         differing = [f"{name}={value}" for name, value in vars(init_config).items() if value != model_fields[name]]

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from export3d_cli.core.config.schema import BETA_DIM, CAMERA_DIM, DataConfig
 from export3d_cli.core.face.head_pose import landmarks_to_head_frame
-from export3d_cli.core.face.landmarks import NUM_LANDMARKS
+from export3d_cli.core.face.landmarks import LEFT_EYE_OUTER, NUM_LANDMARKS, RIGHT_EYE_OUTER
 from export3d_cli.core.face.matting import PersonMatting
 from export3d_cli.core.face.motion import Motion, mirror_beta, mirror_camera, mirror_landmarks
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.media.reader import VideoReader
+from export3d_cli.core.model.planedict import FACE_MARGIN, FACE_SIZE_PX
 from export3d_cli.core.runtime.errors import InputError, TrainingError
 from export3d_cli.core.runtime.files import check_file, driver_track_id, folder_lock, read_manifest, write_folder
 from export3d_cli.core.runtime.weights import resolve_weights
@@ -39,6 +40,7 @@ MASK_SIZE = 64  # side of the cached person masks and depths
 MAX_DEPTH_BYTES = 2**28  # of a file of depths
 MAPPED_ARRAYS = ("frames", "person", "depth")  # too large for memory
 HARD_PAIR_CANDIDATES = 8  # candidate drivers; the most different one is chosen
+FACE_JITTER, FACE_WARP, FACE_SHIFT = 0.4, 0.05, 0.03  # random changes of a driver's face: colours, axes, place
 WIDE_VIEW_CLIPS, WIDE_VIEW_FRAMES = 4, 16  # clips, and frames of each, searched for a pair of different views
 
 
@@ -220,6 +222,8 @@ class Batch(NamedTuple):
     target_points: Tensor  # (B, 478, 3) head frame
     target_person_mask: Tensor  # (B, 1, m, m)
     target_depth: Tensor  # (B, 1, m, m) of the head's surface along the camera's axis; 0 elsewhere or if not known
+    driver: Tensor  # (B, 3, 64, 64) face that shows the target's motion, recoloured and warped, see `PlaneDict`
+    target_own_beta: Tensor  # (B, 64) of the target, where `target_beta` is another head's
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`."""
@@ -247,7 +251,10 @@ class PairSampler:
         """Return the pairs of one training step, or only its `rows`."""
         rng = np.random.default_rng([seed, step, 1])
         rows = range(size) if rows is None else rows
-        pairs = [self._draw_pair(rng, is_needed=row in rows) for row in range(rows.stop)]
+        pairs = [
+            self._draw_pair(rng, np.random.default_rng([seed, step, 9, row]), is_needed=row in rows)
+            for row in range(rows.stop)
+        ]
         return Batch(*(_to_tensor(np.stack(rows)) for rows in zip(*filter(None, pairs), strict=True)))
 
     def draw_clip_group(self, seed: int, step: int, size: int, image_size: int, min_frames: int = 8,
@@ -335,22 +342,24 @@ class PairSampler:
         beta = (data.beta[others] - data.beta[row]) / self.beta_scale
         return angle / 10 + np.sqrt((beta**2).mean(1))
 
-    def _draw_pair(self, rng: Generator, *, is_needed: bool = True) -> tuple[np.ndarray, ...]:
-        """Draw a row of a `Batch`; if it is not needed, only advance `rng`, so that later pairs do not change."""
+    def _draw_pair(self, rng: Generator, face_rng: Generator, *, is_needed: bool = True) -> tuple[np.ndarray, ...]:
+        """Draw a row of a `Batch`; if it is not needed, only advance `rng`, so that later pairs do not change.
+
+        The driver's face is changed by `face_rng`.
+        """
         if self.config.wide_view_ratio > 0 and rng.random() < self.config.wide_view_ratio:
             data, source, target = self._draw_wide_view_pair(rng)
         else:
             data, clip = self._draw_clip(rng, self.clips_by_person)
             source = clip.start + int(rng.integers(clip.count))
             target = self._draw_driver(rng, data, clip, source)
-        beta = data.beta[target]
+        driver = target
         if self.config.cross_identity_ratio > 0 and rng.random() < self.config.cross_identity_ratio:
             crossed = self._draw_cross_identity_pair(rng)
             if crossed is not None:
-                data, source, target, beta = crossed
+                data, source, target, driver = crossed
         rows = np.array([source, target])
-        marks, cameras = data.landmarks[rows], data.camera[rows]
-        betas = np.stack([data.beta[source], beta])
+        marks, cameras, betas = data.landmarks[rows], data.camera[rows], data.beta[[source, driver, target]]
         flip = self.config.flip and rng.random() < 0.5
         lut = make_color_lut(rng, self.config.jitter)
         if not is_needed:
@@ -361,10 +370,13 @@ class PairSampler:
         depth = data.depth[target][None]
         if flip:
             frames, person_mask, depth = frames[:, :, ::-1], person_mask[..., ::-1], depth[..., ::-1]
+        face = cut_driver_face(data.frames[driver], data.landmarks[driver], face_rng, flip=flip)
+        face = apply_color_lut(face[None], make_color_lut(face_rng, FACE_JITTER))[0]
         images, points = apply_color_lut(frames, lut), landmarks_to_head_frame(marks, cameras)
         person_mask = person_mask / np.float32(255)
         source_row = (images[0], betas[0], cameras[0], points[0], person_mask[0])
-        return *source_row, images[1], betas[1], cameras[1], marks[1, :, :2], points[1], person_mask[1], depth
+        target_row = (images[1], betas[1], cameras[1], marks[1, :, :2], points[1], person_mask[1], depth)
+        return *source_row, *target_row, face, betas[2]
 
     def _draw_wide_view_pair(self, rng: Generator) -> tuple[FaceDataset, int, int]:
         """Return the two most different views of one clip among a few frames of a few clips: wide views are rare."""
@@ -383,8 +395,8 @@ class PairSampler:
                 smallest_cos, pair = float(cos[k, j]), (int(rows[k]), int(rows[j]))
         return data, *pair
 
-    def _draw_cross_identity_pair(self, rng: Generator) -> tuple[FaceDataset, int, int, np.ndarray] | None:
-        """Return data, source row, target row and the beta of another head on the target's motion track.
+    def _draw_cross_identity_pair(self, rng: Generator) -> tuple[FaceDataset, int, int, int] | None:
+        """Return data, source row, target row and the row of another head on the target's motion track.
 
         The camera is the target's, since every head has its own crop. None if no such pair is found.
         """
@@ -405,8 +417,8 @@ class PairSampler:
             return None
         index = int(rng.integers(len(common)))
         source = source_clip.start + int(rng.integers(source_clip.count))
-        beta = data.beta[driver_clip.start + int(driver_rows[index])]
-        return data, source, target_clip.start + int(target_rows[index]), beta
+        driver = driver_clip.start + int(driver_rows[index])
+        return data, source, target_clip.start + int(target_rows[index]), driver
 
 
 def prefetch(make: Callable[[int], Any], steps: range, workers: int = 1) -> abc.Generator[Any, None, None]:
@@ -437,6 +449,21 @@ def _group_by_track(data: FaceDataset) -> dict[str, list[Clip]]:
         if track := driver_track_id(clip.id):
             tracks.setdefault(track, []).append(clip)
     return {track: clips for track, clips in tracks.items() if len({c.person for c in clips}) == len(clips) > 1}
+
+
+def cut_driver_face(frame: np.ndarray, landmarks: np.ndarray, rng: Generator, *, flip: bool) -> np.ndarray:
+    """Cut a face out as `planedict.cut_faces`, but warped at random, so that its shape tells little: (64, 64, 3)."""
+    points = landmarks[:, :2] * frame.shape[0]
+    right = points[LEFT_EYE_OUTER] - points[RIGHT_EYE_OUTER]
+    right = right / np.linalg.norm(right)
+    low, high = points.min(0), points.max(0)
+    axes = np.stack([right, (-right[1], right[0])], axis=1)  # columns: right and down in the image
+    change = np.eye(2) + rng.normal(0, FACE_WARP, (2, 2))
+    matrix = axes @ change * (FACE_MARGIN * (high - low).max() / FACE_SIZE_PX) @ np.diag([-1.0 if flip else 1.0, 1.0])
+    centre = (low + high) / 2 + rng.normal(0, FACE_SHIFT, 2) * (high - low).max() - 0.5
+    offset = centre - matrix @ np.full(2, (FACE_SIZE_PX - 1) / 2)
+    return cv2.warpAffine(frame, np.c_[matrix, offset], (FACE_SIZE_PX,) * 2,
+                          flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
 
 
 def make_color_lut(rng: Generator, jitter: float) -> np.ndarray:

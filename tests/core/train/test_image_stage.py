@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from export3d_cli.core.config.loading import make_train_config, save_yaml
-from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, TrainConfig
+from export3d_cli.core.config.schema import PRESETS, AdversarialConfig, PlaneDictConfig, TrainConfig
 from export3d_cli.core.face.head_pose import load_canonical_face
 from export3d_cli.core.media.image import read_image
 from export3d_cli.core.model.checkpoint import load_state, load_weights
@@ -292,8 +292,33 @@ def test_rays_densities_and_losses_stay_fp32_under_bf16(tiny: TrainConfig) -> No
     with torch.autocast("cpu", torch.bfloat16):
         output = model(image, beta, camera, torch.zeros(2, 478, 3), beta, camera)
         loss, _ = stages.reconstruction_loss(
-            output, Batch(image, beta, camera, beta, image, image, beta, camera, marks, marks, image, image), tiny, None
+            output,
+            Batch(image, beta, camera, beta, image, image, beta, camera, marks, marks, image, image, image, beta),
+            tiny,
+            None,
         )
     assert kinds["ray"] == {torch.float32}
     assert kinds["layer"] == {torch.bfloat16}  # what is between them is not
     assert {output.depth.dtype, output.opacity.dtype, output.raw.dtype, loss.dtype} == {torch.float32}
+
+
+def test_planedict_is_trained_alone_on_given_weights(tiny: TrainConfig, tiny_weights: Path, tmp_path: Path) -> None:
+    """Its stage trains the codes, the next one the planes; every third step has the disentanglement loss alone."""
+    config = replace(
+        tiny, init=str(tiny_weights), stages=("planedict", "reconstruction"), trainable=("planedict.",), steps=3,
+        model=replace(tiny.model, motion="planedict"), planedict=PlaneDictConfig(steps=2, batch=2),
+        loss=replace(tiny.loss, l1=1.0, mask=10.0, perceptual=0.0, disentangle=0.1),
+    )  # fmt: skip
+    summary = train(config)
+    before, after = load_weights(tiny_weights)[0], load_weights(summary.weights)[0]
+    own = {name for name in after if not name.startswith("planedict.")}
+    assert own == before.keys() and all(
+        torch.allclose(after[k], before[k], atol=1e-3) for k in own - {"generator.plane_ema"}
+    )
+    lines = [json.loads(line) for line in (Path(config.run) / "stats.jsonl").read_text().splitlines()]
+    rendered = [line for line in lines if line["stage"] == "reconstruction"]
+    sums = [sum(line[key] for key in ("l2", "l2_raw", "l1", "l1_raw", "mask", "disentangle")) for line in rendered]
+    assert rendered[0]["loss"] == pytest.approx(sums[0], rel=1e-3) != pytest.approx(rendered[0]["disentangle"])
+    assert rendered[2]["loss"] == pytest.approx(rendered[2]["disentangle"], rel=1e-3)
+    with pytest.raises(ConfigError, match=r"need model\.motion planedict"):
+        make_train_config({"preset": "tiny", "stages": ["planedict"]})

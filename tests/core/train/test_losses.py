@@ -53,7 +53,7 @@ def test_mask_term_is_limited_to_eyes_and_mouth() -> None:
     marks = torch.from_numpy(motion_of(0, 1).landmarks)
     black, white, head = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.zeros(1, 1, 8, 8)
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
-    batch = Batch(black, beta, camera, marks, head, white, beta, camera, marks[..., :2], marks, head, head)
+    batch = Batch(black, beta, camera, marks, head, white, beta, camera, marks[..., :2], marks, head, head, white, beta)
     terms = reconstruction_loss(Output(black, black, head, head, None, None), batch, config, None)[1]
     assert terms["l2"] == terms["l1"] == 1.0
     assert terms["mask"] == pytest.approx(2 * float(losses.face_mask(marks[..., :2], 64).mean()))
@@ -104,7 +104,7 @@ def test_flow_loss_covers_visible_parts_at_several_scales() -> None:
     alternating = torch.ones(1, 3, 16, 16)
     alternating[..., 1::2] = -1  # differences of single pixels cancel out in cells
     marks = torch.zeros(1, 478, 2)
-    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known, known)
+    batch = Batch(target, marks, marks, marks, known, target, marks, marks, marks, marks, known, known, marks, marks)
     for sampled, wanted in ((torch.ones(1, 3, 16, 16), 2 * 0.5), (alternating, 2 * 0.5 / 3)):
         shown = resize(known, 16).mean().item() / 0.5  # the mask has a soft border
         output = Output(
@@ -128,7 +128,7 @@ def test_silhouette_depth_and_density_tv_terms() -> None:
     marks = torch.zeros(1, 478, 2)
     depth = 0.5 * head
     depth[..., :4, :] = 0  # known on half of the head; the expected depth is 0.25
-    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head, depth)
+    batch = Batch(image, beta, camera, beta, head, image, beta, camera, marks, marks, head, depth, image, beta)
     total, terms = reconstruction_loss(output, batch, config, None, head_mask=head)
     assert terms["silhouette"] == pytest.approx(2 * 0.5) and terms["density_tv"] == pytest.approx(3 * 0.5)
     assert terms["depth"] == pytest.approx(8 * 0.25 / 4)
@@ -144,7 +144,9 @@ def test_ray_loss_compares_head_and_depth_at_the_drawn_pixels() -> None:
     camera, beta = torch.zeros(1, 25), torch.zeros(1, 64)
     depth = 2.5 * head
     depth[..., 0, :4] = 0  # not known at the first of the pixels below
-    batch = Batch(image, beta, camera, marks, head, image, beta, camera, marks[..., :2], marks, head, depth)
+    batch = Batch(
+        image, beta, camera, marks, head, image, beta, camera, marks[..., :2], marks, head, depth, image, beta
+    )
     rays = draw_rays(config, batch, 8)
     assert len(set(rays[0].tolist())) == 16  # distinct pixels
     rays = torch.tensor([[0, 2, 6, 7]])  # two on the head, two outside it
