@@ -32,7 +32,7 @@ _GROUPS = {"all": DRIVABLE, "expression": tuple(REGIONS), "pose": ("head",)}
 MAX_GROWTH = 0.12  # largest change of the logarithm of the head's or torso's size, and of the torso's roll, if limited
 # How far the head may turn from its pose in the photo, degrees of yaw, if limited: the photo does not show the rest.
 MAX_TURN, MAX_PROFILE = 50.0, 65.0  # to either side, and the largest yaw that results
-HIDDEN_SIDE = 0.9  # degrees less of turn towards the side that a turned photo hides, per degree of its yaw
+HIDDEN_SIDE = 1.1  # degrees less of turn towards the side that a turned photo hides, per degree of its yaw
 MIN_TURN = 5.0
 LINEAR_RANGE = 2 / 3  # fraction of a limit up to which values stay as they are
 ROTATION_UNIT = np.radians(0.5)  # head rotation that makes frames as unlike as `BETA_CHANGE` of the expression
