@@ -83,9 +83,9 @@ def find_silence(path: Path | None, fps: Fraction, start: float = 0.0) -> np.nda
 
 def read_sound(path: Path, fps: Fraction, start: float = 0.0, duration: float | None = None) -> Iterator[np.ndarray]:
     """Yield each frame's samples, int16 (N,) mono at `SOUND_RATE`, zero-padded; raise `InputError` if none decodes."""
-    part = ["-ss", repr(start), *([] if duration is None else ["-t", repr(duration)])]
-    command = read_command(path, "-loglevel", "error", *part)
-    command += ["-map", "0:a:0", "-ac", "1", "-ar", str(SOUND_RATE), "-f", "s16le", "pipe:1"]
+    limit = [] if duration is None else ["-t", repr(duration)]  # of the output, too: packets of 1 Hz exceed it
+    command = read_command(path, "-loglevel", "error", "-ss", repr(start), *limit)
+    command += [*limit, "-map", "0:a:0", "-ac", "1", "-ar", str(SOUND_RATE), "-f", "s16le", "pipe:1"]
     process = FfmpegProcess(command, stdout=True)
     try:
         for number in itertools.count():

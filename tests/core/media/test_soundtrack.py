@@ -2,6 +2,7 @@
 
 import subprocess
 import warnings
+import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from export3d_cli.core.media.probe import audio_tracks, ffmpeg_path, probe
 from export3d_cli.core.media.reader import VideoReader
-from export3d_cli.core.media.soundtrack import check_has_sound, choose_soundtrack, find_silence
+from export3d_cli.core.media.soundtrack import SOUND_RATE, check_has_sound, choose_soundtrack, find_silence, read_sound
 from export3d_cli.core.media.writer import VideoWriter
 from export3d_cli.core.runtime.errors import Export3DWarning, InputError
 
@@ -195,3 +196,11 @@ def test_find_silence_weighs_frames_between_tones(tmp_path):
     np.testing.assert_allclose(find_silence(path, rate, 1.5)[:3], 1)
     with pytest.raises(InputError, match="needs sound"):
         find_silence(None, rate)
+
+
+def test_read_sound_ends_with_the_duration_of_a_packet_that_lasts_hours(tmp_path):
+    with wave.open(str(tmp_path / "slow.wav"), "wb") as file:
+        file.setparams((1, 2, 1, 0, "NONE", ""))  # 1 Hz
+        file.writeframes(bytes(8000))
+    sound = list(read_sound(tmp_path / "slow.wav", Fraction(25), duration=0.32))
+    assert [len(samples) for samples in sound] == [SOUND_RATE // 25] * 8
