@@ -45,7 +45,6 @@ from export3d_cli.core.model.checkpoint import check_header_size, load_into, loa
 from export3d_cli.core.model.export3d import Export3D, Output, PosedHead, Source
 from export3d_cli.core.model.fast.triplane_interpolation import KEYFRAME_INTERVAL, TriplaneInterpolator
 from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES
-from export3d_cli.core.model.planedict import correct
 from export3d_cli.core.model.warp.photo_flow import PhotoFlow, extend_flow
 from export3d_cli.core.runtime import device as devices
 from export3d_cli.core.runtime.device import AdaptiveBatcher, autocast, cast_weights, copy_for_inference
@@ -529,8 +528,9 @@ class Animator:
         if source == "landmarks":
             return tracked
         with torch.inference_mode():
-            shown = portrait.model.read_coefficients(portrait.source, self._tensor(motion.code))
-        return shown if source == "pixels" else correct(tracked, shown)
+            return portrait.model.read_coefficients(
+                portrait.source, self._tensor(motion.code), tracked if source == "both" else None
+            )
 
     def read_code(self, frame: np.ndarray, face: Face) -> np.ndarray:
         """Return the motion code (d,) that `PlaneDict` reads from a frame, uint8 (H, W, 3), with this face."""

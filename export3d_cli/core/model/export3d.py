@@ -25,7 +25,7 @@ from export3d_cli.core.model.inpaint.mouth import MouthInpainter
 from export3d_cli.core.model.masks import WHOLE, Window, box_mean, linear_step
 from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES, apply_measures, interocular
 from export3d_cli.core.model.photo_colours import PhotoColours, add_light, remove_light
-from export3d_cli.core.model.planedict import PlaneDict
+from export3d_cli.core.model.planedict import PlaneDict, correct
 from export3d_cli.core.model.source_view import SourceView, fill_push_pull, sample_view_plane
 from export3d_cli.core.model.super_resolution import PhotoDetail, SuperResolution, SuperResolutionOutput
 from export3d_cli.core.model.triplane import Decoder, FaceField, sample_face_field, sample_planes
@@ -228,11 +228,17 @@ class Export3D(nn.Module):
         code = self.expression.code(mean, None if torch.is_grad_enabled() else source.basis)
         return self.generator(source.stem, source.tokens, code.expand(len(source.tokens), -1))
 
-    def read_coefficients(self, source: Source, motion: Tensor) -> Tensor:
-        """Return lambda and measures (B, n + m) of the source with motion codes (B, d) that were read from pixels."""
+    def read_coefficients(self, source: Source, motion: Tensor, tracked: Tensor | None = None) -> Tensor:
+        """Return coefficients (B, n + m) of the source with motion codes (B, d) that were read from pixels.
+
+        With those of the landmarks, `tracked` (B, n + m), these are returned, their lambda corrected by the pixels.
+        """
         assert self.planedict is not None and source.motion is not None
-        change = self.planedict.read_lambda(motion) - self.planedict.read_lambda(source.motion)
-        return source.coefficients + change
+        lam = source.lam + self.planedict.read_lambda(motion) - self.planedict.read_lambda(source.motion)
+        if tracked is not None:
+            lam = correct(tracked[:, : lam.shape[1]], lam)
+        rest = source.measures.expand(len(lam), -1) if tracked is None else tracked[:, lam.shape[1] :]
+        return torch.cat([lam, rest], dim=1)
 
     def landmark_offsets(self, source: Source, lam: Tensor, landmarks: Tensor, reference_lam: Tensor, reference: Tensor,
                          rest: Tensor | None = None) -> Tensor:  # fmt: skip

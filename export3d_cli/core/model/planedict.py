@@ -2,7 +2,7 @@
 
 The photo's identity deformation is the tri-plane of `Generator` for the mean expression. The encoder reads faces that
 are cut out level with their eyes; the head's pose is the camera's, as everywhere here. The photo's pixels follow the
-basis flow, so a linear layer reads lambda and measures from the codes, too.
+basis flow, so a linear layer reads lambda from the codes, too.
 """
 
 from itertools import pairwise
@@ -16,7 +16,6 @@ from export3d_cli.core.config.schema import ModelConfig
 from export3d_cli.core.model.expression import orthonormal_columns
 from export3d_cli.core.model.generator import ResBlock, leaky_relu, zero_init
 from export3d_cli.core.model.inpaint.inpainter import AlignedCrop, level_axes
-from export3d_cli.core.model.motion_beyond_lambda import NUM_MEASURES, NUM_MODES
 from export3d_cli.core.model.warp.mesh_flow import warp
 
 NUM_BASES = 20  # N, from which on the paper found no gain
@@ -74,9 +73,9 @@ class PlaneDict(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(FACTOR_WIDTH, FACTOR_WIDTH, 3, padding=1) for _ in range(2))
         self.to_factors = nn.Conv2d(FACTOR_WIDTH, 3 * NUM_BASES, 1)
         zero_init(self.to_factors)  # training starts without motion
-        coefficients = config.num_coefficients + NUM_MEASURES - NUM_MODES
-        self.to_lambda = nn.Linear(MOTION_DIM, coefficients)
-        self.resting_lambda = nn.Linear(IDENTITY_DIM, coefficients, bias=False)  # what a person's tracked lambda adds
+        n = config.num_coefficients
+        self.to_lambda = nn.Linear(MOTION_DIM, n)
+        self.resting_lambda = nn.Linear(IDENTITY_DIM, n, bias=False)  # what a person's tracked lambda adds
 
     def code_parts(self) -> tuple[nn.Module, ...]:
         """Return the parts that the stage `planedict` trains; no other stage does."""
@@ -104,12 +103,11 @@ class PlaneDict(nn.Module):
         return planes.unflatten(1, (3, -1))
 
     def read_lambda(self, motion: Tensor, identity: Tensor | None = None) -> Tensor:
-        """Return lambda and measures (B, n + m) of motion codes; with an identity, as the tracker would for it."""
+        """Return lambda (B, n) of motion codes; with an identity, as the tracker would for it."""
         lam = self.to_lambda(motion)
-        lam = lam if identity is None else lam + self.resting_lambda(identity)
-        return F.pad(lam, (0, NUM_MODES))
+        return lam if identity is None else lam + self.resting_lambda(identity)
 
 
 def correct(lam: Tensor, read: Tensor) -> Tensor:
-    """Return coefficients of the landmarks (B, n + m) moved towards those of the pixels, by at most MAX_CORRECTION."""
+    """Return lambda of the landmarks (B, n) moved towards that of the pixels, by at most MAX_CORRECTION."""
     return lam + MAX_CORRECTION * torch.tanh((read - lam) / MAX_CORRECTION)

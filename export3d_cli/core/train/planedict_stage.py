@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from export3d_cli.core.model.export3d import Export3D
-from export3d_cli.core.model.motion_beyond_lambda import NUM_MODES
 from export3d_cli.core.model.planedict import PlaneDict
 from export3d_cli.core.model.volume_renderer import project
 from export3d_cli.core.train.stage import Stage, TrainingRun, is_finite
@@ -32,7 +31,7 @@ class PlaneDictStage(Stage):
         self.saved_parts = {"model.": model, "": self.optimizer}
         with torch.no_grad():
             betas = torch.from_numpy(sampler.datasets[0].beta).to(run.device)
-            tracked = model.coefficients(betas)[:, :-NUM_MODES]
+            tracked = model.expression.coefficients(betas)
             self.scale = tracked.std(0).clamp_min(1e-3)
             if run.resumed_state is None:  # start at the mean
                 network.to_lambda.bias.copy_(tracked.mean(0))
@@ -51,8 +50,8 @@ class PlaneDictStage(Stage):
         source = model.planedict.encode(batch.source, project(batch.source_points, batch.source_camera)[0])
         read = model.planedict.read_lambda(model.planedict.encoder(batch.driver).motion, source.identity)
         with torch.no_grad():
-            tracked = model.coefficients(batch.target_own_beta)
-        loss = ((read - tracked)[:, :-NUM_MODES] / self.scale).square().mean()
+            tracked = model.expression.coefficients(batch.target_own_beta)
+        loss = ((read - tracked) / self.scale).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.run.world.average_gradients(self.parameters)
