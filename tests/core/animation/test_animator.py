@@ -185,7 +185,7 @@ def test_interleaved_animations_do_not_affect_each_other(animator: Animator, por
 
 def test_two_threads_give_the_bytes_of_two_separate_runs(tiny_weights: Path, tmp_path: Path, make_clip) -> None:  # type: ignore[no-untyped-def]
     """From files to files: tracking, encoding, rendering, composition and writing at the same time."""
-    driver = make_clip("clip.mp4")
+    driver = make_clip("clip3.mp4", frames=3)
     jobs = {
         "a": (example_path("source.jpg"), ReenactOptions(compare=True)),
         "b": (example_path("astronaut.jpg"), ReenactOptions(background="#204060", pose="relative")),
