@@ -324,6 +324,9 @@ def test_edit_writes_the_clip_with_a_changed_expression(tiny, tmp_path):
     driven = ("--length", "driver", "--drive", "mouth", "--dry-run", "--json")
     plan = reenact(tiny, tmp_path / "no.mp4", *driven, "--max-frames", "200", source=clip)
     assert (plan.exit_code, json.loads(plan.stdout)["frames"]) == (0, 112), plan.output
+    picture = (example_path("source.jpg"), "-o", tmp_path / "no.mp4", "--drive", "mouth", "--dry-run", "--json")
+    plan = run("reenact", clip, *picture, *usual)
+    assert (plan.exit_code, json.loads(plan.stdout)["frames"]) == (0, 3), plan.output
     for args, words in (
         ((clip,), "nothing to edit"), ((example_path("source.jpg"), "--smile", ".4"), "is not a video"),
         ((clip, "--lips-shut-when-silent"), "has no sound"), ((clip, "--smile", "0:1"), "range A:B"),

@@ -126,10 +126,10 @@ def reenact_all(animator: Animator, sources: Sequence[Path], driver: Path, out: 
 def plan_reenact(animator: Animator, sources: Sequence[Path], driver: Path, out: str,
                  options: ReenactOptions | None = None) -> Plan:  # fmt: skip
     """Return what `reenact_all` would do: find all faces and time some frames of one portrait."""
-    options = (options or ReenactOptions()).for_driver(driver)
-    paths = output_paths(sources, driver, out)
+    options, paths = options or ReenactOptions(), output_paths(sources, driver, out)
     if len(sources) == 1 and is_video(sources[0]):
         return plan_edit(animator, sources[0], paths[0], options, driver=driver)
+    options = options.for_driver(driver)
     replace(options, overwrite=True).check_outputs(*paths)
     if videos := [source for source in sources if is_video(source)]:
         raise InputError(f"--dry-run plans a video alone, and {videos[0]} is one of several SRC: leave it out")
