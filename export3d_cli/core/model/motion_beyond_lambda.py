@@ -167,7 +167,7 @@ def _snarl(points: Tensor, change: Tensor) -> None:
     x, y = ((points - lip[:, None])[..., :2] / distance[..., None]).unbind(-1)  # (B, 478)
     weight = torch.exp(-((x / SNARL_REACH[0]).square() + (y / SNARL_REACH[1]).square()) / 2)
     weight = weight * (1 - linear_step(y, *SNARL_REACH))
-    weight[:, index_tensor(_LOWER_LIP, points)] = 0
+    weight = weight.index_fill(1, index_tensor(_LOWER_LIP, points), 0)
     points[..., 1] -= lift * weight
 
 

@@ -284,7 +284,7 @@ def test_arrays_of_the_wrong_shape_or_not_finite_are_refused(animator: Animator,
         animator.view(portrait, portrait.motion.camera, beta=np.zeros((1, 52)))
     with pytest.raises(InputError, match=r"beta must have 1 or 3 rows, got 2"):
         animator.view(portrait, np.repeat(portrait.motion.camera, 3, axis=0), beta=np.zeros((2, 64)))
-    with pytest.raises(InputError, match=r"changes must be finite numbers of shape \(T, 34\)"):
+    with pytest.raises(InputError, match=r"changes must be finite numbers of shape \(T, 35\)"):
         animator.edit(portrait, NO_CHANGE * np.nan)
 
 
