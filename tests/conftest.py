@@ -72,7 +72,7 @@ def _remember(call: Callable[..., Any]) -> Callable[..., Any]:
             if len(_results) >= _MAX_RESULTS:
                 _results.clear()
             result = _results[key.digest()] = call(*arguments, **options)
-            for value in result:
+            for value in (result,) if isinstance(result, np.ndarray) else result:
                 if isinstance(value, np.ndarray):
                     value.flags.writeable = False
         return result

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from export3d_cli.core.animation.animator import Animator, bounding_box
-from export3d_cli.core.animation.clip_editing import edit_clip, edited_regions
+from export3d_cli.core.animation.clip_editing import MAX_BATCH, edit_clip, edited_regions
 from export3d_cli.core.animation.compositor import Compositor, is_video, load_photo
 from export3d_cli.core.animation.options import Progress, ReenactOptions, Summary
 from export3d_cli.core.animation.reenact import open_driver, reenact
@@ -145,11 +146,12 @@ def plan_reenact(animator: Animator, sources: Sequence[Path], driver: Path, out:
 
 def plan_edit(animator: Animator, clip: Path, out: Path, options: ReenactOptions | None = None, *,
               driver: Path | None = None) -> Plan:  # fmt: skip
-    """Return what `edit_clip` would do: find the face in the first frame and time some frames."""
+    """Return what `edit_clip` would do: find the face in its first frames and time some frames."""
     options = options or ReenactOptions()
     edited_regions(clip, driver, options)
     with VideoReader(clip, fps=options.fps, start=options.start if driver is None else 0.0) as reader:
-        faces, info = animator.tracker().find_all(next(iter(reader))), reader.info
+        found, info = map(animator.tracker().find_all, islice(reader, MAX_BATCH)), reader.info
+        faces = next(filter(None, found), [])
     box = bounding_box(choose_face(faces, options.face, str(clip)).landmarks) if faces else None
     planned = [PlannedSource(clip, box, (info.width, info.height), out, os.path.lexists(out))]
     job = partial(edit_clip, animator, clip, driver=driver)
@@ -178,7 +180,7 @@ def _make_plan(animator: Animator, planned: Sequence[PlannedSource], driver: Pat
         except NoFaceError as error:
             notes = (*notes, str(error))
     pace = (times[-1] - times[0]) / max(1, len(times) - 1) if times else 0.0
-    remaining = max(1, sum(options.overwrite or not source.exists for source in planned))
+    remaining = sum(options.overwrite or not source.exists for source in planned)
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
     return Plan(tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,

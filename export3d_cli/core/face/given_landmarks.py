@@ -49,7 +49,9 @@ def read_landmarks(path: Path, size: tuple[int, int]) -> np.ndarray:
     low, high = points[:, :2].min(0), points[:, :2].max(0)
     too_far = np.abs(points).max() > MAX_DISTANCE * max(size)
     across = np.linalg.svd(points[:, :2] - points[:, :2].mean(0), compute_uv=False)[1] / len(points) ** 0.5
-    if too_far or (high <= 0).any() or (low >= size).any() or across < MIN_DEVIATION:
+    if across < MIN_DEVIATION:
+        raise InputError(f"{path} holds points that lie on a line: give the landmarks of a face")
+    if too_far or (high <= 0).any() or (low >= size).any():
         raise InputError(f"{path} holds points from {points.min(0).round()} to {points.max(0).round()}, and the photo "
                          f"has {size[0]}x{size[1]} pixels: give pixels of this photo")  # fmt: skip
     return points

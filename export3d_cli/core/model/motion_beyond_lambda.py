@@ -44,6 +44,7 @@ MIN_SLANT = 0.01  # inter-ocular distances: faces at rest differ by about as muc
 SNARL_LIFT = 0.1  # inter-ocular distances that the lip rises on one side, per difference of `mouthUpperUp`
 MIN_SNARL = 0.15  # difference that trackers report of faces without one
 SNARL_REACH = (0.14, 0.35)  # inter-ocular distances to the sides of the lip and up that rise: to the nose's wing
+SNARL_END = (0.14, 0.35)  # and below the lip, over which nothing rises any more
 _LIP_SIDES = (39, 269)  # middles of the upper lip's edge, the person's right and left side
 _LOWER_LIP = (*INNER_LIPS[11:], *OUTER_LIPS[11:])  # which stays
 # landmarks of both eyes that a wink moves
@@ -107,7 +108,7 @@ def apply_measures(points: Tensor, source: Tensor, measures: Tensor, source_meas
     _wink(points, source, measures[:, :1], source_measures[:, :1])
     _look(points, change[:, 1:3])
     _slant(points, change[:, 3])
-    _snarl(points, change[:, 4])
+    _snarl(points, measures[:, 4], source_measures[:, 4])
     moved = change[:, -NUM_MODES:] @ _landmark_modes(points.device)[0].flatten(1)
     return points + interocular(source.float())[..., None] * moved.unflatten(1, (-1, 3))
 
@@ -158,17 +159,20 @@ def _slant(points: Tensor, change: Tensor) -> None:
     points[..., 1] += (right - left) * shift[:, None]
 
 
-def _snarl(points: Tensor, change: Tensor) -> None:
-    """Raise one side of the upper lip and of the nose in place by a change (B,): the left if it is positive."""
+def _snarl(points: Tensor, snarl: Tensor, source_snarl: Tensor) -> None:
+    """Raise one side of the upper lip and of the nose in place, the left for a positive `snarl` (B,), else the right.
+
+    The side that is raised in the photo is lowered as far.
+    """
     distance = interocular(points)  # (B, 1)
-    lift = SNARL_LIFT * distance * (change.abs() - MIN_SNARL).clamp_min(0)[:, None]
-    right, left = points[:, index_tensor(_LIP_SIDES, points)].unbind(1)  # (B, 3) each
-    lip = torch.where(change[:, None] > 0, left, right)
-    x, y = ((points - lip[:, None])[..., :2] / distance[..., None]).unbind(-1)  # (B, 478)
-    weight = torch.exp(-((x / SNARL_REACH[0]).square() + (y / SNARL_REACH[1]).square()) / 2)
-    weight = weight * (1 - linear_step(y, *SNARL_REACH))
-    weight = weight.index_fill(1, index_tensor(_LOWER_LIP, points), 0)
-    points[..., 1] -= lift * weight
+    lips = points[:, index_tensor(_LIP_SIDES, points)].unbind(1)  # (B, 3) each
+    for lip, sign in zip(lips, (-1, 1), strict=True):
+        raised, in_photo = ((sign * x - MIN_SNARL).clamp_min(0)[:, None] for x in (snarl, source_snarl))  # (B, 1)
+        x, y = ((points - lip[:, None])[..., :2] / distance[..., None]).unbind(-1)  # (B, 478)
+        weight = torch.exp(-((x / SNARL_REACH[0]).square() + (y / SNARL_REACH[1]).square()) / 2)
+        weight = weight * (1 - linear_step(y, *SNARL_END))
+        weight = weight.index_fill(1, index_tensor(_LOWER_LIP, points), 0)
+        points[..., 1] -= SNARL_LIFT * distance * (raised - in_photo) * weight
 
 
 def interocular(points: Tensor) -> Tensor:

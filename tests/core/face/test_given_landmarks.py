@@ -43,7 +43,7 @@ def test_formats_give_the_same_points(tmp_path: Path, name: str, text: str) -> N
         (json.dumps([[1, float("nan")]] * 68), "not finite"), (json.dumps([["1", "b"]] * 68), "no landmarks"),
         (json.dumps([[1, 10**400]] * 68), "no landmarks"),
         (json.dumps([[x, y, 1e30] for x, y in POINTS.tolist()]), "200x100 pixels"),
-        (json.dumps([[k, k] for k in range(68)]), "200x100 pixels"),  # a line
+        (json.dumps([[k, k] for k in range(68)]), "lie on a line"),
         ("csv: 1," + "9" * 200_000, "no landmarks"),
     ],
 )  # fmt: skip

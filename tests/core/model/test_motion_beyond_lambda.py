@@ -114,10 +114,14 @@ def test_drive_by_a_wink_moves_the_lids_alone(tiny: Export3D, points: Tensor, or
 
 def moved_points(points: Tensor, **changes: float) -> Tensor:
     """Return the landmarks with measures by these changes of entries of beta."""
+    return apply_measures(points, points, changed_measures(**changes), measure(torch.zeros(1, 64)))
+
+
+def changed_measures(**changes: float) -> Tensor:
     beta = torch.zeros(1, 64)
     for name, value in changes.items():
         beta[0, BETA_NAMES.index(name)] = value
-    return apply_measures(points, points, measure(beta), measure(torch.zeros(1, 64)))
+    return measure(beta)
 
 
 def read(points: Tensor) -> dict[str, float]:
@@ -159,6 +163,10 @@ def test_snarl_raises_one_side_of_the_upper_lip_alone(points: Tensor, side: str,
     assert 0 <= float(rise[still]) < 0.002
     assert rise[[CHIN, 14, 17, *EYE_RIMS[0][1], *EYE_RIMS[1][1]]].abs().max() < 2e-3
     assert torch.equal(moved_points(points, **{f"mouthUpperUp{side}": MIN_SNARL}), points)
+    snarl = changed_measures(**{f"mouthUpperUp{side}": MIN_SNARL + 0.6})
+    rise = (points - apply_measures(points, points, 0 * snarl, snarl))[0, :, 1] / interocular(points)[0, 0]
+    assert float(rise[raised]) == pytest.approx(-0.6 * SNARL_LIFT, rel=1e-4)  # a snarl of the photo ends
+    assert -0.002 < float(rise[still]) <= 0
 
 
 def test_measures_tell_what_the_basis_does_not(tiny: Export3D, points: Tensor) -> None:
