@@ -83,7 +83,7 @@ def _remember(call: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def remembered_results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute once what takes most of the time and depends on pixels alone: most tests use one photo and one driver."""
-    if "face" not in request.path.parts:  # whose tests are of the networks themselves
+    if not {"face", "diagnostics"} & set(request.path.parts):  # whose tests are of the networks themselves
         monkeypatch.setattr(FaceDetector, "__call__", _remember(FaceDetector.__call__))
         monkeypatch.setattr(LiteRTNetwork, "__call__", _remember(LiteRTNetwork.__call__))
         monkeypatch.setattr(photo_canvas, "fill_hole", _remember(photo_canvas.fill_hole))

@@ -168,7 +168,7 @@ def _snarl(points: Tensor, snarl: Tensor, source_snarl: Tensor) -> None:
     lips = points[:, index_tensor(_LIP_SIDES, points)].unbind(1)  # (B, 3) each
     for lip, sign in zip(lips, (-1, 1), strict=True):
         raised, in_photo = ((sign * x - MIN_SNARL).clamp_min(0)[:, None] for x in (snarl, source_snarl))  # (B, 1)
-        x, y = ((points - lip[:, None])[..., :2] / distance[..., None]).unbind(-1)  # (B, 478)
+        x, y = ((points - lip[:, None])[..., :2] / distance[..., None].clamp_min(1e-9)).unbind(-1)  # (B, 478)
         weight = torch.exp(-((x / SNARL_REACH[0]).square() + (y / SNARL_REACH[1]).square()) / 2)
         weight = weight * (1 - linear_step(y, *SNARL_END))
         weight = weight.index_fill(1, index_tensor(_LOWER_LIP, points), 0)

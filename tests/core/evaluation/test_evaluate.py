@@ -112,7 +112,7 @@ def test_write_report_writes_tables_and_pictures(result):
     assert read_image(sheet).shape == (5 * 192, 9 * 192, 3)  # truth, model, raw, pwa and views
     text = report.read_text(encoding="utf-8")
     assert (
-        "frame photo, pose auto, smooth light, watermark invisible, quality balanced" in text
+        "frame photo, motion landmarks, pose auto, smooth light, watermark invisible, quality balanced" in text
         and f"({sheet.name})" in text
     )
     (line,) = (line for line in text.splitlines() if line.startswith("| psnr dB ↑"))

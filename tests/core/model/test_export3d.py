@@ -169,7 +169,7 @@ def test_drive_with_wrong_shape_raises(tiny: Export3D, inputs: Inputs, orbit: Ca
         tiny.coefficients(torch.zeros(1, 50))
     with pytest.raises(ValueError, match=r"got \(1, 16\)"):
         tiny.drive(source, source.lam, torch.zeros(1, 16))
-    with pytest.raises(ValueError, match=r"lam must be \(B, 10\) or \(B, 34\), got \(1, 11\)"):
+    with pytest.raises(ValueError, match=r"lam must be \(B, 10\) or \(B, 35\), got \(1, 11\)"):
         tiny.drive(source, torch.zeros(1, 11), orbit(0))
 
 
