@@ -36,7 +36,8 @@ ROUNDS = 2  # of trial frames
 STRENGTHS = 5, 3  # at which the portrait is rendered for each end of a range, and for a constant edit
 MAX_STRENGTH = 3.0  # of the asked change
 MAX_COEFFICIENT = 2.0  # that the network is given
-MAX_BROW_DOWN = 1.2  # likewise, of lowered brows: beyond it they cover the eyes
+# Likewise, of lowered brows, which would cover the eyes: by their gap to the upper lids, over the eyes' distance.
+BROW_GAPS, MAX_BROW_DOWN = (0.17, 0.23), (1.2, 1.6)
 MIN_GAIN = 0.03  # of a control's value, for which more strength is given
 MIN_SHORTFALL = 0.1  # between asked and shown value, from which it is noted
 MIN_MEASURED_CHANGE = 0.25  # of a control's value, from which its gain is measured
@@ -203,8 +204,12 @@ def _fit_edit(
     # of the base's values need their farther ends only
     start = setter.measure(base)
     lowest = np.array([-MAX_COEFFICIENT if control.lowered else -0.5 for control in controls])
-    lowest[[name == "brows" for name in edit.controls]] = -MAX_BROW_DOWN
-    highest = np.array([MAX_BROW_DOWN if name.startswith("browDown") else MAX_COEFFICIENT for name in edit.controls])
+    points = portrait.motion.head_landmarks[0]
+    gap = (points[[159, 386], 1] - points[[52, 282], 1]).mean()
+    eyes = np.linalg.norm(points[[33, 133]].mean(0) - points[[362, 263]].mean(0))
+    max_down = np.interp(abs(gap) / eyes, BROW_GAPS, MAX_BROW_DOWN)
+    lowest[[name == "brows" for name in edit.controls]] = -max_down
+    highest = np.array([max_down if name.startswith("browDown") else MAX_COEFFICIENT for name in edit.controls])
     farther = np.where(abs(first - start) > abs(last - start), first, last)
     on_both_sides = (np.minimum(first, last) < start - _NEAR) & (np.maximum(first, last) > start + _NEAR)
     ends = [first, last] if on_both_sides.any() else [farther]
