@@ -135,7 +135,7 @@ pose_option = click.option(
 motion_option = click.option(
     "--motion", type=click.Choice(["landmarks", "pixels", "both"]), default="landmarks", show_default=True,
     help="What DRIVE's expression is read from: landmarks; the pixels of its face; or landmarks, corrected by pixels. "
-    "The latter two need weights that were trained with model.motion=planedict.",
+    "The latter two need weights that were trained with model.motion=planedict; what pixels tell is not smoothed.",
 )  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True,
                               help="Print what would be done and an estimate of the time; write nothing.")  # fmt: skip

@@ -527,6 +527,8 @@ class Animator:
         tracked = self._coefficients(portrait.model, motion.beta)
         if source == "landmarks":
             return tracked
+        if portrait.model.planedict is None or not motion.code.size:
+            raise InputError(f"motion {source} needs weights with `PlaneDict`, and a driver with the codes it reads")
         with torch.inference_mode():
             return portrait.model.read_coefficients(
                 portrait.source, self._tensor(motion.code), tracked if source == "both" else None
@@ -613,16 +615,17 @@ class _Renderer:
         size, n = self._animator.chunk_size, self._animator.model.config.num_coefficients
         for start in range(0, len(lam), size):
             part = slice(start, start + size)
-            planes = None if codes is None else self._portrait.motion_planes(codes[part])
+            planes = None
             if codes is None and self._interpolator is not None:
                 planes = self._interpolator(lam[part, :n])
             yield from self.render(cameras[part], lam[part], planes=planes,
+                                   codes=None if codes is None else codes[part],
                                    torso=None if torso is None else torso[part],
                                    offsets=None if offsets is None else offsets[part])  # fmt: skip
 
     def render(self, cameras: np.ndarray, lam: Tensor, *, posed: PosedHead | None = None,
                planes: Tensor | None = None, torso: np.ndarray | None = None,
-               offsets: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
+               offsets: Tensor | None = None, codes: Tensor | None = None) -> Iterator[Iterable[Any]]:  # fmt: skip
         """Yield lazy parts of the frames with lambda and measures (T, n + m); the rest as in `Animator._render`.
 
         `torso` (T, 4) are its motions, see `Control.target_torso`; None: it follows the neck.
@@ -631,11 +634,13 @@ class _Renderer:
 
         def compute(part: slice) -> Iterable[Any]:
             with torch.inference_mode():
+                code = None if codes is None else codes[part]
                 part_planes = None if planes is None else planes[part]
+                part_planes = part_planes if code is None else portrait.motion_planes(code)
                 moved = None if offsets is None else offsets[part]
                 output, head = self._animator._render(portrait, cameras[part], lam[part], posed, part_planes, moved)
                 if not output.image.isfinite().all():
-                    output, head = self._render_fp32(cameras[part], lam[part], moved)
+                    output, head = self._render_fp32(cameras[part], lam[part], moved, code)
                 images = to_uint8(output.image if portrait.padded is None else output.upscale(portrait.padded, size))
                 torso_motion = self._torso if torso is None else self._animator._tensor(torso[part])
                 flow = self._animator._extend_flow(portrait, cameras[part], output, head, torso_motion)
@@ -646,7 +651,8 @@ class _Renderer:
             stop = min(start + self._animator.batch, len(cameras))
             yield self._batcher(compute, start, stop)
 
-    def _render_fp32(self, cameras: np.ndarray, lam: Tensor, offsets: Tensor | None) -> tuple[Output, PosedHead]:
+    def _render_fp32(self, cameras: np.ndarray, lam: Tensor, offsets: Tensor | None,
+                     codes: Tensor | None) -> tuple[Output, PosedHead]:  # fmt: skip
         """Render a batch that overflowed in half precision again in fp32."""
         if self._portrait.precision == "fp32":
             raise Export3DError(NOT_FINITE)
@@ -654,7 +660,8 @@ class _Renderer:
             if self._fp32_portrait is None:
                 self._fp32_portrait = self._animator._encode(self._portrait, "fp32")
                 self._report_fallback()
-        output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float(), offsets=offsets)
+        planes = None if codes is None else self._fp32_portrait.motion_planes(codes)
+        output, posed = self._animator._render(self._fp32_portrait, cameras, lam.float(), None, planes, offsets)
         if not output.image.isfinite().all():
             raise Export3DError(NOT_FINITE)
         return output, posed

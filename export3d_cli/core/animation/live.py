@@ -83,6 +83,11 @@ class LiveOptions(ReenactOptions):
     pose: Pose = "relative"
     relative_expression: bool = True
 
+    def __post_init__(self) -> None:
+        if self.motion != "landmarks":
+            raise InputError(f"motion {self.motion} needs a file as driver: live follows landmarks")
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class LiveSummary:

@@ -83,6 +83,12 @@ class ReenactOptions(PortraitOptions, Control):
             raise InputError("several faces need the whole photo: leave out --frame, --crop, --compare, --background")
         if self.face == "all" and self.pairs:
             raise InputError("--face all gives one driver to all faces: leave it out with --pair")
+        if self.motion != "landmarks" and self.tracker == "fan":
+            raise InputError("--motion pixels and both need 478 landmarks: leave out --tracker fan")
+        if self.motion != "landmarks" and self.lips_shut_when_silent:
+            raise InputError(f"--motion {self.motion} reads lips from pixels: leave out --lips-shut-when-silent")
+        if self.motion == "pixels" and self.expression:
+            raise InputError("--motion pixels shows expressions as they are: leave out the controls of the expression")
         if not self.expression.is_constant:
             raise InputError("a range A:B sweeps in edit-basis and novel-view: give reenact one number per control")
 

@@ -73,6 +73,9 @@ class Control:
         _expand_regions([name for name, _ in self.scales] or DRIVABLE)
         if self.motion != "landmarks" and not self.drives_whole_face:
             raise InputError(f"--motion {self.motion} drives the whole face: leave out --drive and --scale")
+        if self.motion == "pixels" and (self.expression_scale != 1 or self.relative_expression or self.eyes_to_camera):
+            raise InputError("--motion pixels shows expressions as they are: leave out --expression-scale, "
+                             "--relative-expression and --eyes-to-camera")  # fmt: skip
         if self.torso == "driver" and self.pose == "absolute":
             raise InputError("the driver's torso moves from its reference frame: use --pose auto or relative with it")
         is_fraction = isinstance(self.torso, int | float) and 0 <= self.torso <= 1

@@ -79,15 +79,8 @@ def _model_preset(sizes: dict[str, Any]) -> ModelConfig:
 
 CALIBRATION = ("expression_gain", "triplane_tolerance", "surface_density")  # fields of `ModelConfig`, see there
 INPAINTERS = ("mouth", "eyes", "lids")  # stages that train the inpainter of the same name in `ModelConfig`
-STAGES = (
-    "clebs",
-    *INPAINTERS,
-    "planedict",
-    "reconstruction",
-    "adversarial",
-    "pose_debias",
-    "sampler",
-)  # in training order
+# in training order
+STAGES = ("clebs", *INPAINTERS, "planedict", "reconstruction", "adversarial", "pose_debias", "sampler")
 
 # keys that a preset sets, between the defaults and the user's file; PRESETS: its model
 TRAINING_PRESETS: dict[str, dict[str, Any]]
@@ -212,9 +205,7 @@ class LossConfig:
     density_tv: float = 0.0  # EG3D's total variation of the density
     depth: float = 0.0  # L1 of the expected depth where the data set has exact depth
     silhouette: float = 0.0  # L1 between the opacity and the head mask of the target
-    disentangle: float = (
-        0.0  # PlaneDict's disentanglement loss, alone in every third step; needs model.motion planedict
-    )
+    disentangle: float = 0.0  # PlaneDict's, alone in every third step; needs model.motion planedict
     landmarks: float = 0.0  # L1 of the landmarks detected in output and target, percent of the face crop
 
 

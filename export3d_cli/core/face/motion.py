@@ -43,8 +43,8 @@ class Motion:
     size: tuple[int, int]  # width, height of the frames
     # (T, 4) float32, x and y in crop units, roll, log size, see `TorsoTracker`; NaN: not seen. Files do not hold it.
     torso: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # without rows: all NaN
-
-    code: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # (T, d), likewise; see `Face`
+    # (T, d) float32, motion code read from pixels, see `PlaneDict`; (T, 0): not read. Files do not hold it.
+    code: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def __post_init__(self) -> None:
         if not len(self.code):

@@ -42,7 +42,7 @@ def cut_faces(images: Tensor, uv: Tensor) -> Tensor:
 
 
 class MotionEncoder(nn.Module):
-    """E of eq. 1: ten layers, of four stages with a residual block each."""
+    """E of eq. 1: 13 layers, of four stages with a residual block each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +104,9 @@ class PlaneDict(nn.Module):
 
     def read_lambda(self, motion: Tensor, identity: Tensor | None = None) -> Tensor:
         """Return lambda (B, n) of motion codes; with an identity, as the tracker would for it."""
-        lam = self.to_lambda(motion)
-        return lam if identity is None else lam + self.resting_lambda(identity)
+        with torch.autocast(motion.device.type, enabled=False):
+            lam = self.to_lambda(motion)
+            return lam if identity is None else lam + self.resting_lambda(identity)
 
 
 def correct(lam: Tensor, read: Tensor) -> Tensor:

@@ -246,11 +246,14 @@ class ImageStages(Stage):
         """Add the gradients of one of `parts` parts; return images (B, 3, H, W) and terms, without synchronising."""
         config = self.config
         is_crossed = config.loss.disentangle > 0 and self.step % CROSS_INTERVAL == CROSS_INTERVAL - 1
-        if is_crossed:  # other people drive, and the result is not known
-            batch = batch._replace(driver=batch.driver.roll(1, 0))
+        loss: Any = 0
+        terms: dict[str, Tensor] = {}
         with self.run.autocast():
-            head_mask = self.head_masks(batch)
-            if config.raw_rays:
+            head_mask = None if is_crossed else self.head_masks(batch)
+            if is_crossed:  # other people drive, and the result is not known
+                batch = batch._replace(driver=batch.driver.roll(1, 0))
+                output = self.forward(batch, raw_size, batch_rows)
+            elif config.raw_rays:
                 rays = draw_rays(config, batch, raw_size)
                 output = self.forward(batch, raw_size, batch_rows, rays)
                 loss, terms = ray_loss(output, rays, raw_size, batch, config, head_mask)
@@ -259,7 +262,7 @@ class ImageStages(Stage):
                 loss, terms = reconstruction_loss(output, batch, config, self.perceptual, self.landmarks, head_mask)
         if config.loss.disentangle and self.model.planedict is not None:
             disentangle = config.loss.disentangle * disentanglement_loss(self.model.planedict, batch, output.image)
-            loss, terms["disentangle"] = disentangle + (0 if is_crossed else loss), disentangle.detach()
+            loss, terms["disentangle"] = loss + disentangle, disentangle.detach()
         if self.discriminator is not None:  # eq. 14
             adversarial_loss = F.softplus(-self.discriminator(output.image, batch.target_camera)).mean()
             loss, terms["g_adv"] = loss + config.adversarial.weight * adversarial_loss, adversarial_loss.detach()

@@ -20,7 +20,8 @@ MOTION_WEIGHT = 1.5  # lambda_2 of eq. 6
 class PlaneDictStage(Stage):
     """Trains the codes of `PlaneDict`, without rendering."""
 
-    def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler) -> None:
+    def __init__(self, run: TrainingRun, model: Export3D, sampler: PairSampler, *, is_new: bool) -> None:
+        """`is_new` tells that the initial weights lack `PlaneDict`."""
         super().__init__(run, "planedict")
         assert model.planedict is not None
         self.config, self.model, self.sampler = run.config.planedict, model, sampler
@@ -33,7 +34,7 @@ class PlaneDictStage(Stage):
             betas = torch.from_numpy(sampler.datasets[0].beta).to(run.device)
             tracked = model.expression.coefficients(betas)
             self.scale = tracked.std(0).clamp_min(1e-3)
-            if run.resumed_state is None:  # start at the mean
+            if is_new and run.resumed_state is None:  # start at the mean
                 network.to_lambda.bias.copy_(tracked.mean(0))
                 for layer in (network.to_lambda, network.resting_lambda):
                     layer.weight.mul_(self.scale[:, None])
@@ -60,10 +61,6 @@ class PlaneDictStage(Stage):
         if is_finite(terms):
             self.optimizer.step()
         return terms
-
-    def finish(self) -> None:
-        """Note the steps in the weights' record."""
-        self.run.record["planedict_steps"] = self.step
 
 
 def disentanglement_loss(network: PlaneDict, batch: Batch, image: Tensor) -> Tensor:

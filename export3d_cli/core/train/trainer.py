@@ -84,6 +84,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
             model.flow.triangles.copy_(torch.from_numpy(load_canonical_face().flow_triangles))
         _load_initial_weights(model, config, initial)
         run.record = _training_record(config) | {key: record for key, (_, _, record) in initial.items()}
+        planedict_is_new = "init" not in initial or initial["init"][1].motion != "planedict"
         del initial
 
         # stages
@@ -104,7 +105,7 @@ def train(config: TrainConfig, *, progress: Callable[[TrainEvent], None] | None 
                 stage = InpaintStage(run, model, make_sampler(config.data), name)
             elif name == "planedict":
                 data = replace(config.data, weight=config.planedict.weight or config.data.weight)
-                stage = PlaneDictStage(run, model, make_sampler(data))
+                stage = PlaneDictStage(run, model, make_sampler(data), is_new=planedict_is_new)
             elif name == "pose_debias":
                 if run.resumed_state is None and images is None:
                     run.save_weights(model.state_dict())
@@ -140,7 +141,8 @@ def _load_initial_weights(model: Export3D, config: TrainConfig, initial: dict[st
         state, init_config, _ = initial["init"]
         kept = {name: getattr(config.model, name) for name in ("raw_size", *CALIBRATION)}
         added = [s for s in INPAINTERS if not getattr(init_config, s) and s in config.stages]  # inpainters of this run
-        added_fields = [*added, *(["motion"] if "planedict" in config.stages else [])]
+        lacks_planedict = "planedict" in config.stages and init_config.motion == "landmarks"
+        added_fields = [*added, *(["motion"] if lacks_planedict else [])]
         init_config = replace(init_config, **kept, **{name: getattr(config.model, name) for name in added_fields})
         prefixes = (*(f"inpainters.{stage}." for stage in added), *(["planedict."] if "motion" in added_fields else []))
         new_state = {k: v for k, v in model.state_dict().items() if prefixes and k.startswith(prefixes)}
@@ -162,7 +164,7 @@ def _training_record(config: TrainConfig) -> dict[str, Any]:
         "stages": list(config.stages),
         "steps": 0,  # of reconstruction; set when weights are saved
         "clebs_steps": config.clebs.steps if has_clebs and config.model.expression == "clebs" else 0,
-        **{f"{stage}_steps": config.stage_steps(stage) for stage in INPAINTERS if stage in config.stages},
+        **{f"{s}_steps": config.stage_steps(s) for s in (*INPAINTERS, "planedict") if s in config.stages},
         "denominator": config.clebs.denominator if has_clebs else "",
         "batch": config.batch,
         "seed": config.seed,

@@ -89,6 +89,9 @@ def test_file_overrides_a_training_preset() -> None:
     assert (config.ema, config.data.flip, config.data.jitter) == (0.99, True, 0.0)
 
 
+PLANEDICT = {"preset": "tiny", "init": "export3d-open", "model": {"motion": "planedict"}}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -108,6 +111,10 @@ def test_file_overrides_a_training_preset() -> None:
         ({"data": 3}, "data must be a section"),
         ({"model": {"stem": [8, 8]}}, r"model\.stem must be 3 values, got \[8, 8\]"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),
+        ({"stages": ["planedict", "reconstruction"], **PLANEDICT}, r"after planedict needs loss\.disentangle"),
+        ({"raw_rays": 9, "loss": {"disentangle": 1}, **PLANEDICT}, r"no images for loss\.disentangle"),
+        ({"batch": 4, "accumulate": 4, "loss": {"disentangle": 1}, **PLANEDICT}, "at least 2 times accumulate"),
+        ({"model": {"motion": "planedict", "plane_size": 20}}, "16 or more, a multiple of 8, got 20"),
         ({"lr": -1}, "lr must be a number of 0 or more, got -1"),
     ],
 )

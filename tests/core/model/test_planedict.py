@@ -7,16 +7,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from export3d_cli.core.animation.animator import Animator
+from export3d_cli.core.animation.live import LiveOptions
+from export3d_cli.core.animation.retargeting import Control
 from export3d_cli.core.config.schema import PRESETS
-from export3d_cli.core.media.image import to_tensor
+from export3d_cli.core.face.motion import Motion
+from export3d_cli.core.media.image import read_image, to_tensor
 from export3d_cli.core.model.checkpoint import load_weights, save_weights
 from export3d_cli.core.model.export3d import Export3D
 from export3d_cli.core.model.planedict import MAX_CORRECTION, NUM_BASES, PlaneDict, correct, cut_faces
+from export3d_cli.core.runtime.errors import InputError
 from export3d_cli.core.runtime.weights import example_path
 from export3d_cli.core.train.training_data import cut_driver_face
 from export3d_cli.main import cli
 
 SMALL = ("--frame", "face", "--size", "64", "--watermark", "none")
+FACTORS = ("planedict.to_factors.weight", "planedict.to_factors.bias")
 TINY = replace(PRESETS["tiny"], motion="planedict")
 
 
@@ -28,6 +34,8 @@ def test_bases_are_orthogonal_in_each_channel_and_planes_are_their_weighted_sum(
     assert bases.shape == (NUM_BASES, 3, TINY.plane_channels, s, s)
     columns = bases[:, 1, 5].flatten(1) / s
     assert torch.allclose(columns @ columns.T, torch.eye(NUM_BASES), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.read_lambda(torch.randn(2, 32), torch.randn(2, 32)).dtype == torch.float32
     factors, motion = [], torch.randn(2, 32)
     network.to_factors.register_forward_hook(lambda *call: factors.append(call[-1].unflatten(1, (NUM_BASES, 3))))
     planes = network.planes(motion)
@@ -84,6 +92,10 @@ def test_reenact_reads_motion_from_pixels(planedict_weights, tiny_weights, tmp_p
     results = [run(kind) for kind in ("landmarks", "pixels", "both")]
     assert [code for code, *_ in results] == [0, 0, 0], results
     assert len({content for *_, content in results}) == 3
+    state = load_weights(planedict_weights)[0]
+    save_weights(other := tmp_path / "other.safetensors", state | {k: -state[k] for k in FACTORS}, TINY, {}, half=False)
+    for kind, (*_, before) in zip(("pixels", "both"), results[1:], strict=True):  # only pixels uses the bases
+        assert (run(kind, "--overwrite", weights=other)[2] == before) == (kind == "both")
     motion = tmp_path / "drive.motion.npz"
     done = CliRunner().invoke(cli, ["preprocess", str(driver), "-o", str(motion), "--max-frames", "3", "-q"])
     assert done.exit_code == 0, done.output
@@ -91,6 +103,31 @@ def test_reenact_reads_motion_from_pixels(planedict_weights, tiny_weights, tmp_p
         ({"drive": motion}, (), "holds no pictures to read motion from"),
         ({"weights": tiny_weights}, (), "these weights read no motion from pixels"),
         ({}, ("--drive", "mouth"), "drives the whole face"),
+        ({}, ("--tracker", "fan"), "need 478 landmarks"),
+        ({}, ("--smile", "0.4"), "leave out the controls"),
+        ({}, ("--lips-shut-when-silent",), "reads lips from pixels"),
+        ({}, ("--eyes-to-camera",), "leave out --expression-scale"),
     ):
         code, output, _ = run("pixels", "--overwrite", *more, **options)
         assert code != 0 and message in " ".join(output.split()) and "Traceback" not in output
+    animator = Animator.from_weights(planedict_weights, device="cpu")
+    with pytest.raises(InputError, match="the codes it reads"):
+        next(animator.animate(animator.portrait(read_image(photo)), [Motion.load(motion)],
+                              control=Control(motion="pixels")))  # fmt: skip
+    with pytest.raises(InputError, match="live follows landmarks"):
+        LiveOptions(motion="both")
+
+
+def test_frames_of_pixels_that_overflow_in_half_precision_are_rendered_in_fp32(planedict_weights, monkeypatch):
+    photo, frames, control = read_image(example_path("source.jpg")), [], Control(motion="pixels")
+    for precision in ("fp32", "bf16"):
+        animator = Animator.from_weights(planedict_weights, device="cpu", precision=precision)
+        portrait = animator.portrait(photo, framing="face", size=64)
+        planes = animator.model.identity_planes
+        if precision == "bf16":
+            monkeypatch.setattr(animator.model, "identity_planes", lambda *args, make=planes: make(*args) * torch.inf)
+        for scale in (0, 5):
+            motion = replace(portrait.motion, code=np.full((1, 32), scale, np.float32))
+            frames.append(next(animator.animate(portrait, [motion], control=control)).astype(int))
+    still, moved, still_half, moved_half = frames
+    assert max(np.abs(still_half - still).max(), np.abs(moved_half - moved).max()) <= 2 < np.abs(moved - still).max()
