@@ -180,7 +180,7 @@ def _make_plan(animator: Animator, planned: Sequence[PlannedSource], driver: Pat
         except NoFaceError as error:
             notes = (*notes, str(error))
     pace = (times[-1] - times[0]) / max(1, len(times) - 1) if times else 0.0
-    remaining = sum(options.overwrite or not source.exists for source in planned)
+    remaining = max(1, sum(options.overwrite or not source.exists for source in planned))
     is_cuda = animator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(animator.device) if is_cuda else peak_memory()
     return Plan(tuple(planned), driver, frames, fps, animator.device_name, None if peak is None else peak >> 20,
