@@ -20,6 +20,7 @@ import numpy as np
 from export3d_cli.core.config.loading import read_yaml
 from export3d_cli.core.face.crop import crop_image
 from export3d_cli.core.face.expression_coefficients import ARKIT_NAMES, BETA_NAMES, REGIONS, BetaStatistics, region_of
+from export3d_cli.core.face.landmarks import BROWS, MEASURE_POINTS
 from export3d_cli.core.face.motion import MIRROR_ORDER
 from export3d_cli.core.face.tracker import LandmarkerTracker
 from export3d_cli.core.model.masks import smooth_step
@@ -204,10 +205,7 @@ def _fit_edit(
     # of the base's values need their farther ends only
     start = setter.measure(base)
     lowest = np.array([-MAX_COEFFICIENT if control.lowered else -0.5 for control in controls])
-    points = portrait.motion.head_landmarks[0]
-    gap = (points[[159, 386], 1] - points[[52, 282], 1]).mean()
-    eyes = np.linalg.norm(points[[33, 133]].mean(0) - points[[362, 263]].mean(0))
-    max_down = np.interp(abs(gap) / eyes, BROW_GAPS, MAX_BROW_DOWN)
+    max_down = np.interp(_brow_gap(portrait.motion.head_landmarks[0]), BROW_GAPS, MAX_BROW_DOWN)
     lowest[[name == "brows" for name in edit.controls]] = -max_down
     highest = np.array([max_down if name.startswith("browDown") else MAX_COEFFICIENT for name in edit.controls])
     farther = np.where(abs(first - start) > abs(last - start), first, last)
@@ -380,3 +378,10 @@ def _track(animator: Animator, portrait: Portrait, beta: np.ndarray) -> np.ndarr
     assert isinstance(tracker, LandmarkerTracker)
     motion = tracker.track_crops([crop_image(frame, portrait.square, len(portrait.crop)) for frame in frames])
     return None if motion is None else motion.beta
+
+
+def _brow_gap(points: np.ndarray) -> float:
+    """Return the gap from brows to upper lids of landmarks (478, 3), in distances of the eyes."""
+    left, right = (points[list(corners)].mean(0) for corners in MEASURE_POINTS.eye_corners)
+    lids = [upper[1] for upper, _ in MEASURE_POINTS.eyelids]
+    return float(abs((points[lids, 1] - points[list(BROWS), 1]).mean()) / np.linalg.norm(left - right))

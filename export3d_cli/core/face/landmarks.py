@@ -35,6 +35,8 @@ EYE_RIMS = ((RIGHT_IRIS[0], RIGHT_EYE), (LEFT_IRIS[0], LEFT_EYE[8::-1] + LEFT_EY
 # Folds of the upper lids, right and left, from the outer corner to the inner one, corners excluded.
 EYELID_FOLDS = ((247, 30, 29, 27, 28, 56, 190), (467, 260, 259, 257, 258, 286, 414))
 
+BROWS = (282, 52)  # the middle of the left and of the right one
+
 ARCFACE_POINTS = (NOSE_TIP, RIGHT_MOUTH_CORNER, LEFT_MOUTH_CORNER)  # of ArcFace's five, after the eyes' means
 DLIB_POINTS = (LEFT_EYE_OUTER, LEFT_EYE_INNER, RIGHT_EYE_OUTER, RIGHT_EYE_INNER, NOSE_BASE)  # of dlib's face chips
 
