@@ -351,12 +351,13 @@ class Animator:
         torso_ratio = None if control.torso == "driver" else control.torso
         renderer = _Renderer(self, portrait, notify, layers, torso_ratio)
         coefficients = partial(self._coefficients, portrait.model)
-        read = partial(self._read_expression, portrait, source=control.motion)
-        base = None if reference is None else read(reference.select(np.array([0])))
+        read = partial(self._read_expression, portrait, control.motion)
+        tracked = None if reference is None else coefficients(reference.beta[:1])
+        base = None if reference is None or tracked is None else read(tracked, reference.code[:1])
         base_camera = None if reference is None else reference.camera[0]
         follow = None
-        if control.drives_whole_face and control.motion != "pixels" and reference is not None:
-            follow = self._landmark_follower(portrait, reference, coefficients(reference.beta[:1]))
+        if control.drives_whole_face and control.motion != "pixels" and reference is not None and tracked is not None:
+            follow = self._landmark_follower(portrait, reference, tracked)
         own_beta, own, edited = portrait.motion.beta[0], portrait.source.coefficients, torch.zeros(())
         if edit is not None:
             own_beta, own = edit.base.astype(np.float32), coefficients(edit.base[None])
@@ -368,8 +369,7 @@ class Animator:
             for motion in _chunks(motions, self.chunk_size):
                 beta = control.select_regions(base_beta, motion.beta)
                 driven, change = coefficients(beta), edited.to(own)
-                target = driven if control.motion == "landmarks" else read(motion)
-                lam = control.target_expression(own, target, base)
+                lam = control.target_expression(own, read(driven, motion.code), base)
                 cameras = control.target_cameras(source_camera, motion.camera, base_camera, portrait.canvas.limits)
                 if control.eyes_to_camera:
                     start = base_beta if control.relative_expression else own_beta
@@ -522,17 +522,18 @@ class Animator:
         with torch.inference_mode():
             return model.coefficients(self._tensor(beta))
 
-    def _read_expression(self, portrait: Portrait, motion: Motion, *, source: MotionSource) -> Tensor:
-        """Return the coefficients (T, n + m) that a driver's motion shows the portrait, by landmarks or pixels."""
-        tracked = self._coefficients(portrait.model, motion.beta)
+    def _read_expression(self, portrait: Portrait, source: MotionSource, tracked: Tensor, code: np.ndarray) -> Tensor:
+        """Return the coefficients (T, n + m) that a driver shows the portrait, read from `source`.
+
+        `tracked` (T, n + m) are those of the driver's landmarks, `code` (T, d) what `PlaneDict` reads.
+        """
         if source == "landmarks":
             return tracked
-        if portrait.model.planedict is None or not motion.code.size:
+        if portrait.model.planedict is None or not code.size:
             raise InputError(f"motion {source} needs weights with `PlaneDict`, and a driver with the codes it reads")
+        landmarks = tracked if source == "both" else None
         with torch.inference_mode():
-            return portrait.model.read_coefficients(
-                portrait.source, self._tensor(motion.code), tracked if source == "both" else None
-            )
+            return portrait.model.read_coefficients(portrait.source, self._tensor(code), landmarks)
 
     def read_code(self, frame: np.ndarray, face: Face) -> np.ndarray:
         """Return the motion code (d,) that `PlaneDict` reads from a frame, uint8 (H, W, 3), with this face."""

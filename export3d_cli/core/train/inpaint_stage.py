@@ -35,7 +35,7 @@ InpaintBatch = tuple[Tensor, Hole]  # crops (B, 3, INPAINT_SIZE_PX, INPAINT_SIZE
 
 
 class InpaintSampler:
-    """Draws a data set by weight, a person of it uniformly, and crops of a frame whose opening is accepted."""
+    """Draws crops: a data set by its weight, then a person uniformly, then a frame whose opening is accepted."""
 
     def __init__(self, sampler: PairSampler, config: Any) -> None:
         self.sampler, self.config = sampler, config

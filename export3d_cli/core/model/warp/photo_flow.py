@@ -155,8 +155,8 @@ def _push_outside_face(uv: Tensor, oval: Tensor, outline: Tensor) -> tuple[Tenso
 def _hold_turning_points(uv: Tensor, is_right: Tensor, known: Tensor) -> Tensor:
     """Let positions (B, 2, n, n) in the photo not turn back on the way outwards, to the right if `is_right`, else left.
 
-    The near side of a turned head would show again what the photo shows farther inside. Where the flow is not `known`,
-    it turns nothing.
+    The near side of a turned head would show again what the photo shows farther inside. Only positions where the flow
+    is `known` hold those farther outside.
     """
     outwards = torch.where(is_right, uv[:, :1], -uv[:, :1])
     right, right_index = outwards.masked_fill(~(known & is_right), -torch.inf).cummax(3)
